@@ -1,0 +1,281 @@
+"""Distributions p(t) over time budgets, and the two sides of one integral.
+
+`exit_weights` says how often each exit is the deepest one that a random budget can pay for. Training with these weights
+minimises the expected loss of the answer a caller receives; `expected_accuracy` is the same sum over accuracies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from scipy import stats
+
+from impatient.clock import positive_seconds
+from impatient.costs import check_increasing
+from impatient.errors import BudgetError
+from impatient.files import read_json, write_json
+
+# e-folds of the exponential across the range. Impatient DNNs give no parameters; their row means (0.26 T for small
+# budgets likely, 0.905 T for large) are far steeper than a linear ramp and lie near this.
+STEEPNESS = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """A distribution over time budgets, in seconds.
+
+    Make one with a function of this module: `uniform`, `small_likely`, `large_likely`, `normal`, `log_uniform`, `point`,
+    `empirical`.
+    """
+
+    shape: str
+    low: float
+    high: float
+    samples_s: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.shape not in _SHAPES:
+            raise BudgetError(f"unknown budget shape {self.shape!r}; needed: one of {', '.join(_SHAPES)}.")
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise BudgetError(f"budget range {self.low} to {self.high} s is not finite; give seconds, such as 0.0 to 0.010.")
+        if not 0.0 <= self.low <= self.high or self.high <= 0.0:
+            raise BudgetError(
+                f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low < high, in seconds."
+            )
+
+    def probability_below(self, time_s: float) -> float:
+        """P(budget < time_s); strictly below, so that a budget of exactly an exit's cost pays for that exit."""
+        if self.shape in ("empirical", "point"):
+            return float(np.searchsorted(self.samples_s, time_s, side="left")) / len(self.samples_s)
+        return float(self._distribution().cdf(time_s))
+
+    def mean_s(self) -> float:
+        """Mean budget, seconds."""
+        return float(np.mean(self.samples_s)) if self.samples_s else float(self._distribution().mean())
+
+    def density(self, times_s: np.ndarray) -> np.ndarray:
+        """Probability density at the given times, 1/s; for plots. Empirical and point budgets have none and give zeros."""
+        if self.samples_s:
+            return np.zeros_like(times_s)
+        return np.asarray(self._distribution().pdf(times_s))
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Draw budgets, seconds, shape [count]."""
+        random = np.random.default_rng(seed)
+        if self.samples_s:
+            return random.choice(np.asarray(self.samples_s), size=count)
+        return np.asarray(self._distribution().rvs(size=count, random_state=random))
+
+    def _distribution(self) -> Any:
+        return _SHAPES[self.shape](self.low, self.high)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": self.shape, "low": self.low, "high": self.high, "samples_s": list(self.samples_s)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        try:
+            return cls(**{**value, "samples_s": tuple(value["samples_s"])})
+        except (KeyError, TypeError) as error:
+            raise BudgetError(f"this is not a budget ({error!r}).") from error
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls.from_json(read_json(path))
+
+
+def _small_likely(low: float, high: float) -> Any:
+    return stats.truncexpon(b=STEEPNESS, loc=low, scale=(high - low) / STEEPNESS)
+
+
+class _Mirrored:
+    """A distribution on [low, high] read from the other end."""
+
+    def __init__(self, inner: Any, total: float) -> None:
+        self.inner, self.total = inner, total
+
+    def cdf(self, time: float) -> float:
+        return 1.0 - float(self.inner.cdf(self.total - time))
+
+    def pdf(self, times: np.ndarray) -> np.ndarray:
+        return np.asarray(self.inner.pdf(self.total - times))
+
+    def mean(self) -> float:
+        return self.total - float(self.inner.mean())
+
+    def rvs(self, size: int, random_state: np.random.Generator) -> np.ndarray:
+        return self.total - np.asarray(self.inner.rvs(size=size, random_state=random_state))
+
+
+def _normal(low: float, high: float) -> Any:
+    middle, deviation = (low + high) / 2, (high - low) / 6
+    return stats.truncnorm(-3.0, 3.0, loc=middle, scale=deviation)
+
+
+_SHAPES: dict[str, Any] = {
+    "uniform": lambda low, high: stats.uniform(loc=low, scale=high - low),
+    "small_likely": _small_likely,
+    "large_likely": lambda low, high: _Mirrored(_small_likely(low, high), low + high),
+    "normal": _normal,
+    "log_uniform": lambda low, high: stats.loguniform(low, high),
+    "point": None,
+    "empirical": None,
+}
+
+
+def _over(shape: str, low_s: float, high_s: float) -> Budget:
+    if not low_s < high_s:
+        raise BudgetError(f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in seconds.")
+    return Budget(shape=shape, low=float(low_s), high=float(high_s))
+
+
+def uniform(low_s: float, high_s: float) -> Budget:
+    """Every budget between two times is equally likely."""
+    return _over("uniform", low_s, high_s)
+
+
+def small_likely(low_s: float, high_s: float) -> Budget:
+    """Small budgets are likely: density falls exponentially, by exp(4) across the range.
+
+    Source:
+        Impatient DNNs, Table 1. We differ: the paper gives no formula; see STEEPNESS.
+    """
+    return _over("small_likely", low_s, high_s)
+
+
+def large_likely(low_s: float, high_s: float) -> Budget:
+    """Large budgets are likely: the mirror image of `small_likely`."""
+    return _over("large_likely", low_s, high_s)
+
+
+def normal(low_s: float, high_s: float) -> Budget:
+    """Normal around the middle of the range, cut off at three standard deviations, which are its ends."""
+    return _over("normal", low_s, high_s)
+
+
+def log_uniform(low_s: float, high_s: float) -> Budget:
+    """Every order of magnitude between two positive times is equally likely."""
+    positive_seconds(low_s, "lower end of a log-uniform budget")
+    return _over("log_uniform", low_s, high_s)
+
+
+def point(budget_s: float) -> Budget:
+    """Always the same budget."""
+    seconds = positive_seconds(budget_s, "budget")
+    return Budget(shape="point", low=seconds, high=seconds, samples_s=(seconds,))
+
+
+def empirical(budgets_s: Sequence[float]) -> Budget:
+    """The budgets of a log, each as likely as it was frequent."""
+    samples = tuple(sorted(positive_seconds(value, "a logged budget") for value in budgets_s))
+    if not samples:
+        raise BudgetError("the log of budgets is empty; needed: at least one time in seconds.")
+    return Budget(shape="empirical", low=samples[0], high=samples[-1], samples_s=samples)
+
+
+STANDARD = ("uniform", "small_likely", "large_likely", "normal")
+
+
+def standard(horizon_s: float) -> dict[str, Budget]:
+    """The four shapes of Impatient DNNs' Table 1 on [0, horizon]; by convention the time of the whole network."""
+    return {shape: _over(shape, 0.0, horizon_s) for shape in STANDARD}
+
+
+def exit_weights(budget: Budget, costs_s: Sequence[float], *, normalise: bool = False) -> tuple[float, ...]:
+    """Probability that each exit is the deepest one a random budget can pay for.
+
+    Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a caller receives.
+
+    Args:
+        budget: the distribution p(t).
+        costs_s: cumulative cost of each exit, seconds, strictly increasing, length K: `costs.interruptible_s()` when
+            the budget is not known in advance, `costs.contract_s()` when it is.
+        normalise: divide by the sum, so that weights add up to 1. Without it they add up to 1 - P(budget < costs_s[0]),
+            since a budget below the first exit buys no answer.
+    Returns:
+        K weights, shallowest exit first.
+    Raises:
+        CostOrderError: if costs_s does not increase strictly.
+        BudgetError: if no budget can pay for any exit and the weights are to be normalised.
+    Source:
+        Amthor, Rodner, Denzler 2016 (Impatient DNNs): the risk under p(t). With budgets independent of the input it
+        is the sum over exits of P(t[k] <= budget < t[k+1]) times the exit's expected loss.
+    Example:
+        >>> exit_weights(uniform(0.0, 10.0), costs_s=[1.0, 2.0, 4.0, 8.0])
+        (0.1, 0.2, 0.4, 0.2)
+    """
+    costs = check_increasing(costs_s)
+    below = [*(budget.probability_below(cost) for cost in costs), 1.0]
+    weights = tuple(round(after - before, 15) for before, after in itertools.pairwise(below))
+    if not normalise:
+        return weights
+    total = sum(weights)
+    if total <= 0.0:
+        raise BudgetError(
+            f"no budget between {budget.low:g} and {budget.high:g} s pays for the first exit ({costs[0]:g} s); "
+            "use larger budgets or an earlier exit."
+        )
+    return tuple(weight / total for weight in weights)
+
+
+def expected_accuracy(
+    budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float], *, without_answer: float = 0.0
+) -> float:
+    """Accuracy of the answer a caller receives under random budgets.
+
+    Args:
+        costs_s: as in `exit_weights`.
+        accuracies: accuracy of each exit, in [0, 1], length K.
+        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as failures.
+    Source:
+        Impatient DNNs, Table 1's metric.
+    """
+    weights = exit_weights(budget, costs_s)
+    answered = sum(weight * accuracy for weight, accuracy in zip(weights, accuracies, strict=True))
+    return answered + (1.0 - sum(weights)) * without_answer
+
+
+def parse_budget(text: str) -> Budget:
+    """Read a budget from one word: "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or "log:FILE".
+
+    A log is a text file with one budget in milliseconds per line. Milliseconds belong at the door: this is for
+    command lines.
+
+    Example:
+        >>> parse_budget("uniform:0:10").high
+        0.01
+    """
+    shape, _, rest = text.partition(":")
+    try:
+        if shape == "log":
+            return empirical([float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()])
+        numbers = [float(part) / 1e3 for part in rest.split(":")]
+        if shape == "point" and len(numbers) == 1:
+            return point(numbers[0])
+        if shape in _RANGES and len(numbers) == 2:
+            return _RANGES[shape](*numbers)
+    except OSError as error:
+        raise BudgetError(f"cannot read the log of budgets {rest!r}: {error.strerror}.") from error
+    except ValueError as error:
+        if isinstance(error, BudgetError):
+            raise
+        raise BudgetError(f"{text!r} holds something that is not a number ({error}).") from error
+    raise BudgetError(
+        f"cannot read {text!r} as a budget; needed: one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH in milliseconds "
+        "(uniform:0:10), point:T (point:8), or log:FILE."
+    )
+
+
+_RANGES = {
+    "uniform": uniform, "small_likely": small_likely, "large_likely": large_likely,
+    "normal": normal, "log_uniform": log_uniform,
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""Time: a clock that can be replaced, and deadlines as instants on it. Seconds, as float, everywhere."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from impatient.errors import BudgetError
+
+
+class Clock(Protocol):
+    """What the runtime needs to know about time."""
+
+    def now(self) -> float:
+        """Seconds on a monotonic scale with an arbitrary zero."""
+        ...
+
+    def wait(self, changed: threading.Condition, until: float) -> None:
+        """Sleep on a held condition until it is notified or the instant `until` has come."""
+        ...
+
+
+class SystemClock:
+    """The machine's own monotonic clock."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, changed: threading.Condition, until: float) -> None:
+        # threading refuses timeouts above TIMEOUT_MAX; an endless deadline waits for the notification alone
+        timeout = until - time.perf_counter()
+        changed.wait(timeout if timeout < threading.TIMEOUT_MAX else None)
+
+
+class FakeClock:
+    """A clock that stands still until told otherwise, so that tests never sleep.
+
+    Example:
+        >>> clock = FakeClock()
+        >>> clock.advance(0.25)
+        >>> clock.now()
+        0.25
+    """
+
+    def __init__(self, now: float = 0.0) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._sleepers: set[threading.Condition] = set()
+
+    def now(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Move time on and wake whoever waits for an instant."""
+        with self._lock:
+            self._now += seconds
+            sleepers = list(self._sleepers)
+        for changed in sleepers:
+            with changed:
+                changed.notify_all()
+
+    def wait(self, changed: threading.Condition, until: float) -> None:
+        with self._lock:
+            if self._now >= until:
+                return
+            self._sleepers.add(changed)
+        changed.wait()
+        with self._lock:
+            self._sleepers.discard(changed)
+
+
+SYSTEM_CLOCK = SystemClock()
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """An instant on a monotonic clock, stamped once: time spent waiting in a queue counts against it.
+
+    Make one with `Deadline.after(seconds)` where the request comes in and hand it on.
+
+    Example:
+        >>> deadline = Deadline.after(0.008)
+        >>> 0.0 < deadline.remaining() <= 0.008
+        True
+    """
+
+    instant: float
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.instant):
+            raise BudgetError("deadline is NaN; needed: an instant on the clock, in seconds. Use Deadline.after(0.008).")
+
+    @classmethod
+    def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
+        """The instant that lies `seconds` from now.
+
+        Raises:
+            BudgetError: unless `seconds` is a positive number (infinity is allowed and means no limit).
+        """
+        return cls(clock.now() + positive_seconds(seconds, "budget"))
+
+    def remaining(self, clock: Clock = SYSTEM_CLOCK) -> float:
+        """Seconds left; negative once the deadline has passed."""
+        return self.instant - clock.now()
+
+
+NEVER = Deadline(math.inf)
+
+
+def positive_seconds(value: float, what: str) -> float:
+    """Return `value` as float if it is a positive time, else raise a BudgetError that names it."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise BudgetError(f"{what} is {value!r}; needed: a positive number of seconds, such as 0.008.") from None
+    if not seconds > 0.0:
+        raise BudgetError(f"{what} is {value!r} s; needed: a positive number of seconds, such as 0.008 for 8 ms.")
+    return seconds

@@ -1,0 +1,185 @@
+"""Early prediction layers: from the features at a cut to an output, by the features' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import HeadError
+
+Layout = Literal["NCHW", "NHWC", "NTD", "ND"]
+HeadName = Literal["linear", "relu_linear", "mlp", "msdnet"]
+HeadFactory = Callable[["FeatureShape", int], nn.Module]
+
+
+class FeatureShape:
+    """Shape and layout of the features at a cut, without the batch dimension's size.
+
+    Attributes:
+        shape: as seen on the example, batch first.
+        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens.
+        channels: number of features per place.
+    """
+
+    __slots__ = ("channels", "layout", "shape")
+
+    def __init__(self, shape: tuple[int, ...], layout: Layout) -> None:
+        if len(layout) != len(shape):
+            raise HeadError(f"layout {layout} needs {len(layout)} dimensions, but the features have shape {shape}.")
+        self.shape = shape
+        self.layout = layout
+        self.channels = shape[1] if layout == "NCHW" else shape[-1]
+
+    def __repr__(self) -> str:
+        return f"{'x'.join(str(size) for size in self.shape[1:])} {self.layout}"
+
+
+def guess_layout(features: Tensor, module: nn.Module) -> Layout:
+    """Tell what the dimensions of a module's output mean.
+
+    Four dimensions are channels-first unless the module's last layer says otherwise: the width of its last normalisation,
+    linear or convolution is the number of channels.
+
+    Raises:
+        HeadError: for features of other than 2, 3 or 4 dimensions, or that are not floating point.
+    """
+    shape = tuple(features.shape)
+    if not features.is_floating_point():
+        raise HeadError(f"features of type {features.dtype} and shape {shape} are not floating point; cut somewhere else.")
+    if len(shape) == 2:
+        return "ND"
+    if len(shape) == 3:
+        return "NTD"
+    if len(shape) != 4:
+        raise HeadError(
+            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], [B,C,H,W] or [B,H,W,C]. "
+            "Cut somewhere else, or give a head of your own as a callable (FeatureShape, num_classes) -> nn.Module."
+        )
+    width, channels_last = _last_width(module)
+    if width == shape[1] != shape[3]:
+        return "NCHW"
+    if width == shape[3] != shape[1]:
+        return "NHWC"
+    return "NHWC" if channels_last else "NCHW"
+
+
+def _last_width(module: nn.Module) -> tuple[int | None, bool]:
+    """Output width of the last layer with parameters, and whether such layers work on the last dimension."""
+    width, channels_last = None, False
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            width, channels_last = layer.out_channels, False
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            width, channels_last = layer.num_features, False
+        elif isinstance(layer, nn.Linear):
+            width, channels_last = layer.out_features, True
+        elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+            width, channels_last = layer.normalized_shape[0], True
+    return width, channels_last
+
+
+class Pool(nn.Module):
+    """Mean over space or tokens: [B,C,H,W], [B,H,W,C] or [B,T,D] to [B,C]; [B,D] passes."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.layout == "ND":
+            return features
+        dims = {"NCHW": (2, 3), "NHWC": (1, 2), "NTD": (1,)}[self.layout]
+        return features.mean(dims)
+
+    def extra_repr(self) -> str:
+        return self.layout
+
+
+def linear(features: FeatureShape, num_classes: int) -> nn.Module:
+    """Pool and a linear layer: the cheapest head, C x num_classes MACs."""
+    return nn.Sequential(Pool(features.layout), nn.Linear(features.channels, num_classes))
+
+
+def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
+    """ReLU, pool and a linear layer; for pre-activation backbones.
+
+    Source:
+        Anytime Neural Networks (Hu et al.), the head of every experiment.
+    """
+    return nn.Sequential(nn.ReLU(), *linear(features, num_classes).children())
+
+
+def mlp(features: FeatureShape, num_classes: int, hidden: int = 128) -> nn.Module:
+    """Pool, a hidden layer of `hidden` units with ReLU, a linear layer."""
+    return nn.Sequential(
+        Pool(features.layout), nn.Linear(features.channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
+    )
+
+
+class MSDNetHead(nn.Module):
+    """Two 3x3 convolutions of stride 2 to 128 channels, each with batch norm and ReLU, average pooling, a linear layer.
+
+    Source:
+        Huang et al. 2018 (MSDNet). We differ: the pooling is global, so that any resolution fits.
+    """
+
+    def __init__(self, features: FeatureShape, num_classes: int, width: int = 128) -> None:
+        super().__init__()
+        if len(features.layout) != 4:
+            raise HeadError(
+                f"the msdnet head has convolutions and needs [B,C,H,W] or [B,H,W,C] features; these are {features!r}. "
+                "Use heads='linear' or heads='mlp'."
+            )
+        self.to_channels_first = features.layout == "NHWC"
+        self.convolutions = nn.Sequential(*_conv_bn_relu(features.channels, width), *_conv_bn_relu(width, width))
+        self.pool = Pool("NCHW")
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.to_channels_first:
+            features = features.permute(0, 3, 1, 2)
+        return torch.as_tensor(self.classifier(self.pool(self.convolutions(features))))
+
+
+def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+HEADS: dict[str, HeadFactory] = {"linear": linear, "relu_linear": relu_linear, "mlp": mlp, "msdnet": MSDNetHead}
+
+
+def build_head(head: HeadName | HeadFactory, features: FeatureShape, num_classes: int) -> nn.Module:
+    """Build one head, by name or by a callable (FeatureShape, num_classes) -> nn.Module.
+
+    Raises:
+        HeadError: if the name is unknown or the features do not suit the head.
+    """
+    if callable(head):
+        return head(features, num_classes)
+    if head not in HEADS:
+        raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(get_args(HeadName))}, or a callable.")
+    return HEADS[head](features, num_classes)
+
+
+def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) -> None:
+    """Run a head on example features and see that it gives [B, num_classes].
+
+    Raises:
+        HeadError: if it fails or gives something else.
+    """
+    training = head.training
+    try:
+        with torch.no_grad():
+            output = head.eval()(features)
+    except Exception as error:
+        raise HeadError(f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}") from error
+    finally:
+        head.train(training)
+    if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise HeadError(f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}.")
+
+

@@ -1,0 +1,186 @@
+"""A backbone with exits: the network this library is about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError
+from impatient.networks import placement
+from impatient.networks.heads import FeatureShape, HeadFactory, HeadName, Layout, build_head, check_head, guess_layout
+from impatient.networks.stages import Cut, Walk, call_model, install, output_tensor, tapped
+
+log = logging.getLogger(__name__)
+
+
+class MultiExitNetwork(nn.Module):
+    """A backbone and K - 1 heads: an iterator of K exits, shallow to deep. Made by `attach_exits`.
+
+    Attributes:
+        backbone: the user's own model, untouched: same object, parameters, names and state_dict.
+        heads: one head per early exit; the last exit is the backbone's own output.
+        cuts: where the early exits are.
+        num_classes: width of every output.
+    """
+
+    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module], cuts: Sequence[Cut], num_classes: int) -> None:
+        super().__init__()
+        if len(heads) != len(cuts):
+            raise HeadError(f"{len(heads)} heads for {len(cuts)} cuts; needed: one head per early exit.")
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.cuts = tuple(cuts)
+        self.num_classes = num_classes
+        install([backbone.get_submodule(cut.module) for cut in self.cuts])
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.cuts) + 1
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits: the module after which each lies, and "output" for the last."""
+        return (*(str(cut) for cut in self.cuts), "output")
+
+    def forward(self, x: Any) -> tuple[Tensor, ...]:
+        """Outputs of all exits, for training.
+
+        Args:
+            x: what the backbone takes; a mapping is passed as keywords, a tuple or list as positions.
+        Returns:
+            K outputs of shape [B, num_classes], shallow to deep.
+        Raises:
+            ExitNotReached: if this input never came to an exit.
+        """
+        early: dict[int, Tensor] = {}
+
+        def visit(index: int, features: Tensor) -> None:
+            # here and not after the backbone: a later in-place operation may overwrite the features
+            early[index] = self.heads[index](features)
+
+        last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit))
+        missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
+        if missing:
+            raise ExitNotReached(f"this input never came to {', '.join(missing)}; cut at modules that every input calls.")
+        return (*(early[index] for index in range(len(early))), last)
+
+    def exits(self, x: Any, *, keep: bool = False) -> Walk:
+        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is computed.
+
+        Args:
+            x: as for `forward`.
+            keep: copy the features of each exit, so that `output()` may be asked for later.
+        Returns:
+            An iterator of `Exit`; close it, or use it in a `with` block, to stop early.
+
+        Thread:
+            A run belongs to the thread that advances it. Several threads may each run the same network.
+        """
+        return Walk(self.backbone, x, self._cut_map(), [*self.heads, None], keep=keep)
+
+    def _cut_map(self) -> dict[tuple[int, int], int]:
+        # not stored: ids change when the network is copied
+        return {(id(self.backbone.get_submodule(cut.module)), cut.call): index for index, cut in enumerate(self.cuts)}
+
+    def describe(self, x: Any) -> str:
+        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that stages them.
+
+        Args:
+            x: an example input; MACs are per sample.
+        """
+        from impatient.networks.describe import describe
+
+        return describe(self, x)
+
+
+def attach_exits(
+    backbone: nn.Module,
+    *,
+    example: Any,
+    after: Sequence[str] | Literal["auto"] = "auto",
+    count: int = 4,
+    heads: HeadName | HeadFactory | Sequence[HeadName | HeadFactory] = "linear",
+    num_classes: int | None = None,
+    layout: Layout | None = None,
+) -> MultiExitNetwork:
+    """Give a model exits without changing it.
+
+    Args:
+        backbone: any `nn.Module` whose output is [B, num_classes], or holds such a tensor (`logits`).
+        example: an input of the kind the model will see; batch size 1 is enough. A mapping is passed as keywords.
+        after: modules after which to exit, in running order; "block@2" is after the third call of a module called
+            several times. "auto" places the exits at even shares of measured time and logs where.
+        count: with "auto", the number K of exits, the backbone's own output included.
+        heads: "linear" (pool, linear), "relu_linear", "mlp", "msdnet", or a callable (FeatureShape, num_classes) ->
+            nn.Module; or a sequence of these, one per early exit.
+        num_classes: width of the output; by default what the backbone gives on the example.
+        layout: of four-dimensional features, "NCHW" or "NHWC", where the guess is wrong.
+    Returns:
+        A network whose last output equals the untouched backbone's bit for bit.
+    Raises:
+        ExitNotFound, AmbiguousCut, CutOrderError: if `after` cannot be followed.
+        ClassCountMismatch: if the backbone's output does not have `num_classes` columns.
+        HeadError: if no head can be built for the features at a cut.
+    Example:
+        >>> backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)), nn.Linear(8, 3))
+        >>> network = attach_exits(backbone, after=["0", "2"], example=torch.zeros(1, 8))
+        >>> [tuple(output.shape) for output in network(torch.zeros(5, 8))]
+        [(5, 3), (5, 3), (5, 3)]
+    """
+    if not isinstance(backbone, nn.Module):
+        raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
+    classes = _check_classes(backbone, example, num_classes)
+    if isinstance(after, str):
+        if after != "auto":
+            raise HeadError(f"after={after!r} is one string; needed: 'auto' or a list of module names: after=[{after!r}].")
+        cuts = placement.choose(backbone, example, count)
+        log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
+    else:
+        cuts = placement.resolve(backbone, example, after)
+    built = _build_heads(backbone, example, cuts, heads, classes, layout)
+    return MultiExitNetwork(backbone, built, cuts, classes)
+
+
+def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -> int:
+    with placement.evaluating(backbone), torch.no_grad():
+        output = output_tensor(call_model(backbone, example))
+    if output.dim() != 2:
+        raise ClassCountMismatch(
+            f"the backbone gives an output of shape {tuple(output.shape)}; needed: [B, num_classes]. Wrap it in a module "
+            "that pools or picks what you classify."
+        )
+    if num_classes is not None and output.shape[1] != num_classes:
+        raise ClassCountMismatch(
+            f"the backbone gives {output.shape[1]} classes, but num_classes={num_classes} was asked for. Build the backbone "
+            f"with {num_classes} classes, or replace its last layer; its weights for {output.shape[1]} classes do not fit."
+        )
+    return int(output.shape[1])
+
+
+def _build_heads(
+    backbone: nn.Module,
+    example: Any,
+    cuts: Sequence[Cut],
+    heads: HeadName | HeadFactory | Sequence[HeadName | HeadFactory],
+    num_classes: int,
+    layout: Layout | None,
+) -> list[nn.Module]:
+    kinds: list[Any] = [heads] * len(cuts) if isinstance(heads, str) or callable(heads) else list(heads)
+    if len(kinds) != len(cuts):
+        raise HeadError(f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit.")
+    traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
+    built = []
+    for cut, kind in zip(cuts, kinds, strict=True):
+        features = traced.features.get((cut.module, cut.call))
+        if features is None:
+            raise HeadError(f"module {str(cut)!r} gives no tensor; cut at a module that does.")
+        guessed = guess_layout(features, backbone.get_submodule(cut.module))
+        shape = FeatureShape(tuple(features.shape), layout if layout and features.dim() == 4 else guessed)
+        head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
+        check_head(head, features, num_classes, str(cut))
+        built.append(head)
+    return built

@@ -1,0 +1,232 @@
+"""Where exits may go and where they go by themselves: by structure and measured cost, never by a library's module names."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
+from impatient.networks.heads import guess_layout
+from impatient.networks.stages import Cut, call_model, first_tensor
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_SILENT = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.MaxPool2d, nn.AvgPool2d, nn.MaxPool1d)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one forward pass on the example called, in order: names with call numbers, when each ended, what it gave."""
+
+    ended_s: Mapping[tuple[str, int], float]
+    features: Mapping[tuple[str, int], Tensor]
+    total_s: float
+
+    def calls(self, name: str) -> int:
+        return sum(1 for module, _ in self.ended_s if module == name)
+
+
+def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = True) -> Trace:
+    """Run the model once in eval mode without gradients and note the named modules' calls, end times and outputs.
+
+    Args:
+        features: keep a copy of each output; leave it out when the times matter.
+    """
+    ended: dict[tuple[str, int], float] = {}
+    outputs: dict[tuple[str, int], Tensor] = {}
+    calls: Counter[str] = Counter()
+    modules = dict(model.named_modules())
+
+    def note(name: str, output: Any) -> None:
+        key = (name, calls[name])
+        calls[name] += 1
+        ended[key] = time.perf_counter()
+        if features:
+            with contextlib.suppress(NetworkError):  # no tensor in it: it can be listed, but not cut
+                outputs[key] = first_tensor(output).detach().clone()
+
+    hooks = [modules[name].register_forward_hook(lambda _m, _a, output, name=name: note(name, output)) for name in names]
+    try:
+        with evaluating(model), torch.no_grad():
+            begin = time.perf_counter()
+            call_model(model, x)
+            total = time.perf_counter() - begin
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Trace({key: at - begin for key, at in ended.items()}, outputs, total)
+
+
+class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
+    """Put a model in eval mode and, on leaving, every module back in the mode it was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = {module: module.training for module in model.modules()}
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+
+
+def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
+    """Turn names given by a user into cuts, in the order in which the model runs.
+
+    Raises:
+        ExitNotFound: if a name is no module of the model, or the example never calls it.
+        AmbiguousCut: if a module is called several times and the name does not say which call.
+        CutOrderError: if the names are not in running order, or one is named twice.
+    """
+    modules = dict(model.named_modules())
+    wanted = [Cut.parse(name) for name in after]
+    for name, _ in wanted:
+        if name not in modules or name == "":
+            raise ExitNotFound(
+                f"no module {name!r} in {type(model).__name__}; candidates: {', '.join(_similar(name, model)) or 'none'}."
+            )
+    traced = trace(model, x, sorted({name for name, _ in wanted}))
+    cuts = [_one_cut(name, call, traced) for name, call in wanted]
+    order = list(traced.ended_s)
+    running = sorted(cuts, key=lambda cut: order.index((cut.module, cut.call)))
+    if cuts != running or len(set(cuts)) < len(cuts):
+        right = list(dict.fromkeys(str(cut) for cut in running))
+        raise CutOrderError(f"exits go from shallow to deep, each once; given: {list(after)}; in running order: {right}.")
+    return cuts
+
+
+def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
+    calls = traced.calls(name)
+    if calls == 0:
+        raise ExitNotFound(f"module {name!r} exists, but the example never calls it; choose one that every input calls.")
+    if call is None and calls > 1:
+        choices = ", ".join(f"{name}@{index}" for index in range(calls))
+        raise AmbiguousCut(f"module {name!r} is called {calls} times in one pass; say after which call: {choices}.")
+    if call is not None and call >= calls:
+        raise ExitNotFound(f"module {name!r} is called {calls} times on the example; there is no {name}@{call}.")
+    return Cut(name, call or 0)
+
+
+def _similar(name: str, model: nn.Module) -> list[str]:
+    """Names a user may have meant: close in spelling, or else the blocks an exit would go to by itself."""
+    import difflib
+
+    names = [entry for entry, _ in model.named_modules() if entry]
+    blocks = [entry for level in _levels(model) for entry in level]
+    top = [entry for entry in names if "." not in entry]
+    return list(dict.fromkeys([*difflib.get_close_matches(name, names, n=4), *top, *blocks]))[:12]
+
+
+def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
+    """Place count - 1 cuts at even shares of measured time among the blocks of the model's repeated structure.
+
+    Raises:
+        ExitNotFound: if the model has fewer places than that.
+    """
+    if count < 1:
+        raise ExitNotFound(f"count={count}; needed: at least 1 exit (the last exit is the backbone's own output).")
+    if count == 1:
+        return []
+    candidates: list[Cut] = []
+    for level in _levels(model):
+        usable = _usable(model, x, level)
+        if len(usable) > len(candidates):
+            candidates = usable
+        if len(candidates) >= count - 1:
+            break
+    if len(candidates) < count - 1:
+        raise ExitNotFound(
+            f"{type(model).__name__} has {len(candidates)} places for early exits that could be found by structure "
+            f"({', '.join(map(str, candidates)) or 'none'}); asked for {count - 1}. Lower count, or name modules with "
+            "after=[...]."
+        )
+    return [candidates[index] for index in _even(_shares(model, x, candidates, repeats), count)]
+
+
+def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
+    """Calls of blocks whose features a head can read and that are not the last thing the model does, in running order."""
+    modules = dict(model.named_modules())
+    traced = trace(model, x, names)
+    batch = _batch_size(x)
+    usable = []
+    for (name, call), features in traced.features.items():
+        try:
+            guess_layout(features, modules[name])
+        except HeadError:
+            continue
+        if features.shape[0] == batch and traced.ended_s[name, call] < 0.995 * traced.total_s:
+            usable.append(Cut(name, call))
+    return usable
+
+
+def _batch_size(x: Any) -> int:
+    return int(first_tensor(x).shape[0])
+
+
+def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:
+    """Share of the whole time that has passed at each cut; the least of several runs, the first left out."""
+    names = sorted({cut.module for cut in cuts})
+    runs = [trace(model, x, names, features=False) for _ in range(repeats + 1)][1:]
+    total = min(run.total_s for run in runs)
+    return [min(run.ended_s[cut.module, cut.call] for run in runs) / total for cut in cuts]
+
+
+def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
+    """Indices of the shares that lie nearest to 1/count, 2/count, ..., in order and without repeats."""
+    targets = [index / count for index in range(1, count)]
+    # dynamic programme over (targets, shares): least sum of squared distances of an increasing assignment
+    best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] * (len(shares) + 1)]
+    for row, target in enumerate(targets, start=1):
+        line: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
+        for column, share in enumerate(shares, start=1):
+            before, chosen = best[row - 1][column - 1]
+            taken = (before + (share - target) ** 2, (*chosen, column - 1))
+            line.append(min(line[-1], taken, key=lambda entry: entry[0]))
+        best.append(line)
+    return best[-1][-1][1]
+
+
+def _levels(model: nn.Module) -> Iterator[list[str]]:
+    """Lists of block names, coarse to fine: outermost repeated blocks first, then the blocks inside them, ..."""
+    blocks = list(_blocks("", model))
+    while blocks:
+        yield [name for name, _ in blocks]
+        inner = [list(_blocks(f"{name}.", block)) or [(name, block)] for name, block in blocks]
+        finer = list(itertools.chain.from_iterable(inner))
+        if finer == blocks:
+            break
+        blocks = finer
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _SILENT) and type(model.get_submodule(name.rpartition(".")[0])) is nn.Sequential
+    ]
+    if layers:
+        yield layers
+
+
+def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost blocks: composite members of plain containers, and composite siblings of one class."""
+    children = list(module.named_children())
+    composite = [(name, child) for name, child in children if next(child.children(), None) is not None]
+    repeated = any(n > 1 for n in Counter(type(child) for _, child in composite if type(child) not in _CONTAINERS).values())
+    for name, child in composite:
+        if type(child) in _CONTAINERS and _has_blocks(child):
+            yield from _blocks(f"{prefix}{name}.", child)
+        elif type(module) in _CONTAINERS or repeated:
+            yield f"{prefix}{name}", child
+        else:
+            yield from _blocks(f"{prefix}{name}.", child)
+
+
+def _has_blocks(container: nn.Module) -> bool:
+    return any(next(child.children(), None) is not None for child in container.children())

@@ -1,0 +1,190 @@
+"""Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet", "package.module:factory".
+
+Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16". Weights are loaded by
+those libraries' own loaders.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from impatient.errors import ModelSpecError
+from impatient.networks.resnet import PreActResNet
+
+log = logging.getLogger(__name__)
+
+OWN: dict[str, Callable[..., nn.Module]] = {"resnet": PreActResNet}
+
+
+def load_model(spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
+    """Build the model a spec string names.
+
+    Args:
+        spec: "SOURCE:NAME" or "SOURCE:NAME:key=value,key=value". SOURCE is torchvision, timm, transformers, impatient, or a
+            Python module whose attribute NAME is a factory that returns an `nn.Module`.
+        num_classes: passed on where the source knows the option and the spec does not set it.
+        in_channels: likewise, for image models that take it.
+    Raises:
+        ModelSpecError: if the spec cannot be read, the library is missing or the factory fails.
+    Example:
+        >>> load_model("impatient:resnet:n=1,c=8", num_classes=10).classifier.out_features
+        10
+    """
+    source, name, options = _parse(spec)
+    known = {"num_classes": num_classes, "in_channels": in_channels}
+    try:
+        model = _SOURCES.get(source, _from_module)(source, name, options, known)
+    except ModelSpecError:
+        raise
+    except ImportError as error:
+        raise ModelSpecError(f"{spec!r} needs a package that cannot be imported: {error}. {_remedy(source)}") from error
+    except Exception as error:
+        raise ModelSpecError(f"{spec!r} could not be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(f"{spec!r} returned a {type(model).__name__}; needed: a torch.nn.Module.")
+    return model
+
+
+def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
+    source, colon, rest = spec.partition(":")
+    name, _, options = rest.partition(":")
+    if not (source and colon and name):
+        raise ModelSpecError(
+            f"cannot read the model spec {spec!r}; needed: SOURCE:NAME, such as impatient:resnet, torchvision:resnet50, "
+            "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
+        )
+    parsed: dict[str, Any] = {}
+    for entry in filter(None, options.split(",")):
+        key, equals, value = entry.partition("=")
+        if not equals or not key.isidentifier():
+            raise ModelSpecError(f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5.")
+        parsed[key] = _literal(value)
+    return source, name, parsed
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _remedy(source: str) -> str:
+    extra = {"torchvision": "vision", "timm": "vision", "transformers": "text"}.get(source)
+    return f"Install it with: pip install 'impatient[{extra}]'." if extra else "Is it installed, or in this folder?"
+
+
+def _accepted(factory: Callable[..., Any], options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """The options, and of what is known that which the factory takes by name."""
+    parameters = inspect.signature(factory).parameters
+    given = {key: value for key, value in known.items() if value is not None and key in parameters}
+    return {**given, **options}
+
+
+def _own(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
+    if name not in OWN:
+        raise ModelSpecError(f"no network {name!r} in {source}; needed: one of {', '.join(sorted(OWN))}.")
+    return OWN[name](**_accepted(OWN[name], options, known))
+
+
+def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+    models = import_torchvision().models
+    if name not in models.list_models():
+        raise ModelSpecError(f"torchvision has no model {name!r}. {_near(name, models.list_models())}")
+    options = {**({"num_classes": known["num_classes"]} if known["num_classes"] else {}), **options}
+    if options.get("weights"):
+        options.pop("num_classes", None)  # pretrained weights decide the number of classes
+    if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False, "aux_logits": False, **options} if not options.get("weights") else options
+    return models.get_model(name, **options)
+
+
+def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+    import_torchvision()  # timm imports it, and would fail where only the repair below helps
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ModelSpecError(f"timm has no model {name!r}. {_near(name, timm.list_models())}")
+    given = {"num_classes": known["num_classes"], "in_chans": known["in_channels"]}
+    return timm.create_model(name, **{**{key: value for key, value in given.items() if value is not None}, **options})
+
+
+def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration class ("transformers:BertConfig")
+    or from a local config file ("transformers:path/config.json").
+    """
+    import transformers
+
+    text = bool(options.pop("text", False))
+    labels = {"num_labels": known["num_classes"]} if known["num_classes"] else {}
+    if name.endswith("Config") and hasattr(transformers, name):
+        config = getattr(transformers, name)(**{**labels, **options})
+    elif name.endswith(".json"):
+        config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
+    else:
+        config = None
+    if config is not None:
+        return _auto_class(transformers, config, text).from_config(config)
+    config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
+    return _auto_class(transformers, config, text).from_pretrained(name, config=config)
+
+
+def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
+    images = transformers.AutoModelForImageClassification
+    if not text and type(config) in images._model_mapping:
+        return images
+    return transformers.AutoModelForSequenceClassification
+
+
+def _from_module(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a user's own module usually lies in the working folder
+        sys.path.insert(0, here)
+    module = importlib.import_module(source)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        public = [entry for entry in dir(module) if not entry.startswith("_") and callable(getattr(module, entry))]
+        raise ModelSpecError(f"{source} has no factory {name!r}; callable there: {', '.join(public[:12]) or 'nothing'}.")
+    return factory(**_accepted(factory, options, known))
+
+
+def _near(name: str, names: list[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, names, n=5)
+    return f"Near it: {', '.join(near)}." if near else f"It has {len(names)} others."
+
+
+_SOURCES: dict[str, Callable[..., Any]] = {
+    "impatient": _own, "torchvision": _torchvision, "timm": _timm, "transformers": _transformers,
+}  # fmt: skip
+
+
+def import_torchvision() -> Any:
+    """Import torchvision, and where its compiled operators do not match this torch, without them.
+
+    PyPI's torchvision is built for CUDA torch; beside a CPU-only torch its import fails because torchvision::nms is not
+    registered. Declaring the two operators that import needs makes every classification model work.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    import torch
+
+    log.info("torchvision was built for another torch; using it without its compiled operators (no detection models)")
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+        del sys.modules[module]  # left over from the import that failed
+    return importlib.import_module("torchvision")

@@ -1,0 +1,349 @@
+"""Cutting a model nobody rewrote: its untouched forward runs in a greenlet that pauses in a hook at every cut.
+
+Nothing of the model is copied, traced or replaced. A paused run can be resumed or thrown away; it must stay on the thread
+that started it. What a pause would leak is put right here:
+
+* grad, inference and autocast state that the model's forward has entered is kept out of the caller, and the caller's out
+  of the model, at every switch (`_ThreadState`);
+* an abandoned run unwinds (`Walk.close`), so that its activations are freed;
+* an operation after a cut may overwrite the features in place, so they are used before the run goes on, or copied
+  (`keep=True`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ExitPassed, NetworkError
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A place after a module's n-th call in one forward pass (0 for modules that are called once)."""
+
+    module: str
+    call: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.module}@{self.call}" if self.call else self.module
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[str, int | None]:
+        """Split "name" or "name@2" into the name and the call, None when it is not given."""
+        name, at, call = text.rpartition("@")
+        return (name, int(call)) if at and call.isdigit() else (text, None)
+
+
+CutMap = Mapping[tuple[int, int], int]  # (id of the module, call) -> exit index
+Head = Callable[[Tensor], Tensor]
+
+
+def call_model(model: Callable[..., Any], x: Any) -> Any:
+    """Call a model on one input: a mapping as keywords, a tuple or list as positions, anything else as it is."""
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, (tuple, list)):
+        return model(*x)
+    return model(x)
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The tensor a module's output stands for: itself, or the first one of a tuple, list, mapping or dataclass.
+
+    Raises:
+        NetworkError: if there is none.
+    """
+    if isinstance(value, Tensor):
+        return value
+    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            return entry
+    raise NetworkError(
+        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a tensor, or a tuple, list or "
+        "mapping that holds one. Cut somewhere else."
+    )
+
+
+def output_tensor(value: Any) -> Tensor:
+    """The backbone's output as one tensor: itself, its `logits` (Hugging Face, torchvision's auxiliary outputs), or the
+    first tensor in it.
+    """
+    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+    return logits if isinstance(logits, Tensor) else first_tensor(value)
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
+
+
+def _autocast_state() -> list[tuple[bool, torch.dtype]]:
+    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+
+
+class _ThreadState:
+    """Grad, inference and autocast state of this thread, taken at creation; `restore` puts it back, once.
+
+    An inference-mode guard remembers on entry the thread's whole autograd state and puts exactly that back on exit, in
+    whatever order guards are left; that is what makes it fit to hold the state. The autocast settings are plain values.
+    """
+
+    __slots__ = ("_autocast", "_cache", "_guard")
+
+    def __init__(self) -> None:
+        self._autocast = _autocast_state()
+        self._cache = torch.is_autocast_cache_enabled()
+        self._guard = torch.inference_mode(torch.is_inference_mode_enabled())
+        self._guard.__enter__()
+
+    def restore(self) -> None:
+        self._guard.__exit__(None, None, None)
+        if self._autocast != _autocast_state() or self._cache != torch.is_autocast_cache_enabled():
+            torch.set_autocast_cache_enabled(self._cache)
+            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self._autocast, strict=True):
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+
+
+class _Ambient(NamedTuple):
+    """The modes a run began in; its heads run in them too, wherever they are asked for."""
+
+    grad: bool
+    inference: bool
+    autocast: list[tuple[bool, torch.dtype]]
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_state())
+
+    def call(self, head: Head, features: Tensor) -> Tensor:
+        if _Ambient.now() == self:
+            return head(features)
+        with contextlib.ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(self.inference))
+            modes.enter_context(torch.set_grad_enabled(self.grad))
+            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.autocast, strict=True):
+                modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            return head(features)
+
+
+class Exit:
+    """One exit of a run: the stage up to it has just been computed, its head has not.
+
+    Attributes:
+        index: 0-based, shallow to deep.
+        features: what the head sees, and what a gate may look at before the head is paid; at the last exit the
+            backbone's own output.
+    """
+
+    __slots__ = ("_head", "_kept", "_output", "_walk", "features", "index")
+
+    def __init__(self, index: int, features: Tensor, head: Head | None, walk: Walk, kept: bool) -> None:
+        self.index = index
+        self.features = features
+        self._head = head
+        self._walk = walk
+        self._kept = kept
+        self._output: Tensor | None = features if head is None else None
+
+    def output(self) -> Tensor:
+        """Compute the head, once; ask before the run goes on.
+
+        Returns:
+            Output of this exit, shape [B, num_classes]; before softmax.
+        Raises:
+            ExitPassed: if the run has moved on, since the features may have been overwritten in place. Use
+                `network.exits(x, keep=True)` to ask later.
+        """
+        if self._output is None:
+            if self._walk.position != self.index and not self._kept:
+                raise ExitPassed(
+                    f"exit {self.index} was passed (the run is at exit {self._walk.position}), and its features may have "
+                    "been overwritten. Call output() before the next exit, or start with network.exits(x, keep=True)."
+                )
+            assert self._head is not None
+            self._output = self._walk.ambient.call(self._head, self.features)
+        return self._output
+
+    def __repr__(self) -> str:
+        state = "computed" if self._output is not None else "not computed"
+        return f"Exit(index={self.index}, features={tuple(self.features.shape)}, output={state})"
+
+
+class _Forward(greenlet.greenlet):
+    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that owns it."""
+
+    cuts: CutMap
+    calls: dict[int, int]
+    closing: bool
+
+    def reached(self, module: nn.Module, output: Any) -> None:
+        key = id(module)
+        call = self.calls.get(key, 0)
+        self.calls[key] = call + 1
+        index = self.cuts.get((key, call))
+        if index is None:
+            return
+        if not self.closing:
+            self.parent.switch((index, first_tensor(output)))
+        if self.closing:  # thrown in above, and again if the model's own code swallowed it
+            raise greenlet.GreenletExit
+
+
+class _Taps(threading.local):
+    """What a plain forward does at the cuts, on this thread; empty when no such forward is under way."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], None]]] = []
+
+
+_taps = _Taps()
+
+
+def _at_cut(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a forward hook
+    """The one forward hook this library installs; stateless, so that networks can be copied and shared by threads."""
+    current = greenlet.getcurrent()
+    if isinstance(current, _Forward):
+        current.reached(module, output)
+    elif _taps.stack:
+        cuts, calls, visit = _taps.stack[-1]
+        key = id(module)
+        call = calls.get(key, 0)
+        calls[key] = call + 1
+        index = cuts.get((key, call))
+        if index is not None:
+            visit(index, first_tensor(output))
+
+
+def install(modules: Sequence[nn.Module]) -> None:
+    """Put the hook on the modules that are cut, where it is not there yet."""
+    for module in modules:
+        if _at_cut not in module._forward_hooks.values():
+            module.register_forward_hook(_at_cut)
+
+
+def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], None]) -> Any:
+    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact."""
+    _taps.stack.append((cuts, {}, visit))
+    try:
+        # a forward started inside another network's staged run must reach its own taps, not that run
+        return greenlet.greenlet(lambda: call_model(model, x)).switch() if _inside_a_run() else call_model(model, x)
+    finally:
+        _taps.stack.pop()
+
+
+def _inside_a_run() -> bool:
+    return isinstance(greenlet.getcurrent(), _Forward)
+
+
+class Walk(Iterator[Exit]):
+    """One staged run: an iterator of exits that computes a stage when asked for the next one.
+
+    Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is dropped closes itself.
+    An exit that this input never comes to (control flow that depends on the data) is left out.
+
+    Thread:
+        Must be advanced and closed on the thread that first advanced it.
+    """
+
+    def __init__(self, model: nn.Module, x: Any, cuts: CutMap, heads: Sequence[Head | None], *, keep: bool = False) -> None:
+        self.position = -1
+        self.ambient = _Ambient.now()
+        self._model, self._x = model, x
+        self._cuts, self._heads, self._keep = cuts, heads, keep
+        self._last = len(heads) - 1
+        self._runner: _Forward | None = None
+        self._inside: _ThreadState | None = None  # the model's thread state while it is paused
+        self._finished = False
+
+    def __next__(self) -> Exit:
+        if self._finished:
+            raise StopIteration
+        try:
+            index, value = self._resume()
+        except BaseException:
+            self._finished = True
+            raise
+        self.position = index
+        if index == self._last:
+            self._finished = True
+            return Exit(index, value, None, self, True)
+        return Exit(index, value.clone() if self._keep else value, self._heads[index], self, self._keep)
+
+    def _resume(self) -> tuple[int, Tensor]:
+        """Run the model to its next cut or its end, with its own thread state, and put the caller's back."""
+        started = self._runner is not None
+        outside = _ThreadState()
+        try:
+            if started:
+                assert self._inside is not None and self._runner is not None
+                self._inside.restore()
+                self._inside = None
+                self._runner.parent = greenlet.getcurrent()
+                result = self._runner.switch()
+            else:
+                torch.set_grad_enabled(self.ambient.grad)  # the guard that took the state has changed it
+                self._runner = _start(self._cuts)
+                result = self._runner.switch(self._model, self._x)
+            if self._runner.dead:
+                result = (self._last, output_tensor(result))
+                self._model = self._x = None  # type: ignore[assignment]  nothing is kept alive by a finished run
+            else:
+                self._inside = _ThreadState()
+            return result
+        finally:
+            outside.restore()
+
+    def close(self) -> None:
+        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        self._finished = True
+        runner, self._runner = self._runner, None
+        if runner is None or runner.dead:
+            return
+        runner.closing = True
+        outside = _ThreadState()
+        try:
+            if self._inside is not None:
+                self._inside.restore()
+                self._inside = None
+            runner.parent = greenlet.getcurrent()
+            runner.throw(greenlet.GreenletExit)
+        finally:
+            outside.restore()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        runner = self._runner
+        if runner is None or runner.dead:
+            return
+        try:
+            self.close()
+        except greenlet.error:  # dropped on another thread, which cannot unwind it
+            import warnings
+
+            warnings.warn(
+                "a staged run was dropped on another thread than its own and keeps its memory; close() it there.",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+def _start(cuts: CutMap) -> _Forward:
+    runner = _Forward(call_model)
+    runner.cuts, runner.calls, runner.closing = cuts, {}, False
+    # greenlets begin with an empty context; the model must see the caller's context variables
+    runner.gr_context = contextvars.copy_context()
+    return runner
