@@ -134,6 +134,11 @@ def fingerprint_bytes(*parts: bytes) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_structure(tensors: Mapping[str, Tensor]) -> str:
+    """Short hash of named tensors without their values: names, types and shapes."""
+    return fingerprint_bytes(*(f"{name}{value.dtype}{tuple(value.shape)};".encode() for name, value in tensors.items()))
+
+
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Short hash of named tensors: names, types, shapes and every byte."""
     import torch

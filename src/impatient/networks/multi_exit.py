@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError
 from impatient.networks import placement
-from impatient.networks.heads import FeatureShape, HeadFactory, HeadName, Layout, build_head, check_head, guess_layout
-from impatient.networks.stages import Cut, Walk, call_model, install, output_tensor, tapped
+from impatient.networks.heads import FeatureShape, HeadFactory, HeadName, Layout, Pool, build_head, check_head, guess_layout
+from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +24,20 @@ class MultiExitNetwork(nn.Module):
         backbone: the user's own model, untouched: same object, parameters, names and state_dict.
         heads: one head per early exit; the last exit is the backbone's own output.
         cuts: where the early exits are.
+        layouts: what the dimensions of each early exit's features mean.
         num_classes: width of every output.
     """
 
-    def __init__(self, backbone: nn.Module, heads: Sequence[nn.Module], cuts: Sequence[Cut], num_classes: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, heads: Sequence[nn.Module], cuts: Sequence[Cut], layouts: Sequence[Layout], num_classes: int
+    ) -> None:
         super().__init__()
-        if len(heads) != len(cuts):
-            raise HeadError(f"{len(heads)} heads for {len(cuts)} cuts; needed: one head per early exit.")
+        if not len(heads) == len(cuts) == len(layouts):
+            raise HeadError(f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per early exit.")
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
         self.cuts = tuple(cuts)
+        self.layouts = tuple(layouts)
         self.num_classes = num_classes
         install([backbone.get_submodule(cut.module) for cut in self.cuts])
 
@@ -81,6 +85,12 @@ class MultiExitNetwork(nn.Module):
             A run belongs to the thread that advances it. Several threads may each run the same network.
         """
         return Walk(self.backbone, x, self._cut_map(), [*self.heads, None], keep=keep)
+
+    def pooled(self, exit: Exit) -> Tensor:
+        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
+        if exit.index == len(self.cuts):
+            return exit.features
+        return Pool(self.layouts[exit.index])(exit.features)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
@@ -141,8 +151,8 @@ def attach_exits(
         log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
     else:
         cuts = placement.resolve(backbone, example, after)
-    built = _build_heads(backbone, example, cuts, heads, classes, layout)
-    return MultiExitNetwork(backbone, built, cuts, classes)
+    built, layouts = _build_heads(backbone, example, cuts, heads, classes, layout)
+    return MultiExitNetwork(backbone, built, cuts, layouts, classes)
 
 
 def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -> int:
@@ -168,12 +178,12 @@ def _build_heads(
     heads: HeadName | HeadFactory | Sequence[HeadName | HeadFactory],
     num_classes: int,
     layout: Layout | None,
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], list[Layout]]:
     kinds: list[Any] = [heads] * len(cuts) if isinstance(heads, str) or callable(heads) else list(heads)
     if len(kinds) != len(cuts):
         raise HeadError(f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit.")
     traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
-    built = []
+    built, layouts = [], []
     for cut, kind in zip(cuts, kinds, strict=True):
         features = traced.features.get((cut.module, cut.call))
         if features is None:
@@ -183,4 +193,5 @@ def _build_heads(
         head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
         check_head(head, features, num_classes, str(cut))
         built.append(head)
-    return built
+        layouts.append(shape.layout)
+    return built, layouts

@@ -89,6 +89,12 @@ def _autocast_state() -> list[tuple[bool, torch.dtype]]:
     return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
 
 
+def _set_autocast(state: Sequence[tuple[bool, torch.dtype]]) -> None:
+    for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, state, strict=True):
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
+
+
 class _ThreadState:
     """Grad, inference and autocast state of this thread, taken at creation; `restore` puts it back, once.
 
@@ -108,13 +114,11 @@ class _ThreadState:
         self._guard.__exit__(None, None, None)
         if self._autocast != _autocast_state() or self._cache != torch.is_autocast_cache_enabled():
             torch.set_autocast_cache_enabled(self._cache)
-            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self._autocast, strict=True):
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
+            _set_autocast(self._autocast)
 
 
 class _Ambient(NamedTuple):
-    """The modes a run began in; its heads run in them too, wherever they are asked for."""
+    """The modes a run was asked for in; its model and its heads run in them, wherever they are advanced."""
 
     grad: bool
     inference: bool
@@ -134,6 +138,21 @@ class _Ambient(NamedTuple):
                 modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             return head(features)
 
+    def begin(self, model: nn.Module, x: Any) -> Any:
+        """Call the model; for use in a greenlet, whose caller puts the whole thread state back."""
+        with torch.inference_mode(self.inference):
+            torch.set_grad_enabled(self.grad)
+            _set_autocast(self.autocast)
+            return call_model(model, x)
+
+
+@dataclass(slots=True)
+class _Run:
+    """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not keep the run alive."""
+
+    ambient: _Ambient
+    position: int | None = -1  # the exit whose features are intact; None once the run has failed in a later stage
+
 
 class Exit:
     """One exit of a run: the stage up to it has just been computed, its head has not.
@@ -144,13 +163,13 @@ class Exit:
             backbone's own output.
     """
 
-    __slots__ = ("_head", "_kept", "_output", "_walk", "features", "index")
+    __slots__ = ("_head", "_kept", "_output", "_run", "features", "index")
 
-    def __init__(self, index: int, features: Tensor, head: Head | None, walk: Walk, kept: bool) -> None:
+    def __init__(self, index: int, features: Tensor, head: Head | None, run: _Run, kept: bool) -> None:
         self.index = index
         self.features = features
         self._head = head
-        self._walk = walk
+        self._run = run
         self._kept = kept
         self._output: Tensor | None = features if head is None else None
 
@@ -164,13 +183,14 @@ class Exit:
                 `network.exits(x, keep=True)` to ask later.
         """
         if self._output is None:
-            if self._walk.position != self.index and not self._kept:
+            if self._run.position != self.index and not self._kept:
+                now = "failed in a later stage" if self._run.position is None else f"is at exit {self._run.position}"
                 raise ExitPassed(
-                    f"exit {self.index} was passed (the run is at exit {self._walk.position}), and its features may have "
-                    "been overwritten. Call output() before the next exit, or start with network.exits(x, keep=True)."
+                    f"exit {self.index} was passed (the run {now}), and its features may have been overwritten. "
+                    "Call output() before the next exit, or start with network.exits(x, keep=True)."
                 )
             assert self._head is not None
-            self._output = self._walk.ambient.call(self._head, self.features)
+            self._output = self._run.ambient.call(self._head, self.features)
         return self._output
 
     def __repr__(self) -> str:
@@ -234,14 +254,15 @@ def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor]
     """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact."""
     _taps.stack.append((cuts, {}, visit))
     try:
+        current = greenlet.getcurrent()
+        if not isinstance(current, _Forward):
+            return call_model(model, x)
         # a forward started inside another network's staged run must reach its own taps, not that run
-        return greenlet.greenlet(lambda: call_model(model, x)).switch() if _inside_a_run() else call_model(model, x)
+        apart = greenlet.greenlet(call_model)
+        apart.gr_context = current.gr_context
+        return apart.switch(model, x)
     finally:
         _taps.stack.pop()
-
-
-def _inside_a_run() -> bool:
-    return isinstance(greenlet.getcurrent(), _Forward)
 
 
 class Walk(Iterator[Exit]):
@@ -255,58 +276,64 @@ class Walk(Iterator[Exit]):
     """
 
     def __init__(self, model: nn.Module, x: Any, cuts: CutMap, heads: Sequence[Head | None], *, keep: bool = False) -> None:
-        self.position = -1
-        self.ambient = _Ambient.now()
+        self._run = _Run(_Ambient.now())
         self._model, self._x = model, x
         self._cuts, self._heads, self._keep = cuts, heads, keep
         self._last = len(heads) - 1
-        self._runner: _Forward | None = None
+        self._runner: _Forward | None = None  # None before the first stage and after the last
+        self._owner: threading.Thread | None = None
         self._inside: _ThreadState | None = None  # the model's thread state while it is paused
         self._finished = False
 
     def __next__(self) -> Exit:
         if self._finished:
             raise StopIteration
+        self._check_thread()
         try:
             index, value = self._resume()
+            kept = self._run.ambient.call(torch.clone, value) if self._keep and index != self._last else value
         except BaseException:
             self._finished = True
+            self._run.position = None  # what failed may have overwritten the features first
             raise
-        self.position = index
-        if index == self._last:
-            self._finished = True
-            return Exit(index, value, None, self, True)
-        return Exit(index, value.clone() if self._keep else value, self._heads[index], self, self._keep)
+        self._run.position = index
+        self._finished = index == self._last
+        return Exit(index, kept, self._heads[index], self._run, self._keep)
+
+    def _check_thread(self) -> None:
+        """Refuse before anything is touched: greenlet itself crashes where the other thread has ended."""
+        if self._runner is not None and self._owner is not threading.current_thread():
+            raise greenlet.error("a staged run can only be advanced and closed on the thread that first advanced it.")
 
     def _resume(self) -> tuple[int, Tensor]:
         """Run the model to its next cut or its end, with its own thread state, and put the caller's back."""
-        started = self._runner is not None
         outside = _ThreadState()
         try:
-            if started:
-                assert self._inside is not None and self._runner is not None
+            if self._runner is None:
+                self._owner = threading.current_thread()
+                self._runner = _start(self._run.ambient.begin, self._cuts)
+                result = self._runner.switch(self._model, self._x)
+            else:
+                assert self._inside is not None
                 self._inside.restore()
                 self._inside = None
                 self._runner.parent = greenlet.getcurrent()
                 result = self._runner.switch()
-            else:
-                torch.set_grad_enabled(self.ambient.grad)  # the guard that took the state has changed it
-                self._runner = _start(self._cuts)
-                result = self._runner.switch(self._model, self._x)
-            if self._runner.dead:
-                result = (self._last, output_tensor(result))
-                self._model = self._x = None  # type: ignore[assignment]  nothing is kept alive by a finished run
-            else:
+            if not self._runner.dead:
                 self._inside = _ThreadState()
-            return result
+                return result
+            return self._last, output_tensor(result)
         finally:
+            if self._runner is not None and self._runner.dead:
+                self._runner = self._model = self._x = None  # type: ignore[assignment]  nothing keeps a finished run alive
             outside.restore()
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        self._check_thread()
         self._finished = True
         runner, self._runner = self._runner, None
-        if runner is None or runner.dead:
+        if runner is None:
             return
         runner.closing = True
         outside = _ThreadState()
@@ -326,9 +353,6 @@ class Walk(Iterator[Exit]):
         self.close()
 
     def __del__(self) -> None:
-        runner = self._runner
-        if runner is None or runner.dead:
-            return
         try:
             self.close()
         except greenlet.error:  # dropped on another thread, which cannot unwind it
@@ -341,8 +365,8 @@ class Walk(Iterator[Exit]):
             )
 
 
-def _start(cuts: CutMap) -> _Forward:
-    runner = _Forward(call_model)
+def _start(target: Callable[[nn.Module, Any], Any], cuts: CutMap) -> _Forward:
+    runner = _Forward(target)
     runner.cuts, runner.calls, runner.closing = cuts, {}, False
     # greenlets begin with an empty context; the model must see the caller's context variables
     runner.gr_context = contextvars.copy_context()

@@ -1,0 +1,1 @@
+"""How good it is: recordings, metrics, evaluation and reports."""

@@ -1,0 +1,167 @@
+"""Recordings: the outputs of all exits on one named split, so that policies are fitted and judged without the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import track
+from torch import Tensor
+
+from impatient.errors import RecordingError
+from impatient.files import read_tensors, write_tensors
+from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+
+
+class ExitLike(Protocol):
+    """One exit of a run."""
+
+    index: int
+
+    def output(self) -> Tensor: ...
+
+
+class AnytimeNetwork(Protocol):
+    """What recording needs of a network: an iterator of exits, shallow to deep."""
+
+    @property
+    def num_exits(self) -> int: ...
+
+    @property
+    def exit_names(self) -> tuple[str, ...]: ...
+
+    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
+
+    def pooled(self, exit: Any) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def eval(self) -> Any: ...
+
+
+class LabelledData(Protocol):
+    """What recording needs of a data set."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def size(self, split: Any) -> int: ...
+
+    def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Recording:
+    """Outputs of all exits on one split of one data set.
+
+    Attributes:
+        outputs: before softmax, float32, shape [K, N, C].
+        labels: true classes, shape [N].
+        split: the split's name; a policy fitted on it is not judged on it.
+        exits: names of the exits.
+        features: pooled features per exit, each [N, D], or empty.
+        provenance: weights, data, versions.
+    """
+
+    outputs: Float[Tensor, "K N C"]
+    labels: Int[Tensor, "N"]
+    split: str
+    exits: tuple[str, ...]
+    features: tuple[Tensor, ...] = ()
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        count, samples = self.outputs.shape[:2]
+        if count != len(self.exits) or samples != len(self.labels) or samples == 0:
+            raise RecordingError(
+                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits and {len(self.labels)} labels; "
+                "needed: [K, N, C] with at least one sample."
+            )
+        for index, output in enumerate(self.outputs):
+            if not torch.isfinite(output).all():
+                raise RecordingError(
+                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the weights, or train again with a "
+                    "lower learning rate."
+                )
+        classes = self.outputs.shape[2]
+        if int(self.labels.min()) < 0 or int(self.labels.max()) >= classes:
+            raise RecordingError(f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for {classes} outputs.")
+
+    def hits(self) -> Float[Tensor, "K N"]:
+        """1 where an exit is right, else 0."""
+        return (self.outputs.argmax(-1) == self.labels).float()
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors with a JSON header."""
+        tensors = {"outputs": self.outputs, "labels": self.labels}
+        tensors |= {f"features/{index}": entry for index, entry in enumerate(self.features)}
+        header = {"kind": "recording", "split": self.split, "exits": self.exits, "provenance": self.provenance.to_json()}
+        write_tensors(path, tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError, RecordingError: if the file is missing, damaged or no recording.
+        """
+        tensors, header = read_tensors(path)
+        try:
+            features = tuple(tensors[f"features/{index}"] for index in range(len(tensors) - 2))
+            return cls(
+                outputs=tensors["outputs"], labels=tensors["labels"], split=header["split"], exits=tuple(header["exits"]),
+                features=features, provenance=Provenance.from_json(header["provenance"]),
+            )  # fmt: skip
+        except KeyError as error:
+            raise RecordingError(f"{path} is not a recording (it lacks {error}); make one with `impatient record`.") from error
+
+
+def record(
+    network: AnytimeNetwork,
+    data: LabelledData,
+    *,
+    split: str = "validation",
+    features: bool = False,
+    batch_size: int = 256,
+    device: str = "cpu",
+    progress: bool = False,
+) -> Recording:
+    """Run a network over one split and keep the outputs of all exits.
+
+    Args:
+        network: from `attach_exits`, or anything with the same protocol; it is put in eval mode.
+        data: from `load_data`.
+        split: "train", "validation" or "test".
+        features: keep the pooled features of every exit too, for learned gates.
+        batch_size: samples at a time.
+        device: where the network is.
+        progress: show a bar.
+    Raises:
+        RecordingError: if an exit gives NaN or infinite outputs.
+    """
+    network.eval()
+    outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
+    kept: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
+    labels = []
+    batches = data.batches(split, batch_size)
+    count = -(-data.size(split) // batch_size)
+    for inputs, targets in track(batches, f"recording {split}", total=count, transient=True, disable=not progress):
+        with torch.inference_mode(), network.exits(inputs.to(device)) as run:
+            for exit in run:
+                outputs[exit.index].append(exit.output().float().cpu())
+                if features:
+                    kept[exit.index].append(network.pooled(exit).float().cpu())
+        labels.append(targets)
+    state = network.state_dict()
+    return Recording(
+        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(), labels=torch.cat(labels), split=split,
+        exits=network.exit_names, features=tuple(torch.cat(parts) for parts in kept) if features else (),
+        provenance=provenance(
+            network=fingerprint_structure(state), weights=fingerprint_tensors(state), data=data.fingerprint, device=device,
+        ),
+    )  # fmt: skip

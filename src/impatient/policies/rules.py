@@ -1,0 +1,303 @@
+"""When to stop: pure rules from what has been computed so far, and thresholds fitted to a target.
+
+One raw threshold per exit. A common threshold, or one on calibrated probabilities, costs more for the same accuracy, since
+calibration hardly re-ranks the samples of one exit but exits differ in what a score is worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.costs import CostProfile, Statistic
+from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.files import read_json, write_json
+from impatient.policies.scores import SCORES, ScoreName
+from impatient.provenance import Provenance
+
+
+class Policy(Protocol):
+    """A rule that the runner asks at every exit."""
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether the output of this exit is wanted; if not, its head need not run."""
+        ...
+
+    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit."""
+        ...
+
+
+class Recorded(Protocol):
+    """What fitting needs of a recording."""
+
+    outputs: Float[Tensor, "K N C"]
+    labels: Int[Tensor, "N"]
+    split: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdPolicy:
+    """Stop at the first exit whose score reaches its threshold.
+
+    Attributes:
+        score: "max_probability", "margin" or "entropy".
+        thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is `-inf`.
+        split: on which it was fitted, None for thresholds set by hand.
+        target: what was asked for, and what was reached on that split.
+        provenance: weights and data it belongs to.
+    """
+
+    score: ScoreName
+    thresholds: tuple[float, ...]
+    split: str | None = None
+    target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise PolicyError(f"unknown score {self.score!r}; needed: one of {', '.join(SCORES)}.")
+        if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
+            raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
+        if self.thresholds[-1] != -math.inf:
+            raise PolicyError(f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit always stops.")
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.thresholds)
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether the exit is open; the last one's output is there anyway."""
+        return self.thresholds[exit] < math.inf
+
+    def open_exits(self) -> tuple[bool, ...]:
+        """Per exit, whether its head runs when it is passed."""
+        return tuple(self.looks_at(exit) for exit in range(self.num_exits))
+
+    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit."""
+        if exit == self.num_exits - 1:
+            return torch.ones(outputs.shape[0], dtype=torch.bool, device=outputs.device)
+        return SCORES[self.score](outputs) >= self.thresholds[exit]
+
+    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
+        """The exit at which each recorded sample stops."""
+        if outputs.shape[0] != self.num_exits:
+            raise PolicyError(f"the policy is for {self.num_exits} exits, the recording has {outputs.shape[0]}.")
+        done = torch.stack([self.stops(exit, output) for exit, output in enumerate(outputs)])
+        return done.int().argmax(0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "threshold_policy", "score": self.score, "thresholds": list(self.thresholds), "split": self.split,
+            "target": dict(self.target), "provenance": self.provenance.to_json() if self.provenance else None,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        try:
+            source = value["provenance"]
+            return cls(
+                score=value["score"], thresholds=tuple(float(entry) for entry in value["thresholds"]), split=value["split"],
+                target=value["target"], provenance=Provenance.from_json(source) if source else None,
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise PolicyError(f"this is not a threshold policy ({error!r}); fit one with `impatient fit`.") from error
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls.from_json(read_json(path))
+
+
+def thresholds_for_shares(scores_KN: Float[Tensor, "K N"], share_K: Sequence[float]) -> tuple[float, ...]:
+    """Score bounds that let a given share of all samples leave at each exit; `inf` where an exit gets none.
+
+    Source:
+        MSDNet (Huang et al. 2018), budgeted batch classification.
+    Example:
+        >>> thresholds_for_shares(torch.tensor([[0.9, 0.2, 0.7, 0.4], [0.5, 0.5, 0.5, 0.5]]), [0.5, 0.5])
+        (0.699999988079071, -inf)
+    """
+    here_N = torch.ones(scores_KN.shape[1], dtype=torch.bool)  # samples that have not left yet
+    bounds = []
+    for scores_N, share in zip(scores_KN[:-1], share_K, strict=False):  # the last exit takes what is left
+        wanted = min(round(share * len(scores_N)), int(here_N.sum()))
+        bounds.append(scores_N[here_N].topk(wanted).values[-1].item() if wanted else math.inf)
+        here_N &= scores_N < bounds[-1]
+    return (*bounds, -math.inf)
+
+
+CostOf = Callable[[Sequence[bool]], tuple[float, ...]]  # which early heads run -> cumulative cost of each exit
+
+
+def fit_thresholds(
+    recording: Recorded,
+    costs: CostProfile,
+    *,
+    mean_time_s: float | None = None,
+    mean_macs: float | None = None,
+    max_accuracy_loss: float | None = None,
+    score: ScoreName = "max_probability",
+    statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> ThresholdPolicy:
+    """Fit one threshold per exit to a target on a recording.
+
+    For a range of prices of time, thresholds are chosen from the deepest exit to the shallowest so that errors plus price
+    times cost are least; MSDNet's geometric exit shares are tried beside them. Of all these policies the best that keeps
+    the target on this recording is returned.
+
+    Args:
+        recording: of a split that will not be used to judge the policy; usually "validation".
+        costs: of the same network.
+        mean_time_s: most accurate policy whose mean time is at most this; or
+        mean_macs: likewise in multiply-accumulates; or
+        max_accuracy_loss: fastest policy that loses at most this much accuracy against the last exit (0.01: one point).
+        score: how sure an output is.
+        statistic: which measured number of each stage and head is added up.
+        batch_size: at which the costs were measured.
+    Returns:
+        A policy; its `target` says what was asked for and what was reached here.
+    Raises:
+        PolicyError: unless exactly one target is given.
+        InfeasibleTarget: if no policy reaches it, with the reachable range.
+    Source:
+        The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We differ: prices are searched.
+    """
+    targets = {"mean_time_s": mean_time_s, "mean_macs": mean_macs, "max_accuracy_loss": max_accuracy_loss}
+    given = {name: float(value) for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+    (name, wanted), *_ = given.items()
+    if not (math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))):
+        raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
+    if recording.outputs.shape[0] != costs.num_exits:
+        raise PolicyError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+
+    def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
+        if name == "mean_macs":
+            return costs.cumulative_macs("interruptible", heads)
+        return costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
+
+    search = _Search(recording, score, cost_of)
+    best = search.cheapest(wanted) if name == "max_accuracy_loss" else search.most_accurate(wanted, name)
+    if not any(best.exits < costs.num_exits - 1):
+        warnings.warn(
+            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Allow a larger loss or less time.",
+            NoEffectWarning, stacklevel=2,
+        )  # fmt: skip
+    reached = {"mean_cost": best.mean_cost, "accuracy": best.accuracy, "samples": float(len(recording.labels))}
+    return ThresholdPolicy(
+        score=score, thresholds=best.thresholds, split=recording.split, target={name: wanted, **reached},
+        provenance=recording.provenance,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    thresholds: tuple[float, ...]
+    exits: np.ndarray
+    mean_cost: float
+    accuracy: float
+
+
+class _Search:
+    """The thresholds of all prices, on one recording."""
+
+    def __init__(self, recording: Recorded, score: ScoreName, cost_of: CostOf) -> None:
+        self.scores = SCORES[score](recording.outputs).double().numpy()
+        self.errors = (recording.outputs.argmax(-1) != recording.labels).double().numpy()
+        self.cost_of = cost_of
+        self.order = np.argsort(-self.scores[:-1], axis=1, kind="stable")
+        self.count, self.samples = self.scores.shape
+
+    def most_accurate(self, most: float, name: str) -> _Candidate:
+        candidates = self._candidates(lambda candidate: candidate.mean_cost <= most)
+        feasible = [candidate for candidate in candidates if candidate.mean_cost <= most]
+        if not feasible:
+            least = min(candidate.mean_cost for candidate in candidates)
+            raise InfeasibleTarget(
+                f"{name}={most:g} cannot be reached: leaving always at the first exit already costs {least:g}. "
+                f"Ask for at least that, or attach an earlier exit."
+            )
+        return max(feasible, key=lambda candidate: (candidate.accuracy, -candidate.mean_cost))
+
+    def cheapest(self, loss: float) -> _Candidate:
+        floor = 1.0 - float(self.errors[-1].mean()) - loss - 1e-12
+        feasible = [c for c in self._candidates(lambda candidate: candidate.accuracy < floor) if c.accuracy >= floor]
+        return min(feasible, key=lambda candidate: (candidate.mean_cost, -candidate.accuracy))
+
+    def _candidates(self, dear_enough: Callable[[_Candidate], bool]) -> list[_Candidate]:
+        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns true; and by shares."""
+        whole = self.cost_of([True] * self.count)[-1]
+        grid = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
+        found = [(price, self._solve(price)) for price in grid]
+        below = max((price for price, candidate in found if not dear_enough(candidate)), default=grid[0])
+        above = min((price for price, candidate in found if dear_enough(candidate) and price > below), default=grid[-1])
+        for _ in range(20):
+            middle = math.sqrt(below * above) if below > 0 else above / 2
+            found.append((middle, self._solve(middle)))
+            below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
+        candidates = [candidate for _, candidate in found]
+        candidates += [self._judge(self._by_shares(index / 20)) for index in range(1, 40)]
+        always = [self._judge((*(math.inf,) * k, *(-math.inf,) * (self.count - k))) for k in range(self.count)]
+        return candidates + always
+
+    def _solve(self, price: float, sweeps: int = 3) -> _Candidate:
+        """Thresholds that make errors plus price x cost least, found backwards, then again for the samples that arrive."""
+        heads = [True] * self.count
+        arrives = np.ones((self.count, self.samples))
+        thresholds = np.full(self.count, math.inf)
+        for _ in range(sweeps):
+            risk = self.errors + price * np.asarray(self.cost_of(heads))[:, None]
+            thresholds[-1], ahead = -math.inf, risk[-1]
+            for exit in range(self.count - 2, -1, -1):
+                thresholds[exit] = self._threshold(exit, (ahead - risk[exit]) * arrives[exit])
+                ahead = np.where(self.scores[exit] >= thresholds[exit], risk[exit], ahead)
+            stops = self.scores >= thresholds[:, None]
+            arrives[1:] = ~np.logical_or.accumulate(stops, axis=0)[:-1]
+            heads = [bool(entry) for entry in thresholds < math.inf]
+        return self._judge(tuple(float(entry) for entry in thresholds))
+
+    def _threshold(self, exit: int, gain: np.ndarray) -> float:
+        """The threshold above which the summed gain of stopping is largest; inf if stopping never gains."""
+        order = self.order[exit]
+        scores, total = self.scores[exit][order], np.cumsum(gain[order])
+        ends = np.append(scores[1:] < scores[:-1], True)  # equal scores leave together
+        total = np.where(ends, total, -math.inf)
+        best = int(total.argmax())
+        if total[best] <= 0.0:
+            return math.inf
+        below = scores[best + 1] if best + 1 < len(scores) else -math.inf
+        # half way to the next score: the least surprising choice for new samples
+        return float((scores[best] + below) / 2) if math.isfinite(below) else float(scores[best])
+
+    def _by_shares(self, ratio: float) -> tuple[float, ...]:
+        shares = np.power(ratio, np.arange(self.count))
+        return thresholds_for_shares(torch.from_numpy(self.scores), (shares / shares.sum()).tolist())
+
+    def _judge(self, thresholds: tuple[float, ...]) -> _Candidate:
+        stops = self.scores >= np.asarray(thresholds)[:, None]
+        stops[-1] = True
+        exits = stops.argmax(axis=0)
+        used = np.bincount(exits, minlength=self.count) > 0
+        # an exit that nobody leaves at is closed, so that its head is not paid
+        closed = tuple(bound if used[k] or k == self.count - 1 else math.inf for k, bound in enumerate(thresholds[:-1]))
+        final = (*closed, -math.inf)
+        cost = np.asarray(self.cost_of([bound < math.inf for bound in final]))
+        samples = np.arange(self.samples)
+        return _Candidate(final, exits, float(cost[exits].mean()), 1.0 - float(self.errors[exits, samples].mean()))

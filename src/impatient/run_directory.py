@@ -1,0 +1,292 @@
+"""A run directory: everything about one network, each file with its provenance, each written whole or not at all.
+
+    network.json              model spec, cuts, heads, classes, preprocessing, data spec
+    weights.safetensors       of the network with exits
+    checkpoint.safetensors    to go on training from
+    metrics.csv               loss and accuracy per epoch, split and exit
+    profile.json              cost profile of this machine
+    recordings/SPLIT.safetensors
+    policies/NAME.json
+    evaluation.json           every exit and policy, judged on the test split
+    report.html
+    exit_free/                weights and recordings of the same backbone trained without exits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from impatient.costs import CostProfile
+from impatient.errors import DataError, ModelSpecError, StaleInput, StorageError
+from impatient.evaluation.recording import Recording
+from impatient.files import read_json, read_tensors, write_json, write_tensors
+from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
+from impatient.networks.specs import load_model
+from impatient.policies.rules import ThresholdPolicy
+from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, machine, provenance
+from impatient.training.data import Data, Preprocess, load_data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec:
+    """What it takes to build the network of a run directory again, but for the weights."""
+
+    model: str
+    after: tuple[str, ...]
+    heads: str
+    num_classes: int
+    example_shape: tuple[int, ...]
+    example_dtype: str
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    data: str
+    data_fingerprint: str
+    seed: int
+    validation: float
+    provenance: Provenance
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "network", **dataclasses.asdict(self), "preprocess": self.preprocess.to_json(),
+            "provenance": self.provenance.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        try:
+            plain = {name: value[name] for name in ("model", "heads", "num_classes", "example_dtype", "data",
+                                                    "data_fingerprint", "seed", "validation")}  # fmt: skip
+            return cls(
+                **plain, after=tuple(value["after"]), example_shape=tuple(value["example_shape"]),
+                class_names=tuple(value["class_names"]), preprocess=Preprocess.from_json(value["preprocess"]),
+                provenance=Provenance.from_json(value["provenance"]),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"network.json lacks {error}; it was damaged or written by another version. Train anew.") from error
+
+    def example(self, batch_size: int = 1) -> torch.Tensor:
+        """An input of the right shape and type: zeros."""
+        return torch.zeros((batch_size, *self.example_shape), dtype=getattr(torch, self.example_dtype))
+
+    def build(self) -> MultiExitNetwork:
+        """The network with fresh weights, drawn from the spec's seed."""
+        torch.manual_seed(self.seed)
+        backbone = load_model(self.model, num_classes=self.num_classes, in_channels=self.preprocess.channels or None)
+        return attach_exits(
+            backbone, example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
+        )  # type: ignore[arg-type]  # heads is checked there
+
+    def build_exit_free(self) -> MultiExitNetwork:
+        """The same backbone without early exits, from the same seed."""
+        torch.manual_seed(self.seed)
+        backbone = load_model(self.model, num_classes=self.num_classes, in_channels=self.preprocess.channels or None)
+        return MultiExitNetwork(backbone, [], [], [], self.num_classes)
+
+
+def new_spec(
+    model: str, data: Data, *, after: list[str] | None, count: int, heads: str, seed: int, validation: float
+) -> NetworkSpec:
+    """Place the exits of a model for some data and describe the result."""
+    example = data.example()
+    torch.manual_seed(seed)
+    backbone = load_model(model, num_classes=data.num_classes, in_channels=data.preprocess.channels or None)
+    network = attach_exits(
+        backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes
+    )  # type: ignore[arg-type]
+    return NetworkSpec(
+        model=model, after=tuple(str(cut) for cut in network.cuts), heads=heads, num_classes=data.num_classes,
+        example_shape=tuple(example.shape[1:]), example_dtype=str(example.dtype).removeprefix("torch."),
+        class_names=data.class_names, preprocess=data.preprocess, data=data.name, data_fingerprint=data.fingerprint,
+        seed=seed, validation=validation,
+        provenance=provenance(network=fingerprint_structure(network.state_dict()), data=data.fingerprint, seed=seed),
+    )  # fmt: skip
+
+
+class RunDirectory:
+    """Paths, reading with checks, and writing of one run directory."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "network.json"
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @property
+    def profile_file(self) -> Path:
+        return self.path / "profile.json"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def exit_free(self) -> Path:
+        return self.path / "exit_free"
+
+    def recording_file(self, split: str) -> Path:
+        return self.path / "recordings" / f"{split}.safetensors"
+
+    def policy_file(self, name: str) -> Path:
+        return self.path / "policies" / f"{name}.json"
+
+    def policy_names(self) -> list[str]:
+        return sorted(file.stem for file in (self.path / "policies").glob("*.json"))
+
+    def spec(self) -> NetworkSpec:
+        """The network's description.
+
+        Raises:
+            StorageError: if this is no run directory.
+        """
+        if not self.spec_file.is_file():
+            raise StorageError(f"{self.path} is no run directory (no network.json); make one with `impatient train {self.path}`.")
+        return NetworkSpec.from_json(read_json(self.spec_file))
+
+    def data(self) -> Data:
+        """The data set of this run, checked to be the same as then.
+
+        Raises:
+            StaleInput: if the files have changed.
+        """
+        spec = self.spec()
+        data = load_data(spec.data, seed=spec.seed, validation=spec.validation)
+        if data.fingerprint != spec.data_fingerprint:
+            raise StaleInput(
+                f"the data {spec.data!r} has changed since {self.spec_file} was written (fingerprint {data.fingerprint}, then "
+                f"{spec.data_fingerprint}). Put the old files back, or train into a new directory."
+            )
+        return data
+
+    def network(self) -> tuple[MultiExitNetwork, str]:
+        """The trained network in eval mode, and the fingerprint of its weights.
+
+        Raises:
+            StorageError: if it has not been trained, or the file is damaged.
+        """
+        return load_weights(self.spec().build(), self.weights_file, self.path)
+
+    def weights_fingerprint(self) -> str:
+        """Fingerprint of the trained weights, without building the network."""
+        if not self.weights_file.is_file():
+            raise StorageError(f"{self.path} has no trained weights; run `impatient train {self.path}`.")
+        return fingerprint_tensors(read_tensors(self.weights_file)[0])
+
+    def profile(self, *, any_machine: bool = False) -> CostProfile:
+        """The cost profile, checked to be of this network and, unless asked otherwise, of this machine.
+
+        Raises:
+            StaleInput: if it is of another network, machine, thread count or torch version.
+        """
+        if not self.profile_file.is_file():
+            raise StorageError(f"{self.path} has no cost profile; run `impatient profile {self.path}`.")
+        costs = CostProfile.load(self.profile_file)
+        remedy = f"run `impatient profile {self.path}` again"
+        costs.provenance.require("the cost profile", remedy, network=self.spec().provenance.network)
+        if not any_machine:
+            check_machine(costs, remedy + ", or pass --any-profile to use it all the same")
+        return costs
+
+    def recording(self, split: str) -> Recording:
+        """The recording of one split, checked to be of these weights and this data.
+
+        Raises:
+            StaleInput: if it was made by other weights or on other data.
+        """
+        file = self.recording_file(split)
+        if not file.is_file():
+            raise StorageError(f"{self.path} has no recording of split {split!r}; run `impatient record {self.path}`.")
+        recording = Recording.load(file)
+        recording.provenance.require(
+            f"the recording of split {split!r}", f"run `impatient record {self.path}` again",
+            weights=self.weights_fingerprint(), data=self.spec().data_fingerprint,
+        )  # fmt: skip
+        return recording
+
+    def policy(self, name: str) -> ThresholdPolicy:
+        """A fitted policy, checked to be of these weights.
+
+        Raises:
+            StaleInput: if it was fitted on recordings of other weights.
+        """
+        file = self.policy_file(name)
+        if not file.is_file():
+            known = ", ".join(self.policy_names()) or "none yet"
+            raise StorageError(f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`.")
+        policy = ThresholdPolicy.load(file)
+        policy.provenance.require(
+            f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=self.weights_fingerprint()
+        )
+        return policy
+
+
+def check_machine(costs: CostProfile, remedy: str) -> None:
+    """Raise StaleInput unless a profile was measured on this machine, with this thread count and torch."""
+    here = provenance(**machine(costs.provenance.device or "cpu"))
+    costs.provenance.require(
+        "the cost profile", remedy, processor=here.processor, threads=here.threads, versions=dict(here.versions)
+    )
+
+
+def save_weights(network: nn.Module, path: Path) -> str:
+    """Write weights; returns their fingerprint.
+
+    Raises:
+        ModelSpecError: if one of them is NaN or infinite.
+    """
+    state = network.state_dict()
+    check_finite(state, "the network to be saved")
+    write_tensors(path, state, {"kind": "weights", "fingerprint": fingerprint_tensors(state)})
+    return fingerprint_tensors(state)
+
+
+def load_weights(network: MultiExitNetwork, path: Path, directory: Path) -> tuple[MultiExitNetwork, str]:
+    """Load weights into a network, in eval mode.
+
+    Raises:
+        StorageError: if the file is missing, damaged or of another network.
+        ModelSpecError: if a weight is NaN or infinite.
+    """
+    if not path.is_file():
+        raise StorageError(f"{directory} has no trained weights; run `impatient train {directory}`.")
+    state, _ = read_tensors(path)
+    check_finite(state, str(path))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise StorageError(f"{path} does not fit {directory / 'network.json'}: {error}") from error
+    return network.eval(), fingerprint_tensors(state)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise ModelSpecError if a weight is NaN or infinite, naming it."""
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ModelSpecError(
+                f"{where} holds NaN or infinite weights in {name!r}; such a network answers nothing. Train again with a "
+                "lower learning rate, or load other weights."
+            )
+
+
+def require_same_data(spec: NetworkSpec, data: Data) -> None:
+    """Raise DataError if a data set's classes do not fit a network."""
+    if data.num_classes != spec.num_classes:
+        raise DataError(f"{data.name} has {data.num_classes} classes, the network {spec.num_classes}.")
+
+
+__all__ = ["NetworkSpec", "RunDirectory", "check_machine", "load_weights", "new_spec", "save_weights", "write_json"]

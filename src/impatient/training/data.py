@@ -1,0 +1,510 @@
+"""Data sets with three named splits: train, validation (carved from train, seeded) and test."""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from impatient.errors import DataError
+from impatient.provenance import fingerprint_bytes
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """From raw inputs to what the network takes: scale bytes to [0, 1], subtract the mean, divide by the deviation.
+
+    Attributes:
+        mean, std: per channel; empty for token ids, which pass as they are.
+        size: height and width of images, None for other inputs.
+        channels: of images; 0 for other inputs.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int] | None = None
+    channels: int = 0
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Raw inputs, batch first, to the network's input, on the device of `raw`."""
+        if not self.mean:
+            return raw
+        x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()
+        shape = (1, -1, *(1,) * (raw.dim() - 2)) if raw.dim() > 2 else (1, -1)
+        mean = torch.tensor(self.mean, device=x.device).view(shape)
+        std = torch.tensor(self.std, device=x.device).view(shape)
+        return (x - mean) / std
+
+    def image(self, path: str | Path) -> Tensor:
+        """Read one image file as raw input [1, C, H, W], uint8.
+
+        Raises:
+            DataError: if the file is missing or no image, or the network does not take images.
+        """
+        if self.size is None:
+            raise DataError(f"this network was trained on inputs that are no images; cannot read {path}.")
+        return read_image(Path(path), self.size, self.channels)[None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std, "size": self.size, "channels": self.channels}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        size = value["size"]
+        return cls(
+            mean=tuple(value["mean"]), std=tuple(value["std"]), size=tuple(size) if size else None, channels=value["channels"]
+        )
+
+
+class Examples(Protocol):
+    """Raw inputs and labels of one split, by index."""
+
+    labels: Tensor
+
+    def take(self, indices: Sequence[int]) -> Tensor:
+        """Raw inputs at these places, batch first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayExamples:
+    """Inputs held in memory."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def take(self, indices: Sequence[int]) -> Tensor:
+        return self.inputs[torch.as_tensor(indices)]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyExamples:
+    """Images decoded when they are asked for, by threads (decoding releases Python's lock)."""
+
+    sources: Sequence[Any]
+    labels: Tensor
+    read: Callable[[Any], Tensor]
+    threads: concurrent.futures.ThreadPoolExecutor
+
+    def take(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack(list(self.threads.map(self.read, [self.sources[int(index)] for index in indices])))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """A labelled data set: raw examples per split and how they become the network's input.
+
+    Attributes:
+        name: the spec it was loaded from.
+        splits: raw examples of "train", "validation" and "test".
+        class_names: one per class.
+        preprocess: fitted on the training split.
+        fingerprint: changes when the data or the splits do.
+    """
+
+    name: str
+    splits: Mapping[Split, Examples]
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def size(self, split: Split) -> int:
+        return len(self.examples(split).labels)
+
+    def examples(self, split: Split) -> Examples:
+        """Raw examples of one split.
+
+        Raises:
+            DataError: if there is no such split.
+        """
+        if split not in self.splits:
+            raise DataError(f"no split {split!r}; there are {', '.join(SPLITS)}.")
+        return self.splits[split]
+
+    def batches(self, split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs as the network takes them, with labels, in order."""
+        examples = self.examples(split)
+        for start in range(0, len(examples.labels), batch_size):
+            indices = range(start, min(start + batch_size, len(examples.labels)))
+            yield self.preprocess(examples.take(indices)), examples.labels[indices.start : indices.stop]
+
+    def example(self, batch_size: int = 1) -> Tensor:
+        """The first training inputs, as the network takes them."""
+        return self.preprocess(self.examples("train").take(range(min(batch_size, self.size("train")))))
+
+
+def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
+    """Load a data set by name.
+
+    Args:
+        spec: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE" with x_train, y_train, x_test, y_test;
+            "imagefolder:DIR" with DIR/train/CLASS/* and DIR/test/CLASS/*; "hf:NAME-OR-PATH" (Hugging Face datasets with
+            an image column). Options follow: "imagefolder:DIR:size=64".
+        seed: of the validation split.
+        validation: share of the training examples held out for validation, stratified by class.
+    Raises:
+        DataError: if it is missing, empty or malformed.
+    """
+    if not 0.0 < validation < 1.0:
+        raise DataError(f"validation={validation}; needed: a share between 0 and 1, such as 0.1.")
+    source, _, rest = spec.partition(":")
+    loaders: dict[str, Callable[[str, int], _Raw]] = {
+        "digits": _digits, "npz": _npz, "imagefolder": _imagefolder, "hf": _hugging_face,
+    }  # fmt: skip
+    if source not in loaders or (source != "digits" and not rest):
+        raise DataError(f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")
+    return _finish(spec, loaders[source](rest, seed), seed, validation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Raw:
+    """What a loader gives: examples for training and test, before validation is carved out."""
+
+    train: Examples
+    test: Examples
+    class_names: tuple[str, ...]
+    groups: np.ndarray | None = None  # examples of one group stay on one side of the validation split
+    content: str  # fingerprint
+
+
+def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
+    labels = raw.train.labels.numpy()
+    held_out = _held_out(labels if raw.groups is None else raw.groups, labels, seed, validation)
+    kept = np.flatnonzero(~held_out)
+    splits: dict[Split, Examples] = {
+        "train": _subset(raw.train, kept), "validation": _subset(raw.train, np.flatnonzero(held_out)), "test": raw.test,
+    }  # fmt: skip
+    fingerprint = fingerprint_bytes(raw.content.encode(), f"{seed}|{validation}".encode())
+    return Data(
+        name=name, splits=splits, class_names=raw.class_names, preprocess=_fit_preprocess(splits["train"]),
+        fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -> np.ndarray:
+    """Mask of the examples held out: a share of each class, or of each class's groups where groups are given."""
+    random = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels == label)
+        if groups is labels:
+            count = max(1, round(share * len(places))) if len(places) > 1 else 0
+            mask[random.permutation(places)[:count]] = True
+        else:
+            kinds = random.permutation(np.unique(groups[places]))
+            count = max(1, round(share * len(kinds))) if len(kinds) > 1 else 0
+            mask[places[np.isin(groups[places], kinds[:count])]] = True
+    if not mask.any() or mask.all():
+        raise DataError(f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; add data.")
+    return mask
+
+
+def _subset(examples: Examples, places: np.ndarray) -> Examples:
+    chosen = torch.from_numpy(places)
+    if isinstance(examples, ArrayExamples):
+        return ArrayExamples(examples.inputs[chosen], examples.labels[chosen])
+    assert isinstance(examples, LazyExamples)
+    return LazyExamples(
+        [examples.sources[int(place)] for place in places], examples.labels[chosen], examples.read, examples.threads
+    )
+
+
+def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
+    """Mean and deviation of up to `most` training inputs, per channel for images, over all for vectors."""
+    count = len(train.labels)
+    sample = train.take(range(0, count, max(1, count // most)))
+    if sample.dtype in (torch.int64, torch.int32):
+        return Preprocess(mean=(), std=())
+    values = sample.float() / (255.0 if sample.dtype == torch.uint8 else 1.0)
+    dims = (0, *range(2, values.dim())) if values.dim() > 2 else tuple(range(values.dim()))
+    mean, std = values.mean(dims).reshape(-1), values.std(dims).reshape(-1).clamp_min(1e-3)
+    image = values.dim() == 4
+    return Preprocess(
+        mean=tuple(round(float(value), 6) for value in mean), std=tuple(round(float(value), 6) for value in std),
+        size=(values.shape[2], values.shape[3]) if image else None, channels=values.shape[1] if image else 0,
+    )  # fmt: skip
+
+
+def _digits(rest: str, seed: int) -> _Raw:
+    if rest:
+        raise DataError(f"digits takes no options, got {rest!r}.")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
+    # its own seed: the test set must not change with the user's
+    test = _held_out(bunch.target, bunch.target, seed=0, share=0.2)
+    del seed
+    return _arrays(
+        {"x_train": images[~test], "y_train": bunch.target[~test], "x_test": images[test], "y_test": bunch.target[test]},
+        where="digits",
+    )
+
+
+def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
+    path = Path(rest).expanduser()
+    if not path.is_file():
+        raise DataError(f"no data file {path}; needed: an npz file with x_train, y_train, x_test and y_test.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
+        raise DataError(f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?") from error
+    return _arrays(arrays, where=str(path))
+
+
+def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
+    missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
+    if missing:
+        raise DataError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
+    parts = {split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}") for split in ("train", "test")}
+    train, test = parts["train"], parts["test"]
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        raise DataError(f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
+                        f"{tuple(test.inputs.shape[1:])}.")  # fmt: skip
+    classes = int(max(train.labels.max(), test.labels.max())) + 1
+    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else tuple(map(str, range(classes)))
+    if len(names) < classes:
+        raise DataError(f"{where} names {len(names)} classes, but labels go up to {classes - 1}.")
+    unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    if unseen:
+        raise DataError(f"{where}: classes {unseen[:10]} are in the test split but not in the training split.")
+    content = fingerprint_bytes(*(part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)))
+    return _Raw(train=train, test=test, class_names=names, groups=arrays.get("groups_train"), content=content)
+
+
+def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExamples:
+    if len(inputs) == 0 or len(inputs) != len(labels):
+        raise DataError(f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and some.")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise DataError(f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape {labels.shape}.")
+    if np.issubdtype(inputs.dtype, np.floating):
+        if not np.isfinite(inputs).all():
+            raise DataError(f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; clean them first.")
+        inputs = inputs.astype(np.float32)
+    elif inputs.dtype != np.uint8:
+        inputs = inputs.astype(np.int64)  # token ids
+    return ArrayExamples(_channels_first(torch.from_numpy(np.ascontiguousarray(inputs))), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _channels_first(inputs: Tensor) -> Tensor:
+    """Images [N,H,W] or [N,H,W,C] to [N,C,H,W]; everything else as it is."""
+    if inputs.dtype == torch.int64 or inputs.dim() < 3:
+        return inputs
+    if inputs.dim() == 3:
+        return inputs[:, None]
+    if inputs.dim() == 4 and inputs.shape[3] in (1, 3, 4) and inputs.shape[1] not in (1, 3):
+        return inputs.permute(0, 3, 1, 2).contiguous()
+    return inputs
+
+
+def _imagefolder(rest: str, seed: int) -> _Raw:
+    name, options = _options(rest)
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise DataError(f"no folder {root}; needed: one with train/CLASS/*.png and test/CLASS/*.png.")
+    folders = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
+    classes = tuple(sorted({label for files in folders.values() for _, label in files}))
+    if not classes:
+        raise DataError(f"{root} holds no images; needed: train/CLASS/*.png and test/CLASS/*.png.")
+    if "test" not in folders:
+        folders = _carve_test(folders["train"], seed)
+    size = (int(options["size"]),) * 2 if "size" in options else _common_size([path for path, _ in folders["train"]])
+    return _lazy(
+        {split: [path for path, _ in files] for split, files in folders.items()},
+        {split: [classes.index(label) for _, label in files] for split, files in folders.items()},
+        classes, lambda path: read_image(path, size, 3), f"{size}",
+    )  # fmt: skip
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    for test in ("test", "val", "validation"):
+        if (root / "train").is_dir() and (root / test).is_dir():
+            return {"train": root / "train", "test": root / test}
+    return {"train": root / "train" if (root / "train").is_dir() else root}
+
+
+def _class_files(folder: Path) -> list[tuple[Path, str]]:
+    return [
+        (path, label.name)
+        for label in sorted(folder.iterdir()) if label.is_dir()
+        for path in sorted(label.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
+    ]  # fmt: skip
+
+
+def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tuple[Path, str]]]:
+    del seed  # the test set must not change with the user's seed
+    labels = np.unique([label for _, label in files], return_inverse=True)[1]
+    mask = _held_out(labels, labels, seed=0, share=0.2)
+    return {
+        "train": [file for file, out in zip(files, mask, strict=True) if not out],
+        "test": [file for file, out in zip(files, mask, strict=True) if out],
+    }
+
+
+def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
+    """The images' own size if a sample of them agrees, else 224 x 224."""
+    sizes = set()
+    for path in paths[:: max(1, len(paths) // 50)]:
+        with _opened(path) as image:
+            sizes.add((image.height, image.width))
+    return sizes.pop() if len(sizes) == 1 else (224, 224)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """Decode an image to uint8 [C, H, W]: the centre, in the size's proportions, resized.
+
+    Raises:
+        DataError: if the file is missing, no image or damaged.
+    """
+    with _opened(path) as image:
+        try:
+            return image_tensor(image, size, channels)
+        except (OSError, SyntaxError) as error:
+            raise DataError(f"{path} is damaged: {error}.") from error
+
+
+def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
+    """A picture as uint8 [C, H, W]: its centre, in the size's proportions, resized."""
+    from PIL import ImageOps
+
+    picture = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    if (picture.height, picture.width) != size:
+        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _options(rest: str) -> tuple[str, dict[str, Any]]:
+    """Split "PATH:size=64" into the path and its options."""
+    path, colon, options = rest.rpartition(":")
+    if not colon or "=" not in options:
+        return rest, {}
+    try:
+        return path, {key: ast.literal_eval(value) for key, value in (entry.split("=", 1) for entry in options.split(","))}
+    except (ValueError, SyntaxError) as error:
+        raise DataError(f"cannot read the options {options!r}; needed: key=value, such as size=64.") from error
+
+
+def _lazy(
+    sources: Mapping[str, Sequence[Any]],
+    labels: Mapping[str, Sequence[int]],
+    classes: Sequence[str],
+    read: Callable[[Any], Tensor],
+    how: str,
+) -> _Raw:
+    empty = [split for split in ("train", "test") if not len(sources[split])]
+    if empty:
+        raise DataError(f"no images for {' and '.join(empty)}.")
+    threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+    examples = {
+        split: LazyExamples(sources[split], torch.tensor(labels[split], dtype=torch.int64), read, threads)
+        for split in ("train", "test")
+    }
+    listed = "".join(f"{source}:{label};" for split in examples for source, label in zip(
+        (_identity(entry) for entry in sources[split]), labels[split], strict=True))  # fmt: skip
+    return _Raw(
+        train=examples["train"], test=examples["test"], class_names=tuple(classes),
+        content=fingerprint_bytes(listed.encode(), how.encode()),
+    )  # fmt: skip
+
+
+def _identity(source: Any) -> str:
+    return f"{source.parent.name}/{source.name}/{source.stat().st_size}" if isinstance(source, Path) else str(source)
+
+
+def _hugging_face(rest: str, seed: int) -> _Raw:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("hf: needs the package datasets. Install it with: pip install 'impatient[hub]'.") from error
+    name, options = _options(rest)
+    try:
+        loaded = datasets.load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else datasets.load_dataset(name)
+    except Exception as error:
+        raise DataError(f"datasets cannot load {name!r}: {error}") from error
+    train = loaded["train"]
+    test_name = next((split for split in ("test", "validation") if split in loaded), None)
+    if test_name is None:
+        parts = train.train_test_split(test_size=0.2, seed=0)
+        train, test = parts["train"], parts["test"]
+    else:
+        test = loaded[test_name]
+    del seed
+    image, label = _columns(train, datasets, name)
+    size = (int(options["size"]),) * 2 if "size" in options else _hf_size(train, image)
+    feature = train.features[label]
+    numbers = {"train": [int(value) for value in train[label]], "test": [int(value) for value in test[label]]}
+    names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
+    return _lazy(
+        {"train": _Rows(train, image), "test": _Rows(test, image)}, numbers, names,
+        lambda row: image_tensor(row.picture(), size, 3), f"{size}",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a Hugging Face data set, decoded when asked."""
+
+    table: Any
+    column: str
+    place: int
+
+    def picture(self) -> Image.Image:
+        picture: Image.Image = self.table[self.place][self.column]
+        return picture
+
+    def __str__(self) -> str:
+        return f"{self.table._fingerprint}/{self.place}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows(Sequence[_Row]):
+    table: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, place: Any) -> Any:
+        return _Row(self.table, self.column, int(place))
+
+
+def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
+    images = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    labels = [column for column, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = labels or [column for column in ("label", "labels") if column in table.features]
+    if not images or not labels:
+        raise DataError(
+            f"{name} has columns {dict(table.features)}; needed: an image column and a class label. Text must be turned into "
+            "token ids first and saved as npz (x_train: int64 [N, T])."
+        )
+    return images[0], labels[0]
+
+
+def _hf_size(table: Any, column: str) -> tuple[int, int]:
+    sizes = {(picture.height, picture.width) for picture in table[: min(50, len(table))][column]}
+    return sizes.pop() if len(sizes) == 1 else (224, 224)

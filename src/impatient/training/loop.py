@@ -1,0 +1,443 @@
+"""The training loop, on Lightning Fabric: exits trained jointly, alone, or after the backbone; stopped and resumed at will.
+
+Its pieces are plain functions (`losses`, `schedules`, `weights`); nothing here is needed to train in a loop of one's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import StaleInput, TrainingDiverged, TrainingError
+from impatient.files import read_header, write_text
+from impatient.provenance import fingerprint_structure
+from impatient.training import schedules
+from impatient.training.checkpoint import load_checkpoint, save_checkpoint
+from impatient.training.data import Data, Split
+from impatient.training.losses import exit_hits, exit_losses, weighted_loss
+from impatient.training.progress import TrainingProgress
+from impatient.training.weights import STATIC, check_weights
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+    from impatient.networks.multi_exit import MultiExitNetwork
+
+Regime = Literal["joint", "frozen", "mixed"]
+REGIMES: dict[str, tuple[str, ...]] = {"joint": ("joint",), "frozen": ("heads",), "mixed": ("backbone", "joint")}
+AUGMENTATIONS = ("none", "crop", "crop-flip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        epochs: passes over the training split, all phases together.
+        batch_size: per process.
+        lr, momentum, weight_decay: of SGD with Nesterov momentum.
+        schedule: "cosine", or "step" (a tenth after 1/2 and 3/4), of each phase.
+        warmup: share of each phase during which the learning rate grows.
+        regime: "joint" trains everything, "frozen" only the heads, "mixed" the backbone first and then everything.
+        backbone_share: of the epochs, in the mixed regime, for the backbone alone.
+        label_smoothing: of the cross-entropy.
+        augment: "none", "crop" (random shift by an eighth) or "crop-flip" (and mirrored), for images.
+        clip_norm: largest gradient norm, or None.
+        channels_last: memory format of convolutions; faster on most CPUs and GPUs.
+        seed: of order, augmentation and dropout.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["cosine", "step"] = "cosine"
+    warmup: float = 0.05
+    regime: Regime = "joint"
+    backbone_share: float = 0.5
+    label_smoothing: float = 0.0
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    clip_norm: float | None = None
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                raise TrainingError(f"{name}={value}; needed: a positive number.")
+        choices = {
+            "schedule": (self.schedule, ("cosine", "step")), "regime": (self.regime, tuple(REGIMES)),
+            "augment": (self.augment, AUGMENTATIONS),
+        }  # fmt: skip
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise TrainingError(f"{name}={value!r}; needed: one of {', '.join(known)}.")
+        if not 0.0 < self.backbone_share < 1.0 or not 0.0 <= self.warmup < 1.0:
+            raise TrainingError(f"backbone_share={self.backbone_share} and warmup={self.warmup} must be shares below 1.")
+        if self.regime == "mixed" and self.epochs < 2:
+            raise TrainingError("the mixed regime needs at least 2 epochs: one for the backbone, one for everything.")
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """(name, first epoch, epoch after the last) of each phase."""
+        names = REGIMES[self.regime]
+        if len(names) == 1:
+            return [(names[0], 0, self.epochs)]
+        turn = min(max(1, round(self.epochs * self.backbone_share)), self.epochs - 1)
+        return [(names[0], 0, turn), (names[1], turn, self.epochs)]
+
+    def learning_rate(self, done: float) -> float:
+        """Learning rate when this share of a phase is done."""
+        factor = schedules.cosine(done) if self.schedule == "cosine" else schedules.step(done)
+        return self.lr * schedules.warmed_up(done, factor, self.warmup)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochMetrics:
+    """One epoch: per exit, loss and accuracy on the training batches as they came and on the validation split."""
+
+    epoch: int
+    phase: str
+    lr: float
+    seconds: float
+    train_loss: tuple[float, ...]
+    train_accuracy: tuple[float, ...]
+    validation_loss: tuple[float, ...]
+    validation_accuracy: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """What training reported, epoch by epoch."""
+
+    epochs: tuple[EpochMetrics, ...]
+
+    def to_csv(self) -> str:
+        """One row per epoch, split and exit."""
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["epoch", "phase", "lr", "seconds", "split", "exit", "loss", "accuracy"])
+        for entry in self.epochs:
+            for split, losses, hits in (
+                ("train", entry.train_loss, entry.train_accuracy),
+                ("validation", entry.validation_loss, entry.validation_accuracy),
+            ):
+                for index, (loss, accuracy) in enumerate(zip(losses, hits, strict=True)):
+                    rows.writerow(
+                        [entry.epoch, entry.phase, f"{entry.lr:.6g}", f"{entry.seconds:.3f}", split, index,
+                         f"{loss:.6f}", f"{accuracy:.6f}"]
+                    )  # fmt: skip
+        return text.getvalue()
+
+
+def fit(
+    network: MultiExitNetwork,
+    data: Data,
+    *,
+    weights: Sequence[float] | str = "uniform",
+    recipe: Recipe | None = None,
+    fabric: Fabric | None = None,
+    checkpoint: str | Path | None = None,
+    metrics_csv: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train a network with exits, in place.
+
+    Args:
+        network: from `attach_exits`, or anything whose forward gives K outputs and that has `heads` and `backbone`.
+        data: from `load_data`; validation is only reported, never trained on.
+        weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
+            name of a static scheme of `impatient.training.weights`; "uniform" weighs every exit 1.
+        recipe: how to train.
+        fabric: a Lightning Fabric for another device, several processes or mixed precision; by default one device, the
+            accelerator if there is one.
+        checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it is there.
+        metrics_csv: file for loss and accuracy per epoch, split and exit.
+        progress: show a progress bar.
+    Returns:
+        What was reported per epoch. The network is left in eval mode.
+    Raises:
+        TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
+        StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
+        KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
+    Source:
+        Impatient DNNs (joint training); Kubaty et al. 2025 (mixed regime).
+    """
+    recipe = recipe or Recipe()
+    exit_weights = static_or_given(weights, network.num_exits)
+    return _Training(
+        network, data, exit_weights, recipe, fabric or _default_fabric(),
+        Path(checkpoint) if checkpoint else None, Path(metrics_csv) if metrics_csv else None, progress,
+    ).run()  # fmt: skip
+
+
+def static_or_given(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
+    """Exit weights by the name of a static scheme, or as given, checked."""
+    if isinstance(weights, str):
+        if weights not in STATIC:
+            raise TrainingError(f"unknown weighting {weights!r}; needed: one of {', '.join(STATIC)}, or a list of numbers.")
+        return STATIC[weights](count)
+    return check_weights(weights, count)
+
+
+def _default_fabric() -> Fabric:
+    from lightning_fabric import Fabric
+
+    return Fabric(accelerator="auto", devices=1)
+
+
+class _Training:
+    """One run of `fit`: the state that its steps share."""
+
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        data: Data,
+        weights: tuple[float, ...],
+        recipe: Recipe,
+        fabric: Fabric,
+        checkpoint: Path | None,
+        metrics_csv: Path | None,
+        progress: bool,
+    ) -> None:
+        self.network, self.data, self.recipe, self.fabric = network, data, recipe, fabric
+        self.weights = weights
+        self.checkpoint, self.metrics_csv = checkpoint, metrics_csv
+        self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
+        self.history: list[EpochMetrics] = []
+        self.step = 0  # batches of the running epoch that are done
+        self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)  # their losses and hits
+        self.seconds = 0.0  # and their time
+        self.identity = {
+            "recipe": dataclasses.asdict(recipe), "weights": list(weights), "data": data.fingerprint,
+            "processes": fabric.world_size, "network": fingerprint_structure(network.state_dict()),
+        }  # fmt: skip
+
+    def run(self) -> History:
+        torch.manual_seed(self.recipe.seed)
+        if self.recipe.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer_state = self._resume()
+        trainable = {name: parameter.requires_grad for name, parameter in self.network.named_parameters()}
+        try:
+            with self.shown, interruptible() as self.interrupt:
+                for phase, first, last in self.recipe.phases():
+                    if len(self.history) < last:
+                        inside = len(self.history) > first or self.step > 0
+                        self._run_phase(phase, first, last, optimizer_state if inside else None)
+        finally:
+            for name, parameter in self.network.named_parameters():
+                parameter.requires_grad_(trainable[name])
+            self.network.eval()
+        return History(epochs=tuple(self.history))
+
+    def _run_phase(self, phase: str, first: int, last: int, optimizer_state: dict[str, Any] | None) -> None:
+        weights = torch.tensor(self.weights, device=self.fabric.device)
+        if phase == "backbone":
+            weights = torch.zeros_like(weights)
+            weights[-1] = 1.0
+        for parameter in self.network.backbone.parameters():
+            parameter.requires_grad_(phase != "heads")
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise TrainingError("nothing to train: the regime is 'frozen' and the network has no heads. Attach exits first.")
+        optimizer: Any = torch.optim.SGD(
+            parameters, lr=self.recipe.lr, momentum=self.recipe.momentum, weight_decay=self.recipe.weight_decay,
+            nesterov=self.recipe.momentum > 0,
+        )  # fmt: skip
+        if optimizer_state:
+            optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+        model, optimizer = self.fabric.setup(self.network, optimizer)
+        for epoch in range(len(self.history), last):
+            self._run_epoch(model, optimizer, weights, phase, epoch, (first, last))
+
+    def _run_epoch(
+        self, model: nn.Module, optimizer: Any, weights: Tensor, phase: str, epoch: int, span: tuple[int, int]
+    ) -> None:
+        model.train()
+        if phase == "heads":
+            self.network.backbone.eval()  # a frozen backbone keeps its batch-norm statistics
+        batches = self._order(self.data.size("train"), epoch)
+        seen = sum(len(batch) for batch in batches[: self.step])
+        started = time.perf_counter()
+        lr = 0.0
+        while self.step < len(batches):
+            done = (epoch - span[0] + self.step / len(batches)) / (span[1] - span[0])
+            lr = self.recipe.learning_rate(done)
+            self.sums += self._update(model, optimizer, weights, batches[self.step], lr)
+            seen += len(batches[self.step])
+            self.step += 1
+            self.shown.step(epoch, phase, self.step / len(batches), self.sums / seen)
+            if self.interrupt.asked and self.step < len(batches):
+                self.seconds += time.perf_counter() - started
+                self._save(optimizer)
+                raise KeyboardInterrupt
+        train = self._over_processes(self.sums / seen)
+        validation = self._validate("validation")
+        self.history.append(
+            EpochMetrics(
+                epoch=epoch + 1, phase=phase, lr=lr, seconds=self.seconds + time.perf_counter() - started,
+                train_loss=tuple(train[0].tolist()), train_accuracy=tuple(train[1].tolist()),
+                validation_loss=tuple(validation[0].tolist()), validation_accuracy=tuple(validation[1].tolist()),
+            )
+        )  # fmt: skip
+        self.step, self.seconds, self.sums = 0, 0.0, torch.zeros_like(self.sums)
+        self._save(optimizer)
+        if self.metrics_csv and self.fabric.is_global_zero:
+            write_text(self.metrics_csv, History(epochs=tuple(self.history)).to_csv())
+        self.shown.epoch(self.history[-1])
+        if self.interrupt.asked:
+            raise KeyboardInterrupt
+
+    def _update(self, model: nn.Module, optimizer: Any, weights: Tensor, indices: Tensor, lr: float) -> Tensor:
+        """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on the CPU."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        examples = self.data.examples("train")
+        labels = examples.labels[indices].to(self.fabric.device)
+        inputs = self.data.preprocess(examples.take(indices.tolist()).to(self.fabric.device))
+        inputs = augmented(inputs, self.recipe.augment)
+        if self.recipe.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        outputs = model(inputs)
+        losses = exit_losses(outputs, labels, self.recipe.label_smoothing)
+        loss = weighted_loss(losses, weights)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss became {loss.item()} (per exit: {[round(value, 3) for value in losses.tolist()]}). The last "
+                f"checkpoint is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
+            )
+        optimizer.zero_grad()
+        self.fabric.backward(loss)
+        if self.recipe.clip_norm:
+            self.fabric.clip_gradients(model, optimizer, max_norm=self.recipe.clip_norm)
+        optimizer.step()
+        return torch.stack([losses.detach() * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+
+    def _order(self, count: int, epoch: int) -> list[Tensor]:
+        """This process's batches of one epoch, as indices; the same whether or not the run was interrupted."""
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(count, generator=generator)
+        world = self.fabric.world_size
+        order = order[: count - count % world][self.fabric.global_rank :: world]
+        batches = list(order.split(self.recipe.batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:  # batch norm cannot train on one sample
+            batches.pop()
+        return batches
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        if self.fabric.world_size == 1:
+            return values
+        return torch.as_tensor(self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="mean")).cpu()
+
+    @torch.no_grad()
+    def _validate(self, split: Split) -> Tensor:
+        """Mean loss and accuracy per exit on a split, shape [2, K]; every process computes the whole of it."""
+        self.network.eval()
+        sums = torch.zeros_like(self.sums)
+        for inputs, labels in self.data.batches(split, 512):
+            outputs = self.network(inputs.to(self.fabric.device))
+            labels = labels.to(self.fabric.device)
+            sums += torch.stack([exit_losses(outputs, labels) * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+        return sums / self.data.size(split)
+
+    def _save(self, optimizer: Any) -> None:
+        if self.checkpoint is None or not self.fabric.is_global_zero:
+            return
+        header = {
+            "kind": "checkpoint", **self.identity, "step": self.step, "seconds": self.seconds, "sums": self.sums.tolist(),
+            "history": [dataclasses.asdict(entry) for entry in self.history],
+        }  # fmt: skip
+        save_checkpoint(self.checkpoint, self.network, optimizer, header)
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Take up the checkpoint if there is one; returns the optimizer's state."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        self._check_identity(read_header(self.checkpoint))
+        header, optimizer_state = load_checkpoint(self.checkpoint, self.network)
+        self.history = [EpochMetrics.from_json(entry) for entry in header["history"]]
+        self.step, self.seconds = header["step"], header["seconds"]
+        self.sums = torch.tensor(header["sums"], dtype=torch.float64)
+        return optimizer_state
+
+    def _check_identity(self, header: Mapping[str, Any]) -> None:
+        for name, wanted in json.loads(json.dumps(self.identity)).items():
+            if header.get(name) != wanted:
+                raise StaleInput(
+                    f"the checkpoint {self.checkpoint} was made with another {name}: {header.get(name)}, but here it is "
+                    f"{wanted}. Go on with the old settings, or delete the checkpoint to start anew."
+                )
+
+
+@functools.lru_cache(maxsize=8)
+def _augmentation(how: str, size: tuple[int, int]) -> Any:
+    import kornia.augmentation as K
+
+    shift = (max(1, size[0] // 8), max(1, size[1] // 8))
+    crop = K.RandomCrop(size, padding=shift, cropping_mode="slice")
+    return crop if how == "crop" else nn.Sequential(crop, K.RandomHorizontalFlip())
+
+
+def augmented(images: Tensor, how: str) -> Tensor:
+    """Randomly shifted, and mirrored, images [B, C, H, W]; each sample its own way.
+
+    Raises:
+        TrainingError: if the inputs are no images.
+    """
+    if how == "none":
+        return images
+    if images.dim() != 4:
+        raise TrainingError(f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}.")
+    return torch.as_tensor(_augmentation(how, (images.shape[2], images.shape[3]))(images))
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    asked: bool = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Turn the first Ctrl-C into a flag, so that a step can end and be saved; the second one interrupts at once.
+
+    Outside the main thread, where Python takes no signals, the flag never rises.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        interrupt.asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)

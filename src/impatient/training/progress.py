@@ -1,0 +1,55 @@
+"""What training shows: a bar with loss and accuracy per exit, and a line per epoch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from impatient.training.loop import EpochMetrics
+
+
+class TrainingProgress:
+    """Does nothing at all when it is not wanted."""
+
+    def __init__(self, wanted: bool, epochs: int) -> None:
+        self._wanted, self._epochs = wanted, epochs
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
+            console=self._console, transient=True, disable=not wanted,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        self._bar.__enter__()
+        self._task = self._bar.add_task("training", total=self._epochs, metrics="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.__exit__(None, None, None)
+
+    def step(self, epoch: int, phase: str, share: float, means: Tensor) -> None:
+        """One batch is done: `share` of the epoch; means of loss and accuracy per exit so far, shape [2, K]."""
+        if self._wanted:
+            loss, accuracy = means.tolist()
+            text = f"loss {_row(loss, '.2f')}  accuracy % {_row(accuracy, '.0%')}"
+            self._bar.update(
+                self._task, completed=epoch + share, metrics=text, description=f"epoch {epoch + 1}/{self._epochs} {phase}"
+            )
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """One epoch is done."""
+        if self._wanted:
+            self._console.print(
+                f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} s  "
+                f"train loss {_row(metrics.train_loss, '.2f')}  validation accuracy % "
+                f"{_row(metrics.validation_accuracy, '.1%')}",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+def _row(values: list[float] | tuple[float, ...], style: str) -> str:
+    return " ".join(format(value, style).rstrip("%") for value in values)
