@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from impatient.errors import ExitNotReached
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
-from impatient.networks.stages import first_tensor, tapped
+from impatient.networks.stages import first_tensor, output_tensor, tapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +50,12 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
     torch.backends.mha.set_fastpath_enabled(False)  # the fused attention operator is not counted
     try:
         with evaluating(network), torch.no_grad(), counter, first_use:
-            output = first_tensor(tapped(network.backbone, x, network._cut_map(), visit))
+            output = output_tensor(tapped(network.backbone, x, network._cut_map(), visit))
             end = counter.get_total_flops()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+    if len(shapes) < len(network.heads):
+        raise ExitNotReached(f"the example came to {len(shapes)} of {len(network.heads)} early exits; needed: all.")
     totals.append((end, end))
     shapes.append(tuple(output.shape))
     heads: list[nn.Module | None] = [*network.heads, None]

@@ -155,10 +155,13 @@ def build_head(head: HeadName | HeadFactory, features: FeatureShape, num_classes
     """Build one head, by name or by a callable (FeatureShape, num_classes) -> nn.Module.
 
     Raises:
-        HeadError: if the name is unknown or the features do not suit the head.
+        HeadError: if the name is unknown, the features do not suit the head, or a callable returns no module.
     """
     if callable(head):
-        return head(features, num_classes)
+        built = head(features, num_classes)
+        if not isinstance(built, nn.Module):
+            raise HeadError(f"the head's factory returned a {type(built).__name__}; needed: a torch.nn.Module.")
+        return built
     if head not in HEADS:
         raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(get_args(HeadName))}, or a callable.")
     return HEADS[head](features, num_classes)
@@ -170,14 +173,15 @@ def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) 
     Raises:
         HeadError: if it fails or gives something else.
     """
-    training = head.training
+    modes = {module: module.training for module in head.modules()}
     try:
         with torch.no_grad():
             output = head.eval()(features)
     except Exception as error:
         raise HeadError(f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}") from error
     finally:
-        head.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise HeadError(f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}.")

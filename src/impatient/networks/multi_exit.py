@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError
+from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError
 from impatient.networks import placement
 from impatient.networks.heads import FeatureShape, HeadFactory, HeadName, Layout, Pool, build_head, check_head, guess_layout
 from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
@@ -146,7 +146,7 @@ def attach_exits(
     classes = _check_classes(backbone, example, num_classes)
     if isinstance(after, str):
         if after != "auto":
-            raise HeadError(f"after={after!r} is one string; needed: 'auto' or a list of module names: after=[{after!r}].")
+            raise ExitNotFound(f"after={after!r} is one string; needed: 'auto' or a list of module names: after=[{after!r}].")
         cuts = placement.choose(backbone, example, count)
         log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
     else:

@@ -1,15 +1,17 @@
 """Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet", "package.module:factory".
 
-Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16". Weights are loaded by
-those libraries' own loaders.
+Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
+"transformers:SwinConfig:depths=[2,2],num_heads=[3,6]". Weights are loaded by those libraries' own loaders.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +65,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
             "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
         )
     parsed: dict[str, Any] = {}
-    for entry in filter(None, options.split(",")):
+    for entry in filter(None, re.split(r",(?![^\[(]*[\])])", options)):  # not at the commas inside a list
         key, equals, value = entry.partition("=")
         if not equals or not key.isidentifier():
             raise ModelSpecError(f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5.")
@@ -122,6 +124,8 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     """A pretrained classifier ("transformers:org/name"), or random weights from a configuration class ("transformers:BertConfig")
     or from a local config file ("transformers:path/config.json").
     """
+    with contextlib.suppress(ImportError):
+        import_torchvision()  # transformers imports it where it is installed, and would fail where only the repair helps
     import transformers
 
     text = bool(options.pop("text", False))

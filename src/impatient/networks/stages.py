@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, Self
 
 import greenlet
@@ -64,14 +65,21 @@ def first_tensor(value: Any) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-    for entry in entries:
+    for entry in _entries(value):
         if isinstance(entry, Tensor):
             return entry
     raise NetworkError(
-        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a tensor, or a tuple, list or "
-        "mapping that holds one. Cut somewhere else."
+        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a tensor, or a tuple, list, "
+        "mapping or dataclass that holds one. Cut somewhere else."
     )
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    return [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else ()
 
 
 def output_tensor(value: Any) -> Tensor:
@@ -277,7 +285,8 @@ class Walk(Iterator[Exit]):
 
     def __init__(self, model: nn.Module, x: Any, cuts: CutMap, heads: Sequence[Head | None], *, keep: bool = False) -> None:
         self._run = _Run(_Ambient.now())
-        self._model, self._x = model, x
+        self._model: nn.Module | None = model
+        self._x = x
         self._cuts, self._heads, self._keep = cuts, heads, keep
         self._last = len(heads) - 1
         self._runner: _Forward | None = None  # None before the first stage and after the last
@@ -321,11 +330,12 @@ class Walk(Iterator[Exit]):
                 result = self._runner.switch()
             if not self._runner.dead:
                 self._inside = _ThreadState()
-                return result
+                index, features = result
+                return index, features
             return self._last, output_tensor(result)
         finally:
             if self._runner is not None and self._runner.dead:
-                self._runner = self._model = self._x = None  # type: ignore[assignment]  nothing keeps a finished run alive
+                self._runner = self._model = self._x = None  # nothing is kept alive by a finished run
             outside.restore()
 
     def close(self) -> None:
@@ -352,7 +362,9 @@ class Walk(Iterator[Exit]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():  # the interpreter takes the memory back, and what close() needs is already gone
+            return
         try:
             self.close()
         except greenlet.error:  # dropped on another thread, which cannot unwind it
@@ -365,7 +377,7 @@ class Walk(Iterator[Exit]):
             )
 
 
-def _start(target: Callable[[nn.Module, Any], Any], cuts: CutMap) -> _Forward:
+def _start(target: Callable[..., Any], cuts: CutMap) -> _Forward:
     runner = _Forward(target)
     runner.cuts, runner.calls, runner.closing = cuts, {}, False
     # greenlets begin with an empty context; the model must see the caller's context variables

@@ -1,0 +1,284 @@
+"""How good every exit and every policy is, next to the network without exits and to oracles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from impatient.budgets import Budget, exit_weights, standard
+from impatient.costs import CostProfile, Statistic
+from impatient.errors import PolicyError, RecordingError, SplitReuseError
+from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean, proportion
+from impatient.evaluation.recording import Recording
+from impatient.files import read_json, write_json
+from impatient.policies.rules import ThresholdPolicy
+from impatient.provenance import Provenance, provenance
+
+Kind = Literal["exit", "policy", "exit_free", "oracle"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to answer.
+
+    Attributes:
+        name, kind: what it is.
+        accuracy: with its 95 % interval.
+        interruptible_s: mean seconds per sample when every head on the way runs.
+        contract_s: mean seconds when only the heads that are looked at run.
+        macs: mean multiply-accumulates per sample, in contract mode.
+        calibration_error: expected calibration error of the largest class probability.
+        shares: share of the samples answered by each exit.
+    """
+
+    name: str
+    kind: Kind
+    accuracy: Estimate
+    interruptible_s: float
+    contract_s: float
+    macs: float
+    calibration_error: float
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetRow:
+    """Expected accuracy of one way to answer under one distribution of budgets; no answer in time counts as wrong."""
+
+    budget: str
+    name: str
+    accuracy: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A judgement on one split.
+
+    Attributes:
+        rows: exits, policies, networks without exits, oracle.
+        under_budgets: expected accuracies.
+        budgets: the distributions, by name.
+        split, samples: what it was judged on.
+        provenance: weights, data and the machine the times come from.
+    """
+
+    rows: tuple[Row, ...]
+    under_budgets: tuple[BudgetRow, ...]
+    budgets: Mapping[str, Budget]
+    split: str
+    samples: int
+    provenance: Provenance
+
+    def of(self, kind: Kind) -> tuple[Row, ...]:
+        """The rows of one kind."""
+        return tuple(row for row in self.rows if row.kind == kind)
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "evaluation", "split": self.split, "samples": self.samples,
+            "rows": [_row_json(row) for row in self.rows],
+            "under_budgets": [{"budget": row.budget, "name": row.name, "accuracy": row.accuracy.to_json()}
+                              for row in self.under_budgets],
+            "budgets": {name: budget.to_json() for name, budget in self.budgets.items()},
+            "provenance": self.provenance.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        try:
+            return cls(
+                rows=tuple(_row_from(row) for row in value["rows"]),
+                under_budgets=tuple(
+                    BudgetRow(budget=row["budget"], name=row["name"], accuracy=Estimate(**row["accuracy"]))
+                    for row in value["under_budgets"]
+                ),
+                budgets={name: Budget.from_json(budget) for name, budget in value["budgets"].items()},
+                split=value["split"], samples=value["samples"], provenance=Provenance.from_json(value["provenance"]),
+            )  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise RecordingError(f"this is not an evaluation ({error!r}); make one with `impatient evaluate`.") from error
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls.from_json(read_json(path))
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    plain = {name: getattr(row, name) for name in ("name", "kind", "interruptible_s", "contract_s", "macs",
+                                                   "calibration_error", "shares")}  # fmt: skip
+    return {**plain, "accuracy": row.accuracy.to_json()}
+
+
+def _row_from(value: Mapping[str, Any]) -> Row:
+    return Row(**{**value, "accuracy": Estimate(**value["accuracy"]), "shares": tuple(value["shares"])})
+
+
+def evaluate(
+    recording: Recording,
+    costs: CostProfile,
+    policies: ThresholdPolicy | Mapping[str, ThresholdPolicy] | None = None,
+    *,
+    exit_free: Recording | None = None,
+    budgets: Mapping[str, Budget] | None = None,
+    statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> Evaluation:
+    """Judge every exit and policy on a recording.
+
+    Args:
+        recording: of the split to judge on, usually "test".
+        costs: of the same network.
+        policies: one, or several by name.
+        exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
+        budgets: distributions over time budgets, by name; by default the four standard shapes from 0 to 1.25 times the
+            interruptible cost of the last exit.
+        statistic, batch_size: which measured times are used.
+    Returns:
+        Accuracies with intervals, times, shares and calibration errors. The network without exits, with the same weights
+        and if given with its own, and the oracle (the cheapest exit that is right) are always among the rows.
+    Raises:
+        SplitReuseError: if a policy was fitted on this very split.
+        StaleInput: if a policy was fitted on another network's recording.
+    """
+    named = {"policy": policies} if isinstance(policies, ThresholdPolicy) else dict(policies or {})
+    for name, policy in named.items():
+        _check_policy(name, policy, recording)
+    if recording.outputs.shape[0] != costs.num_exits:
+        raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+    judge = _Judge(recording, costs, statistic, batch_size, exit_free)
+    horizon = 1.25 * judge.interruptible_s[-1]
+    distributions = dict(budgets) if budgets is not None else standard(horizon)
+    rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
+    return Evaluation(
+        rows=tuple(rows), under_budgets=tuple(judge.under_budgets(distributions, named)), budgets=distributions,
+        split=recording.split, samples=len(recording.labels),
+        provenance=provenance(
+            network=recording.provenance.network, weights=recording.provenance.weights, data=recording.provenance.data,
+            device=costs.provenance.device, processor=costs.provenance.processor, threads=costs.provenance.threads,
+        ),
+    )  # fmt: skip
+
+
+def _check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> None:
+    if policy.num_exits != recording.outputs.shape[0]:
+        raise PolicyError(f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}.")
+    if policy.provenance is None:
+        return
+    policy.provenance.require(f"policy {name!r}", "fit it again", weights=recording.provenance.weights)
+    if policy.split == recording.split and policy.provenance.data == recording.provenance.data:
+        raise SplitReuseError(
+            f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the result would be too good. "
+            "Judge it on a recording of another split, such as record(network, data, split='test')."
+        )
+
+
+class _Judge:
+    """Outcomes of one recording under one cost profile."""
+
+    def __init__(
+        self, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int, exit_free: Recording | None
+    ) -> None:
+        self.costs, self.options = costs, {"statistic": statistic, "batch_size": batch_size}
+        self.recording, self.count = recording, costs.num_exits
+        self.hits: Float[Tensor, "K N"] = recording.hits()
+        self.confidence: Float[Tensor, "K N"] = recording.outputs.softmax(-1).amax(-1)
+        self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
+        self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
+        self.macs = costs.cumulative_macs("contract")
+        self.whole_s = costs.exit_free_s(**self.options)  # type: ignore[arg-type]
+        self.alone = exit_free
+        self.samples = torch.arange(len(recording.labels))
+
+    def exits(self) -> list[Row]:
+        return [self._row(f"exit {k}", "exit", self._all(k), self.interruptible_s, self.contract_s, self.macs)
+                for k in range(self.count)]  # fmt: skip
+
+    def policy(self, name: str, policy: ThresholdPolicy) -> Row:
+        heads = policy.open_exits()
+        exits = policy.exits_of(self.recording.outputs)
+        looked_at = self.costs.cumulative_s("interruptible", heads=heads, **self.options)  # type: ignore[arg-type]
+        macs = self.costs.cumulative_macs("interruptible", heads)
+        return self._row(name, "policy", exits, self.interruptible_s, looked_at, macs)
+
+    def references(self) -> list[Row]:
+        right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
+        rows = [self._row("oracle", "oracle", right, self.interruptible_s, self.contract_s, self.macs)]
+        same = self._row("no exits, same weights", "exit_free", self._all(self.count - 1), *self._whole())
+        if self.alone is None:
+            return [same, *rows]
+        hits, confidence = self.alone.hits()[-1], self.alone.outputs[-1].softmax(-1).amax(-1)
+        own = Row(
+            name="no exits, trained alone", kind="exit_free", accuracy=proportion(float(hits.sum()), len(hits)),
+            interruptible_s=self.whole_s, contract_s=self.whole_s, macs=same.macs,
+            calibration_error=expected_calibration_error(confidence, hits.bool()), shares=same.shares,
+        )  # fmt: skip
+        return [same, own, *rows]
+
+    def _whole(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
+        backbone_macs = float(sum(self.costs.stage_macs))
+        return (self.whole_s,) * self.count, (self.whole_s,) * self.count, (backbone_macs,) * self.count
+
+    def _all(self, exit: int) -> Int[Tensor, "N"]:
+        return torch.full_like(self.samples, exit)
+
+    def _row(
+        self, name: str, kind: Kind, exits: Int[Tensor, "N"], interruptible_s: Sequence[float], contract_s: Sequence[float],
+        macs: Sequence[float],
+    ) -> Row:  # fmt: skip
+        hits, confidence = self.hits[exits, self.samples], self.confidence[exits, self.samples]
+        shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
+        return Row(
+            name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)),
+            interruptible_s=_weighted(shares, interruptible_s), contract_s=_weighted(shares, contract_s),
+            macs=_weighted(shares, macs), calibration_error=expected_calibration_error(confidence, hits.bool()),
+            shares=tuple(shares.tolist()),
+        )  # fmt: skip
+
+    def under_budgets(self, budgets: Mapping[str, Budget], policies: Mapping[str, ThresholdPolicy]) -> list[BudgetRow]:
+        ways: dict[str, tuple[Float[Tensor, "K N"], Sequence[float]]] = {
+            "interruptible": (self.hits, self.interruptible_s),
+            "contract": (self.hits, self.contract_s),
+            "static oracle": (self.hits[self._best_so_far()], self.contract_s),
+        }
+        for name, policy in policies.items():
+            exits = policy.exits_of(self.recording.outputs)
+            stopped = torch.minimum(torch.arange(self.count)[:, None], exits[None])  # the exit held when time is up
+            ways[name] = (self.hits[stopped, self.samples], self.interruptible_s)
+        ways["no exits, same weights"] = (self.hits[-1:], (self.whole_s,))
+        if self.alone is not None:
+            ways["no exits, trained alone"] = (self.alone.hits()[-1:], (self.whole_s,))
+        return [
+            BudgetRow(budget=budget_name, name=name, accuracy=mean(_expected(budget, cost, hits)))
+            for budget_name, budget in budgets.items()
+            for name, (hits, cost) in ways.items()
+        ]
+
+    def _best_so_far(self) -> list[int]:
+        """For each exit, the most accurate one up to it: what somebody who knows the budget and all accuracies picks."""
+        accuracy = self.hits.mean(1).tolist()
+        return list(itertools.accumulate(range(self.count), lambda best, k: k if accuracy[k] > accuracy[best] else best))
+
+
+def _weighted(shares: Float[Tensor, "K"], values: Sequence[float]) -> float:
+    return float((shares * torch.tensor(values, dtype=torch.float64)).sum())
+
+
+def _expected(budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
+    """Per sample, the probability of a right answer in time."""
+    return (torch.tensor(exit_weights(budget, cost), dtype=torch.float64)[:, None] * hits.double()).sum(0)

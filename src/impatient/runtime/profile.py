@@ -1,0 +1,159 @@
+"""Measuring what stages and heads cost, on this machine, interleaved with the untouched backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.costs import BatchCosts, CostProfile, Quantiles
+from impatient.errors import CostError, ExitNotReached
+from impatient.networks.describe import stage_facts
+from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.placement import evaluating
+from impatient.networks.stages import call_model, first_tensor
+from impatient.provenance import fingerprint_structure, machine, provenance
+
+
+def profile(
+    network: MultiExitNetwork,
+    x: Any,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    repeats: int = 300,
+    warm_up: int = 20,
+    max_seconds: float = 30.0,
+    progress: bool = False,
+    clock: Clock = SYSTEM_CLOCK,
+) -> CostProfile:
+    """Measure every stage, every head and the untouched backbone.
+
+    Each repeat runs the untouched backbone and then, or before, the staged network with all heads, so that a change in the
+    machine's speed meets both alike. The times include what staging itself costs.
+
+    Args:
+        network: from `attach_exits`; measured in eval mode, in inference mode, on the device its parameters are on.
+        x: an example input; its first sample is repeated to the batch sizes asked for.
+        batch_sizes: each is measured by itself.
+        repeats: at each batch size; the p99 of fewer than 100 is their maximum.
+        warm_up: repeats that are not counted.
+        max_seconds: stop measuring a batch size after this long, with at least 20 repeats.
+        progress: show a bar.
+    Returns:
+        Means and quantiles with the machine they belong to.
+
+    Sync:
+        Waits for the device around every stage and head.
+    """
+    if min((repeats, *batch_sizes)) < 1 or not batch_sizes:
+        raise CostError(f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}: all must be at least 1.")
+    device = _device_of(network, x)
+    facts = stage_facts(network, resized(x, 1))
+    batches = {}
+    with evaluating(network), Progress(transient=True, disable=not progress) as bar:
+        for size in batch_sizes:
+            task = bar.add_task(f"profiling batch size {size}", total=repeats)
+            batches[size] = _measure(network, resized(x, size), device, repeats, warm_up, max_seconds, clock,
+                                     lambda task=task: bar.advance(task))  # fmt: skip
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
+    return CostProfile(
+        exits=network.exit_names, batches=batches,
+        stage_macs=tuple(fact.stage_macs for fact in facts), head_macs=tuple(fact.head_macs for fact in facts),
+        stage_parameters=tuple(fact.stage_parameters for fact in facts),
+        head_parameters=tuple(fact.head_parameters for fact in facts),
+        provenance=provenance(network=fingerprint_structure(network.state_dict()), dtype=dtype, **machine(str(device))),
+    )  # fmt: skip
+
+
+def _device_of(network: MultiExitNetwork, x: Any) -> torch.device:
+    parameter = next(iter(network.parameters()), None)
+    return parameter.device if parameter is not None else first_tensor(x).device
+
+
+def resized(x: Any, batch_size: int) -> Any:
+    """An input of another batch size: the first sample, repeated."""
+    if isinstance(x, Tensor):
+        return x[:1].expand(batch_size, *x.shape[1:]).contiguous()
+    if isinstance(x, Mapping):
+        return {name: resized(value, batch_size) for name, value in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(resized(value, batch_size) for value in x)
+    return x
+
+
+def _measure(
+    network: MultiExitNetwork, x: Any, device: torch.device, repeats: int, warm_up: int, max_seconds: float, clock: Clock,
+    advance: Any,
+) -> BatchCosts:  # fmt: skip
+    count = network.num_exits
+    stages: list[list[float]] = [[] for _ in range(count)]
+    heads: list[list[float]] = [[] for _ in range(count)]
+    whole: list[float] = []
+    begin = clock.now()
+    for repeat in range(-warm_up, repeats):
+        if repeat == 0:
+            for times in (*stages, *heads, whole):
+                times.clear()
+            begin = clock.now()
+        # alternate the order: whatever ran last has warmed the caches for the next
+        for part in ("whole", "staged") if repeat % 2 else ("staged", "whole"):
+            if part == "whole":
+                whole.append(_time_whole(network, x, device, clock))
+            else:
+                _time_staged(network, x, device, clock, stages, heads)
+        if repeat >= 0:
+            advance()
+        if repeat >= 19 and clock.now() - begin > max_seconds:
+            break
+    return BatchCosts(
+        stages=tuple(Quantiles.of(times) for times in stages), heads=tuple(Quantiles.of(times) for times in heads),
+        exit_free=Quantiles.of(whole),
+    )  # fmt: skip
+
+
+def _time_whole(network: MultiExitNetwork, x: Any, device: torch.device, clock: Clock) -> float:
+    with torch.inference_mode():
+        begin = clock.now()
+        call_model(network.backbone, x)
+        _synchronise(device)
+        return clock.now() - begin
+
+
+def _time_staged(
+    network: MultiExitNetwork, x: Any, device: torch.device, clock: Clock, stages: list[list[float]], heads: list[list[float]]
+) -> None:
+    reached = 0
+    before = clock.now()
+    with torch.inference_mode(), network.exits(x) as run:
+        for exit in run:
+            _synchronise(device)
+            arrived = clock.now()
+            exit.output()
+            _synchronise(device)
+            answered = clock.now()
+            stages[exit.index].append(arrived - before)
+            # the last exit's output is the backbone's own: asking for it costs nothing
+            heads[exit.index].append(answered - arrived if exit.index < network.num_exits - 1 else 0.0)
+            before, reached = clock.now(), reached + 1
+    if reached != network.num_exits:
+        raise ExitNotReached(
+            f"the example came to {reached} of {network.num_exits} exits; profile with an input that comes to all of them."
+        )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
+    """Raise StaleInput unless a profile belongs to this network, machine, thread count and torch version."""
+    here = provenance(**machine(costs.provenance.device or "cpu"))
+    costs.provenance.require(
+        "the cost profile", remedy, network=fingerprint_structure(network.state_dict()), processor=here.processor,
+        threads=here.threads, versions=dict(here.versions),
+    )  # fmt: skip

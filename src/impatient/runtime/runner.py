@@ -1,0 +1,420 @@
+"""Running against the clock: contract runs, interruptible runs, and policies in both.
+
+A **contract** run knows its deadline: it goes on to the next exit only if a high quantile of what that costs still fits, and
+skips the heads that will not be the answer. An **interruptible** run posts the answer of every exit; whoever started it gets
+the latest one when the deadline comes or when they interrupt, whatever the stage in flight is doing. A **policy** stops
+either when going on is not worth it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
+from impatient.costs import BatchCosts, CostProfile, Quantiles, Statistic
+from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
+from impatient.networks.stages import first_tensor
+from impatient.policies.rules import Policy
+from impatient.runtime.profile import check_profile
+
+StoppedBy = Literal["final", "policy", "deadline", "interrupt"]
+
+# Time kept back from every deadline for handing the answer over: reading the clock, building the Answer, returning.
+RESERVE_S = 100e-6
+
+
+class ExitLike(Protocol):
+    """One exit of a run."""
+
+    @property
+    def index(self) -> int: ...
+
+    def output(self) -> Tensor: ...
+
+
+class StagedNetwork(Protocol):
+    """What the runner needs of a network."""
+
+    @property
+    def num_exits(self) -> int: ...
+
+    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What a run returns.
+
+    Attributes:
+        output: before softmax, shape [B, num_classes].
+        exit: the deepest exit that answered.
+        exits: per sample, the exit its output comes from.
+        elapsed_s: from the call to the moment this answer was there.
+        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline" or "interrupt".
+        deadline_met: whether the answer was there by the deadline; True when there was none.
+    """
+
+    output: Tensor
+    exit: int
+    exits: tuple[int, ...]
+    elapsed_s: float
+    stopped_by: StoppedBy
+    deadline_met: bool
+
+
+class Runner:
+    """Answers by a deadline, as well as the time allows.
+
+    Args:
+        network: from `attach_exits`, or anything with the same protocol. Put it in eval mode yourself.
+        costs: measured on this machine with `profile`; another machine's profile is refused.
+        policy: when going on is not worth it; None goes on as long as time allows.
+        statistic: the quantile of a stage's cost that must fit before it is begun. The lower, the deeper and the later.
+        when_late: what to do when not even the first exit fits: "answer" late and say so, or "raise".
+        any_profile: use a profile of another machine, thread count or version all the same.
+        clock: where time comes from.
+    Raises:
+        StaleInput: if the profile does not belong to this network and machine.
+        PolicyError, CostError: if policy, profile and network have different numbers of exits.
+
+    Thread:
+        `run` may be called from several threads; runs that were started (`start`) share one worker and queue behind
+        each other, with their deadlines ticking.
+    """
+
+    def __init__(
+        self,
+        network: StagedNetwork,
+        costs: CostProfile,
+        policy: Policy | None = None,
+        *,
+        statistic: Statistic = "p99",
+        when_late: Literal["answer", "raise"] = "answer",
+        any_profile: bool = False,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if costs.num_exits != network.num_exits:
+            raise CostError(f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; profile it anew.")
+        policy_exits = getattr(policy, "num_exits", network.num_exits)
+        if policy_exits != network.num_exits:
+            raise PolicyError(f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit it anew.")
+        if when_late not in ("answer", "raise"):
+            raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
+        if not any_profile:
+            check_profile(costs, network, "profile this network here, or pass any_profile=True to use it all the same")
+        self.network, self.costs, self.policy = network, costs, policy
+        self.clock = clock
+        self._when_late = when_late
+        self._plans = {size: _Plan(batch, statistic) for size, batch in costs.batches.items()}
+        self._worker: _Worker | None = None
+        self._drift = 1.0
+
+    @property
+    def drift(self) -> float:
+        """How much slower than profiled this machine is now: a running mean of measured over profiled stage time.
+
+        Every prediction is multiplied by it, but never by less than 1.
+        """
+        return self._drift
+
+    def run(self, x: Any, *, deadline: Deadline = NEVER) -> Answer:
+        """Answer by a deadline that is known now (a contract run).
+
+        Args:
+            x: as the network takes it; its batch size must have been profiled.
+            deadline: `Deadline.after(0.008)`; stamp it where the request comes in.
+        Returns:
+            The answer of the deepest exit that fits, or of the exit at which the policy stopped.
+        Raises:
+            NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
+            CostError: if the batch size was not profiled.
+        """
+        begin = self.clock.now()
+        plan = self._plan(x)
+        if self._when_late == "raise" and not self._fits(plan, 0, begin, deadline):
+            raise self._too_late(plan, deadline.instant - begin)
+        collected = _Collected(self.policy)
+        with torch.inference_mode(), self.network.exits(x) as run:
+            before = begin
+            for exit in run:
+                arrived = self.clock.now()
+                self._observe(plan, exit.index, arrived - before)
+                if self.policy is not None and self.policy.looks_at(exit.index) and collected.add(exit):
+                    return self._answer(collected, exit, begin, deadline, "policy")
+                before = self.clock.now()
+                if not self._fits(plan, exit.index + 1, before, deadline):
+                    return self._answer(collected, exit, begin, deadline, "deadline")
+        return self._answer(collected, exit, begin, deadline, "final")
+
+    def start(self, x: Any, *, deadline: Deadline = NEVER) -> Run:
+        """Start an interruptible run on the runner's own thread and return at once.
+
+        Use it in a `with` block: leaving it abandons what is still being computed.
+        """
+        if self._worker is None:
+            self._worker = _Worker()
+            weakref.finalize(self, self._worker.stop)
+        run = Run(self.clock, deadline, self.network.num_exits, self._when_late)
+        self._worker.do(lambda: run._work(self.network, x, self.policy))
+        return run
+
+    def warm_up(self, x: Any, times: int = 3) -> None:
+        """Run a few times in both ways, so that the first answer that counts finds threads and memory ready."""
+        for _ in range(times):
+            self.run(x)
+            with self.start(x) as run:
+                run.result()
+
+    def close(self) -> None:
+        """End the worker thread; a run in flight ends at its next exit."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plan(self, x: Any) -> _Plan:
+        size = int(first_tensor(x).shape[0])
+        if size not in self._plans:
+            raise CostError(
+                f"batch size {size} was not profiled; profiled: {sorted(self._plans)}. "
+                f"Run profile(network, x, batch_sizes=[..., {size}])."
+            )
+        return self._plans[size]
+
+    def _fits(self, plan: _Plan, exit: int, now: float, deadline: Deadline) -> bool:
+        """Whether this exit's answer, from the one before it, fits in the time left; an exit beyond the last one does."""
+        if exit >= len(plan.next_s) or deadline is NEVER:
+            return True
+        return now + plan.next_s[exit] * max(1.0, self._drift) + RESERVE_S <= deadline.instant
+
+    def _observe(self, plan: _Plan, exit: int, stage_s: float) -> None:
+        expected = plan.mean_s[exit]
+        if expected > 0.0:
+            # bounded: one descheduled stage must not spoil the next hundred runs
+            self._drift += 0.05 * (min(stage_s / expected, 10.0) - self._drift)
+
+    def _answer(
+        self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy
+    ) -> Answer:
+        output, exits = collected.finish(exit)
+        now = self.clock.now()
+        return Answer(
+            output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
+            deadline_met=now <= deadline.instant,
+        )  # fmt: skip
+
+    def _too_late(self, plan: _Plan, left_s: float) -> NoAnswerInTime:
+        return NoAnswerInTime(
+            f"{left_s * 1e3:.3f} ms are left, but the first exit needs {plan.next_s[0] * max(1.0, self._drift) * 1e3:.3f} ms. "
+            "Allow more time, attach an earlier exit, or use when_late='answer'."
+        )
+
+
+class _Plan:
+    """What the runner looks up at a boundary, for one batch size."""
+
+    def __init__(self, costs: BatchCosts, statistic: Statistic) -> None:
+        def pick(part: Quantiles) -> float:
+            return float(getattr(part, statistic))
+
+        # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
+        self.next_s = tuple(pick(stage) + pick(head) for stage, head in zip(costs.stages, costs.heads, strict=True))
+        self.mean_s = tuple(stage.mean for stage in costs.stages)
+
+
+class _Collected:
+    """Outputs of a batch whose samples may stop at different exits."""
+
+    def __init__(self, policy: Policy | None) -> None:
+        self._policy = policy
+        self._output: Tensor | None = None
+        self._exits: Tensor | None = None  # -1 where a sample has not stopped
+
+    def add(self, exit: ExitLike) -> bool:
+        """Take the output of an exit for the samples that stop there; True when all have stopped."""
+        assert self._policy is not None
+        output = exit.output()
+        stops = self._policy.stops(exit.index, output)
+        self._take(exit.index, output, stops)
+        assert self._exits is not None
+        return bool((self._exits >= 0).all())
+
+    def finish(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+        """The outputs, with this exit's for all samples that have not stopped."""
+        if self._exits is None:
+            output = exit.output()
+            return output, (exit.index,) * output.shape[0]
+        if bool((self._exits < 0).any()):
+            return self.snapshot(exit)
+        assert self._output is not None
+        return self._output, tuple(self._exits.tolist())
+
+    def snapshot(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+        """What `finish` would give, without stopping anything."""
+        output = exit.output()
+        if self._exits is None or self._output is None:
+            return output, (exit.index,) * output.shape[0]
+        going = self._exits < 0
+        mixed = torch.where(going[:, None], output, self._output)
+        return mixed, tuple(torch.where(going, exit.index, self._exits).tolist())
+
+    def _take(self, index: int, output: Tensor, stops: Tensor) -> None:
+        if self._output is None or self._exits is None:
+            self._output = output.clone()
+            self._exits = torch.full((output.shape[0],), -1, device=output.device)
+        now = stops & (self._exits < 0)
+        self._output[now] = output[now]
+        self._exits[now] = index
+
+
+class Run:
+    """An interruptible run in progress; made by `Runner.start`.
+
+    Thread:
+        All methods may be called from any thread.
+    """
+
+    def __init__(self, clock: Clock, deadline: Deadline, num_exits: int, when_late: str) -> None:
+        self._clock, self._deadline = clock, deadline
+        self._num_exits, self._when_late = num_exits, when_late
+        self._begin = clock.now()
+        self._changed = threading.Condition()
+        self._latest: Answer | None = None
+        self._answer: Answer | None = None  # once given, always given
+        self._finished = False  # the worker is done with this run
+        self._abandoned = False  # nobody wants more
+        self._error: BaseException | None = None
+
+    def latest(self) -> Answer | None:
+        """The best answer so far, without stopping; None before the first exit."""
+        with self._changed:
+            return self._answer or self._latest
+
+    def result(self) -> Answer:
+        """Wait for the last exit, the policy or the deadline, whichever comes first.
+
+        At the deadline the latest answer is returned at once; the stage in flight is abandoned.
+
+        Raises:
+            NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with when_late="raise".
+        """
+        with self._changed:
+            while not (self._answer or self._finished) and self._clock.now() < self._deadline.instant:
+                self._clock.wait(self._changed, self._deadline.instant)
+            return self._stop("deadline")
+
+    def interrupt(self) -> Answer:
+        """Stop now and return the latest answer; a second call returns the same one.
+
+        Before the first exit it waits for that exit, or raises, as the runner was told.
+
+        Raises:
+            NoAnswerInTime: if there is no answer yet and the runner was made with when_late="raise".
+        """
+        with self._changed:
+            return self._stop("interrupt")
+
+    def close(self) -> None:
+        """Abandon what is still being computed; harmless afterwards."""
+        with self._changed:
+            self._abandoned = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _stop(self, stopped_by: StoppedBy) -> Answer:
+        """Give the latest answer; the lock is held."""
+        if self._answer is not None:
+            return self._answer
+        if self._latest is None and self._when_late == "raise" and not self._finished:
+            self._abandoned = True
+            raise NoAnswerInTime(
+                f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. Allow more time, attach an "
+                "earlier exit, or use when_late='answer'."
+            )
+        while self._latest is None and not self._finished:
+            self._changed.wait()
+        self._abandoned = True
+        if self._error is not None:
+            raise self._error
+        assert self._latest is not None
+        done = self._finished and self._latest.stopped_by in ("final", "policy")
+        self._answer = self._latest if done else _with_reason(self._latest, stopped_by)
+        return self._answer
+
+    def _work(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
+        """On the worker: run stage by stage and post every answer, until nobody wants more."""
+        try:
+            collected = _Collected(policy)
+            with torch.inference_mode(), network.exits(x) as run:
+                for exit in run:
+                    stopped_by = self._step(exit, collected, policy)
+                    if self._abandoned or stopped_by == "policy":
+                        break
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _step(self, exit: ExitLike, collected: _Collected, policy: Policy | None) -> StoppedBy:
+        last = exit.index == self._num_exits - 1
+        stopped_by: StoppedBy = "final" if last else "interrupt"
+        if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
+            stopped_by = "policy"
+        output, exits = collected.snapshot(exit)
+        now = self._clock.now()
+        answer = Answer(
+            output=output, exit=max(exits), exits=exits, elapsed_s=now - self._begin, stopped_by=stopped_by,
+            deadline_met=now <= self._deadline.instant,
+        )  # fmt: skip
+        with self._changed:
+            self._latest = answer
+            self._changed.notify_all()
+        return stopped_by
+
+
+def _with_reason(answer: Answer, stopped_by: StoppedBy) -> Answer:
+    return Answer(
+        output=answer.output, exit=answer.exit, exits=answer.exits, elapsed_s=answer.elapsed_s, stopped_by=stopped_by,
+        deadline_met=answer.deadline_met,
+    )  # fmt: skip
+
+
+class _Worker:
+    """One thread that does what it is given, in order. It holds no runner, so that runners can be forgotten."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="impatient-runner", daemon=True)
+        self._thread.start()
+
+    def do(self, job: Any) -> None:
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+
+def _serve(jobs: queue.SimpleQueue[Any]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job  # or its network and input live until the next one comes
