@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from impatient.errors import ImpatientError
+from impatient.errors import ImpatientError, RunError
 
 app = typer.Typer(
     name="impatient",
@@ -24,6 +24,9 @@ out = Console()
 err = Console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
+AnyProfile = Annotated[bool, typer.Option("--any-profile", help="Use a profile of another machine or version all the same.")]
+Threads = Annotated[int, typer.Option(help="Intra-op threads of torch; 0 leaves its own choice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is up to date.")]
 
 
@@ -80,22 +83,167 @@ def train(
     strategy: Annotated[str, typer.Option(help="As in Lightning Fabric: auto, ddp, ...")] = "auto",
     precision: Annotated[str, typer.Option(help="As in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
     restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in DIR away.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Train a network with exits; go on from the checkpoint if there is one."""
     from impatient import workflow
     from impatient.training.loop import Recipe
 
     recipe = Recipe(
-        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule,  # type: ignore[arg-type]
-        regime=regime, augment=augment, label_smoothing=label_smoothing, channels_last=channels_last, seed=seed,  # type: ignore[arg-type]
+        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule, regime=regime,  # type: ignore[arg-type]
+        augment=augment, label_smoothing=label_smoothing, channels_last=channels_last, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
-    workflow.train(
-        directory, model=model, data_spec=data, exits=exits, after=[name for name in after.split(",") if name], heads=heads,
-        weights=weights, mode=mode, recipe=recipe, exit_free=exit_free, validation=validation, restart=restart,
-        progress=not quiet, say=_say,
-        fabric_options={"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision},
+    plan = workflow.Plan(
+        model=model, data=data, exits=exits, after=tuple(name for name in after.split(",") if name), heads=heads,
+        weights=weights, mode=mode, recipe=recipe, exit_free=exit_free, validation=validation,  # type: ignore[arg-type]
+        fabric={"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision},
     )  # fmt: skip
+    workflow.train(directory, plan, restart=restart, progress=not quiet, say=_say)
+
+
+@app.command()
+def profile(
+    directory: Directory,
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to measure, with commas between.")] = "1",
+    repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 300,
+    threads: Threads = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what every stage and head costs on this machine."""
+    from impatient import tables, workflow
+
+    _use_threads(threads)
+    sizes = _integers(batch_sizes, "--batch-sizes")
+    costs = workflow.profile_run(directory, batch_sizes=sizes, repeats=repeats, force=force, progress=not quiet, say=_say)
+    for size in sizes:
+        _say(tables.costs_table(costs, size))
+
+
+@app.command()
+def record(
+    directory: Directory,
+    splits: Annotated[str, typer.Option(help="Splits to record, with commas between.")] = "validation,test",
+    features: Annotated[bool, typer.Option("--features", help="Keep pooled features too, for learned gates.")] = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Record the outputs of all exits, so that policies are fitted and judged without the network."""
+    from impatient import workflow
+
+    workflow.record_run(
+        directory, splits=splits.split(","), features=features, force=force, progress=not quiet, say=_say
+    )  # fmt: skip
+
+
+@app.command()
+def fit(
+    directory: Directory,
+    max_loss: Annotated[float | None, typer.Option(help="Points of accuracy that may be lost against the last exit.")] = None,
+    mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
+    mean_mmacs: Annotated[float | None, typer.Option(help="Mean millions of multiply-accumulates per sample.")] = None,
+    score: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
+    name: Annotated[str | None, typer.Option(help="Name of the policy; by default the target.")] = None,
+    any_profile: AnyProfile = False,
+    threads: Threads = 0,
+) -> None:
+    """Fit a policy to a target on the validation split; without a target, to lose at most 1 point of accuracy."""
+    from impatient import workflow
+
+    _use_threads(threads)
+    if max_loss is None and mean_ms is None and mean_mmacs is None:
+        max_loss = 1.0
+    targets = {
+        "max_accuracy_loss": None if max_loss is None else max_loss / 100, "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
+        "mean_macs": None if mean_mmacs is None else mean_mmacs * 1e6,
+    }  # fmt: skip
+    named = {"loss": max_loss, "ms": mean_ms, "mmacs": mean_mmacs}
+    given = next(f"{kind}-{value:g}" for kind, value in named.items() if value is not None)
+    policy = workflow.fit_run(
+        directory, targets=targets, score=score, name=name or given, any_profile=any_profile, say=_say
+    )  # fmt: skip
+    _say("thresholds: " + ", ".join("closed" if bound == float("inf") else f"{bound:.3f}" for bound in policy.thresholds[:-1]))
+
+
+@app.command()
+def evaluate(
+    directory: Directory,
+    budget: Annotated[str | None, typer.Option(help="A distribution over budgets in ms, such as uniform:0:10.")] = None,
+    any_profile: AnyProfile = False,
+    threads: Threads = 0,
+) -> None:
+    """Judge every exit and policy on the test split."""
+    from impatient import tables, workflow
+
+    _use_threads(threads)
+    evaluation = workflow.evaluate_run(directory, budget=budget, any_profile=any_profile, say=_say)
+    _say(tables.evaluation_table(evaluation))
+    _say(tables.budgets_table(evaluation))
+
+
+@app.command()
+def report(directory: Directory, any_profile: AnyProfile = False, threads: Threads = 0) -> None:
+    """Write one self-contained HTML page about the run."""
+    from impatient import workflow
+
+    _use_threads(threads)
+    workflow.report_run(directory, any_profile=any_profile, say=_say)
+
+
+@app.command()
+def run(
+    directory: Directory,
+    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or .npy arrays.")],
+    deadline_ms: Annotated[float | None, typer.Option(help="Time for each answer, ms; without it, no limit.")] = None,
+    policy: Annotated[str | None, typer.Option(help="A fitted policy, to stop when going on is not worth it.")] = None,
+    when_late: Annotated[str, typer.Option(help="When not even the first exit fits: answer or raise.")] = "answer",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    any_profile: AnyProfile = False,
+    threads: Threads = 0,
+) -> None:
+    """Answer for images by a deadline."""
+    from impatient import tables, workflow
+    from impatient.clock import positive_seconds
+
+    _use_threads(threads)
+    deadline_s = None if deadline_ms is None else positive_seconds(deadline_ms, "--deadline-ms") / 1e3
+    answers = workflow.answer_files(
+        directory, inputs, deadline_s=deadline_s, policy=policy, any_profile=any_profile, when_late=when_late
+    )  # fmt: skip
+    if json:
+        typer.echo(workflow.to_json(answers))
+    else:
+        _say(tables.answers_table(answers))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put the run.")] = Path("impatient-demo"),
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
+    quiet: Quiet = False,
+) -> None:
+    """All of it on the digits that come with scikit-learn: train, profile, record, fit, evaluate, report, answer by deadlines."""
+    from impatient import tables, workflow
+
+    rows, samples = workflow.demo(directory, epochs=epochs, progress=not quiet, say=_say)
+    _say(tables.deadlines_table(rows, samples))
+    _say(f"the report: {(directory / 'report.html').resolve()}")
+
+
+def _use_threads(threads: int) -> None:
+    if threads < 0:
+        raise RunError(f"--threads {threads}; needed: 1 or more, or 0 for torch's own choice.")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"{option} {text!r}; needed: whole numbers with commas between, such as 1,8.") from None
 
 
 def _say(text: Any) -> None:

@@ -24,13 +24,14 @@ import torch
 from torch import nn
 
 from impatient.costs import CostProfile
-from impatient.errors import DataError, ModelSpecError, StaleInput, StorageError
+from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.recording import Recording
-from impatient.files import read_json, read_tensors, write_json, write_tensors
+from impatient.files import read_json, read_tensors, write_tensors
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.specs import load_model
 from impatient.policies.rules import ThresholdPolicy
-from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, machine, provenance
+from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
 
@@ -139,6 +140,9 @@ class RunDirectory:
     def exit_free(self) -> Path:
         return self.path / "exit_free"
 
+    def exit_free_recording_file(self, split: str) -> Path:
+        return self.exit_free / "recordings" / f"{split}.safetensors"
+
     def recording_file(self, split: str) -> Path:
         return self.path / "recordings" / f"{split}.safetensors"
 
@@ -166,12 +170,17 @@ class RunDirectory:
         """
         spec = self.spec()
         data = load_data(spec.data, seed=spec.seed, validation=spec.validation)
+        self.check_data(data)
+        return data
+
+    def check_data(self, data: Data) -> None:
+        """Raise StaleInput if this is not the data the run was begun with."""
+        spec = self.spec()
         if data.fingerprint != spec.data_fingerprint:
             raise StaleInput(
                 f"the data {spec.data!r} has changed since {self.spec_file} was written (fingerprint {data.fingerprint}, then "
                 f"{spec.data_fingerprint}). Put the old files back, or train into a new directory."
             )
-        return data
 
     def network(self) -> tuple[MultiExitNetwork, str]:
         """The trained network in eval mode, and the fingerprint of its weights.
@@ -180,6 +189,29 @@ class RunDirectory:
             StorageError: if it has not been trained, or the file is damaged.
         """
         return load_weights(self.spec().build(), self.weights_file, self.path)
+
+    def exit_free_network(self) -> tuple[MultiExitNetwork, str]:
+        """The backbone that was trained without exits, and the fingerprint of its weights."""
+        return load_weights(self.spec().build_exit_free(), self.exit_free / "weights.safetensors", self.path)
+
+    def exit_free_recording(self, split: str) -> Recording | None:
+        """Its recording of one split; None if it was not trained.
+
+        Raises:
+            StaleInput: if it was made by other weights or on other data.
+        """
+        file, weights = self.exit_free_recording_file(split), self.exit_free / "weights.safetensors"
+        if not weights.is_file():
+            return None
+        remedy = f"run `impatient record {self.path}` again"
+        if not file.is_file():
+            raise StorageError(f"{self.path} has no recording of the network without exits; {remedy}.")
+        recording = Recording.load(file)
+        recording.provenance.require(
+            "the recording of the network without exits", remedy, weights=fingerprint_tensors(read_tensors(weights)[0]),
+            data=self.spec().data_fingerprint,
+        )  # fmt: skip
+        return recording
 
     def weights_fingerprint(self) -> str:
         """Fingerprint of the trained weights, without building the network."""
@@ -235,14 +267,6 @@ class RunDirectory:
         return policy
 
 
-def check_machine(costs: CostProfile, remedy: str) -> None:
-    """Raise StaleInput unless a profile was measured on this machine, with this thread count and torch."""
-    here = provenance(**machine(costs.provenance.device or "cpu"))
-    costs.provenance.require(
-        "the cost profile", remedy, processor=here.processor, threads=here.threads, versions=dict(here.versions)
-    )
-
-
 def save_weights(network: nn.Module, path: Path) -> str:
     """Write weights; returns their fingerprint.
 
@@ -281,12 +305,3 @@ def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
                 f"{where} holds NaN or infinite weights in {name!r}; such a network answers nothing. Train again with a "
                 "lower learning rate, or load other weights."
             )
-
-
-def require_same_data(spec: NetworkSpec, data: Data) -> None:
-    """Raise DataError if a data set's classes do not fit a network."""
-    if data.num_classes != spec.num_classes:
-        raise DataError(f"{data.name} has {data.num_classes} classes, the network {spec.num_classes}.")
-
-
-__all__ = ["NetworkSpec", "RunDirectory", "check_machine", "load_weights", "new_spec", "save_weights", "write_json"]

@@ -2,100 +2,421 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from impatient.budgets import exit_weights, parse_budget
-from impatient.errors import StaleInput, TrainingError
-from impatient.files import write_json
+from impatient.budgets import Budget, exit_weights, parse_budget
+from impatient.clock import NEVER, Deadline
+from impatient.costs import CostProfile, Mode
+from impatient.errors import DataError, ImpatientError, PolicyError, RunError, StaleInput, StorageError
+from impatient.evaluation.evaluate import Evaluation, evaluate
+from impatient.evaluation.recording import Recording, record
+from impatient.evaluation.report import Example, report_html, select_examples
+from impatient.files import read_json, write_json, write_text
+from impatient.policies.rules import ThresholdPolicy, fit_thresholds
+from impatient.policies.scores import SCORES
 from impatient.run_directory import NetworkSpec, RunDirectory, new_spec, save_weights
-from impatient.training.data import load_data
+from impatient.runtime.profile import check_profile, profile
+from impatient.runtime.runner import RESERVE_S, Answer, Runner
+from impatient.training.data import Data, load_data
 from impatient.training.loop import Recipe, fit
 from impatient.training.weights import STATIC
 
 Say = Callable[[Any], None]
 
 
-def train(
-    directory: str | Path,
-    *,
-    model: str,
-    data_spec: str,
-    exits: int,
-    after: Sequence[str],
-    heads: str,
-    weights: str,
-    mode: str,
-    recipe: Recipe,
-    exit_free: bool,
-    validation: float,
-    restart: bool,
-    progress: bool,
-    fabric_options: dict[str, Any],
-    say: Say,
-) -> None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to train, on what, and how: everything `train` needs besides the directory."""
+
+    model: str
+    data: str
+    exits: int = 4
+    after: tuple[str, ...] = ()
+    heads: str = "linear"
+    weights: str = "uniform"
+    mode: Mode = "interruptible"
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    exit_free: bool = True
+    validation: float = 0.1
+    fabric: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress: bool = True, say: Say) -> None:
     """Train a network with exits into a run directory, and beside it the same backbone without exits."""
     run = RunDirectory(directory)
     if restart and run.spec_file.is_file():
         shutil.rmtree(run.path)
-    data = load_data(data_spec, seed=recipe.seed, validation=validation)
-    if run.spec_file.is_file():
-        spec = run.spec()
-        _check_same(spec, run, model=model, data=data_spec, heads=heads, seed=recipe.seed, validation=validation)
-        if (after and tuple(after) != spec.after) or (not after and exits != len(spec.after) + 1):
-            raise StaleInput(f"{run.path} was begun with exits after {', '.join(spec.after)}; say so again, or use --restart.")
-    else:
-        spec = new_spec(model, data, after=list(after) or None, count=exits, heads=heads, seed=recipe.seed, validation=validation)
-        write_json(run.spec_file, spec.to_json())
+    data = load_data(plan.data, seed=plan.recipe.seed, validation=plan.validation)
+    spec = _spec(run, plan, data)
     network = spec.build()
     say(network.describe(spec.example()))
-    numbers = _exit_weights(weights, mode, run, network, say)
-    options: dict[str, Any] = {"recipe": recipe, "progress": progress}
+    weights = _exit_weights(run, plan, network, say)
     fit(
-        network, data, weights=numbers, fabric=_fabric(fabric_options), checkpoint=run.path / "checkpoint.safetensors",
-        metrics_csv=run.path / "metrics.csv", **options,
+        network, data, weights=weights, recipe=plan.recipe, fabric=_fabric(plan.fabric), progress=progress,
+        checkpoint=run.path / "checkpoint.safetensors", metrics_csv=run.path / "metrics.csv",
     )  # fmt: skip
     save_weights(network, run.weights_file)
-    if exit_free:
+    if plan.exit_free:
         say("the same backbone without exits, to compare with:")
-        alone = spec.build_exit_free()
-        plain = Recipe(**{**_fields(recipe), "regime": "joint"})
-        fit(
-            alone, data, fabric=_fabric(fabric_options), checkpoint=run.exit_free / "checkpoint.safetensors",
-            metrics_csv=run.exit_free / "metrics.csv", recipe=plain, progress=progress,
-        )  # fmt: skip
-        save_weights(alone, run.exit_free / "weights.safetensors")
+        _train_exit_free(run, spec, plan, data, progress)
     say(f"trained: {run.weights_file}")
 
 
-def _fields(recipe: Recipe) -> dict[str, Any]:
-    import dataclasses
+def _train_exit_free(run: RunDirectory, spec: NetworkSpec, plan: Plan, data: Data, progress: bool) -> None:
+    alone = spec.build_exit_free()
+    fit(
+        alone, data, recipe=dataclasses.replace(plan.recipe, regime="joint"), fabric=_fabric(plan.fabric), progress=progress,
+        checkpoint=run.exit_free / "checkpoint.safetensors", metrics_csv=run.exit_free / "metrics.csv",
+    )  # fmt: skip
+    save_weights(alone, run.exit_free / "weights.safetensors")
 
-    return dataclasses.asdict(recipe)
+
+def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
+    """The network's description: that of the run if it was begun, and then the plan must agree; else a new one."""
+    if not run.spec_file.is_file():
+        spec = new_spec(
+            plan.model, data, after=list(plan.after) or None, count=plan.exits, heads=plan.heads, seed=plan.recipe.seed,
+            validation=plan.validation,
+        )  # fmt: skip
+        write_json(run.spec_file, spec.to_json())
+        return spec
+    spec = run.spec()
+    begun = {"model": spec.model, "data": spec.data, "heads": spec.heads, "seed": spec.seed, "validation": spec.validation}
+    wanted = {
+        "model": plan.model, "data": plan.data, "heads": plan.heads, "seed": plan.recipe.seed, "validation": plan.validation,
+    }  # fmt: skip
+    if plan.after:
+        begun, wanted = {**begun, "after": spec.after}, {**wanted, "after": plan.after}
+    else:
+        begun, wanted = {**begun, "exits": len(spec.after) + 1}, {**wanted, "exits": plan.exits}
+    for name, value in wanted.items():
+        if begun[name] != value:
+            raise StaleInput(
+                f"{run.path} was begun with --{name} {_spoken(begun[name])}, not {_spoken(value)}. Say the old value, use "
+                "another directory, or --restart to throw the old run away."
+            )
+    run.check_data(data)
+    return spec
 
 
-def _fabric(options: dict[str, Any]) -> Any:
+def _spoken(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _fabric(options: Mapping[str, Any]) -> Any:
     from lightning_fabric import Fabric
 
-    fabric = Fabric(**options)
+    fabric = Fabric(**{"accelerator": "auto", "devices": 1, **options})
     fabric.launch()
     return fabric
 
 
-def _check_same(spec: NetworkSpec, run: RunDirectory, **wanted: Any) -> None:
-    for name, value in wanted.items():
-        if getattr(spec, name) != value:
-            raise StaleInput(
-                f"{run.path} was begun with --{name.replace('_', '-')} {getattr(spec, name)}, not {value}. Use the old value, "
-                "another directory, or --restart to throw the old run away."
+def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> tuple[float, ...]:
+    """Weights by name, or from a budget distribution and this machine's costs; those of the run if it was begun."""
+    file = run.path / "training.json"
+    if file.is_file():
+        begun = read_json(file)
+        if (begun["weights"], begun["mode"]) == (plan.weights, plan.mode):
+            return tuple(begun["numbers"])
+        raise StaleInput(
+            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another directory, "
+            "or --restart to throw the old run away."
+        )
+    if plan.weights in STATIC:
+        numbers = STATIC[plan.weights](network.num_exits)
+    elif ":" in plan.weights:
+        budget = parse_budget(plan.weights)
+        costs = _profile_for_weights(run, network, say)
+        numbers = exit_weights(budget, costs.cumulative_s(plan.mode), normalise=True)
+    else:
+        raise DataError(f"unknown weighting {plan.weights!r}; needed: one of {', '.join(STATIC)}, or a budget: uniform:0:10.")
+    say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
+    write_json(file, {"weights": plan.weights, "mode": plan.mode, "numbers": numbers})
+    return numbers
+
+
+def _profile_for_weights(run: RunDirectory, network: Any, say: Say) -> CostProfile:
+    if not run.profile_file.is_file():
+        say("measuring what each exit costs, for the weights:")
+        profile(network, run.spec().example(), repeats=100, progress=True).save(run.profile_file)
+    return CostProfile.load(run.profile_file)
+
+
+def profile_run(
+    directory: str | Path, *, batch_sizes: Sequence[int] = (1,), repeats: int = 300, force: bool = False,
+    progress: bool = True, say: Say,
+) -> CostProfile:  # fmt: skip
+    """Measure stages and heads on this machine, unless a profile of this network and machine is there."""
+    run = RunDirectory(directory)
+    network, _ = run.network()
+    if run.profile_file.is_file() and not force:
+        costs = CostProfile.load(run.profile_file)
+        try:
+            check_profile(costs, network, "measure again")
+            fresh = all(size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes)
+        except StaleInput as reason:
+            say(f"measuring again: {reason}")
+            fresh = False
+        if fresh:
+            say(f"up to date: {run.profile_file} (--force to measure again)")
+            return costs
+    costs = profile(network, run.spec().example(), batch_sizes=batch_sizes, repeats=repeats, progress=progress)
+    costs.save(run.profile_file)
+    say(f"profiled: {run.profile_file}")
+    return costs
+
+
+def record_run(
+    directory: str | Path, *, splits: Sequence[str] = ("validation", "test"), features: bool = False, force: bool = False,
+    progress: bool = True, say: Say,
+) -> None:  # fmt: skip
+    """Record the outputs of all exits on the splits, and of the network without exits if there is one."""
+    run = RunDirectory(directory)
+    data = run.data()
+    network, weights = run.network()
+    jobs = [(network, weights, split, run.recording_file(split)) for split in splits]
+    if (run.exit_free / "weights.safetensors").is_file():
+        alone, alone_weights = run.exit_free_network()
+        jobs += [(alone, alone_weights, split, run.exit_free_recording_file(split)) for split in splits]
+    for job, job_weights, split, file in jobs:
+        if file.is_file() and not force and _is_fresh(file, job_weights, data, features):
+            say(f"up to date: {file} (--force to record again)")
+            continue
+        record(job, data, split=split, features=features, progress=progress).save(file)
+        say(f"recorded: {file}")
+
+
+def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
+    try:
+        recording = Recording.load(file)
+    except ImpatientError:
+        return False  # damaged: made again
+    source = recording.provenance
+    return source.weights == weights and source.data == data.fingerprint and bool(recording.features) >= features
+
+
+def fit_run(
+    directory: str | Path, *, targets: Mapping[str, float | None], score: str = "max_probability", name: str | None = None,
+    any_profile: bool = False, say: Say,
+) -> ThresholdPolicy:  # fmt: skip
+    """Fit thresholds on the validation recording and keep them under a name."""
+    run = RunDirectory(directory)
+    if score not in SCORES:
+        raise PolicyError(f"unknown score {score!r}; needed: one of {', '.join(SCORES)}.")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        policy = fit_thresholds(
+            run.recording("validation"), run.profile(any_machine=any_profile), score=score, **targets  # type: ignore[arg-type]
+        )  # fmt: skip
+    for warning in caught:
+        say(f"[yellow]note[/yellow]: {warning.message}")
+    (target, wanted), *_ = [(key, value) for key, value in targets.items() if value is not None]
+    name = name or f"{target.replace('_', '-')}-{wanted:g}"
+    policy.save(run.policy_file(name))
+    say(f"fitted on {int(policy.target['samples'])} validation samples: {run.policy_file(name)}")
+    return policy
+
+
+def evaluate_run(directory: str | Path, *, budget: str | None = None, any_profile: bool = False, say: Say) -> Evaluation:
+    """Judge every exit and every fitted policy on the test recording."""
+    run = RunDirectory(directory)
+    costs = run.profile(any_machine=any_profile)
+    recording = run.recording("test")
+    policies = {name: run.policy(name) for name in run.policy_names()}
+    chosen = _chosen_budget(run, budget)
+    evaluation = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"))
+    if chosen:
+        more = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"), budgets=dict([chosen]))
+        evaluation = dataclasses.replace(
+            evaluation, under_budgets=evaluation.under_budgets + more.under_budgets,
+            budgets={**evaluation.budgets, **more.budgets},
+        )  # fmt: skip
+    evaluation.save(run.evaluation_file)
+    say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
+    return evaluation
+
+
+def _chosen_budget(run: RunDirectory, text: str | None) -> tuple[str, Budget] | None:
+    """The budget asked for, or the one the network was trained for."""
+    if text is None:
+        training = run.path / "training.json"
+        text = read_json(training)["weights"] if training.is_file() else ""
+    return (text, parse_budget(text)) if ":" in text else None
+
+
+def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) -> Path:
+    """Write one self-contained HTML page about the run."""
+    run = RunDirectory(directory)
+    if not run.evaluation_file.is_file():
+        raise StorageError(f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`.")
+    evaluation = Evaluation.load(run.evaluation_file)
+    spec, policies = run.spec(), {name: run.policy(name) for name in run.policy_names()}
+    evaluation.provenance.require(
+        "the evaluation", f"run `impatient evaluate {run.path}` again", weights=run.weights_fingerprint()
+    )
+    chosen = [(name, budget) for name, budget in evaluation.budgets.items() if ":" in name]
+    early, late = _examples(run, spec, policies)
+    page = report_html(
+        title=run.path.resolve().name, evaluation=evaluation, costs=run.profile(any_machine=any_profile), policies=policies,
+        chosen_budget=chosen[0] if chosen else None, early=early, late=late,
+        facts={"model": spec.model, "exits after": ", ".join(spec.after), "heads": spec.heads, "data": spec.data,
+               "classes": str(spec.num_classes), "seed": str(spec.seed)},
+    )  # fmt: skip
+    write_text(run.report_file, page)
+    say(f"report: {run.report_file}")
+    return run.report_file
+
+
+def _examples(
+    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, ThresholdPolicy]
+) -> tuple[list[Example], list[Example]]:
+    """Test inputs that left early and late under the first policy."""
+    if not policies:
+        return [], []
+    policy = next(iter(policies.values()))
+    recording, data = run.recording("test"), run.data()
+    exits = policy.exits_of(recording.outputs)
+
+    def example(index: int) -> Example:
+        exit = int(exits[index])
+        output = recording.outputs[exit, index]
+        return Example(
+            picture=_png(data.examples("test").take([index])[0]) if spec.preprocess.size else None,
+            label=spec.class_names[int(recording.labels[index])], predicted=spec.class_names[int(output.argmax())],
+            exit=exit, score=float(SCORES[policy.score](output)),
+        )  # fmt: skip
+
+    early, late = select_examples(recording, policy)
+    return [example(index) for index in early], [example(index) for index in late]
+
+
+def _png(raw: Tensor) -> bytes | None:
+    """A raw input [C, H, W] as PNG; None if it is no picture of bytes."""
+    import io
+
+    from PIL import Image
+
+    if raw.dtype != torch.uint8 or raw.dim() != 3 or raw.shape[0] not in (1, 3):
+        return None
+    pixels = raw[0].numpy() if raw.shape[0] == 1 else raw.permute(1, 2, 0).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def answer_files(
+    directory: str | Path, files: Sequence[Path], *, deadline_s: float | None, policy: str | None, any_profile: bool = False,
+    when_late: str = "answer",
+) -> list[tuple[Path, str, float, Answer]]:  # fmt: skip
+    """Answer for each input file by the deadline: the file, the class, its probability, the answer."""
+    run = RunDirectory(directory)
+    spec = run.spec()
+    inputs = [_read_input(spec, file) for file in files]  # all are read before the first deadline is stamped
+    network, _ = run.network()
+    costs = run.profile(any_machine=any_profile)
+    runner = Runner(
+        network, costs, run.policy(policy) if policy else None, any_profile=any_profile,
+        when_late=when_late,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if not inputs:
+        raise RunError("no input files; needed: at least one image (or .npy array) to answer for.")
+    for _ in range(5):  # threads and memory, so that the first answer is not late
+        runner.run(inputs[0])
+    answers = []
+    for file, x in zip(files, inputs, strict=True):
+        answer = runner.run(x, deadline=NEVER if deadline_s is None else Deadline.after(deadline_s))
+        probabilities = answer.output.float().softmax(-1)[0]
+        best = int(probabilities.argmax())
+        answers.append((file, spec.class_names[best], float(probabilities[best]), answer))
+    return answers
+
+
+def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
+    if not file.is_file():
+        raise DataError(f"no such file: {file}.")
+    raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
+    if tuple(raw.shape[1:]) != spec.example_shape:
+        raise DataError(f"{file} has shape {tuple(raw.shape[1:])}; the network takes {spec.example_shape}.")
+    return spec.preprocess(raw)
+
+
+def _read_array(file: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(file, allow_pickle=False))[None]
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise DataError(f"{file} cannot be read as a plain array: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DeadlineRow:
+    """What one deadline gave over a whole split."""
+
+    deadline_s: float
+    met: float
+    mean_exit: float
+    mean_time_s: float
+    p99_time_s: float
+    accuracy: float
+
+
+def deadline_table(runner: Runner, data: Data, split: Any, deadlines_s: Sequence[float]) -> list[DeadlineRow]:
+    """Answer for every sample of a split under each deadline, on the real clock, one sample at a time."""
+    samples = [(x, int(y)) for x, y in data.batches(split, 1)]
+    for x, _ in samples[:20]:
+        runner.run(x)
+    rows = []
+    for deadline_s in deadlines_s:
+        answers = [(runner.run(x, deadline=Deadline.after(deadline_s)), label) for x, label in samples]
+        times = [answer.elapsed_s for answer, _ in answers]
+        rows.append(
+            DeadlineRow(
+                deadline_s=deadline_s, met=float(np.mean([answer.deadline_met for answer, _ in answers])),
+                mean_exit=float(np.mean([answer.exit for answer, _ in answers])), mean_time_s=float(np.mean(times)),
+                p99_time_s=float(np.quantile(times, 0.99)),
+                accuracy=float(np.mean([int(answer.output.argmax()) == label for answer, label in answers])),
             )
+        )  # fmt: skip
+    return rows
 
 
-def _exit_weights(weights: str, mode: str, run: RunDirectory, network: Any, say: Say) -> str | tuple[float, ...]:
-    if weights in STATIC:
-        return weights
-    raise TrainingError(weights)
+def demo(directory: str | Path, *, epochs: int = 20, progress: bool = True, say: Say) -> tuple[list[DeadlineRow], int]:
+    """Every step on the digits, and then the whole test split under one deadline after the other."""
+    plan = Plan(
+        model="impatient:resnet:n=3,c=16", data="digits", exits=6, heads="relu_linear",
+        recipe=Recipe(epochs=epochs, batch_size=64, augment="crop"),
+    )  # fmt: skip
+    train(directory, plan, progress=progress, say=say)
+    costs = profile_run(directory, progress=progress, say=say)
+    record_run(directory, progress=progress, say=say)
+    fit_run(directory, targets={"max_accuracy_loss": 0.01}, name="loss-1", say=say)
+    evaluate_run(directory, say=say)
+    report_run(directory, say=say)
+    run = RunDirectory(directory)
+    network, _ = run.network()
+    data = run.data()
+    # for each exit a deadline just long enough for it
+    deadlines = [round(1.1 * cost + RESERVE_S, 5) for cost in costs.contract_s(statistic="p99")]
+    return deadline_table(Runner(network, costs), data, "test", deadlines), data.size("test")
+
+
+def to_json(answers: Sequence[tuple[Path, str, float, Answer]]) -> str:
+    """Answers as JSON, times in milliseconds."""
+    return json.dumps(
+        [
+            {"file": str(file), "answer": name, "probability": round(probability, 6), "exit": answer.exit,
+             "elapsed_ms": round(answer.elapsed_s * 1e3, 4), "stopped_by": answer.stopped_by,
+             "deadline_met": answer.deadline_met}
+            for file, name, probability, answer in answers
+        ],
+        indent=1,
+    )  # fmt: skip

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
 import torch
@@ -46,6 +47,7 @@ class Cut:
 
 CutMap = Mapping[tuple[int, int], int]  # (id of the module, call) -> exit index
 Head = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
@@ -93,14 +95,25 @@ def output_tensor(value: Any) -> Tensor:
 _AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
 
 
-def _autocast_state() -> list[tuple[bool, torch.dtype]]:
-    return [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+class _Autocast(NamedTuple):
+    """Autocast settings of this thread: whether casts are cached, and by device whether they are on and to what."""
 
+    cache: bool
+    devices: list[tuple[bool, torch.dtype]]
 
-def _set_autocast(state: Sequence[tuple[bool, torch.dtype]]) -> None:
-    for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, state, strict=True):
-        torch.set_autocast_enabled(device, enabled)
-        torch.set_autocast_dtype(device, dtype)
+    @classmethod
+    def now(cls) -> Self:
+        devices = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+        return cls(torch.is_autocast_cache_enabled(), devices)
+
+    def restore(self) -> None:
+        if self == _Autocast.now():
+            return
+        torch.clear_autocast_cache()  # only leaving torch.autocast does that, and nobody leaves it here
+        torch.set_autocast_cache_enabled(self.cache)
+        for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.devices, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 class _ThreadState:
@@ -110,48 +123,50 @@ class _ThreadState:
     whatever order guards are left; that is what makes it fit to hold the state. The autocast settings are plain values.
     """
 
-    __slots__ = ("_autocast", "_cache", "_guard")
+    __slots__ = ("_autocast", "_guard")
 
     def __init__(self) -> None:
-        self._autocast = _autocast_state()
-        self._cache = torch.is_autocast_cache_enabled()
+        self._autocast = _Autocast.now()
         self._guard = torch.inference_mode(torch.is_inference_mode_enabled())
         self._guard.__enter__()
 
     def restore(self) -> None:
         self._guard.__exit__(None, None, None)
-        if self._autocast != _autocast_state() or self._cache != torch.is_autocast_cache_enabled():
-            torch.set_autocast_cache_enabled(self._cache)
-            _set_autocast(self._autocast)
+        self._autocast.restore()
 
 
 class _Ambient(NamedTuple):
-    """The modes a run was asked for in; its model and its heads run in them, wherever they are advanced."""
+    """The modes a run was asked for in; it begins and its heads run in them, whatever model or caller enters."""
 
     grad: bool
     inference: bool
-    autocast: list[tuple[bool, torch.dtype]]
+    autocast: _Autocast
 
     @classmethod
     def now(cls) -> Self:
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast_state())
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _Autocast.now())
 
-    def call(self, head: Head, features: Tensor) -> Tensor:
+    def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
         if _Ambient.now() == self:
-            return head(features)
+            return head(_trainable(features))
         with contextlib.ExitStack() as modes:
             modes.enter_context(torch.inference_mode(self.inference))
             modes.enter_context(torch.set_grad_enabled(self.grad))
-            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.autocast, strict=True):
-                modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-            return head(features)
+            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.autocast.devices, strict=True):
+                modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.autocast.cache))
+            return head(_trainable(features))
 
     def begin(self, model: nn.Module, x: Any) -> Any:
         """Call the model; for use in a greenlet, whose caller puts the whole thread state back."""
         with torch.inference_mode(self.inference):
             torch.set_grad_enabled(self.grad)
-            _set_autocast(self.autocast)
+            self.autocast.restore()
             return call_model(model, x)
+
+
+def _trainable(features: Tensor) -> Tensor:
+    """A copy, where the model has made these features in an inference mode of its own and a head is to learn from them."""
+    return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
 
 
 @dataclass(slots=True)
@@ -259,10 +274,13 @@ def install(modules: Sequence[nn.Module]) -> None:
 
 
 def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], None]) -> Any:
-    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact."""
-    _taps.stack.append((cuts, {}, visit))
+    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact.
+
+    It is called in the caller's modes: a head trains even after a part of the model that runs without gradients.
+    """
+    ambient, current = _Ambient.now(), greenlet.getcurrent()
+    _taps.stack.append((cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features)))
     try:
-        current = greenlet.getcurrent()
         if not isinstance(current, _Forward):
             return call_model(model, x)
         # a forward started inside another network's staged run must reach its own taps, not that run

@@ -152,8 +152,13 @@ def _synchronise(device: torch.device) -> None:
 
 def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
     """Raise StaleInput unless a profile belongs to this network, machine, thread count and torch version."""
+    costs.provenance.require("the cost profile", remedy, network=fingerprint_structure(network.state_dict()))
+    check_machine(costs, remedy)
+
+
+def check_machine(costs: CostProfile, remedy: str) -> None:
+    """Raise StaleInput unless a profile was measured on this machine, with this thread count and these versions."""
     here = provenance(**machine(costs.provenance.device or "cpu"))
     costs.provenance.require(
-        "the cost profile", remedy, network=fingerprint_structure(network.state_dict()), processor=here.processor,
-        threads=here.threads, versions=dict(here.versions),
-    )  # fmt: skip
+        "the cost profile", remedy, processor=here.processor, threads=here.threads, versions=dict(here.versions)
+    )

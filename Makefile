@@ -1,0 +1,39 @@
+# make demo: see it work.  make test: the tests.  The rest is for those who change it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/.installed  ## the main job on the bundled digits, under 3 minutes
+	$(BIN)/impatient demo runs/demo
+
+test: $(VENV)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## style, types, import contract, doctests, README
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --doctest-modules src -p no:cacheprovider
+	$(BIN)/python docs/generate_cli.py --check
+
+docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# the tested versions; the package's own lower bounds are wider
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,vision,text,hub]'
+	touch $@ $(VENV)/.installed
+
+clean:  ## everything that was made
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: demo test check docs clean

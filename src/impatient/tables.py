@@ -1,0 +1,98 @@
+"""Tables for the terminal; milliseconds and per cent, because people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from impatient.costs import CostProfile
+from impatient.evaluation.evaluate import Evaluation
+from impatient.evaluation.metrics import Estimate
+from impatient.runtime.runner import Answer
+from impatient.workflow import DeadlineRow
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < left else "right")
+    return table
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def costs_table(costs: CostProfile, batch_size: int) -> Table:
+    """Measured times of one batch size."""
+    batch = costs.at(batch_size)
+    table = _table(
+        f"times in ms, batch size {batch_size}, n = {batch.exit_free.n}, {costs.provenance.processor}, "
+        f"{costs.provenance.threads} threads",
+        "exit", "after", "stage p50", "stage p99", "head p50", "head p99", "contract", "interruptible", left=2,
+    )  # fmt: skip
+    contract, interruptible = costs.contract_s(batch_size=batch_size), costs.interruptible_s(batch_size=batch_size)
+    for index, name in enumerate(costs.exits):
+        stage, head = batch.stages[index], batch.heads[index]
+        times = (stage.p50, stage.p99, head.p50, head.p99, contract[index], interruptible[index])
+        table.add_row(str(index), name, *(_ms(time) for time in times))
+    whole = batch.exit_free
+    table.add_row("", "untouched backbone", _ms(whole.p50), _ms(whole.p99), "", "", _ms(whole.mean), _ms(whole.mean))
+    return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Every exit, policy and network without exits."""
+    table = _table(
+        f"judged on {evaluation.samples} samples of split {evaluation.split!r}; times are means in ms",
+        "", "accuracy (95 % interval)", "contract", "interruptible", "MMACs", "calibration error", "answered by each exit %",
+    )  # fmt: skip
+    for row in evaluation.rows:
+        table.add_row(
+            row.name, _percent(row.accuracy), _ms(row.contract_s), _ms(row.interruptible_s), f"{row.macs / 1e6:.2f}",
+            f"{row.calibration_error:.3f}", " ".join(f"{share:.0%}".rstrip("%") for share in row.shares),
+        )  # fmt: skip
+    return table
+
+
+def budgets_table(evaluation: Evaluation) -> Table:
+    """Expected accuracy under distributions of budgets."""
+    budgets = list(evaluation.budgets)
+    table = _table("expected accuracy when the budget is random; no answer in time is wrong", "", *budgets)
+    names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
+    values = {(row.name, row.budget): row.accuracy for row in evaluation.under_budgets}
+    for name in names:
+        cells = [values[name, budget] for budget in budgets]
+        table.add_row(name, *(f"{cell.value:.1%} ± {(cell.high - cell.low) / 2:.1%}" for cell in cells))
+    return table
+
+
+def deadlines_table(rows: Sequence[DeadlineRow], samples: int) -> Table:
+    """What each deadline gave on the real clock."""
+    table = _table(
+        f"{samples} test images answered one by one under each deadline, on the real clock",
+        "deadline ms", "answered in time", "mean exit", "mean time ms", "p99 time ms", "accuracy", left=0,
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            _ms(row.deadline_s), f"{row.met:.1%}", f"{row.mean_exit:.2f}", _ms(row.mean_time_s), _ms(row.p99_time_s),
+            f"{row.accuracy:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def answers_table(answers: Sequence[tuple[Path, str, float, Answer]]) -> Table:
+    """Answers for files."""
+    table = _table("", "file", "answer", "probability", "exit", "ms", "stopped by", "in time", left=2)
+    for file, name, probability, answer in answers:
+        table.add_row(
+            str(file), name, f"{probability:.1%}", str(answer.exit), _ms(answer.elapsed_s), answer.stopped_by,
+            "yes" if answer.deadline_met else "[red]NO[/red]",
+        )  # fmt: skip
+    return table
