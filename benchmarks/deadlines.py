@@ -46,7 +46,7 @@ def interruptible(runner: Runner, x: torch.Tensor, budget: float, runs: int) -> 
         unanswered += not answer.deadline_met
         runner.run(x)  # let the abandoned stage end, so that it does not steal time from the next run
     after = np.array([value for value in returned if value > 0]) * 1e3
-    p50, p99, most = (np.quantile(after, [0.5, 0.99, 1.0]) if len(after) else (0.0, 0.0, 0.0))
+    p50, p99, most = np.quantile(after, [0.5, 0.99, 1.0]) if len(after) else (0.0, 0.0, 0.0)
     return {
         "no answer by then": unanswered, "mean exit interruptible": f"{np.mean(exits):.2f}",
         "return after deadline ms p50 / p99 / max": f"{p50:.3f} / {p99:.3f} / {most:.3f} (n={len(after)})",

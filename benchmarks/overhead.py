@@ -1,7 +1,7 @@
 """What staging costs: all exits without heads against the untouched model, interleaved in one process, paired ratios.
 
-    python benchmarks/overhead.py            about 6 minutes
-    python benchmarks/overhead.py --smoke    seconds, to see that it runs
+python benchmarks/overhead.py            about 6 minutes
+python benchmarks/overhead.py --smoke    seconds, to see that it runs
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from common import median_interval, write_results
 from impatient import attach_exits, load_model
 from impatient.networks.stages import Walk
 
-
 CUTS = {
-    "torchvision:resnet50": [f"layer{stage}.{block}" for stage, blocks in enumerate((3, 4, 6, 3), 1) for block in range(blocks)],
+    "torchvision:resnet50": [
+        f"layer{stage}.{block}" for stage, blocks in enumerate((3, 4, 6, 3), 1) for block in range(blocks)
+    ],
     "torchvision:vit_b_16": [f"encoder.layers.encoder_layer_{layer}" for layer in range(12)],
 }
 
@@ -80,7 +81,9 @@ def main() -> None:
         rows.append(measure(spec, size, threads, 3 if smoke else 200 if size == 64 else 100))
         print(rows[-1], flush=True)
     if not smoke:
-        write_results("overhead", "Overhead of staging", __doc__.split("\n")[0] + " Batch 1, inference mode, random weights.", rows)
+        write_results(
+            "overhead", "Overhead of staging", __doc__.split("\n")[0] + " Batch 1, inference mode, random weights.", rows
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ def page() -> str:
     return "\n".join(lines)
 
 
-
 def _default(option) -> str:  # type: ignore[no-untyped-def]
     if option.default is None or option.default == "":
         return ""

@@ -1,4 +1,4 @@
-"""Shared by all tests: a toy backbone, small data, one torch thread fewer than cores is never needed."""
+"""Shared by all tests: a toy backbone, seeds, one torch thread (tiny networks gain nothing from more)."""
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ class ToyBackbone(nn.Module):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

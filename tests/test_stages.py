@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from impatient.errors import ExitNotReached, ExitPassed, NetworkError
 from impatient.networks import MultiExitNetwork, Walk, attach_exits
+from impatient.networks.describe import stage_facts
 from impatient.networks.stages import Cut, _Forward, _taps, call_model, first_tensor, output_tensor
 
 WIDTH, CLASSES = 8, 3
@@ -1288,7 +1289,7 @@ def test_output_is_found_in_every_form(form: str) -> None:
     network = attach(model, "block")
     truth = model.classifier(model.block(x))
     assert_same([network(x)[-1], staged(network, x)[-1]], [truth, truth])
-    assert "8" in network.describe(x)
+    assert [fact.features for fact in stage_facts(network, x)] == [(4, WIDTH), (4, CLASSES)]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from impatient.budgets import Budget, exit_weights, expected_accuracy
 from impatient.clock import NEVER, Deadline, FakeClock, SystemClock
 from impatient.costs import CostProfile
 from impatient.errors import ImpatientError
+from impatient.evaluation import Evaluation, Recording, evaluate, record
 from impatient.networks import MultiExitNetwork, attach_exits, load_model
 from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
-from impatient.evaluation import Evaluation, Recording, evaluate, record
 from impatient.provenance import own_version
 from impatient.runtime import Answer, Run, Runner, profile
 from impatient.training import Data, Recipe, fit, load_data

@@ -48,6 +48,12 @@ class Budget:
             raise BudgetError(
                 f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low < high, in seconds."
             )
+        listed = self.shape in ("empirical", "point")
+        ends = (self.samples_s[0], self.samples_s[-1]) if self.samples_s else None
+        if listed and (ends != (self.low, self.high) or list(self.samples_s) != sorted(self.samples_s) or self.low <= 0.0):
+            raise BudgetError(f"a budget of shape {self.shape} needs its samples in order; use point() or empirical().")
+        if not listed and (ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0)):
+            raise BudgetError(f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and samples {ends}.")
 
     def probability_below(self, time_s: float) -> float:
         """P(budget < time_s); strictly below, so that a budget of exactly an exit's cost pays for that exit."""

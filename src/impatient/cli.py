@@ -154,9 +154,10 @@ def fit(
     if max_loss is None and mean_ms is None and mean_mmacs is None:
         max_loss = 1.0
     targets = {
-        "max_accuracy_loss": None if max_loss is None else max_loss / 100, "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
+        "max_accuracy_loss": None if max_loss is None else max_loss / 100,
+        "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
         "mean_macs": None if mean_mmacs is None else mean_mmacs * 1e6,
-    }  # fmt: skip
+    }
     named = {"loss": max_loss, "ms": mean_ms, "mmacs": mean_mmacs}
     given = next(f"{kind}-{value:g}" for kind, value in named.items() if value is not None)
     policy = workflow.fit_run(
@@ -222,7 +223,7 @@ def demo(
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
     quiet: Quiet = False,
 ) -> None:
-    """All of it on the digits that come with scikit-learn: train, profile, record, fit, evaluate, report, answer by deadlines."""
+    """All of it on the digits that come with scikit-learn, from training to answers by deadlines."""
     from impatient import tables, workflow
 
     rows, samples = workflow.demo(directory, epochs=epochs, progress=not quiet, say=_say)

@@ -48,17 +48,17 @@ class FakeClock:
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
         self._lock = threading.Lock()
-        self._sleepers: set[threading.Condition] = set()
+        self._sleepers: list[tuple[float, threading.Condition]] = []  # one entry per wait, with the instant it waits for
 
     def now(self) -> float:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Move time on and wake whoever waits for an instant."""
+        """Move time on and wake whoever waits for an instant that has come."""
         with self._lock:
             self._now += seconds
-            sleepers = list(self._sleepers)
-        for changed in sleepers:
+            due = {changed for until, changed in self._sleepers if until <= self._now}
+        for changed in due:
             with changed:
                 changed.notify_all()
 
@@ -66,10 +66,12 @@ class FakeClock:
         with self._lock:
             if self._now >= until:
                 return
-            self._sleepers.add(changed)
-        changed.wait()
-        with self._lock:
-            self._sleepers.discard(changed)
+            self._sleepers.append((until, changed))
+        try:
+            changed.wait()
+        finally:
+            with self._lock:
+                self._sleepers.remove((until, changed))
 
 
 SYSTEM_CLOCK = SystemClock()

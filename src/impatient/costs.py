@@ -162,7 +162,9 @@ class CostProfile:
             return cls(
                 exits=tuple(value["exits"]), batches=batches, provenance=Provenance.from_json(value["provenance"]), **integers
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except CostError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CostError(f"this is not a cost profile ({error!r}). Make one with `impatient profile`.") from error
 
     def save(self, path: str | Path) -> None:
@@ -179,15 +181,15 @@ def _pick(part: Quantiles, statistic: Statistic) -> float:
     return float(getattr(part, statistic))
 
 
-def _cumulative(
-    stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None
-) -> tuple[float, ...]:
+def _cumulative(stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None) -> tuple[float, ...]:
     reached = list(itertools.accumulate(stages))
     if mode == "contract":
         return tuple(stage + head for stage, head in zip(reached, heads, strict=True))
     if mode != "interruptible":
         raise CostError(f"unknown mode {mode!r}; needed: 'interruptible' or 'contract'.")
     paid = [True] * len(heads) if paid is None else paid
+    if len(paid) != len(heads):
+        raise CostError(f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether its head runs.")
     passed = itertools.accumulate((head if run else 0.0 for head, run in zip(heads, paid, strict=True)), initial=0.0)
     # the head of the exit that answers always runs, whether or not it would when merely passed
     return tuple(stage + before + head for stage, before, head in zip(reached, passed, heads, strict=False))

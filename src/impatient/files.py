@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from impatient.errors import StorageError
 
@@ -36,6 +36,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         _flush_to_disk(temporary)
         temporary.chmod(0o644)  # mkstemp makes files private; results are for reading
         temporary.replace(path)
+    except StorageError:  # says already what went wrong, and from what
+        raise
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -48,8 +50,6 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
-    if isinstance(error, StorageError):
-        return error
     return StorageError(
         f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or choose another "
         "folder, then run the same command again."
@@ -113,11 +113,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise StorageError(f"cannot read {path}: no such file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            header = _header(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
     except Exception as error:
         raise StorageError(f"{path} cannot be read as safetensors ({error}); it was damaged or is another file.") from error
-    return tensors, cast("dict[str, Any]", header)
+    return tensors, header
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -126,6 +126,13 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return cast("dict[str, Any]", json.loads((file.metadata() or {}).get("header", "{}")))
+            return _header(file.metadata())
     except Exception as error:
         raise StorageError(f"{path} cannot be read as safetensors ({error}); it was damaged or is another file.") from error
+
+
+def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    header = json.loads((metadata or {}).get("header", "null"))
+    if not isinstance(header, dict):
+        raise StorageError("it lacks the header that impatient writes")
+    return header

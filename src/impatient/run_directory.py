@@ -1,15 +1,15 @@
 """A run directory: everything about one network, each file with its provenance, each written whole or not at all.
 
-    network.json              model spec, cuts, heads, classes, preprocessing, data spec
-    weights.safetensors       of the network with exits
-    checkpoint.safetensors    to go on training from
-    metrics.csv               loss and accuracy per epoch, split and exit
-    profile.json              cost profile of this machine
-    recordings/SPLIT.safetensors
-    policies/NAME.json
-    evaluation.json           every exit and policy, judged on the test split
-    report.html
-    exit_free/                weights and recordings of the same backbone trained without exits
+network.json              model spec, cuts, heads, classes, preprocessing, data spec
+weights.safetensors       of the network with exits
+checkpoint.safetensors    to go on training from
+metrics.csv               loss and accuracy per epoch, split and exit
+profile.json              cost profile of this machine
+recordings/SPLIT.safetensors
+policies/NAME.json
+evaluation.json           every exit and policy, judged on the test split
+report.html
+exit_free/                weights and recordings of the same backbone trained without exits
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class NetworkSpec:
                 provenance=Provenance.from_json(value["provenance"]),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
-            raise StorageError(f"network.json lacks {error}; it was damaged or written by another version. Train anew.") from error
+            raise StorageError(
+                f"network.json lacks {error}; it was damaged or written by another version. Train anew."
+            ) from error
 
     def example(self, batch_size: int = 1) -> torch.Tensor:
         """An input of the right shape and type: zeros."""
@@ -82,7 +84,7 @@ class NetworkSpec:
         backbone = load_model(self.model, num_classes=self.num_classes, in_channels=self.preprocess.channels or None)
         return attach_exits(
             backbone, example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
-        )  # type: ignore[arg-type]  # heads is checked there
+        )
 
     def build_exit_free(self) -> MultiExitNetwork:
         """The same backbone without early exits, from the same seed."""
@@ -100,7 +102,7 @@ def new_spec(
     backbone = load_model(model, num_classes=data.num_classes, in_channels=data.preprocess.channels or None)
     network = attach_exits(
         backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes
-    )  # type: ignore[arg-type]
+    )
     return NetworkSpec(
         model=model, after=tuple(str(cut) for cut in network.cuts), heads=heads, num_classes=data.num_classes,
         example_shape=tuple(example.shape[1:]), example_dtype=str(example.dtype).removeprefix("torch."),
@@ -159,7 +161,9 @@ class RunDirectory:
             StorageError: if this is no run directory.
         """
         if not self.spec_file.is_file():
-            raise StorageError(f"{self.path} is no run directory (no network.json); make one with `impatient train {self.path}`.")
+            raise StorageError(
+                f"{self.path} is no run directory (no network.json); make one with `impatient train {self.path}`."
+            )
         return NetworkSpec.from_json(read_json(self.spec_file))
 
     def data(self) -> Data:
@@ -261,6 +265,8 @@ class RunDirectory:
             known = ", ".join(self.policy_names()) or "none yet"
             raise StorageError(f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`.")
         policy = ThresholdPolicy.load(file)
+        if policy.provenance is None:
+            return policy  # set by hand
         policy.provenance.require(
             f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=self.weights_fingerprint()
         )

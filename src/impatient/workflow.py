@@ -61,24 +61,23 @@ def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress:
     network = spec.build()
     say(network.describe(spec.example()))
     weights = _exit_weights(run, plan, network, say)
+    fabric = _fabric(plan.fabric)  # starts the other processes, if any; they come through all of this too
     fit(
-        network, data, weights=weights, recipe=plan.recipe, fabric=_fabric(plan.fabric), progress=progress,
+        network, data, weights=weights, recipe=plan.recipe, fabric=fabric, progress=progress,
         checkpoint=run.path / "checkpoint.safetensors", metrics_csv=run.path / "metrics.csv",
     )  # fmt: skip
-    save_weights(network, run.weights_file)
+    if fabric.is_global_zero:
+        save_weights(network, run.weights_file)
     if plan.exit_free:
         say("the same backbone without exits, to compare with:")
-        _train_exit_free(run, spec, plan, data, progress)
+        alone = spec.build_exit_free()
+        fit(
+            alone, data, recipe=dataclasses.replace(plan.recipe, regime="joint"), fabric=fabric, progress=progress,
+            checkpoint=run.exit_free / "checkpoint.safetensors", metrics_csv=run.exit_free / "metrics.csv",
+        )  # fmt: skip
+        if fabric.is_global_zero:
+            save_weights(alone, run.exit_free / "weights.safetensors")
     say(f"trained: {run.weights_file}")
-
-
-def _train_exit_free(run: RunDirectory, spec: NetworkSpec, plan: Plan, data: Data, progress: bool) -> None:
-    alone = spec.build_exit_free()
-    fit(
-        alone, data, recipe=dataclasses.replace(plan.recipe, regime="joint"), fabric=_fabric(plan.fabric), progress=progress,
-        checkpoint=run.exit_free / "checkpoint.safetensors", metrics_csv=run.exit_free / "metrics.csv",
-    )  # fmt: skip
-    save_weights(alone, run.exit_free / "weights.safetensors")
 
 
 def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
@@ -129,8 +128,8 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> tupl
         if (begun["weights"], begun["mode"]) == (plan.weights, plan.mode):
             return tuple(begun["numbers"])
         raise StaleInput(
-            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another directory, "
-            "or --restart to throw the old run away."
+            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another "
+            "directory, or --restart to throw the old run away."
         )
     if plan.weights in STATIC:
         numbers = STATIC[plan.weights](network.num_exits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,13 +154,15 @@ def evaluate(
         and if given with its own, and the oracle (the cheapest exit that is right) are always among the rows.
     Raises:
         SplitReuseError: if a policy was fitted on this very split.
-        StaleInput: if a policy was fitted on another network's recording.
+        StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of other data.
     """
     named = {"policy": policies} if isinstance(policies, ThresholdPolicy) else dict(policies or {})
     for name, policy in named.items():
         _check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+    if exit_free is not None:
+        _check_exit_free(exit_free, recording)
     judge = _Judge(recording, costs, statistic, batch_size, exit_free)
     horizon = 1.25 * judge.interruptible_s[-1]
     distributions = dict(budgets) if budgets is not None else standard(horizon)
@@ -185,6 +187,15 @@ def _check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> N
         raise SplitReuseError(
             f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the result would be too good. "
             "Judge it on a recording of another split, such as record(network, data, split='test')."
+        )
+
+
+def _check_exit_free(exit_free: Recording, recording: Recording) -> None:
+    exit_free.provenance.require("the recording without exits", "record both on the same data", data=recording.provenance.data)
+    if exit_free.split != recording.split:
+        raise RecordingError(
+            f"the recording without exits is of split {exit_free.split!r}, the other of {recording.split!r}; "
+            "record the same split."
         )
 
 
@@ -264,15 +275,16 @@ class _Judge:
         if self.alone is not None:
             ways["no exits, trained alone"] = (self.alone.hits()[-1:], (self.whole_s,))
         return [
-            BudgetRow(budget=budget_name, name=name, accuracy=mean(_expected(budget, cost, hits)))
+            BudgetRow(budget=budget_name, name=name, accuracy=_share(mean(_expected(budget, cost, hits))))
             for budget_name, budget in budgets.items()
             for name, (hits, cost) in ways.items()
         ]
 
     def _best_so_far(self) -> list[int]:
-        """For each exit, the most accurate one up to it: what somebody who knows the budget and all accuracies picks."""
-        accuracy = self.hits.mean(1).tolist()
-        return list(itertools.accumulate(range(self.count), lambda best, k: k if accuracy[k] > accuracy[best] else best))
+        """For each exit, the most accurate one that costs no more: what one who knows budget and accuracies picks."""
+        accuracy, cost = self.hits.mean(1).tolist(), self.contract_s
+        affordable = [[k for k in range(self.count) if cost[k] <= most] for most in cost]
+        return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 
 
 def _weighted(shares: Float[Tensor, "K"], values: Sequence[float]) -> float:
@@ -280,5 +292,13 @@ def _weighted(shares: Float[Tensor, "K"], values: Sequence[float]) -> float:
 
 
 def _expected(budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
-    """Per sample, the probability of a right answer in time."""
-    return (torch.tensor(exit_weights(budget, cost), dtype=torch.float64)[:, None] * hits.double()).sum(0)
+    """Per sample, the probability of a right answer in time, which is that of the deepest exit that fits."""
+    # with its head, an exit can cost as much as a deeper one (in contract mode); then it is never the deepest that fits
+    kept = [exit for exit, own in enumerate(cost) if own < min(cost[exit + 1 :], default=math.inf)]
+    weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)
+    return (weights[:, None] * hits[kept].double()).sum(0)
+
+
+def _share(estimate: Estimate) -> Estimate:
+    """An estimate of something between 0 and 1, its interval too."""
+    return Estimate(estimate.value, max(0.0, estimate.low), min(1.0, estimate.high))

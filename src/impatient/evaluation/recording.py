@@ -76,17 +76,17 @@ class Recording:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        count, samples = self.outputs.shape[:2]
-        if count != len(self.exits) or samples != len(self.labels) or samples == 0:
+        expected = (len(self.exits), len(self.labels))
+        if self.outputs.dim() != 3 or self.outputs.shape[:2] != expected or len(self.labels) == 0:
             raise RecordingError(
-                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits and {len(self.labels)} labels; "
-                "needed: [K, N, C] with at least one sample."
+                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits and {len(self.labels)} "
+                "labels; needed: [K, N, C] with at least one sample."
             )
         for index, output in enumerate(self.outputs):
             if not torch.isfinite(output).all():
                 raise RecordingError(
-                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the weights, or train again with a "
-                    "lower learning rate."
+                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the weights, or train again "
+                    "with a lower learning rate."
                 )
         classes = self.outputs.shape[2]
         if int(self.labels.min()) < 0 or int(self.labels.max()) >= classes:
@@ -142,7 +142,7 @@ def record(
         device: where the network is.
         progress: show a bar.
     Raises:
-        RecordingError: if an exit gives NaN or infinite outputs.
+        RecordingError: if an exit gives NaN or infinite outputs, or is not reached by every input.
     """
     network.eval()
     outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
@@ -157,6 +157,10 @@ def record(
                 if features:
                     kept[exit.index].append(network.pooled(exit).float().cpu())
         labels.append(targets)
+    answered = [sum(map(len, parts)) for parts in outputs]
+    if len(set(answered)) > 1:
+        raise RecordingError(f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
+                             "come to every exit.")  # fmt: skip
     state = network.state_dict()
     return Recording(
         outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(), labels=torch.cat(labels), split=split,

@@ -7,12 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from impatient.errors import ExitNotReached
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import first_tensor, output_tensor, tapped
+
+
+def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# torch's counter knows the attention kernels of GPUs, but not that of CPUs
+_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +45,7 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
     first_use = _ParameterUse(network.backbone)
     shapes: list[tuple[int, ...]] = []
     totals: list[tuple[int, int]] = []  # FLOPs so far before and after each head
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
 
     def visit(index: int, features: Tensor) -> None:
         before = counter.get_total_flops()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from impatient.errors import HeadError
 
 Layout = Literal["NCHW", "NHWC", "NTD", "ND"]
-HeadName = Literal["linear", "relu_linear", "mlp", "msdnet"]
 HeadFactory = Callable[["FeatureShape", int], nn.Module]
 
 
@@ -114,9 +113,7 @@ def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
 
 def mlp(features: FeatureShape, num_classes: int, hidden: int = 128) -> nn.Module:
     """Pool, a hidden layer of `hidden` units with ReLU, a linear layer."""
-    return nn.Sequential(
-        Pool(features.layout), nn.Linear(features.channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes)
-    )
+    return nn.Sequential(Pool(features.layout), nn.Linear(features.channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
 
 class MSDNetHead(nn.Module):
@@ -151,7 +148,7 @@ def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
 HEADS: dict[str, HeadFactory] = {"linear": linear, "relu_linear": relu_linear, "mlp": mlp, "msdnet": MSDNetHead}
 
 
-def build_head(head: HeadName | HeadFactory, features: FeatureShape, num_classes: int) -> nn.Module:
+def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int) -> nn.Module:
     """Build one head, by name or by a callable (FeatureShape, num_classes) -> nn.Module.
 
     Raises:
@@ -163,7 +160,7 @@ def build_head(head: HeadName | HeadFactory, features: FeatureShape, num_classes
             raise HeadError(f"the head's factory returned a {type(built).__name__}; needed: a torch.nn.Module.")
         return built
     if head not in HEADS:
-        raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(get_args(HeadName))}, or a callable.")
+        raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(HEADS)}, or a callable.")
     return HEADS[head](features, num_classes)
 
 
@@ -185,5 +182,3 @@ def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) 
     if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise HeadError(f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}.")
-
-

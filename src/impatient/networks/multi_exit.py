@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError
 from impatient.networks import placement
-from impatient.networks.heads import FeatureShape, HeadFactory, HeadName, Layout, Pool, build_head, check_head, guess_layout
+from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, check_head, guess_layout
 from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class MultiExitNetwork(nn.Module):
         """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
         if exit.index == len(self.cuts):
             return exit.features
-        return Pool(self.layouts[exit.index])(exit.features)
+        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
@@ -113,7 +113,7 @@ def attach_exits(
     example: Any,
     after: Sequence[str] | Literal["auto"] = "auto",
     count: int = 4,
-    heads: HeadName | HeadFactory | Sequence[HeadName | HeadFactory] = "linear",
+    heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
     layout: Layout | None = None,
 ) -> MultiExitNetwork:
@@ -175,7 +175,7 @@ def _build_heads(
     backbone: nn.Module,
     example: Any,
     cuts: Sequence[Cut],
-    heads: HeadName | HeadFactory | Sequence[HeadName | HeadFactory],
+    heads: str | HeadFactory | Sequence[str | HeadFactory],
     num_classes: int,
     layout: Layout | None,
 ) -> tuple[list[nn.Module], list[Layout]]:

@@ -43,8 +43,9 @@ def load_model(spec: str, *, num_classes: int | None = None, in_channels: int | 
     """
     source, name, options = _parse(spec)
     known = {"num_classes": num_classes, "in_channels": in_channels}
+    build: Callable[..., Any] = _SOURCES.get(source, _from_module)
     try:
-        model = _SOURCES.get(source, _from_module)(source, name, options, known)
+        model = build(source, name, options, known)
     except ModelSpecError:
         raise
     except ImportError as error:
@@ -121,8 +122,8 @@ def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]
 
 
 def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
-    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration class ("transformers:BertConfig")
-    or from a local config file ("transformers:path/config.json").
+    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration class
+    ("transformers:BertConfig") or a local config file ("transformers:path/config.json").
     """
     with contextlib.suppress(ImportError):
         import_torchvision()  # transformers imports it where it is installed, and would fail where only the repair helps
@@ -133,6 +134,8 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     if name.endswith("Config") and hasattr(transformers, name):
         config = getattr(transformers, name)(**{**labels, **options})
     elif name.endswith(".json"):
+        if not Path(name).is_file():  # transformers would look for it on the internet
+            raise ModelSpecError(f"there is no configuration file {name} (looked in {Path.cwd()}).")
         config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     else:
         config = None

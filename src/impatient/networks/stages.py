@@ -131,8 +131,8 @@ class _ThreadState:
         self._guard.__enter__()
 
     def restore(self) -> None:
+        self._autocast.restore()  # first: the guard, too, switches autocast back, but leaves its dtype and its cache
         self._guard.__exit__(None, None, None)
-        self._autocast.restore()
 
 
 class _Ambient(NamedTuple):
@@ -157,11 +157,15 @@ class _Ambient(NamedTuple):
             return head(_trainable(features))
 
     def begin(self, model: nn.Module, x: Any) -> Any:
-        """Call the model; for use in a greenlet, whose caller puts the whole thread state back."""
+        """Call the model in these modes."""
+        outside = _Autocast.now()
         with torch.inference_mode(self.inference):
             torch.set_grad_enabled(self.grad)
             self.autocast.restore()
-            return call_model(model, x)
+            try:
+                return call_model(model, x)
+            finally:
+                outside.restore()
 
 
 def _trainable(features: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ class ThresholdPolicy:
                 score=value["score"], thresholds=tuple(float(entry) for entry in value["thresholds"]), split=value["split"],
                 target=value["target"], provenance=Provenance.from_json(source) if source else None,
             )  # fmt: skip
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PolicyError):
+                raise
             raise PolicyError(f"this is not a threshold policy ({error!r}); fit one with `impatient fit`.") from error
 
     def save(self, path: str | Path) -> None:
@@ -231,7 +233,7 @@ class _Search:
         if not feasible:
             least = min(candidate.mean_cost for candidate in candidates)
             raise InfeasibleTarget(
-                f"{name}={most:g} cannot be reached: leaving always at the first exit already costs {least:g}. "
+                f"{name}={most:g} cannot be reached: leaving always at the cheapest exit already costs {least:g}. "
                 f"Ask for at least that, or attach an earlier exit."
             )
         return max(feasible, key=lambda candidate: (candidate.accuracy, -candidate.mean_cost))
@@ -283,8 +285,9 @@ class _Search:
         if total[best] <= 0.0:
             return math.inf
         below = scores[best + 1] if best + 1 < len(scores) else -math.inf
-        # half way to the next score: the least surprising choice for new samples
-        return float((scores[best] + below) / 2) if math.isfinite(below) else float(scores[best])
+        # half way to the next score: the least surprising choice for new samples; in float32, as scores are compared in it
+        middle = float(np.float32((scores[best] + below) / 2)) if math.isfinite(below) else below
+        return middle if middle > below else float(scores[best])
 
     def _by_shares(self, ratio: float) -> tuple[float, ...]:
         shares = np.power(ratio, np.arange(self.count))

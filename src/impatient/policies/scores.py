@@ -21,7 +21,7 @@ def max_probability(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
 def margin(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
     """Difference between the two largest class probabilities, in [0, 1]."""
     if outputs.shape[-1] < 2:
-        return torch.ones(outputs.shape[:-1])
+        return torch.ones(outputs.shape[:-1], device=outputs.device)
     first, second = outputs.float().softmax(-1).topk(2, dim=-1).values.unbind(-1)
     return first - second
 
@@ -29,7 +29,7 @@ def margin(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
 def entropy(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
     """One minus the entropy of the class probabilities over its maximum, in [0, 1]: a score, so surer is higher."""
     if outputs.shape[-1] < 2:
-        return torch.ones(outputs.shape[:-1])
+        return torch.ones(outputs.shape[:-1], device=outputs.device)
     logs = outputs.float().log_softmax(-1)
     return 1.0 + (logs.exp() * logs).sum(-1) / math.log(outputs.shape[-1])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import BatchCosts, CostProfile, Quantiles
-from impatient.errors import CostError, ExitNotReached
+from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.networks.describe import stage_facts
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
@@ -49,8 +49,11 @@ def profile(
     Sync:
         Waits for the device around every stage and head.
     """
-    if min((repeats, *batch_sizes)) < 1 or not batch_sizes:
-        raise CostError(f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}: all must be at least 1.")
+    if min((repeats, *batch_sizes)) < 1 or not batch_sizes or warm_up < 0:
+        raise CostError(
+            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; needed: at least 1 repeat, at least one "
+            "batch size, each at least 1, and a warm-up of 0 or more."
+        )
     device = _device_of(network, x)
     facts = stage_facts(network, resized(x, 1))
     batches = {}
@@ -119,7 +122,7 @@ def _time_whole(network: MultiExitNetwork, x: Any, device: torch.device, clock: 
     with torch.inference_mode():
         begin = clock.now()
         call_model(network.backbone, x)
-        _synchronise(device)
+        synchronise(device)
         return clock.now() - begin
 
 
@@ -130,10 +133,10 @@ def _time_staged(
     before = clock.now()
     with torch.inference_mode(), network.exits(x) as run:
         for exit in run:
-            _synchronise(device)
+            synchronise(device)
             arrived = clock.now()
             exit.output()
-            _synchronise(device)
+            synchronise(device)
             answered = clock.now()
             stages[exit.index].append(arrived - before)
             # the last exit's output is the backbone's own: asking for it costs nothing
@@ -145,20 +148,32 @@ def _time_staged(
         )
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; until then the time says nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
     """Raise StaleInput unless a profile belongs to this network, machine, thread count and torch version."""
-    costs.provenance.require("the cost profile", remedy, network=fingerprint_structure(network.state_dict()))
+    tensors, made = network.state_dict(), costs.provenance
+    device = next((str(tensor.device) for tensor in tensors.values()), made.device)
+    made.require("the cost profile", remedy, network=fingerprint_structure(tensors), device=device)
+    names = getattr(network, "exit_names", costs.exits)  # the fingerprint knows no cuts
+    if names != costs.exits:
+        raise StaleInput(
+            f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they are after "
+            f"{', '.join(names)}. To mend it, {remedy}."
+        )
     check_machine(costs, remedy)
 
 
 def check_machine(costs: CostProfile, remedy: str) -> None:
     """Raise StaleInput unless a profile was measured on this machine, with this thread count and these versions."""
-    here = provenance(**machine(costs.provenance.device or "cpu"))
+    device = costs.provenance.device or "cpu"
+    if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise StaleInput(f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}.")
+    here = provenance(**machine(device))
     costs.provenance.require(
         "the cost profile", remedy, processor=here.processor, threads=here.threads, versions=dict(here.versions)
     )

@@ -8,12 +8,13 @@ either when going on is not worth it.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -24,12 +25,15 @@ from impatient.costs import BatchCosts, CostProfile, Quantiles, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
 from impatient.networks.stages import first_tensor
 from impatient.policies.rules import Policy
-from impatient.runtime.profile import check_profile
+from impatient.runtime.profile import check_profile, synchronise
 
 StoppedBy = Literal["final", "policy", "deadline", "interrupt"]
 
 # Time kept back from every deadline for handing the answer over: reading the clock, building the Answer, returning.
 RESERVE_S = 100e-6
+
+# How long the interpreter's end waits for the stage in flight. Torch aborts the process when its thread is cut short.
+END_S = 10.0
 
 
 class ExitLike(Protocol):
@@ -115,8 +119,9 @@ class Runner:
         self.clock = clock
         self._when_late = when_late
         self._plans = {size: _Plan(batch, statistic) for size, batch in costs.batches.items()}
-        self._worker: _Worker | None = None
         self._drift = 1.0
+        self._worker = _Worker()
+        weakref.finalize(self, self._worker.forget).atexit = False
 
     @property
     def drift(self) -> float:
@@ -141,44 +146,50 @@ class Runner:
         begin = self.clock.now()
         plan = self._plan(x)
         if self._when_late == "raise" and not self._fits(plan, 0, begin, deadline):
-            raise self._too_late(plan, deadline.instant - begin)
-        collected = _Collected(self.policy)
+            error = self._too_late(plan, deadline.instant - begin)
+            self._drift += 0.05 * (1.0 - self._drift)  # forgotten in time, or a slow minute would refuse runs for ever
+            raise error
+        collected, device = _Collected(self.policy), first_tensor(x).device
         with torch.inference_mode(), self.network.exits(x) as run:
             before = begin
             for exit in run:
+                synchronise(device)
                 arrived = self.clock.now()
                 self._observe(plan, exit.index, arrived - before)
+                if exit.index == self.network.num_exits - 1:
+                    return self._answer(collected, exit, begin, deadline, "final")
                 if self.policy is not None and self.policy.looks_at(exit.index) and collected.add(exit):
                     return self._answer(collected, exit, begin, deadline, "policy")
                 before = self.clock.now()
                 if not self._fits(plan, exit.index + 1, before, deadline):
                     return self._answer(collected, exit, begin, deadline, "deadline")
-        return self._answer(collected, exit, begin, deadline, "final")
+        raise RunError(f"the network's run ended before exit {self.network.num_exits - 1}; its last exit must always come.")
 
     def start(self, x: Any, *, deadline: Deadline = NEVER) -> Run:
         """Start an interruptible run on the runner's own thread and return at once.
 
         Use it in a `with` block: leaving it abandons what is still being computed.
         """
-        if self._worker is None:
-            self._worker = _Worker()
-            weakref.finalize(self, self._worker.stop)
         run = Run(self.clock, deadline, self.network.num_exits, self._when_late)
-        self._worker.do(lambda: run._work(self.network, x, self.policy))
+        # the job holds the runner, which so outlives the runs it has begun
+        self._worker.do(run, lambda: run._work(self.network, x, self.policy))
         return run
 
     def warm_up(self, x: Any, times: int = 3) -> None:
         """Run a few times in both ways, so that the first answer that counts finds threads and memory ready."""
+        drift = self._drift
         for _ in range(times):
             self.run(x)
             with self.start(x) as run:
                 run.result()
+        self._drift = drift  # a cold start says nothing about the runs to come
 
     def close(self) -> None:
-        """End the worker thread; a run in flight ends at its next exit."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
+        """End the worker thread: a run in flight ends at its next exit, a run in the queue never begins.
+
+        Does not wait for it. `start` begins a new thread.
+        """
+        self._worker.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -207,10 +218,9 @@ class Runner:
             # bounded: one descheduled stage must not spoil the next hundred runs
             self._drift += 0.05 * (min(stage_s / expected, 10.0) - self._drift)
 
-    def _answer(
-        self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy
-    ) -> Answer:
+    def _answer(self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
         output, exits = collected.finish(exit)
+        synchronise(output.device)
         now = self.clock.now()
         return Answer(
             output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
@@ -267,7 +277,8 @@ class _Collected:
         """What `finish` would give, without stopping anything."""
         output = exit.output()
         if self._exits is None or self._output is None:
-            return output, (exit.index,) * output.shape[0]
+            # copied: a head may return a view of the features, which a later stage may write over
+            return output.clone(), (exit.index,) * output.shape[0]
         going = self._exits < 0
         mixed = torch.where(going[:, None], output, self._output)
         return mixed, tuple(torch.where(going, exit.index, self._exits).tolist())
@@ -296,6 +307,7 @@ class Run:
         self._latest: Answer | None = None
         self._answer: Answer | None = None  # once given, always given
         self._finished = False  # the worker is done with this run
+        self._awaited = False  # somebody who has interrupted waits for the first exit
         self._abandoned = False  # nobody wants more
         self._error: BaseException | None = None
 
@@ -311,11 +323,12 @@ class Run:
 
         Raises:
             NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with when_late="raise".
+            RunError: if the run was closed before its first exit.
         """
         with self._changed:
-            while not (self._answer or self._finished) and self._clock.now() < self._deadline.instant:
+            while not (self._answer or self._finished or self._abandoned) and self._clock.now() < self._deadline.instant:
                 self._clock.wait(self._changed, self._deadline.instant)
-            return self._stop("deadline")
+            return self._stop()
 
     def interrupt(self) -> Answer:
         """Stop now and return the latest answer; a second call returns the same one.
@@ -324,14 +337,18 @@ class Run:
 
         Raises:
             NoAnswerInTime: if there is no answer yet and the runner was made with when_late="raise".
+            RunError: if the run was closed before its first exit.
         """
         with self._changed:
-            return self._stop("interrupt")
+            return self._stop()
 
     def close(self) -> None:
         """Abandon what is still being computed; harmless afterwards."""
+        if self._finished:
+            return
         with self._changed:
             self._abandoned = True
+            self._changed.notify_all()
 
     def __enter__(self) -> Self:
         return self
@@ -339,41 +356,58 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stop(self, stopped_by: StoppedBy) -> Answer:
+    def _stop(self) -> Answer:
         """Give the latest answer; the lock is held."""
-        if self._answer is not None:
-            return self._answer
-        if self._latest is None and self._when_late == "raise" and not self._finished:
-            self._abandoned = True
+        if self._when_late == "raise" and self._latest is None and self._error is None:
+            self.close()
             raise NoAnswerInTime(
                 f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. Allow more time, attach an "
                 "earlier exit, or use when_late='answer'."
             )
         while self._latest is None and not self._finished:
+            self._awaited = True
             self._changed.wait()
-        self._abandoned = True
+        if self._answer is None:  # another thread may have been given one while this one waited
+            self._answer = self._conclude()
+            self._abandoned = True
+            self._changed.notify_all()
+        return self._answer
+
+    def _conclude(self) -> Answer:
         if self._error is not None:
             raise self._error
-        assert self._latest is not None
-        done = self._finished and self._latest.stopped_by in ("final", "policy")
-        self._answer = self._latest if done else _with_reason(self._latest, stopped_by)
-        return self._answer
+        if self._latest is None:
+            raise RunError("the run was closed before its first exit. Ask for the answer first, then leave the with block.")
+        if self._latest.stopped_by in ("final", "policy"):
+            return self._latest
+        passed = self._clock.now() >= self._deadline.instant
+        return replace(self._latest, stopped_by="deadline" if passed else "interrupt")
 
     def _work(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
         """On the worker: run stage by stage and post every answer, until nobody wants more."""
         try:
-            collected = _Collected(policy)
-            with torch.inference_mode(), network.exits(x) as run:
-                for exit in run:
-                    stopped_by = self._step(exit, collected, policy)
-                    if self._abandoned or stopped_by == "policy":
-                        break
+            if not self._over():
+                self._walk(network, x, policy)
         except BaseException as error:
-            self._error = error
+            if not self._over():  # an answer that was there when it was due is not taken back
+                self._error = error
         finally:
             with self._changed:
                 self._finished = True
                 self._changed.notify_all()
+
+    def _walk(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
+        collected = _Collected(policy)
+        with torch.inference_mode(), network.exits(x) as run:
+            for exit in run:
+                # asked before the head and again before the next stage: each is paid only if somebody wants it
+                if self._over() or self._step(exit, collected, policy) == "policy" or self._over():
+                    break
+
+    def _over(self) -> bool:
+        """Whether nobody wants more: abandoned, or answered when an answer was due."""
+        due = self._awaited or self._clock.now() >= self._deadline.instant
+        return self._abandoned or (due and self._latest is not None)
 
     def _step(self, exit: ExitLike, collected: _Collected, policy: Policy | None) -> StoppedBy:
         last = exit.index == self._num_exits - 1
@@ -381,37 +415,61 @@ class Run:
         if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
             stopped_by = "policy"
         output, exits = collected.snapshot(exit)
+        synchronise(output.device)
         now = self._clock.now()
         answer = Answer(
             output=output, exit=max(exits), exits=exits, elapsed_s=now - self._begin, stopped_by=stopped_by,
             deadline_met=now <= self._deadline.instant,
         )  # fmt: skip
         with self._changed:
-            self._latest = answer
-            self._changed.notify_all()
+            if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
+                self._latest = answer
+                self._changed.notify_all()
         return stopped_by
 
 
-def _with_reason(answer: Answer, stopped_by: StoppedBy) -> Answer:
-    return Answer(
-        output=answer.output, exit=answer.exit, exits=answer.exits, elapsed_s=answer.elapsed_s, stopped_by=stopped_by,
-        deadline_met=answer.deadline_met,
-    )  # fmt: skip
-
-
 class _Worker:
-    """One thread that does what it is given, in order. It holds no runner, so that runners can be forgotten."""
+    """One thread, begun when needed, that does what it is given, in order. It holds no runner: runners can be forgotten."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="impatient-runner", daemon=True)
-        self._thread.start()
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Any] | None = None  # None while there is no thread to take them
+        self._threads: list[threading.Thread] = []
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
-    def do(self, job: Any) -> None:
-        self._jobs.put(job)
+    def do(self, run: Run, job: Any) -> None:
+        with self._lock:
+            if not self._threads:
+                atexit.register(self.end)
+            if self._jobs is None:
+                jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+                thread = threading.Thread(target=_serve, args=(jobs,), name="impatient-runner", daemon=True)
+                thread.start()
+                self._jobs = jobs
+                # one that was stopped may still be in its last stage
+                self._threads = [thread, *(old for old in self._threads if old.is_alive())]
+            self._runs.add(run)
+            self._jobs.put(job)
 
     def stop(self) -> None:
-        self._jobs.put(None)
+        with self._lock:
+            jobs, self._jobs = self._jobs, None
+            runs = list(self._runs)
+            if jobs is not None:
+                jobs.put(None)
+        for run in runs:
+            run.close()
+
+    def end(self) -> None:
+        """Stop and wait, when Python ends."""
+        self.stop()
+        for thread in self._threads:
+            thread.join(END_S)
+
+    def forget(self) -> None:
+        """Stop, when nobody knows the runner any more, and so no run is in flight. May be called on any thread."""
+        self.stop()
+        atexit.unregister(self.end)
 
 
 def _serve(jobs: queue.SimpleQueue[Any]) -> None:

@@ -36,6 +36,8 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[dict[str, Any], dict[
         StorageError: if the file is damaged or belongs to another model.
     """
     tensors, header = read_tensors(path)
+    if "random/cpu" not in tensors:
+        raise StorageError(f"{path} is no checkpoint of training; it lacks the random state. Delete it to start anew.")
     try:
         model.load_state_dict(_below("model/", tensors))
     except RuntimeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +70,10 @@ class Preprocess:
 class Examples(Protocol):
     """Raw inputs and labels of one split, by index."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """True classes, int64 [N]."""
+        ...
 
     def take(self, indices: Sequence[int]) -> Tensor:
         """Raw inputs at these places, batch first."""
@@ -184,6 +186,7 @@ class _Raw:
 
 
 def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
+    _check_labels(name, raw)
     labels = raw.train.labels.numpy()
     held_out = _held_out(labels if raw.groups is None else raw.groups, labels, seed, validation)
     kept = np.flatnonzero(~held_out)
@@ -197,21 +200,52 @@ def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
     )  # fmt: skip
 
 
+def _check_labels(name: str, raw: _Raw) -> None:
+    train, test = (set(part.labels.tolist()) for part in (raw.train, raw.test))
+    if min(train | test) < 0:
+        raise DataError(
+            f"{name}: labels must be integers from 0, but {min(train | test)} is among them; hidden labels will not do."
+        )
+    if max(train | test) >= len(raw.class_names):
+        raise DataError(f"{name} names {len(raw.class_names)} classes, but labels go up to {max(train | test)}.")
+    unseen = [raw.class_names[label] for label in sorted(test - train)]
+    if unseen:
+        raise DataError(f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the training split.")
+
+
 def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -> np.ndarray:
-    """Mask of the examples held out: a share of each class, or of each class's groups where groups are given."""
+    """Mask of the examples held out: a share of each class, or of each class's groups where groups are given.
+
+    Every class keeps something to train on; a group is held out whole, even where it has examples of several classes.
+    """
     random = np.random.default_rng(seed)
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
         if groups is labels:
-            count = max(1, round(share * len(places))) if len(places) > 1 else 0
-            mask[random.permutation(places)[:count]] = True
+            mask[random.permutation(places)[: _held_out_count(len(places), share)]] = True
         else:
             kinds = random.permutation(np.unique(groups[places]))
-            count = max(1, round(share * len(kinds))) if len(kinds) > 1 else 0
-            mask[places[np.isin(groups[places], kinds[:count])]] = True
+            wanted = _held_out_count(len(kinds), share) - len(np.unique(groups[places[mask[places]]]))
+            mask = _with_groups(mask, kinds, wanted, groups, labels)
     if not mask.any() or mask.all():
         raise DataError(f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; add data.")
+    return mask
+
+
+def _held_out_count(count: int, share: float) -> int:
+    return min(max(1, round(share * count)), count - 1)
+
+
+def _with_groups(mask: np.ndarray, kinds: np.ndarray, wanted: int, groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The mask with as many more groups as wanted; one that would leave a class without training examples stays."""
+    classes = len(np.unique(labels))
+    for kind in kinds:
+        if wanted <= 0:
+            break
+        more = mask | (groups == kind)
+        if not np.array_equal(more, mask) and len(np.unique(labels[~more])) == classes:
+            mask, wanted = more, wanted - 1
     return mask
 
 
@@ -262,7 +296,7 @@ def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
     if not path.is_file():
         raise DataError(f"no data file {path}; needed: an npz file with x_train, y_train, x_test and y_test.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
         raise DataError(f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?") from error
@@ -275,32 +309,39 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
         raise DataError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
     parts = {split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}") for split in ("train", "test")}
     train, test = parts["train"], parts["test"]
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+    if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
         raise DataError(f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
-                        f"{tuple(test.inputs.shape[1:])}.")  # fmt: skip
+                        f"{tuple(test.inputs.shape[1:])}; types {train.inputs.dtype} and {test.inputs.dtype}.")  # fmt: skip
     classes = int(max(train.labels.max(), test.labels.max())) + 1
     names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else tuple(map(str, range(classes)))
-    if len(names) < classes:
-        raise DataError(f"{where} names {len(names)} classes, but labels go up to {classes - 1}.")
-    unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
-    if unseen:
-        raise DataError(f"{where}: classes {unseen[:10]} are in the test split but not in the training split.")
-    content = fingerprint_bytes(*(part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)))
-    return _Raw(train=train, test=test, class_names=names, groups=arrays.get("groups_train"), content=content)
+    groups = arrays.get("groups_train")
+    if groups is not None and groups.shape != train.labels.shape:
+        raise DataError(f"{where}: groups_train has shape {groups.shape}; needed: one group per training example, "
+                        f"{tuple(train.labels.shape)}.")  # fmt: skip
+    content = [part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)]
+    content += [] if groups is None else [np.unique(groups, return_inverse=True)[1].tobytes()]
+    return _Raw(train=train, test=test, class_names=names, groups=groups, content=fingerprint_bytes(*content))
 
 
 def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExamples:
+    if inputs.ndim < 2 or labels.ndim < 1:
+        raise DataError(f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, ...] and [N].")
     if len(inputs) == 0 or len(inputs) != len(labels):
         raise DataError(f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and some.")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise DataError(f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape {labels.shape}.")
     if np.issubdtype(inputs.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            inputs = inputs.astype(np.float32)
         if not np.isfinite(inputs).all():
             raise DataError(f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; clean them first.")
-        inputs = inputs.astype(np.float32)
+    elif inputs.dtype.kind not in "iub":
+        raise DataError(f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids (integers).")
     elif inputs.dtype != np.uint8:
         inputs = inputs.astype(np.int64)  # token ids
-    return ArrayExamples(_channels_first(torch.from_numpy(np.ascontiguousarray(inputs))), torch.from_numpy(labels.astype(np.int64)))
+    return ArrayExamples(
+        _channels_first(torch.from_numpy(np.ascontiguousarray(inputs))), torch.from_numpy(labels.astype(np.int64))
+    )
 
 
 def _channels_first(inputs: Tensor) -> Tensor:
@@ -325,7 +366,7 @@ def _imagefolder(rest: str, seed: int) -> _Raw:
         raise DataError(f"{root} holds no images; needed: train/CLASS/*.png and test/CLASS/*.png.")
     if "test" not in folders:
         folders = _carve_test(folders["train"], seed)
-    size = (int(options["size"]),) * 2 if "size" in options else _common_size([path for path, _ in folders["train"]])
+    size = options.get("size") or _common_size([path for path, _ in folders["train"]])
     return _lazy(
         {split: [path for path, _ in files] for split, files in folders.items()},
         {split: [classes.index(label) for _, label in files] for split, files in folders.items()},
@@ -398,15 +439,15 @@ def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Te
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _options(rest: str) -> tuple[str, dict[str, Any]]:
-    """Split "PATH:size=64" into the path and its options."""
+def _options(rest: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Split "PATH:size=64" into the path and its options; images are square."""
     path, colon, options = rest.rpartition(":")
     if not colon or "=" not in options:
         return rest, {}
-    try:
-        return path, {key: ast.literal_eval(value) for key, value in (entry.split("=", 1) for entry in options.split(","))}
-    except (ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read the options {options!r}; needed: key=value, such as size=64.") from error
+    key, _, value = options.partition("=")
+    if key != "size" or not value.isdecimal() or int(value) == 0:
+        raise DataError(f"cannot read the options {options!r}; needed: a size in pixels, such as size=64.")
+    return path, {"size": (int(value), int(value))}
 
 
 def _lazy(
@@ -446,6 +487,8 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
         loaded = datasets.load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else datasets.load_dataset(name)
     except Exception as error:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
+    if "train" not in loaded:
+        raise DataError(f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or validation.")
     train = loaded["train"]
     test_name = next((split for split in ("test", "validation") if split in loaded), None)
     if test_name is None:
@@ -455,9 +498,12 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
         test = loaded[test_name]
     del seed
     image, label = _columns(train, datasets, name)
-    size = (int(options["size"]),) * 2 if "size" in options else _hf_size(train, image)
+    size = options.get("size") or _hf_size(train, image)
     feature = train.features[label]
-    numbers = {"train": [int(value) for value in train[label]], "test": [int(value) for value in test[label]]}
+    numbers = {"train": list(train[label]), "test": list(test[label])}
+    odd = [value for values in numbers.values() for value in values if not isinstance(value, int)]
+    if odd:
+        raise DataError(f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a ClassLabel.")
     names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
     return _lazy(
         {"train": _Rows(train, image), "test": _Rows(test, image)}, numbers, names,
@@ -474,7 +520,10 @@ class _Row:
     place: int
 
     def picture(self) -> Image.Image:
-        picture: Image.Image = self.table[self.place][self.column]
+        try:
+            picture: Image.Image = self.table[self.place][self.column]
+        except (OSError, SyntaxError) as error:
+            raise DataError(f"picture {self.place} is damaged: {error}.") from error
         return picture
 
     def __str__(self) -> str:
@@ -490,7 +539,7 @@ class _Rows(Sequence[_Row]):
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
-        return _Row(self.table, self.column, int(place))
+        return _Row(self.table, self.column, range(len(self.table))[place])  # IndexError past the end, where iteration stops
 
 
 def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:

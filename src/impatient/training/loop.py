@@ -80,18 +80,25 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        positive |= {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
                 raise TrainingError(f"{name}={value}; needed: a positive number.")
-        choices = {
+        shares = {"momentum": self.momentum, "label_smoothing": self.label_smoothing, "warmup": self.warmup}
+        for name, value in shares.items():
+            if not 0.0 <= value < 1.0:
+                raise TrainingError(f"{name}={value}; needed: 0 or a share below 1.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise TrainingError(f"weight_decay={self.weight_decay}; needed: 0 or a positive number.")
+        choices: dict[str, tuple[str, tuple[str, ...]]] = {
             "schedule": (self.schedule, ("cosine", "step")), "regime": (self.regime, tuple(REGIMES)),
             "augment": (self.augment, AUGMENTATIONS),
         }  # fmt: skip
-        for name, (value, known) in choices.items():
-            if value not in known:
-                raise TrainingError(f"{name}={value!r}; needed: one of {', '.join(known)}.")
-        if not 0.0 < self.backbone_share < 1.0 or not 0.0 <= self.warmup < 1.0:
-            raise TrainingError(f"backbone_share={self.backbone_share} and warmup={self.warmup} must be shares below 1.")
+        for name, (choice, known) in choices.items():
+            if choice not in known:
+                raise TrainingError(f"{name}={choice!r}; needed: one of {', '.join(known)}.")
+        if not 0.0 < self.backbone_share < 1.0:
+            raise TrainingError(f"backbone_share={self.backbone_share}; needed: a share between 0 and 1.")
         if self.regime == "mixed" and self.epochs < 2:
             raise TrainingError("the mixed regime needs at least 2 epochs: one for the backbone, one for everything.")
 
@@ -124,7 +131,8 @@ class EpochMetrics:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**{name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()})
+        plain: dict[str, Any] = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +240,7 @@ class _Training:
         self.identity = {
             "recipe": dataclasses.asdict(recipe), "weights": list(weights), "data": data.fingerprint,
             "processes": fabric.world_size, "network": fingerprint_structure(network.state_dict()),
+            "exits": list(getattr(network, "exit_names", ())),  # heads of equal shapes fit at other places, too
         }  # fmt: skip
 
     def run(self) -> History:
@@ -239,7 +248,7 @@ class _Training:
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer_state = self._resume()
-        trainable = {name: parameter.requires_grad for name, parameter in self.network.named_parameters()}
+        self.trainable = {name: parameter.requires_grad for name, parameter in self.network.named_parameters()}
         try:
             with self.shown, interruptible() as self.interrupt:
                 for phase, first, last in self.recipe.phases():
@@ -248,20 +257,26 @@ class _Training:
                         self._run_phase(phase, first, last, optimizer_state if inside else None)
         finally:
             for name, parameter in self.network.named_parameters():
-                parameter.requires_grad_(trainable[name])
+                parameter.requires_grad_(self.trainable[name])
             self.network.eval()
         return History(epochs=tuple(self.history))
 
-    def _run_phase(self, phase: str, first: int, last: int, optimizer_state: dict[str, Any] | None) -> None:
+    def _run_phase(self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None) -> None:
         weights = torch.tensor(self.weights, device=self.fabric.device)
         if phase == "backbone":
             weights = torch.zeros_like(weights)
             weights[-1] = 1.0
-        for parameter in self.network.backbone.parameters():
-            parameter.requires_grad_(phase != "heads")
+        backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
+        for name, parameter in self.network.named_parameters():
+            # without a gradient, momentum and weight decay would still move what is not to be trained
+            taking_part = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
+            parameter.requires_grad_(taking_part and self.trainable[name])
         parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if not parameters:
-            raise TrainingError("nothing to train: the regime is 'frozen' and the network has no heads. Attach exits first.")
+            raise TrainingError(
+                f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: the network has no such "
+                "parameters, or all of them are frozen. Attach exits, or set requires_grad."
+            )
         optimizer: Any = torch.optim.SGD(
             parameters, lr=self.recipe.lr, momentum=self.recipe.momentum, weight_decay=self.recipe.weight_decay,
             nesterov=self.recipe.momentum > 0,
@@ -295,6 +310,8 @@ class _Training:
                 raise KeyboardInterrupt
         train = self._over_processes(self.sums / seen)
         validation = self._validate("validation")
+        if not torch.isfinite(validation[0]).all():
+            raise _diverged("validation loss", validation[0], lr)
         self.history.append(
             EpochMetrics(
                 epoch=epoch + 1, phase=phase, lr=lr, seconds=self.seconds + time.perf_counter() - started,
@@ -304,8 +321,7 @@ class _Training:
         )  # fmt: skip
         self.step, self.seconds, self.sums = 0, 0.0, torch.zeros_like(self.sums)
         self._save(optimizer)
-        if self.metrics_csv and self.fabric.is_global_zero:
-            write_text(self.metrics_csv, History(epochs=tuple(self.history)).to_csv())
+        self._write_metrics()
         self.shown.epoch(self.history[-1])
         if self.interrupt.asked:
             raise KeyboardInterrupt
@@ -324,10 +340,7 @@ class _Training:
         losses = exit_losses(outputs, labels, self.recipe.label_smoothing)
         loss = weighted_loss(losses, weights)
         if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss became {loss.item()} (per exit: {[round(value, 3) for value in losses.tolist()]}). The last "
-                f"checkpoint is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
-            )
+            raise _diverged("loss", losses, lr)
         optimizer.zero_grad()
         self.fabric.backward(loss)
         if self.recipe.clip_norm:
@@ -362,6 +375,10 @@ class _Training:
             sums += torch.stack([exit_losses(outputs, labels) * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
         return sums / self.data.size(split)
 
+    def _write_metrics(self) -> None:
+        if self.metrics_csv and self.fabric.is_global_zero:
+            write_text(self.metrics_csv, History(epochs=tuple(self.history)).to_csv())
+
     def _save(self, optimizer: Any) -> None:
         if self.checkpoint is None or not self.fabric.is_global_zero:
             return
@@ -371,7 +388,7 @@ class _Training:
         }  # fmt: skip
         save_checkpoint(self.checkpoint, self.network, optimizer, header)
 
-    def _resume(self) -> dict[str, Any] | None:
+    def _resume(self) -> dict[int, dict[str, Any]] | None:
         """Take up the checkpoint if there is one; returns the optimizer's state."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return None
@@ -380,6 +397,7 @@ class _Training:
         self.history = [EpochMetrics.from_json(entry) for entry in header["history"]]
         self.step, self.seconds = header["step"], header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)
+        self._write_metrics()  # may have been lost, or the run been stopped between the two files
         return optimizer_state
 
     def _check_identity(self, header: Mapping[str, Any]) -> None:
@@ -389,6 +407,13 @@ class _Training:
                     f"the checkpoint {self.checkpoint} was made with another {name}: {header.get(name)}, but here it is "
                     f"{wanted}. Go on with the old settings, or delete the checkpoint to start anew."
                 )
+
+
+def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
+    return TrainingDiverged(
+        f"the {what} became NaN or infinite (per exit: {[round(value, 3) for value in losses.tolist()]}). The last checkpoint "
+        f"is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
+    )
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,9 +14,7 @@ def exit_losses(
     outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], label_smoothing: float = 0.0
 ) -> Float[Tensor, "K"]:
     """Mean cross-entropy of every exit, shape [K]."""
-    return torch.stack(
-        [F.cross_entropy(output.float(), labels_B, label_smoothing=label_smoothing) for output in outputs_K]
-    )
+    return torch.stack([F.cross_entropy(output.float(), labels_B, label_smoothing=label_smoothing) for output in outputs_K])
 
 
 def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -> Float[Tensor, ""]:

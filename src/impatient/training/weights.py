@@ -59,7 +59,7 @@ def sieve(count: int) -> tuple[float, ...]:
 def exp_lin(count: int) -> tuple[float, ...]:
     """One everywhere plus L, L/2, L/4, ... at L, L/2, L/4, ...; half of the total on the last exit.
 
-    The first L / 2**k exits hold at least 2**-k of the early weight.
+    Where L is a power of two, the first L / 2**k exits, two at least, hold at least 2**-k of the early weight.
 
     Source:
         EXP-LIN of ANN, identified with `recursive_heavy_end` of the authors' code.

@@ -1,0 +1,152 @@
+"""Networks whose stages take scripted times on a fake clock, and places where a test holds them still."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from impatient.clock import FakeClock
+from impatient.costs import BatchCosts, CostProfile, Quantiles
+from impatient.provenance import provenance
+from impatient.runtime import Runner
+
+PATIENCE_S = 20.0  # longer than any thread here can take; only a test that fails waits so long
+
+X = torch.zeros(1, 1)  # the input that fakes ignore, one sample
+
+
+class FakeExit:
+    def __init__(self, network: "FakeNetwork", index: int) -> None:
+        self._network, self.index = network, index
+        self._answered = False
+
+    def output(self) -> Tensor:
+        if not self._answered:
+            self._network.take(f"head {self.index}", self._network.heads_s[self.index])
+        self._answered = True
+        return self._network.outputs[self.index]
+
+
+class FakeNetwork:
+    """Stages and heads that advance a fake clock and write down what ran, one run at a time.
+
+    `at["stage 1"]` is called when that stage begins: to hold it still, to fail, to change the world.
+    """
+
+    def __init__(
+        self, clock: FakeClock, stages_s: Sequence[Any], heads_s: Sequence[Any] | None = None, outputs: Tensor | None = None
+    ) -> None:
+        count = len(stages_s)
+        self.clock, self.stages_s = clock, list(stages_s)
+        self.heads_s = list(heads_s) if heads_s is not None else [0.0] * count
+        self.outputs = outputs if outputs is not None else torch.arange(float(count))[:, None, None].repeat(1, 1, 3)
+        self.at: dict[str, Callable[[], object]] = {}
+        self.ran: list[str] = []
+        self._closed = threading.Semaphore(0)
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.stages_s)
+
+    def exits(self, x: Tensor) -> contextlib.AbstractContextManager[Iterator[FakeExit]]:
+        return self._run()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def take(self, part: str, seconds: Any) -> None:
+        self.ran.append(part)
+        self.at.get(part, lambda: None)()
+        self.clock.advance(seconds() if callable(seconds) else seconds)
+
+    def wait_closed(self) -> None:
+        """Until one more run has ended and nothing of it can run any more."""
+        assert self._closed.acquire(timeout=PATIENCE_S)
+
+    @contextlib.contextmanager
+    def _run(self) -> Iterator[Iterator[FakeExit]]:
+        with contextlib.closing(self._walk()) as walk:
+            try:
+                yield walk
+            finally:
+                self._closed.release()
+
+    def _walk(self) -> Iterator[FakeExit]:
+        for index in range(self.num_exits):
+            self.take(f"stage {index}", self.stages_s[index])
+            yield FakeExit(self, index)
+
+
+class Hold:
+    """Where a stage stands still until the test lets it go."""
+
+    def __init__(self) -> None:
+        self._reached, self._released = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self._reached.set()
+        assert self._released.wait(PATIENCE_S)
+
+    def wait_reached(self) -> None:
+        assert self._reached.wait(PATIENCE_S)
+
+    def release(self) -> None:
+        self._released.set()
+
+    @property
+    def released(self) -> bool:
+        return self._released.is_set()
+
+
+def hold(network: FakeNetwork, part: str) -> Hold:
+    network.at[part] = held = Hold()
+    return held
+
+
+def elsewhere(call: Callable[[], Any]) -> "Future[Any]":
+    """What the call gives on a thread of its own."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(call)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what no event tells: what another thread of this library is doing."""
+    give_up, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    while not condition():
+        assert time.monotonic() < give_up
+        pause.wait(1e-4)
+
+
+def quantiles(value: Any) -> Quantiles:
+    return value if isinstance(value, Quantiles) else Quantiles.of([value])
+
+
+def batch_costs(stages_s: Sequence[Any], heads_s: Sequence[Any]) -> BatchCosts:
+    return BatchCosts(
+        stages=tuple(map(quantiles, stages_s)), heads=tuple(map(quantiles, heads_s)), exit_free=quantiles(0.0)
+    )  # fmt: skip
+
+
+def costs_of(stages_s: Sequence[Any], heads_s: Sequence[Any] | None = None, *, sizes: Sequence[int] = (1,)) -> CostProfile:
+    """A profile with these numbers, each a `Quantiles` or a constant."""
+    count = len(stages_s)
+    batch = batch_costs(stages_s, heads_s if heads_s is not None else [0.0] * count)
+    names, zeros = tuple(f"exit {index}" for index in range(count)), (0,) * count
+    return CostProfile(
+        exits=names, batches=dict.fromkeys(sizes, batch), stage_macs=zeros, head_macs=zeros, stage_parameters=zeros,
+        head_parameters=zeros, provenance=provenance(),
+    )  # fmt: skip
+
+
+def runner_of(network: FakeNetwork, costs: CostProfile | None = None, policy: Any = None, **options: Any) -> Runner:
+    """A runner on the network's clock; without costs it knows exactly what everything takes."""
+    known = costs_of(network.stages_s, network.heads_s, sizes=[network.outputs.shape[1]]) if costs is None else costs
+    return Runner(network, known, policy, any_profile=True, clock=network.clock, **options)

@@ -1,0 +1,353 @@
+"""Distributions over time budgets, and the two sides of one integral."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from impatient import budgets
+from impatient.budgets import STANDARD, STEEPNESS, Budget, exit_weights, expected_accuracy, parse_budget, standard
+from impatient.costs import BatchCosts, CostProfile, Quantiles
+from impatient.errors import BudgetError, CostOrderError, StorageError
+from impatient.provenance import provenance
+
+COSTS = (1.0, 2.0, 4.0, 8.0)
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def share_small(u: float) -> float:
+    """P(budget < u) on [0, 1] when the density falls as exp(-4 u)."""
+    return (1 - math.exp(-STEEPNESS * u)) / (1 - math.exp(-STEEPNESS))
+
+
+def share_normal(u: float) -> float:
+    """P(budget < u) on [0, 1] for a normal around 1/2 with deviation 1/6, cut off at its ends."""
+    return 0.5 + 0.5 * math.erf(6 * (u - 0.5) / math.sqrt(2)) / math.erf(3 / math.sqrt(2))
+
+
+# P(budget < t) on [1, 9], written down by hand
+BY_HAND: dict[str, Callable[[float], float]] = {
+    "uniform": lambda t: (t - 1) / 8,
+    "small_likely": lambda t: share_small((t - 1) / 8),
+    "large_likely": lambda t: 1 - share_small((9 - t) / 8),
+    "normal": lambda t: share_normal((t - 1) / 8),
+    "log_uniform": lambda t: math.log(t) / math.log(9),
+}
+
+
+def over(shape: str, low: float = 1.0, high: float = 9.0) -> Budget:
+    made = getattr(budgets, shape)(low, high)
+    assert isinstance(made, Budget)
+    return made
+
+
+# --- distributions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", BY_HAND)
+def test_probabilities_are_those_worked_out_by_hand(shape):
+    for time in (1.0, 1.5, 3.0, 5.0, 8.9, 9.0):
+        assert over(shape).probability_below(time) == pytest.approx(BY_HAND[shape](time), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", BY_HAND)
+def test_no_budget_lies_outside_the_range(shape):
+    budget = over(shape)
+    assert [budget.probability_below(time) for time in (0.0, 0.99, 9.01, 1e9)] == [0.0, 0.0, 1.0, 1.0]
+    drawn = budget.sample(1000)
+    assert drawn.min() >= 1.0
+    assert drawn.max() <= 9.0
+
+
+@pytest.mark.parametrize("shape", BY_HAND)
+def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
+    budget, times = over(shape), np.linspace(1.0, 9.0, 2001)
+    assert np.trapezoid(budget.density(times), times) == pytest.approx(1.0, abs=1e-4)
+    assert np.trapezoid(times * budget.density(times), times) == pytest.approx(budget.mean_s(), abs=1e-3)
+    drawn = budget.sample(40_000, seed=1)
+    assert drawn.mean() == pytest.approx(budget.mean_s(), abs=5 * drawn.std() / 200)
+    assert (drawn < 3.0).mean() == pytest.approx(BY_HAND[shape](3.0), abs=5 * 0.5 / 200)
+
+
+def test_draws_depend_on_the_seed_alone():
+    budget = over("normal")
+    assert np.array_equal(budget.sample(5, seed=3), budget.sample(5, seed=3))
+    assert not np.array_equal(budget.sample(5, seed=3), budget.sample(5, seed=4))
+
+
+def test_means_of_the_four_standard_shapes_are_ordered_as_their_names_say():
+    means = {shape: budget.mean_s() for shape, budget in standard(0.010).items()}
+    assert tuple(means) == STANDARD
+    assert means["small_likely"] < means["uniform"] < means["large_likely"]
+    assert means["uniform"] == pytest.approx(0.005)
+    assert means["normal"] == pytest.approx(0.005)
+    assert means["small_likely"] + means["large_likely"] == pytest.approx(0.010)
+    assert means["small_likely"] == pytest.approx(0.010 * (1 / STEEPNESS - 1 / (math.exp(STEEPNESS) - 1)))
+
+
+def test_density_of_small_likely_falls_by_exp_4_and_large_likely_mirrors_it():
+    small, large = over("small_likely").density(np.array([1.0, 9.0])), over("large_likely").density(np.array([1.0, 9.0]))
+    assert small[0] / small[1] == pytest.approx(math.exp(4.0))
+    assert large == pytest.approx(small[::-1])
+
+
+def test_a_budget_of_exactly_an_exits_cost_pays_for_that_exit():
+    assert exit_weights(budgets.point(2.0), COSTS) == (0.0, 1.0, 0.0, 0.0)
+    assert exit_weights(budgets.point(math.nextafter(2.0, 0.0)), COSTS) == (1.0, 0.0, 0.0, 0.0)
+
+
+def test_an_empirical_budget_counts_its_log_ties_included():
+    budget = budgets.empirical([2.0, 1.0, 2.0, 0.5, 9.0, 3.999, 4.0, 2.0])
+    assert [budget.probability_below(time) for time in (0.5, 0.6, 2.0, 2.1, 9.0, 9.1)] == [0.0, 1 / 8, 2 / 8, 5 / 8, 7 / 8, 1.0]
+    assert exit_weights(budget, COSTS) == (1 / 8, 4 / 8, 1 / 8, 1 / 8)
+    assert budget.mean_s() == pytest.approx(24.499 / 8)
+    assert set(budget.sample(200)) <= {0.5, 1.0, 2.0, 3.999, 4.0, 9.0}
+    assert budget.density(np.array([2.0])).tolist() == [0.0]
+
+
+# --- exit weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", BY_HAND)
+def test_weights_are_the_probability_of_each_stretch_between_exits(shape):
+    cdf = BY_HAND[shape]
+    wanted = (cdf(2.0) - cdf(1.0), cdf(4.0) - cdf(2.0), cdf(8.0) - cdf(4.0), 1 - cdf(8.0))
+    assert exit_weights(over(shape), COSTS) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("budget", [*map(over, BY_HAND), budgets.point(3.0), budgets.empirical([0.5, 3.0, 3.0])])
+def test_weights_add_up_to_the_share_of_budgets_that_pay_for_the_first_exit(budget):
+    costs = (2.5, 4.0, 8.0)
+    assert sum(exit_weights(budget, costs)) == pytest.approx(1.0 - budget.probability_below(2.5), abs=1e-12)
+    assert sum(exit_weights(budget, costs, normalise=True)) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_normalising_keeps_the_proportions():
+    plain, whole = (exit_weights(budgets.uniform(0.0, 10.0), COSTS, normalise=flag) for flag in (False, True))
+    assert plain == (0.1, 0.2, 0.4, 0.2)
+    assert whole == pytest.approx([weight / 0.9 for weight in plain])
+
+
+def test_budgets_that_pay_for_no_exit_weigh_nothing_and_cannot_be_normalised():
+    poor = budgets.uniform(0.0, 0.5)
+    assert exit_weights(poor, COSTS) == (0.0, 0.0, 0.0, 0.0)
+    with pytest.raises(BudgetError, match=r"no budget between 0 and 0\.5 s pays for the first exit \(1 s\)"):
+        exit_weights(poor, COSTS, normalise=True)
+
+
+def test_budgets_that_always_pay_for_the_last_exit_put_all_weight_on_it():
+    assert exit_weights(budgets.uniform(8.0, 20.0), COSTS) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_contract_and_interruptible_costs_give_different_weights():
+    def seconds(value: float) -> Quantiles:
+        return Quantiles.of([value])
+
+    batch = BatchCosts(stages=(seconds(1.0),) * 3, heads=(seconds(0.5), seconds(0.5), seconds(0.0)), exit_free=seconds(3.0))
+    integers = dict.fromkeys(("stage_macs", "head_macs", "stage_parameters", "head_parameters"), (1, 1, 1))
+    costs = CostProfile(exits=("a", "b", "output"), batches={1: batch}, provenance=provenance(), **integers)
+    budget = budgets.uniform(0.0, 5.0)
+    assert exit_weights(budget, costs.contract_s()) == pytest.approx((0.2, 0.1, 0.4))  # exits at 1.5, 2.5, 3
+    assert exit_weights(budget, costs.interruptible_s()) == pytest.approx((0.3, 0.2, 0.2))  # exits at 1.5, 3, 4
+
+
+@pytest.mark.parametrize("costs", [[1.0, 1.0], [2.0, 1.0], [], [0.0, 1.0], [-1.0, 1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_costs_that_do_not_increase_are_refused(costs):
+    with pytest.raises(CostOrderError, match="cumulative costs must"):
+        exit_weights(budgets.uniform(0.0, 10.0), costs)
+
+
+# --- expected accuracy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [*BY_HAND, "point", "empirical"])
+@pytest.mark.parametrize("without_answer", [0.0, 0.1])
+def test_expected_accuracy_is_the_mean_over_drawn_budgets(shape, without_answer):
+    made = {"point": budgets.point(4.0), "empirical": budgets.empirical([1.0, 2.5, 2.5, 7.0])}
+    budget = made.get(shape) or over(shape)
+    costs, accuracies = (2.0, 2.5, 6.0), (0.5, 0.75, 0.95)
+    drawn = budget.sample(40_000, seed=2)
+    answer = np.array([without_answer, *accuracies])[np.searchsorted(costs, drawn, side="right")]
+    error = 5 * answer.std() / math.sqrt(len(drawn)) + 1e-12
+    assert expected_accuracy(budget, costs, accuracies, without_answer=without_answer) == pytest.approx(
+        answer.mean(), abs=error
+    )
+
+
+def test_a_missing_answer_counts_as_a_failure_unless_credited():
+    budget = budgets.uniform(0.0, 10.0)
+    assert expected_accuracy(budget, [5.0], [0.8]) == pytest.approx(0.4)
+    assert expected_accuracy(budget, [5.0], [0.8], without_answer=0.1) == pytest.approx(0.45)
+
+
+def test_accuracies_must_be_as_many_as_exits():
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        expected_accuracy(budgets.uniform(0.0, 10.0), COSTS, [0.5, 0.6])
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+times = st.floats(1e-6, 1e3)
+increasing = st.lists(times, min_size=1, max_size=8, unique=True).map(sorted)
+ranges = st.tuples(times, times).filter(lambda pair: pair[1] > pair[0] * 1.001 or pair[0] > pair[1] * 1.001).map(sorted)
+any_budget = st.one_of(
+    st.builds(lambda shape, ends: over(shape, *ends), st.sampled_from(sorted(BY_HAND)), ranges),
+    times.map(budgets.point),
+    st.lists(times, min_size=1, max_size=20).map(budgets.empirical),
+)
+
+
+@quick
+@given(any_budget, increasing)
+def test_weights_are_probabilities(budget, costs):
+    weights = exit_weights(budget, costs)
+    assert len(weights) == len(costs)
+    assert all(0.0 <= weight <= 1.0 for weight in weights)
+    assert sum(weights) == pytest.approx(1.0 - budget.probability_below(costs[0]), abs=1e-9)
+
+
+@quick
+@given(any_budget, increasing, st.floats(1.0, 100.0))
+def test_dearer_exits_never_gain_depth(budget, costs, factor):
+    """The chance to reach at least exit k falls when everything costs more."""
+    before, after = exit_weights(budget, costs), exit_weights(budget, [cost * factor for cost in costs])
+    for k in range(len(costs)):
+        assert sum(after[k:]) <= sum(before[k:]) + 1e-9
+
+
+@quick
+@given(any_budget, increasing, st.data())
+def test_expected_accuracy_lies_between_the_worst_and_the_best_outcome(budget, costs, data):
+    accuracies = data.draw(st.lists(st.floats(0.0, 1.0), min_size=len(costs), max_size=len(costs)))
+    value = expected_accuracy(budget, costs, accuracies)
+    assert -1e-9 <= value <= max(accuracies) + 1e-9
+
+
+@quick
+@given(any_budget)
+def test_any_budget_survives_json(budget):
+    assert Budget.from_json(json.loads(json.dumps(budget.to_json()))) == budget
+
+
+@quick
+@given(any_budget, times, times)
+def test_probabilities_never_fall_with_time(budget, one, other):
+    early, late = sorted((one, other))
+    assert 0.0 <= budget.probability_below(early) <= budget.probability_below(late) <= 1.0
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+BAD_RANGES = [(0.0, 0.0), (2.0, 1.0), (-1.0, 1.0), (-2.0, -1.0), (math.nan, 1.0), (0.0, math.nan), (0.0, math.inf)]
+
+
+@pytest.mark.parametrize(("shape", "ends"), list(itertools.product(BY_HAND, BAD_RANGES)))
+def test_a_range_that_is_empty_negative_or_no_number_is_refused(shape, ends):
+    with pytest.raises(BudgetError, match="budget"):
+        over(shape, *ends)
+
+
+def test_a_log_uniform_budget_cannot_begin_at_zero():
+    with pytest.raises(BudgetError, match="lower end of a log-uniform budget"):
+        budgets.log_uniform(0.0, 1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "soon"])
+def test_a_point_or_a_logged_budget_must_be_a_positive_time(value):
+    with pytest.raises(BudgetError, match="budget"):
+        budgets.point(value)
+    with pytest.raises(BudgetError, match="budget"):
+        budgets.empirical([1.0, value])
+
+
+def test_an_empty_log_is_refused():
+    with pytest.raises(BudgetError, match="the log of budgets is empty"):
+        budgets.empirical([])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_survives_its_file(tmp_path):
+    for budget in (over("normal"), budgets.empirical([0.1, 0.2, 0.2])):
+        budget.save(tmp_path / "budget.json")
+        assert Budget.load(tmp_path / "budget.json") == budget
+
+
+MALFORMED = [
+    {},
+    {"shape": "uniform"},
+    {"shape": "gamma", "low": 0.0, "high": 1.0, "samples_s": []},
+    {"shape": "uniform", "low": 0.0, "high": 1.0, "samples_s": [], "extra": 1},
+    {"shape": "uniform", "low": "a", "high": 1.0, "samples_s": []},
+    {"shape": "uniform", "low": 1.0, "high": 1.0, "samples_s": []},
+    {"shape": "log_uniform", "low": 0.0, "high": 1.0, "samples_s": []},
+    {"shape": "uniform", "low": 0.0, "high": 1.0, "samples_s": [0.5]},
+    {"shape": "point", "low": 1.0, "high": 1.0, "samples_s": []},
+    {"shape": "empirical", "low": 1.0, "high": 3.0, "samples_s": [3.0, 1.0]},
+    {"shape": "empirical", "low": 1.0, "high": 3.0, "samples_s": [1.0, "b"]},
+    {"shape": "empirical", "low": 1.0, "high": 3.0, "samples_s": [0.5, 3.0]},
+]
+
+
+@pytest.mark.parametrize("value", MALFORMED, ids=lambda value: json.dumps(value)[:60])
+def test_a_malformed_budget_is_refused(tmp_path, value):
+    with pytest.raises(BudgetError):
+        Budget.from_json(value)
+
+
+def test_a_budget_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(StorageError, match="none"):
+        Budget.load(tmp_path / "none.json")
+
+
+# --- one word on the command line -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", BY_HAND)
+def test_a_shape_is_read_with_its_ends_in_milliseconds(shape):
+    assert parse_budget(f"{shape}:2:16") == over(shape, 0.002, 0.016)
+
+
+def test_a_point_is_read_in_milliseconds():
+    assert parse_budget("point:8") == budgets.point(0.008)
+    assert parse_budget("uniform:0:0.5").high == 0.0005
+
+
+def test_a_log_is_read_one_budget_a_line_in_milliseconds(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("8\n\n 4.0 \n8\n")
+    assert parse_budget(f"log:{log}") == budgets.empirical([0.004, 0.008, 0.008])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "uniform", "uniform:", "uniform:1", "uniform:1:2:3", "uniform:a:b", "uniform:2:1", "uniform:-1:1", "uniform:nan:1",
+        "uniform:0:inf", "gamma:1:2", "point", "point:", "point:0", "point:1:2", "point:x", "log_uniform:0:1", "log:",
+        "log:/none/such/file", "empirical:1:2", "8",
+    ],
+)  # fmt: skip
+def test_a_word_that_is_no_budget_is_refused(text):
+    with pytest.raises(BudgetError):
+        parse_budget(text)
+
+
+@pytest.mark.parametrize(("written", "complaint"), [
+    (b"", "empty"), (b"8\nsoon\n", "not a number"), (b"8\n-1\n", "logged budget"), (b"nan", "logged budget"),
+    (b"\xff\xfe", "not a number"),
+])  # fmt: skip
+def test_a_log_that_holds_no_budgets_is_refused(tmp_path, written, complaint):
+    (tmp_path / "log").write_bytes(written)
+    with pytest.raises(BudgetError, match=complaint):
+        parse_budget(f"log:{tmp_path / 'log'}")
+
+
+def test_a_word_that_is_no_budget_is_told_what_would_be():
+    with pytest.raises(BudgetError, match=r"SHAPE:LOW:HIGH in milliseconds \(uniform:0:10\), point:T \(point:8\), or log:FILE"):
+        parse_budget("gamma:1:2")

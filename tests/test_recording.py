@@ -1,0 +1,208 @@
+"""Recordings: what the network gave, with features and labels, checked and kept."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import RecordingError, StorageError
+from impatient.evaluation import Recording, record
+from impatient.files import write_tensors
+from impatient.networks import MultiExitNetwork, attach_exits
+from recordings import drawn, recording_of
+
+
+@dataclasses.dataclass
+class Samples:
+    """A data set of random inputs."""
+
+    inputs: Tensor
+    labels: Tensor
+    fingerprint: str = "random"
+
+    def size(self, split: str) -> int:
+        return len(self.labels)
+
+    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)
+
+
+class ConvNet(nn.Module):
+    """Two convolutions and a classifier on [B, 1, 6, 6]; batch norm, so that eval mode matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.high = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.high(self.low(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def samples() -> Samples:
+    return Samples(torch.randn(23, 8), torch.randint(3, (23,)))
+
+
+@pytest.fixture
+def network(toy: nn.Module, toy_input: Tensor) -> MultiExitNetwork:
+    return attach_exits(toy, after=["blocks.0", "blocks.2"], example=toy_input)
+
+
+@pytest.fixture
+def images() -> Samples:
+    return Samples(torch.randn(11, 1, 6, 6), torch.randint(3, (11,)))
+
+
+@pytest.fixture
+def convolutional(images: Samples) -> MultiExitNetwork:
+    return attach_exits(ConvNet(), after=["low", "high"], example=images.inputs)
+
+
+# --- recording --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [5, 23, 100])
+def test_a_recording_is_what_forward_gives(network, samples, batch_size):
+    recording = record(network, samples, split="test", batch_size=batch_size)
+    with torch.no_grad():
+        expected = torch.stack(network(samples.inputs))
+    assert recording.outputs.shape == (3, 23, 3)
+    torch.testing.assert_close(recording.outputs, expected)
+    assert recording.labels.equal(samples.labels)
+    assert (recording.split, recording.exits, recording.features) == ("test", network.exit_names, ())
+
+
+def test_recording_puts_the_network_in_eval_mode(convolutional, images):
+    convolutional.train()
+    recording = record(convolutional, images, batch_size=4)
+    assert not convolutional.training
+    torch.testing.assert_close(recording.outputs, torch.stack(convolutional(images.inputs)).detach())
+
+
+def test_features_are_pooled_over_space(convolutional, images):
+    recording = record(convolutional, images, features=True, batch_size=4)
+    low = convolutional.backbone.low(images.inputs)
+    high = convolutional.backbone.high(low)
+    assert [tuple(entry.shape) for entry in recording.features] == [(11, 4), (11, 6), (11, 3)]
+    torch.testing.assert_close(recording.features[0], low.mean((2, 3)).detach())
+    torch.testing.assert_close(recording.features[1], high.mean((2, 3)).detach())
+    torch.testing.assert_close(recording.features[2], recording.outputs[2])  # nothing is deeper than the output
+
+
+def test_outputs_are_kept_in_single_precision_and_without_history(network, samples):
+    network.double()
+    recording = record(network, Samples(samples.inputs.double(), samples.labels))
+    assert recording.outputs.dtype == torch.float32
+    assert not recording.outputs.requires_grad
+    assert not recording.outputs.is_inference()  # else nobody could fit anything to it by gradient
+
+
+def test_hits_are_where_the_largest_output_is_the_label(network, samples):
+    recording = record(network, samples)
+    by_hand = [[float(row.argmax() == label) for row, label in zip(exit, samples.labels, strict=True)]
+               for exit in recording.outputs]  # fmt: skip
+    assert recording.hits().tolist() == by_hand
+
+
+def test_provenance_changes_with_the_weights_and_names_the_data(network, samples):
+    before = record(network, samples).provenance
+    with torch.no_grad():
+        network.backbone.classifier.bias += 1.0
+    after = record(network, samples).provenance
+    assert before.data == after.data == "random"
+    assert before.network == after.network
+    assert before.weights != after.weights
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_outputs_that_are_no_numbers_name_their_exit(network, samples, value):
+    with torch.no_grad():
+        network.backbone.blocks[2][0].bias.fill_(value)
+    with pytest.raises(RecordingError, match=r"exit 1 \(blocks\.2\) gives NaN or infinite"):
+        record(network, samples)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_without_an_output_are_refused(network, samples, label):
+    samples.labels[7] = label
+    with pytest.raises(RecordingError, match=f"{label}.* for 3 outputs"):
+        record(network, samples)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (2, 5, 2), (2, 0, 2)])
+def test_shapes_that_do_not_fit_are_refused(shape):
+    good = recording_of(torch.zeros(2, 4, 2), torch.zeros(4, dtype=torch.long))
+    labels = good.labels[: min(4, shape[1])]
+    with pytest.raises((RecordingError, TypeError), match=r"do not fit 2 exits|Int\[Tensor"):  # jaxtyping may see it first
+        dataclasses.replace(good, outputs=torch.zeros(shape), labels=labels)
+
+
+class Hasty(nn.Module):
+    """Skips its second block when no input of the batch is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.classifier = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if bool((x > 0).any()):
+            hidden = self.second(hidden)
+        return self.classifier(hidden)
+
+
+def test_an_exit_that_some_inputs_never_reach_is_refused():
+    network = attach_exits(Hasty(), after=["first", "second"], example=torch.ones(1, 2))
+    inputs = torch.tensor([[1.0, 1.0]] * 4 + [[-1.0, -1.0]] * 4)
+    with pytest.raises(RecordingError, match=r"8 samples.*\[8, 4, 8\]"):
+        record(network, Samples(inputs, torch.zeros(8, dtype=torch.long)), batch_size=4)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_saved_recording_comes_back(tmp_path, network, samples, features):
+    recording = record(network, samples, split="test", features=features)
+    recording.save(tmp_path / "test.safetensors")
+    back = Recording.load(tmp_path / "test.safetensors")
+    assert back.outputs.equal(recording.outputs)
+    assert back.labels.equal(recording.labels)
+    assert [entry.tolist() for entry in back.features] == [entry.tolist() for entry in recording.features]
+    assert (back.split, back.exits, back.provenance) == (recording.split, recording.exits, recording.provenance)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, -1])
+def test_a_damaged_file_is_a_storage_error(tmp_path, keep):
+    file = tmp_path / "validation.safetensors"
+    drawn(50, seed=1).save(file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(StorageError, match=r"validation\.safetensors"):
+        Recording.load(file)
+
+
+def test_a_missing_file_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError, match="no such file"):
+        Recording.load(tmp_path / "validation.safetensors")
+
+
+def test_other_tensors_are_no_recording(tmp_path, network):
+    write_tensors(tmp_path / "weights.safetensors", network.state_dict(), {"kind": "weights"})
+    with pytest.raises(RecordingError, match=r"is not a recording.*impatient record"):
+        Recording.load(tmp_path / "weights.safetensors")
+
+
+def test_a_file_whose_numbers_were_spoilt_is_refused(tmp_path):
+    recording = drawn(5, seed=1)
+    spoilt = {"outputs": recording.outputs * float("nan"), "labels": recording.labels}
+    header = {"split": "test", "exits": recording.exits, "provenance": recording.provenance.to_json()}
+    write_tensors(tmp_path / "test.safetensors", spoilt, header)
+    with pytest.raises(RecordingError, match="exit 0"):
+        Recording.load(tmp_path / "test.safetensors")

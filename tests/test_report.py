@@ -1,0 +1,317 @@
+"""Figures and the report: complete, honest, self-contained, safe, and the same every time."""
+
+import dataclasses
+import io
+import itertools
+import math
+import sys
+from html.parser import HTMLParser
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from impatient import budgets
+from impatient.costs import Quantiles
+from impatient.errors import StorageError
+from impatient.evaluation import (
+    Example,
+    accuracy_time,
+    evaluate,
+    exit_shares,
+    figure_svg,
+    report_html,
+    save_figure,
+    select_examples,
+    where_time_goes,
+)
+from impatient.policies import ThresholdPolicy, fit_thresholds
+from recordings import costs_of, drawn, recording_of, sure
+
+HOSTILE = """"><script>alert(1)</script><img src=http://evil.test/x onerror='alert(2)'>${broken & {0}"""
+COSTS = costs_of([1e-3] * 4, [1e-4] * 3 + [0.0], exit_free_s=3.9e-3, stage_macs=[10**6] * 4, head_macs=[1000] * 3 + [0])
+BUDGETS = {
+    "uniform": budgets.uniform(0.0, 5e-3), "log-uniform": budgets.log_uniform(1e-4, 5e-3), "point": budgets.point(2e-3),
+    "log": budgets.empirical([1e-3, 1e-3, 3e-3]),
+}  # fmt: skip
+
+
+def picture():
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def made(name="one point", **changes):
+    """Everything that a report is made of; `name` is the policy's and everybody else's."""
+    policies = {name: fit_thresholds(drawn(300, seed=1), COSTS, max_accuracy_loss=0.01),
+                "by hand": ThresholdPolicy(score="margin", thresholds=(0.9, math.inf, 0.9, -math.inf))}  # fmt: skip
+    recording = drawn(300, seed=2, split="test")
+    alone = drawn(300, seed=3, split="test", gains=(4.0,))
+    example = Example(picture=picture(), label=name, predicted="something else", exit=0, score=0.25)
+    return {
+        "title": name, "evaluation": evaluate(recording, COSTS, policies, exit_free=alone, budgets={name: BUDGETS["uniform"]}),
+        "costs": dataclasses.replace(COSTS, exits=("block0", "block1", name, "output")), "policies": policies,
+        "chosen_budget": (name, BUDGETS["uniform"]), "early": [example], "late": [dataclasses.replace(example, picture=None)],
+        "facts": {"model": name, name: "a fact"}, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page():
+    return report_html(**made())
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tree's balance, the text, and every address."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+    ADDRESSES = frozenset({"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.addresses, self.handlers, self.text = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self._attributes(attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self._attributes(attributes)
+
+    def _attributes(self, attributes):
+        for name, value in attributes:
+            self.ids += [value] if name == "id" else []
+            self.addresses += [value] if name in self.ADDRESSES else []
+            self.handlers += [name] if name.startswith("on") else []
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join("".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def check_self_contained(text):
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert page.addresses  # pictures, the icon and references inside the figures
+    assert [address for address in page.addresses if not address.startswith(("#", "data:"))] == []
+    assert page.handlers == []
+    assert "@import" not in text
+    assert [part[:20] for part in text.split("url(")[1:] if not part.startswith("#")] == []
+    return page
+
+
+def test_the_page_is_well_formed_and_loads_nothing(page):
+    assert page.startswith("<!DOCTYPE html>")
+    seen = check_self_contained(page)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert {address[1:] for address in seen.addresses if address.startswith("#")} <= set(seen.ids)
+    assert "default-src 'none'" in page
+
+
+def test_the_page_shows_every_row_and_number(page):
+    words, evaluation = Page(page).words, made()["evaluation"]
+    for row in evaluation.rows:
+        assert row.name in words
+        assert f"{row.accuracy.value * 100:.1f} %" in words
+        assert f"{row.accuracy.low * 100:.1f} to {row.accuracy.high * 100:.1f} %" in words
+        assert f"{row.calibration_error:.3f}" in words
+    for row in evaluation.under_budgets:
+        assert row.name in words
+        assert f"{row.accuracy.value * 100:.1f} %" in words
+    for word in ("p50", "p99.9", "stage 3", "head 2", "untouched backbone", "closed", "always", "abacus", "weights", "a fact"):
+        assert word in words
+
+
+def test_figures_and_examples_are_inside(page):
+    seen = Page(page)
+    assert seen.tags.count("svg") == 3
+    assert sum(address.startswith("data:image/png;base64,") for address in seen.addresses) == 1
+    assert "one point ✗" not in seen.words
+    assert "something else ✗ is one point" in seen.words
+
+
+def test_the_same_values_give_the_same_bytes(page):
+    again = made()
+    origin = dataclasses.replace(again["evaluation"].provenance, created="2026-01-01T00:00:00+00:00")
+    again["evaluation"] = dataclasses.replace(again["evaluation"], provenance=origin)
+    assert report_html(**again) == report_html(**again)
+    assert figure_svg(exit_shares(again["evaluation"])) == figure_svg(exit_shares(again["evaluation"]))
+
+
+def test_hostile_names_are_only_text():
+    seen = check_self_contained(report_html(**made(HOSTILE)))
+    assert seen.tags.count("img") == 1  # the example's own
+    assert seen.words.count("<script>alert(1)</script>") >= 8  # title, heading, policy, budget, exits, class, facts
+
+
+@pytest.mark.parametrize("changes", [
+    {"policies": {}, "early": (), "late": ()},
+    {"chosen_budget": None, "facts": None},
+    {"chosen_budget": ("not judged", BUDGETS["log"])},
+])  # fmt: skip
+def test_a_page_with_less_is_still_a_page(changes):
+    check_self_contained(report_html(**made(**changes)))
+
+
+def test_a_network_with_one_exit_and_no_policy_has_a_page():
+    recording = recording_of(*sure([[1, 0, 1]], [[0.9] * 3]), split="test")
+    costs = costs_of([1e-3], [0.0])
+    text = report_html(title="plain", evaluation=evaluate(recording, costs), costs=costs, policies={})
+    assert "No policy was judged" in Page(text).words
+
+
+# --- the headline -----------------------------------------------------------------------------------------------------
+
+
+def headline(exit_free_s, head_s=1e-4):
+    costs = costs_of([1e-3] * 2, [head_s, 0.0], exit_free_s=exit_free_s, stage_macs=[100] * 2, head_macs=[1, 0])
+    recording = recording_of(*sure([[1, 1, 1, 0], [1, 1, 0, 1]], [[0.9, 0.9, 0.6, 0.6], [0.9] * 4]), split="test")
+    half = ThresholdPolicy(score="max_probability", thresholds=(0.8, -math.inf))
+    evaluation = evaluate(recording, costs, {"half": half})
+    return Page(report_html(title="t", evaluation=evaluation, costs=costs, policies={"half": half})).words
+
+
+def test_the_headline_says_what_a_policy_saves():
+    # two of four leave after 1.1 ms, two after 2.1 ms
+    words = headline(2e-3)
+    assert "right on 75.0 % of 4 samples of split “test”" in words
+    assert "in 1.60 ms a sample on average, 20 % less time than without exits, with 24 % fewer MACs" in words
+
+
+@pytest.mark.parametrize(("exit_free_s", "verdict"), [(1e-3, "60 % more time than"), (1.6e-3, "as much time as")])
+def test_the_headline_says_when_a_policy_saves_nothing(exit_free_s, verdict):
+    words = headline(exit_free_s)
+    assert f"saves no time: {verdict} without exits" in words
+    assert "less time" not in words
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_examples_are_the_surest_of_the_first_and_the_least_sure_of_the_last():
+    surety = [[0.9, 0.95, 0.6, 0.6, 0.6, 0.99], [0.7, 0.7, 0.8, 0.75, 0.85, 0.7]]
+    recording = recording_of(*sure([[1] * 6] * 2, surety))
+    policy = ThresholdPolicy(score="max_probability", thresholds=(0.8, -math.inf))
+    assert select_examples(recording, policy, count=2) == ([5, 1], [3, 2])
+    assert select_examples(recording, policy) == ([5, 1, 0], [3, 2, 4])
+
+
+def test_few_samples_are_shared_out_without_repeats():
+    policy = ThresholdPolicy(score="margin", thresholds=(0.5, -math.inf))
+    for samples in (1, 2, 5, 20):
+        early, late = select_examples(drawn(samples, seed=4, gains=(1.0, 2.0)), policy)
+        assert len(early) == min(8, (samples + 1) // 2)
+        assert len(set(early) | set(late)) == len(early) + len(late) == min(16, samples)
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figures(**changes):
+    parts = made(**changes)
+    for budget in (None, *BUDGETS.items()):
+        yield accuracy_time(parts["evaluation"], budget)
+    yield exit_shares(parts["evaluation"])
+    yield where_time_goes(parts["costs"])
+
+
+def words_of(figure):
+    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_figures_are_kept_whole_in_both_formats_and_alike_each_time(tmp_path):
+    for kind, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        first, again = tmp_path / f"first.{kind}", tmp_path / f"again.{kind}"
+        for figure, equal in zip(figures(), figures(), strict=True):
+            save_figure(figure, first)
+            save_figure(equal, again)
+            assert first.read_bytes().startswith(magic)
+            assert first.read_bytes() == again.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.png", "again.svg", "first.png", "first.svg"]
+
+
+@pytest.mark.parametrize("name", ["figure.pdf", "figure", "figure.png.txt"])
+def test_other_formats_are_refused(tmp_path, name):
+    with pytest.raises(StorageError, match=r"\.png or \.svg"):
+        save_figure(Figure(), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_leave_no_state_behind(tmp_path):
+    before, interactive = dict(mpl.rcParams), "matplotlib.pyplot" in sys.modules  # others may have imported it
+    for figure in figures():
+        save_figure(figure, tmp_path / "figure.png")
+    assert dict(mpl.rcParams) == before
+    assert ("matplotlib.pyplot" in sys.modules) == interactive
+    assert not interactive or sys.modules["matplotlib.pyplot"].get_fignums() == []
+
+
+def test_the_curve_names_everything_it_draws():
+    words = words_of(accuracy_time(made()["evaluation"], ("mine", BUDGETS["uniform"])))
+    for name in ("policy one point", "policy by hand", "no exits, same weights", "no exits, trained alone", "oracle", "mine"):
+        assert name in words
+
+
+def test_the_curve_is_a_right_continuous_staircase_through_the_exits():
+    evaluation = made()["evaluation"]
+    (axes, *_) = accuracy_time(evaluation).axes
+    line = next(line for line in axes.lines if line.get_drawstyle() == "steps-post")
+    exits = evaluation.of("exit")
+    assert line.get_xdata()[:-1] == pytest.approx([row.interruptible_s * 1e3 for row in exits])
+    assert line.get_ydata()[:-1] == pytest.approx([row.accuracy.value for row in exits])
+    assert line.get_ydata()[-1] == exits[-1].accuracy.value  # held to the end
+
+
+@pytest.mark.parametrize(("first_s", "scale"), [(1e-3, "linear"), (1e-5, "log")])
+def test_the_time_axis_is_logarithmic_where_times_are_far_apart(first_s, scale):
+    costs = costs_of([first_s, 4e-3], [0.0, 0.0])
+    evaluation = evaluate(drawn(50, seed=5, gains=(1.0, 2.0), split="test"), costs)
+    assert accuracy_time(evaluation, ("b", BUDGETS["uniform"])).axes[0].get_xscale() == scale
+
+
+def test_shares_add_up_to_all_samples():
+    evaluation = made()["evaluation"]
+    (axes,) = exit_shares(evaluation).axes
+    for place, row in enumerate([*evaluation.of("policy"), *evaluation.of("oracle")]):
+        bars = [container[place] for container in axes.containers]
+        assert [bar.get_width() for bar in bars] == pytest.approx(row.shares)
+        assert all(left.get_x() + left.get_width() == pytest.approx(right.get_x()) for left, right in itertools.pairwise(bars))
+
+
+def test_bars_end_where_interruptible_answers_come():
+    (axes,) = where_time_goes(COSTS).axes
+    heads = next(bars for bars in axes.containers if bars.get_label() == "head, mean")
+    assert [bar.get_x() + bar.get_width() for bar in heads] == pytest.approx([time * 1e3 for time in COSTS.interruptible_s()])
+
+
+def test_one_slow_run_does_not_squeeze_the_rest():
+    slow = Quantiles(mean=1e-3, p50=1e-3, p90=1e-3, p99=0.5, p999=0.5, max=0.5, n=300)
+    batch = dataclasses.replace(COSTS.at(), stages=(slow, *COSTS.at().stages[1:]))
+    figure = where_time_goes(dataclasses.replace(COSTS, batches={1: batch}))
+    assert figure.axes[0].get_xlim()[1] < 2 * COSTS.interruptible_s()[-1] * 1e3
+    assert "500 ms" in words_of(figure)
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "_hidden", "深度神经网络", "x" * 300, "a\nb", ""])
+def test_any_name_can_be_drawn(name):
+    for figure in figures(name=name):
+        figure_svg(figure)
