@@ -1,7 +1,7 @@
 """An answer whenever you ask: a run on its own thread, interrupted after a random time, with a model from torchvision.
 
-    pip install 'impatient[vision]'
-    python examples/interrupt.py
+pip install 'impatient[vision]'
+python examples/interrupt.py
 """
 
 import random

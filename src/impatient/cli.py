@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 out = Console()
+STOPPED = 130  # the shell's own code for a command that Ctrl-C ended
 err = Console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
@@ -38,20 +39,20 @@ def _root() -> None:
 def main() -> None:
     """Entry point: errors of ours as one message, Ctrl-C as a clean stop."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except ImpatientError as error:
-        err.print(f"[red]error[/red] ({type(error).__name__}): {error}", soft_wrap=True, markup=True, highlight=False)
-        sys.exit(1)
+        err.print(f"error ({type(error).__name__}): {error}", soft_wrap=True, markup=False, highlight=False)
+        code = 1
     except (KeyboardInterrupt, typer.Abort):
-        err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
-        sys.exit(130)
-    except typer.Exit as exit:
-        sys.exit(exit.exit_code)
+        code = STOPPED
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
             error.show()
             sys.exit(error.exit_code)
         raise
+    if code == STOPPED:  # typer may also turn Ctrl-C into this exit code itself
+        err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
+    sys.exit(code or 0)
 
 
 @app.command()
@@ -249,7 +250,8 @@ def _integers(text: str, option: str) -> list[int]:
 
 def _say(text: Any) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes of the same training stay silent
-        out.print(text, soft_wrap=True, highlight=False)
+        # plain text is not markup: paths and shapes have brackets of their own
+        out.print(text, soft_wrap=isinstance(text, str), markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -229,11 +229,12 @@ class RunDirectory:
         Raises:
             StaleInput: if it is of another network, machine, thread count or torch version.
         """
+        spec = self.spec()
         if not self.profile_file.is_file():
             raise StorageError(f"{self.path} has no cost profile; run `impatient profile {self.path}`.")
         costs = CostProfile.load(self.profile_file)
         remedy = f"run `impatient profile {self.path}` again"
-        costs.provenance.require("the cost profile", remedy, network=self.spec().provenance.network)
+        costs.provenance.require("the cost profile", remedy, network=spec.provenance.network)
         if not any_machine:
             check_machine(costs, remedy + ", or pass --any-profile to use it all the same")
         return costs
@@ -244,13 +245,13 @@ class RunDirectory:
         Raises:
             StaleInput: if it was made by other weights or on other data.
         """
-        file = self.recording_file(split)
+        spec, file = self.spec(), self.recording_file(split)
         if not file.is_file():
             raise StorageError(f"{self.path} has no recording of split {split!r}; run `impatient record {self.path}`.")
         recording = Recording.load(file)
         recording.provenance.require(
             f"the recording of split {split!r}", f"run `impatient record {self.path}` again",
-            weights=self.weights_fingerprint(), data=self.spec().data_fingerprint,
+            weights=self.weights_fingerprint(), data=spec.data_fingerprint,
         )  # fmt: skip
         return recording
 

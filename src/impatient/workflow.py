@@ -218,7 +218,7 @@ def fit_run(
             run.recording("validation"), run.profile(any_machine=any_profile), score=score, **targets  # type: ignore[arg-type]
         )  # fmt: skip
     for warning in caught:
-        say(f"[yellow]note[/yellow]: {warning.message}")
+        say(f"note: {warning.message}")
     (target, wanted), *_ = [(key, value) for key, value in targets.items() if value is not None]
     name = name or f"{target.replace('_', '-')}-{wanted:g}"
     policy.save(run.policy_file(name))
