@@ -1,6 +1,6 @@
 """What staging costs: all exits without heads against the untouched model, interleaved in one process, paired ratios.
 
-python benchmarks/overhead.py            about 6 minutes
+python benchmarks/overhead.py            about 4 minutes
 python benchmarks/overhead.py --smoke    seconds, to see that it runs
 """
 
@@ -78,7 +78,7 @@ def main() -> None:
              for size in sizes for threads in (1, 2)]  # fmt: skip
     rows = []
     for spec, size, threads in cases[:1] if smoke else cases:
-        rows.append(measure(spec, size, threads, 3 if smoke else 200 if size == 64 else 100))
+        rows.append(measure(spec, size, threads, 3 if smoke else 200 if size == 64 else 60))
         print(rows[-1], flush=True)
     if not smoke:
         write_results(
