@@ -75,8 +75,8 @@ def main() -> None:
                    "budget ms": f"{budget * 1e3:.2f}"}  # fmt: skip
             rows.append({**row, **contract(runner, x, budget, runs), **interruptible(runner, x, budget, runs)})
             print(rows[-1], flush=True)
-    if not arguments.smoke:
-        write_results("deadlines", "Deadlines on the real clock", __doc__, rows)
+        if not arguments.smoke:  # after each network, so that a run that is stopped keeps what it has
+            write_results("deadlines", "Deadlines on the real clock", __doc__, rows)
 
 
 if __name__ == "__main__":
