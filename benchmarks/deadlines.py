@@ -1,6 +1,6 @@
 """Deadlines on the real clock: how often they are met, which exit is reached, how much of the budget is used.
 
-    python benchmarks/deadlines.py            about 8 minutes; leave the machine alone meanwhile
+    python benchmarks/deadlines.py            about 4 minutes a network; leave the machine alone meanwhile
     python benchmarks/deadlines.py --smoke    seconds, to see that it runs
 
 For budgets from 1.2 times the first exit's contract cost to 1.2 times the last one's: contract runs, and interruptible
