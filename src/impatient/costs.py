@@ -45,6 +45,16 @@ class Quantiles:
         if not self.p50 <= self.p90 <= self.p99 <= self.p999 <= self.max:
             raise CostError(f"quantiles must not decrease, got {times[1:]}. Measure again with profile().")
 
+    def of_statistic(self, statistic: Statistic) -> float:
+        """One of the numbers, by name.
+
+        Raises:
+            CostError: if there is no such number.
+        """
+        if statistic not in get_args(Statistic):
+            raise CostError(f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}.")
+        return float(getattr(self, statistic))
+
     @classmethod
     def of(cls, times_s: Sequence[float]) -> Self:
         """Summarise measured times; quantiles are order statistics, rounded up, so p99 of few repeats is the maximum."""
@@ -129,8 +139,8 @@ class CostProfile:
             heads: in interruptible mode, whether each exit's head runs when it is passed (default: all do).
         """
         costs = self.at(batch_size)
-        stages = [_pick(part, statistic) for part in costs.stages]
-        return _cumulative(stages, [_pick(part, statistic) for part in costs.heads], mode, heads)
+        stages = [part.of_statistic(statistic) for part in costs.stages]
+        return _cumulative(stages, [part.of_statistic(statistic) for part in costs.heads], mode, heads)
 
     def interruptible_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> tuple[float, ...]:
         """Seconds until each exit has answered when every exit on the way answers too (t_A in Impatient DNNs)."""
@@ -142,7 +152,7 @@ class CostProfile:
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
         """Seconds of the untouched backbone, measured in the same interleaved run."""
-        return _pick(self.at(batch_size).exit_free, statistic)
+        return self.at(batch_size).exit_free.of_statistic(statistic)
 
     def cumulative_macs(self, mode: Mode, heads: Sequence[bool] | None = None) -> tuple[float, ...]:
         """Multiply-accumulates until the answer of each exit is there."""
@@ -173,12 +183,6 @@ class CostProfile:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         return cls.from_json(read_json(path))
-
-
-def _pick(part: Quantiles, statistic: Statistic) -> float:
-    if statistic not in get_args(Statistic):
-        raise CostError(f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}.")
-    return float(getattr(part, statistic))
 
 
 def _cumulative(stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None) -> tuple[float, ...]:

@@ -80,17 +80,22 @@ class NetworkSpec:
 
     def build(self) -> MultiExitNetwork:
         """The network with fresh weights, drawn from the spec's seed."""
-        torch.manual_seed(self.seed)
-        backbone = load_model(self.model, num_classes=self.num_classes, in_channels=self.preprocess.channels or None)
         return attach_exits(
-            backbone, example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
+            self._backbone(), example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
         )
 
     def build_exit_free(self) -> MultiExitNetwork:
         """The same backbone without early exits, from the same seed."""
-        torch.manual_seed(self.seed)
-        backbone = load_model(self.model, num_classes=self.num_classes, in_channels=self.preprocess.channels or None)
-        return MultiExitNetwork(backbone, [], [], [], self.num_classes)
+        return MultiExitNetwork(self._backbone(), [], [], [], self.num_classes)
+
+    def _backbone(self) -> nn.Module:
+        return fresh_backbone(self.model, self.num_classes, self.preprocess, self.seed)
+
+
+def fresh_backbone(model: str, num_classes: int, preprocess: Preprocess, seed: int) -> nn.Module:
+    """A backbone for some data, its weights drawn from a seed."""
+    torch.manual_seed(seed)
+    return load_model(model, num_classes=num_classes, in_channels=preprocess.channels or None)
 
 
 def new_spec(
@@ -98,8 +103,7 @@ def new_spec(
 ) -> NetworkSpec:
     """Place the exits of a model for some data and describe the result."""
     example = data.example()
-    torch.manual_seed(seed)
-    backbone = load_model(model, num_classes=data.num_classes, in_channels=data.preprocess.channels or None)
+    backbone = fresh_backbone(model, data.num_classes, data.preprocess, seed)
     network = attach_exits(
         backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes
     )
@@ -141,6 +145,10 @@ class RunDirectory:
     @property
     def exit_free(self) -> Path:
         return self.path / "exit_free"
+
+    @property
+    def exit_free_weights_file(self) -> Path:
+        return self.exit_free / "weights.safetensors"
 
     def exit_free_recording_file(self, split: str) -> Path:
         return self.exit_free / "recordings" / f"{split}.safetensors"
@@ -196,7 +204,7 @@ class RunDirectory:
 
     def exit_free_network(self) -> tuple[MultiExitNetwork, str]:
         """The backbone that was trained without exits, and the fingerprint of its weights."""
-        return load_weights(self.spec().build_exit_free(), self.exit_free / "weights.safetensors", self.path)
+        return load_weights(self.spec().build_exit_free(), self.exit_free_weights_file, self.path)
 
     def exit_free_recording(self, split: str) -> Recording | None:
         """Its recording of one split; None if it was not trained.
@@ -204,24 +212,19 @@ class RunDirectory:
         Raises:
             StaleInput: if it was made by other weights or on other data.
         """
-        file, weights = self.exit_free_recording_file(split), self.exit_free / "weights.safetensors"
-        if not weights.is_file():
+        if not self.exit_free_weights_file.is_file():
             return None
-        remedy = f"run `impatient record {self.path}` again"
-        if not file.is_file():
-            raise StorageError(f"{self.path} has no recording of the network without exits; {remedy}.")
-        recording = Recording.load(file)
-        recording.provenance.require(
-            "the recording of the network without exits", remedy, weights=fingerprint_tensors(read_tensors(weights)[0]),
-            data=self.spec().data_fingerprint,
-        )  # fmt: skip
-        return recording
+        what = "recording of the network without exits"
+        return self._recording(what, self.exit_free_recording_file(split), self.exit_free_weights_file)
 
     def weights_fingerprint(self) -> str:
         """Fingerprint of the trained weights, without building the network."""
-        if not self.weights_file.is_file():
+        return self._fingerprint(self.weights_file)
+
+    def _fingerprint(self, weights: Path) -> str:
+        if not weights.is_file():
             raise StorageError(f"{self.path} has no trained weights; run `impatient train {self.path}`.")
-        return fingerprint_tensors(read_tensors(self.weights_file)[0])
+        return fingerprint_tensors(read_tensors(weights)[0])
 
     def profile(self, *, any_machine: bool = False) -> CostProfile:
         """The cost profile, checked to be of this network and, unless asked otherwise, of this machine.
@@ -245,14 +248,16 @@ class RunDirectory:
         Raises:
             StaleInput: if it was made by other weights or on other data.
         """
-        spec, file = self.spec(), self.recording_file(split)
+        return self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file)
+
+    def _recording(self, what: str, file: Path, weights: Path) -> Recording:
+        spec, remedy = self.spec(), f"run `impatient record {self.path}`"
         if not file.is_file():
-            raise StorageError(f"{self.path} has no recording of split {split!r}; run `impatient record {self.path}`.")
+            raise StorageError(f"{self.path} has no {what}; {remedy}.")
         recording = Recording.load(file)
         recording.provenance.require(
-            f"the recording of split {split!r}", f"run `impatient record {self.path}` again",
-            weights=self.weights_fingerprint(), data=spec.data_fingerprint,
-        )  # fmt: skip
+            f"the {what}", f"{remedy} again", weights=self._fingerprint(weights), data=spec.data_fingerprint
+        )
         return recording
 
     def policy(self, name: str) -> ThresholdPolicy:
@@ -265,17 +270,22 @@ class RunDirectory:
         if not file.is_file():
             known = ", ".join(self.policy_names()) or "none yet"
             raise StorageError(f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`.")
-        policy = ThresholdPolicy.load(file)
-        if policy.provenance is None:
-            return policy  # set by hand
-        policy.provenance.require(
-            f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=self.weights_fingerprint()
-        )
+        return self._checked(name, ThresholdPolicy.load(file), self.weights_fingerprint())
+
+    def policies(self) -> dict[str, ThresholdPolicy]:
+        """All fitted policies by name, checked as by `policy`."""
+        names = self.policy_names()
+        weights = self.weights_fingerprint() if names else ""  # once for all: it reads every weight
+        return {name: self._checked(name, ThresholdPolicy.load(self.policy_file(name)), weights) for name in names}
+
+    def _checked(self, name: str, policy: ThresholdPolicy, weights: str) -> ThresholdPolicy:
+        if policy.provenance is not None:  # None: set by hand
+            policy.provenance.require(f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights)
         return policy
 
 
-def save_weights(network: nn.Module, path: Path) -> str:
-    """Write weights; returns their fingerprint.
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write weights.
 
     Raises:
         ModelSpecError: if one of them is NaN or infinite.
@@ -283,7 +293,6 @@ def save_weights(network: nn.Module, path: Path) -> str:
     state = network.state_dict()
     check_finite(state, "the network to be saved")
     write_tensors(path, state, {"kind": "weights", "fingerprint": fingerprint_tensors(state)})
-    return fingerprint_tensors(state)
 
 
 def load_weights(network: MultiExitNetwork, path: Path, directory: Path) -> tuple[MultiExitNetwork, str]:

@@ -18,7 +18,7 @@ from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
 from impatient.costs import CostProfile, Mode
 from impatient.errors import DataError, ImpatientError, PolicyError, RunError, StaleInput, StorageError
-from impatient.evaluation.evaluate import Evaluation, evaluate
+from impatient.evaluation.evaluate import Evaluation, evaluate, standard_budgets
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, select_examples
 from impatient.files import read_json, write_json, write_text
@@ -76,7 +76,7 @@ def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress:
             checkpoint=run.exit_free / "checkpoint.safetensors", metrics_csv=run.exit_free / "metrics.csv",
         )  # fmt: skip
         if fabric.is_global_zero:
-            save_weights(alone, run.exit_free / "weights.safetensors")
+            save_weights(alone, run.exit_free_weights_file)
     say(f"trained: {run.weights_file}")
 
 
@@ -184,7 +184,7 @@ def record_run(
     data = run.data()
     network, weights = run.network()
     jobs = [(network, weights, split, run.recording_file(split)) for split in splits]
-    if (run.exit_free / "weights.safetensors").is_file():
+    if run.exit_free_weights_file.is_file():
         alone, alone_weights = run.exit_free_network()
         jobs += [(alone, alone_weights, split, run.exit_free_recording_file(split)) for split in splits]
     for job, job_weights, split, file in jobs:
@@ -205,7 +205,7 @@ def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
 
 
 def fit_run(
-    directory: str | Path, *, targets: Mapping[str, float | None], score: str = "max_probability", name: str | None = None,
+    directory: str | Path, *, targets: Mapping[str, float | None], name: str, score: str = "max_probability",
     any_profile: bool = False, say: Say,
 ) -> ThresholdPolicy:  # fmt: skip
     """Fit thresholds on the validation recording and keep them under a name."""
@@ -219,8 +219,6 @@ def fit_run(
         )  # fmt: skip
     for warning in caught:
         say(f"note: {warning.message}")
-    (target, wanted), *_ = [(key, value) for key, value in targets.items() if value is not None]
-    name = name or f"{target.replace('_', '-')}-{wanted:g}"
     policy.save(run.policy_file(name))
     say(f"fitted on {int(policy.target['samples'])} validation samples: {run.policy_file(name)}")
     return policy
@@ -231,26 +229,20 @@ def evaluate_run(directory: str | Path, *, budget: str | None = None, any_profil
     run = RunDirectory(directory)
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
-    policies = {name: run.policy(name) for name in run.policy_names()}
-    chosen = _chosen_budget(run, budget)
-    evaluation = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"))
-    if chosen:
-        more = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"), budgets=dict([chosen]))
-        evaluation = dataclasses.replace(
-            evaluation, under_budgets=evaluation.under_budgets + more.under_budgets,
-            budgets={**evaluation.budgets, **more.budgets},
-        )  # fmt: skip
+    policies = run.policies()
+    budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
+    evaluation = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"), budgets=budgets)
     evaluation.save(run.evaluation_file)
     say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
     return evaluation
 
 
-def _chosen_budget(run: RunDirectory, text: str | None) -> tuple[str, Budget] | None:
-    """The budget asked for, or the one the network was trained for."""
+def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
+    """The budget asked for, or the one the network was trained for, by name; empty if there is none."""
     if text is None:
         training = run.path / "training.json"
         text = read_json(training)["weights"] if training.is_file() else ""
-    return (text, parse_budget(text)) if ":" in text else None
+    return {text: parse_budget(text)} if ":" in text else {}
 
 
 def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) -> Path:
@@ -259,7 +251,7 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
     if not run.evaluation_file.is_file():
         raise StorageError(f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`.")
     evaluation = Evaluation.load(run.evaluation_file)
-    spec, policies = run.spec(), {name: run.policy(name) for name in run.policy_names()}
+    spec, policies = run.spec(), run.policies()
     evaluation.provenance.require(
         "the evaluation", f"run `impatient evaluate {run.path}` again", weights=run.weights_fingerprint()
     )

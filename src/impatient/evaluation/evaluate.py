@@ -164,8 +164,7 @@ def evaluate(
     if exit_free is not None:
         _check_exit_free(exit_free, recording)
     judge = _Judge(recording, costs, statistic, batch_size, exit_free)
-    horizon = 1.25 * judge.interruptible_s[-1]
-    distributions = dict(budgets) if budgets is not None else standard(horizon)
+    distributions = dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
     rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
     return Evaluation(
         rows=tuple(rows), under_budgets=tuple(judge.under_budgets(distributions, named)), budgets=distributions,
@@ -175,6 +174,11 @@ def evaluate(
             device=costs.provenance.device, processor=costs.provenance.processor, threads=costs.provenance.threads,
         ),
     )  # fmt: skip
+
+
+def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
+    """The four shapes from 0 to 1.25 times the interruptible cost of the last exit: every way to answer may finish."""
+    return standard(1.25 * interruptible_s[-1])
 
 
 def _check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> None:

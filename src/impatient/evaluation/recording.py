@@ -18,14 +18,6 @@ from impatient.files import read_tensors, write_tensors
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 
 
-class ExitLike(Protocol):
-    """One exit of a run."""
-
-    index: int
-
-    def output(self) -> Tensor: ...
-
-
 class AnytimeNetwork(Protocol):
     """What recording needs of a network: an iterator of exits, shallow to deep."""
 

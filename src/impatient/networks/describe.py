@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from impatient.errors import ExitNotReached
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
-from impatient.networks.stages import first_tensor, output_tensor, tapped
+from impatient.networks.stages import batch_size_of, output_tensor, tapped
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -41,7 +41,7 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
 
     MACs count matrix products, convolutions and attention (torch.utils.flop_counter, halved); element-wise work is 0.
     """
-    batch = int(first_tensor(x).shape[0])
+    batch = batch_size_of(x)
     first_use = _ParameterUse(network.backbone)
     shapes: list[tuple[int, ...]] = []
     totals: list[tuple[int, int]] = []  # FLOPs so far before and after each head

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
 from impatient.networks.heads import guess_layout
-from impatient.networks.stages import Cut, call_model, first_tensor
+from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _SILENT = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.MaxPool2d, nn.AvgPool2d, nn.MaxPool1d)
@@ -158,7 +158,7 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
     modules = dict(model.named_modules())
     traced = trace(model, x, names)
     runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
-    batch = _batch_size(x)
+    batch = batch_size_of(x)
     usable = []
     for (name, call), features in traced.features.items():
         try:
@@ -169,10 +169,6 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
         if features.shape[0] == batch and share < 0.995:
             usable.append(Cut(name, call))
     return usable
-
-
-def _batch_size(x: Any) -> int:
-    return int(first_tensor(x).shape[0])
 
 
 def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:

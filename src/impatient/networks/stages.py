@@ -84,6 +84,11 @@ def _entries(value: Any) -> Iterable[Any]:
     return [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else ()
 
 
+def batch_size_of(x: Any) -> int:
+    """Number of samples in an input of any accepted kind."""
+    return int(first_tensor(x).shape[0])
+
+
 def output_tensor(value: Any) -> Tensor:
     """The backbone's output as one tensor: itself, its `logits` (Hugging Face, torchvision's auxiliary outputs), or the
     first tensor in it.
@@ -225,6 +230,14 @@ class Exit:
         return f"Exit(index={self.index}, features={tuple(self.features.shape)}, output={state})"
 
 
+def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
+    """The exit that lies after this call of a module, if any; counts the call."""
+    key = id(module)
+    call = calls.get(key, 0)
+    calls[key] = call + 1
+    return cuts.get((key, call))
+
+
 class _Forward(greenlet.greenlet):
     """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that owns it."""
 
@@ -233,10 +246,7 @@ class _Forward(greenlet.greenlet):
     closing: bool
 
     def reached(self, module: nn.Module, output: Any) -> None:
-        key = id(module)
-        call = self.calls.get(key, 0)
-        self.calls[key] = call + 1
-        index = self.cuts.get((key, call))
+        index = _exit_after(module, self.cuts, self.calls)
         if index is None:
             return
         if not self.closing:
@@ -262,10 +272,7 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 
         current.reached(module, output)
     elif _taps.stack:
         cuts, calls, visit = _taps.stack[-1]
-        key = id(module)
-        call = calls.get(key, 0)
-        calls[key] = call + 1
-        index = cuts.get((key, call))
+        index = _exit_after(module, cuts, calls)
         if index is not None:
             visit(index, first_tensor(output))
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
-from impatient.costs import BatchCosts, CostProfile, Quantiles, Statistic
+from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
-from impatient.networks.stages import first_tensor
+from impatient.networks.stages import batch_size_of, first_tensor
 from impatient.policies.rules import Policy
 from impatient.runtime.profile import check_profile, synchronise
 
@@ -198,7 +198,7 @@ class Runner:
         self.close()
 
     def _plan(self, x: Any) -> _Plan:
-        size = int(first_tensor(x).shape[0])
+        size = batch_size_of(x)
         if size not in self._plans:
             raise CostError(
                 f"batch size {size} was not profiled; profiled: {sorted(self._plans)}. "
@@ -208,7 +208,7 @@ class Runner:
 
     def _fits(self, plan: _Plan, exit: int, now: float, deadline: Deadline) -> bool:
         """Whether this exit's answer, from the one before it, fits in the time left; an exit beyond the last one does."""
-        if exit >= len(plan.next_s) or deadline is NEVER:
+        if exit >= len(plan.next_s):
             return True
         return now + plan.next_s[exit] * max(1.0, self._drift) + RESERVE_S <= deadline.instant
 
@@ -219,13 +219,7 @@ class Runner:
             self._drift += 0.05 * (min(stage_s / expected, 10.0) - self._drift)
 
     def _answer(self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
-        output, exits = collected.finish(exit)
-        synchronise(output.device)
-        now = self.clock.now()
-        return Answer(
-            output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
-            deadline_met=now <= deadline.instant,
-        )  # fmt: skip
+        return _answered(*collected.finish(exit), self.clock, begin, deadline, stopped_by)
 
     def _too_late(self, plan: _Plan, left_s: float) -> NoAnswerInTime:
         return NoAnswerInTime(
@@ -234,15 +228,27 @@ class Runner:
         )
 
 
+def _answered(
+    output: Tensor, exits: tuple[int, ...], clock: Clock, begin: float, deadline: Deadline, stopped_by: StoppedBy
+) -> Answer:
+    """An answer that is there now."""
+    synchronise(output.device)
+    now = clock.now()
+    return Answer(
+        output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
+        deadline_met=now <= deadline.instant,
+    )  # fmt: skip
+
+
 class _Plan:
     """What the runner looks up at a boundary, for one batch size."""
 
     def __init__(self, costs: BatchCosts, statistic: Statistic) -> None:
-        def pick(part: Quantiles) -> float:
-            return float(getattr(part, statistic))
-
         # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
-        self.next_s = tuple(pick(stage) + pick(head) for stage, head in zip(costs.stages, costs.heads, strict=True))
+        self.next_s = tuple(
+            stage.of_statistic(statistic) + head.of_statistic(statistic)
+            for stage, head in zip(costs.stages, costs.heads, strict=True)
+        )
         self.mean_s = tuple(stage.mean for stage in costs.stages)
 
 
@@ -414,13 +420,7 @@ class Run:
         stopped_by: StoppedBy = "final" if last else "interrupt"
         if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
             stopped_by = "policy"
-        output, exits = collected.snapshot(exit)
-        synchronise(output.device)
-        now = self._clock.now()
-        answer = Answer(
-            output=output, exit=max(exits), exits=exits, elapsed_s=now - self._begin, stopped_by=stopped_by,
-            deadline_met=now <= self._deadline.instant,
-        )  # fmt: skip
+        answer = _answered(*collected.snapshot(exit), self._clock, self._begin, self._deadline, stopped_by)
         with self._changed:
             if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
                 self._latest = answer
