@@ -1,4 +1,4 @@
-"""What reads the features at a cut, what a network is made of in numbers, and the papers' own backbone."""
+"""What reads the features at a cut, and what a network is made of in numbers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError, ImpatientError, ModelSpecError
-from impatient.networks import FeatureShape, MultiExitNetwork, PreActResNet, attach_exits
+from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError, ImpatientError
+from impatient.networks import FeatureShape, MultiExitNetwork, attach_exits
 from impatient.networks.describe import stage_facts
-from impatient.networks.heads import HEADS, MSDNetHead, Pool, build_head, check_head, guess_layout
-from impatient.networks.resnet import PreActBlock
+from impatient.networks.heads import HEADS, ChannelsFirst, MSDNetHead, Pool, build_head, check_head, guess_layout, mlp
 from impatient.networks.stages import Cut
 
 CLASSES = 5
 SHAPES = {"NCHW": (3, 6, 9, 7), "NHWC": (3, 9, 7, 6), "NTD": (3, 4, 6), "ND": (3, 6)}
+READ_MAPS_ONLY = ("adaptive", "rescale", "msdnet")
 every_layout = pytest.mark.parametrize("layout", SHAPES)
 
 
@@ -25,7 +25,7 @@ def features_of(layout: str) -> Tensor:
 
 
 def heads_for(layout: str) -> list[str]:
-    return [name for name in HEADS if name != "msdnet" or len(layout) == 4]
+    return [name for name in HEADS if name not in READ_MAPS_ONLY or len(layout) == 4]
 
 
 def shape_of(layout: str) -> FeatureShape:
@@ -138,7 +138,7 @@ def test_every_head_gives_outputs_and_gradients(name: str, layout: str) -> None:
 @every_layout
 def test_heads_do_not_depend_on_the_number_of_samples_or_the_resolution(layout: str) -> None:
     wider = {"NCHW": (1, 6, 20, 5), "NHWC": (1, 20, 5, 6), "NTD": (1, 11, 6), "ND": (1, 6)}[layout]
-    for name in heads_for(layout):
+    for name in sorted(set(heads_for(layout)) - {"flatten"}):
         assert build_head(name, shape_of(layout), CLASSES).eval()(torch.randn(wider)).shape == (1, CLASSES)
 
 
@@ -163,18 +163,105 @@ def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
 
 
 @pytest.mark.parametrize("layout", ["NTD", "ND"])
-def test_msdnet_head_on_tokens_is_refused_with_other_heads(layout: str) -> None:
-    with pytest.raises(HeadError, match=rf"convolutions.*{layout}.*heads='linear' or heads='mlp'"):
-        build_head("msdnet", shape_of(layout), CLASSES)
+@pytest.mark.parametrize("name", READ_MAPS_ONLY)
+def test_heads_that_read_maps_refuse_others_and_name_other_heads(name: str, layout: str) -> None:
+    with pytest.raises(HeadError, match=rf"the {name} head reads maps.*{layout}.*heads='linear' or heads='mlp'"):
+        build_head(name, shape_of(layout), CLASSES)
+
+
+@every_layout
+def test_channels_come_first_whatever_the_layout(layout: str) -> None:
+    features = features_of(layout)
+    first = ChannelsFirst(layout)(features)
+    assert first.dim() == 4
+    assert first.shape[:2] == (3, 6)
+    torch.testing.assert_close(first.mean((2, 3)), Pool(layout)(features))
+    channels_last = features.movedim(1, -1) if layout == "NCHW" else features
+    assert torch.equal(first.flatten(2).transpose(1, 2), channels_last.reshape(3, -1, 6))
+    assert layout in repr(ChannelsFirst(layout))
+
+
+@pytest.mark.parametrize("name", ["adaptive", "conv1x1", "rescale", "msdnet"])
+def test_heads_read_channels_last_as_they_read_channels_first(name: str) -> None:
+    first, last = (build_head(name, shape_of(layout), CLASSES).eval() for layout in ("NCHW", "NHWC"))
+    last.load_state_dict(dict(zip(last.state_dict(), first.state_dict().values(), strict=True)))
+    features = torch.randn(SHAPES["NCHW"])
+    torch.testing.assert_close(first(features), last(features.permute(0, 2, 3, 1)))
+
+
+def test_dropout_of_the_mlp_is_in_training_only_and_between_its_layers() -> None:
+    head, plain = build_head("mlp_dropout", shape_of("ND"), CLASSES), build_head("mlp", shape_of("ND"), CLASSES)
+    plain.load_state_dict(dict(zip(plain.state_dict(), head.state_dict().values(), strict=True)))
+    features = features_of("ND")
+    assert not torch.allclose(head(features), plain(features))
+    torch.testing.assert_close(head.eval()(features), plain(features))
+    assert [type(layer) for layer in head] == [Pool, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert mlp(shape_of("ND"), CLASSES, dropout=0.3)[3].p == 0.3
+    assert [type(layer) for layer in plain] == [Pool, nn.Linear, nn.ReLU, nn.Linear]  # no place for a dropout of nothing
+
+
+@every_layout
+def test_flatten_head_weighs_every_feature_by_itself(layout: str) -> None:
+    head, features = build_head("flatten", shape_of(layout), CLASSES), features_of(layout)
+    torch.testing.assert_close(head(features), functional.linear(features.reshape(3, -1), head[1].weight, head[1].bias))
+    output = head(features)[0, 0]
+    (gradient,) = torch.autograd.grad(output, features)
+    assert gradient[0].unique().numel() == features[0].numel()
+
+
+def test_flatten_head_refuses_another_resolution() -> None:
+    head = build_head("flatten", shape_of("NCHW"), CLASSES)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        head(torch.randn(3, 6, 9, 8))
+
+
+def test_adaptive_head_means_over_quarters() -> None:
+    head, features = build_head("adaptive", FeatureShape((3, 6, 8, 4), "NCHW"), CLASSES), torch.randn(3, 6, 8, 4)
+    upper, lower = features[:, :, :4], features[:, :, 4:]
+    quarters = [quarter.mean((2, 3)) for half in (upper, lower) for quarter in (half[..., :2], half[..., 2:])]
+    torch.testing.assert_close(head(features), head[-1](torch.stack(quarters, 2).flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "inputs"),
+    [
+        ((1, 6, 1, 1), "NCHW", 6), ((1, 6, 1, 5), "NCHW", 12), ((1, 6, 5, 1), "NCHW", 12), ((1, 6, 2, 3), "NCHW", 24),
+        ((1, 1, 5, 6), "NHWC", 12), ((1, 7, 7, 6), "NHWC", 24),
+    ],
+)  # fmt: skip
+def test_adaptive_head_never_makes_more_places_than_there_are(shape: tuple[int, ...], layout: Any, inputs: int) -> None:
+    head = build_head("adaptive", FeatureShape(shape, layout), CLASSES)
+    assert head[-1].in_features == inputs
+    assert head(torch.randn(shape)).shape == (1, CLASSES)
+
+
+@every_layout
+def test_conv1x1_head_is_a_linear_layer_at_every_place(layout: str) -> None:
+    head, features = build_head("conv1x1", shape_of(layout), CLASSES).eval(), features_of(layout)
+    convolution, linear = (next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear))
+    places = features.movedim(1, -1) if layout == "NCHW" else features
+    norm = next(layer for layer in head if isinstance(layer, nn.BatchNorm2d))  # untrained: divides by sqrt(1 + eps)
+    wide = functional.linear(places.reshape(3, -1, 6), convolution.weight[:, :, 0, 0]) / (1 + norm.eps) ** 0.5
+    torch.testing.assert_close(head(features), linear(wide.relu().mean(1)))
+    assert convolution.out_channels == 12
+
+
+def test_rescale_head_reads_a_map_brought_to_seven_by_seven() -> None:
+    rescale, conv1x1 = (build_head(name, shape_of("NCHW"), CLASSES).eval() for name in ("rescale", "conv1x1"))
+    conv1x1.load_state_dict(dict(zip(conv1x1.state_dict(), rescale.state_dict().values(), strict=True)))
+    features = torch.randn(SHAPES["NCHW"])
+    small = functional.interpolate(features, (7, 7), mode="bilinear")
+    torch.testing.assert_close(rescale(features), conv1x1(small))
+    assert not torch.allclose(rescale(features), conv1x1(features))
 
 
 def test_msdnet_head_on_a_token_model_is_refused_on_attaching(toy: nn.Module) -> None:
-    with pytest.raises(HeadError, match="convolutions"):
+    with pytest.raises(HeadError, match="the msdnet head reads maps"):
         attach_exits(toy, after=["blocks.1"], example=torch.ones(1, 8), heads="msdnet")
 
 
 def test_unknown_head_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(HeadError, match=r"unknown head 'conv'; needed: one of linear, relu_linear, mlp, msdnet, or a callable"):
+    with pytest.raises(HeadError, match=rf"unknown head 'conv'; needed: one of {', '.join(HEADS)}, or a callable"):
         build_head("conv", shape_of("ND"), CLASSES)
 
 
@@ -357,6 +444,48 @@ def test_parameters_of_a_shared_block_count_once() -> None:
     assert [fact.stage_macs for fact in facts] == [64, 128, 24]
 
 
+class Features(nn.Module):
+    """A layer whose output has 6 channels in the layout asked for: maps of 8 x 10, 4 tokens, or a vector."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 6, 1) if layout == "NCHW" else nn.Linear(6, 6)
+        self.classifier, self.dims = nn.Linear(6, CLASSES), {"NCHW": (2, 3), "NHWC": (1, 2), "NTD": (1,), "ND": ()}[layout]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        return self.classifier(x.mean(self.dims) if self.dims else x)
+
+
+MLP_MACS = 6 * 128 + 128 * CLASSES
+MSDNET_MACS = 9 * 6 * 128 * (4 * 5) + 9 * 128 * 128 * (2 * 3) + 128 * CLASSES
+HEAD_MACS_BY_HAND = {  # on maps of 6 channels and 80 places, on 4 tokens of 6, on 6 numbers
+    "linear": (6 * CLASSES, 6 * CLASSES, 6 * CLASSES),
+    "relu_linear": (6 * CLASSES, 6 * CLASSES, 6 * CLASSES),
+    "mlp": (MLP_MACS, MLP_MACS, MLP_MACS),
+    "mlp_dropout": (MLP_MACS, MLP_MACS, MLP_MACS),
+    "flatten": (6 * 80 * CLASSES, 6 * 4 * CLASSES, 6 * CLASSES),
+    "adaptive": (6 * 4 * CLASSES, None, None),
+    "conv1x1": (6 * 12 * 80 + 12 * CLASSES, 6 * 12 * 4 + 12 * CLASSES, 6 * 12 + 12 * CLASSES),
+    "rescale": (6 * 12 * 49 + 12 * CLASSES, None, None),
+    "msdnet": (MSDNET_MACS, None, None),
+}
+FEATURES = {"NCHW": (2, 6, 8, 10), "NHWC": (2, 8, 10, 6), "NTD": (2, 4, 6), "ND": (2, 6)}
+
+
+def test_every_head_has_its_cost_counted_by_hand() -> None:
+    assert set(HEAD_MACS_BY_HAND) == set(HEADS)
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in SHAPES for name in heads_for(layout)])
+def test_cost_of_every_head_is_that_counted_by_hand(name: str, layout: str) -> None:
+    x = torch.ones(FEATURES[layout])
+    facts = stage_facts(attach_exits(Features(layout), after=["layer"], heads=name, example=x), x)
+    maps, tokens, vectors = HEAD_MACS_BY_HAND[name]
+    assert facts[0].head_macs == {"NTD": tokens, "ND": vectors}.get(layout, maps)
+    assert facts[1].head_macs == 0
+
+
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -415,78 +544,3 @@ def test_describing_an_input_that_misses_an_exit_is_refused() -> None:
     network = attach_exits(Skipping(), after=["sometimes", "always"], example=torch.ones(1, 8))
     with pytest.raises(ExitNotReached, match="1 of 2 early exits"):
         network.describe(-torch.ones(1, 8))
-
-
-# --- the papers' backbone -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", [8, 9, 11])
-def test_block_halves_the_resolution_rounding_up(side: int) -> None:
-    x = torch.randn(2, 4, side, side)
-    assert PreActBlock(4, 4)(x).shape == x.shape
-    assert PreActBlock(4, 8, stride=2)(x).shape == (2, 8, -(-side // 2), -(-side // 2))
-
-
-def test_blocks_shortcut_is_the_average_padded_with_zeros() -> None:
-    down = PreActBlock(2, 5, stride=2)
-    nn.init.zeros_(down.conv2.weight)  # only the shortcut is left
-    x = torch.randn(1, 2, 4, 4)
-    output = down(x)
-    torch.testing.assert_close(output[:, 1:3], functional.avg_pool2d(x, 2))
-    assert output[:, [0, 3, 4]].abs().sum() == 0
-
-
-def test_block_without_downsampling_adds_its_input() -> None:
-    plain = PreActBlock(3, 3)
-    x = torch.randn(2, 3, 4, 4)
-    out = plain.conv2(plain.bn2(plain.conv1(plain.bn1(x).relu())).relu())
-    torch.testing.assert_close(plain(x), x + plain.bn3(out))
-
-
-def convolutions(network: nn.Module) -> int:
-    return sum(isinstance(layer, nn.Conv2d) for layer in network.modules())
-
-
-@pytest.mark.parametrize(("n", "c"), [(1, 4), (3, 16), (5, 8)])
-def test_network_has_six_n_plus_two_layers_and_the_parameters_counted_by_hand(n: int, c: int) -> None:
-    network = PreActResNet(num_classes=10, n=n, c=c)
-    assert convolutions(network) + 1 == 6 * n + 2
-    expected = 27 * c + 4 * c * 10 + 10
-    inputs = c
-    for stage in range(3):
-        width = c * 2**stage
-        for _ in range(n):
-            expected += 9 * inputs * width + 9 * width * width + 2 * (inputs + width + width)
-            inputs = width
-    assert sum(parameter.numel() for parameter in network.parameters()) == expected
-
-
-def test_twenty_layers_have_the_parameters_of_resnet_20_but_for_its_norms() -> None:
-    resnet_20, norm_of_the_stem, third_norms = 269_722, 2 * 16, 2 * (3 * 16 + 16 + 2 * 32 + 32 + 2 * 64)
-    parameters = sum(parameter.numel() for parameter in PreActResNet(n=3, c=16).parameters())
-    assert parameters == resnet_20 - norm_of_the_stem + third_norms
-
-
-@pytest.mark.parametrize("side", [8, 13])
-def test_network_gives_features_of_doubling_width_and_halving_size(side: int) -> None:
-    network = PreActResNet(num_classes=CLASSES, n=2, c=4)
-    x = torch.randn(2, 3, side, side)
-    facts = stage_facts(attach_exits(network, after=[f"blocks.{i}" for i in range(6)], heads="relu_linear", example=x), x)
-    half = -(-side // 2)
-    sizes = [(4, side)] * 2 + [(8, half)] * 2 + [(16, -(-half // 2))] * 2
-    assert [fact.features for fact in facts[:-1]] == [(2, width, size, size) for width, size in sizes]
-    assert facts[-1].features == (2, CLASSES)
-
-
-def test_network_takes_other_images_and_learns() -> None:
-    network = PreActResNet(num_classes=CLASSES, n=1, c=4, in_channels=1)
-    output = network(torch.randn(4, 1, 8, 8))
-    assert output.std() > 1e-3
-    output.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"c": 0}, {"num_classes": 0}, {"in_channels": -1}])
-def test_sizes_below_one_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ModelSpecError, match="all must be at least 1"):
-        PreActResNet(**wrong)

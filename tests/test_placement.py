@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, ImpatientError
 from impatient.networks import MultiExitNetwork, PreActResNet, attach_exits, placement
-from impatient.networks.placement import _even, _levels, choose, evaluating, resolve, trace
+from impatient.networks.placement import _even, _levels, choose, evaluating, every, resolve, trace
 from impatient.networks.stages import Cut
 
 
@@ -468,3 +468,49 @@ def test_even_shares_are_the_best_of_all_choices(shares: list[float], data: st.D
 )  # fmt: skip
 def test_even_shares_of_known_cases(shares: list[float], count: int, chosen: tuple[int, ...]) -> None:
     assert _even(shares, count) == chosen
+
+
+# --- a period apart -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 12), st.data())
+def test_a_period_apart_are_the_blocks_the_paper_counts(blocks: int, data: st.DataObject) -> None:
+    period = data.draw(st.integers(1, blocks - 1))
+    model = nn.Sequential(*(Block() for _ in range(blocks)), nn.Linear(8, 3))
+    predicting = list(range((blocks - 1) % period, blocks, period))
+    assert predicting[-1] == blocks - 1  # the last block predicts always: through the output
+    assert every(model, X, period) == [Cut(str(index)) for index in predicting[:-1]]
+
+
+def test_a_period_counts_the_outermost_blocks_and_the_calls_of_one() -> None:
+    assert [str(cut) for cut in every(Nested(), X, 2)] == ["layer1.1", "layer2.1"]
+    assert [str(cut) for cut in every(Repeated(times=4), X, 2)] == ["groups.0@1"]
+
+
+def test_a_period_does_not_depend_on_the_time_that_blocks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(placement, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    slow = Slow(clock, [1, 1, 1, 1000])  # its last block ends so late that nothing seems to follow
+    assert every(slow, X, 1) == [Cut(f"blocks.{index}") for index in range(3)]
+    assert every(Slow(clock, [1000, 1, 1, 1]), X, 3) == [Cut("blocks.0")]
+
+
+def test_a_period_passes_over_blocks_whose_features_no_head_can_read() -> None:
+    class Half(Awkward):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Former(lambda x: x) if index % 2 else Former(lambda x: x.long()) for index in range(6))
+
+    assert every(Half(), X, 1) == [Cut("blocks.1"), Cut("blocks.3")]
+
+
+@pytest.mark.parametrize("period", [0, -2, 6, 7])
+def test_a_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
+    with pytest.raises(ExitNotFound, match=rf"a period of {period} blocks; Nested has 6 .*layer1\.0.*needed: 1 to 5.*after="):
+        every(Nested(), X, period)
+
+
+def test_a_period_of_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ExitNotFound, match=r"Linear has no repeated blocks.*after="):
+        every(nn.Linear(8, 3), X, 1)

@@ -15,7 +15,9 @@ from torch import nn
 from impatient.errors import ModelSpecError
 from impatient.networks import PreActResNet, attach_exits, load_model
 from impatient.networks import specs as specs_module
+from impatient.networks.resnet import PreActBottleneck
 from impatient.networks.specs import import_torchvision
+from impatient.networks.vgg import SmallVGG
 
 TINY_BERT = "num_hidden_layers=2,hidden_size=16,num_attention_heads=2,intermediate_size=32,vocab_size=32"
 TINY_VIT = f"{TINY_BERT.rpartition(',')[0]},image_size=16,patch_size=8"
@@ -49,14 +51,26 @@ def test_what_the_caller_knows_is_passed_on_unless_the_spec_says_otherwise() -> 
     assert load_model("impatient:resnet:n=1,c=4", in_channels=1).stem.in_channels == 1
 
 
+def test_own_networks_of_the_papers_have_names() -> None:
+    resnet = load_model("impatient:resnet:n=[1,2],c=4,block=bottleneck,shortcut=projection,stem=imagenet,depth=2")
+    assert isinstance(resnet, PreActResNet)
+    assert [type(block) for block in resnet.blocks] == [PreActBottleneck] * 2
+    assert len(load_model("impatient:resnet_imagenet:layers=26,c=4", num_classes=6).blocks) == 8
+    assert outputs(load_model("impatient:resnet_imagenet:layers=14,c=4", num_classes=6)).shape == (1, 6)
+    vgg = load_model("impatient:vgg:width=4,blocks=[1,2]", num_classes=6, in_channels=1)
+    assert isinstance(vgg, SmallVGG)
+    assert outputs(vgg, torch.ones(1, 1, 28, 28)).shape == (1, 6)
+    assert len(vgg.blocks) == 3
+
+
 def test_unknown_own_network_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ModelSpecError, match=r"no network 'vgg' in impatient; needed: one of .*resnet"):
-        load_model("impatient:vgg")
+    with pytest.raises(ModelSpecError, match=r"no network 'lenet' in impatient; needed: one of resnet, resnet_imagenet, vgg\."):
+        load_model("impatient:lenet")
 
 
 def test_option_the_network_does_not_take_is_refused_by_name() -> None:
-    with pytest.raises(ModelSpecError, match=r"'impatient:resnet:depth=3' could not be built: TypeError.*depth"):
-        load_model("impatient:resnet:depth=3")
+    with pytest.raises(ModelSpecError, match=r"'impatient:resnet:height=3' could not be built: TypeError.*height"):
+        load_model("impatient:resnet:height=3")
 
 
 def test_errors_of_our_own_networks_stay_as_they_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -111,9 +112,97 @@ def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.ReLU(), *linear(features, num_classes).children())
 
 
-def mlp(features: FeatureShape, num_classes: int, hidden: int = 128) -> nn.Module:
-    """Pool, a hidden layer of `hidden` units with ReLU, a linear layer."""
-    return nn.Sequential(Pool(features.layout), nn.Linear(features.channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
+def mlp(features: FeatureShape, num_classes: int, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
+    """Pool, a hidden layer of `hidden` units with ReLU, dropout if there is any, a linear layer."""
+    return nn.Sequential(
+        Pool(features.layout),
+        nn.Linear(features.channels, hidden),
+        nn.ReLU(),
+        *([nn.Dropout(dropout)] if dropout else []),
+        nn.Linear(hidden, num_classes),
+    )
+
+
+def mlp_dropout(features: FeatureShape, num_classes: int) -> nn.Module:
+    """The mlp head with half of its hidden units dropped in training."""
+    return mlp(features, num_classes, dropout=0.5)
+
+
+def flatten(features: FeatureShape, num_classes: int) -> nn.Module:
+    """A linear layer on every single feature: C x H x W x num_classes MACs, and as many weights.
+
+    It reads features of the example's size only; torch refuses others ("shapes cannot be multiplied").
+
+    Source:
+        Impatient DNNs (Amthor et al.), whose figure of the layers is lost: fully connected on the feature map.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(features.shape[1:]), num_classes))
+
+
+def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Module:
+    """Average pooling to size x size places (or the map's size, where that is less) and a linear layer on all of them."""
+    _check_map("adaptive", features)
+    height, width = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
+    height, width = min(size, height), min(size, width)
+    return nn.Sequential(
+        *_channels_first(features),
+        nn.AdaptiveAvgPool2d((height, width)),
+        nn.Flatten(),
+        nn.Linear(features.channels * height * width, num_classes),
+    )
+
+
+def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Module:
+    """A 1x1 convolution to widen x C channels with batch norm and ReLU, pool, a linear layer; places are tokens too.
+
+    Source:
+        Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
+    """
+    return nn.Sequential(*_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes))
+
+
+def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int = 2) -> nn.Module:
+    """The map brought to size x size places (bilinear), then the conv1x1 head: the same cost at every resolution.
+
+    Source:
+        Anytime Neural Networks' code, `prediction_feature=rescale`: bilinear to 7x7 and a 1x1 convolution; the rest is ours.
+    """
+    _check_map("rescale", features)
+    resize = nn.Upsample((size, size), mode="bilinear", align_corners=False)
+    return nn.Sequential(*_channels_first(features), resize, *_conv1x1_head(features.channels, widen, num_classes))
+
+
+def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Module, ...]:
+    width = widen * channels
+    convolution = nn.Conv2d(channels, width, 1, bias=False)
+    return convolution, nn.BatchNorm2d(width), nn.ReLU(), Pool("NCHW"), nn.Linear(width, num_classes)
+
+
+class ChannelsFirst(nn.Module):
+    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1]."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, features: Tensor) -> Tensor:
+        channels_first = features.movedim(-1, 1) if self.layout != "NCHW" else features
+        return channels_first.reshape(*channels_first.shape, *(1,) * (4 - channels_first.dim()))
+
+    def extra_repr(self) -> str:
+        return self.layout
+
+
+def _channels_first(features: FeatureShape) -> tuple[nn.Module, ...]:
+    return () if features.layout == "NCHW" else (ChannelsFirst(features.layout),)
+
+
+def _check_map(head: str, features: FeatureShape) -> None:
+    if len(features.layout) != 4:
+        raise HeadError(
+            f"the {head} head reads maps and needs [B,C,H,W] or [B,H,W,C] features; these are {features!r}. "
+            "Use heads='linear' or heads='mlp'."
+        )
 
 
 class MSDNetHead(nn.Module):
@@ -125,11 +214,7 @@ class MSDNetHead(nn.Module):
 
     def __init__(self, features: FeatureShape, num_classes: int, width: int = 128) -> None:
         super().__init__()
-        if len(features.layout) != 4:
-            raise HeadError(
-                f"the msdnet head has convolutions and needs [B,C,H,W] or [B,H,W,C] features; these are {features!r}. "
-                "Use heads='linear' or heads='mlp'."
-            )
+        _check_map("msdnet", features)
         self.to_channels_first = features.layout == "NHWC"
         self.convolutions = nn.Sequential(*_conv_bn_relu(features.channels, width), *_conv_bn_relu(width, width))
         self.pool = Pool("NCHW")
@@ -145,7 +230,10 @@ def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-HEADS: dict[str, HeadFactory] = {"linear": linear, "relu_linear": relu_linear, "mlp": mlp, "msdnet": MSDNetHead}
+HEADS: dict[str, HeadFactory] = {
+    "linear": linear, "relu_linear": relu_linear, "mlp": mlp, "mlp_dropout": mlp_dropout, "flatten": flatten,
+    "adaptive": adaptive, "conv1x1": conv1x1, "rescale": rescale, "msdnet": MSDNetHead,
+}  # fmt: skip
 
 
 def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int) -> nn.Module:

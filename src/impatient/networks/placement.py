@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +65,18 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
     return Trace({key: at - begin for key, at in ended.items()}, outputs, total)
 
 
+class HasModes(Protocol):
+    """A module, as far as its train and eval modes are concerned."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
+
+
 class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
     """Put a model in eval mode and, on leaving, every module back in the mode it was in."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: HasModes) -> None:
         self._modes = {module: module.training for module in model.modules()}
         self._model = model
 
@@ -153,22 +161,60 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
     return [candidates[index] for index in _even(_shares(model, x, candidates, repeats), count)]
 
 
-def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
-    """Calls of blocks whose features a head can read and that are not the last thing the model does, in running order."""
+def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
+    """Place exits a fixed number of blocks apart, counted back from the last block, which the backbone's own output follows.
+
+    Of L blocks (calls of the outermost repeated blocks whose features a head can read) those of index (L - 1) mod period,
+    + period, ... are cut; not L - 1, the last. With the output that makes 1 + (L - 1) // period exits, placed without timing.
+
+    Args:
+        x: an example input.
+        period: blocks from one exit to the next, 1 to L - 1.
+    Raises:
+        ExitNotFound: if the period is below 1, or leaves no early exit.
+    Source:
+        Anytime Neural Networks (Hu et al.), the prediction period s ("stack-s").
+    Example:
+        >>> toy = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)), nn.Linear(8, 3))
+        >>> [str(cut) for cut in every(toy, torch.zeros(1, 8), period=2)]
+        ['1', '3']
+    """
+    levels = (_readable(model, x, trace(model, x, names)) for names in _levels(model))
+    blocks = next((level for level in levels if len(level) > 1), [])
+    if not 1 <= period < len(blocks):
+        raise ExitNotFound(
+            f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be found by structure "
+            f"({', '.join(map(str, blocks)) or 'none'}); needed: 1 to {len(blocks) - 1}, or modules named with after=[...]."
+            if len(blocks) > 1
+            else f"{type(model).__name__} has no repeated blocks to count a period in; name modules with after=[...]."
+        )
+    return blocks[(len(blocks) - 1) % period : -1 : period]
+
+
+def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
+    """Calls whose features a head can read, in running order."""
     modules = dict(model.named_modules())
-    traced = trace(model, x, names)
-    runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
     batch = batch_size_of(x)
-    usable = []
+    readable = []
     for (name, call), features in traced.features.items():
         try:
             guess_layout(features, modules[name])
         except HeadError:
             continue
-        share = statistics.median(run.ended_s[name, call] / run.total_s for run in runs)  # one run may have been held up
-        if features.shape[0] == batch and share < 0.995:
-            usable.append(Cut(name, call))
-    return usable
+        if features.shape[0] == batch:
+            readable.append(Cut(name, call))
+    return readable
+
+
+def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
+    """Calls of blocks whose features a head can read and that are not the last thing the model does, in running order."""
+    traced = trace(model, x, names)
+    runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
+
+    def share(cut: Cut) -> float:  # the median: one run may have been held up
+        return statistics.median(run.ended_s[cut.module, cut.call] / run.total_s for run in runs)
+
+    return [cut for cut in _readable(model, x, traced) if share(cut) < 0.995]
 
 
 def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:

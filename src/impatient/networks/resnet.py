@@ -1,6 +1,9 @@
-"""The pre-activation ResNet (n, c) of Anytime Neural Networks, for small images."""
+"""The pre-activation ResNets of Anytime Neural Networks: (n, c) for small images, ANN-14 to ANN-152 for large ones."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,69 +11,157 @@ from torch import Tensor, nn
 
 from impatient.errors import ModelSpecError
 
+BlockKind = Literal["basic", "bottleneck"]
+StemKind = Literal["cifar", "imagenet"]
+ShortcutKind = Literal["pooled", "projection"]
 
-class PreActBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus the input; when down-sampling, plus its 2x2 average, zero-padded in channels.
 
-    Source:
-        Anytime Neural Networks (Hu et al.), the basic unit as in the authors' code.
-    """
+class PooledShortcut(nn.Module):
+    """The input, averaged over stride x stride where a block down-samples, and zero-padded where it widens; no parameters."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
         self.stride = stride
         self.padding = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        out = self.bn3(self.conv2(F.relu(self.bn2(out))))
-        return torch.as_tensor(out + self._shortcut(x))
-
-    def _shortcut(self, x: Tensor) -> Tensor:
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         if self.padding:
             x = F.pad(x, (0, 0, 0, 0, self.padding // 2, self.padding - self.padding // 2))
         return x
 
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}"
+
+
+def _shortcut(kind: ShortcutKind, inputs: int, outputs: int, stride: int) -> nn.Module:
+    if kind == "pooled" or (stride == 1 and inputs == outputs):
+        return PooledShortcut(inputs, outputs, stride)
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus the input; when down-sampling, plus its 2x2 average, zero-padded in channels.
+
+    Args:
+        shortcut: "pooled" as above; "projection": a strided 1x1 convolution with BN where the shape changes.
+    Source:
+        Anytime Neural Networks (Hu et al.), the basic unit as in the authors' code.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled") -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(shortcut, inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.bn3(self.conv2(F.relu(self.bn2(out))))
+        return torch.as_tensor(out + self.shortcut(x))
+
+
+class PreActBottleneck(nn.Module):
+    """BN-ReLU-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN plus the shortcut; a quarter of the outputs inside, stride in the 3x3.
+
+    Args:
+        shortcut: "pooled" (average and zeros) as in the paper's appendix; "projection" (1x1 convolution and BN on the block's
+            input, where the shape changes) as in the authors' code.
+    Source:
+        Anytime Neural Networks (Hu et al.), the unit of the ImageNet networks.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled") -> None:
+        super().__init__()
+        width = outputs // 4
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn4 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(shortcut, inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.bn4(self.conv3(F.relu(self.bn3(out))))
+        return torch.as_tensor(out + self.shortcut(x))
+
+
+# with the outputs of a block per channel of its stage
+_BLOCKS: Mapping[str, tuple[type[PreActBlock] | type[PreActBottleneck], int]] = {
+    "basic": (PreActBlock, 1), "bottleneck": (PreActBottleneck, 4),
+}  # fmt: skip
+
 
 class PreActResNet(nn.Module):
-    """Three stages of n blocks; c channels, doubled at each stage; 6n + 2 layers.
+    """Stages of blocks; c channels in the first, doubled at each stage; by default three stages of n, 6n + 2 layers.
 
     Args:
         num_classes: width of the output.
-        n: blocks per stage.
-        c: channels of the first stage.
+        n: blocks per stage: one number for each of three stages, or a sequence with a number per stage.
+        c: channels of the first stage; a bottleneck gives four times as many.
         in_channels: of the image.
+        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
+        stem: "cifar" (3x3 convolution) or "imagenet" (7x7 of stride 2, BN, ReLU, 3x3 max pooling of stride 2).
+        shortcut: "pooled" or "projection"; see the blocks.
+        depth: keep only the first `depth` blocks, and classify what they give: the network that OPT trains for one exit.
+            The same seed gives the blocks that remain the weights that they have in the whole network.
+    Raises:
+        ModelSpecError: if a size is no whole number of at least 1, a name is unknown, or depth exceeds the blocks.
     Source:
-        He et al. 2016 (identity mappings), with the choices of Anytime Neural Networks: no norm after the stem, a norm
+        He et al. 2016 (identity mappings), with the choices of Anytime Neural Networks: no norm after the small stem, a norm
         at the end of each block, ReLU before pooling.
+    Example:
+        >>> whole, truncated = PreActResNet(n=[1, 2], c=4), PreActResNet(n=[1, 2], c=4, depth=1)
+        >>> len(whole.blocks), len(truncated.blocks), truncated.classifier.in_features
+        (3, 1, 4)
     """
 
-    def __init__(self, num_classes: int = 10, n: int = 3, c: int = 16, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        n: int | Sequence[int] = 3,
+        c: int = 16,
+        in_channels: int = 3,
+        *,
+        block: BlockKind = "basic",
+        stem: StemKind = "cifar",
+        shortcut: ShortcutKind = "pooled",
+        depth: int | None = None,
+    ) -> None:
         super().__init__()
-        if min(num_classes, n, c, in_channels) < 1:
-            raise ModelSpecError(
-                f"PreActResNet(num_classes={num_classes}, n={n}, c={c}, in_channels={in_channels}): all must be at least 1."
-            )
-        self.stem = nn.Conv2d(in_channels, c, 3, 1, 1, bias=False)
-        blocks: list[nn.Module] = []
-        inputs = c
-        for stage in range(3):
-            outputs = c * 2**stage
-            for index in range(n):
-                blocks.append(PreActBlock(inputs, outputs, stride=2 if stage and not index else 1))
-                inputs = outputs
+        _check_sizes(num_classes=num_classes, n=n, c=c, in_channels=in_channels)
+        counts = (n,) * 3 if isinstance(n, int) else tuple(n)
+        _check_name("block", block, _BLOCKS)
+        _check_name("stem", stem, _STEMS)
+        _check_name("shortcut", shortcut, ("pooled", "projection"))
+        build, expansion = _BLOCKS[block]
+        self.stem = _STEMS[stem](in_channels, c)
+        widths = [c * 2**stage * expansion for stage, count in enumerate(counts) for _ in range(count)]
+        strides = [2 if stage and not index else 1 for stage, count in enumerate(counts) for index in range(count)]
+        shapes = zip([c, *widths], widths, strides, strict=False)
+        blocks = [build(inputs, outputs, stride, shortcut) for inputs, outputs, stride in shapes]
         self.blocks = nn.ModuleList(blocks)
-        self.classifier = nn.Linear(inputs, num_classes)
+        self.classifier = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if depth is not None:
+            self._truncate(depth, widths)
+
+    def _truncate(self, depth: int, widths: Sequence[int]) -> None:
+        """After the whole was initialised, so that the blocks that remain have the whole's weights."""
+        _check_depth(depth, len(self.blocks))
+        if depth < len(self.blocks):
+            self.blocks = nn.ModuleList(list(self.blocks)[:depth])
+            self.classifier = nn.Linear(widths[depth - 1], self.classifier.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_channels, H, W] to outputs [B, num_classes]."""
@@ -78,3 +169,89 @@ class PreActResNet(nn.Module):
         for block in self.blocks:
             x = block(x)
         return torch.as_tensor(self.classifier(F.relu(x).mean((2, 3))))
+
+
+def _small_stem(in_channels: int, c: int) -> nn.Module:
+    return nn.Conv2d(in_channels, c, 3, 1, 1, bias=False)
+
+
+def _large_stem(in_channels: int, c: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, c, 7, 2, 3, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)
+    )
+
+
+_STEMS = {"cifar": _small_stem, "imagenet": _large_stem}
+
+
+def _check_sizes(*, n: object, **sizes: object) -> None:
+    listed = list(n) if isinstance(n, (list, tuple)) else [n]
+    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
+        given = ", ".join(f"{name}={size!r}" for name, size in {"n": n, **sizes}.items())
+        raise ModelSpecError(
+            f"PreActResNet({given}): all must be at least 1, and whole; n may be a list with a number per stage."
+        )
+
+
+def _check_name(option: str, given: object, known: Collection[str]) -> None:
+    if given not in known:
+        raise ModelSpecError(f"PreActResNet({option}={given!r}): unknown; needed: one of {', '.join(known)}.")
+
+
+def _check_depth(depth: object, blocks: int) -> None:
+    if type(depth) is not int or not 1 <= depth <= blocks:
+        raise ModelSpecError(
+            f"PreActResNet(depth={depth!r}): needed: a whole number of blocks from 1 to {blocks}, or None for all of them."
+        )
+
+
+class ImageNetResNet(NamedTuple):
+    """Blocks per stage of one of the paper's ImageNet networks, and its prediction period (see `placement.every`)."""
+
+    n: tuple[int, ...]
+    period: int
+
+
+IMAGENET_RESNETS: Mapping[int, ImageNetResNet] = {
+    14: ImageNetResNet((1, 1, 1, 1), 1),
+    26: ImageNetResNet((2, 2, 2, 2), 2),
+    50: ImageNetResNet((3, 4, 6, 3), 2),
+    101: ImageNetResNet((3, 4, 23, 3), 3),
+    152: ImageNetResNet((3, 8, 36, 3), 5),
+}
+
+
+def preact_resnet_imagenet(
+    num_classes: int = 1000,
+    layers: int = 50,
+    c: int = 64,
+    in_channels: int = 3,
+    *,
+    shortcut: ShortcutKind = "pooled",
+    depth: int | None = None,
+) -> PreActResNet:
+    """The paper's bottleneck network of 14, 26, 50, 101 or 152 layers for 224-pixel images.
+
+    Args:
+        layers: counts the stem, three convolutions per block and the classifier; `IMAGENET_RESNETS` has the blocks of each
+            and the paper's prediction period.
+        c: channels of the stem; 64 in the paper.
+        num_classes, in_channels, shortcut, depth: as for `PreActResNet`.
+    Raises:
+        ModelSpecError: if the paper has no such network, or an option is out of range.
+    Source:
+        Anytime Neural Networks (Hu et al.), ANN-26, 50 and 101; 14 and 152 from the authors' code.
+    Example:
+        >>> len(preact_resnet_imagenet(num_classes=5, layers=26, c=4).blocks), IMAGENET_RESNETS[26].period
+        (8, 2)
+    """
+    if layers not in IMAGENET_RESNETS:
+        known = ", ".join(map(str, IMAGENET_RESNETS))
+        raise ModelSpecError(
+            f"no ImageNet network of layers={layers!r}; needed: one of {known}, or PreActResNet(n=[...], block='bottleneck', "
+            "stem='imagenet') for another."
+        )
+    return PreActResNet(
+        num_classes, IMAGENET_RESNETS[layers].n, c, in_channels,
+        block="bottleneck", stem="imagenet", shortcut=shortcut, depth=depth,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet", "package.module:factory".
 
-Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
-"transformers:SwinConfig:depths=[2,2],num_heads=[3,6]". Weights are loaded by those libraries' own loaders.
+Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet") and `SmallVGG` ("vgg"). Options follow a second
+colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
+"impatient:resnet:n=[3,4,6,3],block=bottleneck". Weights are loaded by those libraries' own loaders.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any
 from torch import nn
 
 from impatient.errors import ModelSpecError
-from impatient.networks.resnet import PreActResNet
+from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
+from impatient.networks.vgg import SmallVGG
 
 log = logging.getLogger(__name__)
 
-OWN: dict[str, Callable[..., nn.Module]] = {"resnet": PreActResNet}
+OWN: dict[str, Callable[..., nn.Module]] = {
+    "resnet": PreActResNet, "resnet_imagenet": preact_resnet_imagenet, "vgg": SmallVGG,
+}  # fmt: skip
 
 
 def load_model(spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:

@@ -1,0 +1,64 @@
+"""A VGG for small images: plain convolutions, one after the other, an exit after any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ModelSpecError
+
+
+class SmallVGG(nn.Module):
+    """Stages of conv3x3-BN-ReLU layers with 2x2 max pooling between them, the mean over what is left, a linear classifier.
+
+    Each member of `blocks` is one layer; the last of each stage but the last stage also pools. So `attach_exits` finds as many
+    places as there are layers, and a head after a pooling layer reads the smaller map.
+
+    Args:
+        num_classes: width of the output.
+        width: channels of the first stage, doubled at each stage up to 8 times, as in VGG.
+        blocks: layers per stage; (1, 1, 2, 2, 2) is VGG-11's. Images need 2 ** (stages - 1) pixels a side.
+        in_channels: of the image.
+    Raises:
+        ModelSpecError: if a size is no whole number of at least 1.
+    Source:
+        Simonyan and Zisserman 2015. We differ: batch norm, a global mean in place of the fully connected layers, and by
+        default VGG-11 without its last stage, which would see a single pixel of a 28-pixel image.
+    Example:
+        >>> SmallVGG(in_channels=1)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self, num_classes: int = 10, width: int = 16, blocks: Sequence[int] = (1, 1, 2, 2), in_channels: int = 3
+    ) -> None:
+        super().__init__()
+        _check_sizes(num_classes=num_classes, width=width, blocks=blocks, in_channels=in_channels)
+        widths = [width * 2 ** min(stage, 3) for stage, count in enumerate(blocks) for _ in range(count)]
+        pooled = [index == count - 1 for count in blocks[:-1] for index in range(count)] + [False] * blocks[-1]
+        shapes = zip([in_channels, *widths], widths, pooled, strict=False)
+        self.blocks = nn.ModuleList(_layer(inputs, outputs, pool=pool) for inputs, outputs, pool in shapes)
+        self.classifier = nn.Linear(widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_channels, H, W] to outputs [B, num_classes]."""
+        for block in self.blocks:
+            x = block(x)
+        return torch.as_tensor(self.classifier(x.mean((2, 3))))
+
+
+def _layer(inputs: int, outputs: int, *, pool: bool) -> nn.Module:
+    layer = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    return layer.append(nn.MaxPool2d(2)) if pool else layer
+
+
+def _check_sizes(*, blocks: object, **sizes: object) -> None:
+    listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
+    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
+        given = ", ".join(f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items())
+        raise ModelSpecError(f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number per stage.")
