@@ -71,7 +71,7 @@ def test_every_part_is_measured_as_often_as_asked(timed: MultiExitNetwork, clock
 @pytest.mark.parametrize("warm_up", [0, 4])
 def test_the_warm_up_is_run_and_not_counted(timed: MultiExitNetwork, clock: FakeClock, warm_up: int) -> None:
     seen = begins(timed)
-    cold = 1 + 2 * warm_up  # MACs are counted in one pass before
+    cold = 2 + 2 * warm_up  # MACs are counted before, staged and whole
     timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) <= cold else 0.0))
     batch = profile(timed, EXAMPLE, repeats=3, warm_up=warm_up, clock=clock).at(1)
     assert (batch.stages[0].max, batch.exit_free.max) == (1.0, 4.25)
@@ -80,7 +80,7 @@ def test_the_warm_up_is_run_and_not_counted(timed: MultiExitNetwork, clock: Fake
 
 def test_a_slow_repeat_is_seen_in_the_maximum_and_not_in_the_median(timed: MultiExitNetwork, clock: FakeClock) -> None:
     seen = begins(timed)
-    timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) == 1 + 2 * 5 else 0.0))
+    timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) == 2 + 2 * 5 else 0.0))
     batch = profile(timed, EXAMPLE, repeats=9, warm_up=0, clock=clock).at(1)
     assert max(batch.stages[0].max, batch.exit_free.max) > 100.0
     assert (batch.stages[0].p50, batch.exit_free.p50) == (1.0, 4.25)
@@ -90,7 +90,7 @@ def test_the_order_alternates(network: MultiExitNetwork, clock: FakeClock) -> No
     seen = begins(network)
     profile(network, EXAMPLE, repeats=4, warm_up=1, clock=clock)
     warm, pair = ["whole", "staged"], ["staged", "whole"]
-    assert seen[1:] == warm + pair + warm + pair + warm
+    assert seen[2:] == warm + pair + warm + pair + warm  # after those in which MACs are counted
 
 
 def test_measuring_stops_when_its_time_is_up(timed: MultiExitNetwork, clock: FakeClock) -> None:
@@ -132,7 +132,7 @@ def test_each_batch_size_is_measured(network: MultiExitNetwork, clock: FakeClock
     network.backbone.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     costs = profile(network, torch.randn(3, 8), batch_sizes=(2, 5), repeats=2, warm_up=0, clock=clock)
     assert sorted(costs.batches) == [2, 5]
-    assert shapes == [(1, 8), *[(2, 8)] * 4, *[(5, 8)] * 4]  # first for the MACs, which are per sample
+    assert shapes == [*[(1, 8)] * 2, *[(2, 8)] * 4, *[(5, 8)] * 4]  # first for the MACs, which are per sample
 
 
 def test_inputs_of_any_kind_are_brought_to_a_batch_size() -> None:

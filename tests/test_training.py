@@ -26,7 +26,7 @@ from impatient.files import read_header, read_tensors, write_tensors
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.training import Data, History, Recipe, fit, load_data, loop
 from impatient.training.data import ArrayExamples
-from impatient.training.loop import augmented, static_or_given
+from impatient.training.loop import augmented, checked_weights
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import STATIC, sieve
 
@@ -208,7 +208,7 @@ def test_training_works_outside_the_main_thread():
 
 @pytest.mark.parametrize("name", STATIC)
 def test_a_scheme_is_known_by_its_name(name):
-    assert static_or_given(name, 5) == STATIC[name](5)
+    assert checked_weights(name, 5, 100) == STATIC[name](5)
 
 
 def test_a_name_and_its_numbers_train_alike():
@@ -223,7 +223,7 @@ def test_a_name_and_its_numbers_train_alike():
 @pytest.mark.parametrize(
     ("weights", "complaint"),
     [
-        ("heavy", "unknown weighting 'heavy'; needed: one of uniform"), ([1.0, 1.0], "2 exit weights for 3 exits"),
+        ("heavy", "cannot read 'heavy' as exit weights"), ([1.0, 1.0], "2 exit weights for 3 exits"),
         ([1.0] * 4, "4 exit weights for 3 exits"), ([], "0 exit weights"), ([1.0, -0.1, 1.0], "not negative"),
         ([0.0, 0.0, 0.0], "one must be positive"), ([1.0, float("nan"), 1.0], "must be finite"),
     ],

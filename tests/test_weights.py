@@ -4,20 +4,32 @@ import math
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from impatient.errors import TrainingError
 from impatient.training import weights
-from impatient.training.weights import STATIC, check_weights
+from impatient.training.weights import STATIC, check_weights, every, only, parse_weights, rescaled, spread
 
 LENGTHS = (8, 12, 15, 16, 27)
 every_length = pytest.mark.parametrize("count", LENGTHS)
 every_scheme = pytest.mark.parametrize("scheme", [getattr(weights, name) for name in STATIC if name != "uniform"])
 
-# early weights before scaling, from counting fractions k/2, k/4, k/8, ... of the depth by hand
+# early weights before scaling: counted by hand for 8, 12 and 16, in decimal arithmetic with ROUND_HALF_UP for 15 and 27
 SIEVE = {
     8: [1, 2, 1, 3, 1, 2, 1],
-    12: [1, 2, 4, 1, 2, 5, 1, 2, 4, 1, 3],
+    12: [1, 3, 3, 1, 3, 4, 1, 3, 3, 1, 3],
+    15: [1, 2, 1, 3, 1, 2, 1, 5, 2, 1, 3, 1, 2, 1],
     16: [1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1],
+    27: [1, 2, 4, 1, 2, 1, 4, 3, 1, 3, 1, 2, 1, 6, 2, 1, 3, 1, 3, 4, 1, 2, 1, 4, 2, 1],
+}
+# what exp-lin's early weights have beyond 1, as {position from 1: weight}: L/2, L/4, ... and L/8 at three quarters
+EXP_LIN = {
+    8: {4: 4, 2: 2, 1: 1, 6: 1},
+    12: {6: 6, 3: 3, 2: 1.5, 1: 0.75, 9: 1.5},
+    15: {8: 7.5, 4: 3.75, 2: 1.875, 1: 0.9375, 11: 1.875},
+    16: {8: 8, 4: 4, 2: 2, 1: 1, 12: 2},
+    27: {14: 13.5, 7: 6.75, 4: 3.375, 2: 1.6875, 1: 0.84375, 20: 3.375},
 }
 
 
@@ -78,10 +90,21 @@ def test_sieve_is_the_formula_in_exact_arithmetic(count):
     assert weights.sieve(count) == pytest.approx([float(weight) for weight in (*sieve_by_fractions(count), 1)])
 
 
-@pytest.mark.parametrize("count", [8, 16])
-def test_sieve_at_a_power_of_two_is_the_vector_of_the_paper(count):
+@every_length
+def test_sieve_is_the_vector_written_down(count):
     early = SIEVE[count]
     assert weights.sieve(count) == pytest.approx([weight / sum(early) for weight in early] + [1.0])
+
+
+@every_length
+def test_exp_lin_is_the_vector_written_down(count):
+    early = [1 + EXP_LIN[count].get(place, 0.0) for place in range(1, count)]
+    assert weights.exp_lin(count) == pytest.approx([weight / sum(early) for weight in early] + [1.0])
+
+
+def test_linear_and_half_end_of_small_numbers_by_hand():
+    assert weights.linear(4) == (0.25, 0.5, 0.75, 1.0)
+    assert weights.half_end(5) == (0.25, 0.25, 0.25, 0.25, 1.0)
 
 
 def test_sieve_of_twelve_peaks_at_the_middle():
@@ -170,6 +193,160 @@ def test_no_exits_are_refused(scheme, count):
 def test_every_scheme_has_a_name():
     assert STATIC["uniform"] is STATIC["const"] is weights.const
     assert set(STATIC) == {"uniform", "const", "linear", "half_end", "sieve", "exp_lin", "inverse_square"}
+
+
+# --- other shares and sums --------------------------------------------------------------------------------------------
+
+
+@every_scheme
+@every_length
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0])
+def test_the_last_to_early_ratio_works_with_every_scheme_and_leaves_the_early_weights(scheme, count, ratio):
+    made = rescaled(scheme(count), last_to_early=ratio)
+    assert made[:-1] == scheme(count)[:-1]
+    assert made[-1] == pytest.approx(ratio * sum(made[:-1]))
+
+
+@every_scheme
+@every_length
+@pytest.mark.parametrize("ratio", [None, 2.0])
+def test_a_total_is_a_common_factor_and_comes_after_the_ratio(scheme, count, ratio):
+    plain = rescaled(scheme(count), last_to_early=ratio)
+    wanted = {"last": plain[-1], "all": sum(plain), "log": sum(plain) / math.log2(count + 1)}
+    for total, unit in wanted.items():
+        made = rescaled(scheme(count), last_to_early=ratio, total=total)
+        assert made == pytest.approx([weight / unit for weight in plain])
+    assert rescaled(scheme(count), last_to_early=ratio, total="last")[-1] == 1.0
+
+
+def test_totals_by_hand():
+    assert rescaled([1, 3, 4]) == (1.0, 3.0, 4.0)
+    assert rescaled([1, 3, 4], total="last") == (0.25, 0.75, 1.0)
+    assert rescaled([1, 3, 4], total="all") == (0.125, 0.375, 0.5)
+    assert rescaled([1, 3, 4], total="log") == (0.25, 0.75, 1.0)  # log2(4) = 2
+    assert rescaled([1, 3, 9], last_to_early=3) == (1.0, 3.0, 12.0)
+    assert rescaled([1, 3, 9], last_to_early=3, total="all") == (1 / 16, 3 / 16, 12 / 16)
+
+
+@pytest.mark.parametrize("total", ["last", "all", "log"])
+def test_a_single_exit_weighs_one_under_every_total_and_has_no_ratio(total):
+    assert rescaled([5.0], last_to_early=7.0, total=total) == (1.0,)
+
+
+def test_what_weighs_nothing_cannot_be_scaled():
+    with pytest.raises(TrainingError, match="the weight of the last exit is 0"):
+        rescaled([1.0, 0.0], total="last")
+    with pytest.raises(TrainingError, match="the weight of the early exits is 0"):
+        rescaled([0.0, 1.0], last_to_early=1.0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, math.inf, math.nan])
+def test_a_ratio_that_is_not_positive_is_refused(ratio):
+    with pytest.raises(TrainingError, match="needed: a positive number"):
+        rescaled([1.0, 1.0], last_to_early=ratio)
+
+
+def test_an_unknown_total_is_refused_with_the_known_ones():
+    with pytest.raises(TrainingError, match="total='half'; needed: one of as_is, last, all, log"):
+        rescaled([1.0, 1.0], total="half")
+
+
+# --- not every exit predicts ------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_one_exit_in_a_period_predicts_counted_from_the_last(count, period):
+    assert every(count, period) == tuple(i for i in range(count) if (count - 1 - i) % period == 0)
+    assert len(every(count, period)) == 1 + (count - 1) // period
+
+
+def test_predictors_by_hand():
+    assert every(9, 1) == tuple(range(9))
+    assert every(9, 2) == (0, 2, 4, 6, 8)
+    assert every(10, 4) == (1, 5, 9)
+    assert every(3, 5) == (2,)
+
+
+@every_scheme
+def test_a_scheme_weighs_the_predictors_of_a_period_and_no_other_exit(scheme):
+    predicting = every(15, 4)
+    made = spread(scheme(len(predicting)), predicting, 15)
+    assert [made[i] for i in (2, 6, 10, 14)] == list(scheme(4))
+    assert sum(made) == pytest.approx(sum(scheme(4)))
+
+
+def test_weights_follow_their_exits_in_any_order():
+    assert spread([1.0, 2.0], [2, 0], 3) == (2.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("exits", [[0, 0], [0, 3], [-1, 0]])
+def test_exits_that_do_not_exist_or_come_twice_are_refused(exits):
+    with pytest.raises(TrainingError, match="needed: different ones from 0 to 2"):
+        spread([1.0, 1.0], exits, 3)
+
+
+def test_more_weights_than_exits_are_refused():
+    with pytest.raises(TrainingError, match="3 exit weights for 2 exits"):
+        spread([1.0, 1.0, 1.0], [0, 1], 3)
+
+
+@pytest.mark.parametrize("period", [0, -2])
+def test_a_period_below_one_is_refused(period):
+    with pytest.raises(TrainingError, match="needed: a period of at least 1"):
+        every(4, period)
+
+
+def test_opt_weighs_one_exit():
+    assert only(1, 3) == (0.0, 1.0, 0.0)
+    assert only(0, 1) == (1.0,)
+    with pytest.raises(TrainingError, match="from 0 to 2"):
+        only(3, 3)
+    with pytest.raises(TrainingError, match="0 exits"):
+        only(0, 0)
+
+
+# --- weights as text --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STATIC)
+@every_length
+def test_the_name_of_a_scheme_is_its_weights(name, count):
+    assert parse_weights(name, count) == STATIC[name](count)
+
+
+def test_options_follow_the_name_or_the_numbers():
+    assert parse_weights("sieve:last_to_early=2,total=all", 4) == pytest.approx([1 / 12, 2 / 12, 1 / 12, 8 / 12])
+    assert parse_weights("1,3,4:total=all", 3) == (0.125, 0.375, 0.5)
+    assert parse_weights("const:total=log", 7) == pytest.approx([3 / 7] * 7)
+    assert parse_weights("const:last_to_early=1", 3) == (1.0, 1.0, 2.0)
+
+
+def test_plain_numbers_are_weights():
+    assert parse_weights("1,0.5,1", 3) == parse_weights(" 1, .5, 1e0 ", 3) == (1.0, 0.5, 1.0)
+    assert parse_weights("2", 1) == (2.0,)
+
+
+@pytest.mark.parametrize("text", ["", "seive", "1;2", "1,,2", "sieve,const", "log", "0.1,x"])
+def test_a_text_that_is_neither_is_refused_with_what_is_known(text):
+    with pytest.raises(TrainingError, match=r"needed: one of uniform, const, .*, or 3 numbers separated by commas"):
+        parse_weights(text, 3)
+
+
+@pytest.mark.parametrize("text", ["uniform:0:10", "sieve:", "sieve:ratio=2", "sieve:total", "sieve:total=all,total=last"])
+def test_unknown_options_are_refused_with_an_example(text):
+    with pytest.raises(TrainingError, match=r"cannot read the options .* such as sieve:last_to_early=2,total=all"):
+        parse_weights(text, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1,1", "2 exit weights for 3 exits"), ("1,-1,1", "not negative"), ("0,0,0", "one must be positive"),
+     ("1,nan,1", "finite"), ("const:total=half", "needed: one of as_is"), ("const:last_to_early=x", "could not convert"),
+     ("const:last_to_early=0", "needed: a positive number")],
+)  # fmt: skip
+def test_texts_that_give_no_weights_are_refused(text, message):
+    with pytest.raises(TrainingError, match=message):
+        parse_weights(text, 3)
 
 
 # --- weights as given -------------------------------------------------------------------------------------------------

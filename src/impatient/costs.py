@@ -85,6 +85,7 @@ class CostProfile:
         batches: measured times per batch size.
         stage_macs, head_macs: multiply-accumulates per sample (1 MAC = 2 FLOPs).
         stage_parameters, head_parameters: parameter counts.
+        exit_free_macs: of the untouched backbone; by default the sum of the stages.
         provenance: machine, versions, network structure.
     """
 
@@ -94,9 +95,12 @@ class CostProfile:
     head_macs: tuple[int, ...]
     stage_parameters: tuple[int, ...]
     head_parameters: tuple[int, ...]
+    exit_free_macs: int = -1
     provenance: Provenance
 
     def __post_init__(self) -> None:
+        if self.exit_free_macs < 0:
+            object.__setattr__(self, "exit_free_macs", sum(self.stage_macs))
         if not self.exits or not self.batches:
             raise CostError("a cost profile needs at least one exit and one batch size. Make one with profile().")
         rows: list[tuple[str, Sequence[object]]] = [
@@ -170,8 +174,9 @@ class CostProfile:
                 for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
             }
             return cls(
-                exits=tuple(value["exits"]), batches=batches, provenance=Provenance.from_json(value["provenance"]), **integers
-            )
+                exits=tuple(value["exits"]), batches=batches, provenance=Provenance.from_json(value["provenance"]),
+                exit_free_macs=int(value.get("exit_free_macs", -1)), **integers,
+            )  # fmt: skip
         except CostError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:

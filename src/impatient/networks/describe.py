@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from impatient.errors import ExitNotReached
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
-from impatient.networks.stages import batch_size_of, output_tensor, tapped
+from impatient.networks.stages import batch_size_of, call_model, output_tensor, tapped
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -36,6 +39,41 @@ class StageFacts:
     head_parameters: int
 
 
+class DescribedNetwork(Protocol):
+    """What a network has to offer to be profiled: its exits, what is known of its parts, and what would run without exits.
+
+    `MultiExitNetwork`, `RunningEnsemble` and `EANN` are such networks; one of your own is an `nn.Module` with these.
+
+    Attributes:
+        backbone: what runs where nobody wants exits; its time stands beside the staged one in every profile.
+        mechanism: how it is staged, in words.
+    """
+
+    @property
+    def backbone(self) -> nn.Module: ...
+
+    @property
+    def mechanism(self) -> str: ...
+
+    @property
+    def num_exits(self) -> int: ...
+
+    @property
+    def exit_names(self) -> tuple[str, ...]: ...
+
+    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
+
+    def stage_facts(self, x: Any) -> list[StageFacts]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
 def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
     """Shapes, MACs and parameters of each stage and head, found by running the network once on `x` in eval mode.
 
@@ -54,14 +92,9 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         shapes.append(tuple(features.shape))
         first_use.next_stage()
 
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused attention operator is not counted
-    try:
-        with evaluating(network), torch.no_grad(), counter, first_use:
-            output = output_tensor(tapped(network.backbone, x, network._cut_map(), visit))
-            end = counter.get_total_flops()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with evaluating(network), torch.no_grad(), _countable_attention(), counter, first_use:
+        output = output_tensor(tapped(network.backbone, x, network._cut_map(), visit))
+        end = counter.get_total_flops()
     if len(shapes) < len(network.heads):
         raise ExitNotReached(f"the example came to {len(shapes)} of {len(network.heads)} early exits; needed: all.")
     totals.append((end, end))
@@ -80,6 +113,25 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         )  # fmt: skip
         passed = after
     return facts
+
+
+def count_macs(model: nn.Module, x: Any) -> int:
+    """Multiply-accumulates per sample of a plain run, counted as in `stage_facts`."""
+    counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
+    with evaluating(model), torch.no_grad(), _countable_attention(), counter:
+        call_model(model, x)
+    return int(counter.get_total_flops()) // (2 * batch_size_of(x))
+
+
+@contextlib.contextmanager
+def _countable_attention() -> Iterator[None]:
+    """Keep out the fused attention operator, which is not counted."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 class _ParameterUse:
@@ -121,9 +173,9 @@ def _head_name(head: nn.Module | None) -> str:
     return type(head).__name__
 
 
-def describe(network: MultiExitNetwork, x: Any) -> str:
+def describe(network: DescribedNetwork, x: Any) -> str:
     """The facts as a table, with totals and the mechanism."""
-    facts = stage_facts(network, x)
+    facts = network.stage_facts(x)
     rows = [("exit", "after", "features", "head", "stage MACs", "head MACs", "stage params", "head params")]
     for index, fact in enumerate(facts):
         rows.append(
@@ -140,7 +192,7 @@ def describe(network: MultiExitNetwork, x: Any) -> str:
     lines += [
         f"backbone {type(network.backbone).__name__}: {backbone:,} MACs per sample, "
         f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs ({heads / max(backbone, 1):.1%}).",
-        f"mechanism: greenlet, pausing the untouched forward in a hook after {len(network.cuts)} modules.",
+        f"mechanism: {network.mechanism}.",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError
 from impatient.networks import placement
+from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, check_head, guess_layout
 from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
+
+if TYPE_CHECKING:
+    from impatient.networks.describe import StageFacts
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,7 @@ class MultiExitNetwork(nn.Module):
         cuts: where the early exits are.
         layouts: what the dimensions of each early exit's features mean.
         num_classes: width of every output.
+        mechanism: how it is staged, in words.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class MultiExitNetwork(nn.Module):
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
+        self.mechanism = f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
         install([backbone.get_submodule(cut.module) for cut in self.cuts])
 
     @property
@@ -50,11 +56,12 @@ class MultiExitNetwork(nn.Module):
         """Names of the exits: the module after which each lies, and "output" for the last."""
         return (*(str(cut) for cut in self.cuts), "output")
 
-    def forward(self, x: Any) -> tuple[Tensor, ...]:
+    def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
         """Outputs of all exits, for training.
 
         Args:
             x: what the backbone takes; a mapping is passed as keywords, a tuple or list as positions.
+            gradients: what happens to gradients at the exits; changes no value.
         Returns:
             K outputs of shape [B, num_classes], shallow to deep.
         Raises:
@@ -62,9 +69,11 @@ class MultiExitNetwork(nn.Module):
         """
         early: dict[int, Tensor] = {}
 
-        def visit(index: int, features: Tensor) -> None:
+        def visit(index: int, features: Tensor) -> Tensor:
             # here and not after the backbone: a later in-place operation may overwrite the features
-            early[index] = self.heads[index](features)
+            early[index] = self.heads[index](gradients.into_head(features, index, self.num_exits))
+            channel_dim = 1 if self.layouts[index] == "NCHW" else -1
+            return gradients.onward(features, index, self.num_exits, channel_dim)
 
         last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit))
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
@@ -96,6 +105,12 @@ class MultiExitNetwork(nn.Module):
         # not stored: ids change when the network is copied
         return {(id(self.backbone.get_submodule(cut.module)), cut.call): index for index, cut in enumerate(self.cuts)}
 
+    def stage_facts(self, x: Any) -> list[StageFacts]:
+        """Shape, MACs and parameters of each stage and head, per sample of an example input."""
+        from impatient.networks.describe import stage_facts
+
+        return stage_facts(self, x)
+
     def describe(self, x: Any) -> str:
         """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that stages them.
 
@@ -111,7 +126,7 @@ def attach_exits(
     backbone: nn.Module,
     *,
     example: Any,
-    after: Sequence[str] | Literal["auto"] = "auto",
+    after: Sequence[str] | str = "auto",
     count: int = 4,
     heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
@@ -123,10 +138,11 @@ def attach_exits(
         backbone: any `nn.Module` whose output is [B, num_classes], or holds such a tensor (`logits`).
         example: an input of the kind the model will see; batch size 1 is enough. A mapping is passed as keywords.
         after: modules after which to exit, in running order; "block@2" is after the third call of a module called
-            several times. "auto" places the exits at even shares of measured time and logs where.
+            several times. "auto" places the exits at even shares of measured time and logs where. "every:2" exits after
+            every second block, counted back from the last, whose exit is the output (the prediction period of ANN).
         count: with "auto", the number K of exits, the backbone's own output included.
-        heads: "linear" (pool, linear), "relu_linear", "mlp", "msdnet", or a callable (FeatureShape, num_classes) ->
-            nn.Module; or a sequence of these, one per early exit.
+        heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable (FeatureShape,
+            num_classes) -> nn.Module; or a sequence of these, one per early exit.
         num_classes: width of the output; by default what the backbone gives on the example.
         layout: of four-dimensional features, "NCHW" or "NHWC", where the guess is wrong.
     Returns:
@@ -144,15 +160,25 @@ def attach_exits(
     if not isinstance(backbone, nn.Module):
         raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
     classes = _check_classes(backbone, example, num_classes)
-    if isinstance(after, str):
-        if after != "auto":
-            raise ExitNotFound(f"after={after!r} is one string; needed: 'auto' or a list of module names: after=[{after!r}].")
-        cuts = placement.choose(backbone, example, count)
-        log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
-    else:
-        cuts = placement.resolve(backbone, example, after)
+    cuts = _place(backbone, example, after, count)
     built, layouts = _build_heads(backbone, example, cuts, heads, classes, layout)
     return MultiExitNetwork(backbone, built, cuts, layouts, classes)
+
+
+def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count: int) -> list[Cut]:
+    if not isinstance(after, str):
+        return placement.resolve(backbone, example, after)
+    rule, _, period = after.partition(":")
+    if after == "auto":
+        cuts = placement.choose(backbone, example, count)
+    elif rule == "every" and period.isdecimal():
+        cuts = placement.every(backbone, example, int(period))
+    else:
+        raise ExitNotFound(
+            f"after={after!r} is one string; needed: 'auto', 'every:2' or a list of module names: after=[{after!r}]."
+        )
+    log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
+    return cuts
 
 
 def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -> int:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from impatient.errors import ExitPassed, NetworkError
 
@@ -259,13 +260,13 @@ class _Taps(threading.local):
     """What a plain forward does at the cuts, on this thread; empty when no such forward is under way."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], None]]] = []
+        self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], Tensor | None]]] = []
 
 
 _taps = _Taps()
 
 
-def _at_cut(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a forward hook
+def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  the signature of a forward hook
     """The one forward hook this library installs; stateless, so that networks can be copied and shared by threads."""
     current = greenlet.getcurrent()
     if isinstance(current, _Forward):
@@ -274,7 +275,11 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001 
         cuts, calls, visit = _taps.stack[-1]
         index = _exit_after(module, cuts, calls)
         if index is not None:
-            visit(index, first_tensor(output))
+            features = first_tensor(output)
+            onward = visit(index, features)
+            if onward is not None and onward is not features:
+                return tree_map(lambda value: onward if value is features else value, output)
+    return None  # torch's word for: the output stays as it is
 
 
 def install(modules: Sequence[nn.Module]) -> None:
@@ -284,10 +289,11 @@ def install(modules: Sequence[nn.Module]) -> None:
             module.register_forward_hook(_at_cut)
 
 
-def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], None]) -> Any:
+def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
     """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact.
 
-    It is called in the caller's modes: a head trains even after a part of the model that runs without gradients.
+    It is called in the caller's modes: a head trains even after a part of the model that runs without gradients. A tensor
+    that it returns takes the place of the features in what is deeper.
     """
     ambient, current = _Ambient.now(), greenlet.getcurrent()
     _taps.stack.append((cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features)))

@@ -12,15 +12,14 @@ from torch import Tensor
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.errors import CostError, ExitNotReached, StaleInput
-from impatient.networks.describe import stage_facts
-from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.describe import DescribedNetwork, count_macs
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import call_model, first_tensor
 from impatient.provenance import fingerprint_structure, machine, provenance
 
 
 def profile(
-    network: MultiExitNetwork,
+    network: DescribedNetwork,
     x: Any,
     *,
     batch_sizes: Sequence[int] = (1,),
@@ -55,7 +54,7 @@ def profile(
             "batch size, each at least 1, and a warm-up of 0 or more."
         )
     device = _device_of(network, x)
-    facts = stage_facts(network, resized(x, 1))
+    facts, exit_free_macs = network.stage_facts(resized(x, 1)), count_macs(network.backbone, resized(x, 1))
     batches = {}
     with evaluating(network), Progress(transient=True, disable=not progress) as bar:
         for size in batch_sizes:
@@ -67,12 +66,12 @@ def profile(
         exits=network.exit_names, batches=batches,
         stage_macs=tuple(fact.stage_macs for fact in facts), head_macs=tuple(fact.head_macs for fact in facts),
         stage_parameters=tuple(fact.stage_parameters for fact in facts),
-        head_parameters=tuple(fact.head_parameters for fact in facts),
+        head_parameters=tuple(fact.head_parameters for fact in facts), exit_free_macs=exit_free_macs,
         provenance=provenance(network=fingerprint_structure(network.state_dict()), dtype=dtype, **machine(str(device))),
     )  # fmt: skip
 
 
-def _device_of(network: MultiExitNetwork, x: Any) -> torch.device:
+def _device_of(network: DescribedNetwork, x: Any) -> torch.device:
     parameter = next(iter(network.parameters()), None)
     return parameter.device if parameter is not None else first_tensor(x).device
 
@@ -89,7 +88,7 @@ def resized(x: Any, batch_size: int) -> Any:
 
 
 def _measure(
-    network: MultiExitNetwork, x: Any, device: torch.device, repeats: int, warm_up: int, max_seconds: float, clock: Clock,
+    network: DescribedNetwork, x: Any, device: torch.device, repeats: int, warm_up: int, max_seconds: float, clock: Clock,
     advance: Any,
 ) -> BatchCosts:  # fmt: skip
     count = network.num_exits
@@ -118,7 +117,7 @@ def _measure(
     )  # fmt: skip
 
 
-def _time_whole(network: MultiExitNetwork, x: Any, device: torch.device, clock: Clock) -> float:
+def _time_whole(network: DescribedNetwork, x: Any, device: torch.device, clock: Clock) -> float:
     with torch.inference_mode():
         begin = clock.now()
         call_model(network.backbone, x)
@@ -127,7 +126,7 @@ def _time_whole(network: MultiExitNetwork, x: Any, device: torch.device, clock: 
 
 
 def _time_staged(
-    network: MultiExitNetwork, x: Any, device: torch.device, clock: Clock, stages: list[list[float]], heads: list[list[float]]
+    network: DescribedNetwork, x: Any, device: torch.device, clock: Clock, stages: list[list[float]], heads: list[list[float]]
 ) -> None:
     reached = 0
     before = clock.now()

@@ -1,7 +1,21 @@
 """How a network learns to be impatient: data, exit weights, losses, schedules and the loop."""
 
-from impatient.training import losses, schedules, weights
+from impatient.training import balancing, losses, schedules, weights
+from impatient.training.balancing import AdaLoss
 from impatient.training.data import Data, Preprocess, load_data
 from impatient.training.loop import EpochMetrics, History, Recipe, fit
 
-__all__ = ["Data", "EpochMetrics", "History", "Preprocess", "Recipe", "fit", "load_data", "losses", "schedules", "weights"]
+__all__ = [
+    "AdaLoss",
+    "Data",
+    "EpochMetrics",
+    "History",
+    "Preprocess",
+    "Recipe",
+    "balancing",
+    "fit",
+    "load_data",
+    "losses",
+    "schedules",
+    "weights",
+]

@@ -22,23 +22,28 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from impatient.errors import StaleInput, TrainingDiverged, TrainingError
 from impatient.files import read_header, write_text
-from impatient.provenance import fingerprint_structure
+from impatient.networks.gradients import PLAIN, GradientFlow
+from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.training import schedules
+from impatient.training.balancing import SAMPLERS, AdaLoss, balancer
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
-from impatient.training.losses import exit_hits, exit_losses, weighted_loss
+from impatient.training.losses import distilled, exit_hits, sample_losses, weighted_loss, weighted_sample_loss
 from impatient.training.progress import TrainingProgress
-from impatient.training.weights import STATIC, check_weights
+from impatient.training.weights import check_weights, parse_weights
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from impatient.networks.multi_exit import MultiExitNetwork
+    from impatient.networks.running import RunningEnsemble
 
+ExitWeights = Sequence[float] | str | AdaLoss | Tensor
 Regime = Literal["joint", "frozen", "mixed"]
 REGIMES: dict[str, tuple[str, ...]] = {"joint": ("joint",), "frozen": ("heads",), "mixed": ("backbone", "joint")}
 AUGMENTATIONS = ("none", "crop", "crop-flip")
@@ -60,7 +65,14 @@ class Recipe:
         augment: "none", "crop" (random shift by an eighth) or "crop-flip" (and mirrored), for images.
         clip_norm: largest gradient norm, or None.
         channels_last: memory format of convolutions; faster on most CPUs and GPUs.
-        seed: of order, augmentation and dropout.
+        sampler: "none", or how one exit is drawn in each step to weigh more: "alternating" (AANN), "exp3", "rwm", "avgl".
+        sampler_gamma: the drawn exit's bonus as a share of the weights' sum.
+        equilibrium: balance the gradients of early and deeper exits (`GradientFlow`).
+        detach: share of an early exit's channels that deeper exits do not train (`GradientFlow`).
+        distillation: share of the early exits' loss that is learning from the last exit.
+        temperature: of that.
+        head_decay: weight decay of early heads: "plain", or "scaled" by their exit's weight.
+        seed: of order, augmentation, dropout and the sampler.
     """
 
     epochs: int = 20
@@ -76,15 +88,27 @@ class Recipe:
     augment: Literal["none", "crop", "crop-flip"] = "none"
     clip_norm: float | None = None
     channels_last: bool = False
+    sampler: str = "none"
+    sampler_gamma: float = 0.5
+    equilibrium: bool = False
+    detach: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    head_decay: Literal["plain", "scaled"] = "plain"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
+        positive = {
+            "epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, "temperature": self.temperature,
+            "sampler_gamma": self.sampler_gamma,
+        }  # fmt: skip
         positive |= {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
                 raise TrainingError(f"{name}={value}; needed: a positive number.")
-        shares = {"momentum": self.momentum, "label_smoothing": self.label_smoothing, "warmup": self.warmup}
+        shares = {
+            "momentum": self.momentum, "label_smoothing": self.label_smoothing, "warmup": self.warmup, "detach": self.detach,
+        }  # fmt: skip
         for name, value in shares.items():
             if not 0.0 <= value < 1.0:
                 raise TrainingError(f"{name}={value}; needed: 0 or a share below 1.")
@@ -92,11 +116,14 @@ class Recipe:
             raise TrainingError(f"weight_decay={self.weight_decay}; needed: 0 or a positive number.")
         choices: dict[str, tuple[str, tuple[str, ...]]] = {
             "schedule": (self.schedule, ("cosine", "step")), "regime": (self.regime, tuple(REGIMES)),
-            "augment": (self.augment, AUGMENTATIONS),
+            "augment": (self.augment, AUGMENTATIONS), "sampler": (self.sampler, SAMPLERS),
+            "head_decay": (self.head_decay, ("plain", "scaled")),
         }  # fmt: skip
         for name, (choice, known) in choices.items():
             if choice not in known:
                 raise TrainingError(f"{name}={choice!r}; needed: one of {', '.join(known)}.")
+        if not 0.0 <= self.distillation <= 1.0:
+            raise TrainingError(f"distillation={self.distillation}; needed: a share between 0 and 1.")
         if not 0.0 < self.backbone_share < 1.0:
             raise TrainingError(f"backbone_share={self.backbone_share}; needed: a share between 0 and 1.")
         if self.regime == "mixed" and self.epochs < 2:
@@ -109,6 +136,10 @@ class Recipe:
             return [(names[0], 0, self.epochs)]
         turn = min(max(1, round(self.epochs * self.backbone_share)), self.epochs - 1)
         return [(names[0], 0, turn), (names[1], turn, self.epochs)]
+
+    def gradients(self) -> GradientFlow:
+        """What happens to gradients at the exits while everything is trained."""
+        return GradientFlow(equilibrium=self.equilibrium, detach=self.detach)
 
     def learning_rate(self, done: float) -> float:
         """Learning rate when this share of a phase is done."""
@@ -160,10 +191,10 @@ class History:
 
 
 def fit(
-    network: MultiExitNetwork,
+    network: MultiExitNetwork | RunningEnsemble,
     data: Data,
     *,
-    weights: Sequence[float] | str = "uniform",
+    weights: ExitWeights = "uniform",
     recipe: Recipe | None = None,
     fabric: Fabric | None = None,
     checkpoint: str | Path | None = None,
@@ -176,7 +207,8 @@ def fit(
         network: from `attach_exits`, or anything whose forward gives K outputs and that has `heads` and `backbone`.
         data: from `load_data`; validation is only reported, never trained on.
         weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
-            name of a static scheme of `impatient.training.weights`; "uniform" weighs every exit 1.
+            text of a static scheme for `parse_weights`, where "uniform" weighs every exit 1; or "adaloss" or an `AdaLoss`,
+            which follow the losses; or a tensor [N, K] with weights for each training sample.
         recipe: how to train.
         fabric: a Lightning Fabric for another device, several processes or mixed precision; by default one device, the
             accelerator if there is one.
@@ -190,23 +222,41 @@ def fit(
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
     Source:
-        Impatient DNNs (joint training); Kubaty et al. 2025 (mixed regime).
+        Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights, AdaLoss); Kubaty et al.
+        2025 (mixed regime).
     """
     recipe = recipe or Recipe()
-    exit_weights = static_or_given(weights, network.num_exits)
+    checked = checked_weights(weights, network.num_exits, data.size("train"), recipe.sampler)
     return _Training(
-        network, data, exit_weights, recipe, fabric or _default_fabric(),
+        network, data, checked, recipe, fabric or _default_fabric(),
         Path(checkpoint) if checkpoint else None, Path(metrics_csv) if metrics_csv else None, progress,
     ).run()  # fmt: skip
 
 
-def static_or_given(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
-    """Exit weights by the name of a static scheme, or as given, checked."""
+def checked_weights(
+    weights: ExitWeights, count: int, samples: int, sampler: str = "none"
+) -> tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]:
+    """Exit weights as given or as their text says, checked against the network, the data and the sampler.
+
+    Raises:
+        TrainingError: if they do not fit.
+    """
+    if isinstance(weights, AdaLoss):
+        return weights
     if isinstance(weights, str):
-        if weights not in STATIC:
-            raise TrainingError(f"unknown weighting {weights!r}; needed: one of {', '.join(STATIC)}, or a list of numbers.")
-        return STATIC[weights](count)
-    return check_weights(weights, count)
+        return AdaLoss() if weights == "adaloss" else parse_weights(weights, count)
+    if not (isinstance(weights, Tensor) and weights.dim() == 2):
+        return check_weights([float(weight) for weight in weights], count)
+    if weights.shape != (samples, count):
+        raise TrainingError(
+            f"weights of shape {tuple(weights.shape)} for {samples} training samples and {count} exits; needed: one row per "
+            "sample, one column per exit."
+        )
+    if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise TrainingError("the weights of samples must be finite and not negative, and one must be positive.")
+    if sampler != "none":
+        raise TrainingError(f"sampler={sampler!r} draws from one set of weights; with weights per sample use sampler='none'.")
+    return weights.float()
 
 
 def _default_fabric() -> Fabric:
@@ -220,9 +270,9 @@ class _Training:
 
     def __init__(
         self,
-        network: MultiExitNetwork,
+        network: MultiExitNetwork | RunningEnsemble,
         data: Data,
-        weights: tuple[float, ...],
+        weights: tuple[float, ...] | AdaLoss | Tensor,
         recipe: Recipe,
         fabric: Fabric,
         checkpoint: Path | None,
@@ -230,7 +280,11 @@ class _Training:
         progress: bool,
     ) -> None:
         self.network, self.data, self.recipe, self.fabric = network, data, recipe, fabric
-        self.weights = weights
+        self.sample_weights = weights if isinstance(weights, Tensor) else None
+        static = self.mean_weights(weights)
+        self.head_decays = [recipe.weight_decay * (weight if recipe.head_decay == "scaled" else 1.0) for weight in static]
+        base = weights if isinstance(weights, AdaLoss) else static
+        self.balancer = balancer(base, recipe.sampler, count=network.num_exits, gamma=recipe.sampler_gamma, seed=recipe.seed)
         self.checkpoint, self.metrics_csv = checkpoint, metrics_csv
         self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
@@ -238,10 +292,16 @@ class _Training:
         self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)  # their losses and hits
         self.seconds = 0.0  # and their time
         self.identity = {
-            "recipe": dataclasses.asdict(recipe), "weights": list(weights), "data": data.fingerprint,
+            "recipe": dataclasses.asdict(recipe), "weights": _identity(weights), "data": data.fingerprint,
             "processes": fabric.world_size, "network": fingerprint_structure(network.state_dict()),
             "exits": list(getattr(network, "exit_names", ())),  # heads of equal shapes fit at other places, too
         }  # fmt: skip
+
+    def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
+        """One static weight per exit: what head decay goes by."""
+        if isinstance(weights, AdaLoss):
+            return (1.0,) * self.network.num_exits  # as the authors: theirs are those before the first update
+        return tuple(weights.mean(0).tolist()) if isinstance(weights, Tensor) else weights
 
     def run(self) -> History:
         torch.manual_seed(self.recipe.seed)
@@ -262,45 +322,53 @@ class _Training:
         return History(epochs=tuple(self.history))
 
     def _run_phase(self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None) -> None:
-        weights = torch.tensor(self.weights, device=self.fabric.device)
-        if phase == "backbone":
-            weights = torch.zeros_like(weights)
-            weights[-1] = 1.0
         backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
         for name, parameter in self.network.named_parameters():
             # without a gradient, momentum and weight decay would still move what is not to be trained
             taking_part = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
             parameter.requires_grad_(taking_part and self.trainable[name])
-        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not parameters:
+        groups = self._parameter_groups()
+        if not groups:
             raise TrainingError(
                 f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: the network has no such "
                 "parameters, or all of them are frozen. Attach exits, or set requires_grad."
             )
         optimizer: Any = torch.optim.SGD(
-            parameters, lr=self.recipe.lr, momentum=self.recipe.momentum, weight_decay=self.recipe.weight_decay,
+            groups, lr=self.recipe.lr, momentum=self.recipe.momentum, weight_decay=self.recipe.weight_decay,
             nesterov=self.recipe.momentum > 0,
         )  # fmt: skip
         if optimizer_state:
             optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
         model, optimizer = self.fabric.setup(self.network, optimizer)
         for epoch in range(len(self.history), last):
-            self._run_epoch(model, optimizer, weights, phase, epoch, (first, last))
+            self._run_epoch(model, optimizer, phase, epoch, (first, last))
 
-    def _run_epoch(
-        self, model: nn.Module, optimizer: Any, weights: Tensor, phase: str, epoch: int, span: tuple[int, int]
-    ) -> None:
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What is to be trained, by weight decay: everything but the early heads, then each head."""
+        heads = list(getattr(self.network, "heads", ()))
+        owner = {id(parameter): exit for exit, head in enumerate(heads) for parameter in head.parameters()}
+        members: dict[int | None, list[nn.Parameter]] = {}
+        for parameter in self.network.parameters():
+            if parameter.requires_grad:
+                members.setdefault(owner.get(id(parameter)), []).append(parameter)
+        decays = [*self.head_decays, self.recipe.weight_decay]
+        return [
+            {"params": parameters, "weight_decay": decays[-1 if exit is None else exit]} for exit, parameters in members.items()
+        ]
+
+    def _run_epoch(self, model: nn.Module, optimizer: Any, phase: str, epoch: int, span: tuple[int, int]) -> None:
         model.train()
         if phase == "heads":
             self.network.backbone.eval()  # a frozen backbone keeps its batch-norm statistics
         batches = self._order(self.data.size("train"), epoch)
+        self.balancer.begin_epoch(epoch)
         seen = sum(len(batch) for batch in batches[: self.step])
         started = time.perf_counter()
         lr = 0.0
         while self.step < len(batches):
             done = (epoch - span[0] + self.step / len(batches)) / (span[1] - span[0])
             lr = self.recipe.learning_rate(done)
-            self.sums += self._update(model, optimizer, weights, batches[self.step], lr)
+            self.sums += self._update(model, optimizer, phase, batches[self.step], lr)
             seen += len(batches[self.step])
             self.step += 1
             self.shown.step(epoch, phase, self.step / len(batches), self.sums / seen)
@@ -326,7 +394,7 @@ class _Training:
         if self.interrupt.asked:
             raise KeyboardInterrupt
 
-    def _update(self, model: nn.Module, optimizer: Any, weights: Tensor, indices: Tensor, lr: float) -> Tensor:
+    def _update(self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float) -> Tensor:
         """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on the CPU."""
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -336,17 +404,32 @@ class _Training:
         inputs = augmented(inputs, self.recipe.augment)
         if self.recipe.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        outputs = model(inputs)
-        losses = exit_losses(outputs, labels, self.recipe.label_smoothing)
-        loss = weighted_loss(losses, weights)
+        flow = self.recipe.gradients() if phase == "joint" else PLAIN
+        outputs = model(inputs) if flow == PLAIN else model(inputs, gradients=flow)
+        losses = sample_losses(outputs, labels, self.recipe.label_smoothing)
+        loss = self._objective(losses, outputs, phase, indices)
+        exit_losses = losses.detach().mean(1)
         if not torch.isfinite(loss):
-            raise _diverged("loss", losses, lr)
+            raise _diverged("loss", exit_losses, lr)
         optimizer.zero_grad()
         self.fabric.backward(loss)
         if self.recipe.clip_norm:
             self.fabric.clip_gradients(model, optimizer, max_norm=self.recipe.clip_norm)
         optimizer.step()
-        return torch.stack([losses.detach() * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+        sums = torch.stack([exit_losses * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+        if phase != "backbone":
+            self.balancer.observe(self._over_processes(sums[0] / len(labels)))
+        return sums
+
+    def _objective(self, losses_KB: Tensor, outputs: Sequence[Tensor], phase: str, indices: Tensor) -> Tensor:
+        """What this step minimises."""
+        if phase == "backbone":
+            return losses_KB[-1].mean()
+        if self.recipe.distillation:
+            losses_KB = distilled(losses_KB, outputs, self.recipe.distillation, self.recipe.temperature)
+        if self.sample_weights is not None:
+            return weighted_sample_loss(losses_KB, self.sample_weights[indices].to(losses_KB.device))
+        return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
 
     def _order(self, count: int, epoch: int) -> list[Tensor]:
         """This process's batches of one epoch, as indices; the same whether or not the run was interrupted."""
@@ -372,7 +455,8 @@ class _Training:
         for inputs, labels in self.data.batches(split, 512):
             outputs = self.network(inputs.to(self.fabric.device))
             labels = labels.to(self.fabric.device)
-            sums += torch.stack([exit_losses(outputs, labels) * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+            losses = sample_losses(outputs, labels).sum(1)
+            sums += torch.stack([losses, exit_hits(outputs, labels).float()]).double().cpu()
         return sums / self.data.size(split)
 
     def _write_metrics(self) -> None:
@@ -384,6 +468,7 @@ class _Training:
             return
         header = {
             "kind": "checkpoint", **self.identity, "step": self.step, "seconds": self.seconds, "sums": self.sums.tolist(),
+            "balancer": self.balancer.state(),
             "history": [dataclasses.asdict(entry) for entry in self.history],
         }  # fmt: skip
         save_checkpoint(self.checkpoint, self.network, optimizer, header)
@@ -397,6 +482,7 @@ class _Training:
         self.history = [EpochMetrics.from_json(entry) for entry in header["history"]]
         self.step, self.seconds = header["step"], header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)
+        self.balancer.restore(header["balancer"])
         self._write_metrics()  # may have been lost, or the run been stopped between the two files
         return optimizer_state
 
@@ -407,6 +493,13 @@ class _Training:
                     f"the checkpoint {self.checkpoint} was made with another {name}: {header.get(name)}, but here it is "
                     f"{wanted}. Go on with the old settings, or delete the checkpoint to start anew."
                 )
+
+
+def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
+    """Weights as a checkpoint remembers them."""
+    if isinstance(weights, Tensor):
+        return fingerprint_tensors({"weights": weights})
+    return {"adaloss": dataclasses.asdict(weights)} if isinstance(weights, AdaLoss) else list(weights)
 
 
 def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:

@@ -10,11 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def sample_losses(
+    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], label_smoothing: float = 0.0
+) -> Float[Tensor, "K B"]:
+    """Cross-entropy of every exit on every sample, shape [K, B]."""
+    outputs = torch.stack([output.float() for output in outputs_K])
+    labels = labels_B.repeat(len(outputs))
+    losses = F.cross_entropy(outputs.flatten(0, 1), labels, label_smoothing=label_smoothing, reduction="none")
+    return losses.view(outputs.shape[:2])
+
+
 def exit_losses(
     outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], label_smoothing: float = 0.0
 ) -> Float[Tensor, "K"]:
     """Mean cross-entropy of every exit, shape [K]."""
-    return torch.stack([F.cross_entropy(output.float(), labels_B, label_smoothing=label_smoothing) for output in outputs_K])
+    return sample_losses(outputs_K, labels_B, label_smoothing).mean(1)
 
 
 def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -> Float[Tensor, ""]:
@@ -26,6 +36,40 @@ def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -
     return (losses_K * weights_K).sum()
 
 
+def weighted_sample_loss(losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+    """Sum over exits of weight times loss, where every sample has weights of its own; mean over the samples.
+
+    Source:
+        Impatient DNNs, budgets that depend on the input: p(t | x) in place of p(t).
+    """
+    return (losses_KB * weights_BK.T).sum(0).mean()
+
+
+def distillation_losses(outputs_K: Sequence[Float[Tensor, "B C"]], temperature: float = 1.0) -> Float[Tensor, "K B"]:
+    """Divergence of every exit's class probabilities from the last exit's, which learns nothing from it; shape [K, B].
+
+    Kullback-Leibler divergence of the probabilities at a temperature, times its square, so that gradients keep their size;
+    0 for the last exit.
+
+    Source:
+        Hinton et al. 2015; from the last exit to the earlier ones as in Zhang et al. 2019 (Be your own teacher).
+    """
+    outputs = torch.stack([output.float() for output in outputs_K])
+    teacher = F.log_softmax(outputs[-1].detach() / temperature, -1)
+    student = F.log_softmax(outputs / temperature, -1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+    return torch.cat([divergence[:-1], torch.zeros_like(divergence[-1:])])
+
+
+def distilled(
+    losses_KB: Float[Tensor, "K B"], outputs_K: Sequence[Float[Tensor, "B C"]], share: float, temperature: float = 1.0
+) -> Float[Tensor, "K B"]:
+    """The early exits' losses with this share of them replaced by learning from the last exit."""
+    shares = torch.full((len(losses_KB), 1), share, device=losses_KB.device)
+    shares[-1] = 0.0
+    return (1.0 - shares) * losses_KB + shares * distillation_losses(outputs_K, temperature)
+
+
 def exit_hits(outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"]) -> Int[Tensor, "K"]:
     """Number of samples each exit gets right, shape [K]."""
-    return torch.stack([(output.argmax(1) == labels_B).sum() for output in outputs_K])
+    return (torch.stack(list(outputs_K)).argmax(-1) == labels_B).sum(1)

@@ -1,0 +1,355 @@
+"""Exit weights that change while a network trains: AANN's alternating weights, no-regret samplers and AdaLoss.
+
+Two layers: a base, given or adapted to the losses (AdaLoss), and a sampler that gives one exit, drawn anew for every step,
+a bonus on top of it. Every loop can use them:
+
+    weights = balancer(sieve(9), "alternating", count=9, seed=0)
+    for epoch in range(epochs):
+        weights.begin_epoch(epoch)
+        for batch in batches:
+            losses_K = ...
+            weighted_loss(losses_K, weights.weights()).backward()
+            weights.observe(losses_K)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from impatient.errors import StaleInput, TrainingError
+from impatient.training.weights import check_weights, const
+
+SAMPLERS = ("none", "alternating", "exp3", "rwm", "avgl")
+EPS = 1e-8  # below any loss worth balancing; keeps 1 / loss and loss / loss finite
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaLoss:
+    """Base weights inversely proportional to the running average of each exit's loss.
+
+    They minimise the sum of the logarithms of the losses, so that no exit counts more because its loss is larger.
+
+    Attributes:
+        momentum: of the running average; 0 takes the last step alone.
+        update_every: steps from one update of the weights to the next; before the first one every exit weighs 1.
+        final_extra: added to the last exit's weight after the largest has been scaled to 1.
+        gamma: smallest weight, the largest being 1.
+
+    Source:
+        AdaLoss (Hu et al. 2019, Learning anytime predictions), the authors' code, with the constants of its CIFAR scripts.
+        We differ: 1 / (average + 1e-8), where the code has 1 / average + 1e-8, which does not protect against 0.
+    """
+
+    momentum: float = 0.99
+    update_every: int = 100
+    final_extra: float = 1.0
+    gamma: float = 0.07
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise TrainingError(f"momentum={self.momentum} of AdaLoss; needed: 0 or a share below 1.")
+        if self.update_every < 1:
+            raise TrainingError(f"update_every={self.update_every} of AdaLoss; needed: at least 1 step.")
+        if not 0.0 <= self.final_extra < math.inf:
+            raise TrainingError(f"final_extra={self.final_extra} of AdaLoss; needed: 0 or a positive number.")
+        _share("gamma", self.gamma, "AdaLoss")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """How the samplers "exp3", "rwm" and "avgl" learn which exit to draw.
+
+    Attributes:
+        gamma: share of equal probabilities in what they draw from, and the learning rate of "exp3" and "rwm".
+        last_reward_rate: reward of the last exit, which has no next one, over the best reward of the others.
+
+    Source:
+        Anytime Neural Networks, appendix, with the authors' constants.
+    """
+
+    gamma: float = 0.3
+    last_reward_rate: float = 0.85
+
+    def __post_init__(self) -> None:
+        _share("gamma", self.gamma, "the sampler")
+        _share("last_reward_rate", self.last_reward_rate, "the sampler")
+
+
+class Balancer(Protocol):
+    """Exit weights that change while training; one call of `weights`, then one of `observe`, per step."""
+
+    def weights(self) -> Float[Tensor, "K"]:
+        """Weights for the next step, float32 on the CPU. A sampler draws anew at every call."""
+        ...
+
+    def observe(self, losses_K: Float[Tensor, "K"]) -> None:
+        """Learn from a step's mean loss per exit; with several processes, the mean over all, or their weights part ways.
+
+        A step whose losses are not all finite changes nothing.
+        """
+        ...
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Say which epoch, from 0, the next steps belong to."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """All that changes, as plain numbers, lists and dicts for a JSON file."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, bit for bit.
+
+        Raises:
+            StaleInput: if it is that of another kind of balancer or another number of exits.
+        """
+        ...
+
+
+def balancer(
+    base: Sequence[float] | AdaLoss,
+    sampler: str = "none",
+    *,
+    count: int,
+    gamma: float = 0.5,
+    learner: Learner | None = None,
+    seed: int = 0,
+) -> Balancer:
+    """Exit weights for every step of a training run.
+
+    Args:
+        base: weights of the exits, such as `sieve(count)`, or AdaLoss.
+        sampler: which exit gets a bonus in a step. "none"; "alternating" draws in proportion to the base weights; "exp3",
+            "rwm" and "avgl" learn, from the second epoch on, to draw the exits that the next one improves on most.
+        count: of the exits.
+        gamma: the bonus, as a share of the sum of the base weights.
+        learner: constants of "exp3", "rwm" and "avgl".
+        seed: of the draws; a generator of its own, so that no other randomness changes.
+    Raises:
+        TrainingError: if the base does not fit the number of exits or the sampler is unknown.
+    Source:
+        Anytime Neural Networks, section 4 (alternating weights, AANN) and appendix (the learners, which the paper found
+        not better). The mean of alternating weights is the base times 1 + gamma.
+    Example:
+        >>> alternating = balancer([0.5, 0.5, 1.0], "alternating", count=3)
+        >>> alternating.weights().tolist()  # half of the sum, 1, goes to one exit
+        [0.5, 0.5, 2.0]
+    """
+    if sampler not in SAMPLERS:
+        raise TrainingError(f"unknown sampler {sampler!r}; needed: one of {', '.join(SAMPLERS)}.")
+    if not 0.0 <= gamma < math.inf:
+        raise TrainingError(f"gamma={gamma} of the sampler; needed: 0 or a positive number.")
+    inner: Balancer = _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
+    return inner if sampler == "none" else _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
+
+
+# --- the rules, as plain functions ------------------------------------------------------------------------------------
+
+
+def adaloss_weights(averages_K: Float[Tensor, "K"], settings: AdaLoss) -> Float[Tensor, "K"]:
+    """AdaLoss's weights for these running averages of the losses; between gamma and 1.
+
+    Example:
+        >>> adaloss_weights(torch.tensor([2.0, 1.0, 0.5]), AdaLoss(final_extra=0.0, gamma=0.0))
+        tensor([0.2500, 0.5000, 1.0000])
+    """
+    weights = 1.0 / (averages_K.clamp(min=0.0) + EPS)
+    weights = weights / weights.max()
+    weights[-1] += settings.final_extra
+    return (1.0 - settings.gamma) * weights / weights.max() + settings.gamma
+
+
+def rewards(losses_K: Float[Tensor, "K"], last_reward_rate: float) -> Float[Tensor, "K"]:
+    """By which share the next exit's loss is lower than each exit's; at most 1.
+
+    The last exit's is `last_reward_rate` times the best of the others', and 0 if there are none. A loss of 0 is divided
+    by 1e-8 instead: no reward if the next one is 0, too, and a very negative one if it is not.
+
+    Source:
+        Anytime Neural Networks, appendix: r[i] = 1 - loss[i + 1] / loss[i], r[L] = C max r.
+    """
+    losses = losses_K.clamp(min=0.0)
+    early = (losses[:-1] - losses[1:]) / losses[:-1].clamp(min=EPS)
+    last = last_reward_rate * early.max() if len(early) else torch.zeros((), dtype=losses.dtype)
+    return torch.cat([early, last[None]])
+
+
+def mixed(values_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
+    """Probabilities proportional to the values, of which a share `gamma` is spread evenly; all even if all values are 0."""
+    even = torch.full_like(values_K, 1.0 / len(values_K))
+    total = values_K.sum()
+    return (1.0 - gamma) * (values_K / total if total > 0.0 else even) + gamma * even
+
+
+def draw(probabilities_K: Float[Tensor, "K"], uniform: float) -> int:
+    """The exit at which the running sum of the probabilities passes a number from [0, 1); never one of probability 0."""
+    ends = probabilities_K.cumsum(0)
+    return int(torch.searchsorted(ends / ends[-1], torch.tensor(uniform, dtype=ends.dtype), right=True))
+
+
+def exp3(
+    values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], drawn: int, probability: float, gamma: float
+) -> Float[Tensor, "K"]:
+    """EXP3's values after a step: that of the exit drawn with this probability times exp(gamma reward / (probability K))."""
+    gains = torch.zeros_like(values_K)
+    gains[drawn] = gamma * rewards_K[drawn] / (probability * len(values_K))
+    return _grown(values_K, gains, gamma)
+
+
+def rwm(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
+    """The values of randomised weighted majority after a step: all of them times exp(gamma reward / 2)."""
+    return _grown(values_K, 0.5 * gamma * rewards_K, gamma)
+
+
+def avgl(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+    """AVGL's values after a step: 0.9 of the old ones plus the rewards, at least 0."""
+    return (0.9 * values_K + rewards_K).clamp(min=0.0)
+
+
+def _grown(values_K: Tensor, gains_K: Tensor, gamma: float) -> Tensor:
+    # softmax of the logarithms: where all rewards are very negative, exp would be 0 for all and what was learned be lost
+    return mixed(torch.softmax(values_K.log() + gains_K, 0), 0.001 * gamma)
+
+
+# --- what lives -------------------------------------------------------------------------------------------------------
+
+
+class _Static:
+    """The base weights at every step."""
+
+    def __init__(self, base: Sequence[float]) -> None:
+        self.base = torch.tensor(base, dtype=torch.float32)
+
+    def weights(self) -> Tensor:
+        return self.base.clone()
+
+    def observe(self, losses_K: Tensor) -> None:
+        pass
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        _check_state(state, self.state())
+
+
+class _Adaptive:
+    """AdaLoss."""
+
+    def __init__(self, settings: AdaLoss, count: int) -> None:
+        self.settings = settings
+        self.base = torch.tensor(const(count), dtype=torch.float64)
+        self.averages = torch.zeros_like(self.base)
+        self.steps = 0
+
+    def weights(self) -> Tensor:
+        return self.base.float()
+
+    def observe(self, losses_K: Tensor) -> None:
+        losses = _at_hand(losses_K, len(self.base))
+        if losses is None:
+            return
+        momentum = self.settings.momentum if self.steps else 0.0  # starts at the first losses, not at 0
+        self.averages = momentum * self.averages + (1.0 - momentum) * losses
+        self.steps += 1
+        if self.steps % self.settings.update_every == 0:
+            self.base = adaloss_weights(self.averages, self.settings)
+
+    def begin_epoch(self, epoch: int) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {"base": self.base.tolist(), "averages": self.averages.tolist(), "steps": self.steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        _check_state(state, self.state())
+        self.base = torch.tensor(state["base"], dtype=torch.float64)
+        self.averages = torch.tensor(state["averages"], dtype=torch.float64)
+        self.steps = state["steps"]
+
+
+class _Sampled:
+    """A bonus for one drawn exit on top of a base."""
+
+    def __init__(self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int) -> None:
+        self.inner, self.sampler, self.bonus, self.learner = inner, sampler, bonus, learner
+        self.random = np.random.default_rng(seed)
+        # avgl's sum of rewards starts empty; the others' values start equal
+        self.values = torch.full((count,), 0.0 if sampler == "avgl" else 1.0 / count, dtype=torch.float64)
+        self.drawn = -1  # nothing yet
+        self.epoch = 0
+
+    def weights(self) -> Tensor:
+        weights = self.inner.weights()
+        probabilities = mixed(weights.double(), 0.0) if self.sampler == "alternating" else self._learned()
+        self.drawn = draw(probabilities, self.random.random())
+        weights[self.drawn] += self.bonus * weights.sum()
+        return weights
+
+    def observe(self, losses_K: Tensor) -> None:
+        self.inner.observe(losses_K)
+        losses = _at_hand(losses_K, len(self.values))
+        if losses is None or self.sampler == "alternating" or self.epoch < 1:
+            return
+        gained = rewards(losses, self.learner.last_reward_rate)
+        if self.sampler == "rwm":
+            self.values = rwm(self.values, gained, self.learner.gamma)
+        elif self.sampler == "avgl":
+            self.values = avgl(self.values, gained)
+        elif self.drawn >= 0:
+            self.values = exp3(self.values, gained, self.drawn, float(self._learned()[self.drawn]), self.learner.gamma)
+
+    def _learned(self) -> Tensor:
+        return mixed(self.values, self.learner.gamma)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.inner.begin_epoch(epoch)
+        self.epoch = epoch
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state(), "values": self.values.tolist(), "drawn": self.drawn, "epoch": self.epoch,
+            "random": dict(self.random.bit_generator.state),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        _check_state(state, self.state())
+        self.inner.restore(state["inner"])
+        self.values = torch.tensor(state["values"], dtype=torch.float64)
+        self.drawn, self.epoch = state["drawn"], state["epoch"]
+        self.random.bit_generator.state = state["random"]
+
+
+def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
+    """The losses for arithmetic of small vectors, or None if they teach nothing."""
+    if losses_K.shape != (count,):
+        raise TrainingError(f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} exits.")
+    losses = losses_K.detach().to("cpu", torch.float64)
+    return losses if bool(torch.isfinite(losses).all()) else None
+
+
+def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    def sizes(values: Mapping[str, Any]) -> dict[str, int]:
+        return {name: len(value) if isinstance(value, list) else 1 for name, value in values.items()}
+
+    if sizes(state) != sizes(like):
+        raise StaleInput(
+            f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), needed: {sizes(like)}. "
+            "Go on with the weights and the sampler it was made with, or start anew."
+        )
+
+
+def _share(name: str, value: float, whose: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise TrainingError(f"{name}={value} of {whose}; needed: a share from 0 to 1.")
