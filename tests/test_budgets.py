@@ -4,14 +4,26 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from time import process_time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from impatient import budgets
-from impatient.budgets import STANDARD, STEEPNESS, Budget, exit_weights, expected_accuracy, parse_budget, standard
+from impatient.budgets import (
+    STANDARD,
+    STEEPNESS,
+    Budget,
+    deepest_for_some,
+    exit_weights,
+    exit_weights_many,
+    expected_accuracy,
+    parse_budget,
+    standard,
+)
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.errors import BudgetError, CostOrderError, StorageError
 from impatient.provenance import provenance
@@ -72,6 +84,35 @@ def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
     drawn = budget.sample(40_000, seed=1)
     assert drawn.mean() == pytest.approx(budget.mean_s(), abs=5 * drawn.std() / 200)
     assert (drawn < 3.0).mean() == pytest.approx(BY_HAND[shape](3.0), abs=5 * 0.5 / 200)
+
+
+SCIPY: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    "uniform": lambda t, low, high: stats.uniform.cdf(t, low, high - low),
+    "small_likely": lambda t, low, high: stats.truncexpon.cdf(t, STEEPNESS, low, (high - low) / STEEPNESS),
+    "large_likely": lambda t, low, high: stats.truncexpon.sf(low + high - t, STEEPNESS, low, (high - low) / STEEPNESS),
+    "normal": lambda t, low, high: stats.truncnorm.cdf(t, -3.0, 3.0, (low + high) / 2, (high - low) / 6),
+    "log_uniform": lambda t, low, high: stats.loguniform.cdf(t, low, high),
+}
+
+
+@pytest.mark.parametrize("ends", [(1.0, 9.0), (1e-4, 0.010), (1e-9, 1e3), (3.0, 3.003)])
+@pytest.mark.parametrize("shape", SCIPY)
+def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, ends):
+    budget, (low, high) = over(shape, *ends), ends
+    times = np.array([0.0, low, *np.linspace(low, high, 97), *np.geomspace(low, high, 98), high, 2 * high, math.inf])
+    found = budget.probability_below(times)
+    # not closer: scipy divides logarithms and differences that nearly cancel where the ends lie close together
+    assert found == pytest.approx(SCIPY[shape](times, low, high), rel=0, abs=1e-12)
+    assert found == pytest.approx([budget.probability_below(time) for time in times.tolist()], rel=0, abs=1e-15)
+    assert budget.probability_below(times.reshape(4, -1)) == pytest.approx(found.reshape(4, -1), rel=0, abs=1e-15)
+
+
+def test_arrays_of_probabilities_of_a_log_count_what_is_strictly_below():
+    budget = budgets.empirical([1.0, 2.0, 2.0, 4.0])
+    found = budget.probability_below(np.array([[0.5, 1.0, 1.5], [2.0, 2.5, 9.0]]))
+    assert found.tolist() == [[0.0, 0.0, 0.25], [0.25, 0.75, 1.0]]
+    assert isinstance(budget.probability_below(2.0), float)
+    assert isinstance(over("normal").probability_below(2.0), float)
 
 
 def test_draws_depend_on_the_seed_alone():
@@ -162,6 +203,51 @@ def test_costs_that_do_not_increase_are_refused(costs):
         exit_weights(budgets.uniform(0.0, 10.0), costs)
 
 
+# --- many budgets at once ---------------------------------------------------------------------------------------------
+
+
+def test_weights_of_many_budgets_are_their_own_in_their_order():
+    mixed = [budgets.point(4.0), over("normal"), budgets.uniform(0.0, 10.0), budgets.empirical([1.0, 9.0]), over("normal"),
+             over("uniform"), budgets.point(0.5)]  # fmt: skip
+    for normalise in (False, True):
+        made = mixed[:-1] if normalise else mixed
+        found = exit_weights_many(made, COSTS, normalise=normalise)
+        wanted = np.array([exit_weights(budget, COSTS, normalise=normalise) for budget in made])
+        assert found == pytest.approx(wanted, rel=0, abs=3e-15)
+    assert exit_weights_many(mixed, COSTS)[[0, 2, 3, 6]].tolist() == [
+        [0.0, 0.0, 1.0, 0.0], [0.1, 0.2, 0.4, 0.2], [0.5, 0.0, 0.0, 0.5], [0.0] * 4,
+    ]  # fmt: skip
+
+
+def test_of_many_budgets_the_one_that_pays_for_nothing_is_named():
+    with pytest.raises(BudgetError, match=r"no budget between 0\.25 and 0\.5 s pays for the first exit \(1 s\)"):
+        exit_weights_many([over("uniform"), budgets.uniform(0.25, 0.5)], COSTS, normalise=True)
+
+
+def test_no_budgets_have_no_weights():
+    assert exit_weights_many([], COSTS).shape == (0, 4)
+    with pytest.raises(CostOrderError):
+        exit_weights_many([], [2.0, 1.0])
+
+
+def test_a_thousand_budgets_and_sixteen_exits_take_far_less_than_half_a_second():
+    costs = np.linspace(0.5, 10.0, 16).tolist()
+    log = np.linspace(0.1, 12.0, 500).tolist()
+    many = [over(shape, 0.1 + index / 400, 10.0) for index in range(160) for shape in BY_HAND]
+    many += [budgets.empirical(log)] * 100 + [budgets.point(1.0 + index / 100) for index in range(100)]
+    begin = process_time()  # the processor's own time: other processes do not count
+    assert exit_weights_many(many, costs).shape == (1000, 16)
+    assert process_time() - begin < 0.5
+
+
+def test_an_exit_dearer_than_a_deeper_one_is_never_the_deepest_that_fits():
+    for costs in ([1.5, 4.0, 3.2], [1.0], [3.0, 2.0, 1.0], [1.0, 1.0, 2.0], COSTS):
+        deepest = {
+            max((k for k, cost in enumerate(costs) if cost <= budget), default=None) for budget in np.linspace(0, 9, 901)
+        }
+        assert set(deepest_for_some(costs)) == deepest - {None}
+
+
 # --- expected accuracy ------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +295,16 @@ def test_weights_are_probabilities(budget, costs):
     assert len(weights) == len(costs)
     assert all(0.0 <= weight <= 1.0 for weight in weights)
     assert sum(weights) == pytest.approx(1.0 - budget.probability_below(costs[0]), abs=1e-9)
+
+
+@quick
+@given(st.lists(any_budget, max_size=6), increasing)
+def test_weights_of_any_budgets_are_the_chances_of_each_stretch(some, costs):
+    found = exit_weights_many(some, costs)
+    assert found.shape == (len(some), len(costs))
+    for row, budget in zip(found, some, strict=True):
+        below = [*(budget.probability_below(cost) for cost in costs), 1.0]
+        assert row == pytest.approx([after - before for before, after in itertools.pairwise(below)], rel=0, abs=1e-14)
 
 
 @quick

@@ -1,13 +1,17 @@
-"""How good it is: recordings, metrics, evaluation and reports."""
+"""How good it is: recordings, metrics, evaluation, reports, and the papers' own measures."""
 
 import importlib
 import typing
 
+from impatient.evaluation import milestones
+from impatient.evaluation.derived import calibrated, ensembled
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, evaluate
-from impatient.evaluation.metrics import Estimate
+from impatient.evaluation.many import PolicyOutcomes, expected_accuracies, judge_policies
+from impatient.evaluation.metrics import Estimate, Monotonicity, conditional_monotonicity
 from impatient.evaluation.recording import Recording, record
 
 if typing.TYPE_CHECKING:
+    from impatient.evaluation.baselines import linear_probes
     from impatient.evaluation.plots import accuracy_time, exit_shares, save_figure, where_time_goes
     from impatient.evaluation.report import Example, figure_svg, report_html, select_examples
 
@@ -16,12 +20,21 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "Example",
+    "Monotonicity",
+    "PolicyOutcomes",
     "Recording",
     "Row",
     "accuracy_time",
+    "calibrated",
+    "conditional_monotonicity",
+    "ensembled",
     "evaluate",
     "exit_shares",
+    "expected_accuracies",
     "figure_svg",
+    "judge_policies",
+    "linear_probes",
+    "milestones",
     "record",
     "report_html",
     "save_figure",
@@ -29,9 +42,10 @@ __all__ = [
     "where_time_goes",
 ]
 
-# imported when first asked for: matplotlib would make every `import impatient` half a second slower
+# imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a second slower
 _LATER = dict.fromkeys(("accuracy_time", "exit_shares", "save_figure", "where_time_goes"), "plots")
 _LATER |= dict.fromkeys(("Example", "figure_svg", "report_html", "select_examples"), "report")
+_LATER |= {"linear_probes": "baselines"}
 
 
 def __getattr__(name: str) -> typing.Any:

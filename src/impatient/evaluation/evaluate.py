@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.budgets import Budget, exit_weights, standard
+from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean, proportion
@@ -135,6 +134,7 @@ def evaluate(
     policies: ThresholdPolicy | Mapping[str, ThresholdPolicy] | None = None,
     *,
     exit_free: Recording | None = None,
+    same_weights: bool = True,
     budgets: Mapping[str, Budget] | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
@@ -146,6 +146,8 @@ def evaluate(
         costs: of the same network.
         policies: one, or several by name.
         exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
+        same_weights: whether the last exit's output is the untouched backbone's own, so that it stands for the network
+            without exits, too; say False where exits answer together.
         budgets: distributions over time budgets, by name; by default the four standard shapes from 0 to 1.25 times the
             interruptible cost of the last exit.
         statistic, batch_size: which measured times are used.
@@ -158,12 +160,12 @@ def evaluate(
     """
     named = {"policy": policies} if isinstance(policies, ThresholdPolicy) else dict(policies or {})
     for name, policy in named.items():
-        _check_policy(name, policy, recording)
+        check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
     if exit_free is not None:
         _check_exit_free(exit_free, recording)
-    judge = _Judge(recording, costs, statistic, batch_size, exit_free)
+    judge = _Judge(recording, costs, statistic, batch_size, exit_free, same_weights)
     distributions = dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
     rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
     return Evaluation(
@@ -181,7 +183,8 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
     return standard(1.25 * interruptible_s[-1])
 
 
-def _check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> None:
+def check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> None:
+    """Raise unless a policy belongs to the network of a recording and was fitted on another split."""
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}.")
     if policy.provenance is None:
@@ -207,8 +210,9 @@ class _Judge:
     """Outcomes of one recording under one cost profile."""
 
     def __init__(
-        self, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int, exit_free: Recording | None
-    ) -> None:
+        self, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int, exit_free: Recording | None,
+        same_weights: bool,
+    ) -> None:  # fmt: skip
         self.costs, self.options = costs, {"statistic": statistic, "batch_size": batch_size}
         self.recording, self.count = recording, costs.num_exits
         self.hits: Float[Tensor, "K N"] = recording.hits()
@@ -217,7 +221,7 @@ class _Judge:
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
         self.whole_s = costs.exit_free_s(**self.options)  # type: ignore[arg-type]
-        self.alone = exit_free
+        self.alone, self.same_weights = exit_free, same_weights
         self.samples = torch.arange(len(recording.labels))
 
     def exits(self) -> list[Row]:
@@ -235,18 +239,20 @@ class _Judge:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
         rows = [self._row("oracle", "oracle", right, self.interruptible_s, self.contract_s, self.macs)]
         same = self._row("no exits, same weights", "exit_free", self._all(self.count - 1), *self._whole())
+        if self.same_weights:
+            rows.insert(0, same)
         if self.alone is None:
-            return [same, *rows]
+            return rows
         hits, confidence = self.alone.hits()[-1], self.alone.outputs[-1].softmax(-1).amax(-1)
         own = Row(
             name="no exits, trained alone", kind="exit_free", accuracy=proportion(float(hits.sum()), len(hits)),
             interruptible_s=self.whole_s, contract_s=self.whole_s, macs=same.macs,
             calibration_error=expected_calibration_error(confidence, hits.bool()), shares=same.shares,
         )  # fmt: skip
-        return [same, own, *rows]
+        return [*rows[:-1], own, rows[-1]]
 
     def _whole(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
-        backbone_macs = float(sum(self.costs.stage_macs))
+        backbone_macs = float(self.costs.exit_free_macs)
         return (self.whole_s,) * self.count, (self.whole_s,) * self.count, (backbone_macs,) * self.count
 
     def _all(self, exit: int) -> Int[Tensor, "N"]:
@@ -275,7 +281,8 @@ class _Judge:
             exits = policy.exits_of(self.recording.outputs)
             stopped = torch.minimum(torch.arange(self.count)[:, None], exits[None])  # the exit held when time is up
             ways[name] = (self.hits[stopped, self.samples], self.interruptible_s)
-        ways["no exits, same weights"] = (self.hits[-1:], (self.whole_s,))
+        if self.same_weights:
+            ways["no exits, same weights"] = (self.hits[-1:], (self.whole_s,))
         if self.alone is not None:
             ways["no exits, trained alone"] = (self.alone.hits()[-1:], (self.whole_s,))
         return [
@@ -297,8 +304,7 @@ def _weighted(shares: Float[Tensor, "K"], values: Sequence[float]) -> float:
 
 def _expected(budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
     """Per sample, the probability of a right answer in time, which is that of the deepest exit that fits."""
-    # with its head, an exit can cost as much as a deeper one (in contract mode); then it is never the deepest that fits
-    kept = [exit for exit, own in enumerate(cost) if own < min(cost[exit + 1 :], default=math.inf)]
+    kept = list(deepest_for_some(cost))
     weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)
     return (weights[:, None] * hits[kept].double()).sum(0)
 

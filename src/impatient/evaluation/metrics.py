@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from impatient.errors import RecordingError
 
 Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
 
@@ -57,3 +60,72 @@ def expected_calibration_error(confidence: Float[Tensor, "N"], correct: Bool[Ten
     accuracy = torch.bincount(places, weights=correct.double(), minlength=bins)
     sureness = torch.bincount(places, weights=confidence.double(), minlength=bins)
     return float((accuracy - sureness).abs().sum() / count.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Monotonicity:
+    """How often, and how far, the probability of a class falls from an exit to a deeper one.
+
+    Attributes:
+        tolerances: falls that are still no violation.
+        violations: per tolerance, the share of samples with a larger fall.
+        mean_fall: of the largest fall of each sample.
+        fall_p95, fall_max: likewise, in probability.
+    """
+
+    tolerances: tuple[float, ...]
+    violations: tuple[Estimate, ...]
+    mean_fall: Estimate
+    fall_p95: float
+    fall_max: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def largest_falls(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | None = None) -> Float[Tensor, "N"]:
+    """Per sample, how far the probability of its class falls at most between two exits, the shallower one first.
+
+    Args:
+        outputs: of all exits, before softmax.
+        labels: the class of each sample; by default the one that the last exit answers.
+    Returns:
+        Largest p_i - p_j over exits i <= j, in [0, 1]; 0 where it never falls.
+    Example:
+        >>> probabilities = torch.tensor([[[0.5, 0.5]], [[0.8, 0.2]], [[0.6, 0.4]], [[0.7, 0.3]]])
+        >>> largest_falls(probabilities.log()).round(decimals=3)
+        tensor([0.2000])
+    """
+    classes_N = outputs[-1].argmax(-1) if labels is None else labels.long()
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
+        raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
+    places = classes_N.expand(outputs.shape[:2])[..., None]
+    # only the class in question is divided by the sum: a softmax over all would write everything once more
+    logs_KN = outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)
+    probabilities_KN = logs_KN.exp()
+    return (probabilities_KN.cummax(0).values - probabilities_KN).amax(0)
+
+
+def conditional_monotonicity(
+    outputs: Float[Tensor, "K N C"],
+    labels: Int[Tensor, "N"] | None = None,
+    *,
+    tolerances: Sequence[float] = (0.01, 0.1, 0.2, 0.33, 0.5),
+) -> Monotonicity:
+    """Whether going on makes answers better sample by sample, and not only on average.
+
+    Args:
+        outputs: of all exits, before softmax.
+        labels: the true classes; by default what the last exit answers.
+        tolerances: a sample is counted if the probability of its class falls by more than this between any two exits.
+    Source:
+        Jazbec et al. 2023, conditional monotonicity, with their tolerances. Look at the accuracies, too: exits that all
+        give the same never lower a probability either.
+    """
+    falls_N = largest_falls(outputs, labels).double()
+    limits_T = torch.tensor(list(tolerances), dtype=torch.float64, device=falls_N.device)
+    counts = (falls_N > limits_T[:, None]).sum(1).tolist()
+    return Monotonicity(
+        tolerances=tuple(tolerances), violations=tuple(proportion(count, len(falls_N)) for count in counts),
+        mean_fall=mean(falls_N), fall_p95=float(falls_N.quantile(0.95)), fall_max=float(falls_N.max()),
+    )  # fmt: skip

@@ -333,7 +333,7 @@ def _costs_table(costs: CostProfile, batch_size: int) -> str:
                      f"{costs.stage_parameters[exit]:,}"))  # fmt: skip
         if batch.heads[exit].max or more or costs.head_parameters[exit]:
             rows.append((f"head {exit}", *_times(batch.heads[exit]), _count(more), f"{costs.head_parameters[exit]:,}"))
-    total = _count(sum(costs.stage_macs))
+    total = _count(costs.exit_free_macs)
     rows.append((free, *_times(batch.exit_free), total, f"{sum(costs.stage_parameters):,}"))
     return _table(
         columns,

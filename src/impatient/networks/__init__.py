@@ -2,8 +2,21 @@
 
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
-from impatient.networks.resnet import PreActResNet
+from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
+from impatient.networks.running import RunningEnsemble
 from impatient.networks.specs import load_model
 from impatient.networks.stages import Exit, Walk
+from impatient.networks.vgg import SmallVGG
 
-__all__ = ["Exit", "FeatureShape", "MultiExitNetwork", "PreActResNet", "Walk", "attach_exits", "load_model"]
+__all__ = [
+    "Exit",
+    "FeatureShape",
+    "MultiExitNetwork",
+    "PreActResNet",
+    "RunningEnsemble",
+    "SmallVGG",
+    "Walk",
+    "attach_exits",
+    "load_model",
+    "preact_resnet_imagenet",
+]

@@ -41,10 +41,17 @@ class Policy(Protocol):
 class Recorded(Protocol):
     """What fitting needs of a recording."""
 
-    outputs: Float[Tensor, "K N C"]
-    labels: Int[Tensor, "N"]
-    split: str
-    provenance: Provenance
+    @property
+    def outputs(self) -> Float[Tensor, "K N C"]: ...
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

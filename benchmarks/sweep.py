@@ -1,0 +1,132 @@
+"""A thousand policies, and a thousand budgets, on 10,000 samples x 16 exits x 100 classes: asked for, under a second each.
+
+python benchmarks/sweep.py            about half a minute
+python benchmarks/sweep.py --smoke    seconds, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from common import write_results
+
+from impatient import ThresholdPolicy, budgets, evaluate
+from impatient.budgets import Budget, exit_weights_many
+from impatient.costs import BatchCosts, CostProfile, Quantiles
+from impatient.evaluation import Recording
+from impatient.evaluation.many import expected_accuracies, judge_policies
+from impatient.policies.scores import SCORES
+from impatient.provenance import provenance
+
+
+def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recording:
+    """Noise in which deeper exits raise the true class by more."""
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (samples,), generator=random)
+    outputs = torch.randn(exits, samples, classes, generator=random)
+    outputs[:, torch.arange(samples), labels] += torch.linspace(1.0, 4.0, exits)[:, None]
+    names = tuple(f"exit{k}" for k in range(exits))
+    return Recording(outputs=outputs, labels=labels, split="test", exits=names, provenance=provenance())
+
+
+def even_costs(exits: int) -> CostProfile:
+    """A millisecond a stage, a tenth a head."""
+    stage, head, counts = Quantiles.of([1e-3]), Quantiles.of([1e-4]), (1,) * exits
+    batch = BatchCosts(stages=(stage,) * exits, heads=(head,) * exits, exit_free=stage)
+    return CostProfile(
+        exits=tuple(f"exit{k}" for k in range(exits)), batches={1: batch}, stage_macs=counts, head_macs=counts,
+        stage_parameters=counts, head_parameters=counts, provenance=provenance(),
+    )  # fmt: skip
+
+
+def random_policies(recording: Recording, count: int, seed: int) -> list[ThresholdPolicy]:
+    """Thresholds at random quantiles of each exit's own scores, the three scores in turn, an exit in five closed."""
+    random = np.random.default_rng(seed)
+    scores = {name: np.sort(score(recording.outputs).numpy(), axis=1) for name, score in SCORES.items()}
+    exits, samples = scores["margin"].shape
+    made = []
+    for name in (list(SCORES)[index % 3] for index in range(count)):
+        bounds = scores[name][np.arange(exits), random.integers(samples // 2, samples, size=exits)]
+        bounds = np.where(random.random(exits) < 0.2, math.inf, bounds)
+        made.append(ThresholdPolicy(score=name, thresholds=(*bounds[:-1].tolist(), -math.inf)))
+    return made
+
+
+def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
+    """All shapes in turn, over random ranges; logs of a hundred budgets."""
+    random = np.random.default_rng(seed)
+    shapes: list[Callable[[float, float], Budget]] = [
+        budgets.uniform, budgets.small_likely, budgets.large_likely, budgets.normal, budgets.log_uniform,
+        lambda low, high: budgets.point((low + high) / 2),
+        lambda low, high: budgets.empirical(random.uniform(low, high, size=100).tolist()),
+    ]  # fmt: skip
+    ends = np.sort(random.uniform(1e-4, longest_s, size=(count, 2)), axis=1).tolist()
+    return [shapes[index % len(shapes)](low, high) for index, (low, high) in enumerate(ends)]
+
+
+Calls = dict[tuple[str, int], Callable[[], object]]
+
+
+def workload(samples: int, exits: int, classes: int, count: int, seed: int) -> Calls:
+    """What is timed, by name and number of policies or budgets."""
+    costs, recording = even_costs(exits), random_recording(samples, exits, classes, seed)
+    policies, reached_s = random_policies(recording, count, seed), costs.interruptible_s()
+    drawn = random_budgets(count, 1.25 * reached_s[-1], seed)
+    return {
+        ("judge_policies", count): lambda: judge_policies(recording, costs, policies),
+        ("expected_accuracies", count): lambda: expected_accuracies(recording, reached_s, drawn),
+        ("exit_weights_many", count): lambda: exit_weights_many(drawn, reached_s),
+        ("evaluate, no budgets", 1): lambda: evaluate(recording, costs, policies[0], budgets={}),
+    }
+
+
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Time on the wall and of the processor; they differ where other work runs beside."""
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    smoke = parser.parse_args().smoke
+    torch.set_num_threads(1)
+    samples, exits, classes, count = (500, 4, 10, 20) if smoke else (10_000, 16, 100, 1000)
+    seeds, repeats = (1, 2) if smoke else (3, 7)
+    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(seeds):
+        calls = workload(samples, exits, classes, count, seed)
+        for repeat in range(repeats + 1):
+            for what, call in calls.items():
+                taken = seconds(call)
+                if repeat:  # the first one warms up
+                    times[what].append(taken)
+    rows: list[dict[str, object]] = [
+        {
+            "function": name, "policies or budgets": number, "samples": samples, "exits": exits, "classes": classes,
+            "threads": 1, "n": len(taken), "min s": f"{min(wall):.4f}", "median s": f"{statistics.median(wall):.4f}",
+            "max s": f"{max(wall):.4f}", "median processor s": f"{statistics.median(processor):.4f}",
+        }
+        for (name, number), taken in times.items()
+        for wall, processor in [tuple(zip(*taken, strict=True))]
+    ]  # fmt: skip
+    print(*rows, sep="\n")
+    if not smoke:
+        text = (
+            f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each after one that does not "
+            "count; all from the recording on, scores and hits included. The three scores in turn, one exit in five closed; "
+            "seven shapes of budgets. `evaluate` with one policy, which gives intervals and calibration too, to compare with."
+        )
+        write_results("sweep", "Many policies and budgets at once", text, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Recordings of what a network would say if its exits answered together, made from what they said alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from impatient.ensembling import Rule, RuleName, as_temperatures, combine
+from impatient.errors import PolicyError
+from impatient.evaluation.recording import Recording
+from impatient.provenance import fingerprint_bytes
+
+
+def ensembled(
+    recording: Recording,
+    rule: RuleName | Rule,
+    *,
+    temperatures: Sequence[float] | None = None,
+    recalibration: Sequence[float] | None = None,
+) -> Recording:
+    """A recording under a rule: the same outputs as one made with `RunningEnsemble`, without running anything.
+
+    Judge it with the cost profile of the `RunningEnsemble`, in which no head can be skipped. Its fingerprints of network and
+    weights are made from the old ones and the rule: a policy that was fitted on other outputs is refused. They are not those
+    of a recording made with `RunningEnsemble`, which knows every weight; fit and judge on recordings made the same way.
+
+    Args:
+        recording: of the network alone.
+        rule: by name, or with settings of its own.
+        temperatures, recalibration: one per exit, before and after combining (`fit_temperatures`).
+    Raises:
+        PolicyError: if the rule is unknown, or there are not K positive temperatures.
+    """
+    outputs = combine(recording.outputs, rule, temperatures=temperatures, recalibration=recalibration)
+    made = f"{Rule.of(rule)} {_told(temperatures)} {_told(recalibration)}"
+    return _derived(recording, outputs, made)
+
+
+def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording:
+    """A recording whose outputs are divided by one temperature per exit (`fit_temperatures`).
+
+    Raises:
+        PolicyError: if there are not K positive temperatures.
+    """
+    checked = as_temperatures(temperatures, len(recording.exits))
+    if checked is None:
+        raise PolicyError("no temperatures; needed: one per exit, from fit_temperatures.")
+    return _derived(recording, recording.outputs / checked[:, None, None], f"calibrated {_told(temperatures)}")
+
+
+def _told(temperatures: Sequence[float] | None) -> str:
+    return "1" if temperatures is None else " ".join(f"{value!r}" for value in temperatures)
+
+
+def _derived(recording: Recording, outputs: Float[Tensor, "K N C"], made: str) -> Recording:
+    old = recording.provenance
+    renamed = replace(old, network=_renamed(old.network, made), weights=_renamed(old.weights, made))
+    return replace(recording, outputs=outputs, provenance=renamed)
+
+
+def _renamed(fingerprint: str | None, made: str) -> str | None:
+    return fingerprint and fingerprint_bytes(f"{fingerprint} {made}".encode())

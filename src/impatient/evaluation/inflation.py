@@ -1,0 +1,226 @@
+"""What an ensemble of growing depth (EANN) costs over the network made for the budget: by formula, and by playing it.
+
+Networks of depth 1, b, b², ... run from a queue, shallow to deep, on M workers; an idle worker takes the next. A network of
+depth L answers, from a share r of its depth on, as well as the best network made for the depth it has come to. Whoever knew
+the budget B would spend all of it on one network of depth B; the ensemble's answer is that of a network of depth B / C(B).
+C is the **inflation** of cost.
+
+A budget is time on the wall, counted in the time one worker takes for one unit of depth. With M workers M times as much is
+computed in it, and the comparison is still with one network on one worker: C falls with M because the work of others is not
+counted. All workers are equally fast, whoever else works: true for M cores, not for M threads on one core or one GPU.
+
+All numbers are for the steady state, after many networks; the first few start earlier, and have less inflation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from impatient.errors import CostError
+
+
+def sup(base: float, *, competitive_from: float | None = None, workers: int = 1) -> float:
+    """Largest inflation over all budgets: b / (b^M - 1) + max(r b, 1).
+
+    Args:
+        base: b, the growth of depth from one network to the next, above 1.
+        competitive_from: r, the share of its depth from which on a network answers as well as one made for that depth, in
+            (0, 1]; a share below 1/b does no better than 1/b, because the network before has come further. By default 1/b.
+        workers: M.
+    Returns:
+        The supremum: reached in the limit just before a network becomes competitive.
+    Raises:
+        CostError: if there is no such ensemble.
+    Source:
+        EANN (Hu et al.), proposition, for r = 1/b and M = 1. General r and M are ours: network k begins at b^k / (b^M - 1).
+    Example:
+        >>> sup(2.0), sup(2.0, competitive_from=1.0), sup(2.0, workers=2)
+        (3.0, 4.0, 1.6666666666666665)
+    """
+    share = _share(base, competitive_from, workers)
+    return base * _begin(base, workers) + share * base
+
+
+def mean(base: float, *, competitive_from: float | None = None, workers: int = 1) -> float:
+    """Mean inflation over budgets that are uniform from 0 to the moment at which a worker takes a new network.
+
+    Over budgets up to another moment it differs a little: C(B) repeats in every step from B to b B, and is not constant.
+
+    Args:
+        base, competitive_from, workers: as for `sup`.
+    Returns:
+        The mean; for M = 1 it is b (r / (b - 1) + r² / 2) + ln(1 / r) / (b - 1) + 1 - r.
+    Raises:
+        CostError: if there is no such ensemble.
+    Source:
+        EANN (Hu et al.), proposition, for r = 1/b and M = 1. General r and M are ours.
+    Example:
+        >>> round(mean(2.0), 3), round(mean(2.0, competitive_from=1.0), 3), round(mean(2.0, workers=2), 3)
+        (2.443, 3.0, 1.472)
+    """
+    share = _share(base, competitive_from, workers)
+    begin = _begin(base, workers)
+    # A cycle lasts from the moment at which the network of depth 1 becomes competitive to that of the next. The cycles before
+    # are the same but smaller, each by b, so all of them together are 1 / (b - 1) of one.
+    first = begin + share
+    before = _integral(first, base * first, begin) / (base - 1.0)
+    end = begin * base ** math.ceil(math.log(first / begin, base))  # the moment within that cycle when one is taken
+    return (before + _integral(first, end, begin)) / end
+
+
+def ann_sup(base: float) -> float:
+    """Largest inflation of anytime networks that are competitive from 1/b of their depth on: 2 + 1 / (b - 1)."""
+    return sup(base)
+
+
+def ann_mean(base: float) -> float:
+    """Mean inflation of such networks: 1 - 1 / (2b) + (1 + ln b) / (b - 1)."""
+    return mean(base)
+
+
+def plain_sup(base: float) -> float:
+    """Largest inflation of networks that answer only at their end: b² / (b - 1), at least 4, with b = 2."""
+    return sup(base, competitive_from=1.0)
+
+
+def plain_mean(base: float) -> float:
+    """Mean inflation of such networks: 1 + 1 / (b - 1) + b / 2, at least 1.5 + sqrt 2, with b = 1 + sqrt 2."""
+    return mean(base, competitive_from=1.0)
+
+
+def best_base(competitive_from: float) -> float:
+    """The growth of depth with the smallest largest inflation, for one worker: 1 + 1 / sqrt r, but 1 / r where r + sqrt r < 1.
+
+    Args:
+        competitive_from: r, as for `sup`.
+    Raises:
+        CostError: unless it is in (0, 1].
+    Example:
+        >>> best_base(1.0), round(sup(best_base(0.5), competitive_from=0.5), 2)
+        (2.0, 2.91)
+    """
+    share = _checked_share(competitive_from)
+    return max(1.0 + 1.0 / math.sqrt(share), 1.0 / share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Schedule:
+    """Networks on workers, played; what the formulas are checked against, and how they differ for few networks.
+
+    Attributes:
+        depths: of the networks, in units of time of one worker, in the order of the queue.
+        begins: when each network begins.
+        competitive_from: r, as for `sup`.
+        end: when a worker asks for one network more than there are. Nothing is said of budgets beyond.
+    """
+
+    depths: Float[np.ndarray, "K"]
+    begins: Float[np.ndarray, "K"]
+    competitive_from: float
+    end: float
+
+    @property
+    def first(self) -> float:
+        """The smallest budget that buys an answer."""
+        return float((self.begins + self.competitive_from * self.depths).min())
+
+    def depth(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """Depth of the network whose answer the ensemble's equals, after each budget; 0 before the first answer."""
+        come_to = np.minimum(budgets[:, None] - self.begins, self.depths)
+        return np.asarray(np.where(come_to >= self.competitive_from * self.depths, come_to, 0.0).max(1))
+
+    def inflation(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """C(B) at each budget; infinite before the first answer."""
+        depth = self.depth(budgets)
+        return np.asarray(np.divide(budgets, depth, out=np.full(len(budgets), math.inf), where=depth > 0.0))
+
+    @property
+    def sup(self) -> float:
+        """Largest inflation over all budgets that buy an answer, in the limit from below too."""
+        left, right, begin, depth, running = self._pieces()
+        at_ends = [np.where(running, end / np.where(running, end - begin, 1.0), end / depth) for end in (left, right)]
+        return float(np.max(at_ends))
+
+    @property
+    def mean(self) -> float:
+        """Mean inflation over budgets that are uniform from the first answer to the end."""
+        left, right, begin, depth, running = self._pieces()
+        grown = np.where(running, (right - begin) / np.where(running, left - begin, 1.0), 1.0)
+        while_running = right - left + begin * np.log(grown)
+        areas = np.where(running, while_running, (right**2 - left**2) / (2.0 * depth))
+        return float(areas.sum() / (self.end - self.first))
+
+    def _pieces(self) -> tuple[np.ndarray, ...]:
+        """Stretches of budgets in which one network answers: from, to, its begin and depth, and whether it is running."""
+        overtakes = (self.begins[:, None] + self.depths)[np.tri(len(self.depths), dtype=bool)]  # as deep as one before it
+        moments = np.concatenate([[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes])
+        moments = np.unique(moments[(moments >= self.first) & (moments <= self.end)])
+        left, right = moments[:-1], moments[1:]
+        come_to = (left + right)[:, None] / 2.0 - self.begins
+        able = come_to >= self.competitive_from * self.depths
+        leader = np.where(able, np.minimum(come_to, self.depths), 0.0).argmax(1)
+        begin, depth = self.begins[leader], self.depths[leader]
+        return left, right, begin, depth, (left + right) / 2.0 - begin < depth
+
+
+def simulate(base: float, members: int, *, workers: int = 1, competitive_from: float | None = None) -> Schedule:
+    """Play the queue: networks of depth 1, b, b², ..., each taken by the worker that is idle first.
+
+    Args:
+        base, workers, competitive_from: as for `sup`.
+        members: number of networks, at least 2 per worker.
+    Returns:
+        Who began when, with the inflation at any budget, its supremum and its mean. With more members both come nearer to
+        `sup` and `mean`.
+    Raises:
+        CostError: if there is no such ensemble.
+    Example:
+        >>> schedule = simulate(2.0, 20)
+        >>> round(schedule.sup, 3), round(schedule.mean, 3), schedule.inflation(np.array([2.0, 3.0, 4.0])).tolist()
+        (3.0, 2.443, [2.0, 1.5, 2.0])
+    """
+    _checked_base(base, workers)
+    share = 1.0 / base if competitive_from is None else _checked_share(competitive_from)
+    if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
+        raise CostError(f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per worker, and a depth "
+                        "of the last, base ** (members - 1), that is a number.")  # fmt: skip
+    depths = base ** np.arange(float(members))
+    begins, idle_at = [], [0.0] * workers
+    for depth in depths:
+        begins.append(heapq.heappop(idle_at))
+        heapq.heappush(idle_at, begins[-1] + float(depth))
+    return Schedule(depths=depths, begins=np.array(begins), competitive_from=share, end=idle_at[0])
+
+
+def _share(base: float, competitive_from: float | None, workers: int) -> float:
+    """From which share of its depth on a network's answer is the ensemble's."""
+    _checked_base(base, workers)
+    return 1.0 / base if competitive_from is None else max(_checked_share(competitive_from), 1.0 / base)
+
+
+def _checked_base(base: float, workers: int) -> None:
+    if not 1.0 < base < math.inf or workers < 1:
+        raise CostError(f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least 1 worker.")
+
+
+def _checked_share(competitive_from: float) -> float:
+    if not 0.0 < competitive_from <= 1.0:
+        raise CostError(f"competitive_from={competitive_from}; needed: a share of a network's depth, in (0, 1].")
+    return competitive_from
+
+
+def _begin(base: float, workers: int) -> float:
+    """When the network of depth 1 begins, in the steady state: at the end of the one M before it."""
+    return 1.0 / (base**workers - 1.0)
+
+
+def _integral(since: float, until: float, begin: float) -> float:
+    """Integral of the inflation within the cycle of the network of depth 1, from when it becomes competitive."""
+    running_until = min(until, begin + 1.0)
+    running = running_until - since + begin * math.log((running_until - begin) / (since - begin))
+    return running + max(0.0, until**2 - (begin + 1.0) ** 2) / 2.0

@@ -1,0 +1,148 @@
+"""Thousands of budgets or policies on one recording: the numbers of `evaluate`, without its intervals, in under a second."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from impatient.budgets import Budget, deepest_for_some, exit_weights_many
+from impatient.costs import CostProfile, Statistic
+from impatient.errors import RecordingError
+from impatient.evaluation.evaluate import check_policy
+from impatient.evaluation.recording import Recording
+from impatient.policies.rules import ThresholdPolicy
+from impatient.policies.scores import SCORES, ScoreName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyOutcomes:
+    """What each of P policies does on one recording; entry p is row p of `evaluate`.
+
+    Attributes:
+        accuracy: share of right answers.
+        interruptible_s: mean seconds per sample when every head on the way runs.
+        contract_s: mean seconds when only the heads that are looked at run.
+        macs: mean multiply-accumulates per sample, likewise.
+        shares: share of the samples answered by each exit.
+    """
+
+    accuracy: Float[Tensor, "P"]
+    interruptible_s: Float[Tensor, "P"]
+    contract_s: Float[Tensor, "P"]
+    macs: Float[Tensor, "P"]
+    shares: Float[Tensor, "P K"]
+
+    def __len__(self) -> int:
+        return len(self.accuracy)
+
+
+def expected_accuracies(
+    recording: Recording | Float[Tensor, "K N"],
+    costs_s: Sequence[float],
+    budgets: Sequence[Budget],
+    *,
+    without_answer: float = 0.0,
+) -> Float[Tensor, "B"]:
+    """Accuracy of the answer a caller receives, under each of many distributions of budgets.
+
+    Args:
+        recording: of the split to judge on; or `recording.hits()`, or any other right (1) or wrong (0) per exit and sample.
+        costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` or `costs.contract_s()`. An exit
+            that costs as much as a deeper one is never the answer.
+        budgets: B distributions.
+        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as failures.
+    Returns:
+        B accuracies, float64; those of the rows "interruptible" and "contract" of `evaluate`.
+    Raises:
+        RecordingError: if the costs are not as many as the exits.
+    Source:
+        Impatient DNNs, Table 1's metric.
+    Example:
+        >>> from impatient.budgets import point, uniform
+        >>> hits = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+        >>> expected_accuracies(hits, [2.0, 4.0], [uniform(0.0, 8.0), point(3.0)]).tolist()
+        [0.4375, 0.25]
+    """
+    hits = recording.hits() if isinstance(recording, Recording) else recording
+    if len(hits) != len(costs_s):
+        raise RecordingError(f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost per exit.")
+    kept = list(deepest_for_some(costs_s))
+    weights = torch.from_numpy(exit_weights_many(budgets, [costs_s[exit] for exit in kept]))
+    return weights @ hits[kept].double().mean(1) + (1.0 - weights.sum(1)) * without_answer
+
+
+def judge_policies(
+    recording: Recording,
+    costs: CostProfile,
+    policies: Sequence[ThresholdPolicy],
+    *,
+    statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> PolicyOutcomes:
+    """Judge many policies on a recording.
+
+    Scores are computed once for each kind of score, so that a policy costs comparisons alone.
+
+    Args:
+        recording: of the split to judge on, usually "test".
+        costs: of the same network.
+        policies: P of them; their scores may differ.
+        statistic, batch_size: which measured times are used.
+    Raises:
+        SplitReuseError: if a policy was fitted on this very split.
+        StaleInput: if a policy was fitted on another network's recording.
+        PolicyError, RecordingError: if numbers of exits differ.
+    """
+    if recording.outputs.shape[0] != costs.num_exits:
+        raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+    for index, policy in enumerate(policies):
+        check_policy(str(index), policy, recording)
+    samples = len(recording.labels)
+    hits = recording.hits().bool().numpy()
+    # exit by exit, which is how policies score, and less memory
+    scores = {name: np.stack([SCORES[name](output).numpy() for output in recording.outputs]) for name in _names(policies)}
+    leaving, right = np.zeros((len(policies), costs.num_exits)), np.zeros(len(policies))
+    for row, policy in enumerate(policies):
+        leaving[row], right[row] = _outcome(scores[policy.score], hits, policy)
+    shares = leaving / samples
+
+    @functools.cache
+    def looked_at(heads: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        times = costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
+        return times, costs.cumulative_macs("interruptible", heads)
+
+    # [P, 2, K], also for no policy at all
+    paid = np.array([looked_at(policy.open_exits()) for policy in policies]).reshape(-1, 2, costs.num_exits)
+    every = np.asarray(costs.interruptible_s(statistic=statistic, batch_size=batch_size))
+    contract_s, macs = (paid * shares[:, None]).sum(-1).T
+    return PolicyOutcomes(
+        accuracy=torch.from_numpy(right / samples), interruptible_s=torch.from_numpy(shares @ every),
+        contract_s=torch.from_numpy(contract_s), macs=torch.from_numpy(macs), shares=torch.from_numpy(shares),
+    )  # fmt: skip
+
+
+def _names(policies: Sequence[ThresholdPolicy]) -> list[ScoreName]:
+    return sorted({policy.score for policy in policies})
+
+
+def _outcome(scores_KN: np.ndarray, hits_KN: np.ndarray, policy: ThresholdPolicy) -> tuple[list[int], int]:
+    """How many samples leave at each exit, and how many of all are right when they do."""
+    # as torch compares a float32 tensor with a number
+    bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float().numpy()
+    here = np.ones(scores_KN.shape[1], dtype=bool)  # samples that have not left yet
+    counts, right = [0] * len(bounds), 0
+    for exit in range(len(bounds)):
+        if not policy.looks_at(exit):
+            continue
+        last = exit == len(bounds) - 1
+        going = here.copy() if last else here & (scores_KN[exit] >= bounds[exit])
+        counts[exit] = int(np.count_nonzero(going))
+        right += int(np.count_nonzero(going & hits_KN[exit]))
+        here ^= going
+    return counts, right
