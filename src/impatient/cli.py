@@ -62,11 +62,23 @@ def train(
                                             "transformers:..., package.module:factory.")] = "impatient:resnet",
     data: Annotated[str, typer.Option(help="digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")] = "digits",
     exits: Annotated[int, typer.Option(help="Number of exits, placed by measured cost; the last is the output.")] = 4,
-    after: Annotated[str, typer.Option(help="Modules to exit after, with commas between, instead of --exits.")] = "",
-    heads: Annotated[str, typer.Option(help="linear, relu_linear, mlp or msdnet.")] = "linear",
-    weights: Annotated[str, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, or a budget in ms: "
-                                              "uniform:0:10, small_likely:0:10, log:FILE, ...")] = "uniform",
+    after: Annotated[str, typer.Option(help="Instead of --exits: modules to exit after, with commas between, or every:2 for "
+                                            "every second block.")] = "",
+    heads: Annotated[str, typer.Option(help="linear, relu_linear, mlp, mlp_dropout, flatten, adaptive, conv1x1, rescale or "
+                                            "msdnet.")] = "linear",
+    weights: Annotated[str, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with options "
+                                              "(sieve:last_to_early=2,total=all); adaloss; numbers (1,0.5,1); or a budget in "
+                                              "ms: uniform:0:10, small_likely:0:10, log:FILE, ...")] = "uniform",
     mode: Annotated[str, typer.Option(help="Costs behind a budget's weights: interruptible or contract.")] = "interruptible",
+    sampler: Annotated[str, typer.Option(help="Draw an exit that weighs more in each step: none, alternating (AANN), exp3, rwm "
+                                              "or avgl.")] = "none",
+    equilibrium: Annotated[bool, typer.Option("--equilibrium", help="Balance the gradients of early and later exits.")] = False,
+    detach: Annotated[float, typer.Option(help="Share of an exit's channels that deeper exits do not train.")] = 0.0,
+    distillation: Annotated[float, typer.Option(help="Share of early exits' loss that is learning from the last exit.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of distillation.")] = 1.0,
+    head_decay: Annotated[str, typer.Option(help="Weight decay of heads: plain, or scaled by their exits' weights.")] = "plain",
+    ensembling: Annotated[str, typer.Option(help="Let exits answer together: boosted, arithmetic, geometric, poe or caching. "
+                                                 "boosted is for training; the others, rather for `impatient ensemble`.")] = "",
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples per step and process.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
@@ -93,13 +105,30 @@ def train(
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule, regime=regime,  # type: ignore[arg-type]
         augment=augment, label_smoothing=label_smoothing, channels_last=channels_last, seed=seed,  # type: ignore[arg-type]
+        sampler=sampler, equilibrium=equilibrium, detach=detach, distillation=distillation, temperature=temperature,
+        head_decay=head_decay,  # type: ignore[arg-type]
     )  # fmt: skip
     plan = workflow.Plan(
         model=model, data=data, exits=exits, after=tuple(name for name in after.split(",") if name), heads=heads,
         weights=weights, mode=mode, recipe=recipe, exit_free=exit_free, validation=validation,  # type: ignore[arg-type]
+        ensembling=ensembling,
         fabric={"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision},
     )  # fmt: skip
     workflow.train(directory, plan, restart=restart, progress=not quiet, say=_say)
+
+
+@app.command()
+def ensemble(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run directory to make.")],
+    members: Annotated[list[Path], typer.Argument(metavar="MEMBER...", help="Trained run directories, shallow to deep.")],
+    rule: Annotated[str, typer.Option(help="With one member: how its exits answer together: arithmetic, geometric, poe or "
+                                           "caching.")] = "geometric",
+    force: Force = False,
+) -> None:  # fmt: skip
+    """Make one network of several, run one after the other (EANN), or let the exits of one answer together."""
+    from impatient import workflow
+
+    workflow.ensemble_run(directory, members, rule=rule, force=force, say=_say)
 
 
 @app.command()

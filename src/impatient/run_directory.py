@@ -18,26 +18,37 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 from impatient.costs import CostProfile
+from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, read_tensors, write_tensors
+from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
+from impatient.networks.running import RunningEnsemble
 from impatient.networks.specs import load_model
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
+Network = MultiExitNetwork | RunningEnsemble | EANN
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkSpec:
-    """What it takes to build the network of a run directory again, but for the weights."""
+    """What it takes to build the network of a run directory again, but for the weights.
+
+    Attributes:
+        ensembling: rule by which its exits answer together (`RunningEnsemble`); empty if each answers for itself.
+        members: of an ensemble of growing depth (`EANN`), shallow to deep; empty for one network.
+        validation_errors: of every member's exits, by which the ensemble chooses.
+    """
 
     model: str
     after: tuple[str, ...]
@@ -52,11 +63,14 @@ class NetworkSpec:
     seed: int
     validation: float
     provenance: Provenance
+    ensembling: str = ""
+    members: tuple[NetworkSpec, ...] = ()
+    validation_errors: tuple[tuple[float, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
             "kind": "network", **dataclasses.asdict(self), "preprocess": self.preprocess.to_json(),
-            "provenance": self.provenance.to_json(),
+            "provenance": self.provenance.to_json(), "members": [member.to_json() for member in self.members],
         }  # fmt: skip
 
     @classmethod
@@ -67,7 +81,9 @@ class NetworkSpec:
             return cls(
                 **plain, after=tuple(value["after"]), example_shape=tuple(value["example_shape"]),
                 class_names=tuple(value["class_names"]), preprocess=Preprocess.from_json(value["preprocess"]),
-                provenance=Provenance.from_json(value["provenance"]),
+                provenance=Provenance.from_json(value["provenance"]), ensembling=value.get("ensembling", ""),
+                members=tuple(cls.from_json(member) for member in value.get("members", ())),
+                validation_errors=tuple(tuple(errors) for errors in value.get("validation_errors", ())),
             )  # fmt: skip
         except (KeyError, TypeError) as error:
             raise StorageError(
@@ -78,14 +94,19 @@ class NetworkSpec:
         """An input of the right shape and type: zeros."""
         return torch.zeros((batch_size, *self.example_shape), dtype=getattr(torch, self.example_dtype))
 
-    def build(self) -> MultiExitNetwork:
+    def build(self) -> Network:
         """The network with fresh weights, drawn from the spec's seed."""
-        return attach_exits(
+        if self.members:
+            return EANN([member.build() for member in self.members], self.validation_errors)
+        network = attach_exits(
             self._backbone(), example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
         )
+        return RunningEnsemble(network, Rule(name=self.ensembling)) if self.ensembling else network  # type: ignore[arg-type]
 
     def build_exit_free(self) -> MultiExitNetwork:
-        """The same backbone without early exits, from the same seed."""
+        """The same backbone without early exits, from the same seed; of an ensemble, that of the deepest member."""
+        if self.members:
+            return self.members[-1].build_exit_free()
         return MultiExitNetwork(self._backbone(), [], [], [], self.num_classes)
 
     def _backbone(self) -> nn.Module:
@@ -99,16 +120,17 @@ def fresh_backbone(model: str, num_classes: int, preprocess: Preprocess, seed: i
 
 
 def new_spec(
-    model: str, data: Data, *, after: list[str] | None, count: int, heads: str, seed: int, validation: float
-) -> NetworkSpec:
+    model: str, data: Data, *, after: list[str] | str | None, count: int, heads: str, seed: int, validation: float,
+    ensembling: str = "",
+) -> NetworkSpec:  # fmt: skip
     """Place the exits of a model for some data and describe the result."""
     example = data.example()
     backbone = fresh_backbone(model, data.num_classes, data.preprocess, seed)
-    network = attach_exits(
-        backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes
-    )
+    cut = attach_exits(backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes)
+    network = RunningEnsemble(cut, Rule(name=ensembling)) if ensembling else cut  # type: ignore[arg-type]
     return NetworkSpec(
-        model=model, after=tuple(str(cut) for cut in network.cuts), heads=heads, num_classes=data.num_classes,
+        model=model, after=tuple(str(cut) for cut in network.cuts), ensembling=ensembling, heads=heads,
+        num_classes=data.num_classes,
         example_shape=tuple(example.shape[1:]), example_dtype=str(example.dtype).removeprefix("torch."),
         class_names=data.class_names, preprocess=data.preprocess, data=data.name, data_fingerprint=data.fingerprint,
         seed=seed, validation=validation,
@@ -194,7 +216,7 @@ class RunDirectory:
                 f"{spec.data_fingerprint}). Put the old files back, or train into a new directory."
             )
 
-    def network(self) -> tuple[MultiExitNetwork, str]:
+    def network(self) -> tuple[Network, str]:
         """The trained network in eval mode, and the fingerprint of its weights.
 
         Raises:
@@ -284,6 +306,9 @@ class RunDirectory:
         return policy
 
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
 def save_weights(network: nn.Module, path: Path) -> None:
     """Write weights.
 
@@ -295,7 +320,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
     write_tensors(path, state, {"kind": "weights", "fingerprint": fingerprint_tensors(state)})
 
 
-def load_weights(network: MultiExitNetwork, path: Path, directory: Path) -> tuple[MultiExitNetwork, str]:
+def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyModule, str]:
     """Load weights into a network, in eval mode.
 
     Raises:

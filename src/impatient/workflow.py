@@ -17,19 +17,26 @@ from torch import Tensor
 from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
 from impatient.costs import CostProfile, Mode
+from impatient.ensembling import Rule
 from impatient.errors import DataError, ImpatientError, PolicyError, RunError, StaleInput, StorageError
+from impatient.evaluation.derived import ensembled
 from impatient.evaluation.evaluate import Evaluation, evaluate, standard_budgets
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, select_examples
 from impatient.files import read_json, write_json, write_text
+from impatient.networks.ensemble import EANN
+from impatient.networks.multi_exit import attach_exits
+from impatient.networks.running import RunningEnsemble
+from impatient.policies.calibration import fit_temperatures
 from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES
-from impatient.run_directory import NetworkSpec, RunDirectory, new_spec, save_weights
+from impatient.provenance import fingerprint_structure
+from impatient.run_directory import NetworkSpec, RunDirectory, fresh_backbone, new_spec, save_weights
 from impatient.runtime.profile import check_profile, profile
 from impatient.runtime.runner import RESERVE_S, Answer, Runner
 from impatient.training.data import Data, load_data
-from impatient.training.loop import Recipe, fit
-from impatient.training.weights import STATIC
+from impatient.training.loop import ExitWeights, Recipe, fit
+from impatient.training.weights import parse_weights
 
 Say = Callable[[Any], None]
 
@@ -41,14 +48,20 @@ class Plan:
     model: str
     data: str
     exits: int = 4
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()  # or one rule: "every:2"
     heads: str = "linear"
     weights: str = "uniform"
     mode: Mode = "interruptible"
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     exit_free: bool = True
     validation: float = 0.1
+    ensembling: str = ""
     fabric: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rule(self) -> str | None:
+        """The rule in `after`, if it is one: "every:2"."""
+        return self.after[0] if len(self.after) == 1 and ":" in self.after[0] else None
 
 
 def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress: bool = True, say: Say) -> None:
@@ -59,6 +72,7 @@ def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress:
     data = load_data(plan.data, seed=plan.recipe.seed, validation=plan.validation)
     spec = _spec(run, plan, data)
     network = spec.build()
+    assert not isinstance(network, EANN)  # _spec has refused to train one
     say(network.describe(spec.example()))
     weights = _exit_weights(run, plan, network, say)
     fabric = _fabric(plan.fabric)  # starts the other processes, if any; they come through all of this too
@@ -84,17 +98,27 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
     """The network's description: that of the run if it was begun, and then the plan must agree; else a new one."""
     if not run.spec_file.is_file():
         spec = new_spec(
-            plan.model, data, after=list(plan.after) or None, count=plan.exits, heads=plan.heads, seed=plan.recipe.seed,
-            validation=plan.validation,
+            plan.model, data, after=plan.rule or list(plan.after) or None, count=plan.exits, heads=plan.heads,
+            seed=plan.recipe.seed, validation=plan.validation, ensembling=plan.ensembling,
         )  # fmt: skip
         write_json(run.spec_file, spec.to_json())
         return spec
     spec = run.spec()
-    begun = {"model": spec.model, "data": spec.data, "heads": spec.heads, "seed": spec.seed, "validation": spec.validation}
+    if spec.members:
+        raise RunError(
+            f"{run.path} is an ensemble of trained members; train those, and make it anew with `impatient ensemble`."
+        )
+    begun = {
+        "model": spec.model, "data": spec.data, "heads": spec.heads, "seed": spec.seed, "validation": spec.validation,
+        "ensembling": spec.ensembling,
+    }  # fmt: skip
     wanted = {
         "model": plan.model, "data": plan.data, "heads": plan.heads, "seed": plan.recipe.seed, "validation": plan.validation,
+        "ensembling": plan.ensembling,
     }  # fmt: skip
-    if plan.after:
+    if plan.rule:
+        begun, wanted = {**begun, "after": _placed(spec, plan.rule)}, {**wanted, "after": spec.after}
+    elif plan.after:
         begun, wanted = {**begun, "after": spec.after}, {**wanted, "after": plan.after}
     else:
         begun, wanted = {**begun, "exits": len(spec.after) + 1}, {**wanted, "exits": plan.exits}
@@ -106,6 +130,12 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
             )
     run.check_data(data)
     return spec
+
+
+def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
+    """Where a rule puts the exits."""
+    backbone = fresh_backbone(spec.model, spec.num_classes, spec.preprocess, spec.seed)
+    return tuple(str(cut) for cut in attach_exits(backbone, example=spec.example(), after=rule).cuts)
 
 
 def _spoken(value: Any) -> str:
@@ -120,25 +150,27 @@ def _fabric(options: Mapping[str, Any]) -> Any:
     return fabric
 
 
-def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> tuple[float, ...]:
+def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> ExitWeights:
     """Weights by name, or from a budget distribution and this machine's costs; those of the run if it was begun."""
     file = run.path / "training.json"
     if file.is_file():
         begun = read_json(file)
         if (begun["weights"], begun["mode"]) == (plan.weights, plan.mode):
-            return tuple(begun["numbers"])
+            return tuple(begun["numbers"]) if begun["numbers"] else plan.weights
         raise StaleInput(
             f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another "
             "directory, or --restart to throw the old run away."
         )
-    if plan.weights in STATIC:
-        numbers = STATIC[plan.weights](network.num_exits)
-    elif ":" in plan.weights:
+    if plan.weights == "adaloss":
+        say("exit weights: they follow the losses (AdaLoss)")
+        write_json(file, {"weights": plan.weights, "mode": plan.mode, "numbers": None})
+        return plan.weights
+    if ":" in plan.weights and "=" not in plan.weights:
         budget = parse_budget(plan.weights)
         costs = _profile_for_weights(run, network, say)
         numbers = exit_weights(budget, costs.cumulative_s(plan.mode), normalise=True)
     else:
-        raise DataError(f"unknown weighting {plan.weights!r}; needed: one of {', '.join(STATIC)}, or a budget: uniform:0:10.")
+        numbers = parse_weights(plan.weights, network.num_exits)
     say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
     write_json(file, {"weights": plan.weights, "mode": plan.mode, "numbers": numbers})
     return numbers
@@ -149,6 +181,65 @@ def _profile_for_weights(run: RunDirectory, network: Any, say: Say) -> CostProfi
         say("measuring what each exit costs, for the weights:")
         profile(network, run.spec().example(), repeats=100, progress=True).save(run.profile_file)
     return CostProfile.load(run.profile_file)
+
+
+def ensemble_run(
+    directory: str | Path, members: Sequence[str | Path], *, rule: str = "geometric", force: bool = False, say: Say
+) -> None:
+    """Make a run directory of trained ones: of several an ensemble of growing depth, of one a running ensemble of its exits.
+
+    What is fitted, the errors to choose by and the temperatures, comes from the members' validation recordings.
+
+    Raises:
+        StorageError: if the directory is taken, or a member has no validation recording.
+        StaleInput: if the members were trained on different data.
+    """
+    run, parts = RunDirectory(directory), [RunDirectory(member) for member in members]
+    if run.spec_file.is_file() and not force:
+        raise StorageError(f"{run.path} is a run directory already; use another one, or --force to throw it away.")
+    networks, recordings = [part.network()[0] for part in parts], [part.recording("validation") for part in parts]
+    network, spec = (_eann(parts, networks, recordings) if len(parts) > 1
+                     else _running_ensemble(parts[0], networks[0], recordings[0], rule))  # fmt: skip
+    shutil.rmtree(run.path, ignore_errors=True)
+    save_weights(network, run.weights_file)
+    alone = parts[-1].exit_free_weights_file
+    if alone.is_file():
+        run.exit_free.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(alone, run.exit_free_weights_file)
+    write_json(run.spec_file, spec.to_json())  # last: a directory without it is none
+    say(network.describe(spec.example()))
+    say(f"made: {run.path}")
+
+
+def _eann(parts: Sequence[RunDirectory], networks: Sequence[Any], recordings: Sequence[Recording]) -> tuple[EANN, NetworkSpec]:
+    specs = [part.spec() for part in parts]
+    for part, spec in zip(parts, specs, strict=True):
+        if spec.data_fingerprint != specs[0].data_fingerprint:
+            raise StaleInput(f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} ({specs[0].data}).")
+    errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
+    network = EANN(networks, errors)
+    spec = dataclasses.replace(
+        specs[-1], model="ensemble of growing depth", after=network.exit_names[:-1], members=tuple(specs),
+        validation_errors=tuple(map(tuple, errors)),
+        provenance=dataclasses.replace(specs[-1].provenance, network=fingerprint_structure(network.state_dict())),
+    )  # fmt: skip
+    return network.eval(), spec
+
+
+def _running_ensemble(part: RunDirectory, network: Any, recording: Recording, rule: str) -> tuple[RunningEnsemble, NetworkSpec]:
+    """Exits that answer together, with temperatures fitted before and after."""
+    spec = part.spec()
+    if spec.members or spec.ensembling:
+        raise RunError(f"{part.path} is an ensemble already; give a directory that `impatient train` made.")
+    named = Rule(name=rule)  # type: ignore[arg-type]
+    before = fit_temperatures(recording)
+    after = fit_temperatures(ensembled(recording, named, temperatures=before))
+    together = RunningEnsemble(network, named, before, recalibration=after)
+    spec = dataclasses.replace(
+        spec, ensembling=rule,
+        provenance=dataclasses.replace(spec.provenance, network=fingerprint_structure(together.state_dict())),
+    )  # fmt: skip
+    return together.eval(), spec
 
 
 def profile_run(
@@ -231,7 +322,10 @@ def evaluate_run(directory: str | Path, *, budget: str | None = None, any_profil
     recording = run.recording("test")
     policies = run.policies()
     budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
-    evaluation = evaluate(recording, costs, policies, exit_free=run.exit_free_recording("test"), budgets=budgets)
+    evaluation = evaluate(
+        recording, costs, policies, exit_free=run.exit_free_recording("test"), same_weights=not run.spec().ensembling,
+        budgets=budgets,
+    )  # fmt: skip
     evaluation.save(run.evaluation_file)
     say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
     return evaluation
@@ -260,7 +354,9 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
     page = report_html(
         title=run.path.resolve().name, evaluation=evaluation, costs=run.profile(any_machine=any_profile), policies=policies,
         chosen_budget=chosen[0] if chosen else None, early=early, late=late,
-        facts={"model": spec.model, "exits after": ", ".join(spec.after), "heads": spec.heads, "data": spec.data,
+        facts={"model": spec.model, **({"members": ", ".join(member.model for member in spec.members)} if spec.members else {}),
+               "exits after": ", ".join(spec.after), "heads": spec.heads,
+               **({"exits answer together": spec.ensembling} if spec.ensembling else {}), "data": spec.data,
                "classes": str(spec.num_classes), "seed": str(spec.seed)},
     )  # fmt: skip
     write_text(run.report_file, page)

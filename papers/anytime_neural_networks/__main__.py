@@ -1,0 +1,127 @@
+"""`python -m papers.anytime_neural_networks`: every training that is missing, then the tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from impatient.errors import ImpatientError, StorageError
+from impatient.files import read_json
+from papers.anytime_neural_networks import recipe, tables
+from papers.anytime_neural_networks.curves import alone, ensemble
+from papers.anytime_neural_networks.recipe import ENSEMBLES
+from papers.data import ROOT
+from papers.jobs import Job, run_jobs
+from papers.results import fill
+
+HERE = Path(__file__).parent
+
+
+class ScaleName(StrEnum):
+    """How much is trained."""
+
+    smoke = "smoke"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Table(StrEnum):
+    """What is trained and written."""
+
+    milestones = "milestones"
+    eann = "eann"
+    all = "all"
+
+
+def main(
+    scale: Annotated[ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: CIFAR-10.")],
+    table: Annotated[Table, typer.Option(help="Which table's trainings to run; what is finished is written.")] = Table.all,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of checkpoints and results of single trainings.")] = ROOT
+    / "runs"
+    / "papers"
+    / "anytime_neural_networks",
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 2,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")] = None,
+    publish: Annotated[bool, typer.Option(help="Only write the tables of what is finished; train nothing.")] = False,
+) -> None:
+    """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes on."""
+    settings = recipe.SCALES[scale.value]
+    settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)
+    folder, code = runs / scale.value, 0
+    try:
+        if not publish:
+            run_jobs(recipe.jobs(settings, table.value), folder, workers=workers)
+    except ImpatientError as error:
+        _say(f"Error: {error}")
+        code = 1
+    except KeyboardInterrupt:
+        _say("Stopped. What is finished is kept; the same command goes on.")
+        code = 130
+    try:
+        page = summarise(settings, folder, out or HERE / "results" / scale.value)
+        if out is None and scale is not ScaleName.smoke:
+            fill(HERE / "README.md", scale.value, page)
+    except ImpatientError as error:
+        _say(f"Error: {error}")
+        raise typer.Exit(1) from error
+    Console().print(Markdown(page))
+    raise typer.Exit(code)
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def summarise(scale: recipe.Scale, folder: Path, out: Path) -> str:
+    """Write the tables of what is finished, and the page, which is returned."""
+    results = finished(recipe.jobs(scale), folder)
+    return tables.write(scale, results, measured_times(scale, results, folder), checked(scale, results, folder), out)
+
+
+def finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+    """Results of those jobs that have one of these very arguments."""
+    results = {}
+    for job in jobs:
+        with contextlib.suppress(StorageError):
+            stored = read_json(folder / job.name / "result.json")
+            results.update({job.name: stored["result"]} if stored["fingerprint"] == job.fingerprint() else {})
+    return results
+
+
+def measured_times(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> dict[str, Sequence[float]]:
+    """Seconds until each exit, for networks of which a training is finished; measured alone, in this process."""
+    jobs = [job for job in recipe.time_jobs(scale) if any(key.startswith(f"{job.name}-") for key in results)]
+    return {name: result["contract_s"] for name, result in run_jobs(jobs, folder / "times", workers=1).items()}
+
+
+def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> float | None:
+    """Largest difference, in errors or as a share of costs, between an EANN's own recording and what was assembled.
+
+    None if its members are not all trained yet.
+    """
+    nets = recipe.member_nets(scale, ENSEMBLES[0])
+    if not all(f"{net.name}-seed0" in results for net in nets):
+        return None
+    members = [results[f"{net.name}-seed0"] for net in nets]
+    job = recipe.check_job(scale, [member["validation_error"] for member in members], folder)
+    real, assembled = run_jobs([job], folder, workers=1)[job.name], ensemble(members)
+    itself = alone(real, heads="all")
+    pairs = [*zip(itself.errors, assembled.errors, strict=True)]
+    pairs += [(cost / other, 1.0) for cost, other in zip(itself.costs, assembled.costs, strict=True)]
+    return max(abs(one - other) for one, other in pairs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

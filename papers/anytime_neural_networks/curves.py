@@ -1,0 +1,85 @@
+"""From the results of trainings to error over cost: anytime networks, ensembles of them, and what they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+
+from impatient.evaluation.milestones import opt_plus, relative_increase
+
+Result = Mapping[str, Any]
+Places = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Answers in the order in which they come.
+
+    Attributes:
+        costs: MACs spent when each answer is there.
+        errors: share of the test samples that it gets wrong.
+    """
+
+    costs: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def at(self, costs: Places) -> np.ndarray:
+        """Error of the latest answer at given costs; 1 before the first, as no answer is a wrong one."""
+        known = np.concatenate([[1.0], self.errors])
+        return np.asarray(known[np.searchsorted(self.costs, costs, side="right")])
+
+
+def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
+    """One network's exits, each with the cost of its own head only (the milestone table's axis), or of all on the way."""
+    own = result["head_macs"]
+    paid = own if heads == "own" else accumulate(own)
+    costs = tuple(float(stage + head) for stage, head in zip(accumulate(result["stage_macs"]), paid, strict=True))
+    return Curve(costs, tuple(result["test_error"]))
+
+
+def ensemble(members: Sequence[Result]) -> Curve:
+    """Networks run one after the other: an EANN, or of networks with one exit each the plain ensemble.
+
+    At every exit the better, by validation error, of the best final output so far and this exit's own is the answer; where
+    it is the former, the exit's head does not run. What `impatient.networks.EANN` does, from its members' results alone.
+    """
+    costs: list[float] = []
+    errors: list[float] = []
+    spent, least, final = 0.0, np.inf, 1.0
+    for member in members:
+        parts = (member[name] for name in ("stage_macs", "head_macs", "validation_error", "test_error"))
+        for stage, head, validation, test in zip(*parts, strict=True):
+            own = validation <= least
+            spent += stage + (head if own else 0)
+            costs.append(spent)
+            errors.append(test if own else final)
+        if member["validation_error"][-1] <= least:
+            least, final = member["validation_error"][-1], member["test_error"][-1]
+    return Curve(tuple(costs), tuple(errors))
+
+
+def reference(opt: Sequence[Result]) -> Curve:
+    """OPT+ of separately trained networks without early exits: their costs in order, and the least error until each."""
+    points = [(costs.costs[-1:], costs.errors[-1:]) for costs in map(alone, opt)]
+    costs = tuple(sorted({cost for (cost,), _ in points}))
+    return Curve(costs, opt_plus(points, costs))
+
+
+def excess(curve: Curve, opt: Curve, budgets: Places) -> float:
+    """Per cent by which the error exceeds OPT+'s, on average over the budgets."""
+    return float(np.mean(relative_increase(curve.at(budgets).tolist(), opt.at(budgets).tolist())))
+
+
+def inflation(curve: Curve, opt: Curve, budgets: Places) -> np.ndarray:
+    """Cost inflation at each budget: what has been spent, over what OPT+ must spend before it makes fewer errors.
+
+    Where no network of OPT+ makes fewer errors, over the cost of its dearest: the true inflation may be smaller.
+    """
+    # the first network with fewer errors than the answer; OPT+'s errors never rise
+    better = np.searchsorted(-np.asarray(opt.errors), -curve.at(budgets), side="right")
+    overtaken = np.asarray(opt.costs)[np.minimum(better, len(opt.costs) - 1)]
+    return np.asarray(np.asarray(budgets) / overtaken)

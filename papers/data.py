@@ -1,0 +1,131 @@
+"""The papers' data sets from the shared data folder, converted once; and smaller training sets, seeded and balanced."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from impatient import Data, load_data
+from impatient.errors import DataError
+from impatient.files import written_whole
+from impatient.provenance import fingerprint_bytes
+from impatient.training.data import ArrayExamples, Examples, LazyExamples
+
+ROOT = Path(__file__).parent.parent
+CONVERTED = ROOT / "runs" / "data"
+SHARED_NAMES = {"fashion": "fashion_mnist", "cifar10": "cifar10", "gtsrb": "gtsrb32"}
+
+
+def shared_folder() -> Path:
+    """Where the shared data lie: the folder named by the environment variable IMPATIENT_DATA, or ../shared/data.
+
+    Raises:
+        DataError: if there is no load.py.
+    """
+    named = os.environ.get("IMPATIENT_DATA")
+    folder = Path(named).expanduser() if named else ROOT.parent / "shared" / "data"
+    if not (folder / "load.py").is_file():
+        raise DataError(
+            f"no shared data: {folder} has no load.py. Set IMPATIENT_DATA to the folder that has it, or run --scale smoke, "
+            "which needs only scikit-learn's digits."
+        )
+    return folder
+
+
+def data_spec(name: str, folder: Path = CONVERTED) -> str:
+    """The data spec of "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32), or "cifar10_grey" (1x28x28).
+
+    All but the digits are written as one npz file under `folder` when they are first asked for; images of CIFAR-10 in grey
+    are weighted as ITU-R 601 and cut to the middle 28x28.
+
+    Raises:
+        DataError: if there is no such set, or no shared data to make it from.
+    """
+    if name == "digits":
+        return "digits"
+    path = folder / f"{name}.npz"
+    if not path.is_file():
+        _write(path, _arrays(name))
+    return f"npz:{path}"
+
+
+def _arrays(name: str) -> dict[str, np.ndarray]:
+    if name == "cifar10_grey":
+        colour = _arrays("cifar10")
+        return {key: _grey(array) if key.startswith("x_") else array for key, array in colour.items()}
+    if name not in SHARED_NAMES:
+        raise DataError(f"no data set {name!r}; there are digits, cifar10_grey, {', '.join(SHARED_NAMES)}.")
+    folder = shared_folder()
+    tools = runpy.run_path(str(folder / "load.py"))
+    x_train, y_train, x_test, y_test = tools["images"](SHARED_NAMES[name], folder=folder)
+    arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+    if name == "gtsrb":  # one sign was photographed many times: a track lies whole on one side of the validation split
+        arrays["groups_train"] = y_train.astype(np.int64) * 10_000 + _tracks(folder)
+    return arrays
+
+
+def _tracks(folder: Path) -> np.ndarray:
+    parts = [np.load(folder / f"gtsrb32_train_{part}.npz")["track_train"] for part in "ab"]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    grey = images[:, 2:30, 2:30].astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return grey.round().astype(np.uint8)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def subset(data: Data, train: int | None, seed: int, *, validation: int | None = None) -> Data:
+    """The same data with fewer training examples, as many of each class as can be; the test split stays whole.
+
+    Args:
+        data: from `load_data`.
+        train: how many training examples to keep; None, or more than there are, keeps all.
+        seed: of the choice.
+        validation: likewise for the validation split.
+    """
+    wanted = {"train": train, "validation": validation}
+    splits = {split: _part(data.examples(split), wanted.get(split), seed) for split in data.splits}
+    if all(len(splits[split].labels) == data.size(split) for split in splits):
+        return data
+    fingerprint = fingerprint_bytes(data.fingerprint.encode(), f"{train}|{validation}|{seed}".encode())
+    return dataclasses.replace(data, splits=splits, fingerprint=fingerprint)
+
+
+def load(name: str, *, train: int | None, validation: int | None, seed: int) -> Data:
+    """`data_spec`, `load_data` and `subset` in one; `seed` decides the validation split and the choice."""
+    return subset(load_data(data_spec(name), seed=seed), train, seed, validation=validation)
+
+
+def _part(examples: Examples, count: int | None, seed: int) -> Examples:
+    if count is None or count >= len(examples.labels):
+        return examples
+    if count < 1:
+        raise DataError(f"{count} examples wanted of {len(examples.labels)}; needed: at least 1.")
+    chosen = _balanced(examples.labels.numpy(), count, seed)
+    places = torch.from_numpy(chosen)
+    if isinstance(examples, ArrayExamples):
+        return ArrayExamples(examples.inputs[places], examples.labels[places])
+    assert isinstance(examples, LazyExamples)
+    return dataclasses.replace(examples, sources=[examples.sources[place] for place in chosen], labels=examples.labels[places])
+
+
+def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Places of `count` examples in their old order: every class gives in turn, in random order, while it has any."""
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(len(labels))
+    turn = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class each example is
+    for label in np.unique(labels):
+        own = shuffled[labels[shuffled] == label]
+        turn[own] = np.arange(len(own))
+    first = shuffled[np.argsort(turn[shuffled], kind="stable")]
+    return np.sort(first[:count])

@@ -1,0 +1,314 @@
+"""What is trained for Table 1 of Impatient DNNs, and how: sizes per scale, and one function per kind of run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impatient import (
+    CostProfile,
+    Data,
+    MultiExitNetwork,
+    Recipe,
+    Recording,
+    attach_exits,
+    exit_weights,
+    fit,
+    load_model,
+    profile,
+    record,
+)
+from impatient.budgets import STANDARD
+from impatient.evaluation.baselines import linear_probes
+from impatient.evaluation.evaluate import standard_budgets
+from impatient.files import read_tensors, write_tensors
+from impatient.networks.heads import FeatureShape, HeadFactory, build_head
+from impatient.provenance import fingerprint_structure, fingerprint_tensors, provenance
+from impatient.training.data import Split
+from papers import data
+from papers.jobs import Job, run_jobs
+
+ROWS = ("uniform", "large_likely", "small_likely", "normal")  # the order of the paper's table
+assert set(ROWS) == set(STANDARD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A network on a data set, and what it is trained on beforehand (the paper: ImageNet).
+
+    Attributes:
+        name: of data and network, for people and folders.
+        target, source: data sets of `papers.data`.
+        network: a model spec whose blocks are named blocks.0, blocks.1, ...
+        blocks: how many it has; an exit after each, the last one's being the network's own output.
+    """
+
+    name: str
+    target: str
+    source: str
+    network: str
+    blocks: int
+
+    def cuts(self) -> list[str]:
+        """Modules after which the early exits lie."""
+        return [f"blocks.{index}" for index in range(self.blocks - 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Sizes of one scale; the same for every method that is compared.
+
+    Attributes:
+        train, validation: how many examples of the target's splits are kept; None keeps all. Test splits stay whole.
+        source_train: likewise for what is trained on beforehand.
+        pretraining: recipe on the source.
+        training: recipe on the target, of FT and of joint training alike; its seed is replaced by the run's.
+    """
+
+    train: int | None
+    validation: int | None
+    source_train: int | None
+    pretraining: Recipe
+    training: Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """Everything a scale decides.
+
+    Attributes:
+        repeats: of the cost measurement.
+        threads: of torch in each run.
+    """
+
+    pairs: tuple[Pair, ...]
+    settings: Settings
+    seeds: int
+    workers: int
+    threads: int
+    repeats: int
+
+
+def _pairs(networks: Mapping[str, tuple[str, int]], data_sets: Mapping[str, str]) -> tuple[Pair, ...]:
+    return tuple(
+        Pair(name=f"{target}-{name}", target=target, source=source, network=spec, blocks=blocks)
+        for target, source in data_sets.items()
+        for name, (spec, blocks) in networks.items()
+    )
+
+
+STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the SVMs; a wider range takes most of the time and changed little
+
+SMALL = {"vgg": ("impatient:vgg", 6), "resnet": ("impatient:resnet:n=2,c=8", 6)}
+TINY = {"vgg": ("impatient:vgg:width=4,blocks=[1,1,1]", 3), "resnet": ("impatient:resnet:n=1,c=4", 3)}
+LARGE = {"vgg": ("impatient:vgg:width=32,blocks=[2,2,4,4]", 12), "resnet": ("impatient:resnet:n=9,c=32", 27)}
+
+SCALES: dict[str, Scale] = {
+    # digits are pretrained on digits: this scale shows that the machinery works, and nothing else
+    "smoke": Scale(
+        pairs=_pairs(TINY, {"digits": "digits"}), seeds=1, workers=1, threads=1, repeats=100,
+        settings=Settings(
+            train=None, validation=None, source_train=None, pretraining=Recipe(epochs=2, batch_size=32, lr=0.05),
+            training=Recipe(epochs=4, batch_size=32, lr=0.05),
+        ),
+    ),
+    "cpu": Scale(
+        pairs=_pairs(SMALL, {"fashion": "cifar10_grey", "cifar10": "gtsrb"}), seeds=3, workers=2, threads=1, repeats=1000,
+        settings=Settings(
+            train=6000, validation=1000, source_train=6000,
+            pretraining=Recipe(epochs=4, batch_size=64, lr=0.05, channels_last=True),
+            training=Recipe(epochs=4, batch_size=64, lr=0.05, channels_last=True),
+        ),
+    ),
+    "gpu": Scale(
+        pairs=_pairs(LARGE, {"cifar10": "gtsrb"}), seeds=1, workers=4, threads=4, repeats=1000,
+        settings=Settings(
+            train=None, validation=None, source_train=None,
+            pretraining=Recipe(epochs=10, batch_size=128, lr=0.1, augment="crop", channels_last=True),
+            training=Recipe(epochs=30, batch_size=128, lr=0.1, augment="crop-flip", channels_last=True),
+        ),
+    ),
+}  # fmt: skip
+
+
+def run(scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | None = None) -> dict[str, dict[str, Any]]:
+    """Run what is missing of a scale; results of all runs by name.
+
+    Args:
+        folder: of the runs.
+        workers, seeds: instead of the scale's.
+    """
+    workers = scale.workers if workers is None else workers
+    numbers = range(scale.seeds if seeds is None else seeds)
+    # costs first and one by one, before anything else keeps the machine busy
+    costs = run_jobs([_cost_job(pair, scale) for pair in scale.pairs], folder, workers=1, threads=1)
+    sources = {_source_name(pair, seed): _source_job(pair, scale, seed) for pair in scale.pairs for seed in numbers}
+    done = run_jobs(list(sources.values()), folder, workers=workers, threads=scale.threads)
+    jobs = [job for seed in numbers for pair in scale.pairs for job in _target_jobs(pair, scale, seed, costs)]
+    return {**costs, **done, **run_jobs(jobs, folder, workers=workers, threads=scale.threads)}
+
+
+def _cost_job(pair: Pair, scale: Scale) -> Job:
+    return Job(f"{pair.name}-costs", measure_costs, {"pair": pair, "repeats": scale.repeats})
+
+
+def _source_name(pair: Pair, seed: int) -> str:
+    return f"{pair.name}-pretrained-{seed}"
+
+
+def _source_job(pair: Pair, scale: Scale, seed: int) -> Job:
+    return Job(_source_name(pair, seed), pretrain, {"pair": pair, "settings": scale.settings, "seed": seed})
+
+
+def _target_jobs(pair: Pair, scale: Scale, seed: int, costs: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+    common = {"pair": pair, "settings": scale.settings, "seed": seed}
+    jobs = [Job(f"{pair.name}-orig-{seed}", probe_pretrained, common), Job(f"{pair.name}-ft-{seed}", fine_tune, common)]
+    times = CostProfile.from_json(costs[f"{pair.name}-costs"]).interruptible_s()
+    for row in ROWS:
+        shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
+        weights = [len(times) * share for share in shares]  # 1 on average, as with equal weights: steps of a usual size
+        jobs.append(Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, {**common, "weights": weights}))
+    return jobs
+
+
+def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
+    """Times of the network with all exits, at batch size 1; they hold for every method, whose heads are alike."""
+    del folder
+    examples = data.load(pair.target, train=100, validation=100, seed=0)
+    network = with_exits(_backbone(pair, examples, seed=0), pair, examples)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return profile(network.to(device), examples.example().to(device), repeats=repeats).to_json()
+
+
+def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """Train the network without exits on the source; keep its weights."""
+    source = data.load(pair.source, train=settings.source_train, validation=settings.validation, seed=seed)
+    network = _without_exits(_backbone(pair, source, seed), source)
+    accuracy = _fit(network, source, "const", settings.pretraining, seed, folder)
+    write_tensors(folder / "weights.safetensors", network.backbone.state_dict(), {"kind": "weights", "job": folder.name})
+    _checkpoint(folder).unlink()
+    return {"validation": accuracy}
+
+
+def probe_pretrained(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """ORIG: linear SVMs on every exit's features of the network that never saw the target."""
+    target = _target(pair, settings, seed)
+    return _probes(_pretrained(pair, target, seed, folder), pair, target)
+
+
+def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
+    """FT: the network without exits is trained on the target, then probed; its own accuracy is the static comparison."""
+    target = _target(pair, settings, seed)
+    network = _without_exits(_pretrained(pair, target, seed, folder), target)
+    _fit(network, target, "const", settings.training, seed, folder)
+    result = {"alone": _judged(network, target), **_probes(network.backbone, pair, target)}
+    _checkpoint(folder).unlink()
+    return result
+
+
+def train_jointly(*, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path) -> dict[str, Any]:
+    """All exits together, from the pretrained weights, weighted by how likely each exit's answer is the last in time."""
+    target = _target(pair, settings, seed)
+    network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
+    _fit(network, target, weights, settings.training, seed, folder)
+    result = _judged(network, target)
+    _checkpoint(folder).unlink()
+    return result
+
+
+def with_exits(backbone: nn.Module, pair: Pair, examples: Data, heads: str | HeadFactory = "relu_linear") -> MultiExitNetwork:
+    """Linear heads on pooled features after every block."""
+    # with a ReLU, as before the backbones' own classifiers: after a pre-activation block it matters, after VGG's it does not
+    return attach_exits(backbone, example=examples.example(), after=pair.cuts(), heads=heads)
+
+
+def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
+    """ReLU, pool, standardise, linear: the same functions as "relu_linear", and as the SVMs, which are standardised too.
+
+    Its cost is that of "relu_linear": in use, the batch norm belongs into the linear layer.
+    """
+    relu, pool, linear = build_head("relu_linear", features, num_classes).children()
+    return nn.Sequential(relu, pool, nn.BatchNorm1d(features.channels), linear)
+
+
+def _target(pair: Pair, settings: Settings, seed: int) -> Data:
+    return data.load(pair.target, train=settings.train, validation=settings.validation, seed=seed)
+
+
+def _backbone(pair: Pair, examples: Data, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return load_model(pair.network, num_classes=examples.num_classes, in_channels=examples.preprocess.channels)
+
+
+def _without_exits(backbone: nn.Module, examples: Data) -> MultiExitNetwork:
+    return attach_exits(backbone, example=examples.example(), after=[])
+
+
+def _pretrained(pair: Pair, examples: Data, seed: int, folder: Path) -> nn.Module:
+    """The backbone with the source's weights and a new classifier."""
+    backbone = _backbone(pair, examples, seed)
+    weights, _ = read_tensors(folder.parent / _source_name(pair, seed) / "weights.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+    missing, unexpected = backbone.load_state_dict(kept, strict=False)
+    assert not unexpected
+    assert all(name.startswith("classifier.") for name in missing)
+    return backbone
+
+
+def _checkpoint(folder: Path) -> Path:
+    """Only while a run lasts: finished ones are to be carried between machines, and are many."""
+    return folder / "checkpoint.safetensors"
+
+
+def _fit(
+    network: MultiExitNetwork, examples: Data, weights: Sequence[float] | str, recipe: Recipe, seed: int, folder: Path
+) -> list[float]:
+    """Train, resumably; returns validation accuracy per exit."""
+    history = fit(
+        network, examples, weights=weights, recipe=dataclasses.replace(recipe, seed=seed), checkpoint=_checkpoint(folder),
+        metrics_csv=folder / "metrics.csv", progress=False,
+    )  # fmt: skip
+    return list(history.epochs[-1].validation_accuracy)
+
+
+def _judged(network: MultiExitNetwork, target: Data) -> dict[str, list[float]]:
+    """Accuracy per exit on the validation and the test split."""
+    device, splits = str(next(network.parameters()).device), ("validation", "test")
+    return {split: _accuracies(record(network, target, split=split, device=device)) for split in splits}
+
+
+def _accuracies(recording: Recording) -> list[float]:
+    return recording.hits().mean(1).tolist()
+
+
+def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
+    """Accuracy of a linear SVM per exit; the last exit's looks at the features that the network's own classifier sees."""
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    train, validation, test = (_features(backbone, pair, target, split) for split in splits)
+    judged = linear_probes(train, validation, validation, test, C=STRENGTHS)
+    return dict(zip(("validation", "test"), map(_accuracies, judged), strict=True))
+
+
+def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Recording:
+    """Features after every block as the heads of the other methods see them: ReLU, then the mean over space."""
+    device = next(backbone.parameters()).device
+    cuts = [f"blocks.{index}" for index in range(pair.blocks)]
+    network = attach_exits(backbone, example=target.example().to(device), after=cuts).eval()
+    kept: list[list[Tensor]] = [[] for _ in cuts]
+    for inputs, _ in target.batches(split, 256):
+        with torch.inference_mode(), network.exits(inputs.to(device)) as run:
+            for exit in itertools.islice(run, len(cuts)):
+                kept[exit.index].append(exit.features.relu().mean((2, 3)).float().cpu())
+    labels, state = target.examples(split).labels, backbone.state_dict()
+    made = provenance(network=fingerprint_structure(state), weights=fingerprint_tensors(state), data=target.fingerprint)
+    return Recording(
+        outputs=torch.zeros(len(cuts), len(labels), target.num_classes), labels=labels, split=split, exits=tuple(cuts),
+        features=tuple(torch.cat(parts) for parts in kept), provenance=made,
+    )  # fmt: skip

@@ -1,0 +1,309 @@
+"""EANN: anytime networks of exponentially growing depth, one after the other, as one anytime network."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ClassCountMismatch, NetworkError, PolicyError
+
+if TYPE_CHECKING:
+    from impatient.networks.describe import StageFacts
+
+Errors = tuple[tuple[float, ...], ...]
+
+
+def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Which exit's output each exit of an ensemble gives: its own, or that of the best member finished before.
+
+    Exits are numbered through all members. An exit answers itself where its error is at most that of the best last exit
+    before it; early exits of members that have finished do not come back.
+
+    Args:
+        validation_errors: per member, the error of each of its exits.
+    Returns:
+        One exit per exit, never a deeper one.
+    Source:
+        EANN (Hu et al.): the better by validation of the last finished network's output and the running one's. We differ:
+        the best finished network instead of the last, should a deeper one be the worse.
+    Example:
+        >>> answering_exits([[0.5, 0.3], [0.4, 0.3, 0.2]])  # the first exit of the second network is no match for the first
+        (0, 1, 1, 3, 4)
+    """
+    table: list[int] = []
+    best, best_error = -1, math.inf
+    for errors in validation_errors:
+        begin = len(table)
+        table += [begin + index if error <= best_error else best for index, error in enumerate(errors)]
+        if table[-1] == len(table) - 1:
+            best, best_error = table[-1], errors[-1]
+    return tuple(table)
+
+
+class EnsembleExit:
+    """One exit of one member: the member's stage has just been computed, no head has.
+
+    Attributes:
+        index: 0-based, through all members.
+        features: of the running member, whoever answers.
+        member: the running member.
+        inner: the member's own exit.
+    """
+
+    __slots__ = ("_answer", "features", "index", "inner", "member")
+
+    def __init__(self, index: int, member: int, inner: Any, answer: Tensor | None) -> None:
+        self.index, self.member, self.inner = index, member, inner
+        self.features = inner.features
+        self._answer = answer  # of an earlier member; None where this exit answers itself
+
+    def output(self) -> Tensor:
+        """The answer at this exit, shape [B, num_classes]; runs the member's head only where that head is the answer."""
+        return torch.as_tensor(self.inner.output() if self._answer is None else self._answer)
+
+
+class EnsembleWalk(Iterator[EnsembleExit]):
+    """One staged run through the members; a member begins when the one before it has given its last exit.
+
+    Stop asking and call `close()`, or leave the `with` block, to throw the rest away.
+
+    Thread:
+        Must be advanced and closed on the thread that first advanced it.
+    """
+
+    def __init__(self, runs: Sequence[Any], first: Sequence[int], answers: Sequence[int]) -> None:
+        self._waiting = list(enumerate(runs))
+        self._first, self._answers = first, answers
+        self._open = contextlib.ExitStack()  # holds the run of the member that is running
+        self._member = -1
+        self._run: Iterator[Any] = iter(())
+        self._best: tuple[int, Tensor] | None = None  # the best last exit so far and its output
+
+    def __next__(self) -> EnsembleExit:
+        try:
+            while (inner := next(self._run, None)) is None:
+                self._open.close()
+                if not self._waiting:
+                    raise StopIteration
+                self._member, run = self._waiting.pop(0)
+                self._run = self._open.enter_context(run)
+            return self._wrapped(inner)
+        except BaseException:
+            self.close()  # or the next member would go on where this one has failed
+            raise
+
+    def _wrapped(self, inner: Any) -> EnsembleExit:
+        index = self._first[self._member] + inner.index
+        answer = self._answers[index]
+        if answer != index:
+            assert self._best is not None
+            assert self._best[0] == answer
+            return EnsembleExit(index, self._member, inner, self._best[1])
+        if index == self._first[self._member + 1] - 1:
+            self._best = index, inner.output()  # the backbone's own: there already
+        return EnsembleExit(index, self._member, inner, None)
+
+    def close(self) -> None:
+        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        self._open.close()
+        self._waiting.clear()
+        self._run = iter(())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EANN(nn.Module):
+    """An ensemble of independently trained anytime networks of growing depth, itself an anytime network.
+
+    A network with exits is good at its deeper exits; what it answers at a small part of its depth is worse than what a
+    network made for that depth answers. So run a small one first, then a larger one, and take the larger one's answers as
+    soon as they are the better. `impatient.evaluation.inflation` says what the repeated beginnings cost.
+
+    All members see the same input; none may change it. Train each by itself, before.
+
+    Args:
+        networks: from `attach_exits`, shallow to deep; or any with the same protocol.
+        validation_errors: per network, the error of each of its exits on a validation split, in [0, 1]:
+            `1 - record(network, data).hits().mean(1)`. It is kept in single precision in the state_dict.
+    Attributes:
+        networks: the members.
+        num_classes: width of every output.
+    Raises:
+        NetworkError: if there is no network.
+        ClassCountMismatch: if the networks do not have the same number of classes.
+        PolicyError: unless there is one error in [0, 1] per exit.
+    Source:
+        Anytime Neural Networks (Hu et al.), "EANN". We differ: see `answering_exits`.
+    Example:
+        >>> from impatient.networks import attach_exits
+        >>> small, large = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))) for depth in (2, 4))
+        >>> x = torch.zeros(1, 4)
+        >>> networks = [attach_exits(small, after=["0"], example=x), attach_exits(large, after=["0", "2"], example=x)]
+        >>> network = EANN(networks, [[0.5, 0.3], [0.6, 0.25, 0.2]])
+        >>> network.exit_names, network.switches
+        (('0/0', '0/output', '1/0', '1/2', '1/output'), (0, 1))
+        >>> outputs = network(x)
+        >>> outputs[2] is outputs[1]  # the large network's first exit leaves the answer to the small one's last
+        True
+    """
+
+    errors: Tensor
+
+    def __init__(self, networks: Sequence[nn.Module], validation_errors: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        self.num_classes = _common_classes(networks)
+        self.networks = nn.ModuleList(networks)
+        counts: list[int] = [network.num_exits for network in self._members()]
+        self._first = tuple(accumulate(counts, initial=0))
+        self._use(_checked(validation_errors, counts))
+        place = next((tensor.device for tensor in self.networks.state_dict().values()), None)
+        flat = [error for member in self.validation_errors for error in member]
+        self.register_buffer("errors", torch.tensor(flat, dtype=torch.float32, device=place))
+        self.register_load_state_dict_post_hook(_reread)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_exits(self) -> int:
+        return self._first[-1]
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits: the member's number and its own name for it."""
+        return tuple(f"{number}/{name}" for number, network in enumerate(self._members()) for name in network.exit_names)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What would run without exits: the deepest member's backbone."""
+        backbone = self._members()[-1].backbone
+        assert isinstance(backbone, nn.Module)
+        return backbone
+
+    @property
+    def heads(self) -> tuple[nn.Module, ...]:
+        """The heads of all members, those that never answer included."""
+        return tuple(head for network in self._members() for head in network.heads)
+
+    @property
+    def mechanism(self) -> str:
+        """How it is staged, in words."""
+        return f"{len(self.networks)} networks one after the other, the last by {self._members()[-1].mechanism}"
+
+    @property
+    def validation_errors(self) -> Errors:
+        """Per member, the error of each of its exits: what decides who answers."""
+        return self._errors
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """For every exit, the exit whose output it gives: itself, or the last of a member that has finished."""
+        return self._answers
+
+    @property
+    def switches(self) -> tuple[int, ...]:
+        """Per member, the first of its exits that answers itself; as many as it has exits, where none does."""
+        return tuple(
+            next((exit - begin for exit in range(begin, end) if self._answers[exit] == exit), end - begin)
+            for begin, end in zip(self._first, self._first[1:], strict=False)
+        )
+
+    def forward(self, x: Any) -> tuple[Tensor, ...]:
+        """The answers of all exits.
+
+        Args:
+            x: what every member takes.
+        Returns:
+            Outputs of shape [B, num_classes], one per exit of each member; one tensor may stand in several places.
+        """
+        outputs = [output for network in self._members() for output in network(x)]
+        return tuple(outputs[answer] for answer in self._answers)
+
+    def exits(self, x: Any, *, keep: bool = False) -> EnsembleWalk:
+        """Run stage by stage, member after member; stop asking, and nothing deeper is computed.
+
+        Args:
+            x: as for `forward`.
+            keep: copy the features of each exit, so that `output()` may be asked for later.
+
+        Thread:
+            A run belongs to the thread that advances it. Several threads may each run the same ensemble.
+        """
+        # all made now, begun when their turn comes: each runs in the modes in which this run was asked for
+        return EnsembleWalk([network.exits(x, keep=keep) for network in self._members()], self._first, self._answers)
+
+    def pooled(self, exit: EnsembleExit) -> Tensor:
+        """Features of the running member's exit averaged over space or tokens, shape [B, D]."""
+        return torch.as_tensor(self._members()[exit.member].pooled(exit.inner))
+
+    def stage_facts(self, x: Any) -> list[StageFacts]:
+        """Shape, MACs and parameters of each stage and head, as the members know them; a head that never answers never
+        runs and has no MACs.
+        """
+        facts = [fact for network in self._members() for fact in network.stage_facts(x)]
+        named = [replace(fact, exit=name) for fact, name in zip(facts, self.exit_names, strict=True)]
+        return [
+            fact if answer == exit else replace(fact, head=f"(answer of exit {answer})", head_macs=0)
+            for exit, (fact, answer) in enumerate(zip(named, self._answers, strict=True))
+        ]
+
+    def describe(self, x: Any) -> str:
+        """A table of all members' stages and heads, and where each member takes over.
+
+        Args:
+            x: an example input; MACs are per sample.
+        """
+        from impatient.networks.describe import describe
+
+        taking_over = [
+            f"network {number} from {self.exit_names[begin + switch]}" if begin + switch < end else f"network {number} never"
+            for number, (begin, end, switch) in enumerate(zip(self._first, self._first[1:], self.switches, strict=False))
+        ]
+        return f"{describe(self, x)}\nanswers: {', '.join(taking_over)}."
+
+    def _members(self) -> tuple[Any, ...]:
+        return tuple(self.networks)
+
+    def _use(self, errors: Errors) -> None:
+        self._errors, self._answers = errors, answering_exits(errors)
+
+
+def _common_classes(networks: Sequence[nn.Module]) -> int:
+    classes = [getattr(network, "num_classes", None) for network in networks]
+    if not classes:
+        raise NetworkError("an ensemble of no networks; needed: at least one, made with attach_exits.")
+    if not all(isinstance(count, int) for count in classes):
+        raise NetworkError(f"networks with num_classes {classes}; needed: networks with exits, made with attach_exits.")
+    if len(set(classes)) > 1:
+        raise ClassCountMismatch(f"networks with {classes} classes; needed: the same classes in all, trained on the same data.")
+    return int(classes[0])  # type: ignore[arg-type]  # checked above
+
+
+def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]) -> Errors:
+    """The errors as tuples of floats, one per exit of each member."""
+    errors = tuple(tuple(float(error) for error in member) for member in validation_errors)
+    if [len(member) for member in errors] != list(counts):
+        raise PolicyError(
+            f"validation errors for networks of {[len(member) for member in errors]} exits; the networks have {list(counts)}. "
+            "Give one error per exit of each network: 1 - recording.hits().mean(1)."
+        )
+    for number, member in enumerate(errors):
+        wrong = [error for error in member if not 0.0 <= error <= 1.0]
+        if wrong:
+            raise PolicyError(f"validation errors {wrong} of network {number}; needed: shares of wrong answers, in [0, 1].")
+    return errors
+
+
+def _reread(network: nn.Module, _incompatible: Any) -> None:
+    """After loading a state_dict, decide by the errors that came with it."""
+    assert isinstance(network, EANN)
+    flat = [round(error, 7) for error in network.errors.tolist()]  # as many digits as single precision holds
+    network._use(tuple(tuple(flat[begin:end]) for begin, end in zip(network._first, network._first[1:], strict=False)))

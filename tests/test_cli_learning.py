@@ -1,0 +1,123 @@
+"""The command line of learning to be impatient: weightings, samplers, gradients, ensembles."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from impatient.files import read_json
+from impatient.run_directory import RunDirectory
+from test_cli import TINY, Call, call, finished  # noqa: F401  fixtures
+
+BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exit-free"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--weights", "sieve:last_to_early=2,total=all", "--sampler", "alternating"], ["--weights", "adaloss"],
+        ["--weights", "1,0.5,1", "--equilibrium", "--detach", "0.5"], ["--heads", "conv1x1", "--head-decay", "scaled"],
+        ["--distillation", "0.5", "--temperature", "2", "--ensembling", "boosted"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: list[str]) -> None:  # noqa: F811
+    for again in range(2):  # the second time there is nothing left to do, and the same words are understood
+        code, text = call("train", tmp_path, *BRIEF, *options)
+        assert (again, code) == (again, 0), text
+    assert RunDirectory(tmp_path).network()[0].num_exits == 3
+
+
+def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    options = ["--model", "impatient:resnet:n=2,c=4", "--after", "every:2", *BRIEF[4:]]
+    for _ in range(2):
+        code, text = call("train", tmp_path, *options)
+        assert code == 0, text
+    assert RunDirectory(tmp_path).spec().after == ("blocks.1", "blocks.3")
+    code, text = call("train", tmp_path, *options[:3], "every:3", *options[4:])
+    assert code == 1
+    assert "was begun with --after blocks.2, not blocks.1,blocks.3" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--weights", "heavy"], "cannot read 'heavy' as exit weights"), (["--sampler", "ucb"], "sampler='ucb'"),
+        (["--detach", "1"], "detach=1.0"), (["--ensembling", "chorus"], "unknown rule 'chorus'"),
+        (["--after", "every:9"], "a period of 9 blocks"),
+    ],
+)  # fmt: skip
+def test_senseless_options_are_one_message(call: Call, tmp_path: Path, options: list[str], complaint: str) -> None:  # noqa: F811
+    code, text = call("train", tmp_path / "run", *BRIEF, *options)
+    assert code == 1
+    assert text.count("error (") == 1
+    assert complaint in text
+
+
+def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call, finished: Path, tmp_path: Path) -> None:  # noqa: F811
+    together = tmp_path / "together"
+    for verb in (
+        ["ensemble", together, finished, "--rule", "geometric"], ["profile", together, "--repeats", "30", "--quiet"],
+        ["record", together, "--quiet"], ["fit", together, "--max-loss", "2"], ["evaluate", together], ["report", together],
+    ):  # fmt: skip
+        code, text = call(*verb)
+        assert code == 0, text
+    names = {row["name"] for row in read_json(together / "evaluation.json")["rows"]}
+    assert "no exits, trained alone" in names
+    assert "no exits, same weights" not in names  # the last exit's output is no longer the backbone's
+    assert "geometric" in (together / "report.html").read_text()
+    costs = RunDirectory(together).profile()
+    assert costs.contract_s() == pytest.approx(costs.interruptible_s(), rel=0.02)  # no head can be skipped
+    assert costs.exit_free_macs < sum(costs.stage_macs)
+    code, text = call("ensemble", together, finished)
+    assert code == 1
+    assert "is a run directory already" in text
+    code, text = call("ensemble", tmp_path / "twice", together)
+    assert code == 1
+    assert "is an ensemble already" in text
+
+
+def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    members = []
+    for n in (1, 2):
+        members.append(tmp_path / f"n{n}")
+        for verb in (
+            ["train", members[-1], "--model", f"impatient:resnet:n={n},c=4", *TINY[2:4], "--epochs", "2", *TINY[6:]],
+            ["record", members[-1], "--quiet"],
+        ):  # fmt: skip
+            code, text = call(*verb)
+            assert code == 0, text
+    together = tmp_path / "eann"
+    for verb in (
+        ["ensemble", together, *members], ["profile", together, "--repeats", "30", "--quiet"], ["record", together, "--quiet"],
+        ["fit", together, "--max-loss", "5"], ["evaluate", together], ["report", together],
+    ):  # fmt: skip
+        code, text = call(*verb)
+        assert code == 0, text
+    network, _ = RunDirectory(together).network()
+    assert network.num_exits == 6
+    rows = {row["name"]: row for row in read_json(together / "evaluation.json")["rows"]}
+    best = max(1.0 - errors[-1] for errors in RunDirectory(together).spec().validation_errors)
+    validation = RunDirectory(together).recording("validation").hits().mean(1)
+    assert float(validation[-1]) == pytest.approx(best)  # the best last exit by validation answers at the end
+    assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]
+    code, text = call("train", together, *BRIEF)
+    assert code == 1
+    assert "train those" in text
+    picture = tmp_path / "picture.npy"
+    import numpy as np
+
+    np.save(picture, np.zeros((1, 8, 8), np.uint8))
+    code, text = call("run", together, picture, "--deadline-ms", 10_000, "--json")
+    assert code == 0, text
+    assert json.loads(text)[0]["exit"] == 5
+
+
+def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "other"
+    assert call("train", other, *BRIEF, "--seed", 1)[0] == 0
+    assert call("record", other, "--quiet")[0] == 0
+    code, text = call("ensemble", tmp_path / "both", finished, other)
+    assert code == 1
+    assert "was trained on other data" in text
+    assert not (tmp_path / "both").exists()
