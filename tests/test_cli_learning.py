@@ -90,7 +90,8 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call
     together = tmp_path / "eann"
     for verb in (
         ["ensemble", together, *members], ["profile", together, "--repeats", "30", "--quiet"], ["record", together, "--quiet"],
-        ["fit", together, "--max-loss", "5"], ["evaluate", together], ["report", together],
+        ["fit", together, "--max-loss", "5"], ["evaluate", together, "--against", members[0], "--against", members[1]],
+        ["report", together],
     ):  # fmt: skip
         code, text = call(*verb)
         assert code == 0, text
@@ -101,6 +102,10 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call
     validation = RunDirectory(together).recording("validation").hits().mean(1)
     assert float(validation[-1]) == pytest.approx(best)  # the best last exit by validation answers at the end
     assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]
+    small, large = rows["static n1"], rows["static n2"]
+    assert large["accuracy"] == rows["no exits, trained alone"]["accuracy"]  # the very same network
+    assert large["macs"] == rows["no exits, trained alone"]["macs"] > small["macs"]
+    assert large["contract_s"] > small["contract_s"] > 0.0
     code, text = call("train", together, *BRIEF)
     assert code == 1
     assert "train those" in text

@@ -9,7 +9,7 @@ from scipy import stats
 
 from impatient import budgets
 from impatient.errors import PolicyError, RecordingError, SplitReuseError, StaleInput, StorageError
-from impatient.evaluation import Evaluation, evaluate
+from impatient.evaluation import Evaluation, Static, evaluate
 from impatient.evaluation.metrics import expected_calibration_error, mean, proportion
 from impatient.files import write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds
@@ -291,3 +291,35 @@ def test_a_confidence_between_two_bins_counts_to_the_lower():
 
 def test_calibration_error_counts_certainty_and_its_opposite():
     assert expected_calibration_error(torch.tensor([1.0, 0.0]), torch.tensor([False, True])) == pytest.approx(1.0)
+
+
+# --- other networks to compare with -----------------------------------------------------------------------------------
+
+
+def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
+    other = Static(recording=trained_alone(), time_s=1.25, macs=7.0)
+    evaluation = evaluate(
+        hand_made(), COSTS, static={"small": other}, exit_free=trained_alone(), budgets={"point": budgets.point(1.25)}
+    )
+    row, alone = evaluation["small"], evaluation["no exits, trained alone"]
+    assert (row.kind, row.accuracy, row.contract_s, row.interruptible_s, row.macs) == (
+        "static",
+        alone.accuracy,
+        1.25,
+        1.25,
+        7.0,
+    )
+    expected = {entry.name: entry.accuracy.value for entry in evaluation.under_budgets}
+    assert expected["small"] == alone.accuracy.value  # it fits
+    assert expected["no exits, trained alone"] == 0.0  # it takes 5 s
+
+
+def test_where_exits_answer_together_the_last_one_does_not_stand_for_the_backbone():
+    names = [row.name for row in evaluate(hand_made(), COSTS, same_weights=False).rows]
+    assert names == ["exit 0", "exit 1", "exit 2", "oracle"]
+
+
+def test_another_network_must_have_been_recorded_on_the_same_split():
+    other = Static(recording=trained_alone(split="validation"), time_s=1.0, macs=1.0)
+    with pytest.raises(RecordingError, match="record the same split"):
+        evaluate(hand_made(), COSTS, static={"small": other})

@@ -13,7 +13,7 @@ from impatient.costs import CostProfile
 from impatient.errors import CostError, ExitNotReached
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.runtime import profile
-from impatient.runtime.profile import resized
+from impatient.runtime.profile import resized, time_in_turn
 
 EXAMPLE = torch.zeros(1, 8)
 REPEAT_S = 4.25 + 5.25  # the untouched backbone, and the same with two heads
@@ -230,3 +230,34 @@ def test_real_times_are_positive_and_ordered(network: MultiExitNetwork) -> None:
     assert costs.exit_free_s() > 0.0
     for part in (*costs.at(1).stages, *costs.at(1).heads[:-1], costs.at(1).exit_free):
         assert 0.0 < part.p50 <= part.p90 <= part.p99 <= part.p999 <= part.max
+
+
+# --- several networks in turn -----------------------------------------------------------------------------------------
+
+
+def test_networks_in_turn_meet_a_slow_spell_alike(clock: FakeClock) -> None:
+    slow = [1.0]
+
+    class Takes(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+            self.ran = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.training
+            self.ran += 1
+            slow[0] += 1.0  # the machine gets slower with every run
+            clock.advance(self.seconds * slow[0])
+            return x
+
+    models = Takes(1.0), Takes(2.0)
+    one, two = time_in_turn(models, torch.zeros(1), repeats=10, warm_up=2, clock=clock)
+    assert [model.ran for model in models] == [12, 12]
+    assert two / one == pytest.approx(2.0, rel=0.01)
+    assert all(model.training for model in models)
+
+
+def test_no_repeat_in_turn_is_refused() -> None:
+    with pytest.raises(CostError, match="at least 1 repeat"):
+        time_in_turn([nn.Identity()], torch.zeros(1), repeats=0)

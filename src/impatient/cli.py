@@ -200,14 +200,17 @@ def fit(
 def evaluate(
     directory: Directory,
     budget: Annotated[str | None, typer.Option(help="A distribution over budgets in ms, such as uniform:0:10.")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="Run directory of a smaller network: its network without exits is "
+                                                            "judged, too, and timed in turn with this one. May be given "
+                                                            "several times.")] = None,
     any_profile: AnyProfile = False,
     threads: Threads = 0,
-) -> None:
+) -> None:  # fmt: skip
     """Judge every exit and policy on the test split."""
     from impatient import tables, workflow
 
     _use_threads(threads)
-    evaluation = workflow.evaluate_run(directory, budget=budget, any_profile=any_profile, say=_say)
+    evaluation = workflow.evaluate_run(directory, budget=budget, against=against or (), any_profile=any_profile, say=_say)
     _say(tables.evaluation_table(evaluation))
     _say(tables.budgets_table(evaluation))
 

@@ -20,10 +20,11 @@ from impatient.costs import CostProfile, Mode
 from impatient.ensembling import Rule
 from impatient.errors import DataError, ImpatientError, PolicyError, RunError, StaleInput, StorageError
 from impatient.evaluation.derived import ensembled
-from impatient.evaluation.evaluate import Evaluation, evaluate, standard_budgets
+from impatient.evaluation.evaluate import Evaluation, Static, evaluate, standard_budgets
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, select_examples
 from impatient.files import read_json, write_json, write_text
+from impatient.networks.describe import count_macs
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import attach_exits
 from impatient.networks.running import RunningEnsemble
@@ -32,7 +33,7 @@ from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES
 from impatient.provenance import fingerprint_structure
 from impatient.run_directory import NetworkSpec, RunDirectory, fresh_backbone, new_spec, save_weights
-from impatient.runtime.profile import check_profile, profile
+from impatient.runtime.profile import check_profile, profile, time_in_turn
 from impatient.runtime.runner import RESERVE_S, Answer, Runner
 from impatient.training.data import Data, load_data
 from impatient.training.loop import ExitWeights, Recipe, fit
@@ -315,8 +316,10 @@ def fit_run(
     return policy
 
 
-def evaluate_run(directory: str | Path, *, budget: str | None = None, any_profile: bool = False, say: Say) -> Evaluation:
-    """Judge every exit and every fitted policy on the test recording."""
+def evaluate_run(
+    directory: str | Path, *, budget: str | None = None, against: Sequence[str | Path] = (), any_profile: bool = False, say: Say
+) -> Evaluation:
+    """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs."""
     run = RunDirectory(directory)
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
@@ -324,11 +327,32 @@ def evaluate_run(directory: str | Path, *, budget: str | None = None, any_profil
     budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
     evaluation = evaluate(
         recording, costs, policies, exit_free=run.exit_free_recording("test"), same_weights=not run.spec().ensembling,
-        budgets=budgets,
+        static=_static(run, costs, [RunDirectory(other) for other in against]), budgets=budgets,
     )  # fmt: skip
     evaluation.save(run.evaluation_file)
     say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
     return evaluation
+
+
+def _static(run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]) -> dict[str, Static]:
+    """Other runs' networks without exits, with their times in the terms of this run's profile."""
+    if not others:
+        return {}
+    x, networks, recordings = run.spec().example(), [run.network()[0]], []
+    for other in others:
+        run.check_data(other.data())
+        alone = other.exit_free_recording("test")
+        recordings.append(other.recording("test") if alone is None else alone)
+        networks.append(other.network()[0] if alone is None else other.exit_free_network()[0])
+    here, *times = time_in_turn([network.backbone for network in networks], x)
+    # in proportion, since the machine may be faster or slower now than when the profile was made
+    scale = costs.exit_free_s() / here
+    return {
+        f"static {other.path.resolve().name}": Static(
+            recording=recording, time_s=time_s * scale, macs=count_macs(network.backbone, x)
+        )
+        for other, recording, network, time_s in zip(others, recordings, networks[1:], times, strict=True)
+    }
 
 
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:

@@ -5,7 +5,7 @@ import typing
 
 from impatient.evaluation import milestones
 from impatient.evaluation.derived import calibrated, ensembled
-from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, evaluate
+from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, Static, evaluate
 from impatient.evaluation.many import PolicyOutcomes, expected_accuracies, judge_policies
 from impatient.evaluation.metrics import Estimate, Monotonicity, conditional_monotonicity
 from impatient.evaluation.recording import Recording, record
@@ -24,6 +24,7 @@ __all__ = [
     "PolicyOutcomes",
     "Recording",
     "Row",
+    "Static",
     "accuracy_time",
     "calibrated",
     "conditional_monotonicity",

@@ -20,7 +20,7 @@ from impatient.files import read_json, write_json
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, provenance
 
-Kind = Literal["exit", "policy", "exit_free", "oracle"]
+Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,21 @@ class BudgetRow:
     budget: str
     name: str
     accuracy: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Static:
+    """Another network, which answers once: what one could run instead.
+
+    Attributes:
+        recording: of the same split of the same data; its last exit answers.
+        time_s: mean seconds per sample; measure it in turn with the network that is judged (`time_in_turn`).
+        macs: multiply-accumulates per sample.
+    """
+
+    recording: Recording
+    time_s: float
+    macs: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +150,7 @@ def evaluate(
     *,
     exit_free: Recording | None = None,
     same_weights: bool = True,
+    static: Mapping[str, Static] | None = None,
     budgets: Mapping[str, Budget] | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
@@ -148,6 +164,7 @@ def evaluate(
         exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
         same_weights: whether the last exit's output is the untouched backbone's own, so that it stands for the network
             without exits, too; say False where exits answer together.
+        static: other networks to compare with, by name: smaller ones, say.
         budgets: distributions over time budgets, by name; by default the four standard shapes from 0 to 1.25 times the
             interruptible cost of the last exit.
         statistic, batch_size: which measured times are used.
@@ -163,9 +180,11 @@ def evaluate(
         check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
-    if exit_free is not None:
-        _check_exit_free(exit_free, recording)
-    judge = _Judge(recording, costs, statistic, batch_size, exit_free, same_weights)
+    others = dict(static or {})
+    for other in (exit_free, *(entry.recording for entry in others.values())):
+        if other is not None:
+            _check_same_split(other, recording)
+    judge = _Judge(recording, costs, statistic, batch_size, exit_free, same_weights, others)
     distributions = dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
     rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
     return Evaluation(
@@ -197,13 +216,11 @@ def check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> No
         )
 
 
-def _check_exit_free(exit_free: Recording, recording: Recording) -> None:
-    exit_free.provenance.require("the recording without exits", "record both on the same data", data=recording.provenance.data)
-    if exit_free.split != recording.split:
-        raise RecordingError(
-            f"the recording without exits is of split {exit_free.split!r}, the other of {recording.split!r}; "
-            "record the same split."
-        )
+def _check_same_split(other: Recording, recording: Recording) -> None:
+    what = "the recording to compare with"
+    other.provenance.require(what, "record both on the same data", data=recording.provenance.data)
+    if other.split != recording.split:
+        raise RecordingError(f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the same split.")
 
 
 class _Judge:
@@ -211,7 +228,7 @@ class _Judge:
 
     def __init__(
         self, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int, exit_free: Recording | None,
-        same_weights: bool,
+        same_weights: bool, static: Mapping[str, Static],
     ) -> None:  # fmt: skip
         self.costs, self.options = costs, {"statistic": statistic, "batch_size": batch_size}
         self.recording, self.count = recording, costs.num_exits
@@ -220,8 +237,14 @@ class _Judge:
         self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
-        self.whole_s = costs.exit_free_s(**self.options)  # type: ignore[arg-type]
-        self.alone, self.same_weights = exit_free, same_weights
+        self.once: dict[str, tuple[Kind, Float[Tensor, "N C"], float, float]] = {}  # kind, outputs, seconds, MACs
+        whole = costs.exit_free_s(**self.options), float(costs.exit_free_macs)  # type: ignore[arg-type]
+        if same_weights:
+            self.once["no exits, same weights"] = "exit_free", recording.outputs[-1], *whole
+        if exit_free is not None:
+            self.once["no exits, trained alone"] = "exit_free", exit_free.outputs[-1], *whole
+        for name, other in static.items():
+            self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
 
     def exits(self) -> list[Row]:
@@ -237,23 +260,17 @@ class _Judge:
 
     def references(self) -> list[Row]:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
-        rows = [self._row("oracle", "oracle", right, self.interruptible_s, self.contract_s, self.macs)]
-        same = self._row("no exits, same weights", "exit_free", self._all(self.count - 1), *self._whole())
-        if self.same_weights:
-            rows.insert(0, same)
-        if self.alone is None:
-            return rows
-        hits, confidence = self.alone.hits()[-1], self.alone.outputs[-1].softmax(-1).amax(-1)
-        own = Row(
-            name="no exits, trained alone", kind="exit_free", accuracy=proportion(float(hits.sum()), len(hits)),
-            interruptible_s=self.whole_s, contract_s=self.whole_s, macs=same.macs,
-            calibration_error=expected_calibration_error(confidence, hits.bool()), shares=same.shares,
-        )  # fmt: skip
-        return [*rows[:-1], own, rows[-1]]
+        oracle = self._row("oracle", "oracle", right, self.interruptible_s, self.contract_s, self.macs)
+        return [*(self._once(name) for name in self.once), oracle]
 
-    def _whole(self) -> tuple[Sequence[float], Sequence[float], Sequence[float]]:
-        backbone_macs = float(self.costs.exit_free_macs)
-        return (self.whole_s,) * self.count, (self.whole_s,) * self.count, (backbone_macs,) * self.count
+    def _once(self, name: str) -> Row:
+        kind, outputs, time_s, macs = self.once[name]
+        hits, confidence = outputs.argmax(-1) == self.recording.labels, outputs.softmax(-1).amax(-1)
+        return Row(
+            name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)), interruptible_s=time_s, contract_s=time_s,
+            macs=macs, calibration_error=expected_calibration_error(confidence, hits),
+            shares=(*(0.0,) * (self.count - 1), 1.0),
+        )  # fmt: skip
 
     def _all(self, exit: int) -> Int[Tensor, "N"]:
         return torch.full_like(self.samples, exit)
@@ -281,10 +298,8 @@ class _Judge:
             exits = policy.exits_of(self.recording.outputs)
             stopped = torch.minimum(torch.arange(self.count)[:, None], exits[None])  # the exit held when time is up
             ways[name] = (self.hits[stopped, self.samples], self.interruptible_s)
-        if self.same_weights:
-            ways["no exits, same weights"] = (self.hits[-1:], (self.whole_s,))
-        if self.alone is not None:
-            ways["no exits, trained alone"] = (self.alone.hits()[-1:], (self.whole_s,))
+        for name, (_, outputs, time_s, _) in self.once.items():
+            ways[name] = ((outputs.argmax(-1) == self.recording.labels).float()[None], (time_s,))
         return [
             BudgetRow(budget=budget_name, name=name, accuracy=_share(mean(_expected(budget, cost, hits))))
             for budget_name, budget in budgets.items()

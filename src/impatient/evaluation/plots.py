@@ -26,6 +26,7 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "
 INK, PAPER, MUTED, WHITE = "#22262b", "#ffffff", "#808890", "#fefefe"  # ink and paper are the page's; white is always white
 POLICY_LOOKS = [(ORANGE, "s"), (GREEN, "D"), (PURPLE, "v"), (SKY, "<"), (VERMILION, ">"), (MUTED, "h")]
 FREE_LOOKS = [(VERMILION, "*"), (INK, "X")]
+STATIC_MARKERS = ["^", "p", "d"]
 WIDTH_INCHES = 7.2  # 720 px at 100 dpi, the width of a page of text
 LOG_BEYOND = 20.0  # times further apart than this are shown on a logarithmic axis
 SHADE = 0.22  # share of the height that the budgets take
@@ -65,11 +66,13 @@ def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = No
             _point(axes, row, f"policy {row.name}", colour, marker, 7.5)
         for row, (colour, marker) in zip(evaluation.of("exit_free"), FREE_LOOKS, strict=False):
             _point(axes, row, row.name, colour, marker, 14.0 if marker == "*" else 9.5)
+        for row, marker in zip(evaluation.of("static"), STATIC_MARKERS * len(evaluation.rows), strict=False):
+            _point(axes, row, row.name, MUTED, marker, 8.0)
         for row in evaluation.of("oracle"):
             _point(axes, row, "oracle: cheapest right exit", MUTED, "P", 8.0)
         if budget:
             _draw_budget(axes, *budget)
-        _legend(figure, axes, "exits,", "policy", "no", "oracle:")
+        _legend(figure, axes, "exits,", "policy", "no", "static", "oracle:")
     return figure
 
 

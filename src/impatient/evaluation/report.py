@@ -169,29 +169,35 @@ def _headline(evaluation: Evaluation) -> str:
     text = (
         f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of {evaluation.samples} samples of split "
         f"“{_e(evaluation.split)}” (95 % interval {_interval(last.accuracy)}), after {milliseconds(last.interruptible_s)} if "
-        f"every exit on the way answers too. The same network without exits takes {milliseconds(free[0].contract_s)}"
+        "every exit on the way answers too."
     )
-    alone = f"; trained alone it is right on {percent(free[1].accuracy.value)}" if len(free) > 1 else ""
-    lines = [_policy_line(row, last, free[0]) for row in evaluation.of("policy")]
+    if free:
+        text += f" The same network without exits takes {milliseconds(free[0].contract_s)}"
+    trained = [row for row in free if "alone" in row.name]
+    alone = f"; trained alone it is right on {percent(trained[0].accuracy.value)}" if trained else ""
+    lines = [_policy_line(row, last, free[0] if free else None) for row in evaluation.of("policy")]
     judged = "".join(f"<li>{line}</li>" for line in lines)
-    return f'<p class="lead">{text}{alone}.</p>' + (
+    return f'<p class="lead">{text.removesuffix(".")}{alone}.</p>' + (
         f'<ul class="lead">{judged}</ul>' if judged else "<p>No policy was judged.</p>"
     )
 
 
-def _policy_line(row: Row, last: Row, free: Row) -> str:
+def _policy_line(row: Row, last: Row, free: Row | None) -> str:
     """What a policy saves in measured time; says so when it saves nothing."""
     points = (row.accuracy.value - last.accuracy.value) * 100
     accuracy = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.05 else "as often as"
+    judged = (
+        f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} ({_interval(row.accuracy)}), "
+        f"{accuracy} the last exit, in {milliseconds(row.contract_s)} a sample on average"
+    )
+    if free is None:
+        return f"{judged}."
     time, macs = _against(row.contract_s, free.contract_s), _against(row.macs, free.macs)
     if row.contract_s < 0.995 * free.contract_s:
         verdict = f"<strong>{time} time</strong> than without exits, with {_than(macs, 'MACs')}"
     else:
         verdict = f"which <strong>saves no time</strong>: {_than(time, 'time')} without exits, with {_than(macs, 'MACs')}"
-    return (
-        f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} ({_interval(row.accuracy)}), "
-        f"{accuracy} the last exit, in {milliseconds(row.contract_s)} a sample on average, {verdict}."
-    )
+    return f"{judged}, {verdict}."
 
 
 def _than(change: str, what: str) -> str:
@@ -225,7 +231,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str =
 
 
 def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
-    free = evaluation.of("exit_free")[0].contract_s
+    free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
     places = [f"exit {k} <small>{_e(exit)}</small>" for k, exit in enumerate(exits)]
     names = [*places, *(_e(row.name) for row in evaluation.rows[len(exits) :])]
     columns = ["", "accuracy", "95 % interval", "interruptible, ms", "contract, ms", "against no exits", "MACs",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import BatchCosts, CostProfile, Quantiles
@@ -104,7 +105,7 @@ def _measure(
         # alternate the order: whatever ran last has warmed the caches for the next
         for part in ("whole", "staged") if repeat % 2 else ("staged", "whole"):
             if part == "whole":
-                whole.append(_time_whole(network, x, device, clock))
+                whole.append(_time_whole(network.backbone, x, device, clock))
             else:
                 _time_staged(network, x, device, clock, stages, heads)
         if repeat >= 0:
@@ -117,10 +118,37 @@ def _measure(
     )  # fmt: skip
 
 
-def _time_whole(network: DescribedNetwork, x: Any, device: torch.device, clock: Clock) -> float:
+def time_in_turn(
+    models: Sequence[nn.Module], x: Any, *, repeats: int = 300, warm_up: int = 20, clock: Clock = SYSTEM_CLOCK
+) -> tuple[float, ...]:
+    """Mean seconds of each of several models on one input, run in turn, so that all meet the machine's changes alike.
+
+    Args:
+        models: on one device; run in eval mode.
+        x: an example input.
+
+    Sync:
+        Waits for the device after every run.
+    """
+    if repeats < 1 or warm_up < 0:
+        raise CostError(f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 or more.")
+    device = first_tensor(x).device
+    times: list[list[float]] = [[] for _ in models]
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        for repeat in range(-warm_up, repeats):
+            for place in range(len(models)) if repeat % 2 else reversed(range(len(models))):
+                taken = _time_whole(models[place], x, device, clock)
+                if repeat >= 0:
+                    times[place].append(taken)
+    return tuple(sum(values) / repeats for values in times)
+
+
+def _time_whole(backbone: nn.Module, x: Any, device: torch.device, clock: Clock) -> float:
     with torch.inference_mode():
         begin = clock.now()
-        call_model(network.backbone, x)
+        call_model(backbone, x)
         synchronise(device)
         return clock.now() - begin
 
