@@ -3,7 +3,7 @@
 import importlib
 import typing
 
-from impatient.evaluation import milestones
+from impatient.evaluation import inflation, milestones
 from impatient.evaluation.derived import calibrated, ensembled
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, Static, evaluate
 from impatient.evaluation.many import PolicyOutcomes, expected_accuracies, judge_policies
@@ -33,6 +33,7 @@ __all__ = [
     "exit_shares",
     "expected_accuracies",
     "figure_svg",
+    "inflation",
     "judge_policies",
     "linear_probes",
     "milestones",

@@ -1,5 +1,6 @@
 """What is run: models cut into stages, heads, and the networks of the papers."""
 
+from impatient.networks.ensemble import EANN
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
@@ -9,6 +10,7 @@ from impatient.networks.stages import Exit, Walk
 from impatient.networks.vgg import SmallVGG
 
 __all__ = [
+    "EANN",
     "Exit",
     "FeatureShape",
     "MultiExitNetwork",

@@ -188,10 +188,10 @@ def describe(network: DescribedNetwork, x: Any) -> str:
     lines = ["  ".join(_aligned(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip
     lines.insert(1, "-" * len(lines[0]))
-    backbone, heads = sum(f.stage_macs for f in facts), sum(f.head_macs for f in facts)
+    stages, heads = sum(f.stage_macs for f in facts), sum(f.head_macs for f in facts)
     lines += [
-        f"backbone {type(network.backbone).__name__}: {backbone:,} MACs per sample, "
-        f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs ({heads / max(backbone, 1):.1%}).",
+        f"stages, to the end of {type(network.backbone).__name__}: {stages:,} MACs per sample, "
+        f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs ({heads / max(stages, 1):.1%}).",
         f"mechanism: {network.mechanism}.",
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -120,7 +120,7 @@ class Runner:
         self._when_late = when_late
         self._plans = {size: _Plan(batch, statistic) for size, batch in costs.batches.items()}
         self._drift = 1.0
-        self._worker = _Worker()
+        self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
 
     @property
@@ -219,7 +219,7 @@ class Runner:
             self._drift += 0.05 * (min(stage_s / expected, 10.0) - self._drift)
 
     def _answer(self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
-        return _answered(*collected.finish(exit), self.clock, begin, deadline, stopped_by)
+        return answered(*collected.finish(exit), self.clock, begin, deadline, stopped_by)
 
     def _too_late(self, plan: _Plan, left_s: float) -> NoAnswerInTime:
         return NoAnswerInTime(
@@ -228,7 +228,7 @@ class Runner:
         )
 
 
-def _answered(
+def answered(
     output: Tensor, exits: tuple[int, ...], clock: Clock, begin: float, deadline: Deadline, stopped_by: StoppedBy
 ) -> Answer:
     """An answer that is there now."""
@@ -420,7 +420,7 @@ class Run:
         stopped_by: StoppedBy = "final" if last else "interrupt"
         if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
             stopped_by = "policy"
-        answer = _answered(*collected.snapshot(exit), self._clock, self._begin, self._deadline, stopped_by)
+        answer = answered(*collected.snapshot(exit), self._clock, self._begin, self._deadline, stopped_by)
         with self._changed:
             if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
                 self._latest = answer
@@ -428,7 +428,7 @@ class Run:
         return stopped_by
 
 
-class _Worker:
+class Worker:
     """One thread, begun when needed, that does what it is given, in order. It holds no runner: runners can be forgotten."""
 
     def __init__(self) -> None:
