@@ -68,8 +68,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     if not smoke:
         text = (
-            f"EANN of plain networks of {', '.join(map(str, DEPTHS))} layers, one torch thread per worker, two cores. 0.5 would "
-            "be a perfect gain."
+            f"EANN of plain networks of {', '.join(map(str, DEPTHS))} layers, one torch thread per worker, two cores; 0.5 "
+            "would be a perfect gain."
         )
         write_results("workers", "Two workers for networks of growing depth", text, rows)
 

@@ -1,0 +1,380 @@
+"""Growing a network of sections in iterations: what each executes, what that costs, and which order costs least. No tensors.
+
+Sections, positions and iterations are counted from 0; in the names of executions from 1, as in the paper.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from impatient.errors import CostError, ModelSpecError
+
+Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Blocks of each section, iteration by iteration.
+
+    Attributes:
+        counts: one row per iteration with the number of blocks of each section.
+    Raises:
+        ModelSpecError: if a section shrinks, an iteration grows nothing, or a section begins without a block.
+    Example:
+        >>> schedule = Schedule(((1, 1), (3, 1), (3, 2)))
+        >>> schedule.final, schedule.starts, schedule.names
+        ((3, 2), ((0, 0), (0, 1), (1, 1)), ('1-1', '3-1', '3-2'))
+    """
+
+    counts: tuple[Counts, ...]
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(row) for row in self.counts)
+        object.__setattr__(self, "counts", rows)
+        if not rows or not rows[0]:
+            raise ModelSpecError(f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, 1, 1).")
+        for number, row in enumerate(rows):
+            if len(row) != len(rows[0]) or any(type(count) is not int or count < 1 for count in row):
+                raise ModelSpecError(
+                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole numbers, one per section, each "
+                    "at least 1 from the first iteration on."
+                )
+        for number, (before, after) in enumerate(itertools.pairwise(rows), start=2):
+            if before == after or not _within(before, after):
+                raise ModelSpecError(
+                    f"iteration {number} goes from {before} to {after} blocks; needed: no section shrinks and at least one grows."
+                )
+
+    @classmethod
+    def of(cls, counts: Schedule | Sequence[Sequence[int]]) -> Self:
+        """The schedule itself, or one with these rows."""
+        return cls(tuple(tuple(row) for row in (counts.counts if isinstance(counts, Schedule) else counts)))
+
+    @property
+    def final(self) -> Counts:
+        """Blocks of each section after the last iteration: those of the whole network."""
+        return self.counts[-1]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple("-".join(map(str, row)) for row in self.counts)
+
+    @property
+    def starts(self) -> tuple[tuple[int, int], ...]:
+        """Per iteration, the earliest section that grows and the position of its first new block.
+
+        The iteration runs the new blocks of that section, on the tensor cached there, and all blocks of all later sections.
+        """
+        return ((0, 0), *(_start(before, after) for before, after in itertools.pairwise(self.counts)))
+
+    @property
+    def kept(self) -> tuple[frozenset[int], ...]:
+        """Per iteration, the sections whose tensors a later iteration continues from; the others need not be cached."""
+        return tuple(_needed([section for section, _ in self.starts[done:]]) for done in range(1, len(self.counts) + 1))
+
+
+def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
+    """From one block of each section, fill the sections one after the other, each in so many parts, the larger ones first.
+
+    Example:
+        >>> in_turn((3, 3)).counts
+        ((1, 1), (2, 1), (3, 1), (3, 2), (3, 3))
+    """
+    if parts < 1 or not final or any(type(count) is not int or count < 1 for count in final):
+        raise ModelSpecError(f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and one part.")
+    rows = [(1,) * len(final)]
+    for section, count in enumerate(final):
+        for part in range(parts):
+            grown = -(-(count - 1) * (part + 1) // parts) + 1  # rounded up
+            if grown > rows[-1][section]:
+                rows.append((*rows[-1][:section], grown, *rows[-1][section + 1 :]))
+    return Schedule(tuple(rows))
+
+
+PAPER = in_turn((8, 8, 8))  # 1-1-1, 5-1-1, 8-1-1, 8-5-1, 8-8-1, 8-8-5, 8-8-8
+
+
+# --- what is executed -------------------------------------------------------------------------------------------------
+
+
+def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
+    """The executions of each iteration, in order, where growing goes on from cached tensors.
+
+    IN runs once and OUT every time. Blocks are added above the old ones of their section, whose input stays the same: the
+    earliest section that grows goes on from its cached tensor with its new blocks only. The input of every later section has
+    changed: all their blocks run, old and new.
+
+    Returns:
+        Per iteration "IN", "S1.1" (section 1, block 1), ..., "OUT".
+    Source:
+        AnytimeNet (Kim et al. 2020), figure 2 and table I. There one section grows at a time; the rule for several is ours.
+    Example:
+        >>> trace(Schedule(((1, 1), (1, 2), (2, 3))))[1:]  # the third iteration grows both
+        (('S2.2', 'OUT'), ('S1.2', 'S2.1', 'S2.2', 'S2.3', 'OUT'))
+    """
+    befores = (None, *schedule.counts)
+    return tuple(
+        (*(() if before else ("IN",)), *(f"S{section + 1}.{block + 1}" for section, block in _blocks(before, after)), "OUT")
+        for before, after in zip(befores, schedule.counts, strict=False)
+    )
+
+
+def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    """Executions up to and including each iteration: of IN, of each section's blocks, of OUT, and all together.
+
+    Source:
+        AnytimeNet, table I.
+    Example:
+        >>> tally(PAPER)[-1]
+        (1, 8, 10, 12, 7, 38)
+    """
+    parts = ("IN", *(f"S{section + 1}" for section in range(len(schedule.final))), "OUT")
+    rows = [[sum(name.split(".")[0] == part for name in names) for part in parts] for names in trace(schedule)]
+    totals = [[sum(column) for column in zip(*rows[: done + 1], strict=True)] for done in range(len(rows))]
+    return tuple((*row, sum(row)) for row in totals)
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCosts:
+    """What one execution of each part costs, in any one unit: seconds, MACs, or 1.
+
+    Attributes:
+        stem: of IN.
+        sections: per section, of each of its blocks.
+        out: of OUT.
+    Raises:
+        CostError: if a section has no block, or costs are not finite, negative, or all zero.
+    """
+
+    stem: float
+    sections: tuple[tuple[float, ...], ...]
+    out: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sections", tuple(tuple(section) for section in self.sections))
+        if not self.sections or not all(self.sections):
+            raise CostError(f"block costs {self.sections}; needed: at least one section, and one block in each.")
+        costs = [self.stem, self.out, *itertools.chain.from_iterable(self.sections)]
+        if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
+            raise CostError(f"costs of parts must be finite and not negative, and not all 0; given: {costs}. Measure again.")
+
+    @classmethod
+    def equal(cls, counts: Sequence[int], *, stem: float = 1.0, out: float = 1.0) -> Self:
+        """Every block costs 1, so that costs count executions."""
+        return cls(stem=stem, sections=tuple((1.0,) * count for count in counts), out=out)
+
+    @property
+    def counts(self) -> Counts:
+        return tuple(len(section) for section in self.sections)
+
+    @property
+    def plain(self) -> float:
+        """Of a plain run through all blocks: the paper's BASELINE."""
+        return self.stem + sum(map(sum, self.sections)) + self.out
+
+    def step(self, before: Counts | None, after: Counts) -> float:
+        """Of the iteration that grows from some block counts to others; from None, of the first one."""
+        inner = sum(self.sections[section][block] for section, block in _blocks(before, after))
+        return (self.stem if before is None else 0.0) + inner + self.out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthCosts:
+    """What a schedule costs, every iteration with its OUT, in the unit of its blocks' costs.
+
+    Attributes:
+        per_iteration: of each iteration alone.
+        cumulative: until each iteration has answered, all those before having answered too.
+        plain: of a plain run through the whole network.
+    """
+
+    per_iteration: tuple[float, ...]
+    cumulative: tuple[float, ...]
+    plain: float
+
+    @property
+    def overhead(self) -> float:
+        """All iterations over a plain run: 1.19 means 19 % more."""
+        return self.cumulative[-1] / self.plain
+
+
+def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
+    """What each iteration of a schedule costs.
+
+    Args:
+        parts: one block cost per block of the schedule's end.
+    Raises:
+        CostError: if the blocks are not those of the schedule.
+    Example:
+        >>> counted = costs(PAPER, BlockCosts.equal((8, 8, 8)))
+        >>> counted.cumulative, counted.plain
+        ((5.0, 12.0, 18.0, 24.0, 29.0, 34.0, 38.0), 26.0)
+    """
+    if parts.counts != schedule.final:
+        raise CostError(
+            f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; needed: one per block."
+        )
+    befores = (None, *schedule.counts)
+    steps = tuple(parts.step(before, after) for before, after in zip(befores, schedule.counts, strict=False))
+    return GrowthCosts(per_iteration=steps, cumulative=tuple(itertools.accumulate(steps)), plain=parts.plain)
+
+
+# --- which schedule to choose -----------------------------------------------------------------------------------------
+
+
+def plan(
+    parts: BlockCosts,
+    *,
+    iterations: int | None = None,
+    sizes: Sequence[int] | None = None,
+    through: Sequence[Sequence[int]] = (),
+) -> Schedule:
+    """The schedule to the whole network that costs least, and so has the least overhead; of equals, the one that is early.
+
+    What an iteration costs depends on the block counts before and after it alone. So a schedule is a path through the graph
+    of all block counts, and the shortest path, iteration by iteration, is the optimum: nothing is guessed.
+
+    Args:
+        parts: measured cost of each part (`block_times`).
+        iterations: how many, from one block of each section. Least overhead alone crowds the others near the end, since
+            blocks that run once are the cheapest: say with `sizes` or `through` what the answers in between are to be worth.
+        sizes: instead of `iterations`, the number of blocks, all sections together, that each iteration is to have.
+        through: block counts that must be among the iterations.
+    Raises:
+        ModelSpecError: if no schedule is like that.
+    Example:
+        >>> plan(BlockCosts.equal((8, 8, 8)), sizes=[3, 7, 10, 14, 17, 21, 24]) == PAPER
+        True
+    """
+    if (iterations is None) == (sizes is None):
+        raise ModelSpecError(f"iterations={iterations}, sizes={sizes}; needed: one of the two.")
+    points = [tuple(point) for point in through]
+    layers = _layers(parts.counts, iterations, sizes)
+    missing = f"no schedule to {parts.counts} blocks has iterations={iterations}, sizes={sizes}, through={points}"
+    if not layers or any(not _within((1,) * len(parts.counts), point) for point in points):
+        raise ModelSpecError(f"{missing}; needed: at least one iteration, and at least one block per section.")
+    # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each iteration still to come.
+    labels: dict[Counts, _Label] = {}
+    for counts in layers[0]:
+        if _visits(None, counts, points):
+            cost = parts.step(None, counts)
+            labels[counts] = cost, cost * len(layers), (counts,)
+    for left, layer in zip(range(len(layers) - 1, 0, -1), layers[1:], strict=True):
+        labels = _next_labels(labels, layer, left, parts, points)
+    if not labels:
+        raise ModelSpecError(f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that only grow, "
+                             "and an iteration for each.")  # fmt: skip
+    return Schedule(labels[parts.counts][2])
+
+
+def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
+    """The schedule whose iterations, filling one section after the other, end nearest to wanted times.
+
+    Filling in turn keeps later sections at one block while earlier ones grow, so that little is run again; a schedule that
+    ran more again only to be on time would answer no better. The last iteration is the whole network, whatever its time.
+
+    Args:
+        parts: measured cost of each part (`block_times`).
+        times: one per iteration, increasing, in the unit of the costs.
+    Returns:
+        Of all schedules that fill in turn, the one with the least sum of squared distances from the times.
+    Raises:
+        ModelSpecError: if the times do not increase, or are more than there are blocks to add, and one.
+    Example:
+        >>> place(BlockCosts.equal((3, 3)), [4.0, 7.0, 20.0]).counts
+        ((1, 1), (2, 1), (3, 3))
+    """
+    line = list(_line(parts.counts))
+    increase = all(before < after for before, after in itertools.pairwise(times))
+    if not 1 <= len(times) <= len(line) or not increase or not all(math.isfinite(time) for time in times):
+        raise ModelSpecError(f"times {tuple(times)}; needed: 1 to {len(line)} of them, increasing and finite.")
+    # state: where on the line, and how often each section was the one that grew first: the time so far follows from these
+    states: dict[tuple[int, Counts], _Label] = {(-1, (0,) * len(parts.counts)): (0.0, 0.0, ())}
+    for index, time in enumerate(times):
+        last = index == len(times) - 1
+        reached: dict[tuple[int, Counts], _Label] = {}
+        for (position, grown), (distance, begun, path) in states.items():
+            before = line[position] if path else None
+            for place in range(len(line) - 1 if last else position + 1, len(line) - (len(times) - 1 - index)):
+                now = begun + parts.step(before, line[place])
+                label = distance + (now - time) ** 2, now, (*path, line[place])
+                section = _start(before, line[place])[0] if before else None
+                state = place, tuple(count + (number == section) for number, count in enumerate(grown))
+                if state not in reached or label < reached[state]:
+                    reached[state] = label
+        states = reached
+    return Schedule(min(states.values())[2])
+
+
+_Label = tuple[float, float, tuple[Counts, ...]]
+
+
+def _within(inner: Counts, outer: Counts) -> bool:
+    return len(inner) == len(outer) and all(small <= large for small, large in zip(inner, outer, strict=True))
+
+
+def _start(before: Counts, after: Counts) -> tuple[int, int]:
+    """The earliest section that grows, and how many blocks it has already."""
+    return next((section, old) for section, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
+
+
+def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
+    """(section, block) of all that an iteration executes, in order."""
+    first, old = (0, 0) if before is None else _start(before, after)
+    for section in range(first, len(after)):
+        for block in range(old if section == first else 0, after[section]):
+            yield section, block
+
+
+def _needed(starts: Sequence[int]) -> frozenset[int]:
+    """Sections that iterations to come start from, before an iteration that starts earlier has replaced their tensors."""
+    return frozenset(section for index, section in enumerate(starts) if all(section < other for other in starts[:index]))
+
+
+def _layers(final: Counts, iterations: int | None, sizes: Sequence[int] | None) -> list[list[Counts]]:
+    """Per iteration, the block counts that it may have."""
+    vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
+    if sizes is not None:
+        wanted = [[counts for counts in vectors if sum(counts) == size] for size in sizes]
+        return [*wanted[:-1], [counts for counts in wanted[-1] if counts == final]] if wanted else []
+    assert iterations is not None
+    if iterations < 2:
+        return [[final]] * iterations
+    return [vectors[:1], *([vectors] * (iterations - 2)), [final]]
+
+
+def _visits(before: Counts | None, after: Counts, points: Sequence[Counts]) -> bool:
+    """Whether a step passes by none of the points: what it has not come to yet still lies ahead, or is reached now."""
+    return all(_within(after, point) or (before is not None and _within(point, before)) for point in points)
+
+
+def _next_labels(
+    labels: dict[Counts, _Label], layer: Sequence[Counts], left: int, parts: BlockCosts, points: Sequence[Counts]
+) -> dict[Counts, _Label]:
+    """The best way to each of the block counts of the next iteration."""
+    reached: dict[Counts, _Label] = {}
+    for after in layer:
+        for before, (total, early, path) in labels.items():
+            if before != after and _within(before, after) and _visits(before, after, points):
+                cost = parts.step(before, after)
+                label = total + cost, early + cost * left, (*path, after)
+                if after not in reached or label < reached[after]:
+                    reached[after] = label
+    return reached
+
+
+def _line(final: Counts) -> Iterator[Counts]:
+    """Block counts on the way from one block of each section to all of them, block by block, section after section."""
+    counts = [1] * len(final)
+    yield tuple(counts)
+    for section, count in enumerate(final):
+        for grown in range(2, count + 1):
+            counts[section] = grown
+            yield tuple(counts)
