@@ -16,6 +16,10 @@ from impatient.errors import CostError, ModelSpecError
 Counts = tuple[int, ...]
 
 
+def _within(inner: Counts, outer: Counts) -> bool:
+    return len(inner) == len(outer) and all(small <= large for small, large in zip(inner, outer, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Blocks of each section, iteration by iteration.
@@ -40,13 +44,14 @@ class Schedule:
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]) or any(type(count) is not int or count < 1 for count in row):
                 raise ModelSpecError(
-                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole numbers, one per section, each "
-                    "at least 1 from the first iteration on."
+                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole numbers, one per section, "
+                    "each at least 1 from the first iteration on."
                 )
         for number, (before, after) in enumerate(itertools.pairwise(rows), start=2):
             if before == after or not _within(before, after):
                 raise ModelSpecError(
-                    f"iteration {number} goes from {before} to {after} blocks; needed: no section shrinks and at least one grows."
+                    f"iteration {number} goes from {before} to {after} blocks; needed: no section shrinks and at "
+                    "least one grows."
                 )
 
     @classmethod
@@ -95,7 +100,7 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     return Schedule(tuple(rows))
 
 
-PAPER = in_turn((8, 8, 8))  # 1-1-1, 5-1-1, 8-1-1, 8-5-1, 8-8-1, 8-8-5, 8-8-8
+PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8)))  # in_turn((8, 8, 8))
 
 
 # --- what is executed -------------------------------------------------------------------------------------------------
@@ -181,7 +186,9 @@ class BlockCosts:
 
     def step(self, before: Counts | None, after: Counts) -> float:
         """Of the iteration that grows from some block counts to others; from None, of the first one."""
-        inner = sum(self.sections[section][block] for section, block in _blocks(before, after))
+        first, old = (0, 0) if before is None else _start(before, after)
+        inner = sum(self.sections[first][old : after[first]])
+        inner += sum(sum(costs[:count]) for costs, count in zip(self.sections[first + 1 :], after[first + 1 :], strict=True))
         return (self.stem if before is None else 0.0) + inner + self.out
 
 
@@ -316,10 +323,6 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
 _Label = tuple[float, float, tuple[Counts, ...]]
 
 
-def _within(inner: Counts, outer: Counts) -> bool:
-    return len(inner) == len(outer) and all(small <= large for small, large in zip(inner, outer, strict=True))
-
-
 def _start(before: Counts, after: Counts) -> tuple[int, int]:
     """The earliest section that grows, and how many blocks it has already."""
     return next((section, old) for section, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
@@ -359,10 +362,12 @@ def _next_labels(
     labels: dict[Counts, _Label], layer: Sequence[Counts], left: int, parts: BlockCosts, points: Sequence[Counts]
 ) -> dict[Counts, _Label]:
     """The best way to each of the block counts of the next iteration."""
+    wanted = set(layer)
     reached: dict[Counts, _Label] = {}
-    for after in layer:
-        for before, (total, early, path) in labels.items():
-            if before != after and _within(before, after) and _visits(before, after, points):
+    for before, (total, early, path) in labels.items():
+        larger = itertools.product(*(range(old, count + 1) for old, count in zip(before, parts.counts, strict=True)))
+        for after in wanted.intersection(larger) - {before}:
+            if _visits(before, after, points):
                 cost = parts.step(before, after)
                 label = total + cost, early + cost * left, (*path, after)
                 if after not in reached or label < reached[after]:

@@ -1,0 +1,632 @@
+"""AnytimeNet: a network of sections, grown in iterations over cached tensors; each iteration is an exit.
+
+The first iteration runs a few blocks of every section. Each later one adds blocks above those that have run: it goes on from
+the tensor cached there, and runs only the sections behind it again, since their input has changed. `growth` says in which
+order to grow, and what it costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
+from impatient.networks import growth
+from impatient.networks.describe import StageFacts, _head_name, count_macs, describe
+from impatient.networks.gradients import PLAIN, GradientFlow
+from impatient.networks.growth import PAPER, BlockCosts, Schedule
+from impatient.networks.heads import Layout, Pool, _last_width
+from impatient.networks.placement import evaluating
+from impatient.networks.stages import Exit, _Ambient, _Run, call_model, first_tensor
+
+Sharing = Literal["shared", "own"]
+
+EPSILON = 0.001  # of every batch norm, as in the paper
+
+
+# --- the network that grows, whole --------------------------------------------------------------------------------------
+
+
+class SectionedNetwork(nn.Module):
+    """A plain network: IN, sections of blocks, OUT, one after the other.
+
+    Attributes:
+        stem: IN, from the input to the features of the first section.
+        sections: lists of blocks; what changes the shape of the features is the first block of a section.
+        out: OUT, from the last section's features to the output.
+    """
+
+    def __init__(self, stem: nn.Module, sections: Sequence[Iterable[nn.Module]], out: nn.Module) -> None:
+        super().__init__()
+        self.stem = stem
+        self.sections = nn.ModuleList(nn.ModuleList(blocks) for blocks in sections)
+        self.out = out
+
+    @property
+    def counts(self) -> growth.Counts:
+        """Blocks of each section."""
+        return tuple(len(blocks) for blocks in self._sections())
+
+    def parts(self) -> dict[str, nn.Module]:
+        """All parts in running order, by the names that `growth.trace` gives their executions."""
+        blocks = {
+            f"S{section}.{position}": block
+            for section, blocks in enumerate(self._sections(), start=1)
+            for position, block in enumerate(blocks, start=1)
+        }
+        return {"IN": self.stem, **blocks, "OUT": self.out}
+
+    def forward(self, x: Any) -> Tensor:
+        x = call_model(self.stem, x)
+        for block in itertools.chain.from_iterable(self._sections()):
+            x = block(x)
+        return torch.as_tensor(self.out(x))
+
+    def _sections(self) -> tuple[Any, ...]:
+        return tuple(self.sections)
+
+
+class BaseBlock(nn.Module):
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus the input.
+
+    Where the block halves the resolution and widens, the input is every second pixel, with zeros for the new channels behind
+    the old ones.
+
+    Source:
+        AnytimeNet, figure 1; He et al. 2016 (full pre-activation). The paper says zero-padded and no more; every second
+        pixel, and the zeros behind, are as in He et al. 2015 (option A).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.bn1 = nn.BatchNorm2d(inputs, eps=EPSILON)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs, eps=EPSILON)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        out = self.conv2(F.relu(self.bn2(out)))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        missing = out.shape[1] - x.shape[1]
+        return torch.as_tensor(out + (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x))
+
+
+class BaseResNet(SectionedNetwork):
+    """The paper's BaseResNet, run plainly: its BASELINE.
+
+    Args:
+        num_classes: width of the output.
+        blocks: of each section; each section after the first halves the resolution and doubles the channels.
+        width: channels of the first section; the paper's 16, 32 and 64.
+        in_channels: of the image.
+    Raises:
+        ModelSpecError: if a size is no whole number of at least 1.
+    Source:
+        AnytimeNet (Kim et al. 2020), section II.A: three sections, 64 filters at the end, full pre-activation, epsilon of
+        batch norm 0.001. Not in the paper, and as in He et al. 2016: IN is a 3x3 convolution, OUT is batch norm, ReLU, mean
+        over space, and a linear layer.
+    Example:
+        >>> BaseResNet(blocks=(1, 1, 1), width=4)(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, num_classes: int = 10, blocks: Sequence[int] = (8, 8, 8), width: int = 16, in_channels: int = 3) -> None:
+        _check_sizes(num_classes=num_classes, blocks=blocks, width=width, in_channels=in_channels)
+        widths = [width * 2**section for section in range(len(blocks))]
+        sections = []
+        for section, count in enumerate(blocks):
+            first = BaseBlock(widths[max(section - 1, 0)], widths[section], 2 if section else 1)
+            sections.append([first, *(BaseBlock(widths[section], widths[section]) for _ in range(count - 1))])
+        out = nn.Sequential(
+            nn.BatchNorm2d(widths[-1], eps=EPSILON), nn.ReLU(), Pool("NCHW"), nn.Linear(widths[-1], num_classes)
+        )
+        super().__init__(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), sections, out)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _check_sizes(*, blocks: object, **sizes: object) -> None:
+    listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
+    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
+        given = ", ".join(f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items())
+        raise ModelSpecError(f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one per section.")
+
+
+# --- what its parts cost ------------------------------------------------------------------------------------------------
+
+
+def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
+    """Multiply-accumulates of each part, per sample of an example input, counted as in `describe.stage_facts`."""
+    macs = {}
+    with evaluating(network), torch.no_grad():
+        for name, part in network.parts().items():
+            macs[name] = float(count_macs(part, x))
+            x = call_model(part, x)
+    return _by_section(macs, network.counts)
+
+
+def block_times(
+    network: SectionedNetwork, x: Any, *, repeats: int = 50, warm_up: int = 5, clock: Clock = SYSTEM_CLOCK
+) -> BlockCosts:
+    """Seconds that each part takes in eval and inference mode: the median of each, so that one hold-up does not count.
+
+    Args:
+        network: any with these blocks, such as the backbone of a `GrowingNetwork`, on the device that matters.
+        x: an input of the batch size that matters.
+        repeats: runs through all parts, after `warm_up` runs that are not counted.
+
+    Sync:
+        Waits for the device after every part.
+    """
+    times: dict[str, list[float]] = {name: [] for name in network.parts()}
+    with evaluating(network), torch.inference_mode():
+        for repeat in range(-warm_up, repeats):
+            features = x
+            for name, part in network.parts().items():
+                begin = clock.now()
+                features = call_model(part, features)
+                if features.device.type == "cuda":
+                    torch.cuda.synchronize(features.device)
+                if repeat >= 0:
+                    times[name].append(clock.now() - begin)
+    return _by_section({name: statistics.median(measured) for name, measured in times.items()}, network.counts)
+
+
+def _by_section(costs: dict[str, float], counts: growth.Counts) -> BlockCosts:
+    stem, *inner, out = costs.values()
+    blocks = iter(inner)
+    return BlockCosts(stem=stem, sections=tuple(tuple(itertools.islice(blocks, count)) for count in counts), out=out)
+
+
+# --- batch norm that knows the iteration --------------------------------------------------------------------------------
+
+# The iteration that is running; None outside of one. A context variable, since threads may share a network.
+_iteration: ContextVar[int | None] = ContextVar("iteration", default=None)
+
+
+@contextlib.contextmanager
+def _in_iteration(index: int) -> Iterator[None]:
+    token = _iteration.set(index)
+    try:
+        yield
+    finally:
+        _iteration.reset(token)
+
+
+class IterationBatchNorm(_BatchNorm):
+    """Batch norm with running statistics for each iteration that comes by, and one weight and bias for all.
+
+    Outside an iteration, in a plain run of the backbone, it goes by the statistics of the last one.
+
+    Args:
+        norm: the batch norm in whose place it stands: its weight and bias are kept, and its statistics are where each
+            iteration begins. The state_dict of such a plain one may be loaded, too.
+        iterations: those that come by, in order.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, norm: _BatchNorm, iterations: Sequence[int]) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.training = norm.training
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, _per_row(getattr(norm, name), len(iterations)))
+        self._row = {iteration: row for row, iteration in enumerate(iterations)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        iteration = _iteration.get()
+        row = -1 if iteration is None else self._row[iteration]
+        momentum = self.momentum
+        if self.training:
+            self.num_batches_tracked[row] += 1
+            # as torch: without a momentum, the mean of all batches
+            momentum = 1.0 / float(self.num_batches_tracked[row]) if momentum is None else momentum
+        return F.batch_norm(
+            x, self.running_mean[row], self.running_var[row], self.weight, self.bias,
+            training=self.training, momentum=momentum or 0.0, eps=self.eps,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, iterations={list(self._row)}"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            given, own = state_dict.get(prefix + name), getattr(self, name)
+            if given is not None and given.dim() == own.dim() - 1:
+                state_dict[prefix + name] = _per_row(given, len(own))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _per_row(statistic: Tensor, rows: int) -> Tensor:
+    return torch.stack([statistic.detach()] * rows)
+
+
+def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
+    """The module, with an `IterationBatchNorm` in the place of every batch norm that keeps statistics."""
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.track_running_stats:
+        return IterationBatchNorm(module, iterations)
+    for name, child in module.named_children():
+        setattr(module, name, _with_own_norms(child, iterations))
+    return module
+
+
+# --- the network in iterations ------------------------------------------------------------------------------------------
+
+
+class GrowthRun(Iterator[Exit]):
+    """One run, iteration by iteration: nothing of an iteration is computed before it is asked for.
+
+    Stop asking and call `close()`, leave the `with` block, or drop it, to throw the cached tensors away.
+
+    Thread:
+        May be advanced from any thread, by one at a time. It runs in the modes in which it was asked for.
+    """
+
+    def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
+        self._run = _Run(_Ambient.now())
+        self._iterations = iter(range(network.num_exits))
+        self._network, self._x, self._keep = network, x, keep
+        self._cached: dict[int, Tensor] = {}
+
+    def __next__(self) -> Exit:
+        index = next(self._iterations)
+        last = index == self._network.num_exits - 1
+        ambient = self._run.ambient
+        try:
+            features = ambient.call(lambda _: self._network._grow(index, self._cached, self._x), first_tensor(self._x))
+            if self._keep and not last:
+                features = ambient.call(torch.clone, features)
+            self._run.position = index
+            exit = Exit(index, features, partial(self._network._answer, index), self._run, self._keep)
+            if last:
+                exit.output()  # at once: everywhere in this library the last exit's output costs nothing when asked for
+                self.close()
+        except BaseException:
+            self.close()
+            self._run.position = None  # what failed may have overwritten the features first
+            raise
+        return exit
+
+    def close(self) -> None:
+        """Throw away what is cached and has not been computed; harmless when there is nothing to throw away."""
+        self._iterations = iter(range(0))
+        self._cached.clear()
+        self._x = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class GrowingNetwork(nn.Module):
+    """A network of sections, run in iterations that each add blocks: an iterator of exits with the protocol of all networks.
+
+    Growing a section leaves the input of its new blocks as it was, so they go on from the tensor cached there; later sections
+    run again, whole. Weights belong to a block, whichever iteration runs it. What no later iteration goes on from is not
+    cached, and what is cached is copied before anything else reads it, since that may write in place. The outputs, and in
+    training the gradients, are those of the sub-networks run one by one.
+
+    **Batch norm.** In train mode it normalises each batch by itself: iterations give what the sub-networks would. Its running
+    statistics, which eval mode goes by, are another matter. A block that one iteration runs sees one kind of input, and its
+    statistics one update a step (the sub-networks would update it once each, with the same values, and so only come there
+    faster). A block that several iterations run sees inputs of several depths. With `norms="shared"`, as in the paper, its
+    statistics are a mixture of them in nearly equal parts, which is right for none. With `norms="own"` each iteration has its
+    own. Weights trained with shared ones may be loaded into a network with own ones, and `recalibrate` computes them anew.
+
+    Args:
+        stem: IN, from the input to the features of the first section.
+        sections: any blocks that read what the block before them gives: one tensor, batch first.
+        out: OUT, from the last section's features to [B, num_classes].
+        schedule: block counts of each section per iteration; the last are all blocks there are.
+        outs: "shared", or "own" for an OUT per iteration, all the same in the beginning.
+        norms: "shared", or "own" for batch-norm statistics per iteration, where blocks run in several iterations. The batch
+            norms (`nn.BatchNorm1d` to `3d`) of the given modules are then replaced.
+        layout: what the dimensions of the last features mean.
+        num_classes: width of the output; by default that of the last layer of `out`.
+    Attributes:
+        backbone: the whole network run plainly, of the same modules; the last exit's output is its output.
+        schedule: block counts per iteration.
+        heads: the OUTs of all iterations but the last, where they have their own; else empty.
+    Raises:
+        ModelSpecError: if the schedule is malformed, or does not end with all blocks.
+        NetworkError: if an option is unknown, or the number of classes cannot be seen.
+    Source:
+        AnytimeNet (Kim et al. 2020), section II.B; own OUTs are mentioned there. Own statistics: switchable batch norm, Yu et
+        al. 2019 (slimmable networks), with weight and bias shared here.
+    Example:
+        >>> sections = [[nn.Linear(4, 4) for _ in range(2)] for _ in range(2)]
+        >>> network = GrowingNetwork(nn.Identity(), sections, nn.Linear(4, 3), [(1, 1), (2, 1), (2, 2)], layout="ND")
+        >>> with network.exits(torch.zeros(5, 4)) as run:
+        ...     [(exit.index, tuple(exit.output().shape)) for exit in run]
+        [(0, (5, 3)), (1, (5, 3)), (2, (5, 3))]
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        sections: Sequence[Iterable[nn.Module]],
+        out: nn.Module,
+        schedule: Schedule | Sequence[Sequence[int]],
+        *,
+        outs: Sharing = "shared",
+        norms: Sharing = "shared",
+        layout: Layout = "NCHW",
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        for option, given in (("outs", outs), ("norms", norms)):
+            if given not in ("shared", "own"):
+                raise NetworkError(f"{option}={given!r}; needed: 'shared' or 'own'.")
+        self.backbone = SectionedNetwork(stem, sections, out)
+        self.schedule = Schedule.of(schedule)
+        if self.backbone.counts != self.schedule.final:
+            raise ModelSpecError(
+                f"sections of {self.backbone.counts} blocks, but the schedule ends with {self.schedule.final}; needed: every "
+                "block in the last iteration."
+            )
+        self.num_classes = num_classes or _classes(out)
+        self.layout = layout
+        self._starts, self._kept = self.schedule.starts, self.schedule.kept
+        early = self.num_exits - 1 if outs == "own" else 0
+        self.heads = nn.ModuleList(copy.deepcopy(out) for _ in range(early))
+        if norms == "own":
+            self._own_norms()
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.schedule.counts)
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits: the blocks of each section, such as "5-1-1"."""
+        return self.schedule.names
+
+    @property
+    def mechanism(self) -> str:
+        """How it is staged, in words."""
+        return f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going on from cached tensors"
+
+    def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
+        """Outputs of all iterations, for training; cached tensors pass gradients on.
+
+        Args:
+            x: what the stem takes.
+            gradients: what happens to gradients at the exits, the way on being the cached tensors; changes no value.
+        Returns:
+            K outputs of shape [B, num_classes], first iteration to last.
+        """
+        cached: dict[int, Tensor] = {}
+        outputs = []
+        channel_dim = 1 if self.layout in ("NCHW", "ND") else -1
+        for index in range(self.num_exits):
+            features = self._grow(index, cached, x)
+            if index < self.num_exits - 1:
+                features = gradients.into_head(features, index, self.num_exits)
+            outputs.append(self._answer(index, features))
+            for section, tensor in cached.items():
+                cached[section] = gradients.onward(tensor, index, self.num_exits, channel_dim)
+        return tuple(outputs)
+
+    def exits(self, x: Any, *, keep: bool = False) -> GrowthRun:
+        """Run iteration by iteration: `for exit in network.exits(x)`; stop asking, and nothing more is computed.
+
+        OUT runs when an exit is asked for its output; the last iteration's runs with it.
+
+        Args:
+            x: as for `forward`.
+            keep: copy the features of each exit, so that `output()` may be asked for later.
+        """
+        return GrowthRun(self, x, keep=keep)
+
+    def pooled(self, exit: Exit) -> Tensor:
+        """Features of an exit averaged over space or tokens, shape [B, D]."""
+        return torch.as_tensor(Pool(self.layout)(exit.features))
+
+    def stage_facts(self, x: Any) -> list[StageFacts]:
+        """Shape, MACs and parameters of each iteration and its OUT; the last iteration contains its OUT."""
+        parts = block_macs(self.backbone, x)
+        counted = growth.costs(self.schedule, parts)
+        with evaluating(self), torch.no_grad(), self.exits(x) as run:
+            shape = tuple(next(run).features.shape)
+        facts = []
+        for index, (name, macs) in enumerate(zip(self.exit_names, counted.per_iteration, strict=True)):
+            last = index == self.num_exits - 1
+            facts.append(
+                StageFacts(
+                    exit=name, features=shape, head=_head_name(None if last else self._out(index)),
+                    stage_macs=round(macs - (0.0 if last else parts.out)), head_macs=0 if last else round(parts.out),
+                    stage_parameters=0, head_parameters=0,
+                )
+            )  # fmt: skip
+        return _with_parameters(facts, self._modules_by_use())
+
+    def describe(self, x: Any) -> str:
+        """A table of iterations, their MACs and parameters, and what all of them cost beside a plain run.
+
+        Args:
+            x: an example input; MACs are per sample.
+        """
+        *table, _, mechanism = describe(self, x).splitlines()
+        counted = growth.costs(self.schedule, block_macs(self.backbone, x))
+        compared = (
+            f"all iterations: {round(counted.cumulative[-1]):,} MACs per sample, {counted.overhead:.3f} times the "
+            f"{round(counted.plain):,} of a plain {type(self.backbone).__name__}; "
+            f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters."
+        )
+        return "\n".join([*table, compared, mechanism])
+
+    def _grow(self, index: int, cached: dict[int, Tensor], x: Any) -> Tensor:
+        """Run one iteration up to its OUT: from the cached tensor of the section that grows, or for the first from `x`."""
+        first, old = self._starts[index]
+        with _in_iteration(index):
+            features = cached.pop(first) if index else call_model(self.backbone.stem, x)
+            for section, count in enumerate(self.schedule.counts[index][first:], start=first):
+                blocks: Iterable[Any] = self.backbone.sections[section]  # type: ignore[assignment]  # a ModuleList
+                for block in itertools.islice(blocks, old if section == first else 0, count):
+                    features = block(features)
+                if section in self._kept[index]:
+                    cached[section] = features
+                    if section < len(self.backbone.sections) - 1:
+                        features = features.clone()  # the next section may write into it
+        return torch.as_tensor(features)
+
+    def _answer(self, index: int, features: Tensor) -> Tensor:
+        """Run the OUT of an iteration."""
+        if len(self.backbone.sections) - 1 in self._kept[index]:
+            features = features.clone()  # it may write into what is cached
+        with _in_iteration(index):
+            return torch.as_tensor(self._out(index)(features))
+
+    def _out(self, index: int) -> nn.Module:
+        return self.heads[index] if index < len(self.heads) else self.backbone.out
+
+    def _own_norms(self) -> None:
+        iterations: dict[str, list[int]] = {}
+        for index, names in enumerate(growth.trace(self.schedule)):
+            for name in names:
+                iterations.setdefault(name, []).append(index)
+        for section, blocks in enumerate(self.backbone._sections(), start=1):
+            for position, block in enumerate(blocks, start=1):
+                if len(iterations[f"S{section}.{position}"]) > 1:
+                    blocks[position - 1] = _with_own_norms(block, iterations[f"S{section}.{position}"])
+        if not self.heads and self.num_exits > 1:
+            self.backbone.out = _with_own_norms(self.backbone.out, iterations["OUT"])
+        if not any(isinstance(module, IterationBatchNorm) for module in self.modules()):
+            warnings.warn(
+                "norms='own' changed nothing: no batch norm with running statistics runs in several iterations.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
+
+    def _modules_by_use(self) -> list[tuple[list[nn.Module], nn.Module | None]]:
+        """Per iteration, the modules that its stage and its OUT (the last one's belongs to its stage) run."""
+        parts = self.backbone.parts()
+        stages = [[parts[name] for name in names[:-1]] for names in growth.trace(self.schedule)]
+        last = [*stages[-1], self.backbone.out]
+        return [*((stage, self._out(index)) for index, stage in enumerate(stages[:-1])), (last, None)]
+
+
+def _classes(out: nn.Module) -> int:
+    width, _ = _last_width(out)
+    if width is None:
+        raise NetworkError(f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give num_classes.")
+    return width
+
+
+def _with_parameters(
+    facts: Sequence[StageFacts], modules: Sequence[tuple[list[nn.Module], nn.Module | None]]
+) -> list[StageFacts]:
+    """The facts with parameters counted where they are first used."""
+    seen: set[int] = set()
+
+    def fresh(parts: Iterable[nn.Module]) -> int:
+        found = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}
+        count = sum(size for key, size in found.items() if key not in seen)
+        seen.update(found)
+        return count
+
+    return [
+        replace(fact, stage_parameters=fresh(stage), head_parameters=fresh([head] if head else []))
+        for fact, (stage, head) in zip(facts, modules, strict=True)
+    ]
+
+
+class AnytimeNet(GrowingNetwork):
+    """The paper's AnytimeNet: a `BaseResNet` grown in seven iterations, or by another schedule.
+
+    Args:
+        num_classes: width of the output.
+        schedule: block counts of each section per iteration, which also say how many blocks there are; see
+            `growth.in_turn` for a smaller one like the paper's, and `growth.plan` and `growth.place` for better ones.
+        width: channels of the first section.
+        in_channels: of the image.
+        outs, norms: as for `GrowingNetwork`.
+    Raises:
+        ModelSpecError: if the schedule or a size is malformed.
+    Source:
+        AnytimeNet (Kim et al. 2020), sections II.B and III.A.
+    Example:
+        >>> network = AnytimeNet(num_classes=10)
+        >>> network.exit_names
+        ('1-1-1', '5-1-1', '8-1-1', '8-5-1', '8-8-1', '8-8-5', '8-8-8')
+        >>> sum(len(names) for names in growth.trace(network.schedule))  # blocks executed; the plain network has 26
+        38
+    """
+
+    backbone: BaseResNet
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        schedule: Schedule | Sequence[Sequence[int]] = PAPER,
+        *,
+        width: int = 16,
+        in_channels: int = 3,
+        outs: Sharing = "shared",
+        norms: Sharing = "shared",
+    ) -> None:
+        schedule = Schedule.of(schedule)
+        whole = BaseResNet(num_classes, schedule.final, width, in_channels)
+        super().__init__(whole.stem, whole.sections, whole.out, schedule, outs=outs, norms=norms, num_classes=num_classes)  # type: ignore[arg-type]  # a list of ModuleLists
+        self.backbone = whole  # of the same modules
+
+
+def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
+    """Compute the batch-norm statistics anew, from data, without touching a weight: in place, after training.
+
+    Each statistic becomes the mean over all batches, and over all iterations that share it: with `norms="own"` an iteration's
+    statistics are those of its own inputs. While this runs, batch norm normalises by the batch, as in training; dropout is off.
+
+    Args:
+        network: one whose forward runs all iterations.
+        batches: inputs of training data, without augmentation, in batches as large as those of training.
+    Raises:
+        NetworkError: if there are no batches.
+    Source:
+        As after stochastic weight averaging (Izmailov et al. 2018).
+    Example:
+        >>> shared, own = (AnytimeNet(schedule=growth.in_turn((2, 2)), width=2, norms=norms) for norms in ("shared", "own"))
+        >>> _ = own.load_state_dict(shared.state_dict())  # trained, in real life
+        >>> recalibrate(own, [torch.randn(8, 3, 8, 8) for _ in range(2)])
+    """
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    inputs = iter(batches)
+    first = next(inputs, None)
+    if first is None:
+        raise NetworkError("no batches to recalibrate with; needed: at least one batch of inputs.")
+    with evaluating(network), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's word for: the mean of all batches
+            norm.train()
+        try:
+            for batch in itertools.chain([first], inputs):
+                network(batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
