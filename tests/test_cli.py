@@ -224,7 +224,7 @@ def test_a_verb_in_an_empty_folder_says_what_to_run_first(call: Call, tmp_path: 
     ("arguments", "said"),
     [
         (["--data", "npz:nowhere.npz"], "no data file"), (["--data", "nonsense"], "digits, npz:FILE"),
-        (["--model", "impatient:nothing"], "one of resnet"), (["--model", "noname"], "SOURCE:NAME"),
+        (["--model", "impatient:nothing"], "one of anytimenet"), (["--model", "noname"], "SOURCE:NAME"),
         (["--after", "blocks.0,blocks.7"], "blocks.1"), (["--heads", "tail"], "linear"), (["--epochs", "0"], "positive"),
         (["--regime", "lazy"], "joint"), (["--weights", "heavy"], "uniform"), (["--weights", "uniform:5:1"], "low < high"),
         (["--weights", "uniform:nan:1"], "needed"), (["--model", "impatient:resnet:num_classes=7"], "num_classes=10"),

@@ -126,3 +126,46 @@ def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_p
     assert code == 1
     assert "was trained on other data" in text
     assert not (tmp_path / "both").exists()
+
+
+GROWING = "impatient:anytimenet:schedule=1-1/2-1/2-2,width=4"
+
+
+def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path) -> None:  # noqa: F811
+    run, together = tmp_path / "run", tmp_path / "together"
+    train = ["train", run, "--model", GROWING, "--epochs", "1", "--quiet"]
+    for verb in (
+        train, train, ["profile", run, "--repeats", "30", "--quiet"], ["record", run, "--quiet"],
+        ["fit", run, "--max-loss", "5"], ["evaluate", run], ["report", run], ["ensemble", together, run, "--rule", "caching"], ["record", together, "--quiet"],
+    ):  # fmt: skip
+        code, text = call(*verb)
+        assert code == 0, text
+    spec = RunDirectory(run).spec()
+    assert (spec.after, spec.heads) == (("1-1", "2-1"), "own")
+    assert read_json(run / "training.json")["weights"] == "inverse_square"  # the paper's, unless another is asked for
+    assert "2-1" in (run / "report.html").read_text()
+    surest = RunDirectory(together).recording("test").outputs.softmax(-1).amax(-1)
+    assert (surest.diff(dim=0) >= 0).all()  # caching: the answer's confidence never falls
+    for option, value in (("--exits", "2"), ("--heads", "mlp"), ("--after", "stem")):
+        code, text = call("train", tmp_path / "other", *train[2:], option, value)
+        assert (option, code) == (option, 1)
+        assert "3 exits of its own" in text
+
+
+def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) -> None:  # noqa: F811
+    dearest_first = "impatient:anytimenet:schedule=1-1-1/1-1-3/1-3-3/3-3-3,width=4"
+    code, text = call("plan", "--model", dearest_first, "--sizes", "3,5,7,9", "--repeats", "20")
+    assert code == 0, text
+    assert "schedule=1-1-1/3-1-1/3-3-1/3-3-3" in text
+    assert text.count("of a plain run") == 2  # beside the model's own
+    code, text = call("plan", "--model", dearest_first, "--repeats", "20")
+    assert (code, text.count("1-3-3")) == (0, 1)
+    code, text = call("plan", "--model", dearest_first, "--times-ms", "0.1,1000", "--repeats", "20")
+    assert "1-1-1/3-3-3" in text, text
+    for options, complaint in (
+        (["--model", "impatient:resnet"], "which does not grow"), (["--iterations", "2", "--sizes", "3,5"], "needed: one of"),
+        (["--iterations", "90"], "no schedule to"), (["--times-ms", "soon"], "--times-ms 'soon'"),
+    ):  # fmt: skip
+        code, text = call("plan", "--repeats", "5", *options)
+        assert (options, code) == (options, 1)
+        assert complaint in text

@@ -15,6 +15,7 @@ from torch import nn
 from impatient.errors import ModelSpecError
 from impatient.networks import PreActResNet, attach_exits, load_model
 from impatient.networks import specs as specs_module
+from impatient.networks.anytimenet import AnytimeNet, BaseResNet
 from impatient.networks.resnet import PreActBottleneck
 from impatient.networks.specs import import_torchvision
 from impatient.networks.vgg import SmallVGG
@@ -64,8 +65,21 @@ def test_own_networks_of_the_papers_have_names() -> None:
 
 
 def test_unknown_own_network_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ModelSpecError, match=r"no network 'lenet' in impatient; needed: one of resnet, resnet_imagenet, vgg\."):
+    with pytest.raises(
+        ModelSpecError, match=r"no network 'lenet' in impatient; needed: one of anytimenet, .*, resnet, .*vgg\."
+    ):
         load_model("impatient:lenet")
+
+
+@pytest.mark.parametrize("schedule", ["1-1/2-1/2-2", "[(1,1),(2,1),(2,2)]", "((1, 1), (2, 1), (2, 2))"])
+def test_schedules_of_growing_networks_are_text_or_lists_in_lists(schedule: str) -> None:
+    network = load_model(f"impatient:anytimenet:schedule={schedule},width=4", num_classes=6, in_channels=1)
+    assert isinstance(network, AnytimeNet)
+    assert network.exit_names == ("1-1", "2-1", "2-2")
+    assert outputs(network.backbone, torch.ones(1, 1, 8, 8)).shape == (1, 6)
+    assert isinstance(load_model("impatient:base_resnet:blocks=[2,1],width=4"), BaseResNet)
+    with pytest.raises(ModelSpecError, match="cannot read the schedule 'soon'"):
+        load_model("impatient:anytimenet:schedule=soon")
 
 
 def test_option_the_network_does_not_take_is_refused_by_name() -> None:

@@ -61,14 +61,17 @@ def train(
     model: Annotated[str, typer.Option(help="SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:..., "
                                             "transformers:..., package.module:factory.")] = "impatient:resnet",
     data: Annotated[str, typer.Option(help="digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")] = "digits",
-    exits: Annotated[int, typer.Option(help="Number of exits, placed by measured cost; the last is the output.")] = 4,
+    exits: Annotated[int | None, typer.Option(help="Number of exits, placed by measured cost; the last is the output. By "
+                                                   "default 4; impatient:anytimenet has its own.")] = None,
     after: Annotated[str, typer.Option(help="Instead of --exits: modules to exit after, with commas between, or every:2 for "
                                             "every second block.")] = "",
-    heads: Annotated[str, typer.Option(help="linear, relu_linear, mlp, mlp_dropout, flatten, adaptive, conv1x1, rescale or "
-                                            "msdnet.")] = "linear",
-    weights: Annotated[str, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with options "
-                                              "(sieve:last_to_early=2,total=all); adaloss; numbers (1,0.5,1); or a budget in "
-                                              "ms: uniform:0:10, small_likely:0:10, log:FILE, ...")] = "uniform",
+    heads: Annotated[str | None, typer.Option(help="linear (the default), relu_linear, mlp, mlp_dropout, flatten, adaptive, "
+                                                   "conv1x1, rescale or msdnet.")] = None,
+    weights: Annotated[str | None, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with "
+                                                     "options (sieve:last_to_early=2,total=all); adaloss; numbers "
+                                                     "(1,0.5,1); or a budget in ms: uniform:0:10, small_likely:0:10, "
+                                                     "log:FILE, ... By default uniform; inverse_square for "
+                                                     "impatient:anytimenet.")] = None,
     mode: Annotated[str, typer.Option(help="Costs behind a budget's weights: interruptible or contract.")] = "interruptible",
     sampler: Annotated[str, typer.Option(help="Draw an exit that weighs more in each step: none, alternating (AANN), exp3, rwm "
                                               "or avgl.")] = "none",
@@ -115,6 +118,35 @@ def train(
         fabric={"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision},
     )  # fmt: skip
     workflow.train(directory, plan, restart=restart, progress=not quiet, say=_say)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A network that grows: impatient:anytimenet[:key=value,...], or "
+                                            "package.module:factory of a GrowingNetwork.")] = "impatient:anytimenet",
+    data: Annotated[str, typer.Option(help="As for train: it decides the size of the input.")] = "digits",
+    iterations: Annotated[int | None, typer.Option(help="How many, in the order of least overhead.")] = None,
+    sizes: Annotated[str, typer.Option(help="Instead: blocks that the iterations are to have, with commas between.")] = "",
+    times_ms: Annotated[str, typer.Option(help="Instead: times at which they are to end, with commas between.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Measurements of each block.")] = 200,
+    threads: Threads = 0,
+) -> None:  # fmt: skip
+    """Measure the blocks of a network that grows, and find the order of growing that costs least."""
+    from impatient import tables, workflow
+    from impatient.clock import positive_seconds
+
+    _use_threads(threads)
+    times = [positive_seconds(time, "--times-ms") / 1e3 for time in _numbers(times_ms, "--times-ms")]
+    found = workflow.plan_growth(
+        model, data, iterations=iterations, sizes=_integers(sizes, "--sizes") if sizes else None, times_s=times or None,
+        batch_size=batch_size, repeats=repeats,
+    )  # fmt: skip
+    _say(tables.growth_table("planned" if found.schedule != found.own_schedule else "the model's own", found.costs,
+                             found.schedule))  # fmt: skip
+    if found.schedule != found.own_schedule:
+        _say(tables.growth_table("the model's own", found.own_costs, found.own_schedule))
+        _say(f"to train it: schedule={found.schedule}")
 
 
 @app.command()
@@ -278,6 +310,13 @@ def _integers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise RunError(f"{option} {text!r}; needed: whole numbers with commas between, such as 1,8.") from None
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError:
+        raise RunError(f"{option} {text!r}; needed: numbers with commas between, such as 1,2.5.") from None
 
 
 def _say(text: Any) -> None:

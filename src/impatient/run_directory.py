@@ -28,6 +28,8 @@ from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, read_tensors, write_tensors
+from impatient.networks.anytimenet import GrowingNetwork
+from impatient.networks.describe import DescribedNetwork
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.running import RunningEnsemble
@@ -37,7 +39,10 @@ from impatient.provenance import Provenance, fingerprint_structure, fingerprint_
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
-Network = MultiExitNetwork | RunningEnsemble | EANN
+Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork
+
+DEFAULT_EXITS = 4
+OWN_HEADS = "own"  # what stands for the heads of a model that has exits of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,8 @@ class NetworkSpec:
     """What it takes to build the network of a run directory again, but for the weights.
 
     Attributes:
+        after: names of the cuts; of a model that has exits of its own, of those exits.
+        heads: as for `attach_exits`, or "own".
         ensembling: rule by which its exits answer together (`RunningEnsemble`); empty if each answers for itself.
         members: of an ensemble of growing depth (`EANN`), shallow to deep; empty for one network.
         validation_errors: of every member's exits, by which the ensemble chooses.
@@ -98,38 +105,54 @@ class NetworkSpec:
         """The network with fresh weights, drawn from the spec's seed."""
         if self.members:
             return EANN([member.build() for member in self.members], self.validation_errors)
-        network = attach_exits(
-            self._backbone(), example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
-        )
+        model = self._model()
+        network = model if self.heads == OWN_HEADS else attach_exits(
+            model, example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
+        )  # fmt: skip
         return RunningEnsemble(network, Rule(name=self.ensembling)) if self.ensembling else network  # type: ignore[arg-type]
 
     def build_exit_free(self) -> MultiExitNetwork:
         """The same backbone without early exits, from the same seed; of an ensemble, that of the deepest member."""
         if self.members:
             return self.members[-1].build_exit_free()
-        return MultiExitNetwork(self._backbone(), [], [], [], self.num_classes)
+        model = self._model()
+        backbone = model.backbone if isinstance(model, DescribedNetwork) else model
+        return MultiExitNetwork(backbone, [], [], [], self.num_classes)
 
-    def _backbone(self) -> nn.Module:
-        return fresh_backbone(self.model, self.num_classes, self.preprocess, self.seed)
+    def _model(self) -> Any:
+        return fresh_model(self.model, self.num_classes, self.preprocess, self.seed)
 
 
-def fresh_backbone(model: str, num_classes: int, preprocess: Preprocess, seed: int) -> nn.Module:
-    """A backbone for some data, its weights drawn from a seed."""
+def fresh_model(model: str, num_classes: int, preprocess: Preprocess, seed: int) -> nn.Module:
+    """A model for some data, its weights drawn from a seed: a backbone, or a network that has exits of its own."""
     torch.manual_seed(seed)
     return load_model(model, num_classes=num_classes, in_channels=preprocess.channels or None)
 
 
 def new_spec(
-    model: str, data: Data, *, after: list[str] | str | None, count: int, heads: str, seed: int, validation: float,
-    ensembling: str = "",
+    model: str, data: Data, *, after: list[str] | str | None, count: int | None, heads: str | None, seed: int,
+    validation: float, ensembling: str = "",
 ) -> NetworkSpec:  # fmt: skip
-    """Place the exits of a model for some data and describe the result."""
+    """Place the exits of a model for some data and describe the result; a model may have exits of its own.
+
+    Raises:
+        ModelSpecError: if it has, and yet `after`, `count` or `heads` is given.
+    """
     example = data.example()
-    backbone = fresh_backbone(model, data.num_classes, data.preprocess, seed)
-    cut = attach_exits(backbone, example=example, after=after or "auto", count=count, heads=heads, num_classes=data.num_classes)
+    fresh: Any = fresh_model(model, data.num_classes, data.preprocess, seed)
+    if isinstance(fresh, DescribedNetwork):
+        if after or count is not None or heads is not None:
+            raise ModelSpecError(f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and --heads away.")
+        cut, heads = fresh, OWN_HEADS
+    else:
+        heads = heads or "linear"
+        cut = attach_exits(
+            fresh, example=example, after=after or "auto", count=DEFAULT_EXITS if count is None else count, heads=heads,
+            num_classes=data.num_classes,
+        )  # fmt: skip
     network = RunningEnsemble(cut, Rule(name=ensembling)) if ensembling else cut  # type: ignore[arg-type]
     return NetworkSpec(
-        model=model, after=tuple(str(cut) for cut in network.cuts), ensembling=ensembling, heads=heads,
+        model=model, after=network.exit_names[:-1], ensembling=ensembling, heads=heads,
         num_classes=data.num_classes,
         example_shape=tuple(example.shape[1:]), example_dtype=str(example.dtype).removeprefix("torch."),
         class_names=data.class_names, preprocess=data.preprocess, data=data.name, data_fingerprint=data.fingerprint,

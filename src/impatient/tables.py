@@ -10,6 +10,8 @@ from rich.table import Table
 from impatient.costs import CostProfile
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.metrics import Estimate
+from impatient.networks import growth
+from impatient.networks.growth import GrowthCosts, Schedule
 from impatient.runtime.runner import Answer
 from impatient.workflow import DeadlineRow
 
@@ -44,6 +46,18 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
         table.add_row(str(index), name, *(_ms(time) for time in times))
     whole = batch.exit_free
     table.add_row("", "untouched backbone", _ms(whole.p50), _ms(whole.p99), "", "", _ms(whole.mean), _ms(whole.mean))
+    return table
+
+
+def growth_table(name: str, costs: GrowthCosts, schedule: Schedule) -> Table:
+    """What every iteration of a schedule costs."""
+    table = _table(
+        f"{name}: all iterations take {costs.overhead:.3f} times a plain run ({_ms(costs.plain)} ms)",
+        "iteration", "blocks", "executions", "ms", "ms so far", "of a plain run", left=2,
+    )  # fmt: skip
+    rows = zip(schedule.names, growth.trace(schedule), costs.per_iteration, costs.cumulative, strict=True)
+    for number, (blocks, executed, alone, so_far) in enumerate(rows, start=1):
+        table.add_row(str(number), blocks, str(len(executed)), _ms(alone), _ms(so_far), f"{so_far / costs.plain:.0%}")
     return table
 
 

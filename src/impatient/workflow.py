@@ -18,25 +18,28 @@ from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
 from impatient.costs import CostProfile, Mode
 from impatient.ensembling import Rule
-from impatient.errors import DataError, ImpatientError, PolicyError, RunError, StaleInput, StorageError
+from impatient.errors import DataError, ImpatientError, ModelSpecError, PolicyError, RunError, StaleInput, StorageError
 from impatient.evaluation.derived import ensembled
 from impatient.evaluation.evaluate import Evaluation, Static, evaluate, standard_budgets
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, select_examples
 from impatient.files import read_json, write_json, write_text
+from impatient.networks import growth
+from impatient.networks.anytimenet import GrowingNetwork, block_times
 from impatient.networks.describe import count_macs
 from impatient.networks.ensemble import EANN
+from impatient.networks.growth import GrowthCosts, Schedule
 from impatient.networks.multi_exit import attach_exits
 from impatient.networks.running import RunningEnsemble
 from impatient.policies.calibration import fit_temperatures
 from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES
 from impatient.provenance import fingerprint_structure
-from impatient.run_directory import NetworkSpec, RunDirectory, fresh_backbone, new_spec, save_weights
+from impatient.run_directory import DEFAULT_EXITS, OWN_HEADS, NetworkSpec, RunDirectory, fresh_model, new_spec, save_weights
 from impatient.runtime.profile import check_profile, profile, time_in_turn
 from impatient.runtime.runner import RESERVE_S, Answer, Runner
 from impatient.training.data import Data, load_data
-from impatient.training.loop import ExitWeights, Recipe, fit
+from impatient.training.loop import ExitWeights, Recipe, default_weights, fit
 from impatient.training.weights import parse_weights
 
 Say = Callable[[Any], None]
@@ -48,10 +51,10 @@ class Plan:
 
     model: str
     data: str
-    exits: int = 4
+    exits: int | None = None  # 4, unless the model has its own
     after: tuple[str, ...] = ()  # or one rule: "every:2"
-    heads: str = "linear"
-    weights: str = "uniform"
+    heads: str | None = None  # "linear", unless the model has its own
+    weights: str | None = None  # "uniform", unless the network has a default of its own
     mode: Mode = "interruptible"
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     exit_free: bool = True
@@ -109,20 +112,22 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
         raise RunError(
             f"{run.path} is an ensemble of trained members; train those, and make it anew with `impatient ensemble`."
         )
-    begun = {
+    # of a model with exits of its own nothing need be said
+    heads, exits = (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
+    begun: dict[str, Any] = {
         "model": spec.model, "data": spec.data, "heads": spec.heads, "seed": spec.seed, "validation": spec.validation,
         "ensembling": spec.ensembling,
     }  # fmt: skip
-    wanted = {
-        "model": plan.model, "data": plan.data, "heads": plan.heads, "seed": plan.recipe.seed, "validation": plan.validation,
-        "ensembling": plan.ensembling,
+    wanted: dict[str, Any] = {
+        "model": plan.model, "data": plan.data, "heads": plan.heads or heads, "seed": plan.recipe.seed,
+        "validation": plan.validation, "ensembling": plan.ensembling,
     }  # fmt: skip
     if plan.rule:
-        begun, wanted = {**begun, "after": _placed(spec, plan.rule)}, {**wanted, "after": spec.after}
+        begun["after"], wanted["after"] = _placed(spec, plan.rule), spec.after
     elif plan.after:
-        begun, wanted = {**begun, "after": spec.after}, {**wanted, "after": plan.after}
+        begun["after"], wanted["after"] = spec.after, plan.after
     else:
-        begun, wanted = {**begun, "exits": len(spec.after) + 1}, {**wanted, "exits": plan.exits}
+        begun["exits"], wanted["exits"] = len(spec.after) + 1, exits if plan.exits is None else plan.exits
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -135,7 +140,7 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
 
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Where a rule puts the exits."""
-    backbone = fresh_backbone(spec.model, spec.num_classes, spec.preprocess, spec.seed)
+    backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
     return tuple(str(cut) for cut in attach_exits(backbone, example=spec.example(), after=rule).cuts)
 
 
@@ -153,27 +158,28 @@ def _fabric(options: Mapping[str, Any]) -> Any:
 
 def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> ExitWeights:
     """Weights by name, or from a budget distribution and this machine's costs; those of the run if it was begun."""
+    wanted = plan.weights or default_weights(network)
     file = run.path / "training.json"
     if file.is_file():
         begun = read_json(file)
-        if (begun["weights"], begun["mode"]) == (plan.weights, plan.mode):
-            return tuple(begun["numbers"]) if begun["numbers"] else plan.weights
+        if (begun["weights"], begun["mode"]) == (wanted, plan.mode):
+            return tuple(begun["numbers"]) if begun["numbers"] else wanted
         raise StaleInput(
             f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another "
             "directory, or --restart to throw the old run away."
         )
-    if plan.weights == "adaloss":
+    if wanted == "adaloss":
         say("exit weights: they follow the losses (AdaLoss)")
-        write_json(file, {"weights": plan.weights, "mode": plan.mode, "numbers": None})
-        return plan.weights
-    if ":" in plan.weights and "=" not in plan.weights:
-        budget = parse_budget(plan.weights)
+        write_json(file, {"weights": wanted, "mode": plan.mode, "numbers": None})
+        return wanted
+    if ":" in wanted and "=" not in wanted:
+        budget = parse_budget(wanted)
         costs = _profile_for_weights(run, network, say)
         numbers = exit_weights(budget, costs.cumulative_s(plan.mode), normalise=True)
     else:
-        numbers = parse_weights(plan.weights, network.num_exits)
+        numbers = parse_weights(wanted, network.num_exits)
     say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
-    write_json(file, {"weights": plan.weights, "mode": plan.mode, "numbers": numbers})
+    write_json(file, {"weights": wanted, "mode": plan.mode, "numbers": numbers})
     return numbers
 
 
@@ -182,6 +188,46 @@ def _profile_for_weights(run: RunDirectory, network: Any, say: Say) -> CostProfi
         say("measuring what each exit costs, for the weights:")
         profile(network, run.spec().example(), repeats=100, progress=True).save(run.profile_file)
     return CostProfile.load(run.profile_file)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthPlan:
+    """A schedule for a network that grows, and what it and the one the model came with cost here, in seconds."""
+
+    schedule: Schedule
+    costs: GrowthCosts
+    own_schedule: Schedule
+    own_costs: GrowthCosts
+
+
+def plan_growth(
+    model: str, data: str, *, iterations: int | None = None, sizes: Sequence[int] | None = None,
+    times_s: Sequence[float] | None = None, batch_size: int = 1, repeats: int = 200, seed: int = 0,
+) -> GrowthPlan:  # fmt: skip
+    """Measure every block of a network that grows, and find the order of least overhead; see `growth.plan` and `place`.
+
+    With neither iterations, sizes nor times, the model's own schedule is only costed.
+
+    Raises:
+        ModelSpecError: if the model does not grow, or more than one wish is given, or none can be met.
+    """
+    if sum(wish is not None for wish in (iterations, sizes, times_s)) > 1:
+        raise ModelSpecError("needed: one of iterations, sizes and times, or none of them.")
+    loaded = load_data(data, seed=seed)
+    network = fresh_model(model, loaded.num_classes, loaded.preprocess, seed)
+    if not isinstance(network, GrowingNetwork):
+        raise ModelSpecError(f"{model} is a {type(network).__name__}, which does not grow; needed: impatient:anytimenet, or a "
+                             "factory of your own that returns a GrowingNetwork.")  # fmt: skip
+    parts = block_times(network.backbone, loaded.example(batch_size), repeats=repeats)
+    schedule = network.schedule
+    if times_s is not None:
+        schedule = growth.place(parts, times_s)
+    elif iterations is not None or sizes is not None:
+        schedule = growth.plan(parts, iterations=iterations, sizes=sizes)
+    return GrowthPlan(
+        schedule=schedule, costs=growth.costs(schedule, parts), own_schedule=network.schedule,
+        own_costs=growth.costs(network.schedule, parts),
+    )  # fmt: skip
 
 
 def ensemble_run(
@@ -228,13 +274,14 @@ def _eann(parts: Sequence[RunDirectory], networks: Sequence[Any], recordings: Se
 
 
 def _running_ensemble(part: RunDirectory, network: Any, recording: Recording, rule: str) -> tuple[RunningEnsemble, NetworkSpec]:
-    """Exits that answer together, with temperatures fitted before and after."""
+    """Exits that answer together, with temperatures fitted before and, but for caching, after."""
     spec = part.spec()
     if spec.members or spec.ensembling:
         raise RunError(f"{part.path} is an ensemble already; give a directory that `impatient train` made.")
     named = Rule(name=rule)  # type: ignore[arg-type]
     before = fit_temperatures(recording)
-    after = fit_temperatures(ensembled(recording, named, temperatures=before))
+    # caching promises that the answer's confidence never falls; a temperature of each exit's own would break that
+    after = None if rule == "caching" else fit_temperatures(ensembled(recording, named, temperatures=before))
     together = RunningEnsemble(network, named, before, recalibration=after)
     spec = dataclasses.replace(
         spec, ensembling=rule,

@@ -1,6 +1,8 @@
 """What is run: models cut into stages, heads, and the networks of the papers."""
 
+from impatient.networks.anytimenet import AnytimeNet, BaseResNet, GrowingNetwork, recalibrate
 from impatient.networks.ensemble import EANN
+from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
@@ -11,14 +13,19 @@ from impatient.networks.vgg import SmallVGG
 
 __all__ = [
     "EANN",
+    "AnytimeNet",
+    "BaseResNet",
     "Exit",
     "FeatureShape",
+    "GrowingNetwork",
     "MultiExitNetwork",
     "PreActResNet",
     "RunningEnsemble",
+    "Schedule",
     "SmallVGG",
     "Walk",
     "attach_exits",
     "load_model",
     "preact_resnet_imagenet",
+    "recalibrate",
 ]

@@ -351,6 +351,7 @@ class GrowingNetwork(nn.Module):
         backbone: the whole network run plainly, of the same modules; the last exit's output is its output.
         schedule: block counts per iteration.
         heads: the OUTs of all iterations but the last, where they have their own; else empty.
+        default_weights: of the exits' losses, unless `fit` is told otherwise: the paper's (eq. 3).
     Raises:
         ModelSpecError: if the schedule is malformed, or does not end with all blocks.
         NetworkError: if an option is unknown, or the number of classes cannot be seen.
@@ -365,12 +366,14 @@ class GrowingNetwork(nn.Module):
         [(0, (5, 3)), (1, (5, 3)), (2, (5, 3))]
     """
 
+    default_weights = "inverse_square"
+
     def __init__(
         self,
         stem: nn.Module,
         sections: Sequence[Iterable[nn.Module]],
         out: nn.Module,
-        schedule: Schedule | Sequence[Sequence[int]],
+        schedule: Schedule | Sequence[Sequence[int]] | str,
         *,
         outs: Sharing = "shared",
         norms: Sharing = "shared",
@@ -560,7 +563,8 @@ class AnytimeNet(GrowingNetwork):
 
     Args:
         num_classes: width of the output.
-        schedule: block counts of each section per iteration, which also say how many blocks there are; see
+        schedule: block counts of each section per iteration, which also say how many blocks there are; in text
+            "1-1-1/5-1-1/8-1-1/...". See
             `growth.in_turn` for a smaller one like the paper's, and `growth.plan` and `growth.place` for better ones.
         width: channels of the first section.
         in_channels: of the image.
@@ -582,7 +586,7 @@ class AnytimeNet(GrowingNetwork):
     def __init__(
         self,
         num_classes: int = 10,
-        schedule: Schedule | Sequence[Sequence[int]] = PAPER,
+        schedule: Schedule | Sequence[Sequence[int]] | str = PAPER,
         *,
         width: int = 16,
         in_channels: int = 3,

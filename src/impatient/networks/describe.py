@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,12 @@ class StageFacts:
     head_parameters: int
 
 
+@runtime_checkable
 class DescribedNetwork(Protocol):
     """What a network has to offer to be profiled: its exits, what is known of its parts, and what would run without exits.
 
-    `MultiExitNetwork`, `RunningEnsemble` and `EANN` are such networks; one of your own is an `nn.Module` with these.
+    `MultiExitNetwork`, `RunningEnsemble`, `EANN` and `GrowingNetwork` are such networks; one of your own is an `nn.Module` with
+    these.
 
     Attributes:
         backbone: what runs where nobody wants exits; its time stands beside the staged one in every profile.

@@ -55,9 +55,19 @@ class Schedule:
                 )
 
     @classmethod
-    def of(cls, counts: Schedule | Sequence[Sequence[int]]) -> Self:
-        """The schedule itself, or one with these rows."""
+    def of(cls, counts: Schedule | Sequence[Sequence[int]] | str) -> Self:
+        """The schedule itself, or one with these rows, or what `str` made of one.
+
+        Example:
+            >>> Schedule.of("1-1/3-1/3-2").counts
+            ((1, 1), (3, 1), (3, 2))
+        """
+        if isinstance(counts, str):
+            return cls(_read(counts))
         return cls(tuple(tuple(row) for row in (counts.counts if isinstance(counts, Schedule) else counts)))
+
+    def __str__(self) -> str:
+        return "/".join(self.names)
 
     @property
     def final(self) -> Counts:
@@ -80,6 +90,16 @@ class Schedule:
     def kept(self) -> tuple[frozenset[int], ...]:
         """Per iteration, the sections whose tensors a later iteration continues from; the others need not be cached."""
         return tuple(_needed([section for section, _ in self.starts[done:]]) for done in range(1, len(self.counts) + 1))
+
+
+def _read(text: str) -> tuple[Counts, ...]:
+    try:
+        return tuple(tuple(int(count) for count in row.split("-")) for row in text.split("/"))
+    except ValueError:
+        raise ModelSpecError(
+            f"cannot read the schedule {text!r}; needed: block counts of each section, iteration by iteration, such as "
+            "1-1-1/5-1-1/8-1-1/8-8-8."
+        ) from None
 
 
 def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:

@@ -1,7 +1,8 @@
 """Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet", "package.module:factory".
 
-Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet") and `SmallVGG` ("vgg"). Options follow a second
-colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
+Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG` ("vgg"), `BaseResNet`
+("base_resnet") and, with exits of its own, `AnytimeNet` ("anytimenet"). Options follow a second colon:
+"torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
 "impatient:resnet:n=[3,4,6,3],block=bottleneck". Weights are loaded by those libraries' own loaders.
 """
 
@@ -12,7 +13,6 @@ import contextlib
 import importlib
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +21,15 @@ from typing import Any
 from torch import nn
 
 from impatient.errors import ModelSpecError
+from impatient.networks.anytimenet import AnytimeNet, BaseResNet
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
 from impatient.networks.vgg import SmallVGG
 
 log = logging.getLogger(__name__)
 
 OWN: dict[str, Callable[..., nn.Module]] = {
-    "resnet": PreActResNet, "resnet_imagenet": preact_resnet_imagenet, "vgg": SmallVGG,
+    "resnet": PreActResNet, "resnet_imagenet": preact_resnet_imagenet, "vgg": SmallVGG, "base_resnet": BaseResNet,
+    "anytimenet": AnytimeNet,
 }  # fmt: skip
 
 
@@ -70,12 +72,24 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
             "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
         )
     parsed: dict[str, Any] = {}
-    for entry in filter(None, re.split(r",(?![^\[(]*[\])])", options)):  # not at the commas inside a list
+    for entry in filter(None, _outer_commas(options)):
         key, equals, value = entry.partition("=")
         if not equals or not key.isidentifier():
             raise ModelSpecError(f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5.")
         parsed[key] = _literal(value)
     return source, name, parsed
+
+
+def _outer_commas(text: str) -> list[str]:
+    """The text cut at its commas, but not at those inside a list or a tuple."""
+    entries, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            entries.append("")
+        else:
+            entries[-1] += letter
+    return entries
 
 
 def _literal(text: str) -> Any:

@@ -40,6 +40,7 @@ from impatient.training.weights import check_weights, parse_weights
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from impatient.networks.anytimenet import GrowingNetwork
     from impatient.networks.multi_exit import MultiExitNetwork
     from impatient.networks.running import RunningEnsemble
 
@@ -191,10 +192,10 @@ class History:
 
 
 def fit(
-    network: MultiExitNetwork | RunningEnsemble,
+    network: MultiExitNetwork | RunningEnsemble | GrowingNetwork,
     data: Data,
     *,
-    weights: ExitWeights = "uniform",
+    weights: ExitWeights | None = None,
     recipe: Recipe | None = None,
     fabric: Fabric | None = None,
     checkpoint: str | Path | None = None,
@@ -204,11 +205,13 @@ def fit(
     """Train a network with exits, in place.
 
     Args:
-        network: from `attach_exits`, or anything whose forward gives K outputs and that has `heads` and `backbone`.
+        network: from `attach_exits`, an `AnytimeNet`, or anything whose forward gives K outputs and that has `heads` and
+            `backbone`.
         data: from `load_data`; validation is only reported, never trained on.
         weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
             text of a static scheme for `parse_weights`, where "uniform" weighs every exit 1; or "adaloss" or an `AdaLoss`,
-            which follow the losses; or a tensor [N, K] with weights for each training sample.
+            which follow the losses; or a tensor [N, K] with weights for each training sample. By default the network's own
+            (`default_weights`).
         recipe: how to train.
         fabric: a Lightning Fabric for another device, several processes or mixed precision; by default one device, the
             accelerator if there is one.
@@ -226,11 +229,18 @@ def fit(
         2025 (mixed regime).
     """
     recipe = recipe or Recipe()
-    checked = checked_weights(weights, network.num_exits, data.size("train"), recipe.sampler)
+    checked = checked_weights(
+        default_weights(network) if weights is None else weights, network.num_exits, data.size("train"), recipe.sampler
+    )
     return _Training(
         network, data, checked, recipe, fabric or _default_fabric(),
         Path(checkpoint) if checkpoint else None, Path(metrics_csv) if metrics_csv else None, progress,
     ).run()  # fmt: skip
+
+
+def default_weights(network: object) -> str:
+    """The scheme of weights a network is trained with if nothing else is said: its own `default_weights`, or "uniform"."""
+    return getattr(network, "default_weights", "uniform")
 
 
 def checked_weights(
@@ -270,7 +280,7 @@ class _Training:
 
     def __init__(
         self,
-        network: MultiExitNetwork | RunningEnsemble,
+        network: MultiExitNetwork | RunningEnsemble | GrowingNetwork,
         data: Data,
         weights: tuple[float, ...] | AdaLoss | Tensor,
         recipe: Recipe,
