@@ -136,7 +136,8 @@ def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path
     train = ["train", run, "--model", GROWING, "--epochs", "1", "--quiet"]
     for verb in (
         train, train, ["profile", run, "--repeats", "30", "--quiet"], ["record", run, "--quiet"],
-        ["fit", run, "--max-loss", "5"], ["evaluate", run], ["report", run], ["ensemble", together, run, "--rule", "caching"], ["record", together, "--quiet"],
+        ["fit", run, "--max-loss", "5"], ["evaluate", run], ["report", run], ["ensemble", together, run, "--rule", "caching"],
+        ["record", together, "--quiet"],
     ):  # fmt: skip
         code, text = call(*verb)
         assert code == 0, text

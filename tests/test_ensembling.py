@@ -125,8 +125,28 @@ def test_an_exit_knows_nothing_of_deeper_ones(outputs, rule):
 @quick
 @given(outputs=drawn)
 def test_caching_never_grows_less_sure(outputs):
-    surety = combine(outputs, "caching").softmax(-1).amax(-1)
-    assert (surety.diff(dim=0) >= 0).all()
+    for temperatures in (None, torch.linspace(2.0, 0.2, len(outputs))):
+        surety = combine(outputs, "caching", temperatures=temperatures).softmax(-1).amax(-1)
+        assert (surety.diff(dim=0) >= 0).all()
+
+
+@quick
+@given(outputs=drawn, rounded=st.booleans())
+def test_caching_gives_bit_by_bit_the_output_that_a_plain_loop_holds(outputs, rounded):
+    outputs = outputs.round() if rounded else outputs  # with many exits that are equally sure
+    combined, surety = combine(outputs, "caching"), outputs.softmax(-1).amax(-1)
+    for sample in range(outputs.shape[1]):
+        held = 0
+        for exit in range(len(outputs)):
+            if surety[exit, sample] > surety[held, sample]:
+                held = exit
+            assert combined[exit, sample].equal(outputs[held, sample])
+
+
+def test_recalibration_takes_from_caching_that_it_never_grows_less_sure():
+    outputs = torch.stack([logs(0.8, 0.2), logs(0.6, 0.4)])
+    surety = combine(outputs, "caching", recalibration=[1.0, 2.0]).softmax(-1).amax(-1)
+    torch.testing.assert_close(surety, torch.tensor([0.8, 2 / 3]))  # the square roots of 0.8 and 0.2 are as 2 to 1
 
 
 @quick

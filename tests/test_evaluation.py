@@ -9,7 +9,7 @@ from scipy import stats
 
 from impatient import budgets
 from impatient.errors import PolicyError, RecordingError, SplitReuseError, StaleInput, StorageError
-from impatient.evaluation import Evaluation, Static, evaluate
+from impatient.evaluation import Evaluation, Static, class_confidence, evaluate, true_label_probabilities
 from impatient.evaluation.metrics import expected_calibration_error, mean, proportion
 from impatient.files import write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds
@@ -97,6 +97,20 @@ def test_the_oracle_is_never_worse_and_a_policy_never_better():
     assert all(row.accuracy.value <= best for row in evaluation.rows)
     assert sum(evaluation["0.1"].shares) == pytest.approx(1.0)
     assert evaluation["0.1"].contract_s < evaluation["0.02"].contract_s < evaluation["exit 3"].contract_s
+
+
+def test_how_much_each_way_gives_to_the_truth_and_evaluations_made_before_that():
+    recording = hand_made()
+    evaluation = evaluate(recording, COSTS, {"mine": POLICY})
+    assert [row.p_true for row in evaluation.of("exit")] == list(class_confidence(recording).overall)
+    true = true_label_probabilities(recording.outputs, recording.labels)
+    left = POLICY.exits_of(recording.outputs)
+    assert evaluation["mine"].p_true.value == pytest.approx(float(true[left, torch.arange(len(left))].mean()))
+    assert evaluation["no exits, same weights"].p_true == evaluation.of("exit")[-1].p_true
+    old = evaluation.to_json()
+    for row in old["rows"]:
+        del row["p_true"]
+    assert {row.p_true for row in Evaluation.from_json(old).rows} == {None}
 
 
 # --- under budgets ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.gradients import GradientFlow
 from impatient.networks.running import RunningEnsemble
 from impatient.networks.stages import _Forward
+from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.runtime import Runner, profile
 
@@ -90,6 +92,33 @@ def test_what_the_inner_network_is_shows_through(inner, toy_input):
 
 
 # --- staged runs ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_with_caching_a_run_never_grows_less_sure_and_holds_the_surest_exits_own_output(inner):
+    for _ in range(50):  # run by run, as a caller sees it
+        x = 3 * torch.randn(1, 8)
+        own = [exit.output() for exit in inner.exits(x, keep=True)]
+        before, surest = 0.0, None
+        for exit in RunningEnsemble(inner, "caching").exits(x):
+            here = float(own[exit.index].softmax(-1).amax())
+            if here > before:
+                before, surest = here, own[exit.index]
+            assert exit.output().equal(surest)
+
+
+@pytest.mark.parametrize("last", range(3))
+def test_the_answer_that_a_runner_gives_at_an_exit_is_the_surest_so_far(inner, toy_input, last):
+    ensemble = RunningEnsemble(inner, "caching").eval()
+    at_once = ThresholdPolicy(score="margin", thresholds=(math.inf,) * last + (0.0,) * (2 - last) + (-math.inf,))
+    costs = profile(ensemble, toy_input, batch_sizes=[5], repeats=1, warm_up=0)
+    runner = Runner(ensemble, costs, policy=at_once, any_profile=True)
+    with runner.start(toy_input) as run:
+        answers = [runner.run(toy_input), run.result()]
+    outputs = torch.stack(inner(toy_input)[: last + 1])
+    for answer in answers:
+        assert answer.exit == last
+        assert answer.output.softmax(-1).amax(-1).equal(outputs.softmax(-1).amax((0, 2)))
 
 
 class Counted(nn.Module):

@@ -20,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console()
+# a pipe or a file has no width that tables must fit in
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 STOPPED = 130  # the shell's own code for a command that Ctrl-C ended
 err = Console(stderr=True)
 

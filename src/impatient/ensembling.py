@@ -34,7 +34,8 @@ class Rule:
             "geometric": mean of the log-probabilities, normalised.
             "poe": product of experts, expert k being ReLU(f_k) ** ((k + 1) / K), normalised. A class that one exit holds
             below zero is out for all deeper ones. Where no class is left, the exit's own probabilities.
-            "caching": the output of the surest exit (largest probability) so far, the earliest of equals.
+            "caching": the output of the surest exit so far, the earliest of equals: the largest probability never falls from
+            exit to exit, whatever the temperatures before. A recalibration after it may let it fall again.
             All but "boosted" and "caching" give log-probabilities, which softmax leaves as they are.
         rate: of "boosted".
         detach: "boosted": no gradient into F_(k-1), so that each exit learns what those before it leave over.
@@ -42,7 +43,8 @@ class Rule:
     Source:
         "boosted": Yu et al. 2023 (BoostNet), rate 0.5. "geometric": Wolczyk et al. 2021 (ZTW); we differ: no learned
         weights and bias. "poe", "caching": Jazbec et al. 2023; we differ: a ruled out class keeps 2e-9, so that losses and
-        recordings stay finite.
+        recordings stay finite; and of exits that are equally sure their code takes the latest, but here an answer is taken
+        back only for a surer one.
     """
 
     name: RuleName

@@ -14,6 +14,7 @@ from torch import Tensor
 from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
+from impatient.evaluation.confidence import true_label_probabilities
 from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean, proportion
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json
@@ -34,6 +35,7 @@ class Row:
         contract_s: mean seconds when only the heads that are looked at run.
         macs: mean multiply-accumulates per sample, in contract mode.
         calibration_error: expected calibration error of the largest class probability.
+        p_true: mean probability of the true class, AnytimeNet's overall confidence; None in evaluations made before it was.
         shares: share of the samples answered by each exit.
     """
 
@@ -45,6 +47,7 @@ class Row:
     macs: float
     calibration_error: float
     shares: tuple[float, ...]
+    p_true: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,11 +139,15 @@ class Evaluation:
 def _row_json(row: Row) -> dict[str, Any]:
     plain = {name: getattr(row, name) for name in ("name", "kind", "interruptible_s", "contract_s", "macs",
                                                    "calibration_error", "shares")}  # fmt: skip
-    return {**plain, "accuracy": row.accuracy.to_json()}
+    return {**plain, "accuracy": row.accuracy.to_json(), "p_true": row.p_true.to_json() if row.p_true else None}
 
 
 def _row_from(value: Mapping[str, Any]) -> Row:
-    return Row(**{**value, "accuracy": Estimate(**value["accuracy"]), "shares": tuple(value["shares"])})
+    p_true = value.get("p_true")
+    return Row(**{
+        **value, "accuracy": Estimate(**value["accuracy"]), "shares": tuple(value["shares"]),
+        "p_true": Estimate(**p_true) if p_true else None,
+    })  # fmt: skip
 
 
 def evaluate(
@@ -234,6 +241,7 @@ class _Judge:
         self.recording, self.count = recording, costs.num_exits
         self.hits: Float[Tensor, "K N"] = recording.hits()
         self.confidence: Float[Tensor, "K N"] = recording.outputs.softmax(-1).amax(-1)
+        self.true = true_label_probabilities(recording.outputs, recording.labels)
         self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
@@ -270,6 +278,7 @@ class _Judge:
             name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)), interruptible_s=time_s, contract_s=time_s,
             macs=macs, calibration_error=expected_calibration_error(confidence, hits),
             shares=(*(0.0,) * (self.count - 1), 1.0),
+            p_true=_share(mean(true_label_probabilities(outputs[None], self.recording.labels)[0])),
         )  # fmt: skip
 
     def _all(self, exit: int) -> Int[Tensor, "N"]:
@@ -285,7 +294,7 @@ class _Judge:
             name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)),
             interruptible_s=_weighted(shares, interruptible_s), contract_s=_weighted(shares, contract_s),
             macs=_weighted(shares, macs), calibration_error=expected_calibration_error(confidence, hits.bool()),
-            shares=tuple(shares.tolist()),
+            shares=tuple(shares.tolist()), p_true=_share(mean(self.true[exits, self.samples])),
         )  # fmt: skip
 
     def under_budgets(self, budgets: Mapping[str, Budget], policies: Mapping[str, ThresholdPolicy]) -> list[BudgetRow]:

@@ -234,11 +234,12 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
     free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
     places = [f"exit {k} <small>{_e(exit)}</small>" for k, exit in enumerate(exits)]
     names = [*places, *(_e(row.name) for row in evaluation.rows[len(exits) :])]
-    columns = ["", "accuracy", "95 % interval", "interruptible, ms", "contract, ms", "against no exits", "MACs",
-               "calibration error"]  # fmt: skip
+    columns = ["", "accuracy", "95 % interval", "probability of the truth", "interruptible, ms", "contract, ms",
+               "against no exits", "MACs", "calibration error"]  # fmt: skip
     rows = [
-        (name, percent(row.accuracy.value), _interval(row.accuracy), _ms(row.interruptible_s), _ms(row.contract_s),
-         _signed(row.contract_s / free - 1.0 if free else 0.0), _count(row.macs), f"{row.calibration_error:.3f}")
+        (name, percent(row.accuracy.value), _interval(row.accuracy), percent(row.p_true.value) if row.p_true else "",
+         _ms(row.interruptible_s), _ms(row.contract_s), _signed(row.contract_s / free - 1.0 if free else 0.0), _count(row.macs),
+         f"{row.calibration_error:.3f}")
         for name, row in zip(names, evaluation.rows, strict=True)
     ]  # fmt: skip
     caption = (

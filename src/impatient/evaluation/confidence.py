@@ -1,0 +1,171 @@
+"""Confidence as AnytimeNet measures it: the probability of the true class, over all samples and class by class.
+
+It needs the true labels, so it says how good a network is. What a run can look at is its largest class probability, the score
+`impatient.policies.scores.max_probability`. Both are here, side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from impatient.errors import RecordingError
+from impatient.evaluation.metrics import Z95, Estimate, mean
+from impatient.evaluation.recording import Recording
+from impatient.policies.scores import max_probability
+from impatient.provenance import Provenance
+
+
+def true_label_probabilities(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]) -> Float[Tensor, "K N"]:
+    """Probability that each exit gives to the true class of each sample.
+
+    Its mean over the samples is the overall confidence of an exit.
+
+    Args:
+        outputs: of all exits, before softmax.
+        labels: true classes.
+    Returns:
+        Probabilities in [0, 1].
+    Raises:
+        RecordingError: if a label has no output.
+    Source:
+        AnytimeNet (Kim et al. 2020), equation 5.
+    Example:
+        >>> outputs = torch.tensor([[[0.7, 0.3], [0.7, 0.3]], [[0.9, 0.1], [0.4, 0.6]]]).log()
+        >>> true_label_probabilities(outputs, torch.tensor([0, 1])).round(decimals=3)
+        tensor([[0.7000, 0.3000],
+                [0.9000, 0.6000]])
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
+        raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
+    places = labels.long().expand(outputs.shape[:2])[..., None]
+    # only the true class is divided by the sum: a softmax over all would write everything once more
+    return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
+
+
+def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estimate | None:
+    """Pearson's correlation of pairs, with Fisher's 95 % interval for independent pairs.
+
+    Returns:
+        None where there is none: fewer than three pairs, or one side that does not vary. Of three pairs, the interval is
+        everything.
+    Example:
+        >>> found = correlation(torch.tensor([0.1, 0.4, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.7, 0.8]))
+        >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
+        (0.891, -0.488, 0.998)
+    """
+    if len(first) < 3:
+        return None
+    sides = [side.double() for side in (first, second)]
+    a, b = (side - side.mean() for side in sides)
+    # means of equal values differ in their last digit
+    if any(float(centred.norm()) <= 1e-12 * float(side.norm()) for centred, side in zip((a, b), sides, strict=True)):
+        return None
+    r = ((a @ b) / (a.norm() * b.norm())).clamp(-1.0, 1.0)
+    if len(first) == 3:
+        return Estimate(float(r), -1.0, 1.0)
+    half = Z95 / math.sqrt(len(first) - 3)
+    return Estimate(float(r), float((r.atanh() - half).tanh()), float((r.atanh() + half).tanh()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClassConfidence:
+    """How sure the exits are of the truth, and whether they are surer of the classes that they answer better.
+
+    Attributes:
+        exits: their names, shallow to deep.
+        split: what it was measured on.
+        counts: samples of each class.
+        confidence: mean probability of the true class, per exit and true class; NaN for a class without samples.
+        accuracy: share of right answers, likewise.
+        overall: per exit, mean probability of the true class over all samples.
+        max_probability: per exit, mean of the largest probability: what a run takes itself to be.
+        correlations: per exit, of confidence with accuracy over the classes that have samples, each counted once; None where
+            that is undefined. Its interval takes the classes for drawn independently.
+        sample_correlations: per exit, of the probability of the true class with being right, over single samples. As high a
+            correlation over classes comes from luck alone, where classes do not differ: both are means over the same samples.
+        provenance: of the recording.
+    """
+
+    exits: tuple[str, ...]
+    split: str
+    counts: Int[Tensor, "C"]
+    confidence: Float[Tensor, "K C"]
+    accuracy: Float[Tensor, "K C"]
+    overall: tuple[Estimate, ...]
+    max_probability: tuple[Estimate, ...]
+    correlations: tuple[Estimate | None, ...]
+    sample_correlations: tuple[Estimate | None, ...]
+    provenance: Provenance
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """Those with samples."""
+        return tuple(self.counts.nonzero()[:, 0].tolist())
+
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """Classes without samples, which are left out of everything."""
+        return tuple((self.counts == 0).nonzero()[:, 0].tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; per class only those with samples, in the order of "classes"."""
+        there = list(self.classes)
+        return {
+            "kind": "class confidence", "split": self.split, "samples": int(self.counts.sum()), "classes": there,
+            "absent": list(self.absent), "counts": self.counts[there].tolist(),
+            "exits": [
+                {
+                    "name": name, "overall": self.overall[k].to_json(), "max_probability": self.max_probability[k].to_json(),
+                    "correlation": _json(self.correlations[k]), "sample_correlation": _json(self.sample_correlations[k]),
+                    "confidence": self.confidence[k, there].tolist(), "accuracy": self.accuracy[k, there].tolist(),
+                }
+                for k, name in enumerate(self.exits)
+            ],
+            "provenance": self.provenance.to_json(),
+        }  # fmt: skip
+
+
+def class_confidence(recording: Recording) -> ClassConfidence:
+    """Confidence and accuracy of every exit, over all samples and class by class, and how the two go together.
+
+    Args:
+        recording: of the split to judge on, usually "test".
+    Source:
+        AnytimeNet (Kim et al. 2020), equation 5 and figure 4. We differ: beside the correlation over classes stands that
+        over single samples, which is where it begins.
+    """
+    labels, hits_KN = recording.labels.long(), recording.hits()
+    true_KN = true_label_probabilities(recording.outputs, labels)
+    counts_C = torch.bincount(labels, minlength=recording.outputs.shape[2])
+    confidence, accuracy = (_class_means(values, labels, counts_C) for values in (true_KN, hits_KN))
+    there_C = counts_C > 0
+    return ClassConfidence(
+        exits=recording.exits, split=recording.split, counts=counts_C, confidence=confidence, accuracy=accuracy,
+        overall=tuple(map(_probability, true_KN)), max_probability=tuple(map(_probability, max_probability(recording.outputs))),
+        correlations=tuple(correlation(x[there_C], y[there_C]) for x, y in zip(confidence, accuracy, strict=True)),
+        sample_correlations=tuple(correlation(x, y) for x, y in zip(true_KN, hits_KN, strict=True)),
+        provenance=recording.provenance,
+    )  # fmt: skip
+
+
+def _class_means(
+    values_KN: Float[Tensor, "K N"], labels_N: Int[Tensor, "N"], counts_C: Int[Tensor, "C"]
+) -> Float[Tensor, "K C"]:
+    sums = torch.zeros(len(values_KN), len(counts_C), dtype=torch.float64)
+    return sums.index_add_(1, labels_N, values_KN.double()) / counts_C  # 0 / 0 is NaN
+
+
+def _probability(values_N: Float[Tensor, "N"]) -> Estimate:
+    """Mean of probabilities, its interval too between 0 and 1."""
+    found = mean(values_N)
+    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
+def _json(estimate: Estimate | None) -> dict[str, Any] | None:
+    return estimate.to_json() if estimate else None
