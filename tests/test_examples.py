@@ -30,3 +30,22 @@ def test_ensembles_are_networks_with_exits() -> None:
 def test_a_run_is_interrupted() -> None:
     reached = main_of("interrupt.py")(runs=2)
     assert all(0 <= exit <= 5 for exit in reached)
+
+
+def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None:
+    figure = tmp_path / "loop.png"
+    made = main_of("sensor_loop.py")(seconds=0.03, rate=1e3, blocks=(2, 1, 1), epochs=1, repeats=5, figure=str(figure))
+    growing, whole = made["AnytimeNet"], made["static"]
+    assert len(growing) == len(whole) == 30
+    assert [frame.left_s for frame in growing] == [frame.left_s for frame in whole]  # the same deadlines for both
+    assert all(frame.on_time for frame in (*growing, *whole) if frame.right > 0.0)
+    assert all(0 <= frame.iteration <= 1 for frame in growing)
+    assert all(frame.iteration == 0 for frame in whole)  # it has one
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_sensor_loop_leaves_two_thirds_of_the_frames_enough_time() -> None:
+    time_left = runpy.run_path(str(EXAMPLES / "sensor_loop.py"))["time_left"]
+    left = time_left(0.004, 600, 30.0)
+    assert (left >= 0.004).mean() == pytest.approx(2 / 3, abs=0.01)
+    assert 0.001 < left.min() < left.max() < 0.008
