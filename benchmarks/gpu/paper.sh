@@ -2,6 +2,7 @@
 # One paper's tables on a GPU machine without network, in commands of at most ten minutes. From the repository's root:
 #     bash benchmarks/gpu/paper.sh impatient_dnn
 #     bash benchmarks/gpu/paper.sh anytime_neural_networks --table milestones
+#     bash benchmarks/gpu/paper.sh anytimenet --table accuracy
 # What follows the paper's name goes to `python -m papers.NAME`.
 #
 # Environment: OUT, folder for what comes back (results.tar.gz, and state.tar.gz.* in pieces); SCALE (gpu; smoke to try it out on a
@@ -9,10 +10,10 @@
 # Carried in .gpu, which git ignores: whl/*.whl (greenlet, kornia, kornia_rs, lightning_fabric, if the machine lacks them); data/* (the
 # shared data's load.py and *.npz); state/state.tar.gz.* (of the last command, to go on on a fresh machine).
 # A command carries 64 MiB, so on a fresh machine bring larger data in several commands, all but the last with SCALE=none:
-#     impatient_dnn: load.py cifar10_train_a gtsrb32_test | cifar10_train_b cifar10_test | gtsrb32_train_a gtsrb32_train_b
+#     impatient_dnn, anytimenet: load.py cifar10_train_a gtsrb32_test | cifar10_train_b cifar10_test | gtsrb32_train_a gtsrb32_train_b
 #     anytime_neural_networks: load.py cifar10_train_a | cifar10_train_b cifar10_test
 set -euo pipefail
-PAPER=${1:?name a paper: impatient_dnn or anytime_neural_networks}
+PAPER=${1:?name a paper: impatient_dnn, anytime_neural_networks or anytimenet}
 shift
 OUT=${OUT:-runs/gpu-out} SCALE=${SCALE:-gpu} WORKERS=${WORKERS:-4} SECONDS_LIMIT=${SECONDS_LIMIT:-480} PYTHON=${PYTHON:-python3}
 RUNS=${RUNS:-runs/papers/$PAPER}

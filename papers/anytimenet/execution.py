@@ -1,0 +1,78 @@
+"""Table I: which parts really run in which iteration, beside what the schedule says and what the paper prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from impatient.networks import growth
+from impatient.networks.anytimenet import AnytimeNet
+from impatient.networks.placement import evaluating
+
+PAPER_CUMULATIVE = (5, 12, 18, 24, 29, 34, 38)
+PAPER_PARTS = {"IN": 1, "S1": 8, "S2": 10, "S3": 12, "OUT": 7}  # after the last iteration
+
+
+def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
+    """Parts that ran in each iteration of one run, in order, as forward hooks see them.
+
+    Example:
+        >>> executed(AnytimeNet(schedule=growth.in_turn((2, 1)), width=1), torch.zeros(1, 3, 8, 8))
+        (('IN', 'S1.1', 'S2.1', 'OUT'), ('S1.2', 'S2.1', 'OUT'))
+    """
+    ran: list[str] = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: ran.append(name)) for name, part in network.backbone.parts().items()
+    ]
+    iterations = []
+    try:
+        with evaluating(network), torch.inference_mode(), network.exits(x) as run:
+            for exit in run:
+                exit.output()
+                iterations.append(tuple(ran))
+                ran.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(iterations)
+
+
+def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
+    """One row per iteration of the default schedule: what ran, how often so far, what `growth.tally` and the paper say."""
+    counts = dict.fromkeys(PAPER_PARTS, 0)
+    rows = []
+    for index, (names, tallied) in enumerate(zip(executed(network, x), growth.tally(network.schedule), strict=True)):
+        for name in names:
+            counts[name.split(".")[0]] += 1
+        total, paper = sum(counts.values()), PAPER_CUMULATIVE[index]
+        agreed = (*counts.values(), total) == tallied and total == paper
+        rows.append({
+            "iteration": index + 1, "blocks": network.exit_names[index], "executed": joined(names), "parts": len(names),
+            **{f"{name} so far": count for name, count in counts.items()}, "cumulative": total, "tally": tallied[-1],
+            "paper": paper, "equal": "yes" if agreed else "no",
+        })  # fmt: skip
+    return rows
+
+
+def joined(names: Sequence[str]) -> str:
+    """Executions for people, runs of blocks in one.
+
+    Example:
+        >>> joined(["S1.2", "S1.3", "S1.4", "S2.1", "OUT"])
+        'S1.2-S1.4, S2.1, OUT'
+    """
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _follows(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _follows(before: str, name: str) -> bool:
+    (section, _, old), (other, _, new) = before.partition("."), name.partition(".")
+    return section == other and bool(old and new) and int(new) == int(old) + 1
