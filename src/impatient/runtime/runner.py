@@ -45,6 +45,18 @@ class ExitLike(Protocol):
     def output(self) -> Tensor: ...
 
 
+def upcoming(exit: ExitLike) -> int | None:
+    """The exit that would come next; None where the network itself, a routed cascade, has sent all samples to their answers."""
+    following: int | None = getattr(exit, "upcoming", exit.index + 1)
+    return following
+
+
+def answering(exit: ExitLike, count: int) -> tuple[int, ...]:
+    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different ways."""
+    exits: tuple[int, ...] = getattr(exit, "exits", (exit.index,) * count)
+    return exits
+
+
 class StagedNetwork(Protocol):
     """What the runner needs of a network."""
 
@@ -155,13 +167,17 @@ class Runner:
             for exit in run:
                 synchronise(device)
                 arrived = self.clock.now()
-                self._observe(plan, exit.index, arrived - before)
+                if getattr(exit, "whole", True):  # part of a batch says nothing about the profile of all of it
+                    self._observe(plan, exit.index, arrived - before)
+                following = upcoming(exit)
                 if exit.index == self.network.num_exits - 1:
                     return self._answer(collected, exit, begin, deadline, "final")
+                if following is None:
+                    return self._answer(collected, exit, begin, deadline, "policy")
                 if self.policy is not None and self.policy.looks_at(exit.index) and collected.add(exit):
                     return self._answer(collected, exit, begin, deadline, "policy")
                 before = self.clock.now()
-                if not self._fits(plan, exit.index + 1, before, deadline):
+                if not self._fits(plan, following, before, deadline):
                     return self._answer(collected, exit, begin, deadline, "deadline")
         raise RunError(f"the network's run ended before exit {self.network.num_exits - 1}; its last exit must always come.")
 
@@ -273,7 +289,7 @@ class _Collected:
         """The outputs, with this exit's for all samples that have not stopped."""
         if self._exits is None:
             output = exit.output()
-            return output, (exit.index,) * output.shape[0]
+            return output, answering(exit, output.shape[0])
         if bool((self._exits < 0).any()):
             return self.snapshot(exit)
         assert self._output is not None
@@ -284,7 +300,7 @@ class _Collected:
         output = exit.output()
         if self._exits is None or self._output is None:
             # copied: a head may return a view of the features, which a later stage may write over
-            return output.clone(), (exit.index,) * output.shape[0]
+            return output.clone(), answering(exit, output.shape[0])
         going = self._exits < 0
         mixed = torch.where(going[:, None], output, self._output)
         return mixed, tuple(torch.where(going, exit.index, self._exits).tolist())
@@ -419,6 +435,8 @@ class Run:
         last = exit.index == self._num_exits - 1
         stopped_by: StoppedBy = "final" if last else "interrupt"
         if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
+            stopped_by = "policy"
+        if upcoming(exit) is None and not last:
             stopped_by = "policy"
         answer = answered(*collected.snapshot(exit), self._clock, self._begin, self._deadline, stopped_by)
         with self._changed:
