@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,9 +17,10 @@ from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.confidence import true_label_probabilities
 from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean, proportion
+from impatient.evaluation.outcomes import AnyPolicy, Outcome, outcome
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json
-from impatient.policies.rules import ThresholdPolicy
+from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
 
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
@@ -153,7 +155,7 @@ def _row_from(value: Mapping[str, Any]) -> Row:
 def evaluate(
     recording: Recording,
     costs: CostProfile,
-    policies: ThresholdPolicy | Mapping[str, ThresholdPolicy] | None = None,
+    policies: AnyPolicy | Mapping[str, AnyPolicy] | None = None,
     *,
     exit_free: Recording | None = None,
     same_weights: bool = True,
@@ -167,7 +169,7 @@ def evaluate(
     Args:
         recording: of the split to judge on, usually "test".
         costs: of the same network.
-        policies: one, or several by name.
+        policies: one, or several by name: thresholds, gates, mixtures, selections.
         exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
         same_weights: whether the last exit's output is the untouched backbone's own, so that it stands for the network
             without exits, too; say False where exits answer together.
@@ -182,7 +184,7 @@ def evaluate(
         SplitReuseError: if a policy was fitted on this very split.
         StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of other data.
     """
-    named = {"policy": policies} if isinstance(policies, ThresholdPolicy) else dict(policies or {})
+    named = dict(policies or {}) if isinstance(policies, Mapping) or policies is None else {"policy": policies}
     for name, policy in named.items():
         check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
@@ -195,7 +197,7 @@ def evaluate(
     distributions = dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
     rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
     return Evaluation(
-        rows=tuple(rows), under_budgets=tuple(judge.under_budgets(distributions, named)), budgets=distributions,
+        rows=tuple(rows), under_budgets=tuple(judge.under_budgets(distributions)), budgets=distributions,
         split=recording.split, samples=len(recording.labels),
         provenance=provenance(
             network=recording.provenance.network, weights=recording.provenance.weights, data=recording.provenance.data,
@@ -209,14 +211,15 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
     return standard(1.25 * interruptible_s[-1])
 
 
-def check_policy(name: str, policy: ThresholdPolicy, recording: Recording) -> None:
+def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
     """Raise unless a policy belongs to the network of a recording and was fitted on another split."""
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}.")
     if policy.provenance is None:
         return
     policy.provenance.require(f"policy {name!r}", "fit it again", weights=recording.provenance.weights)
-    if policy.split == recording.split and policy.provenance.data == recording.provenance.data:
+    reused = policy.split is not None and splits_overlap(policy.split, recording.split)
+    if reused and policy.provenance.data == recording.provenance.data:
         raise SplitReuseError(
             f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the result would be too good. "
             "Judge it on a recording of another split, such as record(network, data, split='test')."
@@ -254,17 +257,19 @@ class _Judge:
         for name, other in static.items():
             self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
+        self.outcomes: dict[str, Outcome] = {}  # of policies, once they are judged
 
     def exits(self) -> list[Row]:
         return [self._row(f"exit {k}", "exit", self._all(k), self.interruptible_s, self.contract_s, self.macs)
                 for k in range(self.count)]  # fmt: skip
 
-    def policy(self, name: str, policy: ThresholdPolicy) -> Row:
-        heads = policy.open_exits()
-        exits = policy.exits_of(self.recording.outputs)
-        looked_at = self.costs.cumulative_s("interruptible", heads=heads, **self.options)  # type: ignore[arg-type]
-        macs = self.costs.cumulative_macs("interruptible", heads)
-        return self._row(name, "policy", exits, self.interruptible_s, looked_at, macs)
+    def policy(self, name: str, policy: AnyPolicy) -> Row:
+        done = self.outcomes[name] = outcome(policy, self.recording, self.costs, **self.options)  # type: ignore[arg-type]
+        row = self._row(name, "policy", done.exits, self.interruptible_s, self.contract_s, self.macs)
+        return replace(
+            row, interruptible_s=float(done.spent_s().mean()), contract_s=float(done.contract_s.mean()),
+            macs=float(done.macs.mean()),
+        )  # fmt: skip
 
     def references(self) -> list[Row]:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
@@ -297,22 +302,21 @@ class _Judge:
             shares=tuple(shares.tolist()), p_true=_share(mean(self.true[exits, self.samples])),
         )  # fmt: skip
 
-    def under_budgets(self, budgets: Mapping[str, Budget], policies: Mapping[str, ThresholdPolicy]) -> list[BudgetRow]:
-        ways: dict[str, tuple[Float[Tensor, "K N"], Sequence[float]]] = {
-            "interruptible": (self.hits, self.interruptible_s),
-            "contract": (self.hits, self.contract_s),
-            "static oracle": (self.hits[self._best_so_far()], self.contract_s),
+    def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
+        best_so_far = self.hits[self._best_so_far()]
+        expected: dict[str, Callable[[Budget], Float[Tensor, "N"]]] = {
+            "interruptible": functools.partial(_expected, hits=self.hits, cost=self.interruptible_s),
+            "contract": functools.partial(_expected, hits=self.hits, cost=self.contract_s),
+            "static oracle": functools.partial(_expected, hits=best_so_far, cost=self.contract_s),
         }
-        for name, policy in policies.items():
-            exits = policy.exits_of(self.recording.outputs)
-            stopped = torch.minimum(torch.arange(self.count)[:, None], exits[None])  # the exit held when time is up
-            ways[name] = (self.hits[stopped, self.samples], self.interruptible_s)
+        expected |= {name: functools.partial(done.expected, hits=self.hits) for name, done in self.outcomes.items()}
         for name, (_, outputs, time_s, _) in self.once.items():
-            ways[name] = ((outputs.argmax(-1) == self.recording.labels).float()[None], (time_s,))
+            hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
+            expected[name] = functools.partial(_expected, hits=hits, cost=(time_s,))
         return [
-            BudgetRow(budget=budget_name, name=name, accuracy=_share(mean(_expected(budget, cost, hits))))
+            BudgetRow(budget=budget_name, name=name, accuracy=_share(mean(of(budget))))
             for budget_name, budget in budgets.items()
-            for name, (hits, cost) in ways.items()
+            for name, of in expected.items()
         ]
 
     def _best_so_far(self) -> list[int]:

@@ -1,6 +1,7 @@
 """What is run: models cut into stages, heads, and the networks of the papers."""
 
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet, GrowingNetwork, recalibrate
+from impatient.networks.cascade import Cascade
 from impatient.networks.ensemble import EANN
 from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
@@ -15,6 +16,7 @@ __all__ = [
     "EANN",
     "AnytimeNet",
     "BaseResNet",
+    "Cascade",
     "Exit",
     "FeatureShape",
     "GrowingNetwork",

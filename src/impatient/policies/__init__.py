@@ -1,7 +1,59 @@
-"""When to stop: scores, rules and their fitting, on recordings alone."""
+"""When to stop, or which network comes next: scores, rules, learned policies and their fitting, on recordings alone."""
 
-from impatient.policies import scores
+from impatient.policies import baselines, bounds, scores, selection_baselines
 from impatient.policies.calibration import fit_temperatures
+from impatient.policies.costsensitive import Decision, fit_decision
+from impatient.policies.gate_fitting import SweepPoint, fit_gates, sweep_gates
+from impatient.policies.gates import GatePolicy, gate_time_s
+from impatient.policies.mixing import MixedPolicy, lower_hull, mix
+from impatient.policies.risk import (
+    Certificate,
+    ControlledPolicy,
+    control_risk,
+    samples_needed,
+    scaled_family,
+    threshold_family,
+)
+from impatient.policies.routing import STOP, Route, SelectionPolicy
 from impatient.policies.rules import Policy, ThresholdPolicy, fit_thresholds, thresholds_for_shares
+from impatient.policies.selection import MixedSelection, SelectionPoint, fit_selection, mix_selections, sweep_selection
+from impatient.policies.splits import split_recording
+from impatient.policies.topology import Topology
 
-__all__ = ["Policy", "ThresholdPolicy", "fit_temperatures", "fit_thresholds", "scores", "thresholds_for_shares"]
+__all__ = [
+    "STOP",
+    "Certificate",
+    "ControlledPolicy",
+    "Decision",
+    "GatePolicy",
+    "MixedPolicy",
+    "MixedSelection",
+    "Policy",
+    "Route",
+    "SelectionPoint",
+    "SelectionPolicy",
+    "SweepPoint",
+    "ThresholdPolicy",
+    "Topology",
+    "baselines",
+    "bounds",
+    "control_risk",
+    "fit_decision",
+    "fit_gates",
+    "fit_selection",
+    "fit_temperatures",
+    "fit_thresholds",
+    "gate_time_s",
+    "lower_hull",
+    "mix",
+    "mix_selections",
+    "samples_needed",
+    "scaled_family",
+    "scores",
+    "selection_baselines",
+    "split_recording",
+    "sweep_gates",
+    "sweep_selection",
+    "threshold_family",
+    "thresholds_for_shares",
+]

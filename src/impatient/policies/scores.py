@@ -35,3 +35,25 @@ def entropy(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
 
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+
+NEVER_CHOSEN = -110.0  # log-probability of a class that is not there: 0 as a probability, in single precision
+
+
+def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
+    """How sure an output is, in six numbers.
+
+    Returns:
+        The three largest probabilities, the margin between the first two, the entropy score, and the margin of their
+        logarithms, which still tells sure from very sure where probabilities are all but 1.
+    Example:
+        >>> confidence_features(torch.tensor([[0.5, 0.25, 0.25]]).log()).round(decimals=2).tolist()
+        [[0.5, 0.25, 0.25, 0.25, 0.05000000074505806, 0.6899999976158142]]
+    """
+    logs = outputs.float().log_softmax(-1)
+    if logs.shape[1] < 3:  # fewer classes have no second or third
+        logs = torch.nn.functional.pad(logs, (0, 3 - logs.shape[1]), value=NEVER_CHOSEN)
+    top_logs = logs.topk(3, dim=1).values
+    (first, second, _), top = top_logs.unbind(1), top_logs.exp()
+    entropy = 1.0 + (logs.exp() * logs).sum(1) / math.log(max(outputs.shape[1], 2))
+    rest = torch.stack([top[:, 0] - top[:, 1], entropy, (first - second).clamp(max=-NEVER_CHOSEN)], 1)
+    return torch.cat([top, rest], 1)

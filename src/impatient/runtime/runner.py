@@ -9,10 +9,11 @@ either when going on is not worth it.
 from __future__ import annotations
 
 import atexit
+import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
@@ -130,7 +131,9 @@ class Runner:
         self.network, self.costs, self.policy = network, costs, policy
         self.clock = clock
         self._when_late = when_late
-        self._plans = {size: _Plan(batch, statistic) for size, batch in costs.batches.items()}
+        gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()  # learned gates take time, too
+        self._plans = {size: _Plan(batch, statistic, gates) for size, batch in costs.batches.items()}
+        self._runs = itertools.count()
         self._drift = 1.0
         self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
@@ -161,7 +164,8 @@ class Runner:
             error = self._too_late(plan, deadline.instant - begin)
             self._drift += 0.05 * (1.0 - self._drift)  # forgotten in time, or a slow minute would refuse runs for ever
             raise error
-        collected, device = _Collected(self.policy), first_tensor(x).device
+        policy = self._policy_of_run(x)
+        collected, device = _Collected(policy, self.network), first_tensor(x).device
         with torch.inference_mode(), self.network.exits(x) as run:
             before = begin
             for exit in run:
@@ -174,7 +178,7 @@ class Runner:
                     return self._answer(collected, exit, begin, deadline, "final")
                 if following is None:
                     return self._answer(collected, exit, begin, deadline, "policy")
-                if self.policy is not None and self.policy.looks_at(exit.index) and collected.add(exit):
+                if policy is not None and policy.looks_at(exit.index) and collected.add(exit):
                     return self._answer(collected, exit, begin, deadline, "policy")
                 before = self.clock.now()
                 if not self._fits(plan, following, before, deadline):
@@ -188,7 +192,8 @@ class Runner:
         """
         run = Run(self.clock, deadline, self.network.num_exits, self._when_late)
         # the job holds the runner, which so outlives the runs it has begun
-        self._worker.do(run, lambda: run._work(self.network, x, self.policy))
+        policy = self._policy_of_run(x)
+        self._worker.do(run, lambda: run._work(self.network, x, policy))
         return run
 
     def warm_up(self, x: Any, times: int = 3) -> None:
@@ -212,6 +217,11 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _policy_of_run(self, x: Any) -> Policy | None:
+        """The policy; of one that is drawn at random sample by sample, the draw for this run."""
+        draw = getattr(self.policy, "for_run", None)
+        return self.policy if draw is None else draw(batch_size_of(x), next(self._runs))
 
     def _plan(self, x: Any) -> _Plan:
         size = batch_size_of(x)
@@ -259,11 +269,12 @@ def answered(
 class _Plan:
     """What the runner looks up at a boundary, for one batch size."""
 
-    def __init__(self, costs: BatchCosts, statistic: Statistic) -> None:
+    def __init__(self, costs: BatchCosts, statistic: Statistic, gates_s: Sequence[float]) -> None:
         # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
+        alone = [later - before for before, later in itertools.pairwise((0.0, *gates_s))]
         self.next_s = tuple(
-            stage.of_statistic(statistic) + head.of_statistic(statistic)
-            for stage, head in zip(costs.stages, costs.heads, strict=True)
+            stage.of_statistic(statistic) + head.of_statistic(statistic) + gate
+            for stage, head, gate in zip(costs.stages, costs.heads, alone, strict=True)
         )
         self.mean_s = tuple(stage.mean for stage in costs.stages)
 
@@ -271,17 +282,23 @@ class _Plan:
 class _Collected:
     """Outputs of a batch whose samples may stop at different exits."""
 
-    def __init__(self, policy: Policy | None) -> None:
-        self._policy = policy
+    def __init__(self, policy: Policy | None, network: StagedNetwork) -> None:
+        self._policy, self._network = policy, network
         self._output: Tensor | None = None
         self._exits: Tensor | None = None  # -1 where a sample has not stopped
 
     def add(self, exit: ExitLike) -> bool:
         """Take the output of an exit for the samples that stop there; True when all have stopped."""
-        assert self._policy is not None
-        output = exit.output()
-        stops = self._policy.stops(exit.index, output)
-        self._take(exit.index, output, stops)
+        policy: Any = self._policy
+        inputs = getattr(policy, "inputs", "confidences")
+        if inputs == "confidences":
+            stops = policy.stops(exit.index, exit.output())
+        else:  # gates on features are asked before the head is paid
+            pooled = self._network.pooled(exit)  # type: ignore[attr-defined]  # of networks that such gates were fitted for
+            stops = policy.stops_on(exit.index, pooled, exit.output() if inputs == "both" else None)
+            if not bool(stops.any()):
+                return False
+        self._take(exit.index, exit.output(), stops)
         assert self._exits is not None
         return bool((self._exits >= 0).all())
 
@@ -419,7 +436,7 @@ class Run:
                 self._changed.notify_all()
 
     def _walk(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
-        collected = _Collected(policy)
+        collected = _Collected(policy, network)
         with torch.inference_mode(), network.exits(x) as run:
             for exit in run:
                 # asked before the head and again before the next stage: each is paid only if somebody wants it

@@ -1,0 +1,206 @@
+"""Bounds on mean losses and tests of them: pure functions on losses of candidates, from safe to bold, over samples.
+
+`impatient.policies.risk` is what they are for. All work on leading dimensions, so that a thousand splits are one call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.special import bdtr, rel_entr
+from torch import Tensor
+
+from impatient.errors import PolicyError
+
+PValues = Callable[[Tensor, float], Tensor]  # losses [..., N], epsilon -> [...]
+
+
+# --- p-values of "the mean loss is above epsilon" -----------------------------------------------------------------------
+
+
+def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Float[Tensor, "*batch"]:
+    """Exact p-values for losses that are 0 or 1: P(Binomial(N, epsilon) <= number of losses).
+
+    Source:
+        Learn then Test (Angelopoulos et al. 2021). For such losses this is below Hoeffding's tail, and below Bentkus' by a
+        factor of e.
+    Example:
+        >>> round(float(binomial_p_values(torch.tensor([0.0] * 9 + [1.0]), 0.5)), 6)  # 11 / 1024
+        0.010742
+    """
+    require(bool(((losses == 0) | (losses == 1)).all()), "the binomial tail needs losses of 0 or 1")
+    return torch.from_numpy(np.asarray(bdtr(losses.double().sum(-1).numpy(), losses.shape[-1], epsilon)))
+
+
+def hoeffding_bentkus_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Float[Tensor, "*batch"]:
+    """P-values for any losses between 0 and 1, from their mean alone: the smaller of Hoeffding's and Bentkus' tails.
+
+    Source:
+        Learn then Test (Angelopoulos et al. 2021), after Bates et al. 2021 (RCPS).
+    Example:
+        >>> round(float(hoeffding_bentkus_p_values(torch.zeros(100), 0.02)), 6)  # 0.98 ** 100
+        0.13262
+    """
+    require(bool(((losses >= 0) & (losses <= 1)).all()), "Hoeffding's and Bentkus' inequalities need losses from 0 to 1")
+    count, total = losses.shape[-1], losses.double().sum(-1).numpy()
+    mean = np.minimum(total / count, epsilon)
+    hoeffding = np.exp(-count * (rel_entr(mean, epsilon) + rel_entr(1.0 - mean, 1.0 - epsilon)))
+    bentkus = math.e * bdtr(np.ceil(total - 1e-9), count, epsilon)  # a sum that is whole but for rounding stays so
+    return torch.from_numpy(np.asarray(np.minimum(hoeffding, bentkus)))
+
+
+def betting_p_values(losses: Float[Tensor, "*batch N"], epsilon: float, delta: float = 0.05) -> Float[Tensor, "*batch"]:
+    """P-values for any losses of at most 1, signed ones too: one over the greatest wealth of a bettor against the mean.
+
+    With stakes s in [0, 1] set from earlier losses, wealth grows by 1 - s (loss - epsilon). This is at least 0, since
+    loss - epsilon <= 1, and 1 on average or less where the mean loss is epsilon or more: there, wealth reaches 1 / p with a
+    probability of at most p (Ville). No lower end of the losses is needed, so signed gaps are not rescaled to [0, 1], which
+    would halve all stakes.
+
+    Args:
+        losses: independent, in an order that says nothing about them.
+        epsilon: from 0 to 1.
+        delta: level for which the stakes are set; p-values are valid at any other too.
+    Source:
+        Waudby-Smith and Ramdas 2024; stakes as in Bates et al. 2021 (RCPS). We differ: there losses are from 0 to 1.
+    Example:
+        >>> round(float(betting_p_values(torch.zeros(100), 0.05)), 4)  # with full stakes from the start, 1.05 ** -100 = 0.0076
+        0.0082
+    """
+    return (-_log_wealth(losses, torch.tensor(epsilon, dtype=torch.float64), _stakes(losses, delta))).exp().clamp(max=1.0)
+
+
+def waudby_smith_ramdas_bound(losses: Float[Tensor, "*batch N"], delta: float = 0.05) -> Float[Tensor, "*batch"]:
+    """Upper confidence bounds on mean losses: the least mean in [0, 1] against which betting wins 1 / delta.
+
+    Each holds with probability 1 - delta. It adapts to the variance of the losses, and may be far below Hoeffding's.
+
+    Args:
+        losses: at most 1, signed ones too; independent, in an order that says nothing about them.
+        delta: probability that a bound is below its mean.
+    Returns:
+        Bounds from 0 to 1, to within 1e-12 above the root.
+    Source:
+        Waudby-Smith and Ramdas 2024, as in Bates et al. 2021 (RCPS). We differ: see `betting_p_values`.
+    Example:
+        >>> round(float(waudby_smith_ramdas_bound(torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(100))), 3)
+        0.306
+    """
+    stakes, enough = _stakes(losses, delta), -math.log(delta)
+    low = torch.zeros(losses.shape[:-1], dtype=torch.float64)
+    high = torch.where(_log_wealth(losses, low, stakes) >= enough, 0.0, torch.ones_like(low))
+    for _ in range(40):  # wealth does not fall with the mean bet against
+        middle = (low + high) / 2
+        wins = _log_wealth(losses, middle, stakes) >= enough
+        low, high = torch.where(wins, low, middle), torch.where(wins, middle, high)
+    return high
+
+
+def _stakes(losses: Float[Tensor, "*batch N"], delta: float) -> Float[Tensor, "*batch N"]:
+    """Each from the losses before it."""
+    require(bool((losses <= 1).all()), "betting needs losses of at most 1")
+    x, count = losses.double(), torch.arange(1, losses.shape[-1] + 1, dtype=torch.float64) + 1
+    means = (0.5 + x.cumsum(-1)) / count
+    variances = (0.25 + (x - means).square().cumsum(-1)) / count
+    before = torch.cat([torch.full_like(variances[..., :1], 0.25), variances[..., :-1]], -1)
+    return (-2 * math.log(delta) / (x.shape[-1] * before)).sqrt().clamp(max=1.0)
+
+
+def _log_wealth(
+    losses: Float[Tensor, "*batch N"], mean: Float[Tensor, "*#batch"], stakes: Float[Tensor, "*batch N"]
+) -> Float[Tensor, "*batch"]:
+    """Greatest logarithm of the wealth on the way; -inf where all was lost at once."""
+    return torch.log1p(-stakes * (losses.double() - mean[..., None])).cumsum(-1).amax(-1)
+
+
+# --- which candidates pass ----------------------------------------------------------------------------------------------
+
+
+def learn_then_test(
+    losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05, p_values: PValues = hoeffding_bentkus_p_values
+) -> Bool[Tensor, "*batch J"]:
+    """Candidates, tested in their order until the first failure, whose mean losses are all at most epsilon: P >= 1 - delta.
+
+    Args:
+        losses: of J candidates from safe to bold, in an order that these losses had no part in. Need not be monotone.
+        epsilon: most mean loss allowed.
+        delta: probability that any that passes loses more.
+        p_values: valid for these losses: `binomial_p_values` (0 or 1), `hoeffding_bentkus_p_values` (from 0 to 1) or
+            `betting_p_values` (at most 1, signed too).
+    Returns:
+        True for those that pass, which are the first ones.
+    Source:
+        Learn then Test (Angelopoulos et al. 2021), fixed sequence testing.
+    Example:
+        >>> losses = torch.tensor([[0.0] * 200, [1.0] * 20 + [0.0] * 180, [0.0] * 200])
+        >>> learn_then_test(losses, epsilon=0.05).tolist()
+        [True, False, False]
+    """
+    check_levels(epsilon, delta)
+    return _until_failure(p_values(losses, epsilon) <= delta)
+
+
+def upper_confidence(losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05) -> Bool[Tensor, "*batch J"]:
+    """Candidates up to the first whose Waudby-Smith-Ramdas bound exceeds epsilon: P(none loses more) >= 1 - delta.
+
+    The same as `learn_then_test` with `betting_p_values`. For 0-1 losses the binomial tail is sharper.
+
+    Args:
+        losses: of at most 1, of J candidates from safe to bold; independent samples, in an order that says nothing of them.
+        epsilon: most mean loss allowed.
+        delta: probability that any that passes loses more.
+    Returns:
+        True for those that pass, which are the first ones.
+    Source:
+        Bates et al. 2021 (RCPS). We differ: by fixed sequence testing, mean losses need not be monotone.
+    """
+    check_levels(epsilon, delta)
+    return _until_failure(waudby_smith_ramdas_bound(losses, delta) <= epsilon)
+
+
+def conformal_risk_control(losses: Float[Tensor, "*batch J N"], *, epsilon: float) -> Bool[Tensor, "*batch J"]:
+    """Candidates of which the last has a mean loss of at most epsilon *in expectation over calibration splits*.
+
+    No statement with probability 1 - delta: on many splits, up to about half, the one chosen loses more than epsilon.
+
+    Args:
+        losses: at most 1, of J candidates from safe to bold. A candidate is charged, sample by sample, the greatest loss of
+            those up to it, and at least 0, that of the full network: what comes of it is monotone, as the proof needs it.
+        epsilon: most expected mean loss.
+    Returns:
+        True for those that pass, which are the first ones.
+    Source:
+        Angelopoulos et al. 2022, theorem 1: mean loss <= ((n + 1) epsilon - B) / n, with B = 1.
+    Example:
+        >>> conformal_risk_control(torch.tensor([[0.0] * 19, [1.0] + [0.0] * 18]), epsilon=0.05).tolist()
+        [True, False]
+    """
+    check_levels(epsilon, 0.5)
+    return expected_bound(losses) <= epsilon * (1 + 1e-12)  # room for rounding alone
+
+
+def expected_bound(losses: Float[Tensor, "*batch J N"]) -> Float[Tensor, "*batch J"]:
+    """Upper bounds on mean losses in expectation: what `conformal_risk_control` compares with epsilon."""
+    require(bool((losses <= 1).all()), "conformal risk control needs losses of at most 1")
+    charged = losses.double().cummax(-2).values.clamp(min=0.0)
+    return (charged.sum(-1) + 1) / (losses.shape[-1] + 1)
+
+
+def _until_failure(passes: Bool[Tensor, "*batch J"]) -> Bool[Tensor, "*batch J"]:
+    return passes.int().cumprod(-1).bool()
+
+
+def require(holds: bool, need: str) -> None:
+    """Raise PolicyError unless losses are what a method needs."""
+    if not holds:
+        raise PolicyError(f"{need}; others were given. Scale them, or take another method.")
+
+
+def check_levels(epsilon: float, delta: float) -> None:
+    """Raise PolicyError unless both are between 0 and 1."""
+    if not (0 < epsilon < 1 and 0 < delta < 1):
+        raise PolicyError(f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and 0.05.")

@@ -1,0 +1,410 @@
+"""Cost-sensitive learning: choose one of a few actions from features, when every wrong choice has its own price.
+
+A choice between two actions is an importance-weighted binary problem: the label is the cheaper action, the weight what the
+dearer one costs more. More actions are a filter tree of such problems, or a regression of each action's cost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.special import expit
+from torch import Tensor
+
+from impatient.errors import PolicyError
+
+Learner = Literal["logistic", "svm", "mlp", "boosting"]
+Method = Literal["filter_tree", "regression"]
+Arrays = dict[str, np.ndarray]  # one scoring function
+
+RIDGE = 1.0  # weight of half the squared slopes, beside samples that weigh 1 on average
+HIDDEN, TREES, DEPTH = 8, 50, 3  # of "mlp" and "boosting"
+REGRESSION = -1  # as root: no tree, the scores are predicted costs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decision:
+    """A learned choice among A actions, as plain arrays; made by `fit_decision`.
+
+    Items 0 to A - 1 are the actions; item A + m is the winner of comparison m, whose score is positive where the second of
+    its two children wins. Comparisons that one side always wins are left out, so a constant choice has none.
+
+    Attributes:
+        num_actions: A.
+        mean, scale: by which features are standardised.
+        machines: the scoring functions' arrays, M rows each: of linear functions, of networks with a hidden layer, or of trees.
+        children: the two items that each comparison is between.
+        root: the item that is chosen; -1: no comparisons, the scores are A predicted costs and the least is chosen.
+    """
+
+    num_actions: int
+    mean: Float[Tensor, "D"]
+    scale: Float[Tensor, "D"]
+    machines: Mapping[str, Tensor]
+    children: Int[Tensor, "M 2"]
+    root: int
+
+    def __post_init__(self) -> None:
+        items = self.num_actions + len(self.children)
+        if self.num_actions < 1 or not REGRESSION <= self.root < items or bool((self.children >= items).any()):
+            raise PolicyError(
+                f"root {self.root} and comparisons {self.children.tolist()} make no choice of {self.num_actions}."
+            )
+        if self.constant is None and not any(set(self.machines) == set(names) for names in _SCORES):
+            raise PolicyError(f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of learner.")
+
+    @property
+    def constant(self) -> int | None:
+        """The action that is always chosen, whatever the features; None if they matter."""
+        return self.root if 0 <= self.root < self.num_actions else None
+
+    def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
+        """What the scoring functions say, in double precision: predicted costs, or where the second child wins."""
+        standard = (features.detach().cpu().double() - self.mean) / self.scale
+        return _SCORES[tuple(sorted(self.machines))](self.machines, standard)
+
+    def choose(self, features: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
+        """The action for each sample, on the device of the features."""
+        if features.shape[1] != len(self.mean):
+            raise PolicyError(f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit it anew.")
+        if self.constant is not None:
+            return torch.full((len(features),), self.constant, device=features.device)
+        scores = self.scores(features)
+        if self.root == REGRESSION:
+            return scores.argmin(1).to(features.device)
+        items: list[Any] = list(range(self.num_actions))
+        for second_wins, (first, second) in zip((scores > 0).unbind(1), self.children.tolist(), strict=True):
+            items.append(torch.where(second_wins, items[second], items[first]))
+        chosen: Tensor = items[self.root]
+        return chosen.to(features.device)
+
+    def to_arrays(self) -> dict[str, Tensor]:
+        """Plain tensors, for `write_tensors`."""
+        shape = torch.tensor([self.num_actions, self.root])
+        own = {"shape": shape, "mean": self.mean, "scale": self.scale, "children": self.children}
+        return own | {f"machines/{name}": value for name, value in self.machines.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> Self:
+        """What `to_arrays` gave.
+
+        Raises:
+            PolicyError: if these are other arrays.
+        """
+        prefix = "machines/"
+        try:
+            num_actions, root = arrays["shape"].tolist()
+            return cls(
+                num_actions=num_actions, mean=arrays["mean"], scale=arrays["scale"], children=arrays["children"], root=root,
+                machines={name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)},
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PolicyError):
+                raise
+            raise PolicyError(f"arrays {sorted(arrays)} are no decision ({error!r}); fit it anew.") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Standardised:
+    """Features of mean 0 and deviation 1, and what made them so; worth keeping where many decisions look at the same."""
+
+    values: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "N D"]) -> Self:
+        values = features.detach().cpu().double().numpy()
+        if not np.isfinite(values).all():
+            raise PolicyError("features are NaN or infinite; check the network's outputs.")
+        mean, scale = values.mean(0), values.std(0)
+        # a constant feature's deviation is rounding error, and would blow up what new samples have there
+        scale[scale <= 1e-9 * np.maximum(np.abs(mean), 1.0)] = 1.0
+        return cls((values - mean) / scale, mean, scale)
+
+
+def fit_decision(
+    features: Float[Tensor, "N D"] | Standardised,
+    costs: Float[Tensor, "N A"],
+    *,
+    learner: Learner = "logistic",
+    method: Method = "filter_tree",
+    weights: Float[Tensor, "N"] | None = None,
+    seed: int = 0,
+) -> Decision:
+    """Learn to choose the action that costs least.
+
+    Args:
+        features: what the choice may depend on; standardised inside, unless they are already.
+        costs: of each action for each sample, in any unit; only differences matter.
+        learner: of the binary problems or of the regressions: "logistic" (or ridge regression), "svm" (linear, squared
+            hinge or squared error), "mlp" (8 hidden units) or "boosting" (50 trees of depth 3).
+        method: "filter_tree", which with two actions is the weighted binary problem itself; or "regression" of each action's
+            cost, of which the least is chosen.
+        weights: how much each sample counts, such as how often it comes here; by default all count alike.
+        seed: of what a learner draws ("mlp", "svm").
+    Returns:
+        A decision. Where nothing tells two actions apart, it takes the first.
+    Raises:
+        PolicyError: if shapes do not fit, or a number is NaN or infinite.
+    Source:
+        Beygelzimer, Langford, Ravikumar 2007 (filter tree). We differ: actions of neighbouring mean cost meet first.
+    Example:
+        >>> features = torch.linspace(-1, 1, 101)[:, None]
+        >>> decision = fit_decision(features, torch.cat([features, -features], 1))
+        >>> decision.choose(torch.tensor([[-0.5], [0.5]])).tolist()
+        [0, 1]
+    """
+    if learner not in get_args(Learner) or method not in get_args(Method):
+        raise PolicyError(
+            f"learner={learner!r}, method={method!r}; needed: one of {', '.join(get_args(Learner))}, and one of "
+            f"{', '.join(get_args(Method))}."
+        )
+    price = costs.detach().cpu().double().numpy()
+    counts = np.ones(len(price)) if weights is None else weights.detach().cpu().double().numpy()
+    given = features.values if isinstance(features, Standardised) else features
+    if not len(given) == len(price) == len(counts) > 0 or price.shape[1] == 0:
+        raise PolicyError(
+            f"features of {tuple(given.shape)}, costs of {price.shape}, {len(counts)} weights; needed: [N, D], [N, A] and N."
+        )
+    if not np.isfinite(price).all() or not np.isfinite(counts).all() or (counts < 0).any():
+        raise PolicyError("costs and weights must be finite, and weights not negative.")
+    seen = features if isinstance(features, Standardised) else Standardised.of(features)
+    machines, children, root = _METHODS[method](seen.values, price, counts, _Fit(learner, seed))
+    return Decision(
+        num_actions=price.shape[1], mean=torch.from_numpy(seen.mean), scale=torch.from_numpy(seen.scale), root=root,
+        machines={name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in (machines or [{}])[0]},
+        children=torch.tensor(children, dtype=torch.int64).reshape(-1, 2),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    learner: Learner
+    seed: int
+
+    def binary(self, features: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Arrays:
+        return _BINARY[self.learner](features, second, weights / weights.mean(), self.seed)
+
+    def regression(self, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
+        return _REGRESSION[self.learner](features, target, weights / weights.mean(), self.seed)
+
+
+Found = tuple[list[Arrays], list[tuple[int, int]], int]  # scoring functions, children, root
+
+
+def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
+    """From the leaves up: each comparison is learned on all samples, with what the winners below cost them."""
+    machines: list[Arrays] = []
+    children: list[tuple[int, int]] = []
+    actions = costs.shape[1]
+    means = (counts[:, None] * costs).sum(0)
+    row = [(int(action), costs[:, action]) for action in np.argsort(means, kind="stable")]
+    while len(row) > 1:
+        low, high = _waiting(row, counts)
+        met = []
+        for pair in zip(row[low:high:2], row[low + 1 : high : 2], strict=True):
+            (first, first_cost), (second, second_cost) = sorted(pair, key=lambda item: item[0])  # ties go to the first action
+            gain = first_cost - second_cost
+            weights = counts * np.abs(gain)
+            kept = weights > 0.0
+            wins = gain[kept] > 0.0
+            if wins.all() or not wins.any():
+                met.append((second, second_cost) if wins.any() else (first, first_cost))
+                continue
+            machines.append(fit.binary(features[kept], wins, weights[kept]))
+            children.append((first, second))
+            goes = _scored([machines[-1]], features)[:, 0] > 0
+            met.append((actions + len(machines) - 1, np.where(goes, second_cost, first_cost)))
+        row = [*row[:low], *met, *row[high:]]
+    return machines, children, row[0][0]
+
+
+def _waiting(row: Sequence[tuple[int, np.ndarray]], counts: np.ndarray) -> tuple[int, int]:
+    """The slice that is paired; of an odd number, the end farther from its neighbour in mean cost waits a round."""
+    if len(row) % 2 == 0:
+        return 0, len(row)
+    means = [float((counts * cost).sum()) for _, cost in row]
+    return (1, len(row)) if abs(means[1] - means[0]) > abs(means[-1] - means[-2]) else (0, len(row) - 1)
+
+
+def _regression(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
+    if costs.shape[1] == 1 or not counts.any():
+        return [], [], 0
+    kept = counts > 0.0
+    costs = costs[kept] - costs[kept].mean(1, keepdims=True)  # what all actions cost alike decides nothing
+    spread = costs.std() or 1.0
+    machines = [fit.regression(features[kept], cost / spread, counts[kept]) for cost in costs.T]
+    return machines, [], REGRESSION
+
+
+_METHODS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, _Fit], Found]] = {
+    "filter_tree": _filter_tree, "regression": _regression,
+}  # fmt: skip
+
+
+# --- scoring functions: arrays with one row per function, evaluated at once ---------------------------------------------
+
+
+def _linear(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
+    return torch.addmm(machines["offsets"], standard, machines["slopes"].T)
+
+
+def _layered(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
+    hidden_NMH = torch.relu(torch.einsum("nd,mhd->nmh", standard, machines["inner_slopes"]) + machines["inner_offsets"])
+    return torch.sum(hidden_NMH * machines["slopes"], -1) + machines["offsets"]
+
+
+def _trees(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
+    """Complete binary trees: below node i are 2i + 1 and 2i + 2."""
+    columns, bounds, values = (machines[name].flatten(0, 1) for name in ("columns", "bounds", "values"))
+    seen = standard.float().double()  # as scikit-learn grew them
+    node_NT = torch.zeros(len(standard), len(values), dtype=torch.int64)
+    tree_T = torch.arange(len(values))
+    for _ in range(columns.shape[1].bit_length()):
+        right_NT = seen.gather(1, columns[tree_T, node_NT]) > bounds[tree_T, node_NT]
+        node_NT = 2 * node_NT + 1 + right_NT
+    leaf_NT = values[tree_T, node_NT - columns.shape[1]]
+    return torch.sum(leaf_NT.unflatten(1, machines["values"].shape[:2]), -1) + machines["offsets"]
+
+
+# by the names of their arrays, sorted
+_SCORES: dict[tuple[str, ...], Callable[[Mapping[str, Tensor], Tensor], Tensor]] = {
+    ("offsets", "slopes"): _linear,
+    ("inner_offsets", "inner_slopes", "offsets", "slopes"): _layered,
+    ("bounds", "columns", "offsets", "values"): _trees,
+}
+
+
+def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
+    stacked = {name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in machines[0]}
+    return _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features)).numpy()
+
+
+# --- learners: features [N, D], label or target [N], weights [N] of mean 1 -> arrays ------------------------------------
+
+
+@contextmanager
+def _quick() -> Iterator[None]:
+    """A learner that stops at its last iteration is good enough: what it is worth is judged by what it decides."""
+    from sklearn import config_context
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings(), config_context(assume_finite=True):
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
+def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems."""
+    columns = np.hstack([features, np.ones((len(features), 1))])
+    ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)  # the offset is free
+    slopes, target = np.zeros(len(ridge)), second.astype(float)
+    for _ in range(25):
+        odds = expit(columns @ slopes)
+        gradient = columns.T @ (weights * (odds - target)) + ridge * slopes
+        curvature = (columns * (weights * odds * (1.0 - odds))[:, None]).T @ columns
+        try:
+            slopes = slopes - np.linalg.solve(curvature + np.diag(ridge), gradient)
+        except np.linalg.LinAlgError:  # all odds are 0 or 1: a step went too far
+            break
+        if np.abs(gradient).max() <= 1e-4 * len(features):  # near the end a step squares the error: no need to look again
+            return {"slopes": slopes[:-1], "offsets": slopes[-1]}
+    from sklearn.linear_model import LogisticRegression
+
+    with _quick():
+        return _of_linear(LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, second, weights))
+
+
+def _svm(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.svm import LinearSVC
+
+    with _quick():
+        machine = LinearSVC(C=1.0 / RIDGE, dual="auto", random_state=seed)
+        return _of_linear(machine.fit(features, second, sample_weight=weights))
+
+
+def _mlp(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.neural_network import MLPClassifier
+
+    model = MLPClassifier(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
+    return _of_mlp(model, features, second, weights)
+
+
+def _boosting(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    model = GradientBoostingClassifier(n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed)
+    return _of_trees(model.fit(features, second, weights), 0.0)
+
+
+def _ridge(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.linear_model import Ridge
+
+    return _of_linear(Ridge(alpha=RIDGE, random_state=seed).fit(features, target, weights))
+
+
+def _svr(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.svm import LinearSVR
+
+    machine = LinearSVR(C=1.0 / RIDGE, loss="squared_epsilon_insensitive", dual="auto", random_state=seed)
+    with _quick():
+        return _of_linear(machine.fit(features, target, sample_weight=weights))
+
+
+def _mlp_regression(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.neural_network import MLPRegressor
+
+    model = MLPRegressor(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
+    return _of_mlp(model, features, target, weights)
+
+
+def _boosted_regression(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    centre = float(np.average(target, weights=weights))
+    model = GradientBoostingRegressor(n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed)
+    return _of_trees(model.fit(features, target - centre, weights), centre)
+
+
+_BINARY: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
+    "logistic": _logistic, "svm": _svm, "mlp": _mlp, "boosting": _boosting,
+}  # fmt: skip
+_REGRESSION: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
+    "logistic": _ridge, "svm": _svr, "mlp": _mlp_regression, "boosting": _boosted_regression,
+}  # fmt: skip
+
+
+def _of_linear(model: Any) -> Arrays:
+    return {"slopes": np.ravel(model.coef_).astype(float), "offsets": np.asarray(np.ravel(model.intercept_)[0])}
+
+
+def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
+    with _quick():
+        model.fit(features, target, sample_weight=weights)
+    (inner, outer), (inner_offsets, offsets) = model.coefs_, model.intercepts_
+    return {"inner_slopes": inner.T, "inner_offsets": inner_offsets, "slopes": outer[:, 0], "offsets": offsets[0]}
+
+
+def _of_trees(model: Any, offset: float) -> Arrays:
+    """Grown trees as complete ones; a leaf higher up is repeated below itself, where all bounds are infinite."""
+    inner = 2**DEPTH - 1
+    columns = np.zeros((TREES, inner), dtype=np.int64)
+    bounds, values = np.full((TREES, inner), np.inf), np.zeros((TREES, inner + 1))
+    for index, tree in enumerate(estimator.tree_ for estimator in model.estimators_[:, 0]):
+        place = np.zeros(2 * inner + 1, dtype=np.int64)  # which grown node is at each place of the complete tree
+        for node in range(inner):
+            grown = place[node]
+            leaf = tree.children_left[grown] < 0
+            place[2 * node + 1 : 2 * node + 3] = grown if leaf else (tree.children_left[grown], tree.children_right[grown])
+            if not leaf:
+                columns[index, node], bounds[index, node] = tree.feature[grown], tree.threshold[grown]
+        values[index] = model.learning_rate * tree.value[place[inner:], 0, 0]
+    return {"columns": columns, "bounds": bounds, "values": values, "offsets": np.asarray(offset)}

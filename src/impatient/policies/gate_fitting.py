@@ -1,0 +1,353 @@
+"""Fitting gates: the recursion from the deepest exit to the shallowest, sweeps over prices of time, and targets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from impatient.costs import CostProfile, Statistic
+from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.policies.costsensitive import Decision, Learner, Standardised, fit_decision
+from impatient.policies.gates import (
+    STOP,
+    GatePolicy,
+    Inputs,
+    RecordedFeatures,
+    Reference,
+    exit_times_s,
+    features_of,
+    gate_inputs,
+    per_gate,
+)
+
+# --- the recursion ------------------------------------------------------------------------------------------------------
+
+
+def stop_gain(
+    loss: Float[Tensor, "N"],
+    ahead: Float[Tensor, "N"],
+    full: Float[Tensor, "N"],
+    saved_s: Float[Tensor, "N"] | float,
+    *,
+    time_price: float,
+    reference: Reference = "full",
+) -> Float[Tensor, "N"]:
+    """How much better it is to stop at an exit than to go on: its sign is a gate's label, its size the label's weight.
+
+    Args:
+        loss: of the exit's own answer.
+        ahead: loss of the answer that the later gates, fixed, will give.
+        full: loss of the last exit's answer.
+        saved_s: seconds that stopping saves.
+        time_price: loss units per second; infinite: time is all that counts.
+        reference: what the loss is held against:
+            "full": only errors that the last exit does not make count.
+            "none": all errors count, so that an exit that is right where the last one is wrong gains by stopping.
+            "downstream": only errors that going on would not make count, as the paper has it. A heuristic: it solves no
+            global problem, and sees no gain in stopping while the answer is right.
+    Returns:
+        In loss units; in seconds if the price is infinite.
+    Source:
+        Bolukbasi et al. 2017, eq. 4 to 6. We differ: the price multiplies time, and is finite at both ends.
+    Example:
+        >>> one, zero = torch.ones(1), torch.zeros(1)
+        >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="full").item()  # the last exit errs here, too
+        0.20000000298023224
+        >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="downstream").item()
+        -0.800000011920929
+    """
+    if reference == "none":
+        lost = loss - ahead
+    elif reference == "full":
+        lost = (loss - full).clamp(min=0.0) - (ahead - full).clamp(min=0.0)
+    elif reference == "downstream":
+        lost = (loss - ahead).clamp(min=0.0)
+    else:
+        raise PolicyError(f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}.")
+    return saved_s + 0.0 * lost if math.isinf(time_price) else time_price * saved_s - lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateTimes:
+    """Seconds of K stages, K heads and K - 1 gates; `heads_first`: an open gate's head is paid before it is asked."""
+
+    stages: tuple[float, ...]
+    heads: tuple[float, ...]
+    gates: tuple[float, ...]
+    heads_first: bool
+
+    def looking(self, exit: int) -> float:
+        """What is paid at an open exit, stop or not."""
+        return self.gates[exit] + (self.heads[exit] if self.heads_first else 0.0)
+
+    def leaving(self, exit: int) -> float:
+        """What stopping costs on top."""
+        return 0.0 if self.heads_first else self.heads[exit]
+
+
+Decide = Callable[[int, Float[Tensor, "N"]], Bool[Tensor, "N"]]  # exit, gain of stopping -> which samples stop
+
+
+def backward(
+    losses: Float[Tensor, "K N"],
+    times: GateTimes,
+    decide: Decide,
+    *,
+    time_price: float,
+    reference: Reference = "full",
+    close: bool = True,
+) -> Bool[Tensor, "E N"]:
+    """Decide gate by gate, from the deepest to the shallowest, each with the later ones fixed.
+
+    If `decide` stops exactly where the gain is positive, no table of decisions has a smaller mean of loss (against the
+    reference) plus price times time, for "none" and "full", as long as all gates are open or looking costs nothing.
+
+    Args:
+        losses: of each exit's answer.
+        times: what is paid where.
+        decide: learns a gate from the gains, and says what it does.
+        time_price, reference: as for `stop_gain`.
+        close: close gates that gain no more than looking costs; else all are paid by everyone who comes by.
+    Returns:
+        Which samples each of the E = K - 1 gates stops, if they come to it.
+    Source:
+        Bolukbasi et al. 2017, eq. 4 to 6; looking costs the same on both branches, so it matters only to the gates before.
+    """
+    last = len(losses) - 1
+    ahead_N, left_N = losses[last], torch.full_like(losses[last], times.heads[last])
+    stops = torch.zeros(last, losses.shape[1], dtype=torch.bool)
+    for exit in reversed(range(last)):
+        beyond_N = times.stages[exit + 1] + left_N
+        saved_N = beyond_N - times.leaving(exit)
+        gain_N = stop_gain(losses[exit], ahead_N, losses[last], saved_N, time_price=time_price, reference=reference)
+        stops_N = decide(exit, gain_N)
+        if close:
+            price = 1.0 if math.isinf(time_price) else time_price
+            if float((gain_N * stops_N).mean()) <= price * times.looking(exit):
+                left_N = beyond_N
+                continue
+        stops[exit] = stops_N
+        left_N = times.looking(exit) + torch.where(stops_N, times.leaving(exit), beyond_N)
+        ahead_N = torch.where(stops_N, losses[exit], ahead_N)
+    return stops
+
+
+# --- fitting ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SweepPoint:
+    """A policy fitted for one price of time, and what it reaches on the split it was fitted on."""
+
+    time_price: float
+    policy: GatePolicy
+    mean_time_s: float
+    accuracy: float
+
+
+def fit_gates(
+    recording: RecordedFeatures,
+    costs: CostProfile,
+    *,
+    time_price: float | None = None,
+    mean_time_s: float | None = None,
+    max_accuracy_loss: float | None = None,
+    reference: Reference = "full",
+    learner: Learner = "logistic",
+    inputs: Inputs = "confidences",
+    gate_s: float | Sequence[float] = 0.0,
+    seed: int = 0,
+    statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> GatePolicy:
+    """Learn one gate per early exit.
+
+    Args:
+        recording: of a split that trained neither the network nor will judge the policy; usually "validation".
+        costs: of the same network.
+        time_price: what a second is worth, in loss units (errors): 10 spends 1 ms to spare 1 error in 100; or
+        mean_time_s: most accurate policy whose mean time is at most this; or
+        max_accuracy_loss: fastest policy that loses at most this much accuracy against the last exit (0.01: one point).
+        reference: what an error is held against; see `stop_gain`.
+        learner: of the gates; see `fit_decision`.
+        inputs: what gates look at, which decides whether heads are paid in passing. "features" and "both" need a recording
+            with features.
+        gate_s: seconds that asking a gate takes, or one time per early exit (`gate_time_s`).
+        seed: of what a learner draws.
+        statistic: which measured number of each stage and head is added up.
+        batch_size: at which the costs were measured.
+    Returns:
+        A policy; its `target` says what was asked for and what was reached here.
+    Raises:
+        PolicyError: unless exactly one target is given, or if the recording lacks what gates look at.
+        InfeasibleTarget: if no policy reaches it.
+    Source:
+        Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are searched for a target.
+    """
+    targets = {"time_price": time_price, "mean_time_s": mean_time_s, "max_accuracy_loss": max_accuracy_loss}
+    given = {name: float(value) for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+    (name, wanted), *_ = given.items()
+    if math.isnan(wanted) or wanted < 0.0 or (name == "mean_time_s" and wanted == 0.0):
+        raise PolicyError(f"{name}={wanted}; needed: a number that is not negative.")
+    problem = _Problem(recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size)
+    if name == "time_price":
+        best = problem.solve(wanted)
+    elif name == "mean_time_s":
+        best = problem.most_accurate(wanted)
+    else:
+        best = problem.fastest(wanted)
+    if all(gate is None for gate in best.policy.gates):
+        warnings.warn(
+            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Give time a higher price, or allow a "
+            "larger loss or less time.", NoEffectWarning, stacklevel=2,
+        )  # fmt: skip
+    return dataclasses.replace(best.policy, target={**best.policy.target, name: wanted})
+
+
+def sweep_gates(
+    recording: RecordedFeatures,
+    costs: CostProfile,
+    time_prices: Sequence[float] | None = None,
+    *,
+    reference: Reference = "full",
+    learner: Learner = "logistic",
+    inputs: Inputs = "confidences",
+    gate_s: float | Sequence[float] = 0.0,
+    seed: int = 0,
+    statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> tuple[SweepPoint, ...]:
+    """Learn gates for many prices of time: the whole curve of accuracy against mean time.
+
+    Args:
+        time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
+        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size: as for `fit_gates`.
+    Returns:
+        One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a mean time between two.
+    """
+    problem = _Problem(recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size)
+    prices = problem.prices(100) if time_prices is None else [float(price) for price in time_prices]
+    if any(math.isnan(price) or price < 0.0 for price in prices):
+        raise PolicyError(f"time_prices={prices}; needed: numbers that are not negative.")
+    return tuple(problem.solve(price) for price in prices)
+
+
+class _Problem:
+    """One recording, seen as gates see it, to be solved for many prices."""
+
+    def __init__(
+        self, recording: RecordedFeatures, costs: CostProfile, reference: Reference, learner: Learner, inputs: Inputs,
+        gate_s: float | Sequence[float], seed: int, statistic: Statistic, batch_size: int,
+    ) -> None:  # fmt: skip
+        count = len(recording.outputs)
+        if count != costs.num_exits:
+            raise PolicyError(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
+        if inputs not in get_args(Inputs):
+            raise PolicyError(f"inputs={inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+        self.recording, self.costs, self.options = recording, costs, (statistic, batch_size)
+        self.reference, self.learner, self.inputs, self.seed = reference, learner, inputs, seed
+        pooled = [None] * count if inputs == "confidences" else features_of(recording)
+        self.features = [gate_inputs(inputs, pooled[k], recording.outputs[k]).double() for k in range(count - 1)]
+        self.standard = [Standardised.of(features) for features in self.features]
+        self.losses: Float[Tensor, "K N"] = (recording.outputs.argmax(-1) != recording.labels).double()
+        measured = costs.at(batch_size)
+        self.times = GateTimes(
+            stages=tuple(part.of_statistic(statistic) for part in measured.stages),
+            heads=tuple(part.of_statistic(statistic) for part in measured.heads),
+            gates=per_gate(gate_s, count - 1), heads_first=inputs != "features",
+        )  # fmt: skip
+
+    def prices(self, count: int) -> list[float]:
+        """From 0 to infinity, closest where a whole run is worth a thousandth to thirty errors."""
+        whole = sum(self.times.stages) + sum(self.times.heads)
+        return [0.0, *(np.geomspace(1e-3, 30.0, count - 2) / whole).tolist(), math.inf]
+
+    def solve(self, price: float, allowed: Sequence[bool] | None = None) -> SweepPoint:
+        early = len(self.losses) - 1
+        gates: dict[int, Decision] = {}
+
+        def decide(exit: int, gain_N: Float[Tensor, "N"]) -> Bool[Tensor, "N"]:
+            if allowed is not None and not allowed[exit]:
+                return torch.zeros_like(gain_N, dtype=torch.bool)
+            columns = torch.stack([torch.zeros_like(gain_N), gain_N], 1)  # stop, go on
+            gates[exit] = fit_decision(self.standard[exit], columns, learner=self.learner, seed=self.seed)
+            return gates[exit].choose(self.features[exit]) == STOP
+
+        stops = backward(self.losses, self.times, decide, time_price=price, reference=self.reference)
+        comes = torch.cat([torch.ones_like(stops[:1]), ~stops]).cumprod(0)[:early].bool()
+        used = (stops & comes).any(1).tolist()
+        return self._point(price, tuple(gates[exit] if used[exit] else None for exit in range(early)), stops)
+
+    def always(self, exit: int) -> SweepPoint:
+        """Everybody leaves at one exit."""
+        early = len(self.losses) - 1
+        stops = torch.zeros(early, self.losses.shape[1], dtype=torch.bool)
+        stops[exit : exit + 1] = True
+        stop = fit_decision(torch.zeros(1, 1), torch.tensor([[0.0, 1.0]]))
+        return self._point(math.nan, tuple(stop if k == exit else None for k in range(early)), stops)
+
+    def _point(self, price: float, gates: tuple[Decision | None, ...], stops: Bool[Tensor, "E N"]) -> SweepPoint:
+        recording, samples = self.recording, torch.arange(self.losses.shape[1])
+        policy = GatePolicy(
+            gates=gates, inputs=self.inputs, gate_s=self.times.gates, time_price=None if math.isnan(price) else price,
+            reference=self.reference, learner=self.learner, split=recording.split, provenance=recording.provenance,
+        )  # fmt: skip
+        exits = torch.cat([stops, torch.ones_like(samples, dtype=torch.bool)[None]]).int().argmax(0)
+        mean_s = float(exit_times_s(policy, self.costs, statistic=self.options[0], batch_size=self.options[1])[exits].mean())
+        accuracy = 1.0 - float(self.losses[exits, samples].mean())
+        target = {"mean_cost": mean_s, "accuracy": accuracy, "samples": float(len(samples))}
+        target |= {} if math.isnan(price) else {"time_price": price}
+        return SweepPoint(
+            time_price=price, policy=dataclasses.replace(policy, target=target), mean_time_s=mean_s, accuracy=accuracy
+        )
+
+    def most_accurate(self, most_s: float) -> SweepPoint:
+        points = self._search(lambda point: point.mean_time_s <= most_s)
+        feasible = [point for point in points if point.mean_time_s <= most_s]
+        if not feasible:
+            least = min(point.mean_time_s for point in points)
+            raise InfeasibleTarget(
+                f"mean_time_s={most_s:g} cannot be reached: leaving always at the cheapest exit already takes {least:g} s. "
+                "Ask for at least that, or attach an earlier exit."
+            )
+        return max(feasible, key=lambda point: (point.accuracy, -point.mean_time_s))
+
+    def fastest(self, loss: float) -> SweepPoint:
+        floor = 1.0 - float(self.losses[-1].mean()) - loss - 1e-12
+        points = self._search(lambda point: point.accuracy < floor)
+        return min((p for p in points if p.accuracy >= floor), key=lambda point: (point.mean_time_s, -point.accuracy))
+
+    def _search(self, dear_enough: Callable[[SweepPoint], bool]) -> list[SweepPoint]:
+        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns true; and constants."""
+        found = [self.solve(price) for price in self.prices(24)]
+        finite = found[:-1]
+        below = max((p for p in finite if not dear_enough(p)), key=lambda point: point.time_price, default=finite[0])
+        above = next((p for p in finite if p.time_price > below.time_price and dear_enough(p)), finite[-1])
+        found += (tried := self._bisect(below, above, dear_enough, None, 8))
+        below = max((p for p in [below, *tried] if not dear_enough(p)), key=lambda point: point.time_price, default=below)
+        # where a gate opens the mean time jumps; what lies between is reached without that gate
+        gates = [gate is not None for gate in below.policy.gates]
+        found += self._bisect(below, finite[-1], dear_enough, gates, 12)
+        return [*found, *(self.always(exit) for exit in range(len(self.losses)))]
+
+    def _bisect(
+        self, below: SweepPoint, above: SweepPoint, dear_enough: Callable[[SweepPoint], bool],
+        allowed: Sequence[bool] | None, times: int,
+    ) -> list[SweepPoint]:  # fmt: skip
+        low, high, found = below.time_price, above.time_price, []
+        for _ in range(times):
+            middle = math.sqrt(low * high) if low > 0 else high / 2
+            found.append(self.solve(middle, allowed))
+            low, high = (low, middle) if dear_enough(found[-1]) else (middle, high)
+        return found

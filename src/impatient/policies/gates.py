@@ -1,0 +1,307 @@
+"""Gates: a learned rule per early exit that says, sample by sample, whether going on is worth its time.
+
+Each gate is an importance-weighted binary problem, solved from the deepest exit to the shallowest with the later gates fixed.
+What a gate may look at decides which time is paid:
+
+* **confidences** of the output, or **both**: the head of every open exit runs, whether or not the sample leaves there;
+* **features**, pooled before the head: the head runs only where the sample leaves.
+
+A gate at which nobody stops, or that saves less than looking costs, is closed: neither it nor its head is paid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.costs import CostProfile, Quantiles, Statistic
+from impatient.errors import PolicyError
+from impatient.files import read_tensors, write_tensors
+from impatient.policies.costsensitive import Decision, Learner
+from impatient.policies.rules import Recorded
+from impatient.policies.scores import confidence_features
+from impatient.provenance import Provenance
+
+Inputs = Literal["confidences", "features", "both"]
+Reference = Literal["full", "none", "downstream"]
+
+STOP = 0  # the action of a gate's decision; 1 goes on
+
+
+class RecordedFeatures(Recorded, Protocol):
+    """What fitting gates on pooled features needs of a recording, beside its outputs."""
+
+    @property
+    def features(self) -> tuple[Tensor, ...]: ...
+
+
+# --- what a gate sees ---------------------------------------------------------------------------------------------------
+
+
+def gate_inputs(inputs: Inputs, pooled: Tensor | None, outputs: Tensor | None) -> Float[Tensor, "B D"]:
+    """What a gate looks at, as one row of numbers per sample.
+
+    Raises:
+        PolicyError: if some of it is missing.
+    """
+    if (pooled is None and inputs != "confidences") or (outputs is None and inputs != "features"):
+        given = [name for name, value in (("pooled features", pooled), ("outputs", outputs)) if value is not None]
+        raise PolicyError(
+            f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops_on the pooled features of the "
+            "exit, and its outputs for 'confidences' and 'both'."
+        )
+    parts = [] if pooled is None or inputs == "confidences" else [pooled.flatten(1).float()]
+    if outputs is not None and inputs != "features":
+        parts.append(confidence_features(outputs).to(parts[0].device if parts else outputs.device))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# --- the policy ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GatePolicy:
+    """Stop at the first exit whose gate says so; the last exit always stops.
+
+    Attributes:
+        gates: one per early exit, choosing between 0 (stop) and 1 (go on); None where the exit is closed.
+        inputs: what the gates look at.
+        gate_s: seconds that each early exit's gate takes, as counted when fitting; closed and constant gates take none.
+        time_price: loss units per second for which it was fitted.
+        reference, learner: how it was fitted.
+        split: on which it was fitted, None if by hand.
+        target: what was asked for, and what was reached on that split.
+        provenance: weights and data it belongs to.
+    """
+
+    gates: tuple[Decision | None, ...]
+    inputs: Inputs
+    gate_s: tuple[float, ...] = ()
+    time_price: float | None = None
+    reference: Reference = "full"
+    learner: Learner = "logistic"
+    split: str | None = None
+    target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        if self.inputs not in get_args(Inputs):
+            raise PolicyError(f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+        if any(gate is not None and gate.num_actions != 2 for gate in self.gates):
+            raise PolicyError("a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, 2].")
+        object.__setattr__(self, "gate_s", per_gate(self.gate_s or 0.0, len(self.gates)))
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.gates) + 1
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether the policy is asked at this exit: its gate is open. The last one's output is there anyway."""
+        return exit == len(self.gates) or self.gates[exit] is not None
+
+    def open_exits(self) -> tuple[bool, ...]:
+        """Per exit, whether its head runs when it is passed: never for gates on features, which come before the head."""
+        passed = self.inputs != "features"
+        return (*(passed and self.looks_at(exit) for exit in range(len(self.gates))), True)
+
+    def added_s(self) -> tuple[float, ...]:
+        """Per exit, seconds that the gates take until it answers, its own included."""
+        asked = (gate is not None and gate.constant is None for gate in self.gates)
+        paid = [seconds if asks else 0.0 for seconds, asks in zip(self.gate_s, asked, strict=True)]
+        return tuple(itertools.accumulate([*paid, 0.0]))
+
+    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit, for gates on confidences."""
+        return self.stops_on(exit, None, outputs)
+
+    def stops_on(
+        self, exit: int, pooled: Float[Tensor, "B *D"] | None, outputs: Float[Tensor, "B C"] | None = None
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit.
+
+        Args:
+            exit: its index.
+            pooled: features before the head, `network.pooled(exit)`; needed unless the gates look at confidences alone.
+            outputs: of the head; needed unless the gates look at features alone.
+        Raises:
+            PolicyError: if what the gates look at is missing.
+        """
+        given = outputs if outputs is not None else pooled
+        if given is None:
+            raise PolicyError("give stops_on the pooled features of the exit, its outputs, or both.")
+        gate = self.gates[exit] if exit < len(self.gates) else None
+        action = gate.constant if gate is not None else int(exit < len(self.gates))
+        if gate is None or action is not None:
+            return torch.full((len(given),), action == STOP, device=given.device)
+        return gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP
+
+    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
+        """The exit at which each recorded sample stops, for gates on confidences."""
+        return _exits([self], outputs, ())[0]
+
+    def exits_on(self, recording: RecordedFeatures) -> Int[Tensor, "N"]:
+        """The exit at which each sample of a recording stops.
+
+        Raises:
+            PolicyError: if the gates look at features and the recording has none.
+        """
+        return exits_of_many([self], recording)[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors with a JSON header."""
+        write_tensors(path, *self.to_parts())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError, PolicyError: if the file is missing, damaged or no gate policy.
+        """
+        return cls.from_parts(*read_tensors(path))
+
+    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named arrays, and the rest as JSON."""
+        arrays = {
+            f"{exit}/{name}": value
+            for exit, gate in enumerate(self.gates) if gate is not None
+            for name, value in gate.to_arrays().items()
+        }  # fmt: skip
+        header = {name: getattr(self, name) for name in ("inputs", "gate_s", "time_price", "reference", "learner", "split")}
+        return arrays, {
+            "kind": "gate_policy", **header, "open": [gate is not None for gate in self.gates], "target": dict(self.target),
+            "provenance": self.provenance.to_json() if self.provenance else None,
+        }  # fmt: skip
+
+    @classmethod
+    def from_parts(cls, arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
+        """What `to_parts` gave."""
+        try:
+            source = header["provenance"]
+            gates = tuple(_gate_of(arrays, exit) if is_open else None for exit, is_open in enumerate(header["open"]))
+            return cls(
+                gates=gates, inputs=header["inputs"], gate_s=tuple(header["gate_s"]), time_price=header["time_price"],
+                reference=header["reference"], learner=header["learner"], split=header["split"], target=header["target"],
+                provenance=Provenance.from_json(source) if source else None,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, PolicyError):
+                raise
+            raise PolicyError(f"this is not a gate policy ({error!r}); fit one with fit_gates.") from error
+
+
+def exits_of_many(policies: Sequence[GatePolicy], recording: RecordedFeatures) -> Int[Tensor, "P N"]:
+    """The exits at which each recorded sample stops under each policy; what the gates look at is worked out once for all.
+
+    Raises:
+        PolicyError: if gates look at features and the recording has none.
+    """
+    wanted = any(policy.inputs != "confidences" for policy in policies)
+    return _exits(policies, recording.outputs, features_of(recording) if wanted else ())
+
+
+def _exits(policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pooled: Sequence[Tensor]) -> Int[Tensor, "P N"]:
+    last = len(outputs) - 1
+
+    @functools.cache
+    def seen(inputs: Inputs, exit: int) -> Tensor:
+        return gate_inputs(inputs, pooled[exit] if pooled else None, outputs[exit]).double()
+
+    exits_PN = torch.full((len(policies), outputs.shape[1]), last)
+    for policy, exits_N in zip(policies, exits_PN, strict=True):
+        if policy.num_exits != last + 1:
+            raise PolicyError(f"the policy is for {policy.num_exits} exits, the recording has {last + 1}.")
+        for exit, gate in reversed(list(enumerate(policy.gates))):  # so that the first exit has the last word
+            if gate is not None and gate.constant is None:
+                exits_N[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
+            elif gate is not None and gate.constant == STOP:
+                exits_N[:] = exit
+    return exits_PN
+
+
+def _gate_of(arrays: Mapping[str, Tensor], exit: int) -> Decision:
+    prefix = f"{exit}/"
+    return Decision.from_arrays({name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)})
+
+
+def features_of(recording: RecordedFeatures) -> tuple[Tensor, ...]:
+    """Pooled features of every exit.
+
+    Raises:
+        PolicyError: if the recording has none.
+    """
+    if len(recording.features) != len(recording.outputs):
+        raise PolicyError(
+            f"the recording holds the features of {len(recording.features)} of {len(recording.outputs)} exits; gates on "
+            "features need them all. Record it with record(..., features=True)."
+        )
+    return recording.features
+
+
+def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """Seconds of each gate, from one number or one for each."""
+    seconds = (float(gate_s),) * count if isinstance(gate_s, int | float) else tuple(map(float, gate_s))
+    if len(seconds) != count or not all(math.isfinite(entry) and entry >= 0.0 for entry in seconds):
+        raise PolicyError(f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not negative.")
+    return seconds
+
+
+def gate_time_s(
+    policy: GatePolicy,
+    recording: RecordedFeatures,
+    *,
+    batch_size: int = 1,
+    repeats: int = 200,
+    warm_up: int = 20,
+    statistic: Statistic = "mean",
+    clock: Clock = SYSTEM_CLOCK,
+) -> tuple[float, ...]:
+    """Measure what asking each gate takes on this machine, without the head.
+
+    Gates of one learner and one kind of inputs take the same time whatever they have learned: fit once, measure, and fit
+    again with these times as `gate_s`.
+
+    Args:
+        policy: as fitted.
+        recording: whose first samples are asked about.
+        batch_size: samples that are asked about at once.
+        repeats, warm_up: how often each gate is asked, and how often before that without counting.
+        statistic: of the repeats.
+        clock: where time comes from.
+    Returns:
+        Seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed exits, constant gates.
+    """
+    pooled: Sequence[Tensor | None] = [None] * policy.num_exits
+    if policy.inputs != "confidences":
+        pooled = [entry[:batch_size] for entry in features_of(recording)]
+    outputs = recording.outputs[:, :batch_size] if policy.inputs != "features" else [None] * policy.num_exits
+    found = []
+    for exit, gate in enumerate(policy.gates):
+        times = []
+        if gate is not None and gate.constant is None:
+            for _ in range(warm_up + repeats):
+                begin = clock.now()
+                with torch.inference_mode():
+                    bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())  # a runner asks that, and so waits
+                times.append(clock.now() - begin)
+        found.append(Quantiles.of(times[warm_up:]).of_statistic(statistic) if times else 0.0)
+    return tuple(found)
+
+
+def exit_times_s(
+    policy: GatePolicy, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
+) -> Float[Tensor, "K"]:
+    """Seconds until each exit has answered under a policy: stages, the heads that run, and the gates."""
+    run = costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits())
+    return torch.tensor(run, dtype=torch.float64) + torch.tensor(policy.added_s(), dtype=torch.float64)

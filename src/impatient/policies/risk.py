@@ -1,0 +1,428 @@
+"""Guarantees: the boldest of some candidate policies that a calibration split shows to lose little against the full network.
+
+    fit, calibration = split_recording(validation)
+    candidates = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=0.01))
+    controlled = control_risk(candidates, calibration, epsilon=0.01, delta=0.05)
+    print(controlled.certificate.statement)
+
+Candidates go from safe to bold, in an order that the calibration split had no part in. They are tested in this order until the
+first fails, so that any number of them shares one probability of error. Before the first stands the full network, which loses
+nothing. The guarantee is for new inputs drawn like those of the calibration split, and for no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, cast, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.special import betaincinv
+from torch import Tensor
+
+from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.files import read_json, write_json
+from impatient.policies.bounds import (
+    betting_p_values,
+    binomial_p_values,
+    check_levels,
+    conformal_risk_control,
+    expected_bound,
+    learn_then_test,
+    upper_confidence,
+    waudby_smith_ramdas_bound,
+)
+from impatient.policies.rules import Recorded, ThresholdPolicy
+from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.splits import splits_overlap
+from impatient.provenance import Provenance
+
+Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
+Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"]
+
+
+class Stopping(Protocol):
+    """A policy on the exits of one network; the last exit is the full network."""
+
+    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
+        """The exit at which each recorded sample stops."""
+        ...
+
+
+class Routing(Protocol):
+    """A policy on several networks; the last one is the full network."""
+
+    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()) -> Any:
+        """What recorded samples do: the network that answers each is its `answering`."""
+        ...
+
+
+Candidate = Stopping | Routing
+"""What control needs of a policy; its `split`, `provenance` and `exits_on(recording)` are heeded where it has them."""
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def exit_losses(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss: Loss) -> Float[Tensor, "K N"]:
+    """What stopping at each exit loses against the full network, the last exit.
+
+    Args:
+        outputs: of all exits.
+        labels: true classes; "disagreement" does not look at them.
+        loss: "accuracy_gap", 1[full right] - 1[exit right] in {-1, 0, 1}; "positive_gap", its positive part, in {0, 1} and
+            never below it; or "disagreement", 1[another answer than the full network's], never below either.
+    Example:
+        >>> outputs = torch.eye(3)[torch.tensor([[0, 1, 2], [0, 0, 1]])]  # answers of two exits
+        >>> exit_losses(outputs, torch.tensor([0, 1, 1]), "accuracy_gap")[0].tolist()
+        [0.0, -1.0, 1.0]
+    """
+    answers = outputs.argmax(-1)
+    if loss == "disagreement":
+        return (answers != answers[-1]).double()
+    right = (answers == labels).double()
+    gap = right[-1] - right
+    return gap.clamp(min=0.0) if loss == "positive_gap" else gap
+
+
+def policy_losses(candidates: Sequence[Candidate], recording: Recorded, loss: Loss) -> Float[Tensor, "J N"]:
+    """What each candidate loses on each sample; see `exit_losses`."""
+    losses_KN = exit_losses(recording.outputs, recording.labels, loss)
+    return losses_KN[_answering(candidates, recording), torch.arange(losses_KN.shape[1])]
+
+
+def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tensor, "J N"]:
+    """The exit, or the network, that answers."""
+    outputs, features = recording.outputs, getattr(recording, "features", ())
+
+    @functools.cache
+    def scores(name: ScoreName) -> Float[Tensor, "K N"]:  # once for a whole family
+        return torch.stack([SCORES[name](output) for output in outputs])
+
+    def of(policy: Any) -> Int[Tensor, "N"]:
+        if hasattr(policy, "route"):
+            return torch.as_tensor(policy.route(outputs, features).answering)
+        if hasattr(policy, "exits_on"):  # gates on pooled features
+            return torch.as_tensor(policy.exits_on(recording))
+        if type(policy) is not ThresholdPolicy or policy.num_exits != len(outputs):
+            return torch.as_tensor(policy.exits_of(outputs))  # which says what is wrong with the number of exits
+        bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()  # as torch compares float32 with a number
+        return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
+
+    return torch.stack([of(policy) for policy in candidates])
+
+
+# --- control ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What a calibration split showed about the policy that was chosen on it.
+
+    Attributes:
+        epsilon: the mean loss that is not exceeded: the guarantee.
+        delta: with which probability it may be, over calibration splits; None where it holds on average over them.
+        method, loss: how it was shown, and of what.
+        samples: of the calibration split.
+        split: its name.
+        candidates: how many were given.
+        chosen: the index of the one chosen, the boldest that passed; None for the full network, when none did.
+        risk: mean loss of the chosen one on the calibration split.
+        bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a guarantee: of many
+            candidates, one was chosen for it.
+        provenance: of the recording.
+    """
+
+    epsilon: float
+    delta: float | None
+    method: Method
+    loss: Loss
+    samples: int
+    split: str
+    candidates: int
+    chosen: int | None
+    risk: float
+    bound: float
+    provenance: Provenance
+
+    @property
+    def statement(self) -> str:
+        """The guarantee in words."""
+        if self.chosen is None:
+            return (
+                f"None of {self.candidates} candidates could be shown on {self.samples} samples of {self.split!r} to keep "
+                f"epsilon={self.epsilon:g}: this is the full network, which loses nothing and saves no time."
+            )
+        sure = "On average over calibration splits" if self.delta is None else f"With probability {100 * (1 - self.delta):g} %"
+        return (
+            f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} samples of {self.split!r}, "
+            f"on which it was {100 * self.risk:.3g} %)."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"kind": "certificate", **values, "provenance": self.provenance.to_json(), "statement": self.statement}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        try:
+            known = {field.name: value[field.name] for field in dataclasses.fields(cls)}
+            return cls(**{**known, "provenance": Provenance.from_json(value["provenance"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PolicyError(f"this is not a certificate ({error!r}); make one with control_risk.") from error
+
+    def save(self, path: str | Path) -> None:
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        return cls.from_json(read_json(path))
+
+
+_SAID: Mapping[Loss, str] = {
+    "accuracy_gap": "accuracy is at most {:g} points below the full network's",
+    "positive_gap": "at most {:g} % of inputs are answered wrongly that the full network answers rightly",
+    "disagreement": "at most {:g} % of inputs are answered otherwise than by the full network",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlledPolicy:
+    """A policy, to be run, judged and saved as any other, and what is known of it.
+
+    Attributes:
+        policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds all they were fitted and
+            controlled on, so that it is not judged there. If none passed, a policy that stops at the last exit alone; None
+            where candidates select among networks: run the last one.
+        certificate: what it keeps.
+    """
+
+    policy: Any
+    certificate: Certificate
+
+
+def control_risk(
+    candidates: Sequence[Candidate],
+    recording: Recorded,
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    method: Method = "learn_then_test",
+    loss: Loss = "positive_gap",
+) -> ControlledPolicy:
+    """Choose the boldest candidate that is shown to lose at most epsilon against the full network.
+
+    Args:
+        candidates: policies from safe to bold: `threshold_family`, `scaled_family`, or gates or selections fitted to rising
+            prices of time.
+        recording: of the calibration split, on which neither the network nor a candidate was fitted; see `split_recording`.
+        epsilon: most mean loss, 0.01 for one point or one per cent.
+        delta: probability that it is exceeded nevertheless; not heeded by "conformal_risk_control".
+        method: "learn_then_test", exact binomial tails for losses of 0 and 1 and betting for "accuracy_gap";
+            "upper_confidence", betting for all; or "conformal_risk_control", which holds on average over splits only.
+        loss: what is kept: "accuracy_gap", "positive_gap" or "disagreement", each below the next; see `exit_losses`.
+    Returns:
+        The policy and its certificate. Where no candidate passes, the full network, with a NoEffectWarning.
+    Raises:
+        InfeasibleTarget: if the split is too small for any candidate to pass, with the size needed.
+        PolicyError: if a candidate was fitted on this split, or the candidates go from bold to safe.
+        StaleInput: if a candidate belongs to other weights.
+    Source:
+        Risk control for early exits: Jazbec et al. 2024 (Fast yet Safe); Schuster et al. 2022 (CALM).
+    """
+    check_levels(epsilon, delta)
+    _check_names(method, loss)
+    if not candidates:
+        raise PolicyError("no candidates; needed: at least one, such as those of threshold_family.")
+    for index, policy in enumerate(candidates):
+        _check_fitted_elsewhere(index, policy, recording)
+    samples = len(recording.labels)
+    certify = functools.partial(_certified, epsilon=epsilon, delta=delta, method=method, loss=loss)
+    if not certify(torch.zeros(1, samples, dtype=torch.float64)).all():
+        needed = samples_needed(epsilon=epsilon, delta=delta, method=method, loss=loss)
+        raise InfeasibleTarget(
+            f"{samples} samples of {recording.split!r} are too few: even a policy that never loses could not be shown to keep "
+            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a larger epsilon."
+        )
+    _check_order(candidates, recording)
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))  # bets need an order that says nothing
+    losses_JN = policy_losses(candidates, recording, loss)[:, order]
+    chosen = int(certify(losses_JN).sum()) - 1
+    certificate = Certificate(
+        epsilon=epsilon, delta=None if method == "conformal_risk_control" else delta, method=method, loss=loss,
+        samples=samples, split=recording.split, candidates=len(candidates), chosen=None if chosen < 0 else chosen,
+        risk=0.0 if chosen < 0 else float(losses_JN[chosen].mean()),
+        bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], delta, method, loss),
+        provenance=recording.provenance,
+    )  # fmt: skip
+    if chosen < 0:
+        warnings.warn(f"{certificate.statement} Give safer candidates, or more samples.", NoEffectWarning, stacklevel=2)
+        full = None if hasattr(candidates[0], "route") else _full_network(recording)
+        return ControlledPolicy(policy=full, certificate=certificate)
+    return ControlledPolicy(policy=_marked(candidates[chosen], recording), certificate=certificate)
+
+
+def samples_needed(
+    *, epsilon: float, delta: float = 0.05, method: Method = "learn_then_test", loss: Loss = "positive_gap"
+) -> int:
+    """The smallest calibration split on which a candidate that never loses passes; one that loses needs more.
+
+    Example:
+        >>> samples_needed(epsilon=0.01, delta=0.05), samples_needed(epsilon=0.01, method="conformal_risk_control")
+        (299, 99)
+    """
+    check_levels(epsilon, delta)
+    _check_names(method, loss)
+
+    def enough(samples: int) -> bool:
+        none = torch.zeros(1, samples, dtype=torch.float64)
+        return bool(_certified(none, epsilon=epsilon, delta=delta, method=method, loss=loss).all())
+
+    high = 1
+    while not enough(high):
+        high *= 2
+    low = high // 2  # is not enough; 0 is not either
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _certified(
+    losses_JN: Float[Tensor, "J N"], *, epsilon: float, delta: float, method: Method, loss: Loss
+) -> Bool[Tensor, "J"]:
+    if method == "conformal_risk_control":
+        return conformal_risk_control(losses_JN, epsilon=epsilon)
+    if method == "upper_confidence":
+        return upper_confidence(losses_JN, epsilon=epsilon, delta=delta)
+    signed = functools.partial(betting_p_values, delta=delta)
+    tails = signed if loss == "accuracy_gap" else binomial_p_values
+    return learn_then_test(losses_JN, epsilon=epsilon, delta=delta, p_values=tails)
+
+
+def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: Loss) -> float:
+    """Of the last of these candidates, by the method that it passed."""
+    if method == "conformal_risk_control":
+        return float(expected_bound(losses_JN)[-1])
+    if method == "upper_confidence" or loss == "accuracy_gap":
+        return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
+    lost, samples = int(losses_JN[-1].sum()), losses_JN.shape[1]
+    return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))  # Clopper and Pearson
+
+
+def _check_names(method: str, loss: str) -> None:
+    for what, name, known in (("method", method, get_args(Method)), ("loss", loss, get_args(Loss))):
+        if name not in known:
+            raise PolicyError(f"unknown {what} {name!r}; needed: one of {', '.join(known)}.")
+
+
+def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) -> None:
+    made, split = getattr(policy, "provenance", None), getattr(policy, "split", None)
+    if made is not None:
+        made.require(f"candidate {index}", "fit it again", weights=recording.provenance.weights)
+    if split is None or not splits_overlap(split, recording.split):
+        return
+    if made is None or made.data == recording.provenance.data:
+        raise PolicyError(
+            f"candidate {index} was fitted on {split!r}, which shares samples with the calibration split {recording.split!r}: "
+            "nothing could be guaranteed. Fit on one part of split_recording(recording), and control on the other."
+        )
+
+
+def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
+    first, last = _answering([candidates[0], candidates[-1]], recording).double().mean(1).tolist()
+    if first < last and not hasattr(candidates[0], "route"):  # networks need not be in an order of their own
+        raise PolicyError(
+            f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: they go from bold to safe. "
+            "Give them from safe to bold, such as candidates[::-1]."
+        )
+
+
+def _full_network(recording: Recorded) -> ThresholdPolicy:
+    closed = (math.inf,) * (len(recording.outputs) - 1)
+    return ThresholdPolicy(score="max_probability", thresholds=(*closed, -math.inf), provenance=recording.provenance)
+
+
+def _marked(policy: Any, recording: Recorded) -> Any:
+    """The policy, with the split that holds all it was fitted and controlled on."""
+    names = {field.name for field in dataclasses.fields(policy)} if dataclasses.is_dataclass(policy) else set()
+    if not {"split", "provenance"} <= names:
+        return policy
+    pairs = zip((policy.split or "").split("/"), recording.split.split("/"), strict=False)
+    whole = "/".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return dataclasses.replace(policy, split=whole or recording.split, provenance=recording.provenance)
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------------
+
+
+def threshold_family(
+    base: int | Recorded, *, score: ScoreName = "max_probability", grid: Sequence[float] | None = None
+) -> tuple[ThresholdPolicy, ...]:
+    """One threshold for all exits, in many policies from safe to bold, which is from high to low thresholds.
+
+    Args:
+        base: the number of exits; or a recording, not the calibration split, whose scores give the grid.
+        score: how sure an output is.
+        grid: thresholds, in any order; by default 1, 0.99 ... 0, or the percentiles of the recording's scores before the last
+            exit, which are finer where scores crowd: near 1, in most networks.
+    Returns:
+        Policies without repeated thresholds; fitted on the recording's split if the grid came from it.
+    Example:
+        >>> [policy.thresholds for policy in threshold_family(2, grid=[0.5, 0.9])]
+        [(0.9, -inf), (0.5, -inf)]
+    """
+    exits = base if isinstance(base, int) else len(base.outputs)
+    split, made = None, None
+    if grid is None and isinstance(base, int):
+        grid = np.linspace(1.0, 0.0, 101).tolist()
+    elif grid is None:
+        recording = cast("Recorded", base)
+        scores = torch.stack([SCORES[score](output) for output in recording.outputs[:-1]]).double().numpy()
+        grid, split, made = np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist(), recording.split, recording.provenance
+    values = sorted({float(value) for value in grid or ()}, reverse=True)
+    return tuple(
+        ThresholdPolicy(score=score, thresholds=(*(value,) * (exits - 1), -math.inf), split=split, provenance=made)
+        for value in values
+    )
+
+
+def scaled_family(policy: ThresholdPolicy, grid: Sequence[float] | None = None) -> tuple[ThresholdPolicy, ...]:
+    """A fitted policy, made safer and bolder: the distance of its thresholds to certainty, times many factors.
+
+    Args:
+        policy: fitted on another split than the one to control on. Closed exits stay closed.
+        grid: factors, at least 0, in any order; 1 is the policy itself, 0 lets out only samples of score 1. By default 0 and
+            64 from 1/64 to 4, 1 among them.
+    Returns:
+        Policies from safe to bold, which is from small to large factors.
+    Example:
+        >>> base = ThresholdPolicy(score="margin", thresholds=(0.75, 0.5, -math.inf))
+        >>> [family.thresholds for family in scaled_family(base, [1.0, 0.5])]
+        [(0.875, 0.75, -inf), (0.75, 0.5, -inf)]
+    """
+    # 1/64 to 1 in 49 steps, 1 to 4 in 16, so that 1 is among them exactly
+    default = (0.0, *np.geomspace(1 / 64, 1, 49).tolist(), *np.geomspace(1, 4, 16).tolist())
+    factors = sorted({float(value) for value in (default if grid is None else grid)})
+    if not all(0 <= factor < math.inf for factor in factors):
+        raise PolicyError(f"factors from {factors[0]} to {factors[-1]}; needed: finite ones, at least 0.")
+
+    def scaled(bound: float, factor: float) -> float:
+        if factor == 1 or bound == math.inf:
+            return bound
+        return 1 - (1 - bound) * factor if factor > 0 else 1.0
+
+    return tuple(
+        dataclasses.replace(
+            policy, thresholds=(*(scaled(bound, factor) for bound in policy.thresholds[:-1]), -math.inf), target={},
+        )
+        for factor in factors
+    )  # fmt: skip

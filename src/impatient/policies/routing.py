@@ -1,0 +1,272 @@
+"""Policies that say which of several networks a sample runs next, and what recorded samples do under them.
+
+A recording of several networks has one "exit" per node: the outputs of network k alone, on the same samples, in the order of
+the topology's nodes; the last node is the full network, which accuracy lost is counted against. At every node a sample
+stops, and is answered by that node's network, or moves along an edge, and pays the next network in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.errors import PolicyError
+from impatient.files import read_tensors, write_tensors
+from impatient.policies.costsensitive import Decision
+from impatient.policies.scores import confidence_features
+from impatient.policies.topology import Topology
+from impatient.provenance import Provenance
+
+STOP = -1  # the move that answers
+
+Inputs = Literal["path", "node"]
+
+
+def selection_features(
+    outputs: Sequence[Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"] | None = None
+) -> Float[Tensor, "B F"]:
+    """What a decision at a node sees of the networks that have run.
+
+    Of each network how sure it is (`confidence_features`); of each two networks whether they agree, and the probability that
+    the later one gives to the earlier one's answer.
+
+    Args:
+        outputs: before softmax, of the networks known, that of the node itself last.
+        pooled: features of the node's own network, put beside these.
+    """
+    outputs = [output.float() for output in outputs]
+    parts = [confidence_features(output) for output in outputs]
+    for before, after in itertools.combinations(outputs, 2):
+        answer = before.argmax(-1, keepdim=True)
+        agrees = (after.argmax(-1, keepdim=True) == answer).float()
+        parts += [agrees, after.softmax(-1).gather(-1, answer)]
+    if pooled is not None:
+        parts.append(pooled.flatten(1).float())
+    return torch.cat(parts, dim=-1)
+
+
+class Answered(Protocol):
+    """What judging needs of a recording."""
+
+    @property
+    def outputs(self) -> Float[Tensor, "K N C"]: ...
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Route:
+    """What each of N recorded samples did on K networks.
+
+    Attributes:
+        visited: which networks it ran.
+        answering: the network that answered it.
+        time_s: seconds of the networks and decisions on its way.
+    """
+
+    visited: Bool[Tensor, "N K"]
+    answering: Int[Tensor, "N"]
+    time_s: Float[Tensor, "N"]
+
+    @property
+    def mean_time_s(self) -> float:
+        return float(self.time_s.double().mean())
+
+    def hits(self, recording: Answered) -> Float[Tensor, "N"]:
+        """1 where the answer is right, else 0."""
+        answers = recording.outputs[self.answering, torch.arange(len(self.answering))].argmax(-1)
+        return (answers == recording.labels).float()
+
+    def accuracy(self, recording: Answered) -> float:
+        """Share of right answers."""
+        return float(self.hits(recording).double().mean())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SelectionPolicy:
+    """A learned decision per node: stop, or which network comes next.
+
+    Attributes:
+        topology: as it was given.
+        moves: per node the moves that are left, `STOP` (-1) or the next node; one alone needs no decision, and a node that
+            nobody is sent to has none.
+        decisions: of the nodes with several moves: which of `moves`.
+        node_s: seconds of each network.
+        gate_s: seconds of one decision, paid at nodes with several moves.
+        inputs: "path": decisions see all that is known on every path to their node; "node": their own network alone.
+        pooled: whether they see its pooled features too.
+        time_price: loss units per second it was fitted for; None where nothing was learned.
+        split: on which it was fitted, None for one set by hand.
+        target: what was asked for, and what was reached on that split.
+        provenance: weights and data it belongs to.
+    """
+
+    topology: Topology
+    moves: tuple[tuple[int, ...], ...]
+    decisions: Mapping[int, Decision]
+    node_s: tuple[float, ...]
+    gate_s: float = 0.0
+    inputs: Inputs = "path"
+    pooled: bool = False
+    time_price: float | None = None
+    split: str | None = None
+    target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        check_costs(self.node_s, self.topology, self.gate_s)
+        if self.inputs not in get_args(Inputs):
+            raise PolicyError(f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+        if len(self.moves) != len(self.topology.nodes) or not self.moves[self.topology.source]:
+            raise PolicyError(f"moves {self.moves}; needed: a row per node, and some moves at node {self.topology.source}.")
+        for node, moves in enumerate(self.moves):
+            allowed = {STOP, *(after for after in self.topology.moves(node) if self.moves[after])}
+            if not set(moves) <= allowed or len(set(moves)) < len(moves):
+                raise PolicyError(f"moves {moves} of node {node}; needed: some of {sorted(allowed)}, each once.")
+        several = {node for node, moves in enumerate(self.moves) if len(moves) > 1}
+        if set(self.decisions) != several:
+            raise PolicyError(f"decisions at nodes {sorted(self.decisions)}; several moves are left at {sorted(several)}.")
+
+    @property
+    def num_exits(self) -> int:
+        """As many as there are networks: each is an exit of their cascade."""
+        return len(self.moves)
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        """The nodes that samples may come to; the other networks need not be loaded."""
+        return tuple(node for node, moves in enumerate(self.moves) if moves)
+
+    def sees(self, node: int) -> tuple[int, ...]:
+        """The nodes whose outputs the decision at a node needs, itself last; none where there is nothing to decide."""
+        if node not in self.decisions:
+            return ()
+        return self.topology.known(node) if self.inputs == "path" else (node,)
+
+    def next_node(
+        self, node: int, outputs: Mapping[int, Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"] | None = None
+    ) -> Int[Tensor, "B"]:
+        """Where samples that have run a node go from there.
+
+        Args:
+            node: at which all of them are.
+            outputs: of the nodes they have run, at least of those it `sees`, before softmax.
+            pooled: features of this node's network, if the policy was fitted with them.
+        Returns:
+            The next node of each sample; `STOP` (-1) where this node's output is the answer.
+        Raises:
+            PolicyError: if nobody comes to this node, or something the decision needs is missing.
+        """
+        moves = self.moves[node]
+        if not moves:
+            raise PolicyError(f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the policy again.")
+        if len(moves) == 1:
+            some = next(iter(outputs.values()))
+            return torch.full((some.shape[0],), moves[0], dtype=torch.long, device=some.device)
+        missing = set(self.sees(node)) - set(outputs)
+        if missing or (self.pooled and pooled is None):
+            what = f"outputs of nodes {sorted(missing)}" if missing else "its pooled features"
+            raise PolicyError(f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples have run.")
+        features = selection_features([outputs[known] for known in self.sees(node)], pooled if self.pooled else None)
+        chosen = self.decisions[node].choose(features)
+        return torch.tensor(moves, device=chosen.device)[chosen]
+
+    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()) -> Route:
+        """What recorded samples would do.
+
+        Args:
+            outputs: of all networks, before softmax.
+            features: pooled features of each network, if the policy was fitted with them.
+        Raises:
+            PolicyError: if numbers of networks differ, or features are missing.
+        """
+        count = len(self.topology.nodes)
+        if outputs.shape[0] != count or (self.pooled and len(features) != count):
+            raise PolicyError(
+                f"the policy is for {count} networks{' and their pooled features' if self.pooled else ''}, the recording has "
+                f"{outputs.shape[0]} and {len(features)}."
+            )
+        visited = torch.zeros(outputs.shape[1], count, dtype=torch.bool)
+        visited[:, self.topology.source] = True
+        answering = torch.full((outputs.shape[1],), STOP)
+        for node in self.topology.order():
+            here = visited[:, node].nonzero()[:, 0]
+            if not len(here):
+                continue
+            seen = {known: outputs[known, here] for known in self.sees(node) or (node,)}
+            going = self.next_node(node, seen, features[node][here] if self.pooled else None)
+            answering[here[going == STOP]] = node
+            visited[here[going != STOP], going[going != STOP]] = True
+        return Route(visited=visited, answering=answering, time_s=visited.double() @ self._paid())
+
+    def _paid(self) -> Float[Tensor, "K"]:
+        gated = [time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)]
+        return torch.tensor(gated, dtype=torch.float64)
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named tensors and a JSON header."""
+        tensors = {
+            f"{node}/{name}": value for node, decision in self.decisions.items() for name, value in decision.to_arrays().items()
+        }
+        header = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "decisions"}
+        source = self.provenance.to_json() if self.provenance else None
+        return tensors, {
+            "kind": "selection_policy", **header, "topology": self.topology.to_json(), "target": dict(self.target),
+            "provenance": source,
+        }  # fmt: skip
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
+        try:
+            moves, source = tuple(tuple(entry) for entry in header["moves"]), header["provenance"]
+            return cls(
+                topology=Topology.from_json(header["topology"]), moves=moves,
+                decisions={
+                    node: Decision.from_arrays(entries_under(f"{node}/", tensors))
+                    for node, left in enumerate(moves)
+                    if len(left) > 1
+                },
+                node_s=tuple(header["node_s"]), gate_s=header["gate_s"], inputs=header["inputs"], pooled=header["pooled"],
+                time_price=header["time_price"], split=header["split"], target=header["target"],
+                provenance=Provenance.from_json(source) if source else None,
+            )  # fmt: skip
+        except PolicyError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(f"this is not a selection policy ({error!r}); fit one with fit_selection.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as one safetensors file with a JSON header."""
+        write_tensors(path, *self.to_tensors())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError, PolicyError: if the file is missing, damaged or no policy.
+        """
+        return cls.from_tensors(*read_tensors(path))
+
+
+def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:
+    """Raise PolicyError unless there is a time for every network, and for a decision."""
+    if len(node_s) != len(topology.nodes) or not all(math.isfinite(time) and time > 0 for time in node_s):
+        raise PolicyError(f"node_s={tuple(node_s)}; needed: positive finite seconds of each of {len(topology.nodes)} networks.")
+    if not (math.isfinite(gate_s) and gate_s >= 0):
+        raise PolicyError(f"gate_s={gate_s}; needed: finite seconds, not negative.")

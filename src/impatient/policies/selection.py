@@ -1,0 +1,421 @@
+"""Learned selection among networks: decisions on a graph, fitted from its ends back to its source (`routing` runs them)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, Unpack, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.files import read_tensors, write_tensors
+from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
+from impatient.policies.mixing import hull_of
+from impatient.policies.routing import STOP, Inputs, Route, SelectionPolicy, check_costs, entries_under, selection_features
+from impatient.policies.rules import Recorded
+from impatient.policies.topology import Topology
+
+Reference = Literal["none", "full"]
+
+
+class SelectionSettings(TypedDict, total=False):
+    """How decisions are learned; all may be left out.
+
+    Attributes:
+        reference: "none" (default): each wrong answer costs 1; "full": only one that the full network has right.
+        losses: [K, N] of your own in place of 0 and 1.
+        learner: "logistic" (default), "svm", "mlp" or "boosting".
+        method: "filter_tree" (default) or "regression", where they differ: at nodes with more than two moves.
+        gate_s: seconds of one decision (default 0); one that does not earn them is left out.
+        sweeps: how often (default 0) all is fitted once more on the samples that arrive at each node; the best is kept.
+        inputs: "path" (default) or "node": what a decision sees.
+        pooled: whether it sees pooled features (default: no).
+        seed: of the learner.
+    """
+
+    reference: Reference
+    losses: Float[Tensor, "K N"] | None
+    learner: Learner
+    method: Method
+    gate_s: float
+    sweeps: int
+    inputs: Inputs
+    pooled: bool
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SelectionPoint:
+    """A fitted policy, and what it does on the split it was fitted on."""
+
+    policy: SelectionPolicy
+    mean_time_s: float
+    accuracy: float
+
+
+def fit_selection(
+    recording: Recorded,
+    node_s: Sequence[float],
+    topology: Topology,
+    *,
+    time_price: float | None = None,
+    mean_time_s: float | None = None,
+    max_accuracy_loss: float | None = None,
+    **settings: Unpack[SelectionSettings],
+) -> SelectionPolicy:
+    """Learn at every node whether to stop or which network to run next.
+
+    From the ends of the graph to its source each node's decision is fitted with those after it fixed: a cost-sensitive
+    problem whose costs are the loss of stopping, or the price of the time and the loss that lie ahead. All samples train
+    all decisions. Moves that none of them takes are pruned, and nodes that nobody is sent to.
+
+    Args:
+        recording: of the networks, on data that none of them was trained on: networks are too sure of their training data.
+        node_s: measured seconds of each network alone.
+        topology: the allowed moves.
+        time_price: loss units per second; cost = loss + time_price x time. Or
+        mean_time_s: the most accurate policy found whose mean time is at most this (`mix_selections` meets it exactly); or
+        max_accuracy_loss: the fastest found that loses at most this much accuracy against the last network (0.01: one point).
+        **settings: see `SelectionSettings`.
+    Returns:
+        A policy; its `target` says what was asked for and what was reached here.
+    Raises:
+        PolicyError: unless exactly one target is given, or if recording, times and topology do not fit.
+        InfeasibleTarget: if the source alone takes longer than `mean_time_s`.
+    Source:
+        Bolukbasi et al. 2017, algorithm 1. We differ: the price multiplies time, so that both ends are finite; stopping at a
+        network later on is charged with the loss and the time of the *routed* answer; a decision sees all that is known.
+    """
+    problem = _Problem(recording, node_s, topology, **settings)
+    targets = {"time_price": time_price, "mean_time_s": mean_time_s, "max_accuracy_loss": max_accuracy_loss}
+    given = {name: float(value) for name, value in targets.items() if value is not None}
+    if len(given) != 1:
+        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+    (name, wanted), *_ = given.items()
+    if not (math.isfinite(wanted) and (wanted > 0 or (name != "mean_time_s" and wanted == 0))):
+        raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
+    best = problem.solve(wanted) if name == "time_price" else _search(problem, name, wanted)
+    if name != "time_price" and not best.policy.decisions:
+        warnings.warn(
+            f"with {name}={wanted:g} nothing is decided: all samples take one way. Allow a larger loss, or other networks.",
+            NoEffectWarning, stacklevel=2,
+        )  # fmt: skip
+    return dataclasses.replace(best.policy, target={name: wanted, **best.policy.target})
+
+
+def sweep_selection(
+    recording: Recorded,
+    node_s: Sequence[float],
+    topology: Topology,
+    *,
+    time_prices: Sequence[float] | None = None,
+    **settings: Unpack[SelectionSettings],
+) -> tuple[SelectionPoint, ...]:
+    """Fit a policy for each of many prices of time: the whole curve of accuracy over mean time.
+
+    Args:
+        recording, node_s, topology, **settings: as for `fit_selection`.
+        time_prices: loss units per second; by default 0 and 30 from one at which time is next to nothing to one at which
+            the source always answers.
+    Returns:
+        One point per price, in their order; `hull_of` and `mix_selections` take it from there.
+    """
+    problem = _Problem(recording, node_s, topology, **settings)
+    return tuple(problem.solve(price) for price in (problem.prices(30) if time_prices is None else time_prices))
+
+
+def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> SelectionPoint:
+    """Policies over a grid of prices, then by bisection at the price where the target is crossed; and one way for all."""
+    floor = problem.accuracy(len(problem.node_s) - 1) - wanted - 1e-12
+
+    def dear_enough(point: SelectionPoint) -> bool:
+        return point.mean_time_s <= wanted if name == "mean_time_s" else point.accuracy < floor
+
+    grid = problem.prices(16)
+    found = [(price, problem.solve(price)) for price in grid]
+    below = max((price for price, point in found if not dear_enough(point)), default=grid[0])
+    above = min((price for price, point in found if dear_enough(point) and price > below), default=grid[-1])
+    for _ in range(steps):
+        middle = math.sqrt(below * above) if below > 0 else above / 2
+        found.append((middle, problem.solve(middle)))
+        below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
+    points = [point for _, point in found] + problem.one_way()
+    if name == "max_accuracy_loss":
+        return min((p for p in points if p.accuracy >= floor), key=lambda point: (point.mean_time_s, -point.accuracy))
+    within = [point for point in points if point.mean_time_s <= wanted]
+    if not within:
+        raise InfeasibleTarget(
+            f"mean_time_s={wanted:g} cannot be reached: the first network alone takes {problem.node_s[problem.order[0]]:g}. "
+            "Ask for at least that, or put a faster network first."
+        )
+    return max(within, key=lambda point: (point.accuracy, -point.mean_time_s))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """A node's decision on the samples of the recording, from all of `offered`."""
+
+    offered: tuple[int, ...]
+    decision: Decision | None
+    chosen: Int[Tensor, "N"]  # moves
+    cost: Float[Tensor, "N"]  # of the decision and all that follows
+
+
+class _Problem:
+    """One recording, its features and losses, for any price."""
+
+    def __init__(
+        self,
+        recording: Recorded,
+        node_s: Sequence[float],
+        topology: Topology,
+        *,
+        reference: Reference = "none",
+        losses: Float[Tensor, "K N"] | None = None,
+        learner: Learner = "logistic",
+        method: Method = "filter_tree",
+        gate_s: float = 0.0,
+        sweeps: int = 0,
+        inputs: Inputs = "path",
+        pooled: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.count, self.samples = recording.outputs.shape[:2]
+        if self.count != len(topology.nodes):
+            raise PolicyError(f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}.")
+        check_costs(node_s, topology, gate_s)
+        if sweeps < 0:
+            raise PolicyError(f"sweeps={sweeps}; needed: how often to fit again, 0 or more.")
+        self.blank = SelectionPolicy(
+            topology=topology, moves=((STOP,),) * self.count, decisions={},
+            node_s=tuple(float(time) for time in node_s), gate_s=float(gate_s), inputs=inputs, pooled=pooled,
+            split=recording.split, provenance=recording.provenance,
+        )  # fmt: skip
+        self.node_s, self.gate_s, self.sweeps = self.blank.node_s, float(gate_s), sweeps
+        self.learner, self.method, self.seed = learner, method, seed
+        self.topology, self.order = topology, topology.order()
+        self.errors = (recording.outputs.argmax(-1) != recording.labels).double()
+        self.losses = reference_losses(self.errors if losses is None else losses.double(), reference)
+        if self.losses.shape != self.errors.shape:
+            raise PolicyError(f"losses of shape {tuple(self.losses.shape)}; needed: {tuple(self.errors.shape)}.")
+        own = _pooled_of(recording) if pooled else (None,) * self.count
+        self.features = {
+            node: selection_features(
+                [recording.outputs[k] for k in (topology.known(node) if inputs == "path" else (node,))], own[node]
+            )
+            for node in self.order if topology.moves(node)
+        }  # fmt: skip
+
+    def accuracy(self, node: int) -> float:
+        return 1.0 - float(self.errors[node].mean())
+
+    def prices(self, count: int) -> tuple[float, ...]:
+        # beyond the last even the largest loss spared for sure is not worth the fastest network
+        worth = float(self.losses.max() - self.losses.min()) or 1.0
+        return (0.0, *np.geomspace(1e-4 * worth / max(self.node_s), 1.1 * worth / min(self.node_s), count).tolist())
+
+    def solve(self, price: float) -> SelectionPoint:
+        """The policy for a price; of several sweeps the one of least cost."""
+        if not (math.isfinite(price) and price >= 0):
+            raise PolicyError(f"time_price={price}; needed: a finite number of loss units per second, not negative.")
+        arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
+        found = []
+        for _ in range(1 + self.sweeps):
+            fitted, visited = self._pruned(price, arrives)
+            route = self._route(fitted)
+            found.append((self._mean(self.losses, route) + price * route.mean_time_s, fitted))
+            # a node that nobody comes to yet keeps all samples, so that it can be found worth a visit
+            arrives = torch.where(visited.any(1, keepdim=True), visited.double(), 1.0)
+        return self._point(min(found, key=lambda entry: entry[0])[1], price)
+
+    def one_way(self) -> list[SelectionPoint]:
+        """Policies without decisions: the fastest way to each network."""
+        free = torch.zeros(self.samples, dtype=torch.float64)
+        ways = [zip(path, (*path[1:], STOP), strict=True) for path in self.topology.cheapest_paths(self.node_s)]
+        return [self._point({node: self._always(after, free) for node, after in way}, None) for way in ways]
+
+    def _pruned(self, price: float, arrives: Float[Tensor, "K N"]) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
+        """Fit, leave out the moves that nobody takes, fit again what that touches, until every move is taken."""
+        offered = {node: (STOP, *self.topology.moves(node)) for node in self.order}
+        fitted: dict[int, _Fitted] = {}
+        while True:
+            touched: set[int] = set()
+            for node in reversed([node for node in self.order if node in offered]):
+                if node in fitted and fitted[node].offered == offered[node] and touched.isdisjoint(offered[node]):
+                    continue
+                fitted[node] = self._fit(node, offered[node], price, fitted, arrives[node])
+                touched.add(node)
+            visited = self._visited(fitted)
+            taken = {node: self._taken(fitted[node], visited[node]) for node in offered if visited[node].any()}
+            if taken == offered:
+                return {node: fitted[node] for node in offered}, visited
+            offered = taken
+
+    def _fit(
+        self, node: int, offered: tuple[int, ...], price: float, ahead: Mapping[int, _Fitted], weights: Float[Tensor, "N"]
+    ) -> _Fitted:
+        going = [price * self.node_s[move] + ahead[move].cost for move in offered if move != STOP]
+        costs = torch.stack([self.losses[node]] * (STOP in offered) + going, dim=1)
+        blind = (costs * weights[:, None]).mean(0)
+        best = int(blind.argmin())  # of equals the first: stop
+        if len(offered) > 1:
+            decision = fit_decision(
+                self.features[node], costs, learner=self.learner, method=self.method, weights=weights, seed=self.seed
+            )
+            chosen = decision.choose(self.features[node])
+            cost = costs.gather(1, chosen[:, None])[:, 0] + price * self.gate_s
+            if float((cost * weights).mean()) < float(blind[best]):
+                return _Fitted(offered, decision, torch.tensor(offered)[chosen], cost)
+        return self._always(offered[best], costs[:, best])
+
+    def _always(self, move: int, cost: Float[Tensor, "N"]) -> _Fitted:
+        return _Fitted((move,), None, torch.full((self.samples,), move), cost)
+
+    def _visited(self, fitted: Mapping[int, _Fitted]) -> Bool[Tensor, "K N"]:
+        visited = torch.zeros(self.count, self.samples, dtype=torch.bool)
+        visited[self.order[0]] = True
+        for node in self.order:
+            for move in self.topology.moves(node):
+                if visited[node].any():
+                    visited[move] |= visited[node] & (fitted[node].chosen == move)
+        return visited
+
+    def _taken(self, fitted: _Fitted, here: Bool[Tensor, "N"]) -> tuple[int, ...]:
+        return tuple(move for move in fitted.offered if (fitted.chosen[here] == move).any())
+
+    def _route(self, fitted: Mapping[int, _Fitted]) -> Route:
+        visited = self._visited(fitted)
+        answering = torch.full((self.samples,), STOP)
+        for node, entry in fitted.items():
+            answering[visited[node] & (entry.chosen == STOP)] = node
+        paid = [time + self.gate_s * (k in fitted and fitted[k].decision is not None) for k, time in enumerate(self.node_s)]
+        time_s = torch.tensor(paid, dtype=torch.float64) @ visited.double()
+        return Route(visited=visited.T, answering=answering, time_s=time_s)
+
+    def _mean(self, values: Float[Tensor, "K N"], route: Route) -> float:
+        return float(values[route.answering, torch.arange(self.samples)].mean())
+
+    def _point(self, fitted: Mapping[int, _Fitted], price: float | None) -> SelectionPoint:
+        route = self._route(fitted)
+        accuracy, mean_s = 1.0 - self._mean(self.errors, route), route.mean_time_s
+        policy = dataclasses.replace(
+            self.blank, moves=tuple(fitted[node].offered if node in fitted else () for node in range(self.count)),
+            decisions={node: entry.decision for node, entry in fitted.items() if entry.decision is not None},
+            time_price=price, target={"mean_cost": mean_s, "accuracy": accuracy, "samples": float(self.samples)},
+        )  # fmt: skip
+        return SelectionPoint(policy=policy, mean_time_s=mean_s, accuracy=accuracy)
+
+
+def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Float[Tensor, "K N"]:
+    """What stopping at each node loses: all of it, or only what the last network does not lose as well.
+
+    Example:
+        >>> reference_losses(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]), "full").tolist()
+        [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    if reference not in get_args(Reference):
+        raise PolicyError(f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}.")
+    return losses if reference == "none" else (losses - losses[-1]).clamp(min=0.0)
+
+
+def _pooled_of(recording: Any) -> tuple[Tensor, ...]:
+    features = tuple(getattr(recording, "features", ()))
+    if len(features) != len(recording.outputs):
+        raise PolicyError(
+            f"the recording holds pooled features of {len(features)} of {len(recording.outputs)} networks; record it with "
+            "features, or fit with pooled=False."
+        )
+    return features
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def between(times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float) -> tuple[int, int, float]:
+    """The two neighbours on the hull around a mean time, and the share of the slower."""
+    hull = hull_of(times_s, accuracies)
+    if not mean_time_s >= times_s[hull[0]]:
+        raise InfeasibleTarget(f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {times_s[hull[0]]:g}.")
+    for fast, slow in itertools.pairwise(hull):
+        if mean_time_s < times_s[slow]:
+            return fast, slow, (mean_time_s - times_s[fast]) / (times_s[slow] - times_s[fast])
+    return hull[-1], hull[-1], 1.0  # more time than the most accurate one needs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixedSelection:
+    """Two policies, of which each sample follows one, drawn at random.
+
+    Attributes:
+        fast, slow: the policies.
+        share: of the samples that follow `slow`.
+        seed: of the draw.
+    """
+
+    fast: SelectionPolicy
+    slow: SelectionPolicy
+    share: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise PolicyError(f"share={self.share}; needed: a number from 0 to 1.")
+
+    def follows_slow(self, count: int) -> Bool[Tensor, "N"]:
+        """Which of the first `count` samples follow `slow`; the draw of a sample depends on its place alone."""
+        return torch.from_numpy(np.random.default_rng(self.seed).random(count) < self.share)
+
+    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()) -> Route:
+        """What recorded samples would do."""
+        fast, slow = self.fast.route(outputs, features), self.slow.route(outputs, features)
+        pick = self.follows_slow(outputs.shape[1])
+        return Route(
+            visited=torch.where(pick[:, None], slow.visited, fast.visited),
+            answering=torch.where(pick, slow.answering, fast.answering), time_s=torch.where(pick, slow.time_s, fast.time_s),
+        )  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write as one safetensors file with a JSON header."""
+        parts = {"fast": self.fast.to_tensors(), "slow": self.slow.to_tensors()}
+        tensors = {f"{name}/{key}": value for name, (entries, _) in parts.items() for key, value in entries.items()}
+        headers = {name: header for name, (_, header) in parts.items()}
+        write_tensors(path, tensors, {"kind": "mixed_selection", "share": self.share, "seed": self.seed, **headers})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            StorageError, PolicyError: if the file is missing, damaged or no mixture.
+        """
+        tensors, header = read_tensors(path)
+        if header.get("kind") != "mixed_selection":
+            raise PolicyError(f"{path} is no mixture of policies but {header.get('kind')!r}; make one with mix_selections.")
+        fast, slow = (
+            SelectionPolicy.from_tensors(entries_under(f"{name}/", tensors), header[name]) for name in ("fast", "slow")
+        )
+        return cls(fast=fast, slow=slow, share=header["share"], seed=header["seed"])
+
+
+def mix_selections(points: Sequence[SelectionPoint], *, mean_time_s: float, seed: int = 0) -> MixedSelection:
+    """Mix two neighbours on the hull of a curve at random, so that the mean time is met exactly.
+
+    Args:
+        points: from `sweep_selection`.
+        mean_time_s: expected mean seconds per sample; if it is more than the most accurate one takes, that one alone.
+        seed: of the draw.
+    Raises:
+        InfeasibleTarget: if even the fastest takes longer.
+    """
+    times, accuracies = [point.mean_time_s for point in points], [point.accuracy for point in points]
+    fast, slow, share = between(times, accuracies, mean_time_s)
+    return MixedSelection(fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed)

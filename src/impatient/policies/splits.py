@@ -1,0 +1,63 @@
+"""Parts of a split: one to fit policies on, one to calibrate guarantees on; and which splits share samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from impatient.errors import RecordingError
+from impatient.policies.rules import Recorded
+
+SomeRecording = TypeVar("SomeRecording", bound=Recorded)
+
+
+def split_recording(recording: SomeRecording, share: float = 0.5, *, seed: int = 0) -> tuple[SomeRecording, SomeRecording]:
+    """Two parts of a recording at random: one to fit on, one to control or judge on.
+
+    Args:
+        recording: such as one of "validation".
+        share: of the samples that go into the first part.
+        seed: of the division.
+    Returns:
+        Parts named like "validation/fit(0.5,0)" and "validation/calibration(0.5,0)": share and seed are in the name, so that
+        parts of different divisions, which share samples, are not mistaken for disjoint ones.
+    Raises:
+        RecordingError: if a part would be empty.
+    """
+    samples = len(recording.labels)
+    first = round(share * samples) if math.isfinite(share) else 0
+    if not 0 < first < samples:
+        raise RecordingError(f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 and 1.")
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+
+    def part(name: str, places: Int[Tensor, "M"]) -> SomeRecording:
+        kept: dict[str, Any] = {"outputs": recording.outputs[:, places], "labels": recording.labels[places]}
+        features = getattr(recording, "features", ())
+        if features:
+            kept["features"] = tuple(entry[places] for entry in features)
+        named = f"{recording.split}/{name}({share:g},{seed})"
+        return cast("SomeRecording", dataclasses.replace(cast("Any", recording), **kept, split=named))
+
+    return part("fit", order[:first].sort().values), part("calibration", order[first:].sort().values)
+
+
+def splits_overlap(first: str, second: str) -> bool:
+    """Whether two splits of one data set may share samples, by their names.
+
+    Example:
+        >>> splits_overlap("validation/fit(0.5,0)", "validation/calibration(0.5,0)"), splits_overlap("validation", "test")
+        (False, False)
+        >>> splits_overlap("validation", "validation/fit(0.5,0)")  # a whole and its part
+        True
+        >>> splits_overlap("validation/fit(0.5,0)", "validation/calibration(0.5,1)")  # of two divisions
+        True
+    """
+    for depth, (one, other) in enumerate(zip(first.split("/"), second.split("/"), strict=False)):
+        if one != other:  # whole splits, or parts of one division, are disjoint
+            return depth > 0 and one.partition("(")[2] != other.partition("(")[2]
+    return True
