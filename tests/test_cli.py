@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,47 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from impatient import cli, workflow
+from conftest import TINY, Call
+from impatient import workflow
 from impatient.files import read_json, write_json, write_tensors
 from impatient.run_directory import RunDirectory, save_weights
-
-TINY = ["--model", "impatient:resnet:n=1,c=8", "--exits", "3", "--epochs", "3", "--batch-size", "64", "--quiet"]
-Call = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the command line in this process; returns the exit code and everything it printed, on one line."""
-
-    def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["impatient", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        captured = capsys.readouterr()
-        return code, " ".join((captured.out + captured.err).split())
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory in which every verb has run once."""
-    directory = tmp_path_factory.mktemp("runs") / "digits"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: a profile belongs to its thread count
-    for verb in (
-        ["train", *TINY], ["profile", "--repeats", "30", "--quiet"], ["record", "--features", "--quiet"],
-        ["fit", "--max-loss", "2"], ["fit", "--mean-ms", "1000"], ["evaluate", "--budget", "uniform:0:10"], ["report"],
-    ):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "impatient.cli", verb[0], str(directory), *verb[1:]],
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-    return directory
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from conftest import TINY, Call
 from impatient.files import read_json
 from impatient.run_directory import RunDirectory
-from test_cli import TINY, Call, call, finished  # noqa: F401  fixtures
 
 BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exit-free"]
 
@@ -21,14 +21,14 @@ BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exi
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: list[str]) -> None:  # noqa: F811
+def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: list[str]) -> None:
     for again in range(2):  # the second time there is nothing left to do, and the same words are understood
         code, text = call("train", tmp_path, *BRIEF, *options)
         assert (again, code) == (again, 0), text
     assert RunDirectory(tmp_path).network()[0].num_exits == 3
 
 
-def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
     options = ["--model", "impatient:resnet:n=2,c=4", "--after", "every:2", *BRIEF[4:]]
     for _ in range(2):
         code, text = call("train", tmp_path, *options)
@@ -47,14 +47,14 @@ def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:  # noqa:
         (["--after", "every:9"], "a period of 9 blocks"),
     ],
 )  # fmt: skip
-def test_senseless_options_are_one_message(call: Call, tmp_path: Path, options: list[str], complaint: str) -> None:  # noqa: F811
+def test_senseless_options_are_one_message(call: Call, tmp_path: Path, options: list[str], complaint: str) -> None:
     code, text = call("train", tmp_path / "run", *BRIEF, *options)
     assert code == 1
     assert text.count("error (") == 1
     assert complaint in text
 
 
-def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call, finished: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call, finished: Path, tmp_path: Path) -> None:
     together = tmp_path / "together"
     for verb in (
         ["ensemble", together, finished, "--rule", "geometric"], ["profile", together, "--repeats", "30", "--quiet"],
@@ -77,7 +77,7 @@ def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call,
     assert "is an ensemble already" in text
 
 
-def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call, tmp_path: Path) -> None:
     members = []
     for n in (1, 2):
         members.append(tmp_path / f"n{n}")
@@ -118,7 +118,7 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call
     assert json.loads(text)[0]["exit"] == 5
 
 
-def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert call("train", other, *BRIEF, "--seed", 1)[0] == 0
     assert call("record", other, "--quiet")[0] == 0
@@ -131,7 +131,7 @@ def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_p
 GROWING = "impatient:anytimenet:schedule=1-1/2-1/2-2,width=4"
 
 
-def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path) -> None:  # noqa: F811
+def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path) -> None:
     run, together = tmp_path / "run", tmp_path / "together"
     train = ["train", run, "--model", GROWING, "--epochs", "1", "--quiet"]
     for verb in (
@@ -153,7 +153,7 @@ def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path
         assert "3 exits of its own" in text
 
 
-def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) -> None:  # noqa: F811
+def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) -> None:
     dearest_first = "impatient:anytimenet:schedule=1-1-1/1-1-3/1-3-3/3-3-3,width=4"
     code, text = call("plan", "--model", dearest_first, "--sizes", "3,5,7,9", "--repeats", "20")
     assert code == 0, text

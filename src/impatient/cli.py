@@ -134,12 +134,12 @@ def plan(
     threads: Threads = 0,
 ) -> None:  # fmt: skip
     """Measure the blocks of a network that grows, and find the order of growing that costs least."""
-    from impatient import tables, workflow
+    from impatient import assembly, tables
     from impatient.clock import positive_seconds
 
     _use_threads(threads)
     times = [positive_seconds(time, "--times-ms") / 1e3 for time in _numbers(times_ms, "--times-ms")]
-    found = workflow.plan_growth(
+    found = assembly.plan_growth(
         model, data, iterations=iterations, sizes=_integers(sizes, "--sizes") if sizes else None, times_s=times or None,
         batch_size=batch_size, repeats=repeats,
     )  # fmt: skip
@@ -159,9 +159,9 @@ def ensemble(
     force: Force = False,
 ) -> None:  # fmt: skip
     """Make one network of several, run one after the other (EANN), or let the exits of one answer together."""
-    from impatient import workflow
+    from impatient import assembly
 
-    workflow.ensemble_run(directory, members, rule=rule, force=force, say=_say)
+    assembly.ensemble_run(directory, members, rule=rule, force=force, say=_say)
 
 
 @app.command()
@@ -206,6 +206,22 @@ def fit(
     mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
     mean_mmacs: Annotated[float | None, typer.Option(help="Mean millions of multiply-accumulates per sample.")] = None,
     score: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
+    learner: Annotated[
+        str | None, typer.Option(help="Learn a gate per exit instead of a threshold: logistic, svm, mlp or boosting.")
+    ] = None,
+    inputs: Annotated[
+        str,
+        typer.Option(
+            help="What gates look at: confidences; features, before the head is paid (needs record --features); or both."
+        ),
+    ] = "confidences",
+    delta: Annotated[
+        float | None,
+        typer.Option(
+            help="Guarantee --max-loss with probability 1 - DELTA, say 0.05: half of the "
+            "validation split is kept back to show it."
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the policy; by default the target.")] = None,
     any_profile: AnyProfile = False,
     threads: Threads = 0,
@@ -223,10 +239,58 @@ def fit(
     }
     named = {"loss": max_loss, "ms": mean_ms, "mmacs": mean_mmacs}
     given = next(f"{kind}-{value:g}" for kind, value in named.items() if value is not None)
+    kind = "" if learner is None else f"-{learner}-{inputs}"
     policy = workflow.fit_run(
-        directory, targets=targets, score=score, name=name or given, any_profile=any_profile, say=_say
+        directory, targets=targets, score=score, learner=learner, inputs=inputs, delta=delta,
+        name=name or given + kind + ("" if delta is None else "-sure"), any_profile=any_profile, say=_say,
     )  # fmt: skip
-    _say("thresholds: " + ", ".join("closed" if bound == float("inf") else f"{bound:.3f}" for bound in policy.thresholds[:-1]))
+    bounds = getattr(policy, "thresholds", ())[:-1]
+    if bounds:
+        _say("thresholds: " + ", ".join("closed" if bound == float("inf") else f"{bound:.3f}" for bound in bounds))
+
+
+@app.command()
+def select(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run directory to make.")],
+    members: Annotated[list[str], typer.Argument(metavar="MEMBER...", help="Networks from cheap to dear: run directories, "
+                                                 "model specs with pretrained weights, or SPEC@FILE.safetensors.")],
+    data: Annotated[str, typer.Option(help="As for train; the networks should not have been trained on its validation "
+                                           "split.")] = "digits",
+    max_loss: Annotated[float | None, typer.Option(help="Points of accuracy that may be lost against the last network; 1 "
+                                                        "unless another target is given.")] = None,
+    mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
+    price: Annotated[float | None, typer.Option(help="What a second costs, in wrong answers.")] = None,
+    topology: Annotated[str, typer.Option(help="Allowed moves: full (to any later network), chain (to the next) or star (from "
+                                               "the first to any).")] = "full",
+    learner: Annotated[str, typer.Option(help="logistic, svm, mlp or boosting.")] = "logistic",
+    method: Annotated[str, typer.Option(help="Among more than two moves: filter_tree or regression.")] = "filter_tree",
+    name: Annotated[str | None, typer.Option(help="Name of the policy; by default the target.")] = None,
+    validation: Annotated[float, typer.Option(help="Share of the training examples held out, to learn on.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Measurements of each network.")] = 300,
+    threads: Threads = 0,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Learn which of several networks each sample needs, without training any of them."""
+    from impatient import assembly, tables
+
+    _use_threads(threads)
+    if max_loss is None and mean_ms is None and price is None:
+        max_loss = 1.0
+    targets = {
+        "max_accuracy_loss": None if max_loss is None else max_loss / 100,
+        "mean_time_s": None if mean_ms is None else mean_ms / 1e3, "time_price": price,
+    }  # fmt: skip
+    given = next(
+        f"{kind}-{value:g}" for kind, value in {"loss": max_loss, "ms": mean_ms, "price": price}.items() if value is not None
+    )
+    selected = assembly.select_run(
+        directory, members, data=data, validation=validation, seed=seed, targets=targets, name=name or given,
+        topology=topology, learner=learner, method=method, repeats=repeats, force=force, progress=not quiet, say=_say,
+    )  # fmt: skip
+    _say(tables.evaluation_table(selected.evaluation))
+    _say(tables.saving(selected.evaluation, name or given))
 
 
 @app.command()

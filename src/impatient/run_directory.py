@@ -6,7 +6,8 @@ checkpoint.safetensors    to go on training from
 metrics.csv               loss and accuracy per epoch, split and exit
 profile.json              cost profile of this machine
 recordings/SPLIT.safetensors
-policies/NAME.json
+policies/NAME.json         thresholds; learned ones are NAME.safetensors
+certificates/NAME.json     what is guaranteed of a policy, and with what probability
 evaluation.json           every exit and policy, judged on the test split
 report.html
 exit_free/                weights and recordings of the same backbone trained without exits
@@ -26,20 +27,25 @@ from torch import nn
 from impatient.costs import CostProfile
 from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
+from impatient.evaluation.outcomes import AnyPolicy
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, read_tensors, write_tensors
 from impatient.networks.anytimenet import GrowingNetwork
+from impatient.networks.cascade import Cascade
 from impatient.networks.describe import DescribedNetwork
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.running import RunningEnsemble
 from impatient.networks.specs import load_model
+from impatient.policies.gates import GatePolicy
+from impatient.policies.risk import Certificate
+from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
-Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork
+Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork | Cascade
 
 DEFAULT_EXITS = 4
 OWN_HEADS = "own"  # what stands for the heads of a model that has exits of its own
@@ -53,7 +59,9 @@ class NetworkSpec:
         after: names of the cuts; of a model that has exits of its own, of those exits.
         heads: as for `attach_exits`, or "own".
         ensembling: rule by which its exits answer together (`RunningEnsemble`); empty if each answers for itself.
-        members: of an ensemble of growing depth (`EANN`), shallow to deep; empty for one network.
+        members: of an ensemble of growing depth (`EANN`), shallow to deep, or the networks of a cascade; empty for one
+            network.
+        cascade: whether the members are the networks of a cascade, each without its exits; `after` then names them all.
         validation_errors: of every member's exits, by which the ensemble chooses.
     """
 
@@ -72,6 +80,7 @@ class NetworkSpec:
     provenance: Provenance
     ensembling: str = ""
     members: tuple[NetworkSpec, ...] = ()
+    cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +98,7 @@ class NetworkSpec:
                 **plain, after=tuple(value["after"]), example_shape=tuple(value["example_shape"]),
                 class_names=tuple(value["class_names"]), preprocess=Preprocess.from_json(value["preprocess"]),
                 provenance=Provenance.from_json(value["provenance"]), ensembling=value.get("ensembling", ""),
+                cascade=value.get("cascade", False),
                 members=tuple(cls.from_json(member) for member in value.get("members", ())),
                 validation_errors=tuple(tuple(errors) for errors in value.get("validation_errors", ())),
             )  # fmt: skip
@@ -103,6 +113,8 @@ class NetworkSpec:
 
     def build(self) -> Network:
         """The network with fresh weights, drawn from the spec's seed."""
+        if self.cascade:
+            return Cascade([member.build_exit_free().backbone for member in self.members], self.after)
         if self.members:
             return EANN([member.build() for member in self.members], self.validation_errors)
         model = self._model()
@@ -112,7 +124,7 @@ class NetworkSpec:
         return RunningEnsemble(network, Rule(name=self.ensembling)) if self.ensembling else network  # type: ignore[arg-type]
 
     def build_exit_free(self) -> MultiExitNetwork:
-        """The same backbone without early exits, from the same seed; of an ensemble, that of the deepest member."""
+        """The same backbone without early exits, from the same seed; of several networks, that of the last."""
         if self.members:
             return self.members[-1].build_exit_free()
         model = self._model()
@@ -204,8 +216,26 @@ class RunDirectory:
     def policy_file(self, name: str) -> Path:
         return self.path / "policies" / f"{name}.json"
 
+    def learned_policy_file(self, name: str) -> Path:
+        return self.path / "policies" / f"{name}.safetensors"
+
+    def certificate_file(self, name: str) -> Path:
+        return self.path / "certificates" / f"{name}.json"
+
     def policy_names(self) -> list[str]:
-        return sorted(file.stem for file in (self.path / "policies").glob("*.json"))
+        files = (self.path / "policies").glob("*")
+        return sorted({file.stem for file in files if file.suffix in (".json", ".safetensors")})
+
+    def save_policy(self, name: str, policy: AnyPolicy, certificate: Certificate | None = None) -> Path:
+        """Write a policy in the place of any other of this name, and what is guaranteed of it."""
+        plain, learned = self.policy_file(name), self.learned_policy_file(name)
+        file, other = (plain, learned) if isinstance(policy, ThresholdPolicy) else (learned, plain)
+        self.certificate_file(name).unlink(missing_ok=True)  # first: it must never stand beside a policy it is not about
+        policy.save(file)
+        other.unlink(missing_ok=True)
+        if certificate is not None:
+            certificate.save(self.certificate_file(name))
+        return file
 
     def spec(self) -> NetworkSpec:
         """The network's description.
@@ -305,25 +335,32 @@ class RunDirectory:
         )
         return recording
 
-    def policy(self, name: str) -> ThresholdPolicy:
+    def policy(self, name: str) -> AnyPolicy:
         """A fitted policy, checked to be of these weights.
 
         Raises:
             StaleInput: if it was fitted on recordings of other weights.
         """
-        file = self.policy_file(name)
-        if not file.is_file():
+        if name not in self.policy_names():
             known = ", ".join(self.policy_names()) or "none yet"
             raise StorageError(f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`.")
-        return self._checked(name, ThresholdPolicy.load(file), self.weights_fingerprint())
+        return self._checked(name, self._load_policy(name), self.weights_fingerprint())
 
-    def policies(self) -> dict[str, ThresholdPolicy]:
+    def policies(self) -> dict[str, AnyPolicy]:
         """All fitted policies by name, checked as by `policy`."""
         names = self.policy_names()
         weights = self.weights_fingerprint() if names else ""  # once for all: it reads every weight
-        return {name: self._checked(name, ThresholdPolicy.load(self.policy_file(name)), weights) for name in names}
+        return {name: self._checked(name, self._load_policy(name), weights) for name in names}
 
-    def _checked(self, name: str, policy: ThresholdPolicy, weights: str) -> ThresholdPolicy:
+    def _load_policy(self, name: str) -> AnyPolicy:
+        if self.policy_file(name).is_file():
+            return ThresholdPolicy.load(self.policy_file(name))
+        tensors, header = read_tensors(self.learned_policy_file(name))
+        if header.get("kind") == "selection_policy":
+            return SelectionPolicy.from_tensors(tensors, header)
+        return GatePolicy.from_parts(tensors, header)
+
+    def _checked(self, name: str, policy: AnyPolicy, weights: str) -> AnyPolicy:
         if policy.provenance is not None:  # None: set by hand
             policy.provenance.require(f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights)
         return policy

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,39 @@ from torch import Tensor
 from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
 from impatient.costs import CostProfile, Mode
-from impatient.ensembling import Rule
-from impatient.errors import DataError, ImpatientError, ModelSpecError, PolicyError, RunError, StaleInput, StorageError
-from impatient.evaluation.derived import ensembled
+from impatient.errors import (
+    DataError,
+    ImpatientError,
+    PolicyError,
+    RunError,
+    StaleInput,
+    StorageError,
+)
 from impatient.evaluation.evaluate import Evaluation, Static, evaluate, standard_budgets
+from impatient.evaluation.outcomes import AnyPolicy, exits_under
 from impatient.evaluation.recording import Recording, record
-from impatient.evaluation.report import Example, report_html, select_examples
+from impatient.evaluation.report import Example, report_html, score_of, select_examples
 from impatient.files import read_json, write_json, write_text
-from impatient.networks import growth
-from impatient.networks.anytimenet import GrowingNetwork, block_times
+from impatient.networks.cascade import Cascade
 from impatient.networks.describe import count_macs
 from impatient.networks.ensemble import EANN
-from impatient.networks.growth import GrowthCosts, Schedule
 from impatient.networks.multi_exit import attach_exits
-from impatient.networks.running import RunningEnsemble
-from impatient.policies.calibration import fit_temperatures
-from impatient.policies.rules import ThresholdPolicy, fit_thresholds
+from impatient.policies.gate_fitting import fit_gates, sweep_gates
+from impatient.policies.gates import GatePolicy, gate_time_s
+from impatient.policies.risk import Certificate, control_risk, scaled_family
+from impatient.policies.routing import SelectionPolicy
+from impatient.policies.rules import fit_thresholds
 from impatient.policies.scores import SCORES
-from impatient.provenance import fingerprint_structure
-from impatient.run_directory import DEFAULT_EXITS, OWN_HEADS, NetworkSpec, RunDirectory, fresh_model, new_spec, save_weights
+from impatient.policies.splits import split_recording
+from impatient.run_directory import (
+    DEFAULT_EXITS,
+    OWN_HEADS,
+    NetworkSpec,
+    RunDirectory,
+    fresh_model,
+    new_spec,
+    save_weights,
+)
 from impatient.runtime.profile import check_profile, profile, time_in_turn
 from impatient.runtime.runner import RESERVE_S, Answer, Runner
 from impatient.training.data import Data, load_data
@@ -76,7 +91,7 @@ def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress:
     data = load_data(plan.data, seed=plan.recipe.seed, validation=plan.validation)
     spec = _spec(run, plan, data)
     network = spec.build()
-    assert not isinstance(network, EANN)  # _spec has refused to train one
+    assert not isinstance(network, EANN | Cascade)  # _spec has refused to train one
     say(network.describe(spec.example()))
     weights = _exit_weights(run, plan, network, say)
     fabric = _fabric(plan.fabric)  # starts the other processes, if any; they come through all of this too
@@ -110,7 +125,7 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
     spec = run.spec()
     if spec.members:
         raise RunError(
-            f"{run.path} is an ensemble of trained members; train those, and make it anew with `impatient ensemble`."
+            f"{run.path} is made of trained members; train those, and make it anew with `impatient ensemble` or `select`."
         )
     # of a model with exits of its own nothing need be said
     heads, exits = (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
@@ -190,106 +205,6 @@ def _profile_for_weights(run: RunDirectory, network: Any, say: Say) -> CostProfi
     return CostProfile.load(run.profile_file)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthPlan:
-    """A schedule for a network that grows, and what it and the one the model came with cost here, in seconds."""
-
-    schedule: Schedule
-    costs: GrowthCosts
-    own_schedule: Schedule
-    own_costs: GrowthCosts
-
-
-def plan_growth(
-    model: str, data: str, *, iterations: int | None = None, sizes: Sequence[int] | None = None,
-    times_s: Sequence[float] | None = None, batch_size: int = 1, repeats: int = 200, seed: int = 0,
-) -> GrowthPlan:  # fmt: skip
-    """Measure every block of a network that grows, and find the order of least overhead; see `growth.plan` and `place`.
-
-    With neither iterations, sizes nor times, the model's own schedule is only costed.
-
-    Raises:
-        ModelSpecError: if the model does not grow, or more than one wish is given, or none can be met.
-    """
-    if sum(wish is not None for wish in (iterations, sizes, times_s)) > 1:
-        raise ModelSpecError("needed: one of iterations, sizes and times, or none of them.")
-    loaded = load_data(data, seed=seed)
-    network = fresh_model(model, loaded.num_classes, loaded.preprocess, seed)
-    if not isinstance(network, GrowingNetwork):
-        raise ModelSpecError(f"{model} is a {type(network).__name__}, which does not grow; needed: impatient:anytimenet, or a "
-                             "factory of your own that returns a GrowingNetwork.")  # fmt: skip
-    parts = block_times(network.backbone, loaded.example(batch_size), repeats=repeats)
-    schedule = network.schedule
-    if times_s is not None:
-        schedule = growth.place(parts, times_s)
-    elif iterations is not None or sizes is not None:
-        schedule = growth.plan(parts, iterations=iterations, sizes=sizes)
-    return GrowthPlan(
-        schedule=schedule, costs=growth.costs(schedule, parts), own_schedule=network.schedule,
-        own_costs=growth.costs(network.schedule, parts),
-    )  # fmt: skip
-
-
-def ensemble_run(
-    directory: str | Path, members: Sequence[str | Path], *, rule: str = "geometric", force: bool = False, say: Say
-) -> None:
-    """Make a run directory of trained ones: of several an ensemble of growing depth, of one a running ensemble of its exits.
-
-    What is fitted, the errors to choose by and the temperatures, comes from the members' validation recordings.
-
-    Raises:
-        StorageError: if the directory is taken, or a member has no validation recording.
-        StaleInput: if the members were trained on different data.
-    """
-    run, parts = RunDirectory(directory), [RunDirectory(member) for member in members]
-    if run.spec_file.is_file() and not force:
-        raise StorageError(f"{run.path} is a run directory already; use another one, or --force to throw it away.")
-    networks, recordings = [part.network()[0] for part in parts], [part.recording("validation") for part in parts]
-    network, spec = (_eann(parts, networks, recordings) if len(parts) > 1
-                     else _running_ensemble(parts[0], networks[0], recordings[0], rule))  # fmt: skip
-    shutil.rmtree(run.path, ignore_errors=True)
-    save_weights(network, run.weights_file)
-    alone = parts[-1].exit_free_weights_file
-    if alone.is_file():
-        run.exit_free.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(alone, run.exit_free_weights_file)
-    write_json(run.spec_file, spec.to_json())  # last: a directory without it is none
-    say(network.describe(spec.example()))
-    say(f"made: {run.path}")
-
-
-def _eann(parts: Sequence[RunDirectory], networks: Sequence[Any], recordings: Sequence[Recording]) -> tuple[EANN, NetworkSpec]:
-    specs = [part.spec() for part in parts]
-    for part, spec in zip(parts, specs, strict=True):
-        if spec.data_fingerprint != specs[0].data_fingerprint:
-            raise StaleInput(f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} ({specs[0].data}).")
-    errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
-    network = EANN(networks, errors)
-    spec = dataclasses.replace(
-        specs[-1], model="ensemble of growing depth", after=network.exit_names[:-1], members=tuple(specs),
-        validation_errors=tuple(map(tuple, errors)),
-        provenance=dataclasses.replace(specs[-1].provenance, network=fingerprint_structure(network.state_dict())),
-    )  # fmt: skip
-    return network.eval(), spec
-
-
-def _running_ensemble(part: RunDirectory, network: Any, recording: Recording, rule: str) -> tuple[RunningEnsemble, NetworkSpec]:
-    """Exits that answer together, with temperatures fitted before and, but for caching, after."""
-    spec = part.spec()
-    if spec.members or spec.ensembling:
-        raise RunError(f"{part.path} is an ensemble already; give a directory that `impatient train` made.")
-    named = Rule(name=rule)  # type: ignore[arg-type]
-    before = fit_temperatures(recording)
-    # caching promises that the answer's confidence never falls; a temperature of each exit's own would break that
-    after = None if rule == "caching" else fit_temperatures(ensembled(recording, named, temperatures=before))
-    together = RunningEnsemble(network, named, before, recalibration=after)
-    spec = dataclasses.replace(
-        spec, ensembling=rule,
-        provenance=dataclasses.replace(spec.provenance, network=fingerprint_structure(together.state_dict())),
-    )  # fmt: skip
-    return together.eval(), spec
-
-
 def profile_run(
     directory: str | Path, *, batch_sizes: Sequence[int] = (1,), repeats: int = 300, force: bool = False,
     progress: bool = True, say: Say,
@@ -343,24 +258,75 @@ def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
     return source.weights == weights and source.data == data.fingerprint and bool(recording.features) >= features
 
 
+@contextlib.contextmanager
+def noted(say: Say) -> Iterator[None]:
+    """Say warnings as notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        say(f"note: {warning.message}")
+
+
 def fit_run(
     directory: str | Path, *, targets: Mapping[str, float | None], name: str, score: str = "max_probability",
-    any_profile: bool = False, say: Say,
-) -> ThresholdPolicy:  # fmt: skip
-    """Fit thresholds on the validation recording and keep them under a name."""
+    learner: str | None = None, inputs: str = "confidences", delta: float | None = None, any_profile: bool = False, say: Say,
+) -> AnyPolicy:  # fmt: skip
+    """Fit a policy on the validation recording and keep it under a name: thresholds, or with a learner gates.
+
+    With delta, half of the recording is kept back to find the boldest policy that loses at most the target, with probability
+    1 - delta; the certificate is kept, too.
+    """
     run = RunDirectory(directory)
     if score not in SCORES:
         raise PolicyError(f"unknown score {score!r}; needed: one of {', '.join(SCORES)}.")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        policy = fit_thresholds(
-            run.recording("validation"), run.profile(any_machine=any_profile), score=score, **targets  # type: ignore[arg-type]
-        )  # fmt: skip
-    for warning in caught:
-        say(f"note: {warning.message}")
-    policy.save(run.policy_file(name))
-    say(f"fitted on {int(policy.target['samples'])} validation samples: {run.policy_file(name)}")
+    recording, costs = run.recording("validation"), run.profile(any_machine=any_profile)
+    wanted = {target: value for target, value in targets.items() if value is not None}
+    policy: AnyPolicy
+    certificate = None
+    with noted(say):
+        if delta is not None:
+            policy, certificate = _certified(recording, costs, wanted, score, learner, inputs, delta)
+        elif learner is not None:
+            policy = _gates(recording, costs, wanted, learner, inputs)
+        else:
+            policy = fit_thresholds(recording, costs, score=score, **wanted)  # type: ignore[arg-type]
+    file = run.save_policy(name, policy, certificate)
+    say(f"fitted on {len(recording.labels)} validation samples: {file}")
+    if certificate is not None:
+        say(certificate.statement)
     return policy
+
+
+def _gates(recording: Recording, costs: CostProfile, wanted: Mapping[str, float], learner: str, inputs: str) -> GatePolicy:
+    """Gates fitted twice: what asking them takes is measured in between, and enters the second time."""
+    if "mean_macs" in wanted:
+        raise PolicyError("gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away.")
+    options: dict[str, Any] = {"learner": learner, "inputs": inputs}
+    prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]  # at one of them gates are open whose asking can be timed
+    measured = [gate_time_s(point.policy, recording) for point in sweep_gates(recording, costs, prices.tolist(), **options)]
+    asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
+    options |= wanted
+    return fit_gates(recording, costs, gate_s=float(np.median(asked)) if asked else 0.0, **options)
+
+
+def _certified(
+    recording: Recording, costs: CostProfile, wanted: Mapping[str, float], score: str, learner: str | None, inputs: str,
+    delta: float,
+) -> tuple[Any, Certificate]:  # fmt: skip
+    """The boldest of a family fitted on one half, by what the other half shows."""
+    if set(wanted) != {"max_accuracy_loss"}:
+        raise PolicyError("a guarantee is one about accuracy; give --delta with --max-loss, and no other target.")
+    part, calibration = split_recording(recording)
+    candidates: Sequence[Any]
+    if learner is None:
+        candidates = scaled_family(fit_thresholds(part, costs, score=score, **wanted))  # type: ignore[arg-type]
+    else:
+        fitted = _gates(part, costs, wanted, learner, inputs)
+        points = sweep_gates(part, costs, learner=learner, inputs=inputs, gate_s=fitted.gate_s)  # type: ignore[arg-type]
+        candidates = [point.policy for point in points]  # at rising prices of time: from safe to bold
+    controlled = control_risk(candidates, calibration, epsilon=wanted["max_accuracy_loss"], delta=delta)
+    return controlled.policy, controlled.certificate
 
 
 def evaluate_run(
@@ -435,15 +401,13 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
     return run.report_file
 
 
-def _examples(
-    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, ThresholdPolicy]
-) -> tuple[list[Example], list[Example]]:
+def _examples(run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, AnyPolicy]) -> tuple[list[Example], list[Example]]:
     """Test inputs that left early and late under the first policy."""
     if not policies:
         return [], []
     policy = next(iter(policies.values()))
     recording, data = run.recording("test"), run.data()
-    exits = policy.exits_of(recording.outputs)
+    exits, score = exits_under(policy, recording), SCORES[score_of(policy)]
 
     def example(index: int) -> Example:
         exit = int(exits[index])
@@ -451,7 +415,7 @@ def _examples(
         return Example(
             picture=_png(data.examples("test").take([index])[0]) if spec.preprocess.size else None,
             label=spec.class_names[int(recording.labels[index])], predicted=spec.class_names[int(output.argmax())],
-            exit=exit, score=float(SCORES[policy.score](output)),
+            exit=exit, score=float(score(output)),
         )  # fmt: skip
 
     early, late = select_examples(recording, policy)
@@ -482,10 +446,11 @@ def answer_files(
     inputs = [_read_input(spec, file) for file in files]  # all are read before the first deadline is stamped
     network, _ = run.network()
     costs = run.profile(any_machine=any_profile)
-    runner = Runner(
-        network, costs, run.policy(policy) if policy else None, any_profile=any_profile,
-        when_late=when_late,  # type: ignore[arg-type]
-    )  # fmt: skip
+    rule: Any = run.policy(policy) if policy else None
+    if isinstance(rule, SelectionPolicy):
+        assert isinstance(network, Cascade)  # checked by the policy's provenance
+        network, rule = network.routed(rule), None
+    runner = Runner(network, costs, rule, any_profile=any_profile, when_late=when_late)  # type: ignore[arg-type]
     if not inputs:
         raise RunError("no input files; needed: at least one image (or .npy array) to answer for.")
     for _ in range(5):  # threads and memory, so that the first answer is not late

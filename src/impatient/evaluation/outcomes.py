@@ -56,6 +56,16 @@ class Outcome:
         return right
 
 
+def exits_under(policy: AnyPolicy, recording: Recording) -> Int[Tensor, "N"]:
+    """The exit, or the network, that answers each sample under a policy of any kind."""
+    if isinstance(policy, SelectionPolicy):
+        return policy.route(recording.outputs, recording.features).answering
+    if isinstance(policy, MixedPolicy):
+        cheap, dear = (exits_under(part, recording) for part in (policy.cheap, policy.dear))
+        return torch.where(policy.drawn(len(recording.labels)), dear, cheap)
+    return policy.exits_on(recording) if isinstance(policy, GatePolicy) else policy.exits_of(recording.outputs)
+
+
 def outcome(
     policy: AnyPolicy, recording: Recording, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
 ) -> Outcome:
@@ -78,7 +88,7 @@ def outcome(
         return _merged(one, other, policy.drawn(len(recording.labels)))
     heads, count = policy.open_exits(), costs.num_exits
     options = {"statistic": statistic, "batch_size": batch_size}
-    exits = policy.exits_on(recording) if isinstance(policy, GatePolicy) else policy.exits_of(recording.outputs)
+    exits = exits_under(policy, recording)
     gates = _float(policy.added_s() if isinstance(policy, GatePolicy) else (0.0,) * count)
     looked_at = _float(costs.cumulative_s("interruptible", heads=heads, **options)) + gates  # type: ignore[arg-type]
     posted = _float(costs.interruptible_s(**options)) + gates  # type: ignore[arg-type]

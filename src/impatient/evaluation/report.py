@@ -17,6 +17,7 @@ from impatient.budgets import Budget
 from impatient.costs import CostProfile, Quantiles
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row
 from impatient.evaluation.metrics import Estimate
+from impatient.evaluation.outcomes import AnyPolicy, exits_under
 from impatient.evaluation.plots import (
     BLUE,
     INK,
@@ -29,8 +30,10 @@ from impatient.evaluation.plots import (
     where_time_goes,
 )
 from impatient.evaluation.recording import Recording
+from impatient.policies.mixing import MixedPolicy
+from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES
+from impatient.policies.scores import SCORES, ScoreName
 from impatient.provenance import Provenance, fingerprint_bytes
 
 
@@ -52,18 +55,23 @@ class Example:
     score: float
 
 
-def select_examples(recording: Recording, policy: ThresholdPolicy, count: int = 8) -> tuple[list[int], list[int]]:
+def select_examples(recording: Recording, policy: AnyPolicy, count: int = 8) -> tuple[list[int], list[int]]:
     """Samples that left first, the surest ahead, and samples that stayed longest, the least sure ahead; none is in both.
 
     Returns:
         Two lists of at most `count` indices into the recording.
     """
-    exits = policy.exits_of(recording.outputs)
-    scores = SCORES[policy.score](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
+    exits = exits_under(policy, recording)
+    scores = SCORES[score_of(policy)](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
     order = np.lexsort((-scores, exits.numpy()))
     early = order[: min(count, (len(order) + 1) // 2)]
     late = order[len(early) :][::-1][:count]
     return early.tolist(), late.tolist()
+
+
+def score_of(policy: AnyPolicy) -> ScoreName:
+    """The score by which a policy's answers are shown: its own, or the largest probability."""
+    return policy.score if isinstance(policy, ThresholdPolicy) else "max_probability"
 
 
 def figure_svg(figure: Figure) -> str:
@@ -86,7 +94,7 @@ def report_html(
     title: str,
     evaluation: Evaluation,
     costs: CostProfile,
-    policies: Mapping[str, ThresholdPolicy],
+    policies: Mapping[str, AnyPolicy],
     chosen_budget: tuple[str, Budget] | None = None,
     early: Sequence[Example] = (),
     late: Sequence[Example] = (),
@@ -106,7 +114,7 @@ def report_html(
         _section("Accuracy over time", _CURVE, _figure(accuracy_time(evaluation, chosen_budget)),
                  _rows_table(evaluation, costs.exits)),
         _section("When time is short", _BUDGETS, _budgets_table(evaluation, chosen_budget)),
-        _section("Who answers", _SHARES, _figure(exit_shares(evaluation)), _thresholds_table(policies, costs.exits)),
+        _section("Who answers", _SHARES, _figure(exit_shares(evaluation)), _policies_table(policies, costs.exits)),
         _section("Where the time goes", _COSTS, *(_figure(where_time_goes(costs, size)) + _costs_table(costs, size)
                                                   for size in sizes)),
         _section("What is easy and what is hard", _EXAMPLES, _examples("Left early", early), _examples("Stayed longest", late))
@@ -287,26 +295,47 @@ def _spoken(budget: Budget) -> str:
     return f"{budget.shape.replace('_', ' ')}, {_ms(budget.low) if budget.low else 0} to {milliseconds(budget.high)}{count}"
 
 
-def _thresholds_table(policies: Mapping[str, ThresholdPolicy], exits: Sequence[str]) -> str:
+def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> str:
     """One column per policy, since exits may be many."""
     if not policies:
         return ""
-    columns = [
-        (policy.score.replace("_", " "), *_target(policy), *map(_bound, policy.thresholds)) for policy in policies.values()
-    ]
-    names = ["score", "fitted on", "asked for", "reached there"]
+    columns = [(_looks_at(policy), *_target(policy), *_rules(policy, exits)) for policy in policies.values()]
+    names = ["looks at", "fitted on", "asked for", "reached there"]
     names += [f"exit {exit} <small>{_e(name)}</small>" for exit, name in enumerate(exits)]
     rows = [(name, *map(_e, cells)) for name, cells in zip(names, zip(*columns, strict=True), strict=False)]
-    return _table(["", *map(_e, policies)], rows, "Thresholds: an exit answers if its score is at least this.")
+    return _table(["", *map(_e, policies)], rows, _RULES)
+
+
+_RULES = "A number is a threshold: an exit answers if its score is at least this. A gate decides by what it has learned."
+
+
+def _looks_at(policy: AnyPolicy) -> str:
+    if isinstance(policy, ThresholdPolicy):
+        return policy.score.replace("_", " ")
+    if isinstance(policy, SelectionPolicy):
+        return "what has run" if policy.inputs == "path" else "the network that has just run"
+    return "a draw, and either policy" if isinstance(policy, MixedPolicy) else f"{policy.inputs} ({policy.learner})"
+
+
+def _rules(policy: AnyPolicy, exits: Sequence[str]) -> list[str]:
+    """What it does at each exit, in a word or two."""
+    if isinstance(policy, ThresholdPolicy):
+        return [_bound(threshold) for threshold in policy.thresholds]
+    if isinstance(policy, SelectionPolicy):
+        moves = [["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in policy.moves]
+        return [" or ".join(row) if row else "nobody comes" for row in moves]
+    if isinstance(policy, MixedPolicy):
+        return [f"{policy.share:.0%} follow the dearer policy", *[""] * (len(exits) - 1)]
+    return [*("closed" if gate is None else "gate" for gate in policy.gates), "always"]
 
 
 def _bound(threshold: float) -> str:
     return {math.inf: "closed", -math.inf: "always"}.get(threshold, f"{threshold:.4f}")
 
 
-def _target(policy: ThresholdPolicy) -> tuple[str, str, str]:
+def _target(policy: AnyPolicy) -> tuple[str, str, str]:
     """Where a policy was fitted, what was asked for and what it reached there."""
-    target = policy.target
+    target = policy.dear.target if isinstance(policy, MixedPolicy) else policy.target
     if policy.split is None or not {"mean_cost", "accuracy", "samples"} <= set(target):
         return policy.split or "set by hand", "", ""
     cost = f"{_count(target['mean_cost'])} MACs" if "mean_macs" in target else milliseconds(target["mean_cost"])
@@ -317,6 +346,8 @@ def _target(policy: ThresholdPolicy) -> tuple[str, str, str]:
 
 
 def _asked(name: str, value: float) -> str:
+    if name == "time_price":
+        return f"{value:g} errors per second"
     if name == "max_accuracy_loss":
         return f"{value * 100:.1f} points lost at most"
     amount = milliseconds(value) if name == "mean_time_s" else f"{_count(value)} MACs"

@@ -16,11 +16,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.files import read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
 from impatient.policies.mixing import hull_of
-from impatient.policies.routing import STOP, Inputs, Route, SelectionPolicy, check_costs, entries_under, selection_features
+from impatient.policies.routing import (
+    STOP,
+    Answered,
+    Inputs,
+    Route,
+    SelectionPolicy,
+    check_costs,
+    entries_under,
+    selection_features,
+)
 from impatient.policies.rules import Recorded
 from impatient.policies.topology import Topology
 
@@ -131,6 +141,31 @@ def sweep_selection(
     """
     problem = _Problem(recording, node_s, topology, **settings)
     return tuple(problem.solve(price) for price in (problem.prices(30) if time_prices is None else time_prices))
+
+
+def decision_time_s(
+    policy: SelectionPolicy, recording: Answered, *, repeats: int = 200, warm_up: int = 20, clock: Clock = SYSTEM_CLOCK
+) -> float:
+    """Measure what one decision takes on this machine, at batch size 1: the mean of the nodes that decide; 0 if none does.
+
+    Fit once, measure, and fit again with this as `gate_s`.
+
+    Args:
+        recording: whose first sample is decided on.
+        repeats, warm_up: how often each decision is made, and how often before that without counting.
+        clock: where time comes from.
+    """
+    first, pooled = recording.outputs[:, :1], getattr(recording, "features", ())
+    times = []
+    for node in policy.decisions:
+        seen = {known: first[known] for known in policy.sees(node)}
+        for repeat in range(-warm_up, repeats):
+            begin = clock.now()
+            with torch.inference_mode():
+                policy.next_node(node, seen, pooled[node][:1] if policy.pooled else None).tolist()
+            if repeat >= 0:
+                times.append(clock.now() - begin)
+    return float(np.mean(times)) if times else 0.0
 
 
 def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> SelectionPoint:
