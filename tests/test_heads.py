@@ -514,7 +514,7 @@ def test_description_has_the_numbers_the_totals_and_the_mechanism(counted: Multi
     assert "Pool + Linear" in lines[2]
     assert "Pool + Linear + ReLU + Linear" in lines[3]
     assert "(the backbone's own)" in lines[4]
-    assert "backbone Counted" in lines[-2]
+    assert "to the end of Counted" in lines[-2]
     assert "greenlet" in lines[-1]
     assert "after 2 modules" in lines[-1]
 

@@ -72,7 +72,7 @@ def scripted(seconds: float = 1.0) -> tuple[AnytimeNet, FakeClock]:
 def measured(repeats: int = 2) -> dict[str, object]:
     network, clock = scripted()
     result = times.timed(network, torch.zeros(1, 3, 8, 8), repeats=repeats, warm_up=1, clock=clock)
-    return {**result, "macs": [1.0] * 7, "exits": list(network.exit_names), "threads": 1, "processor": "abacus"}
+    return {**result, "macs": [1.0] * 7, "exits": list(network.exit_names), "threads": 1, "processor": "abacus", "batch": 1}
 
 
 def test_parts_of_equal_cost_give_the_counts_of_executions() -> None:

@@ -75,12 +75,16 @@ class Net:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Networks whose iterations are timed, on one image of this shape."""
+    """Networks whose iterations are timed, each with so many images of this shape at a time.
+
+    A repeat with several images is as long as one with one image for as many repeats, so there are fewer.
+    """
 
     nets: tuple[Net, ...]
     shape: tuple[int, int, int]
     repeats: int
     warm_up: int
+    batches: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,7 @@ SCALES = {
             Case(name="scarce", data="gtsrb", images=SCARCE, validation=430, epochs=25, batch_size=32, augment="crop"),
         ),
         net=THIN, training=Training(lr=0.1, schedule="cosine", warmup=0.05, calibration=2048),
-        timing=Timing(nets=(FULL, THIN), shape=(3, 32, 32), repeats=300, warm_up=20), seeds=3,
+        timing=Timing(nets=(FULL, THIN), shape=(3, 32, 32), repeats=300, warm_up=20, batches=(1, 8)), seeds=3,
     ),
     # no mirrored traffic signs: right and left are classes
     "gpu": Scale(

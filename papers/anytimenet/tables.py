@@ -33,7 +33,8 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
         results: of trainings and measurements, by job name; some may be missing.
         folder: for the files.
     """
-    timed = [(net, results[times.name(net)]) for net in scale.timing.nets if times.name(net) in results]
+    names = [(net, times.name(net, batch)) for net in scale.timing.nets for batch in scale.timing.batches]
+    timed = [(net, results[name]) for net, name in names if name in results]
     seeds = {case.name: learning.complete(case, range(scale.seeds), results) for case in scale.cases}
     when = next((times.over_baseline(result) for net, result in timed if net == scale.net), None)
     learnt, took = _learning_part(scale, seeds, results, when, folder), _times_part(timed, folder)
@@ -67,12 +68,13 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
     flat, raw = [], []
     for net, result in timed:
         rows = times.table(result)
-        flat += [{"network": times.name(net), **_flat(row)} for row in rows]
-        raw += list(_raw_times(times.name(net), result))
+        name = times.name(net, result["batch"])
+        flat += [{"network": name, **_flat(row)} for row in rows]
+        raw += list(_raw_times(name, result))
         plain, grown = times.per_part(net, result)
         parts += [
-            f"**Table II: time of each iteration, {times.told(net)}** (median of {len(result['plain'])} repeats, in brackets "
-            f"the quantiles 0.1 and 0.9; one image, {_counted(result['threads'], 'thread')}, {result['processor']})",
+            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of {len(result['plain'])} repeats, in brackets "
+            f"the quantiles 0.1 and 0.9; {_counted(result['threads'], 'thread')}, {result['processor']})",
             markdown([_told_times(row) for row in rows]),
             f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs for each part it executes; "
             f"AnytimeNet {1e6 * grown:.0f} µs for each of its.",

@@ -27,21 +27,24 @@ PAPER_BLOCKS = {"CIFAR-10": (0.063, 0.084), "GTSRB": (0.153, 0.212), "SFCARS": (
 
 
 def jobs(scale: Scale) -> list[Job]:
-    """One measurement per network, to be run when nothing else runs."""
-    return [Job(name(net), measure, {"net": net, "timing": scale.timing}) for net in scale.timing.nets]
+    """One measurement per network and batch size, to be run when nothing else runs."""
+    return [
+        Job(name(net, batch), measure, {"net": net, "timing": scale.timing, "batch": batch})
+        for net in scale.timing.nets for batch in scale.timing.batches
+    ]  # fmt: skip
 
 
-def name(net: Net) -> str:
+def name(net: Net, batch: int = 1) -> str:
     """Name of a measurement's job."""
-    return f"time-w{net.width}-{net.schedule.names[-1]}"
+    return f"time-w{net.width}-{net.schedule.names[-1]}-b{batch}"
 
 
-def told(net: Net) -> str:
-    """A network in words."""
-    return f"{net.width} channels, blocks {net.schedule.names[-1]}"
+def told(net: Net, batch: int) -> str:
+    """A network in words, and how many images it gets at a time."""
+    return f"{net.width} channels, blocks {net.schedule.names[-1]}, {batch} image{'s' if batch > 1 else ''} at a time"
 
 
-def measure(net: Net, timing: Timing, *, folder: Path) -> dict[str, Any]:
+def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, Any]:
     """Time one network; its weights do not matter.
 
     Returns:
@@ -51,10 +54,10 @@ def measure(net: Net, timing: Timing, *, folder: Path) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     network = AnytimeNet(schedule=net.counts, width=net.width, in_channels=timing.shape[0]).to(device)
-    x = torch.randn(1, *timing.shape, device=device)
+    x = torch.randn(batch, *timing.shape, device=device)
     counted = growth.costs(network.schedule, block_macs(network.backbone, x))
     return {
-        **timed(network, x, repeats=timing.repeats, warm_up=timing.warm_up),
+        **timed(network, x, repeats=max(20, timing.repeats // batch), warm_up=timing.warm_up), "batch": batch,
         "macs": [cost / counted.plain for cost in counted.cumulative], "exits": list(network.exit_names), **machine(device),
     }  # fmt: skip
 
@@ -164,7 +167,7 @@ def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
 
 def claims(net: Net, result: Mapping[str, Any]) -> Iterator[Claim]:
     """What becomes of the claims about time; verdicts go by medians."""
-    of = told(net)
+    of = told(net, result["batch"])
     plain, cumulative, alone = (np.asarray(result[what]) for what in ("plain", "cumulative", "alone"))
     saved, overhead = Middle.of(alone.sum(1) / cumulative[:, -1]), Middle.of(cumulative[:, -1] / plain)
     off = [str(row["iteration"]) for row in table(result) if row["within the spread"] == "no"]
