@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from impatient.training.data import ArrayExamples, Examples, LazyExamples
 ROOT = Path(__file__).parent.parent
 CONVERTED = ROOT / "runs" / "data"
 SHARED_NAMES = {"fashion": "fashion_mnist", "cifar10": "cifar10", "gtsrb": "gtsrb32"}
+TOKENS, WORDS = 64, 20_000  # of a text of AG News: what is behind is cut off, rarer words are one
 
 
 def shared_folder() -> Path:
@@ -40,6 +42,7 @@ def shared_folder() -> Path:
 def data_spec(name: str, folder: Path = CONVERTED) -> str:
     """The data spec of "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32), or "cifar10_grey" (1x28x28).
 
+    And of token ids: "ag_news" (64 of 20,002; 0 is padding, the last a rarer word) and "digits_tokens" (64 pixels; 18).
     All but the digits are written as one npz file under `folder` when they are first asked for; images of CIFAR-10 in grey
     are weighted as ITU-R 601 and cut to the middle 28x28.
 
@@ -58,8 +61,11 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
     if name == "cifar10_grey":
         colour = _arrays("cifar10")
         return {key: _grey(array) if key.startswith("x_") else array for key, array in colour.items()}
+    if name in TEXTS:
+        return TEXTS[name]()
     if name not in SHARED_NAMES:
-        raise DataError(f"no data set {name!r}; there are digits, cifar10_grey, {', '.join(SHARED_NAMES)}.")
+        known = ["digits", "cifar10_grey", *TEXTS, *SHARED_NAMES]
+        raise DataError(f"no data set {name!r}; there are {', '.join(known)}.")
     folder = shared_folder()
     tools = runpy.run_path(str(folder / "load.py"))
     x_train, y_train, x_test, y_test = tools["images"](SHARED_NAMES[name], folder=folder)
@@ -67,6 +73,44 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
     if name == "gtsrb":  # one sign was photographed many times: a track lies whole on one side of the validation split
         arrays["groups_train"] = y_train.astype(np.int64) * 10_000 + _tracks(folder)
     return arrays
+
+
+def _ag_news() -> dict[str, np.ndarray]:
+    folder = shared_folder()
+    tools = runpy.run_path(str(folder / "load.py"))
+    arrays = {}
+    for split, (ids, lengths, labels) in zip(("train", "test"), tools["ag_news"](folder / "ag_news_ids.npz.xz"), strict=True):
+        arrays |= {f"x_{split}": padded(ids, lengths), f"y_{split}": labels}
+    return arrays
+
+
+def padded(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Texts that lie one after the other as rows of `TOKENS` ids: cut off or filled with 0, words from `WORDS` on as one.
+
+    Example:
+        >>> padded(np.array([5, 30_000, 7]), np.array([2, 1]))[:, :3].tolist()
+        [[5, 20001, 0], [7, 0, 0]]
+    """
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    places = begins[:, None] + np.arange(TOKENS)
+    there = np.arange(TOKENS) < lengths[:, None]
+    known = np.where(ids <= WORDS, ids, WORDS + 1)
+    return np.where(there, known[np.minimum(places, len(ids) - 1)], 0).astype(np.uint16)
+
+
+def _digits_tokens() -> dict[str, np.ndarray]:
+    """The digits' pixels as a text of 64 words: token ids where there is no shared data."""
+    digits = load_data("digits")
+    parts = {"train": [digits.examples("train"), digits.examples("validation")], "test": [digits.examples("test")]}
+    arrays = {}
+    for split, pieces in parts.items():
+        pixels = torch.cat([piece.take(range(len(piece.labels))) for piece in pieces]).flatten(1).numpy()
+        arrays[f"x_{split}"] = (np.round(pixels * (16.0 / 255.0)) + 1).astype(np.uint16)
+        arrays[f"y_{split}"] = torch.cat([piece.labels for piece in pieces]).numpy()
+    return arrays
+
+
+TEXTS: dict[str, Callable[[], dict[str, np.ndarray]]] = {"ag_news": _ag_news, "digits_tokens": _digits_tokens}
 
 
 def _tracks(folder: Path) -> np.ndarray:

@@ -73,8 +73,8 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
         raw += list(_raw_times(name, result))
         plain, grown = times.per_part(net, result)
         parts += [
-            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of {len(result['plain'])} repeats, in brackets "
-            f"the quantiles 0.1 and 0.9; {_counted(result['threads'], 'thread')}, {result['processor']})",
+            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of {len(result['plain'])} "
+            f"repeats, in brackets the quantiles 0.1 and 0.9; {_counted(result['threads'], 'thread')}, {result['processor']})",
             markdown([_told_times(row) for row in rows]),
             f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs for each part it executes; "
             f"AnytimeNet {1e6 * grown:.0f} µs for each of its.",
