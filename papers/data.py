@@ -78,7 +78,7 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
 def _ag_news() -> dict[str, np.ndarray]:
     folder = shared_folder()
     tools = runpy.run_path(str(folder / "load.py"))
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, (ids, lengths, labels) in zip(("train", "test"), tools["ag_news"](folder / "ag_news_ids.npz.xz"), strict=True):
         arrays |= {f"x_{split}": padded(ids, lengths), f"y_{split}": labels}
     return arrays

@@ -3,17 +3,19 @@
 #     bash benchmarks/gpu/paper.sh impatient_dnn
 #     bash benchmarks/gpu/paper.sh anytime_neural_networks --table milestones
 #     bash benchmarks/gpu/paper.sh anytimenet --table accuracy
+#     bash benchmarks/gpu/paper.sh adaptive_neural_networks --table networks
 # What follows the paper's name goes to `python -m papers.NAME`.
 #
 # Environment: OUT, folder for what comes back (results.tar.gz, and state.tar.gz.* in pieces); SCALE (gpu; smoke to try it out on a
 # CPU; none to bring data only); WORKERS (4 trainings share the GPU); SECONDS_LIMIT (480: then Ctrl-C, which leaves checkpoints).
 # Carried in .gpu, which git ignores: whl/*.whl (greenlet, kornia, kornia_rs, lightning_fabric, if the machine lacks them); data/* (the
-# shared data's load.py and *.npz); state/state.tar.gz.* (of the last command, to go on on a fresh machine).
+# shared data's load.py, *.npz and *.npz.xz); state/state.tar.gz.* (of the last command, to go on on a fresh machine).
 # A command carries 64 MiB, so on a fresh machine bring larger data in several commands, all but the last with SCALE=none:
 #     impatient_dnn, anytimenet: load.py cifar10_train_a gtsrb32_test | cifar10_train_b cifar10_test | gtsrb32_train_a gtsrb32_train_b
 #     anytime_neural_networks: load.py cifar10_train_a | cifar10_train_b cifar10_test
+#     adaptive_neural_networks: load.py cifar10_train_a | cifar10_train_b cifar10_test cifar10_resnets | fashion_mnist ag_news_ids
 set -euo pipefail
-PAPER=${1:?name a paper: impatient_dnn, anytime_neural_networks or anytimenet}
+PAPER=${1:?name a paper: impatient_dnn, anytime_neural_networks, anytimenet or adaptive_neural_networks}
 shift
 OUT=${OUT:-runs/gpu-out} SCALE=${SCALE:-gpu} WORKERS=${WORKERS:-4} SECONDS_LIMIT=${SECONDS_LIMIT:-480} PYTHON=${PYTHON:-python3}
 RUNS=${RUNS:-runs/papers/$PAPER}

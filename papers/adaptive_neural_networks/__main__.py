@@ -1,0 +1,158 @@
+"""`python -m papers.adaptive_neural_networks`: every training, measurement and fit that is missing, then tables and figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from impatient.errors import ImpatientError, StorageError
+from impatient.files import read_json
+from papers.adaptive_neural_networks import exiting, recipe, selecting, tables, times
+from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
+from papers.data import ROOT
+from papers.jobs import Job, run_jobs
+from papers.results import fill
+
+HERE = Path(__file__).parent
+
+
+class ScaleName(StrEnum):
+    """How much is trained."""
+
+    smoke = "smoke"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class Table(StrEnum):
+    """What is run."""
+
+    networks = "networks"
+    time = "time"
+    policies = "policies"
+    all = "all"
+
+
+def main(
+    scale: Annotated[
+        ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: an hour on two cores; gpu: trained for longer.")
+    ],
+    table: Annotated[
+        Table,
+        typer.Option(
+            help="What to run: networks, trainings and recordings; time, the measurements and the real runs, when nothing else "
+            "runs; policies, all fits, which need both. Whatever is finished is written."
+        ),
+    ] = Table.all,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of weights, recordings and results of single jobs.")] = ROOT
+    / "runs"
+    / "papers"
+    / "adaptive_neural_networks",
+    workers: Annotated[int, typer.Option(min=1, help="Jobs at a time; measurements run alone.")] = 2,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many divisions of a test split; by default the scale's.")
+    ] = None,
+    publish: Annotated[bool, typer.Option(help="Only write the tables of what is finished; run nothing.")] = False,
+) -> None:
+    """Selection among networks, early exits, guarantees. Stop with Ctrl-C at any time; the same command goes on."""
+    settings = recipe.SCALES[scale.value]
+    judging = dataclasses.replace(settings.judging, splits=seeds or settings.judging.splits)
+    settings = dataclasses.replace(settings, judging=judging)
+    folder, code = runs / scale.value, 0
+    try:
+        if not publish:
+            _run(settings, folder, table, workers)
+    except ImpatientError as error:
+        _say(f"Error: {error}")
+        code = 1
+    except KeyboardInterrupt:
+        _say("Stopped. What is finished is kept; the same command goes on.")
+        code = 130
+    try:
+        page = tables.write(settings, everything(settings, folder), out or HERE / "results" / scale.value)
+        if out is None and scale is not ScaleName.smoke:
+            fill(HERE / "README.md", scale.value, page)
+    except ImpatientError as error:
+        _say(f"Error: {error}")
+        raise typer.Exit(1) from error
+    Console().print(Markdown(page))
+    raise typer.Exit(code)
+
+
+def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:
+    if table in (Table.networks, Table.all):
+        for stage in recipe.stages(scale):
+            run_jobs(stage, folder, workers=workers)
+    if table in (Table.time, Table.all):
+        run_jobs(times.jobs(scale), folder, workers=1)  # one by one: nothing else may run
+    if table in (Table.policies, Table.all):
+        run_jobs(policy_jobs(scale, finished(times.jobs(scale), folder)), folder, workers=workers)
+
+
+def policy_jobs(scale: Scale, measured: Mapping[str, Any]) -> list[Job]:
+    """Fits on every division, for what has been measured."""
+    made = []
+    for case in (case for case in scale.cases if times.name(case) in measured):
+        result = measured[times.name(case)]
+        known = {"case": case, "node_s": result["node_s"], "gate_s": result["gate_s"], "judging": scale.judging}
+        made += [Job(split_name(case, seed), selecting.judge_split, known | {"seed": seed}) for seed in splits(case, scale)]
+    for exits in (exits for exits in scale.exits if times.name(exits) in measured):
+        result = measured[times.name(exits)]
+        known = {"exits": exits, "costs": result["costs"], "gate_s": result["gate_s"], "judging": scale.judging}
+        made += [Job(split_name(exits, seed), exiting.judge_split, known | {"seed": seed}) for seed in splits(exits, scale)]
+    return made
+
+
+def splits(what: Case | Exits, scale: Scale) -> range:
+    """Seeds of the divisions; there is one where policies are fitted on a validation split."""
+    case = what if isinstance(what, Case) else what.case
+    return range(scale.judging.splits if case.fitted_on == "test" else 1)
+
+
+def split_name(what: Case | Exits, seed: int) -> str:
+    """Name of a fit's job."""
+    return f"policies-{what.name}-split{seed}"
+
+
+def everything(scale: Scale, folder: Path) -> tables.Found:
+    """What is finished."""
+    measured = finished(times.jobs(scale), folder)
+    fitted = finished(policy_jobs(scale, measured), folder)
+    return tables.Found(
+        networks=finished([job for stage in recipe.stages(scale) for job in stage], folder),
+        times={what.name: measured[times.name(what)] for what in scale.parts if times.name(what) in measured},
+        splits={
+            what.name: [fitted[split_name(what, seed)] for seed in splits(what, scale) if split_name(what, seed) in fitted]
+            for what in scale.parts
+        },
+    )  # fmt: skip
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+    """Results of those jobs that have one of these very arguments."""
+    results = {}
+    for job in jobs:
+        with contextlib.suppress(StorageError):
+            stored = read_json(folder / job.name / "result.json")
+            results.update({job.name: stored["result"]} if stored["fingerprint"] == job.fingerprint() else {})
+    return results
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,393 @@
+"""From numbers to files: CSV, figures and the page that fills the card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from impatient.evaluation.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILION, save_figure, styled
+from impatient.files import write_text
+from papers.adaptive_neural_networks import exiting, selecting, times
+from papers.adaptive_neural_networks.curves import share_of_saving
+from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
+from papers.anytime_neural_networks.claims import Claim
+from papers.results import Spread, made_by, markdown, spread, write_csv
+
+WANTED, PREDICTED_WITHIN = 2.8, 0.1  # times faster at a point lost; how far a real run may be from its prediction
+OURS, OUR_GATES = "any, logistic", "gates on both"  # which learned method the claims are about
+# per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform mixture
+PAPER = {"GoogLeNet": ((9, 22, 33), (2, 9, 20)), "ResNet-50": ((8, 18, 22), (1, 12, 10))}
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What is finished: results of trainings by job, of measurements by case or exits, of fits by the same, split by split."""
+
+    networks: Mapping[str, Result]
+    times: Mapping[str, Result]
+    splits: Mapping[str, Sequence[Result]]
+
+
+def write(scale: Scale, found: Found, folder: Path) -> str:
+    """Write every table and figure that the finished jobs allow; returns them as one page of markdown."""
+    cases = [case for case in scale.cases if found.splits[case.name]]
+    made = [exits for exits in scale.exits if found.splits[exits.name]]
+    said = [*claims(cases, made, found)]
+    if said:
+        write_csv(folder / "claims.csv", _claim_rows(said))
+    parts = [
+        *(["**Claims**", markdown(_claim_rows(said))] if said else []),
+        *(part for case in cases for part in _selection_part(case, found, folder)),
+        *(_exits_part(made, found, folder) if made else []), *_guarantee_part([*cases, *made], found, folder),
+        *_time_part(scale, found, folder), _made(found),
+    ]  # fmt: skip
+    _write_raw([*cases, *made], found, folder)
+    page = "\n\n".join(parts)
+    write_text(folder / "results.md", page + "\n")
+    return page
+
+
+# --- selection ----------------------------------------------------------------------------------------------------------
+
+
+def methods(splits: Sequence[Result]) -> list[str]:
+    """Names of the methods, in their order."""
+    return list(dict.fromkeys(row["method"] for row in splits[0]["rows"]))
+
+
+def values(splits: Sequence[Result], method: str, loss: float) -> list[dict[str, float]]:
+    """What a method reached at an accuracy lost, split by split.
+
+    Returns:
+        "speedup", "saved" (1 - T/T_full, per cent); likewise "asked_speedup" of what was asked for on the part fitted on, and
+        "asked_lost" in points, with halves of their 95 % intervals over samples.
+    """
+    rows = [row for split in splits for row in split["rows"] if row["method"] == method and row["loss"] == loss]
+    return [
+        {
+            "speedup": row["full_s"] / row["s"], "saved": 100.0 * (1.0 - row["s"] / row["full_s"]),
+            "asked_speedup": row["full_s"] / row["asked_s"], "asked_lost": 100.0 * row["asked_lost"],
+            "asked_lost_half": 100.0 * row["asked_lost_half"],
+            "asked_speedup_half": row["full_s"] / row["asked_s"] ** 2 * row["asked_s_half"],
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def over(splits: Sequence[Result], method: str, loss: float, what: str) -> Spread:
+    """One of these values, over splits."""
+    return spread([row[what] for row in values(splits, method, loss)])
+
+
+def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) -> Spread:
+    """Share of the soft oracle's saving that a method reaches, per cent; NaN where the oracle saves nothing."""
+    shares = []
+    for split in splits:
+        row = next(row for row in split["rows"] if row["method"] == method and row["loss"] == loss)
+        shares.append(100.0 * share_of_saving(row["full_s"], row["s"], split["oracles"][pays]["s"]))
+    return Spread(len(shares), math.nan, math.nan) if any(map(math.isnan, shares)) else spread(shares)
+
+
+def limits(splits: Sequence[Result], pays: str, place: int) -> Spread:
+    """Speed-up that knowing the labels would allow at one of `selecting.LOSSES`; the full network alone is allowed, too."""
+    full = [split["rows"][0]["full_s"] for split in splits]
+    return spread([max(1.0, one / split["oracles"][pays]["least_s"][place]) for one, split in zip(full, splits, strict=True)])
+
+
+def _selection_part(case: Case, found: Found, folder: Path) -> list[str]:
+    splits = found.splits[case.name]
+    singles = [
+        {
+            "network": name, "ms": f"{1e3 * splits[0]['singles'][place]['s']:.3f}",
+            "accuracy %": spread([100.0 * split["singles"][place]["accuracy"] for split in splits]).text(2),
+        }
+        for place, name in enumerate(case.names)
+    ]  # fmt: skip
+    rows = [_selection_row(splits, method) for method in methods(splits)]
+    for pays, told in (("path", "all on the way paid"), ("chosen", "only the last paid")):
+        rows.append({**dict.fromkeys(rows[0], ""), "method": f"limit: labels known, {told}", **{
+            _at(loss): limits(splits, pays, place).text(2) for place, loss in enumerate(selecting.LOSSES)
+        }})  # fmt: skip
+    save_figure(draw(f"Selection, {case.name}", splits[0], [dict(row) for row in splits[0]["singles"]]),
+                folder / f"selection_{case.name}.png")  # fmt: skip
+    return [f"**Selection, {case.name}** ({_samples(splits)})", markdown(singles), markdown(rows), _soft_oracle(splits)]
+
+
+def _soft_oracle(splits: Sequence[Result]) -> str:
+    parts = []
+    for pays, told in (("path", "all on the way paid"), ("chosen", "only the chosen one paid")):
+        faster = spread([split["rows"][0]["full_s"] / split["oracles"][pays]["s"] for split in splits])
+        accuracy = spread([100.0 * split["oracles"][pays]["accuracy"] for split in splits])
+        parts.append(f"{told} {faster.text(2)} times faster at {accuracy.text(2)} %")
+    return f"Soft oracle: {'; '.join(parts)}."
+
+
+def _selection_row(splits: Sequence[Result], method: str) -> dict[str, object]:
+    asked = values(splits, method, 0.01)
+    return {
+        "method": method, **{_at(loss): over(splits, method, loss, "speedup").text(2) for loss in selecting.LOSSES},
+        "asked for 1: lost": over(splits, method, 0.01, "asked_lost").text(2, sign=True) + _half(asked, "asked_lost_half"),
+        "asked for 1: times": over(splits, method, 0.01, "asked_speedup").text(2) + _half(asked, "asked_speedup_half"),
+        "oracle's saving at 1, path": _share(oracle_share(splits, method, 0.01, "path")),
+        "chosen": _share(oracle_share(splits, method, 0.01, "chosen")),
+    }  # fmt: skip
+
+
+def _at(loss: float) -> str:
+    return f"times at {100.0 * loss:g} lost"
+
+
+def _half(rows: Sequence[Mapping[str, float]], what: str) -> str:
+    return f" (samples ± {sum(row[what] for row in rows) / len(rows):.2f})"
+
+
+def _share(value: Spread) -> str:
+    return "" if math.isnan(value.mean) else f"{value.mean:.0f} %"
+
+
+def _samples(splits: Sequence[Result]) -> str:
+    counts = splits[0]["samples"]
+    divisions = f"{len(splits)} divisions" if len(splits) > 1 else "one division"
+    return f"fitted on {counts['fitted on']:,}, judged on {counts['judged on']:,} samples; {divisions}"
+
+
+# --- early exits ----------------------------------------------------------------------------------------------------------
+
+
+def _exits_part(made: Sequence[Exits], found: Found, folder: Path) -> list[str]:
+    parts = []
+    losses = exiting.LOSSES
+    for exits in made:
+        splits = found.splits[exits.name]
+        listed = [
+            {
+                "exit after": row["exit"], "ms": f"{1e3 * row['s']:.3f}",
+                "accuracy %": spread([100.0 * split["exits"][place]["accuracy"] for split in splits]).text(2),
+            }
+            for place, row in enumerate(splits[0]["exits"])
+        ]  # fmt: skip
+        rows: list[dict[str, object]] = [
+            {
+                "method": method, **{_saved(loss): over(splits, method, loss, "saved").text(1) for loss in losses},
+                "asked for 1: lost": over(splits, method, 0.01, "asked_lost").text(2, sign=True)
+                + _half(values(splits, method, 0.01), "asked_lost_half"),
+                "asked for 1: % saved": spread([100.0 * (1.0 - 1.0 / row["asked_speedup"])
+                                                for row in values(splits, method, 0.01)]).text(1),
+            }
+            for method in methods(splits)
+        ]  # fmt: skip
+        for network, pair in PAPER.items():
+            for told, numbers in zip(("policy", "uniform"), pair, strict=True):
+                rows.append({
+                    **dict.fromkeys(rows[0], ""), "method": f"the paper, {network}: {told}",
+                    **{_saved(loss): number for loss, number in zip((0.01, 0.02, 0.05), numbers, strict=True)},
+                })  # fmt: skip
+        full = {"network": exits.net.name, "s": splits[0]["full"]["s"], "accuracy": splits[0]["full"]["accuracy"]}
+        save_figure(draw(f"Early exits, {exits.name}", splits[0], [full]), folder / f"exits_{exits.name}.png")
+        parts += [
+            f"**Early exits, {exits.name}** ({_samples(splits)}; without exits {1e3 * full['s']:.3f} ms)", markdown(listed),
+            markdown(rows), _soft_oracle(splits),
+        ]  # fmt: skip
+    return parts
+
+
+def _saved(loss: float) -> str:
+    return f"% saved at {100.0 * loss:g} lost"
+
+
+# --- guarantees and times -------------------------------------------------------------------------------------------------
+
+
+def guarantee_rows(whats: Sequence[Case | Exits], found: Found) -> list[dict[str, Any]]:
+    """Control of risk over all divisions and draws of a case, kind of policy by kind of policy and loss by loss."""
+    rows = []
+    for what in whats:
+        own = [row for split in found.splits[what.name] for row in split["guarantees"]]
+        for policies, loss in dict.fromkeys((row["policies"], row["loss"]) for row in own):
+            mine = [row for row in own if (row["policies"], row["loss"]) == (policies, loss)]
+            draws = sum(row["draws"] for row in mine)
+            rows.append({
+                "case": what.name, "policies": policies, "loss": loss, "epsilon": mine[0]["epsilon"], "delta": mine[0]["delta"],
+                "calibration": mine[0]["calibration"], "draws": draws, "broken": sum(row["violations"] for row in mine),
+                "broken %": 100.0 * sum(row["violations"] for row in mine) / draws,
+                "full network %": 100.0 * sum(row["none"] for row in mine) / draws,
+                "true loss %": 100.0 * sum(row["risk"] * row["draws"] for row in mine) / draws,
+                "times": spread([row["full_s"] / row["s"] for row in mine]).mean,
+            })  # fmt: skip
+    return rows
+
+
+def _guarantee_part(whats: Sequence[Case | Exits], found: Found, folder: Path) -> list[str]:
+    rows = guarantee_rows(whats, found)
+    if not rows:
+        return []
+    write_csv(folder / "guarantees.csv", rows)
+    told = [
+        {
+            "case": row["case"], "policies": row["policies"], "loss": row["loss"].replace("_", " "),
+            "may lose %": f"{100.0 * row['epsilon']:g}", "with probability": f"{1.0 - row['delta']:g}",
+            "calibrated on": row["calibration"], "draws": row["draws"], "broken %": f"{row['broken %']:.1f}",
+            "true loss %": f"{row['true loss %']:.2f}", "times faster": f"{row['times']:.2f}",
+            "full network %": f"{row['full network %']:.0f}",
+        }
+        for row in rows
+    ]  # fmt: skip
+    return ["**Guarantees: how often they are broken**", markdown(told)]
+
+
+def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
+    whats = [what for what in scale.parts if what.name in found.times]
+    if not whats:
+        return []
+    rows = [times.real_row(what.name, found.times[what.name]) for what in whats]
+    write_csv(folder / "times.csv", rows)
+    write_csv(folder / "times_raw.csv", [row for what in whats for row in times.raw_rows(what.name, found.times[what.name])])
+    told = [
+        {
+            "what": row["what"], "used": row["used"], "images": row["images"], "measured ms": f"{row['measured ms']:.3f}",
+            "predicted ms": f"{row['predicted ms']:.3f}", "measured over predicted": f"{row['measured over predicted']:.3f}",
+            "full network ms": f"{row['full ms']:.3f}", "as profiled": f"{row['full profiled ms']:.3f}",
+            "times faster": f"{row['speed-up']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            "predicted times": f"{row['speed-up predicted']:.2f}", "accuracy %": f"{row['accuracy %']:.1f}",
+            "on the recording": f"{row['recorded accuracy %']:.1f}", "same way %": f"{row['same way %']:.1f}",
+        }
+        for row in rows
+    ]  # fmt: skip
+    asked = "; ".join(
+        f"{what.name} {', '.join(f'{name} {1e6 * seconds:.0f}' for name, seconds in found.times[what.name]['gate_s'].items())}"
+        for what in whats
+    )
+    threads = found.times[whats[0].name]["threads"]
+    where = f"{threads} thread{'s' * (threads != 1)}, {_processors(found)}"
+    title = f"**Real runs through the Runner, one image at a time** ({where})"
+    return [title, markdown(told), f"Time of one decision, µs: {asked}."]
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------------
+
+
+def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterator[Claim]:
+    """What becomes of the paper's claims and of our aims."""
+    for case in cases:
+        splits = found.splits[case.name]
+        own = over(splits, OURS, 0.01, "speedup")
+        asked = over(splits, OURS, 0.01, "asked_lost"), over(splits, OURS, 0.01, "asked_speedup")
+        place = selecting.LOSSES.index(0.01)
+        yield Claim(
+            f"selection: at most 1 point below the full network, at least {WANTED} times faster ({case.name}, {OURS})",
+            "up to 2.8, less than 1 point of top-5",
+            f"{own.text(2)} times; asked for on the part fitted on: {asked[1].text(2)} times at {asked[0].text(2, sign=True)} "
+            f"points lost; knowing the labels would allow {limits(splits, 'path', place).text(2)}{_better(case, splits)}",
+            "yes" if own.mean >= WANTED else "no",
+        )  # fmt: skip
+        for other in ("uniform", "myopic", "threshold per network", "agreement"):
+            gain = _paired(splits, OURS, other, 0.01, "speedup")
+            yield Claim(f"selection is faster than {other} at 1 point lost ({case.name})",
+                        "yes" if other in ("uniform", "myopic") else "our aim",
+                        f"by {gain.text(2, sign=True)} times", "yes" if gain.mean > 0 else "no")  # fmt: skip
+    for exits in made:
+        splits = found.splits[exits.name]
+        for other in ("uniform", "myopic", "threshold per exit"):
+            gains = [_paired(splits, OUR_GATES, other, loss, "saved") for loss in (0.01, 0.02, 0.05)]
+            paper = "+7, +13, +13; +7, +6, +12" if other == "uniform" else "our aim"
+            yield Claim(f"{OUR_GATES} save more than {other} at 1, 2 and 5 points lost ({exits.name})", paper,
+                        f"points of per cent: {', '.join(gain.text(1, sign=True) for gain in gains)}",
+                        "yes" if all(gain.mean > 0 for gain in gains) else "no")  # fmt: skip
+    for row in guarantee_rows([*cases, *made], found):
+        yield Claim(f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, {row['loss']})",
+                    f"at most {100 * row['delta']:g} %", f"{row['broken %']:.1f} % of {row['draws']} draws",
+                    "yes" if row["broken %"] <= 100.0 * row["delta"] else "no")  # fmt: skip
+    for name, result in found.times.items():
+        measured = times.real_row(name, result)
+        ratio, drift = measured["measured over predicted"], measured["full ms"] / measured["full profiled ms"]
+        yield Claim(f"a real run takes what was predicted, within a tenth ({name})", "our aim",
+                    f"{ratio:.3f} of it; the full network {drift:.3f} of its profile",
+                    "yes" if abs(ratio - 1.0) <= PREDICTED_WITHIN else "no")  # fmt: skip
+
+
+def _better(case: Case, splits: Sequence[Result]) -> str:
+    """What to add where the full network is not the most accurate."""
+    means = [sum(split["singles"][place]["accuracy"] for split in splits) / len(splits) for place in range(len(case.names))]
+    best = max(range(len(means)), key=means.__getitem__)
+    above = 100.0 * (means[best] - means[-1])
+    return f"; {case.names[best]} alone is {above:.2f} points above the full network" if above > 0 else ""
+
+
+def _paired(splits: Sequence[Result], own: str, other: str, loss: float, what: str) -> Spread:
+    pairs = zip(values(splits, own, loss), values(splits, other, loss), strict=True)
+    return spread([one[what] - two[what] for one, two in pairs])
+
+
+def _claim_rows(said: Sequence[Claim]) -> list[dict[str, object]]:
+    return [{"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict} for one in said]
+
+
+# --- files and figures ----------------------------------------------------------------------------------------------------
+
+
+def _write_raw(whats: Sequence[Case | Exits], found: Found, folder: Path) -> None:
+    for file, what_rows in (("splits.csv", "rows"), ("curves.csv", "curves")):
+        rows = [
+            {"case": what.name, "split": seed, **row}
+            for what in whats
+            for seed, split in enumerate(found.splits[what.name])
+            for row in split[what_rows]
+        ]
+        if rows:
+            write_csv(folder / file, rows)
+
+
+def _processors(found: Found) -> str:
+    return ", ".join(sorted({str(result["processor"]) for result in found.times.values()}))
+
+
+def _made(found: Found) -> str:
+    trained = [result for result in found.networks.values() if "seconds" in result]
+    every = [*found.networks.values(), *found.times.values()]
+    processors = ", ".join(sorted({str(result["processor"]) for result in every})) or "no runs"
+    hours = sum(result["seconds"] for result in trained) / 3600
+    told = f"{len(trained)} training{'s' * (len(trained) != 1)}, {hours:.2f} hours in all. " if trained else ""
+    return told + made_by(processors, "papers.adaptive_neural_networks")
+
+
+LOOKS = {
+    "uniform": (MUTED, "--"), "myopic": (SKY, "-"), "threshold per network": (GREEN, "-"), "threshold per exit": (GREEN, "-"),
+    "agreement": (PURPLE, ":"), "chain, logistic": (ORANGE, "--"), "star, logistic": (ORANGE, ":"),
+    "full, logistic": (ORANGE, "-"), "pairs, logistic": (ORANGE, "-."), "later first, logistic": (INK, "--"),
+    OURS: (VERMILION, "-"), "gates on confidences": (ORANGE, "-"), "gates on features": (ORANGE, ":"),
+    OUR_GATES: (VERMILION, "-"),
+}  # fmt: skip
+
+
+def draw(title: str, split: Result, singles: Sequence[Mapping[str, Any]]) -> Figure:
+    """Error over mean time as judged, one line per method, with the single networks and the soft oracles as points."""
+    with styled():
+        figure = Figure(figsize=(7.2, 4.6), dpi=100, layout="constrained")
+        figure.suptitle(title, x=0.012, ha="left", size=11.5, weight="bold")
+        axes = figure.add_subplot()
+        for method in dict.fromkeys(row["method"] for row in split["curves"]):
+            own = [row for row in split["curves"] if row["method"] == method]
+            colour, line = LOOKS.get(method, (INK, ":"))
+            axes.plot([1e3 * row["s"] for row in own], [100.0 * (1.0 - row["accuracy"]) for row in own], color=colour,
+                      linestyle=line, linewidth=1.4, label=method)  # fmt: skip
+        for place, row in enumerate(singles):
+            axes.plot(1e3 * row["s"], 100.0 * (1.0 - row["accuracy"]), "o", color=BLUE, markersize=5,
+                      label="single network" if place == 0 else None)  # fmt: skip
+        for pays, marker in (("path", "*"), ("chosen", "P")):
+            point = split["oracles"][pays]
+            axes.plot(1e3 * point["s"], 100.0 * (1.0 - point["accuracy"]), marker, color=INK, markersize=8,
+                      label=f"soft oracle, {pays} paid", linestyle="none")  # fmt: skip
+        slowest = max(row["s"] for row in singles)
+        axes.set(xlim=(0.0, 1.15e3 * slowest), xlabel="mean time of a sample, ms", ylabel="error, %")
+        worst = max([100.0 * (1.0 - row["accuracy"]) for row in singles] + [100.0 * (1.0 - point["accuracy"])])
+        axes.set_ylim(0.0, min(100.0, 1.6 * worst + 2.0))
+        axes.grid(axis="y")
+        figure.legend(loc="outside lower left", ncols=3)
+    return figure
