@@ -93,6 +93,12 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 
     return {job.name: read_json(_path(job, folder))["result"] for job in jobs}
 
 
+def finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
+    """Results of those jobs that have one of these very arguments, by name."""
+    found = {job.name: _result(job, folder) for job in jobs}
+    return {name: result for name, result in found.items() if result is not None}
+
+
 def _path(job: Job, folder: Path) -> Path:
     return folder / job.name / "result.json"
 

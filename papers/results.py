@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from scipy import stats
+
 from impatient.errors import StorageError
 from impatient.files import write_text
 from impatient.provenance import versions
@@ -114,3 +116,38 @@ def fill(card: Path, mark: str, text: str) -> None:
     if not (found and closed):
         raise StorageError(f"{card} lacks the marks {begin} and {end}; put them where the table belongs.")
     write_text(card, f"{before}{begin}\n{text.strip()}\n{end}{after}")
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A statement of a paper and what our runs say to it."""
+
+    claim: str
+    paper: str
+    ours: str
+    verdict: str
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean by Student's t; of a single value, everything.
+
+    Example:
+        >>> low, high = interval([1.0, 2.0, 3.0])
+        >>> round(low, 3), round(high, 3)
+        (-0.484, 4.484)
+    """
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
+    """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not told apart."""
+    low, high = interval(gains)
+    verdict = "yes" if low > 0 else "no" if high < 0 else "not told apart"
+    bounds = f"95 % interval {low:+.1f} to {high:+.1f}" if math.isfinite(low) else "one run, no interval"
+    return Claim(claim, paper, f"{what} {statistics.fmean(gains):+.1f} ({bounds}, n = {len(gains)})", verdict)

@@ -12,6 +12,7 @@ from papers.anytime_neural_networks import __main__ as command
 from papers.anytime_neural_networks import claims, comparison, recipe, tables
 from papers.anytime_neural_networks.curves import Curve, alone, ensemble, excess, inflation, reference
 from papers.anytime_neural_networks.recipe import SAMPLERS, SCALES, WEIGHTINGS, Net, opt_depths
+from papers.jobs import finished
 from papers.results import Spread, spread
 
 SCALE = dataclasses.replace(SCALES["cpu"], networks=((2, 4),), members=(1, 2), channels=4, seeds=2)
@@ -276,7 +277,7 @@ def test_the_smoke_run_writes_every_table(smoke):
 def test_an_ensemble_run_as_a_network_is_what_was_assembled_from_its_members(smoke):
     folder, _ = smoke
     scale = dataclasses.replace(SCALES["smoke"], seeds=1)
-    results = command.finished(recipe.jobs(scale), folder / "runs" / "smoke")
+    results = finished(recipe.jobs(scale), folder / "runs" / "smoke")
     assert command.checked(scale, results, folder / "runs" / "smoke") == 0.0
 
 

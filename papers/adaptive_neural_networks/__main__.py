@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
-from impatient.errors import ImpatientError, StorageError
-from impatient.files import read_json
 from papers.adaptive_neural_networks import exiting, recipe, selecting, tables, times
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
+from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out
 from papers.data import ROOT
-from papers.jobs import Job, run_jobs
-from papers.results import fill
+from papers.jobs import Job, finished, run_jobs
 
 HERE = Path(__file__).parent
-
-
-class ScaleName(StrEnum):
-    """How much is trained."""
-
-    smoke = "smoke"
-    cpu = "cpu"
-    gpu = "gpu"
 
 
 class Table(StrEnum):
@@ -52,43 +39,24 @@ def main(
             "runs; policies, all fits, which need both. Whatever is finished is written."
         ),
     ] = Table.all,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled."),
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of weights, recordings and results of single jobs.")] = ROOT
-    / "runs"
-    / "papers"
-    / "adaptive_neural_networks",
-    workers: Annotated[int, typer.Option(min=1, help="Jobs at a time; measurements run alone.")] = 2,
+    out: Out = None,
+    runs: Runs = ROOT / "runs" / "papers" / "adaptive_neural_networks",
+    workers: Workers = 2,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="How many divisions of a test split; by default the scale's.")
     ] = None,
-    publish: Annotated[bool, typer.Option(help="Only write the tables of what is finished; run nothing.")] = False,
+    publish: Publish = False,
 ) -> None:
     """Selection among networks, early exits, guarantees. Stop with Ctrl-C at any time; the same command goes on."""
     settings = recipe.SCALES[scale.value]
     judging = dataclasses.replace(settings.judging, splits=seeds or settings.judging.splits)
     settings = dataclasses.replace(settings, judging=judging)
-    folder, code = runs / scale.value, 0
-    try:
-        if not publish:
-            _run(settings, folder, table, workers)
-    except ImpatientError as error:
-        _say(f"Error: {error}")
-        code = 1
-    except KeyboardInterrupt:
-        _say("Stopped. What is finished is kept; the same command goes on.")
-        code = 130
-    try:
-        page = tables.write(settings, everything(settings, folder), out or HERE / "results" / scale.value)
-        if out is None and scale is not ScaleName.smoke:
-            fill(HERE / "README.md", scale.value, page)
-    except ImpatientError as error:
-        _say(f"Error: {error}")
-        raise typer.Exit(1) from error
-    Console().print(Markdown(page))
-    raise typer.Exit(code)
+    folder = runs / scale.value
+    carry_out(
+        lambda: _run(settings, folder, table, workers),
+        lambda into: tables.write(settings, everything(settings, folder), into),
+        card=HERE / "README.md", scale=scale, out=out, publish=publish,
+    )  # fmt: skip
 
 
 def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:
@@ -138,20 +106,6 @@ def everything(scale: Scale, folder: Path) -> tables.Found:
             for what in scale.parts
         },
     )  # fmt: skip
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
-    """Results of those jobs that have one of these very arguments."""
-    results = {}
-    for job in jobs:
-        with contextlib.suppress(StorageError):
-            stored = read_json(folder / job.name / "result.json")
-            results.update({job.name: stored["result"]} if stored["fingerprint"] == job.fingerprint() else {})
-    return results
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from impatient.files import write_text
 from papers.adaptive_neural_networks import exiting, selecting, times
 from papers.adaptive_neural_networks.curves import share_of_saving
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
-from papers.anytime_neural_networks.claims import Claim
-from papers.results import Spread, made_by, markdown, spread, write_csv
+from papers.results import Claim, Spread, made_by, markdown, spread, write_csv
 
 WANTED, PREDICTED_WITHIN = 2.8, 0.1  # times faster at a point lost; how far a real run may be from its prediction
 OURS, OUR_GATES = "any, logistic", "gates on both"  # which learned method the claims are about

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -10,27 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
-from impatient.errors import ImpatientError, StorageError
-from impatient.files import read_json
 from papers.anytime_neural_networks import recipe, tables
 from papers.anytime_neural_networks.curves import alone, ensemble
 from papers.anytime_neural_networks.recipe import ENSEMBLES
+from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out
 from papers.data import ROOT
-from papers.jobs import Job, run_jobs
-from papers.results import fill
+from papers.jobs import finished, run_jobs
 
 HERE = Path(__file__).parent
-
-
-class ScaleName(StrEnum):
-    """How much is trained."""
-
-    smoke = "smoke"
-    cpu = "cpu"
-    gpu = "gpu"
 
 
 class Table(StrEnum):
@@ -44,60 +31,27 @@ class Table(StrEnum):
 def main(
     scale: Annotated[ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: CIFAR-10.")],
     table: Annotated[Table, typer.Option(help="Which table's trainings to run; what is finished is written.")] = Table.all,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled."),
-    ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of checkpoints and results of single trainings.")] = ROOT
-    / "runs"
-    / "papers"
-    / "anytime_neural_networks",
-    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time.")] = 2,
+    out: Out = None,
+    runs: Runs = ROOT / "runs" / "papers" / "anytime_neural_networks",
+    workers: Workers = 2,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")] = None,
-    publish: Annotated[bool, typer.Option(help="Only write the tables of what is finished; train nothing.")] = False,
+    publish: Publish = False,
 ) -> None:
     """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes on."""
     settings = recipe.SCALES[scale.value]
     settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)
-    folder, code = runs / scale.value, 0
-    try:
-        if not publish:
-            run_jobs(recipe.jobs(settings, table.value), folder, workers=workers)
-    except ImpatientError as error:
-        _say(f"Error: {error}")
-        code = 1
-    except KeyboardInterrupt:
-        _say("Stopped. What is finished is kept; the same command goes on.")
-        code = 130
-    try:
-        page = summarise(settings, folder, out or HERE / "results" / scale.value)
-        if out is None and scale is not ScaleName.smoke:
-            fill(HERE / "README.md", scale.value, page)
-    except ImpatientError as error:
-        _say(f"Error: {error}")
-        raise typer.Exit(1) from error
-    Console().print(Markdown(page))
-    raise typer.Exit(code)
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    folder = runs / scale.value
+    carry_out(
+        lambda: run_jobs(recipe.jobs(settings, table.value), folder, workers=workers),
+        lambda into: summarise(settings, folder, into),
+        card=HERE / "README.md", scale=scale, out=out, publish=publish,
+    )  # fmt: skip
 
 
 def summarise(scale: recipe.Scale, folder: Path, out: Path) -> str:
     """Write the tables of what is finished, and the page, which is returned."""
     results = finished(recipe.jobs(scale), folder)
     return tables.write(scale, results, measured_times(scale, results, folder), checked(scale, results, folder), out)
-
-
-def finished(jobs: Sequence[Job], folder: Path) -> dict[str, Any]:
-    """Results of those jobs that have one of these very arguments."""
-    results = {}
-    for job in jobs:
-        with contextlib.suppress(StorageError):
-            stored = read_json(folder / job.name / "result.json")
-            results.update({job.name: stored["result"]} if stored["fingerprint"] == job.fingerprint() else {})
-    return results
 
 
 def measured_times(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> dict[str, Sequence[float]]:

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
-from scipy import stats
 
 from impatient.evaluation import inflation as analytic
 from impatient.evaluation.milestones import WinRate
 from papers.anytime_neural_networks.comparison import KIND, Comparison, Measured, win_rates
 from papers.anytime_neural_networks.recipe import SAMPLERS, Sampler, Scale
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A statement of the paper and what our runs say to it."""
-
-    claim: str
-    paper: str
-    ours: str
-    verdict: str
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; of a single value, everything.
-
-    Example:
-        >>> low, high = interval([1.0, 2.0, 3.0])
-        >>> round(low, 3), round(high, 3)
-        (-0.484, 4.484)
-    """
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
-
-
-def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
-    """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not told apart."""
-    low, high = interval(gains)
-    verdict = "yes" if low > 0 else "no" if high < 0 else "not told apart"
-    bounds = f"95 % interval {low:+.1f} to {high:+.1f}" if math.isfinite(low) else "one run, no interval"
-    return Claim(claim, paper, f"{what} {statistics.fmean(gains):+.1f} ({bounds}, n = {len(gains)})", verdict)
+from papers.results import Claim, interval, judged
 
 
 def base(scale: Scale) -> float:

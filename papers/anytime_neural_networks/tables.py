@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from impatient.evaluation.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILION, save_figure, styled
 from impatient.files import write_text
-from papers.anytime_neural_networks.claims import Claim, analytic_inflation, base, ensemble_claims, milestone_claims
+from papers.anytime_neural_networks.claims import analytic_inflation, base, ensemble_claims, milestone_claims
 from papers.anytime_neural_networks.comparison import (
     KIND,
     Comparison,
@@ -29,7 +29,7 @@ from papers.anytime_neural_networks.comparison import (
 )  # fmt: skip
 from papers.anytime_neural_networks.curves import alone
 from papers.anytime_neural_networks.recipe import SAMPLERS, WEIGHTINGS, Net, Scale, milestone_nets, opt_depths
-from papers.results import Spread, made_by, markdown, write_csv
+from papers.results import Claim, Spread, made_by, markdown, write_csv
 
 COLOURS = {"const": VERMILION, "linear": ORANGE, "half_end": PURPLE, "sieve": BLUE, "exp_lin": SKY, "adaloss": GREEN}
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from papers.anytime_neural_networks.claims import Claim, judged
 from papers.anytimenet.recipe import KINDS, NORMS, Case, key
-from papers.results import Spread, spread
+from papers.results import Claim, Spread, judged, spread
 
 Results = Mapping[str, Mapping[str, Any]]
 

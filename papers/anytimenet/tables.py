@@ -15,12 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from impatient.evaluation.plots import BLUE, INK, MUTED, ORANGE, VERMILION, save_figure, styled
 from impatient.files import write_text
 from impatient.networks.anytimenet import AnytimeNet
-from papers.anytime_neural_networks.claims import Claim
 from papers.anytimenet import execution, learning, times
 from papers.anytimenet.learning import NORMS_TOLD, Results, per_iteration
 from papers.anytimenet.recipe import NORMS, Case, Net, Scale, key
 from papers.anytimenet.times import Middle
-from papers.results import Spread, made_by, markdown, write_csv
+from papers.results import Claim, Spread, made_by, markdown, write_csv
 
 UNITLESS = ("correlation over classes", "over samples")
 COLOURS = {"shared": BLUE, "own": ORANGE}

@@ -17,9 +17,9 @@ from impatient.networks.anytimenet import AnytimeNet, SectionedNetwork, block_ma
 from impatient.networks.placement import evaluating
 from impatient.provenance import machine
 from impatient.runtime.profile import synchronise
-from papers.anytime_neural_networks.claims import Claim
 from papers.anytimenet.recipe import Net, Scale, Timing
 from papers.jobs import Job
+from papers.results import Claim
 
 SAVED, OVERHEAD = 2.5, 1.20  # what caching is to save at least, what it may cost at most
 # seconds a block over the test set, AnytimeNet and BASELINE (Table II); 38 blocks and 26 make a whole run

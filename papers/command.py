@@ -1,0 +1,70 @@
+"""What the papers' commands have in common: options, clean stops, and where tables go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from impatient.errors import ImpatientError
+from papers.results import fill
+
+
+class ScaleName(StrEnum):
+    """How much is trained."""
+
+    smoke = "smoke"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+Out = Annotated[
+    Path | None, typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled.")
+]
+Runs = Annotated[Path, typer.Option(help="Folder of checkpoints, recordings and results of single runs.")]
+Workers = Annotated[int, typer.Option(min=1, help="Runs at a time; measurements run alone.")]
+Publish = Annotated[bool, typer.Option(help="Only write the tables of what is finished; run nothing.")]
+
+
+def carry_out(
+    run: Callable[[], object], write: Callable[[Path], str], *, card: Path, scale: ScaleName, out: Path | None, publish: bool
+) -> NoReturn:
+    """Run what is missing, then write the tables of what is finished, also after an error or Ctrl-C.
+
+    Args:
+        run: everything that takes time.
+        write: all tables into a folder; returns them as a page.
+        card: the paper's README.md, whose marks the page fills, but for smoke runs and other folders.
+        publish: leave `run` out.
+    Raises:
+        typer.Exit: always; its code says how it ended.
+    """
+    code = 0
+    try:
+        if not publish:
+            run()
+    except ImpatientError as error:
+        say(f"Error: {error}")
+        code = 1
+    except KeyboardInterrupt:
+        say("Stopped. What is finished is kept; the same command goes on.")
+        code = 130
+    try:
+        page = write(out or card.parent / "results" / scale.value)
+        if out is None and scale is not ScaleName.smoke:
+            fill(card, scale.value, page)
+    except ImpatientError as error:
+        say(f"Error: {error}")
+        raise typer.Exit(1) from error
+    Console().print(Markdown(page))
+    raise typer.Exit(code)
+
+
+def say(text: str) -> None:
+    """To the standard error."""
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
