@@ -133,7 +133,7 @@ def main(
     figure: str = "runs/sensor_loop.png",
 ) -> dict[str, list[Frame]]:  # fmt: skip
     data = impatient.load_data("digits")
-    anytime = trained(data, epochs, schedule=in_turn(blocks), norms="own")
+    anytime = trained(data, epochs, schedule=in_turn(blocks))
     static = trained(data, epochs, schedule=[blocks])  # in one iteration: a BaseResNet, run whole
     hits = impatient.record(anytime, data, split="test").hits().mean(1).tolist()
     print("AnytimeNet by iteration:", " ".join(f"{value:.1%}" for value in hits))

@@ -27,6 +27,7 @@ from impatient.networks.anytimenet import (
     BaseResNet,
     GrowingNetwork,
     IterationBatchNorm,
+    _in_iteration,
     block_macs,
     block_times,
     recalibrate,
@@ -90,12 +91,19 @@ def images(count: int = 2, channels: int = 1) -> Tensor:
 
 
 def alone(network: GrowingNetwork, index: int, x: Tensor) -> Tensor:
-    """The output of one iteration's sub-network, run by itself from the input to the end, over nothing cached."""
+    """The output of one iteration's sub-network, run by itself from the input to the end, over nothing cached.
+
+    Where statistics are not shared, a block goes by those of the iteration that would have run it last.
+    """
     x = network.backbone.stem(x)
-    for blocks, count in zip(network.backbone.sections, network.schedule.counts[index], strict=True):
-        for block in list(blocks)[:count]:
-            x = block(x)
-    return network._out(index)(x)
+    ran = trace(network.schedule)[: index + 1]
+    counts = network.schedule.counts[index]
+    for section, (blocks, count) in enumerate(zip(network.backbone.sections, counts, strict=True), start=1):
+        for position, block in enumerate(list(blocks)[:count], start=1):
+            with _in_iteration(max(k for k, names in enumerate(ran) if f"S{section}.{position}" in names)):
+                x = block(x)
+    with _in_iteration(index):
+        return network._out(index)(x)
 
 
 def executions(network: GrowingNetwork) -> list[str]:
@@ -231,10 +239,12 @@ def test_a_run_goes_on_where_it_was_left_on_whatever_thread() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(schedules(), st.sampled_from(["shared", "own"]))
-def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(schedule: Schedule, outs: str) -> None:
+@given(schedules(), st.sampled_from(["shared", "own"]), st.sampled_from(["shared", None]))
+def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(
+    schedule: Schedule, outs: str, norms: str | None
+) -> None:
     torch.manual_seed(0)
-    network, x = residual(schedule, outs=outs).eval(), torch.randn(3, 8)
+    network, x = residual(schedule, outs=outs, norms=norms).eval(), torch.randn(3, 8)
     expected = torch.stack([alone(network, index, x) for index in range(network.num_exits)])
     assert torch.stack(network(x)).equal(expected)
     with network.exits(x) as run:
@@ -260,7 +270,7 @@ def test_in_train_mode_outputs_are_the_same_and_gradients_add_up(schedule: Sched
 
 
 def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_networks_each_time() -> None:
-    cached, x = residual(SMALL), torch.randn(6, 8)
+    cached, x = residual(SMALL, norms="shared"), torch.randn(6, 8)
     for module in cached.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
@@ -382,7 +392,7 @@ def test_training_goes_through_blocks_that_write_in_place() -> None:
 
 
 def test_features_are_those_of_the_last_section() -> None:
-    network, x = small().eval(), images(3)
+    network, x = small(norms="shared").eval(), images(3)
     with network.exits(x) as run:
         for exit in run:
             assert exit.features.shape == (3, 8, 2, 2)
@@ -580,7 +590,7 @@ def test_recalibrated_statistics_are_the_means_over_the_data(norms: str) -> None
 
 
 def test_recalibrated_own_statistics_bring_eval_near_training_where_shared_ones_cannot() -> None:
-    shared = residual(Schedule(((1, 1), (4, 1), (4, 3))))
+    shared = residual(Schedule(((1, 1), (4, 1), (4, 3))), norms="shared")
     own = residual(shared.schedule, norms="own")
     for parameter in shared.parameters():
         nn.init.normal_(parameter, std=2.0)  # so that depth changes what the second section sees

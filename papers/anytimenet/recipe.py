@@ -186,7 +186,7 @@ def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
     """An untrained network; both kinds have the same blocks, and of one random state the same weights."""
     channels = data.preprocess.channels
     if kind == "anytime":
-        return AnytimeNet(data.num_classes, net.schedule, width=net.width, in_channels=channels)
+        return AnytimeNet(data.num_classes, net.schedule, width=net.width, in_channels=channels, norms="shared")
     plain = BaseResNet(data.num_classes, net.schedule.final, net.width, channels)
     return attach_exits(plain, after=[], example=data.example())
 

@@ -53,7 +53,7 @@ def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, 
     del folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    network = AnytimeNet(schedule=net.counts, width=net.width, in_channels=timing.shape[0]).to(device)
+    network = AnytimeNet(schedule=net.counts, width=net.width, in_channels=timing.shape[0], norms="shared").to(device)
     x = torch.randn(batch, *timing.shape, device=device)
     counted = growth.costs(network.schedule, block_macs(network.backbone, x))
     return {
