@@ -9,6 +9,8 @@ import torch
 
 from conftest import Call
 from impatient import Recipe, load_data, workflow
+from impatient.evaluation import Evaluation
+from impatient.evaluation.outcomes import outcome
 from impatient.files import read_json, write_tensors
 from impatient.networks import Cascade
 from impatient.policies import GatePolicy, SelectionPolicy
@@ -53,6 +55,19 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
                  ["run", run.path, image, "--deadline-ms", "1000"]):  # fmt: skip
         code, text = call(*verb)
         assert code == 0, text
+    code, text = call("evaluate", run.path, "--real", "5")
+    assert (code, "5 test samples answered one by one" in text) == (0, True)
+    real = Evaluation.load(run.evaluation_file)["price-0.01"].real
+    assert real is not None
+    assert real.samples == 5
+    assert 0.0 < real.mean_s.low <= real.mean_s.value
+    assert real.predicted_s == pytest.approx(
+        float(outcome(policy, recording, run.profile()).contract_s[:5].mean())  # of the same samples
+    )
+    assert call("report", run.path)[0] == 0
+    assert "Test samples really answered" in run.report_file.read_text()
+    code, text = call("evaluate", run.path, "--real", "-1")
+    assert (code, "--real -1" in text) == (1, True)
     assert "stop or to" in run.report_file.read_text() or "to large" in run.report_file.read_text()
     code, text = call(*command[:2], small, large, *command[5:])
     assert (code, "use another directory, or --force" in text) == (1, True)
@@ -72,7 +87,7 @@ def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: P
     gates = run.policy("loss-30-logistic-features")
     assert isinstance(gates, GatePolicy)
     assert max(gates.gate_s) > 0.0  # asking was measured
-    for verb in (["evaluate", folder], ["report", folder]):
+    for verb in (["evaluate", folder, "--real", "3"], ["report", folder]):
         code, text = call(*verb)
         assert code == 0, text
     names = {row["name"] for row in read_json(folder / "evaluation.json")["rows"]}

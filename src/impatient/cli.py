@@ -300,6 +300,8 @@ def evaluate(
     against: Annotated[list[Path] | None, typer.Option(help="Run directory of a smaller network: its network without exits is "
                                                             "judged, too, and timed in turn with this one. May be given "
                                                             "several times.")] = None,
+    real: Annotated[int, typer.Option(help="Also answer so many test samples one by one under every policy, and show what that "
+                                           "takes beside what was predicted.")] = 0,
     any_profile: AnyProfile = False,
     threads: Threads = 0,
 ) -> None:  # fmt: skip
@@ -307,8 +309,12 @@ def evaluate(
     from impatient import tables, workflow
 
     _use_threads(threads)
-    evaluation = workflow.evaluate_run(directory, budget=budget, against=against or (), any_profile=any_profile, say=_say)
+    evaluation = workflow.evaluate_run(
+        directory, budget=budget, against=against or (), real=real, any_profile=any_profile, say=_say
+    )
     _say(tables.evaluation_table(evaluation))
+    if real:
+        _say(tables.real_table(evaluation))
     _say(tables.budgets_table(evaluation))
 
 

@@ -86,6 +86,18 @@ def saving(evaluation: Evaluation, name: str) -> str:
     )
 
 
+def real_table(evaluation: Evaluation) -> Table:
+    """What policies took when samples were really answered, beside what was predicted of the same samples."""
+    rows = [(row.name, row.real) for row in evaluation.rows if row.real is not None]
+    samples = rows[0][1].samples if rows else 0
+    table = _table(f"{samples} test samples answered one by one on the real clock; means in ms", "", "measured (95 % interval)",
+                   "predicted", "measured / predicted")  # fmt: skip
+    for name, real in rows:
+        interval = f"{_ms(real.mean_s.value)} ({_ms(real.mean_s.low)} to {_ms(real.mean_s.high)})"
+        table.add_row(name, interval, _ms(real.predicted_s), f"{real.mean_s.value / real.predicted_s:.2f}")
+    return table
+
+
 def budgets_table(evaluation: Evaluation) -> Table:
     """Expected accuracy under distributions of budgets."""
     budgets = list(evaluation.budgets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import warnings
@@ -26,8 +27,9 @@ from impatient.errors import (
     StaleInput,
     StorageError,
 )
-from impatient.evaluation.evaluate import Evaluation, Static, evaluate, standard_budgets
-from impatient.evaluation.outcomes import AnyPolicy, exits_under
+from impatient.evaluation.evaluate import Evaluation, RealTime, Static, evaluate, standard_budgets
+from impatient.evaluation.metrics import mean
+from impatient.evaluation.outcomes import AnyPolicy, exits_under, outcome
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, score_of, select_examples
 from impatient.files import read_json, write_json, write_text
@@ -330,21 +332,62 @@ def _certified(
 
 
 def evaluate_run(
-    directory: str | Path, *, budget: str | None = None, against: Sequence[str | Path] = (), any_profile: bool = False, say: Say
-) -> Evaluation:
-    """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs."""
+    directory: str | Path, *, budget: str | None = None, against: Sequence[str | Path] = (), real: int = 0,
+    any_profile: bool = False, say: Say,
+) -> Evaluation:  # fmt: skip
+    """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs.
+
+    With `real`, so many test samples are also answered one by one under every policy, and what that takes is kept.
+    """
     run = RunDirectory(directory)
+    if real < 0:
+        raise RunError(f"--real {real}; needed: how many test samples to answer, or 0.")
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
     policies = run.policies()
+    if real and not policies:
+        raise PolicyError(f"{run.path} has no policy to answer under; run `impatient fit {run.path}`.")
     budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
     evaluation = evaluate(
         recording, costs, policies, exit_free=run.exit_free_recording("test"), same_weights=not run.spec().ensembling,
         static=_static(run, costs, [RunDirectory(other) for other in against]), budgets=budgets,
     )  # fmt: skip
+    if real:
+        evaluation = _with_real_times(evaluation, run, costs, policies, real)
     evaluation.save(run.evaluation_file)
     say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
     return evaluation
+
+
+def _with_real_times(
+    evaluation: Evaluation, run: RunDirectory, costs: CostProfile, policies: Mapping[str, AnyPolicy], count: int
+) -> Evaluation:
+    """Answer the first test samples under every policy, in turn, so that all meet the machine's changes alike."""
+    data, network, recording = run.data(), run.network()[0], run.recording("test")
+    runners = {name: runner_of(network, costs, policy, any_profile=True) for name, policy in policies.items()}
+    samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for number, x in enumerate([*samples[:20], *samples]):  # the first ones again: threads and memory
+        for name in runners if number % 2 else reversed(runners):
+            taken = runners[name].run(x).elapsed_s
+            if number >= min(20, len(samples)):
+                times[name].append(taken)
+    found = {
+        name: RealTime(
+            samples=len(samples), mean_s=mean(torch.tensor(taken, dtype=torch.float64)),
+            predicted_s=float(outcome(policies[name], recording, costs).contract_s[: len(samples)].mean()),
+        )
+        for name, taken in times.items()
+    }  # fmt: skip
+    rows = tuple(dataclasses.replace(row, real=found.get(row.name)) for row in evaluation.rows)
+    return dataclasses.replace(evaluation, rows=rows)
+
+
+def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **options: Any) -> Runner:
+    """A runner for a network and a policy of any kind: a selection routes its cascade, all others are asked at exits."""
+    if isinstance(policy, SelectionPolicy):
+        return Runner(network.routed(policy), costs, **options)
+    return Runner(network, costs, policy, **options)  # type: ignore[arg-type]  # mixtures are drawn for each run
 
 
 def _static(run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]) -> dict[str, Static]:
@@ -446,11 +489,8 @@ def answer_files(
     inputs = [_read_input(spec, file) for file in files]  # all are read before the first deadline is stamped
     network, _ = run.network()
     costs = run.profile(any_machine=any_profile)
-    rule: Any = run.policy(policy) if policy else None
-    if isinstance(rule, SelectionPolicy):
-        assert isinstance(network, Cascade)  # checked by the policy's provenance
-        network, rule = network.routed(rule), None
-    runner = Runner(network, costs, rule, any_profile=any_profile, when_late=when_late)  # type: ignore[arg-type]
+    rule = run.policy(policy) if policy else None
+    runner = runner_of(network, costs, rule, any_profile=any_profile, when_late=when_late)
     if not inputs:
         raise RunError("no input files; needed: at least one image (or .npy array) to answer for.")
     for _ in range(5):  # threads and memory, so that the first answer is not late

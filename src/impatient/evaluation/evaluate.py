@@ -27,6 +27,28 @@ Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RealTime:
+    """Samples answered one by one on the real clock.
+
+    Attributes:
+        samples: how many.
+        mean_s: seconds until the answer.
+        predicted_s: mean of what the recording and the cost profile say of the same samples.
+    """
+
+    samples: int
+    mean_s: Estimate
+    predicted_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"samples": self.samples, "mean_s": self.mean_s.to_json(), "predicted_s": self.predicted_s}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**{**value, "mean_s": Estimate(**value["mean_s"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One way to answer.
 
@@ -38,6 +60,7 @@ class Row:
         macs: mean multiply-accumulates per sample, in contract mode.
         calibration_error: expected calibration error of the largest class probability.
         p_true: mean probability of the true class, AnytimeNet's overall confidence; None in evaluations made before it was.
+        real: what it took when some samples were really answered; None where they were not.
         shares: share of the samples answered by each exit.
     """
 
@@ -50,6 +73,7 @@ class Row:
     calibration_error: float
     shares: tuple[float, ...]
     p_true: Estimate | None = None
+    real: RealTime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +165,17 @@ class Evaluation:
 def _row_json(row: Row) -> dict[str, Any]:
     plain = {name: getattr(row, name) for name in ("name", "kind", "interruptible_s", "contract_s", "macs",
                                                    "calibration_error", "shares")}  # fmt: skip
-    return {**plain, "accuracy": row.accuracy.to_json(), "p_true": row.p_true.to_json() if row.p_true else None}
+    return {
+        **plain, "accuracy": row.accuracy.to_json(), "p_true": row.p_true.to_json() if row.p_true else None,
+        "real": row.real.to_json() if row.real else None,
+    }  # fmt: skip
 
 
 def _row_from(value: Mapping[str, Any]) -> Row:
-    p_true = value.get("p_true")
+    p_true, real = value.get("p_true"), value.get("real")
     return Row(**{
         **value, "accuracy": Estimate(**value["accuracy"]), "shares": tuple(value["shares"]),
-        "p_true": Estimate(**p_true) if p_true else None,
+        "p_true": Estimate(**p_true) if p_true else None, "real": RealTime.from_json(real) if real else None,
     })  # fmt: skip
 
 

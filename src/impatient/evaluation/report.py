@@ -254,7 +254,20 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
         f"Every way to answer, judged on {evaluation.samples} samples. Contract: only heads that are looked at run; "
         "“against no exits” compares this time with the untouched backbone's."
     )
-    return _table(columns, rows, caption, [row.kind for row in evaluation.rows])
+    return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(evaluation)
+
+
+def _real_table(evaluation: Evaluation) -> str:
+    """Measured beside predicted times, where samples were really answered."""
+    rows = [
+        (_e(row.name), _ms(row.real.mean_s.value), f"{_ms(row.real.mean_s.low)} to {_ms(row.real.mean_s.high)}",
+         _ms(row.real.predicted_s), f"{row.real.mean_s.value / row.real.predicted_s:.2f}", str(row.real.samples))
+        for row in evaluation.rows if row.real is not None
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    columns = ["", "measured, ms", "95 % interval", "predicted, ms", "measured over predicted", "samples"]
+    return _table(columns, rows, "Test samples really answered, one by one, on the clock of this machine.")
 
 
 def _signed(change: float) -> str:
