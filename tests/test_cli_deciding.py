@@ -71,6 +71,10 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert "stop or to" in run.report_file.read_text() or "to large" in run.report_file.read_text()
     code, text = call(*command[:2], small, large, *command[5:])
     assert (code, "use another directory, or --force" in text) == (1, True)
+    code, text = call("select", run.path, small, "nowhere:nothing", "--force", "--quiet")
+    assert (code, run.policy_names()) == (1, ["price-0.01"])  # what was there still is
+    code, text = call("select", run.path, small, large, "--force", "--quiet", "--repeats", "20")
+    assert (code, run.policy_names()) == (0, ["loss-1"])
     code, text = call("train", run.path, "--epochs", "1")
     assert (code, "is made of trained members" in text) == (1, True)
     code, text = call("select", tmp_path / "other", small, large, "--topology", "ring", "--quiet", "--repeats", "20")

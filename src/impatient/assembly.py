@@ -123,10 +123,11 @@ def select_run(
         StaleInput: if the directory holds another cascade.
         ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
     """
+    graphs = {"chain": Topology.chain, "full": Topology.full, "star": Topology.star}
+    if topology not in graphs:
+        raise PolicyError(f"unknown topology {topology!r}; needed: one of {', '.join(graphs)}.")
     run = RunDirectory(directory)
-    if run.spec_file.is_file() and force:
-        shutil.rmtree(run.path)
-    if not run.spec_file.is_file():
+    if force or not run.spec_file.is_file():
         _begin_cascade(run, members, data, validation, seed)
     spec = run.spec()
     if not spec.cascade or spec.model != _told(members) or (spec.data, spec.seed, spec.validation) != (data, seed, validation):
@@ -137,9 +138,6 @@ def select_run(
     costs = profile_run(run.path, repeats=repeats, progress=progress, say=say)
     record_run(run.path, progress=progress, say=say)
     recording, times = run.recording("validation"), node_times_s(costs)
-    graphs = {"chain": Topology.chain, "full": Topology.full, "star": Topology.star}
-    if topology not in graphs:
-        raise PolicyError(f"unknown topology {topology!r}; needed: one of {', '.join(graphs)}.")
     wanted = {target: value for target, value in targets.items() if value is not None}
     options: dict[str, Any] = {"learner": learner, "method": method, **wanted}
     graph = graphs[topology](spec.after)
@@ -162,6 +160,8 @@ def _begin_cascade(run: RunDirectory, members: Sequence[str], data: str, validat
         names.append(member.rpartition("@")[0] or member)
     short = [name.rstrip("/").rpartition("/")[2] for name in names]
     cascade = Cascade(networks, short if len(set(short)) == len(short) else [f"{k} {name}" for k, name in enumerate(short)])
+    if run.spec_file.is_file():
+        shutil.rmtree(run.path)  # not before all members are there
     save_weights(cascade, run.weights_file)
     spec = dataclasses.replace(
         specs[-1], model=_told(members), after=cascade.exit_names, members=tuple(specs), cascade=True, ensembling="",
