@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.evaluation.outcomes import outcome
 from impatient.files import write_tensors
 from impatient.policies.baselines import always, myopic, soft_oracle, uniform
 from impatient.policies.gate_fitting import GateTimes, backward, fit_gates, stop_gain, sweep_gates
 from impatient.policies.gates import GatePolicy, exits_of_many, gate_time_s
-from impatient.policies.mixing import MixedPolicy, hull_of, lower_hull, mix, outcome_on
+from impatient.policies.mixing import MixedPolicy, hull_of, lower_hull, mix
 from impatient.policies.scores import confidence_features
 from recordings import costs_of, drawn, recording_of, sure
 
@@ -26,6 +27,12 @@ COSTS = costs_of([1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.0])
 def with_features(recording, features=None):
     """Pooled features: by default what the outputs are, before the head as it were."""
     return replace(recording, features=tuple(recording.outputs) if features is None else features)
+
+
+def outcome_on(policy, recording, costs):
+    """The exits that answer, and the seconds until they have."""
+    found = outcome(policy, recording, costs)
+    return found.exits, found.contract_s
 
 
 def mean_s(policy, recording, costs=COSTS):

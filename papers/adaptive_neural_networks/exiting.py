@@ -12,11 +12,11 @@ import torch
 
 from impatient import CostProfile, Recording, ThresholdPolicy, fit_thresholds
 from impatient.errors import NoEffectWarning
+from impatient.evaluation.outcomes import outcome
 from impatient.policies import scaled_family, sweep_gates, threshold_family
 from impatient.policies.baselines import always, soft_oracle
 from impatient.policies.costsensitive import Learner
 from impatient.policies.gates import GatePolicy, Inputs, exit_times_s, exits_of_many
-from impatient.policies.mixing import outcome_on
 from papers.adaptive_neural_networks.curves import Point, drawn_curve, guarantees, point_of, read_off
 from papers.adaptive_neural_networks.recipe import Exits, Judging, parts_of, recordings_of
 
@@ -84,7 +84,8 @@ def baselines(fit: Recording, judged: Recording, costs: CostProfile) -> dict[str
 
 
 def _seen(policy: ThresholdPolicy, part: Recording, costs: CostProfile) -> tuple[torch.Tensor, torch.Tensor]:
-    exits, seconds = outcome_on(policy, part, costs)
+    found = outcome(policy, part, costs)
+    exits, seconds = found.exits, found.contract_s
     return seconds, part.hits()[exits, torch.arange(len(exits))]
 
 
@@ -128,7 +129,7 @@ def guaranteed(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         family = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=judging.epsilon))
-    scaled = [(policy, float(outcome_on(policy, judged, costs)[1].mean())) for policy in family]
+    scaled = [(policy, float(outcome(policy, judged, costs).contract_s.mean())) for policy in family]
     priced = [(policy, point.mean_s) for policy, point in gated]
     return [
         *guarantees("thresholds, scaled", scaled, full.mean_s, judged, judging, seed),

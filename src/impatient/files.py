@@ -120,6 +120,11 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
+def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """Read only the JSON header of a file that `write_tensors` wrote."""
     from safetensors import safe_open

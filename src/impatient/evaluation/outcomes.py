@@ -102,13 +102,9 @@ def _routed(
     policy: SelectionPolicy, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int
 ) -> Outcome:
     route = policy.route(recording.outputs, recording.features)
-    batch = costs.at(batch_size)
-    node_s = _float([
-        stage.of_statistic(statistic) + head.of_statistic(statistic)
-        for stage, head in zip(batch.stages, batch.heads, strict=True)
-    ])  # fmt: skip
-    node_s = node_s + policy.gate_s * _float([node in policy.decisions for node in range(costs.num_exits)])
-    so_far = (route.visited * node_s).cumsum(1)
+    node_s = _float(node_times_s(costs, statistic=statistic, batch_size=batch_size))
+    decided_s = policy.gate_s * _float([node in policy.decisions for node in range(costs.num_exits)])
+    so_far = (route.visited * (node_s + decided_s)).cumsum(1)
     macs = _float([stage + head for stage, head in zip(costs.stage_macs, costs.head_macs, strict=True)])
     return Outcome(
         exits=route.answering, visited=route.visited, contract_s=so_far[:, -1], interruptible_s=so_far,
@@ -134,7 +130,8 @@ def node_times_s(costs: CostProfile, *, statistic: Statistic = "mean", batch_siz
         PolicyError: if one takes no time.
     """
     batch = costs.at(batch_size)
-    times = tuple(stage.of_statistic(statistic) for stage in batch.stages)
+    parts = zip(batch.stages, batch.heads, strict=True)  # a head is the handing over of an output that is there
+    times = tuple(stage.of_statistic(statistic) + head.of_statistic(statistic) for stage, head in parts)
     if not all(time > 0.0 for time in times):
         raise PolicyError(f"networks that take {times} s; measure the cascade again, without a router.")
     return times

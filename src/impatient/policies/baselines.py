@@ -12,7 +12,7 @@ from torch import Tensor
 
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, PolicyError
-from impatient.policies.mixing import MixedPolicy, hull_of, mixed
+from impatient.policies.mixing import MixedPolicy, neighbours
 from impatient.policies.rules import Recorded, ThresholdPolicy
 from impatient.policies.scores import SCORES, ScoreName
 
@@ -58,9 +58,9 @@ def uniform(
     """
     times = costs.contract_s(statistic=statistic, batch_size=batch_size)
     accuracies = (recording.outputs.argmax(-1) == recording.labels).double().mean(1).tolist()
-    hull = hull_of(times, accuracies)
-    policies = [always(exit, len(times), recording) for exit in hull]
-    return mixed(policies, [times[exit] for exit in hull], mean_time_s, seed)
+    *exits, share = neighbours(times, accuracies, mean_time_s)
+    fast, slow = (always(exit, len(times), recording) for exit in exits)
+    return MixedPolicy(cheap=fast, dear=slow, share=share, seed=seed)
 
 
 def myopic(

@@ -27,7 +27,7 @@ from torch import Tensor
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import PolicyError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner
 from impatient.policies.rules import Recorded
 from impatient.policies.scores import confidence_features
@@ -231,8 +231,7 @@ def _exits(policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pool
 
 
 def _gate_of(arrays: Mapping[str, Tensor], exit: int) -> Decision:
-    prefix = f"{exit}/"
-    return Decision.from_arrays({name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)})
+    return Decision.from_arrays(entries_under(f"{exit}/", arrays))
 
 
 def features_of(recording: RecordedFeatures) -> tuple[Tensor, ...]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from impatient.costs import CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, PolicyError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.gate_fitting import SweepPoint
-from impatient.policies.gates import GatePolicy, RecordedFeatures, exit_times_s
+from impatient.policies.gates import GatePolicy
 from impatient.policies.rules import Policy, ThresholdPolicy
 from impatient.provenance import Provenance
 
@@ -86,7 +86,7 @@ class MixedPolicy:
         """
         arrays, header = read_tensors(path)
         try:
-            pair = {name: _of_parts(_below(arrays, f"{name}/"), header[name]) for name in ("cheap", "dear")}
+            pair = {name: _of_parts(entries_under(f"{name}/", arrays), header[name]) for name in ("cheap", "dear")}
             return cls(**pair, share=header["share"], seed=header["seed"])
         except (KeyError, TypeError) as error:
             raise PolicyError(f"{path} is not a mixed policy ({error!r}); make one with mix.") from error
@@ -149,36 +149,6 @@ def _of_parts(arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Pure:
     return GatePolicy.from_parts(arrays, header) if kind == "gate_policy" else ThresholdPolicy.from_json(header)
 
 
-def _below(arrays: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-
-
-def outcome_on(
-    policy: Pure | MixedPolicy,
-    recording: RecordedFeatures,
-    costs: CostProfile,
-    *,
-    statistic: Statistic = "mean",
-    batch_size: int = 1,
-) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """What a policy does to each recorded sample: the exit that answers, and the seconds until it has.
-
-    Only what really runs is paid: heads that are looked at or answer, and the gates that are asked.
-    """
-    if isinstance(policy, MixedPolicy):
-        is_dear = policy.drawn(len(recording.labels))
-        pair = [outcome_on(each, recording, costs, statistic=statistic, batch_size=batch_size)
-                for each in (policy.cheap, policy.dear)]  # fmt: skip
-        (cheap, cheap_s), (dear, dear_s) = pair
-        return torch.where(is_dear, dear, cheap), torch.where(is_dear, dear_s, cheap_s)
-    if isinstance(policy, GatePolicy):
-        exits = policy.exits_on(recording)
-        return exits, exit_times_s(policy, costs, statistic=statistic, batch_size=batch_size)[exits]
-    exits = policy.exits_of(recording.outputs)
-    times = costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits())
-    return exits, torch.tensor(times, dtype=torch.float64)[exits]
-
-
 # --- curves -------------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +183,24 @@ def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
     return tuple(points[index] for index in kept)
 
 
+def neighbours(times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float) -> tuple[int, int, float]:
+    """The two neighbours on the hull around a mean time, and the share of the slower with which it is met in expectation.
+
+    More time than the most accurate one needs is not used.
+
+    Raises:
+        InfeasibleTarget: if even the fastest takes longer.
+    """
+    hull = hull_of(times_s, accuracies)
+    if not hull or not mean_time_s >= times_s[hull[0]]:
+        least = f"{times_s[hull[0]]:g} s" if hull else "unknown: there is no policy"
+        raise InfeasibleTarget(f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for more.")
+    for fast, slow in itertools.pairwise(hull):
+        if mean_time_s < times_s[slow]:
+            return fast, slow, (mean_time_s - times_s[fast]) / (times_s[slow] - times_s[fast])
+    return hull[-1], hull[-1], 1.0
+
+
 def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> MixedPolicy:
     """The best mixture of a sweep's policies whose mean time is, in expectation, exactly what is allowed.
 
@@ -223,17 +211,6 @@ def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> M
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """
-    hull = lower_hull(points)
-    return mixed([point.policy for point in hull], [point.mean_time_s for point in hull], mean_time_s, seed)
-
-
-def mixed(policies: Sequence[Pure], times_s: Sequence[float], mean_time_s: float, seed: int = 0) -> MixedPolicy:
-    """Mix the two neighbours around a mean time; `times_s` increase strictly."""
-    if not policies or not mean_time_s >= times_s[0]:
-        least = f"{times_s[0]:g} s" if policies else "unknown: there is no policy"
-        raise InfeasibleTarget(f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for more.")
-    below = max(index for index, time_s in enumerate(times_s) if time_s <= mean_time_s)
-    if below == len(policies) - 1:
-        return MixedPolicy(cheap=policies[below], dear=policies[below], share=1.0, seed=seed)
-    share = (mean_time_s - times_s[below]) / (times_s[below + 1] - times_s[below])
-    return MixedPolicy(cheap=policies[below], dear=policies[below + 1], share=share, seed=seed)
+    times, accuracies = [point.mean_time_s for point in points], [point.accuracy for point in points]
+    fast, slow, share = neighbours(times, accuracies, mean_time_s)
+    return MixedPolicy(cheap=points[fast].policy, dear=points[slow].policy, share=share, seed=seed)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.errors import PolicyError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision
 from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
@@ -257,11 +257,6 @@ class SelectionPolicy:
             StorageError, PolicyError: if the file is missing, damaged or no policy.
         """
         return cls.from_tensors(*read_tensors(path))
-
-
-def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
-from impatient.policies.mixing import hull_of
+from impatient.policies.mixing import neighbours
 from impatient.policies.routing import (
     STOP,
     Answered,
@@ -28,7 +27,6 @@ from impatient.policies.routing import (
     Route,
     SelectionPolicy,
     check_costs,
-    entries_under,
     selection_features,
 )
 from impatient.policies.rules import Recorded
@@ -375,17 +373,6 @@ def _pooled_of(recording: Any) -> tuple[Tensor, ...]:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def between(times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float) -> tuple[int, int, float]:
-    """The two neighbours on the hull around a mean time, and the share of the slower."""
-    hull = hull_of(times_s, accuracies)
-    if not mean_time_s >= times_s[hull[0]]:
-        raise InfeasibleTarget(f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {times_s[hull[0]]:g}.")
-    for fast, slow in itertools.pairwise(hull):
-        if mean_time_s < times_s[slow]:
-            return fast, slow, (mean_time_s - times_s[fast]) / (times_s[slow] - times_s[fast])
-    return hull[-1], hull[-1], 1.0  # more time than the most accurate one needs
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedSelection:
     """Two policies, of which each sample follows one, drawn at random.
@@ -452,5 +439,5 @@ def mix_selections(points: Sequence[SelectionPoint], *, mean_time_s: float, seed
         InfeasibleTarget: if even the fastest takes longer.
     """
     times, accuracies = [point.mean_time_s for point in points], [point.accuracy for point in points]
-    fast, slow, share = between(times, accuracies, mean_time_s)
+    fast, slow, share = neighbours(times, accuracies, mean_time_s)
     return MixedSelection(fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.errors import InfeasibleTarget, PolicyError
+from impatient.policies.mixing import neighbours
 from impatient.policies.routing import Answered, Route, check_costs
 from impatient.policies.rules import Recorded, ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES, ScoreName
-from impatient.policies.selection import between
 from impatient.policies.topology import Topology
 from impatient.provenance import provenance
 
@@ -37,7 +37,7 @@ def uniform_shares(recording: Answered, node_s: Sequence[float], mean_time_s: fl
         InfeasibleTarget: if even the fastest network takes longer.
     """
     accuracies = (recording.outputs.argmax(-1) == recording.labels).double().mean(1).tolist()
-    fast, slow, share = between(node_s, accuracies, mean_time_s)
+    fast, slow, share = neighbours(node_s, accuracies, mean_time_s)
     return tuple((node == fast) * (1.0 - share) + (node == slow) * share for node in range(len(node_s)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient.errors import StorageError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import entries_under, read_tensors, write_tensors
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
@@ -39,18 +39,14 @@ def load_checkpoint(path: Path, model: nn.Module) -> tuple[dict[str, Any], dict[
     if "random/cpu" not in tensors:
         raise StorageError(f"{path} is no checkpoint of training; it lacks the random state. Delete it to start anew.")
     try:
-        model.load_state_dict(_below("model/", tensors))
+        model.load_state_dict(entries_under("model/", tensors))
     except RuntimeError as error:
         raise StorageError(f"{path} belongs to another network: {error}") from error
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**_below("optimizer/", tensors), **header.get("optimizer_numbers", {})}.items():
+    for key, value in {**entries_under("optimizer/", tensors), **header.get("optimizer_numbers", {})}.items():
         index, _, name = key.partition("/")
         state.setdefault(int(index), {})[name] = value
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return header, state
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
