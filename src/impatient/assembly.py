@@ -23,7 +23,6 @@ from impatient.networks.ensemble import EANN
 from impatient.networks.growth import GrowthCosts, Schedule
 from impatient.networks.running import RunningEnsemble
 from impatient.policies.calibration import fit_temperatures
-from impatient.policies.routing import SelectionPolicy
 from impatient.policies.selection import decision_time_s, fit_selection
 from impatient.policies.topology import Topology
 from impatient.provenance import fingerprint_structure, provenance
@@ -98,20 +97,11 @@ def _running_ensemble(part: RunDirectory, network: Any, recording: Recording, ru
     return together.eval(), spec
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Selected:
-    """What a cascade saves, on the test split."""
-
-    evaluation: Evaluation
-    policy: SelectionPolicy
-    names: tuple[str, ...]
-
-
 def select_run(
     directory: str | Path, members: Sequence[str], *, data: str = "digits", validation: float = 0.1, seed: int = 0,
     targets: Mapping[str, float | None], name: str, topology: str = "full", learner: str = "logistic",
     method: str = "filter_tree", repeats: int = 300, force: bool = False, progress: bool = True, say: Say,
-) -> Selected:  # fmt: skip
+) -> Evaluation:  # fmt: skip
     """Make a cascade of networks that are there already, learn which of them a sample needs, and say what that saves.
 
     Args:
@@ -147,7 +137,7 @@ def select_run(
     with noted(say):
         policy = fit_selection(recording, times, graph, gate_s=decision_time_s(first, recording), **options)
     say(f"fitted on {len(recording.labels)} validation samples: {run.save_policy(name, policy)}")
-    return Selected(evaluation=evaluate_run(run.path, say=say), policy=policy, names=spec.after)
+    return evaluate_run(run.path, say=say)
 
 
 def _begin_cascade(run: RunDirectory, members: Sequence[str], data: str, validation: float, seed: int) -> None:

@@ -237,8 +237,7 @@ def fit(
         "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
         "mean_macs": None if mean_mmacs is None else mean_mmacs * 1e6,
     }
-    named = {"loss": max_loss, "ms": mean_ms, "mmacs": mean_mmacs}
-    given = next(f"{kind}-{value:g}" for kind, value in named.items() if value is not None)
+    given = _first_given(loss=max_loss, ms=mean_ms, mmacs=mean_mmacs)
     kind = "" if learner is None else f"-{learner}-{inputs}"
     policy = workflow.fit_run(
         directory, targets=targets, score=score, learner=learner, inputs=inputs, delta=delta,
@@ -282,15 +281,13 @@ def select(
         "max_accuracy_loss": None if max_loss is None else max_loss / 100,
         "mean_time_s": None if mean_ms is None else mean_ms / 1e3, "time_price": price,
     }  # fmt: skip
-    given = next(
-        f"{kind}-{value:g}" for kind, value in {"loss": max_loss, "ms": mean_ms, "price": price}.items() if value is not None
-    )
-    selected = assembly.select_run(
+    given = _first_given(loss=max_loss, ms=mean_ms, price=price)
+    evaluation = assembly.select_run(
         directory, members, data=data, validation=validation, seed=seed, targets=targets, name=name or given,
         topology=topology, learner=learner, method=method, repeats=repeats, force=force, progress=not quiet, say=_say,
     )  # fmt: skip
-    _say(tables.evaluation_table(selected.evaluation))
-    _say(tables.saving(selected.evaluation, name or given))
+    _say(tables.evaluation_table(evaluation))
+    _say(tables.saving(evaluation, name or given))
 
 
 @app.command()
@@ -374,6 +371,11 @@ def _use_threads(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _first_given(**targets: float | None) -> str:
+    """A policy's name by default: what was asked for."""
+    return next(f"{kind}-{value:g}" for kind, value in targets.items() if value is not None)
 
 
 def _integers(text: str, option: str) -> list[int]:

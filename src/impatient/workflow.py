@@ -301,15 +301,20 @@ def fit_run(
 
 
 def _gates(recording: Recording, costs: CostProfile, wanted: Mapping[str, float], learner: str, inputs: str) -> GatePolicy:
-    """Gates fitted twice: what asking them takes is measured in between, and enters the second time."""
+    """Gates, with what asking them takes."""
     if "mean_macs" in wanted:
         raise PolicyError("gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away.")
+    options: dict[str, Any] = {"learner": learner, "inputs": inputs, **wanted}
+    return fit_gates(recording, costs, gate_s=_asking_s(recording, costs, learner, inputs), **options)
+
+
+def _asking_s(recording: Recording, costs: CostProfile, learner: str, inputs: str) -> float:
+    """Seconds that asking a gate takes, whatever it has learned: measured on gates fitted without."""
     options: dict[str, Any] = {"learner": learner, "inputs": inputs}
     prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]  # at one of them gates are open whose asking can be timed
     measured = [gate_time_s(point.policy, recording) for point in sweep_gates(recording, costs, prices.tolist(), **options)]
     asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
-    options |= wanted
-    return fit_gates(recording, costs, gate_s=float(np.median(asked)) if asked else 0.0, **options)
+    return float(np.median(asked)) if asked else 0.0
 
 
 def _certified(
@@ -324,8 +329,8 @@ def _certified(
     if learner is None:
         candidates = scaled_family(fit_thresholds(part, costs, score=score, **wanted))  # type: ignore[arg-type]
     else:
-        fitted = _gates(part, costs, wanted, learner, inputs)
-        points = sweep_gates(part, costs, learner=learner, inputs=inputs, gate_s=fitted.gate_s)  # type: ignore[arg-type]
+        asking_s = _asking_s(part, costs, learner, inputs)
+        points = sweep_gates(part, costs, learner=learner, inputs=inputs, gate_s=asking_s)  # type: ignore[arg-type]
         candidates = [point.policy for point in points]  # at rising prices of time: from safe to bold
     controlled = control_risk(candidates, calibration, epsilon=wanted["max_accuracy_loss"], delta=delta)
     return controlled.policy, controlled.certificate

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient.errors import RecordingError
-from impatient.evaluation.metrics import Z95, Estimate, mean
+from impatient.evaluation.metrics import Z95, Estimate, class_probabilities, mean_share
 from impatient.evaluation.recording import Recording
 from impatient.policies.scores import max_probability
 from impatient.provenance import Provenance
@@ -43,9 +43,7 @@ def true_label_probabilities(outputs: Float[Tensor, "K N C"], labels: Int[Tensor
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
         raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
-    places = labels.long().expand(outputs.shape[:2])[..., None]
-    # only the true class is divided by the sum: a softmax over all would write everything once more
-    return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
+    return class_probabilities(outputs, labels.long())
 
 
 def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estimate | None:
@@ -147,7 +145,7 @@ def class_confidence(recording: Recording) -> ClassConfidence:
     there_C = counts_C > 0
     return ClassConfidence(
         exits=recording.exits, split=recording.split, counts=counts_C, confidence=confidence, accuracy=accuracy,
-        overall=tuple(map(_probability, true_KN)), max_probability=tuple(map(_probability, max_probability(recording.outputs))),
+        overall=tuple(map(mean_share, true_KN)), max_probability=tuple(map(mean_share, max_probability(recording.outputs))),
         correlations=tuple(correlation(x[there_C], y[there_C]) for x, y in zip(confidence, accuracy, strict=True)),
         sample_correlations=tuple(correlation(x, y) for x, y in zip(true_KN, hits_KN, strict=True)),
         provenance=recording.provenance,
@@ -159,12 +157,6 @@ def _class_means(
 ) -> Float[Tensor, "K C"]:
     sums = torch.zeros(len(values_KN), len(counts_C), dtype=torch.float64)
     return sums.index_add_(1, labels_N, values_KN.double()) / counts_C  # 0 / 0 is NaN
-
-
-def _probability(values_N: Float[Tensor, "N"]) -> Estimate:
-    """Mean of probabilities, its interval too between 0 and 1."""
-    found = mean(values_N)
-    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
 
 
 def _json(estimate: Estimate | None) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,7 +16,7 @@ from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.confidence import true_label_probabilities
-from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean, proportion
+from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean_share, proportion
 from impatient.evaluation.outcomes import AnyPolicy, Outcome, outcome
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json
@@ -287,21 +287,15 @@ class _Judge:
         self.outcomes: dict[str, Outcome] = {}  # of policies, once they are judged
 
     def exits(self) -> list[Row]:
-        return [self._row(f"exit {k}", "exit", self._all(k), self.interruptible_s, self.contract_s, self.macs)
-                for k in range(self.count)]  # fmt: skip
+        return [self._row_of_exits(f"exit {k}", "exit", torch.full_like(self.samples, k)) for k in range(self.count)]
 
     def policy(self, name: str, policy: AnyPolicy) -> Row:
         done = self.outcomes[name] = outcome(policy, self.recording, self.costs, **self.options)  # type: ignore[arg-type]
-        row = self._row(name, "policy", done.exits, self.interruptible_s, self.contract_s, self.macs)
-        return replace(
-            row, interruptible_s=float(done.spent_s().mean()), contract_s=float(done.contract_s.mean()),
-            macs=float(done.macs.mean()),
-        )  # fmt: skip
+        return self._row(name, "policy", done.exits, done.spent_s(), done.contract_s, done.macs)
 
     def references(self) -> list[Row]:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
-        oracle = self._row("oracle", "oracle", right, self.interruptible_s, self.contract_s, self.macs)
-        return [*(self._once(name) for name in self.once), oracle]
+        return [*(self._once(name) for name in self.once), self._row_of_exits("oracle", "oracle", right)]
 
     def _once(self, name: str) -> Row:
         kind, outputs, time_s, macs = self.once[name]
@@ -310,23 +304,25 @@ class _Judge:
             name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)), interruptible_s=time_s, contract_s=time_s,
             macs=macs, calibration_error=expected_calibration_error(confidence, hits),
             shares=(*(0.0,) * (self.count - 1), 1.0),
-            p_true=_share(mean(true_label_probabilities(outputs[None], self.recording.labels)[0])),
+            p_true=mean_share(true_label_probabilities(outputs[None], self.recording.labels)[0]),
         )  # fmt: skip
 
-    def _all(self, exit: int) -> Int[Tensor, "N"]:
-        return torch.full_like(self.samples, exit)
+    def _row_of_exits(self, name: str, kind: Kind, exits: Int[Tensor, "N"]) -> Row:
+        """Where the exit alone decides what a sample costs."""
+        costs = (self.interruptible_s, self.contract_s, self.macs)
+        return self._row(name, kind, exits, *(torch.tensor(values, dtype=torch.float64)[exits] for values in costs))
 
     def _row(
-        self, name: str, kind: Kind, exits: Int[Tensor, "N"], interruptible_s: Sequence[float], contract_s: Sequence[float],
-        macs: Sequence[float],
+        self, name: str, kind: Kind, exits: Int[Tensor, "N"], interruptible_s: Float[Tensor, "N"],
+        contract_s: Float[Tensor, "N"], macs: Float[Tensor, "N"],
     ) -> Row:  # fmt: skip
         hits, confidence = self.hits[exits, self.samples], self.confidence[exits, self.samples]
         shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
         return Row(
             name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)),
-            interruptible_s=_weighted(shares, interruptible_s), contract_s=_weighted(shares, contract_s),
-            macs=_weighted(shares, macs), calibration_error=expected_calibration_error(confidence, hits.bool()),
-            shares=tuple(shares.tolist()), p_true=_share(mean(self.true[exits, self.samples])),
+            interruptible_s=float(interruptible_s.mean()), contract_s=float(contract_s.mean()), macs=float(macs.mean()),
+            calibration_error=expected_calibration_error(confidence, hits.bool()),
+            shares=tuple(shares.tolist()), p_true=mean_share(self.true[exits, self.samples]),
         )  # fmt: skip
 
     def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
@@ -341,7 +337,7 @@ class _Judge:
             hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
             expected[name] = functools.partial(_expected, hits=hits, cost=(time_s,))
         return [
-            BudgetRow(budget=budget_name, name=name, accuracy=_share(mean(of(budget))))
+            BudgetRow(budget=budget_name, name=name, accuracy=mean_share(of(budget)))
             for budget_name, budget in budgets.items()
             for name, of in expected.items()
         ]
@@ -353,17 +349,8 @@ class _Judge:
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 
 
-def _weighted(shares: Float[Tensor, "K"], values: Sequence[float]) -> float:
-    return float((shares * torch.tensor(values, dtype=torch.float64)).sum())
-
-
 def _expected(budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
     """Per sample, the probability of a right answer in time, which is that of the deepest exit that fits."""
     kept = list(deepest_for_some(cost))
     weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)
     return (weights[:, None] * hits[kept].double()).sum(0)
-
-
-def _share(estimate: Estimate) -> Estimate:
-    """An estimate of something between 0 and 1, its interval too."""
-    return Estimate(estimate.value, max(0.0, estimate.low), min(1.0, estimate.high))

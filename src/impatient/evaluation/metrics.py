@@ -49,6 +49,19 @@ def mean(values: Float[Tensor, "N"]) -> Estimate:
     return Estimate(centre, centre - half, centre + half)
 
 
+def mean_share(values: Float[Tensor, "N"]) -> Estimate:
+    """Mean of values between 0 and 1; its interval, too, stays between them."""
+    found = mean(values)
+    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
+def class_probabilities(outputs: Float[Tensor, "K N C"], classes: Int[Tensor, "N"]) -> Float[Tensor, "K N"]:
+    """Probability that each exit gives to one class of each sample."""
+    places = classes.expand(outputs.shape[:2])[..., None]
+    # only the class in question is divided by the sum: a softmax over all would write everything once more
+    return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
+
+
 def expected_calibration_error(confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15) -> float:
     """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted by their size.
 
@@ -99,10 +112,7 @@ def largest_falls(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | No
     classes_N = outputs[-1].argmax(-1) if labels is None else labels.long()
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
         raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
-    places = classes_N.expand(outputs.shape[:2])[..., None]
-    # only the class in question is divided by the sum: a softmax over all would write everything once more
-    logs_KN = outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)
-    probabilities_KN = logs_KN.exp()
+    probabilities_KN = class_probabilities(outputs, classes_N)
     return (probabilities_KN.cummax(0).values - probabilities_KN).amax(0)
 
 

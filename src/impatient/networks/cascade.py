@@ -169,6 +169,8 @@ class Cascade(nn.Module):
             raise NetworkError(f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all different.")
         self.router = router
         self.heads = nn.ModuleList()
+        # found once: a network has hundreds of modules
+        self._linear = [_last_linear(network) for network in self.networks]
 
     @property
     def num_exits(self) -> int:
@@ -239,7 +241,7 @@ class Cascade(nn.Module):
             if threading.get_ident() == here:  # other threads may run the same network
                 read[:] = args[:1]
 
-        layer = next((layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)), None)
+        layer = self._linear[node]
         hook = layer.register_forward_pre_hook(keep) if layer is not None else None
         try:
             output = ambient.call(lambda _: output_tensor(call_model(network, x)), first_tensor(x))
@@ -247,6 +249,10 @@ class Cascade(nn.Module):
             if hook is not None:
                 hook.remove()
         return output, read[0] if read else None
+
+
+def _last_linear(network: nn.Module) -> nn.Linear | None:
+    return next((layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)), None)
 
 
 class _Called(nn.Module):
