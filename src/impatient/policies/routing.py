@@ -8,7 +8,6 @@ stops, and is answered by that node's network, or moves along an edge, and pays 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,12 +42,16 @@ def selection_features(
         outputs: before softmax, of the networks known, that of the node itself last.
         pooled: features of the node's own network, put beside these.
     """
-    outputs = [output.float() for output in outputs]
-    parts = [confidence_features(output) for output in outputs]
-    for before, after in itertools.combinations(outputs, 2):
-        answer = before.argmax(-1, keepdim=True)
-        agrees = (after.argmax(-1, keepdim=True) == answer).float()
-        parts += [agrees, after.softmax(-1).gather(-1, answer)]
+    stacked = torch.stack([output.float() for output in outputs])  # all networks in one go: a batch of one pays per operator
+    count, batch, classes = stacked.shape
+    sure = confidence_features(stacked.reshape(count * batch, classes)).reshape(count, batch, -1)
+    parts = [sure.transpose(0, 1).flatten(1)]
+    if count > 1:
+        before, after = torch.triu_indices(count, count, offset=1).unbind()  # pairs, in the order of itertools.combinations
+        answers = stacked.argmax(-1)
+        agrees = (answers[after] == answers[before]).float()
+        given = stacked.softmax(-1)[after].gather(-1, answers[before].unsqueeze(-1)).squeeze(-1)
+        parts.append(torch.stack([agrees, given], dim=1).flatten(0, 1).T)
     if pooled is not None:
         parts.append(pooled.flatten(1).float())
     return torch.cat(parts, dim=-1)
