@@ -1,6 +1,7 @@
 """Recordings and cost profiles with known truths, made without a network."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +60,18 @@ def drawn(
     outputs = shared + torch.randn(len(gains), samples, classes, generator=random)
     outputs[:, torch.arange(samples), labels] += torch.tensor(gains)[:, None]
     return recording_of(outputs, labels, **rest)
+
+
+@dataclasses.dataclass
+class Samples:
+    """A data set of random inputs."""
+
+    inputs: Tensor
+    labels: Tensor
+    fingerprint: str = "random"
+
+    def size(self, split: str) -> int:
+        return len(self.labels)
+
+    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)

@@ -1,13 +1,10 @@
-import csv
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -33,6 +30,7 @@ from papers.adaptive_neural_networks.networks import (
 from papers.adaptive_neural_networks.recipe import SCALES, key
 from papers.data import shared_folder
 from recordings import costs_of, drawn, recording_of
+from smoke_runs import app_of, read, run_smoke
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -463,11 +461,6 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
     assert len(list(read(tmp_path / "times_raw.csv"))) == 2
 
 
-def read(path: Path) -> Iterator[dict[str, str]]:
-    with path.open() as file:
-        yield from csv.DictReader(file)
-
-
 def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None:
     card = (command.HERE / "README.md").read_text(encoding="utf-8")
     for mark in ("cpu", "gpu"):
@@ -482,19 +475,14 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
 
 @pytest.fixture(scope="module")
 def app():
-    made = typer.Typer()
-    made.command()(command.main)
-    return made
+    return app_of(command.main)
 
 
 @pytest.fixture(scope="module")
 def smoke(app, tmp_path_factory):
     """All of the smoke scale."""
     folder = tmp_path_factory.mktemp("adaptive")
-    arguments = ["--scale", "smoke", "--workers", "1", "--out", f"{folder}/out", "--runs", f"{folder}/runs"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    return folder, arguments
+    return folder, run_smoke(app, folder)
 
 
 def test_the_smoke_run_writes_every_table(smoke) -> None:

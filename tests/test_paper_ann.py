@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from papers.anytime_neural_networks import __main__ as command
@@ -14,6 +13,7 @@ from papers.anytime_neural_networks.curves import Curve, alone, ensemble, excess
 from papers.anytime_neural_networks.recipe import SAMPLERS, SCALES, WEIGHTINGS, Net, opt_depths
 from papers.jobs import finished
 from papers.results import Spread, spread
+from smoke_runs import app_of, run_smoke
 
 SCALE = dataclasses.replace(SCALES["cpu"], networks=((2, 4),), members=(1, 2), channels=4, seeds=2)
 
@@ -250,19 +250,14 @@ def test_a_spread_is_two_columns_in_a_file_and_one_in_the_page():
 
 @pytest.fixture(scope="module")
 def app():
-    made = typer.Typer()
-    made.command()(command.main)
-    return made
+    return app_of(command.main)
 
 
 @pytest.fixture(scope="module")
 def smoke(app, tmp_path_factory):
     """All of the smoke scale with one seed."""
     folder = tmp_path_factory.mktemp("ann")
-    arguments = ["--scale", "smoke", "--seeds", "1", "--workers", "1", "--out", f"{folder}/out", "--runs", f"{folder}/runs"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    return folder, arguments
+    return folder, run_smoke(app, folder, "--seeds", "1")
 
 
 def test_the_smoke_run_writes_every_table(smoke):

@@ -1,14 +1,11 @@
-import csv
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from impatient import Recording, load_data
@@ -20,6 +17,7 @@ from papers.anytimenet import __main__ as command
 from papers.anytimenet import execution, learning, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
 from papers.anytimenet.times import Middle
+from smoke_runs import app_of, read, run_smoke
 
 SCALE = dataclasses.replace(SCALES["cpu"], seeds=2)
 CASES = {case.name: case for case in SCALE.cases}
@@ -276,11 +274,6 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
     assert float(next(read(tmp_path / "times_raw.csv"))["alone_7_s"]) == 26.0
 
 
-def read(path: Path) -> Iterator[dict[str, str]]:
-    with path.open() as file:
-        yield from csv.DictReader(file)
-
-
 def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None:
     card = (command.HERE / "README.md").read_text(encoding="utf-8")
     for mark in ("cpu", "gpu"):
@@ -294,19 +287,14 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
 
 @pytest.fixture(scope="module")
 def app():
-    made = typer.Typer()
-    made.command()(command.main)
-    return made
+    return app_of(command.main)
 
 
 @pytest.fixture(scope="module")
 def smoke(app, tmp_path_factory):
     """All of the smoke scale with one seed."""
     folder = tmp_path_factory.mktemp("anytimenet")
-    arguments = ["--scale", "smoke", "--seeds", "1", "--workers", "1", "--out", f"{folder}/out", "--runs", f"{folder}/runs"]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    return folder, arguments
+    return folder, run_smoke(app, folder, "--seeds", "1")
 
 
 def test_the_smoke_run_writes_every_table(smoke) -> None:

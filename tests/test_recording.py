@@ -1,7 +1,6 @@
 """Recordings: what the network gave, with features and labels, checked and kept."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,22 +10,7 @@ from impatient.errors import RecordingError, StorageError
 from impatient.evaluation import Recording, record
 from impatient.files import write_tensors
 from impatient.networks import MultiExitNetwork, attach_exits
-from recordings import drawn, recording_of
-
-
-@dataclasses.dataclass
-class Samples:
-    """A data set of random inputs."""
-
-    inputs: Tensor
-    labels: Tensor
-    fingerprint: str = "random"
-
-    def size(self, split: str) -> int:
-        return len(self.labels)
-
-    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)
+from recordings import Samples, drawn, recording_of
 
 
 class ConvNet(nn.Module):

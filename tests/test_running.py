@@ -1,11 +1,10 @@
 """Ensembles over the exits of a network: the same protocol, the combined outputs."""
 
 import copy
-import dataclasses
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from impatient.networks.stages import _Forward
 from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.runtime import Runner, profile
+from recordings import Samples
 
 NAMES = sorted(RULES)
 TEMPERATURES = (0.5, 2.0, 1.5)
@@ -40,21 +40,6 @@ def network_of(toy: nn.Module) -> MultiExitNetwork:
 @pytest.fixture
 def inner(toy: nn.Module) -> MultiExitNetwork:
     return network_of(toy)
-
-
-@dataclasses.dataclass
-class Samples:
-    """A data set of random inputs."""
-
-    inputs: Tensor
-    labels: Tensor
-    fingerprint: str = "random"
-
-    def size(self, split: str) -> int:
-        return len(self.labels)
-
-    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.inputs.split(batch_size), self.labels.split(batch_size), strict=True)
 
 
 # --- the same outputs by every way ------------------------------------------------------------------------------------
