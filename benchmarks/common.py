@@ -1,42 +1,66 @@
-"""Shared by the benchmark scripts: what machine this is, and writing a CSV with its page."""
+"""Shared by the benchmark scripts: timing in turn, cases in processes of their own, and writing a CSV with its page."""
 
 from __future__ import annotations
 
+import argparse
+import copy
 import csv
 import io
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from impatient.files import write_text
-from impatient.provenance import machine, versions
+from impatient.files import read_json, write_json, write_text
+from impatient.networks import MultiExitNetwork
+from impatient.provenance import fingerprint_tensors, machine, versions
+from impatient.runtime.engines.export import export, load_engine, to_engine
+from impatient.runtime.engines.network import EngineNetwork
 
 RESULTS = Path(__file__).parent / "results"
+KEPT = Path(__file__).parent.parent / "runs" / "bench"  # git-ignored: exported networks, trained weights, finished cases
+
+Row = dict[str, object]
+M = TypeVar("M", bound=nn.Module)
+
+
+def commit() -> str:
+    """The commit that is checked out, with "-dirty" behind it if files were changed."""
+    command = ["git", "describe", "--always", "--dirty"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return told.stdout.strip() or "unknown"
 
 
 def facts() -> str:
     """Machine, versions, commit, date and command, as one paragraph."""
     here = machine("cpu")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
+    engines = {name: metadata.version(name) for name in ("onnxruntime", "openvino") if name in sys.modules or _installed(name)}
     command = " ".join(["python", *([sys.argv[0]] if sys.argv[0] else []), *sys.argv[1:]])
     return (
         f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; {platform.system()} {platform.release()}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions().items())}; commit {commit or 'unknown'}; "
+        f"{', '.join(f'{name} {version}' for name, version in (versions() | engines).items())}; commit {commit()}; "
         f"{datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
 
 
+def _installed(name: str) -> bool:
+    return any(metadata.packages_distributions().get(name, ()))
+
+
 def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write results/NAME.csv and results/NAME.md with the same rows."""
-    columns = list(rows[0])
+    """Write results/NAME.csv and results/NAME.md with the same rows; what a row does not have stays empty."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [{column: row.get(column, "") for column in columns} for row in rows]
     stream = io.StringIO()
     table = csv.DictWriter(stream, columns, lineterminator="\n")
     table.writeheader()
@@ -54,3 +78,127 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     half = 0.98 * np.sqrt(len(ordered))
     low, high = int(max(0, len(ordered) / 2 - half)), int(min(len(ordered) - 1, len(ordered) / 2 + half))
     return float(np.median(ordered)), float(ordered[low]), float(ordered[high])
+
+
+def ratio_of_means(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
+    """Mean of paired values over the mean of others, with its 95 % interval (delta method): what a whole workload takes."""
+    ratio = float(values.mean() / base.mean())
+    half = 1.96 * float(np.std(values - ratio * base, ddof=1)) / np.sqrt(len(base)) / float(base.mean())
+    return ratio, ratio - half, ratio + half
+
+
+def spoken(values: Sequence[float], digits: int = 4) -> str:
+    """Median with its 95 % interval, in words."""
+    middle, low, high = median_interval(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, most_s: float = float("inf"), warm_up: int = 3
+) -> dict[str, np.ndarray]:
+    """Seconds of several calls, each once a round and in random order, so that all meet the machine's changes alike.
+
+    Args:
+        calls: by name; ask for the same one under two names for an A/A comparison.
+        rounds: that are counted, after the warm-up.
+        most_s: begin no further round after so many seconds, once there are five.
+    """
+    order, names = np.random.default_rng(0), list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for number in range(-warm_up, rounds):
+        begin = time.perf_counter() if number == 0 else begin
+        if number >= 5 and time.perf_counter() - begin > most_s:
+            break
+        for name in order.permutation(names):
+            before = time.perf_counter()
+            calls[name]()
+            if number >= 0:
+                times[name].append(time.perf_counter() - before)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def twin(model: M) -> M:
+    """A copy with the same tensors and without anybody's forward hooks."""
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied
+
+
+def in_engine(
+    network: MultiExitNetwork, engine: str, *, example: Tensor, threads: int, key: str, precision: str = "fp32"
+) -> MultiExitNetwork | EngineNetwork:
+    """A network in an engine, kept under runs/bench/engines, since exporting resnet50 takes a minute.
+
+    Args:
+        key: names the network and its cuts; the weights are told apart by themselves.
+    """
+    if engine in ("eager", "compile"):
+        return to_engine(network, engine, example=example, threads=threads)
+    weights = fingerprint_tensors(network.state_dict())
+    folder = KEPT / "engines" / f"{key}-{engine}-{precision}-{weights}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export(network, folder, engine=engine, example=example, threads=threads, precision=precision)
+    return load_engine(folder, threads=threads)
+
+
+def run_cases(
+    name: str, title: str, text: str, cases: Mapping[str, tuple[Any, ...]], measure: Callable[..., Sequence[Row]], *,
+    smoke: Sequence[str], prepare: Callable[[], object] | None = None,
+) -> None:  # fmt: skip
+    """The command line of a benchmark in cases, each run in a process of its own: thread pools are set once a process.
+
+    Finished cases are kept for the commit they were measured on, and the page is written after each: a run that was stopped
+    goes on where it was.
+
+    Args:
+        name, title, text: of the page.
+        cases: arguments of `measure`, by the case's name.
+        measure: gives the rows of a case; takes `smoke=True` for a run of seconds.
+        smoke: the cases that show that everything runs.
+        prepare: makes what takes long and is kept: exports, trained weights.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; writes nothing")
+    parser.add_argument("--prepare", action="store_true", help="only make what is kept: exports, trained weights")
+    parser.add_argument("--again", action="store_true", help="measure finished cases again")
+    parser.add_argument("--case", choices=[*cases], help="measure this one only")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # where a case puts its rows
+    asked = parser.parse_args()
+    if asked.into:
+        write_json(asked.into, {"rows": list(measure(*cases[asked.case], smoke=asked.smoke))})
+    elif asked.prepare:
+        if prepare is not None:
+            prepare()
+    elif asked.smoke:
+        with tempfile.TemporaryDirectory() as folder:
+            for case in [asked.case] if asked.case else smoke:
+                _show(_case(case, Path(folder), "--smoke"))
+    else:
+        _all_cases(name, title, text, cases, asked)
+
+
+def _all_cases(name: str, title: str, text: str, cases: Mapping[str, object], asked: argparse.Namespace) -> None:
+    folder = KEPT / "cases" / name / commit()
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in [asked.case] if asked.case else cases:
+        path = folder / f"{case}.json"
+        if asked.again or not path.is_file():
+            _show(_case(case, folder))
+        done = [folder / f"{case}.json" for case in cases if (folder / f"{case}.json").is_file()]
+        write_results(name, title, text, [row for path in done for row in read_json(path)["rows"]])
+
+
+def _case(case: str, folder: Path, *options: str) -> list[Row]:
+    path = folder / f"{case}.json"
+    print(f"{case} ...", flush=True)
+    subprocess.run([sys.executable, sys.argv[0], "--case", case, "--into", str(path), *options], check=True)
+    rows: list[Row] = read_json(path)["rows"]
+    return rows
+
+
+def _show(rows: Sequence[Row]) -> None:
+    for row in rows:
+        print("  " + ", ".join(f"{column}: {value}" for column, value in row.items()), flush=True)

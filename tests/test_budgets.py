@@ -415,6 +415,46 @@ def test_a_point_is_read_in_milliseconds():
     assert parse_budget("uniform:0:0.5").high == 0.0005
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("uniform:0:40mmacs", budgets.uniform(0.0, 40e6, cost="macs")), ("point:1.5MB", budgets.point(1.5e6, cost="bytes")),
+        ("large_likely:9:70mJ", budgets.large_likely(0.009, 0.07, cost="energy")),
+        ("normal:9:70ms", budgets.normal(0.009, 0.07)),
+        ("log_uniform:1e-1:1e3mb", budgets.log_uniform(1e5, 1e9, cost="bytes")),
+        ("small_likely:0:5.mj", budgets.small_likely(0.0, 0.005, cost="energy")),
+    ],
+)  # fmt: skip
+def test_a_unit_says_what_is_limited(text, wanted):
+    assert parse_budget(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["uniform:0:10parsecs", "point:3s", "uniform:0mmacs:40mmacs", "uniform:0:40 mmacs", "point:mj"]
+)
+def test_an_unknown_or_misplaced_unit_is_refused(text):
+    with pytest.raises(BudgetError, match=r"unknown unit|not a number"):
+        parse_budget(text)
+
+
+def test_an_unknown_unit_is_told_the_known_ones():
+    with pytest.raises(
+        BudgetError, match="unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none for ms"
+    ):
+        parse_budget("uniform:0:10parsecs")
+
+
+def test_a_budget_of_another_cost_comes_back_from_its_file(tmp_path):
+    for budget in (budgets.uniform(0.0, 4e7, cost="macs"), budgets.empirical([0.5, 0.25], cost="energy")):
+        budget.save(tmp_path / "budget.json")
+        assert Budget.load(tmp_path / "budget.json") == budget
+    value = budgets.uniform(0.0, 1.0).to_json()
+    assert value.pop("cost") == "time"
+    assert Budget.from_json(value).cost == "time"  # from before budgets had costs
+    with pytest.raises(BudgetError, match="a budget of 'money'; needed: one of time, macs, bytes, energy"):
+        budgets.point(1.0, cost="money")
+
+
 def test_a_log_is_read_one_budget_a_line_in_milliseconds(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("8\n\n 4.0 \n8\n")

@@ -1,5 +1,6 @@
 """Evaluation: every number against one computed by hand or by simulation."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from scipy import stats
 
 from impatient import budgets
-from impatient.errors import PolicyError, RecordingError, SplitReuseError, StaleInput, StorageError
+from impatient.errors import CostError, PolicyError, RecordingError, SplitReuseError, StaleInput, StorageError
 from impatient.evaluation import Evaluation, Static, class_confidence, evaluate, true_label_probabilities
 from impatient.evaluation.metrics import expected_calibration_error, mean, proportion
 from impatient.files import write_json
@@ -337,3 +338,40 @@ def test_another_network_must_have_been_recorded_on_the_same_split():
     other = Static(recording=trained_alone(split="validation"), time_s=1.0, macs=1.0)
     with pytest.raises(RecordingError, match="record the same split"):
         evaluate(hand_made(), COSTS, static={"small": other})
+
+
+# --- budgets of other costs -------------------------------------------------------------------------------------------
+
+
+ALL_COSTS = dataclasses.replace(
+    COSTS, stage_macs=(1000, 2000, 3000), head_macs=(500, 250, 0), exit_free_macs=5000,
+    stage_bytes=(1_000_000, 2_000_000, 3_000_000), head_bytes=(500_000, 250_000, 0), exit_free_bytes=5_000_000,
+    stage_energy_j=(0.125, 0.25, 0.375), head_energy_j=(0.0625, 0.03125, 0.0), exit_free_energy_j=0.625,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("cost", "unit"), [("macs", 1e3), ("bytes", 1e6), ("energy", 0.125)])
+@pytest.mark.parametrize("high", [2.0, 6.6, 10.0])
+def test_budgets_of_another_cost_give_what_budgets_of_time_do_where_costs_are_in_proportion(cost, unit, high):
+    named = {"time": budgets.uniform(0.0, high), "other": budgets.uniform(0.0, high * unit, cost=cost)}
+    both = evaluate(hand_made(), ALL_COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets=named)
+    found = {(row.budget, row.name): row.accuracy for row in both.under_budgets}
+    names = {name for _, name in found}
+    assert {"interruptible", "contract", "static oracle", "mine", "no exits, same weights", "no exits, trained alone"} == names
+    assert 0.0 < found["time", "contract"].value < 0.6
+    for name in names:
+        assert dataclasses.astuple(found["time", name]) == pytest.approx(dataclasses.astuple(found["other", name]))
+
+
+def test_of_another_network_bytes_are_not_known(tmp_path):
+    named = {cost: budgets.uniform(0.0, 1e9, cost=cost) for cost in ("macs", "bytes")}
+    other = Static(recording=trained_alone(), time_s=1.0, macs=10.0)
+    judged = evaluate(hand_made(), ALL_COSTS, static={"small": other}, budgets=named)
+    assert {row.budget for row in judged.under_budgets if row.name == "small"} == {"macs"}
+    judged.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json").budgets == named
+
+
+def test_budgets_of_a_cost_that_the_profile_lacks_are_refused():
+    with pytest.raises(CostError, match="says nothing about energy"):
+        evaluate(hand_made(), COSTS, budgets={"energy": budgets.point(1.0, cost="energy")})

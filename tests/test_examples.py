@@ -32,6 +32,12 @@ def test_a_run_is_interrupted() -> None:
     assert all(0 <= exit <= 5 for exit in reached)
 
 
+def test_an_answer_is_refined() -> None:
+    right = main_of("refine.py")(epochs=2, pictures=100)
+    assert right["crude"] < right["refined"]
+    assert right["refined"] > 0.5
+
+
 def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None:
     figure = tmp_path / "loop.png"
     made = main_of("sensor_loop.py")(seconds=0.03, rate=1e3, blocks=(2, 1, 1), epochs=1, repeats=5, figure=str(figure))

@@ -15,7 +15,10 @@ from impatient.networks.heads import HEADS, ChannelsFirst, MSDNetHead, Pool, bui
 from impatient.networks.stages import Cut
 
 CLASSES = 5
-SHAPES = {"NCHW": (3, 6, 9, 7), "NHWC": (3, 9, 7, 6), "NTD": (3, 4, 6), "ND": (3, 6)}
+SHAPES = {
+    "NCHW": (3, 6, 9, 7), "NHWC": (3, 9, 7, 6), "NTD": (3, 4, 6), "NCT": (3, 6, 4), "ND": (3, 6), "NCTHW": (3, 6, 2, 5, 4),
+    "NTHWC": (3, 2, 5, 4, 6),
+}  # fmt: skip
 READ_MAPS_ONLY = ("adaptive", "rescale", "msdnet")
 every_layout = pytest.mark.parametrize("layout", SHAPES)
 
@@ -55,13 +58,23 @@ def block(*layers: nn.Module) -> nn.Module:
         ((2, 8, 8, 8), nn.Identity(), "NCHW"),
         ((2, 4, 4, 8), block(nn.Conv2d(3, 8, 1), nn.GELU()), "NHWC"),  # a permutation followed the convolution
         ((2, 6, 4, 7), block(nn.Conv2d(3, 99, 1)), "NCHW"),  # no dimension fits the width
+        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.GELU()), "NCT"),  # sound
+        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.LayerNorm(8)), "NCT"),  # its norm permutes
+        ((2, 5, 8), block(nn.Conv1d(3, 8, 1), nn.LayerNorm(8)), "NTD"),
+        ((2, 8, 8), nn.Conv1d(3, 8, 3), "NCT"),  # square: the last layer decides
+        ((2, 8, 8), nn.Linear(3, 8), "NTD"),
+        ((2, 5, 8), nn.Identity(), "NTD"),
+        ((2, 6, 7), nn.Conv1d(3, 99, 1), "NTD"),
+        ((2, 8, 4, 7, 7), block(nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8)), "NCTHW"),
+        ((2, 4, 7, 7, 8), block(nn.LayerNorm(8), nn.Linear(8, 8)), "NTHWC"),
+        ((2, 8, 4, 7, 7), nn.ReLU(), "NCTHW"),
     ],
 )
 def test_layout_is_told_by_shape_and_last_layer(shape: tuple[int, ...], module: nn.Module, layout: str) -> None:
     assert guess_layout(torch.zeros(shape), module) == layout
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5, 6)])
+@pytest.mark.parametrize("shape", [(2,), (2, 3, 4, 5, 6, 7)])
 def test_other_numbers_of_dimensions_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(HeadError, match=rf"{len(shape)} dimensions.*callable"):
         guess_layout(torch.zeros(shape), nn.ReLU())
@@ -105,7 +118,7 @@ def test_layout_of_square_features_can_be_said() -> None:
     torch.testing.assert_close(guessed(x)[1], guessed.heads[1][1](features.mean((1, 2))))
 
 
-def test_layout_is_said_of_four_dimensions_only() -> None:
+def test_layout_is_said_of_features_with_as_many_dimensions_only() -> None:
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 8), nn.Linear(8, CLASSES))
     assert attach_exits(backbone, after=["0", "2"], example=torch.ones(1, 3, 8, 8), layout="NCHW").layouts == ("NCHW", "ND")
 
@@ -118,7 +131,7 @@ def test_pool_means_over_space_or_tokens(layout: str) -> None:
     features = features_of(layout)
     pooled = Pool(layout)(features)
     assert pooled.shape == (3, 6)
-    channels_last = features.movedim(1, -1) if layout == "NCHW" else features
+    channels_last = features.movedim(1, -1) if layout.startswith("NC") else features
     torch.testing.assert_close(pooled, channels_last.reshape(3, -1, 6).mean(1))
     assert layout in repr(Pool(layout))
 
@@ -137,7 +150,10 @@ def test_every_head_gives_outputs_and_gradients(name: str, layout: str) -> None:
 
 @every_layout
 def test_heads_do_not_depend_on_the_number_of_samples_or_the_resolution(layout: str) -> None:
-    wider = {"NCHW": (1, 6, 20, 5), "NHWC": (1, 20, 5, 6), "NTD": (1, 11, 6), "ND": (1, 6)}[layout]
+    wider = {
+        "NCHW": (1, 6, 20, 5), "NHWC": (1, 20, 5, 6), "NTD": (1, 11, 6), "NCT": (1, 6, 11), "ND": (1, 6),
+        "NCTHW": (1, 6, 3, 7, 8), "NTHWC": (1, 3, 7, 8, 6),
+    }[layout]  # fmt: skip
     for name in sorted(set(heads_for(layout)) - {"flatten"}):
         assert build_head(name, shape_of(layout), CLASSES).eval()(torch.randn(wider)).shape == (1, CLASSES)
 
@@ -162,7 +178,7 @@ def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
     assert first.classifier.in_features == 128
 
 
-@pytest.mark.parametrize("layout", ["NTD", "ND"])
+@pytest.mark.parametrize("layout", ["NTD", "NCT", "ND", "NCTHW"])
 @pytest.mark.parametrize("name", READ_MAPS_ONLY)
 def test_heads_that_read_maps_refuse_others_and_name_other_heads(name: str, layout: str) -> None:
     with pytest.raises(HeadError, match=rf"the {name} head reads maps.*{layout}.*heads='linear' or heads='mlp'"):
@@ -176,7 +192,7 @@ def test_channels_come_first_whatever_the_layout(layout: str) -> None:
     assert first.dim() == 4
     assert first.shape[:2] == (3, 6)
     torch.testing.assert_close(first.mean((2, 3)), Pool(layout)(features))
-    channels_last = features.movedim(1, -1) if layout == "NCHW" else features
+    channels_last = features.movedim(1, -1) if layout.startswith("NC") else features
     assert torch.equal(first.flatten(2).transpose(1, 2), channels_last.reshape(3, -1, 6))
     assert layout in repr(ChannelsFirst(layout))
 
@@ -239,7 +255,7 @@ def test_adaptive_head_never_makes_more_places_than_there_are(shape: tuple[int, 
 def test_conv1x1_head_is_a_linear_layer_at_every_place(layout: str) -> None:
     head, features = build_head("conv1x1", shape_of(layout), CLASSES).eval(), features_of(layout)
     convolution, linear = (next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear))
-    places = features.movedim(1, -1) if layout == "NCHW" else features
+    places = features.movedim(1, -1) if layout.startswith("NC") else features
     norm = next(layer for layer in head if isinstance(layer, nn.BatchNorm2d))  # untrained: divides by sqrt(1 + eps)
     wide = functional.linear(places.reshape(3, -1, 6), convolution.weight[:, :, 0, 0]) / (1 + norm.eps) ** 0.5
     torch.testing.assert_close(head(features), linear(wide.relu().mean(1)))
@@ -445,16 +461,17 @@ def test_parameters_of_a_shared_block_count_once() -> None:
 
 
 class Features(nn.Module):
-    """A layer whose output has 6 channels in the layout asked for: maps of 8 x 10, 4 tokens, or a vector."""
+    """A layer whose output has 6 channels in the layout asked for: maps of 80 places, 4 tokens, or a vector."""
 
     def __init__(self, layout: str) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(6, 6, 1) if layout == "NCHW" else nn.Linear(6, 6)
-        self.classifier, self.dims = nn.Linear(6, CLASSES), {"NCHW": (2, 3), "NHWC": (1, 2), "NTD": (1,), "ND": ()}[layout]
+        convolutions = {"NCT": nn.Conv1d, "NCHW": nn.Conv2d, "NCTHW": nn.Conv3d}
+        self.layer = convolutions[layout](6, 6, 1) if layout in convolutions else nn.Linear(6, 6)
+        self.classifier, self.channels_first = nn.Linear(6, CLASSES), layout in convolutions
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
-        return self.classifier(x.mean(self.dims) if self.dims else x)
+        return self.classifier((x.movedim(1, -1) if self.channels_first else x).reshape(len(x), -1, 6).mean(1))
 
 
 MLP_MACS = 6 * 128 + 128 * CLASSES
@@ -470,7 +487,10 @@ HEAD_MACS_BY_HAND = {  # on maps of 6 channels and 80 places, on 4 tokens of 6, 
     "rescale": (6 * 12 * 49 + 12 * CLASSES, None, None),
     "msdnet": (MSDNET_MACS, None, None),
 }
-FEATURES = {"NCHW": (2, 6, 8, 10), "NHWC": (2, 8, 10, 6), "NTD": (2, 4, 6), "ND": (2, 6)}
+FEATURES = {
+    "NCHW": (2, 6, 8, 10), "NHWC": (2, 8, 10, 6), "NTD": (2, 4, 6), "NCT": (2, 6, 4), "ND": (2, 6), "NCTHW": (2, 6, 2, 8, 5),
+    "NTHWC": (2, 2, 8, 5, 6),
+}  # fmt: skip
 
 
 def test_every_head_has_its_cost_counted_by_hand() -> None:
@@ -482,7 +502,7 @@ def test_cost_of_every_head_is_that_counted_by_hand(name: str, layout: str) -> N
     x = torch.ones(FEATURES[layout])
     facts = stage_facts(attach_exits(Features(layout), after=["layer"], heads=name, example=x), x)
     maps, tokens, vectors = HEAD_MACS_BY_HAND[name]
-    assert facts[0].head_macs == {"NTD": tokens, "ND": vectors}.get(layout, maps)
+    assert facts[0].head_macs == {"NTD": tokens, "NCT": tokens, "ND": vectors}.get(layout, maps)
     assert facts[1].head_macs == 0
 
 

@@ -1,5 +1,6 @@
 """Interruptible runs: whoever asks gets the latest answer at once, whatever the stage in flight is doing."""
 
+import contextlib
 import gc
 import math
 import subprocess
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from fakes import PATIENCE_S, FakeNetwork, Hold, X, costs_of, elsewhere, hold, runner_of, wait_until
+from fakes import PATIENCE_S, FakeExit, FakeNetwork, Hold, X, costs_of, elsewhere, hold, runner_of, wait_until
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import attach_exits
 from impatient.policies import ThresholdPolicy
-from impatient.runtime import Run, Runner, profile, runner
+from impatient.runtime import Run, Runner, interruptible, profile
 
 WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
 
@@ -460,6 +461,144 @@ def test_a_posted_answer_stays_what_it_was_when_a_later_stage_writes_over_it(clo
     torch.testing.assert_close(answer.output, model.classifier(x), rtol=0, atol=0)
 
 
+# --- cancelling a stage in flight -----------------------------------------------------------------------------------
+
+
+class Cancelled(Exception):
+    """What an engine raises in the thread whose call was ended."""
+
+
+class CancellableWalk:
+    """The run of a fake network whose stuck stage gives up when told to."""
+
+    def __init__(self, walk: Iterator[FakeExit], network: "CancellableNetwork") -> None:
+        self._walk, self._network = walk, network
+
+    def __iter__(self) -> Iterator[FakeExit]:
+        return self._walk
+
+    def cancel(self) -> None:
+        self._network.cancelled.append(self)
+        self._network.give_up.set()
+
+
+class CancellableNetwork(FakeNetwork):
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock, [1.0] * 4, [0.5] * 4)
+        self.give_up, self.reached, self.cancelled = threading.Event(), threading.Event(), list[CancellableWalk]()
+
+    @contextlib.contextmanager
+    def exits(self, x: Tensor) -> Iterator[CancellableWalk]:
+        with super().exits(x) as walk:
+            yield CancellableWalk(walk, self)
+
+    def stuck(self) -> None:
+        self.reached.set()
+        assert self.give_up.wait(PATIENCE_S)
+        raise Cancelled
+
+
+@pytest.fixture
+def engine(clock: FakeClock) -> CancellableNetwork:
+    return CancellableNetwork(clock)
+
+
+@pytest.mark.parametrize("ask", ["interrupt", "close", "leave", "deadline"])
+def test_a_stage_in_flight_is_cancelled_when_nobody_wants_more(engine: CancellableNetwork, clock: FakeClock, ask: str) -> None:
+    engine.at["stage 2"] = engine.stuck
+    runner = runner_of(engine)
+    run = runner.start(X, deadline=Deadline.after(5.0, clock))
+    assert engine.reached.wait(PATIENCE_S)
+    if ask == "close":
+        run.close()
+    elif ask == "leave":
+        with run:
+            pass
+    elif ask == "deadline":
+        clock.advance(5.0)
+    answer = run.interrupt() if ask == "interrupt" else run.result()
+    assert (answer.exit, answer.deadline_met) == (1, True)
+    engine.wait_closed()
+    engine.at.clear()
+    assert runner.start(X).result().exit == 3  # the worker is free
+    assert run.result() is answer
+
+
+def test_a_queued_run_begins_when_the_one_before_it_is_cancelled(engine: CancellableNetwork) -> None:
+    engine.at["stage 1"] = engine.stuck
+    runner = runner_of(engine)
+    first, second = runner.start(X), runner.start(X)
+    assert engine.reached.wait(PATIENCE_S)
+    engine.at.clear()
+    first.interrupt()
+    assert second.result().exit == 3
+
+
+def test_closing_the_runner_cancels_the_stage_in_flight(engine: CancellableNetwork) -> None:
+    engine.at["stage 1"] = engine.stuck
+    runner = runner_of(engine)
+    run = runner.start(X)
+    assert engine.reached.wait(PATIENCE_S)
+    (thread,) = workers()
+    runner.close()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert run.result().exit == 0
+
+
+def test_a_run_that_has_ended_cancels_nothing(engine: CancellableNetwork) -> None:
+    with runner_of(engine).start(X) as run:
+        engine.wait_closed()
+        run.result()
+        run.interrupt()
+    assert engine.cancelled == []
+
+
+def test_a_first_stage_is_not_cancelled_while_its_answer_is_waited_for(engine: CancellableNetwork) -> None:
+    stuck = hold(engine, "stage 0")
+    run = runner_of(engine).start(X)
+    answer = elsewhere(run.interrupt)
+    wait_for_waiters(run, 1)
+    assert engine.cancelled == []
+    stuck.release()
+    assert answer.result(PATIENCE_S).exit == 0
+
+
+def test_a_first_stage_is_cancelled_when_its_answer_would_be_too_late(engine: CancellableNetwork) -> None:
+    engine.at["stage 0"] = engine.stuck
+    run = runner_of(engine, when_late="raise").start(X)
+    assert engine.reached.wait(PATIENCE_S)
+    with pytest.raises(NoAnswerInTime):
+        run.interrupt()
+    engine.wait_closed()
+
+
+def test_a_stage_of_a_resumable_run_is_not_lost(engine: CancellableNetwork) -> None:
+    stuck = hold(engine, "stage 1")
+    runner = runner_of(engine)
+    run = runner.start(X, resumable=True)
+    stuck.wait_reached()
+    assert run.interrupt().exit == 0
+    assert engine.cancelled == []
+    stuck.release()
+    assert run.refine().result().exit == 3
+    stuck = hold(engine, "stage 1")
+    run = runner.start(X, resumable=True)
+    stuck.wait_reached()
+    run.close()  # but one that is closed is wanted no more
+    assert len(engine.cancelled) == 1
+    stuck.release()
+
+
+def test_a_cancellation_that_nobody_asked_for_is_an_error(engine: CancellableNetwork) -> None:
+    engine.at["stage 1"] = engine.stuck
+    run = runner_of(engine).start(X)
+    assert engine.reached.wait(PATIENCE_S)
+    engine.give_up.set()
+    with pytest.raises(Cancelled):
+        run.result()
+
+
 # --- threads and memory ---------------------------------------------------------------------------------------------
 
 
@@ -606,7 +745,7 @@ def test_the_interpreter_ends_cleanly_with_a_run_in_flight(ask: str) -> None:
 
 
 def test_the_interpreter_ends_although_a_stage_never_does(monkeypatch: pytest.MonkeyPatch, network: FakeNetwork) -> None:
-    monkeypatch.setattr(runner, "END_S", 0.01)
+    monkeypatch.setattr(interruptible, "END_S", 0.01)
     stuck = hold(network, "stage 1")
     stubborn = runner_of(network)
     stubborn.start(X)

@@ -195,6 +195,109 @@ def test_coarse_blocks_are_taken_when_they_suffice_and_finer_ones_when_not() -> 
     assert all(".blocks." in cut.module for cut in choose(model, X, 5, repeats=1))
 
 
+@pytest.mark.parametrize(
+    ("costs_s", "expected"),
+    [
+        ([[1, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),
+        ([[1, 1], [1, 1], [3, 1], [4, 1]], ["0.0", "0.1", "0.2"]),  # uneven, but nowhere by a fifth
+        ([[1, 1], [1, 1], [8, 9], [2, 1]], ["0.1.blocks.1", "0.2.blocks.0", "0.2.blocks.1"]),
+        ([[9, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),  # finer blocks are no better
+    ],
+)  # fmt: skip
+def test_finer_blocks_are_taken_where_coarse_ones_lie_far_from_even_shares(
+    monkeypatch: pytest.MonkeyPatch, costs_s: list[list[float]], expected: list[str]
+) -> None:
+    clock = SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(placement, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+
+    class Stage(nn.Module):
+        def __init__(self, costs_s: list[float]) -> None:
+            super().__init__()
+            self.blocks, self.costs_s = nn.ModuleList([Block(), Block()]), costs_s
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block, cost_s in zip(self.blocks, self.costs_s, strict=True):
+                clock.now_s += cost_s
+                x = block(x)
+            return x
+
+    model = nn.Sequential(nn.Sequential(*(Stage(costs) for costs in costs_s)), nn.Linear(8, 3))
+    assert [str(cut) for cut in choose(model, X, 4)] == expected
+
+
+def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
+    class TimeFirst(nn.Module):
+        """Like XLNet: [T, B, D] inside."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.classifier = nn.ModuleList([Block(), Block(), Block()]), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1)
+            for block in self.blocks:
+                x = block(x)
+            return self.classifier(x.mean(0))
+
+    with pytest.raises(ExitNotFound, match=r"0 places.*blocks\.0: its features, of shape \(5, 2, 8\), do not begin .* size 2"):
+        choose(TimeFirst(), torch.randn(2, 5, 8), 2)
+
+
+class Sideways(nn.Module):
+    """Blocks of which some are on a side path: what they give, or the first tensor of it, goes nowhere."""
+
+    def __init__(self, idle: Sequence[int], *, tuples: bool = False, zero_head: bool = False) -> None:
+        super().__init__()
+        aside: Callable[[Tensor], Any] = lambda x: (-x, x + 1)  # noqa: E731
+        self.blocks = nn.ModuleList(Former(aside) if tuples and index in idle else Block() for index in range(6))
+        self.classifier, self.idle = nn.Linear(8, 3), idle
+        if zero_head:
+            nn.init.zeros_(self.classifier.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.blocks):
+            given = block(x)
+            x = given[1] if isinstance(given, tuple) else x if index in self.idle else given
+        return self.classifier(x)
+
+
+@pytest.mark.parametrize("idle", [(), (2,), (0, 2, 4), (1, 2, 3), (5,), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("tuples", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_blocks_on_side_paths_are_left_out(idle: Sequence[int], count: int, tuples: bool) -> None:
+    useful = [f"blocks.{index}" for index in range(6) if index not in idle]
+    model = Sideways(idle, tuples=tuples)
+    if len(useful) < count - 1:
+        with pytest.raises(ExitNotFound):
+            choose(model, X, count, repeats=1)
+    else:
+        assert {cut.module for cut in choose(model, X, count, repeats=1)} <= set(useful)
+
+
+def test_calls_of_one_block_on_side_paths_are_left_out() -> None:
+    class SomeCalls(Repeated):
+        def forward(self, x: Tensor) -> Tensor:
+            for index in range(self.times):
+                y = self.groups[0](x)
+                x = x if index % 2 else y
+            return self.classifier(x)
+
+    assert [cut.call for cut in choose(SomeCalls(times=6), X, 4, repeats=1)] == [0, 2, 4]
+
+
+def test_head_of_zeros_does_not_hide_the_blocks() -> None:
+    assert choose(Sideways((), zero_head=True), X, 4, repeats=1) == choose(Sideways(()), X, 4, repeats=1)
+
+
+def test_trying_what_matters_changes_neither_weights_nor_input() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity())) for _ in range(4)), nn.Linear(8, 3))
+    x, before = torch.randn(2, 8), [parameter.clone() for parameter in model.parameters()]
+    kept = x.clone()
+    choose(model, x, 3, repeats=1)
+    assert torch.equal(x, kept)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
 def test_chosen_places_are_logged(toy: nn.Module, toy_input: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="impatient"):
         network = attach_exits(toy, example=toy_input, count=3)
@@ -223,12 +326,12 @@ def test_model_without_blocks_is_refused() -> None:
 
 
 class Awkward(nn.Module):
-    """Blocks of which no head can read the features: integers, no tensor, another batch size, five dimensions."""
+    """Blocks of which no head can read the features: integers, no tensor, another batch size, six dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
-        five_dimensions: Callable[[Tensor], Any] = lambda x: x[:, :, None, None, None]  # noqa: E731
-        forms = [lambda x: x.long(), lambda x: "text", lambda x: x.repeat(2, 1), five_dimensions, lambda x: x]
+        six_dimensions: Callable[[Tensor], Any] = lambda x: x[:, :, None, None, None, None]  # noqa: E731
+        forms = [lambda x: x.long(), lambda x: "text", lambda x: x.repeat(2, 1), six_dimensions, lambda x: x]
         self.blocks = nn.ModuleList(Former(form) for form in forms)
         self.classifier = nn.Linear(8, 3)
 
@@ -249,7 +352,7 @@ class Former(nn.Module):
 
 def test_blocks_whose_features_no_head_can_read_are_passed_over() -> None:
     assert choose(Awkward(), X, 2, repeats=1) == [Cut("blocks.4")]
-    with pytest.raises(ExitNotFound, match=r"has 1 places.*\(blocks\.4\)"):
+    with pytest.raises(ExitNotFound, match=r"has 1 places.*\(blocks\.4\).*Passed over, for one: blocks\.0: .*int64"):
         choose(Awkward(), X, 3, repeats=1)
 
 

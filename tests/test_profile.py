@@ -1,5 +1,7 @@
 """Measuring costs: what is counted how often, in which order, and what is left untouched. Times come from a fake clock."""
 
+import dataclasses
+import logging
 import sys
 from typing import Any
 
@@ -10,13 +12,16 @@ from torch import Tensor, nn
 from conftest import ToyBackbone
 from impatient.clock import FakeClock
 from impatient.costs import CostProfile
-from impatient.errors import CostError, ExitNotReached
-from impatient.networks import MultiExitNetwork, attach_exits
-from impatient.runtime import profile
-from impatient.runtime.profile import resized, time_in_turn
+from impatient.errors import CostError, EnergyUnavailable, ExitNotReached, StaleInput
+from impatient.networks import AnytimeNet, Cascade, MultiExitNetwork, attach_exits
+from impatient.networks.describe import count_traffic, stage_traffic
+from impatient.provenance import fingerprint_structure
+from impatient.runtime import energy, profile
+from impatient.runtime.profile import check_profile, resized, time_in_turn
 
 EXAMPLE = torch.zeros(1, 8)
 REPEAT_S = 4.25 + 5.25  # the untouched backbone, and the same with two heads
+COUNTING = 4  # runs before any is timed: staged and whole, for MACs and for bytes
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_every_part_is_measured_as_often_as_asked(timed: MultiExitNetwork, clock
 @pytest.mark.parametrize("warm_up", [0, 4])
 def test_the_warm_up_is_run_and_not_counted(timed: MultiExitNetwork, clock: FakeClock, warm_up: int) -> None:
     seen = begins(timed)
-    cold = 2 + 2 * warm_up  # MACs are counted before, staged and whole
+    cold = COUNTING + 2 * warm_up
     timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) <= cold else 0.0))
     batch = profile(timed, EXAMPLE, repeats=3, warm_up=warm_up, clock=clock).at(1)
     assert (batch.stages[0].max, batch.exit_free.max) == (1.0, 4.25)
@@ -80,7 +85,9 @@ def test_the_warm_up_is_run_and_not_counted(timed: MultiExitNetwork, clock: Fake
 
 def test_a_slow_repeat_is_seen_in_the_maximum_and_not_in_the_median(timed: MultiExitNetwork, clock: FakeClock) -> None:
     seen = begins(timed)
-    timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) == 2 + 2 * 5 else 0.0))
+    timed.backbone.blocks[0].register_forward_pre_hook(
+        lambda *_: clock.advance(100.0 if len(seen) == COUNTING + 2 * 5 else 0.0)
+    )
     batch = profile(timed, EXAMPLE, repeats=9, warm_up=0, clock=clock).at(1)
     assert max(batch.stages[0].max, batch.exit_free.max) > 100.0
     assert (batch.stages[0].p50, batch.exit_free.p50) == (1.0, 4.25)
@@ -90,7 +97,7 @@ def test_the_order_alternates(network: MultiExitNetwork, clock: FakeClock) -> No
     seen = begins(network)
     profile(network, EXAMPLE, repeats=4, warm_up=1, clock=clock)
     warm, pair = ["whole", "staged"], ["staged", "whole"]
-    assert seen[2:] == warm + pair + warm + pair + warm  # after those in which MACs are counted
+    assert seen[COUNTING:] == warm + pair + warm + pair + warm
 
 
 def test_measuring_stops_when_its_time_is_up(timed: MultiExitNetwork, clock: FakeClock) -> None:
@@ -132,7 +139,7 @@ def test_each_batch_size_is_measured(network: MultiExitNetwork, clock: FakeClock
     network.backbone.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     costs = profile(network, torch.randn(3, 8), batch_sizes=(2, 5), repeats=2, warm_up=0, clock=clock)
     assert sorted(costs.batches) == [2, 5]
-    assert shapes == [*[(1, 8)] * 2, *[(2, 8)] * 4, *[(5, 8)] * 4]  # first for the MACs, which are per sample
+    assert shapes == [*[(1, 8)] * COUNTING, *[(2, 8)] * 4, *[(5, 8)] * 4]  # what is counted is per sample
 
 
 def test_inputs_of_any_kind_are_brought_to_a_batch_size() -> None:
@@ -162,6 +169,240 @@ def test_a_profile_comes_back_from_its_file(timed: MultiExitNetwork, clock: Fake
     costs = profile(timed, EXAMPLE, batch_sizes=(1, 2), repeats=3, clock=clock)
     costs.save(tmp_path / "costs.json")
     assert CostProfile.load(tmp_path / "costs.json") == costs
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_counted_by_operator(network: MultiExitNetwork, clock: FakeClock) -> None:
+    linear, relu, classifier = 4 * (8 + 8 * 8 + 8 + 8), 4 * (8 + 8), 4 * (8 + 3 * 8 + 3 + 3)  # read, weights, biases, written
+    costs = profile(network, EXAMPLE.expand(3, 8), batch_sizes=(2,), repeats=1, warm_up=0, clock=clock)
+    assert costs.stage_bytes == (linear + relu, 2 * (linear + relu), linear + relu + classifier)
+    assert costs.head_bytes == (classifier, classifier, 0)
+    assert costs.exit_free("bytes") == sum(costs.stage_bytes)
+
+
+class Moves(nn.Module):
+    """Runs a function as a model."""
+
+    def __init__(self, function: Any, *modules: nn.Module) -> None:
+        super().__init__()
+        self.function, self.inner = function, nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.inner)
+
+
+@pytest.mark.parametrize(
+    ("function", "modules", "x", "moved"),
+    [
+        (lambda x: x.flatten().view(2, 4).t()[1:].expand(5, 3, 2).contiguous()[None], (), torch.zeros(1, 8), 4 * (6 + 30)),
+        (lambda x: x.view(2, 4)[1:].detach(), (), torch.zeros(1, 8), 0),
+        (lambda x: x.to(torch.float32).contiguous(), (), torch.zeros(1, 8), 0),
+        (lambda x: torch.empty(100, 100), (), torch.zeros(1, 8), 0),
+        (lambda x: x.to(torch.float64), (), torch.zeros(1, 8), 4 * 8 + 8 * 8),
+        (lambda x: x + torch.empty(1, 1).expand(1, 8), (), torch.zeros(1, 8), 4 * (8 + 1 + 8)),
+        (lambda x: x.clone().relu_(), (), torch.zeros(1, 8), 4 * 16 + 4 * 16),
+        (lambda x, conv: conv(x), (nn.Conv2d(3, 4, 3, padding=1),), torch.zeros(1, 3, 8, 8),
+         4 * (3 * 64 + 4 * 27 + 4 + 4 * 64)),
+        (lambda x, table: table(x), (nn.Embedding(1000, 16),), torch.zeros(1, 5).long(), 8 * 5 + 4 * 2 * 5 * 16),
+    ],
+    ids=["strided copy", "views", "no-ops", "allocation", "cast", "broadcast", "in place", "convolution", "embedding"],
+)  # fmt: skip
+def test_what_moves_is_counted_and_what_does_not_is_not(function: Any, modules: Any, x: Tensor, moved: int) -> None:
+    assert count_traffic(Moves(function, *modules), x) == moved
+
+
+def test_the_stages_of_any_network_move_what_running_it_moves(toy: ToyBackbone) -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    deep = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 3))
+    cut = attach_exits(deep, after=["0"], example=image)
+    assert sum(stage_traffic(cut, image)[0]) == count_traffic(deep, image)
+    several = Cascade([toy, nn.Linear(8, 3)])
+    stages, heads = stage_traffic(several, EXAMPLE)
+    looking = 4 * 3 * 4  # bytes of a few outputs: routing looks at what the networks say
+    assert count_traffic(toy, EXAMPLE) <= stages[0] <= count_traffic(toy, EXAMPLE) + looking
+    assert 4 * (8 + 24 + 3 + 3) <= stages[1] <= 4 * (8 + 24 + 3 + 3) + looking
+    assert heads == (0, 0)
+    grown = AnytimeNet(width=2, num_classes=3)
+    stages, heads = stage_traffic(grown, image)
+    assert sum(stages) > count_traffic(grown.backbone, image)  # sections are run again
+    assert min((*stages, *heads[:-1])) > 0 == heads[-1]
+
+
+def test_counting_bytes_needs_an_example_that_comes_to_every_exit() -> None:
+    network = attach_exits(Skips(lambda x: len(x) > 1), after=["first", "middle"], example=EXAMPLE)
+    with pytest.raises(ExitNotReached, match="came to 2 of 3 exits"):
+        stage_traffic(network, torch.zeros(2, 8))
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_untouched_backbone_is_compared_with_itself_back_to_back(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    spells = [0.0]
+    seen = begins(timed)
+
+    def gets_slower(*_: Any) -> None:  # between the pairs alone: 0 1 | staged staged | 2 3 | ...
+        if len(seen) > 2 and seen[-2:] == ["staged", "staged"]:
+            spells[0] += 1.0
+        clock.advance(spells[0])
+
+    timed.backbone.classifier.register_forward_pre_hook(gets_slower)
+    batch = profile(timed, EXAMPLE, repeats=30, warm_up=0, max_seconds=1e9, clock=clock).at(1)
+    assert batch.exit_free.max > batch.exit_free.p50
+    assert batch.noise is not None
+    assert (batch.noise.aa_ratio, batch.noise.spread, batch.noise.n) == (1.0, 0.0, 15)
+
+
+def test_no_run_is_added_for_the_noise(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    seen = begins(timed)
+    profile(timed, EXAMPLE, repeats=40, warm_up=0, max_seconds=1e9, clock=clock)
+    assert len(seen) == COUNTING + 2 * 40
+
+
+@pytest.mark.parametrize(("jitter", "warned"), [(0.0, False), (0.04, False), (0.5, True)])
+def test_a_noisy_machine_is_warned_of(
+    timed: MultiExitNetwork, clock: FakeClock, caplog: pytest.LogCaptureFixture, jitter: float, warned: bool
+) -> None:
+    random, seen = torch.Generator().manual_seed(1), begins(timed)
+
+    def shakes(*_: Any) -> None:  # every untouched run takes its 4.25 s, and by chance longer
+        clock.advance(4.25 * jitter * float(torch.rand(1, generator=random)) if seen[-1] == "whole" else 0.0)
+
+    timed.backbone.classifier.register_forward_pre_hook(shakes)
+    with caplog.at_level(logging.WARNING, logger="impatient"):
+        costs = profile(timed, EXAMPLE, repeats=60, max_seconds=1e9, clock=clock)
+    noise = costs.at(1).noise
+    assert noise is not None
+    assert noise.too_noisy is warned
+    assert ("too noisy to say anything at batch size 1" in caplog.text) is warned
+    assert (noise.spread > 0.0) is (jitter > 0.0)
+
+
+def test_of_few_repeats_nothing_is_said_about_noise(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    assert profile(timed, EXAMPLE, repeats=11, clock=clock).at(1).noise is None
+
+
+# --- energy -----------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Knows what the parts of a network draw: 1 J for a block, 0.25 J for a head, 0.5 J for the classifier."""
+
+    name = "abacus"
+
+    def __init__(self, network: MultiExitNetwork) -> None:
+        self.spent = 0.0
+        for modules, joules in ((network.backbone.blocks, 1.0), (network.heads, 0.25), ([network.backbone.classifier], 0.5)):
+            for module in modules:
+                module.register_forward_pre_hook(lambda *_, joules=joules: self.spend(joules))
+
+    def spend(self, joules: float) -> None:
+        self.spent += joules
+
+    def begin(self) -> None:
+        self._before = self.spent
+
+    def end(self) -> float:
+        return self.spent - self._before
+
+
+def test_joules_of_stages_and_heads_are_told_apart(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    costs = profile(timed, EXAMPLE, batch_sizes=(4,), repeats=2, energy=Meter(timed), clock=clock)
+    assert costs.stage_energy_j == (1.0, 2.0, 1.5)
+    assert costs.head_energy_j == (0.25, 0.25, 0.0)
+    assert (costs.exit_free("energy"), costs.energy_meter) == (4.5, "abacus")
+    assert costs.cumulative("energy", "contract") == (1.25, 3.25, 4.5)
+    assert costs.cumulative("energy", "interruptible") == (1.25, 3.5, 5.0)
+
+
+def test_joules_that_differ_by_less_than_their_noise_count_as_none(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    meter = Meter(timed)
+    windows: list[float] = []
+
+    def falling() -> float:  # every window shows less than the one before
+        windows.append(1.0 / (len(windows) + 1))
+        return windows[-1]
+
+    meter.end = falling  # type: ignore[method-assign]
+    costs = profile(timed, EXAMPLE, repeats=1, energy=meter, clock=clock)
+    assert costs.stage_energy_j is not None
+    assert costs.head_energy_j is not None
+    assert min((*costs.stage_energy_j, *costs.head_energy_j)) >= 0.0
+    assert costs.stage_energy_j[0] > 0.0
+
+
+def test_energy_that_cannot_be_measured_is_refused_before_anything_runs(
+    timed: MultiExitNetwork, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = begins(timed)
+    monkeypatch.setitem(sys.modules, "zeus.exception", None)
+    monkeypatch.setattr(energy, "POWERCAP", energy.Path("/nowhere"))
+    with pytest.raises(EnergyUnavailable, match="energy of cpu cannot be measured here"):
+        profile(timed, EXAMPLE, energy=True, clock=clock)
+    assert seen == []
+
+
+def test_no_energy_is_measured_unless_asked_for(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    assert not profile(timed, EXAMPLE, repeats=1, clock=clock).holds("energy")
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+class InEngine(nn.Module):
+    """A network as an engine runs it: no parameters, operators nobody sees, the structure of the original."""
+
+    def __init__(self, network: MultiExitNetwork, engine: str, threads: int | None = None) -> None:
+        super().__init__()
+        self._original = [network]  # in a list: not a part of this module
+        self.engine, self.threads, self.structure = engine, threads, fingerprint_structure(network.state_dict())
+        self.mechanism, self.exit_names, self.num_exits = "made up", network.exit_names, network.num_exits
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self._original[0].backbone
+
+    def exits(self, x: Tensor) -> Any:
+        return self._original[0].exits(x)
+
+    def stage_facts(self, x: Tensor) -> Any:
+        return self._original[0].stage_facts(x)
+
+
+def test_a_network_in_an_engine_is_profiled_as_such(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    eager, other = (profile(net, EXAMPLE, repeats=3, clock=clock) for net in (timed, InEngine(timed, "made-up", threads=7)))
+    assert (other.provenance.engine, other.provenance.threads) == ("made-up", 7)
+    assert other.provenance.network == eager.provenance.network
+    assert (other.contract_s(), other.exit_free_s()) == (eager.contract_s(), eager.exit_free_s())
+    assert (other.stage_macs, other.exit_free_macs) == (eager.stage_macs, eager.exit_free_macs)
+    assert not other.holds("bytes")  # rather than 0 bytes
+    assert other.compare(eager)[0].ratio == 1.0
+    assert set(other.differences(eager)) == {"engine", "threads", "dtype"}
+
+
+def test_a_profile_of_another_engine_is_refused(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    there = InEngine(timed, "onnxruntime")
+    eager, other = (profile(net, EXAMPLE, repeats=1, clock=clock) for net in (timed, there))
+    check_profile(eager, timed, "measure again")
+    check_profile(other, there, "measure again")
+    with pytest.raises(StaleInput, match=r"another engine: 'eager', but here it is 'onnxruntime'. To mend it, measure again"):
+        check_profile(eager, there, "measure again")
+    with pytest.raises(StaleInput, match=r"another engine: 'onnxruntime', but here it is 'eager'"):
+        check_profile(other, timed, "measure again")
+
+
+def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(timed: MultiExitNetwork, clock: FakeClock) -> None:
+    costs = profile(InEngine(timed, "onnxruntime-int8-dynamic", threads=2), EXAMPLE, repeats=1, clock=clock)
+    assert "onnxruntime" in costs.provenance.versions
+    with pytest.raises(StaleInput, match=r"another threads: 2, but here it is 3"):
+        check_profile(costs, InEngine(timed, "onnxruntime-int8-dynamic", threads=3), "measure again")
+    old = dataclasses.replace(costs.provenance, versions={**costs.provenance.versions, "onnxruntime": "0.1"})
+    with pytest.raises(StaleInput, match="another set of versions"):
+        check_profile(
+            dataclasses.replace(costs, provenance=old), InEngine(timed, "onnxruntime-int8-dynamic", 2), "measure again"
+        )
 
 
 # --- what is refused, and what is left as it was --------------------------------------------------------------------

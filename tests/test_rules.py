@@ -1,5 +1,7 @@
 """Rules for stopping: what a policy does, and whether fitted thresholds keep what was asked for."""
 
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
+from impatient.errors import CostError, InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
 from impatient.files import read_json, write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.policies.scores import SCORES
@@ -15,6 +17,11 @@ from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
 COSTS = costs_of([1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0])
+COSTS = dataclasses.replace(  # the first head is dear to move, the others to power
+    COSTS, stage_bytes=(100, 100, 100, 100), head_bytes=(95, 2, 2, 0),
+    stage_energy_j=(0.25, 0.25, 0.25, 0.25), head_energy_j=(0.01, 0.15, 0.15, 0.0),
+)  # fmt: skip
+LIMITS = {"mean_time_s": "time", "mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
 
 
 def by_hand(*thresholds, score="max_probability"):
@@ -147,14 +154,16 @@ def test_an_exit_without_a_share_is_closed():
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("target", [
-    {"mean_time_s": 1.4}, {"mean_time_s": 2.6}, {"mean_macs": 25.0}, {"mean_macs": 60.0},
+    {"mean_time_s": 1.4}, {"mean_time_s": 2.6}, {"mean_macs": 25.0}, {"mean_macs": 60.0}, {"mean_bytes": 240.0},
+    {"mean_energy_j": 0.6},
     {"max_accuracy_loss": 0.0}, {"max_accuracy_loss": 0.03}, {"max_accuracy_loss": 0.3},
 ])  # fmt: skip
 def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
     recording = drawn(400, seed=3)
     policy = fit_thresholds(recording, COSTS, score=score, **target)
     (name, wanted), *_ = target.items()
-    cost, right = judged(policy, recording, COSTS, COSTS.cumulative_macs if name == "mean_macs" else None)
+    cost, right = judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, LIMITS.get(name, "time")))
+    assert policy.cost == LIMITS.get(name, "time")
     assert policy.target[name] == wanted
     assert policy.target["mean_cost"] == pytest.approx(float(cost.mean()))
     assert policy.target["accuracy"] == pytest.approx(float(right.mean()))
@@ -162,6 +171,37 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
         assert float(right.mean()) >= float(recording.hits()[-1].double().mean()) - wanted - 1e-9
     else:
         assert float(cost.mean()) <= wanted + 1e-9
+
+
+@pytest.mark.parametrize("cost", ["time", "macs", "bytes", "energy"])
+def test_the_cheapest_policy_is_cheapest_in_what_it_is_to_save(cost):
+    recording = drawn(400, seed=3)
+    fitted = {saved: fit_thresholds(recording, COSTS, max_accuracy_loss=0.05, cost=saved) for saved in LIMITS.values()}
+    spent = {
+        saved: float(judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, cost))[0].mean())
+        for saved, policy in fitted.items()
+    }
+    assert min(spent, key=spent.__getitem__) == cost or spent[cost] == pytest.approx(min(spent.values()))
+    assert fitted[cost].target["mean_cost"] == pytest.approx(spent[cost])
+    assert fitted["energy"].open_exits() != fitted["bytes"].open_exits()  # or this shows nothing
+
+
+def test_a_cost_that_the_target_does_not_limit_is_refused():
+    with pytest.raises(PolicyError, match="mean_time_s limits time, but cost='macs'"):
+        fit_thresholds(drawn(50, seed=3), COSTS, mean_time_s=2.0, cost="macs")
+    assert fit_thresholds(drawn(50, seed=3), COSTS, mean_macs=60.0, cost="macs").cost == "macs"
+
+
+def test_a_cost_that_the_profile_lacks_is_refused():
+    with pytest.raises(CostError, match="says nothing about energy"):
+        fit_thresholds(drawn(50, seed=3), costs_of([1.0] * 4, [0.1] * 4), mean_energy_j=1.0)
+
+
+def test_a_policy_from_before_it_said_its_cost_still_says_it():
+    for name, cost in (("mean_macs", "macs"), ("mean_time_s", "time")):
+        value = fit_thresholds(drawn(200, seed=2), COSTS, **{name: 60.0}, score="margin").to_json()
+        assert value.pop("cost") == cost
+        assert ThresholdPolicy.from_json(value).cost == cost
 
 
 @pytest.mark.parametrize(("target", "floor"), [({"mean_time_s": 1.8}, 1.7), ({"mean_time_s": 2.8}, 2.6)])
@@ -342,7 +382,9 @@ def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
 
 @pytest.mark.parametrize("given", [{}, {"mean_time_s": 1.0, "mean_macs": 5.0}, {"mean_time_s": 1.0, "max_accuracy_loss": 0.0}])
 def test_exactly_one_target_is_needed(given):
-    with pytest.raises(PolicyError, match="exactly one target of mean_time_s, mean_macs, max_accuracy_loss"):
+    with pytest.raises(
+        PolicyError, match="exactly one target of mean_time_s, mean_macs, mean_bytes, mean_energy_j, max_accuracy_loss"
+    ):
         fit_thresholds(drawn(10, seed=8), COSTS, **given)
 
 

@@ -200,7 +200,7 @@ DIGITS = Case(name="digits", data="digits", fitted_on="test", nets=tuple(
 ))  # fmt: skip
 
 CPU_CIFAR = _cifar(
-    Training(epochs=12, lr=0.1, augment="crop-flip"), Training(epochs=9, lr=0.1, augment="crop-flip"),
+    Training(epochs=30, lr=0.1, batch_size=128, augment="crop-flip"), Training(epochs=9, lr=0.1, augment="crop-flip"),
 )  # fmt: skip
 GPU_CIFAR = _cifar(
     Training(epochs=160, lr=0.1, batch_size=128, augment="crop-flip", weight_decay=1e-4),

@@ -9,7 +9,7 @@ from impatient.evaluation import Evaluation, Recording, evaluate, record
 from impatient.networks import MultiExitNetwork, attach_exits, load_model
 from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
 from impatient.provenance import own_version
-from impatient.runtime import Answer, Run, Runner, profile
+from impatient.runtime import Answer, Run, Runner, export, load_engine, profile, to_engine
 from impatient.training import Data, Recipe, fit, load_data
 
 __version__ = own_version()
@@ -39,12 +39,15 @@ __all__ = [
     "evaluate",
     "exit_weights",
     "expected_accuracy",
+    "export",
     "fit",
     "fit_thresholds",
     "load_data",
+    "load_engine",
     "load_model",
     "networks",
     "profile",
     "record",
+    "to_engine",
     "training",
 ]

@@ -2,24 +2,26 @@
 
 `exit_weights` says how often each exit is the deepest one that a random budget can pay for. Training with these weights
 minimises the expected loss of the answer a caller receives; `expected_accuracy` is the same sum over accuracies.
+Budgets are times, or as well multiply-accumulates, bytes or joules: then costs of the same kind go with them.
 `exit_weights_many` does the first for thousands of budgets at once.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self, get_args, overload
 
 import numpy as np
 from scipy import special, stats
 
 from impatient.clock import positive_seconds
-from impatient.costs import check_increasing
+from impatient.costs import UNITS, Cost, check_increasing
 from impatient.errors import BudgetError
 from impatient.files import read_json, write_json
 
@@ -30,7 +32,7 @@ STEEPNESS = 4.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """A distribution over time budgets, in seconds.
+    """A distribution over budgets: of time in seconds, or of another cost in its unit, wherever seconds are spoken of.
 
     Make one with a function of this module: `uniform`, `small_likely`, `large_likely`, `normal`, `log_uniform`, `point`,
     `empirical`.
@@ -40,10 +42,13 @@ class Budget:
     low: float
     high: float
     samples_s: tuple[float, ...] = ()
+    cost: Cost = "time"
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES:
             raise BudgetError(f"unknown budget shape {self.shape!r}; needed: one of {', '.join(_SHAPES)}.")
+        if self.cost not in get_args(Cost):
+            raise BudgetError(f"a budget of {self.cost!r}; needed: one of {', '.join(get_args(Cost))}.")
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise BudgetError(f"budget range {self.low} to {self.high} s is not finite; give seconds, such as 0.0 to 0.010.")
         if not 0.0 <= self.low <= self.high or self.high <= 0.0:
@@ -94,7 +99,9 @@ class Budget:
         return _SHAPES[self.shape](self.low, self.high)
 
     def to_json(self) -> dict[str, Any]:
-        return {"shape": self.shape, "low": self.low, "high": self.high, "samples_s": list(self.samples_s)}
+        return {
+            "shape": self.shape, "low": self.low, "high": self.high, "samples_s": list(self.samples_s), "cost": self.cost,
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -186,54 +193,59 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
     return below
 
 
-def _over(shape: str, low_s: float, high_s: float) -> Budget:
+def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budget:
     if not low_s < high_s:
         raise BudgetError(f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in seconds.")
-    return Budget(shape=shape, low=float(low_s), high=float(high_s))
+    return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
 
 
-def uniform(low_s: float, high_s: float) -> Budget:
-    """Every budget between two times is equally likely."""
-    return _over("uniform", low_s, high_s)
+def uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
+    """Every budget between two times is equally likely.
+
+    Args:
+        low_s, high_s: seconds, or with another `cost` its unit: multiply-accumulates, bytes, joules.
+        cost: what is limited; here and in the other shapes.
+    """
+    return _over("uniform", low_s, high_s, cost)
 
 
-def small_likely(low_s: float, high_s: float) -> Budget:
+def small_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Small budgets are likely: density falls exponentially, by exp(4) across the range.
 
     Source:
         Impatient DNNs, Table 1. We differ: the paper gives no formula; see STEEPNESS.
     """
-    return _over("small_likely", low_s, high_s)
+    return _over("small_likely", low_s, high_s, cost)
 
 
-def large_likely(low_s: float, high_s: float) -> Budget:
+def large_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Large budgets are likely: the mirror image of `small_likely`."""
-    return _over("large_likely", low_s, high_s)
+    return _over("large_likely", low_s, high_s, cost)
 
 
-def normal(low_s: float, high_s: float) -> Budget:
+def normal(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Normal around the middle of the range, cut off at three standard deviations, which are its ends."""
-    return _over("normal", low_s, high_s)
+    return _over("normal", low_s, high_s, cost)
 
 
-def log_uniform(low_s: float, high_s: float) -> Budget:
+def log_uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Every order of magnitude between two positive times is equally likely."""
     positive_seconds(low_s, "lower end of a log-uniform budget")
-    return _over("log_uniform", low_s, high_s)
+    return _over("log_uniform", low_s, high_s, cost)
 
 
-def point(budget_s: float) -> Budget:
+def point(budget_s: float, *, cost: Cost = "time") -> Budget:
     """Always the same budget."""
     seconds = positive_seconds(budget_s, "budget")
-    return Budget(shape="point", low=seconds, high=seconds, samples_s=(seconds,))
+    return Budget(shape="point", low=seconds, high=seconds, samples_s=(seconds,), cost=cost)
 
 
-def empirical(budgets_s: Sequence[float]) -> Budget:
+def empirical(budgets_s: Sequence[float], *, cost: Cost = "time") -> Budget:
     """The budgets of a log, each as likely as it was frequent."""
     samples = tuple(sorted(positive_seconds(value, "a logged budget") for value in budgets_s))
     if not samples:
         raise BudgetError("the log of budgets is empty; needed: at least one time in seconds.")
-    return Budget(shape="empirical", low=samples[0], high=samples[-1], samples_s=samples)
+    return Budget(shape="empirical", low=samples[0], high=samples[-1], samples_s=samples, cost=cost)
 
 
 STANDARD = ("uniform", "small_likely", "large_likely", "normal")
@@ -338,22 +350,28 @@ def expected_accuracy(
 def parse_budget(text: str) -> Budget:
     """Read a budget from one word: "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or "log:FILE".
 
-    A log is a text file with one budget in milliseconds per line. Milliseconds belong at the door: this is for
-    command lines.
+    A unit behind the last number says what is limited instead: millions of multiply-accumulates ("uniform:0:40mmacs"),
+    megabytes moved ("mb", 10^6 bytes) or millijoules ("mj"); "ms" may be said, too. A log is a text file with one budget in
+    milliseconds per line. Such units belong at the door: this is for command lines.
 
     Example:
         >>> parse_budget("uniform:0:10").high
         0.01
+        >>> budget = parse_budget("uniform:0:40mmacs")
+        >>> budget.cost, budget.high
+        ('macs', 40000000.0)
     """
     shape, _, rest = text.partition(":")
     try:
         if shape == "log":
             return empirical([float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()])
-        numbers = [float(part) / 1e3 for part in rest.split(":")]
+        amounts, cost, scale = _without_unit(rest)
+        # division where the unit is small: 9 / 1000 is 0.009, 9 * 0.001 is not
+        numbers = [float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale) for part in amounts.split(":")]
         if shape == "point" and len(numbers) == 1:
-            return point(numbers[0])
+            return point(numbers[0], cost=cost)
         if shape in _RANGES and len(numbers) == 2:
-            return _RANGES[shape](*numbers)
+            return _RANGES[shape](*numbers, cost=cost)
     except OSError as error:
         raise BudgetError(f"cannot read the log of budgets {rest!r}: {error.strerror}.") from error
     except ValueError as error:
@@ -364,6 +382,16 @@ def parse_budget(text: str) -> Budget:
         f"cannot read {text!r} as a budget; needed: one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH in milliseconds "
         "(uniform:0:10), point:T (point:8), or log:FILE."
     )
+
+
+def _without_unit(text: str) -> tuple[str, Cost, float]:
+    """Numbers without the unit behind them, the cost it is of, and what one of it is inside."""
+    found = re.search(r"(?<=[\d.])[a-z]+$", text, re.IGNORECASE)
+    if not found:
+        return text, *UNITS["ms"]
+    if found[0].lower() not in UNITS:
+        raise BudgetError(f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none for ms.")
+    return text[: found.start()], *UNITS[found[0].lower()]
 
 
 _RANGES = {

@@ -28,6 +28,7 @@ err = Console(stderr=True)
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
 AnyProfile = Annotated[bool, typer.Option("--any-profile", help="Use a profile of another machine or version all the same.")]
 Threads = Annotated[int, typer.Option(help="Intra-op threads of torch; 0 leaves its own choice.")]
+Engine = Annotated[str, typer.Option(help="eager, compile, or one that `impatient export` has made in DIR/engines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is up to date.")]
 
@@ -71,7 +72,8 @@ def train(
     weights: Annotated[str | None, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with "
                                                      "options (sieve:last_to_early=2,total=all); adaloss; numbers "
                                                      "(1,0.5,1); or a budget in ms: uniform:0:10, small_likely:0:10, "
-                                                     "log:FILE, ... By default uniform; inverse_square for "
+                                                     "log:FILE, ..., or with a unit: uniform:0:40mmacs, mb, mj. "
+                                                     "By default uniform; inverse_square for "
                                                      "impatient:anytimenet.")] = None,
     mode: Annotated[str, typer.Option(help="Costs behind a budget's weights: interruptible or contract.")] = "interruptible",
     sampler: Annotated[str, typer.Option(help="Draw an exit that weighs more in each step: none, alternating (AANN), exp3, rwm "
@@ -169,18 +171,55 @@ def profile(
     directory: Directory,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to measure, with commas between.")] = "1",
     repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 300,
-    threads: Threads = 0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", "--engines",
+            help="Engines to measure, with commas between: eager, compile, or one that `impatient export` has made in "
+            "DIR/engines. Each has its own profile.json.",
+        ),
+    ] = "eager",
+    threads: Annotated[
+        str,
+        typer.Option(
+            help="Thread counts to measure, with commas between; 0 leaves torch's own choice. The first is that of "
+            "profile.json, another that of profile-t2.json."
+        ),
+    ] = "0",
+    energy: Annotated[bool, typer.Option("--energy", help="Measure joules, too, where the machine can; 3 s an exit.")] = False,
     force: Force = False,
     quiet: Quiet = False,
-) -> None:
+) -> None:  # fmt: skip
     """Measure what every stage and head costs on this machine."""
     from impatient import tables, workflow
 
-    _use_threads(threads)
-    sizes = _integers(batch_sizes, "--batch-sizes")
-    costs = workflow.profile_run(directory, batch_sizes=sizes, repeats=repeats, force=force, progress=not quiet, say=_say)
-    for size in sizes:
-        _say(tables.costs_table(costs, size))
+    sizes, counts = _integers(batch_sizes, "--batch-sizes"), _integers(threads, "--threads")
+    for count in counts:
+        _check_threads(count)
+    made = workflow.profile_runs(
+        directory, engines=engine.split(","), threads=counts, batch_sizes=sizes, repeats=repeats, energy=energy, force=force,
+        progress=not quiet, say=_say,
+    )  # fmt: skip
+    for costs in made.values():
+        for size in sizes:
+            _say(tables.costs_table(costs, size))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A profile, or a directory with a profile.json.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another; how many times as fast it is is what is shown.")],
+    any_network: Annotated[bool, typer.Option("--any", help="Compare although they are of different networks.")] = False,
+) -> None:
+    """Compare two profiles exit by exit, and say which differences are more than noise."""
+    from impatient import tables, workflow
+
+    first, second = workflow.load_profile(a), workflow.load_profile(b)
+    rows = first.compare(second, any_network=any_network)
+    for name, (one, other) in first.differences(second).items():
+        _say(f"{name}: {one} (A), {other} (B)")
+    for size in dict.fromkeys(row.batch_size for row in rows):
+        _say(tables.comparison_table([row for row in rows if row.batch_size == size], first, second))
 
 
 @app.command()
@@ -188,6 +227,7 @@ def record(
     directory: Directory,
     splits: Annotated[str, typer.Option(help="Splits to record, with commas between.")] = "validation,test",
     features: Annotated[bool, typer.Option("--features", help="Keep pooled features too, for learned gates.")] = False,
+    engine: Engine = "eager",
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -195,7 +235,7 @@ def record(
     from impatient import workflow
 
     workflow.record_run(
-        directory, splits=splits.split(","), features=features, force=force, progress=not quiet, say=_say
+        directory, splits=splits.split(","), features=features, engine=engine, force=force, progress=not quiet, say=_say
     )  # fmt: skip
 
 
@@ -205,6 +245,11 @@ def fit(
     max_loss: Annotated[float | None, typer.Option(help="Points of accuracy that may be lost against the last exit.")] = None,
     mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
     mean_mmacs: Annotated[float | None, typer.Option(help="Mean millions of multiply-accumulates per sample.")] = None,
+    mean_mb: Annotated[float | None, typer.Option(help="Mean megabytes that operators read and write per sample.")] = None,
+    mean_mj: Annotated[float | None, typer.Option(help="Mean millijoules per sample; needs profile --energy.")] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="What --max-loss is to save: time (the default), macs, bytes or energy.")
+    ] = None,
     score: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
     learner: Annotated[
         str | None, typer.Option(help="Learn a gate per exit instead of a threshold: logistic, svm, mlp or boosting.")
@@ -230,17 +275,19 @@ def fit(
     from impatient import workflow
 
     _use_threads(threads)
-    if max_loss is None and mean_ms is None and mean_mmacs is None:
+    if max_loss is mean_ms is mean_mmacs is mean_mb is mean_mj is None:
         max_loss = 1.0
     targets = {
         "max_accuracy_loss": None if max_loss is None else max_loss / 100,
         "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
         "mean_macs": None if mean_mmacs is None else mean_mmacs * 1e6,
+        "mean_bytes": None if mean_mb is None else mean_mb * 1e6,
+        "mean_energy_j": None if mean_mj is None else mean_mj / 1e3,
     }
-    given = _first_given(loss=max_loss, ms=mean_ms, mmacs=mean_mmacs)
-    kind = "" if learner is None else f"-{learner}-{inputs}"
+    given = _first_given(loss=max_loss, ms=mean_ms, mmacs=mean_mmacs, mb=mean_mb, mj=mean_mj)
+    kind = (f"-{cost}" if cost else "") + ("" if learner is None else f"-{learner}-{inputs}")
     policy = workflow.fit_run(
-        directory, targets=targets, score=score, learner=learner, inputs=inputs, delta=delta,
+        directory, targets=targets, score=score, cost=cost, learner=learner, inputs=inputs, delta=delta,  # type: ignore[arg-type]
         name=name or given + kind + ("" if delta is None else "-sure"), any_profile=any_profile, say=_say,
     )  # fmt: skip
     bounds = getattr(policy, "thresholds", ())[:-1]
@@ -293,12 +340,14 @@ def select(
 @app.command()
 def evaluate(
     directory: Directory,
-    budget: Annotated[str | None, typer.Option(help="A distribution over budgets in ms, such as uniform:0:10.")] = None,
+    budget: Annotated[str | None, typer.Option(help="A distribution over budgets in ms, such as uniform:0:10, or in "
+                                                          "mmacs, mb or mj: uniform:0:40mmacs.")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Run directory of a smaller network: its network without exits is "
                                                             "judged, too, and timed in turn with this one. May be given "
                                                             "several times.")] = None,
     real: Annotated[int, typer.Option(help="Also answer so many test samples one by one under every policy, and show what that "
                                            "takes beside what was predicted.")] = 0,
+    engine: Engine = "eager",
     any_profile: AnyProfile = False,
     threads: Threads = 0,
 ) -> None:  # fmt: skip
@@ -307,9 +356,11 @@ def evaluate(
 
     _use_threads(threads)
     evaluation = workflow.evaluate_run(
-        directory, budget=budget, against=against or (), real=real, any_profile=any_profile, say=_say
+        directory, budget=budget, against=against or (), real=real, engine=engine, any_profile=any_profile, say=_say
     )
     _say(tables.evaluation_table(evaluation))
+    if engine != "eager":
+        _say(tables.engine_accuracy_table(workflow.beside_eager(directory, engine)))
     if real:
         _say(tables.real_table(evaluation))
     _say(tables.budgets_table(evaluation))
@@ -331,6 +382,7 @@ def run(
     deadline_ms: Annotated[float | None, typer.Option(help="Time for each answer, ms; without it, no limit.")] = None,
     policy: Annotated[str | None, typer.Option(help="A fitted policy, to stop when going on is not worth it.")] = None,
     when_late: Annotated[str, typer.Option(help="When not even the first exit fits: answer or raise.")] = "answer",
+    engine: Engine = "eager",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     any_profile: AnyProfile = False,
     threads: Threads = 0,
@@ -342,12 +394,38 @@ def run(
     _use_threads(threads)
     deadline_s = None if deadline_ms is None else positive_seconds(deadline_ms, "--deadline-ms") / 1e3
     answers = workflow.answer_files(
-        directory, inputs, deadline_s=deadline_s, policy=policy, any_profile=any_profile, when_late=when_late
+        directory, inputs, deadline_s=deadline_s, policy=policy, engine=engine, any_profile=any_profile, when_late=when_late
     )  # fmt: skip
     if json:
         typer.echo(workflow.to_json(answers))
     else:
         _say(tables.answers_table(answers))
+
+
+@app.command()
+def export(
+    directory: Directory,
+    engine: Annotated[str, typer.Option(help="onnxruntime or openvino, which run without torch; or aoti (torch's compiler, "
+                                             "ahead of time).")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static "
+                                                "(features, too; their ranges come from the training split).")] = "fp32",
+    policy: Annotated[str | None, typer.Option(help="A fitted policy of thresholds, to go with it.")] = None,
+    place: Annotated[Path | None, typer.Option("--out", help="Write there instead of DIR/engines/ENGINE[-PRECISION].")] = None,
+    lean: Annotated[bool, typer.Option("--lean", help="Leave out the network without exits, for comparisons only.")] = False,
+    repeats: Annotated[int, typer.Option(help="Measurements of each stage.")] = 300,
+    threads: Threads = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Export the network to another engine, check that it answers the same, and measure it there."""
+    from impatient import tables, workflow
+
+    _use_threads(threads)
+    rows = workflow.export_run(
+        directory, engine=engine, precision=precision, policy=policy, place=place, lean=lean, repeats=repeats, force=force,
+        progress=not quiet, say=_say,
+    )  # fmt: skip
+    _say(tables.engine_times_table(rows))
 
 
 @app.command()
@@ -364,9 +442,13 @@ def demo(
     _say(f"the report: {(directory / 'report.html').resolve()}")
 
 
-def _use_threads(threads: int) -> None:
+def _check_threads(threads: int) -> None:
     if threads < 0:
         raise RunError(f"--threads {threads}; needed: 1 or more, or 0 for torch's own choice.")
+
+
+def _use_threads(threads: int) -> None:
+    _check_threads(threads)
     if threads:
         import torch
 

@@ -4,6 +4,8 @@ An answer from exit k costs the stages up to k and
 
 * **interruptible**: every head on the way, since each posts its answer in case it is the last;
 * **contract**: head k alone, since the budget was known and the other heads were skipped.
+
+A cost is time, multiply-accumulates, bytes moved or energy; whatever takes a budget takes one in any of them.
 """
 
 from __future__ import annotations
@@ -17,13 +19,26 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
+from scipy import stats
 
-from impatient.errors import CostError, CostOrderError
+from impatient.errors import CostError, CostOrderError, StaleInput
 from impatient.files import read_json, write_json
 from impatient.provenance import Provenance
 
 Statistic = Literal["mean", "p50", "p90", "p99", "p999", "max"]
 Mode = Literal["interruptible", "contract"]
+Cost = Literal["time", "macs", "bytes", "energy"]
+Verdict = Literal["faster", "slower", "cannot tell apart", "noise unknown"]
+
+# Inside: seconds, multiply-accumulates, bytes, joules. At the door, in lower case:
+UNITS: dict[str, tuple[Cost, float]] = {
+    "ms": ("time", 1e-3),
+    "mmacs": ("macs", 1e6),
+    "mb": ("bytes", 1e6),
+    "mj": ("energy", 1e-3),
+}
+
+NOISE_LIMIT = 0.05  # an A/A median that may be further from 1 than this cannot show the differences people ask for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +83,96 @@ class Quantiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """How well a machine repeats itself: the untouched backbone against itself, in pairs of adjacent runs (A/A).
+
+    Attributes:
+        aa_ratio: median of the paired ratios; 1 but for noise.
+        aa_low, aa_high: its 95 % interval.
+        spread: half the width of the range that holds nine in ten of the single ratios, as a factor: 0.03 is +-3 %.
+        n: number of pairs.
+    """
+
+    aa_ratio: float
+    aa_low: float
+    aa_high: float
+    spread: float
+    n: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.aa_ratio, self.aa_low, self.aa_high, self.spread)
+        if not (all(map(math.isfinite, numbers)) and 0.0 < self.aa_low <= self.aa_ratio <= self.aa_high and self.spread >= 0.0):
+            raise CostError(f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with profile().")
+
+    @property
+    def too_noisy(self) -> bool:
+        """Whether the interval reaches beyond 1 +- 5 %: then the profile can say little about anything."""
+        return self.aa_low < 1.0 - NOISE_LIMIT or self.aa_high > 1.0 + NOISE_LIMIT
+
+    @classmethod
+    def of(cls, times_s: Sequence[float]) -> Self | None:
+        """From times of one and the same thing, of which the first and second, third and fourth, ... ran back to back.
+
+        The interval is one of order statistics. Half of the pairs are turned round, so that running second is no advantage.
+
+        Returns:
+            None of fewer than six pairs, whose median has no 95 % interval, or where the clock shows no time at all.
+        """
+        pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
+        rank = int(stats.binom.ppf(0.025, len(pairs), 0.5))  # of the lower end, counted from 1; 0: there is none
+        if rank < 1 or not (pairs > 0.0).all():
+            return None
+        pairs[1::2] = pairs[1::2, ::-1]
+        ratios = np.sort(pairs[:, 0] / pairs[:, 1])
+        low, high = np.quantile(np.log(ratios), [0.05, 0.95])
+        return cls(
+            aa_ratio=float(np.median(ratios)), aa_low=float(ratios[rank - 1]), aa_high=float(ratios[-rank]),
+            spread=math.expm1((high - low) / 2), n=len(ratios),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCosts:
-    """Measured times at one batch size: K stages, K heads (0 where an exit has none), and the untouched backbone."""
+    """Measured times at one batch size.
+
+    Attributes:
+        stages, heads: of the K exits; a head is 0 where an exit has none.
+        exit_free: of the untouched backbone.
+        noise: how well the machine repeated itself meanwhile; None where that is not known.
+    """
 
     stages: tuple[Quantiles, ...]
     heads: tuple[Quantiles, ...]
     exit_free: Quantiles
+    noise: Noise | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One exit in two profiles, A and B, in contract mode.
+
+    Attributes:
+        batch_size: of the times.
+        exit, name: which exit; None is the untouched backbone.
+        a_s, b_s: mean seconds until its answer.
+        ratio: A's mean over B's, which is how many times as fast B is.
+        p50_ratio, p99_ratio: likewise, of sums of these quantiles.
+        noise: by how much a ratio may differ from 1 and say nothing: the A/A spreads of both, added as squares; None where one
+            is not known.
+        verdict: what B is; "faster" and "slower" only where the ratios of the means and of the medians both say so beyond the
+            noise. One late run moves the mean and not the median.
+    """
+
+    batch_size: int
+    exit: int | None
+    name: str
+    a_s: float
+    b_s: float
+    ratio: float
+    p50_ratio: float
+    p99_ratio: float
+    noise: float | None
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +184,12 @@ class CostProfile:
         batches: measured times per batch size.
         stage_macs, head_macs: multiply-accumulates per sample (1 MAC = 2 FLOPs).
         stage_parameters, head_parameters: parameter counts.
-        exit_free_macs: of the untouched backbone; by default the sum of the stages.
+        stage_bytes, head_bytes: bytes that operators read and write per sample, at batch size 1; see
+            `networks.describe.count_traffic`. None where they were not counted, as in files made before they were.
+        stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not measured.
+        exit_free_macs, exit_free_bytes: of the untouched backbone; by default the sum of the stages.
+        exit_free_energy_j: likewise.
+        energy_meter: what measured the joules, in words.
         provenance: machine, versions, network structure.
     """
 
@@ -95,18 +199,34 @@ class CostProfile:
     head_macs: tuple[int, ...]
     stage_parameters: tuple[int, ...]
     head_parameters: tuple[int, ...]
+    stage_bytes: tuple[int, ...] | None = None
+    head_bytes: tuple[int, ...] | None = None
+    stage_energy_j: tuple[float, ...] | None = None
+    head_energy_j: tuple[float, ...] | None = None
     exit_free_macs: int = -1
+    exit_free_bytes: int = -1
+    exit_free_energy_j: float = -1.0
+    energy_meter: str | None = None
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        if self.exit_free_macs < 0:
-            object.__setattr__(self, "exit_free_macs", sum(self.stage_macs))
+        for name, stages in (("macs", self.stage_macs), ("bytes", self.stage_bytes), ("energy_j", self.stage_energy_j)):
+            if getattr(self, f"exit_free_{name}") < 0 and stages is not None:
+                object.__setattr__(self, f"exit_free_{name}", sum(stages))
         if not self.exits or not self.batches:
             raise CostError("a cost profile needs at least one exit and one batch size. Make one with profile().")
         rows: list[tuple[str, Sequence[object]]] = [
             ("stage_macs", self.stage_macs), ("head_macs", self.head_macs),
             ("stage_parameters", self.stage_parameters), ("head_parameters", self.head_parameters),
         ]  # fmt: skip
+        optional = {
+            "stage_bytes": self.stage_bytes, "head_bytes": self.head_bytes, "stage_energy_j": self.stage_energy_j,
+            "head_energy_j": self.head_energy_j,
+        }  # fmt: skip
+        rows += [(name, row) for name, row in optional.items() if row is not None]
+        joules = (*(self.stage_energy_j or ()), *(self.head_energy_j or ()))
+        if not all(math.isfinite(entry) and entry >= 0.0 for entry in joules):
+            raise CostError(f"joules must be finite and not negative, got {joules}. Measure again with profile().")
         for size, costs in self.batches.items():
             rows += [(f"batches[{size}].stages", costs.stages), (f"batches[{size}].heads", costs.heads)]
         for name, row in rows:
@@ -131,20 +251,68 @@ class CostProfile:
                 f"Run profile(network, x, batch_sizes=[..., {batch_size}])."
             ) from None
 
+    def holds(self, cost: Cost) -> bool:
+        """Whether the profile knows this cost; bytes and energy may be missing."""
+        return {"bytes": self.stage_bytes, "energy": self.stage_energy_j}.get(cost, ()) is not None
+
+    def parts(
+        self, cost: Cost, *, statistic: Statistic = "mean", batch_size: int = 1
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What every stage and every head costs by itself, shallow to deep.
+
+        Args:
+            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample, at batch size 1.
+            statistic, batch_size: of time alone; see `cumulative`.
+        Raises:
+            CostError: if the profile does not hold this cost.
+        """
+        if cost == "time":
+            batch = self.at(batch_size)
+            return (
+                tuple(part.of_statistic(statistic) for part in batch.stages),
+                tuple(part.of_statistic(statistic) for part in batch.heads),
+            )
+        known = {
+            "macs": (self.stage_macs, self.head_macs), "bytes": (self.stage_bytes, self.head_bytes),
+            "energy": (self.stage_energy_j, self.head_energy_j),
+        }  # fmt: skip
+        if cost not in known:
+            raise CostError(f"unknown cost {cost!r}; needed: one of {', '.join(get_args(Cost))}.")
+        stages, heads = known[cost]
+        if stages is None or heads is None:
+            raise CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")
+        return tuple(map(float, stages)), tuple(map(float, heads))
+
+    def cumulative(
+        self, cost: Cost, mode: Mode, *, statistic: Statistic = "mean", batch_size: int = 1,
+        heads: Sequence[bool] | None = None,
+    ) -> tuple[float, ...]:  # fmt: skip
+        """Cost until the answer of each exit is there, shallow to deep.
+
+        Args:
+            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample, at batch size 1.
+            mode: which heads are paid on the way; see the module's docstring.
+            statistic: of time, which number of each part is added. Means add up exactly; sums of quantiles are upper bounds.
+            batch_size: of time, a measured one.
+            heads: in interruptible mode, whether each exit's head runs when it is passed (default: all do).
+        Raises:
+            CostError: if the profile does not hold this cost, or that batch size was not measured.
+        """
+        stages, every_head = self.parts(cost, statistic=statistic, batch_size=batch_size)
+        return _cumulative(stages, every_head, mode, heads)
+
+    def exit_free(self, cost: Cost, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
+        """Cost of the untouched backbone; arguments and errors as for `parts`."""
+        if cost == "time":
+            return self.at(batch_size).exit_free.of_statistic(statistic)
+        self.parts(cost)  # raises where there is none
+        return float({"macs": self.exit_free_macs, "bytes": self.exit_free_bytes, "energy": self.exit_free_energy_j}[cost])
+
     def cumulative_s(
         self, mode: Mode, *, statistic: Statistic = "mean", batch_size: int = 1, heads: Sequence[bool] | None = None
     ) -> tuple[float, ...]:
-        """Seconds until the answer of each exit is there, shallow to deep.
-
-        Args:
-            mode: which heads are paid on the way; see the module's docstring.
-            statistic: which number of each part is added. Means add up exactly; sums of quantiles are upper bounds.
-            batch_size: a measured one.
-            heads: in interruptible mode, whether each exit's head runs when it is passed (default: all do).
-        """
-        costs = self.at(batch_size)
-        stages = [part.of_statistic(statistic) for part in costs.stages]
-        return _cumulative(stages, [part.of_statistic(statistic) for part in costs.heads], mode, heads)
+        """Seconds until the answer of each exit is there; arguments as for `cumulative`."""
+        return self.cumulative("time", mode, statistic=statistic, batch_size=batch_size, heads=heads)
 
     def interruptible_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> tuple[float, ...]:
         """Seconds until each exit has answered when every exit on the way answers too (t_A in Impatient DNNs)."""
@@ -156,11 +324,48 @@ class CostProfile:
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
         """Seconds of the untouched backbone, measured in the same interleaved run."""
-        return self.at(batch_size).exit_free.of_statistic(statistic)
+        return self.exit_free("time", statistic=statistic, batch_size=batch_size)
 
     def cumulative_macs(self, mode: Mode, heads: Sequence[bool] | None = None) -> tuple[float, ...]:
         """Multiply-accumulates until the answer of each exit is there."""
-        return _cumulative(self.stage_macs, self.head_macs, mode, heads)
+        return self.cumulative("macs", mode, heads=heads)
+
+    def compare(self, other: CostProfile, *, any_network: bool = False) -> tuple[Comparison, ...]:
+        """How many times as fast another profile is, exit by exit, and whether the noise of the two lets one say so.
+
+        Two profiles were measured one after the other, so a machine that was slower on the whole while one of them was made
+        shows up as a difference. For small differences measure both in turn: `impatient.runtime.time_in_turn`.
+
+        Args:
+            other: B; this one is A.
+            any_network: compare exits of the same number although they belong to different networks.
+        Returns:
+            For each batch size in both: one row per exit, and one for the untouched backbone.
+        Raises:
+            StaleInput: if they are of different networks, or of one cut in different places.
+            CostError: if they have different numbers of exits, or no batch size in common.
+        """
+        if not any_network:
+            self.provenance.require("profile A", "compare profiles of one network", network=other.provenance.network)
+            if self.exits != other.exits:
+                raise StaleInput(
+                    f"profile A has exits after {', '.join(self.exits)}, profile B after {', '.join(other.exits)}; compare "
+                    "profiles of one network, cut in the same places."
+                )
+        if self.num_exits != other.num_exits:
+            raise CostError(f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as many.")
+        sizes = sorted(self.batches.keys() & other.batches.keys())
+        if not sizes:
+            raise CostError(
+                f"profile A has batch sizes {sorted(self.batches)}, profile B {sorted(other.batches)}; needed: one in both."
+            )
+        return tuple(_compared(self, other, size, exit) for size in sizes for exit in (*range(self.num_exits), None))
+
+    def differences(self, other: CostProfile) -> dict[str, tuple[str, str]]:
+        """What differs in where two profiles come from: engine, threads, processor, versions, ...; by name, A's and B's."""
+        mine, others = (_origin(costs.provenance) for costs in (self, other))
+        pairs = {name: (mine.get(name, "none"), others.get(name, "none")) for name in {**mine, **others}}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "cost_profile", **dataclasses.asdict(self), "provenance": self.provenance.to_json()}
@@ -173,9 +378,14 @@ class CostProfile:
                 name: tuple(int(entry) for entry in value[name])
                 for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
             }
+            # files made before bytes and energy were have neither
+            optional: dict[str, Any] = {name: _row(value, name, int) for name in ("stage_bytes", "head_bytes")}
+            optional |= {name: _row(value, name, float) for name in ("stage_energy_j", "head_energy_j")}
             return cls(
                 exits=tuple(value["exits"]), batches=batches, provenance=Provenance.from_json(value["provenance"]),
-                exit_free_macs=int(value.get("exit_free_macs", -1)), **integers,
+                exit_free_macs=int(value.get("exit_free_macs", -1)), exit_free_bytes=int(value.get("exit_free_bytes", -1)),
+                exit_free_energy_j=float(value.get("exit_free_energy_j", -1.0)), energy_meter=value.get("energy_meter"),
+                **integers, **optional,
             )  # fmt: skip
         except CostError:
             raise
@@ -209,22 +419,71 @@ def _batch_costs(value: Mapping[str, Any]) -> BatchCosts:
         stages=tuple(Quantiles(**part) for part in value["stages"]),
         heads=tuple(Quantiles(**part) for part in value["heads"]),
         exit_free=Quantiles(**value["exit_free"]),
+        noise=Noise(**value["noise"]) if value.get("noise") else None,
     )
 
 
+def _row(value: Mapping[str, Any], name: str, number: type) -> tuple[Any, ...] | None:
+    row = value.get(name)
+    return None if row is None else tuple(number(entry) for entry in row)
+
+
+_MISSING = {
+    "bytes": "it was made by an older version, or in an engine whose operators cannot be seen. Profile the network in eager "
+    "mode with this version.",
+    "energy": "it was not measured. Where a machine can, profile again with energy=True, or `impatient profile DIR --energy`.",
+}
+
+
+def _compared(a: CostProfile, b: CostProfile, size: int, exit: int | None) -> Comparison:
+    def taken(costs: CostProfile, statistic: Statistic) -> float:
+        if exit is None:
+            return costs.exit_free("time", statistic=statistic, batch_size=size)
+        return costs.contract_s(statistic=statistic, batch_size=size)[exit]
+
+    def ratio(statistic: Statistic) -> float:
+        return taken(a, statistic) / taken(b, statistic) if taken(b, statistic) > 0.0 else math.nan
+
+    noises = [costs.at(size).noise for costs in (a, b)]
+    noise = math.hypot(*(known.spread for known in noises if known)) if all(noises) else None
+    return Comparison(
+        batch_size=size, exit=exit, name="untouched backbone" if exit is None else a.exits[exit], a_s=taken(a, "mean"),
+        b_s=taken(b, "mean"), ratio=ratio("mean"), p50_ratio=ratio("p50"), p99_ratio=ratio("p99"), noise=noise,
+        verdict=_verdict((ratio("mean"), ratio("p50")), noise),
+    )  # fmt: skip
+
+
+def _verdict(ratios: Sequence[float], noise: float | None) -> Verdict:
+    if noise is None:
+        return "noise unknown"
+    if all(ratio > 1.0 + noise for ratio in ratios):
+        return "faster"
+    if all(ratio < 1.0 / (1.0 + noise) for ratio in ratios):
+        return "slower"
+    return "cannot tell apart"
+
+
+def _origin(made: Provenance) -> dict[str, str]:
+    """What a measured time depends on, in words, by name."""
+    names = ("network", "engine", "threads", "device", "processor", "dtype")
+    return {name: str(getattr(made, name)) for name in names} | {
+        f"{name} version": text for name, text in made.versions.items()
+    }
+
+
 def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
-    """Return cumulative costs as floats if they are finite and strictly increasing.
+    """Return cumulative costs, of any kind, as floats if they are finite and strictly increasing.
 
     Raises:
         CostOrderError: otherwise, naming the first offender.
     """
     costs = tuple(float(cost) for cost in costs_s)
     if not costs or not all(math.isfinite(cost) and cost > 0 for cost in costs):
-        raise CostOrderError(f"cumulative costs must be positive finite seconds, got {costs}. Take them from a CostProfile.")
+        raise CostOrderError(f"cumulative costs must be positive and finite, got {costs}. Take them from a CostProfile.")
     for index, (before, after) in enumerate(itertools.pairwise(costs)):
         if after <= before:
             raise CostOrderError(
-                f"cumulative costs must increase strictly, but exit {index + 1} costs {after:g} s after {before:g} s at "
+                f"cumulative costs must increase strictly, but exit {index + 1} costs {after:g} after {before:g} at "
                 f"exit {index}. Measure with more repeats, or drop an exit that costs nothing."
             )
     return costs

@@ -9,10 +9,12 @@ ImpatientError
 │   ├── ClassCountMismatch       two places disagree on the number of classes
 │   ├── ExitNotReached           this input never came to an exit that was asked for
 │   ├── ExitPassed               the output of an exit was asked for after the run had moved on
+│   ├── ExportFailed             torch.export cannot turn this model into a graph
 │   └── ModelSpecError           a model spec string cannot be read or loaded
 ├── BudgetError                  a budget or deadline is not a positive time
 ├── CostError                    a cost profile is malformed
-│   └── CostOrderError           cumulative costs do not increase
+│   ├── CostOrderError           cumulative costs do not increase
+│   └── EnergyUnavailable        this machine cannot measure joules, or does not let us
 ├── DataError                    a data set is missing, empty or malformed
 ├── TrainingError                training cannot go on
 │   └── TrainingDiverged         a loss is NaN or infinite
@@ -66,6 +68,10 @@ class ExitPassed(NetworkError, RuntimeError):
     """The output of an exit was asked for after the run had moved on."""
 
 
+class ExportFailed(NetworkError, RuntimeError):
+    """torch.export cannot turn this model into a graph."""
+
+
 class ModelSpecError(NetworkError, ValueError):
     """A model spec string cannot be read or loaded."""
 
@@ -80,6 +86,10 @@ class CostError(ImpatientError, ValueError):
 
 class CostOrderError(CostError):
     """Cumulative costs do not increase."""
+
+
+class EnergyUnavailable(CostError):
+    """This machine cannot measure joules, or does not let us."""
 
 
 class DataError(ImpatientError, ValueError):

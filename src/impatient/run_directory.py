@@ -11,6 +11,8 @@ certificates/NAME.json     what is guaranteed of a policy, and with what probabi
 evaluation.json           every exit and policy, judged on the test split
 report.html
 exit_free/                weights and recordings of the same backbone trained without exits
+engines/NAME/             the network in another engine (`impatient export`), with its own profile.json, recordings and
+                          evaluation.json
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+from impatient.runtime.engines.export import bundle_file, load_engine, to_engine
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
 Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork | Cascade
 
 DEFAULT_EXITS = 4
+EAGER = "eager"  # the engine that is torch, running the untouched model
 OWN_HEADS = "own"  # what stands for the heads of a model that has exits of its own
 
 
@@ -176,8 +180,24 @@ def new_spec(
 class RunDirectory:
     """Paths, reading with checks, and writing of one run directory."""
 
+    engine_name = EAGER
+    arguments = ""  # of a command that makes one of these files again
+
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @property
+    def here(self) -> Path:
+        """Where what depends on the engine is."""
+        return self.path
+
+    def engine(self, name: str) -> RunDirectory:
+        """The same run as another engine sees it; itself for "eager"."""
+        return self if name == EAGER else EngineDirectory(self.path, name)
+
+    def engine_names(self) -> list[str]:
+        """Engines in which this run has been evaluated."""
+        return sorted(file.parent.name for file in self.path.glob("engines/*/evaluation.json"))
 
     @property
     def spec_file(self) -> Path:
@@ -189,11 +209,11 @@ class RunDirectory:
 
     @property
     def profile_file(self) -> Path:
-        return self.path / "profile.json"
+        return self.here / "profile.json"
 
     @property
     def evaluation_file(self) -> Path:
-        return self.path / "evaluation.json"
+        return self.here / "evaluation.json"
 
     @property
     def report_file(self) -> Path:
@@ -211,7 +231,7 @@ class RunDirectory:
         return self.exit_free / "recordings" / f"{split}.safetensors"
 
     def recording_file(self, split: str) -> Path:
-        return self.path / "recordings" / f"{split}.safetensors"
+        return self.here / "recordings" / f"{split}.safetensors"
 
     def policy_file(self, name: str) -> Path:
         return self.path / "policies" / f"{name}.json"
@@ -309,10 +329,10 @@ class RunDirectory:
         """
         spec = self.spec()
         if not self.profile_file.is_file():
-            raise StorageError(f"{self.path} has no cost profile; run `impatient profile {self.path}`.")
+            raise StorageError(f"{self.here} has no cost profile; run `impatient profile {self.path}{self.arguments}`.")
         costs = CostProfile.load(self.profile_file)
-        remedy = f"run `impatient profile {self.path}` again"
-        costs.provenance.require("the cost profile", remedy, network=spec.provenance.network)
+        remedy = f"run `impatient profile {self.path}{self.arguments}` again"
+        costs.provenance.require("the cost profile", remedy, network=spec.provenance.network, engine=self.engine_name)
         if not any_machine:
             check_machine(costs, remedy + ", or pass --any-profile to use it all the same")
         return costs
@@ -325,14 +345,13 @@ class RunDirectory:
         """
         return self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file)
 
-    def _recording(self, what: str, file: Path, weights: Path) -> Recording:
-        spec, remedy = self.spec(), f"run `impatient record {self.path}`"
+    def _recording(self, what: str, file: Path, weights: Path, precision: str = "") -> Recording:
+        spec, remedy = self.spec(), f"run `impatient record {self.path}{self.arguments}`"
         if not file.is_file():
-            raise StorageError(f"{self.path} has no {what}; {remedy}.")
+            raise StorageError(f"{self.here} has no {what}; {remedy}.")
         recording = Recording.load(file)
-        recording.provenance.require(
-            f"the {what}", f"{remedy} again", weights=self._fingerprint(weights), data=spec.data_fingerprint
-        )
+        wanted = self._fingerprint(weights) + (f"-{precision}" if precision else "")
+        recording.provenance.require(f"the {what}", f"{remedy} again", weights=wanted, data=spec.data_fingerprint)
         return recording
 
     def policy(self, name: str) -> AnyPolicy:
@@ -364,6 +383,56 @@ class RunDirectory:
         if policy.provenance is not None:  # None: set by hand
             policy.provenance.require(f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights)
         return policy
+
+
+class EngineDirectory(RunDirectory):
+    """A run directory as one engine sees it: the same data and policies, but what that engine answered and took.
+
+    Args:
+        path: the run directory.
+        name: of the engine, with the precision behind a hyphen if it is not fp32: a folder in `engines`, or "compile", which
+            needs none.
+    """
+
+    def __init__(self, path: str | Path, name: str) -> None:
+        super().__init__(path)
+        self.engine_name, self.arguments = name, f" --engine {name}"
+
+    @property
+    def here(self) -> Path:
+        return self.path / "engines" / self.engine_name
+
+    def network(self) -> tuple[Any, str]:
+        """The network in this engine, with as many threads as torch has now.
+
+        Raises:
+            StorageError: if it has not been exported.
+            StaleInput: if it was exported with other weights.
+        """
+        threads, remedy = torch.get_num_threads(), self._export_again()
+        if self.engine_name == "compile":
+            network, weights = RunDirectory(self.path).network()
+            return to_engine(network, "compile", example=self.spec().example(), threads=threads), weights  # type: ignore[arg-type]
+        if not bundle_file(self.here).is_file():
+            raise StorageError(f"{self.path} has no engine {self.engine_name!r}; {remedy}.")
+        made = load_engine(self.here, threads=threads)
+        if made.facts.weights != self.weights_fingerprint():
+            raise StaleInput(f"{self.here} was exported with other weights than those of {self.path}; {remedy} with --force.")
+        return made, made.weights
+
+    def recording(self, split: str) -> Recording:
+        """What the engine answered on one split, under the name of the weights that it was made from.
+
+        So policies that were fitted on what torch answered may be judged on what the engine does.
+        """
+        precision = self.engine_name.partition("-")[2]
+        recording = self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file, precision)
+        made = dataclasses.replace(recording.provenance, weights=self.weights_fingerprint())
+        return dataclasses.replace(recording, provenance=made)
+
+    def _export_again(self) -> str:
+        engine, _, precision = self.engine_name.partition("-")
+        return f"run `impatient export {self.path} --engine {engine}" + (f" --precision {precision}`" if precision else "`")
 
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

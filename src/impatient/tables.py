@@ -7,12 +7,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from impatient.costs import CostProfile
+from impatient.costs import Comparison, CostProfile, Noise
+from impatient.evaluation.beside import Beside
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.metrics import Estimate
 from impatient.networks import growth
 from impatient.networks.growth import GrowthCosts, Schedule
-from impatient.runtime.runner import Answer
+from impatient.runtime.answer import Answer
+from impatient.runtime.engines.export import EngineTimes
 from impatient.workflow import DeadlineRow
 
 
@@ -40,6 +42,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
         "exit", "after", "stage p50", "stage p99", "head p50", "head p99", "contract", "interruptible", left=2,
     )  # fmt: skip
     contract, interruptible = costs.contract_s(batch_size=batch_size), costs.interruptible_s(batch_size=batch_size)
+    table.caption, table.caption_justify = _noise(batch.noise), "left"
     for index, name in enumerate(costs.exits):
         stage, head = batch.stages[index], batch.heads[index]
         times = (stage.p50, stage.p99, head.p50, head.p99, contract[index], interruptible[index])
@@ -47,6 +50,64 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     whole = batch.exit_free
     table.add_row("", "untouched backbone", _ms(whole.p50), _ms(whole.p99), "", "", _ms(whole.mean), _ms(whole.mean))
     return table
+
+
+def engine_times_table(rows: Sequence[EngineTimes]) -> Table:
+    """An exported network beside torch: whether it answers the same, and how long its stages take."""
+    table = _table(
+        "in the engine and in torch, in turn; medians in ms",
+        "exit", "after", "largest difference", "engine", "torch", "engine / torch", left=2,
+    )  # fmt: skip
+    for index, row in enumerate(rows):
+        place = str(index) if index < len(rows) - 1 else ""
+        times = (_ms(row.engine_s), _ms(row.eager_s), f"{row.engine_s / row.eager_s:.2f}")
+        table.add_row(place, row.name, f"{row.agreement:.1e}", *times)
+    return table
+
+
+def engine_accuracy_table(rows: Sequence[Beside]) -> Table:
+    """What an engine's answers are worth beside torch's."""
+    table = _table(
+        "right answers in the engine and in torch, on the same samples, with 95 % intervals",
+        "exit", "after", "engine", "torch", "difference in points", "same answer", left=2,
+    )  # fmt: skip
+    for row in rows:
+        points = [100 * value for value in (row.difference.value, row.difference.low, row.difference.high)]
+        table.add_row(
+            str(row.exit), row.name, _percent(row.accuracy), _percent(row.reference),
+            f"{points[0]:+.1f} ({points[1]:+.1f} to {points[2]:+.1f})", f"{row.same.value:.1%}",
+        )  # fmt: skip
+    return table
+
+
+def _noise(noise: Noise | None) -> str:
+    if noise is None:
+        return "noise unknown"
+    warning = ", TOO NOISY" if noise.too_noisy else ""
+    interval = f"{noise.aa_low:.3f} to {noise.aa_high:.3f}"
+    return f"A/A {noise.aa_ratio:.3f} ({interval}), spread \N{PLUS-MINUS SIGN}{noise.spread:.0%}{warning}"
+
+
+def comparison_table(rows: Sequence[Comparison], a: CostProfile, b: CostProfile) -> Table:
+    """Two profiles at one batch size, exit by exit, and what their noise lets one say."""
+    size = rows[0].batch_size
+    table = _table(
+        f"contract times of B beside A at batch size {size}; ratios say how many times as fast B is\n"
+        f"A: {_noise(a.at(size).noise)}\nB: {_noise(b.at(size).noise)}",
+        "exit", "after", "A mean ms", "B mean ms", "means", "medians", "p99s", "verdict on B", left=2,
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            "" if row.exit is None else str(row.exit), row.name, _ms(row.a_s), _ms(row.b_s), f"{row.ratio:.3f}",
+            f"{row.p50_ratio:.3f}", f"{row.p99_ratio:.3f}", _judged(row),
+        )  # fmt: skip
+    return table
+
+
+def _judged(row: Comparison) -> str:
+    known = {"faster": f"{row.ratio:.2f} times faster", "slower": f"{1.0 / row.ratio:.2f} times slower"}
+    verdict = known.get(row.verdict, row.verdict) if row.ratio > 0.0 else row.verdict
+    return verdict if row.noise is None else f"{verdict} (noise \N{PLUS-MINUS SIGN}{row.noise:.0%})"
 
 
 def growth_table(name: str, costs: GrowthCosts, schedule: Schedule) -> Table:

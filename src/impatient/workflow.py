@@ -18,7 +18,7 @@ from torch import Tensor
 
 from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
-from impatient.costs import CostProfile, Mode
+from impatient.costs import Cost, CostProfile, Mode
 from impatient.errors import (
     DataError,
     ImpatientError,
@@ -27,6 +27,7 @@ from impatient.errors import (
     StaleInput,
     StorageError,
 )
+from impatient.evaluation.beside import Beside, beside
 from impatient.evaluation.evaluate import Evaluation, RealTime, Static, evaluate, standard_budgets
 from impatient.evaluation.metrics import mean
 from impatient.evaluation.outcomes import AnyPolicy, exits_under, outcome
@@ -36,16 +37,17 @@ from impatient.files import read_json, write_json, write_text
 from impatient.networks.cascade import Cascade
 from impatient.networks.describe import count_macs
 from impatient.networks.ensemble import EANN
-from impatient.networks.multi_exit import attach_exits
+from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.policies.gate_fitting import fit_gates, sweep_gates
 from impatient.policies.gates import GatePolicy, gate_time_s
 from impatient.policies.risk import Certificate, control_risk, scaled_family
 from impatient.policies.routing import SelectionPolicy
-from impatient.policies.rules import fit_thresholds
+from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES
 from impatient.policies.splits import split_recording
 from impatient.run_directory import (
     DEFAULT_EXITS,
+    EAGER,
     OWN_HEADS,
     NetworkSpec,
     RunDirectory,
@@ -53,13 +55,25 @@ from impatient.run_directory import (
     new_spec,
     save_weights,
 )
+from impatient.runtime.answer import Answer
+from impatient.runtime.engines.export import (
+    EngineTimes,
+    add_costs,
+    engine_label,
+    engine_times,
+    export,
+    load_engine,
+    read_bundle,
+)
 from impatient.runtime.profile import check_profile, profile, time_in_turn
-from impatient.runtime.runner import RESERVE_S, Answer, Runner
+from impatient.runtime.runner import RESERVE_S, Runner
 from impatient.training.data import Data, load_data
 from impatient.training.loop import ExitWeights, Recipe, default_weights, fit
 from impatient.training.weights import parse_weights
 
 Say = Callable[[Any], None]
+
+CALIBRATION_BATCH, CALIBRATION_BATCHES = 16, 8  # training samples by which ranges for 8 bits are found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +205,8 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
         return wanted
     if ":" in wanted and "=" not in wanted:
         budget = parse_budget(wanted)
-        costs = _profile_for_weights(run, network, say)
-        numbers = exit_weights(budget, costs.cumulative_s(plan.mode), normalise=True)
+        costs = _profile_for_weights(run, network, budget.cost, say)
+        numbers = exit_weights(budget, costs.cumulative(budget.cost, plan.mode), normalise=True)
     else:
         numbers = parse_weights(wanted, network.num_exits)
     say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
@@ -200,47 +214,99 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
     return numbers
 
 
-def _profile_for_weights(run: RunDirectory, network: Any, say: Say) -> CostProfile:
-    if not run.profile_file.is_file():
-        say("measuring what each exit costs, for the weights:")
-        profile(network, run.spec().example(), repeats=100, progress=True).save(run.profile_file)
-    return CostProfile.load(run.profile_file)
-
-
-def profile_run(
-    directory: str | Path, *, batch_sizes: Sequence[int] = (1,), repeats: int = 300, force: bool = False,
-    progress: bool = True, say: Say,
-) -> CostProfile:  # fmt: skip
-    """Measure stages and heads on this machine, unless a profile of this network and machine is there."""
-    run = RunDirectory(directory)
-    network, _ = run.network()
-    if run.profile_file.is_file() and not force:
-        costs = CostProfile.load(run.profile_file)
-        try:
-            check_profile(costs, network, "measure again")
-            fresh = all(size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes)
-        except StaleInput as reason:
-            say(f"measuring again: {reason}")
-            fresh = False
-        if fresh:
-            say(f"up to date: {run.profile_file} (--force to measure again)")
-            return costs
-    costs = profile(network, run.spec().example(), batch_sizes=batch_sizes, repeats=repeats, progress=progress)
+def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost, say: Say) -> CostProfile:
+    known = CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
+    if known is not None and known.holds(cost):
+        return known
+    say("measuring what each exit costs, for the weights:")
+    costs = profile(network, run.spec().example(), repeats=100, energy=cost == "energy", progress=True)
     costs.save(run.profile_file)
-    say(f"profiled: {run.profile_file}")
     return costs
 
 
+def profile_run(
+    directory: str | Path, *, batch_sizes: Sequence[int] = (1,), repeats: int = 300, engine: str = EAGER,
+    energy: bool = False, file: str = "profile.json", force: bool = False, progress: bool = True, say: Say,
+) -> CostProfile:  # fmt: skip
+    """Measure stages and heads on this machine, unless a profile of this network, engine and machine is there.
+
+    Args:
+        engine: "eager", "compile", or one that the run was exported to.
+        file: name of the profile; only "profile.json" is read by the other steps.
+    """
+    run = RunDirectory(directory).engine(engine)
+    network, _ = run.network()
+    path = run.profile_file.with_name(file)
+    if path.is_file() and not force:
+        known = CostProfile.load(path)
+        reason = _not_fresh(known, network, batch_sizes, repeats, energy)
+        if not reason:
+            say(f"up to date: {path} (--force to measure again)")
+            return known
+        say(f"measuring again: {reason}")
+    costs = profile(
+        network, run.spec().example(), batch_sizes=batch_sizes, repeats=repeats, energy=energy, progress=progress
+    )  # fmt: skip
+    costs.save(path)
+    say(f"profiled: {path}")
+    return costs
+
+
+def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int, energy: bool) -> str:
+    """Why a profile must be made again; empty if it need not."""
+    try:
+        check_profile(costs, network, "measure again")
+    except StaleInput as reason:
+        return str(reason)
+    if not all(size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes):
+        return "other batch sizes or more repeats are asked for."
+    return "energy is asked for." if energy and not costs.holds("energy") else ""
+
+
+def profile_runs(
+    directory: str | Path, *, engines: Sequence[str] = (EAGER,), threads: Sequence[int] = (0,), say: Say, **options: Any
+) -> dict[Path, CostProfile]:
+    """Profile a run in several engines and with several thread counts, one file for each.
+
+    The first thread count's is the engine's profile.json, which the other steps read; others are called profile-t4.json.
+
+    Args:
+        threads: of torch, and of the engine; 0 leaves torch's own choice.
+        options: for `profile_run`.
+    Returns:
+        The profiles by file.
+    """
+    before, made = torch.get_num_threads(), {}
+    try:
+        for engine, (place, count) in itertools.product(engines, enumerate(threads)):
+            torch.set_num_threads(count or before)
+            file = f"profile-t{count or before}.json" if place else "profile.json"
+            costs = profile_run(directory, engine=engine, file=file, say=say, **options)
+            made[RunDirectory(directory).engine(engine).profile_file.with_name(file)] = costs
+    finally:
+        torch.set_num_threads(before)
+    return made
+
+
+def load_profile(path: str | Path) -> CostProfile:
+    """A profile from its file, or from a directory that has a profile.json."""
+    given = Path(path)
+    file = given / "profile.json" if given.is_dir() else given
+    if not file.is_file():
+        raise StorageError(f"no profile at {file}; make one with `impatient profile {given if given.is_dir() else 'DIR'}`.")
+    return CostProfile.load(file)
+
+
 def record_run(
-    directory: str | Path, *, splits: Sequence[str] = ("validation", "test"), features: bool = False, force: bool = False,
-    progress: bool = True, say: Say,
+    directory: str | Path, *, splits: Sequence[str] = ("validation", "test"), features: bool = False, engine: str = EAGER,
+    force: bool = False, progress: bool = True, say: Say,
 ) -> None:  # fmt: skip
-    """Record the outputs of all exits on the splits, and of the network without exits if there is one."""
-    run = RunDirectory(directory)
+    """Record the outputs of all exits on the splits; with torch, also of the network without exits if there is one."""
+    run = RunDirectory(directory).engine(engine)
     data = run.data()
     network, weights = run.network()
     jobs = [(network, weights, split, run.recording_file(split)) for split in splits]
-    if run.exit_free_weights_file.is_file():
+    if run.exit_free_weights_file.is_file() and engine == EAGER:
         alone, alone_weights = run.exit_free_network()
         jobs += [(alone, alone_weights, split, run.exit_free_recording_file(split)) for split in splits]
     for job, job_weights, split, file in jobs:
@@ -272,7 +338,8 @@ def noted(say: Say) -> Iterator[None]:
 
 def fit_run(
     directory: str | Path, *, targets: Mapping[str, float | None], name: str, score: str = "max_probability",
-    learner: str | None = None, inputs: str = "confidences", delta: float | None = None, any_profile: bool = False, say: Say,
+    cost: Cost | None = None, learner: str | None = None, inputs: str = "confidences", delta: float | None = None,
+    any_profile: bool = False, say: Say,
 ) -> AnyPolicy:  # fmt: skip
     """Fit a policy on the validation recording and keep it under a name: thresholds, or with a learner gates.
 
@@ -282,6 +349,8 @@ def fit_run(
     run = RunDirectory(directory)
     if score not in SCORES:
         raise PolicyError(f"unknown score {score!r}; needed: one of {', '.join(SCORES)}.")
+    if cost not in (None, "time") and (learner is not None or delta is not None):
+        raise PolicyError(f"--cost {cost} goes with plain thresholds; leave --learner and --delta away.")
     recording, costs = run.recording("validation"), run.profile(any_machine=any_profile)
     wanted = {target: value for target, value in targets.items() if value is not None}
     policy: AnyPolicy
@@ -292,7 +361,7 @@ def fit_run(
         elif learner is not None:
             policy = _gates(recording, costs, wanted, learner, inputs)
         else:
-            policy = fit_thresholds(recording, costs, score=score, **wanted)  # type: ignore[arg-type]
+            policy = fit_thresholds(recording, costs, score=score, cost=cost, **wanted)  # type: ignore[arg-type]
     file = run.save_policy(name, policy, certificate)
     say(f"fitted on {len(recording.labels)} validation samples: {file}")
     if certificate is not None:
@@ -302,7 +371,7 @@ def fit_run(
 
 def _gates(recording: Recording, costs: CostProfile, wanted: Mapping[str, float], learner: str, inputs: str) -> GatePolicy:
     """Gates, with what asking them takes."""
-    if "mean_macs" in wanted:
+    if not wanted.keys() <= {"mean_time_s", "max_accuracy_loss"}:
         raise PolicyError("gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away.")
     options: dict[str, Any] = {"learner": learner, "inputs": inputs, **wanted}
     return fit_gates(recording, costs, gate_s=_asking_s(recording, costs, learner, inputs), **options)
@@ -338,15 +407,17 @@ def _certified(
 
 def evaluate_run(
     directory: str | Path, *, budget: str | None = None, against: Sequence[str | Path] = (), real: int = 0,
-    any_profile: bool = False, say: Say,
+    engine: str = EAGER, any_profile: bool = False, say: Say,
 ) -> Evaluation:  # fmt: skip
     """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs.
 
     With `real`, so many test samples are also answered one by one under every policy, and what that takes is kept.
     """
-    run = RunDirectory(directory)
+    run = RunDirectory(directory).engine(engine)
     if real < 0:
         raise RunError(f"--real {real}; needed: how many test samples to answer, or 0.")
+    if against and engine != EAGER:
+        raise RunError(f"--against times other runs in torch, not in {engine}; leave out one of --against and --engine.")
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
     policies = run.policies()
@@ -354,7 +425,9 @@ def evaluate_run(
         raise PolicyError(f"{run.path} has no policy to answer under; run `impatient fit {run.path}`.")
     budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
     evaluation = evaluate(
-        recording, costs, policies, exit_free=run.exit_free_recording("test"), same_weights=not run.spec().ensembling,
+        recording, costs, policies, same_weights=not run.spec().ensembling,
+        # recorded in full precision, and the profile's time is another's
+        exit_free=None if "int8" in engine else run.exit_free_recording("test"),
         static=_static(run, costs, [RunDirectory(other) for other in against]), budgets=budgets,
     )  # fmt: skip
     if real:
@@ -362,6 +435,40 @@ def evaluate_run(
     evaluation.save(run.evaluation_file)
     say(f"evaluated on {evaluation.samples} test samples: {run.evaluation_file}")
     return evaluation
+
+
+def beside_eager(directory: str | Path, engine: str) -> tuple[Beside, ...]:
+    """What an engine answered on the test split, exit by exit, beside what torch answered."""
+    run = RunDirectory(directory)
+    return beside(run.engine(engine).recording("test"), run.recording("test"))
+
+
+def export_run(
+    directory: str | Path, *, engine: str, precision: str = "fp32", policy: str | None = None, place: Path | None = None,
+    lean: bool = False, repeats: int = 300, force: bool = False, progress: bool = True, say: Say,
+) -> tuple[EngineTimes, ...]:  # fmt: skip
+    """Export the trained network to an engine, measure it there, and compare it with torch, exit by exit.
+
+    Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the first of the training split.
+    """
+    run = RunDirectory(directory)
+    seen, (network, _) = run.engine(engine_label(engine, precision)), run.network()
+    rule = run.policy(policy) if policy else None
+    if rule is not None and not isinstance(rule, ThresholdPolicy):
+        raise PolicyError(f"policy {policy!r} is learned; an exported network takes thresholds: fit one without --learner.")
+    samples = [x for x, _ in itertools.islice(run.data().batches("train", CALIBRATION_BATCH), CALIBRATION_BATCHES)]
+    target = export(
+        network, place or seen.here, engine=engine, precision=precision, example=samples[0][:4],  # type: ignore[arg-type]
+        threads=torch.get_num_threads(), calibration=samples, policy=rule, lean=lean, force=force,
+    )  # fmt: skip
+    say(f"exported: {target}")
+    made = load_engine(target)
+    costs = profile(made, samples[0], repeats=repeats, progress=progress)
+    add_costs(target, costs)
+    if place is None:
+        costs.save(seen.profile_file)
+    assert isinstance(network, MultiExitNetwork)  # others cannot be exported
+    return engine_times(network, made, read_bundle(target)["agreement"], samples[0][:1], repeats=repeats)
 
 
 def _with_real_times(
@@ -434,11 +541,13 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
     evaluation.provenance.require(
         "the evaluation", f"run `impatient evaluate {run.path}` again", weights=run.weights_fingerprint()
     )
-    chosen = [(name, budget) for name, budget in evaluation.budgets.items() if ":" in name]
+    chosen = [(name, budget) for name, budget in evaluation.budgets.items() if ":" in name and budget.cost == "time"]
     early, late = _examples(run, spec, policies)
     page = report_html(
         title=run.path.resolve().name, evaluation=evaluation, costs=run.profile(any_machine=any_profile), policies=policies,
         chosen_budget=chosen[0] if chosen else None, early=early, late=late,
+        engines={name: (beside_eager(run.path, name), Evaluation.load(run.engine(name).evaluation_file))
+                 for name in run.engine_names()},
         facts={"model": spec.model, **({"members": ", ".join(member.model for member in spec.members)} if spec.members else {}),
                "exits after": ", ".join(spec.after), "heads": spec.heads,
                **({"exits answer together": spec.ensembling} if spec.ensembling else {}), "data": spec.data,
@@ -485,11 +594,11 @@ def _png(raw: Tensor) -> bytes | None:
 
 
 def answer_files(
-    directory: str | Path, files: Sequence[Path], *, deadline_s: float | None, policy: str | None, any_profile: bool = False,
-    when_late: str = "answer",
+    directory: str | Path, files: Sequence[Path], *, deadline_s: float | None, policy: str | None, engine: str = EAGER,
+    any_profile: bool = False, when_late: str = "answer",
 ) -> list[tuple[Path, str, float, Answer]]:  # fmt: skip
     """Answer for each input file by the deadline: the file, the class, its probability, the answer."""
-    run = RunDirectory(directory)
+    run = RunDirectory(directory).engine(engine)
     spec = run.spec()
     inputs = [_read_input(spec, file) for file in files]  # all are read before the first deadline is stamped
     network, _ = run.network()

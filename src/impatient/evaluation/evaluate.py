@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
-from impatient.costs import CostProfile, Statistic
+from impatient.costs import Cost, CostProfile, Mode, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.confidence import true_label_probabilities
 from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean_share, proportion
@@ -201,8 +201,9 @@ def evaluate(
         same_weights: whether the last exit's output is the untouched backbone's own, so that it stands for the network
             without exits, too; say False where exits answer together.
         static: other networks to compare with, by name: smaller ones, say.
-        budgets: distributions over time budgets, by name; by default the four standard shapes from 0 to 1.25 times the
-            interruptible cost of the last exit.
+        budgets: distributions over budgets of time, or of any other cost that the profile holds, by name; by default the four
+            standard shapes of time from 0 to 1.25 times the interruptible cost of the last exit. Of `static` networks only time
+            and multiply-accumulates are known, so they are left out under budgets of bytes or energy.
         statistic, batch_size: which measured times are used.
     Returns:
         Accuracies with intervals, times, shares and calibration errors. The network without exits, with the same weights
@@ -276,7 +277,7 @@ class _Judge:
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
         self.once: dict[str, tuple[Kind, Float[Tensor, "N C"], float, float]] = {}  # kind, outputs, seconds, MACs
-        whole = costs.exit_free_s(**self.options), float(costs.exit_free_macs)  # type: ignore[arg-type]
+        whole = self._exit_free("time"), self._exit_free("macs")
         if same_weights:
             self.once["no exits, same weights"] = "exit_free", recording.outputs[-1], *whole
         if exit_free is not None:
@@ -284,14 +285,18 @@ class _Judge:
         for name, other in static.items():
             self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
-        self.outcomes: dict[str, Outcome] = {}  # of policies, once they are judged
+        self.policies: dict[str, AnyPolicy] = {}  # once they are judged
 
     def exits(self) -> list[Row]:
         return [self._row_of_exits(f"exit {k}", "exit", torch.full_like(self.samples, k)) for k in range(self.count)]
 
     def policy(self, name: str, policy: AnyPolicy) -> Row:
-        done = self.outcomes[name] = outcome(policy, self.recording, self.costs, **self.options)  # type: ignore[arg-type]
+        self.policies[name] = policy
+        done = self._outcome(policy, "time")
         return self._row(name, "policy", done.exits, done.spent_s(), done.contract_s, done.macs)
+
+    def _outcome(self, policy: AnyPolicy, cost: Cost) -> Outcome:
+        return outcome(policy, self.recording, self.costs, cost=cost, **self.options)  # type: ignore[arg-type]
 
     def references(self) -> list[Row]:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
@@ -326,25 +331,40 @@ class _Judge:
         )  # fmt: skip
 
     def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
-        best_so_far = self.hits[self._best_so_far()]
-        expected: dict[str, Callable[[Budget], Float[Tensor, "N"]]] = {
-            "interruptible": functools.partial(_expected, hits=self.hits, cost=self.interruptible_s),
-            "contract": functools.partial(_expected, hits=self.hits, cost=self.contract_s),
-            "static oracle": functools.partial(_expected, hits=best_so_far, cost=self.contract_s),
-        }
-        expected |= {name: functools.partial(done.expected, hits=self.hits) for name, done in self.outcomes.items()}
-        for name, (_, outputs, time_s, _) in self.once.items():
-            hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
-            expected[name] = functools.partial(_expected, hits=hits, cost=(time_s,))
+        ways = {cost: self._ways(cost) for cost in {budget.cost for budget in budgets.values()}}
         return [
             BudgetRow(budget=budget_name, name=name, accuracy=mean_share(of(budget)))
             for budget_name, budget in budgets.items()
-            for name, of in expected.items()
+            for name, of in ways[budget.cost].items()
         ]
 
-    def _best_so_far(self) -> list[int]:
+    def _ways(self, cost: Cost) -> dict[str, Callable[[Budget], Float[Tensor, "N"]]]:
+        """By name, what gives each sample's probability of a right answer under a budget of this cost."""
+        interruptible, contract = (
+            self.costs.cumulative(cost, mode, **self.options)  # type: ignore[arg-type]
+            for mode in get_args(Mode)
+        )
+        best_so_far = self.hits[self._best_so_far(contract)]
+        ways: dict[str, Callable[[Budget], Float[Tensor, "N"]]] = {
+            "interruptible": functools.partial(_expected, hits=self.hits, cost=interruptible),
+            "contract": functools.partial(_expected, hits=self.hits, cost=contract),
+            "static oracle": functools.partial(_expected, hits=best_so_far, cost=contract),
+        }
+        for name, policy in self.policies.items():
+            ways[name] = functools.partial(self._outcome(policy, cost).expected, hits=self.hits)
+        for name, (kind, outputs, time_s, macs) in self.once.items():
+            known = {"time": time_s, "macs": macs} | ({cost: self._exit_free(cost)} if kind == "exit_free" else {})
+            if cost in known:
+                hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
+                ways[name] = functools.partial(_expected, hits=hits, cost=(known[cost],))
+        return ways
+
+    def _exit_free(self, cost: Cost) -> float:
+        return self.costs.exit_free(cost, **self.options)  # type: ignore[arg-type]
+
+    def _best_so_far(self, cost: Sequence[float]) -> list[int]:
         """For each exit, the most accurate one that costs no more: what one who knows budget and accuracies picks."""
-        accuracy, cost = self.hits.mean(1).tolist(), self.contract_s
+        accuracy = self.hits.mean(1).tolist()
         affordable = [[k for k in range(self.count) if cost[k] <= most] for most in cost]
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.budgets import Budget, deepest_for_some, exit_weights
-from impatient.costs import CostProfile, Statistic
+from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.evaluation.recording import Recording
 from impatient.policies.gates import GatePolicy
@@ -28,8 +28,8 @@ class Outcome:
     Attributes:
         exits: the exit that answered.
         visited: the exits that could have been its answer had time been up earlier: those on its way.
-        contract_s: seconds until the answer when only the heads that are looked at run.
-        interruptible_s: per exit on the way, seconds until its answer when every one on the way is posted.
+        contract_s: seconds (or what was asked for instead) until the answer when only the heads that are looked at run.
+        interruptible_s: per exit on the way, likewise until its answer when every one on the way is posted.
         macs: multiply-accumulates, as for `contract_s`.
     """
 
@@ -67,31 +67,35 @@ def exits_under(policy: AnyPolicy, recording: Recording) -> Int[Tensor, "N"]:
 
 
 def outcome(
-    policy: AnyPolicy, recording: Recording, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
-) -> Outcome:
+    policy: AnyPolicy, recording: Recording, costs: CostProfile, *, cost: Cost = "time", statistic: Statistic = "mean",
+    batch_size: int = 1,
+) -> Outcome:  # fmt: skip
     """What a policy does to a recording.
 
     Args:
         policy: of any kind.
         recording: with pooled features, if the policy looks at them.
         costs: of the same network.
+        cost: what is spent, instead of time: multiply-accumulates, bytes or joules. What learned gates take to ask is known in
+            seconds only, and counts as nothing in these.
         statistic, batch_size: which measured times are used.
     Raises:
         PolicyError: if the policy looks at what the recording lacks.
     """
     if isinstance(policy, SelectionPolicy):
-        return _routed(policy, recording, costs, statistic, batch_size)
+        return _routed(policy, recording, costs, cost, statistic, batch_size)
     if isinstance(policy, MixedPolicy):
         one, other = (
-            outcome(part, recording, costs, statistic=statistic, batch_size=batch_size) for part in (policy.dear, policy.cheap)
+            outcome(part, recording, costs, cost=cost, statistic=statistic, batch_size=batch_size)
+            for part in (policy.dear, policy.cheap)
         )
         return _merged(one, other, policy.drawn(len(recording.labels)))
     heads, count = policy.open_exits(), costs.num_exits
     options = {"statistic": statistic, "batch_size": batch_size}
     exits = exits_under(policy, recording)
-    gates = _float(policy.added_s() if isinstance(policy, GatePolicy) else (0.0,) * count)
-    looked_at = _float(costs.cumulative_s("interruptible", heads=heads, **options)) + gates  # type: ignore[arg-type]
-    posted = _float(costs.interruptible_s(**options)) + gates  # type: ignore[arg-type]
+    gates = _float(policy.added_s() if isinstance(policy, GatePolicy) and cost == "time" else (0.0,) * count)
+    looked_at = _float(costs.cumulative(cost, "interruptible", heads=heads, **options)) + gates  # type: ignore[arg-type]
+    posted = _float(costs.cumulative(cost, "interruptible", **options)) + gates  # type: ignore[arg-type]
     return Outcome(
         exits=exits, visited=torch.arange(count) <= exits[:, None], contract_s=looked_at[exits],
         interruptible_s=posted.expand(len(exits), -1), macs=_float(costs.cumulative_macs("interruptible", heads))[exits],
@@ -99,11 +103,15 @@ def outcome(
 
 
 def _routed(
-    policy: SelectionPolicy, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int
+    policy: SelectionPolicy, recording: Recording, costs: CostProfile, cost: Cost, statistic: Statistic, batch_size: int
 ) -> Outcome:
     route = policy.route(recording.outputs, recording.features)
-    node_s = _float(node_times_s(costs, statistic=statistic, batch_size=batch_size))
-    decided_s = policy.gate_s * _float([node in policy.decisions for node in range(costs.num_exits)])
+    if cost == "time":
+        node_s = _float(node_times_s(costs, statistic=statistic, batch_size=batch_size))
+        decided_s = policy.gate_s * _float([node in policy.decisions for node in range(costs.num_exits)])
+    else:
+        stages, heads = costs.parts(cost)
+        node_s, decided_s = _float(stages) + _float(heads), torch.zeros(costs.num_exits)
     so_far = (route.visited * (node_s + decided_s)).cumsum(1)
     macs = _float([stage + head for stage, head in zip(costs.stage_macs, costs.head_macs, strict=True)])
     return Outcome(

@@ -153,11 +153,12 @@ def record(
     if len(set(answered)) > 1:
         raise RecordingError(f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
                              "come to every exit.")  # fmt: skip
-    state = network.state_dict()
+    engine, state = getattr(network, "engine", "eager"), network.state_dict()
+    known: Any = {"network": fingerprint_structure(state), "weights": fingerprint_tensors(state)}
+    if engine != "eager":  # an engine keeps no tensors, but knows what it was made from
+        known = {"network": network.structure, "weights": network.weights, "engine": engine}  # type: ignore[attr-defined]
     return Recording(
         outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(), labels=torch.cat(labels), split=split,
         exits=network.exit_names, features=tuple(torch.cat(parts) for parts in kept) if features else (),
-        provenance=provenance(
-            network=fingerprint_structure(state), weights=fingerprint_tensors(state), data=data.fingerprint, device=device,
-        ),
+        provenance=provenance(data=data.fingerprint, device=device, **known),
     )  # fmt: skip

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
-from impatient.costs import CostProfile, Quantiles
+from impatient.costs import Cost, CostProfile, Quantiles
+from impatient.evaluation.beside import Beside
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row
 from impatient.evaluation.metrics import Estimate
 from impatient.evaluation.outcomes import AnyPolicy, exits_under
@@ -98,6 +99,7 @@ def report_html(
     chosen_budget: tuple[str, Budget] | None = None,
     early: Sequence[Example] = (),
     late: Sequence[Example] = (),
+    engines: Mapping[str, tuple[Sequence[Beside], Evaluation]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> str:
     """One self-contained page; the same values give the same bytes, and opening it loads nothing from anywhere.
@@ -107,6 +109,7 @@ def report_html(
         evaluation, costs, policies: what the page is about; policies by the names they have in the evaluation.
         chosen_budget: name and distribution of the budgets this network was made for.
         early, late: samples that the first policy let go early and kept late.
+        engines: what other engines answered beside torch, and their evaluations, by name.
         facts: what else made the network: model spec, data, commands.
     """
     sizes = sorted(costs.batches)
@@ -117,6 +120,8 @@ def report_html(
         _section("Who answers", _SHARES, _figure(exit_shares(evaluation)), _policies_table(policies, costs.exits)),
         _section("Where the time goes", _COSTS, *(_figure(where_time_goes(costs, size)) + _costs_table(costs, size)
                                                   for size in sizes)),
+        _section("In other engines", _ENGINES, *(_engine_table(name, *found) for name, found in engines.items()))
+        if engines else "",
         _section("What is easy and what is hard", _EXAMPLES, _examples("Left early", early), _examples("Stayed longest", late))
         if early or late else "",
         _section("Where this comes from", "", _origins(evaluation, costs, facts or {})),
@@ -144,6 +149,12 @@ _COSTS = (
     "(multiply-accumulates) are beside them. p99 means that one run in a hundred took longer."
 )
 _EXAMPLES = "Samples that the first policy let go at once because it was sure, and samples it kept for the deeper exits."
+
+
+_ENGINES = (
+    "The same weights run by another engine. In full precision its answers differ by rounding; in 8 bits they are others, and "
+    "what that costs stands here. The difference is one of paired samples, so its interval is narrower than either accuracy's."
+)
 
 
 def _e(value: object) -> str:
@@ -257,6 +268,22 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
     return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(evaluation)
 
 
+def _engine_table(name: str, rows: Sequence[Beside], evaluation: Evaluation) -> str:
+    columns = ["", "accuracy", "95 % interval", "in torch", "95 % interval", "difference, points", "95 % interval",
+               "same answer", "contract, ms"]  # fmt: skip
+    cells = [
+        (f"exit {row.exit} <small>{_e(row.name)}</small>", percent(row.accuracy.value), _interval(row.accuracy),
+         percent(row.reference.value), _interval(row.reference), _points(row.difference.value),
+         f"{_points(row.difference.low)} to {_points(row.difference.high)}", percent(row.same.value), _ms(judged.contract_s))
+        for row, judged in zip(rows, evaluation.of("exit"), strict=True)
+    ]  # fmt: skip
+    return _table(columns, cells, f"{_e(name)}, on the same {evaluation.samples} samples.")
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
 def _real_table(evaluation: Evaluation) -> str:
     """Measured beside predicted times, where samples were really answered."""
     rows = [
@@ -303,9 +330,10 @@ def _budget_cell(row: BudgetRow | None, best: float) -> str:
 
 def _spoken(budget: Budget) -> str:
     if budget.shape == "point":
-        return f"always {milliseconds(budget.high)}"
+        return f"always {_amount(budget.high, budget.cost)}"
     count = f", n = {len(budget.samples_s)}" if budget.samples_s else ""
-    return f"{budget.shape.replace('_', ' ')}, {_ms(budget.low) if budget.low else 0} to {milliseconds(budget.high)}{count}"
+    low = _ms(budget.low) if budget.cost == "time" else _amount(budget.low, budget.cost)
+    return f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to {_amount(budget.high, budget.cost)}{count}"
 
 
 def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> str:
@@ -348,10 +376,11 @@ def _bound(threshold: float) -> str:
 
 def _target(policy: AnyPolicy) -> tuple[str, str, str]:
     """Where a policy was fitted, what was asked for and what it reached there."""
-    target = policy.dear.target if isinstance(policy, MixedPolicy) else policy.target
+    fitted = policy.dear if isinstance(policy, MixedPolicy) else policy
+    target = fitted.target
     if policy.split is None or not {"mean_cost", "accuracy", "samples"} <= set(target):
         return policy.split or "set by hand", "", ""
-    cost = f"{_count(target['mean_cost'])} MACs" if "mean_macs" in target else milliseconds(target["mean_cost"])
+    cost = _amount(target["mean_cost"], getattr(fitted, "cost", "time"))
     wanted = next(
         (_asked(name, value) for name, value in target.items() if name not in ("mean_cost", "accuracy", "samples")), ""
     )
@@ -363,8 +392,16 @@ def _asked(name: str, value: float) -> str:
         return f"{value:g} errors per second"
     if name == "max_accuracy_loss":
         return f"{value * 100:.1f} points lost at most"
-    amount = milliseconds(value) if name == "mean_time_s" else f"{_count(value)} MACs"
-    return f"{amount} at most"
+    cost: dict[str, Cost] = {"mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
+    return f"{_amount(value, cost.get(name, 'time'))} at most"
+
+
+def _amount(value: float, cost: Cost) -> str:
+    if cost == "time":
+        return milliseconds(value)
+    if cost == "energy":
+        return f"{value * 1e3:.3g}\N{NO-BREAK SPACE}mJ"
+    return f"{_count(value)} MACs" if cost == "macs" else f"{_count(value)}B"
 
 
 def _count(number: float) -> str:

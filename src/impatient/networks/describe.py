@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from impatient.errors import ExitNotReached
@@ -94,7 +96,7 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         shapes.append(tuple(features.shape))
         first_use.next_stage()
 
-    with evaluating(network), torch.no_grad(), _countable_attention(), counter, first_use:
+    with evaluating(network), torch.no_grad(), without_fused_attention(), counter, first_use:
         output = output_tensor(tapped(network.backbone, x, network._cut_map(), visit))
         end = counter.get_total_flops()
     if len(shapes) < len(network.heads):
@@ -120,13 +122,98 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
 def count_macs(model: nn.Module, x: Any) -> int:
     """Multiply-accumulates per sample of a plain run, counted as in `stage_facts`."""
     counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
-    with evaluating(model), torch.no_grad(), _countable_attention(), counter:
+    with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
         call_model(model, x)
     return int(counter.get_total_flops()) // (2 * batch_size_of(x))
 
 
+def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bytes that each stage and each head read and write, found by running the network once on `x` in eval mode.
+
+    Counted as in `count_traffic`. Weights are read once per run, so that of a batch of n samples a sample's share is smaller.
+
+    Returns:
+        Bytes of each stage and of each head, for the whole of `x`; use one sample.
+    Raises:
+        ExitNotReached: if the example does not come to every exit.
+    """
+    counter = TrafficCounter()
+    stages, heads = [], []
+    with evaluating(network), torch.no_grad(), without_fused_attention(), counter, network.exits(x) as run:
+        for exit in run:
+            stages.append(counter.take())
+            exit.output()
+            heads.append(counter.take())
+    if len(stages) != network.num_exits:
+        raise ExitNotReached(f"the example came to {len(stages)} of {network.num_exits} exits; needed: all.")
+    return tuple(stages), tuple(heads)
+
+
+def count_traffic(model: nn.Module, x: Any) -> int:
+    """Bytes that the operators of a plain run on `x` read and write in eval mode.
+
+    Every operator that torch calls reads each of its tensors once (activations, parameters, buffers) and writes each of its
+    results once, as if there were no caches; an in-place operator does both. Views, and results that lie in the memory of an
+    argument, move nothing, nor does allocating. Picking rows (embedding, index_select, gather, indexing) reads the index and
+    what is picked. What an operator moves inside, or saves by being fused with its neighbours, is not seen: an engine that
+    fuses moves less.
+    """
+    counter = TrafficCounter()
+    with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
+        call_model(model, x)
+    return counter.take()
+
+
+_PICKING = {
+    torch.ops.aten.embedding.default, torch.ops.aten.index_select.default, torch.ops.aten.gather.default,
+    torch.ops.aten.index.Tensor,
+}  # fmt: skip
+
+
+class TrafficCounter(TorchDispatchMode):
+    """While it is entered, adds up what operators read and write; see `count_traffic`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._bytes = 0
+
+    def take(self) -> int:
+        """The bytes since the last call."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._bytes += _traffic(func, _tensors((args, kwargs)), _tensors(result))
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.numel()]
+
+
+def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:
+    written = sum(map(_size, results))
+    if func._schema.is_mutable:
+        return sum(map(_size, given)) + written
+    memory = {tensor.untyped_storage().data_ptr() for tensor in given}
+    if "empty" in func.__name__ or (results and all(result.untyped_storage().data_ptr() in memory for result in results)):
+        return 0
+    if func in _PICKING:
+        return written + sum(_size(tensor) for tensor in given[1:]) + written
+    return sum(map(_size, given)) + written
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of the elements that are really there; a broadcast one is there once."""
+    there = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        there *= size if stride else 1
+    return there * tensor.element_size()
+
+
 @contextlib.contextmanager
-def _countable_attention() -> Iterator[None]:
+def without_fused_attention() -> Iterator[None]:
     """Keep out the fused attention operator, which is not counted."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

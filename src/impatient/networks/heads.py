@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from impatient.errors import HeadError
 
-Layout = Literal["NCHW", "NHWC", "NTD", "ND"]
+# N batch, C or D channels, T tokens or time, H and W space
+Layout = Literal["ND", "NTD", "NCT", "NCHW", "NHWC", "NCTHW", "NTHWC"]
+_BY_DIMENSIONS: dict[int, tuple[Layout, Layout]] = {3: ("NCT", "NTD"), 4: ("NCHW", "NHWC"), 5: ("NCTHW", "NTHWC")}
 HeadFactory = Callable[["FeatureShape", int], nn.Module]
 
 
@@ -20,7 +22,7 @@ class FeatureShape:
 
     Attributes:
         shape: as seen on the example, batch first.
-        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens.
+        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens or time.
         channels: number of features per place.
     """
 
@@ -31,39 +33,47 @@ class FeatureShape:
             raise HeadError(f"layout {layout} needs {len(layout)} dimensions, but the features have shape {shape}.")
         self.shape = shape
         self.layout = layout
-        self.channels = shape[1] if layout == "NCHW" else shape[-1]
+        self.channels = shape[channel_dim(layout)]
 
     def __repr__(self) -> str:
         return f"{'x'.join(str(size) for size in self.shape[1:])} {self.layout}"
 
 
+def channel_dim(layout: Layout) -> int:
+    """Which dimension is the channels: 1 or -1."""
+    return 1 if layout.startswith("NC") else -1
+
+
 def guess_layout(features: Tensor, module: nn.Module) -> Layout:
     """Tell what the dimensions of a module's output mean.
 
-    Four dimensions are channels-first unless the module's last layer says otherwise: the width of its last normalisation,
-    linear or convolution is the number of channels.
+    The width of the module's last normalisation, linear or convolution is the number of channels, and tells whether they come
+    first or last. Where it tells nothing, three dimensions are channels-last (tokens), four and five channels-first (maps,
+    video).
 
     Raises:
-        HeadError: for features of other than 2, 3 or 4 dimensions, or that are not floating point.
+        HeadError: for features of fewer than 2 or more than 5 dimensions, or that are not floating point.
     """
     shape = tuple(features.shape)
     if not features.is_floating_point():
         raise HeadError(f"features of type {features.dtype} and shape {shape} are not floating point; cut somewhere else.")
     if len(shape) == 2:
         return "ND"
-    if len(shape) == 3:
-        return "NTD"
-    if len(shape) != 4:
+    if len(shape) not in _BY_DIMENSIONS:
         raise HeadError(
-            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], [B,C,H,W] or [B,H,W,C]. "
+            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], [B,C,T], [B,C,H,W], [B,H,W,C], "
+            "[B,C,T,H,W] or [B,T,H,W,C]. "
             "Cut somewhere else, or give a head of your own as a callable (FeatureShape, num_classes) -> nn.Module."
         )
+    first, last = _BY_DIMENSIONS[len(shape)]
     width, channels_last = _last_width(module)
-    if width == shape[1] != shape[3]:
-        return "NCHW"
-    if width == shape[3] != shape[1]:
-        return "NHWC"
-    return "NHWC" if channels_last else "NCHW"
+    if width == shape[1] != shape[-1]:
+        return first
+    if width == shape[-1] != shape[1]:
+        return last
+    if len(shape) == 3 and width not in shape[1:]:
+        return last
+    return last if channels_last else first
 
 
 def _last_width(module: nn.Module) -> tuple[int | None, bool]:
@@ -82,7 +92,7 @@ def _last_width(module: nn.Module) -> tuple[int | None, bool]:
 
 
 class Pool(nn.Module):
-    """Mean over space or tokens: [B,C,H,W], [B,H,W,C] or [B,T,D] to [B,C]; [B,D] passes."""
+    """Mean over space, time or tokens: [B,C,H,W], [B,H,W,C], [B,T,D], ... to [B,C]; [B,D] passes."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -91,8 +101,7 @@ class Pool(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         if self.layout == "ND":
             return features
-        dims = {"NCHW": (2, 3), "NHWC": (1, 2), "NTD": (1,)}[self.layout]
-        return features.mean(dims)
+        return features.mean([dim for dim, letter in enumerate(self.layout) if letter in "THW"])
 
     def extra_repr(self) -> str:
         return self.layout
@@ -179,14 +188,16 @@ def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Modul
 
 
 class ChannelsFirst(nn.Module):
-    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1]."""
+    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1], video [B,C,T,HW]."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 
     def forward(self, features: Tensor) -> Tensor:
-        channels_first = features.movedim(-1, 1) if self.layout != "NCHW" else features
+        channels_first = features if channel_dim(self.layout) == 1 else features.movedim(-1, 1)
+        if channels_first.dim() == 5:
+            return channels_first.flatten(3)
         return channels_first.reshape(*channels_first.shape, *(1,) * (4 - channels_first.dim()))
 
     def extra_repr(self) -> str:

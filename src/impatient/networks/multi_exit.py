@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError
-from impatient.networks import placement
+from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
-from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, check_head, guess_layout
+from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, channel_dim, check_head, guess_layout
 from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class MultiExitNetwork(nn.Module):
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
+        self._shrinks: dict[Hashable, bool] = {}  # per kind of input, as found by `shrinks`
         self.mechanism = f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
         install([backbone.get_submodule(cut.module) for cut in self.cuts])
 
@@ -72,8 +73,7 @@ class MultiExitNetwork(nn.Module):
         def visit(index: int, features: Tensor) -> Tensor:
             # here and not after the backbone: a later in-place operation may overwrite the features
             early[index] = self.heads[index](gradients.into_head(features, index, self.num_exits))
-            channel_dim = 1 if self.layouts[index] == "NCHW" else -1
-            return gradients.onward(features, index, self.num_exits, channel_dim)
+            return gradients.onward(features, index, self.num_exits, channel_dim(self.layouts[index]))
 
         last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit))
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
@@ -93,13 +93,38 @@ class MultiExitNetwork(nn.Module):
         Thread:
             A run belongs to the thread that advances it. Several threads may each run the same network.
         """
-        return Walk(self.backbone, x, self._cut_map(), [*self.heads, None], keep=keep)
+        return self._walk(x, keep=keep, shrinks=self.shrinks)
+
+    def shrinks(self, x: Any) -> bool:
+        """Whether a run may go on with some samples of its batch: `exits(x)` then has `keep(rows)`.
+
+        Tried out on made-up samples, once per kind of input (two forward passes of K + 1 samples), and remembered. False where
+        more than the features crosses a cut, such as attention masks; where samples depend on each other; in training mode;
+        and, until it is asked again, where the trial could not tell since all outputs were equal.
+
+        Args:
+            x: an input of the kind in question, of any batch size.
+        """
+        if self.training:
+            return False
+        kind = shrinking.kind_of(x)
+        if kind not in self._shrinks:
+            verdict = shrinking.judge(self._walk, self.num_exits, x)
+            if not verdict.shrinks:
+                log.info("batches of this network do not shrink: %s", verdict.reason)
+            if verdict.shrinks is None:
+                return False
+            self._shrinks[kind] = verdict.shrinks
+        return self._shrinks[kind]
 
     def pooled(self, exit: Exit) -> Tensor:
         """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
         if exit.index == len(self.cuts):
             return exit.features
         return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
+
+    def _walk(self, x: Any, **options: Any) -> Walk:
+        return Walk(self.backbone, x, self._cut_map(), [*self.heads, None], **options)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
@@ -144,7 +169,7 @@ def attach_exits(
         heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable (FeatureShape,
             num_classes) -> nn.Module; or a sequence of these, one per early exit.
         num_classes: width of the output; by default what the backbone gives on the example.
-        layout: of four-dimensional features, "NCHW" or "NHWC", where the guess is wrong.
+        layout: of features with as many dimensions, such as "NHWC" or "NCT", where the guess is wrong.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -215,7 +240,7 @@ def _build_heads(
         if features is None:
             raise HeadError(f"module {str(cut)!r} gives no tensor; cut at a module that does.")
         guessed = guess_layout(features, backbone.get_submodule(cut.module))
-        shape = FeatureShape(tuple(features.shape), layout if layout and features.dim() == 4 else guessed)
+        shape = FeatureShape(tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed)
         head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
         check_head(head, features, num_classes, str(cut))
         built.append(head)

@@ -13,12 +13,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
 from impatient.networks.heads import guess_layout
-from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor
+from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor, output_tensor
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
+_FAR = 0.2  # of the whole time; less would send exits into the insides of blocks wherever the machine is busy
 _SILENT = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.MaxPool2d, nn.AvgPool2d, nn.MaxPool1d)
 
 
@@ -138,6 +140,10 @@ def _similar(name: str, model: nn.Module) -> list[str]:
 def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
     """Place count - 1 cuts at even shares of measured time among the blocks of the model's repeated structure.
 
+    Among the outermost blocks, if there are enough and no share is missed by more than a fifth of the time; otherwise among the
+    blocks inside them, if those come at least twice as near. Blocks on whose features the output does not hang, on a side path
+    or after the last use of what they give, are left out.
+
     Raises:
         ExitNotFound: if the model has fewer places than that.
     """
@@ -145,20 +151,26 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
         raise ExitNotFound(f"count={count}; needed: at least 1 exit (the last exit is the backbone's own output).")
     if count == 1:
         return []
-    candidates: list[Cut] = []
+    chosen: list[Cut] = []
+    most: list[Cut] = []
+    miss = float("inf")
     for level in _levels(model):
         usable = _usable(model, x, level)
-        if len(usable) > len(candidates):
-            candidates = usable
-        if len(candidates) >= count - 1:
+        most = max(most, usable, key=len)
+        if len(usable) < count - 1:
+            continue
+        cuts, missed = _evenly(model, x, usable, _shares(model, x, usable, repeats), count)
+        if missed < miss / 2:
+            chosen, miss = cuts, missed
+        if miss <= _FAR:
             break
-    if len(candidates) < count - 1:
+    if not chosen:
         raise ExitNotFound(
-            f"{type(model).__name__} has {len(candidates)} places for early exits that could be found by structure "
-            f"({', '.join(map(str, candidates)) or 'none'}); asked for {count - 1}. Lower count, or name modules with "
-            "after=[...]."
+            f"{type(model).__name__} has {len(most)} places for early exits that could be found by structure "
+            f"({', '.join(map(str, most)) or 'none'}); asked for {count - 1}. Lower count, or name modules with "
+            f"after=[...].{_passed_over(model, x)}"
         )
-    return [candidates[index] for index in _even(_shares(model, x, candidates, repeats), count)]
+    return chosen
 
 
 def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
@@ -195,15 +207,31 @@ def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
     """Calls whose features a head can read, in running order."""
     modules = dict(model.named_modules())
     batch = batch_size_of(x)
-    readable = []
-    for (name, call), features in traced.features.items():
-        try:
-            guess_layout(features, modules[name])
-        except HeadError:
-            continue
-        if features.shape[0] == batch:
-            readable.append(Cut(name, call))
-    return readable
+    return [
+        Cut(name, call) for (name, call), features in traced.features.items() if not _obstacle(features, modules[name], batch)
+    ]
+
+
+def _obstacle(features: Tensor, module: nn.Module, batch: int) -> str:
+    """Why no head can read these features; empty where one can."""
+    try:
+        guess_layout(features, module)
+    except HeadError as error:
+        return str(error)
+    if features.shape[0] != batch:
+        return f"its features, of shape {tuple(features.shape)}, do not begin with the batch size {batch}."
+    return ""
+
+
+def _passed_over(model: nn.Module, x: Any) -> str:
+    """The first block that no head can read and why, as a sentence to follow others; empty where there is none."""
+    modules = dict(model.named_modules())
+    for level in _levels(model):
+        for (name, call), features in trace(model, x, level).features.items():
+            obstacle = _obstacle(features, modules[name], batch_size_of(x))
+            if obstacle:
+                return f" Passed over, for one: {Cut(name, call)}: {obstacle}"
+    return ""
 
 
 def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
@@ -223,6 +251,56 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
     runs = [trace(model, x, names, features=False) for _ in range(repeats + 1)][1:]
     total = min(run.total_s for run in runs)
     return [min(run.ended_s[cut.module, cut.call] for run in runs) / total for cut in cuts]
+
+
+def _evenly(model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int) -> tuple[list[Cut], float]:
+    """Cuts nearest to even shares without those that do not matter, and how far the farthest is; none, infinity if too few."""
+    left = list(zip(cuts, shares, strict=True))
+    while len(left) >= count - 1:
+        picked = [left[index] for index in _even([share for _, share in left], count)]
+        idle = _idle(model, x, [cut for cut, _ in picked], cuts)
+        if not idle:
+            missed = max(abs(share - target / count) for target, (_, share) in enumerate(picked, start=1))
+            return [cut for cut, _ in picked], missed
+        left = [(cut, share) for cut, share in left if cut not in idle]
+    return [], float("inf")
+
+
+def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:
+    """Those picked on whose features the output does not hang; none where it hangs on no cut at all (a head of zeros)."""
+    with evaluating(model), torch.no_grad():
+        untouched = output_tensor(call_model(model, x))
+        idle = [cut for cut in picked if not _matters(model, x, [cut], untouched)]
+        return idle if idle and _matters(model, x, cuts, untouched) else []
+
+
+def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -> bool:
+    """Whether the output changes when the features at these cuts do; true where they cannot be replaced."""
+    calls: Counter[str] = Counter()
+    replaced: list[Tensor] = []
+
+    def disturb(name: str, output: Any) -> Any:
+        cut = Cut(name, calls[name])
+        calls[name] += 1
+        if cut not in cuts:
+            return None  # torch's word for: the output stays as it is
+        features = first_tensor(output)
+        waves = torch.arange(features.numel(), device=features.device).cos().view(features.shape).to(features.dtype)
+        other = features + features.abs().mean() * waves
+        replaced.extend(leaf for leaf in tree_leaves(output) if leaf is features)
+        return tree_map(lambda leaf: other if leaf is features else leaf, output)
+
+    names = {cut.module for cut in cuts}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: disturb(name, output))
+        for name in names
+    ]
+    try:
+        output = output_tensor(call_model(model, x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return not replaced or not torch.equal(output, untouched)
 
 
 def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:

@@ -158,16 +158,18 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     else:
         config = None
     if config is not None:
+        config.architectures = config.architectures or []  # transformers fails on None where one config has several classes
         return _auto_class(transformers, config, text).from_config(config)
     config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     return _auto_class(transformers, config, text).from_pretrained(name, config=config)
 
 
 def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
-    images = transformers.AutoModelForImageClassification
-    if not text and type(config) in images._model_mapping:
-        return images
-    return transformers.AutoModelForSequenceClassification
+    """The first kind of classifier that this configuration has: of images, text, sound or video."""
+    texts, images = transformers.AutoModelForSequenceClassification, transformers.AutoModelForImageClassification
+    others = (transformers.AutoModelForAudioClassification, transformers.AutoModelForVideoClassification)
+    kinds = (texts,) if text else (images, texts, *others)
+    return next((kind for kind in kinds if type(config) in kind._model_mapping), texts)
 
 
 def _from_module(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:

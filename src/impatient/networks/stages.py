@@ -8,17 +8,20 @@ that started it. What a pause would leak is put right here:
 * an abandoned run unwinds (`Walk.close`), so that its activations are freed;
 * an operation after a cut may overwrite the features in place, so they are used before the run goes on, or copied
   (`keep=True`).
+
+A paused run can also go on with some samples of its batch only (`Walk.keep`): the module at the cut then gives these.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
@@ -82,7 +85,7 @@ def _entries(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (tuple, list)):
         return value
-    return [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else ()
+    return [getattr(value, field.name) for field in dataclasses.fields(value)] if is_dataclass(value) else ()
 
 
 def batch_size_of(x: Any) -> int:
@@ -246,14 +249,18 @@ class _Forward(greenlet.greenlet):
     calls: dict[int, int]
     closing: bool
 
-    def reached(self, module: nn.Module, output: Any) -> None:
+    def reached(self, module: nn.Module, output: Any) -> Any:
+        """Pause after a module that is cut; what its caller gets instead of its output, None for that output itself."""
         index = _exit_after(module, self.cuts, self.calls)
         if index is None:
-            return
+            return None
+        rows = None
         if not self.closing:
-            self.parent.switch((index, first_tensor(output)))
+            features = first_tensor(output)
+            rows = self.parent.switch((index, features))
         if self.closing:  # thrown in above, and again if the model's own code swallowed it
             raise greenlet.GreenletExit
+        return None if rows is None else _with_features(output, features, features[rows])
 
 
 class _Taps(threading.local):
@@ -270,16 +277,29 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
     """The one forward hook this library installs; stateless, so that networks can be copied and shared by threads."""
     current = greenlet.getcurrent()
     if isinstance(current, _Forward):
-        current.reached(module, output)
-    elif _taps.stack:
+        return current.reached(module, output)
+    if _taps.stack:
         cuts, calls, visit = _taps.stack[-1]
         index = _exit_after(module, cuts, calls)
         if index is not None:
             features = first_tensor(output)
             onward = visit(index, features)
             if onward is not None and onward is not features:
-                return tree_map(lambda value: onward if value is features else value, output)
+                return _with_features(output, features, onward)
     return None  # torch's word for: the output stays as it is
+
+
+def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
+    """A module's output with another tensor in place of its features."""
+
+    def changed(value: Any) -> Any:
+        return onward if value is features else value
+
+    if is_dataclass(output) and not isinstance(output, Mapping | type):
+        return dataclasses.replace(
+            output, **{field.name: changed(getattr(output, field.name)) for field in dataclasses.fields(output)}
+        )
+    return tree_map(changed, output)
 
 
 def install(modules: Sequence[nn.Module]) -> None:
@@ -314,16 +334,33 @@ class Walk(Iterator[Exit]):
     Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is dropped closes itself.
     An exit that this input never comes to (control flow that depends on the data) is left out.
 
+    Args:
+        model, x, cuts, heads: what runs, on what, where it pauses, and what answers there.
+        keep: copy the features of each exit, so that its output may be asked for later.
+        shrinks: whether this model can go on with some samples of an input; asked by the method `keep`.
+
     Thread:
         Must be advanced and closed on the thread that first advanced it.
     """
 
-    def __init__(self, model: nn.Module, x: Any, cuts: CutMap, heads: Sequence[Head | None], *, keep: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Any,
+        cuts: CutMap,
+        heads: Sequence[Head | None],
+        *,
+        keep: bool = False,
+        shrinks: Callable[[Any], bool] = lambda _: True,
+    ) -> None:
         self._run = _Run(_Ambient.now())
         self._model: nn.Module | None = model
         self._x = x
         self._cuts, self._heads, self._keep = cuts, heads, keep
         self._last = len(heads) - 1
+        self._shrinks: Callable[[Any], bool] | None = shrinks
+        self._rows: Tensor | None = None  # of the present exit, to go on with; None: all
+        self._size: int | None = None  # how many rows later exits must have; None: nobody has said so
         self._runner: _Forward | None = None  # None before the first stage and after the last
         self._owner: threading.Thread | None = None
         self._inside: _ThreadState | None = None  # the model's thread state while it is paused
@@ -335,6 +372,7 @@ class Walk(Iterator[Exit]):
         self._check_thread()
         try:
             index, value = self._resume()
+            self._check_rows(index, value)
             kept = self._run.ambient.call(torch.clone, value) if self._keep and index != self._last else value
         except BaseException:
             self._finished = True
@@ -343,6 +381,37 @@ class Walk(Iterator[Exit]):
         self._run.position = index
         self._finished = index == self._last
         return Exit(index, kept, self._heads[index], self._run, self._keep)
+
+    def keep(self, rows: Sequence[int] | Tensor) -> None:
+        """Go on with these samples only: later exits have len(rows) rows, in this order.
+
+        Works where the features are all that crosses the cut of what belongs to single samples. They are copied when the
+        next exit is asked for. The exit at hand keeps all its rows.
+
+        Args:
+            rows: places in the present batch.
+        Raises:
+            NetworkError: if other values that carry the batch cross a cut of this network, or the run is not at an exit.
+        """
+        if self._runner is None or self._shrinks is None:
+            raise NetworkError("a run can be reduced to some of its samples only between two exits. Call keep() after an exit.")
+        if not self._shrinks(self._x):
+            raise NetworkError(
+                "this network cannot go on with some samples of a batch: more than the features crosses its cuts, or its "
+                "samples depend on each other. Go on with the whole batch, or use an engine whose stages carry every value: "
+                'to_engine(network, "onnxruntime", example=x).'
+            )
+        rows = torch.as_tensor(rows, dtype=torch.long)
+        self._rows = rows if self._rows is None else self._rows[rows.to(self._rows.device)]
+        self._size = len(rows)
+
+    def _check_rows(self, index: int, value: Tensor) -> None:
+        """A value with the old batch that is broadcast over one kept row would go unnoticed."""
+        if self._size is not None and (not value.dim() or value.shape[0] != self._size):
+            raise NetworkError(
+                f"after keep() of {self._size} samples, exit {index} has shape {tuple(value.shape)}: more than the features "
+                "crosses a cut of this network. Go on with the whole batch (compaction='never')."
+            )
 
     def _check_thread(self) -> None:
         """Refuse before anything is touched: greenlet itself crashes where the other thread has ended."""
@@ -362,7 +431,8 @@ class Walk(Iterator[Exit]):
                 self._inside.restore()
                 self._inside = None
                 self._runner.parent = greenlet.getcurrent()
-                result = self._runner.switch()
+                rows, self._rows = self._rows, None
+                result = self._runner.switch(rows)
             if not self._runner.dead:
                 self._inside = _ThreadState()
                 index, features = result
@@ -370,7 +440,7 @@ class Walk(Iterator[Exit]):
             return self._last, output_tensor(result)
         finally:
             if self._runner is not None and self._runner.dead:
-                self._runner = self._model = self._x = None  # nothing is kept alive by a finished run
+                self._runner = self._model = self._x = self._shrinks = None  # nothing is kept alive by a finished run
             outside.restore()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.errors import InfeasibleTarget, PolicyError
@@ -122,6 +123,10 @@ class _Drawn:
                 stops |= mine & _asked(policy, exit, pooled, outputs).to(mine.device)
         given = outputs if outputs is not None else pooled
         return stops if given is None else stops.to(given.device)
+
+    def for_rows(self, rows: Int[Tensor, "R"]) -> Self:
+        """The rule for these samples of the batch, when it goes on with them only."""
+        return dataclasses.replace(self, is_dear=self.is_dear[rows.to(self.is_dear.device)])
 
     def _parts(self) -> list[tuple[Pure, Tensor]]:
         pairs = [(self.cheap, ~self.is_dear), (self.dear, self.is_dear)]

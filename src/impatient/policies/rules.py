@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.costs import CostProfile, Statistic
+from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.files import read_json, write_json
 from impatient.policies.scores import SCORES, ScoreName
@@ -63,6 +63,7 @@ class ThresholdPolicy:
         thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is `-inf`.
         split: on which it was fitted, None for thresholds set by hand.
         target: what was asked for, and what was reached on that split.
+        cost: what the target's `mean_cost` is in: seconds, multiply-accumulates, bytes or joules.
         provenance: weights and data it belongs to.
     """
 
@@ -70,6 +71,7 @@ class ThresholdPolicy:
     thresholds: tuple[float, ...]
     split: str | None = None
     target: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cost: Cost = "time"
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +110,8 @@ class ThresholdPolicy:
     def to_json(self) -> dict[str, Any]:
         return {
             "kind": "threshold_policy", "score": self.score, "thresholds": list(self.thresholds), "split": self.split,
-            "target": dict(self.target), "provenance": self.provenance.to_json() if self.provenance else None,
+            "target": dict(self.target), "cost": self.cost,
+            "provenance": self.provenance.to_json() if self.provenance else None,
         }  # fmt: skip
 
     @classmethod
@@ -118,6 +121,7 @@ class ThresholdPolicy:
             return cls(
                 score=value["score"], thresholds=tuple(float(entry) for entry in value["thresholds"]), split=value["split"],
                 target=value["target"], provenance=Provenance.from_json(source) if source else None,
+                cost=value.get("cost", "macs" if "mean_macs" in value["target"] else "time"),  # files that do not say
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PolicyError):
@@ -159,23 +163,27 @@ def fit_thresholds(
     *,
     mean_time_s: float | None = None,
     mean_macs: float | None = None,
+    mean_bytes: float | None = None,
+    mean_energy_j: float | None = None,
     max_accuracy_loss: float | None = None,
+    cost: Cost | None = None,
     score: ScoreName = "max_probability",
     statistic: Statistic = "mean",
     batch_size: int = 1,
 ) -> ThresholdPolicy:
     """Fit one threshold per exit to a target on a recording.
 
-    For a range of prices of time, thresholds are chosen from the deepest exit to the shallowest so that errors plus price
-    times cost are least; MSDNet's geometric exit shares are tried beside them. Of all these policies the best that keeps
-    the target on this recording is returned.
+    For a range of prices of time (or another cost), thresholds are chosen from the deepest exit to the shallowest so that
+    errors plus price times cost are least; MSDNet's geometric exit shares are tried beside them. Of all these policies the
+    best that keeps the target on this recording is returned.
 
     Args:
         recording: of a split that will not be used to judge the policy; usually "validation".
         costs: of the same network.
         mean_time_s: most accurate policy whose mean time is at most this; or
-        mean_macs: likewise in multiply-accumulates; or
-        max_accuracy_loss: fastest policy that loses at most this much accuracy against the last exit (0.01: one point).
+        mean_macs, mean_bytes, mean_energy_j: likewise in multiply-accumulates, bytes or joules; or
+        max_accuracy_loss: cheapest policy that loses at most this much accuracy against the last exit (0.01: one point).
+        cost: what the cheapest policy is to save: "time" unless said otherwise, "macs", "bytes" or "energy".
         score: how sure an output is.
         statistic: which measured number of each stage and head is added up.
         batch_size: at which the costs were measured.
@@ -183,11 +191,15 @@ def fit_thresholds(
         A policy; its `target` says what was asked for and what was reached here.
     Raises:
         PolicyError: unless exactly one target is given.
+        CostError: if the profile does not hold the cost that is asked for.
         InfeasibleTarget: if no policy reaches it, with the reachable range.
     Source:
         The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We differ: prices are searched.
     """
-    targets = {"mean_time_s": mean_time_s, "mean_macs": mean_macs, "max_accuracy_loss": max_accuracy_loss}
+    targets = {
+        "mean_time_s": mean_time_s, "mean_macs": mean_macs, "mean_bytes": mean_bytes, "mean_energy_j": mean_energy_j,
+        "max_accuracy_loss": max_accuracy_loss,
+    }  # fmt: skip
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
@@ -197,10 +209,12 @@ def fit_thresholds(
     if recording.outputs.shape[0] != costs.num_exits:
         raise PolicyError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
 
+    saved = _TARGETS.get(name, cost or "time")
+    if cost not in (None, saved):
+        raise PolicyError(f"{name} limits {saved}, but cost={cost!r} was given, which goes with max_accuracy_loss alone.")
+
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
-        if name == "mean_macs":
-            return costs.cumulative_macs("interruptible", heads)
-        return costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
+        return costs.cumulative(saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
 
     search = _Search(recording, score, cost_of)
     best = search.cheapest(wanted) if name == "max_accuracy_loss" else search.most_accurate(wanted, name)
@@ -212,8 +226,11 @@ def fit_thresholds(
     reached = {"mean_cost": best.mean_cost, "accuracy": best.accuracy, "samples": float(len(recording.labels))}
     return ThresholdPolicy(
         score=score, thresholds=best.thresholds, split=recording.split, target={name: wanted, **reached},
-        provenance=recording.provenance,
+        cost=saved, provenance=recording.provenance,
     )  # fmt: skip
+
+
+_TARGETS: dict[str, Cost] = {"mean_time_s": "time", "mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
 
 
 @dataclass(frozen=True, slots=True)

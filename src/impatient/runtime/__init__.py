@@ -1,7 +1,23 @@
 """Running against the clock: measured costs, contract and interruptible runs, several workers."""
 
+from impatient.runtime.answer import Answer
+from impatient.runtime.engines import EngineNetwork, export, load_engine, to_engine
+from impatient.runtime.interruptible import Run
 from impatient.runtime.profile import profile, time_in_turn
-from impatient.runtime.runner import Answer, Run, Runner
+from impatient.runtime.runner import OpenRun, Runner
 from impatient.runtime.workers import ParallelEANN, ParallelRun
 
-__all__ = ["Answer", "ParallelEANN", "ParallelRun", "Run", "Runner", "profile", "time_in_turn"]
+__all__ = [
+    "Answer",
+    "EngineNetwork",
+    "OpenRun",
+    "ParallelEANN",
+    "ParallelRun",
+    "Run",
+    "Runner",
+    "export",
+    "load_engine",
+    "profile",
+    "time_in_turn",
+    "to_engine",
+]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -11,12 +16,15 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from impatient.clock import SYSTEM_CLOCK, Clock
-from impatient.costs import BatchCosts, CostProfile, Quantiles
+from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
 from impatient.errors import CostError, ExitNotReached, StaleInput
-from impatient.networks.describe import DescribedNetwork, count_macs
+from impatient.networks.describe import DescribedNetwork, count_macs, count_traffic, stage_traffic
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import call_model, first_tensor
-from impatient.provenance import fingerprint_structure, machine, provenance
+from impatient.provenance import Provenance, fingerprint_structure, machine, provenance, versions
+from impatient.runtime.energy import EnergyMeter, joules_per_run, require_meter
+
+log = logging.getLogger(__name__)
 
 
 def profile(
@@ -27,24 +35,31 @@ def profile(
     repeats: int = 300,
     warm_up: int = 20,
     max_seconds: float = 30.0,
+    energy: bool | EnergyMeter = False,
     progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> CostProfile:
-    """Measure every stage, every head and the untouched backbone.
+    """Measure every stage, every head and the untouched backbone, and count multiply-accumulates and bytes.
 
     Each repeat runs the untouched backbone and then, or before, the staged network with all heads, so that a change in the
-    machine's speed meets both alike. The times include what staging itself costs.
+    machine's speed meets both alike. The order alternates, so every second time the untouched backbone runs twice on end: from
+    these pairs (A/A) comes the noise of the profile. Where their median ratio may be further than 5 % from 1, a warning is
+    logged: the machine was too noisy to say anything. The times include what staging itself costs.
 
     Args:
-        network: from `attach_exits`; measured in eval mode, in inference mode, on the device its parameters are on.
+        network: from `attach_exits` or `to_engine`; measured in eval mode, in inference mode, on the device its parameters are
+            on. In an engine, operators are not seen: bytes are left out, and the whole is taken to be the sum of its stages.
         x: an example input; its first sample is repeated to the batch sizes asked for.
         batch_sizes: each is measured by itself.
         repeats: at each batch size; the p99 of fewer than 100 is their maximum.
         warm_up: repeats that are not counted.
         max_seconds: stop measuring a batch size after this long, with at least 20 repeats.
+        energy: also measure joules at batch size 1, 3 s for each exit; True finds the machine's meter, or bring your own.
         progress: show a bar.
     Returns:
         Means and quantiles with the machine they belong to.
+    Raises:
+        EnergyUnavailable: if joules are asked for and cannot be measured.
 
     Sync:
         Waits for the device around every stage and head.
@@ -55,21 +70,109 @@ def profile(
             "batch size, each at least 1, and a warm-up of 0 or more."
         )
     device = _device_of(network, x)
-    facts, exit_free_macs = network.stage_facts(resized(x, 1)), count_macs(network.backbone, resized(x, 1))
+    meter = require_meter(str(device)) if energy is True else energy or None
+    one = resized(x, 1)
+    counted = _count(network, one)
     batches = {}
     with evaluating(network), Progress(transient=True, disable=not progress) as bar:
         for size in batch_sizes:
             task = bar.add_task(f"profiling batch size {size}", total=repeats)
             batches[size] = _measure(network, resized(x, size), device, repeats, warm_up, max_seconds, clock,
                                      lambda task=task: bar.advance(task))  # fmt: skip
-    dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
+            _warn_if_noisy(batches[size].noise, size)
+        joules = _measure_energy(network, one, device, meter, clock) if meter else {}
     return CostProfile(
-        exits=network.exit_names, batches=batches,
-        stage_macs=tuple(fact.stage_macs for fact in facts), head_macs=tuple(fact.head_macs for fact in facts),
-        stage_parameters=tuple(fact.stage_parameters for fact in facts),
-        head_parameters=tuple(fact.head_parameters for fact in facts), exit_free_macs=exit_free_macs,
-        provenance=provenance(network=fingerprint_structure(network.state_dict()), dtype=dtype, **machine(str(device))),
+        exits=network.exit_names, batches=batches, provenance=_provenance(network, device), **counted, **joules
     )  # fmt: skip
+
+
+def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
+    """What is counted and not measured, per sample, by its name in a profile."""
+    facts = network.stage_facts(x)
+    counted: dict[str, Any] = {
+        name: tuple(getattr(fact, name) for fact in facts)
+        for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
+    }
+    if engine_of(network) != "eager":
+        return counted  # no operator of torch's is called that could be seen
+    stage_bytes, head_bytes = stage_traffic(network, x)
+    return counted | {
+        "exit_free_macs": count_macs(network.backbone, x), "stage_bytes": stage_bytes, "head_bytes": head_bytes,
+        "exit_free_bytes": count_traffic(network.backbone, x),
+    }  # fmt: skip
+
+
+def _warn_if_noisy(noise: Noise | None, size: int) -> None:
+    if noise is not None and noise.too_noisy:
+        log.warning(
+            "the machine was too noisy to say anything at batch size %d: the same network against itself took %.3f times as "
+            "long (95 %% interval %.3f to %.3f; within 1 +- %g is needed). Stop what else is running, or allow more repeats, "
+            "and profile again.", size, noise.aa_ratio, noise.aa_low, noise.aa_high, NOISE_LIMIT,
+        )  # fmt: skip
+
+
+def _measure_energy(
+    network: DescribedNetwork, x: Any, device: torch.device, meter: EnergyMeter, clock: Clock
+) -> dict[str, Any]:
+    """Joules of stages and heads, by their names in a profile: differences between runs that go so far and no further.
+
+    Differences of measured numbers may come out below 0; they count as 0.
+    """
+
+    def run(last: int, head: bool) -> None:
+        with torch.inference_mode(), network.exits(x) as exits:
+            for exit in exits:
+                if exit.index == last:
+                    if head:
+                        exit.output()
+                    break
+        synchronise(device)
+
+    count = network.num_exits
+    to_stage = [functools.partial(run, index, False) for index in range(count)]
+    to_head = [functools.partial(run, index, True) for index in range(count - 1)]  # the last exit's output is there anyway
+    whole = functools.partial(_time_whole, network.backbone, x, device, clock)
+    joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=clock)
+    reached = list(itertools.accumulate(joules[:count], max))
+    return {
+        "stage_energy_j": tuple(after - before for before, after in itertools.pairwise([0.0, *reached])),
+        "head_energy_j": (*(max(0.0, up - to) for to, up in zip(reached, joules[count:-1], strict=False)), 0.0),
+        "exit_free_energy_j": joules[-1], "energy_meter": meter.name,
+    }  # fmt: skip
+
+
+def _provenance(network: DescribedNetwork, device: torch.device) -> Provenance:
+    dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
+    engine = engine_of(network)
+    made = provenance(network=structure_of(network), dtype=dtype, engine=engine, **_machine(str(device), network))
+    return dataclasses.replace(made, versions=_versions(engine))
+
+
+def engine_of(network: Any) -> str:
+    """Name of what runs the network: "eager" unless it says otherwise."""
+    return str(getattr(network, "engine", "eager"))
+
+
+def structure_of(network: Any) -> str:
+    """Fingerprint of a network's structure; that of the original, where it runs in an engine."""
+    return getattr(network, "structure", None) or fingerprint_structure(network.state_dict())
+
+
+def _machine(device: str, network: Any = None) -> dict[str, Any]:
+    """As `provenance.machine`, with the threads of the engine where it has its own."""
+    here = machine(device)
+    return {**here, "threads": getattr(network, "threads", None) or here["threads"]}
+
+
+def _versions(engine: str) -> dict[str, str]:
+    """Versions of Python, torch and impatient, and of the engine where it is a package of its own."""
+    package = engine.partition("-")[0]  # behind the hyphen: its precision
+    if package not in ("onnxruntime", "openvino"):
+        return versions()
+    try:
+        return {**versions(), package: metadata.version(package)}
+    except metadata.PackageNotFoundError:  # under another name, such as onnxruntime-gpu
+        return versions()
 
 
 def _device_of(network: DescribedNetwork, x: Any) -> torch.device:
@@ -102,7 +205,8 @@ def _measure(
             for times in (*stages, *heads, whole):
                 times.clear()
             begin = clock.now()
-        # alternate the order: whatever ran last has warmed the caches for the next
+        # alternate the order: whatever ran last has warmed the caches for the next. So the first and second run of the whole,
+        # the third and fourth, ... are back to back, as Noise.of wants them
         for part in ("whole", "staged") if repeat % 2 else ("staged", "whole"):
             if part == "whole":
                 whole.append(_time_whole(network.backbone, x, device, clock))
@@ -114,7 +218,7 @@ def _measure(
             break
     return BatchCosts(
         stages=tuple(Quantiles.of(times) for times in stages), heads=tuple(Quantiles.of(times) for times in heads),
-        exit_free=Quantiles.of(whole),
+        exit_free=Quantiles.of(whole), noise=Noise.of(whole),
     )  # fmt: skip
 
 
@@ -182,25 +286,29 @@ def synchronise(device: torch.device) -> None:
 
 
 def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
-    """Raise StaleInput unless a profile belongs to this network, machine, thread count and torch version."""
-    tensors, made = network.state_dict(), costs.provenance
-    device = next((str(tensor.device) for tensor in tensors.values()), made.device)
-    made.require("the cost profile", remedy, network=fingerprint_structure(tensors), device=device)
+    """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and these versions."""
+    made = costs.provenance
+    device = next((str(tensor.device) for tensor in network.state_dict().values()), made.device)
+    made.require("the cost profile", remedy, engine=engine_of(network), network=structure_of(network), device=device)
     names = getattr(network, "exit_names", costs.exits)  # the fingerprint knows no cuts
     if names != costs.exits:
         raise StaleInput(
             f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they are after "
             f"{', '.join(names)}. To mend it, {remedy}."
         )
-    check_machine(costs, remedy)
+    check_machine(costs, remedy, network)
 
 
-def check_machine(costs: CostProfile, remedy: str) -> None:
-    """Raise StaleInput unless a profile was measured on this machine, with this thread count and these versions."""
-    device = costs.provenance.device or "cpu"
+def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
+    """Raise StaleInput unless a profile was measured on this machine, with this thread count and these versions.
+
+    Args:
+        network: in an engine with a thread count of its own, that one; else torch's.
+    """
+    device, made = costs.provenance.device or "cpu", costs.provenance
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise StaleInput(f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}.")
-    here = provenance(**machine(device))
-    costs.provenance.require(
-        "the cost profile", remedy, processor=here.processor, threads=here.threads, versions=dict(here.versions)
+    here = _machine(device, network)
+    made.require(
+        "the cost profile", remedy, processor=here["processor"], threads=here["threads"], versions=_versions(made.engine)
     )

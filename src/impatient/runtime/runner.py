@@ -3,89 +3,32 @@
 A **contract** run knows its deadline: it goes on to the next exit only if a high quantile of what that costs still fits, and
 skips the heads that will not be the answer. An **interruptible** run posts the answer of every exit; whoever started it gets
 the latest one when the deadline comes or when they interrupt, whatever the stage in flight is doing. A **policy** stops
-either when going on is not worth it.
+either when going on is not worth it. Both can be stopped and go on later from where they were.
 """
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import queue
-import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor
 
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
-from impatient.networks.stages import batch_size_of, first_tensor
+from impatient.networks.stages import batch_size_of
 from impatient.policies.rules import Policy
-from impatient.runtime.profile import check_profile, synchronise
-
-StoppedBy = Literal["final", "policy", "deadline", "interrupt"]
-
-# Time kept back from every deadline for handing the answer over: reading the clock, building the Answer, returning.
-RESERVE_S = 100e-6
-
-# How long the interpreter's end waits for the stage in flight. Torch aborts the process when its thread is cut short.
-END_S = 10.0
-
-
-class ExitLike(Protocol):
-    """One exit of a run."""
-
-    @property
-    def index(self) -> int: ...
-
-    def output(self) -> Tensor: ...
-
-
-def upcoming(exit: ExitLike) -> int | None:
-    """The exit that would come next; None where the network itself, a routed cascade, has sent all samples to their answers."""
-    following: int | None = getattr(exit, "upcoming", exit.index + 1)
-    return following
-
-
-def answering(exit: ExitLike, count: int) -> tuple[int, ...]:
-    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different ways."""
-    exits: tuple[int, ...] = getattr(exit, "exits", (exit.index,) * count)
-    return exits
-
-
-class StagedNetwork(Protocol):
-    """What the runner needs of a network."""
-
-    @property
-    def num_exits(self) -> int: ...
-
-    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Answer:
-    """What a run returns.
-
-    Attributes:
-        output: before softmax, shape [B, num_classes].
-        exit: the deepest exit that answered.
-        exits: per sample, the exit its output comes from.
-        elapsed_s: from the call to the moment this answer was there.
-        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline" or "interrupt".
-        deadline_met: whether the answer was there by the deadline; True when there was none.
-    """
-
-    output: Tensor
-    exit: int
-    exits: tuple[int, ...]
-    elapsed_s: float
-    stopped_by: StoppedBy
-    deadline_met: bool
+from impatient.runtime.answer import Answer, StoppedBy, answered
+from impatient.runtime.collected import StagedNetwork
+from impatient.runtime.compaction import Compaction, When, covering
+from impatient.runtime.course import Course
+from impatient.runtime.engines.standalone.pace import QUANTILES, Drift, Pace
+from impatient.runtime.engines.standalone.pace import RESERVE_S as RESERVE_S  # here, too, for who plans deadlines
+from impatient.runtime.interruptible import Run, Worker
+from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.profile import check_profile, resized
 
 
 class Runner:
@@ -97,6 +40,8 @@ class Runner:
         policy: when going on is not worth it; None goes on as long as time allows.
         statistic: the quantile of a stage's cost that must fit before it is begun. The lower, the deeper and the later.
         when_late: what to do when not even the first exit fits: "answer" late and say so, or "raise".
+        compaction: whether samples that have stopped are taken out of their batch: "auto", where it pays by the profile,
+            "never", "always", or a `Compaction` of your own.
         any_profile: use a profile of another machine, thread count or version all the same.
         clock: where time comes from.
     Raises:
@@ -116,6 +61,7 @@ class Runner:
         *,
         statistic: Statistic = "p99",
         when_late: Literal["answer", "raise"] = "answer",
+        compaction: Compaction | When = "auto",
         any_profile: bool = False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -126,84 +72,96 @@ class Runner:
             raise PolicyError(f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit it anew.")
         if when_late not in ("answer", "raise"):
             raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
+        if statistic not in QUANTILES:
+            raise CostError(f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}.")
         if not any_profile:
             check_profile(costs, network, "profile this network here, or pass any_profile=True to use it all the same")
         self.network, self.costs, self.policy = network, costs, policy
         self.clock = clock
         self._when_late = when_late
+        if not isinstance(compaction, Compaction):
+            buckets = tuple(getattr(network, "buckets", ()))  # of an engine that wants fixed shapes
+            compaction = Compaction(costs=costs, when=compaction, buckets=buckets)
+        self._compaction = compaction
+        self._drift = Drift(QUANTILES[statistic])
         gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()  # learned gates take time, too
-        self._plans = {size: _Plan(batch, statistic, gates) for size, batch in costs.batches.items()}
+        self._paces = {size: _pace(batch, statistic, gates, self._drift) for size, batch in costs.batches.items()}
         self._runs = itertools.count()
-        self._drift = 1.0
         self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
 
     @property
     def drift(self) -> float:
-        """How much slower than profiled this machine is now: a running mean of measured over profiled stage time.
+        """How many times as long as profiled a stage may take now, as every prediction assumes; at least 1.
 
-        Every prediction is multiplied by it, but never by less than 1.
+        It is a quantile, the same as `statistic`, of what the latest stages took over what the profile says that they take:
+        of 200 stages at p99, of 2000 at p999. There a load shows at its second stage, and is forgotten when those have passed.
         """
-        return self._drift
+        return self._drift.scale
 
-    def run(self, x: Any, *, deadline: Deadline = NEVER) -> Answer:
+    def run(self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None) -> Answer:
         """Answer by a deadline that is known now (a contract run).
 
         Args:
-            x: as the network takes it; its batch size must have been profiled.
+            x: as the network takes it; the next larger batch size that was profiled is an upper bound of its costs.
             deadline: `Deadline.after(0.008)`; stamp it where the request comes in.
+            limits: the most to spend of "macs", "bytes" or "energy_j", per sample.
         Returns:
             The answer of the deepest exit that fits, or of the exit at which the policy stopped.
         Raises:
             NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
-            CostError: if the batch size was not profiled.
+            CostError: if the batch is larger than all that were profiled, or the profile does not hold what is limited.
         """
-        begin = self.clock.now()
-        plan = self._plan(x)
-        if self._when_late == "raise" and not self._fits(plan, 0, begin, deadline):
-            error = self._too_late(plan, deadline.instant - begin)
-            self._drift += 0.05 * (1.0 - self._drift)  # forgotten in time, or a slow minute would refuse runs for ever
-            raise error
-        policy = self._policy_of_run(x)
-        collected, device = _Collected(policy, self.network), first_tensor(x).device
-        with torch.inference_mode(), self.network.exits(x) as run:
-            before = begin
-            for exit in run:
-                synchronise(device)
-                arrived = self.clock.now()
-                if getattr(exit, "whole", True):  # part of a batch says nothing about the profile of all of it
-                    self._observe(plan, exit.index, arrived - before)
-                following = upcoming(exit)
-                if exit.index == self.network.num_exits - 1:
-                    return self._answer(collected, exit, begin, deadline, "final")
-                if following is None:
-                    return self._answer(collected, exit, begin, deadline, "policy")
-                if policy is not None and policy.looks_at(exit.index) and collected.add(exit):
-                    return self._answer(collected, exit, begin, deadline, "policy")
-                before = self.clock.now()
-                if not self._fits(plan, following, before, deadline):
-                    return self._answer(collected, exit, begin, deadline, "deadline")
-        raise RunError(f"the network's run ended before exit {self.network.num_exits - 1}; its last exit must always come.")
+        with self.open(x) as opened:
+            return opened.run(deadline=deadline, limits=limits)
 
-    def start(self, x: Any, *, deadline: Deadline = NEVER) -> Run:
+    def open(self, x: Any) -> OpenRun:
+        """A contract run that can go on after it has answered: `run` it again with a later deadline.
+
+        Use it in a `with` block, on one thread.
+
+        Raises:
+            CostError: if the batch is larger than all that were profiled.
+        """
+        return OpenRun(self, x)
+
+    def start(
+        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None, resumable: bool = False
+    ) -> Run:
         """Start an interruptible run on the runner's own thread and return at once.
 
         Use it in a `with` block: leaving it abandons what is still being computed.
+
+        Args:
+            x: as the network takes it.
+            deadline: when `Run.result` comes back at the latest.
+            limits: the most to spend of "macs", "bytes" or "energy_j", per sample.
+            resumable: let `Run.refine` go on after the run was stopped; until it is closed it then keeps its features. The
+                stage in flight ends where it would, while that of other runs is cancelled if the network's engine can.
+        Raises:
+            NoAnswerInTime: if the limits do not allow the first exit and the runner was made with when_late="raise".
         """
-        run = Run(self.clock, deadline, self.network.num_exits, self._when_late)
-        # the job holds the runner, which so outlives the runs it has begun
-        policy = self._policy_of_run(x)
-        self._worker.do(run, lambda: run._work(self.network, x, policy))
+        bounds = limits_of(self.costs, limits)
+        self._check_limits(bounds)
+        course = self._course(x)
+        run = Run(course, self.clock, deadline, self._when_late, bounds, resumable=resumable, owner=self)
+        self._worker.do(run, run._work, course if resumable else None)
         return run
 
     def warm_up(self, x: Any, times: int = 3) -> None:
-        """Run a few times in both ways, so that the first answer that counts finds threads and memory ready."""
-        drift = self._drift
-        for _ in range(times):
-            self.run(x)
-            with self.start(x) as run:
-                run.result()
-        self._drift = drift  # a cold start says nothing about the runs to come
+        """Run a few times in both ways, so that the first answer that counts finds threads and memory ready.
+
+        Args:
+            x: an example; its first sample is repeated to each batch size that was profiled.
+            times: at each size.
+        """
+        for size in self._paces:
+            example = resized(x, size)
+            for _ in range(times):
+                with OpenRun(self, example, observe=False) as opened:  # a cold start says nothing about the runs to come
+                    opened.run()
+                with self.start(example) as run:
+                    run.result()
 
     def close(self) -> None:
         """End the worker thread: a run in flight ends at its next exit, a run in the queue never begins.
@@ -218,176 +176,92 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _policy_of_run(self, x: Any) -> Policy | None:
-        """The policy; of one that is drawn at random sample by sample, the draw for this run."""
-        draw = getattr(self.policy, "for_run", None)
-        return self.policy if draw is None else draw(batch_size_of(x), next(self._runs))
+    def drawn(self, policy: Policy | None, samples: int) -> Policy | None:
+        """The policy; of one that is drawn at random sample by sample, the draw for one run."""
+        draw = getattr(policy, "for_run", None)
+        return policy if draw is None else draw(samples, next(self._runs))
 
-    def _plan(self, x: Any) -> _Plan:
-        size = batch_size_of(x)
-        if size not in self._plans:
+    def _course(self, x: Any) -> Course:
+        return Course(self.network, x, self.drawn(self.policy, batch_size_of(x)), self._compaction)
+
+    def _pace(self, size: int) -> Pace:
+        profiled = covering(self._paces, size)
+        if profiled is None:
             raise CostError(
-                f"batch size {size} was not profiled; profiled: {sorted(self._plans)}. "
+                f"batch size {size} is larger than all that were profiled: {sorted(self._paces)}. "
                 f"Run profile(network, x, batch_sizes=[..., {size}])."
             )
-        return self._plans[size]
+        return self._paces[profiled]
 
-    def _fits(self, plan: _Plan, exit: int, now: float, deadline: Deadline) -> bool:
-        """Whether this exit's answer, from the one before it, fits in the time left; an exit beyond the last one does."""
-        if exit >= len(plan.next_s):
-            return True
-        return now + plan.next_s[exit] * max(1.0, self._drift) + RESERVE_S <= deadline.instant
+    def _check_limits(self, limits: tuple[Limit, ...]) -> None:
+        for limit in limits:
+            if self._when_late == "raise" and not limit.allows((), 0):
+                raise NoAnswerInTime(
+                    f"the first exit takes {limit.needs((), 0):g} {limit.unit}, the limit is {limit.most:g}. Allow more, "
+                    "attach an earlier exit, or use when_late='answer'."
+                )
 
-    def _observe(self, plan: _Plan, exit: int, stage_s: float) -> None:
-        expected = plan.mean_s[exit]
-        if expected > 0.0:
-            # bounded: one descheduled stage must not spoil the next hundred runs
-            self._drift += 0.05 * (min(stage_s / expected, 10.0) - self._drift)
-
-    def _answer(self, collected: _Collected, exit: ExitLike, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
-        return answered(*collected.finish(exit), self.clock, begin, deadline, stopped_by)
-
-    def _too_late(self, plan: _Plan, left_s: float) -> NoAnswerInTime:
-        return NoAnswerInTime(
-            f"{left_s * 1e3:.3f} ms are left, but the first exit needs {plan.next_s[0] * max(1.0, self._drift) * 1e3:.3f} ms. "
-            "Allow more time, attach an earlier exit, or use when_late='answer'."
-        )
+    def _check_first(self, pace: Pace, now: float, deadline: Deadline) -> None:
+        if self._when_late == "raise" and not pace.fits(0, now, deadline.instant, RESERVE_S):
+            needed_s = pace.needs_s(0)
+            self._drift.forget()  # in time, or a slow minute would refuse runs for ever
+            raise NoAnswerInTime(
+                f"{(deadline.instant - now) * 1e3:.3f} ms are left, but the first exit needs {needed_s * 1e3:.3f} ms. "
+                "Allow more time, attach an earlier exit, or use when_late='answer'."
+            )
 
 
-def answered(
-    output: Tensor, exits: tuple[int, ...], clock: Clock, begin: float, deadline: Deadline, stopped_by: StoppedBy
-) -> Answer:
-    """An answer that is there now."""
-    synchronise(output.device)
-    now = clock.now()
-    return Answer(
-        output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
-        deadline_met=now <= deadline.instant,
-    )  # fmt: skip
-
-
-class _Plan:
-    """What the runner looks up at a boundary, for one batch size."""
-
-    def __init__(self, costs: BatchCosts, statistic: Statistic, gates_s: Sequence[float]) -> None:
-        # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
-        alone = [later - before for before, later in itertools.pairwise((0.0, *gates_s))]
-        self.next_s = tuple(
-            stage.of_statistic(statistic) + head.of_statistic(statistic) + gate
-            for stage, head, gate in zip(costs.stages, costs.heads, alone, strict=True)
-        )
-        self.mean_s = tuple(stage.mean for stage in costs.stages)
-
-
-class _Collected:
-    """Outputs of a batch whose samples may stop at different exits."""
-
-    def __init__(self, policy: Policy | None, network: StagedNetwork) -> None:
-        self._policy, self._network = policy, network
-        self._output: Tensor | None = None
-        self._exits: Tensor | None = None  # -1 where a sample has not stopped
-
-    def add(self, exit: ExitLike) -> bool:
-        """Take the output of an exit for the samples that stop there; True when all have stopped."""
-        policy: Any = self._policy
-        inputs = getattr(policy, "inputs", "confidences")
-        if inputs == "confidences":
-            stops = policy.stops(exit.index, exit.output())
-        else:  # gates on features are asked before the head is paid
-            pooled = self._network.pooled(exit)  # type: ignore[attr-defined]  # of networks that such gates were fitted for
-            stops = policy.stops_on(exit.index, pooled, exit.output() if inputs == "both" else None)
-            if not bool(stops.any()):
-                return False
-        self._take(exit.index, exit.output(), stops)
-        assert self._exits is not None
-        return bool((self._exits >= 0).all())
-
-    def finish(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
-        """The outputs, with this exit's for all samples that have not stopped."""
-        if self._exits is None:
-            output = exit.output()
-            return output, answering(exit, output.shape[0])
-        if bool((self._exits < 0).any()):
-            return self.snapshot(exit)
-        assert self._output is not None
-        return self._output, tuple(self._exits.tolist())
-
-    def snapshot(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
-        """What `finish` would give, without stopping anything."""
-        output = exit.output()
-        if self._exits is None or self._output is None:
-            # copied: a head may return a view of the features, which a later stage may write over
-            return output.clone(), answering(exit, output.shape[0])
-        going = self._exits < 0
-        mixed = torch.where(going[:, None], output, self._output)
-        return mixed, tuple(torch.where(going, exit.index, self._exits).tolist())
-
-    def _take(self, index: int, output: Tensor, stops: Tensor) -> None:
-        if self._output is None or self._exits is None:
-            self._output = output.clone()
-            self._exits = torch.full((output.shape[0],), -1, device=output.device)
-        now = stops & (self._exits < 0)
-        self._output[now] = output[now]
-        self._exits[now] = index
-
-
-class Run:
-    """An interruptible run in progress; made by `Runner.start`.
+class OpenRun:
+    """A contract run that stays where it stopped, and can go on from there; made by `Runner.open`.
 
     Thread:
-        All methods may be called from any thread.
+        Must be run and closed on one thread.
     """
 
-    def __init__(self, clock: Clock, deadline: Deadline, num_exits: int, when_late: str) -> None:
-        self._clock, self._deadline = clock, deadline
-        self._num_exits, self._when_late = num_exits, when_late
-        self._begin = clock.now()
-        self._changed = threading.Condition()
-        self._latest: Answer | None = None
-        self._answer: Answer | None = None  # once given, always given
-        self._finished = False  # the worker is done with this run
-        self._awaited = False  # somebody who has interrupted waits for the first exit
-        self._abandoned = False  # nobody wants more
-        self._error: BaseException | None = None
+    def __init__(self, runner: Runner, x: Any, *, observe: bool = True) -> None:
+        self._runner, self._observes = runner, observe
+        self._course = runner._course(x)
+        self._pace = runner._pace(self._course.size)
+        self._began = 0.0  # the stage that led to where the run stands
+        self._stage_s: float | None = None  # what that took; None once it was observed, or if it says nothing
 
-    def latest(self) -> Answer | None:
-        """The best answer so far, without stopping; None before the first exit."""
-        with self._changed:
-            return self._answer or self._latest
+    def run(
+        self,
+        *,
+        deadline: Deadline = NEVER,
+        limits: Mapping[Unit, float] | None = None,
+        policy: Policy | Literal["same"] | None = "same",
+    ) -> Answer:
+        """Go on as far as fits, from where the run stands, without computing anything twice.
 
-    def result(self) -> Answer:
-        """Wait for the last exit, the policy or the deadline, whichever comes first.
-
-        At the deadline the latest answer is returned at once; the stage in flight is abandoned.
-
+        Args:
+            deadline: when the answer must be there; `elapsed_s` counts from this call.
+            limits: as for `Runner.run`, of all that was spent since the run was opened.
+            policy: another one from here on, or None. With the one there was, a run that it has stopped stays stopped. Samples
+                that were taken out of the batch keep their outputs.
+        Returns:
+            The deepest answer, which is the last one again if nothing more fits or is left.
         Raises:
-            NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with when_late="raise".
-            RunError: if the run was closed before its first exit.
+            NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
+            RunError: if it was closed.
         """
-        with self._changed:
-            while not (self._answer or self._finished or self._abandoned) and self._clock.now() < self._deadline.instant:
-                self._clock.wait(self._changed, self._deadline.instant)
-            return self._stop()
-
-    def interrupt(self) -> Answer:
-        """Stop now and return the latest answer; a second call returns the same one.
-
-        Before the first exit it waits for that exit, or raises, as the runner was told.
-
-        Raises:
-            NoAnswerInTime: if there is no answer yet and the runner was made with when_late="raise".
-            RunError: if the run was closed before its first exit.
-        """
-        with self._changed:
-            return self._stop()
+        begin, course = self._runner.clock.now(), self._course
+        course.check_open()
+        bounds = limits_of(self._runner.costs, limits)
+        with torch.inference_mode():
+            if not isinstance(policy, str):
+                course.override(self._runner.drawn(policy, course.samples))
+            if course.exit is None:
+                self._runner._check_first(self._pace, begin, deadline)
+                self._runner._check_limits(bounds)
+                self._advance(begin)
+            while (stopped_by := self._stops(deadline, bounds)) is None:
+                self._advance(self._runner.clock.now())
+            return self._answer(begin, deadline, stopped_by)
 
     def close(self) -> None:
-        """Abandon what is still being computed; harmless afterwards."""
-        if self._finished:
-            return
-        with self._changed:
-            self._abandoned = True
-            self._changed.notify_all()
+        """Throw away what has not been computed; harmless afterwards."""
+        self._course.close()
 
     def __enter__(self) -> Self:
         return self
@@ -395,119 +269,45 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stop(self) -> Answer:
-        """Give the latest answer; the lock is held."""
-        if self._when_late == "raise" and self._latest is None and self._error is None:
-            self.close()
-            raise NoAnswerInTime(
-                f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. Allow more time, attach an "
-                "earlier exit, or use when_late='answer'."
-            )
-        while self._latest is None and not self._finished:
-            self._awaited = True
-            self._changed.wait()
-        if self._answer is None:  # another thread may have been given one while this one waited
-            self._answer = self._conclude()
-            self._abandoned = True
-            self._changed.notify_all()
-        return self._answer
+    def _stops(self, deadline: Deadline, limits: tuple[Limit, ...]) -> StoppedBy | None:
+        """Why to stop where the run stands."""
+        course = self._course
+        stopped_by = course.stops()
+        if stopped_by is not None:
+            return stopped_by
+        if not course.allowed(limits):
+            return "limit"
+        pace, now = self._runner._pace(course.size), self._runner.clock.now()
+        return None if pace.fits(course.following, now, deadline.instant, RESERVE_S) else "deadline"
 
-    def _conclude(self) -> Answer:
-        if self._error is not None:
-            raise self._error
-        if self._latest is None:
-            raise RunError("the run was closed before its first exit. Ask for the answer first, then leave the with block.")
-        if self._latest.stopped_by in ("final", "policy"):
-            return self._latest
-        passed = self._clock.now() >= self._deadline.instant
-        return replace(self._latest, stopped_by="deadline" if passed else "interrupt")
+    def _advance(self, now: float) -> None:
+        self._observe(self._stage_s, answered=False)
+        self._pace = self._runner._pace(self._course.size)
+        self._began = now
+        exit = self._course.advance()
+        # part of a batch, or of a batch larger than itself, says nothing about the profile of all of it
+        known = getattr(exit, "whole", True) and self._course.size in self._runner._paces
+        self._stage_s = self._runner.clock.now() - now if known else None
 
-    def _work(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
-        """On the worker: run stage by stage and post every answer, until nobody wants more."""
-        try:
-            if not self._over():
-                self._walk(network, x, policy)
-        except BaseException as error:
-            if not self._over():  # an answer that was there when it was due is not taken back
-                self._error = error
-        finally:
-            with self._changed:
-                self._finished = True
-                self._changed.notify_all()
+    def _answer(self, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
+        answer = answered(*self._course.answer(), self._runner.clock, begin, deadline, stopped_by)
+        step_s = begin + answer.elapsed_s - self._began
+        self._observe(None if self._stage_s is None else step_s, answered=True)
+        return answer
 
-    def _walk(self, network: StagedNetwork, x: Any, policy: Policy | None) -> None:
-        collected = _Collected(policy, network)
-        with torch.inference_mode(), network.exits(x) as run:
-            for exit in run:
-                # asked before the head and again before the next stage: each is paid only if somebody wants it
-                if self._over() or self._step(exit, collected, policy) == "policy" or self._over():
-                    break
-
-    def _over(self) -> bool:
-        """Whether nobody wants more: abandoned, or answered when an answer was due."""
-        due = self._awaited or self._clock.now() >= self._deadline.instant
-        return self._abandoned or (due and self._latest is not None)
-
-    def _step(self, exit: ExitLike, collected: _Collected, policy: Policy | None) -> StoppedBy:
-        last = exit.index == self._num_exits - 1
-        stopped_by: StoppedBy = "final" if last else "interrupt"
-        if policy is not None and policy.looks_at(exit.index) and collected.add(exit) and not last:
-            stopped_by = "policy"
-        if upcoming(exit) is None and not last:
-            stopped_by = "policy"
-        answer = answered(*collected.snapshot(exit), self._clock, self._begin, self._deadline, stopped_by)
-        with self._changed:
-            if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
-                self._latest = answer
-                self._changed.notify_all()
-        return stopped_by
+    def _observe(self, taken_s: float | None, *, answered: bool) -> None:
+        """Tell the drift what was predicted and what it took: of a head that answered, with its stage."""
+        if taken_s is not None and self._observes:
+            assert self._course.exit is not None
+            self._pace.observe(self._course.exit.index, taken_s, answered=answered)
+        self._stage_s = None
 
 
-class Worker:
-    """One thread, begun when needed, that does what it is given, in order. It holds no runner: runners can be forgotten."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Any] | None = None  # None while there is no thread to take them
-        self._threads: list[threading.Thread] = []
-        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
-
-    def do(self, run: Run, job: Any) -> None:
-        with self._lock:
-            if not self._threads:
-                atexit.register(self.end)
-            if self._jobs is None:
-                jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-                thread = threading.Thread(target=_serve, args=(jobs,), name="impatient-runner", daemon=True)
-                thread.start()
-                self._jobs = jobs
-                # one that was stopped may still be in its last stage
-                self._threads = [thread, *(old for old in self._threads if old.is_alive())]
-            self._runs.add(run)
-            self._jobs.put(job)
-
-    def stop(self) -> None:
-        with self._lock:
-            jobs, self._jobs = self._jobs, None
-            runs = list(self._runs)
-            if jobs is not None:
-                jobs.put(None)
-        for run in runs:
-            run.close()
-
-    def end(self) -> None:
-        """Stop and wait, when Python ends."""
-        self.stop()
-        for thread in self._threads:
-            thread.join(END_S)
-
-    def forget(self) -> None:
-        """Stop, when nobody knows the runner any more, and so no run is in flight. May be called on any thread."""
-        self.stop()
-        atexit.unregister(self.end)
-
-
-def _serve(jobs: queue.SimpleQueue[Any]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # or its network and input live until the next one comes
+def _pace(costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: Drift) -> Pace:
+    """What the runner looks up at a boundary, for one batch size."""
+    # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
+    gate_s = [later - before for before, later in itertools.pairwise((0.0, *gates_s))]
+    stage_s = [stage.of_statistic(statistic) for stage in costs.stages]
+    head_s = [head.of_statistic(statistic) for head in costs.heads]
+    next_s = [sum(parts) for parts in zip(stage_s, head_s, gate_s, strict=True)]
+    return Pace(next_s, QUANTILES[statistic], stage_s, drift)

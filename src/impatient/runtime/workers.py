@@ -17,7 +17,9 @@ import torch
 
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
 from impatient.errors import RunError
-from impatient.runtime.runner import Answer, ExitLike, Run, Worker, answered
+from impatient.runtime.answer import Answer, answered
+from impatient.runtime.collected import ExitLike
+from impatient.runtime.interruptible import InterruptibleRun, Worker
 
 
 class Ensemble(Protocol):
@@ -156,7 +158,7 @@ class _Plan:
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]  # the smaller, the better
 
 
-class ParallelRun(Run):
+class ParallelRun(InterruptibleRun):
     """An interruptible run of several networks at a time; made by `ParallelEANN.start`.
 
     Thread:
@@ -164,7 +166,7 @@ class ParallelRun(Run):
     """
 
     def __init__(self, clock: Clock, deadline: Deadline, plan: _Plan, when_late: str) -> None:
-        super().__init__(clock, deadline, plan.first[-1], when_late)
+        super().__init__(clock, deadline, when_late)
         self._plan = plan
         self._waiting = list(enumerate(plan.networks))
         self._in_flight = 0

@@ -1,0 +1,414 @@
+"""Which architectures of torchvision, timm and transformers take exits by themselves: writes docs/coverage.md.
+
+python -m benchmarks.coverage --no-times             what works, about ten minutes
+python -m benchmarks.coverage                        also what staging costs, on an idle machine; only what is missing runs
+python -m benchmarks.coverage --only resnet --again  these once more
+
+Each architecture runs in a process of its own with a time limit; its row is in results/coverage.csv as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import multiprocessing
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.zoo import ARCHITECTURES, Architecture, build
+from impatient import attach_exits
+from impatient.errors import ImpatientError
+from impatient.files import write_text
+from impatient.networks import MultiExitNetwork
+from impatient.networks.stages import Walk, call_model, first_tensor, output_tensor
+
+HERE = Path(__file__).parent
+CSV, PAGE = HERE / "results" / "coverage.csv", HERE.parent / "docs" / "coverage.md"
+COUNT = 4
+EXACT = "exact"
+Row = dict[str, str]
+
+# what is found out, and the column that is empty where it has not been tried
+PARTS = {"exactness": "gradients", "parts": "exported parts", "times": "staged / untouched"}
+CHECKS = ("output", "forward()", "exits()", "gradients")
+COLUMNS = ("library", "architecture", "spec", "mechanism", "exits after", "features", *CHECKS, "batches shrink",
+           "exported parts", "staged / untouched", "untouched / untouched", "reason")  # fmt: skip
+
+
+# --- exactness ------------------------------------------------------------------------------------------------------
+
+
+def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]:
+    """What is found out about an architecture, part by part; it ends with a "reason" where no exits can be attached.
+
+    Args:
+        wanted: some of the PARTS.
+    """
+    model = build(architecture)
+    x = architecture.batch(3)
+    truth = _untouched(model, x) if "exactness" in wanted else None
+    try:
+        network = attach_exits(model, example=architecture.batch(2), count=COUNT).eval()
+    except ImpatientError as error:
+        yield {"reason": _first_line(error)}
+        return
+    if truth:
+        yield {"mechanism": network.mechanism.split(",")[0], "exits after": " ".join(network.exit_names[:-1])}
+        yield compare(network, x, truth)
+    if "parts" in wanted:
+        yield export(network, architecture.batch(2), x)
+    if "times" in wanted:
+        yield measure(network, architecture.batch(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Untouched:
+    """What a model gives before it has exits."""
+
+    output: Tensor
+    gradients: Mapping[str, Tensor]
+    again: float  # how far it differs from itself
+
+
+def _untouched(model: nn.Module, x: Any) -> Untouched:
+    state = copy.deepcopy(model.state_dict())
+    output, gradients = _output(model, x), _gradients(model, x, lambda x: output_tensor(call_model(model, x)))
+    model.load_state_dict(state)  # the training step has moved batch-norm statistics
+    return Untouched(output, gradients, _difference(output, _output(model, x)))
+
+
+def compare(network: MultiExitNetwork, x: Any, truth: Untouched) -> Row:
+    """Outputs and gradients of a network with exits beside those of the same model before it had any."""
+    with torch.no_grad():
+        _seed()
+        all_at_once = network(x)
+        _seed()
+        exits = [(exit.features.shape, exit.output()) for exit in network.exits(x)]
+    staged = [answer for _, answer in exits]
+    early = max(_difference(one, other) for one, other in zip(all_at_once, staged, strict=True))
+    layouts = zip(exits, network.layouts, strict=False)  # the last exit has none
+    row = {
+        "features": " ".join(f"{'x'.join(map(str, shape[1:]))}:{layout}" for (shape, _), layout in layouts),
+        "output": _informative(network, x, staged),
+        "forward()": _exactness(_difference(all_at_once[-1], truth.output)),
+        "exits()": _exactness(max(early, _difference(staged[-1], truth.output))),
+        "batches shrink": "yes" if network.shrinks(x) else "no",
+        "gradients": _compare_gradients(_gradients(network.backbone, x, lambda x: network(x)[-1]), truth.gradients),
+    }
+    if truth.again:
+        row["reason"] = f"the untouched model differs from itself by {truth.again:.1g}"
+    return row
+
+
+def _compare_gradients(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> str:
+    if truth.keys() != ours.keys():
+        return f"{len(ours)} instead of {len(truth)}"
+    if sum(bool(gradient.any()) for gradient in truth.values()) < 0.8 * len(truth):
+        return "uninformative: most are zero"
+    return _exactness(max(_difference(ours[name], gradient) for name, gradient in truth.items()))
+
+
+def _seed() -> None:
+    torch.manual_seed(1)
+    np.random.seed(1)  # transformers' masks of sound
+    random.seed(1)
+
+
+def _output(model: nn.Module, x: Any) -> Tensor:
+    _seed()
+    with torch.no_grad():
+        return output_tensor(call_model(model.eval(), x)).clone()
+
+
+def _gradients(model: nn.Module, x: Any, run: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """Of one training step's loss, by parameter; dropout and the like from one seed."""
+    model.train()
+    model.zero_grad()
+    _seed()
+    run(x).square().mean().backward()
+    model.eval()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _informative(network: MultiExitNetwork, x: Any, staged: Sequence[Tensor]) -> str:
+    """Whether equal outputs say anything: they vary over the samples and hang on the features at every cut."""
+    last = staged[-1]
+    if not last.isfinite().all():
+        return "uninformative: not finite"
+    if last.std(dim=0).mean() < 1e-3 * last.abs().mean():
+        return "uninformative: the same for every input"
+    for cut in network.cuts:
+        hook = network.backbone.get_submodule(cut.module).register_forward_hook(_disturb)
+        with torch.no_grad():
+            disturbed = output_tensor(call_model(network.backbone, x))
+        hook.remove()
+        if not _difference(disturbed, last) > 1e-5 * float(last.abs().max()):
+            return f"uninformative: does not hang on {cut}"
+    return "informative"
+
+
+def _disturb(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001  the signature of a forward hook
+    features = first_tensor(output)
+    features += features.abs().mean() * torch.randn_like(features)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return 0.0 if torch.equal(one, other) else (one - other).abs().max().item()
+
+
+def _exactness(difference: float) -> str:
+    return EXACT if difference == 0.0 else f"{difference:.1g}"
+
+
+def _first_line(error: BaseException) -> str:
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message[:300]}"
+
+
+# --- parts and times ------------------------------------------------------------------------------------------------
+
+
+def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
+    """Export the parts of a network and run them one after the other; the largest difference of any exit."""
+    from impatient.runtime.engines.partition import input_tensors, partition
+    from impatient.runtime.engines.standalone import StagedRun
+
+    try:
+        parts = partition(network, example)
+        with torch.no_grad():
+            run = StagedRun(parts.wiring, parts.stages, parts.heads, input_tensors(x, parts.wiring.inputs))
+            got, truth = [exit.output() for exit in run], network(x)
+    except Exception as error:
+        return {"exported parts": f"no: {_first_line(error)}"}
+    differences = [_difference(one, other) for one, other in zip(got, truth, strict=True)]
+    return {"exported parts": _exactness(max(differences) / max(1.0, float(truth[-1].abs().max())))}
+
+
+def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int = 100) -> Row:
+    """Time of all stages without heads over that of the untouched model: the median of paired, interleaved ratios."""
+    from benchmarks.common import median_interval
+
+    cuts, heads = network._cut_map(), [None] * network.num_exits
+
+    def untouched() -> float:
+        return _seconds(lambda: call_model(network.backbone, x))
+
+    def staged() -> float:
+        return _seconds(lambda: list(Walk(network.backbone, x, cuts, heads)))
+
+    ratios, same = [], []
+    with torch.inference_mode():
+        for run in (untouched, staged) * 3:
+            run()
+        begin = time.perf_counter()
+        while len(ratios) < most and (time.perf_counter() - begin < seconds or len(ratios) < 10):
+            # whichever comes first has the same cold caches as often as the other
+            plain, paused = (untouched(), staged()) if len(ratios) % 2 else reversed((staged(), untouched()))
+            ratios.append(paused / plain)
+            same.append(untouched() / plain)
+    middle, low, high = median_interval(ratios)
+    again, again_low, again_high = median_interval(same)
+    return {"staged / untouched": f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            "untouched / untouched": f"{again:.3f} ({again_low:.3f} to {again_high:.3f})"}  # fmt: skip
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+# --- one process per architecture ------------------------------------------------------------------------------------
+
+
+def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> Row:
+    """Run `findings` in a forked process; what it found, with a "reason" where it failed, died or took too long."""
+    context = multiprocessing.get_context("fork")  # the libraries are imported once, here
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(architecture, wanted, sender), daemon=True)
+    process.start()
+    sender.close()
+    row: Row = {}
+    deadline = time.monotonic() + limit_s
+    try:
+        while receiver.poll(max(0.0, deadline - time.monotonic())):
+            row |= receiver.recv()
+        row["reason"] = f"took longer than {limit_s:.0f} s"
+    except EOFError:  # it has ended
+        process.join()
+        if process.exitcode:
+            row["reason"] = f"its process died with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    return row
+
+
+def _send(architecture: Architecture, wanted: Sequence[str], sender: Connection) -> None:
+    warnings.simplefilter("ignore")  # the libraries' own
+    torch.set_num_threads(1)
+    try:
+        for found in findings(architecture, wanted):
+            sender.send(found)
+    except Exception as error:
+        sender.send({"reason": _first_line(error)})
+
+
+def import_libraries() -> None:
+    from impatient.networks.specs import import_torchvision
+
+    import_torchvision()
+    import timm  # noqa: F401
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s: float) -> Row:
+    """Find out what a row does not have yet."""
+    row = {"library": architecture.library, "architecture": _title(architecture), "spec": architecture.spec, **known}
+    wanted = [part for part in parts if not row.get(PARTS[part])]
+    if wanted and ("exactness" in wanted or row.get("mechanism")):  # else no exits can be attached
+        row |= apart(architecture, wanted, limit_s)
+    return row
+
+
+def _title(architecture: Architecture) -> str:
+    options = architecture.spec.split(":")[2:]
+    name = architecture.name.removesuffix("Config")
+    return f"{name} ({options[0]})" if options and architecture.library == "torchvision" else name
+
+
+# --- rows and page --------------------------------------------------------------------------------------------------
+
+
+def read_rows() -> dict[str, Row]:
+    if not CSV.exists():
+        return {}
+    with CSV.open(newline="") as file:
+        return {row["spec"]: {name: value for name, value in row.items() if value} for row in csv.DictReader(file)}
+
+
+def write_rows(rows: Mapping[str, Row]) -> None:
+    stream = io.StringIO()
+    table = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows[spec] for spec in _in_order(rows))
+    write_text(CSV, stream.getvalue())
+
+
+def _in_order(rows: Mapping[str, Row]) -> list[str]:
+    return [architecture.spec for architecture in ARCHITECTURES if architecture.spec in rows]
+
+
+def works(row: Row) -> bool:
+    """Exits were attached, and everything that was compared is exact and says something."""
+    return row.get("output") == "informative" and all(row.get(name) == EXACT for name in CHECKS[1:])
+
+
+TEXT = """# Coverage
+
+What `attach_exits(model, example=x, count=4)` does with models that nobody prepared for it, places found by structure and
+measured time (`after="auto"`). Random weights, small inputs, the smallest sensible variants, transformers by small
+configurations of four layers or so; one row per architecture, in `benchmarks/results/coverage.csv` with its spec, which
+`load_model` takes.
+
+* **Mechanism**: the untouched forward in a greenlet, paused in a hook at each cut. **Exits after**: the modules whose features
+  the first three heads read; the fourth exit is the model's own output.
+* **forward()** and **exits()**: the last output against that of the model before it had exits, in eval mode; `exits()` also
+  every early output against that of `forward()`. *Exact* is `torch.equal`; a number is the largest difference.
+* **Gradients**: every parameter's, of one training step through the last exit, against the model before it had exits, dropout
+  and stochastic depth from one seed.
+* These comparisons are *informative*: zero-initialised heads and tiny layer scales are drawn anew, batch-norm statistics
+  belong to the data, and the output differs between inputs and changes when the features at any of the cuts are disturbed.
+  Where not, the row says so.
+* **Batches shrink**: whether samples that are finished can be taken out of a running batch (`network.shrinks(x)`).
+* **Exported parts**: the network cut into one graph per stage by `torch.export`, the parts run one after the other at another
+  batch size than the one exported: the largest difference of any exit, over the largest output where that is above 1.
+* **Staging**: time of all stages without heads over the untouched model's, batch 1, one thread, median of paired interleaved
+  ratios with its 95 % interval, beside the same ratio of the untouched model with itself.
+"""
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """The coverage page."""
+    from benchmarks.common import facts
+
+    listed = [rows[spec] for spec in _in_order(rows)]
+    parts = [row for row in listed if row.get("exported parts")]
+    exported = sum(not row["exported parts"].startswith("no") for row in parts)
+    count = (
+        f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and the rest as it should be."
+    )
+    if parts:
+        count += f" **{exported} of {len(parts)}** can be exported as parts."
+    tables = [_table(library, [row for row in listed if row["library"] == library]) for library in
+              dict.fromkeys(row["library"] for row in listed)]  # fmt: skip
+    return "\n".join([TEXT, count, "", *tables, facts(), ""])
+
+
+def _table(library: str, rows: Sequence[Row]) -> str:
+    hidden = ("library", "spec", "mechanism", "features", "output", "reason")
+    shown = [name for name in COLUMNS if name not in hidden and any(row.get(name) for row in rows)]
+    lines = [f"## {library}", "", "| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in shown) + " |" for row in rows]
+    reasons = [f"* {row['architecture']}: {reason}" for row in rows for reason in [_reason(row)] if reason]
+    return "\n".join([*lines, "", *reasons, *[""] * bool(reasons)])
+
+
+def _cell(value: str) -> str:
+    return "no" if value.startswith("no:") else value.replace("|", "\\|")
+
+
+def _reason(row: Row) -> str:
+    """Why a row is not as it should be."""
+    said = [row.get("reason", ""), *(row.get(name, "") for name in ("output", "gradients"))]
+    export = row.get("exported parts", "")
+    found = [text for text in said if text not in ("", "informative") and not _is_number(text)]
+    found += [f"no export: {export.removeprefix('no: ')}"] if export.startswith("no") else []
+    return "; ".join(found)
+
+
+def _is_number(text: str) -> bool:
+    return text == EXACT or text.replace(".", "").replace("e-", "").isdigit()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-times", action="store_true", help="leave out what staging costs, which needs an idle machine")
+    parser.add_argument("--no-parts", action="store_true", help="leave out the export")
+    parser.add_argument("--only", default="", help="those whose spec contains this")
+    parser.add_argument("--again", action="store_true", help="throw away what is known of them")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds per architecture")
+    arguments = parser.parse_args()
+    left_out = {"times"} if arguments.no_times else set()
+    left_out |= {"parts"} if arguments.no_parts else set()
+    parts = [part for part in PARTS if part not in left_out]
+    chosen = [architecture for architecture in ARCHITECTURES if arguments.only in architecture.spec]
+    rows = {} if arguments.again and not arguments.only else read_rows()
+    import_libraries()
+    for number, architecture in enumerate(chosen, 1):
+        known = {} if arguments.again else rows.get(architecture.spec, {})
+        rows[architecture.spec] = cover(architecture, known, parts, arguments.limit)
+        write_rows(rows)
+        row = rows[architecture.spec]
+        print(f"{number}/{len(chosen)} {row['architecture']}: {'works' if works(row) else _reason(row) or row}", flush=True)
+    write_text(PAGE, page(rows))
+    print(f"wrote {CSV} and {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A million calls with a deadline: neither memory nor threads nor open files may grow.
+
+    python benchmarks/soak.py                about 6 minutes; a run that was stopped goes on where it was
+    python benchmarks/soak.py --smoke        seconds, to see that it runs
+
+A tiny network with three exits. Contract calls with deadlines from too short for the first exit to long enough for the last,
+and every tenth call an interruptible one, abandoned at its deadline or interrupted. Resident memory, threads and open files
+are read every 1 % of the calls. The verdict is on the slope of the last 90 % (Theil and Sen, with its 95 % interval: memory
+moves in steps, and one step must not decide), as growth over a million calls; growth of at most 1 MiB passes.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Row, in_engine, run_cases
+from scipy import stats
+from torch import nn
+
+from impatient import Deadline, Runner, attach_exits, profile
+
+CASES = {"eager": ("eager", 1_000_000), "onnxruntime": ("onnxruntime", 200_000), "openvino": ("openvino", 200_000)}
+
+
+def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    calls = 2000 if smoke else calls
+    example = torch.randn(2, 8)
+    backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    network = attach_exits(backbone, example=example, after=["1", "3"]).eval()
+    made, x = in_engine(network, engine, example=example, threads=1, key="soak"), example[:1]
+    costs = profile(made, x, repeats=200)
+    budgets = [1e-6, *(3 * reached for reached in costs.contract_s()), 1.0]
+    with Runner(made, costs) as runner:
+        runner.warm_up(x)
+        samples, exits = run_calls(runner, x, calls, budgets)
+    done, memory, threads, files = samples.T
+    low, middle, high = (value / 2**20 for value in growth(done, memory))
+    grows = high > 1.0 or growth(done, threads)[0] > 0 or growth(done, files)[0] > 0
+    return [{
+        "engine": engine, "calls": calls, "answers by exit": " ".join(str(count) for count in exits),
+        "MiB at 10 %": f"{memory[len(memory) // 10] / 2**20:.1f}", "MiB at the end": f"{memory[-1] / 2**20:.1f}",
+        "MiB per million calls": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+        "threads": f"{threads.min():.0f} to {threads.max():.0f}, {threads[-1]:.0f} at the end",
+        "open files": f"{files.min():.0f} to {files.max():.0f}, {files[-1]:.0f} at the end",
+        "verdict": "growth" if grows else "no growth",
+    }]  # fmt: skip
+
+
+def run_calls(runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]) -> tuple[np.ndarray, list[int]]:
+    """Samples of (calls done, bytes, threads, open files), and how often each exit answered."""
+    samples, exits = [], [0] * runner.network.num_exits
+    gc.collect()
+    gc.freeze()  # what is there now need not be looked through again at every sample
+    budgets = itertools.cycle(budgets_s)
+    for number in range(calls):
+        if number % max(200, calls // 100) == 0:
+            samples.append((number, *held()))
+        budget = next(budgets)
+        if number % 10:
+            answer = runner.run(x, deadline=Deadline.after(budget))
+        else:
+            with runner.start(x, deadline=Deadline.after(min(budget, 1e-3))) as run:
+                answer = run.interrupt() if number % 20 else run.result()
+        exits[answer.exit] += 1
+    return np.array([*samples, (calls, *held())], dtype=float), exits
+
+
+def held() -> tuple[int, int, int]:
+    """Resident bytes, threads and open files of this process."""
+    gc.collect()  # what only waits to be collected does not count
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    threads, files = (len([*Path("/proc/self", kind).iterdir()]) for kind in ("task", "fd"))
+    return pages * os.sysconf("SC_PAGE_SIZE"), threads, files
+
+
+def growth(calls: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
+    """Growth over a million calls, without the first tenth: lower end, slope, upper end."""
+    later = slice(len(values) // 10, None)
+    slope, _, low, high = stats.theilslopes(values[later], calls[later])
+    return float(low * 1e6), float(slope * 1e6), float(high * 1e6)
+
+
+if __name__ == "__main__":
+    run_cases("soak", "A million calls with a deadline", __doc__, CASES, measure, smoke=[*CASES])

@@ -1,0 +1,57 @@
+"""Two recordings of one split side by side: what an engine, or 8 bits, does to the answers of every exit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from impatient.errors import RecordingError
+from impatient.evaluation.metrics import Estimate, mean, proportion
+from impatient.evaluation.recording import Recording
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """One exit in two recordings of the same samples.
+
+    Attributes:
+        exit, name: which one.
+        accuracy, reference: shares of right answers, of the recording in question and of the one beside it.
+        difference: accuracy minus reference; its interval is that of paired samples, far narrower than either's own.
+        same: share of the samples that get the same answer from both.
+    """
+
+    exit: int
+    name: str
+    accuracy: Estimate
+    reference: Estimate
+    difference: Estimate
+    same: Estimate
+
+
+def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
+    """Compare the exits of two recordings of one split.
+
+    Args:
+        recording: what an engine answered, say.
+        reference: what torch answered.
+    Raises:
+        StaleInput: if they are of different data.
+        RecordingError: if they are of different splits or exits.
+    """
+    recording.provenance.require("the recording", "record both on the same data", data=reference.provenance.data)
+    if (recording.split, recording.exits) != (reference.split, reference.exits):
+        raise RecordingError(
+            f"one recording is of split {recording.split!r} and exits {', '.join(recording.exits)}, the other of "
+            f"{reference.split!r} and {', '.join(reference.exits)}; needed: the same of both."
+        )
+    hits, wanted = recording.hits(), reference.hits()
+    same = recording.outputs.argmax(-1) == reference.outputs.argmax(-1)
+    count = len(recording.labels)
+    return tuple(
+        Beside(
+            exit=exit, name=name, accuracy=proportion(float(hits[exit].sum()), count),
+            reference=proportion(float(wanted[exit].sum()), count), difference=mean(hits[exit] - wanted[exit]),
+            same=proportion(float(same[exit].sum()), count),
+        )
+        for exit, name in enumerate(recording.exits)
+    )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The answers of a batch whose samples stop at different exits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from impatient.networks.stages import batch_size_of
+from impatient.policies.rules import Policy
+from impatient.runtime.compaction import Compaction
+
+
+class ExitLike(Protocol):
+    """One exit of a run."""
+
+    @property
+    def index(self) -> int: ...
+
+    def output(self) -> Tensor: ...
+
+
+def upcoming(exit: ExitLike) -> int | None:
+    """The exit that would come next; None where the network itself, a routed cascade, has sent all samples to their answers."""
+    following: int | None = getattr(exit, "upcoming", exit.index + 1)
+    return following
+
+
+def answering(exit: ExitLike, count: int) -> tuple[int, ...]:
+    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different ways."""
+    exits: tuple[int, ...] = getattr(exit, "exits", (exit.index,) * count)
+    return exits
+
+
+class StagedNetwork(Protocol):
+    """What the runner needs of a network."""
+
+    @property
+    def num_exits(self) -> int: ...
+
+    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
+
+
+class Collected:
+    """Outputs of a batch whose samples may stop at different exits; those that go on run in a smaller batch where it pays.
+
+    After each exit: `add` it, then, if the run is to go on, `go_on` before the next one is asked for.
+
+    Args:
+        policy: says which samples stop; None: none does.
+        network: whose run it is.
+        x: its input.
+        walk: the run; can its batch not be reduced (no `keep`, or the network says so), it goes on with all samples.
+        compaction: when to go on with fewer rows; None: never.
+    Attributes:
+        size: number of rows the next stage runs.
+    """
+
+    def __init__(
+        self, policy: Policy | None, network: StagedNetwork, x: Any, walk: Any, compaction: Compaction | None = None
+    ) -> None:
+        self._policy: Any = policy
+        self._network: Any = network
+        self._walk = walk
+        self.size = self._left = self._present = batch_size_of(x)  # rows that run next, still going, and at the present exit
+        wanted = policy is not None and self.size > 1 and compaction is not None and compaction.when != "never"
+        self._compaction = compaction if wanted and can_shrink(network, walk, x) else None
+        self._output: Tensor | None = None  # of all samples, in their original order
+        self._exits: Tensor | None = None  # -1 where a sample has not stopped
+        # about the rows of the present exit:
+        self._places: Tensor | None = None  # in the original batch; None: all in order
+        self._going: Tensor | None = None  # which have not stopped; None: none has
+        self._count: int | None = None  # without the fillers behind them; None: no fillers
+        self._keep: Tensor | None = None  # rows to go on with; None: all
+
+    def add(self, exit: ExitLike) -> bool:
+        """Ask the policy, and take the output of an exit for the samples that stop there; True when all have stopped.
+
+        Sync:
+            Waits for the device once, to learn how many go on; not where the policy does not look at this exit.
+        """
+        if self._policy is None or not self._policy.looks_at(exit.index):
+            return False
+        stops = self._stops(exit)
+        going = ~stops if self._going is None else self._going & ~stops
+        left = going.nonzero()[:, 0]
+        if len(left) < self._left:
+            self._output, self._exits = self._merged(exit, stops if self._going is None else self._going & stops)
+            self._going, self._left = going, len(left)
+            self._reduce(exit, left)
+        return not self._left
+
+    def go_on(self) -> None:
+        """Take the finished samples out of the run, where that was found to pay; call it before the next exit."""
+        keep, self._keep = self._keep, None
+        if keep is None:
+            return
+        self._walk.keep(keep)
+        self._present = len(keep)
+        rows = keep[: self._left]
+        self._places = rows if self._places is None else self._places[rows]
+        self._going, self._count = None, self._left if len(keep) > self._left else None
+        self._policy = for_rows(self._policy, rows)
+
+    def override(self, policy: Policy | None) -> None:
+        """From here on, another policy; samples that have stopped but are still in the batch go on, the others keep their
+        outputs.
+        """
+        self._keep, self.size = None, self._present  # those that were to be taken out are still there
+        self._policy = policy if self._places is None else for_rows(policy, self._places)
+        if self._exits is not None:
+            here = slice(None) if self._places is None else self._places
+            self._exits[here] = -1
+            self._going, self._left = None, len(self._exits[here])
+
+    def finish(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+        """The outputs in the original order, with this exit's for all samples that have not stopped, and their exits."""
+        if self._exits is None:
+            output = exit.output()
+            return output, answering(exit, output.shape[0])
+        if self._left:
+            return self.snapshot(exit)
+        assert self._output is not None
+        return self._output, tuple(self._exits.tolist())
+
+    def snapshot(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+        """What `finish` would give, without stopping anything; a copy."""
+        if self._exits is None:
+            # copied: a head may return a view of the features, which a later stage may write over
+            output = exit.output()
+            return output.clone(), answering(exit, output.shape[0])
+        output, exits = self._merged(exit, self._going)
+        return output, tuple(exits.tolist())
+
+    def _stops(self, exit: ExitLike) -> Tensor:
+        """Which of the present rows stop; gates on features alone are asked before the head is paid."""
+        inputs = getattr(self._policy, "inputs", "confidences")
+        if inputs == "confidences":
+            return torch.as_tensor(self._policy.stops(exit.index, self._real(exit.output())))
+        outputs = self._real(exit.output()) if inputs == "both" else None
+        return torch.as_tensor(self._policy.stops_on(exit.index, self._real(self._network.pooled(exit)), outputs))
+
+    def _real(self, value: Tensor) -> Tensor:
+        return value if self._count is None else value[: self._count]
+
+    def _merged(self, exit: ExitLike, now: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All samples' outputs and exits with those of this exit for some of the present rows; None: for all of these."""
+        output = self._real(exit.output())
+        if now is None:
+            now = torch.ones(output.shape[0], dtype=torch.bool, device=output.device)
+        if self._output is None or self._exits is None:
+            return output.clone(), torch.where(now, exit.index, -1)
+        here = slice(None) if self._places is None else self._places
+        outputs, exits = self._output.clone(), self._exits.clone()
+        outputs[here] = torch.where(now[:, None], output, outputs[here])
+        exits[here] = torch.where(now, exit.index, exits[here])
+        return outputs, exits
+
+    def _reduce(self, exit: ExitLike, left: Tensor) -> None:
+        """Decide with how many rows to go on."""
+        if self._compaction is None or not self._left or exit.index == self._network.num_exits - 1:
+            return
+        size = self._compaction.size(exit.index, self.size, self._left, row_bytes(exit))
+        if size < self.size:
+            # a row that is there anyway fills up what an engine's shape wants
+            self._keep = torch.cat([left, left[-1:].expand(size - self._left)]) if size > self._left else left
+            self.size = size
+
+
+def can_shrink(network: Any, walk: Any, x: Any) -> bool:
+    """Whether a run can go on with some of its samples; a network that does not know lets its runs decide."""
+    return hasattr(walk, "keep") and bool(getattr(network, "shrinks", lambda _: True)(x))
+
+
+def for_rows(policy: Any, rows: Tensor) -> Any:
+    """The policy for these samples: one that was drawn sample by sample must follow them."""
+    for_rows = getattr(policy, "for_rows", None)
+    return policy if for_rows is None else for_rows(rows)
+
+
+def row_bytes(exit: Any) -> float:
+    """Size of one sample's features; an exit whose features are dear to look at says it itself."""
+    if hasattr(exit, "row_bytes"):
+        return float(exit.row_bytes)
+    features = getattr(exit, "features", None)
+    return float(features.nbytes / features.shape[0]) if isinstance(features, Tensor) else 0.0

@@ -1,0 +1,138 @@
+"""One run through a network, exit by exit: what contract and interruptible runs have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from torch import Tensor
+
+from impatient.errors import RunError
+from impatient.networks.stages import batch_size_of, first_tensor
+from impatient.policies.rules import Policy
+from impatient.runtime.collected import Collected, ExitLike, StagedNetwork, upcoming
+from impatient.runtime.compaction import Compaction
+from impatient.runtime.limits import Limit
+from impatient.runtime.profile import synchronise
+
+
+class Course:
+    """A run that waits at each exit until it is told to go on.
+
+    Args:
+        network, x: what runs on what.
+        policy: when going on is not worth it; None: never.
+        compaction: whether samples that have stopped are taken out of the batch.
+    Attributes:
+        samples: in its batch.
+        exit: where it stands; None before the first.
+        spent: the exits it came to, and whether the head of each has run.
+
+    Thread:
+        To be advanced, asked and closed on one thread, in inference mode; `cancel` may be called from any.
+    """
+
+    def __init__(self, network: StagedNetwork, x: Any, policy: Policy | None, compaction: Compaction) -> None:
+        self._network, self._policy, self._compaction = network, policy, compaction
+        self._x: Any = x
+        self._device = first_tensor(x).device
+        self.samples = batch_size_of(x)
+        self._held = contextlib.ExitStack()
+        self._cancelling = threading.Lock()
+        self._walk: Any = None  # None before the first stage and when closed
+        self._exits: Iterator[Any] = iter(())
+        self._collected: Collected | None = None
+        self._closed = False
+        self._stopped: bool | None = None  # by the policy at this exit; None: not asked
+        self.exit: ExitLike | None = None
+        self.spent: list[tuple[int, bool]] = []
+
+    @property
+    def size(self) -> int:
+        """Number of rows that the next stage runs."""
+        return self.samples if self._collected is None else self._collected.size
+
+    @property
+    def following(self) -> int:
+        """The exit that would come next."""
+        following = 0 if self.exit is None else upcoming(self.exit)
+        assert following is not None  # where it is, `stops` has said so
+        return following
+
+    def check_open(self) -> None:
+        """Raise RunError if it was closed."""
+        if self._closed:
+            raise RunError("this run was closed. Begin a new one.")
+
+    def advance(self) -> ExitLike:
+        """Run the next stage.
+
+        Raises:
+            RunError: if the network's run ends before its last exit, or this one was closed.
+        """
+        self.check_open()
+        if self._collected is None:
+            self._begin()
+        else:
+            self._collected.go_on()
+        exit: ExitLike | None = next(self._exits, None)
+        if exit is None:
+            raise RunError(
+                f"the network's run ended before exit {self._network.num_exits - 1}; its last exit must always come."
+            )
+        synchronise(self._device)
+        self.exit, self._stopped = exit, None
+        self.spent.append((exit.index, False))
+        return exit
+
+    def stops(self) -> Literal["final", "policy"] | None:
+        """Why to stop at this exit, whatever time there is: nothing comes after it, or the policy says so; asked once."""
+        assert self.exit is not None
+        assert self._collected is not None
+        if self.exit.index == self._network.num_exits - 1:
+            return "final"
+        if upcoming(self.exit) is None:
+            return "policy"
+        if self._stopped is None:
+            if self._policy is not None and self._policy.looks_at(self.exit.index):
+                self.spent[-1] = (self.exit.index, True)
+            self._stopped = self._collected.add(self.exit)
+        return "policy" if self._stopped else None
+
+    def answer(self) -> tuple[Tensor, tuple[int, ...]]:
+        """The outputs here, with this exit's for all samples that have not stopped, and the exit of each."""
+        assert self.exit is not None
+        assert self._collected is not None
+        self.spent[-1] = (self.exit.index, True)
+        if self.exit.index == self._network.num_exits - 1:
+            return self._collected.finish(self.exit)
+        return self._collected.snapshot(self.exit)  # a copy: a later stage may write over it
+
+    def allowed(self, limits: Iterable[Limit]) -> bool:
+        """Whether the next exit stays within all limits."""
+        return all(limit.allows(self.spent, self.following) for limit in limits)
+
+    def override(self, policy: Policy | None) -> None:
+        """From here on, this policy; samples that have stopped but are still in the batch go on."""
+        self._policy, self._stopped = policy, None
+        if self._collected is not None:
+            self._collected.override(policy)
+
+    def cancel(self) -> None:
+        """End the stage in flight early, where the network can; `advance` then raises."""
+        with self._cancelling:
+            getattr(self._walk, "cancel", lambda: None)()
+
+    def close(self) -> None:
+        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        with self._cancelling:  # a cancelled stage must be of this run: the next one runs the same stages
+            self._walk, self._closed = None, True
+        self._exits, self._x, self._collected = iter(()), None, None
+        self._held.close()
+
+    def _begin(self) -> None:
+        self._walk = self._held.enter_context(self._network.exits(self._x))
+        self._exits = iter(self._walk)
+        self._collected = Collected(self._policy, self._network, self._x, self._walk, self._compaction)

@@ -1,0 +1,194 @@
+"""Joules, where the machine can measure them: RAPL through Linux's powercap, GPUs and systems on a chip through zeus.
+
+A meter sees the whole package or board, whoever uses it, idle power included: measure on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.errors import EnergyUnavailable
+
+POWERCAP = Path("/sys/class/powercap")
+WINDOW_S = 0.5  # the counters of GPUs move only some ten times a second
+ROUNDS = 3
+
+
+class EnergyMeter(Protocol):
+    """What measures joules between two moments.
+
+    Attributes:
+        name: what is measured by what, in words.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self) -> None: ...
+
+    def end(self) -> float:
+        """Joules since `begin`."""
+        ...
+
+
+class RaplMeter:
+    """Energy of all processor packages, without memory, from the counters of Linux's powercap.
+
+    Args:
+        powercap: where the counters are, if not where Linux shows them.
+    Raises:
+        EnergyUnavailable: if there are none, or they may not be read.
+    """
+
+    def __init__(self, powercap: Path | None = None) -> None:
+        powercap = powercap or POWERCAP
+        zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if _word(zone / "name").startswith("package")]
+        if not zones:
+            raise EnergyUnavailable(f"{powercap} has no energy counter of a processor package (RAPL).")
+        self._counters = [zone / "energy_uj" for zone in zones]
+        self._ranges = [_number(zone / "max_energy_range_uj") for zone in zones]
+        self._before = self._read()
+        self.name = f"RAPL, {len(zones)} processor package{'s' if len(zones) > 1 else ''}"
+
+    def begin(self) -> None:
+        self._before = self._read()
+
+    def end(self) -> float:
+        """Joules since `begin`; a counter that wrapped round more than once meanwhile, after minutes, cannot be told."""
+        passed = zip(self._before, self._read(), self._ranges, strict=True)
+        return sum(after - before if after >= before else after - before + most for before, after, most in passed) / 1e6
+
+    def _read(self) -> list[int]:
+        return [_number(counter) for counter in self._counters]
+
+
+def _word(file: Path) -> str:
+    return file.read_text(encoding="ascii").strip() if file.is_file() else ""
+
+
+def _number(file: Path) -> int:
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except PermissionError as error:
+        raise EnergyUnavailable(
+            f"{file} may not be read. Run as root, or let everybody read it: sudo chmod a+r {file.parent.parent}/*/energy_uj."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise EnergyUnavailable(f"{file} holds no energy counter ({error}).") from error
+
+
+class ZeusMeter:
+    """Energy of one GPU, or of a whole system on a chip (Jetson, Apple silicon), from the zeus package.
+
+    Args:
+        device: "cuda", "cuda:1"; "cpu" or "mps" on a system on a chip, of which all is measured.
+    Raises:
+        EnergyUnavailable: if zeus is not installed, or sees no such device.
+    """
+
+    def __init__(self, device: str) -> None:
+        kind, _, index = device.partition(":")
+        try:
+            from zeus.exception import ZeusBaseError
+            from zeus.monitor import ZeusMonitor
+        except ImportError as error:
+            raise EnergyUnavailable(f"zeus is not installed ({error}); pip install zeus.") from error
+        self._gpu = int(index or 0)
+        try:
+            # cpu_indices=[]: what zeus knows of processors is RAPL, and it starts a process to watch that
+            self._monitor: Any = ZeusMonitor(gpu_indices=[], cpu_indices=[])
+            self._on_chip = bool(getattr(self._monitor, "soc_is_present", False))
+            if kind == "cuda" and not self._on_chip:
+                self._monitor = ZeusMonitor(gpu_indices=[self._gpu], cpu_indices=[])
+        except (ZeusBaseError, RuntimeError, ValueError, OSError) as error:
+            raise EnergyUnavailable(f"zeus cannot measure {device} ({error}).") from error
+        if kind != "cuda" and not self._on_chip:
+            raise EnergyUnavailable(f"zeus sees no system on a chip here, so it cannot measure {device}.")
+        self.name = "zeus, system on a chip" if self._on_chip else f"zeus, GPU {self._gpu}"
+        self._window = 0
+
+    def begin(self) -> None:
+        self._window += 1  # a name of its own: zeus refuses one that an error left open
+        self._monitor.begin_window(f"impatient {self._window}")
+
+    def end(self) -> float:
+        """Joules since `begin`."""
+        measured = self._monitor.end_window(f"impatient {self._window}")
+        return _on_chip_joules(measured.soc_energy) if self._on_chip else float(measured.gpu_energy[self._gpu])
+
+
+def _on_chip_joules(measured: Any) -> float:
+    """The board's total where there is one (Jetson), else the sum of the parts (Apple silicon); zeus gives millijoules."""
+    total = getattr(measured, "total_energy_mj", None)
+    parts = [getattr(measured, name, None) for name in ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")]
+    known = [part for part in (parts if total is None else [total]) if part is not None]
+    if not known:
+        raise EnergyUnavailable(f"zeus measured nothing of this system on a chip: {measured}.")
+    return float(sum(known)) / 1e3
+
+
+def require_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter:
+    """A meter of what runs on a device: of the processor packages for "cpu", of the GPU for "cuda".
+
+    Raises:
+        EnergyUnavailable: if there is none, saying why.
+    """
+    makers: list[Callable[[], EnergyMeter]] = [lambda: ZeusMeter(device)]
+    if device.startswith("cpu"):
+        makers.insert(0, lambda: RaplMeter(powercap))
+    reasons = []
+    for make in makers:
+        try:
+            return make()
+        except EnergyUnavailable as reason:
+            reasons.append(str(reason))
+    raise EnergyUnavailable(f"the energy of {device} cannot be measured here: {' '.join(reasons)}")
+
+
+def energy_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter | None:
+    """A meter as from `require_meter`; None if there is none."""
+    try:
+        return require_meter(device, powercap=powercap)
+    except EnergyUnavailable:
+        return None
+
+
+def joules_per_run(
+    meter: EnergyMeter,
+    jobs: Sequence[Callable[[], object]],
+    *,
+    window_s: float = WINDOW_S,
+    rounds: int = ROUNDS,
+    clock: Clock = SYSTEM_CLOCK,
+) -> tuple[float, ...]:
+    """Joules of one run of each of several jobs: each is run over and over for a window, in turn with the others.
+
+    Args:
+        jobs: each waits for the device before it returns.
+        window_s: at least so long, and at least one run.
+        rounds: windows of each job; the median counts.
+    Raises:
+        EnergyUnavailable: if the meter did not move in a window.
+    """
+    measured: list[list[float]] = [[] for _ in jobs]
+    for turn in range(rounds):
+        for place in range(len(jobs)) if turn % 2 else reversed(range(len(jobs))):
+            measured[place].append(_in_window(meter, jobs[place], window_s, clock))
+    return tuple(statistics.median(values) for values in measured)
+
+
+def _in_window(meter: EnergyMeter, job: Callable[[], object], window_s: float, clock: Clock) -> float:
+    runs = 0
+    begin = clock.now()
+    meter.begin()
+    while runs == 0 or clock.now() - begin < window_s:
+        job()
+        runs += 1
+    joules = meter.end()
+    if not joules > 0.0:
+        raise EnergyUnavailable(f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move here.")
+    return joules / runs

@@ -1,0 +1,482 @@
+"""Other engines in one call, and directories that hold an exported network."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.costs import CostProfile
+from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
+from impatient.files import read_json, write_json, write_text
+from impatient.networks.describe import StageFacts
+from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.placement import evaluating
+from impatient.networks.stages import batch_size_of, call_model
+from impatient.policies.rules import ThresholdPolicy
+from impatient.provenance import machine, provenance
+from impatient.runtime.engines import standalone
+from impatient.runtime.engines.graphs import cuda_graphs
+from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
+from impatient.runtime.engines.onnx_files import PRECISIONS, quantise, write_parts
+from impatient.runtime.engines.partition import Parts, input_tensors, partition
+
+ENGINES = ("eager", "compile", "cuda-graphs", "aoti", "onnxruntime", "openvino")
+WRITTEN = ("onnxruntime", "openvino", "aoti")  # these have files
+TOLERANCE = 1e-4  # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
+BUNDLE = "bundle.json"
+
+
+def to_engine(
+    network: MultiExitNetwork, engine: str, *, example: Any, threads: int = 1, precision: str = "fp32",
+    calibration: Sequence[Any] = (), directory: str | Path | None = None,
+) -> MultiExitNetwork | EngineNetwork:  # fmt: skip
+    """The same network in another engine.
+
+    Args:
+        network: from `attach_exits`.
+        engine: "eager" (the network itself), "compile" (every stage by torch.compile), "cuda-graphs" (every stage recorded on
+            the network's CUDA device), "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino".
+        example: a real input; of a batch of 2 or more, the check of agreement uses all of its samples.
+        threads: within an operation. "eager", "compile" and "cuda-graphs" use torch's; with "aoti" it must be torch's.
+        precision: "fp32"; for "onnxruntime" and "openvino" also "int8-dynamic" or "int8-static".
+        calibration: for "int8-static", inputs in batches, such as those of `data.batches("train", 16)`.
+        directory: keep the files there, for `load_engine`; by default they are thrown away.
+    Returns:
+        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the given one's.
+    Raises:
+        ExportFailed: if the network cannot be exported, or its outputs differ.
+    """
+    _check(engine, ENGINES, precision, threads)
+    if engine == "eager":
+        return network
+    if engine in ("compile", "cuda-graphs"):
+        make = compiled if engine == "compile" else cuda_graphs
+        with evaluating(network):
+            made = make(partition(network, example), NetworkFacts.of(network, example))
+        _check_agreement(network, made, example, precision)
+        return made
+    options: dict[str, Any] = {
+        "engine": engine, "example": example, "threads": threads, "precision": precision, "calibration": calibration,
+    }  # fmt: skip
+    if directory is not None:
+        return load_engine(export(network, directory, **options))
+    temporary = tempfile.mkdtemp(prefix="impatient-")
+    try:
+        made = load_engine(export(network, Path(temporary) / "network", **options))
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    weakref.finalize(made, shutil.rmtree, temporary)  # not before: the whole network is read when it is first wanted
+    return made
+
+
+def export(
+    network: MultiExitNetwork,
+    directory: str | Path,
+    *,
+    engine: str,
+    example: Any,
+    threads: int = 1,
+    precision: str = "fp32",
+    calibration: Sequence[Any] = (),
+    costs: CostProfile | None = None,
+    policy: ThresholdPolicy | None = None,
+    lean: bool = False,
+    force: bool = False,
+) -> Path:
+    """Write a network to a directory that an engine runs; of ONNX Runtime and OpenVINO, without torch.
+
+    Nothing is written if the outputs of any exit differ from the network's own: with batches of 1, of 3 and of the example's
+    size, on the example's samples with noise. In 8 bits they do differ; how far (without noise) is written down, and what it
+    does to the accuracy only a recording tells.
+
+    Args:
+        network, engine, example, threads, precision, calibration: as for `to_engine`; "eager" and "compile" have no files.
+        directory: made new.
+        costs: a profile of this network in this engine (see `add_costs`).
+        policy: to go with it.
+        lean: leave out the backbone without exits, which is there to compare with: half of the size.
+        force: replace an exported network in `directory`.
+    Returns:
+        The directory.
+    Raises:
+        ExportFailed: if the network cannot be exported, or its outputs differ.
+        StorageError: if the directory is there already.
+    """
+    _check(engine, WRITTEN, precision, threads)
+    _check_place(Path(directory), force)
+    if precision == "int8-static" and not calibration:
+        raise RunError("int8-static needs samples to find the ranges of features with: calibration=[x, ...].")
+    device = next((parameter.device.type for parameter in network.parameters()), "cpu")
+    if device != "cpu":
+        raise RunError(f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu().")
+    with evaluating(network):
+        parts, facts = partition(network, example), NetworkFacts.of(network, example)
+    with _written_whole(Path(directory)) as folder:
+        _write_parts(parts, facts, folder, engine, precision, threads, calibration, whole=not lean)
+        bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
+        write_json(folder / BUNDLE, bundle)
+        agreement = _check_agreement(network, load_engine(folder), example, precision)
+        write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
+        if engine != "aoti":
+            copy_standalone(folder)
+        write_text(folder / "README.txt", _README[engine == "aoti"].format(engine=engine, threads=threads))
+    return Path(directory)
+
+
+def copy_standalone(folder: Path) -> None:
+    """Put into a folder what runs it without torch and without this package."""
+    source = Path(standalone.__file__).parent
+    (folder / source.name).mkdir()
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, folder / source.name / file.name)
+    write_text(folder / "run.py", _RUN)
+
+
+def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineNetwork:
+    """Load what `export` wrote.
+
+    Args:
+        threads: within an operation; by default as many as it was exported for. Packages of "aoti" run with no other number.
+    Raises:
+        StorageError: if the directory is no exported network, or is damaged.
+        StaleInput: if it was built for another torch or thread count, where that matters.
+    """
+    directory = Path(directory)
+    bundle = read_bundle(directory)
+    if bundle["engine"] == "aoti":
+        return load_aoti(directory)
+    try:
+        facts, made = _facts(bundle), standalone.Bundle(directory, threads)
+    except (KeyError, TypeError) as error:
+        raise _damaged(directory, f"{BUNDLE} lacks {error}") from error
+    except standalone.BundleError as error:
+        raise StorageError(str(error)) from error
+    return EngineNetwork(
+        facts, made.wiring, made.stages, made.heads, _Whole(made),
+        engine=engine_label(made.engine, bundle["precision"]), precision=bundle["precision"], threads=made.threads,
+        arrays="numpy",
+    )  # fmt: skip
+
+
+class _Whole:
+    """The network without exits, inputs as positions; where it was left out, all stages without a head."""
+
+    def __init__(self, bundle: standalone.Bundle) -> None:
+        self._bundle = bundle
+
+    def __call__(self, *inputs: Any) -> Any:
+        x = dict(zip(self._bundle.wiring.inputs, inputs, strict=True))
+        if self._bundle.description["whole"] is not None:
+            return self._bundle.whole(x)
+        *_, last = self._bundle.exits(x)
+        return last.features
+
+
+def read_bundle(directory: str | Path) -> dict[str, Any]:
+    """What an exported directory says of itself.
+
+    Raises:
+        StorageError: if it is no such directory.
+    """
+    file = bundle_file(directory)
+    if not file.is_file():
+        raise StorageError(f"{directory} is no exported network (no {BUNDLE}); make one with `impatient export`.")
+    bundle = read_json(file)
+    if bundle.get("kind") != "impatient_bundle" or bundle.get("schema") != 1 or bundle.get("engine") not in WRITTEN:
+        raise _damaged(directory, f"{BUNDLE} is of another kind, version or engine")
+    return bundle
+
+
+def bundle_file(directory: str | Path) -> Path:
+    """Where an exported directory says what it is."""
+    return Path(directory) / BUNDLE
+
+
+def add_costs(directory: str | Path, costs: CostProfile) -> None:
+    """Put a profile of the exported network into its directory, for contract runs without torch."""
+    write_json(bundle_file(directory), {**read_bundle(directory), "costs": _costs_json(costs)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTimes:
+    """One exit in an engine beside torch.
+
+    Attributes:
+        name: of the exit; "no exits" for the whole network without exits.
+        agreement: largest difference of the outputs, in shares of the largest output.
+        engine_s, eager_s: medians of runs in turn, in seconds: of its stage and head, or of the whole.
+    """
+
+    name: str
+    agreement: float
+    engine_s: float
+    eager_s: float
+
+
+def engine_times(
+    network: MultiExitNetwork, made: EngineNetwork, agreement: Sequence[float], x: Any, *, repeats: int = 300,
+    warm_up: int = 20, clock: Clock = SYSTEM_CLOCK,
+) -> tuple[EngineTimes, ...]:  # fmt: skip
+    """Measure a network and itself in another engine in turn, so that all meet the machine's changes alike.
+
+    Args:
+        network: on the CPU.
+        agreement: what to write beside the times, as from `differences`.
+        x: one input.
+    """
+    times: dict[Any, list[list[float]]] = {network: [], made: []}
+    with evaluating(network), torch.inference_mode():
+        for repeat in range(warm_up + repeats):
+            for each in (network, made) if repeat % 2 else (made, network):
+                times[each].append(_times_of_one_run(each, x, clock))
+    eager, engine = (np.median(times[each][warm_up:], axis=0).tolist() for each in (network, made))
+    names, apart = (*network.exit_names, "no exits"), (*agreement, agreement[-1])
+    return tuple(
+        EngineTimes(name=name, agreement=difference, engine_s=engine_s, eager_s=eager_s)
+        for name, difference, engine_s, eager_s in zip(names, apart, engine, eager, strict=True)
+    )
+
+
+def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
+    """Seconds of each exit, and of the network without exits."""
+    instants = [clock.now()]
+    with network.exits(x) as run:
+        for exit in run:
+            exit.output()
+            instants.append(clock.now())
+    call_model(network.backbone, x)
+    instants.append(clock.now())
+    return [later - before for before, later in itertools.pairwise(instants)]
+
+
+def engine_label(engine: str, precision: str) -> str:
+    """One name for an engine and a precision: that of the engine, with the precision behind it if it is not fp32."""
+    return engine if precision == "fp32" else f"{engine}-{precision}"
+
+
+def _damaged(directory: str | Path, what: str) -> StorageError:
+    return StorageError(f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export it again.")
+
+
+def _check(engine: str, engines: Sequence[str], precision: str, threads: int) -> None:
+    if engine not in engines:
+        raise RunError(f"engine {engine!r}; needed: one of {', '.join(engines)}.")
+    if precision not in PRECISIONS:
+        raise RunError(f"precision {precision!r}; needed: one of {', '.join(PRECISIONS)}.")
+    if precision != "fp32" and engine not in ("onnxruntime", "openvino"):
+        raise RunError(f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'.")
+    if threads < 1:
+        raise RunError(f"threads={threads}; needed: 1 or more.")
+
+
+def _check_place(directory: Path, force: bool) -> None:
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not bundle_file(directory).is_file():
+        raise StorageError(f"{directory} is there and is no exported network; choose another place.")
+    if not force:
+        raise StorageError(f"{directory} holds an exported network already; choose another place, or force=True (--force).")
+
+
+@contextmanager
+def _written_whole(directory: Path) -> Iterator[Path]:
+    """A temporary folder beside a directory, which takes its place if the block succeeds."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        try:
+            folder = temporary / "new"
+            folder.mkdir()
+            yield folder
+            if directory.exists():
+                directory.rename(temporary / "old")
+            folder.rename(directory)
+        finally:
+            shutil.rmtree(temporary)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {directory}: {error.strerror or error}. Nothing was changed; free some space or choose another "
+            "place."
+        ) from error
+
+
+def _write_parts(
+    parts: Parts, facts: NetworkFacts, folder: Path, engine: str, precision: str, threads: int, calibration: Sequence[Any],
+    *, whole: bool,
+) -> None:  # fmt: skip
+    if engine == "aoti":
+        aoti(parts, facts, folder, threads=threads)
+        return
+    write_parts(parts, folder, whole=whole)
+    if precision != "fp32":
+        quantise(parts, folder, precision, [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration])
+
+
+def _bundle(
+    parts: Parts, facts: NetworkFacts, example: Any, folder: Path, engine: str, precision: str, threads: int,
+    costs: CostProfile | None, policy: ThresholdPolicy | None,
+) -> dict[str, Any]:  # fmt: skip
+    wiring, ending = parts.wiring, "pt2" if engine == "aoti" else "onnx"
+    tensors = dict(zip(wiring.inputs, input_tensors(example, wiring.inputs), strict=True))
+    made = provenance(
+        network=facts.structure, weights=facts.weights, engine=engine_label(engine, precision), dtype=_dtype_of(parts.whole),
+        **{**machine("cpu"), "threads": threads},
+    )  # fmt: skip
+    return {
+        "kind": "impatient_bundle", "schema": 1, "engine": engine, "precision": precision, "exits": list(parts.exit_names),
+        "num_classes": parts.num_classes,
+        "inputs": [
+            {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": _shape(value, wiring.batch_dims[name])}
+            for name, value in tensors.items()
+        ],
+        "wiring": dataclasses.asdict(wiring),
+        "stages": [f"stage{index}.{ending}" for index in range(len(parts.stages))],
+        "heads": [None if head is None else f"head{index}.{ending}" for index, head in enumerate(parts.heads)],
+        "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
+        "threads": threads, "agreement": None, "tolerance": TOLERANCE if precision == "fp32" else None,
+        "costs": None if costs is None else _costs_json(costs),
+        "policy": None if policy is None else {"score": policy.score, "thresholds": list(policy.thresholds)},
+        "facts": [dataclasses.asdict(stage) for stage in facts.stages], "layouts": list(facts.layouts),
+        "provenance": made.to_json(),
+    }  # fmt: skip
+
+
+def _dtype_of(module: nn.Module) -> str | None:
+    return next((str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()), None)
+
+
+def _shape(value: Tensor, batch_dim: int | None) -> list[int | None]:
+    return [None if dim == batch_dim else size for dim, size in enumerate(value.shape)]
+
+
+def _costs_json(costs: CostProfile) -> dict[str, Any]:
+    return {
+        str(size): {
+            "stages": [dataclasses.asdict(part) for part in batch.stages],
+            "heads": [dataclasses.asdict(part) for part in batch.heads],
+        }
+        for size, batch in costs.batches.items()
+    }
+
+
+def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
+    stages = tuple(StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in bundle["facts"])
+    return NetworkFacts(
+        exit_names=tuple(bundle["exits"]), num_classes=bundle["num_classes"], layouts=tuple(bundle["layouts"]), stages=stages,
+        structure=bundle["provenance"]["network"], weights=bundle["provenance"]["weights"],
+    )  # fmt: skip
+
+
+def _check_agreement(network: MultiExitNetwork, made: EngineNetwork, example: Any, precision: str) -> list[float]:
+    """The largest differences per exit, in shares of the largest output; raise if they are no rounding."""
+    # noise goes beyond the ranges that 8 bits were given
+    agreement = differences(network, made, example, noise=precision == "fp32")
+    for index, found in enumerate(agreement):
+        if not found <= (TOLERANCE if precision == "fp32" else float("inf")):  # NaN, too
+            raise ExportFailed(
+                f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the network by {found:.2g} of its "
+                f'largest output; needed: at most {TOLERANCE:g}. Use engine="eager", and please report the model.'
+            )
+    return agreement
+
+
+def differences(network: MultiExitNetwork, made: EngineNetwork, example: Any, *, noise: bool = True) -> list[float]:
+    """Per exit, the largest difference between two networks' outputs, in shares of the largest output.
+
+    The network without exits is judged with the last exit.
+    """
+    apart, scale, spread = ([0.0] * network.num_exits for _ in range(3))
+    for size in dict.fromkeys((1, 3, batch_size_of(example))):
+        x = varied(example, size, noise)
+        with evaluating(network), torch.inference_mode():
+            wanted = network(x)
+            with made.exits(x) as run:
+                found = [exit.output() for exit in run]
+            found_alone = call_model(made.backbone, x)
+        for index, (here, there) in enumerate(zip(wanted, found, strict=True)):
+            apart[index] = max(apart[index], float((here - there).abs().max()))
+            scale[index] = max(scale[index], float(here.abs().max()))
+            spread[index] = max(spread[index], float((here - here[:1]).abs().max()))
+        apart[-1] = max(apart[-1], float((wanted[-1] - found_alone).abs().max()))
+    for index, name in enumerate(network.exit_names):
+        if spread[index] == 0.0:
+            warnings.warn(
+                f"exit {index} ({name}) answers the same to every input, so that its agreement says nothing: is it trained?",
+                NoEffectWarning, stacklevel=2,
+            )  # fmt: skip
+    return [difference / largest if largest else difference for difference, largest in zip(apart, scale, strict=True)]
+
+
+def varied(x: Any, size: int, noise: bool = True) -> Any:
+    """An input of another batch size; with noise, of other samples: whole numbers (tokens) are put in another order."""
+    generator = torch.Generator().manual_seed(size)
+    batch = batch_size_of(x)
+
+    def vary(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+            return value
+        rows = value[torch.arange(size) % batch]
+        if not noise:
+            return rows
+        if rows.is_floating_point():
+            return rows + torch.randn(rows.shape, generator=generator).to(rows) * (float(rows.std()) or 1.0)
+        if rows.dtype == torch.bool or rows.dim() < 2:
+            return rows
+        order = torch.stack([torch.randperm(rows[0].numel(), generator=generator) for _ in range(size)])
+        return rows.flatten(1).gather(1, order).view_as(rows)
+
+    if isinstance(x, Tensor):
+        return vary(x)
+    if isinstance(x, Mapping):
+        return {name: vary(value) for name, value in x.items()}
+    return type(x)(vary(value) for value in x)
+
+
+_RUN = '''"""Run the network in this directory: python run.py --help. In Python: from standalone import Bundle."""
+
+from pathlib import Path
+
+from standalone.command import main
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent)
+'''
+
+_README = (
+    """A network with exits, exported by impatient for {engine}. To run it you need Python, numpy and {engine}; no torch.
+
+bundle.json says what is here. stageK.onnx computes what lies between exit K - 1 and exit K, headK.onnx the answer of exit K
+from the features there; the last stage gives the last answer itself. whole.onnx, if it is here, is the same network without
+exits.
+
+    python run.py --help
+
+In Python, from this folder: `from standalone import Bundle`, and see its docstrings.
+""",
+    """A network with exits, compiled ahead of time by torch (AOTInductor). It runs with the torch version and the number of
+threads ({threads}) it was built with:
+
+    import impatient, torch
+    torch.set_num_threads({threads})
+    network = impatient.load_engine("THIS FOLDER")
+
+The packages are machine code and run as such: load only what you have built.
+""",
+)

@@ -1,0 +1,150 @@
+"""Engine "cuda-graphs": every stage and head recorded once per batch size as a CUDA graph, and replayed.
+
+A replay costs one launch where the stage itself would cost one per kernel, which at batch size 1 is most of the time. A graph
+has fixed shapes: a batch runs in the next larger bucket, and what the other rows compute is dropped.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import NetworkError
+from impatient.runtime.engines.network import EngineNetwork, NetworkFacts
+from impatient.runtime.engines.partition import Parts
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A recorded call: write to `inputs`, `replay`, read `outputs`."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    replay: Callable[[], None]
+
+
+Recorder = Callable[[Callable[..., Any], Sequence[Tensor]], Recorded]
+
+
+def record_cuda(part: Callable[..., Any], inputs: Sequence[Tensor]) -> Recorded:
+    """Record one call as a CUDA graph, after a few that warm up libraries and allocator."""
+    static = tuple(tensor.clone() for tensor in inputs)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            part(*static)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = _as_tuple(part(*static))
+    return Recorded(static, outputs, graph.replay)
+
+
+class Graphed:
+    """A stage or head that runs in recordings, one per bucket, made when it is first needed.
+
+    What it gives is a view of a recording's own memory, valid until the same part runs again.
+
+    Args:
+        part: the stage or head.
+        batch_dims: of each value it takes, the dimension that is the batch; None where it has none.
+        buckets: numbers of rows to record for, rising.
+        gives_dims: likewise of each value it gives.
+        record: makes a recording.
+    """
+
+    def __init__(
+        self, part: Callable[..., Any], batch_dims: Sequence[int | None], gives_dims: Sequence[int | None],
+        buckets: Sequence[int], record: Recorder = record_cuda,
+    ) -> None:  # fmt: skip
+        self._part, self._takes, self._gives = part, tuple(batch_dims), tuple(gives_dims)
+        self._buckets, self._record = tuple(buckets), record
+        self._recorded: dict[int, Recorded] = {}
+
+    def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
+        rows = next(value.shape[dim] for value, dim in zip(values, self._takes, strict=True) if dim is not None)
+        place = bisect.bisect_left(self._buckets, rows)
+        if place == len(self._buckets):
+            raise NetworkError(
+                f"{rows} rows are more than the largest bucket, {self._buckets[-1]}; make the network with larger buckets."
+            )
+        recorded = self._at(self._buckets[place], values)
+        for static, value, dim in zip(recorded.inputs, values, self._takes, strict=True):
+            (static if dim is None else static.narrow(dim, 0, rows)).copy_(value)
+        recorded.replay()
+        return tuple(
+            output if dim is None else output.narrow(dim, 0, rows)
+            for output, dim in zip(recorded.outputs, self._gives, strict=True)
+        )
+
+    def _at(self, bucket: int, values: Sequence[Tensor]) -> Recorded:
+        if bucket not in self._recorded:
+            filled = [_filled(value, dim, bucket) for value, dim in zip(values, self._takes, strict=True)]
+            self._recorded[bucket] = self._record(self._part, filled)
+        return self._recorded[bucket]
+
+
+def cuda_graphs(
+    parts: Parts, facts: NetworkFacts, *, buckets: Sequence[int] = BUCKETS, record: Recorder = record_cuda
+) -> EngineNetwork:
+    """Every part as CUDA graphs; the network must lie on a CUDA device in eval mode. Changed weights show, other shapes do not.
+
+    Warm it up with every batch size that counts: the first call of each bucket records.
+
+    Raises:
+        NetworkError: if `buckets` are no rising positive numbers, or there is no CUDA device.
+
+    Thread:
+        One run at a time: runs share the recordings' memory.
+    """
+    if not buckets or buckets[0] < 1 or any(after <= before for before, after in itertools.pairwise(buckets)):
+        raise NetworkError(f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as {BUCKETS}.")
+    if record is record_cuda and not next(iter(parts.examples.values())).is_cuda:
+        raise NetworkError("the network is not on a CUDA device, which records the graphs; move it and the example there.")
+    dims: Mapping[str, int | None] = parts.wiring.batch_dims
+
+    def graphed(part: nn.Module, takes: Sequence[str], gives: Sequence[int | None]) -> Graphed:
+        return Graphed(part, [dims[name] for name in takes], gives, buckets, record)
+
+    wiring = parts.wiring
+    stages = [
+        graphed(stage, takes, [dims[name] for name in gives])
+        for stage, takes, gives in zip(parts.stages, wiring.takes, wiring.gives, strict=True)
+    ]
+    heads = [
+        None if head is None else _first(graphed(head, [name], [0]))
+        for head, name in zip(parts.heads, wiring.features, strict=True)
+    ]
+    return EngineNetwork(
+        facts, wiring, stages, heads, _first(graphed(parts.whole, wiring.inputs, [0])), engine="cuda-graphs", buckets=buckets,
+        mechanism=f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows",
+    )  # fmt: skip
+
+
+def _first(part: Graphed) -> Callable[[Tensor], Tensor]:
+    return lambda *values: part(*values)[0]
+
+
+def _filled(value: Tensor, dim: int | None, rows: int) -> Tensor:
+    """A value with this many rows: its own, and its first one repeated."""
+    if dim is None:
+        return value
+    missing = rows - value.shape[dim]
+    return torch.cat([value, value.narrow(dim, 0, 1).expand(_with(value.shape, dim, missing))], dim) if missing else value
+
+
+def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
+    return [size if place == dim else length for place, length in enumerate(shape)]
+
+
+def _as_tuple(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)

@@ -1,0 +1,389 @@
+"""Networks that an engine runs: the same exits, in torch tensors, whatever computes the stages.
+
+`EngineNetwork` has the protocol that `Runner`, `profile`, `record` and `describe` ask for. It is made of a wiring and of
+callables, so that an engine is what it calls: exported graphs as they are (`exported`, the reference), compiled by torch
+(`compiled`), packages of AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import NetworkError, StaleInput, StorageError
+from impatient.files import write_json
+from impatient.networks.describe import StageFacts, describe, stage_facts
+from impatient.networks.heads import Layout, Pool
+from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.provenance import fingerprint_structure, fingerprint_tensors
+from impatient.runtime.engines.partition import Parts, any_batch, exporting, input_tensors
+from impatient.runtime.engines.standalone import Head, Part, PartExit, StagedRun, Wiring
+from impatient.runtime.profile import resized
+
+Arrays = Literal["torch", "numpy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """What is known of a network whatever engine runs it, from the eager one.
+
+    Attributes:
+        exit_names, num_classes, layouts: as of the network.
+        stages: per exit, shapes, MACs and parameters.
+        structure, weights: fingerprints of its state, by which profiles and recordings know it.
+    """
+
+    exit_names: tuple[str, ...]
+    num_classes: int
+    layouts: tuple[Layout, ...]
+    stages: tuple[StageFacts, ...]
+    structure: str
+    weights: str
+
+    @classmethod
+    def of(cls, network: MultiExitNetwork, x: Any) -> Self:
+        """The facts of a network, found by running it once on one sample of an example input."""
+        state = network.state_dict()
+        return cls(
+            exit_names=network.exit_names, num_classes=network.num_classes, layouts=network.layouts,
+            stages=tuple(stage_facts(network, resized(x, 1))), structure=fingerprint_structure(state),
+            weights=fingerprint_tensors(state),
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        stages = tuple(StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in value["stages"])
+        return cls(
+            exit_names=tuple(value["exit_names"]), num_classes=value["num_classes"], layouts=tuple(value["layouts"]),
+            stages=stages, structure=value["structure"], weights=value["weights"],
+        )  # fmt: skip
+
+
+class EngineExit:
+    """One exit of a run: the stage up to it has just been computed, its head has not.
+
+    Attributes:
+        index: 0-based, shallow to deep.
+    """
+
+    __slots__ = ("_arrays", "_exit", "index")
+
+    def __init__(self, exit: PartExit, arrays: Arrays) -> None:
+        self._exit, self._arrays = exit, arrays
+        self.index = exit.index
+
+    @property
+    def features(self) -> Tensor:
+        """What the head sees; of an engine on numpy arrays, a copy each time."""
+        return _to_torch(self._exit.features, self._arrays)
+
+    @property
+    def row_bytes(self) -> float:
+        """Size of one sample's features, without copying them."""
+        return float(self._exit.features.nbytes / self._exit.features.shape[0])
+
+    def output(self) -> Tensor:
+        """Compute the head, once; it may be asked for later, too.
+
+        Returns:
+            Output of this exit, shape [B, num_classes]; before softmax.
+        """
+        with torch.inference_mode():
+            return _to_torch(self._exit.output(), self._arrays)
+
+
+class EngineRun(Iterator[EngineExit]):
+    """One run: computes a stage when asked for the next exit, in inference mode whatever the caller is in.
+
+    Thread:
+        `cancel` may be called from any thread, everything else from one at a time.
+    """
+
+    def __init__(self, run: StagedRun, arrays: Arrays) -> None:
+        self._run, self._arrays = run, arrays
+
+    def __next__(self) -> EngineExit:
+        with torch.inference_mode():
+            return EngineExit(next(self._run), self._arrays)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these samples only, in this order.
+
+        Args:
+            rows: their places in the present batch, int64, shape [B'].
+        """
+        with torch.inference_mode():
+            self._run.keep(_from_torch(rows, self._arrays))
+
+    def cancel(self) -> None:
+        """End the stage in flight early, where the engine can; `__next__` then raises."""
+        self._run.cancel()
+
+    def close(self) -> None:
+        """Throw away what has not been computed."""
+        self._run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _from_torch(value: Tensor, arrays: Arrays) -> Any:
+    """The same memory as the engine's kind of array; the engine must not write to it."""
+    return value if arrays == "torch" else value.detach().cpu().numpy()
+
+
+def _to_torch(value: Any, arrays: Arrays) -> Tensor:
+    # copied: an engine may write its next answer to the same memory
+    return value if arrays == "torch" else torch.tensor(value)
+
+
+class Whole(nn.Module):
+    """The backbone without exits in an engine: called as the backbone is, gives its output, shape [B, num_classes]."""
+
+    def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
+        super().__init__()
+        self._call, self._inputs, self._arrays = [call], tuple(inputs), arrays  # in a list: no submodule of this one
+
+    def forward(self, *tensors: Any, **named: Any) -> Tensor:
+        given = input_tensors(named, self._inputs) if named else [entry for entry in tensors if isinstance(entry, Tensor)]
+        with torch.inference_mode():
+            output = self._call[0](*(_from_torch(tensor, self._arrays) for tensor in given))
+        return _to_torch(output, self._arrays)
+
+
+class EngineNetwork:
+    """A network with exits whose stages an engine runs.
+
+    Args:
+        facts: of the eager network.
+        wiring: how the values go through the stages.
+        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives` back; it may have a method
+            cancel(). It must not write to what it takes, nor later to what it gave, but for what the run is done with.
+        heads: per exit, a callable, features to output; None at the last.
+        whole: a callable, `wiring.inputs` as positions, the output back.
+        engine: "compile", "aoti", "onnxruntime", "openvino" or "exported".
+        precision: "fp32", "int8-dynamic", ...
+        threads: intra-op threads of the engine; None where they are torch's.
+        arrays: what the callables take and give.
+        buckets: the only numbers of rows that run, where the engine wants fixed shapes; empty: any.
+        mechanism: how it is staged, in words.
+
+    Attributes:
+        backbone: the exit-free network in the same engine, a module that is called as the backbone is.
+        structure, weights: fingerprints of the eager network; of the weights with the precision, where that changes them.
+
+    Thread:
+        As the engine's callables. Runs of one network in several threads at once are right if those allow it.
+    """
+
+    def __init__(
+        self,
+        facts: NetworkFacts,
+        wiring: Wiring,
+        stages: Sequence[Part],
+        heads: Sequence[Head | None],
+        whole: Callable[..., Any],
+        *,
+        engine: str,
+        precision: str = "fp32",
+        threads: int | None = None,
+        arrays: Arrays = "torch",
+        buckets: Sequence[int] = (),
+        mechanism: str | None = None,
+    ) -> None:
+        if not len(facts.exit_names) == len(stages) == len(heads) == len(wiring.features):
+            raise NetworkError(
+                f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits for "
+                f"{len(facts.exit_names)} exits; needed: one of each per exit."
+            )
+        self.facts, self.wiring = facts, wiring
+        self.engine, self.precision, self.threads = engine, precision, threads
+        self.exit_names, self.num_classes, self.layouts = facts.exit_names, facts.num_classes, facts.layouts
+        self.structure = facts.structure
+        self.weights = facts.weights if precision == "fp32" else f"{facts.weights}-{precision}"
+        self.buckets = tuple(buckets)
+        self.mechanism = mechanism or f"{engine}, one artifact for each of {len(stages)} stages"
+        self.backbone = Whole(whole, wiring.inputs, arrays)
+        self._stages, self._heads, self._arrays = tuple(stages), tuple(heads), arrays
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_names)
+
+    def exits(self, x: Any, *, keep: bool = False) -> EngineRun:  # noqa: ARG002  features are never overwritten here
+        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is computed.
+
+        Args:
+            x: as the eager network takes it; any batch size, all other sizes as exported.
+            keep: of no consequence; the features of an engine's exits stay as they are.
+        Returns:
+            An iterator of `EngineExit`, to be used in a `with` block.
+        Raises:
+            NetworkError: if the input has other tensors than the one the network was exported with.
+        """
+        values = [_from_torch(tensor, self._arrays) for tensor in input_tensors(x, self.wiring.inputs)]
+        return EngineRun(StagedRun(self.wiring, self._stages, self._heads, values), self._arrays)
+
+    def pooled(self, exit: EngineExit) -> Tensor:
+        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
+        if exit.index == len(self.layouts):
+            return exit.features
+        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
+
+    def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine's stages cannot be looked into
+        """Shape, MACs and parameters of each stage and head, per sample, as found in the eager network."""
+        return list(self.facts.stages)
+
+    def describe(self, x: Any) -> str:
+        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that stages them."""
+        return describe(self, x)
+
+    def eval(self) -> Self:
+        """It is always in eval mode."""
+        return self
+
+    def modules(self) -> Iterator[nn.Module]:
+        """No modules: there is no mode to put them in."""
+        return iter(())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """None: what an engine has made of the weights is its own."""
+        return iter(())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty; `structure` and `weights` say what it was made from."""
+        return {}
+
+
+def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
+    """The exported graphs as they are, run by torch: what the engines are compared with."""
+    return EngineNetwork(facts, parts.wiring, parts.stages, parts.heads, parts.whole, engine="exported")
+
+
+def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
+    """Every part compiled by torch.compile, with the weights as constants; changes to them afterwards have no effect.
+
+    The first run compiles, which takes seconds a stage; so does the first with another batch size, until torch makes the size
+    a variable (from the second or third size on). Warm it up with every batch size before anything has a deadline.
+
+    Raises:
+        NetworkError: if there is no C++ compiler, which torch needs on CPUs.
+    """
+    _require_compiler()
+
+    def made(part: nn.Module) -> Any:
+        return torch.compile(part, options={"freezing": True})
+
+    heads = [None if head is None else made(head) for head in parts.heads]
+    return EngineNetwork(
+        facts, parts.wiring, [made(stage) for stage in parts.stages], heads, made(parts.whole), engine="compile"
+    )
+
+
+def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1) -> EngineNetwork:
+    """Every part compiled ahead of time by AOTInductor, written to a directory, and loaded from there.
+
+    Args:
+        directory: where the packages go; made if it is not there.
+        threads: intra-op threads, which must be torch's. They are built into the packages, and another number is refused
+            at loading: run with it, they may be several times slower.
+    Raises:
+        NetworkError: if there is no C++ compiler.
+        StaleInput: if torch does not use that many threads here.
+    """
+    _require_compiler()
+    if torch.get_num_threads() != threads:
+        raise StaleInput(
+            f"packages for {threads} threads were asked for, but torch uses {torch.get_num_threads()} here, which is what it "
+            f"builds into them; call torch.set_num_threads({threads}) first."
+        )
+    directory, wiring = Path(directory), parts.wiring
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _AOTI).unlink(missing_ok=True)  # nothing half-built may look finished
+    for index, (stage, takes) in enumerate(zip(parts.stages, wiring.takes, strict=True)):
+        _package(stage, takes, parts, directory / f"stage{index}.pt2")
+    for index, head in enumerate(parts.heads):
+        if head is not None:
+            _package(head, [wiring.features[index]], parts, directory / f"head{index}.pt2")
+    _package(parts.whole, wiring.inputs, parts, directory / "whole.pt2")
+    write_json(
+        directory / _AOTI,
+        {
+            "kind": "impatient_aoti", "schema": 1, "threads": threads, "torch": str(torch.__version__),
+            "wiring": dataclasses.asdict(wiring), "facts": facts.to_json(),
+        },
+    )  # fmt: skip
+    return load_aoti(directory)
+
+
+def load_aoti(directory: str | Path) -> EngineNetwork:
+    """Load what `aoti` wrote. The packages are machine code and run as such: load only what you have built.
+
+    Raises:
+        StorageError: if there is no such directory, or it was not finished.
+        StaleInput: if it was built with another thread count than torch's here, or another version of torch.
+    """
+    directory = Path(directory)
+    try:
+        made = json.loads((directory / _AOTI).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{directory} is not a directory that aoti has finished ({error}); build it again.") from error
+    here = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    for name, value in here.items():
+        if made[name] != value:
+            raise StaleInput(
+                f"the packages in {directory} were built with {name} {made[name]}, but here it is {value}; they would be slow "
+                f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) with torch {made['torch']}."
+            )
+    wiring, facts = _wiring(made["wiring"]), NetworkFacts.from_json(made["facts"])
+    stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
+    heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
+    whole = _load(directory / "whole.pt2")
+    return EngineNetwork(facts, wiring, stages, [*heads, None], whole, engine="aoti", threads=made["threads"])
+
+
+_AOTI = "aoti.json"
+
+
+def _require_compiler() -> None:
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise NetworkError(
+            f"torch compiles with {name}, and there is none here. Install a C++ compiler (apt install g++), set CXX, or use "
+            'engine="onnxruntime", "openvino" or "eager".'
+        )
+
+
+def _package(part: nn.Module, takes: Sequence[str], parts: Parts, path: Path) -> None:
+    """Export a part once more, by itself and with a batch of any size, and write its package."""
+    shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
+    with exporting(path.stem):
+        program = torch.export.export(part, tuple(parts.examples[name] for name in takes), dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def _load(path: Path) -> Callable[..., Any]:
+    package: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
+    return package
+
+
+def _wiring(value: Mapping[str, Any]) -> Wiring:
+    return Wiring(
+        inputs=tuple(value["inputs"]), takes=tuple(map(tuple, value["takes"])), gives=tuple(map(tuple, value["gives"])),
+        features=tuple(value["features"]), batch_dims=value["batch_dims"],
+    )  # fmt: skip

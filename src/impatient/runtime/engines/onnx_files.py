@@ -1,0 +1,137 @@
+"""One ONNX file per part of a network, in full precision or with weights and features of 8 bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ExportFailed
+from impatient.runtime.engines.partition import Parts
+
+LARGEST_FILE = 2**31 - 2**24  # bytes: what protobuf can hold, less some room for the graph
+LARGEST_BATCH = 2**16
+# norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
+STATIC_KINDS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"]
+PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
+
+
+def write_parts(parts: Parts, folder: Path, *, whole: bool) -> None:
+    """Write stage0.onnx, head0.onnx, ... and, if asked for, whole.onnx.
+
+    Raises:
+        ExportFailed: if a part cannot be written as ONNX, or the packages for it are missing.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ExportFailed(f"writing ONNX needs {package}, which is not installed: pip install 'impatient[onnx]'.")
+    for name, part, takes, gives in _named_parts(parts):
+        if whole or name != "whole":
+            _write(part, parts, takes, gives, folder / f"{name}.onnx")
+
+
+def _named_parts(parts: Parts) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
+    """Every part with its name and the names of what it takes and gives."""
+    wiring = parts.wiring
+    for index, (stage, takes, gives) in enumerate(zip(parts.stages, wiring.takes, wiring.gives, strict=True)):
+        yield f"stage{index}", stage, takes, gives
+    for index, (head, features) in enumerate(zip(parts.heads, wiring.features, strict=True)):
+        if head is not None:
+            yield f"head{index}", head, (features,), ("output",)
+    yield "whole", parts.whole, wiring.inputs, ("output",)
+
+
+def _write(part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path) -> None:
+    """Write one part with a batch of any size."""
+    dims = [parts.wiring.batch_dims[name] for name in takes]
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    arguments = tuple(parts.examples[name].clone() for name in takes)  # torch takes one tensor given twice for one input
+    size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of its own older names
+            exported = torch.export.export(
+                part, arguments, dynamic_shapes=tuple({dim: batch} if dim is not None else {} for dim in dims)
+            )
+            program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
+            _name_values(program.model.graph, takes, gives)
+            program.save(str(file), external_data=size > LARGEST_FILE)
+    except Exception as error:  # the exporter raises whatever its passes meet
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ExportFailed(
+            f'{file.stem} of this network cannot be written as ONNX: {reason} engine="eager" and "compile" need no such file.'
+        ) from error
+
+
+def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None:
+    """Name what a graph takes and gives; the names of all other values are made to be no wiring's."""
+    for number, node in enumerate(graph.all_nodes()):
+        for place, value in enumerate(node.outputs):
+            value.name = f"/{number}/{place}"
+    for value in list(graph.initializers.values()):
+        value.name = f"/weights/{value.name}"
+    for value, name in zip((*graph.inputs, *graph.outputs), (*takes, *gives), strict=True):
+        value.name = name
+
+
+def quantise(parts: Parts, folder: Path, precision: str, calibration: Sequence[tuple[Tensor, ...]]) -> None:
+    """Replace every file in a folder that `write_parts` has written by one that computes with 8 bits.
+
+    Args:
+        precision: "int8-dynamic" finds the range of every part's features as it runs; "int8-static" fixes the ranges now.
+        calibration: for "int8-static", inputs to find the ranges with, in batches: tuples as in `wiring.inputs`.
+    """
+    seen = _values_seen(parts, calibration) if precision == "int8-static" else []
+    for name, _, takes, _ in _named_parts(parts):
+        file = folder / f"{name}.onnx"
+        if file.is_file():  # whole.onnx may have been left out
+            _quantise(file, precision, [{name: values[name] for name in takes} for values in seen])
+
+
+def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
+    """Per batch, all the values that go between parts, as arrays."""
+    seen = []
+    for inputs in batches:
+        values = dict(zip(parts.wiring.inputs, inputs, strict=True))
+        with torch.inference_mode():
+            for stage, takes, gives in zip(parts.stages, parts.wiring.takes, parts.wiring.gives, strict=True):
+                values.update(zip(gives, stage(*(values[name] for name in takes)), strict=True))
+        seen.append({name: value.numpy() for name, value in values.items()})
+    return seen
+
+
+def _quantise(file: Path, precision: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    model = onnx.load(file)
+    # shapes of values in between would no longer be true of transposed weights
+    del model.graph.value_info[:]
+    add_pre_process_metadata(model)  # or the quantiser warns: torch's exporter has already folded what folds
+    large = file.with_name(f"{file.name}.data").is_file()
+    if precision == "int8-dynamic":
+        quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+        return
+    quantize_static(
+        model, file, _Samples(iter(samples)), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=STATIC_KINDS,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=large,
+        reduce_range=True,  # processors without VNNI add products of 8 times 8 bits in 16, and overflow
+        # logits on a grid of 256 values tie, and features are rounded once at the next part
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+    )  # fmt: skip
+
+
+class _Samples:
+    """What ONNX Runtime's calibration reads samples from."""
+
+    def __init__(self, samples: Iterator[Mapping[str, Any]]) -> None:
+        self._samples = samples
+
+    def get_next(self) -> Mapping[str, Any] | None:
+        return next(self._samples, None)

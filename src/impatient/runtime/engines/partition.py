@@ -1,0 +1,403 @@
+"""A network with exits cut into parts by torch.export: one graph per stage, heads apart, and how they hang together.
+
+The untouched backbone is exported once, in eval mode and with a batch of any size; what it computes at the exits is marked
+on the way. The graph has no in-place operations left (torch functionalises it), so cutting it is a matter of lists: the
+nodes up to a mark are a stage, and what is made before a mark and used after it is carried across.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from impatient.errors import ExitNotReached, ExportFailed, NetworkError
+from impatient.networks.describe import without_fused_attention
+from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.placement import evaluating
+from impatient.networks.stages import CutMap, batch_size_of, output_tensor, tapped
+from impatient.runtime.engines.standalone import Wiring
+
+_SIZE = torch.ops.aten.sym_size.int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A network in parts, in eval mode. They share the backbone's and the heads' own parameters.
+
+    Attributes:
+        wiring: how the values go through the parts.
+        stages: one module per stage: positional tensors in (`wiring.takes`), a tuple of tensors out (`wiring.gives`).
+        heads: one per exit, features in, output out; None at the last, whose features are the output.
+        whole: the backbone without exits as one exported module, inputs as `wiring.inputs`, one tensor out.
+        examples: per value name, an example tensor (batch size 2).
+        exit_names, num_classes: as of the network.
+    """
+
+    wiring: Wiring
+    stages: Sequence[nn.Module]
+    heads: Sequence[nn.Module | None]
+    whole: nn.Module
+    examples: dict[str, Tensor]
+    exit_names: tuple[str, ...]
+    num_classes: int
+
+
+def partition(network: MultiExitNetwork, x: Any) -> Parts:
+    """Export the untouched backbone and cut its graph at the exits.
+
+    Args:
+        network: from `attach_exits`; left as it is, in whatever mode it is in.
+        x: an example input. Tensors as long as its batch get a dynamic batch; all other sizes, and what is no tensor, are
+            fixed as they are in it.
+    Returns:
+        Parts whose outputs are the network's own. Where torch's attention has an eager fast path that cannot be exported,
+        they differ by rounding.
+    Raises:
+        NetworkError: if this kind of network has no graph to cut, or two exits are at the same place of it.
+        ExitNotReached: if the example does not come to all exits.
+        ExportFailed: if torch.export cannot trace the model.
+    """
+    if not isinstance(network, MultiExitNetwork):
+        raise NetworkError(
+            f"{type(network).__name__} cannot be cut into parts; needed: a MultiExitNetwork, from attach_exits. "
+            'Run this one with engine="eager".'
+        )
+    names, dims = input_names(x), _batch_dims(x)
+    values = dict(zip(names, _two_samples(x), strict=True))
+    traced = _Traced(network.backbone, x, names, network._cut_map())
+    graph = _export(traced, type(network.backbone).__name__, list(values.values()), dims)
+    whole = _whole(graph, names)
+    _check_batch_of_one(
+        traced, whole, [value if dim is None else value[:1] for value, dim in zip(values.values(), dims, strict=True)]
+    )
+    cut = _Cutting(graph, names, network.exit_names)
+    wiring, stages = cut.wiring(), cut.stages()
+    heads: list[nn.Module | None] = []
+    with torch.no_grad():
+        for stage, takes, gives in zip(stages, wiring.takes, wiring.gives, strict=True):
+            values |= zip(gives, stage(*(values[name] for name in takes)), strict=True)
+    for head, name, features in zip(network.heads, network.exit_names, wiring.features, strict=False):
+        exported = _export(_Alone(head), f"the head after {name}", [values[features]], [0])
+        heads.append(_whole(exported, ["features"]))
+    return Parts(
+        wiring=wiring, stages=stages, heads=[*heads, None], whole=whole, examples=values, exit_names=network.exit_names,
+        num_classes=network.num_classes,
+    )  # fmt: skip
+
+
+def input_names(x: Any) -> tuple[str, ...]:
+    """Names of the tensors in an input, in order: "x" for a tensor, the keywords of a mapping, "x0", "x1", ... of a tuple."""
+    if isinstance(x, Tensor):
+        return ("x",)
+    return tuple(name for name, value in _entries(x) if isinstance(value, Tensor))
+
+
+def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
+    """The tensors of an input in the order of their names.
+
+    Raises:
+        NetworkError: if the input has other tensors than the one the parts were made with.
+    """
+    given = input_names(x)
+    if set(given) != set(names):
+        raise NetworkError(
+            f"the input has the tensors {', '.join(given) or '(none)'}; needed: {', '.join(names)}, as in the example with "
+            "which the network was exported."
+        )
+    values = {"x": x} if isinstance(x, Tensor) else dict(_entries(x))
+    return [values[name] for name in names]
+
+
+def _entries(x: Any) -> list[tuple[str, Any]]:
+    if isinstance(x, Mapping):
+        return [(str(name), value) for name, value in x.items()]
+    if isinstance(x, (tuple, list)):
+        return [(f"x{index}", value) for index, value in enumerate(x)]
+    raise NetworkError(
+        f"an input of type {type(x).__name__}; needed: a tensor, or a mapping, tuple or list with tensors in it."
+    )
+
+
+def _batch_dims(x: Any) -> list[int | None]:
+    """Per tensor of an input, its dimension that is the batch: the first, where it is as long."""
+    size = batch_size_of(x)
+    return [0 if value.dim() > 0 and value.shape[0] == size else None for value in input_tensors(x, input_names(x))]
+
+
+def _two_samples(x: Any) -> list[Tensor]:
+    """The input's tensors with a batch of exactly two: of one, torch.export would take the 1 for a constant."""
+    rows = torch.arange(2) % batch_size_of(x)
+    tensors = (value.detach() for value in input_tensors(x, input_names(x)))
+    return [value if dim is None else value[rows] for value, dim in zip(tensors, _batch_dims(x), strict=True)]
+
+
+def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Tensor]) -> None:
+    """torch.export believes that what it saw with two samples is so with one."""
+    with evaluating(model), torch.no_grad(), without_fused_attention():
+        wanted, given = model(*tensors)[0], whole(*tensors)
+    if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True):
+        raise ExportFailed(
+            "with one sample, the exported model gives another output than the model (the largest difference is "
+            f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one in a way of its own. "
+            'engine="eager" runs it.'
+        )
+
+
+@torch.library.custom_op("impatient::mark", mutates_args=())
+def _mark(features: Tensor, index: int) -> Tensor:  # noqa: ARG001  read off the graph
+    """Stands in an exported graph where exit `index` is; gone again before anything runs."""
+    return features.clone()
+
+
+@_mark.register_fake
+def _(features: Tensor, index: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(features)
+
+
+_MARK = torch.ops.impatient.mark.default
+
+
+class _Traced(nn.Module):
+    """The backbone with tensors as positions; returns its output and the marks, which keeps torch from dropping them."""
+
+    def __init__(self, backbone: nn.Module, x: Any, names: Sequence[str], cuts: CutMap) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._x, self._names, self._cuts = x, names, cuts
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        marks: list[Tensor] = []
+
+        def visit(index: int, features: Tensor) -> None:
+            marks.append(_mark(features, index))
+
+        output = output_tensor(tapped(self.backbone, self._refilled(tensors), self._cuts, visit))
+        return output, *marks
+
+    def _refilled(self, tensors: Sequence[Tensor]) -> Any:
+        if isinstance(self._x, Tensor):
+            return tensors[0]
+        given = dict(zip(self._names, tensors, strict=True))
+        filled = {name: given.get(name, value) for name, value in _entries(self._x)}
+        return filled if isinstance(self._x, Mapping) else tuple(filled.values())
+
+
+class _Alone(nn.Module):
+    """A head as a backbone without exits."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        return (self.head(*tensors),)
+
+
+@contextlib.contextmanager
+def exporting(name: str) -> Iterator[None]:
+    """What torch.export needs around it: no gradients, attention in parts, and its errors said in this library's way.
+
+    Raises:
+        ExportFailed: if what is done inside fails.
+    """
+    with torch.inference_mode(False), torch.no_grad(), without_fused_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own older names
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ExportFailed(
+                f"torch.export cannot trace {name}: {reason} Where control flow depends on the data, or the batch's size "
+                'does not stay a variable, there is no graph to cut; engine="eager" runs every model.'
+            ) from error
+
+
+def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], ...]:
+    """torch.export's words for tensors whose given dimension is the batch, of any size."""
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    return tuple({} if dim is None else {dim: batch} for dim in dims)
+
+
+def _export(model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> fx.GraphModule:
+    """A graph of a model in eval mode, functional, for batches of any size, without what only checks its inputs."""
+    shapes = (any_batch(dims),)  # one entry: the forward takes *tensors
+    with evaluating(model), exporting(name):
+        exported = torch.export.export(model, tuple(tensors), dynamic_shapes=shapes, strict=False).run_decompositions({})
+    if exported.graph_signature.buffers_to_mutate:
+        raise ExportFailed(
+            f"{name} writes to its buffers ({', '.join(exported.graph_signature.buffers_to_mutate.values())}) in eval mode, "
+            'which an exported stage cannot do; engine="eager" runs it.'
+        )
+    graph: fx.GraphModule = exported.module()
+    _clean(graph.graph)
+    return graph
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Take out what changes no value: copies, which a functional graph does not need, guards and assertions."""
+    for node in reversed(graph.nodes):
+        if node.target is torch.ops.aten.clone.default and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+
+
+def _output_of(graph: fx.Graph) -> fx.Node:
+    """The node of the model's output, the first of what its graph gives."""
+    given: Any = next(iter(reversed(graph.nodes))).args[0]
+    output: fx.Node = given[0]
+    return output
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node's value is a number that depends on the batch's size, not a tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool))
+
+
+class _Cutting:
+    """A graph with marks, and which stage each of its nodes belongs to; inputs belong to none (-1)."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[str], exit_names: Sequence[str]) -> None:
+        self._module = module
+        self._inputs = dict(zip((node for node in module.graph.nodes if node.op == "placeholder"), inputs, strict=True))
+        self._stage_of = dict.fromkeys(self._inputs, -1)
+        self._features: list[fx.Node] = []
+        self._stages: list[list[fx.Node]] = [[]]
+        for node in module.graph.nodes:
+            if node.target is _MARK:
+                self._features.append(node.args[0])
+                self._stages.append([])
+            elif node.op not in ("placeholder", "get_attr", "output"):
+                self._stage_of[node] = len(self._stages) - 1
+                self._stages[-1].append(node)
+        self._features.append(_output_of(module.graph))
+        self._check(exit_names)
+        self._batch = next(size for node in self._inputs if (size := self._batch_of(node)) is not None)
+        self._takes = [self._needed(index) for index in range(len(self._stages))]
+        self._gives = [self._asked_for(index) for index in range(len(self._stages))]
+
+    def wiring(self) -> Wiring:
+        """How the stages hang together."""
+        values = [*self._inputs, *itertools.chain.from_iterable(self._gives)]
+        return Wiring(
+            inputs=tuple(self._inputs.values()),
+            takes=tuple(tuple(map(self._name, nodes)) for nodes in self._takes),
+            gives=tuple(tuple(map(self._name, nodes)) for nodes in self._gives),
+            features=tuple(map(self._name, self._features)),
+            batch_dims={self._name(node): self._batch_dim(node) for node in values},
+        )
+
+    def stages(self) -> list[fx.GraphModule]:
+        """One module per stage."""
+        return [self._build(index) for index in range(len(self._stages))]
+
+    def _check(self, exit_names: Sequence[str]) -> None:
+        if len(self._features) != len(exit_names):
+            raise ExitNotReached(
+                f"the exported model comes to {len(self._features) - 1} of {len(exit_names) - 1} early exits; export with an "
+                "example that comes to all of them, or cut at modules that every input calls."
+            )
+        for name, nodes in zip(exit_names, self._stages, strict=True):
+            if not nodes:
+                raise NetworkError(
+                    f"nothing is computed between the exit at {name} and the one before it; attach only one of them."
+                )
+
+    def _name(self, node: fx.Node) -> str:
+        return self._inputs[node] if node in self._inputs else f"stage{self._stage_of[node]}_{node.name}"
+
+    def _batch_of(self, node: fx.Node) -> Any:
+        """The symbol of the batch's size where a node's first dimension is the batch, else None."""
+        shape = node.meta["val"].shape
+        return shape[0].node.expr if len(shape) and isinstance(shape[0], torch.SymInt) else None
+
+    def _batch_dim(self, node: fx.Node) -> int | None:
+        sizes = [size.node.expr if isinstance(size, torch.SymInt) else None for size in node.meta["val"].shape]
+        if self._batch in sizes:
+            return sizes.index(self._batch)
+        if any(size is not None for size in sizes):
+            raise NetworkError(
+                f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit with samples and places mixed "
+                "in one dimension, so that no sample could be taken out; attach the exit elsewhere."
+            )
+        return None
+
+    def _is_batch_size(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return node.target is _SIZE and isinstance(value, torch.SymInt) and value.node.expr == self._batch
+
+    def _needed(self, index: int) -> list[fx.Node]:
+        """What a stage takes, in the order in which it was made."""
+        found: dict[fx.Node, None] = {}
+        sized = False
+
+        def need(node: fx.Node) -> None:
+            nonlocal sized
+            if self._is_batch_size(node):
+                sized = True
+            elif node.op == "get_attr" or self._stage_of[node] == index:
+                return
+            elif not _is_size(node):
+                found[node] = None
+            else:  # computed again, from what it was computed from
+                for source in node.all_input_nodes:
+                    need(source)
+
+        for node in self._stages[index]:
+            for source in node.all_input_nodes if not self._is_batch_size(node) else ():
+                need(source)
+        if sized and all(self._batch_dim(node) is None for node in found):
+            found[next(node for node in self._inputs if self._batch_dim(node) is not None)] = None
+        order = {node: place for place, node in enumerate(self._stage_of)}
+        return sorted(found, key=order.__getitem__)
+
+    def _asked_for(self, index: int) -> list[fx.Node]:
+        """What a stage gives: values that a later stage takes, and what an exit looks at."""
+        wanted = {*itertools.chain.from_iterable(self._takes[index + 1 :]), *self._features}
+        return [node for node in self._stages[index] if node in wanted]
+
+    def _build(self, index: int) -> fx.GraphModule:
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        for node in self._takes[index]:
+            made[node] = graph.placeholder(self._name(node))
+            made[node].meta = dict(node.meta)
+
+        def copied(node: fx.Node) -> fx.Node:
+            if node not in made:
+                made[node] = (
+                    self._batch_size(graph, index, made) if self._is_batch_size(node) else graph.node_copy(node, copied)
+                )
+            return made[node]
+
+        for node in self._stages[index]:
+            copied(node)
+        graph.output(tuple(made[node] for node in self._gives[index]))
+        _clean(graph)
+        return fx.GraphModule(self._module, graph, f"Stage{index}")
+
+    def _batch_size(self, graph: fx.Graph, index: int, made: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        holder = next(node for node in self._takes[index] if self._batch_dim(node) is not None)
+        return graph.call_function(_SIZE, (made[holder], self._batch_dim(holder)))
+
+
+def _whole(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """The same graph without marks, giving the output alone."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    unnamed = iter(names)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            made[node] = graph.placeholder(next(unnamed))
+            made[node].meta = dict(node.meta)
+        elif node.op != "output" and node.target is not _MARK:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(made[_output_of(module.graph)])
+    return fx.GraphModule(module, graph, "Whole")

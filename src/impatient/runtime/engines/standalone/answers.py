@@ -1,0 +1,86 @@
+"""What a run returns, and how the answers of a batch come together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .staged import Array, PartExit, StagedRun
+from .thresholds import Thresholds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What a run returns.
+
+    Attributes:
+        output: before softmax, shape [B, num_classes].
+        exit: the deepest exit that answered.
+        exits: per sample, the exit its output comes from.
+        elapsed_s: from the call to the moment this answer was there.
+        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline" or "interrupt".
+        deadline_met: whether the answer was there by the deadline; True when there was none.
+    """
+
+    output: Array
+    exit: int
+    exits: tuple[int, ...]
+    elapsed_s: float
+    stopped_by: str
+    deadline_met: bool
+
+
+class Gathered:
+    """The latest outputs of a batch whose samples stop at different exits and then leave it."""
+
+    def __init__(self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float) -> None:
+        self.count, self.deadline = count, deadline
+        self._last, self._clock, self._begin = num_exits - 1, clock, begin
+        self._going = np.arange(count)
+        self._exits = np.full(count, -1)
+        self._output: Array | None = None
+        self._taken = -1
+
+    @property
+    def all_going(self) -> bool:
+        """Whether no sample has left the batch."""
+        return len(self._going) == self.count
+
+    def left_s(self) -> float:
+        """Seconds to the deadline."""
+        return self.deadline - self._clock()
+
+    def take(self, exit: PartExit) -> None:
+        """Take the output of an exit, once, for the samples that are still in the batch."""
+        if self._taken == exit.index:
+            return
+        output = exit.output()
+        if self._output is None:
+            self._output = np.empty((self.count, *output.shape[1:]), output.dtype)
+        self._output[self._going], self._exits[self._going], self._taken = output, exit.index, exit.index
+
+    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: StagedRun) -> str | None:
+        """Take those samples out of the run that stop at this exit; say why if none is left."""
+        if exit.index == self._last:
+            return "final"
+        if rule is None or not rule.looks_at(exit.index):
+            return None
+        self.take(exit)
+        rows = np.flatnonzero(~rule.stops(exit.index, exit.output()))
+        if len(rows) == 0:
+            return "policy"
+        if len(rows) < len(self._going):
+            run.keep(rows)
+            self._going = self._going[rows]
+        return None
+
+    def answer(self, stopped_by: str) -> Answer:
+        """The answer as it stands now."""
+        assert self._output is not None
+        now, exits = self._clock(), tuple(self._exits.tolist())
+        return Answer(
+            output=self._output.copy(), exit=max(exits), exits=exits, elapsed_s=now - self._begin, stopped_by=stopped_by,
+            deadline_met=now <= self.deadline,
+        )  # fmt: skip

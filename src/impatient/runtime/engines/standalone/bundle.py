@@ -1,0 +1,338 @@
+"""A network in an exported directory, run against the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .answers import Answer, Gathered
+from .description import SCHEMA, check_input, read, read_description, wiring_of, write
+from .errors import BundleError, Cancelled
+from .pace import QUANTILES, RESERVE_S, Drift, Pace
+from .parts import ENGINES, EnginePart
+from .staged import Array, Inputs, PartExit, StagedRun
+from .thresholds import Thresholds
+
+COSTS_FILE = "costs.json"
+PROFILE = "python run.py INPUT.npy --profile"
+
+
+class Bundle:
+    """A network in an exported directory, ready to run.
+
+    Args:
+        directory: what `impatient export` wrote.
+        threads: that one stage may use; by default those it was exported for.
+        clock: where time comes from, in seconds.
+    Attributes:
+        costs: per batch size as text, the measured seconds of stages and heads; those of costs.json, if there.
+        policy: when to stop early; None if none was exported.
+    Raises:
+        BundleError: if the directory is incomplete or damaged, or its engine not installed.
+
+    Thread:
+        May be used from several threads at once; runs that were started (`start`) queue behind each other.
+    """
+
+    def __init__(
+        self, directory: str | Path, threads: int | None = None, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.directory, self._clock = Path(directory), clock
+        self.description = description = read_description(self.directory)
+        self.engine: str = description["engine"]
+        self.exit_names, self.num_classes = tuple(description["exits"]), int(description["num_classes"])
+        self.threads = int(description["threads"]) if threads is None else threads
+        self.wiring = wiring_of(description["wiring"])
+        policy = description["policy"]
+        self.policy = policy and Thresholds(score=policy["score"], thresholds=tuple(map(float, policy["thresholds"])))
+        self.stages = [self._part(name) for name in description["stages"]]
+        self.heads = [None if name is None else self._part(name).one for name in description["heads"]]
+        self._whole: EnginePart | None = None
+        self._drifts = {statistic: Drift(quantile) for statistic, quantile in QUANTILES.items()}
+        self._paces: dict[tuple[int, str], Pace] = {}
+        self._worker = ThreadPoolExecutor(1, "impatient")
+        self.costs, self._measured_on = self._read_costs()
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.exit_names)
+
+    def exits(self, x: Inputs) -> StagedRun:
+        """Run stage by stage: `for exit in bundle.exits(x)`; stop asking, and nothing deeper is computed.
+
+        Args:
+            x: an array, or a mapping of the inputs' names to arrays; any batch size.
+        Raises:
+            BundleError: if an array has another dtype or shape than the network takes.
+        """
+        return StagedRun(self.wiring, self.stages, self.heads, self._inputs(x))
+
+    def whole(self, x: Inputs) -> Array:
+        """The output of the network without exits, to compare with. It is loaded at the first call."""
+        if self._whole is None:
+            if self.description["whole"] is None:
+                raise BundleError(f"{self.directory} was exported without the whole network; export again with it.")
+            self._whole = self._part(self.description["whole"])
+        return self._whole.one(*self._inputs(x))
+
+    def run(
+        self,
+        x: Inputs,
+        *,
+        deadline_s: float | None = None,
+        statistic: str = "p99",
+        policy: bool = True,
+        any_profile: bool = False,
+    ) -> Answer:
+        """Answer by a deadline that is known now: of the deepest exit that fits, or where the policy stops.
+
+        Args:
+            x: an array, or a mapping of the inputs' names to arrays.
+            deadline_s: seconds from now; None goes on as long as the policy wants.
+            statistic: the quantile of the next stage's and head's cost that must fit before they are begun.
+            policy: whether to stop early where the exported policy says so.
+            any_profile: believe costs that were measured on another machine or with another number of threads.
+        Returns:
+            The answer; of the first exit, and late, where not even that one fits.
+        Raises:
+            BundleError: if the input is of the wrong kind, or the deadline needs costs that were not measured here.
+        """
+        begin = self._clock()
+        run, gathered = self._begin(x, begin, deadline_s)
+        pace = None if deadline_s is None else self._pace(gathered.count, statistic, any_profile)
+        rule = self.policy if policy else None
+        with run:
+            before = begin
+            for exit in run:
+                if pace and gathered.all_going:  # part of a batch says nothing about the costs of all of it
+                    pace.observe(exit.index, self._clock() - before)
+                stopped_by = gathered.stopped_by(exit, rule, run)
+                before = self._clock()
+                if not stopped_by and pace and not pace.fits(exit.index + 1, before, gathered.deadline, RESERVE_S):
+                    stopped_by = "deadline"
+                if stopped_by:
+                    gathered.take(exit)
+                    return gathered.answer(stopped_by)
+        raise AssertionError("the last exit always comes")
+
+    def start(self, x: Inputs, deadline_s: float | None = None, *, policy: bool = True) -> Started:
+        """Start an interruptible run on the bundle's own thread and return at once.
+
+        Every exit on the way posts its answer. Arguments as for `run`; no measured costs are needed.
+        """
+        run, gathered = self._begin(x, self._clock(), deadline_s)
+        started = Started(run, gathered, self.policy if policy else None)
+        self._worker.submit(started.work)
+        return started
+
+    def warm_up(self, x: Inputs, times: int = 3) -> None:
+        """Run to the end a few times, so that the first answer that counts finds threads and memory ready."""
+        for _ in range(times):
+            for exit in self.exits(x):
+                exit.output()
+
+    def profile(self, x: Inputs, repeats: int = 300, warm_up: int = 20) -> dict[str, Any]:
+        """Measure every stage and head here, at the batch size of `x`.
+
+        Returns:
+            Per batch size as text, the "stages" and "heads": for each, mean, quantiles and largest of the seconds it took.
+        """
+        if repeats < 1:
+            raise BundleError(f"repeats={repeats!r}; needed: at least 1, and 300 for a p99 that means something.")
+        self.warm_up(x, warm_up)
+        times_s = np.zeros((2, self.num_exits, repeats))
+        for repeat in range(repeats):
+            before = self._clock()
+            for exit in self.exits(x):
+                arrived = self._clock()
+                exit.output()
+                answered = self._clock()
+                times_s[:, exit.index, repeat] = arrived - before, answered - arrived
+                before = self._clock()
+        times_s[1, -1] = 0.0  # the last exit has no head
+        stages, heads = ([_quantiles(row) for row in rows] for rows in times_s)
+        return {str(self._batch(self._inputs(x))): {"stages": stages, "heads": heads}}
+
+    def save_costs(self, costs: Mapping[str, Any]) -> None:
+        """Write what `profile` measured to costs.json in the directory, whole or not at all, and use it from now on.
+
+        Other batch sizes that were measured here, in the same way, are kept.
+        """
+        here = self._here()
+        kept = self.costs if self._measured_on == here else {}
+        value: dict[str, Any] = {
+            "kind": "impatient_bundle_costs",
+            "schema": SCHEMA,
+            "costs": {**kept, **costs},
+            "provenance": here,
+        }
+        write(self.directory / COSTS_FILE, value)
+        self.costs, self._measured_on = value["costs"], here
+        self._paces.clear()
+
+    def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[StagedRun, Gathered]:
+        if deadline_s is not None and not deadline_s > 0.0:
+            raise BundleError(f"deadline_s={deadline_s!r}; needed: a positive number of seconds, such as 0.008.")
+        inputs = self._inputs(x)
+        deadline = math.inf if deadline_s is None else begin + deadline_s
+        gathered = Gathered(self._batch(inputs), self.num_exits, self._clock, begin, deadline)
+        return StagedRun(self.wiring, self.stages, self.heads, inputs), gathered
+
+    def _part(self, name: str) -> EnginePart:
+        return ENGINES[self.engine](self.directory / name, threads=self.threads)
+
+    def _inputs(self, x: Inputs) -> list[Array]:
+        specs = {spec["name"]: spec for spec in self.description["inputs"]}
+        given = x if isinstance(x, Mapping) else {self.wiring.inputs[0]: x}
+        if set(given) != set(specs):
+            raise BundleError(f"inputs {sorted(given)}; needed: {sorted(specs)}, as a mapping of names to arrays.")
+        for name, spec in specs.items():
+            check_input(name, given[name], spec)
+        sizes = {given[name].shape[dim] for name, dim in self._input_dims()}
+        if len(sizes) > 1 or 0 in sizes:
+            raise BundleError(f"inputs of {sorted(sizes)} samples; needed: the same number in each, at least 1.")
+        return [given[name] for name in self.wiring.inputs]
+
+    def _input_dims(self) -> list[tuple[str, int]]:
+        dims = [(name, self.wiring.batch_dims[name]) for name in self.wiring.inputs]
+        return [(name, dim) for name, dim in dims if dim is not None]
+
+    def _batch(self, inputs: Sequence[Array]) -> int:
+        name, dim = self._input_dims()[0]
+        return int(inputs[self.wiring.inputs.index(name)].shape[dim])
+
+    def _here(self) -> dict[str, Any]:
+        return {"processor": processor_name(), "threads": self.threads, "engine": self.engine}
+
+    def _read_costs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The costs, and what they were measured on."""
+        path = self.directory / COSTS_FILE
+        if path.exists():
+            value = read(path, "impatient_bundle_costs", f"delete it and run `{PROFILE}`")
+            return value["costs"], value["provenance"]
+        made = self.description.get("provenance") or {}
+        exported = {"processor": made.get("processor"), "threads": self.description["threads"], "engine": self.engine}
+        return self.description.get("costs") or {}, exported
+
+    def _pace(self, batch: int, statistic: str, any_profile: bool) -> Pace:
+        if statistic not in QUANTILES:
+            raise BundleError(f"statistic={statistic!r}; needed: one of {', '.join(QUANTILES)}.")
+        costs, here = self.costs.get(str(batch)), self._here()
+        if costs is None:
+            measured = ", ".join(self.costs) or "none"
+            raise BundleError(f"no costs for batch size {batch} (measured: {measured}). To meet a deadline, run `{PROFILE}`.")
+        if self._measured_on != here and not any_profile:
+            raise BundleError(
+                f"the costs were measured on {self._measured_on}, but here it is {here}. "
+                f"Run `{PROFILE}`, or pass any_profile=True."
+            )
+        if (batch, statistic) not in self._paces:
+            try:
+                rows = zip(self.exit_names, costs["stages"], costs["heads"], strict=True)
+                times_s = [(stage[statistic], stage[statistic] + head[statistic]) for _, stage, head in rows]
+            except (KeyError, TypeError, ValueError) as error:
+                raise BundleError(f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`.") from error
+            stages_s, next_s = zip(*times_s, strict=True)
+            self._paces[batch, statistic] = Pace(next_s, QUANTILES[statistic], stages_s, self._drifts[statistic])
+        return self._paces[batch, statistic]
+
+
+class Started:
+    """An interruptible run in progress; made by `Bundle.start`.
+
+    Thread:
+        All methods may be called from any thread.
+    """
+
+    def __init__(self, run: StagedRun, gathered: Gathered, rule: Thresholds | None) -> None:
+        self._run, self._gathered, self._rule = run, gathered, rule
+        self._changed = threading.Condition()
+        self._latest: Answer | None = None
+        self._answer: Answer | None = None  # once given, always given
+        self._finished = False
+        self._error: BaseException | None = None
+
+    def latest(self) -> Answer | None:
+        """The best answer so far, without stopping; None before the first exit."""
+        with self._changed:
+            return self._answer or self._latest
+
+    def result(self) -> Answer:
+        """Wait for the last exit, the policy or the deadline, whichever comes first; then as `interrupt`."""
+        left_s = self._gathered.left_s()
+        with self._changed:
+            self._changed.wait_for(lambda: self._answer or self._finished, left_s if left_s < threading.TIMEOUT_MAX else None)
+            return self._stop("deadline")
+
+    def interrupt(self) -> Answer:
+        """Stop now and return the latest answer, at once; the stage in flight is ended early. Before the first exit it waits.
+
+        A second call returns the same answer. What went wrong in the run is raised here.
+        """
+        with self._changed:
+            return self._stop("interrupt")
+
+    def _stop(self, reason: str) -> Answer:
+        self._changed.wait_for(lambda: self._latest or self._finished)
+        if self._error is not None:
+            raise self._error
+        if self._answer is None:
+            assert self._latest is not None
+            done = self._latest.stopped_by in ("final", "policy")
+            self._answer = self._latest if done else replace(self._latest, stopped_by=reason)
+            self._run.cancel()
+            self._changed.notify_all()
+        return self._answer
+
+    def work(self) -> None:
+        """Compute, on the bundle's thread."""
+        try:
+            with self._run, contextlib.suppress(Cancelled):  # _stop has cancelled it, and has its answer
+                for exit in self._run:
+                    if self._done_at(exit):
+                        break
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._finished = True
+                self._changed.notify_all()
+
+    def _done_at(self, exit: PartExit) -> bool:
+        if self._answer is not None:  # nobody wants this exit's head
+            return True
+        self._gathered.take(exit)
+        stopped_by = self._gathered.stopped_by(exit, self._rule, self._run)
+        with self._changed:
+            self._latest = self._gathered.answer(stopped_by or "deadline")
+            self._changed.notify_all()
+        return stopped_by is not None or self._answer is not None or self._gathered.left_s() <= 0.0
+
+
+def _quantiles(times_s: Array) -> dict[str, float]:
+    """Order statistics, rounded up, so that the p99 of few repeats is the largest."""
+    p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher").tolist()
+    return {
+        "mean": float(times_s.mean()), "p50": p50, "p90": p90, "p99": p99, "p999": p999, "max": float(times_s.max()),
+        "n": len(times_s),
+    }  # fmt: skip
+
+
+def processor_name() -> str:
+    """The processor's own name, by which it is told whether costs were measured on such a machine."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

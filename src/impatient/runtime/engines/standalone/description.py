@@ -1,0 +1,110 @@
+"""Reading and checking what bundle.json says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BundleError
+from .parts import ENGINES
+from .staged import Wiring
+from .thresholds import SCORES
+
+SCHEMA = 1
+EXPORT = "export the network again with `impatient export`"
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """What bundle.json says, if the directory holds it all."""
+    path = directory / "bundle.json"
+    value = read(path, "impatient_bundle", EXPORT)
+    try:
+        problem = _problem(value, directory)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"an entry is missing or of the wrong kind ({error!r})"
+    if problem is not None:
+        raise BundleError(f"{path}: {problem}. {EXPORT[0].upper()}{EXPORT[1:]}.")
+    return value
+
+
+def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
+    """What is wrong with a description, in words; None if nothing is."""
+    if value["engine"] not in ENGINES:
+        return f"engine {value['engine']!r}; needed: one of {', '.join(ENGINES)}"
+    wiring, policy = wiring_of(value["wiring"]), value["policy"]
+    rows = {"stages": value["stages"], "heads": value["heads"], "takes": wiring.takes, "gives": wiring.gives}
+    rows |= {"features": wiring.features, **({"thresholds": policy["thresholds"]} if policy else {})}
+    for name, row in rows.items():
+        if len(row) != len(value["exits"]):
+            return f"{len(row)} {name} for {len(value['exits'])} exits; needed: one of each per exit"
+    if policy and policy["score"] not in SCORES:
+        return f"score {policy['score']!r}; needed: one of {', '.join(SCORES)}"
+    if sorted(spec["name"] for spec in value["inputs"]) != sorted(wiring.inputs):
+        return f"the inputs are not those of the wiring, {list(wiring.inputs)}"
+    if all(wiring.batch_dims[name] is None for name in wiring.inputs):
+        return "no input has a batch dimension; needed: at least one"
+    known = set(wiring.inputs)
+    for takes, gives, features in zip(wiring.takes, wiring.gives, wiring.features, strict=True):
+        lacking = sorted({*takes} - known) + sorted({features} - known - {*gives}) + sorted({*gives} - {*wiring.batch_dims})
+        if lacking:
+            return f"nothing gives the value {lacking[0]!r} before it is taken, or its batch dimension is not said"
+        known |= {*gives}
+    files = [*value["stages"], *value["heads"], value["whole"]]
+    missing = [name for name in files if name is not None and not (directory / name).is_file()]
+    return f"there is no file {missing[0]} in {directory}" if missing else None
+
+
+def wiring_of(value: Mapping[str, Any]) -> Wiring:
+    """What JSON says of how the parts hang together."""
+    return Wiring(
+        inputs=tuple(value["inputs"]), takes=tuple(map(tuple, value["takes"])), gives=tuple(map(tuple, value["gives"])),
+        features=tuple(value["features"]), batch_dims=dict(value["batch_dims"]),
+    )  # fmt: skip
+
+
+def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
+    """Refuse an input that is not what was exported."""
+    needed = f"needed: a numpy array, {spec['dtype']}, shape {['any' if size is None else size for size in spec['shape']]}"
+    if not isinstance(array, np.ndarray):
+        raise BundleError(f"input {name!r} is a {type(array).__name__}; {needed}.")
+    fits = len(array.shape) == len(spec["shape"]) and all(
+        size in (None, given) for size, given in zip(spec["shape"], array.shape, strict=True)
+    )
+    if array.dtype.name != spec["dtype"] or not fits:
+        raise BundleError(f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert it first.")
+
+
+def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
+    """A file of JSON of this kind and schema.
+
+    Raises:
+        BundleError: if it is none; the message ends with the remedy.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}. Needed: a whole file of JSON; {remedy}.") from error
+    found = (value.get("kind"), value.get("schema")) if isinstance(value, dict) else type(value).__name__
+    if found != (kind, SCHEMA):
+        raise BundleError(f"{path} holds {found}; needed: {(kind, SCHEMA)}; {remedy}.")
+    assert isinstance(value, dict)
+    return value
+
+
+def write(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {path}: {error}. Nothing was changed; free some space or copy the directory."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

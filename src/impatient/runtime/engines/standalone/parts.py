@@ -1,0 +1,207 @@
+"""The files of an exported directory in the engines that run them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import BundleError, Cancelled
+from .staged import Array
+
+
+class EnginePart:
+    """One ONNX file in an engine, called with numpy arrays in order.
+
+    Args:
+        path: of the ONNX file.
+        threads: that one call may use.
+    Raises:
+        BundleError: if the engine is not installed or cannot load the file.
+
+    Thread:
+        May be called and cancelled from several threads at once.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+        if threads < 1:
+            raise BundleError(f"threads={threads!r}; needed: a whole number, at least 1.")
+        self._lock = threading.Lock()
+        self._in_flight: dict[int, Callable[[], None]] = {}  # per thread, what ends its call
+        try:
+            self._load(Path(path), threads)
+        except ImportError as error:
+            raise BundleError(f"{path} runs in {self.package}, which is not installed: pip install {self.package}.") from error
+        except Exception as error:
+            raise BundleError(
+                f"{self.package} cannot load {path}: {error} Needed: an ONNX file that it knows; export again."
+            ) from error
+
+    package = ""
+
+    def _load(self, path: Path, threads: int) -> None:
+        raise NotImplementedError
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        """Compute the outputs, in the order of the file. They stay as they are, whatever is called later.
+
+        Raises:
+            Cancelled: if `cancel` came before the call was done.
+        """
+        raise NotImplementedError
+
+    def one(self, *inputs: Array) -> Array:
+        """The output of a part that has one only, such as a head."""
+        (output,) = self(*inputs)
+        return output
+
+    def cancel(self, thread: int | None = None) -> None:
+        """End the call in flight on the thread of this number (`threading.get_ident()`), or on all threads."""
+        with self._lock:
+            for number, end in self._in_flight.items():
+                if thread in (None, number):
+                    end()
+
+    @contextlib.contextmanager
+    def _flight(self, end: Callable[[], None]) -> Iterator[None]:
+        number = threading.get_ident()
+        with self._lock:
+            self._in_flight[number] = end
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._in_flight[number]
+
+
+class OnnxRuntimePart(EnginePart):
+    """One ONNX file as a session of ONNX Runtime, on the CPU.
+
+    Each session has threads of its own, which sleep when there is nothing to do; one thread needs none. The pool that all
+    sessions can share is not used: set from Python (1.31) its threads always spin, which takes the processor from everything
+    else in the process, and its size cannot be changed once set.
+    """
+
+    package = "onnxruntime"
+
+    def _load(self, path: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._names = [entry.name for entry in self._session.get_inputs()]
+        self._options = onnxruntime.RunOptions
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        options = self._options()  # of this call alone: once it is told to terminate, it stays so
+        with self._flight(lambda: setattr(options, "terminate", True)):
+            try:
+                return tuple(self._session.run(None, dict(zip(self._names, inputs, strict=True)), options))
+            except Exception as error:
+                if options.terminate:
+                    raise Cancelled("the call was ended by cancel().") from error
+                raise
+
+
+class OpenVinoPart(EnginePart):
+    """One ONNX file compiled by OpenVINO, on the CPU.
+
+    Outputs are lent, not copied, where that pays: they are the memory of an infer request, which computes nothing else until
+    they are gone. Calls in flight at once have a request each.
+    """
+
+    package = "openvino"
+    SMALL = 1 << 16  # bytes up to which an output is copied
+    LENT = 4  # requests at most whose outputs are lent, so that keeping many costs no more than their copies
+
+    def _load(self, path: Path, threads: int) -> None:
+        import openvino
+
+        # f32: where the processor has bfloat16, OpenVINO would compute in it unasked
+        settings = {
+            "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+        }  # fmt: skip
+        self._compiled = _openvino_core().compile_model(str(path), "CPU", settings)
+        self._tensor = openvino.Tensor
+        self._count = len(self._compiled.outputs)
+        self._idle: collections.deque[Any] = collections.deque()
+        self._made = 0
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
+        arrays = [np.require(value, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for value in inputs]
+        loan = _Loan(self._request(), self._idle)
+        self._compute(loan.request, arrays)
+        return tuple(self._output(loan, index, arrays) for index in range(self._count))
+
+    def _request(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            with self._lock:
+                self._made += 1
+            return self._compiled.create_infer_request()
+
+    def _compute(self, request: Any, arrays: Sequence[Array]) -> None:
+        ended = threading.Event()
+        for index, array in enumerate(arrays):
+            request.set_input_tensor(index, self._tensor(array, shared_memory=True))
+
+        def end() -> None:
+            ended.set()
+            request.cancel()
+
+        with self._flight(end):
+            try:
+                request.start_async()  # infer() would be quicker by 10 us, but cannot be cancelled
+                request.wait()
+            except Exception as error:
+                if ended.is_set():
+                    raise Cancelled("the call was ended by cancel().") from error
+                raise
+
+    def _output(self, loan: _Loan, index: int, inputs: Sequence[Array]) -> Array:
+        array: Array = loan.request.get_output_tensor(index).data
+        many = self._made - len(self._idle) > self.LENT
+        if many or array.nbytes <= self.SMALL or any(np.may_share_memory(array, given) for given in inputs):
+            return array.copy()
+        return np.asarray(_Lent(array, loan))
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+class _Loan:
+    """A request that goes back to the idle ones when nobody holds its outputs any more."""
+
+    __slots__ = ("_idle", "request")
+
+    def __init__(self, request: Any, idle: collections.deque[Any]) -> None:
+        self.request, self._idle = request, idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.request)
+
+
+class _Lent:
+    """Memory of a loan: every array and view that numpy makes of it holds the loan."""
+
+    def __init__(self, array: Array, loan: _Loan) -> None:
+        self.__array_interface__, self._loan = array.__array_interface__, loan
+
+
+ENGINES: dict[str, type[EnginePart]] = {"onnxruntime": OnnxRuntimePart, "openvino": OpenVinoPart}

@@ -1,0 +1,110 @@
+"""A network cut into parts, run stage by stage."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Inputs = Array | Mapping[str, Array]
+
+# a stage: values in, values out; may have a method cancel(thread) that ends the call in flight on the thread of that number
+Part = Callable[..., Sequence[Any]]
+Head = Callable[[Any], Any]  # features in, output out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """How the parts of a network hang together, by names of values.
+
+    Attributes:
+        inputs: the network's inputs, in order.
+        takes, gives: per stage, the values it takes and gives, in order. Whatever a later stage needs is given by an earlier
+            one or is an input: residual branches and masks are values like any other.
+        features: per exit, the value its head takes; of the last exit, the output itself.
+        batch_dims: per value, its dimension that is the batch; None where it has none.
+    """
+
+    inputs: tuple[str, ...]
+    takes: tuple[tuple[str, ...], ...]
+    gives: tuple[tuple[str, ...], ...]
+    features: tuple[str, ...]
+    batch_dims: Mapping[str, int | None]
+
+
+class PartExit:
+    """One exit of a run: the stage up to it has just been computed, its head has not."""
+
+    __slots__ = ("_head", "_output", "features", "index")
+
+    def __init__(self, index: int, features: Any, head: Head | None) -> None:
+        self.index, self.features, self._head = index, features, head
+        self._output: Any = features if head is None else None
+
+    def output(self) -> Any:
+        """Compute the head, once. Shape [B, num_classes], before softmax."""
+        if self._output is None:
+            assert self._head is not None
+            self._output = self._head(self.features)
+        return self._output
+
+
+class StagedRun(Iterator[PartExit]):
+    """One run: computes a stage when asked for the next exit. Values are arrays of any one kind (numpy, torch)."""
+
+    def __init__(self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None], inputs: Sequence[Any]) -> None:
+        self._wiring, self._stages, self._heads = wiring, stages, heads
+        self._values = dict(zip(wiring.inputs, inputs, strict=True))
+        self._next = 0
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # the thread on which a stage is in flight
+        uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
+        self._last_use = {name: index for index, names in enumerate(uses) for name in names}
+
+    def __next__(self) -> PartExit:
+        index = self._next
+        if index >= len(self._stages):
+            raise StopIteration
+        self._thread = threading.get_ident()
+        try:
+            given = self._stages[index](*(self._values[name] for name in self._wiring.takes[index]))
+        finally:
+            with self._lock:  # a cancel that comes late must not end another run's call on this thread
+                self._thread = None
+        self._values.update(zip(self._wiring.gives[index], given, strict=True))
+        features = self._values[self._wiring.features[index]]
+        self._next += 1
+        for name in [name for name in self._values if self._last_use.get(name, -1) < self._next]:
+            del self._values[name]  # memory that nobody needs any more
+        return PartExit(index, features, self._heads[index])
+
+    def keep(self, rows: Any) -> None:
+        """Go on with these samples only, in this order: an array of their places in the present batch."""
+        for name, value in self._values.items():
+            dim = self._wiring.batch_dims[name]
+            if dim is not None:
+                self._values[name] = value[(slice(None),) * dim + (rows,)]
+
+    def cancel(self) -> None:
+        """From any thread: end the stage in flight early, where its engine can; `__next__` then raises.
+
+        Without a stage in flight nothing happens. A run that was cancelled may go on: its stage is computed anew.
+        """
+        with self._lock:
+            if self._thread is not None:
+                getattr(self._stages[self._next], "cancel", lambda _: None)(self._thread)
+
+    def close(self) -> None:
+        """Throw away what has not been computed."""
+        self._next = len(self._stages)
+        self._values.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,791 @@
+"""The runtime without torch: engine parts, exported directories, runs against the clock, the command line."""
+
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from onnx import TensorProto, helper, numpy_helper
+
+from impatient.clock import FakeClock
+from impatient.costs import Quantiles
+from impatient.policies.rules import ThresholdPolicy
+from impatient.policies.scores import SCORES as TORCH_SCORES
+from impatient.provenance import machine
+from impatient.runtime.engines.export import copy_standalone
+from impatient.runtime.engines.standalone import (
+    ENGINES,
+    Answer,
+    Bundle,
+    BundleError,
+    Cancelled,
+    EnginePart,
+    OpenVinoPart,
+    Pace,
+    StagedRun,
+    Thresholds,
+    Wiring,
+)
+from impatient.runtime.engines.standalone.bundle import _quantiles, processor_name
+from impatient.runtime.engines.standalone.command import _load, main
+from impatient.runtime.engines.standalone.thresholds import SCORES, probabilities
+
+BOTH = pytest.mark.parametrize("engine", ENGINES)
+INF = math.inf
+CLASSES = 5
+RANDOM = np.random.default_rng(0)
+W = {name: (RANDOM.normal(size=shape) * 0.7).astype(np.float32) for name, shape in
+     {"a": (6, 8), "b": (6, 8), "c": (8, 8), "d": (8, CLASSES), "p": (8, CLASSES), "q": (8, CLASSES)}.items()}  # fmt: skip
+X = RANDOM.normal(size=(4, 6)).astype(np.float32)
+
+
+def truth(x: Any) -> list[Any]:
+    """The outputs of the three exits; the skip value of the first stage is used in the last."""
+    h, skip = np.tanh(x @ W["a"]), x @ W["b"]
+    u = np.tanh(h @ W["c"])
+    return [h @ W["p"], u @ W["q"], (u + skip) @ W["d"]]
+
+
+def write_onnx(path: Path, nodes: Sequence[Any], takes: dict[str, list[Any]], gives: dict[str, list[Any]], weights: Any = W):
+    def values(shapes: dict[str, list[Any]]) -> list[Any]:
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+
+    used = {name for node in nodes for name in node.input}
+    constants = [numpy_helper.from_array(value, name) for name, value in weights.items() if name in used]
+    graph = helper.make_graph(list(nodes), "part", values(takes), values(gives), constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+
+
+def node(kind: str, takes: str, gives: str, **options: Any) -> Any:
+    return helper.make_node(kind, takes.split(), gives.split(), **options)
+
+
+FIRST = [node("MatMul", "x a", "xa"), node("Tanh", "xa", "h"), node("MatMul", "x b", "xb")]
+SECOND = [node("MatMul", "h c", "hc"), node("Tanh", "hc", "u")]
+LAST = [node("Add", "u xb", "sum"), node("MatMul", "sum d", "y")]
+
+
+def write_parts(directory: Path) -> None:
+    """The skip value crosses two cuts, with its batch in the second dimension."""
+    over, back = node("Transpose", "xb", "skip", perm=[1, 0]), node("Transpose", "skip", "xb", perm=[1, 0])
+    eight, out = ["b", 8], ["b", CLASSES]
+    write_onnx(directory / "stage0.onnx", [*FIRST, over], {"x": ["b", 6]}, {"h": eight, "skip": [8, "b"]})
+    write_onnx(directory / "stage1.onnx", SECOND, {"h": eight}, {"u": eight})
+    write_onnx(directory / "stage2.onnx", [back, *LAST], {"u": eight, "skip": [8, "b"]}, {"y": out})
+    write_onnx(directory / "head0.onnx", [node("MatMul", "h p", "z")], {"h": eight}, {"z": out})
+    write_onnx(directory / "head1.onnx", [node("MatMul", "u q", "z")], {"u": eight}, {"z": out})
+    write_onnx(directory / "whole.onnx", [*FIRST, *SECOND, *LAST], {"x": ["b", 6]}, {"y": out})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("parts")
+    write_parts(directory)
+    return directory
+
+
+Export = Callable[..., Path]
+
+
+@pytest.fixture
+def export(parts: Path, tmp_path: Path) -> Export:
+    def write(engine: str = "onnxruntime", **changes: Any) -> Path:
+        shutil.copytree(parts, tmp_path, dirs_exist_ok=True)
+        if not (tmp_path / "run.py").exists():
+            copy_standalone(tmp_path)
+        (tmp_path / "bundle.json").write_text(json.dumps(description(engine) | changes))
+        return tmp_path
+
+    return write
+
+
+def description(engine: str) -> dict[str, Any]:
+    wiring = {
+        "inputs": ["x"], "takes": [["x"], ["h"], ["u", "skip"]], "gives": [["h", "skip"], ["u"], ["y"]],
+        "features": ["h", "u", "y"], "batch_dims": {"x": 0, "h": 0, "skip": 1, "u": 0, "y": 0},
+    }  # fmt: skip
+    return {
+        "kind": "impatient_bundle", "schema": 1, "engine": engine, "precision": "fp32", "exits": ["one", "two", "three"],
+        "num_classes": CLASSES, "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 6]}], "wiring": wiring,
+        "stages": ["stage0.onnx", "stage1.onnx", "stage2.onnx"], "heads": ["head0.onnx", "head1.onnx", None],
+        "whole": "whole.onnx", "threads": 1, "agreement": [0.0, 0.0, 0.0], "tolerance": 1e-4, "costs": None, "policy": None,
+        "facts": [], "provenance": {},
+    }  # fmt: skip
+
+
+def costs(stages_s: Sequence[float], heads_s: Sequence[float], batch: int = 4) -> dict[str, Any]:
+    def rows(times_s: Sequence[float]) -> list[dict[str, float]]:
+        return [{**dict.fromkeys(("mean", "p50", "p90", "p99", "p999", "max"), time_s), "n": 100} for time_s in times_s]
+
+    return {str(batch): {"stages": rows(stages_s), "heads": rows(heads_s)}}
+
+
+class Slow:
+    """A part that advances a fake clock by what it takes, and says that it ran."""
+
+    def __init__(self, part: Callable[..., Any], clock: FakeClock, seconds: float, ran: list[str], name: str) -> None:
+        self.part, self.clock, self.seconds, self.ran, self.name = part, clock, seconds, ran, name
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.clock.advance(self.seconds)
+        self.ran.append(self.name)
+        return self.part(*inputs)
+
+
+class Timed:
+    """A bundle on a fake clock: stages take 10 ms each, heads 2 ms, as measured."""
+
+    def __init__(self, directory: Path) -> None:
+        self.clock, self.ran = FakeClock(), []
+        self.bundle = Bundle(directory, clock=self.clock.now)
+        for index, part in enumerate(self.bundle.stages):
+            self.bundle.stages[index] = Slow(part, self.clock, 0.010, self.ran, f"stage {index}")
+        for index, head in enumerate(self.bundle.heads[:2]):
+            self.bundle.heads[index] = Slow(head, self.clock, 0.002, self.ran, f"head {index}")
+        self.bundle.save_costs(costs([0.010] * 3, [0.002, 0.002, 0.0]))
+        self.slow(1.0)
+
+    def slow(self, times: float) -> None:
+        for stage in self.bundle.stages:
+            stage.seconds = 0.010 * times
+
+    def run(self, **options: Any) -> Answer:
+        self.ran.clear()
+        return self.bundle.run(X, **options)
+
+
+def assert_close(given: Any, wanted: Any) -> None:
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_allclose(given, wanted, atol=1e-5)
+
+
+def test_the_exits_tell_inputs_and_depths_apart():
+    for shallow, deep in ((0, 1), (1, 2)):
+        assert np.abs(truth(X)[shallow] - truth(X)[deep]).max() > 0.1
+    assert np.abs(truth(X)[0][0] - truth(X)[0][1]).max() > 0.1
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1, 4])
+def test_every_exit_and_the_whole_are_what_numpy_computes(export: Export, engine: str, count: int):
+    bundle, x = Bundle(export(engine)), X[:count]
+    outputs = [exit.output() for exit in bundle.exits(x)]
+    for output, wanted in zip(outputs, truth(x), strict=True):
+        assert_close(output, wanted)
+    assert_close(bundle.whole(x), truth(x)[-1])
+
+
+@BOTH
+def test_samples_that_are_kept_go_on_in_their_order(export: Export, engine: str):
+    bundle, rows = Bundle(export(engine)), np.array([3, 1])
+    run = bundle.exits({"x": X})
+    exit = next(run)
+    run.keep(rows)
+    assert_close(exit.output(), truth(X)[0])
+    assert_close(next(run).output(), truth(X)[1][rows])
+    run.keep([1])
+    assert_close(next(run).output(), truth(X)[2][[1]])
+    assert next(run, None) is None
+
+
+@BOTH
+def test_arrays_in_odd_memory_are_taken(export: Export, engine: str):
+    bundle = Bundle(export(engine))
+    locked = X.copy()
+    locked.flags.writeable = False
+    for x in (np.asfortranarray(X), np.repeat(X, 2, axis=0)[::2], locked):
+        assert_close(bundle.whole(x), truth(X)[-1])
+    np.testing.assert_array_equal(locked, X)
+
+
+def write_wide(path: Path, layers: int = 1) -> None:
+    """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs: tanh of x times w, repeated."""
+    nodes = []
+    for layer in range(layers):
+        nodes += [node("MatMul", f"t{layer} w", f"m{layer}"), node("Tanh", f"m{layer}", f"t{layer + 1}")]
+    write_onnx(path, nodes, {"t0": ["b", 512]}, {f"t{layers}": ["b", 512]}, {"w": WIDE})
+
+
+WIDE = (RANDOM.normal(size=(512, 512)) / 12.0).astype(np.float32)
+
+
+def wide(count: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).normal(size=(count, 512)).astype(np.float32)
+
+
+@BOTH
+def test_outputs_stay_as_they_are_whatever_is_called_later(engine: str, tmp_path: Path):
+    write_wide(tmp_path / "wide.onnx")
+    part = ENGINES[engine](tmp_path / "wide.onnx")
+    inputs = [wide(64, seed) for seed in range(10)]
+    views = [part.one(x)[1:] for x in inputs]  # the arrays themselves are dropped
+    for view, x in zip(views, inputs, strict=True):
+        np.testing.assert_allclose(view, np.tanh(x @ WIDE)[1:], atol=1e-4)
+
+
+def test_openvino_lends_its_memory_and_takes_it_back(tmp_path: Path):
+    write_wide(tmp_path / "wide.onnx")
+    part = OpenVinoPart(tmp_path / "wide.onnx")
+    kept = [part.one(wide(64)) for _ in range(8)]
+    assert [array.flags.owndata for array in kept] == [False] * OpenVinoPart.LENT + [True] * 4
+    first = kept.pop(0)
+    kept.clear()
+    again = part.one(wide(64, 1))
+    assert not again.flags.owndata
+    np.testing.assert_allclose(first, np.tanh(wide(64) @ WIDE), atol=1e-4)
+    assert part._made == OpenVinoPart.LENT + 1
+    assert part.one(wide(1)).flags.owndata  # small
+
+
+@BOTH
+def test_one_part_on_several_threads_at_once(engine: str, tmp_path: Path):
+    write_wide(tmp_path / "wide.onnx", 4)
+    part, found = ENGINES[engine](tmp_path / "wide.onnx"), {}
+
+    def work(seed: int) -> None:
+        for _ in range(10):
+            found[seed] = part.one(wide(40, seed))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = ENGINES[engine](tmp_path / "wide.onnx")
+    for seed in range(4):
+        np.testing.assert_allclose(found[seed], alone.one(wide(40, seed)), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "long.onnx"
+    write_wide(path, 200)  # some 27 GFLOP a call at 256 rows
+    return path
+
+
+class Calling(threading.Thread):
+    """Calls a part and notes what came of it, and after how long."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__()
+        self.call, self.error, self.output = call, None, None
+        self.start()
+
+    def run(self) -> None:
+        begin = time.perf_counter()
+        try:
+            self.output = self.call()
+        except Cancelled as error:
+            self.error = error
+        self.seconds = time.perf_counter() - begin
+
+    def ended_by(self, cancel: Callable[[], None]) -> "Calling":
+        """Cancel until it has an effect: the call may not have begun yet."""
+        while self.is_alive():
+            cancel()
+            self.join(0.002)
+        return self
+
+
+@BOTH
+def test_a_call_is_ended_early_and_the_part_goes_on_working(engine: str, long_path: Path):
+    part, x = ENGINES[engine](long_path), wide(256)
+    whole = Calling(lambda: part.one(x))
+    whole.join()
+    cancelled = Calling(lambda: part.one(x)).ended_by(part.cancel)
+    assert isinstance(cancelled.error, Cancelled)
+    assert cancelled.seconds < 0.5 * whole.seconds
+    np.testing.assert_array_equal(part.one(x), whole.output)
+    part.cancel()  # nothing in flight, nothing happens
+    assert part.one(x[:1]).shape == (1, 512)
+
+
+@BOTH
+def test_only_the_named_thread_is_cancelled(engine: str, long_path: Path):
+    part = ENGINES[engine](long_path)
+    other, ended = Calling(lambda: part.one(wide(64, 1))), Calling(lambda: part.one(wide(64, 2)))
+    ended.ended_by(lambda: part.cancel(ended.ident))
+    other.join()
+    assert isinstance(ended.error, Cancelled)
+    assert other.error is None
+    np.testing.assert_allclose(other.output, part.one(wide(64, 1)), atol=1e-5)
+
+
+@BOTH
+def test_a_run_whose_stage_was_cancelled_can_go_on(engine: str, long_path: Path):
+    part, x = ENGINES[engine](long_path), wide(128)
+    wiring = Wiring(inputs=("x",), takes=(("x",),), gives=(("y",),), features=("y",), batch_dims={"x": 0, "y": 0})
+    run = StagedRun(wiring, [part], [None], [x])
+    assert isinstance(Calling(lambda: next(run)).ended_by(run.cancel).error, Cancelled)
+    np.testing.assert_array_equal(next(run).output(), part.one(x))
+    run.cancel()
+    assert next(run, None) is None
+
+
+@BOTH
+def test_threads_without_work_leave_the_processor_alone(engine: str, tmp_path: Path):
+    write_wide(tmp_path / "wide.onnx")
+    part, burnt_s = ENGINES[engine](tmp_path / "wide.onnx", threads=2), 0.0
+    for _ in range(10):
+        part(wide(256))
+        begin = time.process_time()
+        time.sleep(0.01)  # spinning threads burn half of it or more
+        burnt_s += time.process_time() - begin
+    assert burnt_s < 0.01
+
+
+@BOTH
+def test_an_int8_part_runs_the_same_way(engine: str, parts: Path, tmp_path: Path):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(parts / "whole.onnx", tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    kinds = {entry.op_type for entry in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert "MatMulInteger" in kinds
+    output = ENGINES[engine](tmp_path / "int8.onnx").one(X)
+    difference = np.abs(output - truth(X)[-1]).max()
+    assert 0.0 < difference < 0.1 * np.abs(output).max()
+
+
+# --- running against the clock
+
+
+def test_without_a_deadline_a_run_goes_to_the_end_and_no_head_on_the_way_runs(export: Export):
+    timed = Timed(export())
+    answer = timed.run()
+    assert_close(answer.output, truth(X)[-1])
+    assert (answer.exit, answer.exits, answer.stopped_by, answer.deadline_met) == (2, (2,) * 4, "final", True)
+    assert timed.ran == ["stage 0", "stage 1", "stage 2"]
+    assert answer.elapsed_s == pytest.approx(0.030)
+
+
+@pytest.mark.parametrize(
+    ("deadline_s", "exit", "met"),
+    [(0.0001, 0, False), (0.0115, 0, False), (0.0225, 1, True), (0.0300, 1, True), (0.0302, 2, True), (1.0, 2, True)],
+)
+def test_the_deepest_exit_that_fits_answers(export: Export, deadline_s: float, exit: int, met: bool):
+    timed = Timed(export())
+    answer = timed.run(deadline_s=deadline_s)
+    assert (answer.exit, answer.deadline_met) == (exit, met)
+    assert answer.stopped_by == ("final" if exit == 2 else "deadline")
+    assert_close(answer.output, truth(X)[exit])
+    heads = [] if exit == 2 else [f"head {exit}"]
+    assert timed.ran == [f"stage {index}" for index in range(exit + 1)] + heads
+
+
+def test_a_machine_that_becomes_slow_is_noticed(export: Export):
+    timed = Timed(export())
+    timed.slow(2.0)
+    answers = [timed.run(deadline_s=0.035) for _ in range(10)]
+    assert (answers[0].exit, answers[0].deadline_met) == (1, False)  # the profile is believed until it is wrong
+    assert {(answer.exit, answer.deadline_met) for answer in answers[2:]} == {(0, True)}
+
+
+def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
+    bundle = Bundle(export())
+    with pytest.raises(BundleError, match=r"no costs for batch size 4 \(measured: none\).*--profile"):
+        bundle.run(X, deadline_s=0.01)
+    table = costs([0.1] * 3, [0.0] * 3)
+    for provenance in ({"processor": "another"}, {}):
+        bundle = Bundle(export(costs=table, provenance=provenance))
+        with pytest.raises(BundleError, match=r"measured on .* but here .*run.py INPUT.npy --profile"):
+            bundle.run(X, deadline_s=0.01)
+        assert bundle.run(X, deadline_s=0.01, any_profile=True).exit == 0
+        assert bundle.run(X).exit == 2
+    here = export(costs=table, provenance={"processor": processor_name()})
+    assert Bundle(here).run(X, deadline_s=0.01).exit == 0
+    with pytest.raises(BundleError, match="'threads': 2"):
+        Bundle(here, threads=2).run(X, deadline_s=0.01)
+    with pytest.raises(BundleError, match="statistic='p95'; needed: one of"):
+        Bundle(here).run(X, deadline_s=0.01, statistic="p95")
+    with pytest.raises(BundleError, match=r"deadline_s=0\.0; needed"):
+        Bundle(here).run(X, deadline_s=0.0)
+
+
+def policy_between(exit: int, outputs: Any = None) -> dict[str, Any]:
+    """Thresholds of which two of the four samples reach that of an exit, and none any other."""
+    scores = np.sort(SCORES["max_probability"](truth(X)[exit]))
+    thresholds = [INF, INF, -INF]
+    thresholds[exit] = float(scores[1:3].mean())
+    return {"score": "max_probability", "thresholds": thresholds}
+
+
+@BOTH
+@pytest.mark.parametrize("exit", [0, 1])
+def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engine: str, exit: int):
+    bundle = Bundle(export(engine, policy=policy_between(exit)))
+    sizes = []
+    stage = bundle.stages[exit + 1]
+    bundle.stages[exit + 1] = lambda *inputs: sizes.append(inputs[0].shape[0]) or stage(*inputs)
+    answer = bundle.run(X)
+    stops = SCORES["max_probability"](truth(X)[exit]) >= bundle.policy.thresholds[exit]
+    wanted = np.where(stops[:, None], truth(X)[exit], truth(X)[2])
+    assert_close(answer.output, wanted)
+    assert answer.exits == tuple(np.where(stops, exit, 2).tolist())
+    assert (answer.exit, answer.stopped_by, sizes) == (2, "final", [2])
+    assert bundle.run(X, policy=False).exits == (2, 2, 2, 2)
+
+
+def test_when_all_are_sure_the_policy_stops_the_run(export: Export):
+    timed = Timed(export(policy={"score": "margin", "thresholds": [INF, 0.0, -INF]}))
+    answer = timed.run(deadline_s=1.0)
+    assert (answer.exits, answer.stopped_by) == ((1,) * 4, "policy")
+    assert timed.ran == ["stage 0", "stage 1", "head 1"]
+    assert_close(answer.output, truth(X)[1])
+
+
+def test_a_deadline_after_some_have_left_answers_for_the_others(export: Export):
+    timed = Timed(export(policy=policy_between(0)))
+    answer = timed.run(deadline_s=0.030)
+    stopped = np.array(answer.exits) == 0
+    assert (stopped.sum(), answer.exit, answer.stopped_by) == (2, 1, "deadline")
+    assert_close(answer.output, np.where(stopped[:, None], truth(X)[0], truth(X)[1]))
+    timed = Timed(export(policy=policy_between(0)))
+    answer = timed.run(deadline_s=0.020)  # at the exit where they leave
+    assert answer.exits == (0,) * 4
+    assert_close(answer.output, truth(X)[0])
+
+
+class Held:
+    """A stage that stays in flight until it is let go or cancelled."""
+
+    def __init__(self, part: EnginePart) -> None:
+        self.part, self.go, self.entered, self.cancelled = part, threading.Event(), threading.Event(), False
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.entered.set()
+        assert self.go.wait(20.0)
+        if self.cancelled:
+            self.cancelled = False
+            raise Cancelled
+        return self.part(*inputs)
+
+    def cancel(self, thread: int | None = None) -> None:
+        self.cancelled = True
+        self.go.set()
+
+
+def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export: Export):
+    bundle = Bundle(export())
+    held = bundle.stages[1] = Held(bundle.stages[1])
+    run = bundle.start(X)
+    assert held.entered.wait(20.0)
+    latest = run.latest()
+    assert latest is not None
+    assert latest.exit == 0
+    answer = run.interrupt()
+    assert (answer.exit, answer.stopped_by) == (0, "interrupt")
+    assert_close(answer.output, truth(X)[0])
+    assert run.interrupt() is run.result() is run.latest() is answer
+    after = bundle.start(X).result()  # the same worker goes on; the stage is let go now
+    assert (after.exit, after.stopped_by, after.deadline_met) == (2, "final", True)
+    assert_close(after.output, truth(X)[2])
+
+
+def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
+    bundle, heads = Bundle(export()), []
+    held, head = Held(bundle.stages[1]), bundle.heads[1]
+    bundle.stages[1] = lambda *inputs: held(*inputs)
+    bundle.heads[1] = lambda features: heads.append(1) or head(features)
+    run = bundle.start(X)
+    assert held.entered.wait(20.0)
+    assert run.interrupt().exit == 0
+    held.go.set()
+    assert bundle.start(X).result().exit == 2  # queued behind it
+    assert heads == [1]
+
+
+def test_at_its_deadline_a_started_run_returns_the_latest_answer(export: Export):
+    bundle = Bundle(export())
+    held = bundle.stages[1] = Held(bundle.stages[1])
+    answer = bundle.start(X, deadline_s=0.05).result()
+    assert (answer.exit, answer.stopped_by) == (0, "deadline")
+    assert held.go.is_set()
+
+
+def test_a_started_run_keeps_to_the_policy_and_raises_what_went_wrong(export: Export):
+    bundle = Bundle(export(policy={"score": "margin", "thresholds": [INF, 0.0, -INF]}))
+    assert bundle.start(X).result().stopped_by == "policy"
+    assert bundle.start(X, policy=False).result().stopped_by == "final"
+
+    def failing(*inputs: Any) -> Any:
+        raise MemoryError("no more")
+
+    bundle.stages[0] = failing
+    for ask in (bundle.start(X).result, bundle.start(X).interrupt):
+        with pytest.raises(MemoryError, match="no more"):
+            ask()
+
+
+# --- measured costs
+
+
+def test_profiling_measures_each_stage_and_head_by_itself(export: Export):
+    timed = Timed(export())
+    timed.bundle.stages[1].seconds = 0.050
+    table = timed.bundle.profile(X, repeats=5, warm_up=1)
+    assert list(table) == ["4"]
+    assert [row["p99"] for row in table["4"]["stages"]] == pytest.approx([0.010, 0.050, 0.010])
+    assert [row["mean"] for row in table["4"]["heads"]] == pytest.approx([0.002, 0.002, 0.0])
+    assert timed.ran.count("head 0") == 6
+
+
+@given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=50))
+def test_quantiles_are_those_of_the_library(times_s: list[float]):
+    mine, theirs = _quantiles(np.array(times_s)), Quantiles.of(times_s)
+    assert mine == {name: getattr(theirs, name) for name in mine}
+
+
+def test_saved_costs_win_and_keep_other_batch_sizes(export: Export, monkeypatch: pytest.MonkeyPatch):
+    directory = export(costs=costs([9.0] * 3, [0.0] * 3, batch=1), provenance={"processor": "another"})
+    bundle = Bundle(directory)
+    bundle.save_costs(costs([0.001] * 3, [0.0] * 3, batch=4))
+    bundle.save_costs(costs([0.002] * 3, [0.0] * 3, batch=2))
+    again = Bundle(directory)
+    assert list(again.costs) == list(bundle.costs) == ["4", "2"]  # those of another machine are gone
+    assert again.run(X, deadline_s=20.0).exit == 2
+    before = (directory / "costs.json").read_bytes()
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(BundleError, match=r"cannot write .*costs.json.*No space left"):
+        bundle.save_costs(costs([5.0] * 3, [0.0] * 3))
+    assert (directory / "costs.json").read_bytes() == before
+    assert not list(directory.glob(".costs.json*"))
+
+
+def test_the_processor_has_the_same_name_as_in_the_library():
+    assert processor_name() == machine("cpu")["processor"]
+
+
+# --- damage
+
+
+def without(name: str) -> dict[str, Any]:
+    value = description("onnxruntime")
+    del value[name]
+    return value
+
+
+def rewired(**changes: Any) -> dict[str, Any]:
+    value = description("onnxruntime")
+    value["wiring"] |= changes
+    return value
+
+
+DAMAGES = {
+    "no bundle": ("", r"cannot read .*bundle.json.*impatient export"),
+    "another kind": ({"kind": "recording", "schema": 1}, r"holds \('recording', 1\); needed: \('impatient_bundle', 1\)"),
+    "another schema": (description("onnxruntime") | {"schema": 2}, "'impatient_bundle', 2"),
+    "a list": ([1], "holds list"),
+    "an unknown engine": (description("tensorrt"), "engine 'tensorrt'; needed: one of onnxruntime, openvino"),
+    "no wiring": (without("wiring"), r"an entry is missing .*wiring"),
+    "a head too few": (description("onnxruntime") | {"heads": ["head0.onnx", None]}, "2 heads for 3 exits"),
+    "no such file": (description("onnxruntime") | {"whole": "all.onnx"}, "no file all.onnx"),
+    "an unknown score": (description("onnxruntime") | {"policy": {"score": "luck", "thresholds": [0, 0, 0]}}, "score 'luck'"),
+    "a threshold too few": (description("onnxruntime") | {"policy": {"score": "margin", "thresholds": [0]}}, "1 thresholds"),
+    "a value from nowhere": (rewired(takes=[["x"], ["v"], ["u", "skip"]]), "nothing gives the value 'v'"),
+    "no batch dimension": (rewired(batch_dims={"x": 0, "h": 0, "u": 0, "y": 0}), "'skip'"),
+    "no batch": (rewired(batch_dims={"x": None, "h": 0, "skip": 1, "u": 0, "y": 0}), "no input has a batch"),
+    "other inputs": (description("onnxruntime") | {"inputs": []}, "inputs are not those of the wiring"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_bundle_says_what_is_wrong(export: Export, content: Any, message: str):
+    directory = export()
+    (directory / "bundle.json").write_text(json.dumps(content) if content else "")
+    with pytest.raises(BundleError, match=message):
+        Bundle(directory)
+
+
+def test_a_missing_directory_says_so(tmp_path: Path):
+    with pytest.raises(BundleError, match=r"cannot read .*nowhere"):
+        Bundle(tmp_path / "nowhere")
+
+
+@BOTH
+def test_a_damaged_part_says_so(export: Export, engine: str):
+    directory = export(engine)
+    (directory / "stage1.onnx").write_bytes(b"not a network")
+    with pytest.raises(BundleError, match=rf"{engine} cannot load .*stage1.onnx"):
+        Bundle(directory)
+
+
+def test_an_engine_that_is_not_installed_says_so(export: Export, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BundleError, match="not installed: pip install onnxruntime"):
+        Bundle(export())
+
+
+def test_threads_must_be_positive(export: Export):
+    with pytest.raises(BundleError, match="threads=0; needed"):
+        Bundle(export(), threads=0)
+
+
+def test_damaged_costs_say_so(export: Export):
+    bundle = Bundle(export())
+    bundle.save_costs({"4": {"stages": [], "heads": []}})
+    with pytest.raises(BundleError, match="costs of batch size 4 are damaged"):
+        bundle.run(X, deadline_s=1.0)
+    (bundle.directory / "costs.json").write_text("{")
+    with pytest.raises(BundleError, match=r"costs.json.*delete it"):
+        Bundle(bundle.directory)
+
+
+def test_an_export_without_the_whole_network_says_so(export: Export):
+    with pytest.raises(BundleError, match="without the whole network"):
+        Bundle(export(whole=None)).whole(X)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.astype(np.float64), r"'x' is float64, shape \[4, 6\]; needed: .*float32, shape \['any', 6\]"),
+        (X[0], r"shape \[6\]; needed"),
+        (X[:, :5], r"shape \[4, 5\]; needed"),
+        (X[:0], "at least 1"),
+        ([[1.0]], "'x' is a list; needed: a numpy array"),
+        ({"y": X}, r"inputs \['y'\]; needed: \['x'\]"),
+    ],
+)
+def test_an_input_of_the_wrong_kind_is_refused(export: Export, x: Any, message: str):
+    bundle = Bundle(export())
+    for call in (bundle.run, bundle.exits, bundle.whole, bundle.start):
+        with pytest.raises(BundleError, match=message):
+            call(x)
+
+
+# --- the same rules as the library
+
+
+OUTPUTS = arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-40, 40, width=32))
+
+
+@given(OUTPUTS, st.sampled_from(sorted(SCORES)))
+def test_scores_are_those_of_the_library(outputs: Any, score: str):
+    mine, theirs = SCORES[score](outputs), TORCH_SCORES[score](torch.from_numpy(outputs)).numpy()
+    assert mine.dtype == theirs.dtype == np.float32
+    np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+@given(OUTPUTS, st.sampled_from(sorted(SCORES)), st.floats(-0.1, 1.1) | st.sampled_from([INF, -INF, 0.7, 1.0]))
+def test_thresholds_are_those_of_the_library(outputs: Any, score: str, threshold: float):
+    thresholds = (threshold, INF, -INF)
+    mine, theirs = Thresholds(score=score, thresholds=thresholds), ThresholdPolicy(score=score, thresholds=thresholds)
+    close = np.abs(SCORES[score](outputs) - threshold) < 4e-6  # where the last bit of a softmax may decide
+    for exit in range(3):
+        assert mine.looks_at(exit) == theirs.looks_at(exit)
+        equal = mine.stops(exit, outputs) == theirs.stops(exit, torch.from_numpy(outputs)).numpy()
+        assert (equal | (close if exit == 0 else False)).all()
+
+
+def test_a_threshold_is_compared_in_single_precision():
+    outputs = np.log(np.array([[0.7, 0.3]], np.float32))
+    score = float(SCORES["max_probability"](outputs)[0])
+    exact = Thresholds(score="max_probability", thresholds=(score + 1e-9, -INF))
+    assert exact.stops(0, outputs).all()
+
+
+@given(st.lists(st.floats(0.0, 200.0), max_size=60), st.sampled_from([0.5, 0.9, 0.99, 0.999]))
+@settings(max_examples=50)
+def test_the_pace_allows_at_least_what_was_profiled(ratios: list[float], quantile: float):
+    pace = Pace([0.012, 0.012], quantile, [0.010, 0.010])
+    for ratio in ratios:
+        pace.observe(0, 0.010 * ratio)
+    assert pace.scale >= 1.0
+    needs_s = 0.012 * pace.scale
+    assert pace.fits(1, 5.0, 5.0 + needs_s + 0.0011, 0.001)
+    assert not pace.fits(1, 5.0, 5.0 + needs_s + 0.0009, 0.001)
+    assert pace.fits(2, 5.0, 0.0, 1.0)  # beyond the last exit there is nothing to fit
+
+
+# --- the command line, without torch
+
+NEEDED = ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "packaging", "google", "openvino", "openvino_telemetry")
+WITHOUT_TORCH = """
+import os, runpy, sys
+sys.path.append(sys.argv[1])
+for name in ("torch", "impatient"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(name + " is here")
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as `python run.py` does
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def torchless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Site packages with numpy and the engines, and nothing else."""
+    site = tmp_path_factory.mktemp("site")
+    installed = Path(np.__file__).parent.parent
+    for name in NEEDED:
+        if (installed / name).exists():
+            (site / name).symlink_to(installed / name)
+    return site
+
+
+@pytest.fixture
+def command(torchless: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [sys.executable, "-I", "-S", "-c", WITHOUT_TORCH, str(torchless), str(directory / "run.py"), *arguments]
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        return subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=elsewhere, check=False)
+
+    return run
+
+
+@BOTH
+def test_an_exported_directory_runs_without_torch(export: Export, command: Any, engine: str):
+    directory = export(engine, policy=policy_between(0))
+    np.save(directory / "x.npy", X)
+    done = command(directory, str(directory / "x.npy"), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    value = json.loads(done.stdout)
+    stopped = np.array(value["exits"]) == 0
+    outputs = np.where(stopped[:, None], truth(X)[0], truth(X)[2])
+    assert_close(np.array(value["probabilities"]), probabilities(outputs))
+    assert value["class"] == outputs.argmax(1).tolist()
+    assert (sorted(value["exits"]), value["stopped_by"], value["deadline_met"]) == ([0, 0, 2, 2], "final", True)
+
+
+def test_the_command_line_profiles_and_meets_a_deadline(export: Export, command: Any):
+    directory = export(policy=policy_between(0))
+    np.savez(directory / "x.npz", x=X[:1])
+    file = str(directory / "x.npz")
+    refused = command(directory, file, "--deadline-ms", "5000")
+    assert refused.returncode == 1
+    assert "error: no costs for batch size 1" in refused.stderr
+    done = command(directory, file, "--deadline-ms", "5000", "--profile", "--no-policy", "--threads", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    best = int(truth(X)[2][0].argmax())
+    assert done.stdout.startswith(f"class {best} from exit 2; {best}: 0.")
+    assert done.stdout.rstrip().endswith("stopped by final")
+    assert list(json.loads((directory / "costs.json").read_text())["costs"]) == ["1"]
+
+
+def test_what_the_command_line_cannot_do_it_says(export: Export, capsys: pytest.CaptureFixture[str]):
+    for name in ("nothing.npy", "bundle.json"):
+        with pytest.raises(BundleError, match=f"cannot read .*{name}.*numpy.save"):
+            _load(str(export() / name))
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(None):
+        main(Path(), ["--help"])
