@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,7 @@ def _exactness(difference: float) -> str:
 
 def _first_line(error: BaseException) -> str:
     message = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {message[:300]}"
+    return f"{type(error).__name__}: {message[:600]}"
 
 
 # --- parts and times ------------------------------------------------------------------------------------------------
@@ -357,7 +358,8 @@ def page(rows: Mapping[str, Row]) -> str:
         count += f" **{exported} of {len(parts)}** can be exported as parts."
     tables = [_table(library, [row for row in listed if row["library"] == library]) for library in
               dict.fromkeys(row["library"] for row in listed)]  # fmt: skip
-    return "\n".join([TEXT, count, "", *tables, facts(), ""])
+    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "transformers"))
+    return "\n".join([TEXT, count, "", *tables, f"{libraries}; {facts()}", ""])
 
 
 def _table(library: str, rows: Sequence[Row]) -> str:

@@ -21,8 +21,8 @@ class Drift:
     The scale is the quantile of the ratios measured / profiled over the latest 2 / (1 - quantile) stages (at least 50), their
     second largest at most. A stage as drawn at random as those before it takes longer than that with the wanted probability,
     whatever the distribution; only a change must be waited for. A load shows at its second stage (at 0.9 the fifth), since the
-    largest ratios count, and is forgotten when the window has passed: 200 stages at the 0.99 quantile, 2000 at 0.999. One descheduled stage
-    alone moves nothing. To begin with, the window is full of 1: the profile is believed until it is wrong.
+    largest ratios count, and is forgotten when the window has passed: 200 stages at the 0.99 quantile, 2000 at 0.999. One
+    descheduled stage alone moves nothing. To begin with, the window is full of 1: the profile is believed until it is wrong.
 
     Args:
         quantile: which one, above 0 and below 1: that of the profiled times.
