@@ -52,15 +52,13 @@ def measure(engine: str, load: str, *, smoke: bool) -> list[Row]:
         answers = contract(runners, x, budgets, 80 if smoke else RUNS)
         late = interruptible(runners["p99"], x, budgets, 20 if smoke else INTERRUPTIBLE)
     known: Row = {"data": given.data, "engine": engine, "load": load}
+    groups = {f"{budget * 1e3:.2f}": [number] for number, budget in enumerate(budgets)} | {"all": [*range(len(budgets))]}
     rows = [
         known | row("contract", quantile, label, [answers[quantile, number] for number in numbers], budgets[numbers], given)
         for quantile in QUANTILES
-        for label, numbers in (
-            *((f"{budget * 1e3:.2f}", [number]) for number, budget in enumerate(budgets)),
-            ("all", [0, 1, 2, 3]),
-        )
+        for label, numbers in groups.items()
     ]
-    return [*rows, known | waiting(late, budgets, given)]
+    return [*rows, known | waiting(late, given)]
 
 
 @contextlib.contextmanager

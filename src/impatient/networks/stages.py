@@ -4,7 +4,7 @@ Nothing of the model is copied, traced or replaced. A paused run can be resumed 
 that started it. What a pause would leak is put right here:
 
 * grad, inference and autocast state that the model's forward has entered is kept out of the caller, and the caller's out
-  of the model, at every switch (`_ThreadState`);
+  of the model, at every switch (`_Ambient`);
 * an abandoned run unwinds (`Walk.close`), so that its activations are freed;
 * an operation after a cut may overwrite the features in place, so they are used before the run goes on, or copied
   (`keep=True`).
@@ -14,7 +14,6 @@ A paused run can also go on with some samples of its batch only (`Walk.keep`): t
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -26,7 +25,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
+from torch._C import _is_any_autocast_enabled
 from torch.utils._pytree import tree_map
 
 from impatient.errors import ExitPassed, NetworkError
@@ -125,56 +125,49 @@ class _Autocast(NamedTuple):
             torch.set_autocast_dtype(device, dtype)
 
 
-class _ThreadState:
-    """Grad, inference and autocast state of this thread, taken at creation; `restore` puts it back, once.
+class _Ambient:
+    """The modes a run was asked for in; it begins, pauses and its heads run in them, whatever model or caller enters.
 
-    An inference-mode guard remembers on entry the thread's whole autograd state and puts exactly that back on exit, in
-    whatever order guards are left; that is what makes it fit to hold the state. The autocast settings are plain values.
+    Model and caller meet in these modes at every switch, and each puts its own back behind it. Mostly both are in them
+    already. Then asking so is all there is to do, and the price of a cut: after a stage the caches are cold, and the first
+    line of Python to run takes ten times as long as in a loop.
     """
 
-    __slots__ = ("_autocast", "_guard")
+    __slots__ = ("_autocast", "_casts", "_grad", "_inference")
 
     def __init__(self) -> None:
-        self._autocast = _Autocast.now()
-        self._guard = torch.inference_mode(torch.is_inference_mode_enabled())
-        self._guard.__enter__()
-
-    def restore(self) -> None:
-        self._autocast.restore()  # first: the guard, too, switches autocast back, but leaves its dtype and its cache
-        self._guard.__exit__(None, None, None)
-
-
-class _Ambient(NamedTuple):
-    """The modes a run was asked for in; it begins and its heads run in them, whatever model or caller enters."""
-
-    grad: bool
-    inference: bool
-    autocast: _Autocast
+        self._grad, self._inference = is_grad_enabled(), is_inference_mode_enabled()
+        self._autocast, self._casts = _Autocast.now(), _is_any_autocast_enabled()
 
     @classmethod
     def now(cls) -> Self:
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _Autocast.now())
+        return cls()
+
+    def here(self) -> bool:
+        """Whether this thread is in these modes; where no autocast is on, its other settings make no difference."""
+        if is_grad_enabled() is not self._grad or is_inference_mode_enabled() is not self._inference:
+            return False
+        return self._autocast == _Autocast.now() if self._casts else not _is_any_autocast_enabled()
 
     def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
-        if _Ambient.now() == self:
-            return head(_trainable(features))
-        with contextlib.ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(self.inference))
-            modes.enter_context(torch.set_grad_enabled(self.grad))
-            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.autocast.devices, strict=True):
-                modes.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self.autocast.cache))
-            return head(_trainable(features))
+        """Call a head in these modes."""
+        return self.within(lambda: head(_trainable(features)))
 
-    def begin(self, model: nn.Module, x: Any) -> Any:
-        """Call the model in these modes."""
+    def within(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call any function in these modes."""
+        return function(*arguments) if self.here() else self.enclose(function, *arguments)
+
+    def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The same, putting back also what the function itself leaves changed."""
         outside = _Autocast.now()
-        with torch.inference_mode(self.inference):
-            torch.set_grad_enabled(self.grad)
-            self.autocast.restore()
+        # the guard remembers the thread's whole autograd state and puts exactly that back, in whatever order guards are left
+        with torch.inference_mode(self._inference):
+            torch.set_grad_enabled(self._grad)
+            self._autocast.restore()
             try:
-                return call_model(model, x)
+                return function(*arguments)
             finally:
-                outside.restore()
+                outside.restore()  # first: the guard, too, switches autocast back, but leaves its dtype and its cache
 
 
 def _trainable(features: Tensor) -> Tensor:
@@ -245,6 +238,7 @@ def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int |
 class _Forward(greenlet.greenlet):
     """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that owns it."""
 
+    ambient: _Ambient
     cuts: CutMap
     calls: dict[int, int]
     closing: bool
@@ -257,7 +251,7 @@ class _Forward(greenlet.greenlet):
         rows = None
         if not self.closing:
             features = first_tensor(output)
-            rows = self.parent.switch((index, features))
+            rows = self.ambient.within(self.parent.switch, (index, features))
         if self.closing:  # thrown in above, and again if the model's own code swallowed it
             raise greenlet.GreenletExit
         return None if rows is None else _with_features(output, features, features[rows])
@@ -363,7 +357,6 @@ class Walk(Iterator[Exit]):
         self._size: int | None = None  # how many rows later exits must have; None: nobody has said so
         self._runner: _Forward | None = None  # None before the first stage and after the last
         self._owner: threading.Thread | None = None
-        self._inside: _ThreadState | None = None  # the model's thread state while it is paused
         self._finished = False
 
     def __next__(self) -> Exit:
@@ -419,29 +412,22 @@ class Walk(Iterator[Exit]):
             raise greenlet.error("a staged run can only be advanced and closed on the thread that first advanced it.")
 
     def _resume(self) -> tuple[int, Tensor]:
-        """Run the model to its next cut or its end, with its own thread state, and put the caller's back."""
-        outside = _ThreadState()
+        """Run the model to its next cut or its end."""
+        runner = self._runner
+        given: tuple[Any, ...] = (self._rows,)
+        if runner is None:
+            self._owner = threading.current_thread()
+            runner = self._runner = _start(self._run.ambient, self._cuts)
+            given = (call_model, self._model, self._x)
+        else:
+            self._rows = None
+            runner.parent = greenlet.getcurrent()
         try:
-            if self._runner is None:
-                self._owner = threading.current_thread()
-                self._runner = _start(self._run.ambient.begin, self._cuts)
-                result = self._runner.switch(self._model, self._x)
-            else:
-                assert self._inside is not None
-                self._inside.restore()
-                self._inside = None
-                self._runner.parent = greenlet.getcurrent()
-                rows, self._rows = self._rows, None
-                result = self._runner.switch(rows)
-            if not self._runner.dead:
-                self._inside = _ThreadState()
-                index, features = result
-                return index, features
-            return self._last, output_tensor(result)
+            result = self._run.ambient.within(runner.switch, *given)
         finally:
-            if self._runner is not None and self._runner.dead:
+            if runner.dead:
                 self._runner = self._model = self._x = self._shrinks = None  # nothing is kept alive by a finished run
-            outside.restore()
+        return (self._last, output_tensor(result)) if runner.dead else result
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
@@ -451,15 +437,8 @@ class Walk(Iterator[Exit]):
         if runner is None:
             return
         runner.closing = True
-        outside = _ThreadState()
-        try:
-            if self._inside is not None:
-                self._inside.restore()
-                self._inside = None
-            runner.parent = greenlet.getcurrent()
-            runner.throw(greenlet.GreenletExit)
-        finally:
-            outside.restore()
+        runner.parent = greenlet.getcurrent()
+        self._run.ambient.within(runner.throw, greenlet.GreenletExit)
 
     def __enter__(self) -> Self:
         return self
@@ -482,9 +461,9 @@ class Walk(Iterator[Exit]):
             )
 
 
-def _start(target: Callable[..., Any], cuts: CutMap) -> _Forward:
-    runner = _Forward(target)
-    runner.cuts, runner.calls, runner.closing = cuts, {}, False
+def _start(ambient: _Ambient, cuts: CutMap) -> _Forward:
+    runner = _Forward(ambient.enclose)
+    runner.ambient, runner.cuts, runner.calls, runner.closing = ambient, cuts, {}, False
     # greenlets begin with an empty context; the model must see the caller's context variables
     runner.gr_context = contextvars.copy_context()
     return runner
