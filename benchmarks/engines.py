@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import KEPT, Row, in_engine, in_turn, run_cases, spoken
-from overhead import staged
+from overhead import model_and_input, staged
 from torch import Tensor
 
 from impatient import attach_exits, load_model
@@ -39,7 +39,8 @@ SMOKE = ("eager", "onnxruntime", "openvino")
 def four_exits(name: str) -> tuple[MultiExitNetwork, Tensor]:
     """A network with exits at three places, and a batch of two."""
     if name != "cifar_resnet":
-        return staged(name, NETWORKS[name], many=False)
+        model, x = model_and_input(name, NETWORKS[name])
+        return staged(name, model, x, many=False), x
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
     return attach_exits(load_model("impatient:resnet:n=9,c=16"), example=x[:1], after="every:7").eval(), x

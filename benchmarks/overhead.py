@@ -8,7 +8,8 @@ Asked for: eager at most 1.02, and at most 25 us a cut; ONNX Runtime and OpenVIN
 (vit_b_16: 12). "Whole" is in eager the model itself without any hook, elsewhere one session of all of it. Batch 1, random
 weights. "whole / whole" is the same call twice in every round (A/A): what the machine's noise alone gives. Where eager's time
 goes: "empty hooks" on the cut modules that do nothing; "bare switches" of a greenlet at each cut with nothing around them; the
-rest is the library's own code, with caches that the layers before have emptied. The 200 small layers never empty them.
+rest is the library's own code, with caches that the layers before have emptied. The 200 small layers never empty them. "us per
+cut" shares the price of beginning a run among its cuts; "us per further cut" is what 16 stages cost more than 4.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def cuts_of(name: str, many: bool) -> list[str]:
     return BLOCKS[name][:-1] if many else FEW[name]
 
 
-def staged(name: str, pixels: int, *, many: bool) -> tuple[MultiExitNetwork, Tensor]:
-    """A model cut after every block but the last, or into four, and a batch of two."""
-    model, x = model_and_input(name, pixels)
-    return attach_exits(model, example=x[:1], after=cuts_of(name, many)).eval(), x
+def staged(name: str, model: nn.Module, x: Tensor, *, many: bool) -> MultiExitNetwork:
+    """The model cut after every block but the last, or into four; on the same tensors, so that all meet the same memory."""
+    torch.manual_seed(1)
+    return attach_exits(twin(model), example=x[:1], after=cuts_of(name, many)).eval()
 
 
 def walk(network: Any, x: Tensor) -> Tensor:
@@ -71,15 +72,15 @@ def walk(network: Any, x: Tensor) -> Tensor:
 
 def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -> list[Row]:
     torch.set_num_threads(threads)
-    calls, number, x = {}, {}, torch.empty(0)
-    for many in (True,) if name == "linear" or smoke else (False, True):
-        network, example = staged(name, pixels, many=many)
-        x, plain = example[:1], twin(network.backbone)
-        key = f"{name}-{len(network.cuts) + 1}"
-        made = in_engine(network, engine, example=example, threads=threads, key=key)
+    calls, number = {}, {}
+    model, example = model_and_input(name, pixels)
+    x = example[:1]
+    for many in (True,) if name == "linear" else (False, True):
+        network = staged(name, model, x, many=many)
+        made = in_engine(network, engine, example=example, threads=threads, key=f"{name}-{network.num_exits}")
         calls[f"{network.num_exits} stages"] = functools.partial(walk, made, x)
         number[f"{network.num_exits} stages"] = network.num_exits
-    whole = plain if engine == "eager" else made.backbone
+    whole = model if engine == "eager" else made.backbone
     calls["whole"] = calls["whole again"] = lambda: whole(x)
     if engine == "eager":
         calls |= pieces(whole, x, cuts_of(name, many=True))
@@ -87,9 +88,11 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
         difference = float((walk(made, x) - whole(x)).abs().max())
         times = in_turn(calls, rounds=3 if smoke else 2000, most_s=SECONDS)
     most = network.num_exits
+    few = next(iter(number))
     return [
         row(times, what, number.get(what, most), engine)
         | {"network": name, "pixels": pixels, "engine": engine, "threads": threads, "largest difference": f"{difference:.1e}"}
+        | ({"us per further cut": further(times, few, what, number)} if number.get(what, 0) > number[few] else {})
         for what in calls
         if not what.startswith("whole")
     ]
@@ -132,6 +135,11 @@ def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Ro
     return found | judged | ({"25 us met": verdict(us_per_cut, 25.0)} if engine == "eager" else {})
 
 
+def further(times: dict[str, np.ndarray], few: str, many: str, number: dict[str, int]) -> str:
+    """What a cut costs where there are some already: a run has a price of its own, which a few cuts share."""
+    return spoken((times[many] - times[few]) / (number[many] - number[few]) * 1e6, 1)
+
+
 def verdict(values: np.ndarray, limit: float) -> str:
     """Whether the interval of the median lies below a limit, above it, or around it."""
     _, low, high = median_interval(values)
@@ -148,8 +156,9 @@ CASES = {"linear": ("linear", 0, "eager", 1), "resnet50-64": ("resnet50", 64, "e
 
 def prepare() -> None:
     for name in ("resnet50", "vit_b_16"):
+        model, example = model_and_input(name, 224)
         for many in (False, True):
-            network, example = staged(name, 224, many=many)
+            network = staged(name, model, example, many=many)
             for engine in ("onnxruntime", "openvino"):
                 in_engine(network, engine, example=example, threads=1, key=f"{name}-{network.num_exits}")
 

@@ -46,7 +46,8 @@ class MultiExitNetwork(nn.Module):
         self.num_classes = num_classes
         self._shrinks: dict[Hashable, bool] = {}  # per kind of input, as found by `shrinks`
         self.mechanism = f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
-        install([backbone.get_submodule(cut.module) for cut in self.cuts])
+        self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)  # a copied network has its own here
+        install(self._cut_modules)
 
     @property
     def num_exits(self) -> int:
@@ -128,7 +129,9 @@ class MultiExitNetwork(nn.Module):
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
-        return {(id(self.backbone.get_submodule(cut.module)), cut.call): index for index, cut in enumerate(self.cuts)}
+        return {
+            (id(module), cut.call): index for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
+        }
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """Shape, MACs and parameters of each stage and head, per sample of an example input."""
