@@ -176,11 +176,12 @@ class SelectionPolicy:
         if len(moves) == 1:
             some = next(iter(outputs.values()))
             return torch.full((some.shape[0],), moves[0], dtype=torch.long, device=some.device)
-        missing = set(self.sees(node)) - set(outputs)
+        seen = self.sees(node)
+        missing = set(seen) - set(outputs)
         if missing or (self.pooled and pooled is None):
             what = f"outputs of nodes {sorted(missing)}" if missing else "its pooled features"
             raise PolicyError(f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples have run.")
-        features = selection_features([outputs[known] for known in self.sees(node)], pooled if self.pooled else None)
+        features = selection_features([outputs[known] for known in seen], pooled if self.pooled else None)
         chosen = self.decisions[node].choose(features)
         return torch.tensor(moves, device=chosen.device)[chosen]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -94,10 +95,7 @@ class Topology:
             >>> Topology.chain(3).known(2), Topology.full(3).known(2)
             ((0, 1, 2), (0, 2))
         """
-        order, sure = self.order(), dict[int, set[int]]()
-        for place in order:
-            sure[place] = {place, *(set.intersection(*(sure[node] for node in self._before(place))) if sure else ())}
-        return tuple(place for place in order if place in sure[node])
+        return _known(self)[node]
 
     def cheapest_paths(self, node_s: Sequence[float]) -> tuple[tuple[int, ...], ...]:
         """Per node, the path from the source to it that takes the least time."""
@@ -125,3 +123,11 @@ class Topology:
 
 def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:
     return tuple(map(str, range(nodes))) if isinstance(nodes, int) else tuple(nodes)
+
+
+@functools.lru_cache(maxsize=256)  # every decision of a running cascade asks
+def _known(topology: Topology) -> tuple[tuple[int, ...], ...]:
+    order, sure = topology.order(), dict[int, set[int]]()
+    for place in order:
+        sure[place] = {place, *(set.intersection(*(sure[node] for node in topology._before(place))) if sure else ())}
+    return tuple(tuple(place for place in order if place in sure[node]) for node in range(len(topology.nodes)))
