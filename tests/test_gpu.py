@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -150,13 +150,13 @@ def test_a_policys_stop_does_not_wait_for_the_stage_given_ahead() -> None:
 @settings(deadline=None, max_examples=50)
 @given(st.floats(1.2, 12.0), st.integers(0, 2))
 def test_with_exact_costs_every_deadline_is_met_by_the_deepest_exit_that_fits(seconds: float, ahead: int) -> None:
+    # the heads of all exits run
+    due = [sum(STAGES[: k + 1]) + sum(HEADS[: k + 1]) + RESERVE_S for k in range(4)]
+    assume(all(abs(instant - seconds) > 0.02 for instant in due))  # looking at this clock takes 0.01
     runner, device = gpu_runner(ahead=ahead)
     answer = runner.run(x_of(1), deadline=Deadline(device.clock.now() + seconds))
-    # the heads of all exits run
-    due = [sum(STAGES[: k + 1]) + sum(HEADS[: k + 1]) for k in range(4)]
-    fits = [k for k in range(4) if due[k] + RESERVE_S <= seconds]
     assert answer.deadline_met
-    assert answer.exit in (fits[-1], fits[-1] - 1 if fits[-1] + 0.02 > seconds - 0.02 else fits[-1])
+    assert answer.exit == max(k for k in range(4) if due[k] <= seconds)
     assert torch.equal(answer.output, truth(x_of(1))[answer.exit])
 
 

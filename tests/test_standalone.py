@@ -343,9 +343,9 @@ def test_threads_without_work_leave_the_processor_alone(engine: str, tmp_path: P
     for _ in range(10):
         part(wide(256))
         begin = time.process_time()
-        time.sleep(0.01)  # spinning threads burn half of it or more
+        time.sleep(0.01)
         burnt_s += time.process_time() - begin
-    assert burnt_s < 0.01
+    assert burnt_s < 0.03  # spinning threads burn half of these 0.1 s or more
 
 
 @BOTH

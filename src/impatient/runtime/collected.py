@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -136,12 +136,10 @@ class Collected:
         return output, tuple(exits.tolist())
 
     def _stops(self, exit: ExitLike) -> Tensor:
-        """Which of the present rows stop; gates on features alone are asked before the head is paid."""
-        inputs = getattr(self._policy, "inputs", "confidences")
-        if inputs == "confidences":
-            return torch.as_tensor(self._policy.stops(exit.index, self._real(exit.output())))
-        outputs = self._real(exit.output()) if inputs == "both" else None
-        return torch.as_tensor(self._policy.stops_on(exit.index, self._real(self._network.pooled(exit)), outputs))
+        """Which of the present rows stop."""
+        return asked(
+            self._policy, exit.index, lambda: self._real(exit.output()), lambda: self._real(self._network.pooled(exit))
+        )
 
     def _real(self, value: Tensor) -> Tensor:
         return value if self._count is None else value[: self._count]
@@ -165,14 +163,26 @@ class Collected:
             return
         size = self._compaction.size(exit.index, self.size, self._left, row_bytes(exit))
         if size < self.size:
-            # a row that is there anyway fills up what an engine's shape wants
-            self._keep = torch.cat([left, left[-1:].expand(size - self._left)]) if size > self._left else left
+            self._keep = filled(left, size)
             self.size = size
 
 
 def can_shrink(network: Any, walk: Any, x: Any) -> bool:
     """Whether a run can go on with some of its samples; a network that does not know lets its runs decide."""
     return hasattr(walk, "keep") and bool(getattr(network, "shrinks", lambda _: True)(x))
+
+
+def asked(policy: Any, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]) -> Tensor:
+    """Which rows a policy of any kind stops at an exit; gates on features alone are asked before the head is paid."""
+    inputs = getattr(policy, "inputs", "confidences")
+    if inputs == "confidences":
+        return torch.as_tensor(policy.stops(exit, outputs()))
+    return torch.as_tensor(policy.stops_on(exit, pooled(), outputs() if inputs == "both" else None))
+
+
+def filled(rows: Tensor, size: int) -> Tensor:
+    """As many rows as an engine's shape wants: the last one, which is there anyway, fills up."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows))]) if size > len(rows) else rows
 
 
 def for_rows(policy: Any, rows: Tensor) -> Any:

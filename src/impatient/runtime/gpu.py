@@ -25,7 +25,7 @@ from impatient.errors import RunError
 from impatient.networks.stages import batch_size_of, first_tensor
 from impatient.policies.rules import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.collected import StagedNetwork, can_shrink, for_rows, row_bytes
+from impatient.runtime.collected import StagedNetwork, asked, can_shrink, filled, for_rows, row_bytes
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.runner import RESERVE_S, Runner
 
@@ -232,9 +232,7 @@ class _RunAhead:
     def _stops(self, step: _Step) -> Tensor:
         policy: Any = self._policy if len(step.places) == len(self._done) else for_rows(self._policy, step.places)
         outputs, *pooled = step.fetched.values
-        if not pooled:
-            return torch.as_tensor(policy.stops(step.index, outputs))
-        return torch.as_tensor(policy.stops_on(step.index, pooled[0], outputs if policy.inputs == "both" else None))
+        return asked(policy, step.index, lambda: outputs, lambda: pooled[0])
 
     def _reduce(self) -> None:
         """Go on without the samples that have finished, where that pays."""
@@ -243,8 +241,7 @@ class _RunAhead:
         left = (~self._done[self._places[: self._count]]).nonzero()[:, 0]
         size = self._runner._compaction.size(self._next - 1, len(self._places), len(left), self._row_bytes)
         if size < len(self._places):
-            # a row that is there anyway fills up what an engine's shape wants
-            rows = torch.cat([left, left[-1:].expand(size - len(left))])
+            rows = filled(left, size)
             self._walk.keep(rows.to(self._device))
             self._places, self._count = self._places[rows], len(left)
 

@@ -27,6 +27,7 @@ from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.runtime.engines.partition import Parts, any_batch, exporting, input_tensors
 from impatient.runtime.engines.standalone import Head, Part, PartExit, StagedRun, Wiring
+from impatient.runtime.engines.standalone.description import wiring_of
 from impatient.runtime.profile import resized
 
 Arrays = Literal["torch", "numpy"]
@@ -350,7 +351,7 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
                 f"the packages in {directory} were built with {name} {made[name]}, but here it is {value}; they would be slow "
                 f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) with torch {made['torch']}."
             )
-    wiring, facts = _wiring(made["wiring"]), NetworkFacts.from_json(made["facts"])
+    wiring, facts = wiring_of(made["wiring"]), NetworkFacts.from_json(made["facts"])
     stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
     heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
     whole = _load(directory / "whole.pt2")
@@ -380,10 +381,3 @@ def _package(part: nn.Module, takes: Sequence[str], parts: Parts, path: Path) ->
 def _load(path: Path) -> Callable[..., Any]:
     package: Callable[..., Any] = torch._inductor.aoti_load_package(str(path))
     return package
-
-
-def _wiring(value: Mapping[str, Any]) -> Wiring:
-    return Wiring(
-        inputs=tuple(value["inputs"]), takes=tuple(map(tuple, value["takes"])), gives=tuple(map(tuple, value["gives"])),
-        features=tuple(value["features"]), batch_dims=value["batch_dims"],
-    )  # fmt: skip

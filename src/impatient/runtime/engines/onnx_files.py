@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from impatient.errors import ExportFailed
-from impatient.runtime.engines.partition import Parts
+from impatient.runtime.engines.partition import Parts, any_batch
 
 LARGEST_FILE = 2**31 - 2**24  # bytes: what protobuf can hold, less some room for the graph
-LARGEST_BATCH = 2**16
 # norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
 STATIC_KINDS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"]
 PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
@@ -48,16 +47,13 @@ def _named_parts(parts: Parts) -> Iterator[tuple[str, nn.Module, tuple[str, ...]
 
 def _write(part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path) -> None:
     """Write one part with a batch of any size."""
-    dims = [parts.wiring.batch_dims[name] for name in takes]
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
     arguments = tuple(parts.examples[name].clone() for name in takes)  # torch takes one tensor given twice for one input
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its own older names
-            exported = torch.export.export(
-                part, arguments, dynamic_shapes=tuple({dim: batch} if dim is not None else {} for dim in dims)
-            )
+            exported = torch.export.export(part, arguments, dynamic_shapes=shapes)
             program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
             _name_values(program.model.graph, takes, gives)
             program.save(str(file), external_data=size > LARGEST_FILE)

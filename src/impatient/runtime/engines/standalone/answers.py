@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
 from .staged import Array, PartExit, StagedRun
 from .thresholds import Thresholds
 
+StoppedBy = Literal["final", "policy", "deadline", "limit", "interrupt"]
+Output = TypeVar("Output")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Answer:
+class Answer(Generic[Output]):
     """What a run returns.
 
     Attributes:
@@ -20,15 +24,16 @@ class Answer:
         exit: the deepest exit that answered.
         exits: per sample, the exit its output comes from.
         elapsed_s: from the call to the moment this answer was there.
-        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline" or "interrupt".
+        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline", "limit" (of MACs, bytes or joules, which
+            only the library knows) or "interrupt".
         deadline_met: whether the answer was there by the deadline; True when there was none.
     """
 
-    output: Array
+    output: Output
     exit: int
     exits: tuple[int, ...]
     elapsed_s: float
-    stopped_by: str
+    stopped_by: StoppedBy
     deadline_met: bool
 
 
@@ -61,7 +66,7 @@ class Gathered:
             self._output = np.empty((self.count, *output.shape[1:]), output.dtype)
         self._output[self._going], self._exits[self._going], self._taken = output, exit.index, exit.index
 
-    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: StagedRun) -> str | None:
+    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: StagedRun) -> StoppedBy | None:
         """Take those samples out of the run that stop at this exit; say why if none is left."""
         if exit.index == self._last:
             return "final"
@@ -76,7 +81,7 @@ class Gathered:
             self._going = self._going[rows]
         return None
 
-    def answer(self, stopped_by: str) -> Answer:
+    def answer(self, stopped_by: StoppedBy) -> Answer[Array]:
         """The answer as it stands now."""
         assert self._output is not None
         now, exits = self._clock(), tuple(self._exits.tolist())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .answers import Answer, Gathered
+from .answers import Answer, Gathered, StoppedBy
 from .description import SCHEMA, check_input, read, read_description, wiring_of, write
 from .errors import BundleError, Cancelled
 from .pace import QUANTILES, RESERVE_S, Drift, Pace
@@ -93,7 +93,7 @@ class Bundle:
         statistic: str = "p99",
         policy: bool = True,
         any_profile: bool = False,
-    ) -> Answer:
+    ) -> Answer[Array]:
         """Answer by a deadline that is known now: of the deepest exit that fits, or where the policy stops.
 
         Args:
@@ -257,24 +257,24 @@ class Started:
     def __init__(self, run: StagedRun, gathered: Gathered, rule: Thresholds | None) -> None:
         self._run, self._gathered, self._rule = run, gathered, rule
         self._changed = threading.Condition()
-        self._latest: Answer | None = None
-        self._answer: Answer | None = None  # once given, always given
+        self._latest: Answer[Array] | None = None
+        self._answer: Answer[Array] | None = None  # once given, always given
         self._finished = False
         self._error: BaseException | None = None
 
-    def latest(self) -> Answer | None:
+    def latest(self) -> Answer[Array] | None:
         """The best answer so far, without stopping; None before the first exit."""
         with self._changed:
             return self._answer or self._latest
 
-    def result(self) -> Answer:
+    def result(self) -> Answer[Array]:
         """Wait for the last exit, the policy or the deadline, whichever comes first; then as `interrupt`."""
         left_s = self._gathered.left_s()
         with self._changed:
             self._changed.wait_for(lambda: self._answer or self._finished, left_s if left_s < threading.TIMEOUT_MAX else None)
             return self._stop("deadline")
 
-    def interrupt(self) -> Answer:
+    def interrupt(self) -> Answer[Array]:
         """Stop now and return the latest answer, at once; the stage in flight is ended early. Before the first exit it waits.
 
         A second call returns the same answer. What went wrong in the run is raised here.
@@ -282,7 +282,7 @@ class Started:
         with self._changed:
             return self._stop("interrupt")
 
-    def _stop(self, reason: str) -> Answer:
+    def _stop(self, reason: StoppedBy) -> Answer[Array]:
         self._changed.wait_for(lambda: self._latest or self._finished)
         if self._error is not None:
             raise self._error

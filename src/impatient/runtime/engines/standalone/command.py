@@ -14,7 +14,7 @@ from .answers import Answer
 from .bundle import Bundle
 from .errors import BundleError
 from .pace import QUANTILES
-from .staged import Inputs
+from .staged import Array, Inputs
 from .thresholds import probabilities
 
 
@@ -52,7 +52,7 @@ def _load(path: str) -> Inputs:
     return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
-def _as_json(answer: Answer) -> str:
+def _as_json(answer: Answer[Array]) -> str:
     shares = probabilities(answer.output)
     return json.dumps({
         "class": shares.argmax(-1).tolist(), "probabilities": shares.tolist(), "exit": answer.exit, "exits": answer.exits,
@@ -60,7 +60,7 @@ def _as_json(answer: Answer) -> str:
     })  # fmt: skip
 
 
-def _as_text(answer: Answer) -> str:
+def _as_text(answer: Answer[Array]) -> str:
     lines = []
     for row, exit in zip(probabilities(answer.output), answer.exits, strict=True):
         best = np.argsort(-row)[:5]
