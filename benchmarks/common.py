@@ -7,10 +7,12 @@ import copy
 import csv
 import io
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -31,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 KEPT = Path(__file__).parent.parent / "runs" / "bench"  # git-ignored: exported networks, trained weights, finished cases
 
 Row = dict[str, object]
+Calls = Mapping[tuple[str, int], Callable[[], object]]  # by name and number of things in it
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -116,6 +119,38 @@ def in_turn(
             if number >= 0:
                 times[name].append(time.perf_counter() - before)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def repeated(workload: Callable[[int], Calls], *, seeds: int, repeats: int) -> dict[tuple[str, int], Row]:
+    """Seconds of the calls of a workload, by their key, over all seeds and repeats; the first run of each is not counted.
+
+    Args:
+        workload: the calls for a seed.
+    """
+    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(seeds):
+        calls = workload(seed)
+        for repeat in range(repeats + 1):
+            for what, call in calls.items():
+                taken = _wall_and_processor_s(call)
+                if repeat:  # the first one warms up
+                    times[what].append(taken)
+    return {what: _spread(taken) for what, taken in times.items()}
+
+
+def _wall_and_processor_s(call: Callable[[], object]) -> tuple[float, float]:
+    """Time on the wall and of the processor; they differ where other work runs beside."""
+    wall, processor = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def _spread(taken: Sequence[tuple[float, float]]) -> Row:
+    wall, processor = zip(*taken, strict=True)
+    return {
+        "n": len(taken), "min s": f"{min(wall):.4f}", "median s": f"{statistics.median(wall):.4f}",
+        "max s": f"{max(wall):.4f}", "median processor s": f"{statistics.median(processor):.4f}",
+    }  # fmt: skip
 
 
 def twin(model: M) -> M:

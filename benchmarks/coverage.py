@@ -199,36 +199,22 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
 
 def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int = 100) -> Row:
     """Time of all stages without heads over that of the untouched model: the median of paired, interleaved ratios."""
-    from benchmarks.common import median_interval
+    from benchmarks.common import in_turn, spoken
 
     cuts, heads = network._cut_map(), [None] * network.num_exits
 
-    def untouched() -> float:
-        return _seconds(lambda: call_model(network.backbone, x))
+    def untouched() -> object:
+        return call_model(network.backbone, x)
 
-    def staged() -> float:
-        return _seconds(lambda: list(Walk(network.backbone, x, cuts, heads)))
+    def staged() -> object:
+        return list(Walk(network.backbone, x, cuts, heads))
 
-    ratios, same = [], []
     with torch.inference_mode():
-        for run in (untouched, staged) * 3:
-            run()
-        begin = time.perf_counter()
-        while len(ratios) < most and (time.perf_counter() - begin < seconds or len(ratios) < 10):
-            # whichever comes first has the same cold caches as often as the other
-            plain, paused = (untouched(), staged()) if len(ratios) % 2 else reversed((staged(), untouched()))
-            ratios.append(paused / plain)
-            same.append(untouched() / plain)
-    middle, low, high = median_interval(ratios)
-    again, again_low, again_high = median_interval(same)
-    return {"staged / untouched": f"{middle:.3f} ({low:.3f} to {high:.3f})",
-            "untouched / untouched": f"{again:.3f} ({again_low:.3f} to {again_high:.3f})"}  # fmt: skip
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+        times = in_turn({"untouched": untouched, "again": untouched, "staged": staged}, rounds=most, most_s=seconds)
+    return {
+        "staged / untouched": spoken(times["staged"] / times["untouched"], 3),
+        "untouched / untouched": spoken(times["again"] / times["untouched"], 3),
+    }
 
 
 # --- one process per architecture ------------------------------------------------------------------------------------

@@ -7,14 +7,12 @@ python benchmarks/policies.py --smoke    seconds, to see that it runs
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import write_results
-from sweep import Calls, even_costs, random_recording, seconds
+from common import Calls, Row, repeated, write_results
+from sweep import even_costs, random_recording
 
 from impatient.costs import CostProfile
 from impatient.evaluation import Recording
@@ -66,22 +64,11 @@ def main() -> None:
     torch.set_num_threads(1)
     samples, exits, classes, prices, judged = (300, 4, 10, 5, 20) if smoke else (10_000, 16, 100, 100, 1000)
     seeds, repeats = (1, 2) if smoke else (3, 3)
-    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for seed in range(seeds):
-        calls = workload(samples, exits, classes, prices, judged, seed)
-        for repeat in range(repeats + 1):
-            for what, call in calls.items():
-                taken = seconds(call)
-                if repeat:  # the first one warms up
-                    times[what].append(taken)
-    rows: list[dict[str, object]] = [
-        {
-            "what": name, "prices or policies": number, "samples": samples, "exits": exits, "classes": classes, "threads": 1,
-            "n": len(taken), "min s": f"{min(wall):.4f}", "median s": f"{statistics.median(wall):.4f}",
-            "max s": f"{max(wall):.4f}", "median processor s": f"{statistics.median(processor):.4f}",
-        }
-        for (name, number), taken in times.items()
-        for wall, processor in [tuple(zip(*taken, strict=True))]
+    taken = repeated(lambda seed: workload(samples, exits, classes, prices, judged, seed), seeds=seeds, repeats=repeats)
+    rows: list[Row] = [
+        {"what": name, "prices or policies": number, "samples": samples, "exits": exits, "classes": classes, "threads": 1}
+        | spread
+        for (name, number), spread in taken.items()
     ]  # fmt: skip
     print(*rows, sep="\n")
     if not smoke:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from common import write_results
+from common import Calls, Row, repeated, write_results
 
 from impatient import ThresholdPolicy, budgets, evaluate
 from impatient.budgets import Budget, exit_weights_many
@@ -71,9 +68,6 @@ def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
     return [shapes[index % len(shapes)](low, high) for index, (low, high) in enumerate(ends)]
 
 
-Calls = dict[tuple[str, int], Callable[[], object]]
-
-
 def workload(samples: int, exits: int, classes: int, count: int, seed: int) -> Calls:
     """What is timed, by name and number of policies or budgets."""
     costs, recording = even_costs(exits), random_recording(samples, exits, classes, seed)
@@ -87,13 +81,6 @@ def workload(samples: int, exits: int, classes: int, count: int, seed: int) -> C
     }
 
 
-def seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Time on the wall and of the processor; they differ where other work runs beside."""
-    wall, processor = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
@@ -101,22 +88,11 @@ def main() -> None:
     torch.set_num_threads(1)
     samples, exits, classes, count = (500, 4, 10, 20) if smoke else (10_000, 16, 100, 1000)
     seeds, repeats = (1, 2) if smoke else (3, 7)
-    times: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for seed in range(seeds):
-        calls = workload(samples, exits, classes, count, seed)
-        for repeat in range(repeats + 1):
-            for what, call in calls.items():
-                taken = seconds(call)
-                if repeat:  # the first one warms up
-                    times[what].append(taken)
-    rows: list[dict[str, object]] = [
-        {
-            "function": name, "policies or budgets": number, "samples": samples, "exits": exits, "classes": classes,
-            "threads": 1, "n": len(taken), "min s": f"{min(wall):.4f}", "median s": f"{statistics.median(wall):.4f}",
-            "max s": f"{max(wall):.4f}", "median processor s": f"{statistics.median(processor):.4f}",
-        }
-        for (name, number), taken in times.items()
-        for wall, processor in [tuple(zip(*taken, strict=True))]
+    taken = repeated(lambda seed: workload(samples, exits, classes, count, seed), seeds=seeds, repeats=repeats)
+    rows: list[Row] = [
+        {"function": name, "policies or budgets": number, "samples": samples, "exits": exits, "classes": classes, "threads": 1}
+        | spread
+        for (name, number), spread in taken.items()
     ]  # fmt: skip
     print(*rows, sep="\n")
     if not smoke:

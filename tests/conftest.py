@@ -1,16 +1,21 @@
-"""Shared by all tests: a toy backbone, seeds, one torch thread (tiny networks gain nothing from more), the command line."""
+"""Shared by all tests: a toy backbone, a network on a fake clock, the command line.
+
+Every test is seeded and has one torch thread: tiny networks gain nothing from more.
+"""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fakes import FakeNetwork, all_forgotten, wait_until
 from impatient import cli
+from impatient.clock import FakeClock
 
 
 class ToyBackbone(nn.Module):
@@ -41,6 +46,24 @@ def toy() -> ToyBackbone:
 @pytest.fixture
 def toy_input() -> Tensor:
     return torch.randn(5, 8)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def network(clock: FakeClock) -> FakeNetwork:
+    """Exit k answers at k + 1.5 seconds."""
+    return FakeNetwork(clock, [1.0] * 4, [0.5] * 4)
+
+
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    """When the test is over, its runners' threads end, since nobody holds the runners any more."""
+    yield
+    wait_until(all_forgotten)
 
 
 TINY = ["--model", "impatient:resnet:n=1,c=8", "--exits", "3", "--epochs", "3", "--batch-size", "64", "--quiet"]

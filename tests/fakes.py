@@ -1,6 +1,7 @@
 """Networks whose stages take scripted times on a fake clock, and places where a test holds them still."""
 
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,8 @@ from impatient.runtime import Runner
 PATIENCE_S = 20.0  # longer than any thread here can take; only a test that fails waits so long
 
 X = torch.zeros(1, 1)  # the input that fakes ignore, one sample
+
+WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]  # what a whole run of four exits computes
 
 
 class FakeExit:
@@ -123,6 +126,18 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < give_up
         pause.wait(1e-4)
+
+
+def workers() -> list[threading.Thread]:
+    """The threads that runners compute on."""
+    return [thread for thread in threading.enumerate() if thread.name == "impatient-runner"]
+
+
+def all_forgotten() -> bool:
+    """Whether no runner is left that has a thread."""
+    if workers():
+        gc.collect()  # an error's traceback holds its runner in a cycle
+    return not workers()
 
 
 def quantiles(value: Any) -> Quantiles:

@@ -16,40 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from fakes import PATIENCE_S, FakeExit, FakeNetwork, Hold, X, costs_of, elsewhere, hold, runner_of, wait_until
+from fakes import PATIENCE_S, WHOLE, FakeExit, FakeNetwork, Hold, X, costs_of, elsewhere, hold, runner_of, wait_until, workers
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import attach_exits
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Run, Runner, interruptible, profile
 
-WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def network(clock: FakeClock) -> FakeNetwork:
-    return FakeNetwork(clock, [1.0] * 4, [0.5] * 4)
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_stays() -> Iterator[None]:
-    yield
-    wait_until(all_forgotten)
-
-
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "impatient-runner"]
-
-
-def all_forgotten() -> bool:
-    if workers():
-        gc.collect()  # an error's traceback holds its runner in a cycle
-    return not workers()
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def wait_for_waiters(run: Run, count: int) -> None:

@@ -25,11 +25,6 @@ COUNTING = 4  # runs before any is timed: staged and whole, for MACs and for byt
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def network(toy: ToyBackbone) -> MultiExitNetwork:
     return attach_exits(toy, after=["blocks.0", "blocks.2"], example=EXAMPLE)
 

@@ -2,9 +2,7 @@
 
 import gc
 import math
-import threading
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from fakes import PATIENCE_S, FakeNetwork, Hold, X, costs_of, hold, runner_of, wait_until
+from fakes import PATIENCE_S, WHOLE, FakeNetwork, Hold, X, costs_of, hold, runner_of, wait_until, workers
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
@@ -22,33 +20,7 @@ from impatient.policies import ThresholdPolicy
 from impatient.runtime import Answer, OpenRun, Run, Runner, profile
 from impatient.runtime.runner import RESERVE_S
 
-WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def network(clock: FakeClock) -> FakeNetwork:
-    return FakeNetwork(clock, [1.0] * 4, [0.5] * 4)
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_stays() -> Iterator[None]:
-    yield
-    wait_until(all_forgotten)
-
-
-def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "impatient-runner"]
-
-
-def all_forgotten() -> bool:
-    if workers():
-        gc.collect()
-    return not workers()
+pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
 def go_on(opened: OpenRun, clock: FakeClock, seconds: float = math.inf, **options: Any) -> Answer:

@@ -621,12 +621,15 @@ def test_finished_run_may_be_closed_and_dropped_anywhere(toy: nn.Module, toy_inp
 
 
 def test_dropping_a_paused_run_on_another_thread_warns(toy: nn.Module, toy_input: Tensor) -> None:
-    walk = toy_network(toy).exits(toy_input)
+    before, walk = paused_runs(), toy_network(toy).exits(toy_input)
     next(walk)
-    box = [walk]
+    box, forward = [walk], walk._runner
     del walk
     with pytest.warns(ResourceWarning, match="another thread"):
         in_thread(box.clear)
+    assert paused_runs() == before + 1
+    forward.throw()  # what close() would have done; other tests count the runs that are paused
+    assert paused_runs() == before
 
 
 def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(toy: nn.Module, toy_input: Tensor) -> None:

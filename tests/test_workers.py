@@ -22,11 +22,6 @@ ERRORS = [[0.5, 0.3], [0.4, 0.2], [0.25, 0.1]]
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 def networks(clock: FakeClock) -> list[FakeNetwork]:
     """Three of two exits; exit k of them all gives k everywhere."""
     outputs = torch.arange(6.0).reshape(3, 2, 1, 1).expand(3, 2, 1, 3)

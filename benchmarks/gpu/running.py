@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import median_interval, write_results
+from common import in_turn, spoken, write_results
 
 from impatient import Deadline, Runner, attach_exits, load_model, profile
 from impatient.files import read_json, write_json
@@ -53,33 +52,25 @@ class HostQueue:
         """Never asked for."""
 
 
-def seconds(call: Callable[[], object]) -> float:
-    _wait()
-    begin = time.perf_counter()
-    call()
-    _wait()
-    return time.perf_counter() - begin
-
-
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def in_turn(calls: dict[str, Callable[[], object]], over: str, repeats: int) -> dict[str, str]:
-    """Of each call the median ratio of its time to that of `over` in the same round, and its interval."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-5, repeats):
-        for name in calls if repeat % 2 else reversed(calls):
-            spent = seconds(calls[name])
-            if repeat >= 0:
-                taken[name].append(spent)
-    ratios = {name: [a / b for a, b in zip(times, taken[over], strict=True)] for name, times in taken.items()}
-    spoken = {}
-    for name, values in ratios.items():
-        middle, low, high = median_interval(values)
-        spoken[name] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
-    return spoken
+def waited_for(call: Callable[[], object]) -> Callable[[], None]:
+    """The call and all that it gave the device to do."""
+
+    def run() -> None:
+        call()
+        _wait()
+
+    return run
+
+
+def ratios_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, str]:
+    """Of each call the median ratio of its time to that of the exit-free network in the same round, and its interval."""
+    times = in_turn({name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5)
+    return {name: spoken(taken / times["exit-free"], 3) for name, taken in times.items()}
 
 
 def walk(network: Any, x: torch.Tensor, *, waiting: bool) -> None:
@@ -118,7 +109,7 @@ def measure(spec: str, pixels: int, batch: int, engine: str, device: str, repeat
     }  # fmt: skip
     calls |= {name: (lambda runner=runner: runner.run(x)) for name, runner in runners.items()}
     with torch.inference_mode():
-        ratios = in_turn(calls, "exit-free", repeats)
+        ratios = ratios_of(calls, repeats)
     timed = GpuRunner(network, costs, ahead=1, queue=queue)
     budget = costs.interruptible_s(statistic="p99", batch_size=batch)[network.num_exits // 2]
     answers = [timed.run(x, deadline=Deadline.after(budget)) for _ in range(10 * repeats)]
