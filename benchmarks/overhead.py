@@ -5,11 +5,13 @@
     python benchmarks/overhead.py --smoke    seconds, to see that it runs
 
 Asked for: eager at most 1.02, and at most 25 us a cut; ONNX Runtime and OpenVINO at most 1.05 with 4 stages and 1.10 with 16
-(vit_b_16: 12). "Whole" is in eager the model itself without any hook, elsewhere one session of all of it. Batch 1, random
-weights. "whole / whole" is the same call twice in every round (A/A): what the machine's noise alone gives. Where eager's time
-goes: "empty hooks" on the cut modules that do nothing; "bare switches" of a greenlet at each cut with nothing around them; the
-rest is the library's own code, with caches that the layers before have emptied. The 200 small layers never empty them. "us per
-cut" shares the price of beginning a run among its cuts; "us per further cut" is what 16 stages cost more than 4.
+(vit_b_16: 12), in whichever arrangement is best there: a session per stage ("onnxruntime", "openvino"), or one session with
+all exits that is read while it runs ("onnxruntime-session", "openvino-session"); there the heads run, too. "Whole" is in eager
+the model itself without any hook, elsewhere one session of all of it. Batch 1, random weights. "whole / whole" is the same
+call twice in every round (A/A): what the machine's noise alone gives. Where eager's time goes: "empty hooks" on the cut modules
+that do nothing; "bare switches" of a greenlet at each cut with nothing around them; the rest is the library's own code, with
+caches that the layers before have emptied. The 200 small layers never empty them. "us per cut" shares the price of beginning a
+run among its cuts; "us per further cut" is what 16 stages cost more than 4.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FEW = {
     "vit_b_16": [BLOCKS["vit_b_16"][layer] for layer in (2, 5, 8)],
 }
 SPECS = {"resnet50": "torchvision:resnet50", "vit_b_16": "torchvision:vit_b_16", "linear": ""}
+WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session")
 SECONDS = 30.0  # of measuring, per case
 
 
@@ -148,7 +151,7 @@ def verdict(values: np.ndarray, limit: float) -> str:
 
 CASES = {"linear": ("linear", 0, "eager", 1), "resnet50-64": ("resnet50", 64, "eager", 1)} | {
     f"{name}-{engine}-{threads}": (name, 224, engine, threads)
-    for engine in ("eager", "onnxruntime", "openvino")
+    for engine in ("eager", *WRITTEN)
     for name in ("resnet50", "vit_b_16")
     for threads in (1, 2)
 }
@@ -159,7 +162,7 @@ def prepare() -> None:
         model, example = model_and_input(name, 224)
         for many in (False, True):
             network = staged(name, model, example, many=many)
-            for engine in ("onnxruntime", "openvino"):
+            for engine in WRITTEN:
                 in_engine(network, engine, example=example, threads=1, key=f"{name}-{network.num_exits}")
 
 

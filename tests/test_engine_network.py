@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
 from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, exported, load_aoti
 from impatient.runtime.engines.partition import Parts, partition
+from impatient.runtime.engines.standalone import BundleError, Staged
 from recordings import Samples
 
 EXAMPLE = torch.zeros(1, 8)
@@ -66,7 +68,13 @@ def network(request: pytest.FixtureRequest, parts: Parts, facts: NetworkFacts) -
     heads = [head and Reusing(head) for head in parts.heads]
     stages = [Reusing(stage) for stage in parts.stages]
     return EngineNetwork(
-        facts, parts.wiring, stages, heads, Reusing(parts.whole), engine="reusing", precision="int8", threads=3, arrays="numpy"
+        facts,
+        Staged(parts.wiring, stages, heads),
+        Reusing(parts.whole),
+        engine="reusing",
+        precision="int8",
+        threads=3,
+        arrays="numpy",
     )
 
 
@@ -139,9 +147,8 @@ def test_cancel_reaches_the_stage_in_flight(parts: Parts, facts: NetworkFacts) -
         def cancel(self, *thread: Any) -> None:
             cancelled.append(thread)
 
-    network = EngineNetwork(
-        facts, parts.wiring, [Slow(), *parts.stages[1:]], parts.heads, parts.whole, engine="slow"
-    )  # fmt: skip
+    slow = Staged(parts.wiring, [Slow(), *parts.stages[1:]], parts.heads)
+    network = EngineNetwork(facts, slow, parts.whole, engine="slow")
     run = network.exits(torch.randn(1, 8))
     next(run)
     assert len(cancelled) == 1
@@ -159,8 +166,11 @@ def test_other_inputs_than_exported_are_refused(network: EngineNetwork) -> None:
 
 
 def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: NetworkFacts) -> None:
-    with pytest.raises(NetworkError, match="3 stages, 2 heads and a wiring of 3 exits for 3 exits"):
-        EngineNetwork(facts, parts.wiring, parts.stages, parts.heads[1:], parts.whole, engine="exported")
+    with pytest.raises(BundleError, match="3 stages, 2 heads and a wiring of 3 exits; needed"):
+        Staged(parts.wiring, parts.stages, parts.heads[1:])
+    fewer = replace(facts, exit_names=facts.exit_names[1:])
+    with pytest.raises(NetworkError, match="3 exits in parts for a network with 2"):
+        EngineNetwork(fewer, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported")
 
 
 # --- inputs with names ------------------------------------------------------------------------------------------------

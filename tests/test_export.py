@@ -107,7 +107,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
     """Take the ONNX files from an exported directory; writing them anew is tested elsewhere."""
 
     def take(source: Path) -> None:
-        def copy(_: Any, folder: Path, **__: Any) -> None:
+        def copy(_: Any, folder: Path, *__: Any, **___: Any) -> None:
             for file in source.glob("*.onnx"):
                 shutil.copy(file, folder)
 
@@ -312,8 +312,8 @@ def test_answers_that_are_always_the_same_show_no_agreement() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"engine": "tensorrt"}, "needed: one of onnxruntime, openvino, aoti"),
-        ({"engine": "eager"}, "needed: one of onnxruntime, openvino, aoti"),
+        ({"engine": "tensorrt"}, "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti"),
+        ({"engine": "eager"}, "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti"),
         ({"precision": "int4"}, "needed: one of fp32"),
         ({"engine": "aoti", "precision": "int8-dynamic"}, "runs in fp32 only"),
         ({"threads": 0}, "needed: 1 or more"),

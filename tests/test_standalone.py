@@ -152,15 +152,15 @@ class Timed:
     def __init__(self, directory: Path) -> None:
         self.clock, self.ran = FakeClock(), []
         self.bundle = Bundle(directory, clock=self.clock.now)
-        for index, part in enumerate(self.bundle.stages):
-            self.bundle.stages[index] = Slow(part, self.clock, 0.010, self.ran, f"stage {index}")
-        for index, head in enumerate(self.bundle.heads[:2]):
-            self.bundle.heads[index] = Slow(head, self.clock, 0.002, self.ran, f"head {index}")
+        for index, part in enumerate(self.bundle.parts.stages):
+            self.bundle.parts.stages[index] = Slow(part, self.clock, 0.010, self.ran, f"stage {index}")
+        for index, head in enumerate(self.bundle.parts.heads[:2]):
+            self.bundle.parts.heads[index] = Slow(head, self.clock, 0.002, self.ran, f"head {index}")
         self.bundle.save_costs(costs([0.010] * 3, [0.002, 0.002, 0.0]))
         self.slow(1.0)
 
     def slow(self, times: float) -> None:
-        for stage in self.bundle.stages:
+        for stage in self.bundle.parts.stages:
             stage.seconds = 0.010 * times
 
     def run(self, **options: Any) -> Answer:
@@ -428,8 +428,8 @@ def policy_between(exit: int, outputs: Any = None) -> dict[str, Any]:
 def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engine: str, exit: int):
     bundle = Bundle(export(engine, policy=policy_between(exit)))
     sizes = []
-    stage = bundle.stages[exit + 1]
-    bundle.stages[exit + 1] = lambda *inputs: sizes.append(inputs[0].shape[0]) or stage(*inputs)
+    stage = bundle.parts.stages[exit + 1]
+    bundle.parts.stages[exit + 1] = lambda *inputs: sizes.append(inputs[0].shape[0]) or stage(*inputs)
     answer = bundle.run(X)
     stops = SCORES["max_probability"](truth(X)[exit]) >= bundle.policy.thresholds[exit]
     wanted = np.where(stops[:, None], truth(X)[exit], truth(X)[2])
@@ -480,7 +480,7 @@ class Held:
 
 def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export: Export):
     bundle = Bundle(export())
-    held = bundle.stages[1] = Held(bundle.stages[1])
+    held = bundle.parts.stages[1] = Held(bundle.parts.stages[1])
     run = bundle.start(X)
     assert held.entered.wait(20.0)
     latest = run.latest()
@@ -497,9 +497,9 @@ def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export
 
 def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
     bundle, heads = Bundle(export()), []
-    held, head = Held(bundle.stages[1]), bundle.heads[1]
-    bundle.stages[1] = lambda *inputs: held(*inputs)
-    bundle.heads[1] = lambda features: heads.append(1) or head(features)
+    held, head = Held(bundle.parts.stages[1]), bundle.parts.heads[1]
+    bundle.parts.stages[1] = lambda *inputs: held(*inputs)
+    bundle.parts.heads[1] = lambda features: heads.append(1) or head(features)
     run = bundle.start(X)
     assert held.entered.wait(20.0)
     assert run.interrupt().exit == 0
@@ -510,7 +510,7 @@ def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
 
 def test_at_its_deadline_a_started_run_returns_the_latest_answer(export: Export):
     bundle = Bundle(export())
-    held = bundle.stages[1] = Held(bundle.stages[1])
+    held = bundle.parts.stages[1] = Held(bundle.parts.stages[1])
     answer = bundle.start(X, deadline_s=0.05).result()
     assert (answer.exit, answer.stopped_by) == (0, "deadline")
     assert held.go.is_set()
@@ -524,7 +524,7 @@ def test_a_started_run_keeps_to_the_policy_and_raises_what_went_wrong(export: Ex
     def failing(*inputs: Any) -> Any:
         raise MemoryError("no more")
 
-    bundle.stages[0] = failing
+    bundle.parts.stages[0] = failing
     for ask in (bundle.start(X).result, bundle.start(X).interrupt):
         with pytest.raises(MemoryError, match="no more"):
             ask()
@@ -535,7 +535,7 @@ def test_a_started_run_keeps_to_the_policy_and_raises_what_went_wrong(export: Ex
 
 def test_profiling_measures_each_stage_and_head_by_itself(export: Export):
     timed = Timed(export())
-    timed.bundle.stages[1].seconds = 0.050
+    timed.bundle.parts.stages[1].seconds = 0.050
     table = timed.bundle.profile(X, repeats=5, warm_up=1)
     assert list(table) == ["4"]
     assert [row["p99"] for row in table["4"]["stages"]] == pytest.approx([0.010, 0.050, 0.010])

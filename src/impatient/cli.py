@@ -405,7 +405,8 @@ def run(
 @app.command()
 def export(
     directory: Directory,
-    engine: Annotated[str, typer.Option(help="onnxruntime or openvino, which run without torch; or aoti (torch's compiler, "
+    engine: Annotated[str, typer.Option(help="onnxruntime or openvino, which run without torch, a session per stage; with "
+                                             "-session behind the name, one session with all exits; or aoti (torch's compiler, "
                                              "ahead of time).")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static "
                                                 "(features, too; their ranges come from the training split).")] = "fp32",

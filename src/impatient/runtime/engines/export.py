@@ -34,8 +34,8 @@ from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti,
 from impatient.runtime.engines.onnx_files import PRECISIONS, quantise, write_parts
 from impatient.runtime.engines.partition import Parts, input_tensors, partition
 
-ENGINES = ("eager", "compile", "cuda-graphs", "aoti", "onnxruntime", "openvino")
-WRITTEN = ("onnxruntime", "openvino", "aoti")  # these have files
+WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")  # these have files
+ENGINES = ("eager", "compile", "cuda-graphs", *WRITTEN)
 TOLERANCE = 1e-4  # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
 BUNDLE = "bundle.json"
 
@@ -49,10 +49,12 @@ def to_engine(
     Args:
         network: from `attach_exits`.
         engine: "eager" (the network itself), "compile" (every stage by torch.compile), "cuda-graphs" (every stage recorded on
-            the network's CUDA device), "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino".
+            the network's CUDA device), "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino" (a session
+            per stage), "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers are read while
+            it runs: faster with many exits, but every head runs and batches do not shrink).
         example: a real input; of a batch of 2 or more, the check of agreement uses all of its samples.
         threads: within an operation. "eager", "compile" and "cuda-graphs" use torch's; with "aoti" it must be torch's.
-        precision: "fp32"; for "onnxruntime" and "openvino" also "int8-dynamic" or "int8-static".
+        precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
         calibration: for "int8-static", inputs in batches, such as those of `data.batches("train", 16)`.
         directory: keep the files there, for `load_engine`; by default they are thrown away.
     Returns:
@@ -130,11 +132,14 @@ def export(
         _write_parts(parts, facts, folder, engine, precision, threads, calibration, whole=not lean)
         bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
         write_json(folder / BUNDLE, bundle)
-        agreement = _check_agreement(network, load_engine(folder), example, precision)
+        try:
+            agreement = _check_agreement(network, load_engine(folder), example, precision)
+        except standalone.BundleError as error:
+            raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
         write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
         if engine != "aoti":
             copy_standalone(folder)
-        write_text(folder / "README.txt", _README[engine == "aoti"].format(engine=engine, threads=threads))
+        write_text(folder / "README.txt", _readme(engine, threads))
     return Path(directory)
 
 
@@ -167,7 +172,7 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     except standalone.BundleError as error:
         raise StorageError(str(error)) from error
     return EngineNetwork(
-        facts, made.wiring, made.stages, made.heads, _Whole(made),
+        facts, made.parts, _Whole(made),
         engine=engine_label(made.engine, bundle["precision"]), precision=bundle["precision"], threads=made.threads,
         arrays="numpy",
     )  # fmt: skip
@@ -184,7 +189,7 @@ class _Whole:
         if self._bundle.description["whole"] is not None:
             return self._bundle.whole(x)
         *_, last = self._bundle.exits(x)
-        return last.features
+        return last.output()
 
 
 def read_bundle(directory: str | Path) -> dict[str, Any]:
@@ -278,7 +283,7 @@ def _check(engine: str, engines: Sequence[str], precision: str, threads: int) ->
         raise RunError(f"engine {engine!r}; needed: one of {', '.join(engines)}.")
     if precision not in PRECISIONS:
         raise RunError(f"precision {precision!r}; needed: one of {', '.join(PRECISIONS)}.")
-    if precision != "fp32" and engine not in ("onnxruntime", "openvino"):
+    if precision != "fp32" and engine not in (*standalone.ENGINES, *standalone.SESSIONS):
         raise RunError(f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'.")
     if threads < 1:
         raise RunError(f"threads={threads}; needed: 1 or more.")
@@ -324,9 +329,9 @@ def _write_parts(
     if engine == "aoti":
         aoti(parts, facts, folder, threads=threads)
         return
-    write_parts(parts, folder, whole=whole)
+    write_parts(parts, folder, engine, whole=whole)
     if precision != "fp32":
-        quantise(parts, folder, precision, [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration])
+        quantise(parts, folder, engine, precision, [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration])
 
 
 def _bundle(
@@ -347,8 +352,7 @@ def _bundle(
             for name, value in tensors.items()
         ],
         "wiring": dataclasses.asdict(wiring),
-        "stages": [f"stage{index}.{ending}" for index in range(len(parts.stages))],
-        "heads": [None if head is None else f"head{index}.{ending}" for index, head in enumerate(parts.heads)],
+        **_files(parts, engine, ending),
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
         "threads": threads, "agreement": None, "tolerance": TOLERANCE if precision == "fp32" else None,
         "costs": None if costs is None else _costs_json(costs),
@@ -356,6 +360,14 @@ def _bundle(
         "facts": [dataclasses.asdict(stage) for stage in facts.stages], "layouts": list(facts.layouts),
         "provenance": made.to_json(),
     }  # fmt: skip
+
+
+def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
+    """Names of the files that hold the exits."""
+    if engine in standalone.SESSIONS:
+        return {"session": f"session.{ending}"}
+    stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
+    return {"stages": stages, "heads": [head and f"head{index}.{ending}" for index, head in enumerate(parts.heads)]}
 
 
 def _dtype_of(module: nn.Module) -> str | None:
@@ -459,24 +471,32 @@ if __name__ == "__main__":
     main(Path(__file__).resolve().parent)
 '''
 
-_README = (
-    """A network with exits, exported by impatient for {engine}. To run it you need Python, numpy and {engine}; no torch.
+_PLAIN_README = """A network with exits, exported by impatient for {package}. It needs Python, numpy and {package}; no torch.
 
-bundle.json says what is here. stageK.onnx computes what lies between exit K - 1 and exit K, headK.onnx the answer of exit K
-from the features there; the last stage gives the last answer itself. whole.onnx, if it is here, is the same network without
-exits.
+bundle.json says what is here. FILES
 
     python run.py --help
 
 In Python, from this folder: `from standalone import Bundle`, and see its docstrings.
-""",
-    """A network with exits, compiled ahead of time by torch (AOTInductor). It runs with the torch version and the number of
-threads ({threads}) it was built with:
+"""
+_STAGES = """stageK.onnx computes what lies between exit K - 1 and exit K, headK.onnx the answer of exit K
+from the features there; the last stage gives the last answer itself. whole.onnx, if it is here, is the same network without
+exits."""
+_SESSION = """session.onnx computes the answers of all exits, of which each is read as soon as it is there (the
+last column of each repeats the first). whole.onnx, if it is here, is the same network without exits."""
+_AOTI_README = """A network with exits, compiled ahead of time by torch (AOTInductor). It runs with the torch version and the
+number of threads ({threads}) it was built with:
 
     import impatient, torch
     torch.set_num_threads({threads})
     network = impatient.load_engine("THIS FOLDER")
 
 The packages are machine code and run as such: load only what you have built.
-""",
-)
+"""
+
+
+def _readme(engine: str, threads: int) -> str:
+    if engine == "aoti":
+        return _AOTI_README.format(threads=threads)
+    files = _SESSION if engine in standalone.SESSIONS else _STAGES
+    return _PLAIN_README.replace("FILES", files).format(package=engine.partition("-")[0])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from impatient.errors import NetworkError
 from impatient.runtime.engines.network import EngineNetwork, NetworkFacts
 from impatient.runtime.engines.partition import Parts
+from impatient.runtime.engines.standalone import Staged
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 
@@ -124,8 +125,9 @@ def cuda_graphs(
         None if head is None else _first(graphed(head, [name], [0]))
         for head, name in zip(parts.heads, wiring.features, strict=True)
     ]
+    whole = _first(graphed(parts.whole, wiring.inputs, [0]))
     return EngineNetwork(
-        facts, wiring, stages, heads, _first(graphed(parts.whole, wiring.inputs, [0])), engine="cuda-graphs", buckets=buckets,
+        facts, Staged(wiring, stages, heads), whole, engine="cuda-graphs", buckets=buckets,
         mechanism=f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows",
     )  # fmt: skip
 

@@ -19,14 +19,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import NetworkError, StaleInput, StorageError
+from impatient.errors import NetworkError, RunError, StaleInput, StorageError
 from impatient.files import write_json
 from impatient.networks.describe import StageFacts, describe, stage_facts
 from impatient.networks.heads import Layout, Pool
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.runtime.engines.partition import Parts, any_batch, exporting, input_tensors
-from impatient.runtime.engines.standalone import Head, Part, PartExit, StagedRun, Wiring
+from impatient.runtime.engines.standalone import PartExit, Run, Staged, Streamed
 from impatient.runtime.engines.standalone.description import wiring_of
 from impatient.runtime.profile import resized
 
@@ -87,12 +87,20 @@ class EngineExit:
 
     @property
     def features(self) -> Tensor:
-        """What the head sees; of an engine on numpy arrays, a copy each time."""
+        """What the head sees; of an engine on numpy arrays, a copy each time.
+
+        Raises:
+            RunError: where all exits are in one session, which keeps its features to itself.
+        """
+        if self._exit.features is None:
+            raise RunError("an engine with one session of all exits gives no features; use one with a session per stage.")
         return _to_torch(self._exit.features, self._arrays)
 
     @property
     def row_bytes(self) -> float:
-        """Size of one sample's features, without copying them."""
+        """Size of one sample's features, without copying them; 0 where they stay in a session."""
+        if self._exit.features is None:
+            return 0.0
         return float(self._exit.features.nbytes / self._exit.features.shape[0])
 
     def output(self) -> Tensor:
@@ -112,7 +120,7 @@ class EngineRun(Iterator[EngineExit]):
         `cancel` may be called from any thread, everything else from one at a time.
     """
 
-    def __init__(self, run: StagedRun, arrays: Arrays) -> None:
+    def __init__(self, run: Run, arrays: Arrays) -> None:
         self._run, self._arrays = run, arrays
 
     def __next__(self) -> EngineExit:
@@ -172,15 +180,12 @@ class EngineNetwork:
 
     Args:
         facts: of the eager network.
-        wiring: how the values go through the stages.
-        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives` back; it may have a method
-            cancel(). It must not write to what it takes, nor later to what it gave, but for what the run is done with.
-        heads: per exit, a callable, features to output; None at the last.
-        whole: a callable, `wiring.inputs` as positions, the output back.
-        engine: "compile", "aoti", "onnxruntime", "openvino" or "exported".
+        parts: what begins a run: `Staged`, or `Streamed` where all exits are in one session.
+        whole: a callable, the inputs as positions, the output back.
+        engine: "compile", "aoti", "onnxruntime", "openvino", "onnxruntime-session", ... or "exported".
         precision: "fp32", "int8-dynamic", ...
         threads: intra-op threads of the engine; None where they are torch's.
-        arrays: what the callables take and give.
+        arrays: what parts and whole take and give.
         buckets: the only numbers of rows that run, where the engine wants fixed shapes; empty: any.
         mechanism: how it is staged, in words.
 
@@ -195,9 +200,7 @@ class EngineNetwork:
     def __init__(
         self,
         facts: NetworkFacts,
-        wiring: Wiring,
-        stages: Sequence[Part],
-        heads: Sequence[Head | None],
+        parts: Staged | Streamed,
         whole: Callable[..., Any],
         *,
         engine: str,
@@ -207,20 +210,18 @@ class EngineNetwork:
         buckets: Sequence[int] = (),
         mechanism: str | None = None,
     ) -> None:
-        if not len(facts.exit_names) == len(stages) == len(heads) == len(wiring.features):
-            raise NetworkError(
-                f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits for "
-                f"{len(facts.exit_names)} exits; needed: one of each per exit."
-            )
-        self.facts, self.wiring = facts, wiring
+        if parts.num_exits != len(facts.exit_names):
+            raise NetworkError(f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; needed: as many.")
+        self.facts = facts
         self.engine, self.precision, self.threads = engine, precision, threads
         self.exit_names, self.num_classes, self.layouts = facts.exit_names, facts.num_classes, facts.layouts
         self.structure = facts.structure
         self.weights = facts.weights if precision == "fp32" else f"{facts.weights}-{precision}"
         self.buckets = tuple(buckets)
-        self.mechanism = mechanism or f"{engine}, one artifact for each of {len(stages)} stages"
-        self.backbone = Whole(whole, wiring.inputs, arrays)
-        self._stages, self._heads, self._arrays = tuple(stages), tuple(heads), arrays
+        how = f"one artifact for each of {parts.num_exits} stages" if parts.shrinks else "one session with all exits"
+        self.mechanism = mechanism or f"{engine}, {how}"
+        self.backbone = Whole(whole, parts.wiring.inputs, arrays)
+        self._parts, self._arrays = parts, arrays
 
     @property
     def num_exits(self) -> int:
@@ -237,8 +238,12 @@ class EngineNetwork:
         Raises:
             NetworkError: if the input has other tensors than the one the network was exported with.
         """
-        values = [_from_torch(tensor, self._arrays) for tensor in input_tensors(x, self.wiring.inputs)]
-        return EngineRun(StagedRun(self.wiring, self._stages, self._heads, values), self._arrays)
+        values = [_from_torch(tensor, self._arrays) for tensor in input_tensors(x, self._parts.wiring.inputs)]
+        return EngineRun(self._parts(values), self._arrays)
+
+    def shrinks(self, x: Any) -> bool:  # noqa: ARG002
+        """Whether it pays to take samples out of a run: not out of one session of all exits, which computes them all."""
+        return self._parts.shrinks
 
     def pooled(self, exit: EngineExit) -> Tensor:
         """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
@@ -273,7 +278,7 @@ class EngineNetwork:
 
 def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
     """The exported graphs as they are, run by torch: what the engines are compared with."""
-    return EngineNetwork(facts, parts.wiring, parts.stages, parts.heads, parts.whole, engine="exported")
+    return EngineNetwork(facts, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported")
 
 
 def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
@@ -291,9 +296,8 @@ def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
         return torch.compile(part, options={"freezing": True})
 
     heads = [None if head is None else made(head) for head in parts.heads]
-    return EngineNetwork(
-        facts, parts.wiring, [made(stage) for stage in parts.stages], heads, made(parts.whole), engine="compile"
-    )
+    stages = [made(stage) for stage in parts.stages]
+    return EngineNetwork(facts, Staged(parts.wiring, stages, heads), made(parts.whole), engine="compile")
 
 
 def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1) -> EngineNetwork:
@@ -355,7 +359,7 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
     stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
     heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
     whole = _load(directory / "whole.pt2")
-    return EngineNetwork(facts, wiring, stages, [*heads, None], whole, engine="aoti", threads=made["threads"])
+    return EngineNetwork(facts, Staged(wiring, stages, [*heads, None]), whole, engine="aoti", threads=made["threads"])
 
 
 _AOTI = "aoti.json"

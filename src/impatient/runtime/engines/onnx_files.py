@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from impatient.errors import ExportFailed
 from impatient.runtime.engines.partition import Parts, any_batch
+from impatient.runtime.engines.standalone import SESSIONS
 
 LARGEST_FILE = 2**31 - 2**24  # bytes: what protobuf can hold, less some room for the graph
 # norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
@@ -20,8 +21,8 @@ STATIC_KINDS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxP
 PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
 
 
-def write_parts(parts: Parts, folder: Path, *, whole: bool) -> None:
-    """Write stage0.onnx, head0.onnx, ... and, if asked for, whole.onnx.
+def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None:
+    """Write stage0.onnx, head0.onnx, ..., or session.onnx, and, if asked for, whole.onnx.
 
     Raises:
         ExportFailed: if a part cannot be written as ONNX, or the packages for it are missing.
@@ -29,20 +30,58 @@ def write_parts(parts: Parts, folder: Path, *, whole: bool) -> None:
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ExportFailed(f"writing ONNX needs {package}, which is not installed: pip install 'impatient[onnx]'.")
-    for name, part, takes, gives in _named_parts(parts):
+    for name, part, takes, gives in _named_parts(parts, engine):
         if whole or name != "whole":
             _write(part, parts, takes, gives, folder / f"{name}.onnx")
 
 
-def _named_parts(parts: Parts) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
-    """Every part with its name and the names of what it takes and gives."""
+def _named_parts(parts: Parts, engine: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
+    """Every file's name and module, and the names of what it takes and gives."""
     wiring = parts.wiring
-    for index, (stage, takes, gives) in enumerate(zip(parts.stages, wiring.takes, wiring.gives, strict=True)):
-        yield f"stage{index}", stage, takes, gives
-    for index, (head, features) in enumerate(zip(parts.heads, wiring.features, strict=True)):
-        if head is not None:
-            yield f"head{index}", head, (features,), ("output",)
+    if engine in SESSIONS:
+        outputs = tuple(f"output{index}" for index in range(len(parts.stages)))
+        yield "session", _AllExits(parts, late=engine == "onnxruntime-session"), wiring.inputs, outputs
+    else:
+        for index, (stage, takes, gives) in enumerate(zip(parts.stages, wiring.takes, wiring.gives, strict=True)):
+            yield f"stage{index}", stage, takes, gives
+        for index, (head, features) in enumerate(zip(parts.heads, wiring.features, strict=True)):
+            if head is not None:
+                yield f"head{index}", head, (features,), ("output",)
     yield "whole", parts.whole, wiring.inputs, ("output",)
+
+
+class _AllExits(nn.Module):
+    """All stages and heads in one, with outputs that can be read while it computes (see standalone/streamed.py).
+
+    Each is made by a gather, which copies values that are final. Its first column stands twice, or engines would take the
+    gather for nothing and leave it out.
+
+    Args:
+        late: write the gathers at the end of the file, the deepest exit's first. ONNX Runtime (1.31) computes depth first,
+            from the last node that nobody takes from, so that every output then comes as soon as it can; OpenVINO (2026.4)
+            computes in the order of the file.
+    """
+
+    def __init__(self, parts: Parts, *, late: bool) -> None:
+        super().__init__()
+        self._wiring, self._late = parts.wiring, late
+        self._stages, self._heads = nn.ModuleList(parts.stages), nn.ModuleList(filter(None, parts.heads))
+        self.register_buffer("_columns", torch.tensor([*range(parts.num_classes), 0]))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values, outputs = dict(zip(self._wiring.inputs, inputs, strict=True)), []
+        heads = [*self._heads, nn.Identity()]
+        for index, (stage, head) in enumerate(zip(self._stages, heads, strict=True)):
+            given = stage(*(values[name] for name in self._wiring.takes[index]))
+            values.update(zip(self._wiring.gives[index], given, strict=True))
+            output = head(values[self._wiring.features[index]])
+            outputs.append(output if self._late else self._readable(output))
+        if self._late:
+            outputs = [self._readable(output) for output in reversed(outputs)][::-1]
+        return tuple(outputs)
+
+    def _readable(self, output: Tensor) -> Tensor:
+        return output.index_select(1, self.get_buffer("_columns"))
 
 
 def _write(part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path) -> None:
@@ -53,7 +92,7 @@ def _write(part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its own older names
-            exported = torch.export.export(part, arguments, dynamic_shapes=shapes)
+            exported = torch.export.export(part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes)
             program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
             _name_values(program.model.graph, takes, gives)
             program.save(str(file), external_data=size > LARGEST_FILE)
@@ -75,7 +114,9 @@ def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None
         value.name = name
 
 
-def quantise(parts: Parts, folder: Path, precision: str, calibration: Sequence[tuple[Tensor, ...]]) -> None:
+def quantise(
+    parts: Parts, folder: Path, engine: str, precision: str, calibration: Sequence[tuple[Tensor, ...]]
+) -> None:  # fmt: skip
     """Replace every file in a folder that `write_parts` has written by one that computes with 8 bits.
 
     Args:
@@ -83,7 +124,7 @@ def quantise(parts: Parts, folder: Path, precision: str, calibration: Sequence[t
         calibration: for "int8-static", inputs to find the ranges with, in batches: tuples as in `wiring.inputs`.
     """
     seen = _values_seen(parts, calibration) if precision == "int8-static" else []
-    for name, _, takes, _ in _named_parts(parts):
+    for name, _, takes, _ in _named_parts(parts, engine):
         file = folder / f"{name}.onnx"
         if file.is_file():  # whole.onnx may have been left out
             _quantise(file, precision, [{name: values[name] for name in takes} for values in seen])

@@ -8,11 +8,14 @@ from .bundle import Bundle, Started
 from .errors import BundleError, Cancelled
 from .pace import Drift, Pace
 from .parts import ENGINES, EnginePart, OnnxRuntimePart, OpenVinoPart
-from .staged import Head, Part, PartExit, StagedRun, Wiring
+from .sessions import SESSIONS
+from .staged import Head, Part, PartExit, Run, Staged, StagedRun, Wiring
+from .streamed import Streamed, StreamedRun
 from .thresholds import Thresholds
 
 __all__ = [
     "ENGINES",
+    "SESSIONS",
     "Answer",
     "Bundle",
     "BundleError",
@@ -25,8 +28,12 @@ __all__ = [
     "Pace",
     "Part",
     "PartExit",
+    "Run",
+    "Staged",
     "StagedRun",
     "Started",
+    "Streamed",
+    "StreamedRun",
     "Thresholds",
     "Wiring",
 ]

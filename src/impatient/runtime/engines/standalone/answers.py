@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from .staged import Array, PartExit, StagedRun
+from .staged import Array, PartExit, Run
 from .thresholds import Thresholds
 
 StoppedBy = Literal["final", "policy", "deadline", "limit", "interrupt"]
@@ -66,7 +66,7 @@ class Gathered:
             self._output = np.empty((self.count, *output.shape[1:]), output.dtype)
         self._output[self._going], self._exits[self._going], self._taken = output, exit.index, exit.index
 
-    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: StagedRun) -> StoppedBy | None:
+    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
         """Take those samples out of the run that stop at this exit; say why if none is left."""
         if exit.index == self._last:
             return "final"

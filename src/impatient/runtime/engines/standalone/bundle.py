@@ -7,7 +7,7 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from .description import SCHEMA, check_input, read, read_description, wiring_of,
 from .errors import BundleError, Cancelled
 from .pace import QUANTILES, RESERVE_S, Drift, Pace
 from .parts import ENGINES, EnginePart
-from .staged import Array, Inputs, PartExit, StagedRun
+from .sessions import SESSIONS
+from .staged import Array, Inputs, PartExit, Run, Staged
+from .streamed import Streamed
 from .thresholds import Thresholds
 
 COSTS_FILE = "costs.json"
@@ -37,6 +39,7 @@ class Bundle:
     Attributes:
         costs: per batch size as text, the measured seconds of stages and heads; those of costs.json, if there.
         policy: when to stop early; None if none was exported.
+        parts: what is called to begin a run: `Staged`, or `Streamed` where all exits are in one session.
     Raises:
         BundleError: if the directory is incomplete or damaged, or its engine not installed.
 
@@ -53,10 +56,9 @@ class Bundle:
         self.exit_names, self.num_classes = tuple(description["exits"]), int(description["num_classes"])
         self.threads = int(description["threads"]) if threads is None else threads
         self.wiring = wiring_of(description["wiring"])
+        self.parts = self._load()
         policy = description["policy"]
         self.policy = policy and Thresholds(score=policy["score"], thresholds=tuple(map(float, policy["thresholds"])))
-        self.stages = [self._part(name) for name in description["stages"]]
-        self.heads = [None if name is None else self._part(name).one for name in description["heads"]]
         self._whole: EnginePart | None = None
         self._drifts = {statistic: Drift(quantile) for statistic, quantile in QUANTILES.items()}
         self._paces: dict[tuple[int, str], Pace] = {}
@@ -67,7 +69,7 @@ class Bundle:
     def num_exits(self) -> int:
         return len(self.exit_names)
 
-    def exits(self, x: Inputs) -> StagedRun:
+    def exits(self, x: Inputs) -> Run:
         """Run stage by stage: `for exit in bundle.exits(x)`; stop asking, and nothing deeper is computed.
 
         Args:
@@ -75,7 +77,7 @@ class Bundle:
         Raises:
             BundleError: if an array has another dtype or shape than the network takes.
         """
-        return StagedRun(self.wiring, self.stages, self.heads, self._inputs(x))
+        return self.parts(self._inputs(x))
 
     def whole(self, x: Inputs) -> Array:
         """The output of the network without exits, to compare with. It is loaded at the first call."""
@@ -161,7 +163,7 @@ class Bundle:
                 before = self._clock()
         times_s[1, -1] = 0.0  # the last exit has no head
         stages, heads = ([_quantiles(row) for row in rows] for rows in times_s)
-        return {str(self._batch(self._inputs(x))): {"stages": stages, "heads": heads}}
+        return {str(self.wiring.batch_size(self._inputs(x))): {"stages": stages, "heads": heads}}
 
     def save_costs(self, costs: Mapping[str, Any]) -> None:
         """Write what `profile` measured to costs.json in the directory, whole or not at all, and use it from now on.
@@ -180,16 +182,24 @@ class Bundle:
         self.costs, self._measured_on = value["costs"], here
         self._paces.clear()
 
-    def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[StagedRun, Gathered]:
+    def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
         if deadline_s is not None and not deadline_s > 0.0:
             raise BundleError(f"deadline_s={deadline_s!r}; needed: a positive number of seconds, such as 0.008.")
         inputs = self._inputs(x)
         deadline = math.inf if deadline_s is None else begin + deadline_s
-        gathered = Gathered(self._batch(inputs), self.num_exits, self._clock, begin, deadline)
-        return StagedRun(self.wiring, self.stages, self.heads, inputs), gathered
+        gathered = Gathered(self.wiring.batch_size(inputs), self.num_exits, self._clock, begin, deadline)
+        return self.parts(inputs), gathered
+
+    def _load(self) -> Staged | Streamed:
+        if self.engine in SESSIONS:
+            session = SESSIONS[self.engine](self.directory / self.description["session"], threads=self.threads)
+            return Streamed(self.wiring, session)
+        stages = [self._part(name) for name in self.description["stages"]]
+        heads = [None if name is None else self._part(name).one for name in self.description["heads"]]
+        return Staged(self.wiring, stages, heads)
 
     def _part(self, name: str) -> EnginePart:
-        return ENGINES[self.engine](self.directory / name, threads=self.threads)
+        return ENGINES[self.engine.removesuffix("-session")](self.directory / name, threads=self.threads)
 
     def _inputs(self, x: Inputs) -> list[Array]:
         specs = {spec["name"]: spec for spec in self.description["inputs"]}
@@ -206,10 +216,6 @@ class Bundle:
     def _input_dims(self) -> list[tuple[str, int]]:
         dims = [(name, self.wiring.batch_dims[name]) for name in self.wiring.inputs]
         return [(name, dim) for name, dim in dims if dim is not None]
-
-    def _batch(self, inputs: Sequence[Array]) -> int:
-        name, dim = self._input_dims()[0]
-        return int(inputs[self.wiring.inputs.index(name)].shape[dim])
 
     def _here(self) -> dict[str, Any]:
         return {"processor": processor_name(), "threads": self.threads, "engine": self.engine}
@@ -254,7 +260,7 @@ class Started:
         All methods may be called from any thread.
     """
 
-    def __init__(self, run: StagedRun, gathered: Gathered, rule: Thresholds | None) -> None:
+    def __init__(self, run: Run, gathered: Gathered, rule: Thresholds | None) -> None:
         self._run, self._gathered, self._rule = run, gathered, rule
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None

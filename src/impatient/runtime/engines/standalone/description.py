@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import BundleError
 from .parts import ENGINES
+from .sessions import SESSIONS
 from .staged import Wiring
 from .thresholds import SCORES
 
@@ -34,11 +35,13 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     """What is wrong with a description, in words; None if nothing is."""
-    if value["engine"] not in ENGINES:
-        return f"engine {value['engine']!r}; needed: one of {', '.join(ENGINES)}"
+    if value["engine"] not in (*ENGINES, *SESSIONS):
+        return f"engine {value['engine']!r}; needed: one of {', '.join((*ENGINES, *SESSIONS))}"
     wiring, policy = wiring_of(value["wiring"]), value["policy"]
-    rows = {"stages": value["stages"], "heads": value["heads"], "takes": wiring.takes, "gives": wiring.gives}
-    rows |= {"features": wiring.features, **({"thresholds": policy["thresholds"]} if policy else {})}
+    streamed = value["engine"] in SESSIONS
+    rows = {} if streamed else {"stages": value["stages"], "heads": value["heads"]}
+    rows |= {"takes": wiring.takes, "gives": wiring.gives, "features": wiring.features}
+    rows |= {"thresholds": policy["thresholds"]} if policy else {}
     for name, row in rows.items():
         if len(row) != len(value["exits"]):
             return f"{len(row)} {name} for {len(value['exits'])} exits; needed: one of each per exit"
@@ -54,7 +57,7 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
         if lacking:
             return f"nothing gives the value {lacking[0]!r} before it is taken, or its batch dimension is not said"
         known |= {*gives}
-    files = [*value["stages"], *value["heads"], value["whole"]]
+    files = [*([value["session"]] if streamed else [*value["stages"], *value["heads"]]), value["whole"]]
     missing = [name for name in files if name is not None and not (directory / name).is_file()]
     return f"there is no file {missing[0]} in {directory}" if missing else None
 

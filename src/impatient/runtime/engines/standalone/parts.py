@@ -126,12 +126,7 @@ class OpenVinoPart(EnginePart):
     def _load(self, path: Path, threads: int) -> None:
         import openvino
 
-        # f32: where the processor has bfloat16, OpenVINO would compute in it unasked
-        settings = {
-            "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
-        }  # fmt: skip
-        self._compiled = _openvino_core().compile_model(str(path), "CPU", settings)
+        self._compiled = openvino_core().compile_model(str(path), "CPU", openvino_settings(threads))
         self._tensor = openvino.Tensor
         self._count = len(self._compiled.outputs)
         self._idle: collections.deque[Any] = collections.deque()
@@ -179,10 +174,19 @@ class OpenVinoPart(EnginePart):
 
 
 @functools.cache
-def _openvino_core() -> Any:
+def openvino_core() -> Any:
+    """OpenVINO, once per process."""
     import openvino
 
     return openvino.Core()
+
+
+def openvino_settings(threads: int) -> dict[str, Any]:
+    """How a model is compiled for the CPU."""
+    # f32: where the processor has bfloat16, OpenVINO would compute in it unasked
+    return {
+        "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
 
 
 class _Loan:

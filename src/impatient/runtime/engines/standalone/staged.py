@@ -9,6 +9,8 @@ from typing import Any, Self
 
 from numpy.typing import NDArray
 
+from .errors import BundleError
+
 Array = NDArray[Any]
 Inputs = Array | Mapping[str, Array]
 
@@ -35,15 +37,25 @@ class Wiring:
     features: tuple[str, ...]
     batch_dims: Mapping[str, int | None]
 
+    def batch_size(self, inputs: Sequence[Any]) -> int:
+        """Number of samples in inputs that are given in order."""
+        dims = (self.batch_dims[name] for name in self.inputs)
+        return next(int(value.shape[dim]) for value, dim in zip(inputs, dims, strict=True) if dim is not None)
+
 
 class PartExit:
-    """One exit of a run: the stage up to it has just been computed, its head has not."""
+    """One exit of a run: the stage up to it has just been computed, its head has not.
+
+    Attributes:
+        index: 0-based, shallow to deep.
+        features: what its head takes; of the last exit, the output itself; None where they stay inside a session.
+    """
 
     __slots__ = ("_head", "_output", "features", "index")
 
-    def __init__(self, index: int, features: Any, head: Head | None) -> None:
+    def __init__(self, index: int, features: Any, head: Head | None, output: Any = None) -> None:
         self.index, self.features, self._head = index, features, head
-        self._output: Any = features if head is None else None
+        self._output: Any = features if head is None and output is None else output
 
     def output(self) -> Any:
         """Compute the head, once. Shape [B, num_classes], before softmax."""
@@ -53,7 +65,60 @@ class PartExit:
         return self._output
 
 
-class StagedRun(Iterator[PartExit]):
+class Run(Iterator[PartExit]):
+    """One run through a network in parts, exit by exit, to be used in a `with` block."""
+
+    def keep(self, rows: Any) -> None:
+        """Go on with these samples only, in this order: an array of their places in the present batch."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """From any thread: end what `__next__` waits for early, where the engine can; it then raises.
+
+        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage is computed anew.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Throw away what has not been computed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Staged:
+    """A network cut into parts: called with the inputs in order, it begins a run.
+
+    Args:
+        wiring: how the values go through the stages.
+        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives` back; it may have a method
+            cancel(thread). It must not write to what it takes, nor later to what it gave, but for what the run is done with.
+        heads: per exit, a callable, features to output; None at the last.
+    """
+
+    shrinks = True  # runs can go on with part of their batch, and that saves work
+
+    def __init__(self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None]) -> None:
+        if not len(stages) == len(heads) == len(wiring.features):
+            raise BundleError(
+                f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits; needed: one of each "
+                "per exit."
+            )
+        self.wiring, self.stages, self.heads = wiring, stages, heads
+
+    @property
+    def num_exits(self) -> int:
+        return len(self.stages)
+
+    def __call__(self, inputs: Sequence[Any]) -> StagedRun:
+        return StagedRun(self.wiring, self.stages, self.heads, inputs)
+
+
+class StagedRun(Run):
     """One run: computes a stage when asked for the next exit. Values are arrays of any one kind (numpy, torch)."""
 
     def __init__(self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None], inputs: Sequence[Any]) -> None:
@@ -83,28 +148,16 @@ class StagedRun(Iterator[PartExit]):
         return PartExit(index, features, self._heads[index])
 
     def keep(self, rows: Any) -> None:
-        """Go on with these samples only, in this order: an array of their places in the present batch."""
         for name, value in self._values.items():
             dim = self._wiring.batch_dims[name]
             if dim is not None:
                 self._values[name] = value[(slice(None),) * dim + (rows,)]
 
     def cancel(self) -> None:
-        """From any thread: end the stage in flight early, where its engine can; `__next__` then raises.
-
-        Without a stage in flight nothing happens. A run that was cancelled may go on: its stage is computed anew.
-        """
         with self._lock:
             if self._thread is not None:
                 getattr(self._stages[self._next], "cancel", lambda _: None)(self._thread)
 
     def close(self) -> None:
-        """Throw away what has not been computed."""
         self._next = len(self._stages)
         self._values.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
