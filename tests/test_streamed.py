@@ -21,7 +21,9 @@ from impatient.errors import ExportFailed, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
-from impatient.runtime.engines import EngineNetwork, export, load_engine
+from impatient.runtime.engines import ENGINES, EngineNetwork, export, load_engine
+from impatient.runtime.engines.export import engine_and_precision, engine_label
+from impatient.runtime.engines.onnx_files import PRECISIONS
 from impatient.runtime.engines.standalone import SESSIONS, Cancelled, Streamed, Wiring
 from impatient.runtime.engines.standalone.streamed import StreamedRun
 
@@ -331,6 +333,12 @@ def test_it_runs_without_torch_and_meets_deadlines_there(place: Path, tower: Mul
     torch.testing.assert_close(torch.tensor(answer["probabilities"]), truth(tower, x)[3].softmax(-1), rtol=1e-3, atol=1e-4)
     late = json.loads(answered("--json", "--deadline-ms", "0.000001"))
     assert (late["exit"], late["stopped_by"], late["deadline_met"]) == (0, "deadline", False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_label_says_engine_and_precision(engine: str, precision: str) -> None:
+    assert engine_and_precision(engine_label(engine, precision)) == (engine, precision)
 
 
 def test_it_has_no_features_and_no_smaller_batches(made: EngineNetwork) -> None:

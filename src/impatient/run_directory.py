@@ -44,7 +44,7 @@ from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
-from impatient.runtime.engines.export import bundle_file, load_engine, to_engine
+from impatient.runtime.engines.export import bundle_file, engine_and_precision, load_engine, to_engine
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
@@ -345,12 +345,12 @@ class RunDirectory:
         """
         return self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file)
 
-    def _recording(self, what: str, file: Path, weights: Path, precision: str = "") -> Recording:
+    def _recording(self, what: str, file: Path, weights: Path, precision: str = "fp32") -> Recording:
         spec, remedy = self.spec(), f"run `impatient record {self.path}{self.arguments}`"
         if not file.is_file():
             raise StorageError(f"{self.here} has no {what}; {remedy}.")
         recording = Recording.load(file)
-        wanted = self._fingerprint(weights) + (f"-{precision}" if precision else "")
+        wanted = self._fingerprint(weights) + (f"-{precision}" if precision != "fp32" else "")
         recording.provenance.require(f"the {what}", f"{remedy} again", weights=wanted, data=spec.data_fingerprint)
         return recording
 
@@ -425,14 +425,16 @@ class EngineDirectory(RunDirectory):
 
         So policies that were fitted on what torch answered may be judged on what the engine does.
         """
-        precision = self.engine_name.partition("-")[2]
+        _, precision = engine_and_precision(self.engine_name)
         recording = self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file, precision)
         made = dataclasses.replace(recording.provenance, weights=self.weights_fingerprint())
         return dataclasses.replace(recording, provenance=made)
 
     def _export_again(self) -> str:
-        engine, _, precision = self.engine_name.partition("-")
-        return f"run `impatient export {self.path} --engine {engine}" + (f" --precision {precision}`" if precision else "`")
+        engine, precision = engine_and_precision(self.engine_name)
+        return f"run `impatient export {self.path} --engine {engine}" + (
+            f" --precision {precision}`" if precision != "fp32" else "`"
+        )
 
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)

@@ -166,7 +166,7 @@ def _machine(device: str, network: Any = None) -> dict[str, Any]:
 
 def _versions(engine: str) -> dict[str, str]:
     """Versions of Python, torch and impatient, and of the engine where it is a package of its own."""
-    package = engine.partition("-")[0]  # behind the hyphen: its precision
+    package = engine.partition("-")[0]  # behind the hyphen: how its sessions are, and its precision
     if package not in ("onnxruntime", "openvino"):
         return versions()
     try:

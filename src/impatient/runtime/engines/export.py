@@ -274,6 +274,12 @@ def engine_label(engine: str, precision: str) -> str:
     return engine if precision == "fp32" else f"{engine}-{precision}"
 
 
+def engine_and_precision(label: str) -> tuple[str, str]:
+    """What `engine_label` was given."""
+    precision = next((precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32")
+    return label.removesuffix(f"-{precision}"), precision
+
+
 def _damaged(directory: str | Path, what: str) -> StorageError:
     return StorageError(f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export it again.")
 
