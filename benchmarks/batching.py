@@ -52,7 +52,8 @@ def policy_for(outputs_kn: Sequence[Tensor], shares: Sequence[float]) -> Thresho
 
 
 def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
-    torch.set_num_threads(threads)
+    # torch computes the scores, and its threads would spin behind each for milliseconds on the engine's cores
+    torch.set_num_threads(threads if engine == "eager" else 1)
     network, pool = network_and_pool(name)
     pool = pool[: 2 * BATCH] if smoke else pool
     made = in_engine(network, engine, example=pool[:2], threads=threads, key=f"batching-{name}")

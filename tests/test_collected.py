@@ -158,6 +158,23 @@ def test_runners_answer_so_in_both_ways(thresholds: Any, batch: int, seed: int, 
 
 
 @settings(deadline=None)
+@given(thresholds=thresholds, batch=st.integers(2, MOST), seed=seeds)
+def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(thresholds: Any, batch: int, seed: int) -> None:
+    x, last = x_of(batch, seed), NETWORK.num_exits - 1
+    with Runner(NETWORK, COSTS, policy_of(*thresholds), any_profile=True) as runner:
+        together = runner.run(x)
+        for number, exit in enumerate(together.exits):
+            row = slice(number, number + 1)
+            with runner.start(x[row]) as run, runner.open(x[row]) as opened:
+                for answer in (runner.run(x[row]), run.result(), opened.run()):
+                    assert_same((answer.output, answer.exits), (together.output[row], (exit,)))
+                    assert (answer.exit, answer.stopped_by) == (exit, "final" if exit == last else "policy")
+                assert_same((opened.run().output, (exit,)), (together.output[row], (exit,)))  # what has stopped stays so
+                further = opened.run(policy=None)  # and goes on when it is told to
+            assert_same((further.output, further.exits), (NETWORK(x[row])[last].detach(), (last,)))
+
+
+@settings(deadline=None)
 @given(thresholds=thresholds, batch=batches, seed=seeds)
 def test_after_every_exit_a_snapshot_has_all_samples_in_order(thresholds: Any, batch: int, seed: int) -> None:
     x, policy = x_of(batch, seed), policy_of(*thresholds)

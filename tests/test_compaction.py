@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes import batch_costs, costs_of
-from impatient.costs import CostProfile
+from impatient.costs import CostProfile, Quantiles
 from impatient.errors import RunError
 from impatient.runtime.compaction import Compaction, covering
 
 FREE: dict[str, float] = {"keep_s": 0.0, "copy_bytes_per_s": 1e9}
 
 
-def profiled(stages_of: Mapping[int, list[float]], device: str = "cpu") -> CostProfile:
+def profiled(stages_of: Mapping[int, list[Any]], device: str = "cpu") -> CostProfile:
     """A profile with these stage times per batch size."""
     first = next(iter(stages_of.values()))
     costs = costs_of(first)
@@ -84,6 +84,14 @@ def test_only_the_stages_ahead_count() -> None:
 
 def test_a_device_that_takes_the_same_time_for_fewer_rows_never_shrinks() -> None:
     assert Compaction(costs=profiled({1: [1.0, 1.0], 8: [1.0, 1.0]}), **FREE).size(0, 8, 1, 0.0) == 8
+
+
+@pytest.mark.parametrize(("disturbed", "size"), [(8, 8), (4, 4)])
+def test_a_disturbed_repeat_at_one_size_does_not_decide(disturbed: int, size: int) -> None:
+    time_of = {4: 1.0, 8: 1.0 if disturbed == 8 else 2.0}  # four rows save nothing, or half
+    stages: dict[int, list[Any]] = {rows: [0.0, Quantiles.of([seconds] * 20)] for rows, seconds in time_of.items()}
+    stages[disturbed][1] = Quantiles.of([*[time_of[disturbed]] * 19, 100.0])
+    assert Compaction(costs=profiled(stages), **FREE).size(0, 8, 4, 0.0) == size
 
 
 def test_always_and_never_do_not_ask() -> None:

@@ -727,3 +727,20 @@ def test_the_interpreter_ends_although_a_stage_never_does(monkeypatch: pytest.Mo
     stubborn._worker.end()
     assert workers()
     stuck.release()
+
+
+def test_whoever_waits_for_the_result_is_not_woken_by_the_exits_on_the_way(network: FakeNetwork) -> None:
+    first, last = hold(network, "stage 0"), hold(network, "stage 3")
+    with runner_of(network).start(X) as run:
+        first.wait_reached()
+        answer = elsewhere(run.result)
+        wait_for_waiters(run, 1)
+        (waiter,) = run._changed._waiters  # type: ignore[attr-defined]
+        first.release()
+        last.wait_reached()
+        assert [*run._changed._waiters] == [waiter]  # type: ignore[attr-defined]
+        latest = run.latest()
+        assert latest is not None
+        assert latest.exit == 2
+        last.release()
+        assert answer.result(PATIENCE_S).stopped_by == "final"

@@ -25,16 +25,6 @@ from impatient.runtime.runner import RESERVE_S
 STAGES, HEADS = [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]  # exit k answers at k + 1.5
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def network(clock: FakeClock) -> FakeNetwork:
-    return FakeNetwork(clock, STAGES, HEADS)
-
-
 def run(runner: Runner, seconds: float = math.inf, x: Tensor = X) -> Answer:
     return runner.run(x, deadline=Deadline(runner.clock.now() + seconds))
 

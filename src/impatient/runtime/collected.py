@@ -66,6 +66,7 @@ class Collected:
         self._network: Any = network
         self._walk = walk
         self.size = self._left = self._present = batch_size_of(x)  # rows that run next, still going, and at the present exit
+        self._alone = self.size == 1
         wanted = policy is not None and self.size > 1 and compaction is not None and compaction.when != "never"
         self._compaction = compaction if wanted and can_shrink(network, walk, x) else None
         self._output: Tensor | None = None  # of all samples, in their original order
@@ -85,6 +86,8 @@ class Collected:
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
         stops = self._stops(exit)
+        if self._alone:  # nothing to merge or to take out, and every operator here is part of each answer's time
+            return bool(stops)
         going = ~stops if self._going is None else self._going & ~stops
         left = going.nonzero()[:, 0]
         if len(left) < self._left:

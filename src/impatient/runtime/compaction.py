@@ -34,8 +34,9 @@ def covering(sizes: Iterable[int], rows: int) -> int | None:
 class Compaction:
     """The rule that says with how many rows a batch goes on when some of its samples have finished.
 
-    "auto" compares the mean time of all stages ahead at the present number of rows and at the reduced one, and goes on with
-    fewer rows if the difference is more than copying them costs. It takes it that the samples still going go on to the last
+    "auto" compares the time of all stages ahead at the present number of rows and at the reduced one, each the sum of the
+    stages' medians, and goes on with fewer rows if the difference is more than copying them costs. (Means would let a few
+    disturbed repeats at one size decide.) It takes it that the samples still going go on to the last
     exit, and counts no heads. Between two profiled batch sizes times are interpolated. Below the smallest one the line
     through the two smallest goes on, but never faster than in proportion to the rows. A single profiled size says nothing of
     fewer rows: on a CPU they are taken to cost in proportion (measured, resnet50 at 32 rows: 0.94 to 1.19 times that), on any
@@ -82,7 +83,7 @@ class Compaction:
         return reduced if saves else rows
 
     def ahead_s(self, exit: int, rows: int) -> float:
-        """Estimated mean seconds of all stages after an exit, for this many rows."""
+        """Estimated seconds of all stages after an exit, for this many rows."""
         sizes = tuple(self._ahead_s)
         place = bisect.bisect_left(sizes, rows)
         if place == len(sizes):
@@ -104,6 +105,6 @@ class Compaction:
 
 
 def _ahead(costs: CostProfile, size: int) -> tuple[float, ...]:
-    """Per exit, mean seconds of all stages after it."""
-    stages = [stage.mean for stage in costs.batches[size].stages]
+    """Per exit, the sum of the median seconds of all stages after it."""
+    stages = [stage.p50 for stage in costs.batches[size].stages]
     return tuple(itertools.accumulate(reversed(stages[1:]), initial=0.0))[::-1]

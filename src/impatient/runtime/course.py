@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from torch import Tensor
@@ -39,13 +39,14 @@ class Course:
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
-        self._held = contextlib.ExitStack()
+        self._held: AbstractContextManager[Any] | None = None  # the network's run; None before the first stage and when closed
         self._cancelling = threading.Lock()
         self._walk: Any = None  # None before the first stage and when closed
         self._exits: Iterator[Any] = iter(())
         self._collected: Collected | None = None
         self._closed = False
         self._stopped: bool | None = None  # by the policy at this exit; None: not asked
+        self._following: int | None = 0  # the exit that would come next; None: the network itself has stopped
         self.exit: ExitLike | None = None
         self.spent: list[tuple[int, bool]] = []
 
@@ -57,9 +58,8 @@ class Course:
     @property
     def following(self) -> int:
         """The exit that would come next."""
-        following = 0 if self.exit is None else upcoming(self.exit)
-        assert following is not None  # where it is, `stops` has said so
-        return following
+        assert self._following is not None  # where it is, `stops` has said so
+        return self._following
 
     def check_open(self) -> None:
         """Raise RunError if it was closed."""
@@ -83,7 +83,7 @@ class Course:
                 f"the network's run ended before exit {self._network.num_exits - 1}; its last exit must always come."
             )
         synchronise(self._device)
-        self.exit, self._stopped = exit, None
+        self.exit, self._stopped, self._following = exit, None, upcoming(exit)
         self.spent.append((exit.index, False))
         return exit
 
@@ -93,7 +93,7 @@ class Course:
         assert self._collected is not None
         if self.exit.index == self._network.num_exits - 1:
             return "final"
-        if upcoming(self.exit) is None:
+        if self._following is None:
             return "policy"
         if self._stopped is None:
             if self._policy is not None and self._policy.looks_at(self.exit.index):
@@ -129,10 +129,13 @@ class Course:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
         with self._cancelling:  # a cancelled stage must be of this run: the next one runs the same stages
             self._walk, self._closed = None, True
+        held, self._held = self._held, None
         self._exits, self._x, self._collected = iter(()), None, None
-        self._held.close()
+        if held is not None:
+            held.__exit__(None, None, None)
 
     def _begin(self) -> None:
-        self._walk = self._held.enter_context(self._network.exits(self._x))
+        held = self._network.exits(self._x)
+        self._walk, self._held = held.__enter__(), held  # not in a with block: it is left when the course is closed
         self._exits = iter(self._walk)
         self._collected = Collected(self._policy, self._network, self._x, self._walk, self._compaction)

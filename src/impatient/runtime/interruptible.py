@@ -214,8 +214,8 @@ class Run(InterruptibleRun):
             with torch.inference_mode():
                 while (step := self._next()) is not None:
                     step()
-            if self._closed or not self._resumable or self._is_final():
-                self._course.close()
+                if self._closed or not self._resumable or self._is_final():
+                    self._course.close()
         except BaseException as error:
             self._fail(error)
 
@@ -252,7 +252,8 @@ class Run(InterruptibleRun):
             self._posted, self._stopped_by = True, stopped_by
             if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
                 self._latest = answer
-                self._changed.notify_all()
+                if self._awaited:  # nobody else is to be woken: it would take the interpreter from the next stage
+                    self._changed.notify_all()
 
     def _is_final(self) -> bool:
         return self._latest is not None and self._latest.stopped_by == "final"
@@ -292,12 +293,12 @@ class Worker:
                 self._jobs = jobs
                 # one that was stopped may still be in its last stage
                 self._threads = [thread, *(old for old in self._threads if old.is_alive())]
+            self._jobs.put(job)  # first: what is left to note is noted while the thread wakes up
             self._runs.add(run)
             run._jobs = self._jobs
             if course is not None:
                 self._waiting.add(course)
                 weakref.finalize(run, self._jobs.put, course.close).atexit = False
-            self._jobs.put(job)
 
     def stop(self) -> None:
         with self._lock:

@@ -185,6 +185,8 @@ class Runner:
         return Course(self.network, x, self.drawn(self.policy, batch_size_of(x)), self._compaction)
 
     def _pace(self, size: int) -> Pace:
+        if size in self._paces:
+            return self._paces[size]
         profiled = covering(self._paces, size)
         if profiled is None:
             raise CostError(
@@ -261,7 +263,8 @@ class OpenRun:
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless afterwards."""
-        self._course.close()
+        with torch.inference_mode():
+            self._course.close()
 
     def __enter__(self) -> Self:
         return self
@@ -275,7 +278,7 @@ class OpenRun:
         stopped_by = course.stops()
         if stopped_by is not None:
             return stopped_by
-        if not course.allowed(limits):
+        if limits and not course.allowed(limits):
             return "limit"
         pace, now = self._runner._pace(course.size), self._runner.clock.now()
         return None if pace.fits(course.following, now, deadline.instant, RESERVE_S) else "deadline"

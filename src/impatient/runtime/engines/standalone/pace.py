@@ -55,8 +55,9 @@ class Drift:
         with self._lock:
             gone = self._latest.popleft()
             self._latest.append(ratio)
-            bisect.insort(self._sorted, ratio)  # first: who reads the scale meanwhile must not find too few
-            del self._sorted[bisect.bisect_left(self._sorted, gone)]
+            if ratio != gone:
+                bisect.insort(self._sorted, ratio)  # first: who reads the scale meanwhile must not find too few
+                del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:
         """Believe a little less in what was seen: for when a slow machine is given nothing to do, and so shows nothing."""
