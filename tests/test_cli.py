@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,11 +69,23 @@ def test_answers_for_images(call: Call, finished: Path, picture: Path) -> None:
     assert answers[0]["exit"] in (0, 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(math.nan, "holds NaN or infinite values"), (np.zeros((1, 1, 8, 8)), "without a batch dimension")]
+)
+def test_inputs_that_are_none_are_refused(call: Call, finished: Path, tmp_path: Path, value: Any, said: str) -> None:
+    np.save(tmp_path / "x.npy", value if isinstance(value, np.ndarray) else np.full((1, 8, 8), value, np.float32))
+    code, text = call("run", finished, tmp_path / "x.npy")
+    assert (code, said in text) == (1, True)
+    code, text = call("run", finished, tmp_path)
+    assert (code, "is a folder; name its files" in text) == (1, True)
+
+
 def test_a_table_of_answers_says_whether_they_were_in_time(call: Call, finished: Path, picture: Path) -> None:
     code, text = call("run", finished, picture, "--deadline-ms", 0.000001)
 
     assert code == 0
     assert "NO" in text
+    assert "[" not in text.replace(str(picture), "")
 
 
 def test_a_deadline_too_short_raises_when_asked_to(call: Call, finished: Path, picture: Path) -> None:
@@ -86,7 +100,7 @@ def test_a_deadline_that_is_no_time_is_refused(call: Call, finished: Path, pictu
     code, text = call("run", finished, picture, f"--deadline-ms={deadline}")
 
     assert code == 1
-    assert "needed: a positive number of seconds" in text
+    assert "needed: a positive number of milliseconds" in text
 
 
 def test_doing_it_again_does_nothing(call: Call, run_dir: Path) -> None:

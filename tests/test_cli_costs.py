@@ -192,3 +192,5 @@ def test_a_unit_that_is_none_is_refused(call: Call, tmp_path: Path, run_dir: Pat
     assert (code, "unknown unit 'miles'" in text) == (1, True)
     code, text = call("evaluate", run_dir, "--budget", "uniform:0:40miles")
     assert (code, "unknown unit 'miles'" in text) == (1, True)
+    code, text = call("evaluate", run_dir, "--budget", "uniform")
+    assert (code, "cannot read 'uniform' as a budget" in text) == (1, True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from impatient.clock import NEVER, Deadline, FakeClock, SystemClock, positive_seconds
+from impatient.clock import NEVER, Deadline, FakeClock, SystemClock, check_deadline, positive_seconds
 from impatient.errors import BudgetError
 
 SAFETY = 10.0  # seconds until a test that hangs gives up; never waited for when all is well
@@ -59,13 +59,19 @@ def test_a_budget_that_is_no_positive_time_is_refused(seconds):
         Deadline.after(seconds, FakeClock())
 
 
+def test_a_number_is_no_deadline():
+    check_deadline(Deadline.after(1.0))
+    with pytest.raises(BudgetError, match=r"deadline=0\.008; needed: a Deadline, such as Deadline\.after"):
+        check_deadline(0.008)
+
+
 def test_the_error_names_what_was_given():
     with pytest.raises(BudgetError, match="the grace period is 'soon'"):
         positive_seconds("soon", "the grace period")
 
 
 def test_a_bad_budget_is_a_value_error_for_callers_who_do_not_know_this_library():
-    with pytest.raises(ValueError, match="budget"):
+    with pytest.raises(ValueError, match=r"the time until a deadline is -1\.0; needed"):
         Deadline.after(-1.0)
 
 

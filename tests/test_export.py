@@ -226,13 +226,15 @@ def test_without_the_whole_network_its_stages_stand_for_it(toy_directory: Path) 
     assert_close([made.backbone(x)], [toy_network().backbone(x).detach()])
 
 
-@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-static"])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("onnxruntime", "int8-dynamic"), ("onnxruntime", "int8-static"), ("openvino", "int8-static")]
+)
 def test_eight_bits_are_near_and_smaller(
-    network: MultiExitNetwork, directory: Path, tmp_path: Path, written: Written, precision: str
+    network: MultiExitNetwork, directory: Path, tmp_path: Path, written: Written, engine: str, precision: str
 ) -> None:
     written(directory)
     place = export(
-        network, tmp_path / "made", engine="onnxruntime", example=pictures(4), precision=precision,
+        network, tmp_path / "made", engine=engine, example=pictures(4), precision=precision,
         calibration=[pictures(8), pictures(4)],
     )  # fmt: skip
     bundle, x = read_json(place / "bundle.json"), pictures(5)

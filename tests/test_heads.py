@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError, ImpatientError
+from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError, ImpatientError, NetworkError
 from impatient.networks import FeatureShape, MultiExitNetwork, attach_exits
 from impatient.networks.describe import stage_facts
 from impatient.networks.heads import HEADS, ChannelsFirst, MSDNetHead, Pool, build_head, check_head, guess_layout, mlp
@@ -564,3 +564,10 @@ def test_describing_an_input_that_misses_an_exit_is_refused() -> None:
     network = attach_exits(Skipping(), after=["sometimes", "always"], example=torch.ones(1, 8))
     with pytest.raises(ExitNotReached, match="1 of 2 early exits"):
         network.describe(-torch.ones(1, 8))
+
+
+def test_a_network_that_has_exits_already_is_refused() -> None:
+    backbone = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    network = attach_exits(backbone, after=["0"], example=torch.ones(1, 8))
+    with pytest.raises(NetworkError, match=r"has exits already; give its backbone: attach_exits\(network\.backbone"):
+        attach_exits(network, after=["backbone.0"], example=torch.ones(1, 8))

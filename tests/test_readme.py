@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,9 @@ def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture
 
     assert len(blocks) >= 2
     assert scope["answer"].output.shape == (1, 10)  # type: ignore[attr-defined]
+    recording: Any = scope["recording"]
+    accuracy = (recording.outputs.argmax(-1) == recording.labels).float().mean(1)
+    assert accuracy[-1] > 0.8  # a newcomer sees a network that works, to the last exit
     assert "exit" in capsys.readouterr().out
 
 

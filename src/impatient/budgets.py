@@ -367,7 +367,8 @@ def parse_budget(text: str) -> Budget:
             return empirical([float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()])
         amounts, cost, scale = _without_unit(rest)
         # division where the unit is small: 9 / 1000 is 0.009, 9 * 0.001 is not
-        numbers = [float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale) for part in amounts.split(":")]
+        parts = amounts.split(":") if amounts else []
+        numbers = [float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale) for part in parts]
         if shape == "point" and len(numbers) == 1:
             return point(numbers[0], cost=cost)
         if shape in _RANGES and len(numbers) == 2:

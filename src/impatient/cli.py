@@ -137,10 +137,10 @@ def plan(
 ) -> None:  # fmt: skip
     """Measure the blocks of a network that grows, and find the order of growing that costs least."""
     from impatient import assembly, tables
-    from impatient.clock import positive_seconds
+    from impatient.clock import positive_ms
 
     _use_threads(threads)
-    times = [positive_seconds(time, "--times-ms") / 1e3 for time in _numbers(times_ms, "--times-ms")]
+    times = [positive_ms(time, "--times-ms") / 1e3 for time in _numbers(times_ms, "--times-ms")]
     found = assembly.plan_growth(
         model, data, iterations=iterations, sizes=_integers(sizes, "--sizes") if sizes else None, times_s=times or None,
         batch_size=batch_size, repeats=repeats,
@@ -378,7 +378,15 @@ def report(directory: Directory, any_profile: AnyProfile = False, threads: Threa
 @app.command()
 def run(
     directory: Directory,
-    inputs: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or .npy arrays.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files, or .npy files of one raw sample each, without a batch "
+            "dimension: pixels of 0 to 255 (uint8) or 0 to 1; they are "
+            "standardised here.",
+        ),
+    ],
     deadline_ms: Annotated[float | None, typer.Option(help="Time for each answer, ms; without it, no limit.")] = None,
     policy: Annotated[str | None, typer.Option(help="A fitted policy, to stop when going on is not worth it.")] = None,
     when_late: Annotated[str, typer.Option(help="When not even the first exit fits: answer or raise.")] = "answer",
@@ -389,10 +397,10 @@ def run(
 ) -> None:
     """Answer for images by a deadline."""
     from impatient import tables, workflow
-    from impatient.clock import positive_seconds
+    from impatient.clock import positive_ms
 
     _use_threads(threads)
-    deadline_s = None if deadline_ms is None else positive_seconds(deadline_ms, "--deadline-ms") / 1e3
+    deadline_s = None if deadline_ms is None else positive_ms(deadline_ms, "--deadline-ms") / 1e3
     answers = workflow.answer_files(
         directory, inputs, deadline_s=deadline_s, policy=policy, engine=engine, any_profile=any_profile, when_late=when_late
     )  # fmt: skip

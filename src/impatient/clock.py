@@ -102,7 +102,7 @@ class Deadline:
         Raises:
             BudgetError: unless `seconds` is a positive number (infinity is allowed and means no limit).
         """
-        return cls(clock.now() + positive_seconds(seconds, "budget"))
+        return cls(clock.now() + positive_seconds(seconds, "the time until a deadline"))
 
     def remaining(self, clock: Clock = SYSTEM_CLOCK) -> float:
         """Seconds left; negative once the deadline has passed."""
@@ -114,10 +114,25 @@ NEVER = Deadline(math.inf)
 
 def positive_seconds(value: float, what: str) -> float:
     """Return `value` as float if it is a positive time, else raise a BudgetError that names it."""
+    return _positive(value, what, "a positive number of seconds, such as 0.008 for 8 ms")
+
+
+def positive_ms(value: float, what: str) -> float:
+    """As `positive_seconds`, of a number of milliseconds."""
+    return _positive(value, what, "a positive number of milliseconds, such as 8")
+
+
+def check_deadline(deadline: object) -> None:
+    """Raise a BudgetError for what is no deadline, such as a number of seconds."""
+    if not isinstance(deadline, Deadline):
+        raise BudgetError(f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms from now.")
+
+
+def _positive(value: float, what: str, needed: str) -> float:
     try:
-        seconds = float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise BudgetError(f"{what} is {value!r}; needed: a positive number of seconds, such as 0.008.") from None
-    if not seconds > 0.0:
-        raise BudgetError(f"{what} is {value!r} s; needed: a positive number of seconds, such as 0.008 for 8 ms.")
-    return seconds
+        number = math.nan
+    if not number > 0.0:
+        raise BudgetError(f"{what} is {value!r}; needed: {needed}.")
+    return number

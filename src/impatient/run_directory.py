@@ -44,7 +44,7 @@ from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
-from impatient.runtime.engines.export import bundle_file, engine_and_precision, load_engine, to_engine
+from impatient.runtime.engines.export import WRITTEN, bundle_file, engine_and_precision, load_engine, to_engine
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
@@ -331,7 +331,7 @@ class RunDirectory:
         if not self.profile_file.is_file():
             raise StorageError(f"{self.here} has no cost profile; run `impatient profile {self.path}{self.arguments}`.")
         costs = CostProfile.load(self.profile_file)
-        remedy = f"run `impatient profile {self.path}{self.arguments}` again"
+        remedy = f"run `impatient profile {self.path}{self.arguments}` again, with the --threads that you use"
         costs.provenance.require("the cost profile", remedy, network=spec.provenance.network, engine=self.engine_name)
         if not any_machine:
             check_machine(costs, remedy + ", or pass --any-profile to use it all the same")
@@ -414,7 +414,11 @@ class EngineDirectory(RunDirectory):
             network, weights = RunDirectory(self.path).network()
             return to_engine(network, "compile", example=self.spec().example(), threads=threads), weights  # type: ignore[arg-type]
         if not bundle_file(self.here).is_file():
-            raise StorageError(f"{self.path} has no engine {self.engine_name!r}; {remedy}.")
+            there = ", ".join(sorted(file.parent.name for file in self.path.glob("engines/*/bundle.json"))) or "none yet"
+            raise StorageError(
+                f"{self.path} has no engine {self.engine_name!r} (there: {there}; eager and compile need no export). To make "
+                f"one, {remedy}; it knows {', '.join(WRITTEN)}."
+            )
         made = load_engine(self.here, threads=threads)
         if made.facts.weights != self.weights_fingerprint():
             raise StaleInput(f"{self.here} was exported with other weights than those of {self.path}; {remedy} with --force.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from impatient.costs import Comparison, CostProfile, Noise
 from impatient.evaluation.beside import Beside
@@ -37,8 +38,8 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     """Measured times of one batch size."""
     batch = costs.at(batch_size)
     table = _table(
-        f"times in ms, batch size {batch_size}, n = {batch.exit_free.n}, {costs.provenance.processor}, "
-        f"{costs.provenance.threads} threads",
+        f"times in ms in {costs.provenance.engine or 'eager'}, batch size {batch_size}, n = {batch.exit_free.n}, "
+        f"{costs.provenance.processor}, threads: {costs.provenance.threads}",
         "exit", "after", "stage p50", "stage p99", "head p50", "head p99", "contract", "interruptible", left=2,
     )  # fmt: skip
     contract, interruptible = costs.contract_s(batch_size=batch_size), costs.interruptible_s(batch_size=batch_size)
@@ -48,7 +49,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
         times = (stage.p50, stage.p99, head.p50, head.p99, contract[index], interruptible[index])
         table.add_row(str(index), name, *(_ms(time) for time in times))
     whole = batch.exit_free
-    table.add_row("", "untouched backbone", _ms(whole.p50), _ms(whole.p99), "", "", _ms(whole.mean), _ms(whole.mean))
+    table.add_row("", "no exits", _ms(whole.p50), _ms(whole.p99), "", "", _ms(whole.mean), _ms(whole.mean))
     return table
 
 
@@ -191,6 +192,6 @@ def answers_table(answers: Sequence[tuple[Path, str, float, Answer]]) -> Table:
     for file, name, probability, answer in answers:
         table.add_row(
             str(file), name, f"{probability:.1%}", str(answer.exit), _ms(answer.elapsed_s), answer.stopped_by,
-            "yes" if answer.deadline_met else "[red]NO[/red]",
+            Text("yes") if answer.deadline_met else Text("NO", style="red"),
         )  # fmt: skip
     return table

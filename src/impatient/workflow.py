@@ -210,6 +210,8 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
     else:
         numbers = parse_weights(wanted, network.num_exits)
     say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
+    if unwanted := [name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0]:
+        say(f"exits of weight 0, which are not trained: {', '.join(unwanted)}")
     write_json(file, {"weights": wanted, "mode": plan.mode, "numbers": numbers})
     return numbers
 
@@ -462,6 +464,8 @@ def export_run(
         threads=torch.get_num_threads(), calibration=samples, policy=rule, lean=lean, force=force,
     )  # fmt: skip
     say(f"exported: {target}")
+    if engine != "aoti":
+        say(f"to run it without torch: cd {target} && python run.py INPUT.npy --deadline-ms 5 (python run.py --help)")
     made = load_engine(target)
     costs = profile(made, samples[0], repeats=repeats, progress=progress)
     add_costs(target, costs)
@@ -525,10 +529,11 @@ def _static(run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory
 
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
     """The budget asked for, or the one the network was trained for, by name; empty if there is none."""
-    if text is None:
-        training = run.path / "training.json"
-        text = read_json(training)["weights"] if training.is_file() else ""
-    return {text: parse_budget(text)} if ":" in text else {}
+    if text is not None:
+        return {text: parse_budget(text)}
+    training = run.path / "training.json"
+    trained = read_json(training)["weights"] if training.is_file() else ""
+    return {trained: parse_budget(trained)} if ":" in trained else {}
 
 
 def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) -> Path:
@@ -607,8 +612,7 @@ def answer_files(
     runner = runner_of(network, costs, rule, any_profile=any_profile, when_late=when_late)
     if not inputs:
         raise RunError("no input files; needed: at least one image (or .npy array) to answer for.")
-    for _ in range(5):  # threads and memory, so that the first answer is not late
-        runner.run(inputs[0])
+    runner.warm_up(inputs[0])
     answers = []
     for file, x in zip(files, inputs, strict=True):
         answer = runner.run(x, deadline=NEVER if deadline_s is None else Deadline.after(deadline_s))
@@ -620,10 +624,15 @@ def answer_files(
 
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
     if not file.is_file():
-        raise DataError(f"no such file: {file}.")
+        raise DataError(f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}.")
     raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
     if tuple(raw.shape[1:]) != spec.example_shape:
-        raise DataError(f"{file} has shape {tuple(raw.shape[1:])}; the network takes {spec.example_shape}.")
+        raise DataError(
+            f"{file} has shape {tuple(raw.shape[1:])}; needed: one raw sample of shape {spec.example_shape}, without a batch "
+            "dimension."
+        )
+    if not torch.isfinite(raw).all():
+        raise DataError(f"{file} holds NaN or infinite values; needed: finite numbers.")
     return spec.preprocess(raw)
 
 
@@ -649,8 +658,7 @@ class DeadlineRow:
 def deadline_table(runner: Runner, data: Data, split: Any, deadlines_s: Sequence[float]) -> list[DeadlineRow]:
     """Answer for every sample of a split under each deadline, on the real clock, one sample at a time."""
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]
-    for x, _ in samples[:20]:
-        runner.run(x)
+    runner.warm_up(samples[0][0], times=20)
     rows = []
     for deadline_s in deadlines_s:
         answers = [(runner.run(x, deadline=Deadline.after(deadline_s)), label) for x, label in samples]

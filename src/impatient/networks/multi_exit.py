@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError
+from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError, NetworkError
 from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, channel_dim, check_head, guess_layout
@@ -179,6 +179,7 @@ def attach_exits(
         ExitNotFound, AmbiguousCut, CutOrderError: if `after` cannot be followed.
         ClassCountMismatch: if the backbone's output does not have `num_classes` columns.
         HeadError: if no head can be built for the features at a cut.
+        NetworkError: if the backbone has exits already.
     Example:
         >>> backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)), nn.Linear(8, 3))
         >>> network = attach_exits(backbone, after=["0", "2"], example=torch.zeros(1, 8))
@@ -187,6 +188,8 @@ def attach_exits(
     """
     if not isinstance(backbone, nn.Module):
         raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
+    if isinstance(backbone, MultiExitNetwork):
+        raise NetworkError("this network has exits already; give its backbone: attach_exits(network.backbone, ...).")
     classes = _check_classes(backbone, example, num_classes)
     cuts = _place(backbone, example, after, count)
     built, layouts = _build_heads(backbone, example, cuts, heads, classes, layout)

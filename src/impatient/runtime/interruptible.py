@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from impatient.clock import NEVER, Clock, Deadline
+from impatient.clock import NEVER, Clock, Deadline, check_deadline
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.policies.rules import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
@@ -161,6 +161,7 @@ class Run(InterruptibleRun):
         Raises:
             RunError: if the run was not started with resumable=True, has not been stopped, or was closed.
         """
+        check_deadline(deadline)
         with self._changed:
             self._check_refinable()
             self._limits = limits_of(self._owner.costs, limits)

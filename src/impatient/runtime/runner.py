@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
+from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
 from impatient.networks.stages import batch_size_of
@@ -141,6 +141,7 @@ class Runner:
         Raises:
             NoAnswerInTime: if the limits do not allow the first exit and the runner was made with when_late="raise".
         """
+        check_deadline(deadline)
         bounds = limits_of(self.costs, limits)
         self._check_limits(bounds)
         course = self._course(x)
@@ -249,6 +250,7 @@ class OpenRun:
         """
         begin, course = self._runner.clock.now(), self._course
         course.check_open()
+        check_deadline(deadline)
         bounds = limits_of(self._runner.costs, limits)
         with torch.inference_mode():
             if not isinstance(policy, str):

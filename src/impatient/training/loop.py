@@ -499,10 +499,19 @@ class _Training:
     def _check_identity(self, header: Mapping[str, Any]) -> None:
         for name, wanted in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != wanted:
+                was, now = _where_apart(header.get(name), wanted)
                 raise StaleInput(
-                    f"the checkpoint {self.checkpoint} was made with another {name}: {header.get(name)}, but here it is "
-                    f"{wanted}. Go on with the old settings, or delete the checkpoint to start anew."
+                    f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but here it is {now}. Go on with "
+                    "the old settings, or delete the checkpoint to start anew (`impatient train --restart`)."
                 )
+
+
+def _where_apart(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values; of two mappings only the entries that differ."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:

@@ -179,7 +179,7 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
 
 
 class _Whole:
-    """The network without exits, inputs as positions; where it was left out, all stages without a head."""
+    """The network without exits, inputs as positions; where it was left out, a run to the last exit."""
 
     def __init__(self, bundle: standalone.Bundle) -> None:
         self._bundle = bundle

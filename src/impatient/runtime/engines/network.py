@@ -77,13 +77,14 @@ class EngineExit:
 
     Attributes:
         index: 0-based, shallow to deep.
+        whole: whether the time it took was its own; not if the engine was busy with something else at first.
     """
 
-    __slots__ = ("_arrays", "_exit", "index")
+    __slots__ = ("_arrays", "_exit", "index", "whole")
 
     def __init__(self, exit: PartExit, arrays: Arrays) -> None:
         self._exit, self._arrays = exit, arrays
-        self.index = exit.index
+        self.index, self.whole = exit.index, exit.whole
 
     @property
     def features(self) -> Tensor:

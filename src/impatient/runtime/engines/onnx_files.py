@@ -127,7 +127,7 @@ def quantise(
     for name, _, takes, _ in _named_parts(parts, engine):
         file = folder / f"{name}.onnx"
         if file.is_file():  # whole.onnx may have been left out
-            _quantise(file, precision, [{name: values[name] for name in takes} for values in seen])
+            _quantise(file, engine, precision, [{name: values[name] for name in takes} for values in seen])
 
 
 def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
@@ -142,7 +142,7 @@ def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[di
     return seen
 
 
-def _quantise(file: Path, precision: str, samples: Sequence[Mapping[str, Any]]) -> None:
+def _quantise(file: Path, engine: str, precision: str, samples: Sequence[Mapping[str, Any]]) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
@@ -155,12 +155,15 @@ def _quantise(file: Path, precision: str, samples: Sequence[Mapping[str, Any]]) 
     if precision == "int8-dynamic":
         quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
         return
+    # OpenVINO (2026.4) cannot compile zeros that are not 0 where channels are filled up with zeros
+    symmetric = engine.startswith("openvino")
     quantize_static(
         model, file, _Samples(iter(samples)), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=STATIC_KINDS,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, use_external_data_format=large,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8,
+        use_external_data_format=large,
         reduce_range=True,  # processors without VNNI add products of 8 times 8 bits in 16, and overflow
         # logits on a grid of 256 values tie, and features are rounded once at the next part
-        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
+        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"], "ActivationSymmetric": symmetric},
     )  # fmt: skip
 
 

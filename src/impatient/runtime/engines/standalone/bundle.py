@@ -116,7 +116,7 @@ class Bundle:
         with run:
             before = begin
             for exit in run:
-                if pace and gathered.all_going:  # part of a batch says nothing about the costs of all of it
+                if pace and gathered.all_going and exit.whole:  # part of a batch says nothing about the costs of all of it
                     pace.observe(exit.index, self._clock() - before)
                 stopped_by = gathered.stopped_by(exit, rule, run)
                 before = self._clock()

@@ -16,24 +16,19 @@ from .errors import BundleError, Cancelled
 from .staged import Array
 
 
-class EnginePart:
-    """One ONNX file in an engine, called with numpy arrays in order.
+class EngineFile:
+    """One ONNX file in an engine.
 
     Args:
         path: of the ONNX file.
         threads: that one call may use.
     Raises:
         BundleError: if the engine is not installed or cannot load the file.
-
-    Thread:
-        May be called and cancelled from several threads at once.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         if threads < 1:
             raise BundleError(f"threads={threads!r}; needed: a whole number, at least 1.")
-        self._lock = threading.Lock()
-        self._in_flight: dict[int, Callable[[], None]] = {}  # per thread, what ends its call
         try:
             self._load(Path(path), threads)
         except ImportError as error:
@@ -47,6 +42,19 @@ class EnginePart:
 
     def _load(self, path: Path, threads: int) -> None:
         raise NotImplementedError
+
+
+class EnginePart(EngineFile):
+    """One ONNX file that is called with numpy arrays in order.
+
+    Thread:
+        May be called and cancelled from several threads at once.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 1) -> None:
+        self._lock = threading.Lock()
+        self._in_flight: dict[int, Callable[[], None]] = {}  # per thread, what ends its call
+        super().__init__(path, threads=threads)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
         """Compute the outputs, in the order of the file. They stay as they are, whatever is called later.
@@ -93,16 +101,12 @@ class OnnxRuntimePart(EnginePart):
     def _load(self, path: Path, threads: int) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime_session(path, threads)
         self._names = [entry.name for entry in self._session.get_inputs()]
-        self._options = onnxruntime.RunOptions
+        self._new_options = onnxruntime.RunOptions
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        options = self._options()  # of this call alone: once it is told to terminate, it stays so
+        options = self._new_options()  # of this call alone: once it is told to terminate, it stays so
         with self._flight(lambda: setattr(options, "terminate", True)):
             try:
                 return tuple(self._session.run(None, dict(zip(self._names, inputs, strict=True)), options))
@@ -110,6 +114,17 @@ class OnnxRuntimePart(EnginePart):
                 if options.terminate:
                     raise Cancelled("the call was ended by cancel().") from error
                 raise
+
+
+def onnxruntime_session(path: Path, threads: int) -> Any:
+    """A session whose threads sleep when there is nothing to do."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class OpenVinoPart(EnginePart):

@@ -5,37 +5,55 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import BundleError, Cancelled
-from .parts import EnginePart, OnnxRuntimePart, openvino_core, openvino_settings
+from .parts import EngineFile, onnxruntime_session, openvino_core, openvino_settings
 from .staged import Array
-from .streamed import Flight
+from .streamed import Flight, unwritten
 
 
-class OnnxRuntimeSession(OnnxRuntimePart):
-    """All exits in one session of ONNX Runtime, on a thread of its own."""
+class OnnxRuntimeSession(EngineFile):
+    """All exits in one session of ONNX Runtime. Flights follow each other, each on a thread of its own."""
+
+    package = "onnxruntime"
 
     def _load(self, path: Path, threads: int) -> None:
-        super()._load(path, threads)
+        import onnxruntime
+
+        self._session, self._new_options = onnxruntime_session(path, threads), onnxruntime.RunOptions
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
         self._outputs = [(entry.name, _DTYPES[entry.type], entry.shape[-1]) for entry in self._session.get_outputs()]
-        self._thread = ThreadPoolExecutor(1, "impatient-session")
+        self._turn = threading.Lock()
 
     def memory(self, rows: int) -> list[Array]:
-        return [np.full((rows, columns), np.nan, dtype) for _, dtype, columns in self._outputs]
+        return [unwritten(rows, columns, dtype) for _, dtype, columns in self._outputs]
+
+    def busy(self) -> bool:
+        return self._turn.locked()
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
-        options = self._options()
-        return _OnnxRuntimeFlight(self._thread.submit(self._compute, inputs, outputs, options), options)
+        flight = _OnnxRuntimeFlight(self._new_options())
+        # the thread holds the arrays, to which the session writes until it ends
+        threading.Thread(target=self._fly, args=(flight, inputs, outputs), name="impatient-session").start()
+        return flight
 
-    def _compute(self, inputs: Sequence[Array], outputs: Sequence[Array], options: Any) -> None:
+    def _fly(self, flight: _OnnxRuntimeFlight, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        try:
+            with self._turn:
+                self._compute(flight.options, inputs, outputs)
+        except BaseException as error:
+            flight.error = error.with_traceback(None)  # with its frames it would hold everything that ran
+        finally:
+            flight.over = True
+
+    def _compute(self, options: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
         binding = self._session.io_binding()
-        for name, array in zip(self._names, inputs, strict=True):
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, array in zip(self._inputs, inputs, strict=True):
+            binding.bind_cpu_input(name, np.require(array, requirements=["C_CONTIGUOUS"]))
         for (name, dtype, _), array in zip(self._outputs, outputs, strict=True):
             binding.bind_output(name, "cpu", 0, dtype, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding, options)
@@ -46,30 +64,25 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(fl
 
 
 class _OnnxRuntimeFlight:
-    def __init__(self, future: Future[None], options: Any) -> None:
-        self._future, self._options = future, options
+    def __init__(self, options: Any) -> None:
+        self.options, self.over = options, False
+        self.error: BaseException | None = None
 
     def ended(self) -> bool:
-        if not self._future.done():
-            return False
-        error = self._future.exception()
-        if error is not None and self._options.terminate:
-            raise Cancelled("the session was ended by cancel().") from error
-        if error is not None:
-            raise error
-        return True
+        return self.over and _ended_well(self.error, cancelled=self.options.terminate)
 
     def cancel(self) -> None:
-        self._options.terminate = True
+        self.options.terminate = True
 
 
-class OpenVinoSession(EnginePart):
+class OpenVinoSession(EngineFile):
     """All exits in one model of OpenVINO, compiled for each batch size when that first comes.
 
     With a batch of any size, OpenVINO would compute the outputs somewhere else and copy them when everything is done.
     """
 
     package = "openvino"
+    MOST = 8  # compiled models that are kept, those last used
 
     def _load(self, path: Path, threads: int) -> None:
         import openvino
@@ -79,18 +92,31 @@ class OpenVinoSession(EnginePart):
         self._outputs = [
             (entry.get_element_type().to_dtype(), entry.get_partial_shape()[1].get_length()) for entry in self._model.outputs
         ]
-        self._flights: dict[tuple[tuple[int, ...], ...], _OpenVinoFlight] = {}  # per sizes of the inputs, the latest
+        self._lock = threading.Lock()
+        self._lanes: dict[tuple[tuple[int, ...], ...], _Lane] = {}  # per sizes of the inputs, the last used last
 
     def memory(self, rows: int) -> list[Array]:
-        return [np.full((rows, columns), np.nan, dtype) for dtype, columns in self._outputs]
+        return [unwritten(rows, columns, dtype) for dtype, columns in self._outputs]
+
+    def busy(self) -> bool:
+        with self._lock:
+            latest = [lane.latest for lane in self._lanes.values()]
+        return any(flight is not None and not flight.idle() for flight in latest)
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
         shapes = tuple(array.shape for array in inputs)
         with self._lock:
-            latest = self._flights.get(shapes)
-            request = self._compiled_for(shapes).create_infer_request() if latest is None else latest.given_back()
-            self._flights[shapes] = _OpenVinoFlight(request, self._tensor, inputs, outputs)
-            return self._flights[shapes]
+            lane = self._lanes[shapes] = self._lanes.pop(shapes) if shapes in self._lanes else _Lane()
+            while len(self._lanes) > self.MOST:
+                del self._lanes[next(iter(self._lanes))]
+        with lane.lock:  # compiling and waiting hold up this size only
+            if lane.latest is None:
+                request = self._compiled_for(shapes).create_infer_request()
+            else:
+                lane.latest.settle()
+                request = lane.latest.request
+            lane.latest = _OpenVinoFlight(request, self._tensor, inputs, outputs)
+            return lane.latest
 
     def _compiled_for(self, shapes: Sequence[tuple[int, ...]]) -> Any:
         try:
@@ -104,52 +130,73 @@ class OpenVinoSession(EnginePart):
             ) from error
 
 
+class _Lane:
+    """Flights of one size, one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.latest: _OpenVinoFlight | None = None
+
+
 class _OpenVinoFlight:
-    """A request in flight. It is that of the flight before, which has ended."""
+    """A request in flight. It is that of the flight before, which has settled."""
 
     def __init__(self, request: Any, tensor: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
-        self._held = [*(np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for array in inputs), *outputs]
-        self._request, self._lock = request, threading.Lock()
+        self.request = request
+        self._lock, self._settling = threading.RLock(), threading.RLock()  # a collected flight may meet itself
         self._cancelled = self._settled = False
         self._error: Exception | None = None
-        for index, array in enumerate(self._held[: len(inputs)]):
+        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
+        arrays = [np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for array in inputs]
+        self._held = [*arrays, *outputs]
+        for index, array in enumerate(arrays):
             request.set_input_tensor(index, tensor(array, shared_memory=True))
         for index, array in enumerate(outputs):
             request.set_output_tensor(index, tensor(array, shared_memory=True))
         request.start_async()
 
+    def __del__(self) -> None:
+        self.cancel()
+        self.settle()  # it writes to what is held here until it has ended
+
     def ended(self) -> bool:
-        if not self._settled and not self._is_idle():
+        if not self.idle():
             return False
-        self.given_back()
-        if self._error is not None and self._cancelled:
-            raise Cancelled("the session was ended by cancel().") from self._error
-        if self._error is not None:
-            raise self._error
-        return True
+        self.settle()
+        return _ended_well(self._error, cancelled=self._cancelled)
 
     def cancel(self) -> None:
-        with self._lock:  # once it is settled, the request may be the next flight's
+        with self._lock:  # once it has settled, the request may be the next flight's
             self._cancelled = True
             if not self._settled:
-                self._request.cancel()
+                self.request.cancel()
 
-    def given_back(self) -> Any:
-        """Wait until it has ended, and give the request to the next flight."""
-        if not self._settled:
+    def settle(self) -> None:
+        """Wait until it has ended; the request is free then."""
+        with self._settling:
+            if self._settled:
+                return
             try:
-                self._request.wait()
+                self.request.wait()
             except Exception as error:
-                self._error = error
+                self._error = error.with_traceback(None)
             with self._lock:
                 self._settled, self._held = True, []
-        return self._request
 
-    def _is_idle(self) -> bool:
-        with contextlib.suppress(Exception):  # what went wrong is found when it is given back
-            return bool(self._request.wait_for(0))
+    def idle(self) -> bool:
+        """Whether nothing is to be waited for."""
+        with contextlib.suppress(Exception):  # what went wrong is found when it settles
+            return self._settled or bool(self.request.wait_for(0))
         return True
+
+
+def _ended_well(error: BaseException | None, *, cancelled: bool) -> bool:
+    """True, or the error of a flight that has ended."""
+    if error is not None and cancelled:
+        raise Cancelled("the session was ended by cancel().") from error
+    if error is not None:
+        raise error
+    return True
 
 
 SESSIONS: dict[str, type[OnnxRuntimeSession | OpenVinoSession]] = {

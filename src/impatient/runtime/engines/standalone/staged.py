@@ -49,12 +49,13 @@ class PartExit:
     Attributes:
         index: 0-based, shallow to deep.
         features: what its head takes; of the last exit, the output itself; None where they stay inside a session.
+        whole: whether the time it took was its own; not if the engine was busy with something else at first.
     """
 
-    __slots__ = ("_head", "_output", "features", "index")
+    __slots__ = ("_head", "_output", "features", "index", "whole")
 
-    def __init__(self, index: int, features: Any, head: Head | None, output: Any = None) -> None:
-        self.index, self.features, self._head = index, features, head
+    def __init__(self, index: int, features: Any, head: Head | None, output: Any = None, *, whole: bool = True) -> None:
+        self.index, self.features, self._head, self.whole = index, features, head, whole
         self._output: Any = features if head is None and output is None else output
 
     def output(self) -> Any:
@@ -75,7 +76,8 @@ class Run(Iterator[PartExit]):
     def cancel(self) -> None:
         """From any thread: end what `__next__` waits for early, where the engine can; it then raises.
 
-        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage is computed anew.
+        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage is computed anew, or, in one
+        session, all of it.
         """
         raise NotImplementedError
 

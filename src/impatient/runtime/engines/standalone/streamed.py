@@ -3,9 +3,9 @@
 Nothing is cut, so nothing is lost at cuts: with many exits this is faster than a session per stage. In return every head runs,
 and a batch stays as large as it was.
 
-The outputs lie in memory of ours, filled with NaN when a run begins. The session's file makes each with an operator of its own
-that only copies, so that a number in it is final: an exit has answered when there are no NaNs left. (A network whose answer has
-NaNs in it has answered when the session ends.)
+The outputs lie in memory of ours, filled with a NaN that no computation makes when a run begins. The session's file makes each
+with an operator of its own that only copies, so that a number in it is final: an exit has answered when none of these NaNs is
+left.
 """
 
 from __future__ import annotations
@@ -19,9 +19,30 @@ import numpy as np
 
 from .staged import Array, PartExit, Run, Wiring
 
-# How long to sleep between two looks at an output: a share of what has been waited, within bounds. What is late by a twentieth
-# of a stage is not worth more of the processor, which the session needs.
-LOOK_SHARE, SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.05, 50e-6, 1e-3
+# Every look at an output takes time from the session, which has all the processor where its threads do: the first comes shortly
+# before the exit does by experience, the others at a share of what has been waited, within bounds.
+FIRST_LOOK, LOOK_SHARE, SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.95, 0.1, 100e-6, 1e-3
+FORGETTING = 1.05  # per run
+
+UNWRITTEN = {2: 0x7E5A, 4: 0x7FDA5A5A, 8: 0x7FFA5A5A5A5A5A5A}  # the NaN, per bytes of a number
+
+
+def unwritten(rows: int, columns: int, dtype: Any) -> Array:
+    """Memory in which nothing has been written: halves, floats or doubles, shape [rows, columns]."""
+    size = np.dtype(dtype).itemsize
+    return np.full((rows, columns), UNWRITTEN[size], f"u{size}").view(dtype)
+
+
+def _bits(output: Array) -> Array:
+    return output.view(f"u{output.dtype.itemsize}")
+
+
+def _has_come(bits: Array) -> bool:
+    """Whether all of an output has been written."""
+    unwritten = UNWRITTEN[bits.dtype.itemsize]
+    if bits[-1, -1] == unwritten:  # a look is most often this one
+        return False
+    return not (bits == unwritten).any()
 
 
 class Flight(Protocol):
@@ -42,10 +63,13 @@ class Session(Protocol):
     """All exits of a network in an engine."""
 
     def memory(self, rows: int) -> list[Array]:
-        """New memory for the outputs of so many samples, full of NaN: per exit, shape [B, num_classes + 1]."""
+        """New, unwritten memory for the outputs of so many samples: per exit, shape [B, num_classes + 1]."""
+
+    def busy(self) -> bool:
+        """Whether a flight has not ended."""
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
-        """Compute on threads of its own, into this memory. Flights of one session follow each other."""
+        """Compute on threads of its own, into this memory; at once, or when the flight before has ended."""
 
 
 class Streamed:
@@ -54,14 +78,27 @@ class Streamed:
     shrinks = False
 
     def __init__(self, wiring: Wiring, session: Session) -> None:
-        self.wiring, self.session = wiring, session
+        self.wiring, self.session, self._steps = wiring, session, Steps()
 
     @property
     def num_exits(self) -> int:
         return len(self.wiring.features)
 
     def __call__(self, inputs: Sequence[Array]) -> StreamedRun:
-        return StreamedRun(self.session, inputs, self.wiring.batch_size(inputs))
+        return StreamedRun(self.session, inputs, self.wiring.batch_size(inputs), self._steps)
+
+
+class Steps:
+    """How soon each exit came after the one before it: the least time, slowly forgotten."""
+
+    def __init__(self) -> None:
+        self._least_s: dict[tuple[int, int], float] = {}  # by rows and exit
+
+    def expected_s(self, rows: int, exit: int) -> float:
+        return self._least_s.get((rows, exit), 0.0)
+
+    def observe(self, rows: int, exit: int, seconds: float) -> None:
+        self._least_s[rows, exit] = min(seconds, FORGETTING * self._least_s.get((rows, exit), seconds))
 
 
 class StreamedRun(Run):
@@ -70,25 +107,31 @@ class StreamedRun(Run):
     Exits have no features, only outputs, and these are there when the exit is.
     """
 
-    def __init__(self, session: Session, inputs: Sequence[Array], rows: int) -> None:
-        self._session, self._inputs = session, inputs
-        self._outputs = session.memory(rows)
+    def __init__(self, session: Session, inputs: Sequence[Array], rows: int, steps: Steps) -> None:
         self._flight: Flight | None = None
+        self._session, self._inputs, self._count, self._steps = session, inputs, rows, steps
+        self._outputs = session.memory(rows)
+        self._bits = [_bits(output) for output in self._outputs]
         self._next = 0
         self._rows: Array | None = None  # that are kept; None: all
+        self._before: float | None = None  # when the exit before came; None: nobody looked
         self._lock = threading.Lock()
         self._awaited: Flight | None = None  # what `__next__` waits for, and `cancel` would end
+        self._cancelled = threading.Event()
 
     def __next__(self) -> PartExit:
         index = self._next
         if index >= len(self._outputs):
             raise StopIteration
-        if np.isnan(self._outputs[index]).any():
-            self._await(index)
+        whole = True
+        if _has_come(self._bits[index]):
+            self._before = None
+        else:
+            whole = self._await(index)
         self._next += 1
         output = self._outputs[index][:, :-1]
         output = output if self._rows is None else output[self._rows]
-        return PartExit(index, output if self._next == len(self._outputs) else None, None, output)
+        return PartExit(index, output if self._next == len(self._outputs) else None, None, output, whole=whole)
 
     def keep(self, rows: Any) -> None:
         self._rows = rows if self._rows is None else self._rows[rows]
@@ -97,24 +140,46 @@ class StreamedRun(Run):
         with self._lock:
             if self._awaited is not None:
                 self._awaited.cancel()
+                self._cancelled.set()
 
     def close(self) -> None:
         if self._flight is not None:
             self._flight.cancel()
         self._next, self._flight = len(self._outputs), None
 
-    def _await(self, index: int) -> None:
-        """Wait until an output is there, or as much of it as will ever be."""
+    def __del__(self) -> None:
+        if self._flight is not None:  # left without being closed: it must not keep the session busy
+            self._flight.cancel()
+
+    def _await(self, index: int) -> bool:
+        """Wait until an output is there; say whether the session had nothing else to do first."""
+        idle = True
         if self._flight is None:
-            self._flight = self._session.begin(self._inputs, self._outputs)
-        begin, self._awaited = time.perf_counter(), self._flight
+            idle = not self._session.busy()
+            self._flight, self._before = self._session.begin(self._inputs, self._outputs), time.perf_counter()
+            self._cancelled.clear()
+        self._awaited = self._flight
         try:
-            while np.isnan(self._outputs[index]).any() and not self._flight.ended():
-                waited_s = time.perf_counter() - begin
-                time.sleep(min(max(LOOK_SHARE * waited_s, SHORTEST_LOOK_S), LONGEST_LOOK_S))
+            self._look_until(index, self._flight)
         except BaseException:
+            self._flight.cancel()  # it may be an interrupt from the keyboard
             self._flight = None  # if it is asked again, it begins again
             raise
         finally:
             with self._lock:  # a cancel that comes late must not end what nobody waits for
                 self._awaited = None
+        return idle
+
+    def _look_until(self, index: int, flight: Flight) -> None:
+        """Look at an output, now and then, until it is there."""
+        begin = time.perf_counter()
+        expected_s = 0.0 if self._before is None else self._steps.expected_s(self._count, index) + self._before - begin
+        sleep_s = FIRST_LOOK * expected_s
+        while not _has_come(self._bits[index]) and not flight.ended():
+            if self._cancelled.wait(max(sleep_s, SHORTEST_LOOK_S)):
+                time.sleep(SHORTEST_LOOK_S)  # it ends at its next operator
+            sleep_s = min(LOOK_SHARE * (time.perf_counter() - begin), LONGEST_LOOK_S)
+        now = time.perf_counter()
+        if self._before is not None:
+            self._steps.observe(self._count, index, now - self._before)
+        self._before = now
