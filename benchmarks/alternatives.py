@@ -46,7 +46,12 @@ from impatient.files import read_json, read_tensors, write_json, write_tensors
 from impatient.networks import MultiExitNetwork
 from impatient.networks.specs import import_torchvision
 from impatient.policies import ThresholdPolicy
-from papers.adaptive_neural_networks.networks import CIFAR_MEAN, CIFAR_STD, CifarResNet, load_pretrained
+from papers.adaptive_neural_networks.networks import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    CifarResNet,
+    load_pretrained,
+)
 from papers.data import data_spec, shared_folder
 
 EARLYON = KEPT / "earlyon"
@@ -100,21 +105,31 @@ def trained(depth: int, exits: list[str], *, small: bool = False) -> Trained:
     backbone = TraceableResNet(depth=depth)
     load_pretrained(backbone, f"resnet{depth}", shared_folder() / "cifar10_resnets.npz")
     network = attach_exits(backbone, example=torch.zeros(1, 3, 32, 32), after=exits).eval()
-    images, labels = _normalised(archive["x_test"]), torch.from_numpy(archive["y_test"].astype(np.int64))
+    images, labels = (
+        _normalised(archive["x_test"]),
+        torch.from_numpy(archive["y_test"].astype(np.int64)),
+    )
     folder = KEPT / "trained" / f"resnet{depth}-{'-'.join(exits)}"
     if not (folder / "accuracy.json").is_file():
         some = np.random.default_rng(0).permutation(len(archive["x_train"]))[:20_000]
         _train_heads(
-            network, _normalised(archive["x_train"][some]), torch.from_numpy(archive["y_train"][some].astype(np.int64))
+            network,
+            _normalised(archive["x_train"][some]),
+            torch.from_numpy(archive["y_train"][some].astype(np.int64)),
         )
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "heads.safetensors", dict(network.heads.state_dict()), {"kind": "weights"})
+        write_tensors(
+            folder / "heads.safetensors", dict(network.heads.state_dict()), {"kind": "weights"}
+        )
         write_json(folder / "accuracy.json", {"accuracy": _accuracy(network, images, labels)})
     network.heads.load_state_dict(read_tensors(folder / "heads.safetensors")[0])
     return Trained(
-        network=network, images=images, labels=labels, accuracy=tuple(read_json(folder / "accuracy.json")["accuracy"]),
+        network=network,
+        images=images,
+        labels=labels,
+        accuracy=tuple(read_json(folder / "accuracy.json")["accuracy"]),
         data="CIFAR-10 (9,979 exact test images + 21)",
-    )  # fmt: skip
+    )
 
 
 def _has_shared_data() -> bool:
@@ -127,14 +142,20 @@ def _has_shared_data() -> bool:
 
 def _normalised(images: np.ndarray) -> Tensor:
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    return ((x - torch.tensor(CIFAR_MEAN)[:, None, None]) / torch.tensor(CIFAR_STD)[:, None, None]).contiguous()
+    return (
+        (x - torch.tensor(CIFAR_MEAN)[:, None, None]) / torch.tensor(CIFAR_STD)[:, None, None]
+    ).contiguous()
 
 
 def _digits(exits: list[str]) -> Trained:
     torch.manual_seed(0)
     data = load_data("digits")
     backbone = TraceableResNet(depth=14, in_channels=data.example().shape[1])
-    after = [f"layer{number}.0" for number in range(1, 4)][: len(exits)] if len(exits) <= 3 else "every:1"
+    after = (
+        [f"layer{number}.0" for number in range(1, 4)][: len(exits)]
+        if len(exits) <= 3
+        else "every:1"
+    )
     network = attach_exits(backbone, example=data.example(), after=after)
     x, y = (torch.cat(parts) for parts in zip(*data.batches("train"), strict=True))
     optimiser = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -145,10 +166,18 @@ def _digits(exits: list[str]) -> Trained:
     network.eval()
     images, labels = (torch.cat(parts) for parts in zip(*data.batches("test"), strict=True))
     accuracy = tuple(_accuracy(network, images, labels))
-    return Trained(network=network, images=images, labels=labels, accuracy=accuracy, data="scikit-learn's digits")
+    return Trained(
+        network=network,
+        images=images,
+        labels=labels,
+        accuracy=accuracy,
+        data="scikit-learn's digits",
+    )
 
 
-def _train_heads(network: MultiExitNetwork, images: Tensor, labels: Tensor, epochs: int = 20) -> None:
+def _train_heads(
+    network: MultiExitNetwork, images: Tensor, labels: Tensor, epochs: int = 20
+) -> None:
     """Linear layers on pooled features, which the frozen backbone gives once."""
     pooled: list[list[Tensor]] = [[] for _ in network.heads]
     with torch.no_grad():
@@ -158,7 +187,10 @@ def _train_heads(network: MultiExitNetwork, images: Tensor, labels: Tensor, epoc
                     if exit.index < len(pooled):
                         pooled[exit.index].append(network.pooled(exit))
     for head, parts in zip(network.heads, pooled, strict=True):
-        features, layer = torch.cat(parts), next(module for module in head.modules() if isinstance(module, nn.Linear))
+        features, layer = (
+            torch.cat(parts),
+            next(module for module in head.modules() if isinstance(module, nn.Linear)),
+        )
         optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
         for part in torch.randint(len(features), (epochs * len(features),)).split(500):
             optimiser.zero_grad()
@@ -168,7 +200,10 @@ def _train_heads(network: MultiExitNetwork, images: Tensor, labels: Tensor, epoc
 
 def _accuracy(network: MultiExitNetwork, images: Tensor, labels: Tensor) -> list[float]:
     with torch.inference_mode():
-        outputs = [torch.cat(parts) for parts in zip(*(network(batch) for batch in images.split(250)), strict=True)]
+        outputs = [
+            torch.cat(parts)
+            for parts in zip(*(network(batch) for batch in images.split(250)), strict=True)
+        ]
     return [float((output.argmax(1) == labels).float().mean()) for output in outputs]
 
 
@@ -182,7 +217,9 @@ def sure(output: Tensor, threshold: float) -> bool:
 def copied(network: MultiExitNetwork) -> MultiExitNetwork:
     """The same tensors in modules of its own."""
     heads = [twin(head) for head in network.heads]
-    return MultiExitNetwork(twin(network.backbone), heads, network.cuts, network.layouts, network.num_classes).eval()
+    return MultiExitNetwork(
+        twin(network.backbone), heads, network.cuts, network.layouts, network.num_classes
+    ).eval()
 
 
 def with_runner(network: MultiExitNetwork, x: Tensor, threshold: float) -> Way:
@@ -213,17 +250,23 @@ def with_exits(network: MultiExitNetwork, threshold: float) -> Way:
 
 def with_earlyon(network: MultiExitNetwork, x: Tensor, threshold: float) -> Way:
     import_torchvision()
-    sys.path.append(str(EARLYON))  # behind everything else: its small dependencies only where there are none
+    sys.path.append(
+        str(EARLYON)
+    )  # behind everything else: its small dependencies only where there are none
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 
     points = [ExitPoint(f"e{index}", cut.module, 1) for index, cut in enumerate(network.cuts)]
     heads = {point.name: twin(head) for point, head in zip(points, network.heads, strict=True)}
     config = EarlyExitConfig(
-        backbone="custom", num_classes=network.num_classes, exit_points=points,
+        backbone="custom",
+        num_classes=network.num_classes,
+        exit_points=points,
         confidence_thresholds=[threshold] * len(points),
-    )  # fmt: skip
+    )
     shape = (1, *x.shape[1:])  # for its estimate of operations, made once, in the warm-up
-    wrapper = EarlyExitWrapper(twin(network.backbone), heads, lambda output: output, config, input_shape=shape).eval()
+    wrapper = EarlyExitWrapper(
+        twin(network.backbone), heads, lambda output: output, config, input_shape=shape
+    ).eval()
 
     def answer(x: Tensor) -> Answer:
         result = wrapper(x) if len(x) == 1 else wrapper.forward_inference_batched(x)
@@ -240,13 +283,17 @@ class Left(Exception):
 def with_exception(network: MultiExitNetwork, threshold: float) -> Way:
     backbone = twin(network.backbone)
 
-    def leave(head: nn.Module, index: int, _module: nn.Module, _args: Any, features: Tensor) -> None:
+    def leave(
+        head: nn.Module, index: int, _module: nn.Module, _args: Any, features: Tensor
+    ) -> None:
         output = head(features)
         if sure(output, threshold):
             raise Left(output, index)
 
     for index, (cut, head) in enumerate(zip(network.cuts, network.heads, strict=True)):
-        backbone.get_submodule(cut.module).register_forward_hook(functools.partial(leave, twin(head), index))
+        backbone.get_submodule(cut.module).register_forward_hook(
+            functools.partial(leave, twin(head), index)
+        )
 
     def answer(x: Tensor) -> Answer:
         with torch.inference_mode():
@@ -297,14 +344,19 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
     given = trained(56, EXITS, small=smoke)
     count = 4 * batch if smoke else IMAGES * (4 if batch > 1 else 1)
     places = np.random.default_rng(1).permutation(len(given.images))[:count]
-    batches = [torch.from_numpy(part) for part in np.array_split(places, max(1, len(places) // batch))]
+    batches = [
+        torch.from_numpy(part) for part in np.array_split(places, max(1, len(places) // batch))
+    ]
     first, network = given.images[:batch], given.network
     ways = {
-        "whole": without_exits(network), "Runner": with_runner(network, first, threshold),
-        "exits": with_exits(network, threshold), "earlyon": with_earlyon(network, first, threshold),
-        "exception": with_exception(network, threshold), "extractor": with_extractor(network, threshold),
+        "whole": without_exits(network),
+        "Runner": with_runner(network, first, threshold),
+        "exits": with_exits(network, threshold),
+        "earlyon": with_earlyon(network, first, threshold),
+        "exception": with_exception(network, threshold),
+        "extractor": with_extractor(network, threshold),
         "whole again": without_exits(network),
-    }  # fmt: skip
+    }
     seen = list(timed(ways, given.images, batches))
     if batch == 1:
         agree([answers for _, answers in seen])
@@ -312,16 +364,23 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
     times = {way: np.array([taken[way] for taken, _ in seen]) / batch for way in ways}
     return [
         {
-            "data": given.data, "batch": batch, "threshold": threshold, "way": way, "batches": len(seen),
-            "ms an image": f"{np.mean(times[way]) * 1e3:.3f}", "time / whole": in_words(times[way], times["whole"]),
+            "data": given.data,
+            "batch": batch,
+            "threshold": threshold,
+            "way": way,
+            "batches": len(seen),
+            "ms an image": f"{np.mean(times[way]) * 1e3:.3f}",
+            "time / whole": in_words(times[way], times["whole"]),
             "mean exit": f"{np.mean([exit for _, answers in seen for exit in answers[way][1]]):.2f}",
             "accuracy": right([answers[way][0] for _, answers in seen], labels),
         }
         for way in ways
-    ]  # fmt: skip
+    ]
 
 
-def timed(ways: dict[str, Way], images: Tensor, batches: list[Tensor]) -> Iterator[tuple[dict[str, float], dict[str, Answer]]]:
+def timed(
+    ways: dict[str, Way], images: Tensor, batches: list[Tensor]
+) -> Iterator[tuple[dict[str, float], dict[str, Answer]]]:
     """Per batch, seconds and answers of all ways, asked in random order."""
     order, names = np.random.default_rng(0), list(ways)
     for name in names * 3:
@@ -344,7 +403,9 @@ def agree(answers: list[dict[str, Answer]]) -> None:
         output, exits = given["exits"]
         for way in ("Runner", "earlyon", "exception", "extractor"):
             if given[way][1] != exits or not torch.allclose(given[way][0], output, atol=1e-4):
-                raise RuntimeError(f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs differ.")
+                raise RuntimeError(
+                    f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs differ."
+                )
 
 
 def in_words(values: np.ndarray, base: np.ndarray) -> str:
@@ -353,22 +414,47 @@ def in_words(values: np.ndarray, base: np.ndarray) -> str:
 
 
 def right(outputs: list[Tensor], labels: list[Tensor]) -> str:
-    hits = sum(int((output.argmax(1) == label).sum()) for output, label in zip(outputs, labels, strict=True))
+    hits = sum(
+        int((output.argmax(1) == label).sum())
+        for output, label in zip(outputs, labels, strict=True)
+    )
     share = proportion(hits, sum(len(label) for label in labels))
     return f"{share.value:.2%} ({share.low:.2%} to {share.high:.2%})"
 
 
-CASES = {f"{batch}-{threshold}": (batch, threshold) for batch in (1, 32) for threshold in THRESHOLDS}
+CASES = {
+    f"{batch}-{threshold}": (batch, threshold) for batch in (1, 32) for threshold in THRESHOLDS
+}
 
 
 def prepare() -> None:
     if not EARLYON.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(EARLYON), *PACKAGES]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(EARLYON),
+            *PACKAGES,
+        ]
         subprocess.run(pip, check=True)
     trained(56, EXITS)
 
 
 if __name__ == "__main__":
     if not EARLYON.is_dir() and "--prepare" not in sys.argv:
-        sys.exit("earlyon is not there; run with --prepare first (it is put into runs/bench, not into this environment).")
-    run_cases("alternatives", "Against the alternatives", __doc__, CASES, measure, smoke=["1-0.9", "32-0.9"], prepare=prepare)
+        sys.exit(
+            "earlyon is not there; run with --prepare first (it is put into runs/bench, not into this environment)."
+        )
+    run_cases(
+        "alternatives",
+        "Against the alternatives",
+        __doc__,
+        CASES,
+        measure,
+        smoke=["1-0.9", "32-0.9"],
+        prepare=prepare,
+    )

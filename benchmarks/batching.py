@@ -29,7 +29,11 @@ from impatient.policies.scores import SCORES
 from impatient.runtime.compaction import When
 
 BATCH = 32
-SHARES = {"even": (0.25, 0.25, 0.25, 0.25), "mostly early": (0.5, 0.25, 0.15, 0.1), "mostly late": (0.1, 0.15, 0.25, 0.5)}
+SHARES = {
+    "even": (0.25, 0.25, 0.25, 0.25),
+    "mostly early": (0.5, 0.25, 0.15, 0.1),
+    "mostly late": (0.1, 0.15, 0.25, 0.5),
+}
 NETWORKS = {  # spec, pixels, exits after
     "cifar_resnet": ("impatient:resnet:n=9,c=16", 32, "every:7"),
     "resnet18": ("torchvision:resnet18", 64, ["layer1", "layer2", "layer3"]),
@@ -48,7 +52,9 @@ def network_and_pool(name: str) -> tuple[MultiExitNetwork, Tensor]:
 def policy_for(outputs_kn: Sequence[Tensor], shares: Sequence[float]) -> ThresholdPolicy:
     """Lets these shares of the pool leave at each exit."""
     scores = torch.stack([SCORES["max_probability"](outputs) for outputs in outputs_kn])
-    return ThresholdPolicy(score="max_probability", thresholds=thresholds_for_shares(scores, shares))
+    return ThresholdPolicy(
+        score="max_probability", thresholds=thresholds_for_shares(scores, shares)
+    )
 
 
 def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
@@ -59,22 +65,40 @@ def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
     made = in_engine(network, engine, example=pool[:2], threads=threads, key=f"batching-{name}")
     batches = pool.split(BATCH)
     with torch.inference_mode():
-        outputs = [torch.cat(parts) for parts in zip(*(network(batch) for batch in batches), strict=True)]
-    costs = profile(made, pool[:1], batch_sizes=(1, 8, BATCH), repeats=3 if smoke else 50, warm_up=3, max_seconds=8)
+        outputs = [
+            torch.cat(parts) for parts in zip(*(network(batch) for batch in batches), strict=True)
+        ]
+    costs = profile(
+        made,
+        pool[:1],
+        batch_sizes=(1, 8, BATCH),
+        repeats=3 if smoke else 50,
+        warm_up=3,
+        max_seconds=8,
+    )
     stages = np.cumsum([stage.mean for stage in costs.batches[BATCH].stages])
     depth = stages / stages[-1]
     rows = []
     for spread, shares in list(SHARES.items())[: 1 if smoke else None]:
         policy = policy_for(outputs, shares)
         whens: tuple[When, ...] = ("never", "always", "auto")
-        ran = {when: Batches(Runner(made, costs, policy, compaction=when), batches, depth) for when in whens}
+        ran = {
+            when: Batches(Runner(made, costs, policy, compaction=when), batches, depth)
+            for when in whens
+        }
         whole = Whole(made.backbone, batches)
         calls = {"whole": whole, "whole again": Whole(made.backbone, batches), **ran}
         with torch.inference_mode():
             times = in_turn(calls, rounds=3 if smoke else 500, most_s=SECONDS / len(SHARES))
         rows += [row(times, when, np.array(ran[when].depths)) for when in whens]
         for found in rows[-len(whens) :]:
-            found |= {"network": name, "pixels": NETWORKS[name][1], "engine": engine, "threads": threads, "leaving": spread}
+            found |= {
+                "network": name,
+                "pixels": NETWORKS[name][1],
+                "engine": engine,
+                "threads": threads,
+                "leaving": spread,
+            }
     return rows
 
 
@@ -108,11 +132,20 @@ def row(times: dict[str, np.ndarray], when: str, depths: np.ndarray) -> Row:
     _, low, high = median_interval(reached)
     met = "yes" if low >= 0.85 else "no" if high < 0.85 else "cannot tell"
     return {
-        "network": "", "pixels": 0, "engine": "", "threads": 0, "leaving": "", "compaction": when, "n": len(base),
-        "whole ms": f"{np.median(base) * 1e3:.1f}", "mean depth": f"{depths.mean():.3f}", "time / whole": spoken(ratios, 3),
-        "whole / whole": spoken(times["whole again"] / base, 3), "share of the ideal saving": spoken(reached, 3),
+        "network": "",
+        "pixels": 0,
+        "engine": "",
+        "threads": 0,
+        "leaving": "",
+        "compaction": when,
+        "n": len(base),
+        "whole ms": f"{np.median(base) * 1e3:.1f}",
+        "mean depth": f"{depths.mean():.3f}",
+        "time / whole": spoken(ratios, 3),
+        "whole / whole": spoken(times["whole again"] / base, 3),
+        "share of the ideal saving": spoken(reached, 3),
         "85 % met": met if when != "never" else "",
-    }  # fmt: skip
+    }
 
 
 CASES = {
@@ -131,4 +164,6 @@ def prepare() -> None:
 
 if __name__ == "__main__":
     smoke = ["cifar_resnet-eager-1", "cifar_resnet-onnxruntime-1"]
-    run_cases("batching", "Batches that shrink", __doc__, CASES, measure, smoke=smoke, prepare=prepare)
+    run_cases(
+        "batching", "Batches that shrink", __doc__, CASES, measure, smoke=smoke, prepare=prepare
+    )

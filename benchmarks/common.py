@@ -30,7 +30,9 @@ from impatient.runtime.engines.export import export, load_engine, to_engine
 from impatient.runtime.engines.network import EngineNetwork
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = Path(__file__).parent.parent / "runs" / "bench"  # git-ignored: exported networks, trained weights, finished cases
+KEPT = (
+    Path(__file__).parent.parent / "runs" / "bench"
+)  # git-ignored: exported networks, trained weights, finished cases
 
 Row = dict[str, object]
 Calls = Mapping[tuple[str, int], Callable[[], object]]  # by name and number of things in it
@@ -40,14 +42,20 @@ M = TypeVar("M", bound=nn.Module)
 def commit() -> str:
     """The commit that is checked out, with "-dirty" behind it if files were changed."""
     command = ["git", "describe", "--always", "--dirty"]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    told = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     return told.stdout.strip() or "unknown"
 
 
 def facts() -> str:
     """Machine, versions, commit, date and command, as one paragraph."""
     here = machine("cpu")
-    engines = {name: metadata.version(name) for name in ("onnxruntime", "openvino") if name in sys.modules or _installed(name)}
+    engines = {
+        name: metadata.version(name)
+        for name in ("onnxruntime", "openvino")
+        if name in sys.modules or _installed(name)
+    }
     command = " ".join(["python", *([sys.argv[0]] if sys.argv[0] else []), *sys.argv[1:]])
     return (
         f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; {platform.system()} {platform.release()}; "
@@ -69,7 +77,14 @@ def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, 
     table.writeheader()
     table.writerows(rows)
     write_text(RESULTS / f"{name}.csv", stream.getvalue())
-    lines = [f"# {title}", "", text.strip(), "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines = [
+        f"# {title}",
+        "",
+        text.strip(),
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
     lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
     write_text(RESULTS / f"{name}.md", "\n".join([*lines, "", facts(), ""]))
     print(f"wrote {RESULTS / name}.csv and .md")
@@ -79,14 +94,22 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Median with its 95 % interval by order statistics (binomial, no assumption on the distribution)."""
     ordered = np.sort(np.asarray(values))
     half = 0.98 * np.sqrt(len(ordered))
-    low, high = int(max(0, len(ordered) / 2 - half)), int(min(len(ordered) - 1, len(ordered) / 2 + half))
+    low, high = (
+        int(max(0, len(ordered) / 2 - half)),
+        int(min(len(ordered) - 1, len(ordered) / 2 + half)),
+    )
     return float(np.median(ordered)), float(ordered[low]), float(ordered[high])
 
 
 def ratio_of_means(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
     """Mean of paired values over the mean of others, with its 95 % interval (delta method): what a whole workload takes."""
     ratio = float(values.mean() / base.mean())
-    half = 1.96 * float(np.std(values - ratio * base, ddof=1)) / np.sqrt(len(base)) / float(base.mean())
+    half = (
+        1.96
+        * float(np.std(values - ratio * base, ddof=1))
+        / np.sqrt(len(base))
+        / float(base.mean())
+    )
     return ratio, ratio - half, ratio + half
 
 
@@ -97,7 +120,11 @@ def spoken(values: Sequence[float], digits: int = 4) -> str:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], *, rounds: int, most_s: float = float("inf"), warm_up: int = 3
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    most_s: float = float("inf"),
+    warm_up: int = 3,
 ) -> dict[str, np.ndarray]:
     """Seconds of several calls, each once a round and in random order, so that all meet the machine's changes alike.
 
@@ -121,7 +148,9 @@ def in_turn(
     return {name: np.array(values) for name, values in times.items()}
 
 
-def repeated(workload: Callable[[int], Calls], *, seeds: int, repeats: int) -> dict[tuple[str, int], Row]:
+def repeated(
+    workload: Callable[[int], Calls], *, seeds: int, repeats: int
+) -> dict[tuple[str, int], Row]:
     """Seconds of the calls of a workload, by their key, over all seeds and repeats; the first run of each is not counted.
 
     Args:
@@ -148,21 +177,32 @@ def _wall_and_processor_s(call: Callable[[], object]) -> tuple[float, float]:
 def _spread(taken: Sequence[tuple[float, float]]) -> Row:
     wall, processor = zip(*taken, strict=True)
     return {
-        "n": len(taken), "min s": f"{min(wall):.4f}", "median s": f"{statistics.median(wall):.4f}",
-        "max s": f"{max(wall):.4f}", "median processor s": f"{statistics.median(processor):.4f}",
-    }  # fmt: skip
+        "n": len(taken),
+        "min s": f"{min(wall):.4f}",
+        "median s": f"{statistics.median(wall):.4f}",
+        "max s": f"{max(wall):.4f}",
+        "median processor s": f"{statistics.median(processor):.4f}",
+    }
 
 
 def twin(model: M) -> M:
     """A copy with the same tensors and without anybody's forward hooks."""
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    copied = copy.deepcopy(
+        model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    )
     for module in copied.modules():
         module._forward_hooks.clear()
     return copied
 
 
 def in_engine(
-    network: MultiExitNetwork, engine: str, *, example: Tensor, threads: int, key: str, precision: str = "fp32"
+    network: MultiExitNetwork,
+    engine: str,
+    *,
+    example: Tensor,
+    threads: int,
+    key: str,
+    precision: str = "fp32",
 ) -> MultiExitNetwork | EngineNetwork:
     """A network in an engine, kept under runs/bench/engines, since exporting resnet50 takes a minute.
 
@@ -175,14 +215,22 @@ def in_engine(
     folder = KEPT / "engines" / f"{key}-{engine}-{precision}-{weights}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(network, folder, engine=engine, example=example, threads=threads, precision=precision)
+        export(
+            network, folder, engine=engine, example=example, threads=threads, precision=precision
+        )
     return load_engine(folder, threads=threads)
 
 
 def run_cases(
-    name: str, title: str, text: str, cases: Mapping[str, tuple[Any, ...]], measure: Callable[..., Sequence[Row]], *,
-    smoke: Sequence[str], prepare: Callable[[], object] | None = None,
-) -> None:  # fmt: skip
+    name: str,
+    title: str,
+    text: str,
+    cases: Mapping[str, tuple[Any, ...]],
+    measure: Callable[..., Sequence[Row]],
+    *,
+    smoke: Sequence[str],
+    prepare: Callable[[], object] | None = None,
+) -> None:
     """The command line of a benchmark in cases, each run in a process of its own: thread pools are set once a process.
 
     Finished cases are kept for the commit they were measured on, and the page is written after each: a run that was stopped
@@ -196,8 +244,12 @@ def run_cases(
         prepare: makes what takes long and is kept: exports, trained weights.
     """
     parser = argparse.ArgumentParser(description=title)
-    parser.add_argument("--smoke", action="store_true", help="seconds, to see that it runs; writes nothing")
-    parser.add_argument("--prepare", action="store_true", help="only make what is kept: exports, trained weights")
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds, to see that it runs; writes nothing"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="only make what is kept: exports, trained weights"
+    )
     parser.add_argument("--again", action="store_true", help="measure finished cases again")
     parser.add_argument("--case", choices=[*cases], help="measure this one only")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # where a case puts its rows
@@ -215,7 +267,9 @@ def run_cases(
         _all_cases(name, title, text, cases, asked)
 
 
-def _all_cases(name: str, title: str, text: str, cases: Mapping[str, object], asked: argparse.Namespace) -> None:
+def _all_cases(
+    name: str, title: str, text: str, cases: Mapping[str, object], asked: argparse.Namespace
+) -> None:
     folder = KEPT / "cases" / name / commit()
     folder.mkdir(parents=True, exist_ok=True)
     for case in [asked.case] if asked.case else cases:
@@ -229,7 +283,9 @@ def _all_cases(name: str, title: str, text: str, cases: Mapping[str, object], as
 def _case(case: str, folder: Path, *options: str) -> list[Row]:
     path = folder / f"{case}.json"
     print(f"{case} ...", flush=True)
-    subprocess.run([sys.executable, sys.argv[0], "--case", case, "--into", str(path), *options], check=True)
+    subprocess.run(
+        [sys.executable, sys.argv[0], "--case", case, "--into", str(path), *options], check=True
+    )
     rows: list[Row] = read_json(path)["rows"]
     return rows
 

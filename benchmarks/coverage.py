@@ -44,8 +44,20 @@ Row = dict[str, str]
 # what is found out, and the column that is empty where it has not been tried
 PARTS = {"exactness": "gradients", "parts": "exported parts", "times": "staged / untouched"}
 CHECKS = ("output", "forward()", "exits()", "gradients")
-COLUMNS = ("library", "architecture", "spec", "mechanism", "exits after", "features", *CHECKS, "batches shrink",
-           "exported parts", "staged / untouched", "untouched / untouched", "reason")  # fmt: skip
+COLUMNS = (
+    "library",
+    "architecture",
+    "spec",
+    "mechanism",
+    "exits after",
+    "features",
+    *CHECKS,
+    "batches shrink",
+    "exported parts",
+    "staged / untouched",
+    "untouched / untouched",
+    "reason",
+)
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------
@@ -66,7 +78,10 @@ def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]
         yield {"reason": _first_line(error)}
         return
     if truth:
-        yield {"mechanism": network.mechanism.split(",")[0], "exits after": " ".join(network.exit_names[:-1])}
+        yield {
+            "mechanism": network.mechanism.split(",")[0],
+            "exits after": " ".join(network.exit_names[:-1]),
+        }
         yield compare(network, x, truth)
     if "parts" in wanted:
         yield export(network, architecture.batch(2), x)
@@ -85,7 +100,10 @@ class Untouched:
 
 def _untouched(model: nn.Module, x: Any) -> Untouched:
     state = copy.deepcopy(model.state_dict())
-    output, gradients = _output(model, x), _gradients(model, x, lambda x: output_tensor(call_model(model, x)))
+    output, gradients = (
+        _output(model, x),
+        _gradients(model, x, lambda x: output_tensor(call_model(model, x))),
+    )
     model.load_state_dict(state)  # the training step has moved batch-norm statistics
     return Untouched(output, gradients, _difference(output, _output(model, x)))
 
@@ -101,12 +119,16 @@ def compare(network: MultiExitNetwork, x: Any, truth: Untouched) -> Row:
     early = max(_difference(one, other) for one, other in zip(all_at_once, staged, strict=True))
     layouts = zip(exits, network.layouts, strict=False)  # the last exit has none
     row = {
-        "features": " ".join(f"{'x'.join(map(str, shape[1:]))}:{layout}" for (shape, _), layout in layouts),
+        "features": " ".join(
+            f"{'x'.join(map(str, shape[1:]))}:{layout}" for (shape, _), layout in layouts
+        ),
         "output": _informative(network, x, staged),
         "forward()": _exactness(_difference(all_at_once[-1], truth.output)),
         "exits()": _exactness(max(early, _difference(staged[-1], truth.output))),
         "batches shrink": "yes" if network.shrinks(x) else "no",
-        "gradients": _compare_gradients(_gradients(network.backbone, x, lambda x: network(x)[-1]), truth.gradients),
+        "gradients": _compare_gradients(
+            _gradients(network.backbone, x, lambda x: network(x)[-1]), truth.gradients
+        ),
     }
     if truth.again:
         row["reason"] = f"the untouched model differs from itself by {truth.again:.1g}"
@@ -140,7 +162,11 @@ def _gradients(model: nn.Module, x: Any, run: Callable[[Any], Tensor]) -> dict[s
     _seed()
     run(x).square().mean().backward()
     model.eval()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def _informative(network: MultiExitNetwork, x: Any, staged: Sequence[Tensor]) -> str:
@@ -189,7 +215,9 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
     try:
         parts = partition(network, example)
         with torch.no_grad():
-            run = StagedRun(parts.wiring, parts.stages, parts.heads, input_tensors(x, parts.wiring.inputs))
+            run = StagedRun(
+                parts.wiring, parts.stages, parts.heads, input_tensors(x, parts.wiring.inputs)
+            )
             got, truth = [exit.output() for exit in run], network(x)
     except Exception as error:
         return {"exported parts": f"no: {_first_line(error)}"}
@@ -210,7 +238,11 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
         return list(Walk(network.backbone, x, cuts, heads))
 
     with torch.inference_mode():
-        times = in_turn({"untouched": untouched, "again": untouched, "staged": staged}, rounds=most, most_s=seconds)
+        times = in_turn(
+            {"untouched": untouched, "again": untouched, "staged": staged},
+            rounds=most,
+            most_s=seconds,
+        )
     return {
         "staged / untouched": spoken(times["staged"] / times["untouched"], 3),
         "untouched / untouched": spoken(times["again"] / times["untouched"], 3),
@@ -266,7 +298,12 @@ def import_libraries() -> None:
 
 def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s: float) -> Row:
     """Find out what a row does not have yet."""
-    row = {"library": architecture.library, "architecture": _title(architecture), "spec": architecture.spec, **known}
+    row = {
+        "library": architecture.library,
+        "architecture": _title(architecture),
+        "spec": architecture.spec,
+        **known,
+    }
     wanted = [part for part in parts if not row.get(PARTS[part])]
     if wanted and ("exactness" in wanted or row.get("mechanism")):  # else no exits can be attached
         row |= apart(architecture, wanted, limit_s)
@@ -286,7 +323,10 @@ def read_rows() -> dict[str, Row]:
     if not CSV.exists():
         return {}
     with CSV.open(newline="") as file:
-        return {row["spec"]: {name: value for name, value in row.items() if value} for row in csv.DictReader(file)}
+        return {
+            row["spec"]: {name: value for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        }
 
 
 def write_rows(rows: Mapping[str, Row]) -> None:
@@ -337,14 +377,16 @@ def page(rows: Mapping[str, Row]) -> str:
     listed = [rows[spec] for spec in _in_order(rows)]
     parts = [row for row in listed if row.get("exported parts")]
     exported = sum(not row["exported parts"].startswith("no") for row in parts)
-    count = (
-        f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and the rest as it should be."
-    )
+    count = f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and the rest as it should be."
     if parts:
         count += f" **{exported} of {len(parts)}** can be exported as parts."
-    tables = [_table(library, [row for row in listed if row["library"] == library]) for library in
-              dict.fromkeys(row["library"] for row in listed)]  # fmt: skip
-    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "transformers"))
+    tables = [
+        _table(library, [row for row in listed if row["library"] == library])
+        for library in dict.fromkeys(row["library"] for row in listed)
+    ]
+    libraries = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torchvision", "timm", "transformers")
+    )
     return "\n".join([TEXT, count, "", *tables, f"{libraries}; {facts()}", ""])
 
 
@@ -353,7 +395,9 @@ def _table(library: str, rows: Sequence[Row]) -> str:
     shown = [name for name in COLUMNS if name not in hidden and any(row.get(name) for row in rows)]
     lines = [f"## {library}", "", "| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in shown) + " |" for row in rows]
-    reasons = [f"* {row['architecture']}: {reason}" for row in rows for reason in [_reason(row)] if reason]
+    reasons = [
+        f"* {row['architecture']}: {reason}" for row in rows for reason in [_reason(row)] if reason
+    ]
     return "\n".join([*lines, "", *reasons, *[""] * bool(reasons)])
 
 
@@ -375,8 +419,14 @@ def _is_number(text: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--no-times", action="store_true", help="leave out what staging costs, which needs an idle machine")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--no-times",
+        action="store_true",
+        help="leave out what staging costs, which needs an idle machine",
+    )
     parser.add_argument("--no-parts", action="store_true", help="leave out the export")
     parser.add_argument("--only", default="", help="those whose spec contains this")
     parser.add_argument("--again", action="store_true", help="throw away what is known of them")
@@ -393,7 +443,10 @@ def main() -> None:
         rows[architecture.spec] = cover(architecture, known, parts, arguments.limit)
         write_rows(rows)
         row = rows[architecture.spec]
-        print(f"{number}/{len(chosen)} {row['architecture']}: {'works' if works(row) else _reason(row) or row}", flush=True)
+        print(
+            f"{number}/{len(chosen)} {row['architecture']}: {'works' if works(row) else _reason(row) or row}",
+            flush=True,
+        )
     write_text(PAGE, page(rows))
     print(f"wrote {CSV} and {PAGE}")
 

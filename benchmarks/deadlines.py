@@ -54,14 +54,25 @@ def measure(engine: str, load: str, *, smoke: bool) -> list[Row]:
         first_s = first_answers(runners["p99"], x, 20 if smoke else FIRST)
         waited = interruptible(runners["p99"], x, budgets, 20 if smoke else INTERRUPTIBLE)
     known: Row = {"data": given.data, "engine": engine, "load": load}
-    groups = {f"{budget * 1e3:.2f}": [number] for number, budget in enumerate(budgets)} | {"all": [*range(len(budgets))]}
+    groups = {f"{budget * 1e3:.2f}": [number] for number, budget in enumerate(budgets)} | {
+        "all": [*range(len(budgets))]
+    }
     rows = [
-        known | row("contract", quantile, label, [answers[quantile, number] for number in numbers], budgets[numbers], given)
+        known
+        | row(
+            "contract",
+            quantile,
+            label,
+            [answers[quantile, number] for number in numbers],
+            budgets[numbers],
+            given,
+        )
         for quantile in QUANTILES
         for label, numbers in groups.items()
     ]
     return rows + [
-        known | waiting(label, [found for number in numbers for found in waited[number]], first_s, given)
+        known
+        | waiting(label, [found for number in numbers for found in waited[number]], first_s, given)
         for label, numbers in groups.items()
     ]
 
@@ -69,8 +80,15 @@ def measure(engine: str, load: str, *, smoke: bool) -> list[Row]:
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
     """A process on every core that multiplies matrices."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    others = [subprocess.Popen([sys.executable, "-c", BUSY], env=alone) for _ in range(os.cpu_count() or 1)]
+    alone = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    others = [
+        subprocess.Popen([sys.executable, "-c", BUSY], env=alone)
+        for _ in range(os.cpu_count() or 1)
+    ]
     try:
         yield
     finally:
@@ -88,7 +106,9 @@ def contract(
     }
     for _ in range(runs // len(budgets)):
         for quantile, number in answers:
-            answers[quantile, number].append(runners[quantile].run(x, deadline=Deadline.after(budgets[number])))
+            answers[quantile, number].append(
+                runners[quantile].run(x, deadline=Deadline.after(budgets[number]))
+            )
     return answers
 
 
@@ -98,11 +118,15 @@ def first_answers(runner: Runner, x: torch.Tensor, runs: int) -> list[float]:
     for _ in range(runs):
         with runner.start(x) as run:
             found.append(run.interrupt().elapsed_s)
-        runner.run(x)  # let the abandoned stage end, so that it does not steal time from the next run
+        runner.run(
+            x
+        )  # let the abandoned stage end, so that it does not steal time from the next run
     return found
 
 
-def interruptible(runner: Runner, x: torch.Tensor, budgets: np.ndarray, runs: int) -> list[list[tuple[Answer, float]]]:
+def interruptible(
+    runner: Runner, x: torch.Tensor, budgets: np.ndarray, runs: int
+) -> list[list[tuple[Answer, float]]]:
     """Per budget, answers, and how long after the deadline the caller had them; negative where the last exit came before it."""
     found: list[list[tuple[Answer, float]]] = [[] for _ in budgets]
     for number in range(runs):
@@ -114,22 +138,39 @@ def interruptible(runner: Runner, x: torch.Tensor, budgets: np.ndarray, runs: in
     return found
 
 
-def row(mode: str, quantile: str, budget: str, answers: Sequence[Sequence[Answer]], budgets: np.ndarray, given: Trained) -> Row:
+def row(
+    mode: str,
+    quantile: str,
+    budget: str,
+    answers: Sequence[Sequence[Answer]],
+    budgets: np.ndarray,
+    given: Trained,
+) -> Row:
     every = [answer for some in answers for answer in some]
     missed = proportion(sum(not answer.deadline_met for answer in every), len(every))
-    spans = [(answer, limit) for some, limit in zip(answers, budgets, strict=True) for answer in some]
+    spans = [
+        (answer, limit) for some, limit in zip(answers, budgets, strict=True) for answer in some
+    ]
     used = [answer.elapsed_s / limit for answer, limit in spans]
     late = [answer.elapsed_s - limit for answer, limit in spans if not answer.deadline_met]
     return {
-        "mode": mode, "quantile": quantile, "budget ms": budget, "n": len(every),
+        "mode": mode,
+        "quantile": quantile,
+        "budget ms": budget,
+        "n": len(every),
         "missed": f"{missed.value:.2%} ({missed.low:.2%} to {missed.high:.2%})",
-        "lateness of the late ms p50 / max": f"{np.median(late) * 1e3:.3f} / {max(late) * 1e3:.3f}" if late else "none late",
-        "budget used": f"{np.mean(used):.2f}", "mean exit": f"{np.mean([answer.exit for answer in every]):.2f}",
+        "lateness of the late ms p50 / max": f"{np.median(late) * 1e3:.3f} / {max(late) * 1e3:.3f}"
+        if late
+        else "none late",
+        "budget used": f"{np.mean(used):.2f}",
+        "mean exit": f"{np.mean([answer.exit for answer in every]):.2f}",
         "accuracy bought": bought(every, given),
-    }  # fmt: skip
+    }
 
 
-def waiting(budget: str, found: Sequence[tuple[Answer, float]], first_s: Sequence[float], given: Trained) -> Row:
+def waiting(
+    budget: str, found: Sequence[tuple[Answer, float]], first_s: Sequence[float], given: Trained
+) -> Row:
     """Of interruptible runs: whether there was an answer, and how long after the deadline the caller was back."""
     answers = [answer for answer, _ in found]
     late = [after * 1e3 for _, after in found if after > 0]
@@ -137,19 +178,27 @@ def waiting(budget: str, found: Sequence[tuple[Answer, float]], first_s: Sequenc
     first = " / ".join(f"{first * 1e3:.2f}" for first in np.quantile(first_s, [0.5, 0.99, 0.999]))
     none = proportion(sum(not answer.deadline_met for answer in answers), len(answers))
     return {
-        "mode": "interruptible", "quantile": "", "budget ms": budget, "n": len(answers),
+        "mode": "interruptible",
+        "quantile": "",
+        "budget ms": budget,
+        "n": len(answers),
         "first answer ms p50 / p99 / p99.9": first,
         "without an answer": f"{none.value:.2%} ({none.low:.2%} to {none.high:.2%})",
         "back after the deadline ms p50 / p99 / max": f"{p50:.3f} / {p99:.3f} / {most:.3f} (n={len(late)})",
-        "mean exit": f"{np.mean([answer.exit for answer in answers]):.2f}", "accuracy bought": bought(answers, given),
-    }  # fmt: skip
+        "mean exit": f"{np.mean([answer.exit for answer in answers]):.2f}",
+        "accuracy bought": bought(answers, given),
+    }
 
 
 def bought(answers: Sequence[Answer], given: Trained) -> str:
     return f"{np.mean([given.accuracy[answer.exit] for answer in answers]):.2%}"
 
 
-CASES = {f"{engine}-{load}": (engine, load) for load in ("idle", "loaded") for engine in ("eager", "onnxruntime", "openvino")}
+CASES = {
+    f"{engine}-{load}": (engine, load)
+    for load in ("idle", "loaded")
+    for engine in ("eager", "onnxruntime", "openvino")
+}
 
 
 def prepare() -> None:
@@ -160,4 +209,12 @@ def prepare() -> None:
 
 if __name__ == "__main__":
     smoke = ["eager-idle", "onnxruntime-loaded"]
-    run_cases("deadlines", "Deadlines on the real clock", __doc__, CASES, measure, smoke=smoke, prepare=prepare)
+    run_cases(
+        "deadlines",
+        "Deadlines on the real clock",
+        __doc__,
+        CASES,
+        measure,
+        smoke=smoke,
+        prepare=prepare,
+    )

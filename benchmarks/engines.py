@@ -43,7 +43,9 @@ def four_exits(name: str) -> tuple[MultiExitNetwork, Tensor]:
         return staged(name, model, x, many=False), x
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
-    return attach_exits(load_model("impatient:resnet:n=9,c=16"), example=x[:1], after="every:7").eval(), x
+    return attach_exits(
+        load_model("impatient:resnet:n=9,c=16"), example=x[:1], after="every:7"
+    ).eval(), x
 
 
 def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
@@ -51,17 +53,24 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
     network, example = four_exits(name)
     x, key = example[:1], f"{name}-{network.num_exits}"
     made = {
-        (engine, precision): in_engine(network, engine, example=example, threads=threads, key=key, precision=precision)
+        (engine, precision): in_engine(
+            network, engine, example=example, threads=threads, key=key, precision=precision
+        )
         for engine, precision in ENGINES
         if not smoke or (engine in SMOKE and precision == "fp32")
     }
     reached: dict[Any, list[list[float]]] = {kind: [] for kind in made}
-    calls: dict[Any, Any] = {(*kind, "whole"): lambda one=one: one.backbone(x) for kind, one in made.items()}
+    calls: dict[Any, Any] = {
+        (*kind, "whole"): lambda one=one: one.backbone(x) for kind, one in made.items()
+    }
     calls |= {
-        (*kind, "anytime"): lambda kind=kind, one=one: reached[kind].append(anytime(one, x)) for kind, one in made.items()
+        (*kind, "anytime"): lambda kind=kind, one=one: reached[kind].append(anytime(one, x))
+        for kind, one in made.items()
     }
     calls["eager again"] = calls["eager", "fp32", "whole"]
-    names = {str(index): call for index, call in enumerate(calls.values())}  # numpy permutes plain strings
+    names = {
+        str(index): call for index, call in enumerate(calls.values())
+    }  # numpy permutes plain strings
     with torch.inference_mode():
         raw = in_turn(names, rounds=3 if smoke else 1000, most_s=SECONDS)
     times = dict(zip(calls, raw.values(), strict=True))
@@ -72,13 +81,26 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
     for kind in made:
         whole = times[(*kind, "whole")]
         rows.append(
-            {"network": name, "pixels": NETWORKS[name], "threads": threads, "engine": kind[0], "precision": kind[1], "n": n,
-             "whole ms": f"{np.median(whole) * 1e3:.2f}", "whole / eager whole": spoken(whole / base, 3),
-             "eager / eager": spoken(times["eager again"] / base, 3)}
-            | {f"to exit {exit}, ms": f"{np.median(marks[kind][:, exit]) * 1e3:.2f}" for exit in range(network.num_exits)}
-            | {f"to exit {exit} / eager": spoken(marks[kind][:, exit] / base_marks[:, exit], 3)
-               for exit in range(network.num_exits)}
-        )  # fmt: skip
+            {
+                "network": name,
+                "pixels": NETWORKS[name],
+                "threads": threads,
+                "engine": kind[0],
+                "precision": kind[1],
+                "n": n,
+                "whole ms": f"{np.median(whole) * 1e3:.2f}",
+                "whole / eager whole": spoken(whole / base, 3),
+                "eager / eager": spoken(times["eager again"] / base, 3),
+            }
+            | {
+                f"to exit {exit}, ms": f"{np.median(marks[kind][:, exit]) * 1e3:.2f}"
+                for exit in range(network.num_exits)
+            }
+            | {
+                f"to exit {exit} / eager": spoken(marks[kind][:, exit] / base_marks[:, exit], 3)
+                for exit in range(network.num_exits)
+            }
+        )
     return rows
 
 
@@ -97,7 +119,12 @@ def prepare() -> None:
         network, example = four_exits(name)
         for engine, precision in ENGINES:
             made = in_engine(
-                network, engine, example=example, threads=1, key=f"{name}-{network.num_exits}", precision=precision
+                network,
+                engine,
+                example=example,
+                threads=1,
+                key=f"{name}-{network.num_exits}",
+                precision=precision,
             )
             if engine == "compile":  # torch keeps what it has compiled
                 with torch.inference_mode():
@@ -109,4 +136,12 @@ CASES = {f"{name}-{threads}": (name, threads) for name in NETWORKS for threads i
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(KEPT / "inductor"))
-    run_cases("engines", "Engines against eager", __doc__, CASES, measure, smoke=["cifar_resnet-1"], prepare=prepare)
+    run_cases(
+        "engines",
+        "Engines against eager",
+        __doc__,
+        CASES,
+        measure,
+        smoke=["cifar_resnet-1"],
+        prepare=prepare,
+    )

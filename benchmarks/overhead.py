@@ -30,7 +30,11 @@ from impatient import attach_exits, load_model
 from impatient.networks import MultiExitNetwork
 
 BLOCKS = {
-    "resnet50": [f"layer{stage}.{block}" for stage, blocks in enumerate((3, 4, 6, 3), 1) for block in range(blocks)],
+    "resnet50": [
+        f"layer{stage}.{block}"
+        for stage, blocks in enumerate((3, 4, 6, 3), 1)
+        for block in range(blocks)
+    ],
     "vit_b_16": [f"encoder.layers.encoder_layer_{layer}" for layer in range(12)],
 }
 FEW = {
@@ -49,7 +53,9 @@ def model_and_input(name: str, pixels: int) -> tuple[nn.Module, Tensor]:
         return nn.Sequential(*(nn.Linear(8, 8) for _ in range(200))).eval(), torch.randn(2, 8)
     model = load_model(SPECS[name])
     if name == "vit_b_16":
-        nn.init.normal_(model.heads.head.weight, std=0.02)  # it begins at zero, and any comparison would pass
+        nn.init.normal_(
+            model.heads.head.weight, std=0.02
+        )  # it begins at zero, and any comparison would pass
     return model.eval(), torch.randn(2, 3, pixels, pixels)
 
 
@@ -80,7 +86,9 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
     x = example[:1]
     for many in (True,) if name == "linear" else (False, True):
         network = staged(name, model, x, many=many)
-        made = in_engine(network, engine, example=example, threads=threads, key=f"{name}-{network.num_exits}")
+        made = in_engine(
+            network, engine, example=example, threads=threads, key=f"{name}-{network.num_exits}"
+        )
         calls[f"{network.num_exits} stages"] = functools.partial(walk, made, x)
         number[f"{network.num_exits} stages"] = network.num_exits
     whole = model if engine == "eager" else made.backbone
@@ -94,8 +102,18 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
     few = next(iter(number))
     return [
         row(times, what, number.get(what, most), engine)
-        | {"network": name, "pixels": pixels, "engine": engine, "threads": threads, "largest difference": f"{difference:.1e}"}
-        | ({"us per further cut": further(times, few, what, number)} if number.get(what, 0) > number[few] else {})
+        | {
+            "network": name,
+            "pixels": pixels,
+            "engine": engine,
+            "threads": threads,
+            "largest difference": f"{difference:.1e}",
+        }
+        | (
+            {"us per further cut": further(times, few, what, number)}
+            if number.get(what, 0) > number[few]
+            else {}
+        )
         for what in calls
         if not what.startswith("whole")
     ]
@@ -127,10 +145,18 @@ def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Ro
     base = times["whole"]
     ratios, us_per_cut = times[what] / base, (times[what] - base) / (stages - 1) * 1e6
     found = {
-        "network": "", "pixels": 0, "engine": engine, "threads": 0, "what": what, "cuts": stages - 1, "n": len(base),
-        "ms": f"{np.median(base) * 1e3:.2f}", "over whole": spoken(ratios),
-        "whole / whole": spoken(times["whole again"] / base), "us per cut": spoken(us_per_cut, 1),
-    }  # fmt: skip
+        "network": "",
+        "pixels": 0,
+        "engine": engine,
+        "threads": 0,
+        "what": what,
+        "cuts": stages - 1,
+        "n": len(base),
+        "ms": f"{np.median(base) * 1e3:.2f}",
+        "over whole": spoken(ratios),
+        "whole / whole": spoken(times["whole again"] / base),
+        "us per cut": spoken(us_per_cut, 1),
+    }
     if "stages" not in what:
         return found
     limit = 1.02 if engine == "eager" else 1.05 if stages <= 4 else 1.10
@@ -163,8 +189,18 @@ def prepare() -> None:
         for many in (False, True):
             network = staged(name, model, example, many=many)
             for engine in WRITTEN:
-                in_engine(network, engine, example=example, threads=1, key=f"{name}-{network.num_exits}")
+                in_engine(
+                    network, engine, example=example, threads=1, key=f"{name}-{network.num_exits}"
+                )
 
 
 if __name__ == "__main__":
-    run_cases("overhead", "Overhead of staging", __doc__, CASES, measure, smoke=["linear", "resnet50-64"], prepare=prepare)
+    run_cases(
+        "overhead",
+        "Overhead of staging",
+        __doc__,
+        CASES,
+        measure,
+        smoke=["linear", "resnet50-64"],
+        prepare=prepare,
+    )

@@ -27,7 +27,9 @@ def fit_gates_for(recording: Recording, costs: CostProfile, count: int) -> list[
     return [point.policy for point in sweep_gates(recording, costs, prices, gate_s=1e-4)]
 
 
-def judge_gates(policies: Sequence[GatePolicy], recording: Recording, costs: CostProfile) -> list[tuple[float, float]]:
+def judge_gates(
+    policies: Sequence[GatePolicy], recording: Recording, costs: CostProfile
+) -> list[tuple[float, float]]:
     """Accuracy and mean seconds of each."""
     hits, samples = recording.hits(), torch.arange(len(recording.labels))
     return [
@@ -36,16 +38,22 @@ def judge_gates(policies: Sequence[GatePolicy], recording: Recording, costs: Cos
     ]
 
 
-def select_for(recording: Recording, node_s: Sequence[float], count: int) -> tuple[SelectionPoint, ...]:
+def select_for(
+    recording: Recording, node_s: Sequence[float], count: int
+) -> tuple[SelectionPoint, ...]:
     """Selection on a chain, likewise."""
     prices = np.geomspace(1e-3 / max(node_s), 1.0 / min(node_s), count).tolist()
-    return sweep_selection(recording, node_s, Topology.chain(len(node_s)), time_prices=prices, gate_s=1e-4)
+    return sweep_selection(
+        recording, node_s, Topology.chain(len(node_s)), time_prices=prices, gate_s=1e-4
+    )
 
 
 def workload(samples: int, exits: int, classes: int, prices: int, judged: int, seed: int) -> Calls:
     """What is timed, by name and number of prices or policies; all from the recording on."""
     costs, recording = even_costs(exits), random_recording(samples, exits, classes, seed)
-    fitted = fit_gates_for(random_recording(max(200, samples // 10), exits, classes, seed + 1), costs, min(prices, 20))
+    fitted = fit_gates_for(
+        random_recording(max(200, samples // 10), exits, classes, seed + 1), costs, min(prices, 20)
+    )
     policies = [fitted[place % len(fitted)] for place in range(judged)]
     nodes = min(exits, 6)
     few = random_recording(samples, nodes, classes, seed)
@@ -62,14 +70,27 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     smoke = parser.parse_args().smoke
     torch.set_num_threads(1)
-    samples, exits, classes, prices, judged = (300, 4, 10, 5, 20) if smoke else (10_000, 16, 100, 100, 1000)
+    samples, exits, classes, prices, judged = (
+        (300, 4, 10, 5, 20) if smoke else (10_000, 16, 100, 100, 1000)
+    )
     seeds, repeats = (1, 2) if smoke else (3, 3)
-    taken = repeated(lambda seed: workload(samples, exits, classes, prices, judged, seed), seeds=seeds, repeats=repeats)
+    taken = repeated(
+        lambda seed: workload(samples, exits, classes, prices, judged, seed),
+        seeds=seeds,
+        repeats=repeats,
+    )
     rows: list[Row] = [
-        {"what": name, "prices or policies": number, "samples": samples, "exits": exits, "classes": classes, "threads": 1}
+        {
+            "what": name,
+            "prices or policies": number,
+            "samples": samples,
+            "exits": exits,
+            "classes": classes,
+            "threads": 1,
+        }
         | spread
         for (name, number), spread in taken.items()
-    ]  # fmt: skip
+    ]
     print(*rows, sep="\n")
     if not smoke:
         text = (

@@ -25,7 +25,11 @@ from torch import nn
 
 from impatient import Deadline, Runner, attach_exits, profile
 
-CASES = {"eager": ("eager", 1_000_000), "onnxruntime": ("onnxruntime", 200_000), "openvino": ("openvino", 200_000)}
+CASES = {
+    "eager": ("eager", 1_000_000),
+    "onnxruntime": ("onnxruntime", 200_000),
+    "openvino": ("openvino", 200_000),
+}
 
 
 def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
@@ -33,7 +37,9 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
     torch.manual_seed(0)
     calls = 2000 if smoke else calls
     example = torch.randn(2, 8)
-    backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    backbone = nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
     network = attach_exits(backbone, example=example, after=["1", "3"]).eval()
     made, x = in_engine(network, engine, example=example, threads=1, key="soak"), example[:1]
     costs = profile(made, x, repeats=200)
@@ -44,17 +50,24 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
     done, memory, threads, files = samples.T
     low, middle, high = (value / 2**20 for value in growth(done, memory))
     grows = high > 1.0 or growth(done, threads)[0] > 0 or growth(done, files)[0] > 0
-    return [{
-        "engine": engine, "calls": calls, "answers by exit": " ".join(str(count) for count in exits),
-        "MiB at 10 %": f"{memory[len(memory) // 10] / 2**20:.1f}", "MiB at the end": f"{memory[-1] / 2**20:.1f}",
-        "MiB per million calls": f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        "threads": f"{threads.min():.0f} to {threads.max():.0f}, {threads[-1]:.0f} at the end",
-        "open files": f"{files.min():.0f} to {files.max():.0f}, {files[-1]:.0f} at the end",
-        "verdict": "growth" if grows else "no growth",
-    }]  # fmt: skip
+    return [
+        {
+            "engine": engine,
+            "calls": calls,
+            "answers by exit": " ".join(str(count) for count in exits),
+            "MiB at 10 %": f"{memory[len(memory) // 10] / 2**20:.1f}",
+            "MiB at the end": f"{memory[-1] / 2**20:.1f}",
+            "MiB per million calls": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            "threads": f"{threads.min():.0f} to {threads.max():.0f}, {threads[-1]:.0f} at the end",
+            "open files": f"{files.min():.0f} to {files.max():.0f}, {files[-1]:.0f} at the end",
+            "verdict": "growth" if grows else "no growth",
+        }
+    ]
 
 
-def run_calls(runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]) -> tuple[np.ndarray, list[int]]:
+def run_calls(
+    runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]
+) -> tuple[np.ndarray, list[int]]:
     """Samples of (calls done, bytes, threads, open files), and how often each exit answered."""
     samples, exits = [], [0] * runner.network.num_exits
     gc.collect()

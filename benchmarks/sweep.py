@@ -30,7 +30,9 @@ def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recor
     outputs = torch.randn(exits, samples, classes, generator=random)
     outputs[:, torch.arange(samples), labels] += torch.linspace(1.0, 4.0, exits)[:, None]
     names = tuple(f"exit{k}" for k in range(exits))
-    return Recording(outputs=outputs, labels=labels, split="test", exits=names, provenance=provenance())
+    return Recording(
+        outputs=outputs, labels=labels, split="test", exits=names, provenance=provenance()
+    )
 
 
 def even_costs(exits: int) -> CostProfile:
@@ -38,15 +40,22 @@ def even_costs(exits: int) -> CostProfile:
     stage, head, counts = Quantiles.of([1e-3]), Quantiles.of([1e-4]), (1,) * exits
     batch = BatchCosts(stages=(stage,) * exits, heads=(head,) * exits, exit_free=stage)
     return CostProfile(
-        exits=tuple(f"exit{k}" for k in range(exits)), batches={1: batch}, stage_macs=counts, head_macs=counts,
-        stage_parameters=counts, head_parameters=counts, provenance=provenance(),
-    )  # fmt: skip
+        exits=tuple(f"exit{k}" for k in range(exits)),
+        batches={1: batch},
+        stage_macs=counts,
+        head_macs=counts,
+        stage_parameters=counts,
+        head_parameters=counts,
+        provenance=provenance(),
+    )
 
 
 def random_policies(recording: Recording, count: int, seed: int) -> list[ThresholdPolicy]:
     """Thresholds at random quantiles of each exit's own scores, the three scores in turn, an exit in five closed."""
     random = np.random.default_rng(seed)
-    scores = {name: np.sort(score(recording.outputs).numpy(), axis=1) for name, score in SCORES.items()}
+    scores = {
+        name: np.sort(score(recording.outputs).numpy(), axis=1) for name, score in SCORES.items()
+    }
     exits, samples = scores["margin"].shape
     made = []
     for name in (list(SCORES)[index % 3] for index in range(count)):
@@ -60,10 +69,14 @@ def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
     """All shapes in turn, over random ranges; logs of a hundred budgets."""
     random = np.random.default_rng(seed)
     shapes: list[Callable[[float, float], Budget]] = [
-        budgets.uniform, budgets.small_likely, budgets.large_likely, budgets.normal, budgets.log_uniform,
+        budgets.uniform,
+        budgets.small_likely,
+        budgets.large_likely,
+        budgets.normal,
+        budgets.log_uniform,
         lambda low, high: budgets.point((low + high) / 2),
         lambda low, high: budgets.empirical(random.uniform(low, high, size=100).tolist()),
-    ]  # fmt: skip
+    ]
     ends = np.sort(random.uniform(1e-4, longest_s, size=(count, 2)), axis=1).tolist()
     return [shapes[index % len(shapes)](low, high) for index, (low, high) in enumerate(ends)]
 
@@ -88,12 +101,21 @@ def main() -> None:
     torch.set_num_threads(1)
     samples, exits, classes, count = (500, 4, 10, 20) if smoke else (10_000, 16, 100, 1000)
     seeds, repeats = (1, 2) if smoke else (3, 7)
-    taken = repeated(lambda seed: workload(samples, exits, classes, count, seed), seeds=seeds, repeats=repeats)
+    taken = repeated(
+        lambda seed: workload(samples, exits, classes, count, seed), seeds=seeds, repeats=repeats
+    )
     rows: list[Row] = [
-        {"function": name, "policies or budgets": number, "samples": samples, "exits": exits, "classes": classes, "threads": 1}
+        {
+            "function": name,
+            "policies or budgets": number,
+            "samples": samples,
+            "exits": exits,
+            "classes": classes,
+            "threads": 1,
+        }
         | spread
         for (name, number), spread in taken.items()
-    ]  # fmt: skip
+    ]
     print(*rows, sep="\n")
     if not smoke:
         text = (

@@ -17,22 +17,32 @@ from impatient import Data, Recipe, attach_exits, fit
 from impatient.networks import MultiExitNetwork, PreActResNet
 from impatient.training.data import ArrayExamples, Preprocess
 
-EVERY_THIRD = [f"blocks.{block}" for block in (2, 5, 8, 11)]  # with the output, 5 exits of 15 blocks
+EVERY_THIRD = [
+    f"blocks.{block}" for block in (2, 5, 8, 11)
+]  # with the output, 5 exits of 15 blocks
 OPTIONS = {
-    "static weights": {}, "alternating weights": {"sampler": "alternating"}, "gradient equilibrium": {"equilibrium": True},
-    "half detached": {"detach": 0.5}, "distillation": {"distillation": 0.5},
-}  # fmt: skip
+    "static weights": {},
+    "alternating weights": {"sampler": "alternating"},
+    "gradient equilibrium": {"equilibrium": True},
+    "half detached": {"detach": 0.5},
+    "distillation": {"distillation": 0.5},
+}
 
 
 def noise(samples: int) -> Data:
     """Random images: time does not depend on what they show."""
-    images, labels = torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (samples,))
+    images, labels = (
+        torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8),
+        torch.randint(10, (samples,)),
+    )
     one = ArrayExamples(images[:1], labels[:1])
     return Data(
-        name="noise", splits={"train": ArrayExamples(images, labels), "validation": one, "test": one},
-        class_names=tuple(map(str, range(10))), fingerprint="noise",
+        name="noise",
+        splits={"train": ArrayExamples(images, labels), "validation": one, "test": one},
+        class_names=tuple(map(str, range(10))),
+        fingerprint="noise",
         preprocess=Preprocess(mean=(0.5,) * 3, std=(0.25,) * 3, size=(32, 32), channels=3),
-    )  # fmt: skip
+    )
 
 
 def seconds(network: MultiExitNetwork, data: Data, recipe: Recipe) -> float:
@@ -52,7 +62,9 @@ def main() -> None:
     backbone = PreActResNet(n=5, c=16)
     networks = {
         "plain": MultiExitNetwork(backbone, [], [], [], 10),
-        "exits": attach_exits(backbone, after=EVERY_THIRD, heads="relu_linear", example=torch.zeros(1, 3, 32, 32)),
+        "exits": attach_exits(
+            backbone, after=EVERY_THIRD, heads="relu_linear", example=torch.zeros(1, 3, 32, 32)
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in ("plain", "plain again", *OPTIONS)}
     for repeat in range(-1, repeats):
@@ -64,9 +76,18 @@ def main() -> None:
                 times[name].append(taken)
     rows = []
     for name in list(times)[1:]:
-        ratio, low, high = median_interval([mine / plain for mine, plain in zip(times[name], times["plain"], strict=True)])
-        rows.append({"trained": name, "exits": 1 if name.startswith("plain") else 5, "n": repeats,
-                     "over training without exits": f"{ratio:.3f}", "95 % interval": f"{low:.3f} to {high:.3f}"})  # fmt: skip
+        ratio, low, high = median_interval(
+            [mine / plain for mine, plain in zip(times[name], times["plain"], strict=True)]
+        )
+        rows.append(
+            {
+                "trained": name,
+                "exits": 1 if name.startswith("plain") else 5,
+                "n": repeats,
+                "over training without exits": f"{ratio:.3f}",
+                "95 % interval": f"{low:.3f} to {high:.3f}",
+            }
+        )
         print(rows[-1], flush=True)
     if not smoke:
         text = (

@@ -24,7 +24,11 @@ CASES = {"tiny": (4, 8, 1), "small": (16, 32, 1), "large": (32, 32, 8)}  # chann
 
 def plain(depth: int, channels: int) -> nn.Module:
     blocks = [
-        nn.Sequential(nn.Conv2d(channels if place else 3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
+        nn.Sequential(
+            nn.Conv2d(channels if place else 3, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        )
         for place in range(depth)
     ]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
@@ -34,7 +38,10 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     channels, pixels, batch = CASES[name]
     torch.manual_seed(0)
     x = torch.randn(batch, 3, pixels, pixels)
-    networks = [attach_exits(plain(depth, channels), after=[str(depth // 2)], example=x[:1]) for depth in DEPTHS]
+    networks = [
+        attach_exits(plain(depth, channels), after=[str(depth // 2)], example=x[:1])
+        for depth in DEPTHS
+    ]
     ensemble = EANN(networks, ERRORS).eval()
 
     def seconds(parallel: ParallelEANN) -> float:
@@ -43,7 +50,10 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         return time.perf_counter() - begin
 
     ratios, same = [], []
-    with ParallelEANN(ensemble, workers=1, threads=1) as one, ParallelEANN(ensemble, workers=2, threads=1) as two:
+    with (
+        ParallelEANN(ensemble, workers=1, threads=1) as one,
+        ParallelEANN(ensemble, workers=2, threads=1) as two,
+    ):
         for repeat in range(-5, repeats):
             first, both, again = seconds(one), seconds(two), seconds(one)
             if repeat >= 0:
@@ -51,10 +61,15 @@ def measure(name: str, repeats: int) -> dict[str, object]:
                 same.append(again / first)
     middle, low, high = median_interval(ratios)
     return {
-        "networks": name, "channels": channels, "pixels": pixels, "batch": batch, "n": repeats,
-        "two workers / one": f"{middle:.2f}", "95 % interval": f"{low:.2f} to {high:.2f}",
+        "networks": name,
+        "channels": channels,
+        "pixels": pixels,
+        "batch": batch,
+        "n": repeats,
+        "two workers / one": f"{middle:.2f}",
+        "95 % interval": f"{low:.2f} to {high:.2f}",
         "one / one": f"{median_interval(same)[0]:.2f}",
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

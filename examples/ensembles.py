@@ -13,8 +13,12 @@ from impatient.policies import fit_temperatures
 
 def trained(data: impatient.Data, n: int, epochs: int) -> impatient.MultiExitNetwork:
     """A pre-activation ResNet with an exit after every block, trained with weights that alternate around SIEVE."""
-    backbone = impatient.load_model(f"impatient:resnet:n={n},c=8", num_classes=data.num_classes, in_channels=1)
-    network = impatient.attach_exits(backbone, after="every:1", heads="relu_linear", example=data.example())
+    backbone = impatient.load_model(
+        f"impatient:resnet:n={n},c=8", num_classes=data.num_classes, in_channels=1
+    )
+    network = impatient.attach_exits(
+        backbone, after="every:1", heads="relu_linear", example=data.example()
+    )
     recipe = impatient.Recipe(epochs=epochs, batch_size=64, lr=0.1, sampler="alternating")
     impatient.fit(network, data, weights="sieve", recipe=recipe, progress=False)
     return network
@@ -22,8 +26,14 @@ def trained(data: impatient.Data, n: int, epochs: int) -> impatient.MultiExitNet
 
 def report(name: str, recording: impatient.Recording) -> list[float]:
     accuracy = recording.hits().mean(1).tolist()
-    falls = conditional_monotonicity(recording.outputs, recording.labels, tolerances=(0.1,)).violations[0].value
-    print(f"{name:22} {' '.join(f'{value:6.1%}' for value in accuracy)}   takes back what it knew: {falls:.1%}")
+    falls = (
+        conditional_monotonicity(recording.outputs, recording.labels, tolerances=(0.1,))
+        .violations[0]
+        .value
+    )
+    print(
+        f"{name:22} {' '.join(f'{value:6.1%}' for value in accuracy)}   takes back what it knew: {falls:.1%}"
+    )
     return accuracy
 
 
@@ -40,7 +50,10 @@ def main(epochs: int = 8) -> dict[str, list[float]]:
     together = RunningEnsemble(large, "geometric", before, recalibration=after)
 
     networks = {"one network": large, "its exits together": together, "growing networks": growing}
-    return {name: report(name, impatient.record(network, data, split="test")) for name, network in networks.items()}
+    return {
+        name: report(name, impatient.record(network, data, split="test"))
+        for name, network in networks.items()
+    }
 
 
 if __name__ == "__main__":

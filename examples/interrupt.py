@@ -15,7 +15,9 @@ import impatient
 def main(runs: int = 10) -> list[int]:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 96, 96)
-    network = impatient.attach_exits(impatient.load_model("torchvision:resnet18"), count=6, example=x).eval()
+    network = impatient.attach_exits(
+        impatient.load_model("torchvision:resnet18"), count=6, example=x
+    ).eval()
     costs = impatient.profile(network, x, repeats=50)
     whole = costs.interruptible_s()[-1]
     random.seed(0)
@@ -27,7 +29,9 @@ def main(runs: int = 10) -> list[int]:
             with runner.start(x) as run:
                 threading.Event().wait(patience)  # somebody else's work
                 answer = run.interrupt()
-            print(f"asked after {patience * 1e3:6.2f} ms: exit {answer.exit} of {network.num_exits - 1}, {answer.stopped_by}")
+            print(
+                f"asked after {patience * 1e3:6.2f} ms: exit {answer.exit} of {network.num_exits - 1}, {answer.stopped_by}"
+            )
             reached.append(answer.exit)
     return reached
 

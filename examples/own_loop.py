@@ -11,8 +11,12 @@ from impatient.training.losses import exit_hits, exit_losses, weighted_loss
 
 def main(epochs: int = 5) -> list[float]:
     data = impatient.load_data("digits")
-    backbone = impatient.load_model("impatient:resnet:n=1,c=8", num_classes=data.num_classes, in_channels=1)
-    network = impatient.attach_exits(backbone, after=["blocks.0", "blocks.1"], heads="relu_linear", example=data.example())
+    backbone = impatient.load_model(
+        "impatient:resnet:n=1,c=8", num_classes=data.num_classes, in_channels=1
+    )
+    network = impatient.attach_exits(
+        backbone, after=["blocks.0", "blocks.1"], heads="relu_linear", example=data.example()
+    )
     weights = torch.tensor(impatient.training.weights.half_end(network.num_exits))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     for _ in range(epochs):

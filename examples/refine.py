@@ -14,9 +14,13 @@ import impatient
 def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
     torch.manual_seed(0)
     data = impatient.load_data("digits")
-    backbone = impatient.load_model("impatient:resnet:n=1,c=8", num_classes=data.num_classes, in_channels=1)
+    backbone = impatient.load_model(
+        "impatient:resnet:n=1,c=8", num_classes=data.num_classes, in_channels=1
+    )
     network = impatient.attach_exits(backbone, count=3, example=data.example())
-    impatient.fit(network, data, recipe=impatient.Recipe(epochs=epochs, batch_size=64, lr=0.1), progress=False)
+    impatient.fit(
+        network, data, recipe=impatient.Recipe(epochs=epochs, batch_size=64, lr=0.1), progress=False
+    )
     network = network.cpu().eval()
     examples = data.examples("test")
     x = data.preprocess(examples.take(torch.arange(pictures)))
@@ -28,7 +32,9 @@ def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
     crude, refined = [], []
     for picture, label in zip(x, labels, strict=True):
         with runner.open(picture[None]) as run:
-            answer = run.run(limits={"macs": crude_macs})  # or deadline=impatient.Deadline.after(0.002)
+            answer = run.run(
+                limits={"macs": crude_macs}
+            )  # or deadline=impatient.Deadline.after(0.002)
             crude.append(bool(answer.output.argmax() == label))
             # ... the machine begins to move ...
             answer = run.run()  # goes on from there
@@ -36,7 +42,9 @@ def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
     found = {"crude": sum(crude) / pictures, "refined": sum(refined) / pictures}
     print(f"right at once: {found['crude']:.1%}; right in the end: {found['refined']:.1%}")
 
-    with runner.start(x[:1], resumable=True) as started:  # the same with a run on the runner's own thread
+    with runner.start(
+        x[:1], resumable=True
+    ) as started:  # the same with a run on the runner's own thread
         answer = started.interrupt()
         print(f"interrupted: exit {answer.exit} of {network.num_exits - 1}")
         print(f"refined: exit {started.refine().result().exit}")

@@ -57,20 +57,28 @@ def trained(data: impatient.Data, epochs: int, **options: Any) -> AnytimeNet:
 
 
 def runner(network: AnytimeNet, x: torch.Tensor, repeats: int) -> impatient.Runner:
-    return impatient.Runner(network, impatient.profile(network, x, batch_sizes=[SENSORS], repeats=repeats))
+    return impatient.Runner(
+        network, impatient.profile(network, x, batch_sizes=[SENSORS], repeats=repeats)
+    )
 
 
 def time_left(whole_s: float, frames: int, rate: float) -> np.ndarray:
     """Seconds that the other tasks leave of each frame, in two thirds of them `whole_s` or more: a slow wave and bursts."""
     random = np.random.default_rng(0)
-    load = 0.3 + 0.15 * np.sin(2.0 * np.pi * np.arange(frames) / (8.0 * rate)) + random.normal(0.0, 0.02, frames)
+    load = (
+        0.3
+        + 0.15 * np.sin(2.0 * np.pi * np.arange(frames) / (8.0 * rate))
+        + random.normal(0.0, 0.02, frames)
+    )
     for start in np.flatnonzero(random.random(frames) < 1.0 / rate):
         load[start : start + random.integers(3, 12)] += random.uniform(0.1, 0.2)
     left = 1.0 - load.clip(0.05, 0.6)
     return left * whole_s / np.quantile(left, 1 / 3)
 
 
-def drawn_frames(data: impatient.Data, split: Split, frames: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def drawn_frames(
+    data: impatient.Data, split: Split, frames: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pictures and labels of each frame."""
     examples, random = data.examples(split), np.random.default_rng(1)
     places = random.integers(0, data.size(split), (frames, SENSORS)).tolist()
@@ -78,9 +86,11 @@ def drawn_frames(data: impatient.Data, split: Split, frames: int) -> list[tuple[
 
 
 def run_loop(
-    runners: Mapping[str, impatient.Runner], frames: Sequence[tuple[torch.Tensor, torch.Tensor]], left_s: Sequence[float],
+    runners: Mapping[str, impatient.Runner],
+    frames: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    left_s: Sequence[float],
     rate: float,
-) -> dict[str, list[Frame]]:  # fmt: skip
+) -> dict[str, list[Frame]]:
     made: dict[str, list[Frame]] = {name: [] for name in runners}
     begin = time.perf_counter()
     for number, ((x, labels), left) in enumerate(zip(frames, left_s, strict=True)):
@@ -89,14 +99,20 @@ def run_loop(
             answer = runners[name].run(x, deadline=impatient.Deadline.after(left * TOLD))
             hits = (answer.output.argmax(1) == labels).double().mean().item()
             right = hits if answer.elapsed_s <= left else 0.0
-            made[name].append(Frame(left_s=left, taken_s=answer.elapsed_s, iteration=answer.exit, right=right))
+            made[name].append(
+                Frame(left_s=left, taken_s=answer.elapsed_s, iteration=answer.exit, right=right)
+            )
     return made
 
 
 def report(made: Mapping[str, list[Frame]]) -> None:
-    print(f"{'':12}{'on time':>10}{'accuracy':>10}{'iteration':>11}   (a late answer is a wrong one)")
+    print(
+        f"{'':12}{'on time':>10}{'accuracy':>10}{'iteration':>11}   (a late answer is a wrong one)"
+    )
     for name, frames in made.items():
-        on_time, right, iteration = np.mean([(frame.on_time, frame.right, frame.iteration + 1) for frame in frames], axis=0)
+        on_time, right, iteration = np.mean(
+            [(frame.on_time, frame.right, frame.iteration + 1) for frame in frames], axis=0
+        )
         print(f"{name:12}{on_time:10.1%}{right:10.1%}{iteration:11.1f}")
 
 
@@ -106,20 +122,50 @@ def draw(made: Mapping[str, list[Frame]], names: Sequence[str], rate: float) -> 
     seconds, top = np.arange(len(left_ms)) / rate, 1.4 * left_ms.max()
     with styled():
         figure = Figure(figsize=(7.2, 5.4), dpi=100, layout="constrained")
-        figure.suptitle("Every frame has its own deadline", x=0.012, ha="left", size=11.5, weight="bold")
+        figure.suptitle(
+            "Every frame has its own deadline", x=0.012, ha="left", size=11.5, weight="bold"
+        )
         times, iterations = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-        times.step(seconds, left_ms, where="mid", color=INK, linewidth=0.8, label="time left by the other tasks")
+        times.step(
+            seconds,
+            left_ms,
+            where="mid",
+            color=INK,
+            linewidth=0.8,
+            label="time left by the other tasks",
+        )
         for name, colour in (("static", MUTED), ("AnytimeNet", BLUE)):
             taken_ms = 1e3 * np.array([frame.taken_s for frame in made[name]])
             late = np.array([not frame.on_time for frame in made[name]])
-            times.plot(seconds[~late], taken_ms[~late], ".", color=colour, markersize=3.5, label=f"{name}, on time")
-            marker, size, late_colour = ("x", 3.5, VERMILION) if name == "static" else ("*", 8.0, BLUE)
+            times.plot(
+                seconds[~late],
+                taken_ms[~late],
+                ".",
+                color=colour,
+                markersize=3.5,
+                label=f"{name}, on time",
+            )
+            marker, size, late_colour = (
+                ("x", 3.5, VERMILION) if name == "static" else ("*", 8.0, BLUE)
+            )
             # at most at the top: a hold-up of the machine may be many times longer than a frame
-            times.plot(seconds[late], taken_ms[late].clip(max=top), marker, color=late_colour, markersize=size,
-                       label=f"{name}, late: {late.sum()}")  # fmt: skip
+            times.plot(
+                seconds[late],
+                taken_ms[late].clip(max=top),
+                marker,
+                color=late_colour,
+                markersize=size,
+                label=f"{name}, late: {late.sum()}",
+            )
         times.set_ylim(0.0, 1.02 * top)
         times.set_ylabel("ms")
-        iterations.plot(seconds, [frame.iteration for frame in made["AnytimeNet"]], ".", color=BLUE, markersize=3.5)
+        iterations.plot(
+            seconds,
+            [frame.iteration for frame in made["AnytimeNet"]],
+            ".",
+            color=BLUE,
+            markersize=3.5,
+        )
         iterations.set_yticks(range(len(names)), names)
         iterations.set_ylabel("blocks that answered")
         iterations.grid(axis="y")
@@ -129,9 +175,13 @@ def draw(made: Mapping[str, list[Frame]], names: Sequence[str], rate: float) -> 
 
 
 def main(
-    seconds: float = 20.0, rate: float = 30.0, blocks: Sequence[int] = (8, 8, 8), epochs: int = 6, repeats: int = 300,
+    seconds: float = 20.0,
+    rate: float = 30.0,
+    blocks: Sequence[int] = (8, 8, 8),
+    epochs: int = 6,
+    repeats: int = 300,
     figure: str = "runs/sensor_loop.png",
-) -> dict[str, list[Frame]]:  # fmt: skip
+) -> dict[str, list[Frame]]:
     data = impatient.load_data("digits")
     anytime = trained(data, epochs, schedule=in_turn(blocks))
     static = trained(data, epochs, schedule=[blocks])  # in one iteration: a BaseResNet, run whole
@@ -139,7 +189,10 @@ def main(
     print("AnytimeNet by iteration:", " ".join(f"{value:.1%}" for value in hits))
 
     frames = drawn_frames(data, "test", round(seconds * rate))
-    runners = {"AnytimeNet": runner(anytime, frames[0][0], repeats), "static": runner(static, frames[0][0], repeats)}
+    runners = {
+        "AnytimeNet": runner(anytime, frames[0][0], repeats),
+        "static": runner(static, frames[0][0], repeats),
+    }
     # timed at the loop's own pace, where runs take longer than one right after the other; the runners see it, too
     rehearsal = drawn_frames(data, "validation", 1 + repeats // 4)
     rehearsed = run_loop(runners, rehearsal, [math.inf] * len(rehearsal), rate)

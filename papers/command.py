@@ -24,15 +24,28 @@ class ScaleName(StrEnum):
 
 
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled.")
+    Path | None,
+    typer.Option(
+        help="Folder of tables and figures; by default the paper folder's own, and its card is filled."
+    ),
 ]
-Runs = Annotated[Path, typer.Option(help="Folder of checkpoints, recordings and results of single runs.")]
+Runs = Annotated[
+    Path, typer.Option(help="Folder of checkpoints, recordings and results of single runs.")
+]
 Workers = Annotated[int, typer.Option(min=1, help="Runs at a time; measurements run alone.")]
-Publish = Annotated[bool, typer.Option(help="Only write the tables of what is finished; run nothing.")]
+Publish = Annotated[
+    bool, typer.Option(help="Only write the tables of what is finished; run nothing.")
+]
 
 
 def carry_out(
-    run: Callable[[], object], write: Callable[[Path], str], *, card: Path, scale: ScaleName, out: Path | None, publish: bool
+    run: Callable[[], object],
+    write: Callable[[Path], str],
+    *,
+    card: Path,
+    scale: ScaleName,
+    out: Path | None,
+    publish: bool,
 ) -> NoReturn:
     """Run what is missing, then write the tables of what is finished, also after an error or Ctrl-C.
 

@@ -60,7 +60,9 @@ def data_spec(name: str, folder: Path = CONVERTED) -> str:
 def _arrays(name: str) -> dict[str, np.ndarray]:
     if name == "cifar10_grey":
         colour = _arrays("cifar10")
-        return {key: _grey(array) if key.startswith("x_") else array for key, array in colour.items()}
+        return {
+            key: _grey(array) if key.startswith("x_") else array for key, array in colour.items()
+        }
     if name in TEXTS:
         return TEXTS[name]()
     if name not in SHARED_NAMES:
@@ -70,7 +72,9 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
     tools = runpy.run_path(str(folder / "load.py"))
     x_train, y_train, x_test, y_test = tools["images"](SHARED_NAMES[name], folder=folder)
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-    if name == "gtsrb":  # one sign was photographed many times: a track lies whole on one side of the validation split
+    if (
+        name == "gtsrb"
+    ):  # one sign was photographed many times: a track lies whole on one side of the validation split
         arrays["groups_train"] = y_train.astype(np.int64) * 10_000 + _tracks(folder)
     return arrays
 
@@ -79,7 +83,9 @@ def _ag_news() -> dict[str, np.ndarray]:
     folder = shared_folder()
     tools = runpy.run_path(str(folder / "load.py"))
     arrays: dict[str, np.ndarray] = {}
-    for split, (ids, lengths, labels) in zip(("train", "test"), tools["ag_news"](folder / "ag_news_ids.npz.xz"), strict=True):
+    for split, (ids, lengths, labels) in zip(
+        ("train", "test"), tools["ag_news"](folder / "ag_news_ids.npz.xz"), strict=True
+    ):
         arrays |= {f"x_{split}": padded(ids, lengths), f"y_{split}": labels}
     return arrays
 
@@ -101,16 +107,24 @@ def padded(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _digits_tokens() -> dict[str, np.ndarray]:
     """The digits' pixels as a text of 64 words: token ids where there is no shared data."""
     digits = load_data("digits")
-    parts = {"train": [digits.examples("train"), digits.examples("validation")], "test": [digits.examples("test")]}
+    parts = {
+        "train": [digits.examples("train"), digits.examples("validation")],
+        "test": [digits.examples("test")],
+    }
     arrays = {}
     for split, pieces in parts.items():
-        pixels = torch.cat([piece.take(range(len(piece.labels))) for piece in pieces]).flatten(1).numpy()
+        pixels = (
+            torch.cat([piece.take(range(len(piece.labels))) for piece in pieces]).flatten(1).numpy()
+        )
         arrays[f"x_{split}"] = (np.round(pixels * (16.0 / 255.0)) + 1).astype(np.uint16)
         arrays[f"y_{split}"] = torch.cat([piece.labels for piece in pieces]).numpy()
     return arrays
 
 
-TEXTS: dict[str, Callable[[], dict[str, np.ndarray]]] = {"ag_news": _ag_news, "digits_tokens": _digits_tokens}
+TEXTS: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+    "ag_news": _ag_news,
+    "digits_tokens": _digits_tokens,
+}
 
 
 def _tracks(folder: Path) -> np.ndarray:
@@ -141,7 +155,9 @@ def subset(data: Data, train: int | None, seed: int, *, validation: int | None =
     splits = {split: _part(data.examples(split), wanted.get(split), seed) for split in data.splits}
     if all(len(splits[split].labels) == data.size(split) for split in splits):
         return data
-    fingerprint = fingerprint_bytes(data.fingerprint.encode(), f"{train}|{validation}|{seed}".encode())
+    fingerprint = fingerprint_bytes(
+        data.fingerprint.encode(), f"{train}|{validation}|{seed}".encode()
+    )
     return dataclasses.replace(data, splits=splits, fingerprint=fingerprint)
 
 
@@ -160,7 +176,11 @@ def _part(examples: Examples, count: int | None, seed: int) -> Examples:
     if isinstance(examples, ArrayExamples):
         return ArrayExamples(examples.inputs[places], examples.labels[places])
     assert isinstance(examples, LazyExamples)
-    return dataclasses.replace(examples, sources=[examples.sources[place] for place in chosen], labels=examples.labels[places])
+    return dataclasses.replace(
+        examples,
+        sources=[examples.sources[place] for place in chosen],
+        labels=examples.labels[places],
+    )
 
 
 def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

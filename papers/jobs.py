@@ -62,10 +62,14 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"a job's argument is a {type(value).__name__}; needed: JSON values, paths or dataclasses of them.")
+    raise TypeError(
+        f"a job's argument is a {type(value).__name__}; needed: JSON values, paths or dataclasses of them."
+    )
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 1) -> dict[str, dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 1
+) -> dict[str, dict[str, Any]]:
     """Run the jobs that have no result yet, in the order given, and return every job's result by name.
 
     A job's result lies in FOLDER/NAME/result.json with the fingerprint of its arguments; with other arguments it is run
@@ -83,7 +87,9 @@ def run_jobs(jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 
     """
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
-        raise ValueError(f"jobs of the same name: {sorted({name for name in names if names.count(name) > 1})}.")
+        raise ValueError(
+            f"jobs of the same name: {sorted({name for name in names if names.count(name) > 1})}."
+        )
     wanted = [job for job in jobs if _result(job, folder) is None]
     with _Progress(len(jobs), len(jobs) - len(wanted)) as progress:
         run = _run_here if workers == 1 else _run_apart
@@ -121,7 +127,11 @@ def _execute(job: Job, folder: Path) -> str | None:
         (own / "error.txt").unlink(missing_ok=True)
         start = time.perf_counter()
         result = job.call(**job.arguments, folder=own)
-        stored = {"fingerprint": job.fingerprint(), "seconds": time.perf_counter() - start, "result": result}
+        stored = {
+            "fingerprint": job.fingerprint(),
+            "seconds": time.perf_counter() - start,
+            "result": result,
+        }
         write_json(_path(job, folder), stored)
     except Exception as error:
         with contextlib.suppress(StorageError):
@@ -140,7 +150,9 @@ def _forget_other_arguments(job: Job, own: Path) -> None:
         write_text(marker, job.fingerprint())
 
 
-def _run_here(jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress) -> dict[str, str]:
+def _run_here(
+    jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress
+) -> dict[str, str]:
     del workers
     failed, before = {}, torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -155,7 +167,9 @@ def _run_here(jobs: Sequence[Job], folder: Path, workers: int, threads: int, pro
     return failed
 
 
-def _run_apart(jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress) -> dict[str, str]:
+def _run_apart(
+    jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress
+) -> dict[str, str]:
     waiting, failed = list(jobs), {}
     with _running() as running:
         while waiting or running:
@@ -244,10 +258,11 @@ def _deaf() -> Iterator[None]:
 
 
 def _report(failed: Mapping[str, str], count: int, folder: Path) -> str:
-    lines = "\n".join(f"  {name}: {error} (traceback: {folder / name / 'error.txt'})" for name, error in failed.items())
-    return (
-        f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same command runs these again:\n{lines}"
+    lines = "\n".join(
+        f"  {name}: {error} (traceback: {folder / name / 'error.txt'})"
+        for name, error in failed.items()
     )
+    return f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same command runs these again:\n{lines}"
 
 
 class _Progress:
@@ -256,9 +271,14 @@ class _Progress:
     def __init__(self, total: int, done: int) -> None:
         self._console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=self._console, transient=True, disable=not self._console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
         self._total, self._done, self._begun = total, done, dict[str, float]()
 
     def __enter__(self) -> _Progress:
@@ -278,9 +298,14 @@ class _Progress:
         seconds = time.perf_counter() - self._begun.pop(name)
         how = f"FAILED: {error}" if error else "done"
         self._console.print(
-            f"[{self._done}/{self._total}] {name}: {how}, {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True
+            f"[{self._done}/{self._total}] {name}: {how}, {seconds:.1f} s",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
         self._show()
 
     def _show(self) -> None:
-        self._bar.update(self._task, completed=self._done, description=escape(", ".join(self._begun) or "jobs"))
+        self._bar.update(
+            self._task, completed=self._done, description=escape(", ".join(self._begun) or "jobs")
+        )

@@ -62,7 +62,8 @@ def csv_text(rows: Sequence[Row]) -> str:
     table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(
-        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()} for row in rows
+        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+        for row in rows
     )
     return stream.getvalue()
 
@@ -82,7 +83,9 @@ def markdown(rows: Sequence[Row]) -> str:
         | uniform | 53.9 |
     """
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    return "\n".join([*lines, *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows)])
+    return "\n".join(
+        [*lines, *("| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows)]
+    )
 
 
 def made_by(processor: str, module: str) -> str:
@@ -94,7 +97,9 @@ def made_by(processor: str, module: str) -> str:
     """
     describe = ["git", "describe", "--always", "--dirty"]
     here = Path(__file__).parent
-    commit = subprocess.run(describe, capture_output=True, text=True, cwd=here, check=False).stdout.strip()  # noqa: S603
+    commit = subprocess.run(
+        describe, capture_output=True, text=True, cwd=here, check=False
+    ).stdout.strip()
     command = " ".join(["python", "-m", module, *sys.argv[1:]])
     return (
         f"{processor}; {platform.system()} {platform.release()}; "
@@ -114,7 +119,9 @@ def fill(card: Path, mark: str, text: str) -> None:
     before, found, rest = old.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        raise StorageError(f"{card} lacks the marks {begin} and {end}; put them where the table belongs.")
+        raise StorageError(
+            f"{card} lacks the marks {begin} and {end}; put them where the table belongs."
+        )
     write_text(card, f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
@@ -141,7 +148,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """
     if len(values) < 2:
         return -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    half = (
+        float(stats.t.ppf(0.975, len(values) - 1))
+        * statistics.stdev(values)
+        / math.sqrt(len(values))
+    )
     return statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
@@ -149,5 +160,9 @@ def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
     """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not told apart."""
     low, high = interval(gains)
     verdict = "yes" if low > 0 else "no" if high < 0 else "not told apart"
-    bounds = f"95 % interval {low:+.1f} to {high:+.1f}" if math.isfinite(low) else "one run, no interval"
-    return Claim(claim, paper, f"{what} {statistics.fmean(gains):+.1f} ({bounds}, n = {len(gains)})", verdict)
+    bounds = (
+        f"95 % interval {low:+.1f} to {high:+.1f}" if math.isfinite(low) else "one run, no interval"
+    )
+    return Claim(
+        claim, paper, f"{what} {statistics.fmean(gains):+.1f} ({bounds}, n = {len(gains)})", verdict
+    )

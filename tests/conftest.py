@@ -23,7 +23,9 @@ class ToyBackbone(nn.Module):
 
     def __init__(self, num_classes: int = 3, width: int = 8) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(4))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(4)
+        )
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +68,17 @@ def no_thread_stays() -> Iterator[None]:
     wait_until(all_forgotten)
 
 
-TINY = ["--model", "impatient:resnet:n=1,c=8", "--exits", "3", "--epochs", "3", "--batch-size", "64", "--quiet"]
+TINY = [
+    "--model",
+    "impatient:resnet:n=1,c=8",
+    "--exits",
+    "3",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "64",
+    "--quiet",
+]
 Call = Callable[..., tuple[int, str]]
 
 
@@ -92,14 +104,25 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory in which every verb has run once."""
     directory = tmp_path_factory.mktemp("runs") / "digits"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests: a profile belongs to its thread count
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as in the tests: a profile belongs to its thread count
     for verb in (
-        ["train", *TINY], ["profile", "--repeats", "30", "--quiet"], ["record", "--features", "--quiet"],
-        ["fit", "--max-loss", "2"], ["fit", "--mean-ms", "1000"], ["evaluate", "--budget", "uniform:0:10"], ["report"],
-    ):  # fmt: skip
+        ["train", *TINY],
+        ["profile", "--repeats", "30", "--quiet"],
+        ["record", "--features", "--quiet"],
+        ["fit", "--max-loss", "2"],
+        ["fit", "--mean-ms", "1000"],
+        ["evaluate", "--budget", "uniform:0:10"],
+        ["report"],
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "impatient.cli", verb[0], str(directory), *verb[1:]],
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     return directory

@@ -20,7 +20,9 @@ PATIENCE_S = 20.0  # longer than any thread here can take; only a test that fail
 
 X = torch.zeros(1, 1)  # the input that fakes ignore, one sample
 
-WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]  # what a whole run of four exits computes
+WHOLE = [
+    f"{what} {index}" for index in range(4) for what in ("stage", "head")
+]  # what a whole run of four exits computes
 
 
 class FakeExit:
@@ -42,12 +44,20 @@ class FakeNetwork:
     """
 
     def __init__(
-        self, clock: FakeClock, stages_s: Sequence[Any], heads_s: Sequence[Any] | None = None, outputs: Tensor | None = None
+        self,
+        clock: FakeClock,
+        stages_s: Sequence[Any],
+        heads_s: Sequence[Any] | None = None,
+        outputs: Tensor | None = None,
     ) -> None:
         count = len(stages_s)
         self.clock, self.stages_s = clock, list(stages_s)
         self.heads_s = list(heads_s) if heads_s is not None else [0.0] * count
-        self.outputs = outputs if outputs is not None else torch.arange(float(count))[:, None, None].repeat(1, 1, 3)
+        self.outputs = (
+            outputs
+            if outputs is not None
+            else torch.arange(float(count))[:, None, None].repeat(1, 1, 3)
+        )
         self.at: dict[str, Callable[[], object]] = {}
         self.ran: list[str] = []
         self._closed = threading.Semaphore(0)
@@ -146,22 +156,37 @@ def quantiles(value: Any) -> Quantiles:
 
 def batch_costs(stages_s: Sequence[Any], heads_s: Sequence[Any]) -> BatchCosts:
     return BatchCosts(
-        stages=tuple(map(quantiles, stages_s)), heads=tuple(map(quantiles, heads_s)), exit_free=quantiles(0.0)
-    )  # fmt: skip
+        stages=tuple(map(quantiles, stages_s)),
+        heads=tuple(map(quantiles, heads_s)),
+        exit_free=quantiles(0.0),
+    )
 
 
-def costs_of(stages_s: Sequence[Any], heads_s: Sequence[Any] | None = None, *, sizes: Sequence[int] = (1,)) -> CostProfile:
+def costs_of(
+    stages_s: Sequence[Any], heads_s: Sequence[Any] | None = None, *, sizes: Sequence[int] = (1,)
+) -> CostProfile:
     """A profile with these numbers, each a `Quantiles` or a constant."""
     count = len(stages_s)
     batch = batch_costs(stages_s, heads_s if heads_s is not None else [0.0] * count)
     names, zeros = tuple(f"exit {index}" for index in range(count)), (0,) * count
     return CostProfile(
-        exits=names, batches=dict.fromkeys(sizes, batch), stage_macs=zeros, head_macs=zeros, stage_parameters=zeros,
-        head_parameters=zeros, provenance=provenance(),
-    )  # fmt: skip
+        exits=names,
+        batches=dict.fromkeys(sizes, batch),
+        stage_macs=zeros,
+        head_macs=zeros,
+        stage_parameters=zeros,
+        head_parameters=zeros,
+        provenance=provenance(),
+    )
 
 
-def runner_of(network: FakeNetwork, costs: CostProfile | None = None, policy: Any = None, **options: Any) -> Runner:
+def runner_of(
+    network: FakeNetwork, costs: CostProfile | None = None, policy: Any = None, **options: Any
+) -> Runner:
     """A runner on the network's clock; without costs it knows exactly what everything takes."""
-    known = costs_of(network.stages_s, network.heads_s, sizes=[network.outputs.shape[1]]) if costs is None else costs
+    known = (
+        costs_of(network.stages_s, network.heads_s, sizes=[network.outputs.shape[1]])
+        if costs is None
+        else costs
+    )
     return Runner(network, known, policy, any_profile=True, clock=network.clock, **options)

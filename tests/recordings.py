@@ -17,32 +17,53 @@ def exactly(seconds: float) -> Quantiles:
 
 
 def costs_of(
-    stages_s: Sequence[float], heads_s: Sequence[float], *, exit_free_s: float | None = None,
-    stage_macs: Sequence[int] | None = None, head_macs: Sequence[int] | None = None,
-) -> CostProfile:  # fmt: skip
+    stages_s: Sequence[float],
+    heads_s: Sequence[float],
+    *,
+    exit_free_s: float | None = None,
+    stage_macs: Sequence[int] | None = None,
+    head_macs: Sequence[int] | None = None,
+) -> CostProfile:
     """A profile in which every run takes exactly these times."""
     zeros = (0,) * len(stages_s)
     batch = BatchCosts(
-        stages=tuple(map(exactly, stages_s)), heads=tuple(map(exactly, heads_s)),
+        stages=tuple(map(exactly, stages_s)),
+        heads=tuple(map(exactly, heads_s)),
         exit_free=exactly(sum(stages_s) if exit_free_s is None else exit_free_s),
-    )  # fmt: skip
+    )
     return CostProfile(
-        exits=(*(f"block{k}" for k in range(len(stages_s) - 1)), "output"), batches={1: batch},
-        stage_macs=tuple(stage_macs or zeros), head_macs=tuple(head_macs or zeros), stage_parameters=zeros,
-        head_parameters=zeros, provenance=provenance(network="network", device="cpu", processor="abacus", threads=1),
-    )  # fmt: skip
+        exits=(*(f"block{k}" for k in range(len(stages_s) - 1)), "output"),
+        batches={1: batch},
+        stage_macs=tuple(stage_macs or zeros),
+        head_macs=tuple(head_macs or zeros),
+        stage_parameters=zeros,
+        head_parameters=zeros,
+        provenance=provenance(network="network", device="cpu", processor="abacus", threads=1),
+    )
 
 
 def recording_of(
-    outputs: Tensor, labels: Tensor, *, split: str = "validation", weights: str = "weights", data: str = "data", **rest: Any
+    outputs: Tensor,
+    labels: Tensor,
+    *,
+    split: str = "validation",
+    weights: str = "weights",
+    data: str = "data",
+    **rest: Any,
 ) -> Recording:
     return Recording(
-        outputs=outputs, labels=labels, split=split, exits=(*(f"block{k}" for k in range(len(outputs) - 1)), "output"),
-        provenance=provenance(network="network", weights=weights, data=data), **rest,
-    )  # fmt: skip
+        outputs=outputs,
+        labels=labels,
+        split=split,
+        exits=(*(f"block{k}" for k in range(len(outputs) - 1)), "output"),
+        provenance=provenance(network="network", weights=weights, data=data),
+        **rest,
+    )
 
 
-def sure(right: Sequence[Sequence[bool | int]], probabilities: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+def sure(
+    right: Sequence[Sequence[bool | int]], probabilities: Sequence[Sequence[float]]
+) -> tuple[Tensor, Tensor]:
     """Outputs [K, N, 2] and labels [N]: which answers are right, and the probability that each gives to its answer."""
     labels = torch.arange(len(right[0])) % 2
     answers = torch.where(torch.tensor(right).bool(), labels, 1 - labels)
@@ -51,7 +72,12 @@ def sure(right: Sequence[Sequence[bool | int]], probabilities: Sequence[Sequence
 
 
 def drawn(
-    samples: int, seed: int, *, gains: Sequence[float] = (1.0, 2.0, 3.0, 4.0), classes: int = 5, **rest: Any
+    samples: int,
+    seed: int,
+    *,
+    gains: Sequence[float] = (1.0, 2.0, 3.0, 4.0),
+    classes: int = 5,
+    **rest: Any,
 ) -> Recording:
     """Samples of one law: deeper exits raise the true class by more, all over the same noise of the sample and their own."""
     random = torch.Generator().manual_seed(seed)

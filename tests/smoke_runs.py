@@ -16,7 +16,17 @@ def app_of(main: Callable[..., None]) -> typer.Typer:
 
 def run_smoke(app: typer.Typer, folder: Path, *options: str) -> list[str]:
     """Run all of the smoke scale into a folder; returns the arguments, to run it again with."""
-    arguments = ["--scale", "smoke", *options, "--workers", "1", "--out", f"{folder}/out", "--runs", f"{folder}/runs"]
+    arguments = [
+        "--scale",
+        "smoke",
+        *options,
+        "--workers",
+        "1",
+        "--out",
+        f"{folder}/out",
+        "--runs",
+        f"{folder}/runs",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     return arguments

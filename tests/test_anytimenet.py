@@ -64,7 +64,12 @@ def residual(schedule: Schedule | Sequence[Sequence[int]], **options: Any) -> Gr
     counts = Schedule.of(schedule).final
     out = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
     network = GrowingNetwork(
-        nn.Linear(8, 4), [[Residual() for _ in range(count)] for count in counts], out, schedule, layout="ND", **options
+        nn.Linear(8, 4),
+        [[Residual() for _ in range(count)] for count in counts],
+        out,
+        schedule,
+        layout="ND",
+        **options,
     )
     shake(network)
     return network
@@ -98,9 +103,13 @@ def alone(network: GrowingNetwork, index: int, x: Tensor) -> Tensor:
     x = network.backbone.stem(x)
     ran = trace(network.schedule)[: index + 1]
     counts = network.schedule.counts[index]
-    for section, (blocks, count) in enumerate(zip(network.backbone.sections, counts, strict=True), start=1):
+    for section, (blocks, count) in enumerate(
+        zip(network.backbone.sections, counts, strict=True), start=1
+    ):
         for position, block in enumerate(list(blocks)[:count], start=1):
-            with _in_iteration(max(k for k, names in enumerate(ran) if f"S{section}.{position}" in names)):
+            with _in_iteration(
+                max(k for k, names in enumerate(ran) if f"S{section}.{position}" in names)
+            ):
                 x = block(x)
     with _in_iteration(index):
         return network._out(index)(x)
@@ -126,15 +135,22 @@ def test_base_resnet_has_the_papers_sizes() -> None:
     assert network.counts == (8, 8, 8)
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 1 + 2 * 24
-    assert [convolution.out_channels for convolution in convolutions] == [16] + [16] * 16 + [32] * 16 + [64] * 16
-    strided = [index for index, convolution in enumerate(convolutions) if convolution.stride == (2, 2)]
+    assert [convolution.out_channels for convolution in convolutions] == [16] + [16] * 16 + [
+        32
+    ] * 16 + [64] * 16
+    strided = [
+        index for index, convolution in enumerate(convolutions) if convolution.stride == (2, 2)
+    ]
     assert strided == [1 + 16, 1 + 32]  # the first of the second and of the third section
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 2 * 24 + 1
     assert {norm.eps for norm in norms} == {0.001}
     kernels = 3 * 16 * 9 + 9 * (16 * 16 * 16 + (16 * 32 + 15 * 32 * 32) + (32 * 64 + 15 * 64 * 64))
     norm_widths = 16 * 16 + (16 + 15 * 32) + (32 + 15 * 64) + 64
-    assert sum(parameter.numel() for parameter in network.parameters()) == kernels + 2 * norm_widths + 64 * 10 + 10
+    assert (
+        sum(parameter.numel() for parameter in network.parameters())
+        == kernels + 2 * norm_widths + 64 * 10 + 10
+    )
 
 
 def test_a_plain_block_is_the_sum_of_its_input_and_its_convolutions() -> None:
@@ -161,7 +177,10 @@ def test_operations_of_the_papers_network_relative_to_the_plain_one() -> None:
     assert growth.costs(PAPER, parts).overhead == pytest.approx(1.19, abs=0.002)
 
 
-@pytest.mark.parametrize("wrong", [{"blocks": (2, 0)}, {"blocks": ()}, {"width": 0}, {"num_classes": 1.5}, {"in_channels": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"blocks": (2, 0)}, {"blocks": ()}, {"width": 0}, {"num_classes": 1.5}, {"in_channels": -1}],
+)
 def test_sizes_that_make_no_network_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ModelSpecError, match="must be at least 1, and whole"):
         BaseResNet(**wrong)
@@ -204,7 +223,9 @@ def test_an_out_that_nobody_asks_for_does_not_run_and_one_asked_for_runs_once() 
             if exit.index == 1:
                 assert exit.output() is exit.output()
     assert ran.count("OUT") == 2  # and the last, which comes with its iteration
-    assert [name for name in ran if name != "OUT"] == [name for name in flat(trace(SMALL)) if name != "OUT"]
+    assert [name for name in ran if name != "OUT"] == [
+        name for name in flat(trace(SMALL)) if name != "OUT"
+    ]
 
 
 def test_nothing_is_computed_before_it_is_asked_for() -> None:
@@ -250,7 +271,9 @@ def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(
     with network.exits(x) as run:
         assert torch.stack([exit.output() for exit in run]).equal(expected)
     assert network.backbone(x).equal(expected[-1])
-    assert len({tuple(output.flatten().tolist()) for output in expected}) == network.num_exits  # each its own
+    assert (
+        len({tuple(output.flatten().tolist()) for output in expected}) == network.num_exits
+    )  # each its own
 
 
 @settings(max_examples=50, deadline=None)
@@ -264,12 +287,16 @@ def test_in_train_mode_outputs_are_the_same_and_gradients_add_up(schedule: Sched
     expected = [alone(twin, index, x) for index in range(network.num_exits)]
     assert torch.stack(outputs).equal(torch.stack(expected))
     for results in (outputs, expected):
-        sum(weight * output.square().sum() for weight, output in zip(weights, results, strict=True)).backward()
+        sum(
+            weight * output.square().sum() for weight, output in zip(weights, results, strict=True)
+        ).backward()
     for (name, mine), theirs in zip(network.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name, atol=1e-4, rtol=1e-4)
 
 
-def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_networks_each_time() -> None:
+def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_networks_each_time() -> (
+    None
+):
     cached, x = residual(SMALL, norms="shared"), torch.randn(6, 8)
     for module in cached.modules():
         if isinstance(module, nn.BatchNorm1d):
@@ -279,11 +306,21 @@ def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_ne
     for index in range(4):
         alone(apart, index, x)
     updates = {
-        name: (part.norm.num_batches_tracked.item(), apart.backbone.parts()[name].norm.num_batches_tracked.item())
+        name: (
+            part.norm.num_batches_tracked.item(),
+            apart.backbone.parts()[name].norm.num_batches_tracked.item(),
+        )
         for name, part in cached.backbone.parts().items()
         if name.startswith("S")
     }
-    assert updates == {"S1.1": (1, 4), "S1.2": (1, 3), "S2.1": (2, 4), "S2.2": (1, 2), "S3.1": (3, 4), "S3.2": (1, 1)}
+    assert updates == {
+        "S1.1": (1, 4),
+        "S1.2": (1, 3),
+        "S2.1": (2, 4),
+        "S2.2": (1, 2),
+        "S3.1": (3, 4),
+        "S3.2": (1, 1),
+    }
     # the same values, four times: 1 - 0.9 ** 4 of the way instead of a tenth
     once, often = (network.backbone.sections[0][0].norm.running_mean for network in (cached, apart))
     torch.testing.assert_close(often, once / 0.1 * (1 - 0.9**4))
@@ -293,7 +330,9 @@ def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_ne
 def test_the_blocks_of_our_residual_networks_grow(build: Any) -> None:
     sections = [[build(2, 4), build(4, 4)], [build(4, 8, 2), build(8, 8)]]
     out = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
-    check_growth(GrowingNetwork(nn.Conv2d(1, 2, 3, padding=1), sections, out, [(1, 1), (1, 2), (2, 2)]))
+    check_growth(
+        GrowingNetwork(nn.Conv2d(1, 2, 3, padding=1), sections, out, [(1, 1), (1, 2), (2, 2)])
+    )
 
 
 class ConvNeXtBlock(nn.Module):
@@ -301,7 +340,10 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels)
-        self.widen, self.narrow = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.widen, self.narrow = (
+            nn.Linear(channels, 4 * channels),
+            nn.Linear(4 * channels, channels),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
@@ -311,8 +353,12 @@ class ConvNeXtBlock(nn.Module):
 def test_convnext_blocks_behind_strided_convolutions_grow() -> None:
     down = nn.Sequential(nn.Conv2d(4, 6, 2, stride=2), ConvNeXtBlock(6))
     sections = [[ConvNeXtBlock(4), ConvNeXtBlock(4)], [down, ConvNeXtBlock(6), ConvNeXtBlock(6)]]
-    out = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, CLASSES))
-    check_growth(GrowingNetwork(nn.Conv2d(1, 4, 2, stride=2), sections, out, [(1, 1), (2, 2), (2, 3)]))
+    out = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, CLASSES)
+    )
+    check_growth(
+        GrowingNetwork(nn.Conv2d(1, 4, 2, stride=2), sections, out, [(1, 1), (2, 2), (2, 3)])
+    )
 
 
 def check_growth(network: GrowingNetwork) -> None:
@@ -321,7 +367,9 @@ def check_growth(network: GrowingNetwork) -> None:
     ran = executions(network)
     outputs = torch.stack(network(x))
     assert ran == flat(trace(network.schedule))
-    assert outputs.equal(torch.stack([alone(network, index, x) for index in range(network.num_exits)]))
+    assert outputs.equal(
+        torch.stack([alone(network, index, x) for index in range(network.num_exits)])
+    )
     assert len({tuple(output.flatten().tolist()) for output in outputs}) == network.num_exits
 
 
@@ -366,12 +414,16 @@ def check_in_place(schedule: Schedule, *, inference: bool) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(schedules(most=3), st.booleans())
-def test_cached_tensors_are_safe_from_blocks_and_outs_that_write_in_place(schedule: Schedule, inference: bool) -> None:
+def test_cached_tensors_are_safe_from_blocks_and_outs_that_write_in_place(
+    schedule: Schedule, inference: bool
+) -> None:
     torch.manual_seed(0)
     check_in_place(schedule, inference=inference)
 
 
-@pytest.mark.parametrize("schedule", [Schedule(((1, 1), (2, 1))), Schedule(((1,), (2,)))], ids=["blocks", "out"])
+@pytest.mark.parametrize(
+    "schedule", [Schedule(((1, 1), (2, 1))), Schedule(((1,), (2,)))], ids=["blocks", "out"]
+)
 def test_the_test_above_would_notice_a_cached_tensor_that_is_overwritten(
     schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,8 +434,12 @@ def test_the_test_above_would_notice_a_cached_tensor_that_is_overwritten(
 
 
 def test_training_goes_through_blocks_that_write_in_place() -> None:
-    sections = [[nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)] for _ in range(2)]
-    network = GrowingNetwork(nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), in_turn((2, 2)), layout="ND")
+    sections = [
+        [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)] for _ in range(2)
+    ]
+    network = GrowingNetwork(
+        nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), in_turn((2, 2)), layout="ND"
+    )
     torch.stack(network(torch.randn(3, 8))).sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
 
@@ -438,7 +494,9 @@ def test_a_run_that_ends_frees_its_tensors(how: str) -> None:
         with torch.no_grad():
             run = network.exits(images())
         next(run)
-        assert sum(ref() is not None for ref in tensors) == 1  # of section 1: nothing goes on from the others
+        assert (
+            sum(ref() is not None for ref in tensors) == 1
+        )  # of section 1: nothing goes on from the others
         next(run)
         if how == "closed":
             run.close()
@@ -480,14 +538,20 @@ def test_in_equilibrium_every_exit_reaches_the_stem_with_an_equal_share(schedule
 
 def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
     network = GrowingNetwork(
-        nn.Linear(8, 4), [[nn.Linear(4, 4)], [nn.Identity()]], nn.Linear(4, CLASSES), [(1, 1)], layout="ND"
+        nn.Linear(8, 4),
+        [[nn.Linear(4, 4)], [nn.Identity()]],
+        nn.Linear(4, CLASSES),
+        [(1, 1)],
+        layout="ND",
     )
     assert network.num_exits == 1  # nothing is deeper: detaching changes nothing
     network(torch.randn(3, 8), gradients=GradientFlow(detach=0.5))[0].sum().backward()
     assert network.backbone.sections[0][0].weight.grad.abs().sum(1).min() > 0
 
     sections = [[nn.Linear(4, 4), nn.Linear(4, 4)], [nn.Identity()]]
-    network = GrowingNetwork(nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), [(1, 1), (2, 1)], layout="ND")
+    network = GrowingNetwork(
+        nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), [(1, 1), (2, 1)], layout="ND"
+    )
     network(torch.randn(3, 8), gradients=GradientFlow(detach=0.5))[1].sum().backward()
     reached = sections[0][0].weight.grad.abs().sum(1) > 0
     assert reached.tolist() == [True, True, False, False]
@@ -500,7 +564,9 @@ def test_own_outs_begin_equal_and_learn_apart() -> None:
     network, x = small(outs="own"), images(4)
     assert len(network.heads) == 3
     assert len(small().heads) == 0
-    assert len({id(parameter) for head in network.heads for parameter in head.parameters()}) == 3 * 4
+    assert (
+        len({id(parameter) for head in network.heads for parameter in head.parameters()}) == 3 * 4
+    )
     network(x)[1].sum().backward()
     assert [head[-1].weight.grad is not None for head in network.heads] == [False, True, False]
     assert network.backbone.out[-1].weight.grad is None
@@ -511,10 +577,21 @@ def test_own_outs_begin_equal_and_learn_apart() -> None:
 def test_own_statistics_are_there_where_a_block_runs_in_several_iterations() -> None:
     network = small(norms="own")
     rows = {
-        name: sorted({len(norm._row) for norm in part.modules() if isinstance(norm, IterationBatchNorm)})
+        name: sorted(
+            {len(norm._row) for norm in part.modules() if isinstance(norm, IterationBatchNorm)}
+        )
         for name, part in network.backbone.parts().items()
     }
-    assert rows == {"IN": [], "S1.1": [], "S1.2": [], "S2.1": [2], "S2.2": [], "S3.1": [3], "S3.2": [], "OUT": [4]}
+    assert rows == {
+        "IN": [],
+        "S1.1": [],
+        "S1.2": [],
+        "S2.1": [2],
+        "S2.2": [],
+        "S3.1": [3],
+        "S3.2": [],
+        "OUT": [4],
+    }
     outs = small(norms="own", outs="own")
     assert not any(isinstance(module, IterationBatchNorm) for module in outs.backbone.out.modules())
     names = [name for name, _ in network.named_parameters()]
@@ -549,7 +626,14 @@ def test_in_eval_mode_each_iteration_and_the_plain_network_go_by_their_own_stati
     norm.register_forward_hook(lambda _m, args, output: calls.append((args[0], output)))
     outputs = network(x)
     for row, (features, output) in enumerate(calls):
-        expected = F.batch_norm(features, norm.running_mean[row], norm.running_var[row], norm.weight, norm.bias, eps=norm.eps)
+        expected = F.batch_norm(
+            features,
+            norm.running_mean[row],
+            norm.running_var[row],
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+        )
         assert output.equal(expected)
     assert network.backbone(x).equal(outputs[-1])
     assert calls[3][1].equal(calls[2][1])
@@ -564,7 +648,9 @@ def test_weights_trained_with_shared_statistics_can_be_given_own_ones() -> None:
     own.load_state_dict(state)
     x = images()
     assert torch.stack(own(x)).equal(torch.stack(shared(x)))
-    assert all(state[name].shape == value.shape for name, value in shared.state_dict().items())  # left as it was
+    assert all(
+        state[name].shape == value.shape for name, value in shared.state_dict().items()
+    )  # left as it was
     own.load_state_dict(copy.deepcopy(own).state_dict())
 
 
@@ -577,14 +663,23 @@ def test_recalibrated_statistics_are_the_means_over_the_data(norms: str) -> None
     weights = [parameter.clone() for parameter in network.parameters()]
     recalibrate(network, iter([torch.randn(6, 8) + shift for shift in range(3)]))
     assert len(inputs) == 6
-    means, variances = torch.stack([seen.mean(0) for seen in inputs]), torch.stack([seen.var(0) for seen in inputs])
+    means, variances = (
+        torch.stack([seen.mean(0) for seen in inputs]),
+        torch.stack([seen.var(0) for seen in inputs]),
+    )
     if norms == "own":
-        torch.testing.assert_close(norm.running_mean, torch.stack([means[0::2].mean(0), means[1::2].mean(0)]))
-        torch.testing.assert_close(norm.running_var, torch.stack([variances[0::2].mean(0), variances[1::2].mean(0)]))
+        torch.testing.assert_close(
+            norm.running_mean, torch.stack([means[0::2].mean(0), means[1::2].mean(0)])
+        )
+        torch.testing.assert_close(
+            norm.running_var, torch.stack([variances[0::2].mean(0), variances[1::2].mean(0)])
+        )
     else:
         torch.testing.assert_close(norm.running_mean, means.mean(0))
         torch.testing.assert_close(norm.running_var, variances.mean(0))
-    assert all(before.equal(after) for before, after in zip(weights, network.parameters(), strict=True))
+    assert all(
+        before.equal(after) for before, after in zip(weights, network.parameters(), strict=True)
+    )
     assert norm.momentum == 0.1
     assert not any(module.training for module in network.modules())
 
@@ -619,7 +714,13 @@ def test_no_batches_cannot_recalibrate_and_change_nothing() -> None:
 
 def test_own_statistics_without_batch_norm_are_warned_of() -> None:
     with pytest.warns(NoEffectWarning, match="norms='own' changed nothing"):
-        GrowingNetwork(nn.Identity(), [[nn.Linear(4, 4) for _ in range(2)]], nn.Linear(4, 3), [(1,), (2,)], norms="own")
+        GrowingNetwork(
+            nn.Identity(),
+            [[nn.Linear(4, 4) for _ in range(2)]],
+            nn.Linear(4, 3),
+            [(1,), (2,)],
+            norms="own",
+        )
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------------
@@ -627,13 +728,18 @@ def test_own_statistics_without_batch_norm_are_warned_of() -> None:
 
 def test_networks_that_cannot_be_are_refused() -> None:
     blocks = [nn.Identity(), nn.Identity()]
-    with pytest.raises(ModelSpecError, match=r"sections of \(2,\) blocks, but the schedule ends with \(1,\)"):
+    with pytest.raises(
+        ModelSpecError, match=r"sections of \(2,\) blocks, but the schedule ends with \(1,\)"
+    ):
         GrowingNetwork(nn.Identity(), [blocks], nn.Linear(4, 3), [(1,)])
     with pytest.raises(ModelSpecError, match="no section shrinks"):
         GrowingNetwork(nn.Identity(), [blocks], nn.Linear(4, 3), [(2,), (1,), (2,)])
     with pytest.raises(NetworkError, match="give num_classes"):
         GrowingNetwork(nn.Identity(), [blocks], nn.Flatten(), [(2,)])
-    assert GrowingNetwork(nn.Identity(), [blocks], nn.Flatten(), [(2,)], num_classes=4).num_classes == 4
+    assert (
+        GrowingNetwork(nn.Identity(), [blocks], nn.Flatten(), [(2,)], num_classes=4).num_classes
+        == 4
+    )
     for option in ("outs", "norms"):
         with pytest.raises(NetworkError, match=f"{option}='mine'; needed: 'shared' or 'own'"):
             AnytimeNet(**{option: "mine"})
@@ -650,7 +756,9 @@ def test_it_looks_like_a_network() -> None:
     assert type(network.backbone) is BaseResNet
     own = {id(parameter) for parameter in network.parameters()}
     assert own == {id(parameter) for parameter in network.backbone.parameters()}
-    assert set(network.state_dict()) == {f"backbone.{name}" for name in network.backbone.state_dict()}
+    assert set(network.state_dict()) == {
+        f"backbone.{name}" for name in network.backbone.state_dict()
+    }
     assert set(network.backbone.state_dict()) == set(BaseResNet().state_dict())
 
 
@@ -667,7 +775,9 @@ def test_copies_are_independent_and_share_within_themselves() -> None:
     assert twin.backbone(x).equal(changed[-1])
 
 
-@pytest.mark.parametrize("options", [{}, {"outs": "own"}, {"norms": "own"}], ids=["shared", "outs", "norms"])
+@pytest.mark.parametrize(
+    "options", [{}, {"outs": "own"}, {"norms": "own"}], ids=["shared", "outs", "norms"]
+)
 def test_facts_are_what_runs(options: dict[str, Any]) -> None:
     network, x = small(**options), images(3)
     facts = network.stage_facts(x)
@@ -684,7 +794,9 @@ def test_facts_are_what_runs(options: dict[str, Any]) -> None:
     total = sum(fact.stage_parameters + fact.head_parameters for fact in facts)
     assert total == sum(parameter.numel() for parameter in network.parameters())
     out = sum(parameter.numel() for parameter in network.backbone.out.parameters())
-    assert [fact.head_parameters for fact in facts] == ([out, out, out, 0] if "outs" in options else [out, 0, 0, 0])
+    assert [fact.head_parameters for fact in facts] == (
+        [out, out, out, 0] if "outs" in options else [out, 0, 0, 0]
+    )
     assert network.training is False
 
 
@@ -694,7 +806,9 @@ def test_it_describes_itself() -> None:
     assert lines[2].split()[:3] == ["0", "1-1-1", "8x2x2"]
     assert lines[-2].startswith("all iterations: ")
     assert "of a plain BaseResNet" in lines[-2]
-    assert lines[-1] == "mechanism: 4 iterations over 3 sections, each going on from cached tensors."
+    assert (
+        lines[-1] == "mechanism: 4 iterations over 3 sections, each going on from cached tensors."
+    )
     overhead = growth.costs(SMALL, block_macs(small().backbone, images())).overhead
     assert f"{overhead:.3f} times" in lines[-2]
 
@@ -702,7 +816,13 @@ def test_it_describes_itself() -> None:
 def test_block_times_are_the_medians_of_what_each_part_takes() -> None:
     clock = FakeClock()
     network = BaseResNet(CLASSES, (2, 1), width=2, in_channels=1)
-    durations = {"IN": [1.0, 1.0, 9.0], "S1.1": [2.0] * 3, "S1.2": [3.0] * 3, "S2.1": [4.0, 0.0, 5.0], "OUT": [0.5] * 3}
+    durations = {
+        "IN": [1.0, 1.0, 9.0],
+        "S1.1": [2.0] * 3,
+        "S1.2": [3.0] * 3,
+        "S2.1": [4.0, 0.0, 5.0],
+        "OUT": [0.5] * 3,
+    }
     for name, part in network.parts().items():
         scripted = iter([100.0, *durations[name]])  # the first is the warm-up
         part.register_forward_hook(lambda *_, scripted=scripted: clock.advance(next(scripted)))
@@ -757,7 +877,8 @@ def test_ensembles_take_it_for_a_network() -> None:
         assert torch.stack([exit.output() for exit in run]).equal(torch.stack(running(x)))
     assert [fact.head_macs for fact in running.stage_facts(x)] == [0] * 4
     both = EANN(
-        [AnytimeNet(CLASSES, [(1, 1), (2, 1)], width=2, in_channels=1).eval(), network], [[0.5, 0.4], [0.6, 0.3, 0.2, 0.1]]
+        [AnytimeNet(CLASSES, [(1, 1), (2, 1)], width=2, in_channels=1).eval(), network],
+        [[0.5, 0.4], [0.6, 0.3, 0.2, 0.1]],
     )
     with both.exits(x) as run:
         outputs = torch.stack([exit.output() for exit in run])
@@ -768,7 +889,9 @@ def test_ensembles_take_it_for_a_network() -> None:
 def test_it_learns() -> None:
     network = AnytimeNet(10, in_turn((2, 1)), width=4, in_channels=1, norms="own")
     recipe = Recipe(epochs=3, batch_size=32, lr=0.1)
-    history = fit(network, load_data("digits"), weights="inverse_square", recipe=recipe, progress=False)
+    history = fit(
+        network, load_data("digits"), weights="inverse_square", recipe=recipe, progress=False
+    )
     assert len(history.epochs[-1].validation_accuracy) == 2
     assert min(history.epochs[-1].validation_accuracy) > 0.5
 

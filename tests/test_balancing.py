@@ -18,7 +18,9 @@ BASE = (0.5, 0.25, 0.25, 1.0)
 PROMPT = AdaLoss(momentum=0.5, update_every=2, final_extra=1.0, gamma=0.1)
 LEARNERS = ("exp3", "rwm", "avgl")
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
-every_base = pytest.mark.parametrize("base", [BASE, PROMPT, AdaLoss(update_every=1)], ids=["static", "prompt", "adaloss"])
+every_base = pytest.mark.parametrize(
+    "base", [BASE, PROMPT, AdaLoss(update_every=1)], ids=["static", "prompt", "adaloss"]
+)
 loss_values = st.one_of(st.just(0.0), st.floats(0.0, 2.0**100, width=32))
 losses_of = {count: st.lists(loss_values, min_size=count, max_size=count) for count in (1, 2, 5)}
 
@@ -129,7 +131,9 @@ def test_a_draw_is_where_the_running_sum_passes_the_number(uniform, exit):
 
 
 def test_the_reward_is_the_relative_gain_of_the_next_exit():
-    assert balancing.rewards(losses(2, 1, 0.8, 1), 0.85).tolist() == pytest.approx([0.5, 0.2, -0.25, 0.85 * 0.5])
+    assert balancing.rewards(losses(2, 1, 0.8, 1), 0.85).tolist() == pytest.approx(
+        [0.5, 0.2, -0.25, 0.85 * 0.5]
+    )
 
 
 def test_the_last_reward_follows_the_best_one_where_all_are_negative():
@@ -167,7 +171,9 @@ STEP = (1.0, 0.5, 1.0)  # rewards 0.5, -1 and 0.85 * 0.5
 
 def kept(values, gamma=0.3):
     """Values as EXP3 and RWM keep them: sum 1, of which 0.001 gamma even."""
-    return [(1 - 0.001 * gamma) * value / sum(values) + 0.001 * gamma / len(values) for value in values]
+    return [
+        (1 - 0.001 * gamma) * value / sum(values) + 0.001 * gamma / len(values) for value in values
+    ]
 
 
 def learning(sampler, **options):
@@ -180,7 +186,9 @@ def test_rwm_of_two_steps_by_hand():
     made = learning("rwm")
     rewards = (0.5, -1.0, 0.425)
     once = kept([math.exp(0.15 * reward) / 3 for reward in rewards])
-    twice = kept([value * math.exp(0.15 * reward) for value, reward in zip(once, rewards, strict=True)])
+    twice = kept(
+        [value * math.exp(0.15 * reward) for value, reward in zip(once, rewards, strict=True)]
+    )
     for wanted in (once, twice):
         made.weights()
         made.observe(losses(*STEP))
@@ -205,7 +213,9 @@ def test_rwm_tells_exits_apart_where_all_rewards_are_very_negative():
 
 
 def test_exp3_moves_the_drawn_exit_alone():
-    values = balancing.exp3(losses(0.5, 0.25, 0.25), losses(0.5, 9.0, 9.0), drawn=0, probability=0.45, gamma=0.3)
+    values = balancing.exp3(
+        losses(0.5, 0.25, 0.25), losses(0.5, 9.0, 9.0), drawn=0, probability=0.45, gamma=0.3
+    )
     grown = 0.5 * math.exp(0.3 * 0.5 / (0.45 * 3))
     assert values.tolist() == pytest.approx(kept([grown, 0.25, 0.25]))
 
@@ -221,7 +231,8 @@ def test_avgl_of_three_steps_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "wanted"), [("avgl", [0.7 * 0.5 / 0.925 + 0.1, 0.1, 0.7 * 0.425 / 0.925 + 0.1]), ("rwm", None)]
+    ("sampler", "wanted"),
+    [("avgl", [0.7 * 0.5 / 0.925 + 0.1, 0.1, 0.7 * 0.425 / 0.925 + 0.1]), ("rwm", None)],
 )
 def test_learners_draw_from_what_they_learned_mixed_with_gamma(sampler, wanted):
     made = learning(sampler, seed=3)
@@ -248,7 +259,9 @@ def test_before_the_second_epoch_the_learners_draw_evenly_and_learn_nothing(samp
 def test_the_bonus_of_a_learner_is_half_of_the_sum_whatever_the_exit_weighs(sampler):
     made = balancer(BASE, sampler, count=4)
     for weights in steps(made, 10):
-        assert sorted((torch.tensor(weights) - torch.tensor(BASE)).tolist()) == pytest.approx([0, 0, 0, 1.0])
+        assert sorted((torch.tensor(weights) - torch.tensor(BASE)).tolist()) == pytest.approx(
+            [0, 0, 0, 1.0]
+        )
 
 
 @pytest.mark.parametrize("sampler", LEARNERS)
@@ -258,10 +271,14 @@ def test_learners_find_a_planted_best_exit(sampler):
     random = torch.Generator().manual_seed(0)
     for _ in range(600):
         made.weights()
-        made.observe(losses(1, 1, 0.2, 0.2, 0.2) * (1 + 0.02 * torch.rand(5, generator=random)))  # the second: reward 0.8
+        made.observe(
+            losses(1, 1, 0.2, 0.2, 0.2) * (1 + 0.02 * torch.rand(5, generator=random))
+        )  # the second: reward 0.8
     counts = draws(made, [1.0] * 5, 500)
     assert max(range(5), key=counts.__getitem__) == 1
-    assert counts[1] / 500 > (0.6 if sampler != "avgl" else 0.4)  # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
+    assert counts[1] / 500 > (
+        0.6 if sampler != "avgl" else 0.4
+    )  # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
 
 
 @pytest.mark.parametrize("sampler", LEARNERS)
@@ -335,7 +352,9 @@ def test_adaloss_goes_on_below_a_sampler(sampler):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @given(data=st.data(), extra=st.floats(0, 10), gamma=st.floats(0, 1))
-def test_adaloss_weights_lie_between_gamma_and_one_and_the_largest_is_one(count, data, extra, gamma):
+def test_adaloss_weights_lie_between_gamma_and_one_and_the_largest_is_one(
+    count, data, extra, gamma
+):
     averages = losses(*data.draw(losses_of[count]))
     made = balancing.adaloss_weights(averages, AdaLoss(final_extra=extra, gamma=gamma))
     assert float(made.max()) == pytest.approx(1.0)
@@ -448,15 +467,21 @@ def test_the_seed_alone_decides_the_draws_whatever_the_global_generator_does():
 
 @pytest.mark.parametrize(
     ("mine", "other"),
-    [((BASE, "none"), (BASE, "exp3")), ((BASE, "none"), (PROMPT, "none")), ((BASE, "exp3"), (PROMPT, "exp3")),
-     ((PROMPT, "exp3"), (PROMPT, "none"))],
-)  # fmt: skip
+    [
+        ((BASE, "none"), (BASE, "exp3")),
+        ((BASE, "none"), (PROMPT, "none")),
+        ((BASE, "exp3"), (PROMPT, "exp3")),
+        ((PROMPT, "exp3"), (PROMPT, "none")),
+    ],
+)
 def test_the_state_of_another_kind_is_refused(mine, other):
     with pytest.raises(StaleInput, match="the state of other exit weights"):
         balancer(mine[0], mine[1], count=4).restore(balancer(other[0], other[1], count=4).state())
 
 
-@pytest.mark.parametrize(("base", "sampler"), [("adaloss", "none"), ("adaloss", "rwm"), ("static", "rwm")])
+@pytest.mark.parametrize(
+    ("base", "sampler"), [("adaloss", "none"), ("adaloss", "rwm"), ("static", "rwm")]
+)
 def test_the_state_of_another_number_of_exits_is_refused(base, sampler):
     def made(count):
         return balancer(PROMPT if base == "adaloss" else [1.0] * count, sampler, count=count)
@@ -469,7 +494,9 @@ def test_the_state_of_another_number_of_exits_is_refused(base, sampler):
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones():
-    with pytest.raises(TrainingError, match="'ucb'; needed: one of none, alternating, exp3, rwm, avgl"):
+    with pytest.raises(
+        TrainingError, match="'ucb'; needed: one of none, alternating, exp3, rwm, avgl"
+    ):
         balancer(BASE, "ucb", count=4)
 
 
@@ -483,7 +510,9 @@ def test_a_base_of_another_number_of_exits_is_refused():
 @pytest.mark.parametrize("sampler", ["rwm", "none"])
 def test_losses_of_another_number_of_exits_are_refused(sampler):
     made = balancer(PROMPT, sampler, count=4)
-    with pytest.raises(TrainingError, match=r"losses of shape \(3,\); needed: the mean loss of each of 4 exits"):
+    with pytest.raises(
+        TrainingError, match=r"losses of shape \(3,\); needed: the mean loss of each of 4 exits"
+    ):
         made.observe(losses(1, 1, 1))
 
 
@@ -495,10 +524,18 @@ def test_a_bonus_that_is_no_share_is_refused(gamma):
 
 @pytest.mark.parametrize(
     ("value", "options"),
-    [(AdaLoss, {"momentum": 1.0}), (AdaLoss, {"momentum": -0.1}), (AdaLoss, {"update_every": 0}),
-     (AdaLoss, {"final_extra": -1.0}), (AdaLoss, {"final_extra": math.inf}), (AdaLoss, {"gamma": 1.1}),
-     (Learner, {"gamma": -0.1}), (Learner, {"gamma": math.nan}), (Learner, {"last_reward_rate": 2.0})],
-)  # fmt: skip
+    [
+        (AdaLoss, {"momentum": 1.0}),
+        (AdaLoss, {"momentum": -0.1}),
+        (AdaLoss, {"update_every": 0}),
+        (AdaLoss, {"final_extra": -1.0}),
+        (AdaLoss, {"final_extra": math.inf}),
+        (AdaLoss, {"gamma": 1.1}),
+        (Learner, {"gamma": -0.1}),
+        (Learner, {"gamma": math.nan}),
+        (Learner, {"last_reward_rate": 2.0}),
+    ],
+)
 def test_constants_out_of_range_are_refused_by_name(value, options):
     with pytest.raises(TrainingError, match=f"{next(iter(options))}=.*; needed:"):
         value(**options)

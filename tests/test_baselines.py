@@ -19,12 +19,20 @@ from recordings import costs_of, recording_of
 NOISE = (3.0, 1.0)  # of the features of two exits: the deeper one tells classes better apart
 
 
-def featured(samples, seed, *, classes=4, width=6, split="test", noise=NOISE, labels=None, wide=None, **rest):
+def featured(
+    samples, seed, *, classes=4, width=6, split="test", noise=NOISE, labels=None, wide=None, **rest
+):
     """A recording whose own outputs know nothing, and whose features are one place per class and noise."""
     random = torch.Generator().manual_seed(seed)
     places = 2.0 * torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    drawn = torch.randint(classes, (samples,), generator=random) if labels is None else torch.as_tensor(labels)
-    features = tuple(places[drawn] + scale * torch.randn(samples, width, generator=random) for scale in noise)
+    drawn = (
+        torch.randint(classes, (samples,), generator=random)
+        if labels is None
+        else torch.as_tensor(labels)
+    )
+    features = tuple(
+        places[drawn] + scale * torch.randn(samples, width, generator=random) for scale in noise
+    )
     outputs = torch.zeros(len(noise), samples, wide or classes)
     return recording_of(outputs, drawn, split=split, features=features, **rest)
 
@@ -36,8 +44,10 @@ def accuracies(recording):
 @pytest.fixture(scope="module")
 def splits():
     return (
-        featured(400, 1, split="train"), featured(200, 2, split="validation"), featured(300, 3, split="test"),
-    )  # fmt: skip
+        featured(400, 1, split="train"),
+        featured(200, 2, split="validation"),
+        featured(300, 3, split="test"),
+    )
 
 
 # --- what they decide -------------------------------------------------------------------------------------------------
@@ -48,7 +58,9 @@ def test_outputs_are_scikit_learns_decision_functions(splits):
     (probed,) = linear_probes(train, None, test, C=[0.01])
     for exit in range(2):
         scaler = StandardScaler().fit(train.features[exit].double().numpy())
-        machine = LinearSVC(C=0.01, dual=False).fit(scaler.transform(train.features[exit].double().numpy()), train.labels)
+        machine = LinearSVC(C=0.01, dual=False).fit(
+            scaler.transform(train.features[exit].double().numpy()), train.labels
+        )
         wanted = machine.decision_function(scaler.transform(test.features[exit].double().numpy()))
         assert probed.outputs[exit].numpy() == pytest.approx(wanted, abs=1e-5)
     assert probed.outputs.dtype == torch.float32
@@ -69,8 +81,13 @@ def test_all_but_the_outputs_and_the_weights_stays(splits):
     for before, after in zip((validation, test), probed, strict=True):
         assert after.exits == before.exits
         assert torch.equal(after.labels, before.labels)
-        assert all(torch.equal(one, other) for one, other in zip(after.features, before.features, strict=True))
-        assert after.provenance == dataclasses.replace(before.provenance, weights=after.provenance.weights)
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(after.features, before.features, strict=True)
+        )
+        assert after.provenance == dataclasses.replace(
+            before.provenance, weights=after.provenance.weights
+        )
 
 
 def test_everything_else_works_on_what_comes_out(splits, tmp_path):
@@ -92,19 +109,25 @@ def test_with_two_classes_the_decisions_are_opposite_and_right():
 
 
 def test_a_class_that_was_not_there_to_learn_is_never_the_answer():
-    train = featured(300, 1, labels=torch.arange(300) % 3 + (torch.arange(300) % 3 == 2), wide=5, split="train")  # 0, 1, 3
+    train = featured(
+        300, 1, labels=torch.arange(300) % 3 + (torch.arange(300) % 3 == 2), wide=5, split="train"
+    )  # 0, 1, 3
     test = featured(200, 2, wide=5)
     (probed,) = linear_probes(train, featured(100, 3, wide=5, split="validation"), test)
     assert set(probed.outputs.argmax(-1).flatten().tolist()) == {0, 1, 3}
     least = probed.outputs[..., [0, 1, 3]].amin(-1)
-    assert torch.allclose(probed.outputs[..., [2, 4]], (least - 1.0)[..., None].expand(-1, -1, 2), atol=1e-5)
+    assert torch.allclose(
+        probed.outputs[..., [2, 4]], (least - 1.0)[..., None].expand(-1, -1, 2), atol=1e-5
+    )
     seen = torch.isin(test.labels, torch.tensor([0, 1, 3]))
     assert probed.hits()[1][seen].mean() > 0.9
 
 
 def test_two_classes_of_many_and_one_class_of_many():
     test = featured(100, 2)
-    (two,) = linear_probes(featured(200, 1, labels=torch.arange(200) % 2 * 2, split="train"), None, test)  # 0 and 2
+    (two,) = linear_probes(
+        featured(200, 1, labels=torch.arange(200) % 2 * 2, split="train"), None, test
+    )  # 0 and 2
     assert two.hits()[1][(test.labels == 0) | (test.labels == 2)].mean() > 0.9
     assert set(two.outputs.argmax(-1).flatten().tolist()) == {0, 2}
     (one,) = linear_probes(featured(50, 1, labels=torch.full((50,), 2), split="train"), None, test)
@@ -119,7 +142,9 @@ def test_units_and_offsets_of_features_do_not_matter(splits):
     factor, offset = torch.logspace(-6, 6, 6), torch.linspace(-5, 5, 6)
 
     def stretched(recording):
-        return dataclasses.replace(recording, features=tuple((entry + offset) * factor for entry in recording.features))
+        return dataclasses.replace(
+            recording, features=tuple((entry + offset) * factor for entry in recording.features)
+        )
 
     (plain,) = linear_probes(train, validation, test)
     (other,) = linear_probes(stretched(train), stretched(validation), stretched(test))
@@ -129,7 +154,9 @@ def test_units_and_offsets_of_features_do_not_matter(splits):
 def test_only_the_training_recording_standardises(splits):
     """What is judged with it must not change the answer to a sample."""
     train, _, test = splits
-    shifted = dataclasses.replace(test, features=tuple(torch.cat([entry[:150], 100 + entry[150:]]) for entry in test.features))
+    shifted = dataclasses.replace(
+        test, features=tuple(torch.cat([entry[:150], 100 + entry[150:]]) for entry in test.features)
+    )
     (plain,), (half,) = linear_probes(train, None, test), linear_probes(train, None, shifted)
     assert torch.equal(plain.outputs[:, :150], half.outputs[:, :150])
 
@@ -138,7 +165,9 @@ def test_constant_features_change_nothing_even_where_they_are_not_constant_later
     train, _, test = splits
 
     def widened(recording, values):
-        return dataclasses.replace(recording, features=tuple(torch.cat([entry, values], 1) for entry in recording.features))
+        return dataclasses.replace(
+            recording, features=tuple(torch.cat([entry, values], 1) for entry in recording.features)
+        )
 
     dead = widened(train, torch.tensor([[0.0, 7.1]]).expand(400, 2))
     alive = widened(test, torch.linspace(-9, 9, 600).reshape(300, 2))
@@ -162,7 +191,10 @@ def test_validation_chooses_the_strength_of_each_exit_and_the_smallest_of_equals
 
 def test_without_validation_the_middle_strength_is_taken(splits):
     train, _, test = splits
-    (middle,), (alone,) = linear_probes(train, None, test, C=[10.0, 1e-5, 1e-3]), linear_probes(train, None, test, C=[1e-3])
+    (middle,), (alone,) = (
+        linear_probes(train, None, test, C=[10.0, 1e-5, 1e-3]),
+        linear_probes(train, None, test, C=[1e-3]),
+    )
     assert torch.equal(middle.outputs, alone.outputs)
 
 
@@ -187,7 +219,9 @@ def test_strengths_that_do_not_converge_are_left_out_and_named(splits, monkeypat
     (alone,) = linear_probes(train, validation, test, C=[1e-3])
     assert torch.equal(kept.outputs, alone.outputs)
     assert "exit block0: the SVMs with C = 1 did not converge and are left out" in caplog.messages
-    with pytest.raises(RecordingError, match=r"no SVM of exit block0 converged with C=\(1\.0,\); give smaller C"):
+    with pytest.raises(
+        RecordingError, match=r"no SVM of exit block0 converged with C=\(1\.0,\); give smaller C"
+    ):
         linear_probes(train, None, test, C=[1.0])
 
 
@@ -197,10 +231,16 @@ def test_strengths_that_do_not_converge_are_left_out_and_named(splits, monkeypat
 def test_a_policy_of_one_network_is_refused_for_the_other(splits):
     train, validation, test = splits
     probed = linear_probes(train, validation, test)[0]
-    elsewhere = linear_probes(dataclasses.replace(train, labels=train.labels.flip(0)), validation, test)[0]
-    assert len({test.provenance.weights, probed.provenance.weights, elsewhere.provenance.weights}) == 3
+    elsewhere = linear_probes(
+        dataclasses.replace(train, labels=train.labels.flip(0)), validation, test
+    )[0]
+    assert (
+        len({test.provenance.weights, probed.provenance.weights, elsewhere.provenance.weights}) == 3
+    )
     costs = costs_of([1.0, 1.0], [0.1, 0.0])
-    policy = fit_thresholds(linear_probes(train, validation, validation)[0], costs, max_accuracy_loss=0.05)
+    policy = fit_thresholds(
+        linear_probes(train, validation, validation)[0], costs, max_accuracy_loss=0.05
+    )
     assert evaluate(probed, costs, policy).of("policy")
     for other in (test, elsewhere):
         with pytest.raises(StaleInput, match="another set of weights"):
@@ -209,8 +249,12 @@ def test_a_policy_of_one_network_is_refused_for_the_other(splits):
 
 def test_the_same_features_of_other_weights_give_another_fingerprint(splits):
     train, _, test = splits
-    renamed = [dataclasses.replace(entry, provenance=dataclasses.replace(entry.provenance, weights="other")) for entry in
-               (train, test)]  # fmt: skip
+    renamed = [
+        dataclasses.replace(
+            entry, provenance=dataclasses.replace(entry.provenance, weights="other")
+        )
+        for entry in (train, test)
+    ]
     (one,), (other,) = linear_probes(train, None, test), linear_probes(renamed[0], None, renamed[1])
     assert torch.equal(one.outputs, other.outputs)
     assert one.provenance.weights != other.provenance.weights
@@ -221,8 +265,13 @@ def test_the_same_features_of_other_weights_give_another_fingerprint(splits):
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_recordings_without_features_are_told_how_to_get_them(splits, place):
-    given = [dataclasses.replace(entry, features=()) if index == place else entry for index, entry in enumerate(splits)]
-    with pytest.raises(RecordingError, match=r"features of 0 of 2 exits.*record\(\.\.\., features=True\)"):
+    given = [
+        dataclasses.replace(entry, features=()) if index == place else entry
+        for index, entry in enumerate(splits)
+    ]
+    with pytest.raises(
+        RecordingError, match=r"features of 0 of 2 exits.*record\(\.\.\., features=True\)"
+    ):
         linear_probes(*given)
 
 
@@ -235,7 +284,10 @@ def test_the_training_split_neither_chooses_nor_judges(splits):
 
 def test_recordings_that_do_not_belong_together_are_refused(splits):
     train, validation, test = splits
-    with pytest.raises(StaleInput, match=r"split 'test' was made with another set of weights.*with the same network"):
+    with pytest.raises(
+        StaleInput,
+        match=r"split 'test' was made with another set of weights.*with the same network",
+    ):
         linear_probes(train, validation, featured(20, 4, weights="other"))
     with pytest.raises(RecordingError, match="the SVMs are for"):
         linear_probes(train, featured(20, 4, width=7, split="validation"), test)
@@ -247,7 +299,9 @@ def test_recordings_that_do_not_belong_together_are_refused(splits):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_features_that_are_no_numbers_are_refused(splits, value):
-    broken = dataclasses.replace(splits[2], features=(splits[2].features[0], torch.full((300, 6), value)))
+    broken = dataclasses.replace(
+        splits[2], features=(splits[2].features[0], torch.full((300, 6), value))
+    )
     with pytest.raises(RecordingError, match="NaN or infinite features"):
         linear_probes(splits[0], splits[1], broken)
 

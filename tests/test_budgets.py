@@ -70,7 +70,12 @@ def test_probabilities_are_those_worked_out_by_hand(shape):
 @pytest.mark.parametrize("shape", BY_HAND)
 def test_no_budget_lies_outside_the_range(shape):
     budget = over(shape)
-    assert [budget.probability_below(time) for time in (0.0, 0.99, 9.01, 1e9)] == [0.0, 0.0, 1.0, 1.0]
+    assert [budget.probability_below(time) for time in (0.0, 0.99, 9.01, 1e9)] == [
+        0.0,
+        0.0,
+        1.0,
+        1.0,
+    ]
     drawn = budget.sample(1000)
     assert drawn.min() >= 1.0
     assert drawn.max() <= 9.0
@@ -80,7 +85,9 @@ def test_no_budget_lies_outside_the_range(shape):
 def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
     budget, times = over(shape), np.linspace(1.0, 9.0, 2001)
     assert np.trapezoid(budget.density(times), times) == pytest.approx(1.0, abs=1e-4)
-    assert np.trapezoid(times * budget.density(times), times) == pytest.approx(budget.mean_s(), abs=1e-3)
+    assert np.trapezoid(times * budget.density(times), times) == pytest.approx(
+        budget.mean_s(), abs=1e-3
+    )
     drawn = budget.sample(40_000, seed=1)
     assert drawn.mean() == pytest.approx(budget.mean_s(), abs=5 * drawn.std() / 200)
     assert (drawn < 3.0).mean() == pytest.approx(BY_HAND[shape](3.0), abs=5 * 0.5 / 200)
@@ -88,9 +95,15 @@ def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
 
 SCIPY: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "uniform": lambda t, low, high: stats.uniform.cdf(t, low, high - low),
-    "small_likely": lambda t, low, high: stats.truncexpon.cdf(t, STEEPNESS, low, (high - low) / STEEPNESS),
-    "large_likely": lambda t, low, high: stats.truncexpon.sf(low + high - t, STEEPNESS, low, (high - low) / STEEPNESS),
-    "normal": lambda t, low, high: stats.truncnorm.cdf(t, -3.0, 3.0, (low + high) / 2, (high - low) / 6),
+    "small_likely": lambda t, low, high: stats.truncexpon.cdf(
+        t, STEEPNESS, low, (high - low) / STEEPNESS
+    ),
+    "large_likely": lambda t, low, high: stats.truncexpon.sf(
+        low + high - t, STEEPNESS, low, (high - low) / STEEPNESS
+    ),
+    "normal": lambda t, low, high: stats.truncnorm.cdf(
+        t, -3.0, 3.0, (low + high) / 2, (high - low) / 6
+    ),
     "log_uniform": lambda t, low, high: stats.loguniform.cdf(t, low, high),
 }
 
@@ -99,12 +112,26 @@ SCIPY: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 @pytest.mark.parametrize("shape", SCIPY)
 def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, ends):
     budget, (low, high) = over(shape, *ends), ends
-    times = np.array([0.0, low, *np.linspace(low, high, 97), *np.geomspace(low, high, 98), high, 2 * high, math.inf])
+    times = np.array(
+        [
+            0.0,
+            low,
+            *np.linspace(low, high, 97),
+            *np.geomspace(low, high, 98),
+            high,
+            2 * high,
+            math.inf,
+        ]
+    )
     found = budget.probability_below(times)
     # not closer: scipy divides logarithms and differences that nearly cancel where the ends lie close together
     assert found == pytest.approx(SCIPY[shape](times, low, high), rel=0, abs=1e-12)
-    assert found == pytest.approx([budget.probability_below(time) for time in times.tolist()], rel=0, abs=1e-15)
-    assert budget.probability_below(times.reshape(4, -1)) == pytest.approx(found.reshape(4, -1), rel=0, abs=1e-15)
+    assert found == pytest.approx(
+        [budget.probability_below(time) for time in times.tolist()], rel=0, abs=1e-15
+    )
+    assert budget.probability_below(times.reshape(4, -1)) == pytest.approx(
+        found.reshape(4, -1), rel=0, abs=1e-15
+    )
 
 
 def test_arrays_of_probabilities_of_a_log_count_what_is_strictly_below():
@@ -128,11 +155,16 @@ def test_means_of_the_four_standard_shapes_are_ordered_as_their_names_say():
     assert means["uniform"] == pytest.approx(0.005)
     assert means["normal"] == pytest.approx(0.005)
     assert means["small_likely"] + means["large_likely"] == pytest.approx(0.010)
-    assert means["small_likely"] == pytest.approx(0.010 * (1 / STEEPNESS - 1 / (math.exp(STEEPNESS) - 1)))
+    assert means["small_likely"] == pytest.approx(
+        0.010 * (1 / STEEPNESS - 1 / (math.exp(STEEPNESS) - 1))
+    )
 
 
 def test_density_of_small_likely_falls_by_exp_4_and_large_likely_mirrors_it():
-    small, large = over("small_likely").density(np.array([1.0, 9.0])), over("large_likely").density(np.array([1.0, 9.0]))
+    small, large = (
+        over("small_likely").density(np.array([1.0, 9.0])),
+        over("large_likely").density(np.array([1.0, 9.0])),
+    )
     assert small[0] / small[1] == pytest.approx(math.exp(4.0))
     assert large == pytest.approx(small[::-1])
 
@@ -144,7 +176,14 @@ def test_a_budget_of_exactly_an_exits_cost_pays_for_that_exit():
 
 def test_an_empirical_budget_counts_its_log_ties_included():
     budget = budgets.empirical([2.0, 1.0, 2.0, 0.5, 9.0, 3.999, 4.0, 2.0])
-    assert [budget.probability_below(time) for time in (0.5, 0.6, 2.0, 2.1, 9.0, 9.1)] == [0.0, 1 / 8, 2 / 8, 5 / 8, 7 / 8, 1.0]
+    assert [budget.probability_below(time) for time in (0.5, 0.6, 2.0, 2.1, 9.0, 9.1)] == [
+        0.0,
+        1 / 8,
+        2 / 8,
+        5 / 8,
+        7 / 8,
+        1.0,
+    ]
     assert exit_weights(budget, COSTS) == (1 / 8, 4 / 8, 1 / 8, 1 / 8)
     assert budget.mean_s() == pytest.approx(24.499 / 8)
     assert set(budget.sample(200)) <= {0.5, 1.0, 2.0, 3.999, 4.0, 9.0}
@@ -161,15 +200,21 @@ def test_weights_are_the_probability_of_each_stretch_between_exits(shape):
     assert exit_weights(over(shape), COSTS) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("budget", [*map(over, BY_HAND), budgets.point(3.0), budgets.empirical([0.5, 3.0, 3.0])])
+@pytest.mark.parametrize(
+    "budget", [*map(over, BY_HAND), budgets.point(3.0), budgets.empirical([0.5, 3.0, 3.0])]
+)
 def test_weights_add_up_to_the_share_of_budgets_that_pay_for_the_first_exit(budget):
     costs = (2.5, 4.0, 8.0)
-    assert sum(exit_weights(budget, costs)) == pytest.approx(1.0 - budget.probability_below(2.5), abs=1e-12)
+    assert sum(exit_weights(budget, costs)) == pytest.approx(
+        1.0 - budget.probability_below(2.5), abs=1e-12
+    )
     assert sum(exit_weights(budget, costs, normalise=True)) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_normalising_keeps_the_proportions():
-    plain, whole = (exit_weights(budgets.uniform(0.0, 10.0), COSTS, normalise=flag) for flag in (False, True))
+    plain, whole = (
+        exit_weights(budgets.uniform(0.0, 10.0), COSTS, normalise=flag) for flag in (False, True)
+    )
     assert plain == (0.1, 0.2, 0.4, 0.2)
     assert whole == pytest.approx([weight / 0.9 for weight in plain])
 
@@ -177,7 +222,9 @@ def test_normalising_keeps_the_proportions():
 def test_budgets_that_pay_for_no_exit_weigh_nothing_and_cannot_be_normalised():
     poor = budgets.uniform(0.0, 0.5)
     assert exit_weights(poor, COSTS) == (0.0, 0.0, 0.0, 0.0)
-    with pytest.raises(BudgetError, match=r"no budget between 0 and 0\.5 s pays for the first exit \(1 s\)"):
+    with pytest.raises(
+        BudgetError, match=r"no budget between 0 and 0\.5 s pays for the first exit \(1 s\)"
+    ):
         exit_weights(poor, COSTS, normalise=True)
 
 
@@ -189,15 +236,29 @@ def test_contract_and_interruptible_costs_give_different_weights():
     def seconds(value: float) -> Quantiles:
         return Quantiles.of([value])
 
-    batch = BatchCosts(stages=(seconds(1.0),) * 3, heads=(seconds(0.5), seconds(0.5), seconds(0.0)), exit_free=seconds(3.0))
-    integers = dict.fromkeys(("stage_macs", "head_macs", "stage_parameters", "head_parameters"), (1, 1, 1))
-    costs = CostProfile(exits=("a", "b", "output"), batches={1: batch}, provenance=provenance(), **integers)
+    batch = BatchCosts(
+        stages=(seconds(1.0),) * 3,
+        heads=(seconds(0.5), seconds(0.5), seconds(0.0)),
+        exit_free=seconds(3.0),
+    )
+    integers = dict.fromkeys(
+        ("stage_macs", "head_macs", "stage_parameters", "head_parameters"), (1, 1, 1)
+    )
+    costs = CostProfile(
+        exits=("a", "b", "output"), batches={1: batch}, provenance=provenance(), **integers
+    )
     budget = budgets.uniform(0.0, 5.0)
-    assert exit_weights(budget, costs.contract_s()) == pytest.approx((0.2, 0.1, 0.4))  # exits at 1.5, 2.5, 3
-    assert exit_weights(budget, costs.interruptible_s()) == pytest.approx((0.3, 0.2, 0.2))  # exits at 1.5, 3, 4
+    assert exit_weights(budget, costs.contract_s()) == pytest.approx(
+        (0.2, 0.1, 0.4)
+    )  # exits at 1.5, 2.5, 3
+    assert exit_weights(budget, costs.interruptible_s()) == pytest.approx(
+        (0.3, 0.2, 0.2)
+    )  # exits at 1.5, 3, 4
 
 
-@pytest.mark.parametrize("costs", [[1.0, 1.0], [2.0, 1.0], [], [0.0, 1.0], [-1.0, 1.0], [1.0, math.nan], [1.0, math.inf]])
+@pytest.mark.parametrize(
+    "costs", [[1.0, 1.0], [2.0, 1.0], [], [0.0, 1.0], [-1.0, 1.0], [1.0, math.nan], [1.0, math.inf]]
+)
 def test_costs_that_do_not_increase_are_refused(costs):
     with pytest.raises(CostOrderError, match="cumulative costs must"):
         exit_weights(budgets.uniform(0.0, 10.0), costs)
@@ -207,20 +268,32 @@ def test_costs_that_do_not_increase_are_refused(costs):
 
 
 def test_weights_of_many_budgets_are_their_own_in_their_order():
-    mixed = [budgets.point(4.0), over("normal"), budgets.uniform(0.0, 10.0), budgets.empirical([1.0, 9.0]), over("normal"),
-             over("uniform"), budgets.point(0.5)]  # fmt: skip
+    mixed = [
+        budgets.point(4.0),
+        over("normal"),
+        budgets.uniform(0.0, 10.0),
+        budgets.empirical([1.0, 9.0]),
+        over("normal"),
+        over("uniform"),
+        budgets.point(0.5),
+    ]
     for normalise in (False, True):
         made = mixed[:-1] if normalise else mixed
         found = exit_weights_many(made, COSTS, normalise=normalise)
         wanted = np.array([exit_weights(budget, COSTS, normalise=normalise) for budget in made])
         assert found == pytest.approx(wanted, rel=0, abs=3e-15)
     assert exit_weights_many(mixed, COSTS)[[0, 2, 3, 6]].tolist() == [
-        [0.0, 0.0, 1.0, 0.0], [0.1, 0.2, 0.4, 0.2], [0.5, 0.0, 0.0, 0.5], [0.0] * 4,
-    ]  # fmt: skip
+        [0.0, 0.0, 1.0, 0.0],
+        [0.1, 0.2, 0.4, 0.2],
+        [0.5, 0.0, 0.0, 0.5],
+        [0.0] * 4,
+    ]
 
 
 def test_of_many_budgets_the_one_that_pays_for_nothing_is_named():
-    with pytest.raises(BudgetError, match=r"no budget between 0\.25 and 0\.5 s pays for the first exit \(1 s\)"):
+    with pytest.raises(
+        BudgetError, match=r"no budget between 0\.25 and 0\.5 s pays for the first exit \(1 s\)"
+    ):
         exit_weights_many([over("uniform"), budgets.uniform(0.25, 0.5)], COSTS, normalise=True)
 
 
@@ -234,7 +307,9 @@ def test_a_thousand_budgets_and_sixteen_exits_take_far_less_than_half_a_second()
     costs = np.linspace(0.5, 10.0, 16).tolist()
     log = np.linspace(0.1, 12.0, 500).tolist()
     many = [over(shape, 0.1 + index / 400, 10.0) for index in range(160) for shape in BY_HAND]
-    many += [budgets.empirical(log)] * 100 + [budgets.point(1.0 + index / 100) for index in range(100)]
+    many += [budgets.empirical(log)] * 100 + [
+        budgets.point(1.0 + index / 100) for index in range(100)
+    ]
     begin = process_time()  # the processor's own time: other processes do not count
     assert exit_weights_many(many, costs).shape == (1000, 16)
     assert process_time() - begin < 0.5
@@ -243,7 +318,8 @@ def test_a_thousand_budgets_and_sixteen_exits_take_far_less_than_half_a_second()
 def test_an_exit_dearer_than_a_deeper_one_is_never_the_deepest_that_fits():
     for costs in ([1.5, 4.0, 3.2], [1.0], [3.0, 2.0, 1.0], [1.0, 1.0, 2.0], COSTS):
         deepest = {
-            max((k for k, cost in enumerate(costs) if cost <= budget), default=None) for budget in np.linspace(0, 9, 901)
+            max((k for k, cost in enumerate(costs) if cost <= budget), default=None)
+            for budget in np.linspace(0, 9, 901)
         }
         assert set(deepest_for_some(costs)) == deepest - {None}
 
@@ -260,9 +336,9 @@ def test_expected_accuracy_is_the_mean_over_drawn_budgets(shape, without_answer)
     drawn = budget.sample(40_000, seed=2)
     answer = np.array([without_answer, *accuracies])[np.searchsorted(costs, drawn, side="right")]
     error = 5 * answer.std() / math.sqrt(len(drawn)) + 1e-12
-    assert expected_accuracy(budget, costs, accuracies, without_answer=without_answer) == pytest.approx(
-        answer.mean(), abs=error
-    )
+    assert expected_accuracy(
+        budget, costs, accuracies, without_answer=without_answer
+    ) == pytest.approx(answer.mean(), abs=error)
 
 
 def test_a_missing_answer_counts_as_a_failure_unless_credited():
@@ -280,7 +356,11 @@ def test_accuracies_must_be_as_many_as_exits():
 
 times = st.floats(1e-6, 1e3)
 increasing = st.lists(times, min_size=1, max_size=8, unique=True).map(sorted)
-ranges = st.tuples(times, times).filter(lambda pair: pair[1] > pair[0] * 1.001 or pair[0] > pair[1] * 1.001).map(sorted)
+ranges = (
+    st.tuples(times, times)
+    .filter(lambda pair: pair[1] > pair[0] * 1.001 or pair[0] > pair[1] * 1.001)
+    .map(sorted)
+)
 any_budget = st.one_of(
     st.builds(lambda shape, ends: over(shape, *ends), st.sampled_from(sorted(BY_HAND)), ranges),
     times.map(budgets.point),
@@ -304,14 +384,19 @@ def test_weights_of_any_budgets_are_the_chances_of_each_stretch(some, costs):
     assert found.shape == (len(some), len(costs))
     for row, budget in zip(found, some, strict=True):
         below = [*(budget.probability_below(cost) for cost in costs), 1.0]
-        assert row == pytest.approx([after - before for before, after in itertools.pairwise(below)], rel=0, abs=1e-14)
+        assert row == pytest.approx(
+            [after - before for before, after in itertools.pairwise(below)], rel=0, abs=1e-14
+        )
 
 
 @quick
 @given(any_budget, increasing, st.floats(1.0, 100.0))
 def test_dearer_exits_never_gain_depth(budget, costs, factor):
     """The chance to reach at least exit k falls when everything costs more."""
-    before, after = exit_weights(budget, costs), exit_weights(budget, [cost * factor for cost in costs])
+    before, after = (
+        exit_weights(budget, costs),
+        exit_weights(budget, [cost * factor for cost in costs]),
+    )
     for k in range(len(costs)):
         assert sum(after[k:]) <= sum(before[k:]) + 1e-9
 
@@ -339,7 +424,15 @@ def test_probabilities_never_fall_with_time(budget, one, other):
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
-BAD_RANGES = [(0.0, 0.0), (2.0, 1.0), (-1.0, 1.0), (-2.0, -1.0), (math.nan, 1.0), (0.0, math.nan), (0.0, math.inf)]
+BAD_RANGES = [
+    (0.0, 0.0),
+    (2.0, 1.0),
+    (-1.0, 1.0),
+    (-2.0, -1.0),
+    (math.nan, 1.0),
+    (0.0, math.nan),
+    (0.0, math.inf),
+]
 
 
 @pytest.mark.parametrize(("shape", "ends"), list(itertools.product(BY_HAND, BAD_RANGES)))
@@ -418,19 +511,21 @@ def test_a_point_is_read_in_milliseconds():
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("uniform:0:40mmacs", budgets.uniform(0.0, 40e6, cost="macs")), ("point:1.5MB", budgets.point(1.5e6, cost="bytes")),
+        ("uniform:0:40mmacs", budgets.uniform(0.0, 40e6, cost="macs")),
+        ("point:1.5MB", budgets.point(1.5e6, cost="bytes")),
         ("large_likely:9:70mJ", budgets.large_likely(0.009, 0.07, cost="energy")),
         ("normal:9:70ms", budgets.normal(0.009, 0.07)),
         ("log_uniform:1e-1:1e3mb", budgets.log_uniform(1e5, 1e9, cost="bytes")),
         ("small_likely:0:5.mj", budgets.small_likely(0.0, 0.005, cost="energy")),
     ],
-)  # fmt: skip
+)
 def test_a_unit_says_what_is_limited(text, wanted):
     assert parse_budget(text) == wanted
 
 
 @pytest.mark.parametrize(
-    "text", ["uniform:0:10parsecs", "point:3s", "uniform:0mmacs:40mmacs", "uniform:0:40 mmacs", "point:mj"]
+    "text",
+    ["uniform:0:10parsecs", "point:3s", "uniform:0mmacs:40mmacs", "uniform:0:40 mmacs", "point:mj"],
 )
 def test_an_unknown_or_misplaced_unit_is_refused(text):
     with pytest.raises(BudgetError, match=r"unknown unit|not a number"):
@@ -439,19 +534,25 @@ def test_an_unknown_or_misplaced_unit_is_refused(text):
 
 def test_an_unknown_unit_is_told_the_known_ones():
     with pytest.raises(
-        BudgetError, match="unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none for ms"
+        BudgetError,
+        match="unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none for ms",
     ):
         parse_budget("uniform:0:10parsecs")
 
 
 def test_a_budget_of_another_cost_comes_back_from_its_file(tmp_path):
-    for budget in (budgets.uniform(0.0, 4e7, cost="macs"), budgets.empirical([0.5, 0.25], cost="energy")):
+    for budget in (
+        budgets.uniform(0.0, 4e7, cost="macs"),
+        budgets.empirical([0.5, 0.25], cost="energy"),
+    ):
         budget.save(tmp_path / "budget.json")
         assert Budget.load(tmp_path / "budget.json") == budget
     value = budgets.uniform(0.0, 1.0).to_json()
     assert value.pop("cost") == "time"
     assert Budget.from_json(value).cost == "time"  # from before budgets had costs
-    with pytest.raises(BudgetError, match="a budget of 'money'; needed: one of time, macs, bytes, energy"):
+    with pytest.raises(
+        BudgetError, match="a budget of 'money'; needed: one of time, macs, bytes, energy"
+    ):
         budgets.point(1.0, cost="money")
 
 
@@ -464,20 +565,44 @@ def test_a_log_is_read_one_budget_a_line_in_milliseconds(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "uniform", "uniform:", "uniform:1", "uniform:1:2:3", "uniform:a:b", "uniform:2:1", "uniform:-1:1", "uniform:nan:1",
-        "uniform:0:inf", "gamma:1:2", "point", "point:", "point:0", "point:1:2", "point:x", "log_uniform:0:1", "log:",
-        "log:/none/such/file", "empirical:1:2", "8",
+        "",
+        "uniform",
+        "uniform:",
+        "uniform:1",
+        "uniform:1:2:3",
+        "uniform:a:b",
+        "uniform:2:1",
+        "uniform:-1:1",
+        "uniform:nan:1",
+        "uniform:0:inf",
+        "gamma:1:2",
+        "point",
+        "point:",
+        "point:0",
+        "point:1:2",
+        "point:x",
+        "log_uniform:0:1",
+        "log:",
+        "log:/none/such/file",
+        "empirical:1:2",
+        "8",
     ],
-)  # fmt: skip
+)
 def test_a_word_that_is_no_budget_is_refused(text):
     with pytest.raises(BudgetError):
         parse_budget(text)
 
 
-@pytest.mark.parametrize(("written", "complaint"), [
-    (b"", "empty"), (b"8\nsoon\n", "not a number"), (b"8\n-1\n", "logged budget"), (b"nan", "logged budget"),
-    (b"\xff\xfe", "not a number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        (b"", "empty"),
+        (b"8\nsoon\n", "not a number"),
+        (b"8\n-1\n", "logged budget"),
+        (b"nan", "logged budget"),
+        (b"\xff\xfe", "not a number"),
+    ],
+)
 def test_a_log_that_holds_no_budgets_is_refused(tmp_path, written, complaint):
     (tmp_path / "log").write_bytes(written)
     with pytest.raises(BudgetError, match=complaint):
@@ -485,5 +610,8 @@ def test_a_log_that_holds_no_budgets_is_refused(tmp_path, written, complaint):
 
 
 def test_a_word_that_is_no_budget_is_told_what_would_be():
-    with pytest.raises(BudgetError, match=r"SHAPE:LOW:HIGH in milliseconds \(uniform:0:10\), point:T \(point:8\), or log:FILE"):
+    with pytest.raises(
+        BudgetError,
+        match=r"SHAPE:LOW:HIGH in milliseconds \(uniform:0:10\), point:T \(point:8\), or log:FILE",
+    ):
         parse_budget("gamma:1:2")

@@ -30,12 +30,16 @@ def honest(samples: int = 20_000, seed: int = 0, exits: int = 3, **rest):
 
 def miscalibrated(**rest):
     recording = honest(**rest)
-    return dataclasses.replace(recording, outputs=recording.outputs * torch.tensor(PLANTED)[:, None, None])
+    return dataclasses.replace(
+        recording, outputs=recording.outputs * torch.tensor(PLANTED)[:, None, None]
+    )
 
 
 def calibration_errors(recording) -> list[float]:
     return [
-        expected_calibration_error(output.softmax(-1).amax(-1), output.argmax(-1) == recording.labels)
+        expected_calibration_error(
+            output.softmax(-1).amax(-1), output.argmax(-1) == recording.labels
+        )
         for output in recording.outputs
     ]
 
@@ -50,14 +54,18 @@ def test_planted_temperatures_are_found():
 def test_fitted_temperatures_scale_with_the_outputs():
     recording = drawn(500, 3)
     hotter = dataclasses.replace(recording, outputs=10 * recording.outputs)
-    assert fit_temperatures(hotter) == pytest.approx([10 * value for value in fit_temperatures(recording)], rel=1e-3)
+    assert fit_temperatures(hotter) == pytest.approx(
+        [10 * value for value in fit_temperatures(recording)], rel=1e-3
+    )
 
 
 def test_no_other_temperature_is_likelier():
     recording = drawn(300, 5)
 
     def loss(output: Tensor, temperature: float) -> float:
-        return float(torch.nn.functional.cross_entropy(output.double() / temperature, recording.labels))
+        return float(
+            torch.nn.functional.cross_entropy(output.double() / temperature, recording.labels)
+        )
 
     for output, fitted in zip(recording.outputs, fit_temperatures(recording), strict=True):
         grid = torch.logspace(-2, 2, 201).tolist()
@@ -85,7 +93,9 @@ def test_samples_whose_class_is_ruled_out_do_not_decide():
     honestly = honest(2000)
     spoilt = honestly.outputs.clone()
     spoilt[:, :100] = torch.where(torch.arange(5) == honestly.labels[:100, None], RULED_OUT, 0.0)
-    rest = dataclasses.replace(honestly, outputs=honestly.outputs[:, 100:], labels=honestly.labels[100:])
+    rest = dataclasses.replace(
+        honestly, outputs=honestly.outputs[:, 100:], labels=honestly.labels[100:]
+    )
     assert fit_temperatures(dataclasses.replace(honestly, outputs=spoilt)) == fit_temperatures(rest)
 
 
@@ -97,10 +107,18 @@ def test_where_all_are_ruled_out_nothing_is_changed():
 # --- before and after combining ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "gains", "classes"), [
-    ("boosted", (1.0, 1.5, 2.0, 2.5), 10), ("geometric", (1.0, 1.5, 2.0, 2.5), 10),
-    ("poe", (3.0, 4.0, 5.0, 6.0, 6.0), 100),  # many classes, few true ones ruled out: far too modest at first
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "gains", "classes"),
+    [
+        ("boosted", (1.0, 1.5, 2.0, 2.5), 10),
+        ("geometric", (1.0, 1.5, 2.0, 2.5), 10),
+        (
+            "poe",
+            (3.0, 4.0, 5.0, 6.0, 6.0),
+            100,
+        ),  # many classes, few true ones ruled out: far too modest at first
+    ],
+)
 def test_a_rule_that_spoils_calibration_is_mended_after_it(rule, gains, classes):
     fitting, unseen = (drawn(2000, seed, gains=gains, classes=classes) for seed in (1, 2))
     after = fit_temperatures(ensembled(fitting, rule))
@@ -124,7 +142,9 @@ def test_an_ensembled_recording_is_the_combined_outputs_of_the_same_samples():
     features = tuple(torch.randn(20, 2) for _ in range(4))
     recording = drawn(20, 0, features=features)
     made = ensembled(recording, "poe", temperatures=[1.0, 2.0, 3.0, 4.0], recalibration=[2.0] * 4)
-    by_hand = combine(recording.outputs, "poe", temperatures=[1.0, 2.0, 3.0, 4.0], recalibration=[2.0] * 4)
+    by_hand = combine(
+        recording.outputs, "poe", temperatures=[1.0, 2.0, 3.0, 4.0], recalibration=[2.0] * 4
+    )
     assert made.outputs.equal(by_hand)
     assert made.labels.equal(recording.labels)
     assert (made.split, made.exits, made.features) == (recording.split, recording.exits, features)
@@ -134,11 +154,23 @@ def test_an_ensembled_recording_is_the_combined_outputs_of_the_same_samples():
 def test_each_way_of_combining_is_a_network_of_its_own():
     recording = honest(20)
     made = [
-        recording, ensembled(recording, "poe"), ensembled(recording, "geometric"), calibrated(recording, [2.0] * 3),
-        ensembled(recording, Rule(name="geometric", weights="depth")), ensembled(recording, "poe", temperatures=[2.0] * 3),
-        ensembled(recording, "poe", recalibration=[2.0] * 3), ensembled(dataclasses.replace(recording, provenance=(
-            dataclasses.replace(recording.provenance, weights="others", network="other"))), "poe"),
-    ]  # fmt: skip
+        recording,
+        ensembled(recording, "poe"),
+        ensembled(recording, "geometric"),
+        calibrated(recording, [2.0] * 3),
+        ensembled(recording, Rule(name="geometric", weights="depth")),
+        ensembled(recording, "poe", temperatures=[2.0] * 3),
+        ensembled(recording, "poe", recalibration=[2.0] * 3),
+        ensembled(
+            dataclasses.replace(
+                recording,
+                provenance=(
+                    dataclasses.replace(recording.provenance, weights="others", network="other")
+                ),
+            ),
+            "poe",
+        ),
+    ]
     for name in ("weights", "network"):
         assert len({getattr(entry.provenance, name) for entry in made}) == len(made)
     again = ensembled(recording, Rule(name="poe"))
@@ -147,7 +179,9 @@ def test_each_way_of_combining_is_a_network_of_its_own():
 
 def test_what_is_not_known_stays_unknown():
     recording = honest(20)
-    bare = dataclasses.replace(recording, provenance=dataclasses.replace(recording.provenance, weights=None, network=None))
+    bare = dataclasses.replace(
+        recording, provenance=dataclasses.replace(recording.provenance, weights=None, network=None)
+    )
     made = ensembled(bare, "poe").provenance
     assert (made.weights, made.network) == (None, None)
 

@@ -32,7 +32,9 @@ class Table:
     def sees(self, node: int) -> tuple[int, ...]:
         return (node,)
 
-    def next_node(self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None) -> Tensor:
+    def next_node(
+        self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None
+    ) -> Tensor:
         return torch.tensor([self.moves[node][int(sample)] for sample in outputs[node][:, 1]])
 
 
@@ -65,27 +67,38 @@ def alone(moves: Mapping[int, Sequence[int]], sample: int) -> list[int]:
 def tables(draw: st.DrawFn) -> tuple[int, dict[int, list[int]]]:
     nodes, count = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     return count, {
-        node: draw(st.lists(st.sampled_from([STOP, *range(node + 1, nodes)]), min_size=count, max_size=count))
+        node: draw(
+            st.lists(
+                st.sampled_from([STOP, *range(node + 1, nodes)]), min_size=count, max_size=count
+            )
+        )
         for node in range(nodes)
     }
 
 
 @settings(max_examples=60, deadline=None)
 @given(table=tables())
-def test_every_sample_runs_its_own_way_and_nothing_else(table: tuple[int, dict[int, list[int]]]) -> None:
+def test_every_sample_runs_its_own_way_and_nothing_else(
+    table: tuple[int, dict[int, list[int]]],
+) -> None:
     count, moves = table
     networks = [Told(number) for number in moves]
     with Cascade(networks, router=Table(moves)).exits(samples(count)) as run:
         exits = list(run)
     paths = [alone(moves, sample) for sample in range(count)]
     assert [[*itertools.chain(*network.came)] for network in networks] == [
-        [sample for sample in range(count) if number in paths[sample]] for number in moves  # in their old order
-    ]  # fmt: skip
-    assert all(len(network.came) <= 1 for network in networks)  # in one batch, whatever way they came
+        [sample for sample in range(count) if number in paths[sample]]
+        for number in moves  # in their old order
+    ]
+    assert all(
+        len(network.came) <= 1 for network in networks
+    )  # in one batch, whatever way they came
     for exit in exits:
         reached = [max(node for node in path if node <= exit.index) for path in paths]
         assert exit.exits == tuple(reached)
-        assert exit.output().tolist() == [[float(node), float(sample)] for sample, node in enumerate(reached)]
+        assert exit.output().tolist() == [
+            [float(node), float(sample)] for sample, node in enumerate(reached)
+        ]
     going = [exit.index for exit in exits]
     assert [exit.upcoming for exit in exits] == [*going[1:], None]
     assert [exit.whole for exit in exits] == [all(node in path for path in paths) for node in going]
@@ -95,7 +108,10 @@ def test_without_a_router_all_run_everything() -> None:
     networks = [Told(0), Told(1)]
     cascade = Cascade(networks, ["small", "large"])
     with cascade.exits(samples(3)) as run:
-        assert [(exit.index, exit.exits, exit.upcoming) for exit in run] == [(0, (0, 0, 0), 1), (1, (1, 1, 1), None)]
+        assert [(exit.index, exit.exits, exit.upcoming) for exit in run] == [
+            (0, (0, 0, 0), 1),
+            (1, (1, 1, 1), None),
+        ]
     assert [output[:, 0].tolist() for output in cascade(samples(3))] == [[0.0] * 3, [1.0] * 3]
     assert cascade.exit_names == ("small", "large")
 
@@ -112,7 +128,9 @@ def test_nothing_runs_before_it_is_asked_for_or_after_the_end() -> None:
 
 
 def test_answers_that_were_given_stay_as_they_were() -> None:
-    with Cascade([Told(0), Told(1)], router=Table({0: [1, STOP], 1: [STOP, STOP]})).exits(samples(2)) as run:
+    with Cascade([Told(0), Told(1)], router=Table({0: [1, STOP], 1: [STOP, STOP]})).exits(
+        samples(2)
+    ) as run:
         first = next(run).output()
         kept = first.clone()
         next(run)
@@ -133,8 +151,13 @@ def test_inputs_may_be_mappings_and_tuples() -> None:
 def test_a_router_that_goes_back_is_refused() -> None:
     for target in (0, 1, 3):
         with (
-            pytest.raises(NetworkError, match=f"from network 1 to {target}; needed: a larger number, at most 2"),
-            Cascade([Told(0), Told(1), Told(2)], router=Table({0: [1], 1: [target]})).exits(samples(1)) as run,
+            pytest.raises(
+                NetworkError,
+                match=f"from network 1 to {target}; needed: a larger number, at most 2",
+            ),
+            Cascade([Told(0), Told(1), Told(2)], router=Table({0: [1], 1: [target]})).exits(
+                samples(1)
+            ) as run,
         ):
             list(run)
 
@@ -157,10 +180,14 @@ def test_senseless_cascades_are_refused() -> None:
 # --- as an anytime network --------------------------------------------------------------------------------------------
 
 
-def runner(networks: Sequence[Told], moves: Mapping[int, Sequence[int]], clock: FakeClock, batch: int) -> Runner:
+def runner(
+    networks: Sequence[Told], moves: Mapping[int, Sequence[int]], clock: FakeClock, batch: int
+) -> Runner:
     costs = costs_of([network.seconds for network in networks], sizes=[batch])
     names = [f"exit {number}" for number in range(len(networks))]
-    return Runner(Cascade(networks, names, router=Table(moves)), costs, any_profile=True, clock=clock)
+    return Runner(
+        Cascade(networks, names, router=Table(moves)), costs, any_profile=True, clock=clock
+    )
 
 
 def test_a_contract_run_pays_only_the_networks_on_the_way_and_plans_for_the_next_one() -> None:
@@ -168,9 +195,18 @@ def test_a_contract_run_pays_only_the_networks_on_the_way_and_plans_for_the_next
     networks = [Told(number, clock, seconds) for number, seconds in enumerate((1.0, 2.0, 8.0))]
     moves = {0: [2, 1], 1: [STOP, STOP], 2: [STOP, STOP]}
     run = runner(networks, moves, clock, 1)
-    whole = run.run(samples(1), deadline=Deadline(clock.now() + 9.0 + RESERVE_S))  # 1 + 8, without network 1
-    assert (whole.exit, whole.stopped_by, whole.elapsed_s, whole.deadline_met) == (2, "final", 9.0, True)
-    short = run.run(samples(1), deadline=Deadline(clock.now() + 8.0))  # network 1 would fit, but is not on the way
+    whole = run.run(
+        samples(1), deadline=Deadline(clock.now() + 9.0 + RESERVE_S)
+    )  # 1 + 8, without network 1
+    assert (whole.exit, whole.stopped_by, whole.elapsed_s, whole.deadline_met) == (
+        2,
+        "final",
+        9.0,
+        True,
+    )
+    short = run.run(
+        samples(1), deadline=Deadline(clock.now() + 8.0)
+    )  # network 1 would fit, but is not on the way
     assert (short.exit, short.stopped_by, short.elapsed_s) == (0, "deadline", 1.0)
     other = run.run(samples(2)[1:], deadline=Deadline(clock.now() + 9.0))
     assert (other.exit, other.exits, other.stopped_by, other.elapsed_s) == (1, (1,), "policy", 3.0)
@@ -189,7 +225,10 @@ def test_each_sample_of_a_batch_is_answered_by_the_end_of_its_way() -> None:
 def test_interruptible_runs_post_every_answer_and_end_with_the_way() -> None:
     clock = FakeClock()
     networks = [Told(number, clock, 1.0) for number in range(3)]
-    with runner(networks, {0: [1], 1: [STOP], 2: [STOP]}, clock, 1) as own, own.start(samples(1)) as run:
+    with (
+        runner(networks, {0: [1], 1: [STOP], 2: [STOP]}, clock, 1) as own,
+        own.start(samples(1)) as run,
+    ):
         answer = run.result()
     assert (answer.exit, answer.stopped_by, networks[2].came) == (1, "policy", [])
 
@@ -228,7 +267,9 @@ def test_it_is_profiled_recorded_and_described_like_any_other() -> None:
     assert not routed.training
     with pytest.raises(ExitNotReached, match="1 of 2 exits"):
         profile(cascade.routed(Always(STOP)), data.example(), repeats=20)
-    answer = Runner(cascade.routed(Always(1)), costs).run(data.example(), deadline=Deadline.after(math.inf))
+    answer = Runner(cascade.routed(Always(1)), costs).run(
+        data.example(), deadline=Deadline.after(math.inf)
+    )
     assert (answer.exit, answer.stopped_by) == (1, "final")
     assert routed.networks[0] is cascade.networks[0]
 
@@ -240,7 +281,9 @@ class Always:
     def sees(self, node: int) -> tuple[int, ...]:
         return ()
 
-    def next_node(self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None) -> Tensor:
+    def next_node(
+        self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None
+    ) -> Tensor:
         return torch.full((len(outputs[node]),), self.move if node == 0 else STOP)
 
 

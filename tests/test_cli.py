@@ -43,15 +43,27 @@ def no_temporary_files(directory: Path) -> bool:
 
 def test_every_verb_leaves_its_file(finished: Path) -> None:
     for name in (
-        "network.json", "training.json", "weights.safetensors", "metrics.csv", "profile.json", "recordings/test.safetensors",
-        "recordings/validation.safetensors", "policies/loss-2.json", "policies/ms-1000.json", "evaluation.json", "report.html",
-        "exit_free/weights.safetensors", "exit_free/recordings/test.safetensors",
-    ):  # fmt: skip
+        "network.json",
+        "training.json",
+        "weights.safetensors",
+        "metrics.csv",
+        "profile.json",
+        "recordings/test.safetensors",
+        "recordings/validation.safetensors",
+        "policies/loss-2.json",
+        "policies/ms-1000.json",
+        "evaluation.json",
+        "report.html",
+        "exit_free/weights.safetensors",
+        "exit_free/recordings/test.safetensors",
+    ):
         assert (finished / name).is_file(), name
     assert no_temporary_files(finished)
 
 
-def test_the_evaluation_always_has_the_networks_without_exits_and_the_oracle(finished: Path) -> None:
+def test_the_evaluation_always_has_the_networks_without_exits_and_the_oracle(
+    finished: Path,
+) -> None:
     names = {row["name"] for row in read_json(finished / "evaluation.json")["rows"]}
 
     assert {"exit 0", "exit 1", "exit 2", "loss-2", "ms-1000", "oracle"} <= names
@@ -59,7 +71,9 @@ def test_the_evaluation_always_has_the_networks_without_exits_and_the_oracle(fin
 
 
 def test_answers_for_images(call: Call, finished: Path, picture: Path) -> None:
-    code, text = call("run", finished, picture, picture, "--deadline-ms", 10_000, "--policy", "loss-2", "--json")
+    code, text = call(
+        "run", finished, picture, picture, "--deadline-ms", 10_000, "--policy", "loss-2", "--json"
+    )
     answers = json.loads(text)
 
     assert code == 0
@@ -70,17 +84,28 @@ def test_answers_for_images(call: Call, finished: Path, picture: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(math.nan, "holds NaN or infinite values"), (np.zeros((1, 1, 8, 8)), "without a batch dimension")]
+    ("value", "said"),
+    [
+        (math.nan, "holds NaN or infinite values"),
+        (np.zeros((1, 1, 8, 8)), "without a batch dimension"),
+    ],
 )
-def test_inputs_that_are_none_are_refused(call: Call, finished: Path, tmp_path: Path, value: Any, said: str) -> None:
-    np.save(tmp_path / "x.npy", value if isinstance(value, np.ndarray) else np.full((1, 8, 8), value, np.float32))
+def test_inputs_that_are_none_are_refused(
+    call: Call, finished: Path, tmp_path: Path, value: Any, said: str
+) -> None:
+    np.save(
+        tmp_path / "x.npy",
+        value if isinstance(value, np.ndarray) else np.full((1, 8, 8), value, np.float32),
+    )
     code, text = call("run", finished, tmp_path / "x.npy")
     assert (code, said in text) == (1, True)
     code, text = call("run", finished, tmp_path)
     assert (code, "is a folder; name its files" in text) == (1, True)
 
 
-def test_a_table_of_answers_says_whether_they_were_in_time(call: Call, finished: Path, picture: Path) -> None:
+def test_a_table_of_answers_says_whether_they_were_in_time(
+    call: Call, finished: Path, picture: Path
+) -> None:
     code, text = call("run", finished, picture, "--deadline-ms", 0.000001)
 
     assert code == 0
@@ -88,7 +113,9 @@ def test_a_table_of_answers_says_whether_they_were_in_time(call: Call, finished:
     assert "[" not in text.replace(str(picture), "")
 
 
-def test_a_deadline_too_short_raises_when_asked_to(call: Call, finished: Path, picture: Path) -> None:
+def test_a_deadline_too_short_raises_when_asked_to(
+    call: Call, finished: Path, picture: Path
+) -> None:
     code, text = call("run", finished, picture, "--deadline-ms", 0.000001, "--when-late", "raise")
 
     assert code == 1
@@ -96,7 +123,9 @@ def test_a_deadline_too_short_raises_when_asked_to(call: Call, finished: Path, p
 
 
 @pytest.mark.parametrize("deadline", ["0", "-5", "nan"])
-def test_a_deadline_that_is_no_time_is_refused(call: Call, finished: Path, picture: Path, deadline: str) -> None:
+def test_a_deadline_that_is_no_time_is_refused(
+    call: Call, finished: Path, picture: Path, deadline: str
+) -> None:
     code, text = call("run", finished, picture, f"--deadline-ms={deadline}")
 
     assert code == 1
@@ -104,7 +133,11 @@ def test_a_deadline_that_is_no_time_is_refused(call: Call, finished: Path, pictu
 
 
 def test_doing_it_again_does_nothing(call: Call, run_dir: Path) -> None:
-    before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*.safetensors") if "checkpoint" not in file.name}
+    before = {
+        file: file.stat().st_mtime_ns
+        for file in run_dir.rglob("*.safetensors")
+        if "checkpoint" not in file.name
+    }
     _, profiled = call("profile", run_dir, "--repeats", 30, "--quiet")
     _, recorded = call("record", run_dir, "--quiet")
 
@@ -126,11 +159,16 @@ def test_training_again_changes_no_weight(call: Call, run_dir: Path) -> None:
     ("change", "said"),
     [
         (["--model", "impatient:resnet:n=2,c=8"], "--model impatient:resnet:n=1,c=8"),
-        (["--exits", "2"], "--exits 3"), (["--seed", "1"], "--seed 0"), (["--heads", "mlp"], "--heads linear"),
-        (["--weights", "sieve"], "--weights uniform"), (["--epochs", "4"], "another recipe"),
+        (["--exits", "2"], "--exits 3"),
+        (["--seed", "1"], "--seed 0"),
+        (["--heads", "mlp"], "--heads linear"),
+        (["--weights", "sieve"], "--weights uniform"),
+        (["--epochs", "4"], "another recipe"),
     ],
-)  # fmt: skip
-def test_training_on_with_other_settings_is_refused(call: Call, run_dir: Path, change: list[str], said: str) -> None:
+)
+def test_training_on_with_other_settings_is_refused(
+    call: Call, run_dir: Path, change: list[str], said: str
+) -> None:
     code, text = call("train", run_dir, *TINY, *change)
 
     assert code == 1
@@ -157,7 +195,9 @@ def retrained(run_dir: Path) -> None:
     ("verb", "remedy"),
     [("fit", "impatient record"), ("evaluate", "impatient record"), ("report", "impatient")],
 )
-def test_other_weights_make_everything_after_them_stale(call: Call, run_dir: Path, verb: str, remedy: str) -> None:
+def test_other_weights_make_everything_after_them_stale(
+    call: Call, run_dir: Path, verb: str, remedy: str
+) -> None:
     retrained(run_dir)
     code, text = call(verb, run_dir)
 
@@ -166,7 +206,9 @@ def test_other_weights_make_everything_after_them_stale(call: Call, run_dir: Pat
     assert remedy in text
 
 
-def test_a_profile_of_another_machine_is_refused_unless_asked_for(call: Call, run_dir: Path, picture: Path) -> None:
+def test_a_profile_of_another_machine_is_refused_unless_asked_for(
+    call: Call, run_dir: Path, picture: Path
+) -> None:
     profile = read_json(run_dir / "profile.json")
     profile["provenance"]["processor"] = "abacus"
     write_json(run_dir / "profile.json", profile)
@@ -189,7 +231,9 @@ def test_a_profile_with_another_thread_count_is_measured_again(call: Call, run_d
 
 
 @pytest.mark.parametrize("verb", ["profile", "record", "fit", "evaluate", "report"])
-def test_a_verb_in_an_empty_folder_says_what_to_run_first(call: Call, tmp_path: Path, verb: str) -> None:
+def test_a_verb_in_an_empty_folder_says_what_to_run_first(
+    call: Call, tmp_path: Path, verb: str
+) -> None:
     code, text = call(verb, tmp_path)
 
     assert code == 1
@@ -199,15 +243,25 @@ def test_a_verb_in_an_empty_folder_says_what_to_run_first(call: Call, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--data", "npz:nowhere.npz"], "no data file"), (["--data", "nonsense"], "digits, npz:FILE"),
-        (["--model", "impatient:nothing"], "one of anytimenet"), (["--model", "noname"], "SOURCE:NAME"),
-        (["--after", "blocks.0,blocks.7"], "blocks.1"), (["--heads", "tail"], "linear"), (["--epochs", "0"], "positive"),
-        (["--regime", "lazy"], "joint"), (["--weights", "heavy"], "uniform"), (["--weights", "uniform:5:1"], "low < high"),
-        (["--weights", "uniform:nan:1"], "needed"), (["--model", "impatient:resnet:num_classes=7"], "num_classes=10"),
-        (["--lr", "nan"], "positive"), (["--validation", "2"], "share"),
+        (["--data", "npz:nowhere.npz"], "no data file"),
+        (["--data", "nonsense"], "digits, npz:FILE"),
+        (["--model", "impatient:nothing"], "one of anytimenet"),
+        (["--model", "noname"], "SOURCE:NAME"),
+        (["--after", "blocks.0,blocks.7"], "blocks.1"),
+        (["--heads", "tail"], "linear"),
+        (["--epochs", "0"], "positive"),
+        (["--regime", "lazy"], "joint"),
+        (["--weights", "heavy"], "uniform"),
+        (["--weights", "uniform:5:1"], "low < high"),
+        (["--weights", "uniform:nan:1"], "needed"),
+        (["--model", "impatient:resnet:num_classes=7"], "num_classes=10"),
+        (["--lr", "nan"], "positive"),
+        (["--validation", "2"], "share"),
     ],
-)  # fmt: skip
-def test_bad_training_options_are_named(call: Call, tmp_path: Path, arguments: list[str], said: str) -> None:
+)
+def test_bad_training_options_are_named(
+    call: Call, tmp_path: Path, arguments: list[str], said: str
+) -> None:
     code, text = call("train", tmp_path / "run", *TINY, *arguments)
 
     assert code == 1
@@ -221,7 +275,9 @@ def test_bad_policy_options_are_named(call: Call, run_dir: Path) -> None:
     assert "exactly one target" in call("fit", run_dir, "--mean-ms", "1", "--max-loss", "1")[1]
 
 
-def test_an_unknown_policy_is_answered_with_the_known_ones(call: Call, run_dir: Path, picture: Path) -> None:
+def test_an_unknown_policy_is_answered_with_the_known_ones(
+    call: Call, run_dir: Path, picture: Path
+) -> None:
     assert "loss-2, ms-1000" in call("run", run_dir, picture, "--policy", "nobody")[1]
 
 
@@ -238,9 +294,11 @@ def test_files_that_are_no_images_are_named(call: Call, run_dir: Path, tmp_path:
 
 def test_damaged_files_are_named(call: Call, run_dir: Path, picture: Path) -> None:
     for name, arguments in (
-        ("weights.safetensors", ["run", run_dir, picture]), ("profile.json", ["run", run_dir, picture]),
-        ("recordings/validation.safetensors", ["fit", run_dir]), ("network.json", ["evaluate", run_dir]),
-    ):  # fmt: skip
+        ("weights.safetensors", ["run", run_dir, picture]),
+        ("profile.json", ["run", run_dir, picture]),
+        ("recordings/validation.safetensors", ["fit", run_dir]),
+        ("network.json", ["evaluate", run_dir]),
+    ):
         whole = (run_dir / name).read_bytes()
         (run_dir / name).write_bytes(whole[: len(whole) // 2])
         code, text = call(*arguments)
@@ -272,7 +330,18 @@ def test_changed_data_is_noticed(call: Call, tmp_path: Path) -> None:
     )
     os.chdir(tmp_path)
     np.savez("d.npz", **arrays, **labels)
-    options = ["--model", "nets:net", "--data", "npz:d.npz", "--exits", "2", "--epochs", "1", "--quiet", "--no-exit-free"]
+    options = [
+        "--model",
+        "nets:net",
+        "--data",
+        "npz:d.npz",
+        "--exits",
+        "2",
+        "--epochs",
+        "1",
+        "--quiet",
+        "--no-exit-free",
+    ]
     trained, _ = call("train", "run", *options)
     np.savez("d.npz", **{**arrays, "x_test": arrays["x_test"] + 1}, **labels)
     code, text = call("record", "run", "--quiet")
@@ -282,9 +351,14 @@ def test_changed_data_is_noticed(call: Call, tmp_path: Path) -> None:
 
 
 STEPS = {
-    "train": "fit", "profile": "profile", "record": "record", "fit": "fit_thresholds", "evaluate": "evaluate",
-    "report": "report_html", "run": "Runner",
-}  # fmt: skip
+    "train": "fit",
+    "profile": "profile",
+    "record": "record",
+    "fit": "fit_thresholds",
+    "evaluate": "evaluate",
+    "report": "report_html",
+    "run": "Runner",
+}
 
 
 @pytest.mark.parametrize("verb", STEPS)
@@ -296,7 +370,9 @@ def test_ctrl_c_stops_every_verb_cleanly(
 
     before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
     monkeypatch.setattr(workflow, STEPS[verb], interrupted)
-    more = {"train": TINY, "profile": ["--force"], "record": ["--force"], "run": [picture]}.get(verb, [])
+    more = {"train": TINY, "profile": ["--force"], "record": ["--force"], "run": [picture]}.get(
+        verb, []
+    )
     code, text = call(verb, run_dir, *more)
 
     assert code == 130
@@ -305,13 +381,17 @@ def test_ctrl_c_stops_every_verb_cleanly(
 
 
 @pytest.mark.parametrize("verb", ["train", "profile", "record", "fit", "evaluate", "report"])
-def test_a_full_disk_leaves_what_was_there(call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     def full(_handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
     monkeypatch.setattr(os, "fsync", full)
-    more = {"train": TINY, "profile": ["--force", "--repeats", "20"], "record": ["--force"]}.get(verb, [])
+    more = {"train": TINY, "profile": ["--force", "--repeats", "20"], "record": ["--force"]}.get(
+        verb, []
+    )
     code, text = call(verb, run_dir, *more)
 
     assert code == 1
@@ -321,7 +401,16 @@ def test_a_full_disk_leaves_what_was_there(call: Call, run_dir: Path, monkeypatc
 
 def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    command = [sys.executable, "-m", "impatient.cli", "train", str(directory), *TINY, "--epochs", "200"]
+    command = [
+        sys.executable,
+        "-m",
+        "impatient.cli",
+        "train",
+        str(directory),
+        *TINY,
+        "--epochs",
+        "200",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint = directory / "checkpoint.safetensors"
     while not checkpoint.is_file() and process.poll() is None:

@@ -27,14 +27,19 @@ def with_joules(run_dir: Path) -> None:
     """As if the joules of the profile had been measured: this machine may have no meter."""
     file = RunDirectory(run_dir).profile_file
     costs = CostProfile.load(file)
-    joules = {"stage_energy_j": (0.001,) * costs.num_exits, "head_energy_j": (0.0001,) * costs.num_exits}
+    joules = {
+        "stage_energy_j": (0.001,) * costs.num_exits,
+        "head_energy_j": (0.0001,) * costs.num_exits,
+    }
     dataclasses.replace(costs, exit_free_energy_j=-1.0, **joules).save(file)
 
 
 # --- profiles ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_thread_count_has_its_file_and_the_first_is_the_one_that_counts(call: Call, run_dir: Path) -> None:
+def test_every_thread_count_has_its_file_and_the_first_is_the_one_that_counts(
+    call: Call, run_dir: Path
+) -> None:
     code, text = call("profile", run_dir, "--threads", "1,2", "--repeats", "20", "--quiet")
     assert code == 0, text
     assert "up to date" in text  # of one thread, it was there
@@ -64,18 +69,25 @@ def test_thread_counts_that_are_none_are_refused(call: Call, run_dir: Path, thre
 
 
 def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) -> None:
-    code, text = call("profile", run_dir, "--engines", "eager,onnxruntime", "--repeats", "20", "--quiet")
+    code, text = call(
+        "profile", run_dir, "--engines", "eager,onnxruntime", "--repeats", "20", "--quiet"
+    )
     assert code == 1
     assert f"impatient export {run_dir} --engine onnxruntime" in text
 
 
-def test_energy_without_a_meter_says_why(call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_without_a_meter_says_why(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("impatient.runtime.energy.POWERCAP", Path("/nowhere"))
     monkeypatch.setitem(sys.modules, "zeus.exception", None)
     code, text = call("profile", run_dir, "--energy", "--repeats", "20", "--quiet")
     assert code == 1
     assert "measuring again: energy is asked for." in text
-    assert "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no energy counter" in text
+    assert (
+        "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no energy counter"
+        in text
+    )
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -86,13 +98,19 @@ def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> No
     assert costs.at(1).noise is not None
     quiet = dataclasses.replace(costs.at(1).noise, spread=0.01)
     half = {
-        name: tuple(dataclasses.replace(part, **{f.name: getattr(part, f.name) / 2 for f in dataclasses.fields(part)[:-1]})
-                    for part in getattr(costs.at(1), name))
+        name: tuple(
+            dataclasses.replace(
+                part, **{f.name: getattr(part, f.name) / 2 for f in dataclasses.fields(part)[:-1]}
+            )
+            for part in getattr(costs.at(1), name)
+        )
         for name in ("stages", "heads")
-    }  # fmt: skip
+    }
     made = dataclasses.replace(costs.provenance, threads=99)
     a = dataclasses.replace(costs, batches={1: dataclasses.replace(costs.at(1), noise=quiet)})
-    b = dataclasses.replace(costs, batches={1: dataclasses.replace(costs.at(1), noise=quiet, **half)}, provenance=made)
+    b = dataclasses.replace(
+        costs, batches={1: dataclasses.replace(costs.at(1), noise=quiet, **half)}, provenance=made
+    )
     a.save(run_dir / "profile.json")
     b.save(run_dir / "fast.json")
     code, text = call("compare", run_dir, run_dir / "fast.json")
@@ -104,9 +122,13 @@ def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> No
     assert text.count("2.00 times slower") == costs.num_exits
 
 
-def test_profiles_of_different_networks_are_compared_only_when_asked_to(call: Call, run_dir: Path) -> None:
+def test_profiles_of_different_networks_are_compared_only_when_asked_to(
+    call: Call, run_dir: Path
+) -> None:
     costs = CostProfile.load(run_dir / "profile.json")
-    other = dataclasses.replace(costs, provenance=dataclasses.replace(costs.provenance, network="another"))
+    other = dataclasses.replace(
+        costs, provenance=dataclasses.replace(costs.provenance, network="another")
+    )
     other.save(run_dir / "other.json")
     code, text = call("compare", run_dir, run_dir / "other.json")
     assert (code, "another network structure" in text) == (1, True)
@@ -115,7 +137,11 @@ def test_profiles_of_different_networks_are_compared_only_when_asked_to(call: Ca
 
 def test_a_profile_that_is_not_there_is_named(call: Call, run_dir: Path, tmp_path: Path) -> None:
     code, text = call("compare", run_dir, tmp_path)
-    assert (code, f"no profile at {tmp_path / 'profile.json'}; make one with `impatient profile {tmp_path}`" in text) == (
+    assert (
+        code,
+        f"no profile at {tmp_path / 'profile.json'}; make one with `impatient profile {tmp_path}`"
+        in text,
+    ) == (
         1,
         True,
     )
@@ -126,9 +152,13 @@ def test_a_profile_that_is_not_there_is_named(call: Call, run_dir: Path, tmp_pat
 # --- targets and budgets ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("option", "value", "cost"), [("--mean-mmacs", 1000, "macs"), ("--mean-mb", 1000, "bytes"),
-                                                       ("--mean-mj", 2.5, "energy")])  # fmt: skip
-def test_a_target_may_be_in_any_cost(call: Call, run_dir: Path, option: str, value: float, cost: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "cost"),
+    [("--mean-mmacs", 1000, "macs"), ("--mean-mb", 1000, "bytes"), ("--mean-mj", 2.5, "energy")],
+)
+def test_a_target_may_be_in_any_cost(
+    call: Call, run_dir: Path, option: str, value: float, cost: str
+) -> None:
     with_joules(run_dir)
     code, text = call("fit", run_dir, option, value)
     assert code == 0, text
@@ -136,13 +166,19 @@ def test_a_target_may_be_in_any_cost(call: Call, run_dir: Path, option: str, val
     assert isinstance(policy, ThresholdPolicy)
     assert policy.cost == cost
     scale = {"macs": 1e6, "bytes": 1e6, "energy": 1e-3}[cost]
-    assert policy.target["mean_cost"] <= next(iter(policy.target.values())) == pytest.approx(value * scale)
+    assert (
+        policy.target["mean_cost"]
+        <= next(iter(policy.target.values()))
+        == pytest.approx(value * scale)
+    )
     for verb in ("evaluate", "report"):
         code, text = call(verb, run_dir)
         assert code == 0, text
-    unit = {"macs": "MACs at most", "bytes": "1.00\N{NO-BREAK SPACE}GB at most", "energy": "2.5\N{NO-BREAK SPACE}mJ at most"}[
-        cost
-    ]
+    unit = {
+        "macs": "MACs at most",
+        "bytes": "1.00\N{NO-BREAK SPACE}GB at most",
+        "energy": "2.5\N{NO-BREAK SPACE}mJ at most",
+    }[cost]
     assert unit in RunDirectory(run_dir).report_file.read_text()
 
 
@@ -173,10 +209,18 @@ def test_budgets_of_every_cost_are_judged_and_shown(call: Call, run_dir: Path) -
 
 
 @pytest.mark.parametrize(("unit", "high"), [("mmacs", 100.0), ("mb", 1000.0)])
-def test_weights_may_come_from_a_budget_of_another_cost(tmp_path: Path, unit: str, high: float) -> None:
+def test_weights_may_come_from_a_budget_of_another_cost(
+    tmp_path: Path, unit: str, high: float
+) -> None:
     budget, run = f"uniform:0:{high:g}{unit}", RunDirectory(tmp_path / "run")
-    plan = workflow.Plan(model="impatient:resnet:n=1,c=8", data="digits", exits=3, weights=budget, exit_free=False,
-                         recipe=workflow.Recipe(epochs=1))  # fmt: skip
+    plan = workflow.Plan(
+        model="impatient:resnet:n=1,c=8",
+        data="digits",
+        exits=3,
+        weights=budget,
+        exit_free=False,
+        recipe=workflow.Recipe(epochs=1),
+    )
     workflow.train(run.path, plan, progress=False, say=lambda _: None)
     cost = {"mmacs": "macs", "mb": "bytes"}[unit]
     reached = run.profile(any_machine=True).cumulative(cost, "interruptible")  # type: ignore[arg-type]

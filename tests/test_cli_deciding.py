@@ -22,7 +22,11 @@ def small_networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("networks")
     for name, size, epochs in (("small", "n=1,c=2", 2), ("large", "n=1,c=8", 4)):
         plan = workflow.Plan(
-            model=f"impatient:resnet:{size}", data="digits", exits=1, exit_free=False, recipe=Recipe(epochs=epochs)
+            model=f"impatient:resnet:{size}",
+            data="digits",
+            exits=1,
+            exit_free=False,
+            recipe=Recipe(epochs=epochs),
         )
         workflow.train(folder / name, plan, progress=False, say=lambda _: None)
     return [folder / "small", folder / "large"]
@@ -38,7 +42,16 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     state = RunDirectory(small).network()[0].backbone.state_dict()
     write_tensors(weights, state, {})
     members = [f"impatient:resnet:n=1,c=2@{weights}", small, large]
-    command = ["select", tmp_path / "cascade", *members, "--repeats", "20", "--price", "0.01", "--quiet"]
+    command = [
+        "select",
+        tmp_path / "cascade",
+        *members,
+        "--repeats",
+        "20",
+        "--price",
+        "0.01",
+        "--quiet",
+    ]
     code, text = call(*command)
     assert code == 0, text
     assert "times as fast as the last network alone" in text
@@ -46,13 +59,23 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     cascade, policy = run.network()[0], run.policy("price-0.01")
     assert isinstance(cascade, Cascade)
     assert isinstance(policy, SelectionPolicy)
-    assert cascade.exit_names == ("resnet:n=1,c=2", "small", "large") or len(set(cascade.exit_names)) == 3
+    assert (
+        cascade.exit_names == ("resnet:n=1,c=2", "small", "large")
+        or len(set(cascade.exit_names)) == 3
+    )
     recording = run.recording("test")
-    assert torch.equal(recording.outputs[0], recording.outputs[1])  # the same weights, from a file and from a directory
+    assert torch.equal(
+        recording.outputs[0], recording.outputs[1]
+    )  # the same weights, from a file and from a directory
     image = tmp_path / "digit.npy"
     np.save(image, load_data("digits").examples("test").take([0])[0].numpy())
-    for verb in (command, ["evaluate", run.path], ["report", run.path], ["run", run.path, image, "--policy", "price-0.01"],
-                 ["run", run.path, image, "--deadline-ms", "1000"]):  # fmt: skip
+    for verb in (
+        command,
+        ["evaluate", run.path],
+        ["report", run.path],
+        ["run", run.path, image, "--policy", "price-0.01"],
+        ["run", run.path, image, "--deadline-ms", "1000"],
+    ):
         code, text = call(*verb)
         assert code == 0, text
     code, text = call("evaluate", run.path, "--real", "5")
@@ -62,7 +85,9 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert real.samples == 5
     assert 0.0 < real.mean_s.low <= real.mean_s.value
     assert real.predicted_s == pytest.approx(
-        float(outcome(policy, recording, run.profile()).contract_s[:5].mean())  # of the same samples
+        float(
+            outcome(policy, recording, run.profile()).contract_s[:5].mean()
+        )  # of the same samples
     )
     assert call("report", run.path)[0] == 0
     assert "Test samples really answered" in run.report_file.read_text()
@@ -77,7 +102,17 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert (code, run.policy_names()) == (0, ["loss-1"])
     code, text = call("train", run.path, "--epochs", "1")
     assert (code, "is made of trained members" in text) == (1, True)
-    code, text = call("select", tmp_path / "other", small, large, "--topology", "ring", "--quiet", "--repeats", "20")
+    code, text = call(
+        "select",
+        tmp_path / "other",
+        small,
+        large,
+        "--topology",
+        "ring",
+        "--quiet",
+        "--repeats",
+        "20",
+    )
     assert (code, "unknown topology 'ring'" in text) == (1, True)
 
 
@@ -85,7 +120,9 @@ def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: P
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     for inputs in ("confidences", "features"):
-        code, text = call("fit", folder, "--max-loss", "30", "--learner", "logistic", "--inputs", inputs)
+        code, text = call(
+            "fit", folder, "--max-loss", "30", "--learner", "logistic", "--inputs", inputs
+        )
         assert code == 0, text
     run = RunDirectory(folder)
     gates = run.policy("loss-30-logistic-features")
@@ -100,7 +137,9 @@ def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: P
     assert (code, "--mean-ms or --max-loss" in text) == (1, True)
 
 
-def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(call: Call, finished: Path, tmp_path: Path) -> None:
+def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     run = RunDirectory(folder)

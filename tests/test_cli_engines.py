@@ -24,7 +24,14 @@ def run_dir(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run_dir: Path) -> Path:
     """Where it was exported."""
     torch.set_num_threads(1)
-    workflow.export_run(run_dir, engine="onnxruntime", policy="loss-2", repeats=20, progress=False, say=lambda _: None)
+    workflow.export_run(
+        run_dir,
+        engine="onnxruntime",
+        policy="loss-2",
+        repeats=20,
+        progress=False,
+        say=lambda _: None,
+    )
     return run_dir / "engines" / "onnxruntime"
 
 
@@ -63,7 +70,17 @@ def test_a_learned_policy_is_not_exported(call: Call, run_dir: Path, tmp_path: P
 
 @pytest.mark.usefixtures("exported")
 def test_answers_by_a_deadline_are_torch_s(call: Call, run_dir: Path, digit: Path) -> None:
-    code, text = call("run", run_dir, digit, "--engine", "onnxruntime", "--deadline-ms", 10_000, "--json", "--any-profile")
+    code, text = call(
+        "run",
+        run_dir,
+        digit,
+        "--engine",
+        "onnxruntime",
+        "--deadline-ms",
+        10_000,
+        "--json",
+        "--any-profile",
+    )
     _, wanted = call("run", run_dir, digit, "--deadline-ms", 10_000, "--json", "--any-profile")
 
     found, expected = json.loads(text)[0], json.loads(wanted)[0]
@@ -94,11 +111,18 @@ def test_recordings_and_evaluations_are_the_engine_s_own(call: Call, run_dir: Pa
 
 @pytest.mark.usefixtures("exported")
 def test_eight_bits_have_their_own_accuracy(call: Call, run_dir: Path) -> None:
-    exported, said = call("export", run_dir, "--precision", "int8-dynamic", "--lean", "--repeats", 20, "--quiet")
-    recorded, _ = call("record", run_dir, "--engine", "onnxruntime-int8-dynamic", "--splits", "test", "--quiet")
+    exported, said = call(
+        "export", run_dir, "--precision", "int8-dynamic", "--lean", "--repeats", 20, "--quiet"
+    )
+    recorded, _ = call(
+        "record", run_dir, "--engine", "onnxruntime-int8-dynamic", "--splits", "test", "--quiet"
+    )
     judged, text = call("evaluate", run_dir, "--engine", "onnxruntime-int8-dynamic")
     seen = RunDirectory(run_dir).engine("onnxruntime-int8-dynamic")
-    outputs, wanted = seen.recording("test").outputs, RunDirectory(run_dir).recording("test").outputs
+    outputs, wanted = (
+        seen.recording("test").outputs,
+        RunDirectory(run_dir).recording("test").outputs,
+    )
 
     assert (exported, recorded, judged) == (0, 0, 0)
     assert "largest difference" in said
@@ -120,7 +144,9 @@ def test_a_profile_is_of_one_engine(call: Call, run_dir: Path, tmp_path: Path, d
 
 
 @pytest.mark.usefixtures("exported")
-def test_doing_it_again_does_nothing_and_another_engine_must_be_exported(call: Call, run_dir: Path) -> None:
+def test_doing_it_again_does_nothing_and_another_engine_must_be_exported(
+    call: Call, run_dir: Path
+) -> None:
     code, text = call("profile", run_dir, "--engine", "onnxruntime", "--repeats", 20, "--quiet")
     missing, said = call("profile", run_dir, "--engine", "openvino")
 
@@ -131,7 +157,9 @@ def test_doing_it_again_does_nothing_and_another_engine_must_be_exported(call: C
 
 
 @pytest.mark.usefixtures("exported")
-def test_other_weights_make_an_exported_network_stale(call: Call, run_dir: Path, tmp_path: Path) -> None:
+def test_other_weights_make_an_exported_network_stale(
+    call: Call, run_dir: Path, tmp_path: Path
+) -> None:
     run = RunDirectory(shutil.copytree(run_dir, tmp_path / "run"))
     network, _ = run.network()
     with torch.no_grad():
@@ -148,7 +176,8 @@ def test_other_weights_make_an_exported_network_stale(call: Call, run_dir: Path,
 def test_a_damaged_directory_says_what_to_do(call: Call, run_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
     write_json(
-        copy / "engines" / "onnxruntime" / "bundle.json", {"kind": "impatient_bundle", "schema": 1, "engine": "openvino"}
+        copy / "engines" / "onnxruntime" / "bundle.json",
+        {"kind": "impatient_bundle", "schema": 1, "engine": "openvino"},
     )
     code, text = call("profile", copy, "--engine", "onnxruntime")
 

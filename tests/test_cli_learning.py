@@ -15,14 +15,18 @@ BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exi
 @pytest.mark.parametrize(
     "options",
     [
-        ["--weights", "sieve:last_to_early=2,total=all", "--sampler", "alternating"], ["--weights", "adaloss"],
-        ["--weights", "1,0.5,1", "--equilibrium", "--detach", "0.5"], ["--heads", "conv1x1", "--head-decay", "scaled"],
+        ["--weights", "sieve:last_to_early=2,total=all", "--sampler", "alternating"],
+        ["--weights", "adaloss"],
+        ["--weights", "1,0.5,1", "--equilibrium", "--detach", "0.5"],
+        ["--heads", "conv1x1", "--head-decay", "scaled"],
         ["--distillation", "0.5", "--temperature", "2", "--ensembling", "boosted"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: list[str]) -> None:
-    for again in range(2):  # the second time there is nothing left to do, and the same words are understood
+    for again in range(
+        2
+    ):  # the second time there is nothing left to do, and the same words are understood
         code, text = call("train", tmp_path, *BRIEF, *options)
         assert (again, code) == (again, 0), text
     assert RunDirectory(tmp_path).network()[0].num_exits == 3
@@ -42,32 +46,46 @@ def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--weights", "heavy"], "cannot read 'heavy' as exit weights"), (["--sampler", "ucb"], "sampler='ucb'"),
-        (["--detach", "1"], "detach=1.0"), (["--ensembling", "chorus"], "unknown rule 'chorus'"),
+        (["--weights", "heavy"], "cannot read 'heavy' as exit weights"),
+        (["--sampler", "ucb"], "sampler='ucb'"),
+        (["--detach", "1"], "detach=1.0"),
+        (["--ensembling", "chorus"], "unknown rule 'chorus'"),
         (["--after", "every:9"], "a period of 9 blocks"),
     ],
-)  # fmt: skip
-def test_senseless_options_are_one_message(call: Call, tmp_path: Path, options: list[str], complaint: str) -> None:
+)
+def test_senseless_options_are_one_message(
+    call: Call, tmp_path: Path, options: list[str], complaint: str
+) -> None:
     code, text = call("train", tmp_path / "run", *BRIEF, *options)
     assert code == 1
     assert text.count("error (") == 1
     assert complaint in text
 
 
-def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call, finished: Path, tmp_path: Path) -> None:
+def test_the_exits_of_one_network_answer_together_through_every_verb(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
     together = tmp_path / "together"
     for verb in (
-        ["ensemble", together, finished, "--rule", "geometric"], ["profile", together, "--repeats", "30", "--quiet"],
-        ["record", together, "--quiet"], ["fit", together, "--max-loss", "2"], ["evaluate", together], ["report", together],
-    ):  # fmt: skip
+        ["ensemble", together, finished, "--rule", "geometric"],
+        ["profile", together, "--repeats", "30", "--quiet"],
+        ["record", together, "--quiet"],
+        ["fit", together, "--max-loss", "2"],
+        ["evaluate", together],
+        ["report", together],
+    ):
         code, text = call(*verb)
         assert code == 0, text
     names = {row["name"] for row in read_json(together / "evaluation.json")["rows"]}
     assert "no exits, trained alone" in names
-    assert "no exits, same weights" not in names  # the last exit's output is no longer the backbone's
+    assert (
+        "no exits, same weights" not in names
+    )  # the last exit's output is no longer the backbone's
     assert "geometric" in (together / "report.html").read_text()
     costs = RunDirectory(together).profile()
-    assert costs.contract_s() == pytest.approx(costs.interruptible_s(), rel=0.02)  # no head can be skipped
+    assert costs.contract_s() == pytest.approx(
+        costs.interruptible_s(), rel=0.02
+    )  # no head can be skipped
     assert costs.exit_free_macs < sum(costs.stage_macs)
     code, text = call("ensemble", together, finished)
     assert code == 1
@@ -77,22 +95,36 @@ def test_the_exits_of_one_network_answer_together_through_every_verb(call: Call,
     assert "is an ensemble already" in text
 
 
-def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call, tmp_path: Path) -> None:
+def test_networks_of_growing_depth_are_one_network_through_every_verb(
+    call: Call, tmp_path: Path
+) -> None:
     members = []
     for n in (1, 2):
         members.append(tmp_path / f"n{n}")
         for verb in (
-            ["train", members[-1], "--model", f"impatient:resnet:n={n},c=4", *TINY[2:4], "--epochs", "2", *TINY[6:]],
+            [
+                "train",
+                members[-1],
+                "--model",
+                f"impatient:resnet:n={n},c=4",
+                *TINY[2:4],
+                "--epochs",
+                "2",
+                *TINY[6:],
+            ],
             ["record", members[-1], "--quiet"],
-        ):  # fmt: skip
+        ):
             code, text = call(*verb)
             assert code == 0, text
     together = tmp_path / "eann"
     for verb in (
-        ["ensemble", together, *members], ["profile", together, "--repeats", "30", "--quiet"], ["record", together, "--quiet"],
-        ["fit", together, "--max-loss", "5"], ["evaluate", together, "--against", members[0], "--against", members[1]],
+        ["ensemble", together, *members],
+        ["profile", together, "--repeats", "30", "--quiet"],
+        ["record", together, "--quiet"],
+        ["fit", together, "--max-loss", "5"],
+        ["evaluate", together, "--against", members[0], "--against", members[1]],
         ["report", together],
-    ):  # fmt: skip
+    ):
         code, text = call(*verb)
         assert code == 0, text
     network, _ = RunDirectory(together).network()
@@ -100,7 +132,9 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(call: Call
     rows = {row["name"]: row for row in read_json(together / "evaluation.json")["rows"]}
     best = max(1.0 - errors[-1] for errors in RunDirectory(together).spec().validation_errors)
     validation = RunDirectory(together).recording("validation").hits().mean(1)
-    assert float(validation[-1]) == pytest.approx(best)  # the best last exit by validation answers at the end
+    assert float(validation[-1]) == pytest.approx(
+        best
+    )  # the best last exit by validation answers at the end
     assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]
     small, large = rows["static n1"], rows["static n2"]
     assert large["accuracy"] == rows["no exits, trained alone"]["accuracy"]  # the very same network
@@ -135,15 +169,23 @@ def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path
     run, together = tmp_path / "run", tmp_path / "together"
     train = ["train", run, "--model", GROWING, "--epochs", "1", "--quiet"]
     for verb in (
-        train, train, ["profile", run, "--repeats", "30", "--quiet"], ["record", run, "--quiet"],
-        ["fit", run, "--max-loss", "5"], ["evaluate", run], ["report", run], ["ensemble", together, run, "--rule", "caching"],
+        train,
+        train,
+        ["profile", run, "--repeats", "30", "--quiet"],
+        ["record", run, "--quiet"],
+        ["fit", run, "--max-loss", "5"],
+        ["evaluate", run],
+        ["report", run],
+        ["ensemble", together, run, "--rule", "caching"],
         ["record", together, "--quiet"],
-    ):  # fmt: skip
+    ):
         code, text = call(*verb)
         assert code == 0, text
     spec = RunDirectory(run).spec()
     assert (spec.after, spec.heads) == (("1-1", "2-1"), "own")
-    assert read_json(run / "training.json")["weights"] == "inverse_square"  # the paper's, unless another is asked for
+    assert (
+        read_json(run / "training.json")["weights"] == "inverse_square"
+    )  # the paper's, unless another is asked for
     assert "2-1" in (run / "report.html").read_text()
     surest = RunDirectory(together).recording("test").outputs.softmax(-1).amax(-1)
     assert (surest.diff(dim=0) >= 0).all()  # caching: the answer's confidence never falls
@@ -164,9 +206,11 @@ def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) ->
     code, text = call("plan", "--model", dearest_first, "--times-ms", "0.1,1000", "--repeats", "20")
     assert "1-1-1/3-3-3" in text, text
     for options, complaint in (
-        (["--model", "impatient:resnet"], "which does not grow"), (["--iterations", "2", "--sizes", "3,5"], "needed: one of"),
-        (["--iterations", "90"], "no schedule to"), (["--times-ms", "soon"], "--times-ms 'soon'"),
-    ):  # fmt: skip
+        (["--model", "impatient:resnet"], "which does not grow"),
+        (["--iterations", "2", "--sizes", "3,5"], "needed: one of"),
+        (["--iterations", "90"], "no schedule to"),
+        (["--times-ms", "soon"], "--times-ms 'soon'"),
+    ):
         code, text = call("plan", "--repeats", "5", *options)
         assert (options, code) == (options, 1)
         assert complaint in text

@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from impatient.clock import NEVER, Deadline, FakeClock, SystemClock, check_deadline, positive_seconds
+from impatient.clock import (
+    NEVER,
+    Deadline,
+    FakeClock,
+    SystemClock,
+    check_deadline,
+    positive_seconds,
+)
 from impatient.errors import BudgetError
 
 SAFETY = 10.0  # seconds until a test that hangs gives up; never waited for when all is well
@@ -33,7 +40,12 @@ class Watched(threading.Condition):
 class Sleeper:
     """A thread asleep on a clock until an instant; `woken` is set when it wakes."""
 
-    def __init__(self, clock: FakeClock | SystemClock, until: float, changed: threading.Condition | None = None) -> None:
+    def __init__(
+        self,
+        clock: FakeClock | SystemClock,
+        until: float,
+        changed: threading.Condition | None = None,
+    ) -> None:
         self.changed = changed or threading.Condition()
         self.woken = threading.Event()
         holds = threading.Event()
@@ -61,7 +73,9 @@ def test_a_budget_that_is_no_positive_time_is_refused(seconds):
 
 def test_a_number_is_no_deadline():
     check_deadline(Deadline.after(1.0))
-    with pytest.raises(BudgetError, match=r"deadline=0\.008; needed: a Deadline, such as Deadline\.after"):
+    with pytest.raises(
+        BudgetError, match=r"deadline=0\.008; needed: a Deadline, such as Deadline\.after"
+    ):
         check_deadline(0.008)
 
 

@@ -34,7 +34,9 @@ class Blocks(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)
+        )
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.double()
         self.rows: list[int] = []
@@ -53,7 +55,9 @@ class Skipping(Blocks):
 
 
 def attach(model: nn.Module) -> MultiExitNetwork:
-    network = attach_exits(model, after=["blocks.0", "blocks.1", "blocks.2"], example=torch.zeros(1, WIDTH).double()).eval()
+    network = attach_exits(
+        model, after=["blocks.0", "blocks.1", "blocks.2"], example=torch.zeros(1, WIDTH).double()
+    ).eval()
     for head in network.heads:
         for parameter in head.parameters():
             nn.init.normal_(parameter, std=2.0)
@@ -82,7 +86,9 @@ def policy_of(*thresholds: float) -> ThresholdPolicy:
     return ThresholdPolicy(score="max_probability", thresholds=(*thresholds, -torch.inf))
 
 
-def driven(network: Any, x: Tensor, policy: Any, compaction: Compaction) -> tuple[Tensor, tuple[int, ...]]:
+def driven(
+    network: Any, x: Tensor, policy: Any, compaction: Compaction
+) -> tuple[Tensor, tuple[int, ...]]:
     """A run to its end."""
     with torch.inference_mode(), network.exits(x) as run:
         collected = Collected(policy, network, x, run, compaction)
@@ -93,7 +99,9 @@ def driven(network: Any, x: Tensor, policy: Any, compaction: Compaction) -> tupl
         return collected.finish(exit)
 
 
-def snapshots(network: Any, x: Tensor, policy: Any, compaction: Compaction) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+def snapshots(
+    network: Any, x: Tensor, policy: Any, compaction: Compaction
+) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """What is there after each exit of a run, and what it finishes with."""
     with torch.inference_mode(), network.exits(x) as run:
         collected = Collected(policy, network, x, run, compaction)
@@ -106,7 +114,9 @@ def snapshots(network: Any, x: Tensor, policy: Any, compaction: Compaction) -> I
         yield collected.finish(exit)
 
 
-def alone(network: MultiExitNetwork, x: Tensor, policies: Sequence[Any]) -> tuple[Tensor, tuple[int, ...]]:
+def alone(
+    network: MultiExitNetwork, x: Tensor, policies: Sequence[Any]
+) -> tuple[Tensor, tuple[int, ...]]:
     """Truth: every sample by itself through all exits, then the first at which its policy stops."""
     outputs, exits = [], []
     for number, policy in enumerate(policies):
@@ -117,7 +127,9 @@ def alone(network: MultiExitNetwork, x: Tensor, policies: Sequence[Any]) -> tupl
     return torch.cat(outputs), tuple(exits)
 
 
-def assert_same(found: tuple[Tensor, tuple[int, ...]], wanted: tuple[Tensor, tuple[int, ...]]) -> None:
+def assert_same(
+    found: tuple[Tensor, tuple[int, ...]], wanted: tuple[Tensor, tuple[int, ...]]
+) -> None:
     assert found[1] == wanted[1]
     assert wanted[0].abs().min() > 0
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-9, atol=1e-9)
@@ -132,20 +144,34 @@ seeds = st.integers(0, 1000)
 
 
 def test_the_batches_drawn_here_do_stop_at_different_exits() -> None:
-    exits = [alone(NETWORK, x_of(MOST, seed), [policy_of(0.9, 0.9, 0.9)] * MOST)[1] for seed in range(5)]
+    exits = [
+        alone(NETWORK, x_of(MOST, seed), [policy_of(0.9, 0.9, 0.9)] * MOST)[1] for seed in range(5)
+    ]
     assert all(len(set(found)) > 2 for found in exits)
 
 
 @settings(deadline=None)
-@given(thresholds=thresholds, batch=batches, seed=seeds, buckets=st.sets(st.integers(1, MOST), max_size=3))
-def test_a_shrinking_batch_gives_every_sample_what_it_gets_alone(thresholds: Any, batch: int, seed: int, buckets: Any) -> None:
+@given(
+    thresholds=thresholds,
+    batch=batches,
+    seed=seeds,
+    buckets=st.sets(st.integers(1, MOST), max_size=3),
+)
+def test_a_shrinking_batch_gives_every_sample_what_it_gets_alone(
+    thresholds: Any, batch: int, seed: int, buckets: Any
+) -> None:
     x, policy = x_of(batch, seed), policy_of(*thresholds)
     compaction = dataclasses.replace(ALWAYS, buckets=tuple(buckets))
     assert_same(driven(NETWORK, x, policy, compaction), alone(NETWORK, x, [policy] * batch))
 
 
 @settings(deadline=None)
-@given(thresholds=thresholds, batch=batches, seed=seeds, when=st.sampled_from(["always", "never", "auto"]))
+@given(
+    thresholds=thresholds,
+    batch=batches,
+    seed=seeds,
+    when=st.sampled_from(["always", "never", "auto"]),
+)
 def test_runners_answer_so_in_both_ways(thresholds: Any, batch: int, seed: int, when: Any) -> None:
     x, policy = x_of(batch, seed), policy_of(*thresholds)
     wanted = alone(NETWORK, x, [policy] * batch)
@@ -159,7 +185,9 @@ def test_runners_answer_so_in_both_ways(thresholds: Any, batch: int, seed: int, 
 
 @settings(deadline=None)
 @given(thresholds=thresholds, batch=st.integers(2, MOST), seed=seeds)
-def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(thresholds: Any, batch: int, seed: int) -> None:
+def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(
+    thresholds: Any, batch: int, seed: int
+) -> None:
     x, last = x_of(batch, seed), NETWORK.num_exits - 1
     with Runner(NETWORK, COSTS, policy_of(*thresholds), any_profile=True) as runner:
         together = runner.run(x)
@@ -168,15 +196,22 @@ def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(thresholds: Any,
             with runner.start(x[row]) as run, runner.open(x[row]) as opened:
                 for answer in (runner.run(x[row]), run.result(), opened.run()):
                     assert_same((answer.output, answer.exits), (together.output[row], (exit,)))
-                    assert (answer.exit, answer.stopped_by) == (exit, "final" if exit == last else "policy")
-                assert_same((opened.run().output, (exit,)), (together.output[row], (exit,)))  # what has stopped stays so
+                    assert (answer.exit, answer.stopped_by) == (
+                        exit,
+                        "final" if exit == last else "policy",
+                    )
+                assert_same(
+                    (opened.run().output, (exit,)), (together.output[row], (exit,))
+                )  # what has stopped stays so
                 further = opened.run(policy=None)  # and goes on when it is told to
             assert_same((further.output, further.exits), (NETWORK(x[row])[last].detach(), (last,)))
 
 
 @settings(deadline=None)
 @given(thresholds=thresholds, batch=batches, seed=seeds)
-def test_after_every_exit_a_snapshot_has_all_samples_in_order(thresholds: Any, batch: int, seed: int) -> None:
+def test_after_every_exit_a_snapshot_has_all_samples_in_order(
+    thresholds: Any, batch: int, seed: int
+) -> None:
     x, policy = x_of(batch, seed), policy_of(*thresholds)
     outputs = torch.stack(NETWORK(x)).detach()
     stops = policy.exits_of(outputs)
@@ -200,7 +235,9 @@ def test_a_snapshot_is_not_changed_by_what_comes_later() -> None:
 # --- the rows that run ----------------------------------------------------------------------------------------------
 
 
-def rows_run(network: MultiExitNetwork, x: Tensor, policy: Any, compaction: Compaction) -> list[int]:
+def rows_run(
+    network: MultiExitNetwork, x: Tensor, policy: Any, compaction: Compaction
+) -> list[int]:
     network.shrinks(x)
     network.backbone.rows.clear()
     driven(network, x, policy, compaction)
@@ -214,7 +251,9 @@ def still_going(exits: Sequence[int]) -> list[int]:
 
 @settings(deadline=None)
 @given(thresholds=thresholds, batch=batches, seed=seeds)
-def test_each_stage_runs_on_the_samples_still_going_and_no_others(thresholds: Any, batch: int, seed: int) -> None:
+def test_each_stage_runs_on_the_samples_still_going_and_no_others(
+    thresholds: Any, batch: int, seed: int
+) -> None:
     x, policy = x_of(batch, seed), policy_of(*thresholds)
     _, exits = alone(NETWORK, x, [policy] * batch)
     assert rows_run(NETWORK, x, policy, ALWAYS) == still_going(exits)
@@ -224,8 +263,12 @@ def test_each_stage_runs_on_the_samples_still_going_and_no_others(thresholds: An
 def test_with_buckets_each_stage_runs_on_one_of_them() -> None:
     x, policy = x_of(MOST, 1), policy_of(0.9, 0.9, 0.9)
     _, exits = alone(NETWORK, x, [policy] * MOST)
-    assert still_going(exits) != (rows := rows_run(NETWORK, x, policy, dataclasses.replace(ALWAYS, buckets=(2, 5, 8))))
-    assert rows == [min(bucket for bucket in (2, 5, 8) if bucket >= count) for count in still_going(exits)]
+    assert still_going(exits) != (
+        rows := rows_run(NETWORK, x, policy, dataclasses.replace(ALWAYS, buckets=(2, 5, 8)))
+    )
+    assert rows == [
+        min(bucket for bucket in (2, 5, 8) if bucket >= count) for count in still_going(exits)
+    ]
 
 
 def test_where_the_rule_says_no_all_rows_run() -> None:
@@ -249,9 +292,10 @@ LOOKING = policy_of(0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
-    ("batch", "policy", "compaction"), [(1, LOOKING, ALWAYS), (4, None, ALWAYS), (4, LOOKING, NEVER), (4, LOOKING, None)],
+    ("batch", "policy", "compaction"),
+    [(1, LOOKING, ALWAYS), (4, None, ALWAYS), (4, LOOKING, NEVER), (4, LOOKING, None)],
     ids=["one sample", "no policy", "never", "no rule"],
-)  # fmt: skip
+)
 def test_nothing_is_tried_out_where_no_part_of_a_batch_can_leave(
     network: Any, batch: int, policy: Any, compaction: Any
 ) -> None:
@@ -289,21 +333,32 @@ class OnFeatures:
 
 @settings(deadline=None)
 @given(
-    least=st.floats(-0.5, 0.5), batch=batches, seed=seeds, inputs=st.sampled_from(["features", "both"]),
+    least=st.floats(-0.5, 0.5),
+    batch=batches,
+    seed=seeds,
+    inputs=st.sampled_from(["features", "both"]),
     buckets=st.sampled_from([(), (3, 6)]),
-)  # fmt: skip
+)
 def test_gates_on_features_are_asked_about_the_samples_still_going(
     least: float, batch: int, seed: int, inputs: str, buckets: Any
 ) -> None:
     x, policy = x_of(batch, seed), OnFeatures(least, inputs=inputs)
     found = driven(NETWORK, x, policy, dataclasses.replace(ALWAYS, buckets=buckets))
-    of_each = [driven(NETWORK, x[number : number + 1], OnFeatures(least, inputs=inputs), NEVER) for number in range(batch)]
-    assert_same(found, (torch.cat([output for output, _ in of_each]), tuple(exits[0] for _, exits in of_each)))
+    of_each = [
+        driven(NETWORK, x[number : number + 1], OnFeatures(least, inputs=inputs), NEVER)
+        for number in range(batch)
+    ]
+    assert_same(
+        found,
+        (torch.cat([output for output, _ in of_each]), tuple(exits[0] for _, exits in of_each)),
+    )
     if not buckets:
         assert policy.asked == still_going(found[1])
 
 
-def test_a_head_runs_only_where_a_gate_on_features_stops_somebody(network: MultiExitNetwork) -> None:
+def test_a_head_runs_only_where_a_gate_on_features_stops_somebody(
+    network: MultiExitNetwork,
+) -> None:
     ran = []
     for number, head in enumerate(network.heads):
         head.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -313,7 +368,9 @@ def test_a_head_runs_only_where_a_gate_on_features_stops_somebody(network: Multi
 
 @settings(deadline=None)
 @given(cheap=thresholds, dear=thresholds, share=st.floats(0.0, 1.0), batch=batches, seed=seeds)
-def test_the_draws_of_a_mixture_follow_their_samples(cheap: Any, dear: Any, share: float, batch: int, seed: int) -> None:
+def test_the_draws_of_a_mixture_follow_their_samples(
+    cheap: Any, dear: Any, share: float, batch: int, seed: int
+) -> None:
     mixed = MixedPolicy(cheap=policy_of(*cheap), dear=policy_of(*dear), share=share, seed=seed)
     x, is_dear = x_of(batch, seed), mixed.drawn(batch, run=3)
     wanted = alone(NETWORK, x, [mixed.dear if drawn else mixed.cheap for drawn in is_dear])
@@ -330,14 +387,19 @@ def test_an_exit_that_nobody_left_looks_at_is_not_paid() -> None:
     network.shrinks(x)
     ran.clear()
     _, exits = driven(network, x, mixed.for_run(MOST), ALWAYS)
-    assert set(exits) == {0, 3}  # all of the cheap ones leave first, and the dear ones look at nothing more
+    assert set(exits) == {
+        0,
+        3,
+    }  # all of the cheap ones leave first, and the dear ones look at nothing more
     assert ran == [0]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("buckets", [(), (3, 6)])
 @pytest.mark.parametrize("at", range(3))
-def test_another_policy_holds_for_all_that_are_still_in_the_batch(at: int, buckets: Any, seed: int) -> None:
+def test_another_policy_holds_for_all_that_are_still_in_the_batch(
+    at: int, buckets: Any, seed: int
+) -> None:
     x, policy, other = x_of(MOST, seed), policy_of(0.9, 0.97, 0.8), policy_of(2.0, 0.97, 0.9)
     outputs = torch.stack(NETWORK(x)).detach()
     stopped = policy.exits_of(outputs)
@@ -356,7 +418,9 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(at: int, bucke
     later = torch.stack([other.stops(k, outputs[k]) for k in range(at, 4)]).int().argmax(0) + at
     assert len(set(exits)) > 1
     expected = torch.where(stopped < at, stopped, later)
-    if not buckets:  # with buckets, some that have stopped before are still in the batch, and go on, too
+    if (
+        not buckets
+    ):  # with buckets, some that have stopped before are still in the batch, and go on, too
         assert now == tuple(stopped.clamp(max=at).tolist())
         assert size == int((stopped >= at).sum())
         assert exits == tuple(expected.tolist())
@@ -374,13 +438,18 @@ class Staged:
     def __init__(self, arrays: str) -> None:
         draw = np.random.default_rng(0)
         self.arrays = arrays
-        self.weights = [draw.normal(size=(WIDTH, WIDTH)) for _ in range(2)] + [draw.normal(size=(WIDTH, CLASSES))]
+        self.weights = [draw.normal(size=(WIDTH, WIDTH)) for _ in range(2)] + [
+            draw.normal(size=(WIDTH, CLASSES))
+        ]
         self.rows: list[int] = []
         names = ("h0", "turned", "scale")
         self.wiring = Wiring(
-            inputs=("x",), takes=(("x",), names, ("h1", "turned")), gives=(names, ("h1",), ("y",)), features=("h0", "h1", "y"),
+            inputs=("x",),
+            takes=(("x",), names, ("h1", "turned")),
+            gives=(names, ("h1",), ("y",)),
+            features=("h0", "h1", "y"),
             batch_dims={"x": 0, "h0": 0, "turned": 1, "scale": None, "h1": 0, "y": 0},
-        )  # fmt: skip
+        )
 
     def first(self, x: Any) -> Any:
         self.rows.append(len(x))
@@ -398,7 +467,9 @@ class Staged:
         """The same part on tensors."""
         if self.arrays == "numpy":
             return part
-        return lambda *values: [torch.from_numpy(given) for given in part(*(value.numpy() for value in values))]
+        return lambda *values: [
+            torch.from_numpy(given) for given in part(*(value.numpy() for value in values))
+        ]
 
     def exits(self, x: Tensor) -> Any:
         stages = [self._of_torch(part) for part in (self.first, self.second, self.third)]
@@ -406,7 +477,9 @@ class Staged:
         def head(h: Any) -> Tensor:
             return torch.as_tensor(h)[:, :CLASSES] * 3.0
 
-        run = StagedRun(self.wiring, stages, [head, head, None], [x.numpy() if self.arrays == "numpy" else x])
+        run = StagedRun(
+            self.wiring, stages, [head, head, None], [x.numpy() if self.arrays == "numpy" else x]
+        )
         return run if self.arrays == "torch" else _AsTensors(run)
 
 
@@ -434,8 +507,15 @@ class _AsTensors:
 
 @pytest.mark.parametrize("arrays", ["numpy", "torch"])
 @settings(deadline=None)
-@given(thresholds=st.tuples(*[st.floats(0.3, 1.0)] * 2), batch=batches, seed=seeds, buckets=st.sampled_from([(), (3, 6)]))
-def test_every_value_of_an_engines_run_shrinks(arrays: Any, thresholds: Any, batch: int, seed: int, buckets: Any) -> None:
+@given(
+    thresholds=st.tuples(*[st.floats(0.3, 1.0)] * 2),
+    batch=batches,
+    seed=seeds,
+    buckets=st.sampled_from([(), (3, 6)]),
+)
+def test_every_value_of_an_engines_run_shrinks(
+    arrays: Any, thresholds: Any, batch: int, seed: int, buckets: Any
+) -> None:
     network, x, policy = Staged(arrays), x_of(batch, seed), policy_of(*thresholds)
     of_each = [driven(network, x[number : number + 1], policy, NEVER) for number in range(batch)]
     wanted = torch.cat([output for output, _ in of_each]), tuple(exits[0] for _, exits in of_each)
@@ -479,7 +559,9 @@ class _TimedRun:
         for index in range(self.network.num_exits):
             self.network.ran.append(len(self.rows))
             self.network.clock.advance(float(len(self.rows)))
-            sure = torch.tensor([[9.0 if self.network.stops[row] <= index else 0.0, 0.0] for row in self.rows])
+            sure = torch.tensor(
+                [[9.0 if self.network.stops[row] <= index else 0.0, 0.0] for row in self.rows]
+            )
             yield _TimedExit(index, sure)
 
 
@@ -515,7 +597,9 @@ POLICY = policy_of(0.9, 0.9, 0.9)
         ((1, 4), "auto", 4.0 + 3.0, 3),
     ],
 )
-def test_a_contract_run_plans_with_the_rows_that_go_on(sizes: Any, compaction: Any, budget: float, exit: int) -> None:
+def test_a_contract_run_plans_with_the_rows_that_go_on(
+    sizes: Any, compaction: Any, budget: float, exit: int
+) -> None:
     clock = FakeClock()
     runner = runner_of(Timed(clock, STOPS), by_size(sizes), POLICY, compaction=compaction)
     answer = runner.run(torch.zeros(4, 1), deadline=Deadline(clock.now() + budget + RESERVE_S))
@@ -535,7 +619,9 @@ def test_a_reduced_batch_is_not_held_against_the_profile_of_another_size(sizes: 
 def test_drift_is_seen_in_a_reduced_batch_whose_size_was_profiled() -> None:
     network = Timed(FakeClock(), [0] * 7 + [3])
     costs = by_size([1, 8])
-    slow = dataclasses.replace(costs, batches={8: costs.batches[8], 1: batch_costs([0.25] * 4, [0.0] * 4)})
+    slow = dataclasses.replace(
+        costs, batches={8: costs.batches[8], 1: batch_costs([0.25] * 4, [0.0] * 4)}
+    )
     runner = runner_of(network, slow, POLICY)
     runner.run(torch.zeros(8, 1))
     assert runner.drift > 1.1
@@ -547,6 +633,8 @@ def test_a_size_that_was_not_profiled_is_planned_with_the_next_larger_one(batch:
     runner = runner_of(Timed(clock, [3] * batch), by_size([1, 4]))
     answer = runner.run(torch.zeros(batch, 1), deadline=Deadline(batch + 4.0 + RESERVE_S))
     assert answer.exit == 1  # 4 s are planned for a stage that takes fewer
-    answer = runner.run(torch.zeros(batch, 1), deadline=Deadline(clock.now() + batch + 3.9 + RESERVE_S))
+    answer = runner.run(
+        torch.zeros(batch, 1), deadline=Deadline(clock.now() + batch + 3.9 + RESERVE_S)
+    )
     assert answer.exit == 0
     assert runner.drift == 1.0

@@ -21,7 +21,9 @@ def profiled(stages_of: Mapping[int, list[Any]], device: str = "cpu") -> CostPro
     first = next(iter(stages_of.values()))
     costs = costs_of(first)
     batches = {size: batch_costs(stages, [0.0] * len(first)) for size, stages in stages_of.items()}
-    return dataclasses.replace(costs, batches=batches, provenance=dataclasses.replace(costs.provenance, device=device))
+    return dataclasses.replace(
+        costs, batches=batches, provenance=dataclasses.replace(costs.provenance, device=device)
+    )
 
 
 LINEAR = profiled({1: [1.0, 1.0, 2.0], 8: [8.0, 8.0, 16.0]})
@@ -45,15 +47,25 @@ def test_beyond_all_profiled_sizes_time_is_in_proportion_to_the_largest() -> Non
 @pytest.mark.parametrize(
     ("at_8", "at_16", "at_4"),
     [(8.0, 16.0, 4.0), (8.0, 12.0, 6.0), (8.0, 8.0, 8.0), (8.0, 40.0, 4.0), (8.0, 6.0, 8.0)],
-    ids=["proportional", "with a fixed part", "fixed", "steeper: no faster than proportional", "falling: no more than at 8"],
+    ids=[
+        "proportional",
+        "with a fixed part",
+        "fixed",
+        "steeper: no faster than proportional",
+        "falling: no more than at 8",
+    ],
 )
-def test_below_the_smallest_profiled_size_the_line_goes_on_within_reason(at_8: float, at_16: float, at_4: float) -> None:
+def test_below_the_smallest_profiled_size_the_line_goes_on_within_reason(
+    at_8: float, at_16: float, at_4: float
+) -> None:
     rule = Compaction(costs=profiled({8: [0.0, at_8], 16: [0.0, at_16]}))
     assert rule.ahead_s(0, 4) == pytest.approx(at_4)
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", 2.0), ("cuda:0", 8.0)])
-def test_a_single_profiled_size_promises_less_time_for_fewer_rows_only_on_a_cpu(device: str, expected: float) -> None:
+def test_a_single_profiled_size_promises_less_time_for_fewer_rows_only_on_a_cpu(
+    device: str, expected: float
+) -> None:
     assert Compaction(costs=profiled({8: [0.0, 8.0]}, device)).ahead_s(0, 2) == expected
 
 
@@ -66,7 +78,9 @@ def test_a_single_profiled_size_promises_less_time_for_fewer_rows_only_on_a_cpu(
         (2, 9.5e9, 8),  # 18 saved, 19 paid
     ],
 )
-def test_a_batch_shrinks_where_the_stages_ahead_save_more_than_copying_costs(left: int, row_bytes: float, size: int) -> None:
+def test_a_batch_shrinks_where_the_stages_ahead_save_more_than_copying_costs(
+    left: int, row_bytes: float, size: int
+) -> None:
     assert Compaction(costs=LINEAR, **FREE).size(0, 8, left, row_bytes) == size
 
 
@@ -83,13 +97,17 @@ def test_only_the_stages_ahead_count() -> None:
 
 
 def test_a_device_that_takes_the_same_time_for_fewer_rows_never_shrinks() -> None:
-    assert Compaction(costs=profiled({1: [1.0, 1.0], 8: [1.0, 1.0]}), **FREE).size(0, 8, 1, 0.0) == 8
+    assert (
+        Compaction(costs=profiled({1: [1.0, 1.0], 8: [1.0, 1.0]}), **FREE).size(0, 8, 1, 0.0) == 8
+    )
 
 
 @pytest.mark.parametrize(("disturbed", "size"), [(8, 8), (4, 4)])
 def test_a_disturbed_repeat_at_one_size_does_not_decide(disturbed: int, size: int) -> None:
     time_of = {4: 1.0, 8: 1.0 if disturbed == 8 else 2.0}  # four rows save nothing, or half
-    stages: dict[int, list[Any]] = {rows: [0.0, Quantiles.of([seconds] * 20)] for rows, seconds in time_of.items()}
+    stages: dict[int, list[Any]] = {
+        rows: [0.0, Quantiles.of([seconds] * 20)] for rows, seconds in time_of.items()
+    }
     stages[disturbed][1] = Quantiles.of([*[time_of[disturbed]] * 19, 100.0])
     assert Compaction(costs=profiled(stages), **FREE).size(0, 8, 4, 0.0) == size
 

@@ -14,7 +14,12 @@ from scipy import stats
 from torch import Tensor
 
 from impatient.errors import RecordingError
-from impatient.evaluation.confidence import ClassConfidence, class_confidence, correlation, true_label_probabilities
+from impatient.evaluation.confidence import (
+    ClassConfidence,
+    class_confidence,
+    correlation,
+    true_label_probabilities,
+)
 from impatient.evaluation.metrics import Estimate, mean
 from impatient.evaluation.plots import MOST_PANELS, accuracy_confidence, save_figure
 from impatient.evaluation.report import figure_svg
@@ -28,22 +33,32 @@ def logits_of(probabilities: list[list[list[float]]]) -> Tensor:
 
 
 # class 1 has no sample. Probabilities of the truth: 0.7, 0.2, 0.6, 0.3 at the first exit, 0.8, 0.4, 0.9, 0.1 at the second
-BY_HAND = logits_of([
-    [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3]],
-    [[0.8, 0.1, 0.1], [0.4, 0.3, 0.3], [0.05, 0.05, 0.9], [0.6, 0.3, 0.1]],
-])  # fmt: skip
+BY_HAND = logits_of(
+    [
+        [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3]],
+        [[0.8, 0.1, 0.1], [0.4, 0.3, 0.3], [0.05, 0.05, 0.9], [0.6, 0.3, 0.1]],
+    ]
+)
 LABELS = torch.tensor([0, 0, 2, 2])
 
 
-def outputs_and_labels(seed: int, exits: int, classes: int, samples: int, scale: float) -> tuple[Tensor, Tensor]:
+def outputs_and_labels(
+    seed: int, exits: int, classes: int, samples: int, scale: float
+) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(exits, samples, classes, generator=random), torch.randint(classes, (samples,), generator=random)
+    return scale * torch.randn(exits, samples, classes, generator=random), torch.randint(
+        classes, (samples,), generator=random
+    )
 
 
 pairs = st.builds(
-    outputs_and_labels, st.integers(0, 10_000), exits=st.integers(1, 4), classes=st.integers(1, 6), samples=st.integers(1, 30),
+    outputs_and_labels,
+    st.integers(0, 10_000),
+    exits=st.integers(1, 4),
+    classes=st.integers(1, 6),
+    samples=st.integers(1, 30),
     scale=st.sampled_from([0.0, 1.0, 10.0, 300.0]),
-)  # fmt: skip
+)
 
 
 # --- the probability of the truth -------------------------------------------------------------------------------------
@@ -59,9 +74,13 @@ def test_probabilities_of_the_truth_by_hand():
 def test_they_are_one_softmax_entry_each(pair):
     recording = recording_of(*pair)
     found = true_label_probabilities(recording.outputs, recording.labels)
-    one_by_one = [[output[sample].softmax(0)[label] for sample, label in enumerate(recording.labels)]
-                  for output in recording.outputs.double()]  # fmt: skip
-    torch.testing.assert_close(found.double(), torch.tensor(one_by_one).double(), atol=1e-5, rtol=1e-4)
+    one_by_one = [
+        [output[sample].softmax(0)[label] for sample, label in enumerate(recording.labels)]
+        for output in recording.outputs.double()
+    ]
+    torch.testing.assert_close(
+        found.double(), torch.tensor(one_by_one).double(), atol=1e-5, rtol=1e-4
+    )
     assert (found >= 0.0).all()
     assert (found <= 1.0).all()
 
@@ -79,7 +98,9 @@ def test_classes_by_hand():
     found = class_confidence(recording_of(BY_HAND, LABELS, split="test"))
     assert (found.classes, found.absent, found.counts.tolist()) == ((0, 2), (1,), [2, 0, 2])
     assert (found.exits, found.split) == (("block0", "output"), "test")
-    torch.testing.assert_close(found.confidence[:, [0, 2]], torch.tensor([[0.45, 0.45], [0.6, 0.5]]).double())
+    torch.testing.assert_close(
+        found.confidence[:, [0, 2]], torch.tensor([[0.45, 0.45], [0.6, 0.5]]).double()
+    )
     assert found.accuracy[:, [0, 2]].tolist() == [[0.5, 0.5], [1.0, 0.5]]
     assert found.confidence[:, 1].isnan().all()
     assert found.accuracy[:, 1].isnan().all()
@@ -95,7 +116,10 @@ def test_classes_by_hand():
 def test_classes_are_those_of_a_plain_loop(pair):
     recording = recording_of(*pair)
     found = class_confidence(recording)
-    true, hits = true_label_probabilities(recording.outputs, recording.labels).double(), recording.hits().double()
+    true, hits = (
+        true_label_probabilities(recording.outputs, recording.labels).double(),
+        recording.hits().double(),
+    )
     assert set(found.classes) == set(recording.labels.tolist())
     assert sorted(found.classes + found.absent) == list(range(recording.outputs.shape[2]))
     for label in found.classes:
@@ -141,7 +165,9 @@ def test_correlation_and_interval_are_those_of_scipy(seed, count, noise):
     second = first + noise * torch.randn(count, generator=random) if noise else 1.0 - first.double()
     found, known = correlation(first, second), stats.pearsonr(first.double(), second.double())
     interval = known.confidence_interval()
-    assert (found.value, found.low, found.high) == pytest.approx((known.statistic, interval.low, interval.high), abs=1e-6)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (known.statistic, interval.low, interval.high), abs=1e-6
+    )
     assert found.low <= found.value <= found.high
 
 
@@ -167,18 +193,25 @@ def test_few_pairs_say_little():
 
 def test_correlations_are_over_classes_with_samples_each_counted_once():
     recording = drawn(400, seed=2, classes=8)
-    recording = dataclasses.replace(recording, labels=torch.where(recording.labels == 3, 4, recording.labels))
+    recording = dataclasses.replace(
+        recording, labels=torch.where(recording.labels == 3, 4, recording.labels)
+    )
     found = class_confidence(recording)
     assert found.absent == (3,)
     for exit, estimate in enumerate(found.correlations):
-        x, y = found.confidence[exit, list(found.classes)], found.accuracy[exit, list(found.classes)]
+        x, y = (
+            found.confidence[exit, list(found.classes)],
+            found.accuracy[exit, list(found.classes)],
+        )
         assert estimate.value == pytest.approx(stats.pearsonr(x, y).statistic)
 
 
 def test_classes_that_do_not_differ_correlate_as_single_samples_do():
     """What a high correlation over classes must be measured against."""
     found = class_confidence(drawn(10_000, seed=3, gains=(1.0, 3.0), classes=100))
-    for over_classes, over_samples in zip(found.correlations, found.sample_correlations, strict=True):
+    for over_classes, over_samples in zip(
+        found.correlations, found.sample_correlations, strict=True
+    ):
         assert over_classes.low < over_samples.value < over_classes.high
         assert over_samples.value > 0.5
 
@@ -215,7 +248,9 @@ def test_json_holds_every_number_and_no_nan():
 
 
 def judged(exits: int, **rest: int) -> ClassConfidence:
-    return class_confidence(drawn(500, seed=4, gains=[1.0 + 0.1 * exit for exit in range(exits)], split="test", **rest))
+    return class_confidence(
+        drawn(500, seed=4, gains=[1.0 + 0.1 * exit for exit in range(exits)], split="test", **rest)
+    )
 
 
 def panels_of(figure):
@@ -223,12 +258,21 @@ def panels_of(figure):
 
 
 def words_of(figure):
-    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace("\N{NO-BREAK SPACE}", " ")
+    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
-@pytest.mark.parametrize(("exits", "shown"), [
-    (1, [0]), (3, [0, 1, 2]), (7, [0, 1, 2, 3, 4, 5, 6]), (8, [0, 1, 2, 3, 4, 5, 6, 7]), (22, [0, 3, 6, 9, 12, 15, 18, 21]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("exits", "shown"),
+    [
+        (1, [0]),
+        (3, [0, 1, 2]),
+        (7, [0, 1, 2, 3, 4, 5, 6]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (22, [0, 3, 6, 9, 12, 15, 18, 21]),
+    ],
+)
 def test_there_is_a_panel_per_exit_at_most_eight_from_first_to_last(exits, shown):
     found = judged(exits)
     panels = panels_of(accuracy_confidence(found))
@@ -259,14 +303,19 @@ def test_the_diagonal_goes_through_equal_values():
 
 
 def test_the_figure_says_overall_confidence_and_what_is_left_out():
-    words = words_of(accuracy_confidence(class_confidence(recording_of(BY_HAND, LABELS, split="test"))))
+    words = words_of(
+        accuracy_confidence(class_confidence(recording_of(BY_HAND, LABELS, split="test")))
+    )
     assert "45.0 % at the first exit, 55.0 % at the last" in words
     assert "2 classes of split test, 1 more without samples" in words
     assert "exit 1, no r" in words
     assert "without samples" not in words_of(accuracy_confidence(judged(1)))
 
 
-@pytest.mark.parametrize("outputs", [torch.zeros(1, 1, 2), torch.tensor([[[300.0, 0.0]]]), torch.tensor([[[0.0, 300.0]]])])
+@pytest.mark.parametrize(
+    "outputs",
+    [torch.zeros(1, 1, 2), torch.tensor([[[300.0, 0.0]]]), torch.tensor([[[0.0, 300.0]]])],
+)
 def test_a_single_sample_right_or_wrong_is_drawn(outputs, tmp_path):
     found = class_confidence(recording_of(outputs, torch.tensor([0])))
     assert found.overall[0].low == 0.0  # of one sample the interval is everything

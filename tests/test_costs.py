@@ -21,7 +21,11 @@ def exactly(seconds: float) -> Quantiles:
 
 
 def batch(stages: list[float], heads: list[float], exit_free: float = 7.0) -> BatchCosts:
-    return BatchCosts(stages=tuple(map(exactly, stages)), heads=tuple(map(exactly, heads)), exit_free=exactly(exit_free))
+    return BatchCosts(
+        stages=tuple(map(exactly, stages)),
+        heads=tuple(map(exactly, heads)),
+        exit_free=exactly(exit_free),
+    )
 
 
 def made(**changes: Any) -> CostProfile:
@@ -32,12 +36,16 @@ def made(**changes: Any) -> CostProfile:
             1: batch([1.0, 2.0, 3.0, 4.0], [0.5, 0.25, 0.125, 0.0]),
             8: batch([2.0, 4.0, 6.0, 8.0], [1.0, 0.5, 0.25, 0.0], 15.0),
         },
-        "stage_macs": (10, 20, 30, 40), "head_macs": (5, 6, 7, 0),
-        "stage_parameters": (1, 2, 3, 4), "head_parameters": (5, 6, 7, 0),
-        "stage_bytes": (100, 200, 300, 400), "head_bytes": (50, 60, 70, 0),
-        "stage_energy_j": (0.125, 0.25, 0.5, 1.0), "head_energy_j": (0.0625, 0.0625, 0.03125, 0.0),
+        "stage_macs": (10, 20, 30, 40),
+        "head_macs": (5, 6, 7, 0),
+        "stage_parameters": (1, 2, 3, 4),
+        "head_parameters": (5, 6, 7, 0),
+        "stage_bytes": (100, 200, 300, 400),
+        "head_bytes": (50, 60, 70, 0),
+        "stage_energy_j": (0.125, 0.25, 0.5, 1.0),
+        "head_energy_j": (0.0625, 0.0625, 0.03125, 0.0),
         "provenance": provenance(device="cpu", threads=2),
-    }  # fmt: skip
+    }
     return CostProfile(**{**values, **changes})
 
 
@@ -46,12 +54,20 @@ def made(**changes: Any) -> CostProfile:
 
 def test_quantiles_are_order_statistics_rounded_up():
     summary = Quantiles.of([float(value) for value in range(1000, -1, -1)])
-    assert summary == Quantiles(mean=500.0, p50=500.0, p90=900.0, p99=990.0, p999=999.0, max=1000.0, n=1001)
+    assert summary == Quantiles(
+        mean=500.0, p50=500.0, p90=900.0, p99=990.0, p999=999.0, max=1000.0, n=1001
+    )
 
 
 def test_of_few_repeats_the_high_quantiles_are_the_maximum():
     summary = Quantiles.of([3.0, 1.0, 2.0])
-    assert (summary.p50, summary.p90, summary.p99, summary.max, summary.n) == (2.0, 3.0, 3.0, 3.0, 3)
+    assert (summary.p50, summary.p90, summary.p99, summary.max, summary.n) == (
+        2.0,
+        3.0,
+        3.0,
+        3.0,
+        3,
+    )
     assert Quantiles.of([1.0, 2.0]).p50 == 2.0  # up, never between two measurements
 
 
@@ -85,7 +101,10 @@ def test_a_contract_run_pays_only_the_head_that_answers():
     ("heads", "wanted"),
     [
         ([True, True, True, True], (1.5, 3.75, 6.875, 10.875)),
-        ([False, False, False, False], (1.5, 3.25, 6.125, 10.0)),  # nothing posted on the way: as a contract run
+        (
+            [False, False, False, False],
+            (1.5, 3.25, 6.125, 10.0),
+        ),  # nothing posted on the way: as a contract run
         ([True, False, True, True], (1.5, 3.75, 6.625, 10.625)),
         ([False, True, False, False], (1.5, 3.25, 6.375, 10.25)),
     ],
@@ -97,7 +116,12 @@ def test_a_head_that_does_not_run_when_passed_is_paid_only_by_its_own_exit(heads
 def test_multiply_accumulates_add_up_like_seconds():
     assert made().cumulative_macs("contract") == (15, 36, 67, 100)
     assert made().cumulative_macs("interruptible") == (15, 41, 78, 118)
-    assert made().cumulative_macs("interruptible", heads=[False, True, True, True]) == (15, 36, 73, 113)
+    assert made().cumulative_macs("interruptible", heads=[False, True, True, True]) == (
+        15,
+        36,
+        73,
+        113,
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,13 +143,20 @@ def test_every_cost_adds_up_in_the_same_way(cost, contract, interruptible, exit_
 
 def test_the_old_names_are_the_new_one():
     options = {"statistic": "p99", "batch_size": 8, "heads": [True, False, True, True]}
-    assert made().cumulative_s("interruptible", **options) == made().cumulative("time", "interruptible", **options)
+    assert made().cumulative_s("interruptible", **options) == made().cumulative(
+        "time", "interruptible", **options
+    )
     assert made().cumulative_macs("contract") == made().cumulative("macs", "contract")
 
 
-@pytest.mark.parametrize(("cost", "remedy"), [("bytes", "eager"), ("energy", "impatient profile DIR --energy")])
+@pytest.mark.parametrize(
+    ("cost", "remedy"), [("bytes", "eager"), ("energy", "impatient profile DIR --energy")]
+)
 def test_a_cost_that_a_profile_does_not_hold_is_refused_with_what_to_do(cost, remedy):
-    lacking = {"bytes": ("stage_bytes", "head_bytes"), "energy": ("stage_energy_j", "head_energy_j")}[cost]
+    lacking = {
+        "bytes": ("stage_bytes", "head_bytes"),
+        "energy": ("stage_energy_j", "head_energy_j"),
+    }[cost]
     costs = made(**dict.fromkeys(lacking))
     assert not costs.holds(cost)
     for asked in (costs.parts, costs.exit_free, lambda cost: costs.cumulative(cost, "contract")):
@@ -134,7 +165,9 @@ def test_a_cost_that_a_profile_does_not_hold_is_refused_with_what_to_do(cost, re
 
 
 def test_an_unknown_cost_is_refused():
-    with pytest.raises(CostError, match="unknown cost 'money'; needed: one of time, macs, bytes, energy"):
+    with pytest.raises(
+        CostError, match="unknown cost 'money'; needed: one of time, macs, bytes, energy"
+    ):
         made().cumulative("money", "contract")
 
 
@@ -152,12 +185,23 @@ def test_costs_are_those_of_the_batch_size_asked_for():
 def test_the_statistic_asked_for_is_the_one_added():
     slow = Quantiles(mean=1.0, p50=2.0, p90=3.0, p99=4.0, p999=5.0, max=6.0, n=9)
     costs = made(
-        exits=("output",), batches={1: BatchCosts(stages=(slow,), heads=(exactly(0.0),), exit_free=slow)},
-        stage_macs=(1,), head_macs=(0,), stage_parameters=(1,), head_parameters=(0,), stage_bytes=None, head_bytes=None,
-        stage_energy_j=None, head_energy_j=None,
-    )  # fmt: skip
+        exits=("output",),
+        batches={1: BatchCosts(stages=(slow,), heads=(exactly(0.0),), exit_free=slow)},
+        stage_macs=(1,),
+        head_macs=(0,),
+        stage_parameters=(1,),
+        head_parameters=(0,),
+        stage_bytes=None,
+        head_bytes=None,
+        stage_energy_j=None,
+        head_energy_j=None,
+    )
     for wanted, statistic in enumerate(("mean", "p50", "p90", "p99", "p999", "max"), start=1):
-        assert costs.contract_s(statistic=statistic) == costs.interruptible_s(statistic=statistic) == (float(wanted),)
+        assert (
+            costs.contract_s(statistic=statistic)
+            == costs.interruptible_s(statistic=statistic)
+            == (float(wanted),)
+        )
         assert costs.exit_free_s(statistic=statistic) == float(wanted)
 
 
@@ -165,11 +209,15 @@ def test_the_statistic_asked_for_is_the_one_added():
 
 
 def test_a_batch_size_that_was_not_measured_is_refused_with_those_that_were():
-    with pytest.raises(CostError, match=r"batch size 4 was not measured; measured: \[1, 8\]\. Run profile"):
+    with pytest.raises(
+        CostError, match=r"batch size 4 was not measured; measured: \[1, 8\]\. Run profile"
+    ):
         made().contract_s(batch_size=4)
 
 
-@pytest.mark.parametrize(("mode", "statistic"), [("anytime", "mean"), ("contract", "p95"), ("contract", "n")])
+@pytest.mark.parametrize(
+    ("mode", "statistic"), [("anytime", "mean"), ("contract", "p95"), ("contract", "n")]
+)
 def test_an_unknown_mode_or_statistic_is_refused(mode, statistic):
     with pytest.raises(CostError, match=r"unknown .*; needed: "):
         made().cumulative_s(mode, statistic=statistic)
@@ -255,18 +303,23 @@ def test_the_interval_holds_the_median_and_the_spread_grows_with_the_noise(pairs
     little, much = (Noise.of(np.exp(scale * drawn).tolist()) for scale in (size / 2, size))
     assert little.aa_low <= little.aa_ratio <= little.aa_high
     assert little.spread < much.spread
-    assert much.aa_low <= little.aa_low <= 1.0 + 1e-9 or little.aa_low > 1.0  # the same pairs, pulled further apart
+    assert (
+        much.aa_low <= little.aa_low <= 1.0 + 1e-9 or little.aa_low > 1.0
+    )  # the same pairs, pulled further apart
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
     random = np.random.default_rng(0)
-    held = [noise.aa_low <= 1.0 <= noise.aa_high
-            for noise in (Noise.of(np.exp(0.1 * random.normal(size=60)).tolist()) for _ in range(400))]  # fmt: skip
+    held = [
+        noise.aa_low <= 1.0 <= noise.aa_high
+        for noise in (Noise.of(np.exp(0.1 * random.normal(size=60)).tolist()) for _ in range(400))
+    ]
     assert 0.93 <= np.mean(held) <= 0.985  # 95.7 % for 30 pairs
 
 
 @pytest.mark.parametrize(
-    "numbers", [(1.0, 1.1, 1.2, 0.0), (math.nan, 1.0, 1.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 1.0, 1.0, -0.1)]
+    "numbers",
+    [(1.0, 1.1, 1.2, 0.0), (math.nan, 1.0, 1.0, 0.0), (1.0, 0.0, 1.0, 0.0), (1.0, 1.0, 1.0, -0.1)],
 )
 def test_noise_that_cannot_be_is_refused(numbers):
     with pytest.raises(CostError, match="A/A ratio"):
@@ -284,28 +337,54 @@ def noisy(noise: Noise | None, speed: float = 1.0, **changes: Any) -> CostProfil
     """Two exits, of 1 s and 3 s, and `speed` times as fast."""
     costs = batch([1.0 / speed, 2.0 / speed], [0.0, 0.0], 2.5 / speed)
     rows = dict.fromkeys(("stage_bytes", "head_bytes", "stage_energy_j", "head_energy_j"))
-    rows |= dict.fromkeys(("stage_macs", "head_macs", "stage_parameters", "head_parameters"), (1, 1))
-    values = {"exits": ("a", "output"), "batches": {1: dataclasses.replace(costs, noise=noise)}, **rows, **changes}
+    rows |= dict.fromkeys(
+        ("stage_macs", "head_macs", "stage_parameters", "head_parameters"), (1, 1)
+    )
+    values = {
+        "exits": ("a", "output"),
+        "batches": {1: dataclasses.replace(costs, noise=noise)},
+        **rows,
+        **changes,
+    }
     return made(**values)
 
 
 @pytest.mark.parametrize(
     ("speed", "verdict"),
-    [(1.31, "faster"), (1.06, "faster"), (1.04, "cannot tell apart"), (1.0, "cannot tell apart"), (0.96, "cannot tell apart"),
-     (0.94, "slower")],
-)  # fmt: skip
+    [
+        (1.31, "faster"),
+        (1.06, "faster"),
+        (1.04, "cannot tell apart"),
+        (1.0, "cannot tell apart"),
+        (0.96, "cannot tell apart"),
+        (0.94, "slower"),
+    ],
+)
 def test_a_difference_beyond_the_noise_of_both_is_one(speed, verdict):
-    rows = noisy(spread(0.03)).compare(noisy(spread(0.04), speed))  # 3-4-5: the noise of both is 5 %
-    assert [(row.exit, row.name) for row in rows] == [(0, "a"), (1, "output"), (None, "untouched backbone")]
+    rows = noisy(spread(0.03)).compare(
+        noisy(spread(0.04), speed)
+    )  # 3-4-5: the noise of both is 5 %
+    assert [(row.exit, row.name) for row in rows] == [
+        (0, "a"),
+        (1, "output"),
+        (None, "untouched backbone"),
+    ]
     for row in rows:
-        assert (row.ratio, row.p50_ratio, row.p99_ratio, row.noise) == pytest.approx((speed, speed, speed, 0.05))
+        assert (row.ratio, row.p50_ratio, row.p99_ratio, row.noise) == pytest.approx(
+            (speed, speed, speed, 0.05)
+        )
         assert row.verdict == verdict
     assert (rows[1].a_s, rows[1].b_s) == pytest.approx((3.0, 3.0 / speed))
 
 
 def test_one_late_run_that_moves_the_mean_is_no_difference():
     late = Quantiles(mean=2.0, p50=1.0, p90=1.0, p99=100.0, p999=100.0, max=100.0, n=100)
-    slow = BatchCosts(stages=(late, exactly(2.0)), heads=(exactly(0.0),) * 2, exit_free=exactly(2.5), noise=spread(0.01))
+    slow = BatchCosts(
+        stages=(late, exactly(2.0)),
+        heads=(exactly(0.0),) * 2,
+        exit_free=exactly(2.5),
+        noise=spread(0.01),
+    )
     row, *_ = noisy(spread(0.01)).compare(noisy(None, batches={1: slow}))
     assert (row.ratio, row.p50_ratio, row.verdict) == (0.5, 1.0, "cannot tell apart")
 
@@ -317,7 +396,9 @@ def test_where_noise_is_not_known_nothing_is_said(a, b):
 
 def test_a_time_of_nothing_compares_with_nothing():
     nothing = batch([0.0, 0.0], [0.0, 0.0], 0.0)
-    row, *_ = noisy(spread(0.0)).compare(noisy(None, batches={1: dataclasses.replace(nothing, noise=spread(0.0))}))
+    row, *_ = noisy(spread(0.0)).compare(
+        noisy(None, batches={1: dataclasses.replace(nothing, noise=spread(0.0))})
+    )
     assert math.isnan(row.ratio)
     assert row.verdict == "cannot tell apart"
 
@@ -325,7 +406,9 @@ def test_a_time_of_nothing_compares_with_nothing():
 def test_only_batch_sizes_of_both_are_compared():
     one, eight = made(), made(batches={8: made().at(8), 16: made().at(8)})
     assert {row.batch_size for row in one.compare(eight)} == {8}
-    with pytest.raises(CostError, match=r"batch sizes \[1\], profile B \[16\]; needed: one in both"):
+    with pytest.raises(
+        CostError, match=r"batch sizes \[1\], profile B \[16\]; needed: one in both"
+    ):
         made(batches={1: made().at(1)}).compare(made(batches={16: made().at(8)}))
 
 
@@ -342,10 +425,17 @@ def test_profiles_of_different_networks_are_refused_unless_asked_for():
 
 def test_what_differs_is_named():
     a = made(provenance=provenance(engine="eager", threads=1, device="cpu"))
-    b = dataclasses.replace(a.provenance, engine="openvino", threads=2, versions={**a.provenance.versions, "openvino": "1"})
+    b = dataclasses.replace(
+        a.provenance,
+        engine="openvino",
+        threads=2,
+        versions={**a.provenance.versions, "openvino": "1"},
+    )
     assert a.differences(made(provenance=b)) == {
-        "engine": ("eager", "openvino"), "threads": ("1", "2"), "openvino version": ("none", "1")
-    }  # fmt: skip
+        "engine": ("eager", "openvino"),
+        "threads": ("1", "2"),
+        "openvino version": ("none", "1"),
+    }
     assert a.differences(a) == {}
 
 
@@ -373,7 +463,9 @@ def test_costs_that_are_no_positive_finite_times_are_refused(costs):
 
 def test_a_profile_survives_its_file(tmp_path):
     made().save(tmp_path / "costs.json")
-    assert CostProfile.load(tmp_path / "costs.json") == made(provenance=CostProfile.load(tmp_path / "costs.json").provenance)
+    assert CostProfile.load(tmp_path / "costs.json") == made(
+        provenance=CostProfile.load(tmp_path / "costs.json").provenance
+    )
     back = CostProfile.load(tmp_path / "costs.json")
     assert (back.provenance.device, back.provenance.threads) == ("cpu", 2)
     assert back.interruptible_s(batch_size=8) == made().interruptible_s(batch_size=8)
@@ -381,7 +473,9 @@ def test_a_profile_survives_its_file(tmp_path):
 
 def test_noise_and_the_meter_survive_the_file(tmp_path):
     noise = Noise(aa_ratio=1.0, aa_low=0.5, aa_high=2.0, spread=0.25, n=9)
-    made(batches={1: dataclasses.replace(made().at(1), noise=noise)}, energy_meter="abacus").save(tmp_path / "costs.json")
+    made(batches={1: dataclasses.replace(made().at(1), noise=noise)}, energy_meter="abacus").save(
+        tmp_path / "costs.json"
+    )
     back = CostProfile.load(tmp_path / "costs.json")
     assert (back.at(1).noise, back.energy_meter) == (noise, "abacus")
     assert back.cumulative("energy", "contract") == made().cumulative("energy", "contract")
@@ -404,7 +498,12 @@ def test_a_file_from_before_bytes_energy_and_noise_still_loads():
     for costs in value["batches"].values():
         del costs["noise"]
     old = CostProfile.from_json(value)
-    assert [old.holds(cost) for cost in ("time", "macs", "bytes", "energy")] == [True, True, False, False]
+    assert [old.holds(cost) for cost in ("time", "macs", "bytes", "energy")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     assert old.contract_s() == made().contract_s()
     assert old.at(1).noise is None
 
@@ -424,15 +523,28 @@ def damaged(path: list[Any], value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["exits"], KeyError), (["batches"], []), (["batches"], {}), (["batches"], None), (["batches"], {"one": {}}),
-        (["batches", "1", "stages"], 3), (["batches", "1", "exit_free"], KeyError),
+        (["exits"], KeyError),
+        (["batches"], []),
+        (["batches"], {}),
+        (["batches"], None),
+        (["batches"], {"one": {}}),
+        (["batches", "1", "stages"], 3),
+        (["batches", "1", "exit_free"], KeyError),
         (["batches", "1", "heads"], [{"mean": 1.0}]),
-        (["batches", "1", "exit_free", "p50"], "fast"), (["batches", "1", "exit_free", "p50"], None),
-        (["batches", "1", "exit_free", "mean"], math.nan), (["stage_macs"], ["many", 1, 1, 1]), (["stage_macs"], None),
-        (["head_macs"], [1]), (["stage_bytes"], ["many"]), (["head_energy_j"], [1.0]), (["batches", "1", "noise"], {"n": 3}),
-        (["provenance"], KeyError), (["provenance"], None), (["provenance", "versions"], KeyError),
+        (["batches", "1", "exit_free", "p50"], "fast"),
+        (["batches", "1", "exit_free", "p50"], None),
+        (["batches", "1", "exit_free", "mean"], math.nan),
+        (["stage_macs"], ["many", 1, 1, 1]),
+        (["stage_macs"], None),
+        (["head_macs"], [1]),
+        (["stage_bytes"], ["many"]),
+        (["head_energy_j"], [1.0]),
+        (["batches", "1", "noise"], {"n": 3}),
+        (["provenance"], KeyError),
+        (["provenance"], None),
+        (["provenance", "versions"], KeyError),
     ],
-)  # fmt: skip
+)
 def test_json_that_is_no_cost_profile_is_refused(tmp_path, path, value):
     write_json(tmp_path / "costs.json", damaged(path, value))
     with pytest.raises(CostError):

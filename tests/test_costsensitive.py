@@ -22,7 +22,9 @@ def drawn(samples=300, actions=3, seed=0):
     """Costs that depend on features, and noise."""
     random = torch.Generator().manual_seed(seed)
     features = torch.randn(samples, 4, generator=random)
-    return features, features @ torch.randn(4, actions, generator=random) + torch.randn(samples, actions, generator=random)
+    return features, features @ torch.randn(4, actions, generator=random) + torch.randn(
+        samples, actions, generator=random
+    )
 
 
 def paid(decision, features, costs):
@@ -34,7 +36,11 @@ def by_state(seed, states=4, actions=3):
     random = torch.Generator().manual_seed(seed)
     state = torch.arange(400) % states
     expected = torch.randint(0, 10, (states, actions), generator=random).float()
-    return torch.eye(states)[state], expected[state] + torch.randn(400, actions, generator=random), state
+    return (
+        torch.eye(states)[state],
+        expected[state] + torch.randn(400, actions, generator=random),
+        state,
+    )
 
 
 # --- the right choices --------------------------------------------------------------------------------------------------
@@ -46,8 +52,13 @@ def test_no_table_of_choices_is_cheaper(method, learner):
     for seed, actions in ((0, 2), (1, 3)):
         features, costs, state = by_state(seed, actions=actions)
         tables = itertools.product(range(actions), repeat=4)
-        best = min(float(costs.gather(1, torch.tensor(table)[state][:, None]).double().sum()) for table in tables)
-        assert paid(fit_decision(features, costs, learner=learner, method=method), features, costs) == pytest.approx(best)
+        best = min(
+            float(costs.gather(1, torch.tensor(table)[state][:, None]).double().sum())
+            for table in tables
+        )
+        assert paid(
+            fit_decision(features, costs, learner=learner, method=method), features, costs
+        ) == pytest.approx(best)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +67,10 @@ def test_a_filter_tree_of_five_actions_finds_the_cheapest_in_every_state(seed, a
     features, costs, state = by_state(seed, actions=actions)
     sums = torch.stack([costs[state == each].double().sum(0) for each in range(4)])
     # a regularised learner may miss a near tie
-    assert paid(fit_decision(features, costs), features, costs) <= float(sums.amin(1).sum()) + 0.02 * 400
+    assert (
+        paid(fit_decision(features, costs), features, costs)
+        <= float(sums.amin(1).sum()) + 0.02 * 400
+    )
 
 
 def test_what_the_winners_below_cost_is_what_they_chose_not_what_they_could_have_chosen():
@@ -71,8 +85,12 @@ def test_with_two_actions_it_is_the_weighted_binary_problem():
     features, costs = drawn(actions=2)
     gain = (costs[:, 0] - costs[:, 1]).double().numpy()
     weights = np.abs(gain) / np.abs(gain).mean()
-    standard = ((features.double() - features.double().mean(0)) / features.double().std(0, correction=0)).numpy()
-    model = LogisticRegression(C=1 / RIDGE, tol=1e-10, max_iter=1000).fit(standard, gain > 0, weights)
+    standard = (
+        (features.double() - features.double().mean(0)) / features.double().std(0, correction=0)
+    ).numpy()
+    model = LogisticRegression(C=1 / RIDGE, tol=1e-10, max_iter=1000).fit(
+        standard, gain > 0, weights
+    )
     decision = fit_decision(features, costs)
     assert decision.machines["slopes"].numpy() == pytest.approx(model.coef_, abs=1e-5)
     assert decision.machines["offsets"].numpy() == pytest.approx(model.intercept_, abs=1e-5)
@@ -82,7 +100,11 @@ def test_with_two_actions_it_is_the_weighted_binary_problem():
 def test_actions_of_neighbouring_cost_meet_first():
     random = torch.Generator().manual_seed(0)
     features = torch.randn(200, 3, generator=random)
-    for means, first_pair in (((0.0, 10.0, 11.0), [1, 2]), ((0.0, 1.0, 10.0), [0, 1]), ((11.0, 0.0, 10.0), [0, 2])):
+    for means, first_pair in (
+        ((0.0, 10.0, 11.0), [1, 2]),
+        ((0.0, 1.0, 10.0), [0, 1]),
+        ((11.0, 0.0, 10.0), [0, 2]),
+    ):
         costs = torch.tensor(means) + 20 * torch.randn(200, 3, generator=random)
         costs = costs - costs.mean(0) + torch.tensor(means)
         assert fit_decision(features, costs).children[0].tolist() == first_pair
@@ -94,13 +116,17 @@ def test_actions_of_neighbouring_cost_meet_first():
 def test_a_sample_that_weighs_two_counts_as_two():
     features, costs = drawn(80)
     features, costs = torch.cat([features, -features]), torch.cat([costs, costs.roll(1, 1)])
-    twice = torch.arange(160) % 80 < 20  # with each sample its mirror image: both ways, the same mean
+    twice = (
+        torch.arange(160) % 80 < 20
+    )  # with each sample its mirror image: both ways, the same mean
     seen = Standardised.of(features)
     heavy = fit_decision(seen, costs, weights=1.0 + twice.float())
     rows = torch.cat([torch.arange(160), torch.arange(160)[twice]])
     repeated = Standardised(seen.values[rows.numpy()], seen.mean, seen.scale)
     # weights are normalised to 1 on average, so the ridge is weaker by what there is more of samples
-    assert (heavy.choose(features) == fit_decision(repeated, costs[rows]).choose(features)).double().mean() > 0.98
+    assert (
+        heavy.choose(features) == fit_decision(repeated, costs[rows]).choose(features)
+    ).double().mean() > 0.98
 
 
 def test_samples_without_weight_say_nothing():
@@ -108,7 +134,9 @@ def test_samples_without_weight_say_nothing():
     weights = (torch.arange(300) % 2).float()
     lies = torch.where(weights[:, None] > 0, costs, -100 * costs)
     for method in METHODS:
-        told, lied = (fit_decision(features, given, weights=weights, method=method) for given in (costs, lies))
+        told, lied = (
+            fit_decision(features, given, weights=weights, method=method) for given in (costs, lies)
+        )
         assert told.choose(features).equal(lied.choose(features))
 
 
@@ -124,7 +152,12 @@ def test_an_action_that_always_wins_is_chosen_without_looking(learner):
 @pytest.mark.parametrize("weights", [None, torch.zeros(300)])
 def test_where_nothing_tells_actions_apart_it_takes_the_first(weights):
     features, costs = drawn()
-    assert fit_decision(features, costs[:, :1].repeat(1, 3) if weights is None else costs, weights=weights).constant == 0
+    assert (
+        fit_decision(
+            features, costs[:, :1].repeat(1, 3) if weights is None else costs, weights=weights
+        ).constant
+        == 0
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -137,7 +170,9 @@ def test_a_constant_feature_does_no_harm():
     features, costs = drawn()
     wider = torch.cat([features, torch.full((300, 1), 0.1)], 1)
     new = torch.cat([features, torch.full((300, 1), 5.0)], 1)
-    assert fit_decision(wider, costs).choose(new).equal(fit_decision(features, costs).choose(features))
+    assert (
+        fit_decision(wider, costs).choose(new).equal(fit_decision(features, costs).choose(features))
+    )
 
 
 # --- arrays and scikit-learn --------------------------------------------------------------------------------------------
@@ -158,7 +193,9 @@ def models(learner, method):
         ("mlp", "filter_tree"): MLPClassifier(**hidden),
         ("boosting", "filter_tree"): GradientBoostingClassifier(**trees),
         ("logistic", "regression"): Ridge(alpha=1.0),
-        ("svm", "regression"): LinearSVR(loss="squared_epsilon_insensitive", dual="auto", random_state=0),
+        ("svm", "regression"): LinearSVR(
+            loss="squared_epsilon_insensitive", dual="auto", random_state=0
+        ),
         ("mlp", "regression"): MLPRegressor(**hidden),
         ("boosting", "regression"): GradientBoostingRegressor(**trees),
     }[learner, method]
@@ -233,18 +270,25 @@ def test_a_decision_comes_back_from_a_file(learner, method, tmp_path):
 
 def test_the_same_seed_gives_the_same_decision():
     features, costs = drawn()
-    one, two = (fit_decision(features, costs, learner="mlp", seed=3).scores(features) for _ in range(2))
+    one, two = (
+        fit_decision(features, costs, learner="mlp", seed=3).scores(features) for _ in range(2)
+    )
     assert one.equal(two)
 
 
 # --- what cannot be -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    ({"features": Standardised.of(torch.zeros(7, 2))}, "7, 2"),
-    ({"costs": torch.full((300, 3), math.nan)}, "finite"), ({"features": torch.full((300, 4), math.inf)}, "infinite"),
-    ({"weights": -torch.ones(300)}, "not negative"), ({"costs": torch.zeros(300, 0)}, "needed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"features": Standardised.of(torch.zeros(7, 2))}, "7, 2"),
+        ({"costs": torch.full((300, 3), math.nan)}, "finite"),
+        ({"features": torch.full((300, 4), math.inf)}, "infinite"),
+        ({"weights": -torch.ones(300)}, "not negative"),
+        ({"costs": torch.zeros(300, 0)}, "needed"),
+    ],
+)
 def test_what_cannot_be_learned_from_is_refused(change, complaint):
     features, costs = drawn()
     given = {"features": features, "costs": costs, **change}
@@ -258,10 +302,14 @@ def test_other_features_are_refused():
         fit_decision(features, costs).choose(features[:, :3])
 
 
-@pytest.mark.parametrize("damage", [
-    lambda arrays: arrays.pop("mean"), lambda arrays: arrays.update(shape=torch.tensor([3, 9])),
-    lambda arrays: arrays.pop("machines/slopes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda arrays: arrays.pop("mean"),
+        lambda arrays: arrays.update(shape=torch.tensor([3, 9])),
+        lambda arrays: arrays.pop("machines/slopes"),
+    ],
+)
 def test_damaged_arrays_are_refused(damage):
     arrays = fit_decision(*drawn()).to_arrays()
     damage(arrays)

@@ -40,7 +40,9 @@ def test_the_digits_are_all_there_and_nowhere_twice(digits):
     assert sizes["test"] == pytest.approx(0.2 * 1797, abs=10)
     assert sizes["validation"] == pytest.approx(0.1 * 0.8 * 1797, abs=10)
     places = [rows(split_of(digits, split)[0]) for split in SPLITS]
-    assert [len(place) for place in places] == list(sizes.values())  # no digit is there twice to begin with
+    assert [len(place) for place in places] == list(
+        sizes.values()
+    )  # no digit is there twice to begin with
     assert not places[0] & places[1]
     assert not places[0] & places[2]
     assert not places[1] & places[2]
@@ -78,14 +80,18 @@ def test_the_test_split_is_the_same_for_every_seed(digits):
 
 def test_the_share_of_the_validation_split_is_as_asked(digits):
     larger = load_data("digits", validation=0.25)
-    assert larger.size("validation") == pytest.approx(0.25 * (larger.size("validation") + larger.size("train")), abs=10)
+    assert larger.size("validation") == pytest.approx(
+        0.25 * (larger.size("validation") + larger.size("train")), abs=10
+    )
     assert larger.fingerprint != digits.fingerprint
 
 
 def test_batches_go_through_a_split_in_order(digits):
     inputs, labels = split_of(digits, "test")
     batches = list(digits.batches("test", 100))
-    assert [len(batch) for batch, _ in batches] == [100] * (len(labels) // 100) + [len(labels) % 100]
+    assert [len(batch) for batch, _ in batches] == [100] * (len(labels) // 100) + [
+        len(labels) % 100
+    ]
     assert torch.equal(torch.cat([batch for _, batch in batches]), labels)
     assert torch.equal(torch.cat([batch for batch, _ in batches]), digits.preprocess(inputs))
 
@@ -104,9 +110,13 @@ def test_an_unknown_split_is_refused(digits):
 # --- specs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["", "mnist", "npz", "npz:", "imagefolder:", "hf:", ":x", "csv:file"])
+@pytest.mark.parametrize(
+    "spec", ["", "mnist", "npz", "npz:", "imagefolder:", "hf:", ":x", "csv:file"]
+)
 def test_an_unknown_spec_is_refused_with_those_that_are_known(spec):
-    with pytest.raises(DataError, match="needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH"):
+    with pytest.raises(
+        DataError, match="needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH"
+    ):
         load_data(spec)
 
 
@@ -128,9 +138,11 @@ def arrays(**changes: Any) -> dict[str, np.ndarray]:
     """Forty training and ten test vectors of two classes."""
     random = np.random.default_rng(0)
     values: dict[str, Any] = {
-        "x_train": random.normal(3.0, 2.0, (40, 5)), "y_train": np.arange(40) % 2,
-        "x_test": random.normal(3.0, 2.0, (10, 5)), "y_test": np.arange(10) % 2,
-    }  # fmt: skip
+        "x_train": random.normal(3.0, 2.0, (40, 5)),
+        "y_train": np.arange(40) % 2,
+        "x_test": random.normal(3.0, 2.0, (10, 5)),
+        "y_test": np.arange(10) % 2,
+    }
     return {name: value for name, value in {**values, **changes}.items() if value is not None}
 
 
@@ -142,7 +154,8 @@ def saved(folder: Path, values: Mapping[str, Any]) -> str:
 def images(shape: tuple[int, ...], kind: str = "uint8") -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
     return arrays(
-        x_train=random.integers(0, 256, (40, *shape)).astype(kind), x_test=random.integers(0, 256, (10, *shape)).astype(kind)
+        x_train=random.integers(0, 256, (40, *shape)).astype(kind),
+        x_test=random.integers(0, 256, (10, *shape)).astype(kind),
     )
 
 
@@ -152,7 +165,9 @@ def test_vectors_come_back_as_they_were_split_in_three(tmp_path):
     assert [data.size(split) for split in SPLITS] == [36, 4, 10]
     kept = torch.cat([split_of(data, "train")[0], split_of(data, "validation")[0]])
     assert rows(kept) == rows(torch.from_numpy(values["x_train"].astype(np.float32)))
-    assert torch.equal(split_of(data, "test")[0], torch.from_numpy(values["x_test"].astype(np.float32)))
+    assert torch.equal(
+        split_of(data, "test")[0], torch.from_numpy(values["x_test"].astype(np.float32))
+    )
     assert (data.class_names, data.name) == (("0", "1"), f"npz:{tmp_path / 'data.npz'}")
 
 
@@ -166,7 +181,13 @@ def test_inputs_keep_their_labels(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "wanted"),
-    [((6, 5, 3), (3, 6, 5)), ((6, 5, 1), (1, 6, 5)), ((6, 5), (1, 6, 5)), ((3, 6, 5), (3, 6, 5)), ((1, 6, 5), (1, 6, 5))],
+    [
+        ((6, 5, 3), (3, 6, 5)),
+        ((6, 5, 1), (1, 6, 5)),
+        ((6, 5), (1, 6, 5)),
+        ((3, 6, 5), (3, 6, 5)),
+        ((1, 6, 5), (1, 6, 5)),
+    ],
 )
 def test_images_are_put_channels_first(tmp_path, shape, wanted):
     values = images(shape)
@@ -174,7 +195,11 @@ def test_images_are_put_channels_first(tmp_path, shape, wanted):
     inputs, _ = split_of(data, "test")
     assert tuple(inputs.shape) == (10, *wanted)
     assert (data.preprocess.size, data.preprocess.channels) == (wanted[1:], wanted[0])
-    moved = values["x_test"].reshape(10, *wanted) if shape[-1] == 5 else np.moveaxis(values["x_test"], 3, 1)
+    moved = (
+        values["x_test"].reshape(10, *wanted)
+        if shape[-1] == 5
+        else np.moveaxis(values["x_test"], 3, 1)
+    )
     assert np.array_equal(inputs.numpy(), moved)
 
 
@@ -218,21 +243,34 @@ def test_groups_that_span_classes_stay_on_one_side(tmp_path):
 
 
 def test_a_class_whose_groups_are_all_wanted_elsewhere_keeps_one_for_training(tmp_path):
-    groups, labels = np.array([0] * 10 + [1] * 10 + [2] * 20), np.array([0, 1] * 5 + [0] * 10 + [0] * 20)
+    groups, labels = (
+        np.array([0] * 10 + [1] * 10 + [2] * 20),
+        np.array([0, 1] * 5 + [0] * 10 + [0] * 20),
+    )
     for seed in range(5):  # class 1 occurs in group 0 alone
-        data = load_data(saved(tmp_path, grouped(groups, y_train=labels)), validation=0.4, seed=seed)
+        data = load_data(
+            saved(tmp_path, grouped(groups, y_train=labels)), validation=0.4, seed=seed
+        )
         assert sides(data, groups)[1] == set()
         assert set(split_of(data, "train")[1].tolist()) == {0, 1}
 
 
 def grouped(groups: np.ndarray, **changes: Any) -> dict[str, np.ndarray]:
     """Each input says its own place."""
-    return arrays(x_train=np.arange(40.0).reshape(40, 1), x_test=np.zeros((10, 1)), groups_train=groups, **changes)
+    return arrays(
+        x_train=np.arange(40.0).reshape(40, 1),
+        x_test=np.zeros((10, 1)),
+        groups_train=groups,
+        **changes,
+    )
 
 
 def sides(data: Data, groups: np.ndarray) -> tuple[set[int], set[int]]:
     """All groups seen, and those on both sides."""
-    train, held_out = (set(groups[split_of(data, split)[0][:, 0].long().numpy()].tolist()) for split in ("train", "validation"))
+    train, held_out = (
+        set(groups[split_of(data, split)[0][:, 0].long().numpy()].tolist())
+        for split in ("train", "validation")
+    )
     return train | held_out, train & held_out
 
 
@@ -249,20 +287,53 @@ def test_a_class_with_a_single_example_is_trained_on(tmp_path):
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "missing keys": ({"x_test": None, "y_train": None}, r"lacks y_train, x_test; it holds x_train, y_test"),
-    "no training inputs": ({"x_train": np.zeros((0, 5)), "y_train": np.zeros(0, int)}, "train: 0 inputs and 0 labels"),
-    "no test inputs": ({"x_test": np.zeros((0, 5)), "y_test": np.zeros(0, int)}, "test: 0 inputs and 0 labels"),
+    "missing keys": (
+        {"x_test": None, "y_train": None},
+        r"lacks y_train, x_test; it holds x_train, y_test",
+    ),
+    "no training inputs": (
+        {"x_train": np.zeros((0, 5)), "y_train": np.zeros(0, int)},
+        "train: 0 inputs and 0 labels",
+    ),
+    "no test inputs": (
+        {"x_test": np.zeros((0, 5)), "y_test": np.zeros(0, int)},
+        "test: 0 inputs and 0 labels",
+    ),
     "fewer labels than inputs": ({"y_train": np.arange(39) % 2}, "train: 40 inputs and 39 labels"),
-    "negative labels": ({"y_train": np.arange(40) % 2 - 1}, "labels must be a list of integers from 0"),
-    "float labels": ({"y_train": np.arange(40) % 2 * 1.0}, "labels must be a list of integers from 0, got float64"),
-    "text labels": ({"y_train": np.array(["a", "b"] * 20)}, "labels must be a list of integers from 0"),
-    "one-hot labels": ({"y_train": np.eye(2, dtype=int)[np.arange(40) % 2]}, r"got int64 of shape \(40, 2\)"),
-    "NaN": ({"x_train": np.where(np.eye(40, 5), np.nan, 0.0)}, "train: 5 input values are NaN or infinite"),
+    "negative labels": (
+        {"y_train": np.arange(40) % 2 - 1},
+        "labels must be a list of integers from 0",
+    ),
+    "float labels": (
+        {"y_train": np.arange(40) % 2 * 1.0},
+        "labels must be a list of integers from 0, got float64",
+    ),
+    "text labels": (
+        {"y_train": np.array(["a", "b"] * 20)},
+        "labels must be a list of integers from 0",
+    ),
+    "one-hot labels": (
+        {"y_train": np.eye(2, dtype=int)[np.arange(40) % 2]},
+        r"got int64 of shape \(40, 2\)",
+    ),
+    "NaN": (
+        {"x_train": np.where(np.eye(40, 5), np.nan, 0.0)},
+        "train: 5 input values are NaN or infinite",
+    ),
     "infinity": ({"x_test": np.full((10, 5), np.inf)}, "test: 50 input values are NaN or infinite"),
-    "too large for float32": ({"x_test": np.full((10, 5), 1e300)}, "test: 50 input values are NaN or infinite"),
-    "different widths": ({"x_test": np.zeros((10, 6))}, r"training inputs have shape \(5,\), test inputs \(6,\)"),
+    "too large for float32": (
+        {"x_test": np.full((10, 5), 1e300)},
+        "test: 50 input values are NaN or infinite",
+    ),
+    "different widths": (
+        {"x_test": np.zeros((10, 6))},
+        r"training inputs have shape \(5,\), test inputs \(6,\)",
+    ),
     "different types": ({"x_test": np.zeros((10, 5), np.uint8)}, "float32.*uint8"),
-    "unseen classes": ({"y_test": np.arange(10)}, r"classes 2, 3, 4, 5, 6, 7, 8, 9 are in the test split but not"),
+    "unseen classes": (
+        {"y_test": np.arange(10)},
+        r"classes 2, 3, 4, 5, 6, 7, 8, 9 are in the test split but not",
+    ),
     "too few names": ({"class_names": np.array(["cat"])}, "names 1 classes, but labels go up to 1"),
     "scalar inputs": ({"x_train": np.array(1.0)}, "train"),
     "scalar labels": ({"y_train": np.array(1)}, "train"),
@@ -272,7 +343,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too few groups": ({"groups_train": np.arange(39)}, "groups_train"),
     "groups in columns": ({"groups_train": np.zeros((40, 2), int)}, "groups_train"),
     "one group": ({"groups_train": np.zeros(40, int)}, "too few to hold out"),
-    "one example": ({"x_train": np.ones((1, 5)), "y_train": np.array([0]), "y_test": np.zeros(10, int)}, "too few to hold out"),
+    "one example": (
+        {"x_train": np.ones((1, 5)), "y_train": np.array([0]), "y_test": np.zeros(10, int)},
+        "too few to hold out",
+    ),
 }
 
 
@@ -368,13 +442,18 @@ def test_vectors_are_standardised_over_all_features(tmp_path):
     inputs, _ = split_of(data, "train")
     assert data.preprocess.mean == pytest.approx([inputs.mean().item()], abs=1e-5)
     assert data.preprocess.std == pytest.approx([inputs.std().item()], abs=1e-5)
-    torch.testing.assert_close(data.preprocess(inputs), (inputs - inputs.mean()) / inputs.std(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        data.preprocess(inputs), (inputs - inputs.mean()) / inputs.std(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_preprocessing_is_fitted_on_the_training_split_alone(tmp_path):
     plain, marked = arrays(), arrays()
     held_out = split_of(load_data(saved(tmp_path, plain)), "validation")[0].numpy()
-    places = [row.astype(np.float32).tobytes() in {out.tobytes() for out in held_out} for row in plain["x_train"]]
+    places = [
+        row.astype(np.float32).tobytes() in {out.tobytes() for out in held_out}
+        for row in plain["x_train"]
+    ]
     assert sum(places) == 4
     marked["x_train"][places] = 1e6
     marked["x_test"][:] = 1e6
@@ -423,7 +502,13 @@ SHADE = {"cat": 40, "dog": 200}
 def paint(path: Path, shade: int, size: tuple[int, int] = (7, 5), mode: str = "RGB") -> None:
     """A picture of one shade, `size` wide and high."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    colour = {"RGB": (shade,) * 3, "L": shade, "RGBA": (shade, shade, shade, 128), "P": 0, "LA": (shade, 255)}[mode]
+    colour = {
+        "RGB": (shade,) * 3,
+        "L": shade,
+        "RGBA": (shade, shade, shade, 128),
+        "P": 0,
+        "LA": (shade, 255),
+    }[mode]
     Image.new(mode, size, colour).save(path)
 
 
@@ -460,7 +545,9 @@ def test_a_validation_folder_serves_as_the_test_split(tmp_path, second):
 @pytest.mark.parametrize("inside", ["train", "."])
 def test_without_a_test_folder_a_fifth_is_carved_out_whatever_the_seed(tmp_path, inside):
     folder_of(tmp_path, {inside: 10})
-    one, other = (load_data(f"imagefolder:{tmp_path}", seed=seed, validation=0.25) for seed in (0, 1))
+    one, other = (
+        load_data(f"imagefolder:{tmp_path}", seed=seed, validation=0.25) for seed in (0, 1)
+    )
     assert [one.size(split) for split in SPLITS] == [12, 4, 4]
     assert torch.equal(split_of(one, "test")[0], split_of(other, "test")[0])
     assert rows(split_of(one, "validation")[0]) != rows(split_of(other, "validation")[0])
@@ -507,7 +594,9 @@ def test_the_middle_of_an_image_is_what_is_seen(tmp_path):
     picture = Image.new("L", (30, 10), 0)
     picture.paste(255, (10, 0, 20, 10))
     picture.save(tmp_path / "middle.png")
-    assert read_image(tmp_path / "middle.png", (4, 4), 1).min() > 200  # blurred a little at its edges
+    assert (
+        read_image(tmp_path / "middle.png", (4, 4), 1).min() > 200
+    )  # blurred a little at its edges
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -565,7 +654,10 @@ def test_too_few_images_to_carve_from_are_refused(tmp_path):
         load_data(f"imagefolder:{tmp_path}")
 
 
-@pytest.mark.parametrize("options", ["size=large", "size=", "size='6'", "size=0", "size=-3", "size=2.5", "sise=6", "size=6,6"])
+@pytest.mark.parametrize(
+    "options",
+    ["size=large", "size=", "size='6'", "size=0", "size=-3", "size=2.5", "sise=6", "size=6,6"],
+)
 def test_options_that_make_no_sense_are_refused(tmp_path, options):
     folder_of(tmp_path, {"train": 4, "test": 2})
     with pytest.raises(DataError, match="size=64"):
@@ -574,7 +666,10 @@ def test_options_that_make_no_sense_are_refused(tmp_path, options):
 
 def test_the_fingerprint_of_a_folder_changes_with_its_files_and_their_size(tmp_path):
     folder_of(tmp_path, {"train": 4, "test": 2})
-    prints = [load_data(f"imagefolder:{tmp_path}").fingerprint, load_data(f"imagefolder:{tmp_path}:size=6").fingerprint]
+    prints = [
+        load_data(f"imagefolder:{tmp_path}").fingerprint,
+        load_data(f"imagefolder:{tmp_path}:size=6").fingerprint,
+    ]
     (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "train" / "cat" / "9.png")
     prints.append(load_data(f"imagefolder:{tmp_path}").fingerprint)
     (tmp_path / "test" / "dog" / "1.png").rename(tmp_path / "test" / "cat" / "7.png")
@@ -599,9 +694,15 @@ def table(hub: Any, count: int, size: tuple[int, int] = (7, 5), **columns: Any) 
     """Pictures of two classes, one dark and one light."""
     labels = [index % 2 for index in range(count)]
     pictures = [Image.new("RGB", size, (list(SHADE.values())[label],) * 3) for label in labels]
-    values = {name: value for name, value in {"image": pictures, "label": labels, **columns}.items() if value is not None}
+    values = {
+        name: value
+        for name, value in {"image": pictures, "label": labels, **columns}.items()
+        if value is not None
+    }
     features = {"image": hub.Image(), "label": hub.ClassLabel(names=["cat", "dog"])}
-    known = hub.Features({name: features[name] for name in values if name in features and name not in columns})
+    known = hub.Features(
+        {name: features[name] for name in values if name in features and name not in columns}
+    )
     made = hub.Dataset.from_dict({name: values[name] for name in known}, features=known)
     for name, value in columns.items():
         made = made if value is None else made.add_column(name, value)
@@ -624,7 +725,9 @@ def test_a_saved_data_set_is_read(hub, tmp_path):
 
 
 def test_a_validation_table_serves_as_the_test_split_and_a_size_is_given(hub, tmp_path):
-    data = load_data(on_disk(hub, tmp_path, train=table(hub, 20), validation=table(hub, 4)) + ":size=6")
+    data = load_data(
+        on_disk(hub, tmp_path, train=table(hub, 20), validation=table(hub, 4)) + ":size=6"
+    )
     assert data.size("test") == 4
     assert tuple(data.example().shape) == (1, 3, 6, 6)
 
@@ -640,7 +743,9 @@ def test_without_a_test_table_a_fifth_is_carved_out_whatever_the_seed(hub, tmp_p
 
 def test_integer_labels_will_do(hub, tmp_path):
     def numbered(count: int) -> Any:
-        return table(hub, count, label=None).add_column("labels", [index % 3 for index in range(count)])
+        return table(hub, count, label=None).add_column(
+            "labels", [index % 3 for index in range(count)]
+        )
 
     data = load_data(on_disk(hub, tmp_path, train=numbered(30), test=numbered(6)))
     assert data.class_names == ("0", "1", "2")
@@ -652,12 +757,27 @@ def test_tables_that_make_no_data_set_are_refused(hub, tmp_path):
         [
             ({"test": good}, "train"),
             ({"train": good, "test": table(hub, 0)}, "no images for test|datasets cannot load"),
-            ({"train": table(hub, 20, label=None), "test": good}, "an image column and a class label"),
-            ({"train": table(hub, 20, image=None), "test": good}, "an image column and a class label"),
+            (
+                {"train": table(hub, 20, label=None), "test": good},
+                "an image column and a class label",
+            ),
+            (
+                {"train": table(hub, 20, image=None), "test": good},
+                "an image column and a class label",
+            ),
             ({"train": table(hub, 20, label=["cat", "dog"] * 10), "test": good}, "label"),
-            ({"train": table(hub, 20, label=[0, 1] * 10), "test": table(hub, 2, label=[0, 2])}, "labels go up to 2"),
-            ({"train": table(hub, 20, label=[0, 2] * 10), "test": table(hub, 2, label=[0, 1])}, "not in the training split"),
-            ({"train": table(hub, 20, label=[0, -1] * 10), "test": table(hub, 2, label=[0, -1])}, "label"),
+            (
+                {"train": table(hub, 20, label=[0, 1] * 10), "test": table(hub, 2, label=[0, 2])},
+                "labels go up to 2",
+            ),
+            (
+                {"train": table(hub, 20, label=[0, 2] * 10), "test": table(hub, 2, label=[0, 1])},
+                "not in the training split",
+            ),
+            (
+                {"train": table(hub, 20, label=[0, -1] * 10), "test": table(hub, 2, label=[0, -1])},
+                "label",
+            ),
             ({"train": good, "test": table(hub, 2, label=[-1, -1])}, "label|training split"),
         ]
     ):

@@ -9,7 +9,13 @@ import pytest
 
 from impatient.clock import FakeClock
 from impatient.errors import EnergyUnavailable
-from impatient.runtime.energy import RaplMeter, ZeusMeter, energy_meter, joules_per_run, require_meter
+from impatient.runtime.energy import (
+    RaplMeter,
+    ZeusMeter,
+    energy_meter,
+    joules_per_run,
+    require_meter,
+)
 
 RANGE = 262_143_328_850  # microjoules, of a real processor
 
@@ -34,8 +40,15 @@ def spend(folder: Path, joules: float) -> None:
 
 
 def test_the_packages_are_added_and_their_parts_are_not(tmp_path: Path) -> None:
-    packages = [zone(tmp_path, "0", "package-0", 5_000_000), zone(tmp_path, "1", "package-1", 7_000_000)]
-    parts = [zone(tmp_path, "0:0", "core", 0), zone(tmp_path, "0:1", "dram", 0), zone(tmp_path, "2", "psys", 0)]
+    packages = [
+        zone(tmp_path, "0", "package-0", 5_000_000),
+        zone(tmp_path, "1", "package-1", 7_000_000),
+    ]
+    parts = [
+        zone(tmp_path, "0:0", "core", 0),
+        zone(tmp_path, "0:1", "dram", 0),
+        zone(tmp_path, "2", "psys", 0),
+    ]
     (tmp_path / "intel-rapl").mkdir()
     meter = RaplMeter(tmp_path)
     assert meter.name == "RAPL, 2 processor packages"
@@ -72,7 +85,9 @@ def test_a_machine_without_packages_is_told_so(tmp_path: Path) -> None:
         RaplMeter(tmp_path)
 
 
-def test_a_counter_that_may_not_be_read_says_how_it_could(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_may_not_be_read_says_how_it_could(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counter = zone(tmp_path, "0", "package-0", 0) / "energy_uj"
     read = Path.read_text
 
@@ -82,7 +97,9 @@ def test_a_counter_that_may_not_be_read_says_how_it_could(tmp_path: Path, monkey
         return read(path, **options)
 
     monkeypatch.setattr(Path, "read_text", forbidden)
-    with pytest.raises(EnergyUnavailable, match=r"energy_uj may not be read. Run as root, .*sudo chmod a\+r"):
+    with pytest.raises(
+        EnergyUnavailable, match=r"energy_uj may not be read. Run as root, .*sudo chmod a\+r"
+    ):
         RaplMeter(tmp_path)
 
 
@@ -118,7 +135,9 @@ class FakeZeus:
 
     def end_window(self, key: str, sync_execution: bool = True, cancel: bool = False) -> Any:
         spent = type(self).gpu_joules - self._before.pop(key)
-        return types.SimpleNamespace(gpu_energy=dict.fromkeys(self.gpu_indices, spent), soc_energy=self.soc)
+        return types.SimpleNamespace(
+            gpu_energy=dict.fromkeys(self.gpu_indices, spent), soc_energy=self.soc
+        )
 
 
 @pytest.fixture
@@ -152,13 +171,23 @@ def test_the_gpu_that_is_asked_for_is_measured(zeus: type[FakeZeus]) -> None:
 @pytest.mark.parametrize(
     ("soc", "joules"),
     [
-        (types.SimpleNamespace(total_energy_mj=1500.0, cpu_energy_mj=400.0, gpu_energy_mj=900.0), 1.5),
-        (types.SimpleNamespace(cpu_total_mj=1000, gpu_mj=200, dram_mj=40, ane_mj=None, efficiency_cores_mj=[900]), 1.24),
+        (
+            types.SimpleNamespace(total_energy_mj=1500.0, cpu_energy_mj=400.0, gpu_energy_mj=900.0),
+            1.5,
+        ),
+        (
+            types.SimpleNamespace(
+                cpu_total_mj=1000, gpu_mj=200, dram_mj=40, ane_mj=None, efficiency_cores_mj=[900]
+            ),
+            1.24,
+        ),
     ],
     ids=["Jetson", "Apple"],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_of_a_system_on_a_chip_all_is_measured(zeus: type[FakeZeus], soc: Any, joules: float, device: str) -> None:
+def test_of_a_system_on_a_chip_all_is_measured(
+    zeus: type[FakeZeus], soc: Any, joules: float, device: str
+) -> None:
     zeus.soc_is_present, zeus.soc, zeus.gpus = True, soc, ()
     meter = ZeusMeter(device)
     meter.begin()
@@ -185,7 +214,9 @@ def test_without_zeus_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 # --- which meter ------------------------------------------------------------------------------------------------------
 
 
-def test_a_processor_is_measured_by_its_counters_and_a_gpu_by_zeus(tmp_path: Path, zeus: type[FakeZeus]) -> None:
+def test_a_processor_is_measured_by_its_counters_and_a_gpu_by_zeus(
+    tmp_path: Path, zeus: type[FakeZeus]
+) -> None:
     zone(tmp_path, "0", "package-0", 0)
     assert isinstance(require_meter("cpu", powercap=tmp_path), RaplMeter)
     assert isinstance(energy_meter("cuda:0", powercap=tmp_path), ZeusMeter)
@@ -193,7 +224,10 @@ def test_a_processor_is_measured_by_its_counters_and_a_gpu_by_zeus(tmp_path: Pat
 
 def test_where_nothing_measures_all_reasons_are_given(tmp_path: Path, zeus: type[FakeZeus]) -> None:
     assert energy_meter("cpu", powercap=tmp_path) is None
-    with pytest.raises(EnergyUnavailable, match=r"energy of cpu cannot be measured here: .*\(RAPL\)\. .*system on a chip"):
+    with pytest.raises(
+        EnergyUnavailable,
+        match=r"energy of cpu cannot be measured here: .*\(RAPL\)\. .*system on a chip",
+    ):
         require_meter("cpu", powercap=tmp_path)
 
 
@@ -231,7 +265,11 @@ class Job:
 def test_joules_of_a_run_are_those_of_a_window_by_its_runs() -> None:
     meter = FakeMeter(FakeClock(), watts=8.0)
     jobs = [Job(meter, 0.125, 1.0), Job(meter, 0.0625, 0.25), Job(meter, 2.0, 3.0)]
-    assert joules_per_run(meter, jobs, window_s=0.5, rounds=3, clock=meter.clock) == (2.0, 0.75, 19.0)
+    assert joules_per_run(meter, jobs, window_s=0.5, rounds=3, clock=meter.clock) == (
+        2.0,
+        0.75,
+        19.0,
+    )
     assert [job.runs for job in jobs] == [4 * 3, 8 * 3, 1 * 3]
 
 

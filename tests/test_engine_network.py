@@ -19,7 +19,14 @@ from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.describe import DescribedNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
-from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, exported, load_aoti
+from impatient.runtime.engines.network import (
+    EngineNetwork,
+    NetworkFacts,
+    aoti,
+    compiled,
+    exported,
+    load_aoti,
+)
 from impatient.runtime.engines.partition import Parts, partition
 from impatient.runtime.engines.standalone import BundleError, Staged
 from recordings import Samples
@@ -53,10 +60,16 @@ class Reusing:
     def __call__(self, *arrays: np.ndarray) -> Any:
         assert all(isinstance(array, np.ndarray) for array in arrays)
         given = self._part(*map(torch.from_numpy, arrays))
-        return self._kept(0, given) if isinstance(given, Tensor) else [self._kept(*entry) for entry in enumerate(given)]
+        return (
+            self._kept(0, given)
+            if isinstance(given, Tensor)
+            else [self._kept(*entry) for entry in enumerate(given)]
+        )
 
     def _kept(self, place: int, value: Tensor) -> np.ndarray:
-        memory = self._memory.setdefault((place, tuple(value.shape)), np.empty(tuple(value.shape), np.float32))
+        memory = self._memory.setdefault(
+            (place, tuple(value.shape)), np.empty(tuple(value.shape), np.float32)
+        )
         memory[...] = value.numpy()
         return memory
 
@@ -93,11 +106,15 @@ def agree(network: EngineNetwork, eager: MultiExitNetwork, batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_outputs_are_those_of_the_eager_network(network: EngineNetwork, eager: MultiExitNetwork, batch: int) -> None:
+def test_outputs_are_those_of_the_eager_network(
+    network: EngineNetwork, eager: MultiExitNetwork, batch: int
+) -> None:
     agree(network, eager, batch)
 
 
-def test_features_and_pooled_features_are_those_of_the_eager_network(network: EngineNetwork, eager: MultiExitNetwork) -> None:
+def test_features_and_pooled_features_are_those_of_the_eager_network(
+    network: EngineNetwork, eager: MultiExitNetwork
+) -> None:
     x = torch.randn(3, 8)
     with network.exits(x) as ours, eager.exits(x) as theirs:
         for exit, other in zip(ours, theirs, strict=True):
@@ -115,7 +132,10 @@ def test_answers_outlive_later_runs(network: EngineNetwork) -> None:
     for exit in network.exits(torch.randn(2, 8)):
         exit.output()
     network.backbone(torch.zeros(2, 8))
-    assert all(torch.equal(value, other) for value, other in zip((*outputs, *features, whole), before, strict=True))
+    assert all(
+        torch.equal(value, other)
+        for value, other in zip((*outputs, *features, whole), before, strict=True)
+    )
 
 
 def test_kept_rows_alone_go_on(network: EngineNetwork) -> None:
@@ -170,7 +190,9 @@ def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: Netwo
         Staged(parts.wiring, parts.stages, parts.heads[1:])
     fewer = replace(facts, exit_names=facts.exit_names[1:])
     with pytest.raises(NetworkError, match="3 exits in parts for a network with 2"):
-        EngineNetwork(fewer, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported")
+        EngineNetwork(
+            fewer, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported"
+        )
 
 
 # --- inputs with names ------------------------------------------------------------------------------------------------
@@ -196,14 +218,19 @@ def test_mappings_and_tuples_are_taken_as_by_the_eager_network(kind: Callable[..
     x = batch(3)
     with torch.no_grad():
         wanted = eager(x)
-    assert all(torch.equal(exit.output(), other) for exit, other in zip(network.exits(x), wanted, strict=True))
+    assert all(
+        torch.equal(exit.output(), other)
+        for exit, other in zip(network.exits(x), wanted, strict=True)
+    )
     assert torch.equal(network.backbone(**x) if kind is dict else network.backbone(*x), wanted[-1])
 
 
 # --- what takes an eager network takes it -----------------------------------------------------------------------------
 
 
-def test_it_is_described_as_the_eager_network_is(network: EngineNetwork, eager: MultiExitNetwork) -> None:
+def test_it_is_described_as_the_eager_network_is(
+    network: EngineNetwork, eager: MultiExitNetwork
+) -> None:
     assert isinstance(network, DescribedNetwork)
     ours, theirs = network.describe(EXAMPLE).splitlines(), eager.describe(EXAMPLE).splitlines()
     assert ours[:-2] == theirs[:-2]
@@ -212,7 +239,9 @@ def test_it_is_described_as_the_eager_network_is(network: EngineNetwork, eager: 
     assert network.num_exits == 3
 
 
-def test_profile_knows_the_engine_and_serves_its_runner(network: EngineNetwork, eager: MultiExitNetwork) -> None:
+def test_profile_knows_the_engine_and_serves_its_runner(
+    network: EngineNetwork, eager: MultiExitNetwork
+) -> None:
     costs = profile(network, EXAMPLE, batch_sizes=[1, 3], repeats=20, warm_up=1)
     assert costs.provenance.engine == network.engine
     assert costs.stage_macs == profile(eager, EXAMPLE, repeats=1, warm_up=0).stage_macs
@@ -229,7 +258,9 @@ def test_profile_knows_the_engine_and_serves_its_runner(network: EngineNetwork, 
         Runner(eager, costs)
 
 
-def test_samples_leave_a_batch_at_their_exits(network: EngineNetwork, eager: MultiExitNetwork) -> None:
+def test_samples_leave_a_batch_at_their_exits(
+    network: EngineNetwork, eager: MultiExitNetwork
+) -> None:
     x = torch.randn(6, 8)
     with torch.no_grad():
         outputs = torch.stack(eager(x))
@@ -244,12 +275,17 @@ def test_samples_leave_a_batch_at_their_exits(network: EngineNetwork, eager: Mul
     assert torch.allclose(answer.output, wanted, atol=1e-6)
 
 
-def test_recordings_equal_those_of_the_eager_network(network: EngineNetwork, eager: MultiExitNetwork) -> None:
+def test_recordings_equal_those_of_the_eager_network(
+    network: EngineNetwork, eager: MultiExitNetwork
+) -> None:
     samples = Samples(torch.randn(11, 8), torch.randint(3, (11,)))
     ours = record(network, samples, split="validation", features=True, batch_size=4)
     theirs = record(eager, samples, split="validation", features=True, batch_size=4)
     assert torch.allclose(ours.outputs, theirs.outputs, atol=1e-6)
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(ours.features, theirs.features, strict=True))
+    assert all(
+        torch.allclose(one, other, atol=1e-6)
+        for one, other in zip(ours.features, theirs.features, strict=True)
+    )
     assert ours.provenance.network == theirs.provenance.network
     same_weights = ours.provenance.weights == theirs.provenance.weights
     assert same_weights == (network.precision == "fp32")
@@ -270,7 +306,9 @@ def shallow() -> MultiExitNetwork:
 
 
 @needs_compiler
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is imported
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own, when its compiler is imported
 def test_compiled_stages_give_the_same_answers(shallow: MultiExitNetwork) -> None:
     network = compiled(partition(shallow, EXAMPLE), NetworkFacts.of(shallow, EXAMPLE))
     assert network.engine == "compile"
@@ -280,8 +318,15 @@ def test_compiled_stages_give_the_same_answers(shallow: MultiExitNetwork) -> Non
 
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_packages_give_the_same_answers_with_their_own_thread_count_only(shallow: MultiExitNetwork, tmp_path: Path) -> None:
-    network = aoti(partition(shallow, EXAMPLE), NetworkFacts.of(shallow, EXAMPLE), tmp_path / "packages", threads=1)
+def test_packages_give_the_same_answers_with_their_own_thread_count_only(
+    shallow: MultiExitNetwork, tmp_path: Path
+) -> None:
+    network = aoti(
+        partition(shallow, EXAMPLE),
+        NetworkFacts.of(shallow, EXAMPLE),
+        tmp_path / "packages",
+        threads=1,
+    )
     assert (network.engine, network.threads) == ("aoti", 1)
     for batch in (1, 3):
         agree(network, shallow, batch)
@@ -297,14 +342,21 @@ def test_without_a_compiler_the_error_says_what_to_install(
     parts: Parts, facts: NetworkFacts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    for build in (lambda: compiled(parts, facts), lambda: aoti(parts, facts, tmp_path / "packages")):
-        with pytest.raises(NetworkError, match=r"torch compiles with .*no-such-compiler.*apt install g\+\+"):
+    for build in (
+        lambda: compiled(parts, facts),
+        lambda: aoti(parts, facts, tmp_path / "packages"),
+    ):
+        with pytest.raises(
+            NetworkError, match=r"torch compiles with .*no-such-compiler.*apt install g\+\+"
+        ):
             build()
     assert not (tmp_path / "packages").exists()
 
 
 @needs_compiler
-def test_packages_for_other_threads_than_torchs_are_not_built(parts: Parts, facts: NetworkFacts, tmp_path: Path) -> None:
+def test_packages_for_other_threads_than_torchs_are_not_built(
+    parts: Parts, facts: NetworkFacts, tmp_path: Path
+) -> None:
     with pytest.raises(StaleInput, match=r"for 2 threads were asked for, but torch uses 1 here"):
         aoti(parts, facts, tmp_path / "packages", threads=2)
     assert not (tmp_path / "packages").exists()

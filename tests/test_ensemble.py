@@ -31,7 +31,9 @@ SILENT = [index for index, answer in enumerate(ANSWERS) if answer != index]
 
 def member(exits: int, num_classes: int = 3) -> MultiExitNetwork:
     backbone = ToyBackbone(num_classes)
-    network = attach_exits(backbone, after=[f"blocks.{index}" for index in range(exits - 1)], example=X)
+    network = attach_exits(
+        backbone, after=[f"blocks.{index}" for index in range(exits - 1)], example=X
+    )
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     return network
@@ -52,7 +54,9 @@ def heads_and_backbones_run(network: EANN) -> list[str]:
     ran: list[str] = []
     for number, inner in enumerate(network.networks):
         parts = {f"head {number}/{index}": head for index, head in enumerate(inner.heads)}
-        parts |= {f"block {number}/{index}": block for index, block in enumerate(inner.backbone.blocks)}
+        parts |= {
+            f"block {number}/{index}": block for index, block in enumerate(inner.backbone.blocks)
+        }
         for name, part in parts.items():
             part.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     return ran
@@ -72,7 +76,10 @@ def paused() -> list[_Forward]:
         (ERRORS, ANSWERS),
         ([[0.9, 0.1, 0.5]], (0, 1, 2)),  # the first network has nobody to leave the answer to
         ([[0.2], [0.2]], (0, 1)),  # of equals, the running one
-        ([[0.2], [0.3, 0.1, 0.3], [0.25]], (0, 0, 2, 0, 0)),  # early exits of finished networks do not come back
+        (
+            [[0.2], [0.3, 0.1, 0.3], [0.25]],
+            (0, 0, 2, 0, 0),
+        ),  # early exits of finished networks do not come back
         ([[0.2], [0.4], [0.3]], (0, 0, 0)),  # the best finished one, not the last
     ],
 )
@@ -80,7 +87,13 @@ def test_the_better_of_the_best_finished_and_the_running_network_answers(errors,
     assert answering_exits(errors) == expected
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0]), min_size=1, max_size=4), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0]), min_size=1, max_size=4),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_no_answer_is_worse_than_a_finished_network_or_comes_from_the_future(errors):
     flat = [error for member in errors for error in member]
     number = 0
@@ -113,8 +126,14 @@ def test_forward_exits_and_recording_give_the_members_own_outputs(network, membe
     recorded = record(network, data, features=True, batch_size=40)
     assert recorded.outputs.equal(expected)
     assert recorded.exits == network.exit_names
-    inner_features = [entry for inner in members for entry in record(inner, data, features=True, batch_size=40).features]
-    assert all(entry.equal(own) for entry, own in zip(recorded.features, inner_features, strict=True))
+    inner_features = [
+        entry
+        for inner in members
+        for entry in record(inner, data, features=True, batch_size=40).features
+    ]
+    assert all(
+        entry.equal(own) for entry, own in zip(recorded.features, inner_features, strict=True)
+    )
 
 
 def test_an_ensemble_looks_like_a_network(network, members):
@@ -133,7 +152,9 @@ def test_the_last_final_of_an_ensemble_may_be_an_earlier_one(members, toy_input)
 
 def test_running_ensembles_and_ensembles_can_be_members(members, toy_input):
     inner = EANN(members[:2], ERRORS[:2])
-    network = EANN([RunningEnsemble(member(2), "geometric"), inner], [[0.5, 0.4], [0.5, 0.35, 0.3, 0.25, 0.2]])
+    network = EANN(
+        [RunningEnsemble(member(2), "geometric"), inner], [[0.5, 0.4], [0.5, 0.35, 0.3, 0.25, 0.2]]
+    )
     with network.exits(toy_input) as run:
         staged = torch.stack([exit.output() for exit in run])
     assert staged.equal(torch.stack(network(toy_input)))
@@ -231,7 +252,9 @@ def test_another_table_is_another_network(members, network):
 def test_copies_are_independent(network, toy_input):
     before, twin = torch.stack(network(toy_input)), copy.deepcopy(network)
     assert torch.stack(twin(toy_input)).equal(before)
-    twin.load_state_dict(EANN([member(2), member(3), member(4)], [[0.1] * 2, [0.1] * 3, [0.1] * 4]).state_dict())
+    twin.load_state_dict(
+        EANN([member(2), member(3), member(4)], [[0.1] * 2, [0.1] * 3, [0.1] * 4]).state_dict()
+    )
     assert twin.answers == tuple(range(9))
     assert network.answers == ANSWERS
     assert torch.stack(network(toy_input)).equal(before)
@@ -247,7 +270,9 @@ def test_facts_are_the_members_with_no_work_in_silent_heads(network, members):
     assert [fact.exit for fact in facts] == list(network.exit_names)
     assert [fact.stage_macs for fact in facts] == [fact.stage_macs for fact in own]
     assert [fact.stage_parameters for fact in facts] == [fact.stage_parameters for fact in own]
-    assert [fact.head_macs for fact in facts] == [0 if i in SILENT else fact.head_macs for i, fact in enumerate(own)]
+    assert [fact.head_macs for fact in facts] == [
+        0 if i in SILENT else fact.head_macs for i, fact in enumerate(own)
+    ]
     assert all(own[index].head_macs > 0 for index in SILENT[:1])
 
 
@@ -256,7 +281,9 @@ def test_it_describes_who_takes_over_where(network):
         "answers: network 0 from 0/blocks.0, network 1 from 1/blocks.1, network 2 from 2/blocks.2."
     )
     never = EANN(list(network.networks)[:2], [[0.5, 0.3], [0.4, 0.4, 0.4]])
-    assert never.describe(X).splitlines()[-1] == "answers: network 0 from 0/blocks.0, network 1 never."
+    assert (
+        never.describe(X).splitlines()[-1] == "answers: network 0 from 0/blocks.0, network 1 never."
+    )
 
 
 def test_profile_and_runner_take_it_for_a_network(network, toy_input):
@@ -266,7 +293,9 @@ def test_profile_and_runner_take_it_for_a_network(network, toy_input):
     final = runner.run(toy_input)
     assert (final.exit, final.stopped_by) == (8, "final")
     assert final.output.equal(network(toy_input)[8])
-    policy = ThresholdPolicy(score="max_probability", thresholds=(*[2.0] * 5, 0.0, *[2.0] * 2, -math.inf))
+    policy = ThresholdPolicy(
+        score="max_probability", thresholds=(*[2.0] * 5, 0.0, *[2.0] * 2, -math.inf)
+    )
     stopped = Runner(network, costs, policy).run(toy_input)
     assert (stopped.exit, stopped.stopped_by) == (5, "policy")
     assert stopped.output.equal(network(toy_input)[4])  # a silent exit: the second network's last
@@ -284,8 +313,17 @@ def test_ensembles_that_cannot_be_are_refused(members):
         EANN([member(2), member(2, num_classes=4)], [[0.5, 0.3]] * 2)
 
 
-@pytest.mark.parametrize("errors", [ERRORS[:2], [[0.5], *ERRORS[1:]], [*ERRORS, [0.1]], [[0.5, 1.2], *ERRORS[1:]],
-                                    [[0.5, -0.1], *ERRORS[1:]], [[0.5, float("nan")], *ERRORS[1:]]])  # fmt: skip
+@pytest.mark.parametrize(
+    "errors",
+    [
+        ERRORS[:2],
+        [[0.5], *ERRORS[1:]],
+        [*ERRORS, [0.1]],
+        [[0.5, 1.2], *ERRORS[1:]],
+        [[0.5, -0.1], *ERRORS[1:]],
+        [[0.5, float("nan")], *ERRORS[1:]],
+    ],
+)
 def test_wrong_errors_are_refused(members, errors):
     with pytest.raises(PolicyError, match="validation errors"):
         EANN(members, errors)

@@ -16,15 +16,25 @@ NAMES = sorted(RULES)
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-def outputs_of(seed: int, exits: int = 4, classes: int = 5, samples: int = 7, scale: float = 2.0) -> Tensor:
-    return scale * torch.randn(exits, samples, classes, generator=torch.Generator().manual_seed(seed))
+def outputs_of(
+    seed: int, exits: int = 4, classes: int = 5, samples: int = 7, scale: float = 2.0
+) -> Tensor:
+    return scale * torch.randn(
+        exits, samples, classes, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 drawn = st.builds(
-    outputs_of, st.integers(0, 10_000), exits=st.integers(1, 6), classes=st.integers(2, 8), samples=st.integers(1, 9),
+    outputs_of,
+    st.integers(0, 10_000),
+    exits=st.integers(1, 6),
+    classes=st.integers(2, 8),
+    samples=st.integers(1, 9),
     scale=st.sampled_from([0.1, 1.0, 5.0, 30.0]),
-)  # fmt: skip
-any_rule = st.sampled_from([*NAMES, Rule(name="geometric", weights="depth"), Rule(name="boosted", rate=0.9, detach=False)])
+)
+any_rule = st.sampled_from(
+    [*NAMES, Rule(name="geometric", weights="depth"), Rule(name="boosted", rate=0.9, detach=False)]
+)
 
 
 def logs(*probabilities: float) -> Tensor:
@@ -48,7 +58,9 @@ def test_arithmetic_is_the_mean_of_probabilities():
 
 @pytest.mark.parametrize(("weights", "share"), [("equal", 1 / 2), ("depth", 2 / 3)])
 def test_geometric_is_the_normalised_product_of_powers(weights, share):
-    combined = combine(torch.stack([logs(0.9, 0.1), logs(0.2, 0.8)]), Rule(name="geometric", weights=weights))
+    combined = combine(
+        torch.stack([logs(0.9, 0.1), logs(0.2, 0.8)]), Rule(name="geometric", weights=weights)
+    )
     first, second = 0.9 ** (1 - share) * 0.2**share, 0.1 ** (1 - share) * 0.8**share
     expected = torch.tensor([[0.9, 0.1], [first / (first + second), second / (first + second)]])
     torch.testing.assert_close(combined.exp(), expected)
@@ -57,7 +69,12 @@ def test_geometric_is_the_normalised_product_of_powers(weights, share):
 def test_product_of_experts_by_hand():
     # K = 2: sqrt(ReLU(first)), then times ReLU(second)
     combined = combine(torch.tensor([[4.0, 1.0, -1.0], [1.0, 3.0, 5.0]]), "poe")
-    torch.testing.assert_close(combined.exp(), torch.tensor([[2 / 3, 1 / 3, 0.0], [2 / 5, 3 / 5, 0.0]]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        combined.exp(),
+        torch.tensor([[2 / 3, 1 / 3, 0.0], [2 / 5, 3 / 5, 0.0]]),
+        atol=1e-6,
+        rtol=1e-6,
+    )
     assert combined[:, 2].tolist() == [RULED_OUT, RULED_OUT]
 
 
@@ -103,7 +120,9 @@ def brute(name: str, outputs: Tensor) -> Tensor:
 @quick
 @given(outputs=drawn)
 def test_rules_are_the_formulas_of_their_papers(name, outputs):
-    torch.testing.assert_close(combine(outputs, name).double().softmax(-1), brute(name, outputs), atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        combine(outputs, name).double().softmax(-1), brute(name, outputs), atol=2e-5, rtol=1e-3
+    )
 
 
 @quick
@@ -146,7 +165,9 @@ def test_caching_gives_bit_by_bit_the_output_that_a_plain_loop_holds(outputs, ro
 def test_recalibration_takes_from_caching_that_it_never_grows_less_sure():
     outputs = torch.stack([logs(0.8, 0.2), logs(0.6, 0.4)])
     surety = combine(outputs, "caching", recalibration=[1.0, 2.0]).softmax(-1).amax(-1)
-    torch.testing.assert_close(surety, torch.tensor([0.8, 2 / 3]))  # the square roots of 0.8 and 0.2 are as 2 to 1
+    torch.testing.assert_close(
+        surety, torch.tensor([0.8, 2 / 3])
+    )  # the square roots of 0.8 and 0.2 are as 2 to 1
 
 
 @quick
@@ -165,7 +186,9 @@ def test_a_class_that_the_product_has_ruled_out_stays_out(outputs):
 def test_probability_rules_give_log_probabilities(outputs, name):
     combined = combine(outputs, name)
     assert torch.isfinite(combined).all()
-    torch.testing.assert_close(combined.exp().sum(-1), torch.ones(combined.shape[:-1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        combined.exp().sum(-1), torch.ones(combined.shape[:-1]), atol=1e-5, rtol=0
+    )
 
 
 @quick
@@ -248,7 +271,9 @@ def test_temperatures_divide_before_and_recalibration_after(outputs, rule):
 def test_a_product_does_not_heed_temperatures_where_a_class_is_left(outputs):
     kept = (outputs > 0).all(0).any(-1)
     cooled = combine(outputs, "poe", temperatures=[0.3] * len(outputs))
-    torch.testing.assert_close(cooled[:, kept], combine(outputs, "poe")[:, kept], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        cooled[:, kept], combine(outputs, "poe")[:, kept], atol=1e-4, rtol=1e-4
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -271,17 +296,24 @@ def test_outputs_may_be_left_out_but_not_come_twice_or_backwards():
         running.add(outputs[3])
 
 
-@pytest.mark.parametrize("temperatures", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.inf], [1.0, math.nan], torch.ones(3)])
+@pytest.mark.parametrize(
+    "temperatures",
+    [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.inf], [1.0, math.nan], torch.ones(3)],
+)
 def test_there_is_one_positive_temperature_per_exit(temperatures):
     for name in ("temperatures", "recalibration"):
         with pytest.raises(PolicyError, match="2 exits"):
             combine(torch.zeros(2, 1, 3), "poe", **{name: temperatures})
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"name": "majority"}, "majority.*needed: one of boosted"), ({"name": "boosted", "rate": math.nan}, "rate=nan"),
-    ({"name": "geometric", "weights": "late"}, "weights='late'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "majority"}, "majority.*needed: one of boosted"),
+        ({"name": "boosted", "rate": math.nan}, "rate=nan"),
+        ({"name": "geometric", "weights": "late"}, "weights='late'"),
+    ],
+)
 def test_rules_that_are_none_are_refused(options, message):
     with pytest.raises(PolicyError, match=message):
         Rule(**options)

@@ -9,8 +9,21 @@ import torch
 from scipy import stats
 
 from impatient import budgets
-from impatient.errors import CostError, PolicyError, RecordingError, SplitReuseError, StaleInput, StorageError
-from impatient.evaluation import Evaluation, Static, class_confidence, evaluate, true_label_probabilities
+from impatient.errors import (
+    CostError,
+    PolicyError,
+    RecordingError,
+    SplitReuseError,
+    StaleInput,
+    StorageError,
+)
+from impatient.evaluation import (
+    Evaluation,
+    Static,
+    class_confidence,
+    evaluate,
+    true_label_probabilities,
+)
 from impatient.evaluation.metrics import expected_calibration_error, mean, proportion
 from impatient.files import write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds
@@ -20,9 +33,17 @@ INF = math.inf
 
 # five samples at three exits: the last sample is too hard for all of them
 RIGHT = [[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
-SURETY = [[0.92, 0.65, 0.71, 0.82, 0.55], [0.92, 0.91, 0.65, 0.58, 0.57], [0.95, 0.94, 0.91, 0.61, 0.55]]
-COSTS = costs_of([1.0, 2.0, 3.0], [0.5, 0.25, 0.0], exit_free_s=5.0, stage_macs=[10, 20, 30], head_macs=[1, 2, 0])
-POLICY = ThresholdPolicy(score="max_probability", thresholds=(0.75, INF, -INF))  # samples 0 and 3 leave at exit 0
+SURETY = [
+    [0.92, 0.65, 0.71, 0.82, 0.55],
+    [0.92, 0.91, 0.65, 0.58, 0.57],
+    [0.95, 0.94, 0.91, 0.61, 0.55],
+]
+COSTS = costs_of(
+    [1.0, 2.0, 3.0], [0.5, 0.25, 0.0], exit_free_s=5.0, stage_macs=[10, 20, 30], head_macs=[1, 2, 0]
+)
+POLICY = ThresholdPolicy(
+    score="max_probability", thresholds=(0.75, INF, -INF)
+)  # samples 0 and 3 leave at exit 0
 
 
 def hand_made(**rest):
@@ -30,7 +51,10 @@ def hand_made(**rest):
 
 
 def trained_alone(**rest):
-    return recording_of(*sure([[1, 1, 1, 1, 0]], [[0.9, 0.9, 0.9, 0.9, 0.9]]), **{"split": "test", "weights": "own", **rest})
+    return recording_of(
+        *sure([[1, 1, 1, 1, 0]], [[0.9, 0.9, 0.9, 0.9, 0.9]]),
+        **{"split": "test", "weights": "own", **rest},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +65,39 @@ def judged():
 # --- rows, by hand ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind", "accuracy", "interruptible", "contract", "macs", "shares"), [
-    ("exit 0", "exit", 2 / 5, 1.5, 1.5, 11, (1, 0, 0)),
-    ("exit 1", "exit", 2 / 5, 3.75, 3.25, 32, (0, 1, 0)),
-    ("exit 2", "exit", 3 / 5, 6.75, 6.0, 60, (0, 0, 1)),
-    # two leave at exit 0, three go on past the closed exit 1: its head is paid in an interruptible run only
-    ("mine", "policy", 4 / 5, (2 * 1.5 + 3 * 6.75) / 5, (2 * 1.5 + 3 * 6.5) / 5, (2 * 11 + 3 * 61) / 5, (0.4, 0, 0.6)),
-    ("no exits, same weights", "exit_free", 3 / 5, 5.0, 5.0, 60, (0, 0, 1)),
-    ("no exits, trained alone", "exit_free", 4 / 5, 5.0, 5.0, 60, (0, 0, 1)),
-    # right first at exits 0, 1, 2, 0; where none is right, the oracle does not wait
-    ("oracle", "oracle", 4 / 5, (3 * 1.5 + 3.75 + 6.75) / 5, (3 * 1.5 + 3.25 + 6.0) / 5, (3 * 11 + 32 + 60) / 5, (0.6, .2, .2)),
-])  # fmt: skip
-def test_a_row_is_what_one_computes_by_hand(judged, name, kind, accuracy, interruptible, contract, macs, shares):
+@pytest.mark.parametrize(
+    ("name", "kind", "accuracy", "interruptible", "contract", "macs", "shares"),
+    [
+        ("exit 0", "exit", 2 / 5, 1.5, 1.5, 11, (1, 0, 0)),
+        ("exit 1", "exit", 2 / 5, 3.75, 3.25, 32, (0, 1, 0)),
+        ("exit 2", "exit", 3 / 5, 6.75, 6.0, 60, (0, 0, 1)),
+        # two leave at exit 0, three go on past the closed exit 1: its head is paid in an interruptible run only
+        (
+            "mine",
+            "policy",
+            4 / 5,
+            (2 * 1.5 + 3 * 6.75) / 5,
+            (2 * 1.5 + 3 * 6.5) / 5,
+            (2 * 11 + 3 * 61) / 5,
+            (0.4, 0, 0.6),
+        ),
+        ("no exits, same weights", "exit_free", 3 / 5, 5.0, 5.0, 60, (0, 0, 1)),
+        ("no exits, trained alone", "exit_free", 4 / 5, 5.0, 5.0, 60, (0, 0, 1)),
+        # right first at exits 0, 1, 2, 0; where none is right, the oracle does not wait
+        (
+            "oracle",
+            "oracle",
+            4 / 5,
+            (3 * 1.5 + 3.75 + 6.75) / 5,
+            (3 * 1.5 + 3.25 + 6.0) / 5,
+            (3 * 11 + 32 + 60) / 5,
+            (0.6, 0.2, 0.2),
+        ),
+    ],
+)
+def test_a_row_is_what_one_computes_by_hand(
+    judged, name, kind, accuracy, interruptible, contract, macs, shares
+):
     row = judged[name]
     assert row.kind == kind
     assert (row.accuracy.value, row.interruptible_s, row.contract_s, row.macs) == pytest.approx(
@@ -67,16 +112,27 @@ def test_calibration_errors_are_those_of_the_answers_given(judged):
     assert judged["exit 0"].calibration_error == pytest.approx(sum(gaps) / 5)
     # the policy answers with 0.92 and 0.82 of exit 0 and with 0.94, 0.91, 0.55 of exit 2; 0.92 and 0.91 share a bin
     shared = abs(2 - 0.92 - 0.91)
-    assert judged["mine"].calibration_error == pytest.approx((shared + (1 - 0.82) + (1 - 0.94) + 0.55) / 5)
+    assert judged["mine"].calibration_error == pytest.approx(
+        (shared + (1 - 0.82) + (1 - 0.94) + 0.55) / 5
+    )
     # all five of 0.9 in one bin, four right
     assert judged["no exits, trained alone"].calibration_error == pytest.approx(0.1)
 
 
 def test_rows_come_exits_first_then_policies_and_what_to_compare_with(judged):
     assert [row.name for row in judged.rows] == [
-        "exit 0", "exit 1", "exit 2", "mine", "no exits, same weights", "no exits, trained alone", "oracle",
-    ]  # fmt: skip
-    assert [row.name for row in judged.of("exit_free")] == ["no exits, same weights", "no exits, trained alone"]
+        "exit 0",
+        "exit 1",
+        "exit 2",
+        "mine",
+        "no exits, same weights",
+        "no exits, trained alone",
+        "oracle",
+    ]
+    assert [row.name for row in judged.of("exit_free")] == [
+        "no exits, same weights",
+        "no exits, trained alone",
+    ]
     with pytest.raises(KeyError, match="oracle"):
         judged["exit 7"]
 
@@ -85,28 +141,41 @@ def test_rows_come_exits_first_then_policies_and_what_to_compare_with(judged):
 def test_the_network_without_exits_and_the_oracle_are_always_there(policies):
     evaluation = evaluate(hand_made(), COSTS, policies)
     assert len(evaluation.of("exit_free")) == len(evaluation.of("oracle")) == 1
-    assert {"no exits, same weights", "static oracle"} <= {row.name for row in evaluation.under_budgets}
+    assert {"no exits, same weights", "static oracle"} <= {
+        row.name for row in evaluation.under_budgets
+    }
     assert [row.name for row in evaluation.of("policy")] == (["policy"] if policies else [])
 
 
 def test_the_oracle_is_never_worse_and_a_policy_never_better():
     recording = drawn(500, seed=1, split="test")
     costs = costs_of([1.0] * 4, [0.1] * 3 + [0.0])
-    policies = {f"{loss}": fit_thresholds(drawn(500, seed=2), costs, max_accuracy_loss=loss) for loss in (0.02, 0.1)}
+    policies = {
+        f"{loss}": fit_thresholds(drawn(500, seed=2), costs, max_accuracy_loss=loss)
+        for loss in (0.02, 0.1)
+    }
     evaluation = evaluate(recording, costs, policies)
     best = evaluation["oracle"].accuracy.value
     assert all(row.accuracy.value <= best for row in evaluation.rows)
     assert sum(evaluation["0.1"].shares) == pytest.approx(1.0)
-    assert evaluation["0.1"].contract_s < evaluation["0.02"].contract_s < evaluation["exit 3"].contract_s
+    assert (
+        evaluation["0.1"].contract_s
+        < evaluation["0.02"].contract_s
+        < evaluation["exit 3"].contract_s
+    )
 
 
 def test_how_much_each_way_gives_to_the_truth_and_evaluations_made_before_that():
     recording = hand_made()
     evaluation = evaluate(recording, COSTS, {"mine": POLICY})
-    assert [row.p_true for row in evaluation.of("exit")] == list(class_confidence(recording).overall)
+    assert [row.p_true for row in evaluation.of("exit")] == list(
+        class_confidence(recording).overall
+    )
     true = true_label_probabilities(recording.outputs, recording.labels)
     left = POLICY.exits_of(recording.outputs)
-    assert evaluation["mine"].p_true.value == pytest.approx(float(true[left, torch.arange(len(left))].mean()))
+    assert evaluation["mine"].p_true.value == pytest.approx(
+        float(true[left, torch.arange(len(left))].mean())
+    )
     assert evaluation["no exits, same weights"].p_true == evaluation.of("exit")[-1].p_true
     old = evaluation.to_json()
     for row in old["rows"]:
@@ -127,28 +196,39 @@ def simulated(hits, cost, drawn_s, leaves=None):
     """Mean and standard error of right answers in time; nobody computes on after leaving."""
     exits = held(drawn_s, cost)
     last = hits.shape[0] - 1 if leaves is None else leaves[:, None]
-    answered = np.minimum(exits, last) if leaves is not None else np.broadcast_to(exits, (hits.shape[1], len(drawn_s)))
-    right = np.where(answered >= 0, np.take_along_axis(hits.T, np.maximum(answered, 0), 1), 0.0).mean(0)
+    answered = (
+        np.minimum(exits, last)
+        if leaves is not None
+        else np.broadcast_to(exits, (hits.shape[1], len(drawn_s)))
+    )
+    right = np.where(
+        answered >= 0, np.take_along_axis(hits.T, np.maximum(answered, 0), 1), 0.0
+    ).mean(0)
     return right.mean(), right.std() / math.sqrt(len(drawn_s))
 
 
 DISTRIBUTIONS = {
-    **budgets.standard(8.0), "log_uniform": budgets.log_uniform(0.5, 20.0),
+    **budgets.standard(8.0),
+    "log_uniform": budgets.log_uniform(0.5, 20.0),
     "empirical": budgets.empirical([1.5, 3.0, 3.75, 7.0]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_expected_accuracies_are_those_of_sampled_budgets(name):
     budget = DISTRIBUTIONS[name]
-    evaluation = evaluate(hand_made(), COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets={name: budget})
+    evaluation = evaluate(
+        hand_made(), COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets={name: budget}
+    )
     found = {row.name: row.accuracy.value for row in evaluation.under_budgets}
     times, hits = budget.sample(20_000, seed=3), np.array(RIGHT, dtype=float)
     ways = {
         "interruptible": simulated(hits, [1.5, 3.75, 6.75], times),
         "contract": simulated(hits, [1.5, 3.25, 6.0], times),
         "mine": simulated(hits, [1.5, 3.75, 6.75], times, leaves=np.array([0, 2, 2, 0, 2])),
-        "static oracle": simulated(hits, [1.5, 3.25, 6.0], times),  # here deeper is never less accurate
+        "static oracle": simulated(
+            hits, [1.5, 3.25, 6.0], times
+        ),  # here deeper is never less accurate
         "no exits, same weights": simulated(hits[-1:], [5.0], times),
         "no exits, trained alone": simulated(np.array([[1.0, 1, 1, 1, 0]]), [5.0], times),
     }
@@ -158,7 +238,9 @@ def test_expected_accuracies_are_those_of_sampled_budgets(name):
 
 
 def test_a_point_budget_pays_for_an_exit_that_costs_exactly_as_much():
-    rows = evaluate(hand_made(), COSTS, budgets={"3.25": budgets.point(3.25), "1.4": budgets.point(1.4)}).under_budgets
+    rows = evaluate(
+        hand_made(), COSTS, budgets={"3.25": budgets.point(3.25), "1.4": budgets.point(1.4)}
+    ).under_budgets
     found = {(row.budget, row.name): row.accuracy.value for row in rows}
     assert found["3.25", "contract"] == pytest.approx(2 / 5)
     assert found["3.25", "no exits, same weights"] == 0.0
@@ -166,7 +248,9 @@ def test_a_point_budget_pays_for_an_exit_that_costs_exactly_as_much():
 
 
 def test_the_static_oracle_takes_the_best_exit_that_fits_not_the_deepest():
-    overthinking = recording_of(*sure([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], [[0.9] * 4] * 3), split="test")
+    overthinking = recording_of(
+        *sure([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]], [[0.9] * 4] * 3), split="test"
+    )
     evaluation = evaluate(overthinking, COSTS, budgets={"always": budgets.point(10.0)})
     found = {row.name: row.accuracy.value for row in evaluation.under_budgets}
     assert (found["static oracle"], found["contract"]) == (1.0, 0.5)
@@ -189,15 +273,21 @@ def test_by_default_the_standard_budgets_reach_a_quarter_beyond_the_last_exit(ju
 
 def test_intervals_under_budgets_stay_between_nothing_and_all():
     recording = recording_of(*sure([[1, 1, 1, 0]], [[0.9] * 4]), split="test")
-    rows = evaluate(recording, costs_of([1.0], [0.0]), budgets={"ample": budgets.point(9.0)}).under_budgets
-    assert all(0.0 <= row.accuracy.low <= row.accuracy.value <= row.accuracy.high <= 1.0 for row in rows)
+    rows = evaluate(
+        recording, costs_of([1.0], [0.0]), budgets={"ample": budgets.point(9.0)}
+    ).under_budgets
+    assert all(
+        0.0 <= row.accuracy.low <= row.accuracy.value <= row.accuracy.high <= 1.0 for row in rows
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 def fitted(**rest):
-    return fit_thresholds(drawn(200, seed=4, gains=(1.0, 2.0, 3.0), classes=3, **rest), COSTS, max_accuracy_loss=0.1)
+    return fit_thresholds(
+        drawn(200, seed=4, gains=(1.0, 2.0, 3.0), classes=3, **rest), COSTS, max_accuracy_loss=0.1
+    )
 
 
 def test_a_policy_is_not_judged_on_the_split_it_was_fitted_on():
@@ -209,7 +299,9 @@ def test_a_policy_is_not_judged_on_the_split_it_was_fitted_on():
 
 
 def test_a_policy_of_other_weights_is_stale():
-    with pytest.raises(StaleInput, match=r"policy 'mine' was made with another set of weights.*fit it again"):
+    with pytest.raises(
+        StaleInput, match=r"policy 'mine' was made with another set of weights.*fit it again"
+    ):
         evaluate(hand_made(), COSTS, {"mine": fitted(weights="older")})
 
 
@@ -250,7 +342,10 @@ def test_another_file_is_no_evaluation(tmp_path, value):
 
 def wilson_coverage(share, count):
     """P(the interval holds the true share), over all outcomes."""
-    inside = [proportion(float(hits), count).low <= share <= proportion(float(hits), count).high for hits in range(count + 1)]
+    inside = [
+        proportion(float(hits), count).low <= share <= proportion(float(hits), count).high
+        for hits in range(count + 1)
+    ]
     return float(stats.binom.pmf(np.arange(count + 1), count, share)[inside].sum())
 
 
@@ -263,8 +358,12 @@ def test_wilson_intervals_hold_the_truth_as_often_as_they_say(count):
 
 def test_wilson_intervals_hold_the_truth_in_simulated_draws():
     hits = np.random.default_rng(0).binomial(200, 0.9, size=4000)
-    covered = [proportion(float(hit), 200).low <= 0.9 <= proportion(float(hit), 200).high for hit in hits]
-    assert np.mean(covered) == pytest.approx(wilson_coverage(0.9, 200), abs=4 * math.sqrt(0.05 * 0.95 / 4000))
+    covered = [
+        proportion(float(hit), 200).low <= 0.9 <= proportion(float(hit), 200).high for hit in hits
+    ]
+    assert np.mean(covered) == pytest.approx(
+        wilson_coverage(0.9, 200), abs=4 * math.sqrt(0.05 * 0.95 / 4000)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
@@ -276,7 +375,9 @@ def test_all_or_nothing_still_has_an_interval(count):
 
 
 def test_the_interval_of_a_mean_holds_the_truth_as_often_as_it_says():
-    estimates = [mean(row) for row in torch.rand(2000, 60, generator=torch.Generator().manual_seed(0))]
+    estimates = [
+        mean(row) for row in torch.rand(2000, 60, generator=torch.Generator().manual_seed(0))
+    ]
     covered = np.mean([estimate.low <= 0.5 <= estimate.high for estimate in estimates])
     assert covered == pytest.approx(0.95, abs=4 * math.sqrt(0.05 * 0.95 / 2000))
 
@@ -301,11 +402,15 @@ def test_calibration_error_is_nothing_where_confidence_is_right():
 
 def test_a_confidence_between_two_bins_counts_to_the_lower():
     both = torch.tensor([0.45, 0.5])  # one bin from 0.25 to 0.5: accuracy 0.5 against 0.475
-    assert expected_calibration_error(both, torch.tensor([False, True]), bins=4) == pytest.approx(0.025)
+    assert expected_calibration_error(both, torch.tensor([False, True]), bins=4) == pytest.approx(
+        0.025
+    )
 
 
 def test_calibration_error_counts_certainty_and_its_opposite():
-    assert expected_calibration_error(torch.tensor([1.0, 0.0]), torch.tensor([False, True])) == pytest.approx(1.0)
+    assert expected_calibration_error(
+        torch.tensor([1.0, 0.0]), torch.tensor([False, True])
+    ) == pytest.approx(1.0)
 
 
 # --- other networks to compare with -----------------------------------------------------------------------------------
@@ -314,7 +419,11 @@ def test_calibration_error_counts_certainty_and_its_opposite():
 def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
     other = Static(recording=trained_alone(), time_s=1.25, macs=7.0)
     evaluation = evaluate(
-        hand_made(), COSTS, static={"small": other}, exit_free=trained_alone(), budgets={"point": budgets.point(1.25)}
+        hand_made(),
+        COSTS,
+        static={"small": other},
+        exit_free=trained_alone(),
+        budgets={"point": budgets.point(1.25)},
     )
     row, alone = evaluation["small"], evaluation["no exits, trained alone"]
     assert (row.kind, row.accuracy, row.contract_s, row.interruptible_s, row.macs) == (
@@ -344,23 +453,46 @@ def test_another_network_must_have_been_recorded_on_the_same_split():
 
 
 ALL_COSTS = dataclasses.replace(
-    COSTS, stage_macs=(1000, 2000, 3000), head_macs=(500, 250, 0), exit_free_macs=5000,
-    stage_bytes=(1_000_000, 2_000_000, 3_000_000), head_bytes=(500_000, 250_000, 0), exit_free_bytes=5_000_000,
-    stage_energy_j=(0.125, 0.25, 0.375), head_energy_j=(0.0625, 0.03125, 0.0), exit_free_energy_j=0.625,
-)  # fmt: skip
+    COSTS,
+    stage_macs=(1000, 2000, 3000),
+    head_macs=(500, 250, 0),
+    exit_free_macs=5000,
+    stage_bytes=(1_000_000, 2_000_000, 3_000_000),
+    head_bytes=(500_000, 250_000, 0),
+    exit_free_bytes=5_000_000,
+    stage_energy_j=(0.125, 0.25, 0.375),
+    head_energy_j=(0.0625, 0.03125, 0.0),
+    exit_free_energy_j=0.625,
+)
 
 
 @pytest.mark.parametrize(("cost", "unit"), [("macs", 1e3), ("bytes", 1e6), ("energy", 0.125)])
 @pytest.mark.parametrize("high", [2.0, 6.6, 10.0])
-def test_budgets_of_another_cost_give_what_budgets_of_time_do_where_costs_are_in_proportion(cost, unit, high):
-    named = {"time": budgets.uniform(0.0, high), "other": budgets.uniform(0.0, high * unit, cost=cost)}
-    both = evaluate(hand_made(), ALL_COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets=named)
+def test_budgets_of_another_cost_give_what_budgets_of_time_do_where_costs_are_in_proportion(
+    cost, unit, high
+):
+    named = {
+        "time": budgets.uniform(0.0, high),
+        "other": budgets.uniform(0.0, high * unit, cost=cost),
+    }
+    both = evaluate(
+        hand_made(), ALL_COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets=named
+    )
     found = {(row.budget, row.name): row.accuracy for row in both.under_budgets}
     names = {name for _, name in found}
-    assert {"interruptible", "contract", "static oracle", "mine", "no exits, same weights", "no exits, trained alone"} == names
+    assert {
+        "interruptible",
+        "contract",
+        "static oracle",
+        "mine",
+        "no exits, same weights",
+        "no exits, trained alone",
+    } == names
     assert 0.0 < found["time", "contract"].value < 0.6
     for name in names:
-        assert dataclasses.astuple(found["time", name]) == pytest.approx(dataclasses.astuple(found["other", name]))
+        assert dataclasses.astuple(found["time", name]) == pytest.approx(
+            dataclasses.astuple(found["other", name])
+        )
 
 
 def test_of_another_network_bytes_are_not_known(tmp_path):

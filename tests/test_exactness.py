@@ -40,7 +40,13 @@ def masked_tokens(batch: int) -> dict[str, Tensor]:
 
 
 def small_transformer(name: str, **more: Any) -> Callable[[], nn.Module]:
-    options = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, **more}
+    options = {
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        **more,
+    }
     return spec(f"transformers:{name}", **options)
 
 
@@ -71,7 +77,9 @@ def narrow_classifier(name: str, features: int) -> Callable[[], nn.Module]:
 
 def small_swin() -> nn.Module:
     models = import_torchvision().models
-    return models.SwinTransformer([2, 2], 16, [1, 2, 2], [1, 2, 2], [4, 4], stochastic_depth_prob=0.3, num_classes=CLASSES)
+    return models.SwinTransformer(
+        [2, 2], 16, [1, 2, 2], [1, 2, 2], [4, 4], stochastic_depth_prob=0.3, num_classes=CLASSES
+    )
 
 
 def small_vit() -> nn.Module:
@@ -85,7 +93,9 @@ class UntilSmall(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2))
+        self.block = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2)
+        )
         self.seldom, self.often = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.classifier = nn.Linear(8, CLASSES)
 
@@ -128,7 +138,9 @@ CASES = {
     "resnet18": Case(spec("torchvision:resnet18"), images(32)),
     "vgg11": Case(narrow_classifier("vgg11", 512 * 7 * 7), images(32)),
     "vgg11_bn, cut before in-place ReLU": Case(
-        narrow_classifier("vgg11_bn", 512 * 7 * 7), images(32), ["features.1", "features.12", "features.22"]
+        narrow_classifier("vgg11_bn", 512 * 7 * 7),
+        images(32),
+        ["features.1", "features.12", "features.22"],
     ),
     "alexnet": Case(narrow_classifier("alexnet", 256 * 6 * 6), images(64), count=3),
     "densenet121": Case(spec("torchvision:densenet121", memory_efficient=False), images(32)),
@@ -141,28 +153,59 @@ CASES = {
     "squeezenet": Case(spec("torchvision:squeezenet1_1"), images(40)),
     "swin": Case(small_swin, images(32)),
     "vit": Case(small_vit, images(32), count=3),
-    "convnext": Case(spec("transformers:ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 2, 1]), images(64)),
-    "hf_resnet": Case(
-        spec("transformers:ResNetConfig", embedding_size=8, hidden_sizes=[8, 16, 24], depths=[1, 2, 2]), images(32)
+    "convnext": Case(
+        spec("transformers:ConvNextConfig", hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 2, 1]),
+        images(64),
     ),
-    "hf_vit": Case(small_transformer("ViTConfig", image_size=32, patch_size=8, hidden_dropout_prob=0.1), images(32)),
+    "hf_resnet": Case(
+        spec(
+            "transformers:ResNetConfig",
+            embedding_size=8,
+            hidden_sizes=[8, 16, 24],
+            depths=[1, 2, 2],
+        ),
+        images(32),
+    ),
+    "hf_vit": Case(
+        small_transformer("ViTConfig", image_size=32, patch_size=8, hidden_dropout_prob=0.1),
+        images(32),
+    ),
     "hf_swin": Case(
-        spec("transformers:SwinConfig", image_size=32, patch_size=2, embed_dim=8, depths=[1, 3], num_heads=[1, 2]),
-        images(32), count=3,
+        spec(
+            "transformers:SwinConfig",
+            image_size=32,
+            patch_size=2,
+            embed_dim=8,
+            depths=[1, 3],
+            num_heads=[1, 2],
+        ),
+        images(32),
+        count=3,
     ),
     "bert": Case(small_transformer("BertConfig", vocab_size=64), tokens),
     "bert, masked": Case(small_transformer("BertConfig", vocab_size=64), masked_tokens, count=3),
     "distilbert": Case(
-        spec("transformers:DistilBertConfig", n_layers=4, dim=32, n_heads=2, hidden_dim=64, vocab_size=64), masked_tokens
+        spec(
+            "transformers:DistilBertConfig",
+            n_layers=4,
+            dim=32,
+            n_heads=2,
+            hidden_dim=64,
+            vocab_size=64,
+        ),
+        masked_tokens,
     ),
     "albert": Case(small_transformer("AlbertConfig", embedding_size=16, vocab_size=64), tokens),
     "albert, named calls": Case(
-        small_transformer("AlbertConfig", embedding_size=16, vocab_size=64), tokens,
+        small_transformer("AlbertConfig", embedding_size=16, vocab_size=64),
+        tokens,
         ["albert.encoder.albert_layer_groups.0@0", "albert.encoder.albert_layer_groups.0@2"],
     ),
     "control flow": Case(UntilSmall, images(8), ["stem", "block@1", "often"]),
-    "shared block": Case(SharedBlock, lambda batch: torch.randn(batch, 12), ["shared@0", "shared@2", "tail"]),
-}  # fmt: skip
+    "shared block": Case(
+        SharedBlock, lambda batch: torch.randn(batch, 12), ["shared@0", "shared@2", "tail"]
+    ),
+}
 
 
 @dataclass
@@ -185,7 +228,9 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     case = CASES[request.param]
     torch.manual_seed(1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="transformers|torchvision")
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module="transformers|torchvision"
+        )
         model = case.build()
     make_informative(model, case.batch)
     untouched = copy.deepcopy(model)
@@ -202,7 +247,9 @@ def make_informative(model: nn.Module, batch: Batch) -> None:
     for parameter in model.parameters():
         if not parameter.abs().sum():
             nn.init.normal_(parameter, std=0.02)  # biases, position embeddings, class tokens
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    ]
     for momentum in (1.0, 0.1):
         for norm in norms:
             norm.momentum = momentum
@@ -269,13 +316,17 @@ def noisy(module: nn.Module, args: Any, output: Any) -> None:
 
 
 @WAYS
-def test_last_output_is_exact_in_eval_mode(pair: Pair, outputs: Callable[[Pair, Any], list[Tensor]]) -> None:
+def test_last_output_is_exact_in_eval_mode(
+    pair: Pair, outputs: Callable[[Pair, Any], list[Tensor]]
+) -> None:
     pair.begin(training=False)
     for batch in (2, 1, 5):
         x = pair.batch(batch)
         with torch.no_grad():
             got, truth = outputs(pair, x), untouched_output(pair, x)
-        assert [tuple(output.shape) for output in got] == [(batch, CLASSES)] * pair.network.num_exits
+        assert [tuple(output.shape) for output in got] == [
+            (batch, CLASSES)
+        ] * pair.network.num_exits
         assert difference(got[-1], truth) == 0.0
     assert_informative(truth)
 
@@ -304,7 +355,9 @@ def test_training_step_is_exact_in_output_gradients_and_buffers(
     (got - target).square().sum().backward()
     assert_gradients_are_equal(backbone, pair.untouched)
     assert all(parameter.grad is None for parameter in pair.network.heads.parameters())
-    for (name, ours), (_, theirs) in zip(backbone.named_buffers(), pair.untouched.named_buffers(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        backbone.named_buffers(), pair.untouched.named_buffers(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 

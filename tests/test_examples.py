@@ -23,10 +23,14 @@ def test_a_loop_of_ones_own_learns() -> None:
 def test_ensembles_are_networks_with_exits() -> None:
     accuracy = main_of("ensembles.py")(epochs=1)
     assert [len(values) for values in accuracy.values()] == [6, 6, 9]
-    assert accuracy["its exits together"][0] == accuracy["one network"][0]  # the first exit is alone either way
+    assert (
+        accuracy["its exits together"][0] == accuracy["one network"][0]
+    )  # the first exit is alone either way
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="the example's model is torchvision's")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="the example's model is torchvision's"
+)
 def test_a_run_is_interrupted() -> None:
     reached = main_of("interrupt.py")(runs=2)
     assert all(0 <= exit <= 5 for exit in reached)
@@ -40,10 +44,14 @@ def test_an_answer_is_refined() -> None:
 
 def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None:
     figure = tmp_path / "loop.png"
-    made = main_of("sensor_loop.py")(seconds=0.03, rate=1e3, blocks=(2, 1, 1), epochs=1, repeats=5, figure=str(figure))
+    made = main_of("sensor_loop.py")(
+        seconds=0.03, rate=1e3, blocks=(2, 1, 1), epochs=1, repeats=5, figure=str(figure)
+    )
     growing, whole = made["AnytimeNet"], made["static"]
     assert len(growing) == len(whole) == 30
-    assert [frame.left_s for frame in growing] == [frame.left_s for frame in whole]  # the same deadlines for both
+    assert [frame.left_s for frame in growing] == [
+        frame.left_s for frame in whole
+    ]  # the same deadlines for both
     assert all(frame.on_time for frame in (*growing, *whole) if frame.right > 0.0)
     assert all(0 <= frame.iteration <= 1 for frame in growing)
     assert all(frame.iteration == 0 for frame in whole)  # it has one

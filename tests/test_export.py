@@ -19,7 +19,16 @@ from torch import Tensor, nn
 
 import impatient
 from conftest import ToyBackbone
-from impatient import NEVER, Runner, ThresholdPolicy, attach_exits, export, load_engine, profile, to_engine
+from impatient import (
+    NEVER,
+    Runner,
+    ThresholdPolicy,
+    attach_exits,
+    export,
+    load_engine,
+    profile,
+    to_engine,
+)
 from impatient.errors import ExportFailed, NetworkError, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json
 from impatient.networks.multi_exit import MultiExitNetwork
@@ -36,7 +45,9 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2)
+        )
         self.classifier = nn.Linear(16, 5)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -56,7 +67,9 @@ def pictures_network() -> MultiExitNetwork:
             assert module.running_var is not None
             module.running_mean.uniform_(-0.3, 0.3)
             module.running_var.uniform_(0.5, 2.0)
-    return attach_exits(backbone, example=torch.zeros(1, 3, 32, 32), after=["blocks.0", "blocks.1"]).eval()
+    return attach_exits(
+        backbone, example=torch.zeros(1, 3, 32, 32), after=["blocks.0", "blocks.1"]
+    ).eval()
 
 
 def toy_network() -> MultiExitNetwork:
@@ -98,7 +111,10 @@ def made(request: pytest.FixtureRequest, directory: Path, tmp_path: Path) -> Eng
     """The pictures' network in either engine: the files are the same."""
     if request.param == "openvino":
         directory = Path(shutil.copytree(directory, tmp_path / "copy"))
-        write_json(directory / "bundle.json", {**read_json(directory / "bundle.json"), "engine": "openvino"})
+        write_json(
+            directory / "bundle.json",
+            {**read_json(directory / "bundle.json"), "engine": "openvino"},
+        )
     return load_engine(directory)
 
 
@@ -124,19 +140,26 @@ def outputs_of(network: Any, x: Any) -> list[Tensor]:
 
 def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
     for here, there in zip(found, wanted, strict=True):
-        assert float((there - there[:1]).abs().max()) > 1e3 * EXACT * float(there.abs().max()) or len(there) == 1
+        assert (
+            float((there - there[:1]).abs().max()) > 1e3 * EXACT * float(there.abs().max())
+            or len(there) == 1
+        )
         assert float((here - there).abs().max()) <= EXACT * float(there.abs().max())
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_engines_answer_as_torch_does_whatever_the_batch(made: EngineNetwork, network: MultiExitNetwork, size: int) -> None:
+def test_engines_answer_as_torch_does_whatever_the_batch(
+    made: EngineNetwork, network: MultiExitNetwork, size: int
+) -> None:
     x = pictures(size)
 
     assert_close(outputs_of(made, x), outputs_of(network, x))
     assert_close([made.backbone(x)], [network.backbone(x).detach()])
 
 
-def test_a_network_says_what_runs_it_and_what_it_was_made_from(made: EngineNetwork, network: MultiExitNetwork) -> None:
+def test_a_network_says_what_runs_it_and_what_it_was_made_from(
+    made: EngineNetwork, network: MultiExitNetwork
+) -> None:
     x = pictures(1)
 
     assert made.engine in ("onnxruntime", "openvino")
@@ -155,12 +178,19 @@ def test_a_batch_shrinks(made: EngineNetwork, network: MultiExitNetwork) -> None
     assert_close(rest, [output[kept] for output in outputs_of(network, x)[1:]])
 
 
-def test_a_runner_answers_by_deadline_and_policy_as_with_torch(made: EngineNetwork, network: MultiExitNetwork) -> None:
+def test_a_runner_answers_by_deadline_and_policy_as_with_torch(
+    made: EngineNetwork, network: MultiExitNetwork
+) -> None:
     x = pictures(3)
     middle = float(outputs_of(network, x)[0].softmax(-1).amax(-1).median())
-    policy = ThresholdPolicy(score="max_probability", thresholds=(middle - 1e-4, math.inf, -math.inf))
+    policy = ThresholdPolicy(
+        score="max_probability", thresholds=(middle - 1e-4, math.inf, -math.inf)
+    )
     costs = profile(made, x, batch_sizes=[3], repeats=6, warm_up=1)
-    with Runner(made, costs, policy) as runner, Runner(network, costs, policy, any_profile=True) as eager:
+    with (
+        Runner(made, costs, policy) as runner,
+        Runner(network, costs, policy, any_profile=True) as eager,
+    ):
         answer, wanted = runner.run(x, deadline=NEVER), eager.run(x, deadline=NEVER)
 
     assert costs.provenance.engine == made.engine
@@ -169,17 +199,30 @@ def test_a_runner_answers_by_deadline_and_policy_as_with_torch(made: EngineNetwo
     assert_close([answer.output], [wanted.output])
 
 
-def test_the_description_says_how_far_it_agrees_and_holds_the_policy(directory: Path, network: MultiExitNetwork) -> None:
+def test_the_description_says_how_far_it_agrees_and_holds_the_policy(
+    directory: Path, network: MultiExitNetwork
+) -> None:
     bundle = read_json(directory / "bundle.json")
 
     assert len(bundle["agreement"]) == network.num_exits
     assert 0.0 < max(bundle["agreement"]) <= bundle["tolerance"]
-    assert bundle["policy"] == {"score": "max_probability", "thresholds": [0.5, math.inf, -math.inf]}
+    assert bundle["policy"] == {
+        "score": "max_probability",
+        "thresholds": [0.5, math.inf, -math.inf],
+    }
     assert bundle["inputs"] == [{"name": "x", "dtype": "float32", "shape": [None, 3, 32, 32]}]
     assert {file.name for file in directory.iterdir()} == {
-        "bundle.json", "run.py", "standalone", "README.txt", "whole.onnx", "stage0.onnx", "stage1.onnx", "stage2.onnx",
-        "head0.onnx", "head1.onnx",
-    }  # fmt: skip
+        "bundle.json",
+        "run.py",
+        "standalone",
+        "README.txt",
+        "whole.onnx",
+        "stage0.onnx",
+        "stage1.onnx",
+        "stage2.onnx",
+        "head0.onnx",
+        "head1.onnx",
+    }
 
 
 def test_names_in_the_files_are_those_of_the_wiring(directory: Path) -> None:
@@ -192,20 +235,33 @@ def test_names_in_the_files_are_those_of_the_wiring(directory: Path) -> None:
         assert len(given) == len(set(given))
 
 
-def test_an_exported_directory_runs_without_torch(directory: Path, network: MultiExitNetwork, tmp_path: Path) -> None:
+def test_an_exported_directory_runs_without_torch(
+    directory: Path, network: MultiExitNetwork, tmp_path: Path
+) -> None:
     for name in ("torch", "impatient"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
     x = 3.0 * pictures(2)
     np.save(tmp_path / "x.npy", x.numpy())
     done = subprocess.run(
-        [sys.executable, str(directory / "run.py"), str(tmp_path / "x.npy"), "--json", "--no-policy"],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(directory / "run.py"),
+            str(tmp_path / "x.npy"),
+            "--json",
+            "--no-policy",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
 
     assert answer["exit"] == 2
-    assert_close([torch.tensor(answer["probabilities"])], [network.backbone(x).softmax(-1).detach()])
+    assert_close(
+        [torch.tensor(answer["probabilities"])], [network.backbone(x).softmax(-1).detach()]
+    )
 
 
 def test_costs_go_with_it(directory: Path, tmp_path: Path) -> None:
@@ -216,7 +272,9 @@ def test_costs_go_with_it(directory: Path, tmp_path: Path) -> None:
     written = read_json(place / "bundle.json")["costs"]
 
     assert set(written) == {"1", "2"}
-    assert [part["p99"] for part in written["2"]["stages"]] == [part.p99 for part in costs.at(2).stages]
+    assert [part["p99"] for part in written["2"]["stages"]] == [
+        part.p99 for part in costs.at(2).stages
+    ]
 
 
 def test_without_the_whole_network_its_stages_stand_for_it(toy_directory: Path) -> None:
@@ -227,16 +285,26 @@ def test_without_the_whole_network_its_stages_stand_for_it(toy_directory: Path) 
 
 
 @pytest.mark.parametrize(
-    ("engine", "precision"), [("onnxruntime", "int8-dynamic"), ("onnxruntime", "int8-static"), ("openvino", "int8-static")]
+    ("engine", "precision"),
+    [("onnxruntime", "int8-dynamic"), ("onnxruntime", "int8-static"), ("openvino", "int8-static")],
 )
 def test_eight_bits_are_near_and_smaller(
-    network: MultiExitNetwork, directory: Path, tmp_path: Path, written: Written, engine: str, precision: str
+    network: MultiExitNetwork,
+    directory: Path,
+    tmp_path: Path,
+    written: Written,
+    engine: str,
+    precision: str,
 ) -> None:
     written(directory)
     place = export(
-        network, tmp_path / "made", engine=engine, example=pictures(4), precision=precision,
+        network,
+        tmp_path / "made",
+        engine=engine,
+        example=pictures(4),
+        precision=precision,
         calibration=[pictures(8), pictures(4)],
-    )  # fmt: skip
+    )
     bundle, x = read_json(place / "bundle.json"), pictures(5)
 
     assert bundle["tolerance"] is None
@@ -251,7 +319,13 @@ def test_eight_bits_are_near_and_smaller(
 
 def test_ranges_of_8_bits_need_samples(network: MultiExitNetwork, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="needs samples"):
-        export(network, tmp_path / "made", engine="onnxruntime", example=pictures(1), precision="int8-static")
+        export(
+            network,
+            tmp_path / "made",
+            engine="onnxruntime",
+            example=pictures(1),
+            precision="int8-static",
+        )
 
     assert list(tmp_path.iterdir()) == []
 
@@ -260,7 +334,9 @@ def test_tokens_and_a_mask(tmp_path: Path) -> None:
     x = {"ids": torch.randint(0, 50, (2, 7)), "mask": torch.ones(2, 7)}
     x["mask"][1, 4:] = 0.0
     network = attach_exits(Tokens(), example=x, after=["blocks.0"]).eval()
-    made = load_engine(export(network, tmp_path / "tokens", engine="onnxruntime", example=x, lean=True))
+    made = load_engine(
+        export(network, tmp_path / "tokens", engine="onnxruntime", example=x, lean=True)
+    )
     bundle = read_json(tmp_path / "tokens" / "bundle.json")
 
     assert [spec["dtype"] for spec in bundle["inputs"]] == ["int64", "float32"]
@@ -287,7 +363,9 @@ def test_files_of_an_engine_in_one_call_go_when_it_goes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_differs_is_refused_and_nothing_is_left(toy_directory: Path, tmp_path: Path, written: Written) -> None:
+def test_a_network_that_differs_is_refused_and_nothing_is_left(
+    toy_directory: Path, tmp_path: Path, written: Written
+) -> None:
     other = toy_network()
     with torch.no_grad():
         other.heads[0].get_parameter("1.bias").add_(0.01)
@@ -314,16 +392,28 @@ def test_answers_that_are_always_the_same_show_no_agreement() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"engine": "tensorrt"}, "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti"),
-        ({"engine": "eager"}, "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti"),
+        (
+            {"engine": "tensorrt"},
+            "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
+        ),
+        (
+            {"engine": "eager"},
+            "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
+        ),
         ({"precision": "int4"}, "needed: one of fp32"),
         ({"engine": "aoti", "precision": "int8-dynamic"}, "runs in fp32 only"),
         ({"threads": 0}, "needed: 1 or more"),
     ],
 )
-def test_what_no_engine_offers_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_what_no_engine_offers_is_refused(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(RunError, match=said):
-        export(toy_network(), tmp_path / "made", **{"engine": "onnxruntime", "example": torch.zeros(1, 8), **options})
+        export(
+            toy_network(),
+            tmp_path / "made",
+            **{"engine": "onnxruntime", "example": torch.zeros(1, 8), **options},
+        )
 
 
 def test_a_network_without_a_graph_is_refused(tmp_path: Path) -> None:
@@ -359,12 +449,14 @@ def test_damaged_directories_are_refused(toy_directory: Path, tmp_path: Path) ->
     bundle = read_json(toy_directory / "bundle.json")
     for number, (spoilt, said) in enumerate(
         [
-            ({**bundle, "kind": "letter"}, "another kind"), ({**bundle, "schema": 9}, "another kind"),
-            ({**bundle, "engine": "abacus"}, "another kind"), ({**bundle, "stages": ["stage0.onnx"]}, "1 stages for 2 exits"),
+            ({**bundle, "kind": "letter"}, "another kind"),
+            ({**bundle, "schema": 9}, "another kind"),
+            ({**bundle, "engine": "abacus"}, "another kind"),
+            ({**bundle, "stages": ["stage0.onnx"]}, "1 stages for 2 exits"),
             ({name: value for name, value in bundle.items() if name != "facts"}, "lacks 'facts'"),
             ({**bundle, "stages": ["stage0.onnx", "stage7.onnx"]}, "no file stage7.onnx"),
         ]
-    ):  # fmt: skip
+    ):
         place = Path(shutil.copytree(toy_directory, tmp_path / str(number)))
         write_json(place / "bundle.json", spoilt)
         with pytest.raises(StorageError, match=said):
@@ -379,7 +471,12 @@ def test_a_damaged_file_is_refused(toy_directory: Path, tmp_path: Path) -> None:
 
 
 def test_samples_are_varied_but_stay_of_their_kind() -> None:
-    x = {"ids": torch.arange(14).view(2, 7), "flags": torch.tensor([True, False]), "scale": torch.ones(2, 3), "depth": 3}
+    x = {
+        "ids": torch.arange(14).view(2, 7),
+        "flags": torch.tensor([True, False]),
+        "scale": torch.ones(2, 3),
+        "depth": 3,
+    }
     more = varied(x, 5)
 
     assert sorted(more["ids"][0].tolist()) == x["ids"][0].tolist()

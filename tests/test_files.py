@@ -94,18 +94,25 @@ def test_without_an_old_file_a_broken_block_leaves_nothing(tmp_path):
     assert content(tmp_path) == {}
 
 
-@pytest.mark.parametrize("place", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize(
+    "place", ["os.fsync", "pathlib.Path.write_text", "pathlib.Path.replace", "tempfile.mkstemp"]
+)
 def test_a_full_disk_anywhere_on_the_way_leaves_the_old_file(tmp_path, monkeypatch, place):
     write_json(tmp_path / "file.json", {"a": 1})
     before = content(tmp_path)
     monkeypatch.setattr(place, disk_full)
-    with pytest.raises(StorageError, match=r"cannot write .*file\.json: No space left on device\. Nothing was changed"):
+    with pytest.raises(
+        StorageError,
+        match=r"cannot write .*file\.json: No space left on device\. Nothing was changed",
+    ):
         write_json(tmp_path / "file.json", {"a": 2})
     monkeypatch.undo()
     assert content(tmp_path) == before
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), safetensors.SafetensorError("No space left")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), safetensors.SafetensorError("No space left")]
+)
 def test_a_full_disk_while_tensors_are_saved_leaves_the_old_file(tmp_path, monkeypatch, error):
     write_tensors(tmp_path / "file", {"a": torch.ones(2)}, {})
     before = content(tmp_path)
@@ -273,7 +280,17 @@ def foreign(path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(1)}, path)
 
 
-WRONG = [pickled, torch_saved, header_cut, empty, huge_header, json_file, header_no_json, header_no_object, foreign]
+WRONG = [
+    pickled,
+    torch_saved,
+    header_cut,
+    empty,
+    huge_header,
+    json_file,
+    header_no_json,
+    header_no_object,
+    foreign,
+]
 
 
 @pytest.mark.parametrize("make", [*WRONG, truncated])

@@ -101,15 +101,22 @@ seconds = st.floats(0.0, 3.0)
 
 @st.composite
 def problems(draw, exits=3, samples=3):
-    losses = draw(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=samples, max_size=samples),
-                           min_size=exits, max_size=exits))  # fmt: skip
+    losses = draw(
+        st.lists(
+            st.lists(st.sampled_from([0.0, 1.0]), min_size=samples, max_size=samples),
+            min_size=exits,
+            max_size=exits,
+        )
+    )
     times = [[draw(seconds) for _ in range(count)] for count in (exits, exits, exits - 1)]
     return losses, times, draw(st.booleans())
 
 
 def posed(problem):
     losses, (stages, heads, gates), heads_first = problem
-    times = GateTimes(stages=tuple(stages), heads=tuple(heads), gates=tuple(gates), heads_first=heads_first)
+    times = GateTimes(
+        stages=tuple(stages), heads=tuple(heads), gates=tuple(gates), heads_first=heads_first
+    )
     return torch.tensor(losses, dtype=torch.float64), times
 
 
@@ -124,7 +131,9 @@ def cost_of(stops, losses, times, price, reference):
     total = 0.0
     for sample, exit in enumerate(exits.tolist()):
         loss, full = float(losses[exit, sample]), float(losses[-1, sample])
-        total += (max(loss - full, 0.0) if reference == "full" else loss) + price * until_s(times, exit)
+        total += (max(loss - full, 0.0) if reference == "full" else loss) + price * until_s(
+            times, exit
+        )
     return total
 
 
@@ -137,7 +146,9 @@ def knows(exit, gain):
 def test_no_table_of_decisions_is_better_than_the_recursion(problem, price, reference):
     losses, times = posed(problem)
     stops = backward(losses, times, knows, time_price=price, reference=reference, close=False)
-    tables = (torch.tensor(table).reshape(2, 3) for table in itertools.product([False, True], repeat=6))
+    tables = (
+        torch.tensor(table).reshape(2, 3) for table in itertools.product([False, True], repeat=6)
+    )
     best = min(cost_of(table, losses, times, price, reference) for table in tables)
     assert cost_of(stops, losses, times, price, reference) == pytest.approx(best)
 
@@ -147,17 +158,33 @@ def test_no_table_of_decisions_is_better_than_the_recursion(problem, price, refe
 def test_where_looking_costs_nothing_closing_gates_loses_nothing(problem, price, reference):
     losses, times = posed(problem)
     free = GateTimes(stages=times.stages, heads=times.heads, gates=(0.0, 0.0), heads_first=False)
-    found = [cost_of(backward(losses, free, knows, time_price=price, reference=reference, close=close), losses, free, price,
-                     reference) for close in (True, False)]  # fmt: skip
+    found = [
+        cost_of(
+            backward(losses, free, knows, time_price=price, reference=reference, close=close),
+            losses,
+            free,
+            price,
+            reference,
+        )
+        for close in (True, False)
+    ]
     assert found[0] == pytest.approx(found[1])
 
 
 def test_the_papers_reference_is_not_the_best_for_its_own_objective():
     """The last exit errs; one in between is right: the paper's rule goes on to it, though no error would count."""
-    losses, times = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64), GateTimes(
-        stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.0, 0.0), heads_first=False)  # fmt: skip
-    stops = {reference: backward(losses, times, knows, time_price=0.1, reference=reference).flatten().tolist()
-             for reference in ("full", "downstream")}  # fmt: skip
+    losses, times = (
+        torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64),
+        GateTimes(
+            stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.0, 0.0), heads_first=False
+        ),
+    )
+    stops = {
+        reference: backward(losses, times, knows, time_price=0.1, reference=reference)
+        .flatten()
+        .tolist()
+        for reference in ("full", "downstream")
+    }
     assert stops == {"full": [True, True], "downstream": [False, True]}
 
 
@@ -169,9 +196,14 @@ def test_a_gate_that_saves_less_than_it_costs_is_closed_and_not_paid_by_those_be
         asked.append((exit, gain.tolist()))
         return torch.tensor([True, True, False, False])
 
-    times = GateTimes(stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.25, 0.75), heads_first=False)
+    times = GateTimes(
+        stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.25, 0.75), heads_first=False
+    )
     stops = backward(losses, times, half, time_price=1.0)
-    assert stops.tolist() == [[True, True, False, False], [False] * 4]  # the second saves 0.5 on average, and costs 0.75
+    assert stops.tolist() == [
+        [True, True, False, False],
+        [False] * 4,
+    ]  # the second saves 0.5 on average, and costs 0.75
     assert asked == [(1, [1.0] * 4), (0, [2.0] * 4)]
 
 
@@ -186,9 +218,13 @@ def test_gates_that_see_everything_reach_the_oracle(learner):
     outputs, labels = sure(right.tolist(), [[0.9] * 400] * 4)
     # whether this exit is right, and whether any deeper one is
     later = [right[k + 1 :].any(0) for k in range(3)]
-    features = tuple(torch.stack([right[k], later[k], right[k] | ~later[k]], 1).float() for k in range(3))
+    features = tuple(
+        torch.stack([right[k], later[k], right[k] | ~later[k]], 1).float() for k in range(3)
+    )
     recording = with_features(recording_of(outputs, labels), (*features, torch.zeros(400, 1)))
-    policy = fit_gates(recording, COSTS, time_price=0.01, reference="none", inputs="features", learner=learner)
+    policy = fit_gates(
+        recording, COSTS, time_price=0.01, reference="none", inputs="features", learner=learner
+    )
     exits, times = outcome_on(policy, recording, COSTS)
     best, best_s = soft_oracle(recording, COSTS)
     assert exits.equal(best)
@@ -209,7 +245,9 @@ def test_the_ends_of_the_price_are_the_whole_network_and_the_first_exit(inputs):
 
 
 @pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
-@pytest.mark.parametrize("target", [{"mean_time_s": 1.6}, {"mean_time_s": 3.0}, {"max_accuracy_loss": 0.02}])
+@pytest.mark.parametrize(
+    "target", [{"mean_time_s": 1.6}, {"mean_time_s": 3.0}, {"max_accuracy_loss": 0.02}]
+)
 def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, inputs):
     recording = with_features(drawn(300, seed=3))
     policy = fit_gates(recording, COSTS, inputs=inputs, **target)
@@ -240,8 +278,12 @@ def test_where_features_say_what_confidences_do_not_gates_on_features_are_better
     recording = drawn(1000, seed=6)
     told = tuple(hits[:, None].float() + 0.1 * torch.randn(1000, 1) for hits in recording.hits())
     recording = with_features(recording, told)
-    reached = {inputs: fit_gates(recording, COSTS, max_accuracy_loss=0.0, inputs=inputs).target["mean_cost"]
-               for inputs in ("confidences", "features", "both")}  # fmt: skip
+    reached = {
+        inputs: fit_gates(recording, COSTS, max_accuracy_loss=0.0, inputs=inputs).target[
+            "mean_cost"
+        ]
+        for inputs in ("confidences", "features", "both")
+    }
     assert reached["features"] < reached["both"] + 0.05 < reached["confidences"]
 
 
@@ -300,7 +342,9 @@ def test_asking_a_gate_is_measured_and_closed_ones_take_nothing(inputs):
     policy = fit_gates(recording, COSTS, time_price=0.25, inputs=inputs)
     policy = replace(policy, gates=(None, *policy.gates[1:]))
     clock = Ticking()
-    assert gate_time_s(policy, recording, repeats=5, warm_up=2, clock=clock) == pytest.approx((0.0, 1e-3, 1e-3))
+    assert gate_time_s(policy, recording, repeats=5, warm_up=2, clock=clock) == pytest.approx(
+        (0.0, 1e-3, 1e-3)
+    )
     assert clock.looks == 2 * (5 + 2) * 2
     assert all(seconds > 0 for seconds in gate_time_s(policy, recording, repeats=3, warm_up=0)[1:])
 
@@ -349,12 +393,23 @@ def test_gates_that_lack_what_they_look_at_say_so():
 @pytest.mark.parametrize("inputs", ["confidences", "both"])
 def test_a_saved_policy_decides_as_before(tmp_path, learner, inputs):
     recording = with_features(drawn(200, seed=12))
-    policy = fit_gates(recording, COSTS, time_price=0.1, inputs=inputs, learner=learner, gate_s=1e-3)
+    policy = fit_gates(
+        recording, COSTS, time_price=0.1, inputs=inputs, learner=learner, gate_s=1e-3
+    )
     policy.save(tmp_path / "gates.safetensors")
     back = GatePolicy.load(tmp_path / "gates.safetensors")
     fresh = with_features(drawn(300, seed=13, split="test"))
     assert back.exits_on(fresh).equal(policy.exits_on(fresh))
-    names = ("inputs", "gate_s", "time_price", "reference", "learner", "split", "target", "provenance")
+    names = (
+        "inputs",
+        "gate_s",
+        "time_price",
+        "reference",
+        "learner",
+        "split",
+        "target",
+        "provenance",
+    )
     assert all(getattr(back, name) == getattr(policy, name) for name in names)
 
 
@@ -366,11 +421,17 @@ def test_another_file_is_no_gate_policy(tmp_path):
         MixedPolicy.load(tmp_path / "other.safetensors")
 
 
-@pytest.mark.parametrize(("given", "complaint"), [
-    ({}, "exactly one target"), ({"time_price": 1.0, "mean_time_s": 1.0}, "exactly one target"),
-    ({"time_price": -1.0}, "not negative"), ({"mean_time_s": math.nan}, "not negative"),
-    ({"time_price": 1.0, "gate_s": -1.0}, "gate_s"), ({"time_price": 1.0, "gate_s": (0.1, 0.1)}, "gate_s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({}, "exactly one target"),
+        ({"time_price": 1.0, "mean_time_s": 1.0}, "exactly one target"),
+        ({"time_price": -1.0}, "not negative"),
+        ({"mean_time_s": math.nan}, "not negative"),
+        ({"time_price": 1.0, "gate_s": -1.0}, "gate_s"),
+        ({"time_price": 1.0, "gate_s": (0.1, 0.1)}, "gate_s"),
+    ],
+)
 def test_what_cannot_be_asked_for_is_refused(given, complaint):
     with pytest.raises(PolicyError, match=complaint):
         fit_gates(drawn(20, seed=0), COSTS, **given)
@@ -411,8 +472,12 @@ def test_many_policies_are_asked_at_once(sweep):
     _, points = sweep
     fresh = with_features(drawn(200, seed=16, split="test"))
     policies = [point.policy for point in points[::10]]
-    policies.append(fit_gates(with_features(drawn(200, seed=17)), COSTS, time_price=0.2, inputs="both"))
-    assert exits_of_many(policies, fresh).tolist() == [policy.exits_on(fresh).tolist() for policy in policies]
+    policies.append(
+        fit_gates(with_features(drawn(200, seed=17)), COSTS, time_price=0.2, inputs="both")
+    )
+    assert exits_of_many(policies, fresh).tolist() == [
+        policy.exits_on(fresh).tolist() for policy in policies
+    ]
     assert exits_of_many([], fresh).shape == (0, 200)
 
 
@@ -426,7 +491,9 @@ def test_no_mixture_is_above_the_hull(points):
     for time, height in points:
         assert height <= np.interp(time, *zip(*on, strict=True)) + 1e-9
     for k in range(1, len(on) - 1):  # none is to spare
-        assert on[k][1] > np.interp(on[k][0], [on[k - 1][0], on[k + 1][0]], [on[k - 1][1], on[k + 1][1]])
+        assert on[k][1] > np.interp(
+            on[k][0], [on[k - 1][0], on[k + 1][0]], [on[k - 1][1], on[k + 1][1]]
+        )
 
 
 def test_a_mixture_meets_a_mean_time_exactly_in_expectation(sweep):
@@ -448,9 +515,14 @@ def test_a_run_of_a_mixture_follows_one_policy_per_sample_through_all_exits(swee
     mixture = MixedPolicy(cheap=points[70].policy, dear=points[30].policy, share=0.4, seed=3)
     run, is_dear = mixture.for_run(400), mixture.drawn(400)
     assert 0.3 < float(is_dear.double().mean()) < 0.5
-    stops = [run.stops(k, recording.outputs[k]) if run.looks_at(k) else torch.zeros(400).bool() for k in range(4)]
+    stops = [
+        run.stops(k, recording.outputs[k]) if run.looks_at(k) else torch.zeros(400).bool()
+        for k in range(4)
+    ]
     exits = torch.stack(stops).int().argmax(0)
-    expected = torch.where(is_dear, mixture.dear.exits_on(recording), mixture.cheap.exits_on(recording))
+    expected = torch.where(
+        is_dear, mixture.dear.exits_on(recording), mixture.cheap.exits_on(recording)
+    )
     assert exits.equal(expected)
     assert outcome_on(mixture, recording, COSTS)[0].equal(expected)
     assert len(expected.unique()) > 2
@@ -461,10 +533,15 @@ def test_a_run_of_a_mixture_follows_one_policy_per_sample_through_all_exits(swee
 
 def test_a_saved_mixture_decides_as_before(sweep, tmp_path):
     recording, points = sweep
-    for mixture in (mix(points, mean_time_s=2.0, seed=5), uniform(recording, COSTS, mean_time_s=2.0)):
+    for mixture in (
+        mix(points, mean_time_s=2.0, seed=5),
+        uniform(recording, COSTS, mean_time_s=2.0),
+    ):
         mixture.save(tmp_path / "mixture.safetensors")
         back = MixedPolicy.load(tmp_path / "mixture.safetensors")
-        for ours, theirs in zip(*(outcome_on(each, recording, COSTS) for each in (mixture, back)), strict=True):
+        for ours, theirs in zip(
+            *(outcome_on(each, recording, COSTS) for each in (mixture, back)), strict=True
+        ):
             assert ours.equal(theirs)
 
 
@@ -479,7 +556,12 @@ def test_mixtures_that_make_no_sense_are_refused():
 
 
 def test_uniform_mixes_the_two_exits_around_the_time_and_pays_one_head():
-    right = [[1] * 2 + [0] * 8, [1] * 3 + [0] * 7, [1] * 8 + [0] * 2, [1] * 9 + [0]]  # exit 1 is not worth having
+    right = [
+        [1] * 2 + [0] * 8,
+        [1] * 3 + [0] * 7,
+        [1] * 8 + [0] * 2,
+        [1] * 9 + [0],
+    ]  # exit 1 is not worth having
     recording = recording_of(*sure(right, [[0.9] * 10] * 4))
     mixture = uniform(recording, COSTS, mean_time_s=2.1)
     assert mixture.cheap.exits_of(recording.outputs).tolist() == [0] * 10
@@ -490,7 +572,9 @@ def test_uniform_mixes_the_two_exits_around_the_time_and_pays_one_head():
         uniform(recording, COSTS, mean_time_s=1.0)
 
 
-@pytest.mark.parametrize("target", [{"time_price": 0.1}, {"mean_time_s": 2.0}, {"max_accuracy_loss": 0.05}])
+@pytest.mark.parametrize(
+    "target", [{"time_price": 0.1}, {"mean_time_s": 2.0}, {"max_accuracy_loss": 0.05}]
+)
 def test_no_single_threshold_is_better_than_the_myopic_one(target):
     recording = drawn(60, seed=15)
     policy = myopic(recording, COSTS, **target)
@@ -502,13 +586,19 @@ def test_no_single_threshold_is_better_than_the_myopic_one(target):
         found.append((accuracy(other, recording), mean_s(other, recording)))
     found.append((float(recording.hits()[-1].mean()), 4.0))
     reached, spent = policy.target["accuracy"], policy.target["mean_cost"]
-    assert (reached, spent) == pytest.approx((accuracy(policy, recording), mean_s(policy, recording)))
+    assert (reached, spent) == pytest.approx(
+        (accuracy(policy, recording), mean_s(policy, recording))
+    )
     if "time_price" in target:
-        assert reached - 0.1 * spent == pytest.approx(max(right - 0.1 * cost for right, cost in found))
+        assert reached - 0.1 * spent == pytest.approx(
+            max(right - 0.1 * cost for right, cost in found)
+        )
     elif "mean_time_s" in target:
         assert reached == pytest.approx(max(right for right, cost in found if cost <= 2.0))
     else:
-        assert spent == pytest.approx(min(cost for right, cost in found if right >= found[-1][0] - 0.05 - 1e-6))
+        assert spent == pytest.approx(
+            min(cost for right, cost in found if right >= found[-1][0] - 0.05 - 1e-6)
+        )
 
 
 def test_the_oracles_choices_are_explicit():

@@ -104,12 +104,19 @@ class Exit:
         return self._exit.output()
 
 
-def gpu_runner(policy: Any = None, stages_s: Sequence[float] = STAGES, **options: Any) -> tuple[GpuRunner, Device]:
+def gpu_runner(
+    policy: Any = None, stages_s: Sequence[float] = STAGES, **options: Any
+) -> tuple[GpuRunner, Device]:
     device = Device(FakeClock())
     runner = GpuRunner(
-        OnDevice(device, stages_s), costs_of(STAGES, HEADS, sizes=(1, 8)), policy, queue=device, clock=device.clock,
-        any_profile=True, **options,
-    )  # fmt: skip
+        OnDevice(device, stages_s),
+        costs_of(STAGES, HEADS, sizes=(1, 8)),
+        policy,
+        queue=device,
+        clock=device.clock,
+        any_profile=True,
+        **options,
+    )
     return runner, device
 
 
@@ -120,7 +127,9 @@ def truth(x: Tensor) -> list[Tensor]:
 
 def stop_at(exit: int) -> ThresholdPolicy:
     """Everybody stops at this exit."""
-    return ThresholdPolicy(score="margin", thresholds=(*(float("inf"),) * exit, *(-float("inf"),) * (4 - exit)))
+    return ThresholdPolicy(
+        score="margin", thresholds=(*(float("inf"),) * exit, *(-float("inf"),) * (4 - exit))
+    )
 
 
 def test_without_a_deadline_the_last_exit_answers_and_the_device_never_idles() -> None:
@@ -149,10 +158,14 @@ def test_a_policys_stop_does_not_wait_for_the_stage_given_ahead() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.floats(1.2, 12.0), st.integers(0, 2))
-def test_with_exact_costs_every_deadline_is_met_by_the_deepest_exit_that_fits(seconds: float, ahead: int) -> None:
+def test_with_exact_costs_every_deadline_is_met_by_the_deepest_exit_that_fits(
+    seconds: float, ahead: int
+) -> None:
     # the heads of all exits run
     due = [sum(STAGES[: k + 1]) + sum(HEADS[: k + 1]) + RESERVE_S for k in range(4)]
-    assume(all(abs(instant - seconds) > 0.02 for instant in due))  # looking at this clock takes 0.01
+    assume(
+        all(abs(instant - seconds) > 0.02 for instant in due)
+    )  # looking at this clock takes 0.01
     runner, device = gpu_runner(ahead=ahead)
     answer = runner.run(x_of(1), deadline=Deadline(device.clock.now() + seconds))
     assert answer.deadline_met
@@ -190,7 +203,13 @@ bounds = st.tuples(*[st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, float("inf")])] *
 
 
 @settings(deadline=None, max_examples=60)
-@given(bounds, st.integers(1, 8), st.integers(0, 9), st.integers(0, 2), st.sampled_from(["never", "always", "auto"]))
+@given(
+    bounds,
+    st.integers(1, 8),
+    st.integers(0, 9),
+    st.integers(0, 2),
+    st.sampled_from(["never", "always", "auto"]),
+)
 def test_every_sample_gets_what_the_waiting_runner_gives_it(
     thresholds: Any, batch: int, seed: int, ahead: int, compaction: Any
 ) -> None:
@@ -198,22 +217,35 @@ def test_every_sample_gets_what_the_waiting_runner_gives_it(
     x = x_of(batch, seed)
     runner, _ = gpu_runner(policy, ahead=ahead, compaction=compaction)
     found = runner.run(x)
-    plain = Runner(NETWORK, costs_of(STAGES, HEADS, sizes=(1, 8)), policy, any_profile=True, compaction="never").run(x)
+    plain = Runner(
+        NETWORK, costs_of(STAGES, HEADS, sizes=(1, 8)), policy, any_profile=True, compaction="never"
+    ).run(x)
     assert found.exits == plain.exits
     torch.testing.assert_close(found.output, plain.output)
 
 
-def test_finished_samples_are_taken_out_of_what_is_given_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_samples_are_taken_out_of_what_is_given_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x = x_of(8)
-    scores = torch.stack([output.softmax(-1).topk(2).values.diff().abs()[:, 0] for output in truth(x)])
+    scores = torch.stack(
+        [output.softmax(-1).topk(2).values.diff().abs()[:, 0] for output in truth(x)]
+    )
     bound = float(scores[0].median())
     assert 0 < int((scores[0] >= bound).sum()) < 8
-    policy = ThresholdPolicy(score="margin", thresholds=(bound, float("inf"), float("inf"), -float("inf")))
+    policy = ThresholdPolicy(
+        score="margin", thresholds=(bound, float("inf"), float("inf"), -float("inf"))
+    )
     NETWORK.backbone.rows.clear()
     runner, _ = gpu_runner(policy, ahead=1, compaction="always")
     runner.run(x)
     left = int((scores[0] < bound).sum())
-    assert NETWORK.backbone.rows == [8, 8, left, left]  # the second stage was given before the decision
+    assert NETWORK.backbone.rows == [
+        8,
+        8,
+        left,
+        left,
+    ]  # the second stage was given before the decision
 
 
 def test_limits_hold() -> None:
@@ -240,11 +272,15 @@ def rerun(part: Any, inputs: Sequence[Tensor]) -> Recorded:
     """What a CUDA graph does, on a CPU: the same memory is read and written at every replay."""
     static = tuple(tensor.clone() for tensor in inputs)
     first = part(*static)
-    outputs = (first.clone(),) if isinstance(first, Tensor) else tuple(tensor.clone() for tensor in first)
+    outputs = (
+        (first.clone(),) if isinstance(first, Tensor) else tuple(tensor.clone() for tensor in first)
+    )
 
     def replay() -> None:
         again = part(*static)
-        for output, value in zip(outputs, (again,) if isinstance(again, Tensor) else again, strict=True):
+        for output, value in zip(
+            outputs, (again,) if isinstance(again, Tensor) else again, strict=True
+        ):
             output.copy_(value)
 
     return Recorded(static, outputs, replay)
@@ -255,9 +291,13 @@ def graphed(toy: torch.nn.Module) -> Callable[[tuple[int, ...]], tuple[Any, Any]
     """A network, and the same in recordings for these numbers of rows."""
 
     def make(buckets: tuple[int, ...]) -> tuple[Any, Any]:
-        network = attach_exits(toy, after=["blocks.0", "blocks.2"], example=torch.zeros(1, 8)).eval()
+        network = attach_exits(
+            toy, after=["blocks.0", "blocks.2"], example=torch.zeros(1, 8)
+        ).eval()
         x = torch.randn(2, 8)
-        return network, cuda_graphs(partition(network, x), NetworkFacts.of(network, x), buckets=buckets, record=rerun)
+        return network, cuda_graphs(
+            partition(network, x), NetworkFacts.of(network, x), buckets=buckets, record=rerun
+        )
 
     return make
 
@@ -281,7 +321,10 @@ def test_graphs_refuse_what_they_have_no_bucket_for(graphed: Any) -> None:
     with pytest.raises(NetworkError, match="rising"):
         graphed((4, 2))
     _, graphs = graphed((1, 4))
-    with graphs.exits(torch.randn(5, 8)) as run, pytest.raises(NetworkError, match="largest bucket, 4"):
+    with (
+        graphs.exits(torch.randn(5, 8)) as run,
+        pytest.raises(NetworkError, match="largest bucket, 4"),
+    ):
         next(run)
 
 
@@ -294,7 +337,9 @@ def test_graphs_refuse_what_they_have_no_bucket_for(graphed: Any) -> None:
 def test_on_a_gpu_answers_are_those_of_the_waiting_runner(graphs: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 32, 32, device="cuda")
-    network: Any = attach_exits(load_model("impatient:resnet:n=2,c=8").cuda().eval(), example=x[:1], count=4).eval()
+    network: Any = attach_exits(
+        load_model("impatient:resnet:n=2,c=8").cuda().eval(), example=x[:1], count=4
+    ).eval()
     if graphs:
         network = cuda_graphs(partition(network, x[:2]), NetworkFacts.of(network, x[:1]))
     costs = profile(network, x, batch_sizes=(1, 2, 4, 8), repeats=30)
@@ -305,5 +350,7 @@ def test_on_a_gpu_answers_are_those_of_the_waiting_runner(graphs: bool) -> None:
             answer = GpuRunner(network, costs, policy, ahead=ahead).run(x)
             assert answer.exits == plain.exits
             torch.testing.assert_close(answer.output, plain.output.cpu())
-    first = GpuRunner(network, costs).run(x, deadline=Deadline.after(costs.contract_s(batch_size=8)[0] * 0.5))
+    first = GpuRunner(network, costs).run(
+        x, deadline=Deadline.after(costs.contract_s(batch_size=8)[0] * 0.5)
+    )
     assert first.exit == 0

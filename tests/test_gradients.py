@@ -11,7 +11,11 @@ from impatient.errors import NetworkError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.gradients import PLAIN, GradientFlow
 
-FLOWS = [GradientFlow(equilibrium=True), GradientFlow(detach=0.5), GradientFlow(equilibrium=True, detach=0.25)]
+FLOWS = [
+    GradientFlow(equilibrium=True),
+    GradientFlow(detach=0.5),
+    GradientFlow(equilibrium=True, detach=0.25),
+]
 COUNT = 4
 
 
@@ -19,11 +23,15 @@ def network_of(toy: ToyBackbone) -> MultiExitNetwork:
     return attach_exits(toy, after=["blocks.0", "blocks.1", "blocks.2"], example=torch.zeros(1, 8))
 
 
-def first_gradient(network: MultiExitNetwork, x: Tensor, weights: tuple[float, ...], flow: GradientFlow) -> Tensor:
+def first_gradient(
+    network: MultiExitNetwork, x: Tensor, weights: tuple[float, ...], flow: GradientFlow
+) -> Tensor:
     """Of the first block, which every exit trains."""
     network.zero_grad()
     outputs = network(x, gradients=flow)
-    sum(weight * output.square().mean() for weight, output in zip(weights, outputs, strict=True)).backward()
+    sum(
+        weight * output.square().mean() for weight, output in zip(weights, outputs, strict=True)
+    ).backward()
     gradient = network.backbone.blocks[0][0].weight.grad
     assert gradient is not None
     return gradient.clone()
@@ -48,10 +56,14 @@ def test_in_equilibrium_every_exit_has_the_same_share_of_the_gradient_of_the_fir
     for exit in range(COUNT):
         plain = first_gradient(network, toy_input, one_hot(exit), PLAIN)
         assert plain.abs().sum() > 0
-        torch.testing.assert_close(first_gradient(network, toy_input, one_hot(exit), flow), plain / COUNT)
+        torch.testing.assert_close(
+            first_gradient(network, toy_input, one_hot(exit), flow), plain / COUNT
+        )
 
 
-def test_in_equilibrium_what_lies_after_the_last_cut_meets_no_early_exit(toy: ToyBackbone, toy_input: Tensor) -> None:
+def test_in_equilibrium_what_lies_after_the_last_cut_meets_no_early_exit(
+    toy: ToyBackbone, toy_input: Tensor
+) -> None:
     network = network_of(toy)
     gradients = []
     for flow in (PLAIN, GradientFlow(equilibrium=True)):
@@ -70,14 +82,18 @@ def test_detached_channels_get_no_gradient_from_what_is_deeper(
     deeper = first_gradient(network, toy_input, one_hot(3), GradientFlow(detach=detach))
     assert not deeper[kept:].any()  # rows are output channels of the first block
     own = first_gradient(network, toy_input, one_hot(0), GradientFlow(detach=detach))
-    assert torch.equal(own, first_gradient(network, toy_input, one_hot(0), PLAIN))  # the exit's own head trains all
+    assert torch.equal(
+        own, first_gradient(network, toy_input, one_hot(0), PLAIN)
+    )  # the exit's own head trains all
 
 
 def test_channels_are_found_in_images() -> None:
     class Convolutions(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)])
+            self.blocks = nn.ModuleList(
+                [nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)]
+            )
             self.classifier = nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +158,9 @@ def test_a_block_that_gives_several_tensors_passes_the_others_on() -> None:
 def test_without_gradients_there_is_nothing_to_do(toy: ToyBackbone, toy_input: Tensor) -> None:
     network = network_of(toy)
     with torch.no_grad():
-        for plain, changed in zip(network(toy_input), network(toy_input, gradients=FLOWS[2]), strict=True):
+        for plain, changed in zip(
+            network(toy_input), network(toy_input, gradients=FLOWS[2]), strict=True
+        ):
             assert torch.equal(plain, changed)
 
 

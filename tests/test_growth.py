@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from impatient.errors import CostError, ModelSpecError
-from impatient.networks.growth import PAPER, BlockCosts, Counts, Schedule, costs, in_turn, place, plan, tally, trace
+from impatient.networks.growth import (
+    PAPER,
+    BlockCosts,
+    Counts,
+    Schedule,
+    costs,
+    in_turn,
+    place,
+    plan,
+    tally,
+    trace,
+)
 
 REVERSE = Schedule(((1, 1, 1), (1, 1, 5), (1, 1, 8), (1, 5, 8), (1, 8, 8), (5, 8, 8), (8, 8, 8)))
 INNER = BlockCosts.equal((8, 8, 8), stem=0.0, out=0.0)  # counts executions between IN and OUT
@@ -25,18 +36,25 @@ def schedules(draw: st.DrawFn, sections: int = 3, most: int = 4) -> Schedule:
 
 
 @st.composite
-def block_costs(draw: st.DrawFn, finals: tuple[Counts, ...] = ((3, 3), (2, 2, 2), (1, 4), (4,))) -> BlockCosts:
+def block_costs(
+    draw: st.DrawFn, finals: tuple[Counts, ...] = ((3, 3), (2, 2, 2), (1, 4), (4,))
+) -> BlockCosts:
     cost = st.integers(0, 20).map(lambda tenths: 0.1 + tenths / 10)
-    sections = tuple(tuple(draw(cost) for _ in range(count)) for count in draw(st.sampled_from(finals)))
+    sections = tuple(
+        tuple(draw(cost) for _ in range(count)) for count in draw(st.sampled_from(finals))
+    )
     return BlockCosts(stem=draw(cost), sections=sections, out=draw(cost))
 
 
 def all_schedules(final: Counts, iterations: int) -> Iterator[Schedule]:
     """Every one there is, by trying all rows."""
     vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
-    for rows in itertools.combinations(vectors, iterations):  # in lexicographic order, as all that grow are
+    for rows in itertools.combinations(
+        vectors, iterations
+    ):  # in lexicographic order, as all that grow are
         if rows[-1] == final and all(
-            all(a <= b for a, b in zip(before, after, strict=True)) for before, after in itertools.pairwise(rows)
+            all(a <= b for a, b in zip(before, after, strict=True))
+            for before, after in itertools.pairwise(rows)
         ):
             yield Schedule(rows)
 
@@ -126,11 +144,17 @@ def test_where_several_sections_grow_the_earliest_goes_on_and_all_later_ones_run
 def test_only_what_a_later_iteration_goes_on_from_is_kept() -> None:
     assert [sorted(kept) for kept in PAPER.kept] == [[0], [0], [1], [1], [2], [2], []]
     # the third section grows first, from its tensor, while the first one's waits
-    assert [sorted(kept) for kept in Schedule(((1, 1, 1), (1, 1, 2), (2, 1, 2))).kept] == [[0, 2], [0], []]
+    assert [sorted(kept) for kept in Schedule(((1, 1, 1), (1, 1, 2), (2, 1, 2))).kept] == [
+        [0, 2],
+        [0],
+        [],
+    ]
 
 
 @given(schedules())
-def test_every_iteration_can_be_computed_from_what_is_kept_and_gives_what_a_plain_run_gives(schedule: Schedule) -> None:
+def test_every_iteration_can_be_computed_from_what_is_kept_and_gives_what_a_plain_run_gives(
+    schedule: Schedule,
+) -> None:
     kept: dict[int, tuple[str, ...]] = {}  # a tensor stands for the blocks it has been through
     for row, names, keep in zip(schedule.counts, trace(schedule), schedule.kept, strict=True):
         inner = [name for name in names if name not in ("IN", "OUT")]
@@ -139,7 +163,9 @@ def test_every_iteration_can_be_computed_from_what_is_kept_and_gives_what_a_plai
         for name in inner:
             value = (*value, name)
             kept[int(name[1:].split(".")[0]) - 1] = value
-        assert value == tuple(f"S{s + 1}.{b + 1}" for s, count in enumerate(row) for b in range(count))
+        assert value == tuple(
+            f"S{s + 1}.{b + 1}" for s, count in enumerate(row) for b in range(count)
+        )
         kept = {section: tensor for section, tensor in kept.items() if section in keep}
 
 
@@ -170,7 +196,11 @@ def test_costs_in_operations_where_a_transition_is_three_quarters_of_a_block() -
 def test_costs_are_the_sum_of_what_is_executed(schedule: Schedule, data: st.DataObject) -> None:
     parts = data.draw(block_costs(finals=(schedule.final,)))
     by_name = {"IN": parts.stem, "OUT": parts.out}
-    by_name |= {f"S{s}.{b}": cost for s, row in enumerate(parts.sections, 1) for b, cost in enumerate(row, 1)}
+    by_name |= {
+        f"S{s}.{b}": cost
+        for s, row in enumerate(parts.sections, 1)
+        for b, cost in enumerate(row, 1)
+    }
     counted = costs(schedule, parts)
     for cost, names in zip(counted.per_iteration, trace(schedule), strict=True):
         assert cost == pytest.approx(sum(by_name[name] for name in names))
@@ -180,7 +210,9 @@ def test_costs_are_the_sum_of_what_is_executed(schedule: Schedule, data: st.Data
 
 
 def test_costs_of_other_blocks_are_refused() -> None:
-    with pytest.raises(CostError, match=r"costs of \(8, 8\) blocks for a schedule that ends with \(8, 8, 8\)"):
+    with pytest.raises(
+        CostError, match=r"costs of \(8, 8\) blocks for a schedule that ends with \(8, 8, 8\)"
+    ):
         costs(PAPER, BlockCosts.equal((8, 8)))
 
 
@@ -208,7 +240,11 @@ def test_for_the_papers_sizes_the_planner_finds_the_papers_order() -> None:
 
 def test_sections_in_turn_are_not_always_the_best_order() -> None:
     best = plan(INNER, sizes=[3, 4, 24])
-    assert best.names == ("1-1-1", "1-1-2", "8-8-8")  # one block of each later section less is run again
+    assert best.names == (
+        "1-1-1",
+        "1-1-2",
+        "8-8-8",
+    )  # one block of each later section less is run again
     assert total(best, INNER) == total(Schedule(((1, 1, 1), (2, 1, 1), (8, 8, 8))), INNER) - 1
 
 
@@ -216,7 +252,11 @@ def test_sections_in_turn_are_not_always_the_best_order() -> None:
 @given(block_costs(), st.integers(1, 4))
 def test_no_schedule_with_as_many_iterations_is_cheaper(parts: BlockCosts, iterations: int) -> None:
     ones = (1,) * len(parts.counts)
-    least = [total(s, parts) for s in all_schedules(parts.counts, iterations) if iterations == 1 or s.counts[0] == ones]
+    least = [
+        total(s, parts)
+        for s in all_schedules(parts.counts, iterations)
+        if iterations == 1 or s.counts[0] == ones
+    ]
     if not least:
         with pytest.raises(ModelSpecError, match="no schedule"):
             plan(parts, iterations=iterations)
@@ -228,7 +268,9 @@ def test_no_schedule_with_as_many_iterations_is_cheaper(parts: BlockCosts, itera
 
 @settings(deadline=None)
 @given(block_costs(), st.integers(1, 4), st.randoms())
-def test_no_schedule_with_the_same_sizes_is_cheaper(parts: BlockCosts, iterations: int, random) -> None:
+def test_no_schedule_with_the_same_sizes_is_cheaper(
+    parts: BlockCosts, iterations: int, random
+) -> None:
     every = list(all_schedules(parts.counts, iterations))
     if not every:
         return
@@ -257,15 +299,25 @@ def test_of_equally_cheap_schedules_an_early_one_is_planned(given_costs: list[in
     stem, out, *inner = map(float, given_costs)  # whole numbers, so that equal is equal
     parts = BlockCosts(stem=stem, sections=(tuple(inner[:3]), tuple(inner[3:])), out=out + 1.0)
     every = [schedule for schedule in all_schedules((3, 3), 4) if schedule.counts[0] == (1, 1)]
-    cheap = [schedule for schedule in every if total(schedule, parts) == min(total(s, parts) for s in every)]
+    cheap = [
+        schedule
+        for schedule in every
+        if total(schedule, parts) == min(total(s, parts) for s in every)
+    ]
     found = plan(parts, iterations=4)
     assert found in cheap
-    assert sum(costs(found, parts).cumulative) == min(sum(costs(schedule, parts).cumulative) for schedule in cheap)
+    assert sum(costs(found, parts).cumulative) == min(
+        sum(costs(schedule, parts).cumulative) for schedule in cheap
+    )
 
 
 def test_of_two_equally_cheap_schedules_the_one_whose_answers_come_first() -> None:
     one_section = BlockCosts(stem=0.0, sections=((1.0, 2.0, 3.0, 4.0),), out=1.0)
-    assert plan(one_section, iterations=3).names == ("1", "2", "4")  # 1-3-4 costs as much and answers later
+    assert plan(one_section, iterations=3).names == (
+        "1",
+        "2",
+        "4",
+    )  # 1-3-4 costs as much and answers later
 
 
 @pytest.mark.parametrize(
@@ -295,7 +347,9 @@ def test_what_cannot_be_planned_is_refused(asked: dict[str, object], message: st
 
 
 def test_iterations_placed_at_the_papers_times_are_the_papers() -> None:
-    parts = BlockCosts(stem=0.3, sections=((2.0,) * 8, (1.1, *[1.5] * 7), (0.6, *[0.8] * 7)), out=0.2)
+    parts = BlockCosts(
+        stem=0.3, sections=((2.0,) * 8, (1.1, *[1.5] * 7), (0.6, *[0.8] * 7)), out=0.2
+    )
     assert place(parts, costs(PAPER, parts).cumulative) == PAPER
 
 
@@ -312,11 +366,16 @@ def in_turn_schedules(final: Counts, iterations: int) -> Iterator[Schedule]:
 
 @settings(deadline=None)
 @given(block_costs(), st.lists(st.floats(0.0, 40.0), min_size=1, max_size=4, unique=True))
-def test_no_schedule_in_turn_comes_nearer_to_the_times(parts: BlockCosts, unsorted: list[float]) -> None:
+def test_no_schedule_in_turn_comes_nearer_to_the_times(
+    parts: BlockCosts, unsorted: list[float]
+) -> None:
     times = sorted(unsorted)
 
     def distance(schedule: Schedule) -> float:
-        return sum((cost - time) ** 2 for cost, time in zip(costs(schedule, parts).cumulative, times, strict=True))
+        return sum(
+            (cost - time) ** 2
+            for cost, time in zip(costs(schedule, parts).cumulative, times, strict=True)
+        )
 
     every = list(in_turn_schedules(parts.counts, len(times)))
     found = place(parts, times)
@@ -324,7 +383,9 @@ def test_no_schedule_in_turn_comes_nearer_to_the_times(parts: BlockCosts, unsort
     assert distance(found) == pytest.approx(min(map(distance, every)))
 
 
-@pytest.mark.parametrize("times", [[], [1.0, 1.0], [2.0, 1.0], [1.0, math.nan], [1.0, math.inf], [1.0, 2.0, 3.0, 4.0]])
+@pytest.mark.parametrize(
+    "times", [[], [1.0, 1.0], [2.0, 1.0], [1.0, math.nan], [1.0, math.inf], [1.0, 2.0, 3.0, 4.0]]
+)
 def test_times_that_no_schedule_can_follow_are_refused(times: list[float]) -> None:
     with pytest.raises(ModelSpecError, match="1 to 3 of them, increasing and finite"):
         place(BlockCosts.equal((2, 2)), times)

@@ -8,17 +8,37 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotReached, HeadError, ImpatientError, NetworkError
+from impatient.errors import (
+    ClassCountMismatch,
+    ExitNotReached,
+    HeadError,
+    ImpatientError,
+    NetworkError,
+)
 from impatient.networks import FeatureShape, MultiExitNetwork, attach_exits
 from impatient.networks.describe import stage_facts
-from impatient.networks.heads import HEADS, ChannelsFirst, MSDNetHead, Pool, build_head, check_head, guess_layout, mlp
+from impatient.networks.heads import (
+    HEADS,
+    ChannelsFirst,
+    MSDNetHead,
+    Pool,
+    build_head,
+    check_head,
+    guess_layout,
+    mlp,
+)
 from impatient.networks.stages import Cut
 
 CLASSES = 5
 SHAPES = {
-    "NCHW": (3, 6, 9, 7), "NHWC": (3, 9, 7, 6), "NTD": (3, 4, 6), "NCT": (3, 6, 4), "ND": (3, 6), "NCTHW": (3, 6, 2, 5, 4),
+    "NCHW": (3, 6, 9, 7),
+    "NHWC": (3, 9, 7, 6),
+    "NTD": (3, 4, 6),
+    "NCT": (3, 6, 4),
+    "ND": (3, 6),
+    "NCTHW": (3, 6, 2, 5, 4),
     "NTHWC": (3, 2, 5, 4, 6),
-}  # fmt: skip
+}
 READ_MAPS_ONLY = ("adaptive", "rescale", "msdnet")
 every_layout = pytest.mark.parametrize("layout", SHAPES)
 
@@ -53,10 +73,18 @@ def block(*layers: nn.Module) -> nn.Module:
         ((2, 7, 5, 8), block(nn.Conv2d(3, 8, 1), nn.LayerNorm(8)), "NHWC"),
         ((2, 8, 4, 4), block(nn.LayerNorm(4), nn.Conv2d(3, 8, 1)), "NCHW"),
         ((2, 8, 4, 4), nn.ReLU(), "NCHW"),
-        ((2, 8, 8, 8), block(nn.Linear(3, 8), nn.Conv2d(3, 8, 1)), "NCHW"),  # square: the last layer decides
+        (
+            (2, 8, 8, 8),
+            block(nn.Linear(3, 8), nn.Conv2d(3, 8, 1)),
+            "NCHW",
+        ),  # square: the last layer decides
         ((2, 8, 8, 8), block(nn.Conv2d(3, 8, 1), nn.Linear(3, 8)), "NHWC"),
         ((2, 8, 8, 8), nn.Identity(), "NCHW"),
-        ((2, 4, 4, 8), block(nn.Conv2d(3, 8, 1), nn.GELU()), "NHWC"),  # a permutation followed the convolution
+        (
+            (2, 4, 4, 8),
+            block(nn.Conv2d(3, 8, 1), nn.GELU()),
+            "NHWC",
+        ),  # a permutation followed the convolution
         ((2, 6, 4, 7), block(nn.Conv2d(3, 99, 1)), "NCHW"),  # no dimension fits the width
         ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.GELU()), "NCT"),  # sound
         ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.LayerNorm(8)), "NCT"),  # its norm permutes
@@ -70,7 +98,9 @@ def block(*layers: nn.Module) -> nn.Module:
         ((2, 8, 4, 7, 7), nn.ReLU(), "NCTHW"),
     ],
 )
-def test_layout_is_told_by_shape_and_last_layer(shape: tuple[int, ...], module: nn.Module, layout: str) -> None:
+def test_layout_is_told_by_shape_and_last_layer(
+    shape: tuple[int, ...], module: nn.Module, layout: str
+) -> None:
     assert guess_layout(torch.zeros(shape), module) == layout
 
 
@@ -113,14 +143,20 @@ def test_layout_of_square_features_can_be_said() -> None:
     x = torch.randn(2, 3, 8, 8)
     guessed = attach_exits(ChannelsLast(), after=["stem", "block"], example=x)
     assert guessed.layouts == ("NCHW", "NHWC")
-    assert attach_exits(ChannelsLast(), after=["block"], example=x, layout="NCHW").layouts == ("NCHW",)
+    assert attach_exits(ChannelsLast(), after=["block"], example=x, layout="NCHW").layouts == (
+        "NCHW",
+    )
     features = guessed.backbone.block(guessed.backbone.stem(x).permute(0, 2, 3, 1))
     torch.testing.assert_close(guessed(x)[1], guessed.heads[1][1](features.mean((1, 2))))
 
 
 def test_layout_is_said_of_features_with_as_many_dimensions_only() -> None:
-    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 8), nn.Linear(8, CLASSES))
-    assert attach_exits(backbone, after=["0", "2"], example=torch.ones(1, 3, 8, 8), layout="NCHW").layouts == ("NCHW", "ND")
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * 64, 8), nn.Linear(8, CLASSES)
+    )
+    assert attach_exits(
+        backbone, after=["0", "2"], example=torch.ones(1, 3, 8, 8), layout="NCHW"
+    ).layouts == ("NCHW", "ND")
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -136,7 +172,9 @@ def test_pool_means_over_space_or_tokens(layout: str) -> None:
     assert layout in repr(Pool(layout))
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in SHAPES for name in heads_for(layout)])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for layout in SHAPES for name in heads_for(layout)]
+)
 def test_every_head_gives_outputs_and_gradients(name: str, layout: str) -> None:
     features = features_of(layout)
     head = build_head(name, shape_of(layout), CLASSES)
@@ -151,16 +189,26 @@ def test_every_head_gives_outputs_and_gradients(name: str, layout: str) -> None:
 @every_layout
 def test_heads_do_not_depend_on_the_number_of_samples_or_the_resolution(layout: str) -> None:
     wider = {
-        "NCHW": (1, 6, 20, 5), "NHWC": (1, 20, 5, 6), "NTD": (1, 11, 6), "NCT": (1, 6, 11), "ND": (1, 6),
-        "NCTHW": (1, 6, 3, 7, 8), "NTHWC": (1, 3, 7, 8, 6),
-    }[layout]  # fmt: skip
+        "NCHW": (1, 6, 20, 5),
+        "NHWC": (1, 20, 5, 6),
+        "NTD": (1, 11, 6),
+        "NCT": (1, 6, 11),
+        "ND": (1, 6),
+        "NCTHW": (1, 6, 3, 7, 8),
+        "NTHWC": (1, 3, 7, 8, 6),
+    }[layout]
     for name in sorted(set(heads_for(layout)) - {"flatten"}):
-        assert build_head(name, shape_of(layout), CLASSES).eval()(torch.randn(wider)).shape == (1, CLASSES)
+        assert build_head(name, shape_of(layout), CLASSES).eval()(torch.randn(wider)).shape == (
+            1,
+            CLASSES,
+        )
 
 
 def test_linear_head_is_a_mean_and_a_matrix() -> None:
     head, features = build_head("linear", shape_of("NTD"), CLASSES), features_of("NTD")
-    torch.testing.assert_close(head(features), functional.linear(features.mean(1), head[1].weight, head[1].bias))
+    torch.testing.assert_close(
+        head(features), functional.linear(features.mean(1), head[1].weight, head[1].bias)
+    )
 
 
 def test_relu_linear_head_rectifies_before_it_pools() -> None:
@@ -170,18 +218,26 @@ def test_relu_linear_head_rectifies_before_it_pools() -> None:
 
 
 def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
-    first, last = MSDNetHead(shape_of("NCHW"), CLASSES).eval(), MSDNetHead(shape_of("NHWC"), CLASSES).eval()
+    first, last = (
+        MSDNetHead(shape_of("NCHW"), CLASSES).eval(),
+        MSDNetHead(shape_of("NHWC"), CLASSES).eval(),
+    )
     last.load_state_dict(first.state_dict())
     features = torch.randn(SHAPES["NCHW"])
     torch.testing.assert_close(first(features), last(features.permute(0, 2, 3, 1)))
-    assert [layer.stride for layer in first.convolutions if isinstance(layer, nn.Conv2d)] == [(2, 2), (2, 2)]
+    assert [layer.stride for layer in first.convolutions if isinstance(layer, nn.Conv2d)] == [
+        (2, 2),
+        (2, 2),
+    ]
     assert first.classifier.in_features == 128
 
 
 @pytest.mark.parametrize("layout", ["NTD", "NCT", "ND", "NCTHW"])
 @pytest.mark.parametrize("name", READ_MAPS_ONLY)
 def test_heads_that_read_maps_refuse_others_and_name_other_heads(name: str, layout: str) -> None:
-    with pytest.raises(HeadError, match=rf"the {name} head reads maps.*{layout}.*heads='linear' or heads='mlp'"):
+    with pytest.raises(
+        HeadError, match=rf"the {name} head reads maps.*{layout}.*heads='linear' or heads='mlp'"
+    ):
         build_head(name, shape_of(layout), CLASSES)
 
 
@@ -199,27 +255,39 @@ def test_channels_come_first_whatever_the_layout(layout: str) -> None:
 
 @pytest.mark.parametrize("name", ["adaptive", "conv1x1", "rescale", "msdnet"])
 def test_heads_read_channels_last_as_they_read_channels_first(name: str) -> None:
-    first, last = (build_head(name, shape_of(layout), CLASSES).eval() for layout in ("NCHW", "NHWC"))
+    first, last = (
+        build_head(name, shape_of(layout), CLASSES).eval() for layout in ("NCHW", "NHWC")
+    )
     last.load_state_dict(dict(zip(last.state_dict(), first.state_dict().values(), strict=True)))
     features = torch.randn(SHAPES["NCHW"])
     torch.testing.assert_close(first(features), last(features.permute(0, 2, 3, 1)))
 
 
 def test_dropout_of_the_mlp_is_in_training_only_and_between_its_layers() -> None:
-    head, plain = build_head("mlp_dropout", shape_of("ND"), CLASSES), build_head("mlp", shape_of("ND"), CLASSES)
+    head, plain = (
+        build_head("mlp_dropout", shape_of("ND"), CLASSES),
+        build_head("mlp", shape_of("ND"), CLASSES),
+    )
     plain.load_state_dict(dict(zip(plain.state_dict(), head.state_dict().values(), strict=True)))
     features = features_of("ND")
     assert not torch.allclose(head(features), plain(features))
     torch.testing.assert_close(head.eval()(features), plain(features))
     assert [type(layer) for layer in head] == [Pool, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
     assert mlp(shape_of("ND"), CLASSES, dropout=0.3)[3].p == 0.3
-    assert [type(layer) for layer in plain] == [Pool, nn.Linear, nn.ReLU, nn.Linear]  # no place for a dropout of nothing
+    assert [type(layer) for layer in plain] == [
+        Pool,
+        nn.Linear,
+        nn.ReLU,
+        nn.Linear,
+    ]  # no place for a dropout of nothing
 
 
 @every_layout
 def test_flatten_head_weighs_every_feature_by_itself(layout: str) -> None:
     head, features = build_head("flatten", shape_of(layout), CLASSES), features_of(layout)
-    torch.testing.assert_close(head(features), functional.linear(features.reshape(3, -1), head[1].weight, head[1].bias))
+    torch.testing.assert_close(
+        head(features), functional.linear(features.reshape(3, -1), head[1].weight, head[1].bias)
+    )
     output = head(features)[0, 0]
     (gradient,) = torch.autograd.grad(output, features)
     assert gradient[0].unique().numel() == features[0].numel()
@@ -232,20 +300,33 @@ def test_flatten_head_refuses_another_resolution() -> None:
 
 
 def test_adaptive_head_means_over_quarters() -> None:
-    head, features = build_head("adaptive", FeatureShape((3, 6, 8, 4), "NCHW"), CLASSES), torch.randn(3, 6, 8, 4)
+    head, features = (
+        build_head("adaptive", FeatureShape((3, 6, 8, 4), "NCHW"), CLASSES),
+        torch.randn(3, 6, 8, 4),
+    )
     upper, lower = features[:, :, :4], features[:, :, 4:]
-    quarters = [quarter.mean((2, 3)) for half in (upper, lower) for quarter in (half[..., :2], half[..., 2:])]
+    quarters = [
+        quarter.mean((2, 3))
+        for half in (upper, lower)
+        for quarter in (half[..., :2], half[..., 2:])
+    ]
     torch.testing.assert_close(head(features), head[-1](torch.stack(quarters, 2).flatten(1)))
 
 
 @pytest.mark.parametrize(
     ("shape", "layout", "inputs"),
     [
-        ((1, 6, 1, 1), "NCHW", 6), ((1, 6, 1, 5), "NCHW", 12), ((1, 6, 5, 1), "NCHW", 12), ((1, 6, 2, 3), "NCHW", 24),
-        ((1, 1, 5, 6), "NHWC", 12), ((1, 7, 7, 6), "NHWC", 24),
+        ((1, 6, 1, 1), "NCHW", 6),
+        ((1, 6, 1, 5), "NCHW", 12),
+        ((1, 6, 5, 1), "NCHW", 12),
+        ((1, 6, 2, 3), "NCHW", 24),
+        ((1, 1, 5, 6), "NHWC", 12),
+        ((1, 7, 7, 6), "NHWC", 24),
     ],
-)  # fmt: skip
-def test_adaptive_head_never_makes_more_places_than_there_are(shape: tuple[int, ...], layout: Any, inputs: int) -> None:
+)
+def test_adaptive_head_never_makes_more_places_than_there_are(
+    shape: tuple[int, ...], layout: Any, inputs: int
+) -> None:
     head = build_head("adaptive", FeatureShape(shape, layout), CLASSES)
     assert head[-1].in_features == inputs
     assert head(torch.randn(shape)).shape == (1, CLASSES)
@@ -254,17 +335,28 @@ def test_adaptive_head_never_makes_more_places_than_there_are(shape: tuple[int, 
 @every_layout
 def test_conv1x1_head_is_a_linear_layer_at_every_place(layout: str) -> None:
     head, features = build_head("conv1x1", shape_of(layout), CLASSES).eval(), features_of(layout)
-    convolution, linear = (next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear))
+    convolution, linear = (
+        next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear)
+    )
     places = features.movedim(1, -1) if layout.startswith("NC") else features
-    norm = next(layer for layer in head if isinstance(layer, nn.BatchNorm2d))  # untrained: divides by sqrt(1 + eps)
-    wide = functional.linear(places.reshape(3, -1, 6), convolution.weight[:, :, 0, 0]) / (1 + norm.eps) ** 0.5
+    norm = next(
+        layer for layer in head if isinstance(layer, nn.BatchNorm2d)
+    )  # untrained: divides by sqrt(1 + eps)
+    wide = (
+        functional.linear(places.reshape(3, -1, 6), convolution.weight[:, :, 0, 0])
+        / (1 + norm.eps) ** 0.5
+    )
     torch.testing.assert_close(head(features), linear(wide.relu().mean(1)))
     assert convolution.out_channels == 12
 
 
 def test_rescale_head_reads_a_map_brought_to_seven_by_seven() -> None:
-    rescale, conv1x1 = (build_head(name, shape_of("NCHW"), CLASSES).eval() for name in ("rescale", "conv1x1"))
-    conv1x1.load_state_dict(dict(zip(conv1x1.state_dict(), rescale.state_dict().values(), strict=True)))
+    rescale, conv1x1 = (
+        build_head(name, shape_of("NCHW"), CLASSES).eval() for name in ("rescale", "conv1x1")
+    )
+    conv1x1.load_state_dict(
+        dict(zip(conv1x1.state_dict(), rescale.state_dict().values(), strict=True))
+    )
     features = torch.randn(SHAPES["NCHW"])
     small = functional.interpolate(features, (7, 7), mode="bilinear")
     torch.testing.assert_close(rescale(features), conv1x1(small))
@@ -277,7 +369,9 @@ def test_msdnet_head_on_a_token_model_is_refused_on_attaching(toy: nn.Module) ->
 
 
 def test_unknown_head_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(HeadError, match=rf"unknown head 'conv'; needed: one of {', '.join(HEADS)}, or a callable"):
+    with pytest.raises(
+        HeadError, match=rf"unknown head 'conv'; needed: one of {', '.join(HEADS)}, or a callable"
+    ):
         build_head("conv", shape_of("ND"), CLASSES)
 
 
@@ -285,10 +379,14 @@ def test_unknown_head_is_refused_with_the_known_ones() -> None:
 
 
 def attach(backbone: nn.Module, heads: Any, **more: Any) -> MultiExitNetwork:
-    return attach_exits(backbone, after=["blocks.0", "blocks.2"], heads=heads, example=torch.ones(2, 8), **more)
+    return attach_exits(
+        backbone, after=["blocks.0", "blocks.2"], heads=heads, example=torch.ones(2, 8), **more
+    )
 
 
-def test_head_of_ones_own_is_told_shape_layout_and_classes(toy: nn.Module, toy_input: Tensor) -> None:
+def test_head_of_ones_own_is_told_shape_layout_and_classes(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     told: list[tuple[str, int, int]] = []
 
     def own(features: FeatureShape, num_classes: int) -> nn.Module:
@@ -308,27 +406,42 @@ def test_each_exit_may_have_its_own_head(toy: nn.Module) -> None:
 
 @pytest.mark.parametrize("heads", [["linear"], ["linear"] * 3, []])
 def test_wrong_number_of_heads_is_refused(toy: nn.Module, heads: list[str]) -> None:
-    with pytest.raises(HeadError, match=rf"{len(heads)} heads for 2 early exits \(\['blocks\.0', 'blocks\.2'\]\)"):
+    with pytest.raises(
+        HeadError, match=rf"{len(heads)} heads for 2 early exits \(\['blocks\.0', 'blocks\.2'\]\)"
+    ):
         attach(toy, heads)
 
 
 def test_network_built_by_hand_needs_a_head_and_a_layout_per_cut(toy: nn.Module) -> None:
     with pytest.raises(HeadError, match="1 heads for 2 cuts"):
-        MultiExitNetwork(toy, [nn.Linear(8, 3)], [Cut("blocks.0"), Cut("blocks.1")], ["ND", "ND"], 3)
+        MultiExitNetwork(
+            toy, [nn.Linear(8, 3)], [Cut("blocks.0"), Cut("blocks.1")], ["ND", "ND"], 3
+        )
 
 
 @pytest.mark.parametrize(
     ("build", "complaint"),
     [
-        (lambda features, classes: nn.Linear(9, classes), r"head at blocks\.0 fails on features of shape \(2, 8\)"),
-        (lambda features, classes: nn.Linear(8, classes + 1), r"head at blocks\.0 gives \(2, 4\); needed: shape \(2, 3\)"),
+        (
+            lambda features, classes: nn.Linear(9, classes),
+            r"head at blocks\.0 fails on features of shape \(2, 8\)",
+        ),
+        (
+            lambda features, classes: nn.Linear(8, classes + 1),
+            r"head at blocks\.0 gives \(2, 4\); needed: shape \(2, 3\)",
+        ),
         (lambda features, classes: nn.Flatten(0), r"gives \(16,\); needed"),
         (lambda features, classes: nn.LSTM(8, classes), r"gives tuple; needed"),
-        (lambda features, classes: lambda x: x[:, :classes], r"factory returned a function; needed: a torch\.nn\.Module"),
+        (
+            lambda features, classes: lambda x: x[:, :classes],
+            r"factory returned a function; needed: a torch\.nn\.Module",
+        ),
     ],
     ids=["wrong input", "wrong width", "wrong shape", "no tensor", "no module"],
 )
-def test_head_that_does_not_fit_is_refused(toy: nn.Module, build: Callable[..., Any], complaint: str) -> None:
+def test_head_that_does_not_fit_is_refused(
+    toy: nn.Module, build: Callable[..., Any], complaint: str
+) -> None:
     with pytest.raises(HeadError, match=complaint):
         attach(toy, build)
 
@@ -373,7 +486,9 @@ def test_pooled_features_are_what_gates_look_at() -> None:
     pooled = [network.pooled(exit) for exit in network.exits(x)]
     stem = network.backbone.stem(x)
     torch.testing.assert_close(pooled[0], stem.mean((2, 3)))
-    torch.testing.assert_close(pooled[1], network.backbone.block(stem.permute(0, 2, 3, 1)).mean((1, 2)))
+    torch.testing.assert_close(
+        pooled[1], network.backbone.block(stem.permute(0, 2, 3, 1)).mean((1, 2))
+    )
     torch.testing.assert_close(pooled[2], network.backbone(x))
 
 
@@ -381,11 +496,15 @@ def test_pooled_features_are_what_gates_look_at() -> None:
 
 
 def test_number_of_classes_is_the_backbones(toy: nn.Module) -> None:
-    assert attach(toy, "linear").num_classes == attach(toy, "linear", num_classes=3).num_classes == 3
+    assert (
+        attach(toy, "linear").num_classes == attach(toy, "linear", num_classes=3).num_classes == 3
+    )
 
 
 def test_another_number_of_classes_is_refused_with_what_to_do(toy: nn.Module) -> None:
-    with pytest.raises(ClassCountMismatch, match=r"gives 3 classes, but num_classes=10.*replace its last layer"):
+    with pytest.raises(
+        ClassCountMismatch, match=r"gives 3 classes, but num_classes=10.*replace its last layer"
+    ):
         attach(toy, "linear", num_classes=10)
 
 
@@ -396,7 +515,9 @@ def test_output_that_is_not_two_dimensional_is_refused(last: nn.Module) -> None:
 
 
 def test_backbone_that_is_no_module_is_refused() -> None:
-    with pytest.raises(ImpatientError, match=r"backbone is a function; needed: a torch\.nn\.Module"):
+    with pytest.raises(
+        ImpatientError, match=r"backbone is a function; needed: a torch\.nn\.Module"
+    ):
         attach_exits(lambda x: x, example=torch.ones(1, 8))
 
 
@@ -421,24 +542,39 @@ class Counted(nn.Module):
 
 STAGE_MACS = [8 * 3 * 9 * 64, 16 * 4 * 9 * 16, 16 * CLASSES]
 HEAD_MACS = [8 * CLASSES, 16 * 128 + 128 * CLASSES, 0]
-STAGE_PARAMETERS = [8 * 3 * 9 + 8 + 6, 16 + 16 * 4 * 9, 16 * CLASSES + CLASSES]  # 6: of the layer never called
+STAGE_PARAMETERS = [
+    8 * 3 * 9 + 8 + 6,
+    16 + 16 * 4 * 9,
+    16 * CLASSES + CLASSES,
+]  # 6: of the layer never called
 
 
 @pytest.fixture
 def counted() -> MultiExitNetwork:
-    return attach_exits(Counted(), after=["first", "second"], heads=["linear", "mlp"], example=torch.ones(1, 3, 8, 8))
+    return attach_exits(
+        Counted(),
+        after=["first", "second"],
+        heads=["linear", "mlp"],
+        example=torch.ones(1, 3, 8, 8),
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_multiplications_are_those_counted_by_hand(counted: MultiExitNetwork, batch: int) -> None:
     facts = stage_facts(counted, torch.ones(batch, 3, 8, 8))
     assert [fact.exit for fact in facts] == ["first", "second", "output"]
-    assert [fact.features for fact in facts] == [(batch, 8, 8, 8), (batch, 16, 4, 4), (batch, CLASSES)]
+    assert [fact.features for fact in facts] == [
+        (batch, 8, 8, 8),
+        (batch, 16, 4, 4),
+        (batch, CLASSES),
+    ]
     assert [fact.stage_macs for fact in facts] == STAGE_MACS
     assert [fact.head_macs for fact in facts] == HEAD_MACS
 
 
-def test_parameters_belong_to_the_stage_that_first_uses_them_and_add_up(counted: MultiExitNetwork) -> None:
+def test_parameters_belong_to_the_stage_that_first_uses_them_and_add_up(
+    counted: MultiExitNetwork,
+) -> None:
     facts = stage_facts(counted, torch.ones(1, 3, 8, 8))
     assert [fact.stage_parameters for fact in facts] == STAGE_PARAMETERS
     total = sum(fact.stage_parameters + fact.head_parameters for fact in facts)
@@ -471,7 +607,9 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
-        return self.classifier((x.movedim(1, -1) if self.channels_first else x).reshape(len(x), -1, 6).mean(1))
+        return self.classifier(
+            (x.movedim(1, -1) if self.channels_first else x).reshape(len(x), -1, 6).mean(1)
+        )
 
 
 MLP_MACS = 6 * 128 + 128 * CLASSES
@@ -488,16 +626,23 @@ HEAD_MACS_BY_HAND = {  # on maps of 6 channels and 80 places, on 4 tokens of 6, 
     "msdnet": (MSDNET_MACS, None, None),
 }
 FEATURES = {
-    "NCHW": (2, 6, 8, 10), "NHWC": (2, 8, 10, 6), "NTD": (2, 4, 6), "NCT": (2, 6, 4), "ND": (2, 6), "NCTHW": (2, 6, 2, 8, 5),
+    "NCHW": (2, 6, 8, 10),
+    "NHWC": (2, 8, 10, 6),
+    "NTD": (2, 4, 6),
+    "NCT": (2, 6, 4),
+    "ND": (2, 6),
+    "NCTHW": (2, 6, 2, 8, 5),
     "NTHWC": (2, 2, 8, 5, 6),
-}  # fmt: skip
+}
 
 
 def test_every_head_has_its_cost_counted_by_hand() -> None:
     assert set(HEAD_MACS_BY_HAND) == set(HEADS)
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for layout in SHAPES for name in heads_for(layout)])
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for layout in SHAPES for name in heads_for(layout)]
+)
 def test_cost_of_every_head_is_that_counted_by_hand(name: str, layout: str) -> None:
     x = torch.ones(FEATURES[layout])
     facts = stage_facts(attach_exits(Features(layout), after=["layer"], heads=name, example=x), x)
@@ -509,7 +654,10 @@ def test_cost_of_every_head_is_that_counted_by_hand(name: str, layout: str) -> N
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.classifier = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, CLASSES)
+        self.attention, self.classifier = (
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.attention(x, x, x, need_weights=self.training)
@@ -524,11 +672,24 @@ def test_multiplications_of_attention_are_counted() -> None:
     assert [fact.stage_macs for fact in facts] == [projections + products, width * CLASSES]
 
 
-def test_description_has_the_numbers_the_totals_and_the_mechanism(counted: MultiExitNetwork) -> None:
+def test_description_has_the_numbers_the_totals_and_the_mechanism(
+    counted: MultiExitNetwork,
+) -> None:
     text = counted.describe(torch.ones(2, 3, 8, 8))
     lines = text.splitlines()
-    assert [line.split()[:2] for line in lines[2:5]] == [["0", "first"], ["1", "second"], ["2", "output"]]
-    for number in (*STAGE_MACS, *HEAD_MACS, *STAGE_PARAMETERS, sum(STAGE_MACS), sum(HEAD_MACS), sum(STAGE_PARAMETERS)):
+    assert [line.split()[:2] for line in lines[2:5]] == [
+        ["0", "first"],
+        ["1", "second"],
+        ["2", "output"],
+    ]
+    for number in (
+        *STAGE_MACS,
+        *HEAD_MACS,
+        *STAGE_PARAMETERS,
+        sum(STAGE_MACS),
+        sum(HEAD_MACS),
+        sum(STAGE_PARAMETERS),
+    ):
         assert f"{number:,}" in text
     assert "8x8x8" in lines[2]
     assert "Pool + Linear" in lines[2]
@@ -556,7 +717,11 @@ def test_describing_an_input_that_misses_an_exit_is_refused() -> None:
     class Skipping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sometimes, self.always, self.classifier = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+            self.sometimes, self.always, self.classifier = (
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(self.always(self.sometimes(x) if x[0, 0] > 0 else x))
@@ -569,5 +734,7 @@ def test_describing_an_input_that_misses_an_exit_is_refused() -> None:
 def test_a_network_that_has_exits_already_is_refused() -> None:
     backbone = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
     network = attach_exits(backbone, after=["0"], example=torch.ones(1, 8))
-    with pytest.raises(NetworkError, match=r"has exits already; give its backbone: attach_exits\(network\.backbone"):
+    with pytest.raises(
+        NetworkError, match=r"has exits already; give its backbone: attach_exits\(network\.backbone"
+    ):
         attach_exits(network, after=["backbone.0"], example=torch.ones(1, 8))

@@ -12,7 +12,12 @@ from impatient.evaluation import inflation
 from impatient.evaluation.inflation import best_base, mean, simulate, sup
 
 BASES = (1.5, 2.0, 3.0, 4.0)
-MEMBERS = {1.5: 60, 2.0: 36, 3.0: 24, 4.0: 20}  # the last is so deep that the first few make no difference
+MEMBERS = {
+    1.5: 60,
+    2.0: 36,
+    3.0: 24,
+    4.0: 20,
+}  # the last is so deep that the first few make no difference
 # of what is left of the first few networks: M / b ** (members - M), and their share of the mean
 TOLERANCE = 1e-6
 
@@ -25,12 +30,15 @@ workers = st.integers(1, 4)
 
 
 @pytest.mark.parametrize(
-    ("base", "largest", "average"), [(1.5, 4.0, 3.478), (2.0, 3.0, 2.443), (3.0, 2.5, 1.883), (4.0, 7 / 3, 1.670)]
+    ("base", "largest", "average"),
+    [(1.5, 4.0, 3.478), (2.0, 3.0, 2.443), (3.0, 2.5, 1.883), (4.0, 7 / 3, 1.670)],
 )
 def test_anytime_networks_have_the_papers_inflation(base, largest, average):
     assert inflation.ann_sup(base) == pytest.approx(largest) == pytest.approx(2 + 1 / (base - 1))
     assert inflation.ann_mean(base) == pytest.approx(average, abs=5e-4)
-    assert inflation.ann_mean(base) == pytest.approx(1 - 1 / (2 * base) + (1 + math.log(base)) / (base - 1))
+    assert inflation.ann_mean(base) == pytest.approx(
+        1 - 1 / (2 * base) + (1 + math.log(base)) / (base - 1)
+    )
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -41,8 +49,12 @@ def test_plain_networks_have_the_papers_inflation(base):
 
 def test_plain_networks_are_best_at_the_papers_bases():
     grid = np.linspace(1.1, 6.0, 4901)
-    assert grid[np.argmin([inflation.plain_sup(base) for base in grid])] == pytest.approx(2.0, abs=1e-3)
-    assert grid[np.argmin([inflation.plain_mean(base) for base in grid])] == pytest.approx(1 + math.sqrt(2), abs=1e-3)
+    assert grid[np.argmin([inflation.plain_sup(base) for base in grid])] == pytest.approx(
+        2.0, abs=1e-3
+    )
+    assert grid[np.argmin([inflation.plain_mean(base) for base in grid])] == pytest.approx(
+        1 + math.sqrt(2), abs=1e-3
+    )
     assert inflation.plain_mean(1 + math.sqrt(2)) == pytest.approx(1.5 + math.sqrt(2))
 
 
@@ -58,13 +70,18 @@ def test_one_worker_has_the_general_closed_form(base, share):
 @pytest.mark.parametrize(("count", "largest"), [(1, 3.0), (2, 5 / 3), (3, 9 / 7), (4, 17 / 15)])
 def test_workers_lower_the_largest_inflation(count, largest):
     assert sup(2.0, workers=count) == pytest.approx(largest)
-    assert sup(2.0, workers=count) <= sup(2.0**count) + 1e-12  # the paper's "effectively increases b" is an upper bound
+    assert (
+        sup(2.0, workers=count) <= sup(2.0**count) + 1e-12
+    )  # the paper's "effectively increases b" is an upper bound
 
 
 @given(st.floats(0.05, 1.0))
 def test_no_base_is_better_than_the_best(share):
     best = sup(best_base(share), competitive_from=share)
-    assert best <= min(sup(base, competitive_from=share) for base in np.linspace(1.05, 25.0, 500)) + 1e-9
+    assert (
+        best
+        <= min(sup(base, competitive_from=share) for base in np.linspace(1.05, 25.0, 500)) + 1e-9
+    )
 
 
 def test_the_best_base_has_the_known_values():
@@ -82,8 +99,12 @@ def test_the_best_base_has_the_known_values():
 @pytest.mark.parametrize("share", [None, 0.1, 0.5, 0.8, 1.0])
 def test_the_schedule_agrees_with_the_formulas(base, share, count):
     schedule = simulate(base, MEMBERS[base], workers=count, competitive_from=share)
-    assert schedule.sup == pytest.approx(sup(base, competitive_from=share, workers=count), abs=TOLERANCE)
-    assert schedule.mean == pytest.approx(mean(base, competitive_from=share, workers=count), abs=TOLERANCE)
+    assert schedule.sup == pytest.approx(
+        sup(base, competitive_from=share, workers=count), abs=TOLERANCE
+    )
+    assert schedule.mean == pytest.approx(
+        mean(base, competitive_from=share, workers=count), abs=TOLERANCE
+    )
 
 
 @settings(max_examples=50)
@@ -92,7 +113,9 @@ def test_the_schedule_agrees_for_any_base_share_and_number_of_workers(base, shar
     members = math.ceil(20.0 / math.log(base))
     schedule = simulate(base, members, workers=count, competitive_from=share)
     assert schedule.sup == pytest.approx(sup(base, competitive_from=share, workers=count), abs=1e-5)
-    assert schedule.mean == pytest.approx(mean(base, competitive_from=share, workers=count), abs=1e-4)
+    assert schedule.mean == pytest.approx(
+        mean(base, competitive_from=share, workers=count), abs=1e-4
+    )
 
 
 @settings(max_examples=30)
@@ -116,14 +139,22 @@ def test_a_schedule_played_by_hand():
     assert schedule.depth(budgets).tolist() == [0.0, 0.5, 1.0, 2.0, 2.0, 2.5, 4.0]
     assert schedule.inflation(budgets).tolist() == [math.inf, 1.0, 1.0, 1.0, 1.45, 1.4, 1.25]
     assert schedule.sup == 1.5  # at 3, as the third becomes competitive
-    areas = 1.5 + (9 - 4) / 4 + (2 + math.log(2))  # up to 2 the second keeps pace; to 3 its last answer; to 5 the third
+    areas = (
+        1.5 + (9 - 4) / 4 + (2 + math.log(2))
+    )  # up to 2 the second keeps pace; to 3 its last answer; to 5 the third
     assert schedule.mean == pytest.approx(areas / 4.5)
 
 
 def test_plain_networks_answer_only_at_their_end():
     schedule = simulate(3.0, 4, competitive_from=1.0)
     assert schedule.begins.tolist() == [0.0, 1.0, 4.0, 13.0]
-    assert schedule.inflation(np.array([1.0, 2.0, 4.0, 12.0, 13.0])).tolist() == [1.0, 2.0, 4 / 3, 4.0, 13 / 9]
+    assert schedule.inflation(np.array([1.0, 2.0, 4.0, 12.0, 13.0])).tolist() == [
+        1.0,
+        2.0,
+        4 / 3,
+        4.0,
+        13 / 9,
+    ]
 
 
 @settings(max_examples=30)
@@ -131,7 +162,9 @@ def test_plain_networks_answer_only_at_their_end():
 def test_few_networks_have_less_inflation_than_many(base, share, count):
     for members in (2 * count, 3 * count, 5 * count):
         schedule = simulate(base, members, workers=count, competitive_from=share)
-        assert 1.0 - 1e-12 <= schedule.sup <= sup(base, competitive_from=share, workers=count) + 1e-9
+        assert (
+            1.0 - 1e-12 <= schedule.sup <= sup(base, competitive_from=share, workers=count) + 1e-9
+        )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -147,8 +180,11 @@ def test_bases_that_do_not_grow_are_refused(base):
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.1, math.nan])
 def test_shares_outside_a_network_are_refused(share):
-    for call in (lambda: mean(2.0, competitive_from=share), lambda: best_base(share),
-                 lambda: simulate(2.0, 4, competitive_from=share)):  # fmt: skip
+    for call in (
+        lambda: mean(2.0, competitive_from=share),
+        lambda: best_base(share),
+        lambda: simulate(2.0, 4, competitive_from=share),
+    ):
         with pytest.raises(CostError, match="a share of a network's depth"):
             call()
 

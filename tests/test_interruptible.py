@@ -16,7 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from fakes import PATIENCE_S, WHOLE, FakeExit, FakeNetwork, Hold, X, costs_of, elsewhere, hold, runner_of, wait_until, workers
+from fakes import (
+    PATIENCE_S,
+    WHOLE,
+    FakeExit,
+    FakeNetwork,
+    Hold,
+    X,
+    costs_of,
+    elsewhere,
+    hold,
+    runner_of,
+    wait_until,
+    workers,
+)
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import attach_exits
@@ -34,7 +47,9 @@ def wait_for_waiters(run: Run, count: int) -> None:
 
 
 @pytest.mark.parametrize("reached", [1, 2, 3])
-def test_an_interrupt_gives_the_latest_answer_while_the_next_stage_is_stuck(network: FakeNetwork, reached: int) -> None:
+def test_an_interrupt_gives_the_latest_answer_while_the_next_stage_is_stuck(
+    network: FakeNetwork, reached: int
+) -> None:
     stuck = hold(network, f"stage {reached}")
     with runner_of(network).start(X) as run:
         stuck.wait_reached()
@@ -68,7 +83,9 @@ def test_an_interrupt_before_the_first_exit_waits_for_it(network: FakeNetwork) -
     assert network.ran == ["stage 0", "head 0"]
 
 
-def test_when_told_to_an_interrupt_before_the_first_exit_raises_at_once(network: FakeNetwork) -> None:
+def test_when_told_to_an_interrupt_before_the_first_exit_raises_at_once(
+    network: FakeNetwork,
+) -> None:
     stuck = hold(network, "stage 0")
     run = runner_of(network, when_late="raise").start(X)
     stuck.wait_reached()
@@ -130,7 +147,9 @@ def test_without_a_deadline_the_result_is_the_final_answer(network: FakeNetwork)
     assert network.ran == WHOLE
 
 
-def test_at_the_deadline_the_result_is_there_while_a_stage_overruns(network: FakeNetwork, clock: FakeClock) -> None:
+def test_at_the_deadline_the_result_is_there_while_a_stage_overruns(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     stuck = hold(network, "stage 1")
     run = runner_of(network).start(X, deadline=Deadline.after(3.0, clock))
     stuck.wait_reached()
@@ -141,13 +160,20 @@ def test_at_the_deadline_the_result_is_there_while_a_stage_overruns(network: Fak
     clock.advance(0.5)
     answer = result.result(PATIENCE_S)
     assert not stuck.released
-    assert (answer.exit, answer.stopped_by, answer.deadline_met, answer.elapsed_s) == (0, "deadline", True, 1.5)
+    assert (answer.exit, answer.stopped_by, answer.deadline_met, answer.elapsed_s) == (
+        0,
+        "deadline",
+        True,
+        1.5,
+    )
     stuck.release()
     network.wait_closed()
     assert network.ran == ["stage 0", "head 0", "stage 1"]
 
 
-def test_an_answer_that_came_too_late_does_not_displace_one_in_time(network: FakeNetwork, clock: FakeClock) -> None:
+def test_an_answer_that_came_too_late_does_not_displace_one_in_time(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     network.heads_s[1] = 9.0
     run = runner_of(network).start(X, deadline=Deadline.after(3.0, clock))
     network.wait_closed()  # nobody was waiting when the deadline came
@@ -160,7 +186,12 @@ def test_an_answer_at_the_very_deadline_is_in_time(network: FakeNetwork, clock: 
     run = runner_of(network).start(X, deadline=Deadline.after(3.0, clock))
     network.wait_closed()
     answer = run.interrupt()
-    assert (answer.exit, answer.stopped_by, answer.deadline_met, answer.elapsed_s) == (1, "deadline", True, 3.0)
+    assert (answer.exit, answer.stopped_by, answer.deadline_met, answer.elapsed_s) == (
+        1,
+        "deadline",
+        True,
+        3.0,
+    )
 
 
 def test_past_its_deadline_a_run_begins_no_stage(network: FakeNetwork, clock: FakeClock) -> None:
@@ -169,14 +200,18 @@ def test_past_its_deadline_a_run_begins_no_stage(network: FakeNetwork, clock: Fa
     assert network.ran == ["stage 0", "head 0", "stage 1", "head 1", "stage 2"]
 
 
-def test_a_deadline_before_the_first_exit_gets_it_late(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_deadline_before_the_first_exit_gets_it_late(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     answer = runner_of(network).start(X, deadline=Deadline.after(1.0, clock)).result()
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (0, "deadline", False)
     network.wait_closed()
     assert network.ran == ["stage 0", "head 0"]
 
 
-def test_when_told_to_a_deadline_before_the_first_exit_raises_at_the_deadline(network: FakeNetwork, clock: FakeClock) -> None:
+def test_when_told_to_a_deadline_before_the_first_exit_raises_at_the_deadline(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     stuck = hold(network, "stage 0")
     run = runner_of(network, when_late="raise").start(X, deadline=Deadline.after(1.0, clock))
     stuck.wait_reached()
@@ -214,17 +249,25 @@ def test_a_policy_stops_a_run(clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_each_sample_keeps_the_output_of_the_exit_where_it_stopped(clock: FakeClock, seed: int) -> None:
+def test_each_sample_keeps_the_output_of_the_exit_where_it_stopped(
+    clock: FakeClock, seed: int
+) -> None:
     outputs = 3 * torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(seed))
     policy = ThresholdPolicy(score="margin", thresholds=(0.6, 0.6, -math.inf))
-    answer = runner_of(FakeNetwork(clock, [1.0] * 3, outputs=outputs), policy=policy).start(torch.zeros(6, 1)).result()
+    answer = (
+        runner_of(FakeNetwork(clock, [1.0] * 3, outputs=outputs), policy=policy)
+        .start(torch.zeros(6, 1))
+        .result()
+    )
     exits = policy.exits_of(outputs)
     assert answer.exits == tuple(exits.tolist())
     assert torch.equal(answer.output, outputs[exits, torch.arange(6)])
 
 
 def test_an_interrupted_batch_has_the_latest_output_of_samples_that_go_on(clock: FakeClock) -> None:
-    outputs = torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[8.0, 0.0], [0.1, 0.0]], [[7.0, 0.0], [0.2, 0.0]]])
+    outputs = torch.tensor(
+        [[[9.0, 0.0], [0.0, 0.0]], [[8.0, 0.0], [0.1, 0.0]], [[7.0, 0.0], [0.2, 0.0]]]
+    )
     network = FakeNetwork(clock, [1.0] * 3, outputs=outputs)
     policy = ThresholdPolicy(score="max_probability", thresholds=(0.9, 0.9, -math.inf))
     stuck = hold(network, "stage 2")
@@ -267,7 +310,9 @@ def test_a_run_left_before_its_first_exit_has_no_answer(network: FakeNetwork) ->
     assert network.ran == ["stage 0"]
 
 
-def test_a_second_run_queues_and_its_deadline_ticks_meanwhile(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_second_run_queues_and_its_deadline_ticks_meanwhile(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     stuck = hold(network, "stage 0")
     runner = runner_of(network)
     first = runner.start(X)
@@ -317,7 +362,9 @@ def test_runs_begun_from_several_threads_share_one_worker(network: FakeNetwork) 
     assert {run.result().exit for run in runs} == {3}
 
 
-def test_closing_ends_the_run_in_flight_at_its_next_exit_and_the_thread(network: FakeNetwork) -> None:
+def test_closing_ends_the_run_in_flight_at_its_next_exit_and_the_thread(
+    network: FakeNetwork,
+) -> None:
     stuck = hold(network, "stage 1")
     runner = runner_of(network)
     run, queued = runner.start(X), runner.start(X)
@@ -344,7 +391,9 @@ def test_a_closed_runner_can_be_closed_again_and_started_again(network: FakeNetw
     assert runner.run(X).exit == 3
 
 
-def test_a_run_begun_while_a_closed_one_is_still_stuck_does_not_wait_for_it(network: FakeNetwork) -> None:
+def test_a_run_begun_while_a_closed_one_is_still_stuck_does_not_wait_for_it(
+    network: FakeNetwork,
+) -> None:
     stuck = hold(network, "stage 1")
     runner = runner_of(network)
     runner.start(X)
@@ -364,7 +413,9 @@ def fail() -> None:
 
 @pytest.mark.parametrize("part", ["stage 0", "head 0", "stage 2"])
 @pytest.mark.parametrize("ask", [Run.result, Run.interrupt])
-def test_an_error_in_the_model_comes_out_and_the_worker_survives_it(network: FakeNetwork, part: str, ask: object) -> None:
+def test_an_error_in_the_model_comes_out_and_the_worker_survives_it(
+    network: FakeNetwork, part: str, ask: object
+) -> None:
     network.at[part] = fail
     runner = runner_of(network)
     run = runner.start(X)
@@ -395,7 +446,9 @@ def test_an_error_after_the_answer_was_given_changes_nothing(network: FakeNetwor
     assert run.interrupt() is answer
 
 
-def test_an_error_past_the_deadline_does_not_take_back_the_answer(network: FakeNetwork, clock: FakeClock) -> None:
+def test_an_error_past_the_deadline_does_not_take_back_the_answer(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     def overrun_and_fail() -> None:
         clock.advance(9.0)
         fail()
@@ -423,9 +476,13 @@ class ScalesInPlace(nn.Module):
         return scaled
 
 
-def test_a_posted_answer_stays_what_it_was_when_a_later_stage_writes_over_it(clock: FakeClock) -> None:
+def test_a_posted_answer_stays_what_it_was_when_a_later_stage_writes_over_it(
+    clock: FakeClock,
+) -> None:
     model = ScalesInPlace().eval()
-    network = attach_exits(model, after=["classifier"], heads=[lambda *_: nn.Identity()], example=torch.zeros(1, 8))
+    network = attach_exits(
+        model, after=["classifier"], heads=[lambda *_: nn.Identity()], example=torch.zeros(1, 8)
+    )
     model.at_the_end = stuck = Hold()
     x = torch.randn(1, 8)
     with Runner(network, costs_of([1.0, 1.0]), any_profile=True, clock=clock).start(x) as run:
@@ -459,7 +516,11 @@ class CancellableWalk:
 class CancellableNetwork(FakeNetwork):
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(clock, [1.0] * 4, [0.5] * 4)
-        self.give_up, self.reached, self.cancelled = threading.Event(), threading.Event(), list[CancellableWalk]()
+        self.give_up, self.reached, self.cancelled = (
+            threading.Event(),
+            threading.Event(),
+            list[CancellableWalk](),
+        )
 
     @contextlib.contextmanager
     def exits(self, x: Tensor) -> Iterator[CancellableWalk]:
@@ -478,7 +539,9 @@ def engine(clock: FakeClock) -> CancellableNetwork:
 
 
 @pytest.mark.parametrize("ask", ["interrupt", "close", "leave", "deadline"])
-def test_a_stage_in_flight_is_cancelled_when_nobody_wants_more(engine: CancellableNetwork, clock: FakeClock, ask: str) -> None:
+def test_a_stage_in_flight_is_cancelled_when_nobody_wants_more(
+    engine: CancellableNetwork, clock: FakeClock, ask: str
+) -> None:
     engine.at["stage 2"] = engine.stuck
     runner = runner_of(engine)
     run = runner.start(X, deadline=Deadline.after(5.0, clock))
@@ -498,7 +561,9 @@ def test_a_stage_in_flight_is_cancelled_when_nobody_wants_more(engine: Cancellab
     assert run.result() is answer
 
 
-def test_a_queued_run_begins_when_the_one_before_it_is_cancelled(engine: CancellableNetwork) -> None:
+def test_a_queued_run_begins_when_the_one_before_it_is_cancelled(
+    engine: CancellableNetwork,
+) -> None:
     engine.at["stage 1"] = engine.stuck
     runner = runner_of(engine)
     first, second = runner.start(X), runner.start(X)
@@ -528,7 +593,9 @@ def test_a_run_that_has_ended_cancels_nothing(engine: CancellableNetwork) -> Non
     assert engine.cancelled == []
 
 
-def test_a_first_stage_is_not_cancelled_while_its_answer_is_waited_for(engine: CancellableNetwork) -> None:
+def test_a_first_stage_is_not_cancelled_while_its_answer_is_waited_for(
+    engine: CancellableNetwork,
+) -> None:
     stuck = hold(engine, "stage 0")
     run = runner_of(engine).start(X)
     answer = elsewhere(run.interrupt)
@@ -538,7 +605,9 @@ def test_a_first_stage_is_not_cancelled_while_its_answer_is_waited_for(engine: C
     assert answer.result(PATIENCE_S).exit == 0
 
 
-def test_a_first_stage_is_cancelled_when_its_answer_would_be_too_late(engine: CancellableNetwork) -> None:
+def test_a_first_stage_is_cancelled_when_its_answer_would_be_too_late(
+    engine: CancellableNetwork,
+) -> None:
     engine.at["stage 0"] = engine.stuck
     run = runner_of(engine, when_late="raise").start(X)
     assert engine.reached.wait(PATIENCE_S)
@@ -658,9 +727,13 @@ class Sticky(nn.Module):
         return self.backbone.classifier(x)
 
 
-def test_on_a_real_clock_the_result_comes_at_the_deadline_while_a_stage_is_stuck(toy: ToyBackbone) -> None:
+def test_on_a_real_clock_the_result_comes_at_the_deadline_while_a_stage_is_stuck(
+    toy: ToyBackbone,
+) -> None:
     model = Sticky(toy).eval()
-    network = attach_exits(model, after=["backbone.blocks.0", "backbone.blocks.2"], example=torch.zeros(1, 8))
+    network = attach_exits(
+        model, after=["backbone.blocks.0", "backbone.blocks.2"], example=torch.zeros(1, 8)
+    )
     runner = Runner(network, profile(network, torch.randn(1, 8), repeats=3, warm_up=1))
     model.go_on.clear()
     x = torch.randn(1, 8)
@@ -713,12 +786,19 @@ assert running.wait(20)
 def test_the_interpreter_ends_cleanly_with_a_run_in_flight(ask: str) -> None:
     code = textwrap.dedent(ENDLESS).replace("{ask}", ask)
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_the_interpreter_ends_although_a_stage_never_does(monkeypatch: pytest.MonkeyPatch, network: FakeNetwork) -> None:
+def test_the_interpreter_ends_although_a_stage_never_does(
+    monkeypatch: pytest.MonkeyPatch, network: FakeNetwork
+) -> None:
     monkeypatch.setattr(interruptible, "END_S", 0.01)
     stuck = hold(network, "stage 1")
     stubborn = runner_of(network)
@@ -729,7 +809,9 @@ def test_the_interpreter_ends_although_a_stage_never_does(monkeypatch: pytest.Mo
     stuck.release()
 
 
-def test_whoever_waits_for_the_result_is_not_woken_by_the_exits_on_the_way(network: FakeNetwork) -> None:
+def test_whoever_waits_for_the_result_is_not_woken_by_the_exits_on_the_way(
+    network: FakeNetwork,
+) -> None:
     first, last = hold(network, "stage 0"), hold(network, "stage 3")
     with runner_of(network).start(X) as run:
         first.wait_reached()

@@ -16,15 +16,26 @@ from impatient.runtime import Runner
 from impatient.runtime.limits import limits_of
 
 STAGES, HEADS = (100, 200, 300), (10, 20, 0)
-REACHED = [(110.1, 0, "limit"), (319.9, 0, "limit"), (320.1, 1, "limit"), (599.9, 1, "limit"), (600.1, 2, "final")]
+REACHED = [
+    (110.1, 0, "limit"),
+    (319.9, 0, "limit"),
+    (320.1, 1, "limit"),
+    (599.9, 1, "limit"),
+    (600.1, 2, "final"),
+]
 
 
 def costs(stages: Any = STAGES, heads: Any = HEADS) -> CostProfile:
     return dataclasses.replace(
-        costs_of([1.0] * len(stages), [0.5] * len(heads)), stage_macs=stages, head_macs=heads, exit_free_macs=sum(stages),
-        stage_bytes=tuple(8 * value for value in stages), head_bytes=tuple(8 * value for value in heads),
-        stage_energy_j=tuple(1e-3 * value for value in stages), head_energy_j=tuple(1e-3 * value for value in heads),
-    )  # fmt: skip
+        costs_of([1.0] * len(stages), [0.5] * len(heads)),
+        stage_macs=stages,
+        head_macs=heads,
+        exit_free_macs=sum(stages),
+        stage_bytes=tuple(8 * value for value in stages),
+        head_bytes=tuple(8 * value for value in heads),
+        stage_energy_j=tuple(1e-3 * value for value in stages),
+        head_energy_j=tuple(1e-3 * value for value in heads),
+    )
 
 
 def runner(policy: Any = None, **options: Any) -> Runner:
@@ -33,7 +44,9 @@ def runner(policy: Any = None, **options: Any) -> Runner:
 
 @pytest.mark.parametrize(("unit", "scale"), [("macs", 1), ("bytes", 8), ("energy_j", 1e-3)])
 @pytest.mark.parametrize(("most", "exit", "stopped_by"), REACHED)
-def test_a_run_goes_as_deep_as_its_limit_allows(unit: Any, scale: float, most: float, exit: int, stopped_by: str) -> None:
+def test_a_run_goes_as_deep_as_its_limit_allows(
+    unit: Any, scale: float, most: float, exit: int, stopped_by: str
+) -> None:
     answer = runner().run(X, limits={unit: most * scale})
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (exit, stopped_by, True)
 
@@ -56,7 +69,11 @@ def test_heads_that_a_policy_looks_at_on_the_way_are_spent() -> None:
 def test_an_interruptible_run_pays_every_head() -> None:
     with runner() as own:
         answers = [own.start(X, limits={"macs": most}).result() for most in (329, 330, 630)]
-    assert [(answer.exit, answer.stopped_by) for answer in answers] == [(0, "limit"), (1, "limit"), (2, "final")]
+    assert [(answer.exit, answer.stopped_by) for answer in answers] == [
+        (0, "limit"),
+        (1, "limit"),
+        (2, "final"),
+    ]
 
 
 def test_where_not_even_the_first_exit_is_allowed_it_answers_all_the_same_or_raises() -> None:
@@ -73,7 +90,10 @@ def test_what_was_spent_before_a_refinement_counts() -> None:
         exits = [opened.run(limits={"macs": most}).exit for most in (110, 329, 330, 629, 630)]
     assert exits == [0, 0, 1, 1, 2]
     with runner() as own, own.start(X, resumable=True, limits={"macs": 110}) as run:
-        found = [run.result(), *(run.refine(limits={"macs": most}).result() for most in (329, 330, 630))]
+        found = [
+            run.result(),
+            *(run.refine(limits={"macs": most}).result() for most in (329, 330, 630)),
+        ]
     assert [answer.exit for answer in found] == [0, 0, 1, 2]
     assert [answer.stopped_by for answer in found] == ["limit", "limit", "limit", "final"]
 
@@ -82,7 +102,9 @@ def test_what_was_spent_before_a_refinement_counts() -> None:
     parts=st.lists(st.tuples(st.integers(1, 10**9), st.integers(0, 10**6)), min_size=1, max_size=6),
     most=st.integers(1, 6 * 10**9),
 )
-def test_a_run_stays_within_its_macs_and_goes_no_less_deep_than_it_may(parts: list[tuple[int, int]], most: int) -> None:
+def test_a_run_stays_within_its_macs_and_goes_no_less_deep_than_it_may(
+    parts: list[tuple[int, int]], most: int
+) -> None:
     stages, heads = (tuple(values) for values in zip(*parts, strict=True))
     known = costs(stages, heads)
     network = FakeNetwork(FakeClock(), [1.0] * len(parts), [0.5] * len(parts))

@@ -19,7 +19,9 @@ WRONG = -SURE
 
 def test_losses_are_mean_cross_entropies_per_exit():
     right, wrong = math.log1p(math.exp(-4.0)), math.log1p(math.exp(4.0))
-    assert exit_losses([SURE, UNSURE, WRONG], LABELS).tolist() == pytest.approx([right, math.log(2), wrong], rel=1e-5)
+    assert exit_losses([SURE, UNSURE, WRONG], LABELS).tolist() == pytest.approx(
+        [right, math.log(2), wrong], rel=1e-5
+    )
     half = torch.tensor([[4.0, 0.0], [4.0, 0.0]])  # right once, wrong once
     assert exit_losses([half], LABELS).item() == pytest.approx((right + wrong) / 2, rel=1e-5)
 
@@ -39,7 +41,9 @@ def test_losses_of_half_precision_outputs_are_computed_in_full():
 
 
 def test_the_weighted_loss_is_the_weighted_sum():
-    assert weighted_loss(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.0, 0.25])).item() == 1.5
+    assert (
+        weighted_loss(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.0, 0.25])).item() == 1.5
+    )
 
 
 def test_gradients_are_scaled_by_the_weights_and_an_exit_of_weight_zero_gets_none():
@@ -66,7 +70,9 @@ def test_a_single_sample_and_a_single_exit_will_do():
 
 
 def test_cosine_falls_from_one_to_zero_through_a_half():
-    assert [schedules.cosine(done) for done in (0.0, 1 / 3, 0.5, 2 / 3, 1.0)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [schedules.cosine(done) for done in (0.0, 1 / 3, 0.5, 2 / 3, 1.0)] == pytest.approx(
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    )
 
 
 def test_cosine_stays_at_its_ends_outside_the_training():
@@ -106,7 +112,8 @@ def test_a_recipe_multiplies_rate_schedule_and_warm_up():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "share", "turn"), [(10, 0.5, 5), (2, 0.5, 1), (2, 0.9, 1), (3, 0.01, 1), (10, 0.99, 9), (8, 0.25, 2)]
+    ("epochs", "share", "turn"),
+    [(10, 0.5, 5), (2, 0.5, 1), (2, 0.9, 1), (3, 0.01, 1), (10, 0.99, 9), (8, 0.25, 2)],
 )
 def test_the_mixed_regime_has_two_phases_of_at_least_one_epoch(epochs, share, turn):
     recipe = Recipe(regime="mixed", epochs=epochs, backbone_share=share)
@@ -121,15 +128,38 @@ def test_the_other_regimes_have_one_phase():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"epochs": 0}, {"epochs": -1}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -0.1}, {"lr": math.nan}, {"lr": math.inf},
-        {"schedule": "exponential"}, {"regime": "alternating"}, {"augment": "mixup"}, {"warmup": 1.0}, {"warmup": -0.1},
-        {"warmup": math.nan}, {"backbone_share": 0.0}, {"backbone_share": 1.0}, {"backbone_share": math.nan},
-        {"regime": "mixed", "epochs": 1}, {"momentum": -0.1}, {"momentum": 1.0}, {"momentum": math.nan},
-        {"weight_decay": -1e-4}, {"weight_decay": math.nan}, {"label_smoothing": 1.5}, {"label_smoothing": -0.1},
-        {"clip_norm": 0.0}, {"clip_norm": -1.0}, {"clip_norm": math.nan},
+        {"epochs": 0},
+        {"epochs": -1},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": -0.1},
+        {"lr": math.nan},
+        {"lr": math.inf},
+        {"schedule": "exponential"},
+        {"regime": "alternating"},
+        {"augment": "mixup"},
+        {"warmup": 1.0},
+        {"warmup": -0.1},
+        {"warmup": math.nan},
+        {"backbone_share": 0.0},
+        {"backbone_share": 1.0},
+        {"backbone_share": math.nan},
+        {"regime": "mixed", "epochs": 1},
+        {"momentum": -0.1},
+        {"momentum": 1.0},
+        {"momentum": math.nan},
+        {"weight_decay": -1e-4},
+        {"weight_decay": math.nan},
+        {"label_smoothing": 1.5},
+        {"label_smoothing": -0.1},
+        {"clip_norm": 0.0},
+        {"clip_norm": -1.0},
+        {"clip_norm": math.nan},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_recipe_that_cannot_be_followed_is_refused(bad):
-    with pytest.raises(TrainingError, match=next(reversed(bad)) if "regime" not in bad else "regime|mixed"):
+    with pytest.raises(
+        TrainingError, match=next(reversed(bad)) if "regime" not in bad else "regime|mixed"
+    ):
         Recipe(**bad)

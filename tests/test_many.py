@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from impatient import budgets
-from impatient.errors import CostOrderError, PolicyError, RecordingError, SplitReuseError, StaleInput
+from impatient.errors import (
+    CostOrderError,
+    PolicyError,
+    RecordingError,
+    SplitReuseError,
+    StaleInput,
+)
 from impatient.evaluation import evaluate
 from impatient.evaluation.many import expected_accuracies, judge_policies
 from impatient.policies import ThresholdPolicy, fit_thresholds
@@ -16,7 +22,9 @@ from impatient.policies.scores import SCORES
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
-COSTS = costs_of([1.0, 1.5, 0.5, 2.0], [0.3, 0.2, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0])
+COSTS = costs_of(
+    [1.0, 1.5, 0.5, 2.0], [0.3, 0.2, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0]
+)
 # contract costs 1.3, 3.7, 3.1, 5.0: exit 1 costs more than exit 2
 OVERTAKEN = costs_of([1.0, 1.5, 0.5, 2.0], [0.3, 1.2, 0.1, 0.0])
 
@@ -29,7 +37,9 @@ def many_budgets(count, seed=0):
         if shape == "point":
             made.append(budgets.point(draw.choice([1.3, 3.1, draw.uniform(0.5, 8.0)])))
         elif shape == "empirical":
-            made.append(budgets.empirical([draw.uniform(0.5, 8.0) for _ in range(draw.randint(1, 9))]))
+            made.append(
+                budgets.empirical([draw.uniform(0.5, 8.0) for _ in range(draw.randint(1, 9))])
+            )
         else:
             low = draw.uniform(0.1, 4.0)
             made.append(getattr(budgets, shape)(low, low + draw.uniform(0.1, 5.0)))
@@ -58,7 +68,9 @@ def test_expected_accuracies_are_those_of_evaluate(costs):
         "interruptible": expected_accuracies(recording, costs.interruptible_s(), made),
         "contract": expected_accuracies(recording, costs.contract_s(), made),
     }
-    rows = evaluate(recording, costs, budgets={str(index): budget for index, budget in enumerate(made)}).under_budgets
+    rows = evaluate(
+        recording, costs, budgets={str(index): budget for index, budget in enumerate(made)}
+    ).under_budgets
     for name, accuracies in found.items():
         wanted = [row.accuracy.value for row in rows if row.name == name]
         assert len(set(wanted)) > 40
@@ -69,10 +81,12 @@ def test_expected_accuracies_are_those_of_one_budget_at_a_time():
     recording, made = drawn(300, seed=2), many_budgets(21)
     cost, exits = COSTS.interruptible_s(), recording.hits().double().mean(1).tolist()
     for credit in (0.0, 0.2):
-        wanted = [budgets.expected_accuracy(budget, cost, exits, without_answer=credit) for budget in made]
-        assert expected_accuracies(recording, cost, made, without_answer=credit).tolist() == pytest.approx(
-            wanted, rel=1e-12, abs=1e-12
-        )
+        wanted = [
+            budgets.expected_accuracy(budget, cost, exits, without_answer=credit) for budget in made
+        ]
+        assert expected_accuracies(
+            recording, cost, made, without_answer=credit
+        ).tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
 
 
 def test_right_and_wrong_may_be_given_instead_of_a_recording():
@@ -81,9 +95,13 @@ def test_right_and_wrong_may_be_given_instead_of_a_recording():
     policy = ThresholdPolicy(score="margin", thresholds=(0.6, 0.4, 0.3, -INF))
     held = torch.minimum(torch.arange(4)[:, None], policy.exits_of(recording.outputs)[None])
     hits = recording.hits()[held, torch.arange(200)]
-    rows = evaluate(recording, COSTS, policy, budgets={str(index): entry for index, entry in enumerate(made)}).under_budgets
+    rows = evaluate(
+        recording, COSTS, policy, budgets={str(index): entry for index, entry in enumerate(made)}
+    ).under_budgets
     wanted = [row.accuracy.value for row in rows if row.name == "policy"]
-    assert expected_accuracies(hits, COSTS.interruptible_s(), made).tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert expected_accuracies(hits, COSTS.interruptible_s(), made).tolist() == pytest.approx(
+        wanted, rel=1e-12, abs=1e-12
+    )
 
 
 def test_no_budgets_give_no_numbers():
@@ -111,26 +129,40 @@ def test_outcomes_are_the_rows_of_evaluate(statistic):
     assert outcomes.accuracy.tolist() == [row.accuracy.value for row in rows]
     assert outcomes.shares.tolist() == [list(row.shares) for row in rows]
     for name in ("interruptible_s", "contract_s", "macs"):
-        assert getattr(outcomes, name).tolist() == pytest.approx([getattr(row, name) for row in rows], rel=1e-12, abs=1e-12), (
-            name
-        )
+        assert getattr(outcomes, name).tolist() == pytest.approx(
+            [getattr(row, name) for row in rows], rel=1e-12, abs=1e-12
+        ), name
     assert len({row.accuracy.value for row in rows}) > 20
 
 
 def test_outcomes_by_hand():
     right = [[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
-    surety = [[0.92, 0.65, 0.71, 0.82, 0.55], [0.92, 0.91, 0.65, 0.58, 0.57], [0.95, 0.94, 0.91, 0.61, 0.55]]
-    costs = costs_of([1.0, 2.0, 3.0], [0.5, 0.25, 0.0], stage_macs=[10, 20, 30], head_macs=[1, 2, 0])
+    surety = [
+        [0.92, 0.65, 0.71, 0.82, 0.55],
+        [0.92, 0.91, 0.65, 0.58, 0.57],
+        [0.95, 0.94, 0.91, 0.61, 0.55],
+    ]
+    costs = costs_of(
+        [1.0, 2.0, 3.0], [0.5, 0.25, 0.0], stage_macs=[10, 20, 30], head_macs=[1, 2, 0]
+    )
     policies = [
-        ThresholdPolicy(score="max_probability", thresholds=(0.75, INF, -INF)),  # 0 and 3 leave first, exit 1 is closed
-        ThresholdPolicy(score="max_probability", thresholds=(0.6, 0.9, -INF)),  # all but the last leave first
+        ThresholdPolicy(
+            score="max_probability", thresholds=(0.75, INF, -INF)
+        ),  # 0 and 3 leave first, exit 1 is closed
+        ThresholdPolicy(
+            score="max_probability", thresholds=(0.6, 0.9, -INF)
+        ),  # all but the last leave first
         ThresholdPolicy(score="max_probability", thresholds=(INF, INF, -INF)),
     ]
     outcomes = judge_policies(recording_of(*sure(right, surety), split="test"), costs, policies)
     assert outcomes.accuracy.tolist() == [4 / 5, 2 / 5, 3 / 5]
     assert outcomes.shares.tolist() == [[0.4, 0, 0.6], [0.8, 0, 0.2], [0, 0, 1]]
-    assert outcomes.interruptible_s.tolist() == pytest.approx([(3 + 3 * 6.75) / 5, (4 * 1.5 + 6.75) / 5, 6.75])
-    assert outcomes.contract_s.tolist() == pytest.approx([(3 + 3 * 6.5) / 5, (4 * 1.5 + 6.75) / 5, 6.0])
+    assert outcomes.interruptible_s.tolist() == pytest.approx(
+        [(3 + 3 * 6.75) / 5, (4 * 1.5 + 6.75) / 5, 6.75]
+    )
+    assert outcomes.contract_s.tolist() == pytest.approx(
+        [(3 + 3 * 6.5) / 5, (4 * 1.5 + 6.75) / 5, 6.0]
+    )
     assert outcomes.macs.tolist() == pytest.approx([(22 + 3 * 61) / 5, (44 + 63) / 5, 60])
 
 
@@ -146,11 +178,19 @@ def test_thresholds_are_compared_in_the_precision_of_the_scores(bound):
 
 def test_fitted_policies_reach_what_they_say():
     fitted_on, costs = drawn(400, seed=6), COSTS
-    policies = [fit_thresholds(fitted_on, costs, max_accuracy_loss=loss) for loss in (0.01, 0.05, 0.2)]
-    same = drawn(400, seed=6, split="renamed")  # the same samples, so that what was reached there is reached here
+    policies = [
+        fit_thresholds(fitted_on, costs, max_accuracy_loss=loss) for loss in (0.01, 0.05, 0.2)
+    ]
+    same = drawn(
+        400, seed=6, split="renamed"
+    )  # the same samples, so that what was reached there is reached here
     outcomes = judge_policies(same, costs, policies)
-    assert outcomes.accuracy.tolist() == pytest.approx([policy.target["accuracy"] for policy in policies])
-    assert outcomes.contract_s.tolist() == pytest.approx([policy.target["mean_cost"] for policy in policies])
+    assert outcomes.accuracy.tolist() == pytest.approx(
+        [policy.target["accuracy"] for policy in policies]
+    )
+    assert outcomes.contract_s.tolist() == pytest.approx(
+        [policy.target["mean_cost"] for policy in policies]
+    )
     assert np.all(np.diff(outcomes.contract_s.numpy()) < 0)
 
 
@@ -166,7 +206,11 @@ def test_no_policies_give_no_outcomes():
 def test_a_policy_is_not_judged_on_the_split_it_was_fitted_on_nor_on_other_weights():
     policy = fit_thresholds(drawn(100, seed=8), COSTS, max_accuracy_loss=0.1)
     with pytest.raises(SplitReuseError, match="policy '1'"):
-        judge_policies(drawn(50, seed=9), COSTS, [ThresholdPolicy(score="margin", thresholds=(0.5, 0.5, 0.5, -INF)), policy])
+        judge_policies(
+            drawn(50, seed=9),
+            COSTS,
+            [ThresholdPolicy(score="margin", thresholds=(0.5, 0.5, 0.5, -INF)), policy],
+        )
     with pytest.raises(StaleInput, match="another set of weights"):
         judge_policies(drawn(50, seed=9, split="test", weights="newer"), COSTS, [policy])
 

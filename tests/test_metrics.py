@@ -33,11 +33,21 @@ def test_the_largest_fall_is_between_any_two_exits_not_only_neighbours():
 def test_violations_and_falls_by_hand():
     found = conditional_monotonicity(*FALLS, tolerances=(0.0, 0.35, 0.45, 0.9))
     assert found.tolerances == (0.0, 0.35, 0.45, 0.9)
-    assert found.violations == (proportion(3, 4), proportion(2, 4), proportion(1, 4), proportion(0, 4))
+    assert found.violations == (
+        proportion(3, 4),
+        proportion(2, 4),
+        proportion(1, 4),
+        proportion(0, 4),
+    )
     assert found.mean_fall.value == pytest.approx(0.3)
     assert found.fall_max == pytest.approx(0.5)
-    assert found.fall_p95 == pytest.approx(0.4 + 0.85 * 0.1)  # linear between the third and the fourth of four
-    assert found.to_json()["violations"][1] == {"value": 0.5, **{k: getattr(proportion(2, 4), k) for k in ("low", "high")}}
+    assert found.fall_p95 == pytest.approx(
+        0.4 + 0.85 * 0.1
+    )  # linear between the third and the fourth of four
+    assert found.to_json()["violations"][1] == {
+        "value": 0.5,
+        **{k: getattr(proportion(2, 4), k) for k in ("low", "high")},
+    }
 
 
 def test_without_labels_the_last_exit_says_which_class():
@@ -51,10 +61,15 @@ def test_without_labels_the_last_exit_says_which_class():
 @given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([0.3, 3.0, 30.0]))
 def test_falls_are_those_of_all_pairs(seed, exits, scale):
     random = torch.Generator().manual_seed(seed)
-    outputs, labels = scale * torch.randn(exits, 5, 4, generator=random), torch.randint(4, (5,), generator=random)
+    outputs, labels = (
+        scale * torch.randn(exits, 5, 4, generator=random),
+        torch.randint(4, (5,), generator=random),
+    )
     true = outputs.double().softmax(-1)[:, torch.arange(5), labels]
     pairs = [true[i] - true[j] for j in range(exits) for i in range(j + 1)]
-    torch.testing.assert_close(largest_falls(outputs, labels).double(), torch.stack(pairs).amax(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        largest_falls(outputs, labels).double(), torch.stack(pairs).amax(0), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_one_exit_never_falls():

@@ -10,24 +10,39 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from impatient.errors import CostOrderError, RecordingError
-from impatient.evaluation.milestones import WinRate, error_at, milestones, opt_plus, relative_increase, win_rate
+from impatient.evaluation.milestones import (
+    WinRate,
+    error_at,
+    milestones,
+    opt_plus,
+    relative_increase,
+    win_rate,
+)
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 shares = st.floats(0.0, 1.0)
-curves = st.lists(st.tuples(st.floats(1e-3, 1e3), shares), min_size=1, max_size=8, unique_by=lambda pair: pair[0]).map(sorted)
+curves = st.lists(
+    st.tuples(st.floats(1e-3, 1e3), shares), min_size=1, max_size=8, unique_by=lambda pair: pair[0]
+).map(sorted)
 places = st.lists(st.floats(0.0, 2e3), min_size=1, max_size=10)
 
 # --- errors at given costs --------------------------------------------------------------------------------------------
 
 
 def test_between_two_predictions_the_error_lies_on_the_line_between_them():
-    assert error_at([1.0, 3.0, 4.0], [0.5, 0.3, 0.2], [1.0, 1.5, 2.0, 3.0, 3.25, 4.0]) == pytest.approx(
-        (0.5, 0.45, 0.4, 0.3, 0.275, 0.2)
-    )
+    assert error_at(
+        [1.0, 3.0, 4.0], [0.5, 0.3, 0.2], [1.0, 1.5, 2.0, 3.0, 3.25, 4.0]
+    ) == pytest.approx((0.5, 0.45, 0.4, 0.3, 0.275, 0.2))
 
 
 def test_before_the_first_prediction_there_is_no_answer_and_after_the_last_no_better_one():
-    assert error_at([1.0, 3.0], [0.5, 0.3], [0.0, math.nextafter(1.0, 0.0), 1.0, 3.1, 1e9]) == (1.0, 1.0, 0.5, 0.3, 0.3)
+    assert error_at([1.0, 3.0], [0.5, 0.3], [0.0, math.nextafter(1.0, 0.0), 1.0, 3.1, 1e9]) == (
+        1.0,
+        1.0,
+        0.5,
+        0.3,
+        0.3,
+    )
 
 
 @quick
@@ -41,11 +56,18 @@ def test_interpolated_errors_lie_between_their_neighbours(curve, at):
         assert min(near) - 1e-12 <= error <= max(near) + 1e-12
 
 
-@pytest.mark.parametrize(("costs", "errors", "complaint"), [
-    ([1.0, 1.0], [0.5, 0.4], CostOrderError), ([2.0, 1.0], [0.5, 0.4], CostOrderError), ([], [], CostOrderError),
-    ([1.0, 2.0], [0.5], RecordingError), ([1.0], [12.0], RecordingError), ([1.0], [math.nan], RecordingError),
-    ([1.0], [-0.1], RecordingError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("costs", "errors", "complaint"),
+    [
+        ([1.0, 1.0], [0.5, 0.4], CostOrderError),
+        ([2.0, 1.0], [0.5, 0.4], CostOrderError),
+        ([], [], CostOrderError),
+        ([1.0, 2.0], [0.5], RecordingError),
+        ([1.0], [12.0], RecordingError),
+        ([1.0], [math.nan], RecordingError),
+        ([1.0], [-0.1], RecordingError),
+    ],
+)
 def test_a_curve_that_is_none_is_refused(costs, errors, complaint):
     with pytest.raises(complaint):
         error_at(costs, errors, [1.0])
@@ -62,7 +84,9 @@ def test_a_curve_that_is_none_is_refused(costs, errors, complaint):
 @given(st.lists(curves, min_size=1, max_size=3), places)
 def test_opt_plus_is_the_best_network_that_is_cheap_enough(collections, at):
     networks = [pair for curve in collections for pair in curve]
-    wanted = [min([error for cost, error in networks if cost <= place], default=1.0) for place in at]
+    wanted = [
+        min([error for cost, error in networks if cost <= place], default=1.0) for place in at
+    ]
     assert list(opt_plus([tuple(zip(*curve, strict=True)) for curve in collections], at)) == wanted
 
 
@@ -70,8 +94,17 @@ def test_of_networks_that_cost_the_same_opt_plus_takes_the_better():
     assert opt_plus([([2.0], [0.3]), ([2.0], [0.2])], [1.9, 2.0]) == (1.0, 0.2)
 
 
-@pytest.mark.parametrize("collections", [[], [([], [])], [([0.0], [0.5])], [([math.inf], [0.5])], [([1.0], [0.5, 0.4])],
-                                         [([1.0], [50.0])]])  # fmt: skip
+@pytest.mark.parametrize(
+    "collections",
+    [
+        [],
+        [([], [])],
+        [([0.0], [0.5])],
+        [([math.inf], [0.5])],
+        [([1.0], [0.5, 0.4])],
+        [([1.0], [50.0])],
+    ],
+)
 def test_opt_plus_of_no_networks_is_refused(collections):
     with pytest.raises(RecordingError):
         opt_plus(collections, [1.0])
@@ -88,7 +121,9 @@ def test_milestones_by_hand():
 
 def test_milestones_are_shares_of_our_own_cost_and_opt_may_end_sooner():
     """Without heads on the way, OPT's deepest network costs less than ours."""
-    assert milestones([5, 10], [0.3, 0.2], [4, 8], [0.2, 0.1], at=(0.5, 1.0)) == pytest.approx((100 * (0.3 / 0.175 - 1), 100.0))
+    assert milestones([5, 10], [0.3, 0.2], [4, 8], [0.2, 0.1], at=(0.5, 1.0)) == pytest.approx(
+        (100 * (0.3 / 0.175 - 1), 100.0)
+    )
 
 
 @quick
@@ -103,12 +138,20 @@ def test_opt_itself_is_no_worse_than_opt_in_any_unit(curve, unit):
 
 
 def test_a_milestone_before_the_first_separate_network_is_refused():
-    with pytest.raises(RecordingError, match=r"milestone at cost 2 lies before OPT's first network \(3\).*train a network"):
+    with pytest.raises(
+        RecordingError,
+        match=r"milestone at cost 2 lies before OPT's first network \(3\).*train a network",
+    ):
         milestones([1, 8], [0.6, 0.2], [3, 8], [0.4, 0.2])
 
 
 def test_against_a_reference_without_errors_any_error_is_infinitely_more():
-    assert relative_increase([0.1, 0.0, 0.3, 0.15], [0.0, 0.0, 0.2, 0.3]) == (math.inf, 0.0, pytest.approx(50.0), -50.0)
+    assert relative_increase([0.1, 0.0, 0.3, 0.15], [0.0, 0.0, 0.2, 0.3]) == (
+        math.inf,
+        0.0,
+        pytest.approx(50.0),
+        -50.0,
+    )
 
 
 # --- win rates --------------------------------------------------------------------------------------------------------
@@ -122,7 +165,11 @@ def test_a_win_rate_by_hand():
 
 
 def test_who_wins_no_more_than_half_shows_nothing():
-    assert WinRate(wins=0, ties=10, pairs=10).p_value == WinRate(wins=2, ties=0, pairs=10).p_value == 1.0
+    assert (
+        WinRate(wins=0, ties=10, pairs=10).p_value
+        == WinRate(wins=2, ties=0, pairs=10).p_value
+        == 1.0
+    )
     assert WinRate(wins=1, ties=0, pairs=10).low == 0.0
 
 
@@ -136,7 +183,9 @@ def test_what_one_wins_the_other_loses(pairs):
     assert one.low <= one.rate
 
 
-@pytest.mark.parametrize(("pairs", "rate", "delta"), list(itertools.product([5, 30, 200], [0.2, 0.5, 0.8], [0.05, 0.3])))
+@pytest.mark.parametrize(
+    ("pairs", "rate", "delta"), list(itertools.product([5, 30, 200], [0.2, 0.5, 0.8], [0.05, 0.3]))
+)
 def test_the_bound_is_wrong_no_more_often_than_it_says(pairs, rate, delta):
     """Over all outcomes of a binomial law: P(low > true rate) <= delta, and P(p <= delta) <= delta for a coin."""
     law = stats.binom.pmf(np.arange(pairs + 1), pairs, rate)
@@ -153,14 +202,24 @@ def test_bound_and_p_value_say_the_same():
         assert (outcome.low > 0.5) == (outcome.p_value < delta)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [([], []), ([0.1], [0.1, 0.2]), ([math.nan], [0.1]), ([0.1], [math.nan])])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [([], []), ([0.1], [0.1, 0.2]), ([math.nan], [0.1]), ([0.1], [math.nan])]
+)
 def test_errors_without_a_partner_are_refused(ours, theirs):
     with pytest.raises(RecordingError, match="pairs, at least one"):
         win_rate(ours, theirs)
 
 
-@pytest.mark.parametrize("wrong", [{"pairs": 0, "wins": 0}, {"wins": 3, "pairs": 2}, {"ties": -1}, {"delta": 0.0},
-                                   {"delta": 1.0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pairs": 0, "wins": 0},
+        {"wins": 3, "pairs": 2},
+        {"ties": -1},
+        {"delta": 0.0},
+        {"delta": 1.0},
+    ],
+)
 def test_a_win_rate_that_cannot_be_is_refused(wrong):
     with pytest.raises(RecordingError):
         WinRate(**{"wins": 1, "ties": 0, "pairs": 2, **wrong})

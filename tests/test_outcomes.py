@@ -25,8 +25,12 @@ from impatient.runtime import Runner, profile
 from impatient.training.data import load_data
 from recordings import costs_of, drawn
 
-COSTS = costs_of([1.0, 2.0, 3.0, 4.0], [0.5, 0.25, 0.5, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0])
-NODES = costs_of([1.0, 2.0, 3.0, 4.0], [0.0] * 4, stage_macs=[10, 20, 30, 40])  # networks of a cascade
+COSTS = costs_of(
+    [1.0, 2.0, 3.0, 4.0], [0.5, 0.25, 0.5, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0]
+)
+NODES = costs_of(
+    [1.0, 2.0, 3.0, 4.0], [0.0] * 4, stage_macs=[10, 20, 30, 40]
+)  # networks of a cascade
 GATES = (0.05, 0.1, 0.2)
 
 
@@ -41,18 +45,25 @@ def fitted() -> Recording:
 
 
 def policies() -> dict[str, Any]:
-    gates = {inputs: fit_gates(fitted(), COSTS, time_price=0.05, inputs=inputs, gate_s=GATES)  # type: ignore[arg-type]
-             for inputs in ("confidences", "features", "both")}  # fmt: skip
+    gates = {
+        inputs: fit_gates(fitted(), COSTS, time_price=0.05, inputs=inputs, gate_s=GATES)  # type: ignore[arg-type]
+        for inputs in ("confidences", "features", "both")
+    }
     return {
-        "thresholds": ThresholdPolicy(score="margin", thresholds=(0.6, math.inf, 0.5, -math.inf)), **gates,
-        "mixture": mix(sweep_gates(fitted(), COSTS, [0.0, 0.05, 0.1, 0.2, 1.0], gate_s=GATES), mean_time_s=5.0),
-    }  # fmt: skip
+        "thresholds": ThresholdPolicy(score="margin", thresholds=(0.6, math.inf, 0.5, -math.inf)),
+        **gates,
+        "mixture": mix(
+            sweep_gates(fitted(), COSTS, [0.0, 0.05, 0.1, 0.2, 1.0], gate_s=GATES), mean_time_s=5.0
+        ),
+    }
 
 
 POLICIES = policies()
 
 
-def by_hand(policy: Any, recording: Recording, sample: int) -> tuple[int, float, float, list[float]]:
+def by_hand(
+    policy: Any, recording: Recording, sample: int
+) -> tuple[int, float, float, list[float]]:
     """Exit, seconds and MACs of one sample, and seconds of each exit on the way where all are posted."""
     if isinstance(policy, MixedPolicy):
         policy = policy.dear if policy.drawn(len(recording.labels))[sample] else policy.cheap
@@ -64,9 +75,16 @@ def by_hand(policy: Any, recording: Recording, sample: int) -> tuple[int, float,
         gated = isinstance(policy, GatePolicy) and exit < 3 and policy.gates[exit] is not None
         if gated and policy.gates[exit].constant is None:
             seconds, posted = seconds + policy.gate_s[exit], posted + policy.gate_s[exit]
-        seconds, posted, macs = seconds + stage, posted + stage + head, macs + COSTS.stage_macs[exit]
+        seconds, posted, macs = (
+            seconds + stage,
+            posted + stage + head,
+            macs + COSTS.stage_macs[exit],
+        )
         way.append(posted)
-        output, pooled = recording.outputs[exit, sample][None], recording.features[exit][sample][None]
+        output, pooled = (
+            recording.outputs[exit, sample][None],
+            recording.features[exit][sample][None],
+        )
         if isinstance(policy, GatePolicy):
             leaves = exit == 3 or (gated and bool(policy.stops_on(exit, pooled, output)))
         else:
@@ -96,17 +114,25 @@ def test_exits_seconds_and_operations_are_those_of_each_sample_alone(name: str) 
 
 def held(found: Outcome, hits: torch.Tensor, sample: int, time_s: float) -> float:
     """Whether one sample has the right answer when its time is up."""
-    there = [k for k in range(4) if found.visited[sample, k] and found.interruptible_s[sample, k] <= time_s]
+    there = [
+        k
+        for k in range(4)
+        if found.visited[sample, k] and found.interruptible_s[sample, k] <= time_s
+    ]
     return float(hits[there[-1], sample]) if there else 0.0
 
 
 def selection() -> SelectionPolicy:
-    return fit_selection(fitted(), node_times_s(NODES), Topology.full(4), time_price=0.12, gate_s=0.1)
+    return fit_selection(
+        fitted(), node_times_s(NODES), Topology.full(4), time_price=0.12, gate_s=0.1
+    )
 
 
 @pytest.mark.parametrize("time_s", [0.9, 1.2, 3.3, 6.0, 11.0, 30.0])
 @pytest.mark.parametrize("name", [*POLICIES, "selection"])
-def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(name: str, time_s: float) -> None:
+def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(
+    name: str, time_s: float
+) -> None:
     recording = fresh()
     policy, costs = (selection(), NODES) if name == "selection" else (POLICIES[name], COSTS)
     found, hits = outcome(policy, recording, costs), recording.hits()
@@ -122,7 +148,10 @@ def test_a_selection_pays_the_networks_on_its_way_and_its_decisions() -> None:
     assert torch.equal(found.visited, route.visited)
     assert found.contract_s.tolist() == pytest.approx(route.time_s.tolist())
     assert (
-        found.macs.tolist() == (route.visited.double() @ torch.tensor([10.0, 20.0, 30.0, 40.0], dtype=torch.float64)).tolist()
+        found.macs.tolist()
+        == (
+            route.visited.double() @ torch.tensor([10.0, 20.0, 30.0, 40.0], dtype=torch.float64)
+        ).tolist()
     )
 
 
@@ -132,9 +161,13 @@ def test_evaluations_hold_policies_of_every_kind() -> None:
     for name, policy in POLICIES.items():
         found = outcome(policy, recording, COSTS)
         assert rows[name].contract_s == pytest.approx(float(found.contract_s.mean()))
-        assert rows[name].accuracy.value == pytest.approx(float(recording.hits()[found.exits, torch.arange(400)].mean()))
+        assert rows[name].accuracy.value == pytest.approx(
+            float(recording.hits()[found.exits, torch.arange(400)].mean())
+        )
     chosen = evaluate(recording, NODES, selection())
-    assert chosen["policy"].contract_s == pytest.approx(float(outcome(selection(), recording, NODES).contract_s.mean()))
+    assert chosen["policy"].contract_s == pytest.approx(
+        float(outcome(selection(), recording, NODES).contract_s.mean())
+    )
 
 
 def test_networks_that_take_no_time_cannot_be_selected_among() -> None:
@@ -160,9 +193,18 @@ class Counted(nn.Module):
 @pytest.fixture(scope="module")
 def network() -> Any:
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Flatten(), *(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)), nn.Linear(64, 10))
+    backbone = nn.Sequential(
+        nn.Flatten(),
+        *(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(3)),
+        nn.Linear(64, 10),
+    )
     data = load_data("digits")
-    exits = attach_exits(backbone, after=["1", "2"], example=data.example(), heads=lambda shape, _: Counted(shape.channels))
+    exits = attach_exits(
+        backbone,
+        after=["1", "2"],
+        example=data.example(),
+        heads=lambda shape, _: Counted(shape.channels),
+    )
     return exits.eval()
 
 
@@ -186,7 +228,9 @@ def test_the_runner_does_what_was_recorded(network: Any, inputs: Any) -> None:
     left = [sum(exit == k for exit in told) for k in range(2)]
     came = [40, 40 - left[0]]
     paid = left if inputs == "features" else came
-    assert [head.answered for head in network.heads] == [count if policy.looks_at(k) else 0 for k, count in enumerate(paid)]
+    assert [head.answered for head in network.heads] == [
+        count if policy.looks_at(k) else 0 for k, count in enumerate(paid)
+    ]
     x, _ = next(data.batches("test", 8))
     answer = runner.run(x)
     assert answer.exits == tuple(exits[:8].tolist())
@@ -211,11 +255,20 @@ def test_a_mixture_draws_anew_in_every_run_and_decides_alike_at_all_exits(networ
 def test_a_cascade_answers_as_its_policy_says_in_batches_and_alone() -> None:
     torch.manual_seed(1)
     data = load_data("digits")
-    networks = [nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10)) for width in (4, 16, 64)]
+    networks = [
+        nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        for width in (4, 16, 64)
+    ]
     cascade = Cascade(networks, ["small", "middle", "large"]).eval()
     costs = profile(cascade, data.example(), batch_sizes=[1, 64], repeats=20)
-    times = (1.0, 2.0, 4.0)  # the networks know nothing, so that only a price of nothing sends samples on
-    policy = fit_selection(record(cascade, data, split="validation"), times, Topology.full(3), time_price=1e-4)
+    times = (
+        1.0,
+        2.0,
+        4.0,
+    )  # the networks know nothing, so that only a price of nothing sends samples on
+    policy = fit_selection(
+        record(cascade, data, split="validation"), times, Topology.full(3), time_price=1e-4
+    )
     recording = record(cascade, data, split="test")
     route = policy.route(recording.outputs)
     assert len(route.visited.unique(dim=0)) > 1
@@ -223,5 +276,7 @@ def test_a_cascade_answers_as_its_policy_says_in_batches_and_alone() -> None:
     x, _ = next(data.batches("test", 64))
     together = runner.run(x)
     assert together.exits == tuple(route.answering[:64].tolist())
-    assert torch.allclose(together.output, recording.outputs[route.answering[:64], torch.arange(64)], atol=1e-5)
+    assert torch.allclose(
+        together.output, recording.outputs[route.answering[:64], torch.arange(64)], atol=1e-5
+    )
     assert [runner.run(x[k : k + 1]).exit for k in range(16)] == route.answering[:16].tolist()

@@ -25,7 +25,11 @@ def idle(random: np.random.Generator, count: int, quantile: float) -> np.ndarray
 
 def loaded(random: np.random.Generator, count: int, quantile: float) -> np.ndarray:
     descheduled = np.where(random.random(count) < 0.05, random.uniform(2.0, 5.0, count), 1.0)
-    return 2.5 * np.exp(4.0 * SIGMA * random.normal(size=count) - SIGMA * NORMAL[quantile]) * descheduled
+    return (
+        2.5
+        * np.exp(4.0 * SIGMA * random.normal(size=count) - SIGMA * NORMAL[quantile])
+        * descheduled
+    )
 
 
 def followed(drift: Drift, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +72,9 @@ def test_a_load_is_late_only_while_it_is_new() -> None:
 
 
 @pytest.mark.parametrize(("quantile", "stages"), [(0.9, 50), (0.99, 200), (0.999, 2000)])
-def test_a_load_that_is_over_is_forgotten_when_the_window_has_passed(quantile: float, stages: int) -> None:
+def test_a_load_that_is_over_is_forgotten_when_the_window_has_passed(
+    quantile: float, stages: int
+) -> None:
     drift, random = Drift(quantile), np.random.default_rng(2)
     followed(drift, loaded(random, 3000, quantile))
     scales, _ = followed(drift, idle(random, 2 * stages, quantile))
@@ -99,7 +105,9 @@ def test_one_descheduled_stage_alone_moves_nothing() -> None:
     quantile=st.sampled_from([0.5, 0.9, 0.99]),
     forgets=st.lists(st.booleans(), min_size=300, max_size=300),
 )
-def test_the_scale_is_the_order_statistic_of_the_window(ratios: list[float], quantile: float, forgets: list[bool]) -> None:
+def test_the_scale_is_the_order_statistic_of_the_window(
+    ratios: list[float], quantile: float, forgets: list[bool]
+) -> None:
     count = {0.5: 50, 0.9: 50, 0.99: 200}[quantile]
     drift, window = Drift(quantile), [1.0] * count
     for ratio, forget in zip(ratios, forgets, strict=False):

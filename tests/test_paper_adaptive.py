@@ -35,7 +35,9 @@ from smoke_runs import app_of, read, run_smoke
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "count"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)])
+@pytest.mark.parametrize(
+    ("depth", "count"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)]
+)
 def test_the_resnets_have_as_many_parameters_as_the_pretrained_ones(depth: int, count: int) -> None:
     assert sum(parameter.numel() for parameter in CifarResNet(depth=depth).parameters()) == count
 
@@ -45,7 +47,9 @@ def test_resnets_halve_the_map_twice_and_take_other_images() -> None:
     x = torch.randn(2, 1, 28, 28)
     shapes = []
     for stage in (network.layer1, network.layer2, network.layer3):
-        stage.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape[1:])))
+        stage.register_forward_hook(
+            lambda module, args, output: shapes.append(tuple(output.shape[1:]))
+        )
     assert network(x).shape == (2, 7)
     assert shapes == [(4, 28, 28), (8, 14, 14), (16, 7, 7)]
     with pytest.raises(ModelSpecError, match="6n \\+ 2"):
@@ -66,7 +70,11 @@ def archive(path: Path, **changed: np.ndarray) -> CifarResNet:
     made = CifarResNet(depth=8, width=2)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
-    state = {f"tiny.{name}": value.numpy() for name, value in made.state_dict().items() if "num_batches" not in name}
+    state = {
+        f"tiny.{name}": value.numpy()
+        for name, value in made.state_dict().items()
+        if "num_batches" not in name
+    }
     np.savez(path, **(state | changed), **{"other.conv1.weight": np.zeros(3)})
     return made
 
@@ -100,7 +108,10 @@ def pretrained_archive() -> Path | None:
     return path if path.is_file() else None
 
 
-@pytest.mark.skipif(pretrained_archive() is None, reason="the shared data is not here; loading is tested above without it")
+@pytest.mark.skipif(
+    pretrained_archive() is None,
+    reason="the shared data is not here; loading is tested above without it",
+)
 def test_the_shared_weights_fit_the_networks() -> None:
     path = pretrained_archive()
     assert path is not None
@@ -162,14 +173,20 @@ def test_at_full_scale_the_pretrained_networks_stand_behind_two_of_ours() -> Non
     cifar, *_ = SCALES["cpu"].cases
     assert cifar.names == ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56")
     assert [net.training is None for net in cifar.nets] == [False, False, True, True, True, True]
-    assert cifar.fitted_on == "test"  # what was trained on all there is beside it can be fitted nowhere else
+    assert (
+        cifar.fitted_on == "test"
+    )  # what was trained on all there is beside it can be fitted nowhere else
     assert {case.fitted_on for case in SCALES["cpu"].cases[1:]} == {"validation"}
 
 
 def test_the_cuts_are_blocks_of_their_networks() -> None:
     for exits in SCALES["cpu"].exits:
-        network = recipe.load_model(exits.net.spec.replace("depth", "width=2,depth"), num_classes=10)
-        made = recipe.attach_exits(network, example=torch.zeros(1, 3, 8, 8), after=exits.after, heads=strided_head)
+        network = recipe.load_model(
+            exits.net.spec.replace("depth", "width=2,depth"), num_classes=10
+        )
+        made = recipe.attach_exits(
+            network, example=torch.zeros(1, 3, 8, 8), after=exits.after, heads=strided_head
+        )
         assert made.exit_names == (*exits.after, "output")
 
 
@@ -189,15 +206,21 @@ def test_images_that_run_for_real_are_those_that_were_judged() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     right=st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=1, max_size=5),
-    node_s=st.permutations([1.0, 2.5, 4.0]), share=st.floats(0.0, 1.0),
-)  # fmt: skip
-def test_the_limit_is_the_best_of_all_assignments(right: list[list[bool]], node_s: list[float], share: float) -> None:
+    node_s=st.permutations([1.0, 2.5, 4.0]),
+    share=st.floats(0.0, 1.0),
+)
+def test_the_limit_is_the_best_of_all_assignments(
+    right: list[list[bool]], node_s: list[float], share: float
+) -> None:
     every = [
         sum(node_s[node] for node in nodes) / len(right)
         for nodes in itertools.product(range(3), repeat=len(right))
-        if sum(row[node] for row, node in zip(right, nodes, strict=True)) >= share * len(right) - 1e-9
+        if sum(row[node] for row, node in zip(right, nodes, strict=True))
+        >= share * len(right) - 1e-9
     ]
-    assert least_knowing(torch.tensor(right).T, node_s, share) == pytest.approx(min(every, default=float("inf")))
+    assert least_knowing(torch.tensor(right).T, node_s, share) == pytest.approx(
+        min(every, default=float("inf"))
+    )
 
 
 def constant(fit_s: float, fit_accuracy: float, seconds: float, accuracy: float) -> Point:
@@ -208,7 +231,9 @@ def constant(fit_s: float, fit_accuracy: float, seconds: float, accuracy: float)
 
 def test_neighbours_on_the_fitted_hull_are_mixed_as_they_are_judged() -> None:
     cheap, full = constant(1.0, 0.8, 1.5, 0.7), constant(4.0, 1.0, 4.0, 0.9)
-    below = constant(3.0, 0.85, 0.1, 0.9)  # not on the hull where it was fitted: not chosen for what it is judged at
+    below = constant(
+        3.0, 0.85, 0.1, 0.9
+    )  # not on the hull where it was fitted: not chosen for what it is judged at
     (row,) = read_off("ours", [cheap, below], full, [0.1])
     assert row["s"] == pytest.approx(2.75)  # half way from 0.7 to 0.9
     assert row["asked_s"] == pytest.approx(2.75)  # half way from 0.8 to 1.0
@@ -237,7 +262,9 @@ def test_shares_of_a_saving() -> None:
 
 def test_a_guarantee_is_broken_only_by_what_loses_more() -> None:
     outputs = torch.eye(2)[torch.tensor([[0, 1] * 50, [1] * 10 + [0, 1] * 45, [0, 1] * 50])]
-    population = recording_of(outputs, torch.tensor([0, 1] * 50), split="test")  # exits lose nothing, 0.05, nothing
+    population = recording_of(
+        outputs, torch.tensor([0, 1] * 50), split="test"
+    )  # exits lose nothing, 0.05, nothing
     how = dataclasses.replace(SCALES["smoke"].judging, draws=30, calibration=400, epsilon=0.02)
     for exit, broken in ((0, 0), (1, None)):
         rows = curves.guarantees("one", [(always(exit, 3), 1.0)], 5.0, population, how, seed=0)
@@ -254,8 +281,11 @@ def test_a_guarantee_is_broken_only_by_what_loses_more() -> None:
 # --- selection and exits on one division --------------------------------------------------------------------------------
 
 CASE = recipe.Case(
-    name="planted", data="none", fitted_on="test", nets=tuple(recipe.Net(name=name, spec="none") for name in ("a", "b", "c")),
-)  # fmt: skip
+    name="planted",
+    data="none",
+    fitted_on="test",
+    nets=tuple(recipe.Net(name=name, spec="none") for name in ("a", "b", "c")),
+)
 FEW = dataclasses.replace(SCALES["smoke"].judging, prices=12, draws=2, calibration=300)
 
 
@@ -267,14 +297,19 @@ def selected(tmp_path_factory) -> dict:
     for place, net in enumerate(CASE.nets):
         (runs / key(CASE, net)).mkdir()
         dataclasses.replace(
-            whole, outputs=whole.outputs[place : place + 1], exits=(net.name,), features=(torch.zeros(3000, 2),)
+            whole,
+            outputs=whole.outputs[place : place + 1],
+            exits=(net.name,),
+            features=(torch.zeros(3000, 2),),
         ).save(runs / key(CASE, net) / "test.safetensors")
     gates = {"logistic": 0.01, "boosting": 0.02}
     return selecting.judge_split(CASE, (1.0, 3.0, 10.0), gates, FEW, 0, folder=runs / "policies")
 
 
 def speedups(result: dict, loss: float) -> dict[str, float]:
-    return {row["method"]: row["full_s"] / row["s"] for row in result["rows"] if row["loss"] == loss}
+    return {
+        row["method"]: row["full_s"] / row["s"] for row in result["rows"] if row["loss"] == loss
+    }
 
 
 def test_learned_selection_beats_what_does_not_look(selected) -> None:
@@ -282,9 +317,18 @@ def test_learned_selection_beats_what_does_not_look(selected) -> None:
     assert found["any, logistic"] > found["uniform"] >= found["single networks"] >= 1.0
     assert found["chain, logistic"] > found["agreement"]
     assert set(found) == {
-        "single networks", "uniform", "myopic", "threshold per network", "agreement", "chain, logistic", "full, logistic",
-        "star, logistic", "star, boosting", "pairs, logistic", "any, logistic",
-    }  # fmt: skip
+        "single networks",
+        "uniform",
+        "myopic",
+        "threshold per network",
+        "agreement",
+        "chain, logistic",
+        "full, logistic",
+        "star, logistic",
+        "star, boosting",
+        "pairs, logistic",
+        "any, logistic",
+    }
 
 
 def test_nobody_is_faster_than_knowing_the_labels(selected) -> None:
@@ -312,7 +356,9 @@ def exited(tmp_path_factory) -> dict:
         runs / exits.name / "test.safetensors"
     )
     costs = costs_of([1.0, 2.0, 7.0], [0.05, 0.05, 0.0])
-    gates = {f"{inputs}, logistic": 0.01 for inputs in exiting.INPUTS} | {"confidences, boosting": 0.02}
+    gates = {f"{inputs}, logistic": 0.01 for inputs in exiting.INPUTS} | {
+        "confidences, boosting": 0.02
+    }
     return exiting.judge_split(exits, costs.to_json(), gates, FEW, 0, folder=runs / "policies")
 
 
@@ -320,7 +366,10 @@ def test_gates_beat_what_does_not_look(exited) -> None:
     found = speedups(exited, 0.02)
     assert found["gates on confidences"] > found["uniform"] > 1.0
     assert found["gates on both"] > found["uniform"]
-    assert {row["policies"] for row in exited["guarantees"]} == {"thresholds, scaled", "gates by price"}
+    assert {row["policies"] for row in exited["guarantees"]} == {
+        "thresholds, scaled",
+        "gates by price",
+    }
     assert exited["full"]["s"] == 10.0
 
 
@@ -354,9 +403,15 @@ def test_a_real_run_takes_what_its_networks_take() -> None:
     result["used"] = "0 -> 1"
     row = times.real_row("planted", result)
     assert row["measured over predicted"] == 1.0
-    assert row["speed-up"] == row["speed-up predicted"] == pytest.approx(300.0 / sum(result["policy_s"]))
+    assert (
+        row["speed-up"]
+        == row["speed-up predicted"]
+        == pytest.approx(300.0 / sum(result["policy_s"]))
+    )
     assert row["low"] < row["speed-up"] < row["high"]
-    slow = times.real_row("planted", {**result, "policy_s": [2.0 * seconds for seconds in result["policy_s"]]})
+    slow = times.real_row(
+        "planted", {**result, "policy_s": [2.0 * seconds for seconds in result["policy_s"]]}
+    )
     assert slow["measured over predicted"] == 2.0
 
 
@@ -378,42 +433,78 @@ def planted(speed: float, broken: int) -> tables.Found:
     def rows(methods: list[str], ours: str, losses: tuple[float, ...]) -> list[dict[str, object]]:
         return [
             {
-                "method": method, "loss": loss, "s": 1.0 / (speed if method == ours else max(1.0, speed / 2)), "full_s": 1.0,
-                "asked_s": 1.0 / speed, "asked_s_half": 0.01, "asked_lost": 0.011, "asked_lost_half": 0.002,
+                "method": method,
+                "loss": loss,
+                "s": 1.0 / (speed if method == ours else max(1.0, speed / 2)),
+                "full_s": 1.0,
+                "asked_s": 1.0 / speed,
+                "asked_s_half": 0.01,
+                "asked_lost": 0.011,
+                "asked_lost_half": 0.002,
             }
             for method in methods
             for loss in losses
-        ]  # fmt: skip
+        ]
 
     oracle = {"s": 0.125, "accuracy": 0.99, "least_s": [0.2] * 4}
     common = {
-        "curves": [{"method": "uniform", "s": 0.1, "accuracy": 0.8}, {"method": "uniform", "s": 1.0, "accuracy": 0.9}],
-        "oracles": {"path": oracle, "chosen": oracle}, "samples": {"fitted on": 5000, "judged on": 5000},
-        "guarantees": [{
-            "policies": "some", "loss": "positive_gap", "epsilon": 0.02, "delta": 0.05, "calibration": 2500, "draws": 20,
-            "violations": broken, "none": 0, "risk": 0.01, "s": 0.5, "full_s": 1.0,
-        }],
-    }  # fmt: skip
+        "curves": [
+            {"method": "uniform", "s": 0.1, "accuracy": 0.8},
+            {"method": "uniform", "s": 1.0, "accuracy": 0.9},
+        ],
+        "oracles": {"path": oracle, "chosen": oracle},
+        "samples": {"fitted on": 5000, "judged on": 5000},
+        "guarantees": [
+            {
+                "policies": "some",
+                "loss": "positive_gap",
+                "epsilon": 0.02,
+                "delta": 0.05,
+                "calibration": 2500,
+                "draws": 20,
+                "violations": broken,
+                "none": 0,
+                "risk": 0.01,
+                "s": 0.5,
+                "full_s": 1.0,
+            }
+        ],
+    }
     baselines = ["uniform", "myopic", "agreement", "threshold per network", "threshold per exit"]
     selection = common | {
         "rows": rows([*baselines, tables.OURS], tables.OURS, selecting.LOSSES),
-        "singles": [{"network": name, "s": 0.1 + place, "accuracy": 0.85 + place / 100}
-                    for place, name in enumerate(cifar.names)],
-    }  # fmt: skip
+        "singles": [
+            {"network": name, "s": 0.1 + place, "accuracy": 0.85 + place / 100}
+            for place, name in enumerate(cifar.names)
+        ],
+    }
     gates = common | {
         "rows": rows([*baselines, tables.OUR_GATES], tables.OUR_GATES, exiting.LOSSES),
-        "exits": [{"exit": "output", "s": 1.0, "accuracy": 0.9}], "full": {"s": 1.0, "accuracy": 0.9},
-    }  # fmt: skip
+        "exits": [{"exit": "output", "s": 1.0, "accuracy": 0.9}],
+        "full": {"s": 1.0, "accuracy": 0.9},
+    }
     real = {
-        "policy_s": [0.5, 0.5], "full_s": [1.0, 1.0], "predicted_s": [0.5, 0.4], "right": [True, False], "same": [True, True],
-        "recorded_right": [True, False], "profiled_full_s": 1.0, "gate_s": {"logistic": 1e-4}, "threads": 1,
-        "processor": "abacus", "used": "resnet8 -> resnet56",
-    }  # fmt: skip
-    names = [case.name for case in SCALES["cpu"].cases] + [exits.name for exits in SCALES["cpu"].exits]
+        "policy_s": [0.5, 0.5],
+        "full_s": [1.0, 1.0],
+        "predicted_s": [0.5, 0.4],
+        "right": [True, False],
+        "same": [True, True],
+        "recorded_right": [True, False],
+        "profiled_full_s": 1.0,
+        "gate_s": {"logistic": 1e-4},
+        "threads": 1,
+        "processor": "abacus",
+        "used": "resnet8 -> resnet56",
+    }
+    names = [case.name for case in SCALES["cpu"].cases] + [
+        exits.name for exits in SCALES["cpu"].exits
+    ]
     splits = {name: [] for name in names} | {cifar.name: [selection] * 2, resnet.name: [gates] * 2}
     return tables.Found(
-        networks={"some": {"seconds": 36.0, "processor": "abacus"}}, times={cifar.name: real}, splits=splits
-    )  # fmt: skip
+        networks={"some": {"seconds": 36.0, "processor": "abacus"}},
+        times={cifar.name: real},
+        splits=splits,
+    )
 
 
 def verdicts(found: tables.Found) -> dict[str, tables.Claim]:
@@ -441,10 +532,16 @@ def test_claims_follow_the_numbers() -> None:
 def test_per_cent_saved_is_one_minus_the_share_of_time() -> None:
     found = planted(4.0, 0)
     name = SCALES["cpu"].exits[0].name
-    assert tables.over(found.splits[name], tables.OUR_GATES, 0.01, "saved").mean == pytest.approx(75.0)
-    assert tables.over(found.splits[name], tables.OUR_GATES, 0.01, "speedup").mean == pytest.approx(4.0)
+    assert tables.over(found.splits[name], tables.OUR_GATES, 0.01, "saved").mean == pytest.approx(
+        75.0
+    )
+    assert tables.over(found.splits[name], tables.OUR_GATES, 0.01, "speedup").mean == pytest.approx(
+        4.0
+    )
     case = SCALES["cpu"].cases[0].name
-    assert tables.oracle_share(found.splits[case], tables.OURS, 0.01, "path").mean == pytest.approx(100 * 0.75 / 0.875)
+    assert tables.oracle_share(found.splits[case], tables.OURS, 0.01, "path").mean == pytest.approx(
+        100 * 0.75 / 0.875
+    )
 
 
 def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
@@ -453,9 +550,16 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
     assert "| the paper, ResNet-50: uniform |  | 1 | 12 | 10 |" in page
     assert "abacus" in page
     assert {path.name for path in tmp_path.iterdir()} == {
-        "claims.csv", "curves.csv", "exits_cifar10-resnet32-exits.png", "guarantees.csv", "results.md", "selection_cifar10.png",
-        "splits.csv", "times.csv", "times_raw.csv",
-    }  # fmt: skip
+        "claims.csv",
+        "curves.csv",
+        "exits_cifar10-resnet32-exits.png",
+        "guarantees.csv",
+        "results.md",
+        "selection_cifar10.png",
+        "splits.csv",
+        "times.csv",
+        "times_raw.csv",
+    }
     rows = list(read(tmp_path / "splits.csv"))
     assert len(rows) == 2 * 6 * 4 * 2  # divisions, methods, losses; selection and exits
     assert len(list(read(tmp_path / "times_raw.csv"))) == 2
@@ -488,16 +592,36 @@ def smoke(app, tmp_path_factory):
 def test_the_smoke_run_writes_every_table(smoke) -> None:
     folder, _ = smoke
     page = (folder / "out" / "results.md").read_text()
-    for title in ("**Claims**", "**Selection, digits**", "**Selection, text-digits-tokens**", "**Early exits", "**Guarantees",
-                  "**Real runs"):  # fmt: skip
+    for title in (
+        "**Claims**",
+        "**Selection, digits**",
+        "**Selection, text-digits-tokens**",
+        "**Early exits",
+        "**Guarantees",
+        "**Real runs",
+    ):
         assert title in page
     assert not list(folder.rglob("checkpoint.safetensors"))
-    methods = {row["method"] for row in read(folder / "out" / "splits.csv") if row["case"] == "digits-wide-exits"}
-    assert {"gates on confidences", "gates on features", "gates on both", "uniform", "myopic"} <= methods
-    assert all(float(row["accuracy"]) > 0.15 for row in read(folder / "out" / "curves.csv"))  # better than chance
+    methods = {
+        row["method"]
+        for row in read(folder / "out" / "splits.csv")
+        if row["case"] == "digits-wide-exits"
+    }
+    assert {
+        "gates on confidences",
+        "gates on features",
+        "gates on both",
+        "uniform",
+        "myopic",
+    } <= methods
+    assert all(
+        float(row["accuracy"]) > 0.15 for row in read(folder / "out" / "curves.csv")
+    )  # better than chance
     real = list(read(folder / "out" / "times.csv"))
     assert len(real) == 3
-    assert all(float(row["same way %"]) > 80.0 for row in real)  # batches of one may round otherwise
+    assert all(
+        float(row["same way %"]) > 80.0 for row in real
+    )  # batches of one may round otherwise
     assert all(float(row["measured ms"]) > 0.0 for row in real)
 
 
@@ -522,12 +646,23 @@ def test_heads_leave_the_network_as_it_was(smoke) -> None:
     x = recipe.data_of(exits.case).example(4)
     with torch.inference_mode():
         assert torch.equal(alone(x), with_heads.backbone(x))
-    whole, own = (recipe.Recording.load(runs / name / "test.safetensors") for name in (exits.name, key(exits.case, exits.net)))
+    whole, own = (
+        recipe.Recording.load(runs / name / "test.safetensors")
+        for name in (exits.name, key(exits.case, exits.net))
+    )
     assert torch.allclose(whole.outputs[-1], own.outputs[0], atol=1e-5)
 
 
 def test_without_runs_there_is_a_page_that_says_so(app, tmp_path) -> None:
-    arguments = ["--scale", "smoke", "--publish", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "--scale",
+        "smoke",
+        "--publish",
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md"}
     assert "no runs" in (tmp_path / "out" / "results.md").read_text()

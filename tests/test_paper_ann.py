@@ -9,7 +9,14 @@ from typer.testing import CliRunner
 
 from papers.anytime_neural_networks import __main__ as command
 from papers.anytime_neural_networks import claims, comparison, recipe, tables
-from papers.anytime_neural_networks.curves import Curve, alone, ensemble, excess, inflation, reference
+from papers.anytime_neural_networks.curves import (
+    Curve,
+    alone,
+    ensemble,
+    excess,
+    inflation,
+    reference,
+)
 from papers.anytime_neural_networks.recipe import SAMPLERS, SCALES, WEIGHTINGS, Net, opt_depths
 from papers.jobs import finished
 from papers.results import Spread, spread
@@ -21,9 +28,14 @@ SCALE = dataclasses.replace(SCALES["cpu"], networks=((2, 4),), members=(1, 2), c
 def result(costs, test, validation=None, head=0):
     stages = [costs[0], *np.diff(costs).tolist()]
     return {
-        "stage_macs": stages, "head_macs": [head] * (len(costs) - 1) + [0], "test_error": list(test),
-        "validation_error": list(validation or test), "train_loss": [1.0] * len(costs), "seconds": 36.0, "processor": "abacus",
-    }  # fmt: skip
+        "stage_macs": stages,
+        "head_macs": [head] * (len(costs) - 1) + [0],
+        "test_error": list(test),
+        "validation_error": list(validation or test),
+        "train_loss": [1.0] * len(costs),
+        "seconds": 36.0,
+        "processor": "abacus",
+    }
 
 
 def opt_error(share):
@@ -37,7 +49,9 @@ def planted(worse, scale=SCALE):
         net, seed = job.arguments["net"], job.arguments["seed"]
         whole = 3 * net.n
         depths = [net.blocks] if net.weights is None else range(1, whole + 1)
-        factor = [1.0 if net.weights is None else worse(net, depth / whole, seed) for depth in depths]
+        factor = [
+            1.0 if net.weights is None else worse(net, depth / whole, seed) for depth in depths
+        ]
         errors = [opt_error(depth / whole) * own for depth, own in zip(depths, factor, strict=True)]
         results[job.name] = result([100.0 * depth for depth in depths], errors)
     return results
@@ -48,9 +62,15 @@ def planted(worse, scale=SCALE):
 
 @pytest.mark.parametrize(
     ("n", "scripts"),
-    [(3, (1, 4, 6, 8)), (7, (4, 10, 15, 20)), (9, (6, 13, 19, 26)), (13, (9, 19, 28, 38)), (17, (12, 25, 37, 50)),
-     (25, (18, 37, 55, 74))],
-)  # fmt: skip
+    [
+        (3, (1, 4, 6, 8)),
+        (7, (4, 10, 15, 20)),
+        (9, (6, 13, 19, 26)),
+        (13, (9, 19, 28, 38)),
+        (17, (12, 25, 37, 50)),
+        (25, (18, 37, 55, 74)),
+    ],
+)
 def test_opt_is_trained_at_the_scripts_depths_but_never_first_beyond_a_quarter(n, scripts):
     theirs = [index + 1 for index in scripts]
     assert list(opt_depths(n)[1:]) == theirs[1:]
@@ -61,7 +81,12 @@ def test_opt_is_trained_at_the_scripts_depths_but_never_first_beyond_a_quarter(n
 def test_the_first_network_of_opt_costs_at_most_a_quarter(n, c, channels):
     image = torch.zeros(1, channels, 32, 32)
     first, whole = (
-        alone({**_costs(recipe.build(Net(n=n, c=c, depth=depth), channels, (32, 32), 10), image), "test_error": [0.0]})
+        alone(
+            {
+                **_costs(recipe.build(Net(n=n, c=c, depth=depth), channels, (32, 32), 10), image),
+                "test_error": [0.0],
+            }
+        )
         for depth in (opt_depths(n)[0], 3 * n)
     )
     assert first.costs[0] <= whole.costs[0] / 4
@@ -69,7 +94,10 @@ def test_the_first_network_of_opt_costs_at_most_a_quarter(n, c, channels):
 
 def _costs(network, image):
     facts = network.stage_facts(image)
-    return {"stage_macs": [fact.stage_macs for fact in facts], "head_macs": [fact.head_macs for fact in facts]}
+    return {
+        "stage_macs": [fact.stage_macs for fact in facts],
+        "head_macs": [fact.head_macs for fact in facts],
+    }
 
 
 def test_methods_of_one_seed_start_from_the_same_weights():
@@ -144,8 +172,13 @@ def test_inflation_divides_by_what_opt_plus_spends_to_do_better():
 
 
 def test_the_milestone_table_finds_the_planted_increases():
-    results = planted(lambda net, share, seed: 1.0 + 0.3 * share + 0.1 * seed if net.weights == "const" else 1.0)
-    rows = {(row["weights"], row["kind"]): row for row in comparison.milestone_rows(comparison.measured(SCALE, results))}
+    results = planted(
+        lambda net, share, seed: 1.0 + 0.3 * share + 0.1 * seed if net.weights == "const" else 1.0
+    )
+    rows = {
+        (row["weights"], row["kind"]): row
+        for row in comparison.milestone_rows(comparison.measured(SCALE, results))
+    }
     assert rows["const", "static"]["pairs"] == 2
     assert rows["const", "static"]["at 1"].mean == pytest.approx(35.0)  # +30 % and +40 %
     assert rows["const", "static"]["at 1"].deviation == pytest.approx(math.sqrt(50.0))
@@ -165,29 +198,51 @@ def test_a_seed_with_a_missing_training_takes_no_part():
 
 def _factor(net, share, seed, *, wiggle=0.001):
     """As the paper says: const and linear lose late, the proposed ones early, alternating wins late."""
-    late = {"const": 0.2, "linear": 0.15, "half_end": 0.02, "sieve": 0.01, "exp_lin": 0.01, "adaloss": 0.02}[net.weights]
-    early = {"const": 0.1, "linear": 0.3, "half_end": 0.5, "sieve": 0.4, "exp_lin": 0.2, "adaloss": 0.3}[net.weights]
+    late = {
+        "const": 0.2,
+        "linear": 0.15,
+        "half_end": 0.02,
+        "sieve": 0.01,
+        "exp_lin": 0.01,
+        "adaloss": 0.02,
+    }[net.weights]
+    early = {
+        "const": 0.1,
+        "linear": 0.3,
+        "half_end": 0.5,
+        "sieve": 0.4,
+        "exp_lin": 0.2,
+        "adaloss": 0.3,
+    }[net.weights]
     better = 0.005 * share if net.sampler == "alternating" else 0.0
     return 1.0 + late * share + early * (1.0 - share) - better + wiggle * seed
 
 
 def test_every_claim_is_affirmed_where_it_is_planted():
     results = planted(_factor)
-    found = {claim.claim: claim.verdict for claim in claims.milestone_claims(comparison.measured(SCALE, results))}
+    found = {
+        claim.claim: claim.verdict
+        for claim in claims.milestone_claims(comparison.measured(SCALE, results))
+    }
     assert len(found) == 15
     assert set(found.values()) == {"yes"}
 
 
 def test_every_claim_is_denied_where_the_opposite_is_planted():
     results = planted(lambda net, share, seed: 1.8 - _factor(net, share, seed))
-    found = {claim.claim: claim.verdict for claim in claims.milestone_claims(comparison.measured(SCALE, results))}
+    found = {
+        claim.claim: claim.verdict
+        for claim in claims.milestone_claims(comparison.measured(SCALE, results))
+    }
     assert set(found.values()) == {"no"}
 
 
 def test_nothing_is_told_apart_from_one_run():
     scale = dataclasses.replace(SCALE, seeds=1)
     judged = [*claims.milestone_claims(comparison.measured(scale, planted(_factor, scale)))]
-    assert {claim.verdict for claim in judged[:-1]} == {"not told apart"}  # the last one counts weightings and milestones
+    assert {claim.verdict for claim in judged[:-1]} == {
+        "not told apart"
+    }  # the last one counts weightings and milestones
 
 
 def test_alternating_wins_as_often_as_planted():
@@ -205,7 +260,10 @@ def test_the_interval_is_student_s():
     values = [1.0, 2.0, 4.0]
     low, high = claims.interval(values)
     half = 4.302653 * np.std(values, ddof=1) / math.sqrt(3)
-    assert (low, high) == (pytest.approx(np.mean(values) - half), pytest.approx(np.mean(values) + half))
+    assert (low, high) == (
+        pytest.approx(np.mean(values) - half),
+        pytest.approx(np.mean(values) + half),
+    )
     assert claims.interval([3.0]) == (-math.inf, math.inf)
 
 
@@ -214,7 +272,9 @@ def test_ensembles_of_better_members_are_nearer_to_opt_plus():
     assert compared is not None
     rows = {row["ensemble"]: row for row in comparison.ensemble_rows(compared)}
     assert rows["EANN exp_lin"]["above OPT+, %"].mean < rows["EANN const"]["above OPT+, %"].mean
-    found = {claim.claim: claim.verdict for claim in claims.ensemble_claims(compared, claims.base(SCALE))}
+    found = {
+        claim.claim: claim.verdict for claim in claims.ensemble_claims(compared, claims.base(SCALE))
+    }
     assert found["EANN of sieve and exp_lin is nearer to OPT+ than of const and linear"] == "yes"
 
 
@@ -230,17 +290,34 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path):
     assert "| const | static | 2 |" in page
     assert "abacus" in page
     assert {path.name for path in tmp_path.iterdir()} == {
-        "curves.csv", "eann.csv", "eann.png", "eann_claims.csv", "eann_curves.csv", "milestone_claims.csv", "milestones.csv",
-        "milestones.png", "results.md", "win_rates.csv",
-    }  # fmt: skip
-    assert len((tmp_path / "milestones.csv").read_text().splitlines()) == 1 + len(WEIGHTINGS) * len(SAMPLERS)
-    assert tables.write(SCALE, {}, {}, None, tmp_path / "empty") == "No seed of any table is complete yet."
+        "curves.csv",
+        "eann.csv",
+        "eann.png",
+        "eann_claims.csv",
+        "eann_curves.csv",
+        "milestone_claims.csv",
+        "milestones.csv",
+        "milestones.png",
+        "results.md",
+        "win_rates.csv",
+    }
+    assert len((tmp_path / "milestones.csv").read_text().splitlines()) == 1 + len(WEIGHTINGS) * len(
+        SAMPLERS
+    )
+    assert (
+        tables.write(SCALE, {}, {}, None, tmp_path / "empty")
+        == "No seed of any table is complete yet."
+    )
     assert not (tmp_path / "empty").exists()
 
 
 def test_a_spread_is_two_columns_in_a_file_and_one_in_the_page():
     row = {"weights": "sieve", "at 1": spread([1.0, 3.0])}
-    assert tables._flat(row) == {"weights": "sieve", "at 1": 2.0, "at 1 sd": pytest.approx(math.sqrt(2))}
+    assert tables._flat(row) == {
+        "weights": "sieve",
+        "at 1": 2.0,
+        "at 1 sd": pytest.approx(math.sqrt(2)),
+    }
     assert isinstance(row["at 1"], Spread)
     assert tables._spoken(row, "+.1f")["at 1"] == "+2.0 ± 1.4"
 
@@ -294,7 +371,15 @@ def _without_times(text):
 
 
 def test_publishing_trains_nothing(app, tmp_path):
-    arguments = ["--scale", "smoke", "--publish", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "--scale",
+        "smoke",
+        "--publish",
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert "No seed of any table is complete yet" in done.output

@@ -34,7 +34,13 @@ def test_table_1_is_the_papers_and_the_traces() -> None:
     assert {row["equal"] for row in rows} == {"yes"}
     assert rows[0]["executed"] == "IN, S1.1, S2.1, S3.1, OUT"
     assert rows[3]["executed"] == "S2.2-S2.5, S3.1, OUT"
-    assert [rows[-1][f"{part} so far"] for part in ("IN", "S1", "S2", "S3", "OUT")] == [1, 8, 10, 12, 7]
+    assert [rows[-1][f"{part} so far"] for part in ("IN", "S1", "S2", "S3", "OUT")] == [
+        1,
+        8,
+        10,
+        12,
+        7,
+    ]
 
 
 def test_a_run_that_is_not_the_papers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +76,14 @@ def scripted(seconds: float = 1.0) -> tuple[AnytimeNet, FakeClock]:
 def measured(repeats: int = 2) -> dict[str, object]:
     network, clock = scripted()
     result = times.timed(network, torch.zeros(1, 3, 8, 8), repeats=repeats, warm_up=1, clock=clock)
-    return {**result, "macs": [1.0] * 7, "exits": list(network.exit_names), "threads": 1, "processor": "abacus", "batch": 1}
+    return {
+        **result,
+        "macs": [1.0] * 7,
+        "exits": list(network.exit_names),
+        "threads": 1,
+        "processor": "abacus",
+        "batch": 1,
+    }
 
 
 def test_parts_of_equal_cost_give_the_counts_of_executions() -> None:
@@ -89,19 +102,31 @@ def test_table_2_from_known_times() -> None:
     assert {row["within the spread"] for row in rows} == {"yes"}
     assert times.per_part(Net(width=1), result) == (1.0, 1.0)
     slow = {**result, "cumulative": [[cost + 1.0 for cost in row] for row in result["cumulative"]]}
-    assert [row["within the spread"] for row in times.table(slow)] == ["no"] + ["yes"] * 6  # one second more in the first
+    assert [row["within the spread"] for row in times.table(slow)] == ["no"] + [
+        "yes"
+    ] * 6  # one second more in the first
 
 
 def test_claims_about_time_follow_the_times() -> None:
     result = measured()
-    verdicts = {claim.claim.split("(")[0].strip(): claim for claim in times.claims(Net(width=1), result)}
+    verdicts = {
+        claim.claim.split("(")[0].strip(): claim for claim in times.claims(Net(width=1), result)
+    }
     saved, overhead, level, predicted = verdicts.values()
-    assert (saved.ours, saved.verdict) == ("2.89 (2.89 to 2.89) times", "yes")  # 110 executions against 38
+    assert (saved.ours, saved.verdict) == (
+        "2.89 (2.89 to 2.89) times",
+        "yes",
+    )  # 110 executions against 38
     assert (overhead.ours, overhead.verdict) == ("1.462 (1.462 to 1.462)", "no")  # 38 against 26
     assert overhead.paper == "CIFAR-10 +9.6%, GTSRB +5.5%, SFCARS +16.4%"
     assert (level.verdict, predicted.verdict) == ("no", "yes")
     quick = {**result, "plain": [cost * 1.22 for cost in result["plain"]]}
-    assert [claim.verdict for claim in times.claims(Net(width=1), quick)] == ["yes", "yes", "yes", "yes"]
+    assert [claim.verdict for claim in times.claims(Net(width=1), quick)] == [
+        "yes",
+        "yes",
+        "yes",
+        "yes",
+    ]
     few = {**result, "alone": [[5.0] * 7] * 2}
     assert next(times.claims(Net(width=1), few)).verdict == "no"
 
@@ -120,7 +145,10 @@ def digits():
 
 
 def test_the_scarce_case_has_as_few_images_a_class_as_sfcars() -> None:
-    assert {CASES["scarce"].images, next(case for case in SCALES["gpu"].cases if case.name == "scarce").images} == {43 * 41}
+    assert {
+        CASES["scarce"].images,
+        next(case for case in SCALES["gpu"].cases if case.name == "scarce").images,
+    } == {43 * 41}
     assert 8144 // 196 == 41
 
 
@@ -169,18 +197,31 @@ def test_own_statistics_leave_the_trained_network_and_its_weights_alone(digits) 
 def recording(outputs, labels) -> Recording:
     outputs = torch.tensor(outputs).log()
     exits = tuple(map(str, range(len(outputs))))
-    return Recording(outputs=outputs, labels=torch.tensor(labels), split="test", exits=exits, provenance=provenance())
+    return Recording(
+        outputs=outputs,
+        labels=torch.tensor(labels),
+        split="test",
+        exits=exits,
+        provenance=provenance(),
+    )
 
 
 def test_what_is_judged_of_a_known_recording() -> None:
-    found = recipe.judged(recording(
-        [[[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0001]], [[0.6, 0.4, 0.0001], [0.1, 0.8, 0.1], [0.3, 0.7, 0.0001]]],
-        [0, 1, 1],
-    ))  # fmt: skip
+    found = recipe.judged(
+        recording(
+            [
+                [[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.6, 0.4, 0.0001]],
+                [[0.6, 0.4, 0.0001], [0.1, 0.8, 0.1], [0.3, 0.7, 0.0001]],
+            ],
+            [0, 1, 1],
+        )
+    )
     assert found["accuracy"] == pytest.approx([2 / 3, 1.0])
     assert found["p_true"] == pytest.approx([1.6 / 3, 2.1 / 3], abs=1e-4)
     assert found["p_max"] == pytest.approx([1.8 / 3, 2.1 / 3], abs=1e-4)
-    assert found["surest_p_max"] == pytest.approx([1.8 / 3, 2.2 / 3], abs=1e-4)  # the first sample keeps its first answer
+    assert found["surest_p_max"] == pytest.approx(
+        [1.8 / 3, 2.2 / 3], abs=1e-4
+    )  # the first sample keeps its first answer
     assert found["surest_accuracy"] == pytest.approx([2 / 3, 1.0])
     assert (found["classes"], found["counts"]) == ([0, 1], [1, 2])  # the third class has no samples
     assert np.allclose(found["class_p_true"], [[0.7, 0.45], [0.6, 0.75]], atol=1e-4)
@@ -195,15 +236,30 @@ def planted(accuracy, plain: float = 0.5, scale: recipe.Scale = SCALE) -> dict[s
     """Results in which AnytimeNet's accuracy and confidence are `accuracy(case, iteration, seed)`."""
     results: dict[str, dict] = {}
     for case, kind, seed in itertools.product(scale.cases, KINDS, range(scale.seeds)):
-        values = [accuracy(case.name, index, seed) for index in range(7)] if kind == "anytime" else [plain]
+        values = (
+            [accuracy(case.name, index, seed) for index in range(7)]
+            if kind == "anytime"
+            else [plain]
+        )
         judged = {
-            **dict.fromkeys(("accuracy", "p_true", "p_max", "surest_accuracy", "surest_p_true", "surest_p_max"), values),
-            "correlation": [0.5] * len(values), "sample_correlation": [0.25] * len(values), "classes": [0, 2],
-            "counts": [3, 4], "class_p_true": [[0.2, 0.6]] * len(values), "class_accuracy": [[0.3, 0.9]] * len(values),
-        }  # fmt: skip
+            **dict.fromkeys(
+                ("accuracy", "p_true", "p_max", "surest_accuracy", "surest_p_true", "surest_p_max"),
+                values,
+            ),
+            "correlation": [0.5] * len(values),
+            "sample_correlation": [0.25] * len(values),
+            "classes": [0, 2],
+            "counts": [3, 4],
+            "class_p_true": [[0.2, 0.6]] * len(values),
+            "class_accuracy": [[0.3, 0.9]] * len(values),
+        }
         results[key(case, kind, seed)] = {
-            "shared": judged, "train_loss": [1.0] * len(values), "images": 1763, "seconds": 36.0, "processor": "abacus",
-        } | ({"own": judged} if kind == "anytime" else {})  # fmt: skip
+            "shared": judged,
+            "train_loss": [1.0] * len(values),
+            "images": 1763,
+            "seconds": 36.0,
+            "processor": "abacus",
+        } | ({"own": judged} if kind == "anytime" else {})
     return results
 
 
@@ -226,11 +282,22 @@ def test_one_fall_is_enough_to_deny_a_rise_and_is_named() -> None:
     def falls(case: str, index: int, seed: int) -> float:
         return rising(case, index, seed) - (0.03 if case == "gtsrb" and index == 3 else 0.0)
 
-    claims = {claim.claim: claim for claim in learning.claims(SCALE.cases, {name: [0, 1] for name in CASES}, planted(falls))}
+    claims = {
+        claim.claim: claim
+        for claim in learning.claims(SCALE.cases, {name: [0, 1] for name in CASES}, planted(falls))
+    }
     denied = claims["accuracy rises with every iteration on average (gtsrb, shared statistics)"]
     assert denied.verdict == "no"
-    assert denied.ours == "in 5 of 6 iterations; 60.1 to 72.1 %; most wrong in iteration 4 (-1.00 points)"
-    assert claims["accuracy rises with every iteration on average (cifar10, shared statistics)"].verdict == "yes"
+    assert (
+        denied.ours
+        == "in 5 of 6 iterations; 60.1 to 72.1 %; most wrong in iteration 4 (-1.00 points)"
+    )
+    assert (
+        claims[
+            "accuracy rises with every iteration on average (cifar10, shared statistics)"
+        ].verdict
+        == "yes"
+    )
 
 
 def test_a_rise_is_the_mean_of_the_seeds_rises_row_by_row() -> None:
@@ -248,7 +315,10 @@ def test_a_rise_is_the_mean_of_the_seeds_rises_row_by_row() -> None:
 
 def test_a_worse_last_iteration_is_told() -> None:
     verdicts = found(planted(rising, plain=0.9))
-    assert verdicts["the last iteration is more accurate than BASELINE (scarce, own statistics)"] == "no"
+    assert (
+        verdicts["the last iteration is more accurate than BASELINE (scarce, own statistics)"]
+        == "no"
+    )
 
 
 def test_a_seed_counts_when_both_its_trainings_are_done() -> None:
@@ -265,9 +335,19 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
     assert "1,763 training images" in page
     assert "abacus" in page
     assert {path.name for path in tmp_path.iterdir()} == {
-        "accuracy.csv", "accuracy.png", "blocks.csv", "claims.csv", "classes.csv", "classes_cifar10.png", "classes_gtsrb.png",
-        "classes_scarce.png", "results.md", "seeds.csv", "times.csv", "times_raw.csv",
-    }  # fmt: skip
+        "accuracy.csv",
+        "accuracy.png",
+        "blocks.csv",
+        "claims.csv",
+        "classes.csv",
+        "classes_cifar10.png",
+        "classes_gtsrb.png",
+        "classes_scarce.png",
+        "results.md",
+        "seeds.csv",
+        "times.csv",
+        "times_raw.csv",
+    }
     rows = list(read(tmp_path / "seeds.csv"))
     assert len(rows) == 3 * 2 * (2 * 7 + 1)  # cases, seeds, two kinds of statistics and BASELINE
     assert len(list(read(tmp_path / "classes.csv"))) == 3 * 2 * 2 * 7 * 2
@@ -327,7 +407,15 @@ def without_times(text: str) -> list[str]:
 
 @pytest.mark.parametrize("option", [["--publish"], ["--table", "blocks"]])
 def test_table_1_needs_no_runs(app, tmp_path, option) -> None:
-    arguments = ["--scale", "smoke", *option, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    arguments = [
+        "--scale",
+        "smoke",
+        *option,
+        "--out",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"blocks.csv", "results.md"}

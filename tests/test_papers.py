@@ -86,14 +86,21 @@ def test_a_damaged_result_is_made_again(tasks, tmp_path):
 def test_other_arguments_run_the_job_again_without_the_old_files(tasks, tmp_path):
     run_jobs([Job("square", tasks.square, {"number": 2})], tmp_path, workers=1)
     (tmp_path / "square" / "checkpoint.safetensors").write_text("of the old arguments")
-    assert run_jobs([Job("square", tasks.square, {"number": 5})], tmp_path, workers=1)["square"]["square"] == 25
+    assert (
+        run_jobs([Job("square", tasks.square, {"number": 5})], tmp_path, workers=1)["square"][
+            "square"
+        ]
+        == 25
+    )
     assert not (tmp_path / "square" / "checkpoint.safetensors").exists()
     assert times_run(tmp_path, "square") == 1
 
 
 def test_a_failure_is_named_after_the_others_have_finished(tasks, tmp_path):
     jobs = [Job("bad", tasks.square, {"number": -1}), Job("good", tasks.square, {"number": 2})]
-    with pytest.raises(JobsFailed, match=r"1 of 2 jobs failed(.|\n)*bad: ValueError: -1 is negative"):
+    with pytest.raises(
+        JobsFailed, match=r"1 of 2 jobs failed(.|\n)*bad: ValueError: -1 is negative"
+    ):
         run_jobs(jobs, tmp_path, workers=1)
     assert json.loads((tmp_path / "good" / "result.json").read_text())["result"]["square"] == 4
     assert "square" in (tmp_path / "bad" / "error.txt").read_text()  # the traceback
@@ -101,13 +108,18 @@ def test_a_failure_is_named_after_the_others_have_finished(tasks, tmp_path):
 
 def test_processes_of_their_own_report_errors_and_deaths_and_keep_the_rest(tasks, tmp_path):
     jobs = [
-        Job("bad", tasks.square, {"number": -1}), Job("dead", tasks.vanish, {}), Job("good", tasks.square, {"number": 2}),
-    ]  # fmt: skip
+        Job("bad", tasks.square, {"number": -1}),
+        Job("dead", tasks.vanish, {}),
+        Job("good", tasks.square, {"number": 2}),
+    ]
     with pytest.raises(JobsFailed) as failure:
         run_jobs(jobs, tmp_path, workers=3, threads=1)
     assert "bad: ValueError: -1 is negative" in str(failure.value)
     assert "dead: its process ended with code 3" in str(failure.value)
-    assert json.loads((tmp_path / "good" / "result.json").read_text())["result"] == {"square": 4, "threads": 1}
+    assert json.loads((tmp_path / "good" / "result.json").read_text())["result"] == {
+        "square": 4,
+        "threads": 1,
+    }
 
 
 def test_ctrl_c_stops_the_workers_cleanly(tasks, tmp_path):
@@ -121,28 +133,40 @@ def test_ctrl_c_stops_the_workers_cleanly(tasks, tmp_path):
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT), *filter(None, sys.path)])
     with subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": path},
-    ) as process:  # fmt: skip
+    ) as process:
         try:
             assert [process.stdout.readline(), process.stdout.readline()] == ["waiting\n"] * 2
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(timeout=60)  # ends only when the workers, which share the pipe, have ended too
+            out, _ = process.communicate(
+                timeout=60
+            )  # ends only when the workers, which share the pipe, have ended too
         finally:
             process.kill()
     assert out == "stopped\n"
-    assert [(tmp_path / "runs" / name / "checkpoint").read_text() for name in ("one", "two")] == ["saved"] * 2
+    assert [(tmp_path / "runs" / name / "checkpoint").read_text() for name in ("one", "two")] == [
+        "saved"
+    ] * 2
     assert not (tmp_path / "runs" / "three").exists()
     assert not list(tmp_path.glob("runs/*/result.json"))
 
 
 def test_fingerprints_follow_arguments_and_function_but_not_their_order(tasks):
     base = Job("job", tasks.square, {"number": 1, "recipe": recipe.SCALES["smoke"].settings})
-    assert base.fingerprint() == Job("other", tasks.square, dict(reversed(base.arguments.items()))).fingerprint()
+    assert (
+        base.fingerprint()
+        == Job("other", tasks.square, dict(reversed(base.arguments.items()))).fingerprint()
+    )
     others = [
-        Job("job", tasks.vanish, base.arguments), Job("job", tasks.square, {**base.arguments, "number": 2}),
+        Job("job", tasks.vanish, base.arguments),
+        Job("job", tasks.square, {**base.arguments, "number": 2}),
         Job("job", tasks.square, {**base.arguments, "recipe": recipe.SCALES["cpu"].settings}),
-    ]  # fmt: skip
+    ]
     assert len({job.fingerprint() for job in (base, *others)}) == 4
     with pytest.raises(TypeError, match="Tensor"):
         Job("job", tasks.square, {"number": torch.zeros(1)}).fingerprint()
@@ -171,9 +195,16 @@ def digits() -> Data:
 
 def test_a_subset_changes_the_fingerprint_and_leaves_the_test_split(digits):
     small = data.subset(digits, 100, seed=1, validation=50)
-    assert [small.size(split) for split in ("train", "validation", "test")] == [100, 50, digits.size("test")]
+    assert [small.size(split) for split in ("train", "validation", "test")] == [
+        100,
+        50,
+        digits.size("test"),
+    ]
     assert torch.bincount(small.examples("train").labels).tolist() == [10] * 10
-    again, other = data.subset(digits, 100, seed=1, validation=50), data.subset(digits, 100, seed=2, validation=50)
+    again, other = (
+        data.subset(digits, 100, seed=1, validation=50),
+        data.subset(digits, 100, seed=2, validation=50),
+    )
     assert small.fingerprint == again.fingerprint
     assert torch.equal(small.examples("train").inputs, again.examples("train").inputs)
     assert len({small.fingerprint, other.fingerprint, digits.fingerprint}) == 3
@@ -229,7 +260,9 @@ def test_gtsrb_is_split_by_track(shared, tmp_path):
 
 
 def test_a_spread_is_mean_and_sample_deviation():
-    assert (spread([1.0, 2.0, 4.0]).mean, spread([1.0, 2.0, 4.0]).deviation) == pytest.approx((7 / 3, 1.5275252))
+    assert (spread([1.0, 2.0, 4.0]).mean, spread([1.0, 2.0, 4.0]).deviation) == pytest.approx(
+        (7 / 3, 1.5275252)
+    )
     assert (spread([0.25]).text(2), spread([1.0, 3.0]).text(sign=True)) == ("0.25", "+2.0 ± 1.4")
 
 
@@ -251,17 +284,25 @@ def test_a_card_is_filled_between_its_marks_and_again(tmp_path):
 
 @given(
     st.sampled_from(recipe.ROWS),
-    st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.0, 1.0)), min_size=1, max_size=5, unique_by=lambda pair: pair[0]),
+    st.lists(
+        st.tuples(st.floats(0.01, 1.0), st.floats(0.0, 1.0)),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda pair: pair[0],
+    ),
 )
 def test_expected_accuracy_is_that_of_the_deepest_exit_every_budget_pays_for(row, exits):
     budget = budgets.standard(1.0)[row]
     edges = np.linspace(0.0, 1.0, 2001)
     mass = np.diff(budget.probability_below(edges))
     right = [  # of the exits that fit, the deepest; none fits: a failure
-        next((accuracy for cost, accuracy in reversed(exits) if cost <= time), 0.0) for time in (edges[:-1] + edges[1:]) / 2
+        next((accuracy for cost, accuracy in reversed(exits) if cost <= time), 0.0)
+        for time in (edges[:-1] + edges[1:]) / 2
     ]
     costs, accuracies = zip(*exits, strict=True)
-    assert tables.expected_percent(budget, costs, accuracies) == pytest.approx(100 * float(mass @ right), abs=1.0)
+    assert tables.expected_percent(budget, costs, accuracies) == pytest.approx(
+        100 * float(mass @ right), abs=1.0
+    )
 
 
 PAIR = recipe.Pair(name="toy", target="digits", source="digits", network="impatient:vgg", blocks=2)
@@ -270,15 +311,30 @@ PAIR = recipe.Pair(name="toy", target="digits", source="digits", network="impati
 def known_results(joint: float) -> dict[str, dict]:
     part = {"mean": 1.0, "p50": 1.0, "p90": 1.0, "p99": 1.0, "p999": 1.0, "max": 1.0, "n": 1}
     costs = {
-        "exits": ["blocks.0", "output"], "stage_macs": [1, 1], "head_macs": [1, 0], "stage_parameters": [1, 1],
-        "head_parameters": [1, 0], "batches": {"1": {"stages": [part, part], "heads": [part, {**part, "mean": 0.0}],
-                                                     "exit_free": part}},
+        "exits": ["blocks.0", "output"],
+        "stage_macs": [1, 1],
+        "head_macs": [1, 0],
+        "stage_parameters": [1, 1],
+        "head_parameters": [1, 0],
+        "batches": {
+            "1": {"stages": [part, part], "heads": [part, {**part, "mean": 0.0}], "exit_free": part}
+        },
         "provenance": {"versions": {}, "created": "", "schema": 1, "processor": "abacus"},
-    }  # fmt: skip
+    }
     one = {"test": [0.5, 0.7], "validation": [0.5, 0.7]}
-    results = {"toy-costs": costs, "toy-orig-0": one, "toy-ft-0": {"test": [0.4, 0.9], "validation": [0.4, 0.9],
-               "alone": {"test": [0.8], "validation": [0.8]}}}  # fmt: skip
-    return results | {f"toy-joint-{row}-0": {"test": [joint, 0.8], "validation": [joint, 0.8]} for row in recipe.ROWS}
+    results = {
+        "toy-costs": costs,
+        "toy-orig-0": one,
+        "toy-ft-0": {
+            "test": [0.4, 0.9],
+            "validation": [0.4, 0.9],
+            "alone": {"test": [0.8], "validation": [0.8]},
+        },
+    }
+    return results | {
+        f"toy-joint-{row}-0": {"test": [joint, 0.8], "validation": [joint, 0.8]}
+        for row in recipe.ROWS
+    }
 
 
 def test_table_1_from_known_results():
@@ -289,9 +345,13 @@ def test_table_1_from_known_results():
     assert uniform["orig"] == pytest.approx(100 * (to_first * 0.5 + to_last * 0.7))
     assert uniform["ft"] == pytest.approx(100 * (to_first * 0.4 + to_last * 0.9))
     assert uniform["joint"] == pytest.approx(100 * (to_first * 0.6 + to_last * 0.8))
-    assert uniform["joint_a_priori"] == pytest.approx(100 * 1.75 / 3.75 * 0.8)  # exit 0 costs as much as the deeper one
+    assert uniform["joint_a_priori"] == pytest.approx(
+        100 * 1.75 / 3.75 * 0.8
+    )  # exit 0 costs as much as the deeper one
     assert uniform["no_exits"] == pytest.approx(100 * 2.75 / 3.75 * 0.8)
-    assert uniform["t_a_ms"] == pytest.approx(1e3 * (2 * to_first + 3 * to_last) / (to_first + to_last))
+    assert uniform["t_a_ms"] == pytest.approx(
+        1e3 * (2 * to_first + 3 * to_last) / (to_first + to_last)
+    )
     assert uniform["t_b_ms"] == pytest.approx(2e3)
 
 
@@ -299,15 +359,23 @@ def test_the_verdict_follows_the_numbers():
     def spoken(joint: float) -> str:
         return tables.verdict(tables.summarised(tables.per_seed([PAIR], known_results(joint), [0])))
 
-    assert re.search(r"beats the better baseline in every row: \*\*yes\*\*.* in 4 of 4 rows", spoken(0.9))
+    assert re.search(
+        r"beats the better baseline in every row: \*\*yes\*\*.* in 4 of 4 rows", spoken(0.9)
+    )
     assert re.search(r"likely: \*\*(yes|no)\*\*", spoken(0.9))
     assert re.search(r"every row: \*\*no\*\*.* in 0 of 4 rows.* Not in: toy uniform", spoken(0.1))
 
 
 def test_the_papers_gains_are_those_of_its_table():
-    assert [round(tables._paper_gain(row), 1) for row in ("uniform", "large_likely", "small_likely", "normal")] == [
-        5.9, 2.6, 9.5, 7.5,
-    ]  # fmt: skip
+    assert [
+        round(tables._paper_gain(row), 1)
+        for row in ("uniform", "large_likely", "small_likely", "normal")
+    ] == [
+        5.9,
+        2.6,
+        9.5,
+        7.5,
+    ]
 
 
 def smoke(out: Path, runs: Path) -> str:
@@ -317,16 +385,27 @@ def smoke(out: Path, runs: Path) -> str:
 
 
 def test_impatient_dnn_runs_from_end_to_end_and_resumes(tmp_path):
-    assert "Joint training beats the better baseline" in " ".join(smoke(tmp_path / "out", tmp_path / "runs").split())
+    assert "Joint training beats the better baseline" in " ".join(
+        smoke(tmp_path / "out", tmp_path / "runs").split()
+    )
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"table1.csv", "table1_seeds.csv", "table1.md", "table1.png", "exits.csv", "exits.png"}
+    assert names == {
+        "table1.csv",
+        "table1_seeds.csv",
+        "table1.md",
+        "table1.png",
+        "exits.csv",
+        "exits.png",
+    }
     with (tmp_path / "out" / "table1_seeds.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["budgets"] for row in rows] == [*recipe.ROWS] * 2  # two networks, one seed
     assert all(0.0 < float(row[name]) < 100.0 for row in rows for name in ("orig", "ft", "joint"))
     assert all(float(row["t_b_ms"]) <= float(row["t_a_ms"]) for row in rows)
 
-    results = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("smoke/*/result.json")}
+    results = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("smoke/*/result.json")
+    }
     gone = tmp_path / "runs" / "smoke" / "digits-resnet-joint-normal-0" / "result.json"
     before = json.loads(gone.read_text())["result"]
     gone.unlink()
@@ -342,7 +421,9 @@ def test_failed_runs_end_the_command_with_their_names(tmp_path, monkeypatch):
         raise DataError("no such data")
 
     monkeypatch.setattr(recipe, "measure_costs", fail)
-    result = CliRunner().invoke(app, ["--scale", "smoke", "--out", str(tmp_path), "--runs", str(tmp_path)])
+    result = CliRunner().invoke(
+        app, ["--scale", "smoke", "--out", str(tmp_path), "--runs", str(tmp_path)]
+    )
     assert result.exit_code == 1
     assert "digits-vgg-costs: DataError: no such data" in result.output
 

@@ -39,7 +39,12 @@ class Skip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.second, self.third, self.last = (
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
@@ -67,7 +72,11 @@ class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.Dropout()
+            nn.Conv2d(3, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Dropout(),
         )
         self.last = nn.Linear(4, 3)
 
@@ -88,7 +97,13 @@ class TwoInputs(nn.Module):
 
 def vision_transformer() -> nn.Module:
     model = import_torchvision().models.VisionTransformer(
-        image_size=16, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=7
+        image_size=16,
+        patch_size=8,
+        num_layers=3,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        num_classes=7,
     )
     nn.init.normal_(model.heads.head.weight)  # torchvision's zeros would make any comparison pass
     return model
@@ -118,14 +133,23 @@ CASES = {
     "overwriting": Case(Overwriting, images(12), ["layers.0", "layers.2"]),
     "two inputs": Case(TwoInputs, positions, ["first"]),
     "preactivated": Case(
-        lambda: load_model("impatient:resnet:n=1,c=4", num_classes=5, in_channels=3), images(16), "every:1"
+        lambda: load_model("impatient:resnet:n=1,c=4", num_classes=5, in_channels=3),
+        images(16),
+        "every:1",
     ),
-    "resnet18": Case(lambda: load_model("torchvision:resnet18", num_classes=7), images(64), ["layer1.1", "layer2.0.bn1"]),
+    "resnet18": Case(
+        lambda: load_model("torchvision:resnet18", num_classes=7),
+        images(64),
+        ["layer1.1", "layer2.0.bn1"],
+    ),
     "vision transformer": Case(
-        vision_transformer, images(16), ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"], exact=False
+        vision_transformer,
+        images(16),
+        ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"],
+        exact=False,
     ),
     "bert": Case(bert, masked_tokens, ["bert.encoder.layer.0", "bert.encoder.layer.1"]),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass
@@ -235,7 +259,9 @@ def test_wiring_names_what_the_parts_take_and_give(cut: Cut) -> None:
         known |= set(gives)
     assert set(wiring.features) <= known
     assert set(wiring.batch_dims) == known == set(examples)
-    assert all(examples[name].shape[dim] == 2 for name, dim in wiring.batch_dims.items() if dim is not None)
+    assert all(
+        examples[name].shape[dim] == 2 for name, dim in wiring.batch_dims.items() if dim is not None
+    )
 
 
 def test_network_stays_in_its_mode_and_untouched() -> None:
@@ -268,7 +294,9 @@ def test_whatever_skips_across_the_cuts_arrives(seed: int) -> None:
     draw = random.Random(seed)
     sources = [draw.randrange(5) for _ in range(5)]
     places = sorted(draw.sample(range(5), 2))
-    network = attach_exits(Chain(sources), after=[f"layers.{place}" for place in places], example=vectors(1)).eval()
+    network = attach_exits(
+        Chain(sources), after=[f"layers.{place}" for place in places], example=vectors(1)
+    ).eval()
     parts = partition(network, vectors(1))
     x = vectors(3)
     given = [exit.output() for exit in StagedRun(parts.wiring, parts.stages, parts.heads, [x])]
@@ -289,9 +317,15 @@ def test_export_works_inside_inference_mode() -> None:
 
 def test_inputs_are_named() -> None:
     assert input_names(torch.zeros(1)) == ("x",)
-    assert input_names({"ids": torch.zeros(1), "labels": None, "mask": torch.ones(1)}) == ("ids", "mask")
+    assert input_names({"ids": torch.zeros(1), "labels": None, "mask": torch.ones(1)}) == (
+        "ids",
+        "mask",
+    )
     assert input_names(positions(1)) == ("x0", "x2")
-    assert [float(value) for value in input_tensors({"b": torch.tensor(2.0), "a": torch.tensor(1.0)}, ["a", "b"])] == [1, 2]
+    assert [
+        float(value)
+        for value in input_tensors({"b": torch.tensor(2.0), "a": torch.tensor(1.0)}, ["a", "b"])
+    ] == [1, 2]
     with pytest.raises(NetworkError, match=r"the tensors ids; needed: ids, mask"):
         input_tensors({"ids": torch.zeros(1)}, ["ids", "mask"])
     with pytest.raises(NetworkError, match="type str"):
@@ -326,7 +360,9 @@ def odd(rule: Callable[[Any, Tensor], Tensor], after: list[str] | None = None) -
 
 def test_control_flow_on_the_data_is_said_to_be_the_reason() -> None:
     network = odd(lambda _, x: x * 2 if x.sum() > 0 else x)
-    with pytest.raises(ExportFailed, match=r'cannot trace Odd: .*data-dependent.*engine="eager" runs'):
+    with pytest.raises(
+        ExportFailed, match=r'cannot trace Odd: .*data-dependent.*engine="eager" runs'
+    ):
         partition(network, vectors(1))
 
 
@@ -347,7 +383,9 @@ def test_model_that_writes_to_its_buffers_is_refused() -> None:
 
 def test_exits_without_anything_between_them_are_refused() -> None:
     network = odd(lambda model, x: model.drop(x), ["first", "drop"])
-    with pytest.raises(NetworkError, match="nothing is computed between the exit at drop and the one before it"):
+    with pytest.raises(
+        NetworkError, match="nothing is computed between the exit at drop and the one before it"
+    ):
         partition(network, vectors(1))
 
 
@@ -378,5 +416,7 @@ def test_value_that_mixes_samples_and_places_may_not_cross() -> None:
 
 def test_networks_without_one_backbone_are_refused() -> None:
     network = attach_exits(ToyBackbone(), after=["blocks.0"], example=vectors(1)).eval()
-    with pytest.raises(NetworkError, match="RunningEnsemble cannot be cut into parts; needed: a MultiExitNetwork"):
+    with pytest.raises(
+        NetworkError, match="RunningEnsemble cannot be cut into parts; needed: a MultiExitNetwork"
+    ):
         partition(RunningEnsemble(network, "poe"), vectors(1))  # type: ignore[arg-type]

@@ -143,10 +143,13 @@ class Slow(nn.Module):
 @pytest.mark.parametrize(
     ("costs_s", "count", "expected"),
     [
-        ([3, 1, 1, 1], 2, [0]), ([1, 1, 1, 3], 2, [2]), ([1, 1, 1, 1, 1, 1, 1, 1], 2, [3]),
-        ([1, 1, 1, 1, 1, 1, 1, 1], 4, [1, 3, 5]), ([5, 1, 1, 1, 5, 1, 1, 1], 3, [0, 4]),
+        ([3, 1, 1, 1], 2, [0]),
+        ([1, 1, 1, 3], 2, [2]),
+        ([1, 1, 1, 1, 1, 1, 1, 1], 2, [3]),
+        ([1, 1, 1, 1, 1, 1, 1, 1], 4, [1, 3, 5]),
+        ([5, 1, 1, 1, 5, 1, 1, 1], 3, [0, 4]),
     ],
-)  # fmt: skip
+)
 def test_exits_lie_at_even_shares_of_the_measured_time(
     monkeypatch: pytest.MonkeyPatch, costs_s: list[float], count: int, expected: list[int]
 ) -> None:
@@ -156,7 +159,9 @@ def test_exits_lie_at_even_shares_of_the_measured_time(
 
 
 @pytest.mark.parametrize("held_up", [0, 1, 2])
-def test_one_run_held_up_does_not_hide_the_last_block(monkeypatch: pytest.MonkeyPatch, held_up: int) -> None:
+def test_one_run_held_up_does_not_hide_the_last_block(
+    monkeypatch: pytest.MonkeyPatch, held_up: int
+) -> None:
     clock, runs = SimpleNamespace(now_s=0.0), itertools.count()
 
     class HeldUp(Slow):
@@ -165,7 +170,9 @@ def test_one_run_held_up_does_not_hide_the_last_block(monkeypatch: pytest.Monkey
             return super().forward(x)
 
     monkeypatch.setattr(placement, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
-    assert choose(HeldUp(clock, [1, 1, 1, 1]), X, 5) == [Cut(f"blocks.{index}") for index in range(4)]
+    assert choose(HeldUp(clock, [1, 1, 1, 1]), X, 5) == [
+        Cut(f"blocks.{index}") for index in range(4)
+    ]
 
 
 def test_one_slow_run_does_not_move_the_exits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +197,10 @@ def test_coarse_blocks_are_taken_when_they_suffice_and_finer_ones_when_not() -> 
             return self.blocks[1](self.blocks[0](x))
 
     model = nn.Sequential(nn.Sequential(Stage(), Stage(), Stage()), nn.Linear(8, 3))
-    assert list(_levels(model))[:2] == [["0.0", "0.1", "0.2"], [f"0.{stage}.blocks.{i}" for stage in (0, 1, 2) for i in (0, 1)]]
+    assert list(_levels(model))[:2] == [
+        ["0.0", "0.1", "0.2"],
+        [f"0.{stage}.blocks.{i}" for stage in (0, 1, 2) for i in (0, 1)],
+    ]
     assert {cut.module for cut in choose(model, X, 3, repeats=1)} <= {"0.0", "0.1", "0.2"}
     assert all(".blocks." in cut.module for cut in choose(model, X, 5, repeats=1))
 
@@ -203,7 +213,7 @@ def test_coarse_blocks_are_taken_when_they_suffice_and_finer_ones_when_not() -> 
         ([[1, 1], [1, 1], [8, 9], [2, 1]], ["0.1.blocks.1", "0.2.blocks.0", "0.2.blocks.1"]),
         ([[9, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),  # finer blocks are no better
     ],
-)  # fmt: skip
+)
 def test_finer_blocks_are_taken_where_coarse_ones_lie_far_from_even_shares(
     monkeypatch: pytest.MonkeyPatch, costs_s: list[list[float]], expected: list[str]
 ) -> None:
@@ -231,7 +241,10 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.blocks, self.classifier = nn.ModuleList([Block(), Block(), Block()]), nn.Linear(8, 3)
+            self.blocks, self.classifier = (
+                nn.ModuleList([Block(), Block(), Block()]),
+                nn.Linear(8, 3),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.transpose(0, 1)
@@ -239,17 +252,24 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
                 x = block(x)
             return self.classifier(x.mean(0))
 
-    with pytest.raises(ExitNotFound, match=r"0 places.*blocks\.0: its features, of shape \(5, 2, 8\), do not begin .* size 2"):
+    with pytest.raises(
+        ExitNotFound,
+        match=r"0 places.*blocks\.0: its features, of shape \(5, 2, 8\), do not begin .* size 2",
+    ):
         choose(TimeFirst(), torch.randn(2, 5, 8), 2)
 
 
 class Sideways(nn.Module):
     """Blocks of which some are on a side path: what they give, or the first tensor of it, goes nowhere."""
 
-    def __init__(self, idle: Sequence[int], *, tuples: bool = False, zero_head: bool = False) -> None:
+    def __init__(
+        self, idle: Sequence[int], *, tuples: bool = False, zero_head: bool = False
+    ) -> None:
         super().__init__()
         aside: Callable[[Tensor], Any] = lambda x: (-x, x + 1)  # noqa: E731
-        self.blocks = nn.ModuleList(Former(aside) if tuples and index in idle else Block() for index in range(6))
+        self.blocks = nn.ModuleList(
+            Former(aside) if tuples and index in idle else Block() for index in range(6)
+        )
         self.classifier, self.idle = nn.Linear(8, 3), idle
         if zero_head:
             nn.init.zeros_(self.classifier.weight)
@@ -286,19 +306,28 @@ def test_calls_of_one_block_on_side_paths_are_left_out() -> None:
 
 
 def test_head_of_zeros_does_not_hide_the_blocks() -> None:
-    assert choose(Sideways((), zero_head=True), X, 4, repeats=1) == choose(Sideways(()), X, 4, repeats=1)
+    assert choose(Sideways((), zero_head=True), X, 4, repeats=1) == choose(
+        Sideways(()), X, 4, repeats=1
+    )
 
 
 def test_trying_what_matters_changes_neither_weights_nor_input() -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity())) for _ in range(4)), nn.Linear(8, 3))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity())) for _ in range(4)),
+        nn.Linear(8, 3),
+    )
     x, before = torch.randn(2, 8), [parameter.clone() for parameter in model.parameters()]
     kept = x.clone()
     choose(model, x, 3, repeats=1)
     assert torch.equal(x, kept)
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True)
+    )
 
 
-def test_chosen_places_are_logged(toy: nn.Module, toy_input: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_chosen_places_are_logged(
+    toy: nn.Module, toy_input: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, logger="impatient"):
         network = attach_exits(toy, example=toy_input, count=3)
     for name in network.exit_names[:-1]:
@@ -315,8 +344,13 @@ def test_fewer_than_one_exit_is_refused(toy: nn.Module, toy_input: Tensor, count
         attach_exits(toy, example=toy_input, count=count)
 
 
-def test_more_exits_than_places_is_refused_naming_the_places(toy: nn.Module, toy_input: Tensor) -> None:
-    with pytest.raises(ExitNotFound, match=r"ToyBackbone has \d+ places.*blocks\.0.*asked for 39.*Lower count.*after="):
+def test_more_exits_than_places_is_refused_naming_the_places(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
+    with pytest.raises(
+        ExitNotFound,
+        match=r"ToyBackbone has \d+ places.*blocks\.0.*asked for 39.*Lower count.*after=",
+    ):
         attach_exits(toy, example=toy_input, count=40)
 
 
@@ -331,7 +365,13 @@ class Awkward(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         six_dimensions: Callable[[Tensor], Any] = lambda x: x[:, :, None, None, None, None]  # noqa: E731
-        forms = [lambda x: x.long(), lambda x: "text", lambda x: x.repeat(2, 1), six_dimensions, lambda x: x]
+        forms = [
+            lambda x: x.long(),
+            lambda x: "text",
+            lambda x: x.repeat(2, 1),
+            six_dimensions,
+            lambda x: x,
+        ]
         self.blocks = nn.ModuleList(Former(form) for form in forms)
         self.classifier = nn.Linear(8, 3)
 
@@ -352,7 +392,9 @@ class Former(nn.Module):
 
 def test_blocks_whose_features_no_head_can_read_are_passed_over() -> None:
     assert choose(Awkward(), X, 2, repeats=1) == [Cut("blocks.4")]
-    with pytest.raises(ExitNotFound, match=r"has 1 places.*\(blocks\.4\).*Passed over, for one: blocks\.0: .*int64"):
+    with pytest.raises(
+        ExitNotFound, match=r"has 1 places.*\(blocks\.4\).*Passed over, for one: blocks\.0: .*int64"
+    ):
         choose(Awkward(), X, 3, repeats=1)
 
 
@@ -382,16 +424,25 @@ def cut_after(model: nn.Module, *after: str, x: Tensor = X) -> MultiExitNetwork:
 
 
 def test_names_are_taken_as_given() -> None:
-    assert cut_after(Nested(), "stem.0", "layer1.1", "layer3").exit_names == ("stem.0", "layer1.1", "layer3", "output")
+    assert cut_after(Nested(), "stem.0", "layer1.1", "layer3").exit_names == (
+        "stem.0",
+        "layer1.1",
+        "layer3",
+        "output",
+    )
 
 
 @pytest.mark.parametrize(
     ("wrong", "candidates"),
     [
-        ("layer5", ["layer1", "layer2", "layer3"]), ("layer1.7", ["layer1.1", "layer1"]), ("Layer2", ["layer2"]),
-        ("nonsense", ["stem", "layer1", "layer2", "layer3", "fc"]), ("", ["layer1"]), ("layer9@1", ["layer1"]),
+        ("layer5", ["layer1", "layer2", "layer3"]),
+        ("layer1.7", ["layer1.1", "layer1"]),
+        ("Layer2", ["layer2"]),
+        ("nonsense", ["stem", "layer1", "layer2", "layer3", "fc"]),
+        ("", ["layer1"]),
+        ("layer9@1", ["layer1"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_name_is_refused_with_candidates(wrong: str, candidates: list[str]) -> None:
     with pytest.raises(ExitNotFound, match=r"no module .* in Nested; candidates:") as caught:
         cut_after(Nested(), "stem", wrong)
@@ -405,23 +456,35 @@ def test_nearest_names_come_first() -> None:
 
 
 def test_one_string_is_refused_with_the_list_that_was_meant(toy: nn.Module) -> None:
-    with pytest.raises(ExitNotFound, match=r"after='blocks\.0' is one string.*after=\['blocks\.0'\]"):
+    with pytest.raises(
+        ExitNotFound, match=r"after='blocks\.0' is one string.*after=\['blocks\.0'\]"
+    ):
         attach_exits(toy, example=X, after="blocks.0")
 
 
 def test_module_called_several_times_needs_a_call_number() -> None:
-    with pytest.raises(AmbiguousCut, match=r"called 3 times.*groups\.0@0, groups\.0@1, groups\.0@2"):
+    with pytest.raises(
+        AmbiguousCut, match=r"called 3 times.*groups\.0@0, groups\.0@1, groups\.0@2"
+    ):
         cut_after(Repeated(times=3), "groups.0")
-    assert cut_after(Repeated(times=3), "groups.0@0", "groups.0@2").exit_names == ("groups.0", "groups.0@2", "output")
+    assert cut_after(Repeated(times=3), "groups.0@0", "groups.0@2").exit_names == (
+        "groups.0",
+        "groups.0@2",
+        "output",
+    )
 
 
 def test_call_number_too_high_is_refused() -> None:
-    with pytest.raises(ExitNotFound, match=r"called 3 times on the example; there is no groups\.0@3"):
+    with pytest.raises(
+        ExitNotFound, match=r"called 3 times on the example; there is no groups\.0@3"
+    ):
         cut_after(Repeated(times=3), "groups.0@3")
 
 
 def test_first_call_may_be_named_or_not(toy: nn.Module) -> None:
-    assert cut_after(toy, "blocks.1@0").cuts == cut_after(toy, "blocks.1").cuts == (Cut("blocks.1"),)
+    assert (
+        cut_after(toy, "blocks.1@0").cuts == cut_after(toy, "blocks.1").cuts == (Cut("blocks.1"),)
+    )
 
 
 def test_module_the_example_never_calls_is_refused() -> None:
@@ -430,9 +493,12 @@ def test_module_the_example_never_calls_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "after", [("layer2", "layer1"), ("layer1", "layer1.0"), ("layer1", "layer2", "layer2"), ("fc", "stem")]
+    "after",
+    [("layer2", "layer1"), ("layer1", "layer1.0"), ("layer1", "layer2", "layer2"), ("fc", "stem")],
 )
-def test_names_out_of_running_order_or_twice_are_refused_with_the_right_order(after: tuple[str, ...]) -> None:
+def test_names_out_of_running_order_or_twice_are_refused_with_the_right_order(
+    after: tuple[str, ...],
+) -> None:
     right = [name for name in ("stem", "layer1.0", "layer1", "layer2", "fc") if name in after]
     with pytest.raises(CutOrderError, match="shallow to deep, each once") as caught:
         cut_after(Nested(), *after)
@@ -528,7 +594,12 @@ def test_modes_come_back_after_an_error() -> None:
 
 def test_trace_notes_calls_times_and_outputs_in_order() -> None:
     traced = trace(Repeated(times=3), X, ["groups.0", "classifier"])
-    assert list(traced.ended_s) == [("groups.0", 0), ("groups.0", 1), ("groups.0", 2), ("classifier", 0)]
+    assert list(traced.ended_s) == [
+        ("groups.0", 0),
+        ("groups.0", 1),
+        ("groups.0", 2),
+        ("classifier", 0),
+    ]
     assert traced.calls("groups.0") == 3
     assert traced.calls("unused") == 0
     times = list(traced.ended_s.values())
@@ -539,7 +610,10 @@ def test_trace_notes_calls_times_and_outputs_in_order() -> None:
 
 
 def test_resolve_gives_cuts_with_calls() -> None:
-    assert resolve(Repeated(), X, ["groups.0@1", "groups.0@3"]) == [Cut("groups.0", 1), Cut("groups.0", 3)]
+    assert resolve(Repeated(), X, ["groups.0@1", "groups.0@3"]) == [
+        Cut("groups.0", 1),
+        Cut("groups.0", 3),
+    ]
     assert resolve(Repeated(), X, []) == []
 
 
@@ -547,7 +621,9 @@ def test_resolve_gives_cuts_with_calls() -> None:
 
 
 def distance(shares: list[float], chosen: tuple[int, ...], count: int) -> float:
-    return sum((shares[index] - target / count) ** 2 for target, index in enumerate(chosen, start=1))
+    return sum(
+        (shares[index] - target / count) ** 2 for target, index in enumerate(chosen, start=1)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -557,19 +633,31 @@ def test_even_shares_are_the_best_of_all_choices(shares: list[float], data: st.D
     chosen = _even(shares, count)
     assert len(chosen) == count - 1
     assert list(chosen) == sorted(set(chosen))
-    best = min(distance(shares, others, count) for others in itertools.combinations(range(len(shares)), count - 1))
+    best = min(
+        distance(shares, others, count)
+        for others in itertools.combinations(range(len(shares)), count - 1)
+    )
     assert distance(shares, chosen, count) == pytest.approx(best, abs=1e-12)
 
 
 @pytest.mark.parametrize(
     ("shares", "count", "chosen"),
     [
-        ([0.25, 0.5, 0.75], 4, (0, 1, 2)), ([0.1, 0.5, 0.52, 0.9], 2, (1,)), ([0.9, 0.95, 0.99], 4, (0, 1, 2)),
-        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 3, (2, 6)), ([0.5], 2, (0,)),
-        ([0.05, 0.6, 0.75], 3, (1, 2)),  # squares: two small distances, not a perfect one and a large one
+        ([0.25, 0.5, 0.75], 4, (0, 1, 2)),
+        ([0.1, 0.5, 0.52, 0.9], 2, (1,)),
+        ([0.9, 0.95, 0.99], 4, (0, 1, 2)),
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 3, (2, 6)),
+        ([0.5], 2, (0,)),
+        (
+            [0.05, 0.6, 0.75],
+            3,
+            (1, 2),
+        ),  # squares: two small distances, not a perfect one and a large one
     ],
-)  # fmt: skip
-def test_even_shares_of_known_cases(shares: list[float], count: int, chosen: tuple[int, ...]) -> None:
+)
+def test_even_shares_of_known_cases(
+    shares: list[float], count: int, chosen: tuple[int, ...]
+) -> None:
     assert _even(shares, count) == chosen
 
 
@@ -591,7 +679,9 @@ def test_a_period_counts_the_outermost_blocks_and_the_calls_of_one() -> None:
     assert [str(cut) for cut in every(Repeated(times=4), X, 2)] == ["groups.0@1"]
 
 
-def test_a_period_does_not_depend_on_the_time_that_blocks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_period_does_not_depend_on_the_time_that_blocks_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(placement, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
     slow = Slow(clock, [1, 1, 1, 1000])  # its last block ends so late that nothing seems to follow
@@ -603,14 +693,20 @@ def test_a_period_passes_over_blocks_whose_features_no_head_can_read() -> None:
     class Half(Awkward):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(Former(lambda x: x) if index % 2 else Former(lambda x: x.long()) for index in range(6))
+            self.blocks = nn.ModuleList(
+                Former(lambda x: x) if index % 2 else Former(lambda x: x.long())
+                for index in range(6)
+            )
 
     assert every(Half(), X, 1) == [Cut("blocks.1"), Cut("blocks.3")]
 
 
 @pytest.mark.parametrize("period", [0, -2, 6, 7])
 def test_a_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
-    with pytest.raises(ExitNotFound, match=rf"a period of {period} blocks; Nested has 6 .*layer1\.0.*needed: 1 to 5.*after="):
+    with pytest.raises(
+        ExitNotFound,
+        match=rf"a period of {period} blocks; Nested has 6 .*layer1\.0.*needed: 1 to 5.*after=",
+    ):
         every(Nested(), X, period)
 
 

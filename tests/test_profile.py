@@ -36,7 +36,11 @@ def timed(network: MultiExitNetwork, clock: FakeClock) -> MultiExitNetwork:
     def takes(module: nn.Module, seconds: float) -> None:
         module.register_forward_pre_hook(lambda *_: clock.advance(seconds))
 
-    for modules, seconds in ((network.backbone.blocks, 1.0), (network.heads, 0.5), ([network.backbone.classifier], 0.25)):
+    for modules, seconds in (
+        (network.backbone.blocks, 1.0),
+        (network.heads, 0.5),
+        ([network.backbone.classifier], 0.25),
+    ):
         for module in modules:
             takes(module, seconds)
     return network
@@ -53,7 +57,9 @@ def begins(network: MultiExitNetwork) -> list[str]:
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
-def test_stages_heads_and_the_untouched_backbone_are_timed_apart(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_stages_heads_and_the_untouched_backbone_are_timed_apart(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     costs = profile(timed, EXAMPLE, repeats=3, clock=clock)
     assert [part.p50 for part in costs.at(1).stages] == [1.0, 2.0, 1.25]
     assert [part.p50 for part in costs.at(1).heads] == [0.5, 0.5, 0.0]
@@ -63,22 +69,30 @@ def test_stages_heads_and_the_untouched_backbone_are_timed_apart(timed: MultiExi
 
 
 @pytest.mark.parametrize("repeats", [1, 7, 30])
-def test_every_part_is_measured_as_often_as_asked(timed: MultiExitNetwork, clock: FakeClock, repeats: int) -> None:
+def test_every_part_is_measured_as_often_as_asked(
+    timed: MultiExitNetwork, clock: FakeClock, repeats: int
+) -> None:
     batch = profile(timed, EXAMPLE, repeats=repeats, max_seconds=1e9, clock=clock).at(1)
     assert {part.n for part in (*batch.stages, *batch.heads, batch.exit_free)} == {repeats}
 
 
 @pytest.mark.parametrize("warm_up", [0, 4])
-def test_the_warm_up_is_run_and_not_counted(timed: MultiExitNetwork, clock: FakeClock, warm_up: int) -> None:
+def test_the_warm_up_is_run_and_not_counted(
+    timed: MultiExitNetwork, clock: FakeClock, warm_up: int
+) -> None:
     seen = begins(timed)
     cold = COUNTING + 2 * warm_up
-    timed.backbone.blocks[0].register_forward_pre_hook(lambda *_: clock.advance(100.0 if len(seen) <= cold else 0.0))
+    timed.backbone.blocks[0].register_forward_pre_hook(
+        lambda *_: clock.advance(100.0 if len(seen) <= cold else 0.0)
+    )
     batch = profile(timed, EXAMPLE, repeats=3, warm_up=warm_up, clock=clock).at(1)
     assert (batch.stages[0].max, batch.exit_free.max) == (1.0, 4.25)
     assert len(seen) == cold + 2 * 3
 
 
-def test_a_slow_repeat_is_seen_in_the_maximum_and_not_in_the_median(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_a_slow_repeat_is_seen_in_the_maximum_and_not_in_the_median(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     seen = begins(timed)
     timed.backbone.blocks[0].register_forward_pre_hook(
         lambda *_: clock.advance(100.0 if len(seen) == COUNTING + 2 * 5 else 0.0)
@@ -101,7 +115,9 @@ def test_measuring_stops_when_its_time_is_up(timed: MultiExitNetwork, clock: Fak
 
 
 def test_the_warm_up_does_not_use_up_the_time(timed: MultiExitNetwork, clock: FakeClock) -> None:
-    costs = profile(timed, EXAMPLE, repeats=300, warm_up=50, max_seconds=25.5 * REPEAT_S, clock=clock)
+    costs = profile(
+        timed, EXAMPLE, repeats=300, warm_up=50, max_seconds=25.5 * REPEAT_S, clock=clock
+    )
     assert costs.at(1).exit_free.n == 26
 
 
@@ -120,7 +136,9 @@ def test_a_device_that_works_in_the_background_is_waited_for(
     begin, advance = clock.now(), clock.advance
     monkeypatch.setattr(clock, "advance", pending.append)
     module = sys.modules[profile.__module__]  # the function hides it
-    monkeypatch.setattr(module, "synchronise", lambda device: advance(sum(pending)) or pending.clear())
+    monkeypatch.setattr(
+        module, "synchronise", lambda device: advance(sum(pending)) or pending.clear()
+    )
     costs = profile(timed, EXAMPLE, repeats=3, warm_up=1, clock=clock)
     assert clock.now() > begin
     assert costs.contract_s() == (1.5, 3.5, 4.25)
@@ -132,9 +150,15 @@ def test_a_device_that_works_in_the_background_is_waited_for(
 def test_each_batch_size_is_measured(network: MultiExitNetwork, clock: FakeClock) -> None:
     shapes = []
     network.backbone.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
-    costs = profile(network, torch.randn(3, 8), batch_sizes=(2, 5), repeats=2, warm_up=0, clock=clock)
+    costs = profile(
+        network, torch.randn(3, 8), batch_sizes=(2, 5), repeats=2, warm_up=0, clock=clock
+    )
     assert sorted(costs.batches) == [2, 5]
-    assert shapes == [*[(1, 8)] * COUNTING, *[(2, 8)] * 4, *[(5, 8)] * 4]  # what is counted is per sample
+    assert shapes == [
+        *[(1, 8)] * COUNTING,
+        *[(2, 8)] * 4,
+        *[(5, 8)] * 4,
+    ]  # what is counted is per sample
 
 
 def test_inputs_of_any_kind_are_brought_to_a_batch_size() -> None:
@@ -153,14 +177,23 @@ def test_macs_and_parameters_are_counted(network: MultiExitNetwork, clock: FakeC
     assert costs.head_parameters == (27, 27, 0)
 
 
-def test_a_profile_names_its_exits_and_where_it_was_made(network: MultiExitNetwork, clock: FakeClock) -> None:
+def test_a_profile_names_its_exits_and_where_it_was_made(
+    network: MultiExitNetwork, clock: FakeClock
+) -> None:
     costs = profile(network, EXAMPLE, repeats=1, warm_up=0, clock=clock)
     assert costs.exits == ("blocks.0", "blocks.2", "output")
     made = costs.provenance
-    assert (made.device, made.dtype, made.threads, made.engine) == ("cpu", "float32", torch.get_num_threads(), "eager")
+    assert (made.device, made.dtype, made.threads, made.engine) == (
+        "cpu",
+        "float32",
+        torch.get_num_threads(),
+        "eager",
+    )
 
 
-def test_a_profile_comes_back_from_its_file(timed: MultiExitNetwork, clock: FakeClock, tmp_path: Any) -> None:
+def test_a_profile_comes_back_from_its_file(
+    timed: MultiExitNetwork, clock: FakeClock, tmp_path: Any
+) -> None:
     costs = profile(timed, EXAMPLE, batch_sizes=(1, 2), repeats=3, clock=clock)
     costs.save(tmp_path / "costs.json")
     assert CostProfile.load(tmp_path / "costs.json") == costs
@@ -170,8 +203,14 @@ def test_a_profile_comes_back_from_its_file(timed: MultiExitNetwork, clock: Fake
 
 
 def test_bytes_are_counted_by_operator(network: MultiExitNetwork, clock: FakeClock) -> None:
-    linear, relu, classifier = 4 * (8 + 8 * 8 + 8 + 8), 4 * (8 + 8), 4 * (8 + 3 * 8 + 3 + 3)  # read, weights, biases, written
-    costs = profile(network, EXAMPLE.expand(3, 8), batch_sizes=(2,), repeats=1, warm_up=0, clock=clock)
+    linear, relu, classifier = (
+        4 * (8 + 8 * 8 + 8 + 8),
+        4 * (8 + 8),
+        4 * (8 + 3 * 8 + 3 + 3),
+    )  # read, weights, biases, written
+    costs = profile(
+        network, EXAMPLE.expand(3, 8), batch_sizes=(2,), repeats=1, warm_up=0, clock=clock
+    )
     assert costs.stage_bytes == (linear + relu, 2 * (linear + relu), linear + relu + classifier)
     assert costs.head_bytes == (classifier, classifier, 0)
     assert costs.exit_free("bytes") == sum(costs.stage_bytes)
@@ -191,26 +230,54 @@ class Moves(nn.Module):
 @pytest.mark.parametrize(
     ("function", "modules", "x", "moved"),
     [
-        (lambda x: x.flatten().view(2, 4).t()[1:].expand(5, 3, 2).contiguous()[None], (), torch.zeros(1, 8), 4 * (6 + 30)),
+        (
+            lambda x: x.flatten().view(2, 4).t()[1:].expand(5, 3, 2).contiguous()[None],
+            (),
+            torch.zeros(1, 8),
+            4 * (6 + 30),
+        ),
         (lambda x: x.view(2, 4)[1:].detach(), (), torch.zeros(1, 8), 0),
         (lambda x: x.to(torch.float32).contiguous(), (), torch.zeros(1, 8), 0),
         (lambda x: torch.empty(100, 100), (), torch.zeros(1, 8), 0),
         (lambda x: x.to(torch.float64), (), torch.zeros(1, 8), 4 * 8 + 8 * 8),
         (lambda x: x + torch.empty(1, 1).expand(1, 8), (), torch.zeros(1, 8), 4 * (8 + 1 + 8)),
         (lambda x: x.clone().relu_(), (), torch.zeros(1, 8), 4 * 16 + 4 * 16),
-        (lambda x, conv: conv(x), (nn.Conv2d(3, 4, 3, padding=1),), torch.zeros(1, 3, 8, 8),
-         4 * (3 * 64 + 4 * 27 + 4 + 4 * 64)),
-        (lambda x, table: table(x), (nn.Embedding(1000, 16),), torch.zeros(1, 5).long(), 8 * 5 + 4 * 2 * 5 * 16),
+        (
+            lambda x, conv: conv(x),
+            (nn.Conv2d(3, 4, 3, padding=1),),
+            torch.zeros(1, 3, 8, 8),
+            4 * (3 * 64 + 4 * 27 + 4 + 4 * 64),
+        ),
+        (
+            lambda x, table: table(x),
+            (nn.Embedding(1000, 16),),
+            torch.zeros(1, 5).long(),
+            8 * 5 + 4 * 2 * 5 * 16,
+        ),
     ],
-    ids=["strided copy", "views", "no-ops", "allocation", "cast", "broadcast", "in place", "convolution", "embedding"],
-)  # fmt: skip
-def test_what_moves_is_counted_and_what_does_not_is_not(function: Any, modules: Any, x: Tensor, moved: int) -> None:
+    ids=[
+        "strided copy",
+        "views",
+        "no-ops",
+        "allocation",
+        "cast",
+        "broadcast",
+        "in place",
+        "convolution",
+        "embedding",
+    ],
+)
+def test_what_moves_is_counted_and_what_does_not_is_not(
+    function: Any, modules: Any, x: Tensor, moved: int
+) -> None:
     assert count_traffic(Moves(function, *modules), x) == moved
 
 
 def test_the_stages_of_any_network_move_what_running_it_moves(toy: ToyBackbone) -> None:
     image = torch.zeros(1, 3, 8, 8)
-    deep = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 3))
+    deep = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 3)
+    )
     cut = attach_exits(deep, after=["0"], example=image)
     assert sum(stage_traffic(cut, image)[0]) == count_traffic(deep, image)
     several = Cascade([toy, nn.Linear(8, 3)])
@@ -234,7 +301,9 @@ def test_counting_bytes_needs_an_example_that_comes_to_every_exit() -> None:
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_untouched_backbone_is_compared_with_itself_back_to_back(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_the_untouched_backbone_is_compared_with_itself_back_to_back(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     spells = [0.0]
     seen = begins(timed)
 
@@ -258,12 +327,18 @@ def test_no_run_is_added_for_the_noise(timed: MultiExitNetwork, clock: FakeClock
 
 @pytest.mark.parametrize(("jitter", "warned"), [(0.0, False), (0.04, False), (0.5, True)])
 def test_a_noisy_machine_is_warned_of(
-    timed: MultiExitNetwork, clock: FakeClock, caplog: pytest.LogCaptureFixture, jitter: float, warned: bool
+    timed: MultiExitNetwork,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    jitter: float,
+    warned: bool,
 ) -> None:
     random, seen = torch.Generator().manual_seed(1), begins(timed)
 
     def shakes(*_: Any) -> None:  # every untouched run takes its 4.25 s, and by chance longer
-        clock.advance(4.25 * jitter * float(torch.rand(1, generator=random)) if seen[-1] == "whole" else 0.0)
+        clock.advance(
+            4.25 * jitter * float(torch.rand(1, generator=random)) if seen[-1] == "whole" else 0.0
+        )
 
     timed.backbone.classifier.register_forward_pre_hook(shakes)
     with caplog.at_level(logging.WARNING, logger="impatient"):
@@ -275,7 +350,9 @@ def test_a_noisy_machine_is_warned_of(
     assert (noise.spread > 0.0) is (jitter > 0.0)
 
 
-def test_of_few_repeats_nothing_is_said_about_noise(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_of_few_repeats_nothing_is_said_about_noise(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     assert profile(timed, EXAMPLE, repeats=11, clock=clock).at(1).noise is None
 
 
@@ -289,7 +366,11 @@ class Meter:
 
     def __init__(self, network: MultiExitNetwork) -> None:
         self.spent = 0.0
-        for modules, joules in ((network.backbone.blocks, 1.0), (network.heads, 0.25), ([network.backbone.classifier], 0.5)):
+        for modules, joules in (
+            (network.backbone.blocks, 1.0),
+            (network.heads, 0.25),
+            ([network.backbone.classifier], 0.5),
+        ):
             for module in modules:
                 module.register_forward_pre_hook(lambda *_, joules=joules: self.spend(joules))
 
@@ -303,7 +384,9 @@ class Meter:
         return self.spent - self._before
 
 
-def test_joules_of_stages_and_heads_are_told_apart(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_joules_of_stages_and_heads_are_told_apart(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     costs = profile(timed, EXAMPLE, batch_sizes=(4,), repeats=2, energy=Meter(timed), clock=clock)
     assert costs.stage_energy_j == (1.0, 2.0, 1.5)
     assert costs.head_energy_j == (0.25, 0.25, 0.0)
@@ -312,7 +395,9 @@ def test_joules_of_stages_and_heads_are_told_apart(timed: MultiExitNetwork, cloc
     assert costs.cumulative("energy", "interruptible") == (1.25, 3.5, 5.0)
 
 
-def test_joules_that_differ_by_less_than_their_noise_count_as_none(timed: MultiExitNetwork, clock: FakeClock) -> None:
+def test_joules_that_differ_by_less_than_their_noise_count_as_none(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
     meter = Meter(timed)
     windows: list[float] = []
 
@@ -352,8 +437,16 @@ class InEngine(nn.Module):
     def __init__(self, network: MultiExitNetwork, engine: str, threads: int | None = None) -> None:
         super().__init__()
         self._original = [network]  # in a list: not a part of this module
-        self.engine, self.threads, self.structure = engine, threads, fingerprint_structure(network.state_dict())
-        self.mechanism, self.exit_names, self.num_exits = "made up", network.exit_names, network.num_exits
+        self.engine, self.threads, self.structure = (
+            engine,
+            threads,
+            fingerprint_structure(network.state_dict()),
+        )
+        self.mechanism, self.exit_names, self.num_exits = (
+            "made up",
+            network.exit_names,
+            network.num_exits,
+        )
 
     @property
     def backbone(self) -> nn.Module:
@@ -366,8 +459,13 @@ class InEngine(nn.Module):
         return self._original[0].stage_facts(x)
 
 
-def test_a_network_in_an_engine_is_profiled_as_such(timed: MultiExitNetwork, clock: FakeClock) -> None:
-    eager, other = (profile(net, EXAMPLE, repeats=3, clock=clock) for net in (timed, InEngine(timed, "made-up", threads=7)))
+def test_a_network_in_an_engine_is_profiled_as_such(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
+    eager, other = (
+        profile(net, EXAMPLE, repeats=3, clock=clock)
+        for net in (timed, InEngine(timed, "made-up", threads=7))
+    )
     assert (other.provenance.engine, other.provenance.threads) == ("made-up", 7)
     assert other.provenance.network == eager.provenance.network
     assert (other.contract_s(), other.exit_free_s()) == (eager.contract_s(), eager.exit_free_s())
@@ -382,21 +480,34 @@ def test_a_profile_of_another_engine_is_refused(timed: MultiExitNetwork, clock: 
     eager, other = (profile(net, EXAMPLE, repeats=1, clock=clock) for net in (timed, there))
     check_profile(eager, timed, "measure again")
     check_profile(other, there, "measure again")
-    with pytest.raises(StaleInput, match=r"another engine: 'eager', but here it is 'onnxruntime'. To mend it, measure again"):
+    with pytest.raises(
+        StaleInput,
+        match=r"another engine: 'eager', but here it is 'onnxruntime'. To mend it, measure again",
+    ):
         check_profile(eager, there, "measure again")
     with pytest.raises(StaleInput, match=r"another engine: 'onnxruntime', but here it is 'eager'"):
         check_profile(other, timed, "measure again")
 
 
-def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(timed: MultiExitNetwork, clock: FakeClock) -> None:
-    costs = profile(InEngine(timed, "onnxruntime-int8-dynamic", threads=2), EXAMPLE, repeats=1, clock=clock)
+def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(
+    timed: MultiExitNetwork, clock: FakeClock
+) -> None:
+    costs = profile(
+        InEngine(timed, "onnxruntime-int8-dynamic", threads=2), EXAMPLE, repeats=1, clock=clock
+    )
     assert "onnxruntime" in costs.provenance.versions
     with pytest.raises(StaleInput, match=r"another threads: 2, but here it is 3"):
-        check_profile(costs, InEngine(timed, "onnxruntime-int8-dynamic", threads=3), "measure again")
-    old = dataclasses.replace(costs.provenance, versions={**costs.provenance.versions, "onnxruntime": "0.1"})
+        check_profile(
+            costs, InEngine(timed, "onnxruntime-int8-dynamic", threads=3), "measure again"
+        )
+    old = dataclasses.replace(
+        costs.provenance, versions={**costs.provenance.versions, "onnxruntime": "0.1"}
+    )
     with pytest.raises(StaleInput, match="another set of versions"):
         check_profile(
-            dataclasses.replace(costs, provenance=old), InEngine(timed, "onnxruntime-int8-dynamic", 2), "measure again"
+            dataclasses.replace(costs, provenance=old),
+            InEngine(timed, "onnxruntime-int8-dynamic", 2),
+            "measure again",
         )
 
 
@@ -404,7 +515,14 @@ def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(timed: Mul
 
 
 @pytest.mark.parametrize(
-    "options", [{"repeats": 0}, {"repeats": -1}, {"batch_sizes": ()}, {"batch_sizes": (1, 0)}, {"warm_up": -1}]
+    "options",
+    [
+        {"repeats": 0},
+        {"repeats": -1},
+        {"batch_sizes": ()},
+        {"batch_sizes": (1, 0)},
+        {"warm_up": -1},
+    ],
 )
 def test_senseless_numbers_are_refused(network: MultiExitNetwork, options: dict[str, Any]) -> None:
     with pytest.raises(CostError, match="at least 1"):
@@ -416,7 +534,9 @@ def test_every_module_is_back_in_its_mode(network: MultiExitNetwork, clock: Fake
     network.backbone.blocks[1].eval()
     modes = [module.training for module in network.modules()]
     seen = []
-    network.backbone.classifier.register_forward_hook(lambda module, *_: seen.append(module.training))
+    network.backbone.classifier.register_forward_hook(
+        lambda module, *_: seen.append(module.training)
+    )
     profile(network, EXAMPLE, repeats=2, warm_up=1, clock=clock)
     assert not any(seen)
     assert [module.training for module in network.modules()] == modes
@@ -444,17 +564,26 @@ class Skips(nn.Module):
 
 @pytest.mark.parametrize(
     ("skips", "x", "sizes"),
-    [(lambda x: x.isnan().any(), torch.full((1, 8), torch.nan), (1,)), (lambda x: len(x) > 1, EXAMPLE, (1, 2))],
+    [
+        (lambda x: x.isnan().any(), torch.full((1, 8), torch.nan), (1,)),
+        (lambda x: len(x) > 1, EXAMPLE, (1, 2)),
+    ],
     ids=["always", "only at a larger batch size"],
 )
-def test_an_example_that_does_not_come_to_all_exits_is_refused(skips: Any, x: Tensor, sizes: Any, clock: FakeClock) -> None:
+def test_an_example_that_does_not_come_to_all_exits_is_refused(
+    skips: Any, x: Tensor, sizes: Any, clock: FakeClock
+) -> None:
     network = attach_exits(Skips(skips), after=["first", "middle"], example=EXAMPLE)
     with pytest.raises(ExitNotReached, match=r"came to (1 of 2 early|2 of 3) exits"):
         profile(network, x, batch_sizes=sizes, repeats=1, warm_up=0, clock=clock)
 
 
 def test_a_progress_bar_changes_nothing(timed: MultiExitNetwork, clock: FakeClock) -> None:
-    assert profile(timed, EXAMPLE, repeats=2, progress=True, clock=clock).contract_s() == (1.5, 3.5, 4.25)
+    assert profile(timed, EXAMPLE, repeats=2, progress=True, clock=clock).contract_s() == (
+        1.5,
+        3.5,
+        4.25,
+    )
 
 
 # --- the machine's own clock ----------------------------------------------------------------------------------------

@@ -25,7 +25,11 @@ both = pytest.mark.parametrize("fingerprint", [fingerprint_structure, fingerprin
 
 
 def tensors() -> dict[str, Tensor]:
-    return {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "count": torch.tensor(3)}
+    return {
+        "a.weight": torch.arange(6.0).reshape(2, 3),
+        "a.bias": torch.ones(2),
+        "count": torch.tensor(3),
+    }
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------------------
@@ -79,7 +83,10 @@ def test_the_sign_of_a_zero_is_a_change():
 
 
 def test_memory_layout_and_gradients_are_no_change():
-    laid_out = {**tensors(), "a.weight": torch.arange(6.0).reshape(2, 3).T.contiguous().T.requires_grad_()}
+    laid_out = {
+        **tensors(),
+        "a.weight": torch.arange(6.0).reshape(2, 3).T.contiguous().T.requires_grad_(),
+    }
     assert not laid_out["a.weight"].is_contiguous()
     assert fingerprint_tensors(laid_out) == fingerprint_tensors(tensors())
 
@@ -92,7 +99,9 @@ def test_every_type_of_tensor_has_a_fingerprint():
 
 
 def test_bytes_have_a_short_fingerprint():
-    assert fingerprint_bytes(b"ab", b"c") == "ba7816bf8f01cfea"  # the first half of the half of SHA-256 of abc
+    assert (
+        fingerprint_bytes(b"ab", b"c") == "ba7816bf8f01cfea"
+    )  # the first half of the half of SHA-256 of abc
     assert fingerprint_bytes(b"abd") != fingerprint_bytes(b"abc")
 
 
@@ -101,7 +110,13 @@ def test_bytes_have_a_short_fingerprint():
 
 def test_provenance_says_what_is_known_and_when_and_with_what():
     here = provenance(network="n", seed=3, device="cpu")
-    assert (here.network, here.weights, here.seed, here.engine, here.schema) == ("n", None, 3, "eager", SCHEMA)
+    assert (here.network, here.weights, here.seed, here.engine, here.schema) == (
+        "n",
+        None,
+        3,
+        "eager",
+        SCHEMA,
+    )
     assert here.versions == versions()
     assert set(versions()) == {"python", "torch", "impatient"}
     assert versions()["torch"] == torch.__version__
@@ -109,7 +124,11 @@ def test_provenance_says_what_is_known_and_when_and_with_what():
 
 
 def test_the_machine_is_named_with_its_thread_count():
-    assert machine("cpu") == {"device": "cpu", "processor": machine("cpu")["processor"], "threads": torch.get_num_threads()}
+    assert machine("cpu") == {
+        "device": "cpu",
+        "processor": machine("cpu")["processor"],
+        "threads": torch.get_num_threads(),
+    }
     assert machine("cpu")["processor"]
 
 
@@ -133,7 +152,8 @@ def test_provenance_survives_json():
 def test_a_file_of_another_schema_version_is_refused(schema):
     value = {**provenance().to_json(), "schema": schema}
     with pytest.raises(
-        StorageError, match=rf"schema version {schema!r}; this version of impatient reads {SCHEMA}\. Make it again"
+        StorageError,
+        match=rf"schema version {schema!r}; this version of impatient reads {SCHEMA}\. Make it again",
     ):
         Provenance.from_json(value)
 
@@ -151,19 +171,26 @@ def test_entries_that_a_newer_writer_added_are_passed_over():
 
 
 def test_what_agrees_passes():
-    provenance(network="n", seed=1).require("the recording", "record again", network="n", seed=1, weights=None)
+    provenance(network="n", seed=1).require(
+        "the recording", "record again", network="n", seed=1, weights=None
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "spoken"),
-    [("weights", "set of weights"), ("data", "data set"), ("network", "network structure"), ("seed", "seed")],
+    [
+        ("weights", "set of weights"),
+        ("data", "data set"),
+        ("network", "network structure"),
+        ("seed", "seed"),
+    ],
 )
 def test_a_stale_file_says_what_differs_and_what_to_do(name, spoken):
-    message = (
-        f"the recording was made with another {spoken}: 'old', but here it is 'new'. To mend it, run `impatient record D`."
-    )
+    message = f"the recording was made with another {spoken}: 'old', but here it is 'new'. To mend it, run `impatient record D`."
     with pytest.raises(StaleInput) as caught:
-        provenance(**{name: "old"}).require("the recording", "run `impatient record D`", **{name: "new"})
+        provenance(**{name: "old"}).require(
+            "the recording", "run `impatient record D`", **{name: "new"}
+        )
     assert str(caught.value) == message
 
 

@@ -28,15 +28,32 @@ def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture
 def test_the_quickstart_has_at_most_20_lines_of_code() -> None:
     quickstart = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
 
-    assert len([line for line in quickstart.splitlines() if line.strip() and not line.startswith(("import", "from"))]) <= 20
+    assert (
+        len(
+            [
+                line
+                for line in quickstart.splitlines()
+                if line.strip() and not line.startswith(("import", "from"))
+            ]
+        )
+        <= 20
+    )
 
 
 def test_every_path_in_the_tree_exists_and_every_module_is_in_it() -> None:
-    tree = re.search(r"## What is where\n(.*?)\n## |## What is where\n(.*)", README, flags=re.DOTALL)
+    tree = re.search(
+        r"## What is where\n(.*?)\n## |## What is where\n(.*)", README, flags=re.DOTALL
+    )
     assert tree
     text = tree.group(0)
-    modules = [file.relative_to(ROOT / "src/impatient") for file in (ROOT / "src/impatient").rglob("*.py")]
-    missing = [str(module) for module in modules if module.name != "__init__.py" and module.name not in text]
+    modules = [
+        file.relative_to(ROOT / "src/impatient") for file in (ROOT / "src/impatient").rglob("*.py")
+    ]
+    missing = [
+        str(module)
+        for module in modules
+        if module.name != "__init__.py" and module.name not in text
+    ]
 
     assert not missing
 

@@ -57,14 +57,20 @@ def test_a_recording_is_what_forward_gives(network, samples, batch_size):
     assert recording.outputs.shape == (3, 23, 3)
     torch.testing.assert_close(recording.outputs, expected)
     assert recording.labels.equal(samples.labels)
-    assert (recording.split, recording.exits, recording.features) == ("test", network.exit_names, ())
+    assert (recording.split, recording.exits, recording.features) == (
+        "test",
+        network.exit_names,
+        (),
+    )
 
 
 def test_recording_puts_the_network_in_eval_mode(convolutional, images):
     convolutional.train()
     recording = record(convolutional, images, batch_size=4)
     assert not convolutional.training
-    torch.testing.assert_close(recording.outputs, torch.stack(convolutional(images.inputs)).detach())
+    torch.testing.assert_close(
+        recording.outputs, torch.stack(convolutional(images.inputs)).detach()
+    )
 
 
 def test_features_are_pooled_over_space(convolutional, images):
@@ -74,7 +80,9 @@ def test_features_are_pooled_over_space(convolutional, images):
     assert [tuple(entry.shape) for entry in recording.features] == [(11, 4), (11, 6), (11, 3)]
     torch.testing.assert_close(recording.features[0], low.mean((2, 3)).detach())
     torch.testing.assert_close(recording.features[1], high.mean((2, 3)).detach())
-    torch.testing.assert_close(recording.features[2], recording.outputs[2])  # nothing is deeper than the output
+    torch.testing.assert_close(
+        recording.features[2], recording.outputs[2]
+    )  # nothing is deeper than the output
 
 
 def test_outputs_are_kept_in_single_precision_and_without_history(network, samples):
@@ -87,8 +95,10 @@ def test_outputs_are_kept_in_single_precision_and_without_history(network, sampl
 
 def test_hits_are_where_the_largest_output_is_the_label(network, samples):
     recording = record(network, samples)
-    by_hand = [[float(row.argmax() == label) for row, label in zip(exit, samples.labels, strict=True)]
-               for exit in recording.outputs]  # fmt: skip
+    by_hand = [
+        [float(row.argmax() == label) for row, label in zip(exit, samples.labels, strict=True)]
+        for exit in recording.outputs
+    ]
     assert recording.hits().tolist() == by_hand
 
 
@@ -124,7 +134,9 @@ def test_labels_without_an_output_are_refused(network, samples, label):
 def test_shapes_that_do_not_fit_are_refused(shape):
     good = recording_of(torch.zeros(2, 4, 2), torch.zeros(4, dtype=torch.long))
     labels = good.labels[: min(4, shape[1])]
-    with pytest.raises((RecordingError, TypeError), match=r"do not fit 2 exits|Int\[Tensor"):  # jaxtyping may see it first
+    with pytest.raises(
+        (RecordingError, TypeError), match=r"do not fit 2 exits|Int\[Tensor"
+    ):  # jaxtyping may see it first
         dataclasses.replace(good, outputs=torch.zeros(shape), labels=labels)
 
 
@@ -159,8 +171,14 @@ def test_a_saved_recording_comes_back(tmp_path, network, samples, features):
     back = Recording.load(tmp_path / "test.safetensors")
     assert back.outputs.equal(recording.outputs)
     assert back.labels.equal(recording.labels)
-    assert [entry.tolist() for entry in back.features] == [entry.tolist() for entry in recording.features]
-    assert (back.split, back.exits, back.provenance) == (recording.split, recording.exits, recording.provenance)
+    assert [entry.tolist() for entry in back.features] == [
+        entry.tolist() for entry in recording.features
+    ]
+    assert (back.split, back.exits, back.provenance) == (
+        recording.split,
+        recording.exits,
+        recording.provenance,
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, -1])
@@ -186,7 +204,11 @@ def test_other_tensors_are_no_recording(tmp_path, network):
 def test_a_file_whose_numbers_were_spoilt_is_refused(tmp_path):
     recording = drawn(5, seed=1)
     spoilt = {"outputs": recording.outputs * float("nan"), "labels": recording.labels}
-    header = {"split": "test", "exits": recording.exits, "provenance": recording.provenance.to_json()}
+    header = {
+        "split": "test",
+        "exits": recording.exits,
+        "provenance": recording.provenance.to_json(),
+    }
     write_tensors(tmp_path / "test.safetensors", spoilt, header)
     with pytest.raises(RecordingError, match="exit 0"):
         Recording.load(tmp_path / "test.safetensors")

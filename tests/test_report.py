@@ -30,12 +30,22 @@ from impatient.evaluation import (
 from impatient.policies import ThresholdPolicy, fit_thresholds
 from recordings import costs_of, drawn, recording_of, sure
 
-HOSTILE = """"><script>alert(1)</script><img src=http://evil.test/x onerror='alert(2)'>${broken & {0}"""
-COSTS = costs_of([1e-3] * 4, [1e-4] * 3 + [0.0], exit_free_s=3.9e-3, stage_macs=[10**6] * 4, head_macs=[1000] * 3 + [0])
+HOSTILE = (
+    """"><script>alert(1)</script><img src=http://evil.test/x onerror='alert(2)'>${broken & {0}"""
+)
+COSTS = costs_of(
+    [1e-3] * 4,
+    [1e-4] * 3 + [0.0],
+    exit_free_s=3.9e-3,
+    stage_macs=[10**6] * 4,
+    head_macs=[1000] * 3 + [0],
+)
 BUDGETS = {
-    "uniform": budgets.uniform(0.0, 5e-3), "log-uniform": budgets.log_uniform(1e-4, 5e-3), "point": budgets.point(2e-3),
+    "uniform": budgets.uniform(0.0, 5e-3),
+    "log-uniform": budgets.log_uniform(1e-4, 5e-3),
+    "point": budgets.point(2e-3),
     "log": budgets.empirical([1e-3, 1e-3, 3e-3]),
-}  # fmt: skip
+}
 
 
 def picture():
@@ -46,17 +56,26 @@ def picture():
 
 def made(name="one point", **changes):
     """Everything that a report is made of; `name` is the policy's and everybody else's."""
-    policies = {name: fit_thresholds(drawn(300, seed=1), COSTS, max_accuracy_loss=0.01),
-                "by hand": ThresholdPolicy(score="margin", thresholds=(0.9, math.inf, 0.9, -math.inf))}  # fmt: skip
+    policies = {
+        name: fit_thresholds(drawn(300, seed=1), COSTS, max_accuracy_loss=0.01),
+        "by hand": ThresholdPolicy(score="margin", thresholds=(0.9, math.inf, 0.9, -math.inf)),
+    }
     recording = drawn(300, seed=2, split="test")
     alone = drawn(300, seed=3, split="test", gains=(4.0,))
     example = Example(picture=picture(), label=name, predicted="something else", exit=0, score=0.25)
     return {
-        "title": name, "evaluation": evaluate(recording, COSTS, policies, exit_free=alone, budgets={name: BUDGETS["uniform"]}),
-        "costs": dataclasses.replace(COSTS, exits=("block0", "block1", name, "output")), "policies": policies,
-        "chosen_budget": (name, BUDGETS["uniform"]), "early": [example], "late": [dataclasses.replace(example, picture=None)],
-        "facts": {"model": name, name: "a fact"}, **changes,
-    }  # fmt: skip
+        "title": name,
+        "evaluation": evaluate(
+            recording, COSTS, policies, exit_free=alone, budgets={name: BUDGETS["uniform"]}
+        ),
+        "costs": dataclasses.replace(COSTS, exits=("block0", "block1", name, "output")),
+        "policies": policies,
+        "chosen_budget": (name, BUDGETS["uniform"]),
+        "early": [example],
+        "late": [dataclasses.replace(example, picture=None)],
+        "facts": {"model": name, name: "a fact"},
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +87,30 @@ class Page(HTMLParser):
     """What a browser would see: the tree's balance, the text, and every address."""
 
     VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
-    ADDRESSES = frozenset({"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background", "formaction"})
+    ADDRESSES = frozenset(
+        {
+            "src",
+            "href",
+            "xlink:href",
+            "srcset",
+            "action",
+            "data",
+            "poster",
+            "background",
+            "formaction",
+        }
+    )
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.ids, self.addresses, self.handlers, self.text = [], [], [], [], [], []
+        self.open, self.tags, self.ids, self.addresses, self.handlers, self.text = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
         self.feed(text)
         self.close()
 
@@ -137,7 +175,18 @@ def test_the_page_shows_every_row_and_number(page):
     for row in evaluation.under_budgets:
         assert row.name in words
         assert f"{row.accuracy.value * 100:.1f} %" in words
-    for word in ("p50", "p99.9", "stage 3", "head 2", "untouched backbone", "closed", "always", "abacus", "weights", "a fact"):
+    for word in (
+        "p50",
+        "p99.9",
+        "stage 3",
+        "head 2",
+        "untouched backbone",
+        "closed",
+        "always",
+        "abacus",
+        "weights",
+        "a fact",
+    ):
         assert word in words
 
 
@@ -151,23 +200,32 @@ def test_figures_and_examples_are_inside(page):
 
 def test_the_same_values_give_the_same_bytes(page):
     again = made()
-    origin = dataclasses.replace(again["evaluation"].provenance, created="2026-01-01T00:00:00+00:00")
+    origin = dataclasses.replace(
+        again["evaluation"].provenance, created="2026-01-01T00:00:00+00:00"
+    )
     again["evaluation"] = dataclasses.replace(again["evaluation"], provenance=origin)
     assert report_html(**again) == report_html(**again)
-    assert figure_svg(exit_shares(again["evaluation"])) == figure_svg(exit_shares(again["evaluation"]))
+    assert figure_svg(exit_shares(again["evaluation"])) == figure_svg(
+        exit_shares(again["evaluation"])
+    )
 
 
 def test_hostile_names_are_only_text():
     seen = check_self_contained(report_html(**made(HOSTILE)))
     assert seen.tags.count("img") == 1  # the example's own
-    assert seen.words.count("<script>alert(1)</script>") >= 8  # title, heading, policy, budget, exits, class, facts
+    assert (
+        seen.words.count("<script>alert(1)</script>") >= 8
+    )  # title, heading, policy, budget, exits, class, facts
 
 
-@pytest.mark.parametrize("changes", [
-    {"policies": {}, "early": (), "late": ()},
-    {"chosen_budget": None, "facts": None},
-    {"chosen_budget": ("not judged", BUDGETS["log"])},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"policies": {}, "early": (), "late": ()},
+        {"chosen_budget": None, "facts": None},
+        {"chosen_budget": ("not judged", BUDGETS["log"])},
+    ],
+)
 def test_a_page_with_less_is_still_a_page(changes):
     check_self_contained(report_html(**made(**changes)))
 
@@ -175,7 +233,9 @@ def test_a_page_with_less_is_still_a_page(changes):
 def test_a_network_with_one_exit_and_no_policy_has_a_page():
     recording = recording_of(*sure([[1, 0, 1]], [[0.9] * 3]), split="test")
     costs = costs_of([1e-3], [0.0])
-    text = report_html(title="plain", evaluation=evaluate(recording, costs), costs=costs, policies={})
+    text = report_html(
+        title="plain", evaluation=evaluate(recording, costs), costs=costs, policies={}
+    )
     assert "No policy was judged" in Page(text).words
 
 
@@ -183,21 +243,32 @@ def test_a_network_with_one_exit_and_no_policy_has_a_page():
 
 
 def headline(exit_free_s, head_s=1e-4):
-    costs = costs_of([1e-3] * 2, [head_s, 0.0], exit_free_s=exit_free_s, stage_macs=[100] * 2, head_macs=[1, 0])
-    recording = recording_of(*sure([[1, 1, 1, 0], [1, 1, 0, 1]], [[0.9, 0.9, 0.6, 0.6], [0.9] * 4]), split="test")
+    costs = costs_of(
+        [1e-3] * 2, [head_s, 0.0], exit_free_s=exit_free_s, stage_macs=[100] * 2, head_macs=[1, 0]
+    )
+    recording = recording_of(
+        *sure([[1, 1, 1, 0], [1, 1, 0, 1]], [[0.9, 0.9, 0.6, 0.6], [0.9] * 4]), split="test"
+    )
     half = ThresholdPolicy(score="max_probability", thresholds=(0.8, -math.inf))
     evaluation = evaluate(recording, costs, {"half": half})
-    return Page(report_html(title="t", evaluation=evaluation, costs=costs, policies={"half": half})).words
+    return Page(
+        report_html(title="t", evaluation=evaluation, costs=costs, policies={"half": half})
+    ).words
 
 
 def test_the_headline_says_what_a_policy_saves():
     # two of four leave after 1.1 ms, two after 2.1 ms
     words = headline(2e-3)
     assert "right on 75.0 % of 4 samples of split “test”" in words
-    assert "in 1.60 ms a sample on average, 20 % less time than without exits, with 24 % fewer MACs" in words
+    assert (
+        "in 1.60 ms a sample on average, 20 % less time than without exits, with 24 % fewer MACs"
+        in words
+    )
 
 
-@pytest.mark.parametrize(("exit_free_s", "verdict"), [(1e-3, "60 % more time than"), (1.6e-3, "as much time as")])
+@pytest.mark.parametrize(
+    ("exit_free_s", "verdict"), [(1e-3, "60 % more time than"), (1.6e-3, "as much time as")]
+)
 def test_the_headline_says_when_a_policy_saves_nothing(exit_free_s, verdict):
     words = headline(exit_free_s)
     assert f"saves no time: {verdict} without exits" in words
@@ -235,7 +306,9 @@ def figures(**changes):
 
 
 def words_of(figure):
-    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace("\N{NO-BREAK SPACE}", " ")
+    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
 def test_figures_are_kept_whole_in_both_formats_and_alike_each_time(tmp_path):
@@ -246,7 +319,12 @@ def test_figures_are_kept_whole_in_both_formats_and_alike_each_time(tmp_path):
             save_figure(equal, again)
             assert first.read_bytes().startswith(magic)
             assert first.read_bytes() == again.read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["again.png", "again.svg", "first.png", "first.svg"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "again.png",
+        "again.svg",
+        "first.png",
+        "first.svg",
+    ]
 
 
 @pytest.mark.parametrize("name", ["figure.pdf", "figure", "figure.png.txt"])
@@ -257,7 +335,10 @@ def test_other_formats_are_refused(tmp_path, name):
 
 
 def test_figures_leave_no_state_behind(tmp_path):
-    before, interactive = dict(mpl.rcParams), "matplotlib.pyplot" in sys.modules  # others may have imported it
+    before, interactive = (
+        dict(mpl.rcParams),
+        "matplotlib.pyplot" in sys.modules,
+    )  # others may have imported it
     for figure in figures():
         save_figure(figure, tmp_path / "figure.png")
     assert dict(mpl.rcParams) == before
@@ -267,7 +348,14 @@ def test_figures_leave_no_state_behind(tmp_path):
 
 def test_the_curve_names_everything_it_draws():
     words = words_of(accuracy_time(made()["evaluation"], ("mine", BUDGETS["uniform"])))
-    for name in ("policy one point", "policy by hand", "no exits, same weights", "no exits, trained alone", "oracle", "mine"):
+    for name in (
+        "policy one point",
+        "policy by hand",
+        "no exits, same weights",
+        "no exits, trained alone",
+        "oracle",
+        "mine",
+    ):
         assert name in words
 
 
@@ -294,13 +382,18 @@ def test_shares_add_up_to_all_samples():
     for place, row in enumerate([*evaluation.of("policy"), *evaluation.of("oracle")]):
         bars = [container[place] for container in axes.containers]
         assert [bar.get_width() for bar in bars] == pytest.approx(row.shares)
-        assert all(left.get_x() + left.get_width() == pytest.approx(right.get_x()) for left, right in itertools.pairwise(bars))
+        assert all(
+            left.get_x() + left.get_width() == pytest.approx(right.get_x())
+            for left, right in itertools.pairwise(bars)
+        )
 
 
 def test_bars_end_where_interruptible_answers_come():
     (axes,) = where_time_goes(COSTS).axes
     heads = next(bars for bars in axes.containers if bars.get_label() == "head, mean")
-    assert [bar.get_x() + bar.get_width() for bar in heads] == pytest.approx([time * 1e3 for time in COSTS.interruptible_s()])
+    assert [bar.get_x() + bar.get_width() for bar in heads] == pytest.approx(
+        [time * 1e3 for time in COSTS.interruptible_s()]
+    )
 
 
 def test_one_slow_run_does_not_squeeze_the_rest():

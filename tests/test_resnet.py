@@ -10,7 +10,12 @@ from impatient.errors import ExitNotFound, ModelSpecError
 from impatient.networks import PreActResNet, attach_exits
 from impatient.networks.describe import stage_facts
 from impatient.networks.placement import every
-from impatient.networks.resnet import IMAGENET_RESNETS, PreActBlock, PreActBottleneck, preact_resnet_imagenet
+from impatient.networks.resnet import (
+    IMAGENET_RESNETS,
+    PreActBlock,
+    PreActBottleneck,
+    preact_resnet_imagenet,
+)
 from impatient.networks.stages import Cut
 
 CLASSES = 5
@@ -67,7 +72,12 @@ def test_bottleneck_is_three_convolutions_between_norms_with_the_stride_in_the_m
 @pytest.mark.parametrize("side", [8, 9])
 def test_bottleneck_halves_the_resolution_rounding_up(side: int) -> None:
     for shortcut in ("pooled", "projection"):
-        assert PreActBottleneck(4, 8, 2, shortcut)(torch.randn(2, 4, side, side)).shape == (2, 8, -(-side // 2), -(-side // 2))
+        assert PreActBottleneck(4, 8, 2, shortcut)(torch.randn(2, 4, side, side)).shape == (
+            2,
+            8,
+            -(-side // 2),
+            -(-side // 2),
+        )
 
 
 def test_bottlenecks_pooled_shortcut_is_padded_even_where_nothing_is_pooled() -> None:
@@ -106,10 +116,14 @@ def test_weights_of_a_seed_and_their_names_are_those_of_the_first_version() -> N
     state = network.state_dict()
     block = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     names = ["bn1", "conv1", "bn2", "conv2", "bn3"]
-    of_block = [f"{name}.{entry}" for name in names for entry in (block if name[0] == "b" else ["weight"])]
+    of_block = [
+        f"{name}.{entry}" for name in names for entry in (block if name[0] == "b" else ["weight"])
+    ]
     expected = [f"blocks.{index}.{entry}" for index in range(3) for entry in of_block]
     assert list(state) == ["stem.weight", *expected, "classifier.weight", "classifier.bias"]
-    assert sum(value.double().abs().sum().item() for value in state.values()) == pytest.approx(1749.7559853945381, rel=1e-6)
+    assert sum(value.double().abs().sum().item() for value in state.values()) == pytest.approx(
+        1749.7559853945381, rel=1e-6
+    )
     x = torch.randn(2, 3, 8, 8)
     assert network.eval()(x).sum().item() == pytest.approx(0.08929577469825745, abs=1e-4)
 
@@ -119,7 +133,9 @@ def convolutions(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("n", "c"), [(1, 4), (3, 16), (5, 8)])
-def test_network_has_six_n_plus_two_layers_and_the_parameters_counted_by_hand(n: int, c: int) -> None:
+def test_network_has_six_n_plus_two_layers_and_the_parameters_counted_by_hand(
+    n: int, c: int
+) -> None:
     network = PreActResNet(num_classes=10, n=n, c=c)
     assert convolutions(network) + 1 == 6 * n + 2
     expected = 27 * c + 4 * c * 10 + 10
@@ -133,7 +149,11 @@ def test_network_has_six_n_plus_two_layers_and_the_parameters_counted_by_hand(n:
 
 
 def test_twenty_layers_have_the_parameters_of_resnet_20_but_for_its_norms() -> None:
-    resnet_20, norm_of_the_stem, third_norms = 269_722, 2 * 16, 2 * (3 * 16 + 16 + 2 * 32 + 32 + 2 * 64)
+    resnet_20, norm_of_the_stem, third_norms = (
+        269_722,
+        2 * 16,
+        2 * (3 * 16 + 16 + 2 * 32 + 32 + 2 * 64),
+    )
     parameters = sum(parameter.numel() for parameter in PreActResNet(n=3, c=16).parameters())
     assert parameters == resnet_20 - norm_of_the_stem + third_norms
 
@@ -142,10 +162,17 @@ def test_twenty_layers_have_the_parameters_of_resnet_20_but_for_its_norms() -> N
 def test_network_gives_features_of_doubling_width_and_halving_size(side: int) -> None:
     network = PreActResNet(num_classes=CLASSES, n=2, c=4)
     x = torch.randn(2, 3, side, side)
-    facts = stage_facts(attach_exits(network, after=[f"blocks.{i}" for i in range(6)], heads="relu_linear", example=x), x)
+    facts = stage_facts(
+        attach_exits(
+            network, after=[f"blocks.{i}" for i in range(6)], heads="relu_linear", example=x
+        ),
+        x,
+    )
     half = -(-side // 2)
     sizes = [(4, side)] * 2 + [(8, half)] * 2 + [(16, -(-half // 2))] * 2
-    assert [fact.features for fact in facts[:-1]] == [(2, width, size, size) for width, size in sizes]
+    assert [fact.features for fact in facts[:-1]] == [
+        (2, width, size, size) for width, size in sizes
+    ]
     assert facts[-1].features == (2, CLASSES)
 
 
@@ -157,7 +184,9 @@ def test_network_takes_other_images_and_learns() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(("n", "strides"), [([2], [1, 1]), ([1, 2], [1, 2, 1]), ((1, 1, 3, 1), [1, 2, 2, 1, 1, 2])])
+@pytest.mark.parametrize(
+    ("n", "strides"), [([2], [1, 1]), ([1, 2], [1, 2, 1]), ((1, 1, 3, 1), [1, 2, 2, 1, 1, 2])]
+)
 def test_stages_may_be_any_number_and_differ_in_length(n: list[int], strides: list[int]) -> None:
     network = PreActResNet(CLASSES, n=n, c=4)
     assert [block.conv1.stride[0] for block in network.blocks] == strides
@@ -170,14 +199,18 @@ def test_three_equal_stages_are_the_same_network_however_said() -> None:
     for n in (2, [2, 2, 2]):
         torch.manual_seed(1)
         networks.append(PreActResNet(n=n, c=4).state_dict())
-    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0].keys() | networks[1].keys())
+    assert all(
+        torch.equal(networks[0][name], networks[1][name])
+        for name in networks[0].keys() | networks[1].keys()
+    )
 
 
 def test_bottlenecks_are_four_times_as_wide_outside() -> None:
     network = PreActResNet(CLASSES, n=[1, 2], c=4, block="bottleneck")
-    assert [(block.conv1.in_channels, block.conv2.in_channels, block.conv3.out_channels) for block in network.blocks] == [
-        (4, 4, 16), (16, 8, 32), (32, 8, 32)
-    ]  # fmt: skip
+    assert [
+        (block.conv1.in_channels, block.conv2.in_channels, block.conv3.out_channels)
+        for block in network.blocks
+    ] == [(4, 4, 16), (16, 8, 32), (32, 8, 32)]
     assert network.classifier.in_features == 32
     output = network(torch.randn(4, 3, 8, 8))
     output.square().sum().backward()
@@ -185,13 +218,18 @@ def test_bottlenecks_are_four_times_as_wide_outside() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"c": 0}, {"num_classes": 0}, {"in_channels": -1}, {"n": []}, {"n": [3, 0]}])
+@pytest.mark.parametrize(
+    "wrong", [{"n": 0}, {"c": 0}, {"num_classes": 0}, {"in_channels": -1}, {"n": []}, {"n": [3, 0]}]
+)
 def test_sizes_below_one_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ModelSpecError, match="all must be at least 1"):
         PreActResNet(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"n": 2.5}, {"c": "16"}, {"n": [1, 2.0]}, {"n": "3"}, {"c": True}, {"c": None}, {"c": [16]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"n": 2.5}, {"c": "16"}, {"n": [1, 2.0]}, {"n": "3"}, {"c": True}, {"c": None}, {"c": [16]}],
+)
 def test_sizes_that_are_no_whole_numbers_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ModelSpecError, match=r"^PreActResNet\(.*all must be at least 1, and whole"):
         PreActResNet(**wrong)
@@ -205,7 +243,9 @@ def test_sizes_that_are_no_whole_numbers_are_refused(wrong: dict[str, object]) -
         ({"shortcut": "none"}, "pooled, projection"),
     ],
 )
-def test_unknown_variants_are_refused_with_the_known_ones(wrong: dict[str, str], known: str) -> None:
+def test_unknown_variants_are_refused_with_the_known_ones(
+    wrong: dict[str, str], known: str
+) -> None:
     with pytest.raises(ModelSpecError, match=rf"{next(iter(wrong))}='.*needed: one of {known}\."):
         PreActResNet(**wrong)
 
@@ -218,12 +258,18 @@ def seeded(**options: object) -> PreActResNet:
     return PreActResNet(CLASSES, c=4, **options)
 
 
-@pytest.mark.parametrize("options", [{"n": 2}, {"n": [1, 2, 1], "block": "bottleneck"}], ids=["basic", "bottleneck"])
-def test_network_cut_short_computes_what_the_whole_gives_at_that_exit(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"n": 2}, {"n": [1, 2, 1], "block": "bottleneck"}], ids=["basic", "bottleneck"]
+)
+def test_network_cut_short_computes_what_the_whole_gives_at_that_exit(
+    options: dict[str, object],
+) -> None:
     whole = seeded(**options)
     depths = range(1, len(whole.blocks))
     after = [f"blocks.{depth - 1}" for depth in depths]
-    network = attach_exits(whole, after=after, heads="relu_linear", example=torch.ones(1, 3, 8, 8)).eval()
+    network = attach_exits(
+        whole, after=after, heads="relu_linear", example=torch.ones(1, 3, 8, 8)
+    ).eval()
     x = torch.randn(4, 3, 8, 8)
     facts = stage_facts(network, x)
     for depth, output in zip(depths, network(x), strict=False):
@@ -232,14 +278,21 @@ def test_network_cut_short_computes_what_the_whole_gives_at_that_exit(options: d
         assert len(short.blocks) == depth
         assert torch.equal(short(x), output)
         costs = sum(fact.stage_macs for fact in facts[:depth]) + facts[depth - 1].head_macs
-        assert sum(fact.stage_macs for fact in stage_facts(attach_exits(short, after=[], example=x), x)) == costs
+        assert (
+            sum(
+                fact.stage_macs for fact in stage_facts(attach_exits(short, after=[], example=x), x)
+            )
+            == costs
+        )
 
 
 def test_network_cut_short_has_the_weights_of_the_whole_and_only_them() -> None:
     whole, short = seeded(n=2).state_dict(), seeded(n=2, depth=3).state_dict()
     kept = [name for name in whole if not name.startswith(("blocks.3", "blocks.4", "blocks.5"))]
     assert list(short) == kept
-    assert all(torch.equal(short[name], whole[name]) for name in kept if not name.startswith("classifier"))
+    assert all(
+        torch.equal(short[name], whole[name]) for name in kept if not name.startswith("classifier")
+    )
     assert short["classifier.weight"].shape == (CLASSES, 8)
 
 
@@ -268,12 +321,20 @@ def test_imagenet_networks_have_as_many_layers_as_their_names_say(layers: int) -
 
 # torchvision's resnet50 and resnet101 have the same convolutions, but for the place of the norms
 @pytest.mark.parametrize(("layers", "parameters"), [(50, 25_557_032), (101, 44_549_160)])
-def test_imagenet_networks_have_the_parameters_of_the_known_ones_but_for_their_norms(layers: int, parameters: int) -> None:
+def test_imagenet_networks_have_the_parameters_of_the_known_ones_but_for_their_norms(
+    layers: int, parameters: int
+) -> None:
     with torch.device("meta"):
-        network, pooled = (preact_resnet_imagenet(layers=layers, shortcut=kind) for kind in ("projection", "pooled"))
+        network, pooled = (
+            preact_resnet_imagenet(layers=layers, shortcut=kind)
+            for kind in ("projection", "pooled")
+        )
     first_norms = 2 * sum(block.bn1.num_features for block in network.blocks)
     assert parameters_of(network) == parameters + first_norms
-    projections = sum((inputs + 2) * outputs for inputs, outputs in ((64, 256), (256, 512), (512, 1024), (1024, 2048)))
+    projections = sum(
+        (inputs + 2) * outputs
+        for inputs, outputs in ((64, 256), (256, 512), (512, 1024), (1024, 2048))
+    )
     assert parameters_of(pooled) == parameters_of(network) - projections
 
 
@@ -285,10 +346,22 @@ def test_fifty_layers_multiply_as_often_as_the_known_ones() -> None:
 
 def test_large_stem_quarters_the_resolution_and_its_norm_follows_its_convolution() -> None:
     network = preact_resnet_imagenet(CLASSES, layers=14, c=4)
-    assert [type(layer) for layer in network.stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    assert [type(layer) for layer in network.stem] == [
+        nn.Conv2d,
+        nn.BatchNorm2d,
+        nn.ReLU,
+        nn.MaxPool2d,
+    ]
     x = torch.randn(2, 3, 64, 64)
-    facts = stage_facts(attach_exits(network, after=["stem", "blocks.0", "blocks.1", "blocks.2"], example=x), x)
-    assert [fact.features[1:] for fact in facts[:-1]] == [(4, 16, 16), (16, 16, 16), (32, 8, 8), (64, 4, 4)]
+    facts = stage_facts(
+        attach_exits(network, after=["stem", "blocks.0", "blocks.1", "blocks.2"], example=x), x
+    )
+    assert [fact.features[1:] for fact in facts[:-1]] == [
+        (4, 16, 16),
+        (16, 16, 16),
+        (32, 8, 8),
+        (64, 4, 4),
+    ]
 
 
 def test_imagenet_networks_can_be_cut_short_and_take_other_images() -> None:
@@ -309,10 +382,15 @@ def test_imagenet_networks_the_paper_does_not_have_are_refused(layers: object) -
 @pytest.mark.parametrize(
     ("n", "period", "predictors"),
     [
-        (2, 1, [0, 1, 2, 3, 4, 5]), (2, 2, [1, 3, 5]), (2, 3, [2, 5]), (2, 4, [1, 5]), (2, 5, [0, 5]),
-        ([3, 4], 3, [0, 3, 6]), ([1, 1], 1, [0, 1]),
+        (2, 1, [0, 1, 2, 3, 4, 5]),
+        (2, 2, [1, 3, 5]),
+        (2, 3, [2, 5]),
+        (2, 4, [1, 5]),
+        (2, 5, [0, 5]),
+        ([3, 4], 3, [0, 3, 6]),
+        ([1, 1], 1, [0, 1]),
     ],
-)  # fmt: skip
+)
 def test_period_counts_back_from_the_last_block_which_the_output_follows(
     n: int | list[int], period: int, predictors: list[int]
 ) -> None:
@@ -325,10 +403,14 @@ def test_period_counts_back_from_the_last_block_which_the_output_follows(
 @pytest.mark.parametrize(("layers", "exits"), [(14, 4), (26, 4), (50, 8), (101, 11), (152, 10)])
 def test_papers_periods_of_the_imagenet_networks(layers: int, exits: int) -> None:
     network = preact_resnet_imagenet(layers=layers, c=1)
-    assert len(every(network, torch.ones(1, 3, 32, 32), IMAGENET_RESNETS[layers].period)) + 1 == exits
+    assert (
+        len(every(network, torch.ones(1, 3, 32, 32), IMAGENET_RESNETS[layers].period)) + 1 == exits
+    )
 
 
 @pytest.mark.parametrize("period", [0, -1, 6, 100])
 def test_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
-    with pytest.raises(ExitNotFound, match=rf"a period of {period} blocks; PreActResNet has 6 .*needed: 1 to 5"):
+    with pytest.raises(
+        ExitNotFound, match=rf"a period of {period} blocks; PreActResNet has 6 .*needed: 1 to 5"
+    ):
         every(PreActResNet(n=2, c=2), torch.ones(1, 3, 4, 4), period)

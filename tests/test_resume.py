@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from fakes import PATIENCE_S, WHOLE, FakeNetwork, Hold, X, costs_of, hold, runner_of, wait_until, workers
+from fakes import (
+    PATIENCE_S,
+    WHOLE,
+    FakeNetwork,
+    Hold,
+    X,
+    costs_of,
+    hold,
+    runner_of,
+    wait_until,
+    workers,
+)
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
@@ -39,7 +50,9 @@ def sure(*sureness: float) -> Tensor:
 # --- contract runs --------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_refined_without_computing_anything_twice(network: FakeNetwork, clock: FakeClock) -> None:
+def test_an_answer_is_refined_without_computing_anything_twice(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     with runner_of(network).open(X) as opened:
         first = go_on(opened, clock, 2.5)
         second = go_on(opened, clock)
@@ -50,16 +63,25 @@ def test_an_answer_is_refined_without_computing_anything_twice(network: FakeNetw
     assert torch.equal(second.output, network.outputs[3])
 
 
-def test_where_nothing_more_fits_the_answer_is_the_same_again(network: FakeNetwork, clock: FakeClock) -> None:
+def test_where_nothing_more_fits_the_answer_is_the_same_again(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     with runner_of(network).open(X) as opened:
         first = go_on(opened, clock, 2.5)
         again = go_on(opened, clock, 1.4)
-    assert (again.exit, again.stopped_by, again.elapsed_s, again.deadline_met) == (1, "deadline", 0.0, True)
+    assert (again.exit, again.stopped_by, again.elapsed_s, again.deadline_met) == (
+        1,
+        "deadline",
+        0.0,
+        True,
+    )
     assert torch.equal(again.output, first.output)
     assert network.ran == ["stage 0", "stage 1", "head 1"]
 
 
-def test_where_nothing_is_left_the_last_answer_comes_again(network: FakeNetwork, clock: FakeClock) -> None:
+def test_where_nothing_is_left_the_last_answer_comes_again(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     with runner_of(network).open(X) as opened:
         answers = [go_on(opened, clock) for _ in range(2)]
     assert [(answer.exit, answer.stopped_by) for answer in answers] == [(3, "final")] * 2
@@ -69,9 +91,12 @@ def test_where_nothing_is_left_the_last_answer_comes_again(network: FakeNetwork,
 
 @settings(max_examples=100, deadline=None)
 @given(
-    budgets=st.lists(st.floats(0.0, 4.0), min_size=1, max_size=6), costs=st.lists(st.floats(0.1, 1.0), min_size=1, max_size=5)
+    budgets=st.lists(st.floats(0.0, 4.0), min_size=1, max_size=6),
+    costs=st.lists(st.floats(0.1, 1.0), min_size=1, max_size=5),
 )
-def test_every_answer_is_the_deepest_that_fits_and_every_part_runs_once(budgets: list[float], costs: list[float]) -> None:
+def test_every_answer_is_the_deepest_that_fits_and_every_part_runs_once(
+    budgets: list[float], costs: list[float]
+) -> None:
     clock = FakeClock()
     network = FakeNetwork(clock, costs, [0.25] * len(costs))
     at = -1
@@ -90,7 +115,9 @@ def test_every_answer_is_the_deepest_that_fits_and_every_part_runs_once(budgets:
     assert len(set(network.ran)) == len(network.ran)
 
 
-def test_a_late_refinement_is_no_reason_to_raise_since_there_is_an_answer(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_late_refinement_is_no_reason_to_raise_since_there_is_an_answer(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     with runner_of(network, when_late="raise").open(X) as opened:
         with pytest.raises(NoAnswerInTime):
             go_on(opened, clock, 1.0)
@@ -112,7 +139,11 @@ def test_a_closed_run_does_not_go_on(network: FakeNetwork, clock: FakeClock) -> 
 def test_a_policy_that_stopped_stays_so_until_it_is_overridden(clock: FakeClock) -> None:
     network = FakeNetwork(clock, [1.0] * 4, [0.5] * 4, sure(0.8, 0.9, 0.6, 0.95))
     with runner_of(network, policy=policy_of(0.7, 0.7, 0.7)).open(X) as opened:
-        answers = [go_on(opened, clock), go_on(opened, clock), go_on(opened, clock, policy=policy_of(0.85, 0.85, 0.85))]
+        answers = [
+            go_on(opened, clock),
+            go_on(opened, clock),
+            go_on(opened, clock, policy=policy_of(0.85, 0.85, 0.85)),
+        ]
         answers.append(go_on(opened, clock, policy=None))
     assert [(answer.exit, answer.stopped_by) for answer in answers] == [
         (0, "policy"),
@@ -120,14 +151,22 @@ def test_a_policy_that_stopped_stays_so_until_it_is_overridden(clock: FakeClock)
         (1, "policy"),
         (3, "final"),
     ]
-    assert [part for part in network.ran if part.startswith("head")] == ["head 0", "head 1", "head 3"]
+    assert [part for part in network.ran if part.startswith("head")] == [
+        "head 0",
+        "head 1",
+        "head 3",
+    ]
 
 
 @pytest.mark.parametrize("compaction", ["never", "auto"])
-def test_samples_that_a_policy_has_stopped_go_on_without_it(clock: FakeClock, compaction: str) -> None:
+def test_samples_that_a_policy_has_stopped_go_on_without_it(
+    clock: FakeClock, compaction: str
+) -> None:
     outputs = torch.cat([sure(0.9, 0.91, 0.92), sure(0.6, 0.61, 0.62)], dim=1)
     network = FakeNetwork(clock, [1.0] * 3, [0.0] * 3, outputs)
-    with runner_of(network, policy=policy_of(0.7, 0.7), compaction=compaction).open(torch.zeros(2, 1)) as opened:
+    with runner_of(network, policy=policy_of(0.7, 0.7), compaction=compaction).open(
+        torch.zeros(2, 1)
+    ) as opened:
         first = go_on(opened, clock, 2.0)
         assert first.exits == (0, 1)
         second = go_on(opened, clock, policy=None)
@@ -142,11 +181,15 @@ def real(toy: ToyBackbone) -> MultiExitNetwork:
     return attach_exits(toy, after=["blocks.0", "blocks.2"], example=torch.zeros(1, 8)).eval()
 
 
-def test_samples_that_were_taken_out_of_the_batch_keep_their_outputs(real: MultiExitNetwork) -> None:
+def test_samples_that_were_taken_out_of_the_batch_keep_their_outputs(
+    real: MultiExitNetwork,
+) -> None:
     x = torch.randn(4, 8)
     whole = [output.detach() for output in real(x)]
     margins = whole[0].softmax(1).max(1).values.sort().values
-    policy = policy_of(float(margins[1:3].mean()), math.inf)  # the surer half stops at the first exit
+    policy = policy_of(
+        float(margins[1:3].mean()), math.inf
+    )  # the surer half stops at the first exit
     costs = profile(real, x, batch_sizes=[1, 2, 4], repeats=1, warm_up=0)
     stopped = whole[0].softmax(1).max(1).values >= policy.thresholds[0]
     runner = Runner(real, costs, policy, compaction="always")
@@ -173,7 +216,9 @@ class ScalesInPlace(nn.Module):
 
 def test_an_answer_stays_what_it_was_when_a_later_stage_writes_over_it(clock: FakeClock) -> None:
     model = ScalesInPlace().eval()
-    network = attach_exits(model, after=["classifier"], heads=[lambda *_: nn.Identity()], example=torch.zeros(1, 8))
+    network = attach_exits(
+        model, after=["classifier"], heads=[lambda *_: nn.Identity()], example=torch.zeros(1, 8)
+    )
     x = torch.randn(1, 8)
     with Runner(network, costs_of([1.0, 1.0]), any_profile=True, clock=clock).open(x) as opened:
         first, second = go_on(opened, clock, 0.5), go_on(opened, clock)
@@ -181,14 +226,19 @@ def test_an_answer_stays_what_it_was_when_a_later_stage_writes_over_it(clock: Fa
     torch.testing.assert_close(second.output, 2.0 * first.output, rtol=0, atol=0)
 
 
-def test_runs_that_are_open_at_a_time_are_independent_and_leave_no_mode_behind(real: MultiExitNetwork) -> None:
+def test_runs_that_are_open_at_a_time_are_independent_and_leave_no_mode_behind(
+    real: MultiExitNetwork,
+) -> None:
     inputs = [torch.randn(1, 8) for _ in range(3)]
     runner = Runner(real, profile(real, inputs[0], repeats=1, warm_up=0))
     opened = [runner.open(x) for x in inputs]
     for depth in range(3):
         for x, one in zip(inputs, opened, strict=True):
             expected = real(x)[depth].detach()
-            answer = one.run(deadline=Deadline(0.0) if depth == 0 else Deadline.after(60.0), limits=macs_up_to(runner, depth))
+            answer = one.run(
+                deadline=Deadline(0.0) if depth == 0 else Deadline.after(60.0),
+                limits=macs_up_to(runner, depth),
+            )
             assert answer.exit == depth
             torch.testing.assert_close(answer.output, expected, rtol=0, atol=0)
             assert not torch.is_inference_mode_enabled()
@@ -204,7 +254,9 @@ def macs_up_to(runner: Runner, exit: int) -> dict[Any, float]:
 # --- interruptible runs ---------------------------------------------------------------------------------------------
 
 
-def stopped_at(network: FakeNetwork, exit: int, runner: Runner | None = None, **options: Any) -> tuple[Run, Answer]:
+def stopped_at(
+    network: FakeNetwork, exit: int, runner: Runner | None = None, **options: Any
+) -> tuple[Run, Answer]:
     """A resumable run, interrupted while the stage after an exit was in flight, which has ended since."""
     stuck = hold(network, f"stage {exit + 1}")
     run = (runner or runner_of(network, **options)).start(X, resumable=True)
@@ -215,7 +267,9 @@ def stopped_at(network: FakeNetwork, exit: int, runner: Runner | None = None, **
     return run, answer
 
 
-def test_an_interrupted_run_is_refined_without_computing_anything_twice(network: FakeNetwork) -> None:
+def test_an_interrupted_run_is_refined_without_computing_anything_twice(
+    network: FakeNetwork,
+) -> None:
     run, first = stopped_at(network, 1)
     assert (first.exit, first.stopped_by) == (1, "interrupt")
     assert network.ran == [*WHOLE[:4], "stage 2"]  # the stage in flight is not lost, its head waits
@@ -241,7 +295,9 @@ def test_a_run_may_be_refined_while_its_stage_is_in_flight(network: FakeNetwork)
     assert network.ran == WHOLE
 
 
-def test_a_deadline_stops_a_refinement_and_another_goes_on(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_deadline_stops_a_refinement_and_another_goes_on(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     run = runner_of(network).start(X, deadline=Deadline.after(1.5, clock), resumable=True)
     wait_until(lambda: run._finished)
     first = run.result()
@@ -252,8 +308,9 @@ def test_a_deadline_stops_a_refinement_and_another_goes_on(network: FakeNetwork,
     run.refine(deadline=Deadline.after(0.0 + 1e-9, clock))
     clock.advance(1.0)
     third = run.result()
-    assert [(answer.exit, answer.stopped_by, answer.deadline_met) for answer in (first, second, third)] == [
-        (0, "deadline", True), (1, "deadline", True), (1, "deadline", True)]  # fmt: skip
+    assert [
+        (answer.exit, answer.stopped_by, answer.deadline_met) for answer in (first, second, third)
+    ] == [(0, "deadline", True), (1, "deadline", True), (1, "deadline", True)]
     assert (first.elapsed_s, second.elapsed_s, third.elapsed_s) == (1.5, 1.5, 0.0)
     assert run.refine().result().exit == 3
     assert network.ran == WHOLE
@@ -284,7 +341,9 @@ def test_a_policy_that_stopped_a_started_run_is_overridden(clock: FakeClock) -> 
     assert network.ran == WHOLE[:6]
 
 
-def test_a_final_answer_that_came_too_late_is_there_for_the_next_who_asks(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_final_answer_that_came_too_late_is_there_for_the_next_who_asks(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     run = runner_of(network).start(X, deadline=Deadline.after(5.75, clock), resumable=True)
     wait_until(lambda: run._finished)
     assert (run.result().exit, run.result().stopped_by) == (2, "deadline")
@@ -310,7 +369,9 @@ def test_an_error_while_refining_comes_out_and_the_worker_survives_it(network: F
     assert runner.start(X).result().exit == 3
 
 
-def test_a_run_that_failed_when_nobody_wanted_more_says_so_when_it_is_to_go_on(network: FakeNetwork) -> None:
+def test_a_run_that_failed_when_nobody_wanted_more_says_so_when_it_is_to_go_on(
+    network: FakeNetwork,
+) -> None:
     def fail() -> None:
         stuck()
         raise ValueError("the model is broken")
@@ -327,7 +388,9 @@ def test_a_run_that_failed_when_nobody_wanted_more_says_so_when_it_is_to_go_on(n
         run.refine()
 
 
-def test_when_late_runs_raise_a_refinement_may_still_get_the_answer(network: FakeNetwork, clock: FakeClock) -> None:
+def test_when_late_runs_raise_a_refinement_may_still_get_the_answer(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     stuck = hold(network, "stage 0")
     run = runner_of(network, when_late="raise").start(X, resumable=True)
     stuck.wait_reached()
@@ -378,7 +441,9 @@ def test_a_run_that_nobody_holds_any_more_is_thrown_away(network: FakeNetwork) -
     assert len(workers()) == 1
 
 
-def test_closing_the_runner_throws_away_what_waits_and_ends_the_thread(network: FakeNetwork) -> None:
+def test_closing_the_runner_throws_away_what_waits_and_ends_the_thread(
+    network: FakeNetwork,
+) -> None:
     runner = runner_of(network)
     run, _ = stopped_at(network, 0, runner)
     (thread,) = workers()
@@ -390,7 +455,9 @@ def test_closing_the_runner_throws_away_what_waits_and_ends_the_thread(network: 
         run.refine()
 
 
-def test_a_run_that_waits_keeps_its_runner_alive_and_both_can_be_forgotten(network: FakeNetwork) -> None:
+def test_a_run_that_waits_keeps_its_runner_alive_and_both_can_be_forgotten(
+    network: FakeNetwork,
+) -> None:
     run, _ = stopped_at(network, 0)
     gc.collect()
     assert run.refine().result().exit == 3

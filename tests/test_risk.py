@@ -14,7 +14,13 @@ from scipy.optimize import brentq
 from scipy.stats import beta, binom
 
 from impatient.costs import CostProfile
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, RecordingError, StaleInput
+from impatient.errors import (
+    InfeasibleTarget,
+    NoEffectWarning,
+    PolicyError,
+    RecordingError,
+    StaleInput,
+)
 from impatient.evaluation import Recording, judge_policies
 from impatient.policies import ThresholdPolicy, fit_thresholds
 from impatient.policies.bounds import (
@@ -59,7 +65,11 @@ def test_losses_by_hand():
     """Samples: both right, only the exit, only the full network, both wrong alike, both wrong differently."""
     answers = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
     outputs, labels = torch.eye(3)[answers], torch.zeros(5, dtype=torch.long)
-    expected = {"accuracy_gap": [0, -1, 1, 0, 0], "positive_gap": [0, 0, 1, 0, 0], "disagreement": [0, 1, 1, 0, 1]}
+    expected = {
+        "accuracy_gap": [0, -1, 1, 0, 0],
+        "positive_gap": [0, 0, 1, 0, 0],
+        "disagreement": [0, 1, 1, 0, 1],
+    }
     for loss, values in expected.items():
         found = exit_losses(outputs, labels, loss)
         assert found[0].tolist() == values
@@ -69,16 +79,24 @@ def test_losses_by_hand():
 @pytest.mark.parametrize("score", ["max_probability", "margin", "entropy"])
 def test_a_family_is_judged_as_its_policies_judge_one_by_one(score):
     recording = drawn(300, seed=1)
-    family = [*threshold_family(4, score=score), *scaled_family(ThresholdPolicy(score=score, thresholds=(INF, 0.5, 0.4, -INF)))]
+    family = [
+        *threshold_family(4, score=score),
+        *scaled_family(ThresholdPolicy(score=score, thresholds=(INF, 0.5, 0.4, -INF))),
+    ]
     right = recording.hits()
-    slow = [right[-1] - right[policy.exits_of(recording.outputs), torch.arange(300)] for policy in family]
+    slow = [
+        right[-1] - right[policy.exits_of(recording.outputs), torch.arange(300)]
+        for policy in family
+    ]
     assert policy_losses(family, recording, "accuracy_gap").equal(torch.stack(slow).double())
 
 
 def test_losses_are_each_below_the_next():
     recording = drawn(500, seed=2)
     family = threshold_family(4)
-    gap, positive, disagreement = (policy_losses(family, recording, loss) for loss in get_args(Loss))
+    gap, positive, disagreement = (
+        policy_losses(family, recording, loss) for loss in get_args(Loss)
+    )
     assert (gap <= positive).all()
     assert (positive <= disagreement).all()
     assert gap.min() == -1.0
@@ -88,12 +106,15 @@ def test_losses_are_each_below_the_next():
 
 
 @pytest.mark.parametrize(
-    ("lost", "samples", "epsilon"), [(0, 50, 0.05), (3, 100, 0.05), (7, 100, 0.05), (60, 100, 0.2), (9, 9, 0.5)]
+    ("lost", "samples", "epsilon"),
+    [(0, 50, 0.05), (3, 100, 0.05), (7, 100, 0.05), (60, 100, 0.2), (9, 9, 0.5)],
 )
 def test_tails_against_scipy_and_by_hand(lost, samples, epsilon):
     losses = torch.tensor([1.0] * lost + [0.0] * (samples - lost))
     tail, mean = binom.cdf(lost, samples, epsilon), min(lost / samples, epsilon)
-    divergence = (mean * math.log(mean / epsilon) if mean else 0.0) + (1 - mean) * math.log((1 - mean) / (1 - epsilon))
+    divergence = (mean * math.log(mean / epsilon) if mean else 0.0) + (1 - mean) * math.log(
+        (1 - mean) / (1 - epsilon)
+    )
     assert float(binomial_p_values(losses, epsilon)) == pytest.approx(tail, rel=1e-9)
     by_hand = min(math.exp(-samples * divergence), math.e * tail)
     assert float(hoeffding_bentkus_p_values(losses, epsilon)) == pytest.approx(by_hand, rel=1e-9)
@@ -102,26 +123,54 @@ def test_tails_against_scipy_and_by_hand(lost, samples, epsilon):
 def test_hoeffding_bentkus_takes_losses_between_0_and_1():
     losses = torch.full((70,), 0.1, dtype=torch.float64)  # they add up to 7, but for rounding
     assert float(losses.sum()) > 7.0
-    assert float(hoeffding_bentkus_p_values(losses, 0.25)) == pytest.approx(math.e * binom.cdf(7, 70, 0.25), rel=1e-9)
+    assert float(hoeffding_bentkus_p_values(losses, 0.25)) == pytest.approx(
+        math.e * binom.cdf(7, 70, 0.25), rel=1e-9
+    )
 
 
 # mapie 1.6.0: compute_hoeffding_bentkus_p_value(array(lost) / 200, 200, 0.1), with binary=True, and FWERFixedSequenceTesting.
 # It rounds 14 / 200 * 200 up to 15; there it differs from binom.cdf(14, 200, 0.1), and from us.
 MAPIE = {
     "lost": [2, 5, 10, 12, 16, 17, 20, 15, 30],
-    "hoeffding_bentkus": [5.1569054e-07, 0.00010522994, 0.021939932, 0.087111497, 0.56398259, 0.76947989, 1.0, 0.38891935, 1.0],
-    "binary": [1.8971195e-07, 3.871193e-05, 0.00807125, 0.032046529, 0.2074776, 0.28492857, 0.55917478, 0.14307543, 0.99049169],
+    "hoeffding_bentkus": [
+        5.1569054e-07,
+        0.00010522994,
+        0.021939932,
+        0.087111497,
+        0.56398259,
+        0.76947989,
+        1.0,
+        0.38891935,
+        1.0,
+    ],
+    "binary": [
+        1.8971195e-07,
+        3.871193e-05,
+        0.00807125,
+        0.032046529,
+        0.2074776,
+        0.28492857,
+        0.55917478,
+        0.14307543,
+        0.99049169,
+    ],
     "fixed_sequence": [0, 1, 2, 3],
-}  # fmt: skip
+}
 
 
 def test_tails_as_mapie_computes_them():
-    losses = torch.stack([torch.tensor([1.0] * lost + [0.0] * (200 - lost)) for lost in MAPIE["lost"]])
+    losses = torch.stack(
+        [torch.tensor([1.0] * lost + [0.0] * (200 - lost)) for lost in MAPIE["lost"]]
+    )
     near = {"rtol": 1e-6, "atol": 0.0}
     torch.testing.assert_close(
-        hoeffding_bentkus_p_values(losses, 0.1), torch.tensor(MAPIE["hoeffding_bentkus"], dtype=torch.float64), **near
+        hoeffding_bentkus_p_values(losses, 0.1),
+        torch.tensor(MAPIE["hoeffding_bentkus"], dtype=torch.float64),
+        **near,
     )
-    torch.testing.assert_close(binomial_p_values(losses, 0.1), torch.tensor(MAPIE["binary"], dtype=torch.float64), **near)
+    torch.testing.assert_close(
+        binomial_p_values(losses, 0.1), torch.tensor(MAPIE["binary"], dtype=torch.float64), **near
+    )
     passed = learn_then_test(losses, epsilon=0.1, delta=0.1, p_values=hoeffding_bentkus_p_values)
     assert passed.nonzero()[:, 0].tolist() == MAPIE["fixed_sequence"]
 
@@ -146,7 +195,9 @@ def test_the_bound_against_another_root_finder(losses, delta):
     def short(mean):
         return slow_wealth(losses, mean, delta) - 1 / delta
 
-    expected = 0.0 if short(0.0) >= 0 else 1.0 if short(1.0) < 0 else brentq(short, 0.0, 1.0, xtol=1e-13)
+    expected = (
+        0.0 if short(0.0) >= 0 else 1.0 if short(1.0) < 0 else brentq(short, 0.0, 1.0, xtol=1e-13)
+    )
     found = float(waudby_smith_ramdas_bound(torch.tensor(losses, dtype=torch.float64), delta))
     assert found == pytest.approx(expected, abs=1e-9)
 
@@ -156,7 +207,9 @@ def test_the_bound_against_another_root_finder(losses, delta):
 def test_betting_p_values_against_the_slow_way(losses, epsilon):
     slow = slow_wealth(losses, epsilon, 0.1)
     expected = 1.0 if slow <= 1 else 1 / slow
-    assert float(betting_p_values(torch.tensor(losses, dtype=torch.float64), epsilon, 0.1)) == pytest.approx(expected, rel=1e-9)
+    assert float(
+        betting_p_values(torch.tensor(losses, dtype=torch.float64), epsilon, 0.1)
+    ) == pytest.approx(expected, rel=1e-9)
 
 
 @quick
@@ -169,7 +222,10 @@ def test_a_bound_is_below_epsilon_exactly_where_the_bet_against_epsilon_is_won(l
 
 def test_many_at_once_are_as_one_by_one():
     losses = torch.rand(3, 4, 30, generator=random(0)) * 0.3
-    tails = [functools.partial(tail, epsilon=0.2) for tail in (hoeffding_bentkus_p_values, betting_p_values)]
+    tails = [
+        functools.partial(tail, epsilon=0.2)
+        for tail in (hoeffding_bentkus_p_values, betting_p_values)
+    ]
     for function in (*tails, waudby_smith_ramdas_bound):
         single = torch.stack([torch.stack([function(entry) for entry in row]) for row in losses])
         torch.testing.assert_close(function(losses), single)
@@ -184,7 +240,9 @@ def test_bounds_are_below_the_true_mean_no_more_often_than_delta(samples, values
     losses = (draws < plus).double() - (draws > 1 - minus).double()
     bounds = waudby_smith_ramdas_bound(losses, 0.1)
     assert float((bounds < plus - minus).double().mean()) <= 0.128
-    assert float(bounds.median()) <= plus - minus + 5 * math.sqrt((plus + minus) / samples)  # and they say something
+    assert float(bounds.median()) <= plus - minus + 5 * math.sqrt(
+        (plus + minus) / samples
+    )  # and they say something
 
 
 # --- which candidates pass: how often the word is broken ------------------------------------------------------------------
@@ -206,7 +264,9 @@ def true_risks(passed):
 METHODS = {
     "binomial": functools.partial(learn_then_test, p_values=binomial_p_values),
     "hoeffding_bentkus": learn_then_test,
-    "betting": functools.partial(learn_then_test, p_values=functools.partial(betting_p_values, delta=0.1)),
+    "betting": functools.partial(
+        learn_then_test, p_values=functools.partial(betting_p_values, delta=0.1)
+    ),
 }
 
 
@@ -217,8 +277,12 @@ def test_the_word_is_broken_no_more_often_than_delta(name, samples):
     passed = METHODS[name](trials(samples), epsilon=0.05, delta=0.1)
     assert float((true_risks(passed) > 0.05).double().mean()) <= 0.128
     if samples == 1000:
-        assert float((true_risks(passed) >= 0.02).double().mean()) >= 0.95  # the boldest that may pass does
-        assert float((true_risks(passed) > 0.05).double().mean()) >= 0.01  # and the test is close to its limit
+        assert (
+            float((true_risks(passed) >= 0.02).double().mean()) >= 0.95
+        )  # the boldest that may pass does
+        assert (
+            float((true_risks(passed) > 0.05).double().mean()) >= 0.01
+        )  # and the test is close to its limit
 
 
 def test_taking_the_mean_at_its_word_breaks_it_half_of_the_time():
@@ -233,7 +297,9 @@ def test_the_word_about_a_signed_gap_is_kept(samples):
     mended = 0.04
     draws = torch.rand(TRIALS, 1, samples, generator=random(3))
     losses = (draws < RISKS[:, None] + mended).double() - (draws > 1 - mended).double()
-    passed = learn_then_test(losses, epsilon=0.05, delta=0.1, p_values=functools.partial(betting_p_values, delta=0.1))
+    passed = learn_then_test(
+        losses, epsilon=0.05, delta=0.1, p_values=functools.partial(betting_p_values, delta=0.1)
+    )
     assert float((true_risks(passed) > 0.05).double().mean()) <= 0.128
     if samples == 1000:
         assert float((true_risks(passed) >= 0.02).double().mean()) >= 0.5
@@ -258,8 +324,12 @@ def test_conformal_control_keeps_the_mean_over_splits(samples, monotone):
     chosen = torch.cat([torch.zeros(1), risks])[passed.sum(-1)].double()
     assert float(chosen.mean()) <= 0.05 + 3 * float(chosen.std()) / math.sqrt(len(chosen))
     if monotone:
-        assert float(chosen.mean()) >= 0.05 - 2 / samples - 0.1 / 40  # and it is used up, but for the grid
-        assert float((chosen > 0.05).double().mean()) > 0.25  # which is no guarantee for a single split
+        assert (
+            float(chosen.mean()) >= 0.05 - 2 / samples - 0.1 / 40
+        )  # and it is used up, but for the grid
+        assert (
+            float((chosen > 0.05).double().mean()) > 0.25
+        )  # which is no guarantee for a single split
 
 
 def test_conformal_control_by_hand():
@@ -276,16 +346,25 @@ def test_testing_stops_at_the_first_failure():
         assert method(losses, epsilon=0.1).tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("level", [{"epsilon": 0.0}, {"epsilon": 1.0}, {"epsilon": math.nan}, {"epsilon": 0.1, "delta": 0.0}])
+@pytest.mark.parametrize(
+    "level",
+    [{"epsilon": 0.0}, {"epsilon": 1.0}, {"epsilon": math.nan}, {"epsilon": 0.1, "delta": 0.0}],
+)
 def test_levels_outside_0_and_1_are_refused(level):
     with pytest.raises(PolicyError, match="between 0 and 1"):
         learn_then_test(torch.zeros(1, 10), **level)
 
 
-@pytest.mark.parametrize(("function", "loss"), [
-    (binomial_p_values, 0.5), (hoeffding_bentkus_p_values, -1.0), (hoeffding_bentkus_p_values, math.nan),
-    (betting_p_values, 2.0), (betting_p_values, math.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "loss"),
+    [
+        (binomial_p_values, 0.5),
+        (hoeffding_bentkus_p_values, -1.0),
+        (hoeffding_bentkus_p_values, math.nan),
+        (betting_p_values, 2.0),
+        (betting_p_values, math.nan),
+    ],
+)
 def test_losses_that_a_method_is_not_valid_for_are_refused(function, loss):
     with pytest.raises(PolicyError, match="need"):
         function(torch.tensor([0.0, loss]), 0.1)
@@ -307,16 +386,28 @@ def truth(loss):
 @functools.cache
 def calibration(seed, samples=1000):
     places = torch.randint(50_000, (samples,), generator=random(seed))
-    return dataclasses.replace(POPULATION, outputs=POPULATION.outputs[:, places], labels=POPULATION.labels[places])
+    return dataclasses.replace(
+        POPULATION, outputs=POPULATION.outputs[:, places], labels=POPULATION.labels[places]
+    )
 
 
-@pytest.mark.parametrize(("method", "loss"), [("learn_then_test", "positive_gap"), ("learn_then_test", "accuracy_gap"),
-                                              ("upper_confidence", "disagreement")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        ("learn_then_test", "positive_gap"),
+        ("learn_then_test", "accuracy_gap"),
+        ("upper_confidence", "disagreement"),
+    ],
+)
 def test_controlled_policies_keep_their_word_in_a_population(method, loss):
     """25 splits with delta = 0.2: more than 11 violations have a probability of 0.2 % at most."""
     epsilon = 0.06 if loss == "disagreement" else 0.03
-    chosen = [control_risk(FAMILY, calibration(seed), epsilon=epsilon, delta=0.2, method=method, loss=loss).certificate.chosen
-              for seed in range(25)]  # fmt: skip
+    chosen = [
+        control_risk(
+            FAMILY, calibration(seed), epsilon=epsilon, delta=0.2, method=method, loss=loss
+        ).certificate.chosen
+        for seed in range(25)
+    ]
     assert not any(place is None for place in chosen)
     assert sum(float(truth(loss)[place]) > epsilon for place in chosen) <= 11
     best = int((truth(loss) <= epsilon).int().cumprod(0).sum()) - 1
@@ -327,23 +418,35 @@ def test_controlled_policies_keep_their_word_in_a_population(method, loss):
 def test_what_a_certificate_says_is_true_of_its_recording():
     recording = calibration(0)
     for method, loss, bound in (
-        ("learn_then_test", "positive_gap", lambda losses: beta.ppf(0.9, losses.sum() + 1, len(losses) - losses.sum())),
+        (
+            "learn_then_test",
+            "positive_gap",
+            lambda losses: beta.ppf(0.9, losses.sum() + 1, len(losses) - losses.sum()),
+        ),
         ("conformal_risk_control", "disagreement", lambda losses: (losses.sum() + 1) / 1001),
     ):
-        controlled = control_risk(FAMILY, recording, epsilon=0.08, delta=0.1, method=method, loss=loss)
+        controlled = control_risk(
+            FAMILY, recording, epsilon=0.08, delta=0.1, method=method, loss=loss
+        )
         certificate = controlled.certificate
         losses = policy_losses(FAMILY, recording, loss)[: certificate.chosen + 1]
         assert certificate.risk == pytest.approx(float(losses[-1].mean()))
         charged = losses.cummax(0).values[-1] if method == "conformal_risk_control" else losses[-1]
         assert certificate.bound == pytest.approx(float(bound(charged)))
         assert certificate.risk <= certificate.bound <= 0.08
-        assert (certificate.samples, certificate.split, certificate.candidates) == (1000, "validation", 15)
+        assert (certificate.samples, certificate.split, certificate.candidates) == (
+            1000,
+            "validation",
+            15,
+        )
         assert controlled.policy.thresholds == FAMILY[certificate.chosen].thresholds
         assert certificate.delta == (None if method == "conformal_risk_control" else 0.1)
 
 
 def test_the_bound_of_a_signed_gap_is_between_its_risk_and_epsilon():
-    certificate = control_risk(FAMILY, calibration(1), epsilon=0.05, loss="accuracy_gap").certificate
+    certificate = control_risk(
+        FAMILY, calibration(1), epsilon=0.05, loss="accuracy_gap"
+    ).certificate
     assert certificate.risk < certificate.bound <= 0.05
 
 
@@ -352,7 +455,9 @@ def test_the_order_of_the_recording_does_not_matter():
     recording = calibration(2)
     losses = policy_losses(FAMILY, recording, "positive_gap")
     order = losses.sum(0).argsort()
-    ordered = dataclasses.replace(recording, outputs=recording.outputs[:, order], labels=recording.labels[order])
+    ordered = dataclasses.replace(
+        recording, outputs=recording.outputs[:, order], labels=recording.labels[order]
+    )
     assert upper_confidence(losses[:, order], epsilon=0.02).all()
     control = functools.partial(control_risk, FAMILY, epsilon=0.02, method="upper_confidence")
     as_recorded, sorted_late = (control(each).certificate.chosen for each in (recording, ordered))
@@ -366,15 +471,23 @@ def test_the_statement_says_how_sure_of_what():
         "With probability 95 %, at most 5 % of inputs are answered wrongly that the full network answers rightly "
         "(learn_then_test; 1000 samples of 'validation'"
     )
-    assert "accuracy is at most 5 points below" in sure_of(epsilon=0.05, loss="accuracy_gap").certificate.statement
-    assert sure_of(epsilon=0.07, method="conformal_risk_control", loss="disagreement").certificate.statement.startswith(
+    assert (
+        "accuracy is at most 5 points below"
+        in sure_of(epsilon=0.05, loss="accuracy_gap").certificate.statement
+    )
+    assert sure_of(
+        epsilon=0.07, method="conformal_risk_control", loss="disagreement"
+    ).certificate.statement.startswith(
         "On average over calibration splits, at most 7 % of inputs are answered otherwise"
     )
 
 
 def test_a_bolder_epsilon_gives_a_bolder_policy():
     recording = calibration(0)
-    chosen = [control_risk(FAMILY, recording, epsilon=epsilon).certificate.chosen for epsilon in (0.02, 0.05, 0.6)]
+    chosen = [
+        control_risk(FAMILY, recording, epsilon=epsilon).certificate.chosen
+        for epsilon in (0.02, 0.05, 0.6)
+    ]
     assert chosen == sorted(set(chosen))
     assert chosen[-1] == len(FAMILY) - 1
 
@@ -398,12 +511,16 @@ class Routed:
     node: int
 
     def route(self, outputs, features=()):
-        return dataclasses.make_dataclass("Route", ["answering"])(torch.full((outputs.shape[1],), self.node))
+        return dataclasses.make_dataclass("Route", ["answering"])(
+            torch.full((outputs.shape[1],), self.node)
+        )
 
 
 def test_selections_among_networks_are_controlled_by_who_answers():
     same = drawn(400, seed=6)
-    same = dataclasses.replace(same, outputs=same.outputs[[3, 0, 3]], exits=("twin", "weak", "full"))
+    same = dataclasses.replace(
+        same, outputs=same.outputs[[3, 0, 3]], exits=("twin", "weak", "full")
+    )
     assert control_risk([Routed(2), Routed(0)], same, epsilon=0.01).policy == Routed(0)
     with pytest.warns(NoEffectWarning, match="full network"):
         assert control_risk([Routed(1)], same, epsilon=0.01).policy is None
@@ -413,11 +530,17 @@ def test_gates_on_features_are_controlled():
     """Features that tell where exit 0 is right: gates fitted on one part stop there, and are certified on the other."""
     outputs, labels = sure([[1, 0] * 400, [1] * 800], [[0.7] * 800, [0.9] * 800])
     told = torch.tensor([[1.0], [-1.0]] * 400)
-    fit, held_out = split_recording(recording_of(outputs, labels, features=(told, torch.zeros(800, 1))))
+    fit, held_out = split_recording(
+        recording_of(outputs, labels, features=(told, torch.zeros(800, 1)))
+    )
     costs = costs_of([1.0, 1.0], [0.1, 0.0])
-    gates = [fit_gates(fit, costs, time_price=price, inputs="features") for price in (0.01, 0.1, 10.0)]
+    gates = [
+        fit_gates(fit, costs, time_price=price, inputs="features") for price in (0.01, 0.1, 10.0)
+    ]
     controlled = control_risk(gates, held_out, epsilon=0.02)
-    assert controlled.certificate.chosen == 1  # the last stops always, and is wrong half of the time
+    assert (
+        controlled.certificate.chosen == 1
+    )  # the last stops always, and is wrong half of the time
     assert (controlled.policy.gates, controlled.policy.split) == (gates[1].gates, "validation")
     assert controlled.policy.exits_on(held_out).equal((held_out.features[0][:, 0] < 0).long())
 
@@ -426,14 +549,21 @@ def test_gates_on_features_are_controlled():
 
 
 @pytest.mark.parametrize("loss", ["positive_gap", "accuracy_gap"])
-@pytest.mark.parametrize("method", ["learn_then_test", "upper_confidence", "conformal_risk_control"])
+@pytest.mark.parametrize(
+    "method", ["learn_then_test", "upper_confidence", "conformal_risk_control"]
+)
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.05, 0.1), (0.02, 0.01)])
 def test_a_split_too_small_is_refused_with_the_size_that_is_not(method, loss, epsilon, delta):
     safe = [ThresholdPolicy(score="margin", thresholds=(INF, -INF))]
     needed = samples_needed(epsilon=epsilon, delta=delta, method=method, loss=loss)
-    control = functools.partial(control_risk, safe, epsilon=epsilon, delta=delta, method=method, loss=loss)
+    control = functools.partial(
+        control_risk, safe, epsilon=epsilon, delta=delta, method=method, loss=loss
+    )
     assert control(drawn(needed, seed=7, gains=(1.0, 2.0))).certificate.chosen == 0
-    with pytest.raises(InfeasibleTarget, match=rf"{needed - 1} samples of 'validation' are too few.* Needed: {needed} samples"):
+    with pytest.raises(
+        InfeasibleTarget,
+        match=rf"{needed - 1} samples of 'validation' are too few.* Needed: {needed} samples",
+    ):
         control(drawn(needed - 1, seed=7, gains=(1.0, 2.0)))
 
 
@@ -448,10 +578,18 @@ def test_the_split_of_the_fit_is_refused():
     validation = drawn(600, seed=8)
     fit, held_out = split_recording(validation)
     candidates = scaled_family(fit_thresholds(fit, COSTS, max_accuracy_loss=0.05))
-    for other in (fit, validation, split_recording(validation, seed=1)[1], split_recording(validation, 0.4)[1]):
+    for other in (
+        fit,
+        validation,
+        split_recording(validation, seed=1)[1],
+        split_recording(validation, 0.4)[1],
+    ):
         with pytest.raises(PolicyError, match="shares samples"):
             control_risk(candidates, other, epsilon=0.1)
-    assert control_risk(candidates, held_out, epsilon=0.1).certificate.split == "validation/calibration(0.5,0)"
+    assert (
+        control_risk(candidates, held_out, epsilon=0.1).certificate.split
+        == "validation/calibration(0.5,0)"
+    )
 
 
 def test_a_split_of_that_name_in_other_data_is_not_the_same():
@@ -469,7 +607,9 @@ def test_candidates_from_bold_to_safe_are_refused():
         control_risk(FAMILY[::-1], calibration(0), epsilon=0.05)
 
 
-@pytest.mark.parametrize("change", [{"epsilon": 1.5}, {"epsilon": -0.01}, {"delta": 0.0}, {"delta": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"epsilon": 1.5}, {"epsilon": -0.01}, {"delta": 0.0}, {"delta": 1.0}]
+)
 def test_levels_that_mean_nothing_are_refused(change):
     with pytest.raises(PolicyError, match="between 0 and 1"):
         control_risk(FAMILY, calibration(0), **{"epsilon": 0.05, **change})
@@ -496,7 +636,9 @@ def test_the_chosen_policy_is_not_judged_on_what_it_was_controlled_on():
 
 def test_certificates_come_back_from_files(tmp_path):
     for epsilon, method in ((0.05, "learn_then_test"), (0.05, "conformal_risk_control")):
-        certificate = control_risk(FAMILY, calibration(0), epsilon=epsilon, method=method).certificate
+        certificate = control_risk(
+            FAMILY, calibration(0), epsilon=epsilon, method=method
+        ).certificate
         certificate.save(tmp_path / "certificate.json")
         assert Certificate.load(tmp_path / "certificate.json") == certificate
     FITTED.save(tmp_path / "policy.json")
@@ -520,8 +662,14 @@ def test_thresholds_go_from_safe_to_bold(base):
 
 
 def test_a_grid_may_come_in_any_order():
-    assert threshold_family(3, grid=[0.2, 0.9, 0.5, 0.9]) == threshold_family(3, grid=[0.9, 0.5, 0.2])
-    assert [policy.thresholds[0] for policy in threshold_family(3, grid=[0.2, 0.9, 0.5])] == [0.9, 0.5, 0.2]
+    assert threshold_family(3, grid=[0.2, 0.9, 0.5, 0.9]) == threshold_family(
+        3, grid=[0.9, 0.5, 0.2]
+    )
+    assert [policy.thresholds[0] for policy in threshold_family(3, grid=[0.2, 0.9, 0.5])] == [
+        0.9,
+        0.5,
+        0.2,
+    ]
     assert scaled_family(FITTED, [2.0, 0.1]) == scaled_family(FITTED, [0.1, 2.0])
 
 
@@ -534,11 +682,20 @@ def test_a_grid_from_a_recording_is_fitted_on_its_split_and_one_by_hand_is_not()
 
 
 def test_a_grid_from_a_recording_is_fine_where_scores_crowd():
-    crowded = recording_of(*sure([[1] * 1000] * 2, [(0.99 + 0.0099 * torch.rand(1000)).tolist(), [0.9] * 1000]), split="fit")
-    shares = [float((policy.exits_of(crowded.outputs) == 0).double().mean()) for policy in threshold_family(crowded)]
+    crowded = recording_of(
+        *sure([[1] * 1000] * 2, [(0.99 + 0.0099 * torch.rand(1000)).tolist(), [0.9] * 1000]),
+        split="fit",
+    )
+    shares = [
+        float((policy.exits_of(crowded.outputs) == 0).double().mean())
+        for policy in threshold_family(crowded)
+    ]
     assert len(shares) == 101
     assert max(np.diff(shares)) < 0.02
-    by_count = [float((policy.exits_of(crowded.outputs) == 0).double().mean()) for policy in threshold_family(2)]
+    by_count = [
+        float((policy.exits_of(crowded.outputs) == 0).double().mean())
+        for policy in threshold_family(2)
+    ]
     assert max(np.diff(by_count)) > 0.9  # where steps of 0.01 let everyone out at once
 
 
@@ -569,14 +726,18 @@ def numbered(samples):
     """A recording whose outputs and features carry the number of the sample."""
     number = torch.arange(samples).float()
     outputs = torch.stack([number, -number])[..., None].expand(2, samples, 3).clone()
-    return recording_of(outputs, torch.arange(samples) % 3, features=(number[:, None], number[:, None].repeat(1, 2)))
+    return recording_of(
+        outputs, torch.arange(samples) % 3, features=(number[:, None], number[:, None].repeat(1, 2))
+    )
 
 
 def test_parts_hold_every_sample_once_with_all_that_belongs_to_it():
     fit, held_out = split_recording(numbered(100), 0.3, seed=4)
     assert isinstance(fit, Recording)
     assert (len(fit.labels), len(held_out.labels)) == (30, 70)
-    assert sorted(torch.cat([fit.outputs[0, :, 0], held_out.outputs[0, :, 0]]).tolist()) == list(range(100))
+    assert sorted(torch.cat([fit.outputs[0, :, 0], held_out.outputs[0, :, 0]]).tolist()) == list(
+        range(100)
+    )
     for part in (fit, held_out):
         number = part.outputs[0, :, 0]
         assert part.labels.equal(number.long() % 3)
@@ -598,14 +759,23 @@ def test_an_empty_part_is_refused(share):
         split_recording(numbered(10), share)
 
 
-@pytest.mark.parametrize(("first", "second", "overlap"), [
-    ("validation", "validation", True), ("validation", "test", False), ("validation", "validations", False),
-    ("a/fit(0.5,0)", "a/calibration(0.5,0)", False), ("a/fit(0.5,0)", "a/fit(0.5,0)", True), ("a/fit(0.5,0)", "a", True),
-    ("a/fit(0.5,0)", "a/fit(0.5,1)", True), ("a/fit(0.5,0)", "a/calibration(0.4,0)", True),
-    ("a/fit(0.5,0)", "b/fit(0.5,0)", False), ("a/fit(0.5,0)/fit(0.5,1)", "a/fit(0.5,0)", True),
-    ("a/fit(0.5,0)/fit(0.5,1)", "a/fit(0.5,0)/calibration(0.5,1)", False),
-    ("a/fit(0.5,0)/fit(0.5,1)", "a/calibration(0.5,0)", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("first", "second", "overlap"),
+    [
+        ("validation", "validation", True),
+        ("validation", "test", False),
+        ("validation", "validations", False),
+        ("a/fit(0.5,0)", "a/calibration(0.5,0)", False),
+        ("a/fit(0.5,0)", "a/fit(0.5,0)", True),
+        ("a/fit(0.5,0)", "a", True),
+        ("a/fit(0.5,0)", "a/fit(0.5,1)", True),
+        ("a/fit(0.5,0)", "a/calibration(0.4,0)", True),
+        ("a/fit(0.5,0)", "b/fit(0.5,0)", False),
+        ("a/fit(0.5,0)/fit(0.5,1)", "a/fit(0.5,0)", True),
+        ("a/fit(0.5,0)/fit(0.5,1)", "a/fit(0.5,0)/calibration(0.5,1)", False),
+        ("a/fit(0.5,0)/fit(0.5,1)", "a/calibration(0.5,0)", False),
+    ],
+)
 def test_splits_overlap_by_their_names(first, second, overlap):
     assert splits_overlap(first, second) is overlap
     assert splits_overlap(second, first) is overlap

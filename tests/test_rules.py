@@ -16,12 +16,22 @@ from impatient.policies.scores import SCORES
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
-COSTS = costs_of([1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0])
+COSTS = costs_of(
+    [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0]
+)
 COSTS = dataclasses.replace(  # the first head is dear to move, the others to power
-    COSTS, stage_bytes=(100, 100, 100, 100), head_bytes=(95, 2, 2, 0),
-    stage_energy_j=(0.25, 0.25, 0.25, 0.25), head_energy_j=(0.01, 0.15, 0.15, 0.0),
-)  # fmt: skip
-LIMITS = {"mean_time_s": "time", "mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
+    COSTS,
+    stage_bytes=(100, 100, 100, 100),
+    head_bytes=(95, 2, 2, 0),
+    stage_energy_j=(0.25, 0.25, 0.25, 0.25),
+    head_energy_j=(0.01, 0.15, 0.15, 0.0),
+)
+LIMITS = {
+    "mean_time_s": "time",
+    "mean_macs": "macs",
+    "mean_bytes": "bytes",
+    "mean_energy_j": "energy",
+}
 
 
 def by_hand(*thresholds, score="max_probability"):
@@ -31,7 +41,10 @@ def by_hand(*thresholds, score="max_probability"):
 def judged(policy, recording, costs, cost_of=None):
     """Mean cost and accuracy per sample, straight from the definition: heads that are looked at on the way are paid."""
     exits = policy.exits_of(recording.outputs)
-    cost = torch.tensor((cost_of or costs.cumulative_s)("interruptible", heads=policy.open_exits()), dtype=torch.float64)
+    cost = torch.tensor(
+        (cost_of or costs.cumulative_s)("interruptible", heads=policy.open_exits()),
+        dtype=torch.float64,
+    )
     right = recording.hits()[exits, torch.arange(len(exits))].double()
     return cost[exits], right
 
@@ -40,7 +53,9 @@ def judged(policy, recording, costs, cost_of=None):
 
 
 def test_each_sample_stops_at_the_first_exit_that_is_sure_enough():
-    outputs, _ = sure([[1] * 4] * 3, [[0.9, 0.7, 0.7, 0.6], [0.6, 0.9, 0.7, 0.6], [0.6, 0.6, 0.9, 0.6]])
+    outputs, _ = sure(
+        [[1] * 4] * 3, [[0.9, 0.7, 0.7, 0.6], [0.6, 0.9, 0.7, 0.6], [0.6, 0.6, 0.9, 0.6]]
+    )
     assert by_hand(0.8, 0.8, -INF).exits_of(outputs).tolist() == [0, 1, 2, 2]
     assert by_hand(0.65, 0.8, -INF).exits_of(outputs).tolist() == [0, 0, 0, 2]
 
@@ -78,7 +93,8 @@ def test_a_policy_refuses_another_number_of_exits():
 
 
 @pytest.mark.parametrize(
-    ("thresholds", "complaint"), [((), "one per exit"), ((math.nan, -INF), "must be numbers"), ((0.5, 0.5), "always stops")]
+    ("thresholds", "complaint"),
+    [((), "one per exit"), ((math.nan, -INF), "must be numbers"), ((0.5, 0.5), "always stops")],
 )
 def test_thresholds_that_make_no_policy_are_refused(thresholds, complaint):
     with pytest.raises(PolicyError, match=complaint):
@@ -102,7 +118,9 @@ def test_a_saved_policy_comes_back_with_its_infinities(tmp_path):
     assert fitted.provenance.weights == "weights"
 
 
-@pytest.mark.parametrize("change", [{"thresholds": ["much", "-inf"]}, {"thresholds": 3}, {"thresholds": [0.5, 0.5]}])
+@pytest.mark.parametrize(
+    "change", [{"thresholds": ["much", "-inf"]}, {"thresholds": 3}, {"thresholds": [0.5, 0.5]}]
+)
 def test_a_damaged_policy_is_a_policy_error(tmp_path, change):
     write_json(tmp_path / "policy.json", {**by_hand(0.5, -INF).to_json(), **change})
     with pytest.raises(PolicyError):
@@ -120,7 +138,9 @@ def test_another_file_is_no_policy(tmp_path):
 def test_a_policy_of_another_schema_is_refused(tmp_path):
     fit_thresholds(drawn(200, seed=2), COSTS, max_accuracy_loss=0.05).save(tmp_path / "policy.json")
     value = read_json(tmp_path / "policy.json")
-    write_json(tmp_path / "policy.json", {**value, "provenance": {**value["provenance"], "schema": 99}})
+    write_json(
+        tmp_path / "policy.json", {**value, "provenance": {**value["provenance"], "schema": 99}}
+    )
     with pytest.raises(StorageError, match="99"):
         ThresholdPolicy.load(tmp_path / "policy.json")
 
@@ -135,7 +155,13 @@ def shares_of(thresholds, scores):
 
 def test_shares_are_met_exactly():
     scores = torch.rand(5, 2000)
-    assert shares_of(thresholds_for_shares(scores, [0.1, 0.2, 0.3, 0.2, 0.2]), scores) == [200, 400, 600, 400, 400]
+    assert shares_of(thresholds_for_shares(scores, [0.1, 0.2, 0.3, 0.2, 0.2]), scores) == [
+        200,
+        400,
+        600,
+        400,
+        400,
+    ]
 
 
 def test_shares_above_one_let_the_rest_out():
@@ -153,16 +179,27 @@ def test_an_exit_without_a_share_is_closed():
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("target", [
-    {"mean_time_s": 1.4}, {"mean_time_s": 2.6}, {"mean_macs": 25.0}, {"mean_macs": 60.0}, {"mean_bytes": 240.0},
-    {"mean_energy_j": 0.6},
-    {"max_accuracy_loss": 0.0}, {"max_accuracy_loss": 0.03}, {"max_accuracy_loss": 0.3},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"mean_time_s": 1.4},
+        {"mean_time_s": 2.6},
+        {"mean_macs": 25.0},
+        {"mean_macs": 60.0},
+        {"mean_bytes": 240.0},
+        {"mean_energy_j": 0.6},
+        {"max_accuracy_loss": 0.0},
+        {"max_accuracy_loss": 0.03},
+        {"max_accuracy_loss": 0.3},
+    ],
+)
 def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
     recording = drawn(400, seed=3)
     policy = fit_thresholds(recording, COSTS, score=score, **target)
     (name, wanted), *_ = target.items()
-    cost, right = judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, LIMITS.get(name, "time")))
+    cost, right = judged(
+        policy, recording, COSTS, functools.partial(COSTS.cumulative, LIMITS.get(name, "time"))
+    )
     assert policy.cost == LIMITS.get(name, "time")
     assert policy.target[name] == wanted
     assert policy.target["mean_cost"] == pytest.approx(float(cost.mean()))
@@ -176,12 +213,19 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
 @pytest.mark.parametrize("cost", ["time", "macs", "bytes", "energy"])
 def test_the_cheapest_policy_is_cheapest_in_what_it_is_to_save(cost):
     recording = drawn(400, seed=3)
-    fitted = {saved: fit_thresholds(recording, COSTS, max_accuracy_loss=0.05, cost=saved) for saved in LIMITS.values()}
+    fitted = {
+        saved: fit_thresholds(recording, COSTS, max_accuracy_loss=0.05, cost=saved)
+        for saved in LIMITS.values()
+    }
     spent = {
-        saved: float(judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, cost))[0].mean())
+        saved: float(
+            judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, cost))[0].mean()
+        )
         for saved, policy in fitted.items()
     }
-    assert min(spent, key=spent.__getitem__) == cost or spent[cost] == pytest.approx(min(spent.values()))
+    assert min(spent, key=spent.__getitem__) == cost or spent[cost] == pytest.approx(
+        min(spent.values())
+    )
     assert fitted[cost].target["mean_cost"] == pytest.approx(spent[cost])
     assert fitted["energy"].open_exits() != fitted["bytes"].open_exits()  # or this shows nothing
 
@@ -204,7 +248,9 @@ def test_a_policy_from_before_it_said_its_cost_still_says_it():
         assert ThresholdPolicy.from_json(value).cost == cost
 
 
-@pytest.mark.parametrize(("target", "floor"), [({"mean_time_s": 1.8}, 1.7), ({"mean_time_s": 2.8}, 2.6)])
+@pytest.mark.parametrize(
+    ("target", "floor"), [({"mean_time_s": 1.8}, 1.7), ({"mean_time_s": 2.8}, 2.6)]
+)
 def test_the_time_that_was_allowed_is_used(target, floor):
     assert fit_thresholds(drawn(3000, seed=4), COSTS, **target).target["mean_cost"] >= floor
 
@@ -243,7 +289,9 @@ def test_where_the_truth_is_known_the_fitted_policy_finds_it():
     early = float((surety[0] > 0.8).double().mean())
     assert policy.thresholds[0] == pytest.approx(0.8, abs=0.002)
     assert policy.thresholds[1:] == (INF, -INF)
-    assert policy.target["mean_cost"] == pytest.approx(early * 1.1 + (1 - early) * 3.1)  # the closed head is not paid
+    assert policy.target["mean_cost"] == pytest.approx(
+        early * 1.1 + (1 - early) * 3.1
+    )  # the closed head is not paid
     assert policy.target["accuracy"] == 1.0
 
 
@@ -254,7 +302,9 @@ def test_a_closed_exit_pays_no_head():
     policy = fit_thresholds(recording, dear, max_accuracy_loss=0.1)
     assert policy.thresholds[1] == INF
     exits = policy.exits_of(recording.outputs)
-    assert policy.target["mean_cost"] == pytest.approx(float(torch.tensor([1.1, math.nan, 3.1])[exits].mean()))
+    assert policy.target["mean_cost"] == pytest.approx(
+        float(torch.tensor([1.1, math.nan, 3.1])[exits].mean())
+    )
 
 
 def test_the_statistic_that_was_asked_for_is_counted():
@@ -291,7 +341,9 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
     logits = torch.linspace(0.5, 0.55, 100_001)
     scores, order = torch.stack([logits, torch.zeros_like(logits)], -1).softmax(-1).amax(-1).sort()
     bits = scores.numpy().view(np.int32)
-    lower = int(np.flatnonzero((np.diff(bits) == 1) & (bits[:-1] % 2 == 0))[0])  # ties round to even, here: down
+    lower = int(
+        np.flatnonzero((np.diff(bits) == 1) & (bits[:-1] % 2 == 0))[0]
+    )  # ties round to even, here: down
     outputs = torch.zeros(2, 20, 2)
     outputs[0, :10, 0], outputs[0, 10:, 0] = logits[order[lower + 1]], logits[order[lower]]
     labels = torch.tensor([0] * 10 + [1] * 10)
@@ -332,7 +384,10 @@ def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
     gaps = []
     for recording, cost, accuracy in cases:
         last = recording.hits()[-1].double().mean().item()
-        hull = {float(accuracy[int((1 - accuracy + price * cost).argmin())]) for price in np.geomspace(1e-2, 1.0, 40)}
+        hull = {
+            float(accuracy[int((1 - accuracy + price * cost).argmin())])
+            for price in np.geomspace(1e-2, 1.0, 40)
+        }
         for wanted in sorted(hull):
             if wanted <= last:
                 fitted = fit_thresholds(recording, costs, max_accuracy_loss=last - wanted)
@@ -352,7 +407,9 @@ def test_off_the_hull_fitting_is_near_the_best_policy_there_is(tiny):
         last = recording.hits()[-1].double().mean().item()
         for loss in (0.0, 0.09, 0.2):
             fitted = fit_thresholds(recording, costs, max_accuracy_loss=loss)
-            dearer.append(fitted.target["mean_cost"] / cost[accuracy >= last - loss - 1e-9].min() - 1)
+            dearer.append(
+                fitted.target["mean_cost"] / cost[accuracy >= last - loss - 1e-9].min() - 1
+            )
         for time in (1.3, 1.6, 2.0, 2.5):
             fitted = fit_thresholds(recording, costs, mean_time_s=time)
             worse.append(accuracy[cost <= time + 1e-9].max() - fitted.target["accuracy"])
@@ -371,7 +428,12 @@ def test_a_time_below_the_first_exit_cannot_be_reached():
         fit_thresholds(recording, COSTS, mean_time_s=1.0)
     policy = fit_thresholds(recording, COSTS, mean_time_s=1.1 + 1e-9)
     assert set(policy.exits_of(recording.outputs).tolist()) == {0}
-    assert policy.open_exits() == (True, False, False, True)  # exits that nobody comes to are closed
+    assert policy.open_exits() == (
+        True,
+        False,
+        False,
+        True,
+    )  # exits that nobody comes to are closed
 
 
 def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
@@ -380,10 +442,14 @@ def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
         fit_thresholds(drawn(100, seed=7, gains=(1.0, 2.0)), costs, mean_time_s=1.9)
 
 
-@pytest.mark.parametrize("given", [{}, {"mean_time_s": 1.0, "mean_macs": 5.0}, {"mean_time_s": 1.0, "max_accuracy_loss": 0.0}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"mean_time_s": 1.0, "mean_macs": 5.0}, {"mean_time_s": 1.0, "max_accuracy_loss": 0.0}],
+)
 def test_exactly_one_target_is_needed(given):
     with pytest.raises(
-        PolicyError, match="exactly one target of mean_time_s, mean_macs, mean_bytes, mean_energy_j, max_accuracy_loss"
+        PolicyError,
+        match="exactly one target of mean_time_s, mean_macs, mean_bytes, mean_energy_j, max_accuracy_loss",
     ):
         fit_thresholds(drawn(10, seed=8), COSTS, **given)
 

@@ -65,7 +65,9 @@ def test_heads_that_are_not_the_answer_never_run(network: FakeNetwork) -> None:
 
 
 @pytest.mark.parametrize("deadline", [NEVER, Deadline(math.inf)])
-def test_an_endless_deadline_goes_to_the_last_exit(network: FakeNetwork, deadline: Deadline) -> None:
+def test_an_endless_deadline_goes_to_the_last_exit(
+    network: FakeNetwork, deadline: Deadline
+) -> None:
     answer = runner_of(network).run(X, deadline=deadline)
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (3, "final", True)
 
@@ -82,7 +84,9 @@ def test_a_budget_before_the_first_exit_is_answered_late_and_says_so(network: Fa
     assert (answer.exit, answer.deadline_met, answer.stopped_by) == (0, False, "deadline")
 
 
-def test_a_deadline_that_passed_upstream_still_gets_the_first_exit(network: FakeNetwork, clock: FakeClock) -> None:
+def test_a_deadline_that_passed_upstream_still_gets_the_first_exit(
+    network: FakeNetwork, clock: FakeClock
+) -> None:
     deadline = Deadline.after(9.0, clock)
     clock.advance(10.0)
     answer = runner_of(network).run(X, deadline=deadline)
@@ -90,7 +94,9 @@ def test_a_deadline_that_passed_upstream_still_gets_the_first_exit(network: Fake
 
 
 @pytest.mark.parametrize("seconds", [-1.0, 0.0, 1.0, math.nextafter(enough_for(0), 0)])
-def test_when_told_to_a_late_run_raises_before_anything_ran(network: FakeNetwork, seconds: float) -> None:
+def test_when_told_to_a_late_run_raises_before_anything_ran(
+    network: FakeNetwork, seconds: float
+) -> None:
     with pytest.raises(NoAnswerInTime, match=r"first exit needs 1500\.000 ms"):
         run(runner_of(network, when_late="raise"), seconds)
     assert network.ran == []
@@ -147,7 +153,9 @@ def test_the_statistic_says_how_careful_a_run_is(clock: FakeClock) -> None:
     spread = Quantiles(mean=1.0, p50=1.0, p90=2.0, p99=3.0, p999=4.0, max=5.0, n=1000)
     costs = costs_of([spread] * 4)
     reached = {
-        statistic: run(runner_of(FakeNetwork(clock, STAGES), costs, statistic=statistic), 4.0 + RESERVE_S).exit
+        statistic: run(
+            runner_of(FakeNetwork(clock, STAGES), costs, statistic=statistic), 4.0 + RESERVE_S
+        ).exit
         for statistic in ("p50", "p90", "p99", "p999")
     }
     assert reached == {"p50": 3, "p90": 2, "p99": 1, "p999": 0}
@@ -155,7 +163,8 @@ def test_the_statistic_says_how_careful_a_run_is(clock: FakeClock) -> None:
 
 def test_each_batch_size_has_its_own_plan(clock: FakeClock) -> None:
     costs = dataclasses.replace(
-        costs_of(STAGES), batches={1: batch_costs([0.1] * 4, [0.0] * 4), 2: batch_costs(STAGES, [0.0] * 4)}
+        costs_of(STAGES),
+        batches={1: batch_costs([0.1] * 4, [0.0] * 4), 2: batch_costs(STAGES, [0.0] * 4)},
     )
     network = FakeNetwork(clock, [0.1] * 4, outputs=torch.zeros(4, 2, 3))
     assert run(runner_of(network, costs), 1.15, torch.zeros(2, 1)).exit == 1
@@ -163,7 +172,9 @@ def test_each_batch_size_has_its_own_plan(clock: FakeClock) -> None:
 
 
 def test_a_batch_size_that_was_not_profiled_is_an_error(network: FakeNetwork) -> None:
-    with pytest.raises(CostError, match=r"batch size 2 is larger than all that were profiled: \[1\]"):
+    with pytest.raises(
+        CostError, match=r"batch size 2 is larger than all that were profiled: \[1\]"
+    ):
         runner_of(network).run(torch.zeros(2, 1))
     assert network.ran == []
 
@@ -188,7 +199,9 @@ def test_a_machine_that_has_become_slow_goes_less_deep(network: FakeNetwork) -> 
     network.stages_s = [2.0] * 4
     run(runner)
     network.stages_s = STAGES
-    assert run(runner, enough_for(3)).exit == 1  # after two stages 2.5 are left, and the next exit might take 3
+    assert (
+        run(runner, enough_for(3)).exit == 1
+    )  # after two stages 2.5 are left, and the next exit might take 3
 
 
 def test_a_machine_that_has_become_fast_is_not_trusted_to_stay_so(network: FakeNetwork) -> None:
@@ -209,7 +222,9 @@ def test_one_descheduled_stage_moves_nothing(network: FakeNetwork) -> None:
     assert runner.drift == 1.0
 
 
-def test_a_load_that_is_over_is_forgotten_when_two_hundred_stages_have_passed(network: FakeNetwork) -> None:
+def test_a_load_that_is_over_is_forgotten_when_two_hundred_stages_have_passed(
+    network: FakeNetwork,
+) -> None:
     runner = runner_of(network)
     network.stages_s = [3.0] * 4
     for _ in range(50):
@@ -264,7 +279,9 @@ def test_warming_up_leaves_drift_alone(network: FakeNetwork) -> None:
     runner.close()
 
 
-def test_warming_up_runs_every_profiled_batch_size_in_both_ways(network: FakeNetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_up_runs_every_profiled_batch_size_in_both_ways(
+    network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes, exits = [], network.exits
     monkeypatch.setattr(network, "exits", lambda x: (sizes.append(x.shape[0]), exits(x))[1])
     with runner_of(network, costs_of(STAGES, HEADS, sizes=[1, 3])) as runner:
@@ -305,10 +322,14 @@ def test_a_policy_that_comes_to_the_last_exit_ends_as_final(clock: FakeClock) ->
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_each_sample_of_a_batch_gets_the_output_of_its_own_exit(clock: FakeClock, seed: int) -> None:
+def test_each_sample_of_a_batch_gets_the_output_of_its_own_exit(
+    clock: FakeClock, seed: int
+) -> None:
     outputs = 3 * torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(seed))
     policy = policy_of(0.8, math.inf if seed % 2 else 0.7, 0.7)
-    answer = run(runner_of(FakeNetwork(clock, STAGES, HEADS, outputs), policy=policy), x=torch.zeros(6, 1))
+    answer = run(
+        runner_of(FakeNetwork(clock, STAGES, HEADS, outputs), policy=policy), x=torch.zeros(6, 1)
+    )
     exits = policy.exits_of(outputs)
     assert answer.exits == tuple(exits.tolist())
     assert answer.exit == exits.max()
@@ -326,7 +347,12 @@ def test_a_deadline_stops_the_samples_that_the_policy_has_not(clock: FakeClock) 
     outputs = torch.cat([sure(0.9, 0.91, 0.92), sure(0.6, 0.61, 0.9)], dim=1)
     network = FakeNetwork(clock, STAGES[:3], [0.0] * 3, outputs)
     answer = run(runner_of(network, policy=policy_of(0.7, 0.7)), 2.0 + RESERVE_S, torch.zeros(2, 1))
-    assert (answer.exits, answer.exit, answer.stopped_by, answer.deadline_met) == ((0, 1), 1, "deadline", True)
+    assert (answer.exits, answer.exit, answer.stopped_by, answer.deadline_met) == (
+        (0, 1),
+        1,
+        "deadline",
+        True,
+    )
     assert torch.equal(answer.output, torch.stack([outputs[0, 0], outputs[1, 1]]))
 
 
@@ -338,7 +364,9 @@ def test_a_deadline_at_a_closed_exit_runs_its_head(clock: FakeClock) -> None:
 
 def test_time_that_the_policy_takes_to_look_is_counted(clock: FakeClock) -> None:
     network = FakeNetwork(clock, STAGES, HEADS, sure(0.6, 0.6, 0.6, 0.6))
-    answer = run(runner_of(network, policy=policy_of(0.7, 0.7, 0.7)), enough_for(3))  # two heads on the way cost one exit
+    answer = run(
+        runner_of(network, policy=policy_of(0.7, 0.7, 0.7)), enough_for(3)
+    )  # two heads on the way cost one exit
     assert (answer.exit, answer.deadline_met, answer.elapsed_s) == (2, True, 4.5)
 
 
@@ -380,25 +408,35 @@ def measured(real: MultiExitNetwork) -> CostProfile:
         ("device", "cuda:0"),
     ],
 )
-def test_a_profile_from_elsewhere_is_refused(real: MultiExitNetwork, measured: CostProfile, field: str, value: Any) -> None:
-    stale = dataclasses.replace(measured, provenance=dataclasses.replace(measured.provenance, **{field: value}))
+def test_a_profile_from_elsewhere_is_refused(
+    real: MultiExitNetwork, measured: CostProfile, field: str, value: Any
+) -> None:
+    stale = dataclasses.replace(
+        measured, provenance=dataclasses.replace(measured.provenance, **{field: value})
+    )
     with pytest.raises(StaleInput, match="any_profile=True"):
         Runner(real, stale)
     assert Runner(real, stale, any_profile=True).run(torch.randn(1, 8)).exit == 2
 
 
 def test_a_profile_of_other_cuts_is_refused(real: MultiExitNetwork, measured: CostProfile) -> None:
-    moved = attach_exits(real.backbone, after=["blocks.1", "blocks.2"], example=torch.zeros(1, 8)).eval()
+    moved = attach_exits(
+        real.backbone, after=["blocks.1", "blocks.2"], example=torch.zeros(1, 8)
+    ).eval()
     with pytest.raises(StaleInput, match=r"blocks\.1"):
         Runner(moved, measured)
 
 
-def test_a_profile_made_here_is_taken_also_from_a_file(real: MultiExitNetwork, measured: CostProfile, tmp_path: Any) -> None:
+def test_a_profile_made_here_is_taken_also_from_a_file(
+    real: MultiExitNetwork, measured: CostProfile, tmp_path: Any
+) -> None:
     measured.save(tmp_path / "costs.json")
     assert Runner(real, CostProfile.load(tmp_path / "costs.json")).run(torch.randn(1, 8)).exit == 2
 
 
-def test_on_a_real_clock_a_contract_run_is_the_network_itself(real: MultiExitNetwork, measured: CostProfile) -> None:
+def test_on_a_real_clock_a_contract_run_is_the_network_itself(
+    real: MultiExitNetwork, measured: CostProfile
+) -> None:
     x = torch.randn(1, 8)
     answer = Runner(real, measured).run(x, deadline=Deadline.after(60.0))
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (2, "final", True)
@@ -406,7 +444,9 @@ def test_on_a_real_clock_a_contract_run_is_the_network_itself(real: MultiExitNet
     torch.testing.assert_close(answer.output, real.backbone(x), rtol=0, atol=0)
 
 
-def test_on_a_real_clock_a_passed_deadline_gets_the_first_exit(real: MultiExitNetwork, measured: CostProfile) -> None:
+def test_on_a_real_clock_a_passed_deadline_gets_the_first_exit(
+    real: MultiExitNetwork, measured: CostProfile
+) -> None:
     x = torch.randn(1, 8)
     answer = Runner(real, measured).run(x, deadline=Deadline(0.0))
     assert (answer.exit, answer.deadline_met) == (0, False)
@@ -427,7 +467,9 @@ def test_work_that_a_device_still_does_in_the_background_is_waited_for(
     network: FakeNetwork, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending = []
-    monkeypatch.setattr(network, "take", lambda part, seconds: (network.ran.append(part), pending.append(seconds)))
+    monkeypatch.setattr(
+        network, "take", lambda part, seconds: (network.ran.append(part), pending.append(seconds))
+    )
 
     def synchronise(device: torch.device) -> None:
         while pending:
@@ -448,14 +490,21 @@ parts = st.lists(st.tuples(seconds, seconds, share, share), min_size=1, max_size
 
 @settings(max_examples=200, deadline=None)
 @given(parts=parts, extra=st.floats(0.0, 60.0))
-def test_parts_within_their_profile_never_miss_and_go_as_deep_as_the_rule_allows(parts: Any, extra: float) -> None:
+def test_parts_within_their_profile_never_miss_and_go_as_deep_as_the_rule_allows(
+    parts: Any, extra: float
+) -> None:
     stages, heads, stage_shares, head_shares = zip(*parts, strict=True)
     took = [stage * share for stage, share in zip(stages, stage_shares, strict=True)]
-    network = FakeNetwork(FakeClock(), took, [head * share for head, share in zip(heads, head_shares, strict=True)])
+    network = FakeNetwork(
+        FakeClock(), took, [head * share for head, share in zip(heads, head_shares, strict=True)]
+    )
     deadline = stages[0] + heads[0] + RESERVE_S + extra
     answer = run(runner_of(network, costs_of(stages, heads)), deadline)
     now, deepest = took[0], 0
-    while deepest + 1 < len(parts) and now + (stages[deepest + 1] + heads[deepest + 1]) + RESERVE_S <= deadline:
+    while (
+        deepest + 1 < len(parts)
+        and now + (stages[deepest + 1] + heads[deepest + 1]) + RESERVE_S <= deadline
+    ):
         deepest += 1
         now += took[deepest]
     assert (answer.exit, answer.deadline_met) == (deepest, True)
@@ -464,13 +513,19 @@ def test_parts_within_their_profile_never_miss_and_go_as_deep_as_the_rule_allows
 
 @settings(max_examples=100, deadline=None)
 @given(parts=parts, extra=st.floats(0.0, 60.0), mean=st.floats(0.01, 1.0))
-def test_parts_within_their_profile_never_miss_whatever_the_drift(parts: Any, extra: float, mean: float) -> None:
+def test_parts_within_their_profile_never_miss_whatever_the_drift(
+    parts: Any, extra: float, mean: float
+) -> None:
     stages, heads, stage_shares, head_shares = zip(*parts, strict=True)
-    costs = costs_of([dataclasses.replace(quantiles(stage), mean=mean * stage) for stage in stages], heads)
+    costs = costs_of(
+        [dataclasses.replace(quantiles(stage), mean=mean * stage) for stage in stages], heads
+    )
     network = FakeNetwork(FakeClock(), [0.0] * len(parts))
     runner = runner_of(network, costs)
     for _ in range(5):
-        network.stages_s = [stage * share for stage, share in zip(stages, stage_shares, strict=True)]
+        network.stages_s = [
+            stage * share for stage, share in zip(stages, stage_shares, strict=True)
+        ]
         network.heads_s = [head * share for head, share in zip(heads, head_shares, strict=True)]
         assert run(runner, stages[0] + heads[0] + RESERVE_S + extra).deadline_met
 
@@ -480,7 +535,9 @@ def lognormal(draw: random.Random) -> float:
 
 
 @pytest.mark.parametrize(("statistic", "late"), [("p90", 0.10), ("p99", 0.01)])
-def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(statistic: str, late: float) -> None:
+def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
+    statistic: str, late: float
+) -> None:
     """The hardest case: what is left is the quantile itself. Late runs are binomial, so within 3 standard deviations."""
     draw, clock, begun = random.Random(0), FakeClock(), 4000
     profiled = Quantiles.of([lognormal(draw) for _ in range(50_000)])
@@ -504,7 +561,9 @@ def test_random_stages_and_random_deadlines_are_late_no_more_often_than_the_p99_
     first = profiled[0].p99 + profiled[4].p99 + RESERVE_S
     answers = [run(runner, first + draw.uniform(0.0, 0.02)) for _ in range(runs)]
     assert len({answer.exit for answer in answers}) == 4
-    assert np.mean([not answer.deadline_met for answer in answers]) <= 0.01 + 3 * math.sqrt(0.01 * 0.99 / runs)
+    assert np.mean([not answer.deadline_met for answer in answers]) <= 0.01 + 3 * math.sqrt(
+        0.01 * 0.99 / runs
+    )
 
 
 def test_under_a_load_that_nobody_profiled_misses_come_back_to_the_p99() -> None:

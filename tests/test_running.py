@@ -59,18 +59,26 @@ def test_exits_forward_recording_and_rule_agree(inner, name):
         assert torch.stack([exit.output() for exit in run]).equal(expected)
     recorded = record(ensemble, data, batch_size=40)
     assert recorded.outputs.equal(expected)
-    assert recorded.outputs.equal(ensembled(record(inner, data, batch_size=40), name, **given).outputs)
+    assert recorded.outputs.equal(
+        ensembled(record(inner, data, batch_size=40), name, **given).outputs
+    )
 
 
 def test_a_plain_ensemble_changes_no_temperature(inner, toy_input):
-    assert torch.stack(RunningEnsemble(inner, "geometric")(toy_input)).equal(combine(inner(toy_input), "geometric"))
+    assert torch.stack(RunningEnsemble(inner, "geometric")(toy_input)).equal(
+        combine(inner(toy_input), "geometric")
+    )
 
 
 def test_what_the_inner_network_is_shows_through(inner, toy_input):
     ensemble = RunningEnsemble(inner, "poe")
     for name in ("num_exits", "exit_names", "num_classes", "backbone", "heads", "cuts", "layouts"):
-        assert getattr(ensemble, name) is getattr(inner, name) or getattr(ensemble, name) == getattr(inner, name)
-    for mine, exit in zip(ensemble.exits(toy_input, keep=True), inner.exits(toy_input, keep=True), strict=True):
+        assert getattr(ensemble, name) is getattr(inner, name) or getattr(
+            ensemble, name
+        ) == getattr(inner, name)
+    for mine, exit in zip(
+        ensemble.exits(toy_input, keep=True), inner.exits(toy_input, keep=True), strict=True
+    ):
         assert mine.index == exit.index
         assert mine.features.equal(exit.features)
         assert ensemble.pooled(mine).equal(inner.pooled(exit))
@@ -95,7 +103,9 @@ def test_with_caching_a_run_never_grows_less_sure_and_holds_the_surest_exits_own
 @pytest.mark.parametrize("last", range(3))
 def test_the_answer_that_a_runner_gives_at_an_exit_is_the_surest_so_far(inner, toy_input, last):
     ensemble = RunningEnsemble(inner, "caching").eval()
-    at_once = ThresholdPolicy(score="margin", thresholds=(math.inf,) * last + (0.0,) * (2 - last) + (-math.inf,))
+    at_once = ThresholdPolicy(
+        score="margin", thresholds=(math.inf,) * last + (0.0,) * (2 - last) + (-math.inf,)
+    )
     costs = profile(ensemble, toy_input, batch_sizes=[5], repeats=1, warm_up=0)
     runner = Runner(ensemble, costs, policy=at_once, any_profile=True)
     with runner.start(toy_input) as run:
@@ -123,7 +133,9 @@ class Counted(nn.Module):
 
 def counted(toy: nn.Module) -> RunningEnsemble:
     heads = [lambda shape, classes: Counted()] * 2
-    network = attach_exits(toy, after=["blocks.0", "blocks.2"], heads=heads, example=torch.zeros(1, 8))
+    network = attach_exits(
+        toy, after=["blocks.0", "blocks.2"], heads=heads, example=torch.zeros(1, 8)
+    )
     for head in network.heads:
         head.calls = 0
     return RunningEnsemble(network, "boosted")
@@ -204,7 +216,9 @@ def test_an_abandoned_run_leaves_nothing(inner, toy_input, abandon: Callable[...
     abandon(ensemble, toy_input, seen)
     assert paused_runs() == 0
     assert [entry() for entry in seen] == [None]
-    assert torch.stack([exit.output() for exit in ensemble.exits(toy_input)]).equal(torch.stack(ensemble(toy_input)))
+    assert torch.stack([exit.output() for exit in ensemble.exits(toy_input)]).equal(
+        torch.stack(ensemble(toy_input))
+    )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -218,7 +232,9 @@ def test_it_trains(inner, name):
     optimizer = torch.optim.SGD(ensemble.parameters(), lr=0.01, momentum=0.9)
     losses = []
     for _ in range(60):
-        loss = torch.stack([nn.functional.cross_entropy(output, labels) for output in ensemble(x)]).sum()
+        loss = torch.stack(
+            [nn.functional.cross_entropy(output, labels) for output in ensemble(x)]
+        ).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,14 +245,18 @@ def test_it_trains(inner, name):
 def test_the_last_boosted_exit_teaches_no_earlier_head(inner, toy_input):
     RunningEnsemble(inner, "boosted")(toy_input)[-1].square().sum().backward()
     assert all(parameter.grad is None for parameter in inner.heads.parameters())
-    RunningEnsemble(inner, Rule(name="boosted", detach=False))(toy_input)[-1].square().sum().backward()
+    RunningEnsemble(inner, Rule(name="boosted", detach=False))(toy_input)[
+        -1
+    ].square().sum().backward()
     assert all(parameter.grad is not None for parameter in inner.heads.parameters())
 
 
 def test_options_reach_the_inner_forward(inner, toy_input):
     def gradients(**options: Any) -> Tensor:
         inner.zero_grad()
-        torch.stack(RunningEnsemble(inner, "arithmetic")(toy_input, **options)).square().sum().backward()
+        torch.stack(
+            RunningEnsemble(inner, "arithmetic")(toy_input, **options)
+        ).square().sum().backward()
         return inner.backbone.blocks[0][0].weight.grad.clone()
 
     assert not torch.allclose(gradients(gradients=GradientFlow(equilibrium=True)), gradients())
@@ -250,7 +270,11 @@ def test_weights_are_the_inner_networks_own(inner):
     state = ensemble.state_dict()
     for name, tensor in inner.state_dict().items():
         assert state[f"network.{name}"].data_ptr() == tensor.data_ptr()
-    assert {name for name in state if not name.startswith("network.")} == {"temperatures", "recalibration", "_extra_state"}
+    assert {name for name in state if not name.startswith("network.")} == {
+        "temperatures",
+        "recalibration",
+        "_extra_state",
+    }
 
 
 def test_a_saved_ensemble_comes_back_with_its_temperatures(inner, toy, toy_input):
@@ -267,7 +291,10 @@ def test_weights_of_another_rule_are_refused_and_fingerprinted_apart(inner):
     with pytest.raises(StaleInput, match=r"poe.*geometric"):
         other.load_state_dict(plain.state_dict())
     hotter = RunningEnsemble(inner, "poe", TEMPERATURES)
-    states = [network.state_dict() for network in (inner, plain, other, hotter, RunningEnsemble(inner, "caching"))]
+    states = [
+        network.state_dict()
+        for network in (inner, plain, other, hotter, RunningEnsemble(inner, "caching"))
+    ]
     assert len({fingerprint_tensors(state) for state in states}) == len(states)
     assert fingerprint_structure(states[1]) == fingerprint_structure(states[3])
     assert fingerprint_structure(states[1]) != fingerprint_structure(states[0])
@@ -302,11 +329,20 @@ def test_wrong_temperatures_are_refused(inner, temperatures):
 
 
 def test_heads_are_counted_to_their_stages(inner, toy_input):
-    plain, moved = inner.stage_facts(toy_input), RunningEnsemble(inner, "poe").stage_facts(toy_input)
-    assert [fact.stage_macs for fact in moved] == [fact.stage_macs + fact.head_macs for fact in plain]
-    assert [fact.stage_parameters for fact in moved] == [fact.stage_parameters + fact.head_parameters for fact in plain]
+    plain, moved = (
+        inner.stage_facts(toy_input),
+        RunningEnsemble(inner, "poe").stage_facts(toy_input),
+    )
+    assert [fact.stage_macs for fact in moved] == [
+        fact.stage_macs + fact.head_macs for fact in plain
+    ]
+    assert [fact.stage_parameters for fact in moved] == [
+        fact.stage_parameters + fact.head_parameters for fact in plain
+    ]
     assert {(fact.head_macs, fact.head_parameters) for fact in moved} == {(0, 0)}
-    assert sum(fact.stage_parameters for fact in moved) == sum(parameter.numel() for parameter in inner.parameters())
+    assert sum(fact.stage_parameters for fact in moved) == sum(
+        parameter.numel() for parameter in inner.parameters()
+    )
     text = RunningEnsemble(inner, "poe").describe(toy_input)
     assert "outputs combined: poe" in text
 

@@ -8,7 +8,9 @@ import torch
 from impatient.policies.scores import SCORES, entropy, margin, max_probability
 
 EVERY = pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
-OUTPUTS = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2]]).log()  # softmax gives these probabilities back
+OUTPUTS = torch.tensor(
+    [[0.8, 0.1, 0.1], [0.5, 0.3, 0.2]]
+).log()  # softmax gives these probabilities back
 
 
 def test_the_largest_probability():
@@ -21,7 +23,9 @@ def test_the_margin_is_between_the_two_largest():
 
 def test_entropy_is_turned_round_and_scaled_to_its_maximum():
     bits = [-sum(p * math.log(p) for p in row) for row in ([0.8, 0.1, 0.1], [0.5, 0.3, 0.2])]
-    assert entropy(OUTPUTS).tolist() == pytest.approx([1 - value / math.log(3) for value in bits], abs=1e-6)
+    assert entropy(OUTPUTS).tolist() == pytest.approx(
+        [1 - value / math.log(3) for value in bits], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 1000])

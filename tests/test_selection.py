@@ -14,7 +14,13 @@ from impatient.files import read_tensors, write_tensors
 from impatient.policies import ThresholdPolicy, selection
 from impatient.policies.costsensitive import Decision
 from impatient.policies.routing import STOP, SelectionPolicy, selection_features
-from impatient.policies.selection import MixedSelection, fit_selection, mix_selections, reference_losses, sweep_selection
+from impatient.policies.selection import (
+    MixedSelection,
+    fit_selection,
+    mix_selections,
+    reference_losses,
+    sweep_selection,
+)
 from impatient.policies.selection_baselines import (
     agreement_route,
     chain_costs,
@@ -72,12 +78,18 @@ def test_cheapest_paths():
     assert Topology.chain(3).cheapest_paths([1.0, 1.0, 1.0])[2] == (0, 1, 2)
 
 
-@pytest.mark.parametrize(("nodes", "edges", "complaint"), [
-    ((), (), "at least one"), (("A", "A"), ((0, 1),), "name of its own"), (("A", "B"), ((0, 2),), r"\(0, 2\)"),
-    (("A",), ((0, 0),), "to another"), (("A", "B"), ((0, 1), (0, 1)), "at most once"),
-    (("A", "B", "C"), ((0, 1), (1, 2), (2, 1)), "B -> C -> B|C -> B -> C"),
-    (("A", "B", "C"), ((0, 2), (1, 2)), "A, B; needed: one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("nodes", "edges", "complaint"),
+    [
+        ((), (), "at least one"),
+        (("A", "A"), ((0, 1),), "name of its own"),
+        (("A", "B"), ((0, 2),), r"\(0, 2\)"),
+        (("A",), ((0, 0),), "to another"),
+        (("A", "B"), ((0, 1), (0, 1)), "at most once"),
+        (("A", "B", "C"), ((0, 1), (1, 2), (2, 1)), "B -> C -> B|C -> B -> C"),
+        (("A", "B", "C"), ((0, 2), (1, 2)), "A, B; needed: one"),
+    ],
+)
 def test_graphs_that_are_no_topology_are_refused(nodes, edges, complaint):
     with pytest.raises(PolicyError, match=complaint):
         Topology(nodes=nodes, edges=edges)
@@ -103,7 +115,10 @@ def test_features_tell_the_probabilities_and_who_agrees():
     features = selection_features([first.log(), second.log()], pooled=torch.tensor([[5.0], [6.0]]))
     assert features[:, :4].tolist() == [pytest.approx([0.7, 0.2, 0.1, 0.5])] * 2
     assert features[0, 5].item() == pytest.approx(math.log(3.5))
-    assert features[:, -3:].tolist() == [pytest.approx([1.0, 0.6, 5.0]), pytest.approx([0.0, 0.3, 6.0])]
+    assert features[:, -3:].tolist() == [
+        pytest.approx([1.0, 0.6, 5.0]),
+        pytest.approx([0.0, 0.3, 6.0]),
+    ]
 
 
 def test_features_of_all_networks_on_a_chain_hold_those_before():
@@ -120,7 +135,9 @@ def test_the_second_decision_alone_follows_the_corrected_truth_table(reference):
     # (L2, L3) = (1, 0): go. (0, 1), (0, 0), (1, 1): stop. The seed's labels have the first two the other way round.
     right = [[0, 1, 1, 0], [1, 0, 1, 0]]
     recording = problem(right, [[0.55, 0.9, 0.8, 0.7], [0.6, 0.6, 0.6, 0.6]], times=50)
-    policy = fit_selection(recording, [1.0, 10.0], Topology.chain(2), time_price=0.01, reference=reference)
+    policy = fit_selection(
+        recording, [1.0, 10.0], Topology.chain(2), time_price=0.01, reference=reference
+    )
     assert policy.route(recording.outputs).answering.tolist() == [1, 0, 0, 0] * 50
 
 
@@ -152,7 +169,9 @@ def fit_table(features, costs, *, weights=None, **_):
     for row, cost, count in zip(rows, costs, counts, strict=True):
         sums[row] = sums.get(row, 0.0) + count * cost
     none, no_pairs = torch.zeros(0), torch.zeros(0, 2).long()
-    table = Table(num_actions=costs.shape[1], mean=none, scale=none, machines={}, children=no_pairs, root=0)
+    table = Table(
+        num_actions=costs.shape[1], mean=none, scale=none, machines={}, children=no_pairs, root=0
+    )
     object.__setattr__(table, "table", {row: int(total.argmin()) for row, total in sums.items()})
     return table
 
@@ -170,22 +189,38 @@ def best_of_all_tables(recording, node_s, topology, price, reference):
     @functools.cache
     def cost(node, sample, tables):
         move = tables[node][states[node][sample]]
-        return losses[node, sample] if move == STOP else price * node_s[move] + cost(move, sample, tables)
+        return (
+            losses[node, sample]
+            if move == STOP
+            else price * node_s[move] + cost(move, sample, tables)
+        )
 
-    every = [itertools.product((STOP, *topology.moves(node)), repeat=places[node]) for node in range(len(node_s))]
+    every = [
+        itertools.product((STOP, *topology.moves(node)), repeat=places[node])
+        for node in range(len(node_s))
+    ]
     samples = range(len(recording.labels))
-    totals = (sum(cost(topology.source, sample, tables) for sample in samples) for tables in itertools.product(*every))
+    totals = (
+        sum(cost(topology.source, sample, tables) for sample in samples)
+        for tables in itertools.product(*every)
+    )
     return min(totals) / len(samples) + price * node_s[topology.source]
 
 
 @pytest.mark.parametrize("reference", ["none", "full"])
-@pytest.mark.parametrize("topology", [Topology.chain(3), Topology.full(3), Topology.star(3)], ids=["chain", "full", "star"])
+@pytest.mark.parametrize(
+    "topology",
+    [Topology.chain(3), Topology.full(3), Topology.star(3)],
+    ids=["chain", "full", "star"],
+)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_brute_force_over_all_decision_tables_equals_the_recursion(topology, reference, data):
     bits = st.lists(st.booleans(), min_size=5, max_size=5)
     right = data.draw(st.tuples(bits, bits, bits))
-    levels = data.draw(st.tuples(*[st.lists(st.sampled_from([0.6, 0.8]), min_size=5, max_size=5)] * 3))
+    levels = data.draw(
+        st.tuples(*[st.lists(st.sampled_from([0.6, 0.8]), min_size=5, max_size=5)] * 3)
+    )
     price = data.draw(st.sampled_from([0.0, 0.01, 0.05, 0.11, 0.3, 2.0]))
     outputs, _ = sure(right, levels)
     labels = torch.arange(5) % 2
@@ -194,39 +229,61 @@ def test_brute_force_over_all_decision_tables_equals_the_recursion(topology, ref
         patched.setattr(selection, "fit_decision", fit_table)
         policy = fit_selection(recording, node_s, topology, time_price=price, reference=reference)
         found = float(cost_of(policy, recording, price, reference).mean())
-    assert found == pytest.approx(best_of_all_tables(recording, node_s, topology, price, reference), abs=1e-9)
+    assert found == pytest.approx(
+        best_of_all_tables(recording, node_s, topology, price, reference), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", ["filter_tree", "regression"])
 @pytest.mark.parametrize("learner", ["boosting", "mlp"])
 def test_a_learner_that_can_represent_the_best_moves_finds_them(learner, method):
     right = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
-    recording = problem(right, [[0.95, 0.85, 0.75, 0.6], [0.6, 0.9, 0.7, 0.6], [0.9, 0.6, 0.9, 0.6]], times=10)
-    policy = fit_selection(recording, [1.0, 2.0, 4.0], Topology.full(3), time_price=0.1, learner=learner, method=method)
+    recording = problem(
+        right, [[0.95, 0.85, 0.75, 0.6], [0.6, 0.9, 0.7, 0.6], [0.9, 0.6, 0.9, 0.6]], times=10
+    )
+    policy = fit_selection(
+        recording, [1.0, 2.0, 4.0], Topology.full(3), time_price=0.1, learner=learner, method=method
+    )
     route = policy.route(recording.outputs)
     assert route.answering.tolist() == [0, 1, 2, 0] * 10
-    assert route.visited[:4].int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0]]  # straight to the right one
+    assert route.visited[:4].int().tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 0, 1],
+        [1, 0, 0],
+    ]  # straight to the right one
     assert route.time_s[:4].tolist() == [1.0, 3.0, 5.0, 1.0]
 
 
 def test_the_prices_of_nothing_and_of_everything_are_the_two_ends():
     recording, node_s = drawn(500, seed=1), [1.0, 2.0, 4.0, 8.0]
-    for reference, topology in itertools.product(("none", "full"), (Topology.chain(4), Topology.full(4))):
-        free = fit_selection(recording, node_s, topology, time_price=0.0, reference=reference).route(recording.outputs)
+    for reference, topology in itertools.product(
+        ("none", "full"), (Topology.chain(4), Topology.full(4))
+    ):
+        free = fit_selection(
+            recording, node_s, topology, time_price=0.0, reference=reference
+        ).route(recording.outputs)
         assert free.accuracy(recording) >= recording.hits()[-1].mean().item() - 1e-6
         dear = fit_selection(recording, node_s, topology, time_price=2.0, reference=reference)
         assert dear.visits == (0,)
         assert dear.route(recording.outputs).time_s.tolist() == [1.0] * 500
 
 
-TOY = drawn(20_000, seed=3, gains=(1.03, 2.82, 4.2), classes=5)  # right as often as the errata's toy
+TOY = drawn(
+    20_000, seed=3, gains=(1.03, 2.82, 4.2), classes=5
+)  # right as often as the errata's toy
 TOY_S = [1.0, 4.0, 14.0]
 
 
 def test_corrected_labels_escalate_more_as_the_price_falls():
     assert (1 - TOY.hits().mean(1)).tolist() == pytest.approx([0.59, 0.21, 0.058], abs=0.012)
-    points = sweep_selection(TOY, TOY_S, Topology.chain(3), time_prices=[1 / 40, 1 / 80, 1 / 160, 1 / 320])
-    errors, times = [1 - point.accuracy for point in points], [point.mean_time_s for point in points]
+    points = sweep_selection(
+        TOY, TOY_S, Topology.chain(3), time_prices=[1 / 40, 1 / 80, 1 / 160, 1 / 320]
+    )
+    errors, times = (
+        [1 - point.accuracy for point in points],
+        [point.mean_time_s for point in points],
+    )
     assert errors == sorted(errors, reverse=True)
     assert times == sorted(times)
     assert errors[0] < 0.19  # erratum 1: the seed labels never go on to N3, and stay at 0.21
@@ -237,24 +294,32 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
         route = point.policy.route(fresh.outputs)
         shares = torch.tensor(uniform_shares(fresh, TOY_S, route.mean_time_s), dtype=torch.float64)
         gains.append(route.accuracy(fresh) - float(shares @ fresh.hits().double().mean(1)))
-    assert min(gains[:2]) > 2 * 0.5 / math.sqrt(5000)  # two standard errors; with time to spare both are the full network
+    assert min(gains[:2]) > 2 * 0.5 / math.sqrt(
+        5000
+    )  # two standard errors; with time to spare both are the full network
 
 
 def test_sweeps_fit_to_the_samples_that_arrive():
     # most samples stop at node 0, but would go on at node 1, where the others, which had better stop there, look like them
     right = [[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]]
     recording = problem(right, [[0.9] * 4 + [0.6] * 3, [0.7] * 7, [0.7] * 7], times=20)
-    fit = functools.partial(fit_selection, recording, [1.0, 1.0, 1.0], Topology.chain(3), time_price=0.1, inputs="node")
+    fit = functools.partial(
+        fit_selection, recording, [1.0, 1.0, 1.0], Topology.chain(3), time_price=0.1, inputs="node"
+    )
     costs = [float(cost_of(fit(sweeps=count), recording, 0.1).mean()) for count in (0, 1)]
     assert costs == pytest.approx([0.1 + (2 + 0.1 * 6) / 7, 0.1 + (1 + 0.1 * 3) / 7])
 
 
 def test_sweeps_never_cost_more_on_their_own_samples():
     recording = drawn(600, seed=9)
-    fit = functools.partial(fit_selection, recording, [1.0, 2.0, 4.0, 8.0], Topology.full(4), inputs="node")
+    fit = functools.partial(
+        fit_selection, recording, [1.0, 2.0, 4.0, 8.0], Topology.full(4), inputs="node"
+    )
     for price in (0.01, 0.05):
         once, again = (fit(time_price=price, sweeps=count) for count in (0, 3))
-        assert cost_of(again, recording, price).mean() <= cost_of(once, recording, price).mean() + 1e-9
+        assert (
+            cost_of(again, recording, price).mean() <= cost_of(once, recording, price).mean() + 1e-9
+        )
 
 
 # --- pruning and the price of deciding --------------------------------------------------------------------------------
@@ -271,8 +336,14 @@ def test_a_network_that_nobody_is_sent_to_is_pruned():
 
 
 def test_where_all_go_on_nothing_is_decided_and_no_decision_is_paid():
-    recording = problem([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], [[0.9] * 4, [0.9, 0.6, 0.9, 0.6], [0.8] * 4], times=20)
-    policy = fit_selection(recording, [1.0, 1.0, 2.0], Topology.chain(3), time_price=0.1, gate_s=0.5)
+    recording = problem(
+        [[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]],
+        [[0.9] * 4, [0.9, 0.6, 0.9, 0.6], [0.8] * 4],
+        times=20,
+    )
+    policy = fit_selection(
+        recording, [1.0, 1.0, 2.0], Topology.chain(3), time_price=0.1, gate_s=0.5
+    )
     assert policy.moves == ((1,), (STOP, 2), (STOP,))
     assert policy.sees(0) == ()
     assert policy.route(recording.outputs).time_s[:2].tolist() == [2.5, 4.5]
@@ -288,8 +359,12 @@ def test_a_decision_that_does_not_earn_its_time_is_left_out():
 
 def test_the_time_of_later_decisions_counts_before_them():
     # node 1 decides for 2 seconds; going there and on is worth 0.6 without them, and not worth 0.6 with them
-    recording = problem([[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0.9, 0.6, 0.6], [0.8, 0.9, 0.6], [0.8] * 3], times=40)
-    fit = functools.partial(fit_selection, recording, [1.0, 1.0, 4.0], Topology.chain(3), time_price=0.15)
+    recording = problem(
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0.9, 0.6, 0.6], [0.8, 0.9, 0.6], [0.8] * 3], times=40
+    )
+    fit = functools.partial(
+        fit_selection, recording, [1.0, 1.0, 4.0], Topology.chain(3), time_price=0.15
+    )
     assert 2 in fit().visits
     assert 2 not in fit(gate_s=2.0).visits
 
@@ -297,7 +372,9 @@ def test_the_time_of_later_decisions_counts_before_them():
 # --- what a policy does -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topology", [DIAMOND, Topology.full(4), Topology.chain(4)], ids=["diamond", "full", "chain"])
+@pytest.mark.parametrize(
+    "topology", [DIAMOND, Topology.full(4), Topology.chain(4)], ids=["diamond", "full", "chain"]
+)
 def test_samples_move_along_edges_and_one_node_at_a_time_gives_the_same(topology):
     recording, node_s = drawn(400, seed=5), (1.0, 2.0, 2.5, 5.0)
     policy = fit_selection(recording, node_s, topology, time_price=0.01, gate_s=0.01)
@@ -311,7 +388,10 @@ def test_samples_move_along_edges_and_one_node_at_a_time_gives_the_same(topology
             answered, run = node, {k: recording.outputs[k, sample, None] for k in visited}
             node = int(policy.next_node(node, run))
             assert node == STOP or (answered, node) in topology.edges
-        assert (route.visited[sample].nonzero()[:, 0].tolist(), int(route.answering[sample])) == (sorted(visited), answered)
+        assert (route.visited[sample].nonzero()[:, 0].tolist(), int(route.answering[sample])) == (
+            sorted(visited),
+            answered,
+        )
         assert float(route.time_s[sample]) == pytest.approx(time)
 
 
@@ -344,7 +424,9 @@ def test_pooled_features_decide_where_outputs_cannot():
 
 def test_losses_of_ones_own():
     recording = problem([[1, 0, 1, 0], [1, 1, 1, 1]], [[0.9, 0.6, 0.9, 0.6], [0.8] * 4], times=20)
-    dear = torch.tensor([[5.0, 0.0] * 40, [0.0] * 80])  # what is right costs, what is wrong does not
+    dear = torch.tensor(
+        [[5.0, 0.0] * 40, [0.0] * 80]
+    )  # what is right costs, what is wrong does not
     policy = fit_selection(recording, [1.0, 2.0], Topology.chain(2), time_price=0.1, losses=dear)
     assert policy.route(recording.outputs).answering.tolist() == [1, 0] * 40
 
@@ -352,20 +434,30 @@ def test_losses_of_ones_own():
 @pytest.mark.parametrize("learner", ["logistic", "boosting"])
 def test_a_saved_policy_does_the_same(tmp_path, learner):
     recording = drawn(300, seed=7)
-    policy = fit_selection(recording, [1.0, 2.0, 4.0, 8.0], DIAMOND, time_price=0.01, learner=learner, gate_s=0.1)
+    policy = fit_selection(
+        recording, [1.0, 2.0, 4.0, 8.0], DIAMOND, time_price=0.01, learner=learner, gate_s=0.1
+    )
     policy.save(tmp_path / "policy.safetensors")
     loaded = SelectionPolicy.load(tmp_path / "policy.safetensors")
     old, new = policy.route(recording.outputs), loaded.route(recording.outputs)
     assert old.visited.equal(new.visited)
     assert old.time_s.equal(new.time_s)
     assert (loaded.topology, loaded.moves, loaded.target) == (DIAMOND, policy.moves, policy.target)
-    assert (loaded.split, loaded.provenance, loaded.time_price) == ("validation", recording.provenance, 0.01)
+    assert (loaded.split, loaded.provenance, loaded.time_price) == (
+        "validation",
+        recording.provenance,
+        0.01,
+    )
 
 
-@pytest.mark.parametrize("change", [{"moves": [[-1]]}, {"node_s": [1.0]}, {"topology": {}}, {"inputs": "tea leaves"}])
+@pytest.mark.parametrize(
+    "change", [{"moves": [[-1]]}, {"node_s": [1.0]}, {"topology": {}}, {"inputs": "tea leaves"}]
+)
 def test_a_damaged_policy_is_a_policy_error(tmp_path, change):
     path = tmp_path / "policy.safetensors"
-    fit_selection(drawn(100, seed=7), [1.0, 2.0, 4.0, 8.0], Topology.chain(4), time_price=0.01).save(path)
+    fit_selection(
+        drawn(100, seed=7), [1.0, 2.0, 4.0, 8.0], Topology.chain(4), time_price=0.01
+    ).save(path)
     tensors, header = read_tensors(path)
     write_tensors(path, tensors, header | change)
     with pytest.raises(PolicyError):
@@ -375,24 +467,37 @@ def test_a_damaged_policy_is_a_policy_error(tmp_path, change):
 
 
 def test_a_policy_refuses_another_number_of_networks():
-    policy = fit_selection(drawn(100, seed=7), [1.0, 2.0, 4.0, 8.0], Topology.chain(4), time_price=0.01)
+    policy = fit_selection(
+        drawn(100, seed=7), [1.0, 2.0, 4.0, 8.0], Topology.chain(4), time_price=0.01
+    )
     with pytest.raises(PolicyError, match=r"for 4 networks.* 3 and 0"):
         policy.route(torch.zeros(3, 5, 5))
 
 
 def test_one_network_alone_answers_all():
     recording = drawn(20, seed=8, gains=(1.0,))
-    route = fit_selection(recording, [2.0], Topology.chain(1), time_price=0.1).route(recording.outputs)
+    route = fit_selection(recording, [2.0], Topology.chain(1), time_price=0.1).route(
+        recording.outputs
+    )
     assert route.time_s.tolist() == [2.0] * 20
 
 
-@pytest.mark.parametrize(("changes", "complaint"), [
-    ({"topology": Topology.chain(3)}, "of 4 networks, the topology of 3"), ({"node_s": [1.0] * 3}, "of each of 4"),
-    ({"node_s": [1.0, 1.0, 0.0, 1.0]}, "positive"), ({"time_price": None}, "given: none"), ({"time_price": -1.0}, "positive"),
-    ({"mean_time_s": 1.0}, "given: time_price, mean_time_s"), ({"reference": "downstream"}, "downstream"),
-    ({"inputs": "all"}, "'all'"), ({"sweeps": -1}, "sweeps=-1"), ({"gate_s": math.nan}, "gate_s=nan"),
-    ({"losses": torch.zeros(3, 50)}, r"\(3, 50\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"topology": Topology.chain(3)}, "of 4 networks, the topology of 3"),
+        ({"node_s": [1.0] * 3}, "of each of 4"),
+        ({"node_s": [1.0, 1.0, 0.0, 1.0]}, "positive"),
+        ({"time_price": None}, "given: none"),
+        ({"time_price": -1.0}, "positive"),
+        ({"mean_time_s": 1.0}, "given: time_price, mean_time_s"),
+        ({"reference": "downstream"}, "downstream"),
+        ({"inputs": "all"}, "'all'"),
+        ({"sweeps": -1}, "sweeps=-1"),
+        ({"gate_s": math.nan}, "gate_s=nan"),
+        ({"losses": torch.zeros(3, 50)}, r"\(3, 50\)"),
+    ],
+)
 def test_what_cannot_be_fitted_is_refused(changes, complaint):
     given = {"node_s": [1.0] * 4, "topology": Topology.chain(4), "time_price": 0.1} | changes
     with pytest.raises((PolicyError, TypeError), match=complaint):
@@ -411,7 +516,10 @@ def test_fitted_targets_are_kept_on_their_own_samples(topology):
         policy = fit_selection(FEW, FEW_S, topology, mean_time_s=wanted)
         route = policy.route(FEW.outputs)
         assert 0.8 * wanted < route.mean_time_s <= wanted
-        assert (policy.target["mean_time_s"], policy.target["mean_cost"]) == (wanted, pytest.approx(route.mean_time_s))
+        assert (policy.target["mean_time_s"], policy.target["mean_cost"]) == (
+            wanted,
+            pytest.approx(route.mean_time_s),
+        )
     policy = fit_selection(FEW, FEW_S, topology, max_accuracy_loss=0.05)
     route = policy.route(FEW.outputs)
     assert full - 0.05 - 1e-6 <= route.accuracy(FEW) <= full
@@ -440,7 +548,9 @@ def test_two_neighbours_mixed_meet_a_mean_time(tmp_path):
     assert route.mean_time_s == pytest.approx(0.75 * fast + 0.25 * slow, rel=0.01)
     assert mixed.follows_slow(100).equal(mixed.follows_slow(40_000)[:100])
     mixed.save(tmp_path / "mixed.safetensors")
-    assert MixedSelection.load(tmp_path / "mixed.safetensors").route(many).visited.equal(route.visited)
+    assert (
+        MixedSelection.load(tmp_path / "mixed.safetensors").route(many).visited.equal(route.visited)
+    )
     with pytest.raises(InfeasibleTarget):
         mix_selections(points, mean_time_s=0.5)
     assert mix_selections(points, mean_time_s=1e6).share == 1.0
@@ -467,7 +577,9 @@ def test_uniform_mixing_is_the_chord_between_two_networks():
         uniform_shares(recording, [1.0, 2.0, 5.0], 0.5)
 
 
-@pytest.mark.parametrize("target", [{"mean_time_s": 4.0}, {"mean_time_s": 8.5}, {"max_accuracy_loss": 0.03}])
+@pytest.mark.parametrize(
+    "target", [{"mean_time_s": 4.0}, {"mean_time_s": 8.5}, {"max_accuracy_loss": 0.03}]
+)
 def test_one_threshold_is_the_best_of_all(target):
     recording = drawn(60, seed=12)
     (name, wanted), *_ = target.items()
@@ -475,7 +587,11 @@ def test_one_threshold_is_the_best_of_all(target):
     assert len(set(policy.thresholds[:-1])) == 1
     floor = recording.hits()[-1].double().mean().item() - wanted - 1e-9
     every = []
-    for threshold in [math.inf, -math.inf, *recording.outputs.softmax(-1).amax(-1).flatten().tolist()]:
+    for threshold in [
+        math.inf,
+        -math.inf,
+        *recording.outputs.softmax(-1).amax(-1).flatten().tolist(),
+    ]:
         tried = ThresholdPolicy(score="max_probability", thresholds=(threshold,) * 3 + (-math.inf,))
         route = chain_route(tried, recording.outputs, FEW_S)
         every.append((route.accuracy(recording), -route.mean_time_s))
@@ -497,7 +613,12 @@ def test_thresholds_per_network_leave_closed_networks_out():
     route = chain_route(closed, FEW.outputs, FEW_S)
     assert not route.visited[:, 0].any()
     assert set(route.time_s.tolist()) == {2.0, 6.0}
-    assert chain_costs(FEW_S).cumulative_s("interruptible", heads=closed.open_exits()) == (1.0, 2.0, 6.0, 14.0)
+    assert chain_costs(FEW_S).cumulative_s("interruptible", heads=closed.open_exits()) == (
+        1.0,
+        2.0,
+        6.0,
+        14.0,
+    )
 
 
 def test_agreement_stops_at_the_second_that_says_the_same():
@@ -505,7 +626,9 @@ def test_agreement_stops_at_the_second_that_says_the_same():
     route = agreement_route(torch.nn.functional.one_hot(answers, 3).float(), [1.0, 1.0, 2.0, 4.0])
     assert route.answering.tolist() == [1, 2, 2, 3]
     assert route.time_s.tolist() == [2.0, 4.0, 4.0, 8.0]
-    three = agreement_route(torch.nn.functional.one_hot(answers, 3).float(), [1.0, 1.0, 2.0, 4.0], needed=3)
+    three = agreement_route(
+        torch.nn.functional.one_hot(answers, 3).float(), [1.0, 1.0, 2.0, 4.0], needed=3
+    )
     assert three.answering.tolist() == [3, 3, 3, 3]
     with pytest.raises(PolicyError, match="at least 2"):
         agreement_route(FEW.outputs, FEW_S, needed=1)
@@ -524,7 +647,9 @@ def test_the_oracle_says_what_it_pays_and_who_answers_when_none_is_right():
 
 
 def test_no_policy_beats_the_oracle():
-    route = fit_selection(FEW, FEW_S, Topology.full(4), time_price=0.01, learner="svm").route(FEW.outputs)
+    route = fit_selection(FEW, FEW_S, Topology.full(4), time_price=0.01, learner="svm").route(
+        FEW.outputs
+    )
     oracle = oracle_route(FEW, FEW_S, Topology.full(4))
     right = route.hits(FEW).bool()
     assert oracle.hits(FEW)[right].all()

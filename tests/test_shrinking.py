@@ -21,7 +21,9 @@ class Chain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)
+        )
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.rows: list[int] = []
 
@@ -116,7 +118,8 @@ class Attending(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(20, WIDTH)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3)
+            nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+            for _ in range(3)
         )
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
@@ -249,14 +252,18 @@ def test_a_network_that_does_not_shrink_says_what_to_do_and_goes_on_with_all() -
         assert_rows(next(run).output(), whole[1], [0, 1, 2, 3, 4])
 
 
-def test_one_kept_row_that_is_broadcast_over_the_old_batch_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_kept_row_that_is_broadcast_over_the_old_batch_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     network = attach(Skipping())
     monkeypatch.setattr(network, "shrinks", lambda x: True)  # as if the trial had missed it
     with network.exits(x_of()) as run:
         next(run)
         run.keep([2])
         next(run)
-        with pytest.raises(NetworkError, match=r"after keep\(\) of 1 samples, exit 2 has shape \(5, 3\)"):
+        with pytest.raises(
+            NetworkError, match=r"after keep\(\) of 1 samples, exit 2 has shape \(5, 3\)"
+        ):
             next(run)
 
 
@@ -279,7 +286,9 @@ def test_networks_are_found_to_shrink_or_not(model: Callable[[], nn.Module], shr
     assert attach(model()).shrinks(x_of()) is shrinks
 
 
-@pytest.mark.parametrize("x", [torch.zeros(1, WIDTH), torch.randn(7, WIDTH), torch.full((2, WIDTH), 3.0)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, WIDTH), torch.randn(7, WIDTH), torch.full((2, WIDTH), 3.0)]
+)
 def test_any_input_of_the_kind_will_do(x: Tensor) -> None:
     assert attach(Chain()).shrinks(x)
 
@@ -293,7 +302,12 @@ def test_a_mask_that_crosses_the_cuts_is_found_even_where_it_masks_nothing() -> 
 
 
 def test_batch_statistics_do_not_shrink_in_training_mode() -> None:
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh()) for _ in range(3)))
+    model = nn.Sequential(
+        *(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh())
+            for _ in range(3)
+        )
+    )
     network = attach_exits(model, after=["0", "1"], example=torch.zeros(1, WIDTH))
     assert not network.train().shrinks(x_of())
     assert network.eval().shrinks(x_of())
@@ -339,7 +353,9 @@ def test_why_a_network_does_not_shrink_is_logged(caplog: pytest.LogCaptureFixtur
 
 def test_several_threads_may_ask_at_once() -> None:
     network, found = attach(Chain()), []
-    threads = [threading.Thread(target=lambda: found.append(network.shrinks(x_of()))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(network.shrinks(x_of()))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -352,7 +368,13 @@ def test_several_threads_may_ask_at_once() -> None:
 
 def test_made_up_samples_differ_and_have_the_kind_of_the_input() -> None:
     ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.long)
-    x = {"image": torch.zeros(1, 3, 4, 4), "ids": ids, "mask": mask, "flag": True, "scale": torch.tensor(2.0)}
+    x = {
+        "image": torch.zeros(1, 3, 4, 4),
+        "ids": ids,
+        "mask": mask,
+        "flag": True,
+        "scale": torch.tensor(2.0),
+    }
     made = probe(x, 3)
     assert kind_of(made) == kind_of(x)
     assert len({tuple(row.flatten().tolist()) for row in made["image"]}) == 3

@@ -20,14 +20,25 @@ from impatient.networks.resnet import PreActBottleneck
 from impatient.networks.specs import import_torchvision
 from impatient.networks.vgg import SmallVGG
 
-TINY_BERT = "num_hidden_layers=2,hidden_size=16,num_attention_heads=2,intermediate_size=32,vocab_size=32"
+TINY_BERT = (
+    "num_hidden_layers=2,hidden_size=16,num_attention_heads=2,intermediate_size=32,vocab_size=32"
+)
 TINY_VIT = f"{TINY_BERT.rpartition(',')[0]},image_size=16,patch_size=8"
 IMAGE = torch.ones(1, 3, 32, 32)
 
-has = {name: importlib.util.find_spec(name) is not None for name in ("torchvision", "timm", "transformers")}
-needs_torchvision = pytest.mark.skipif(not has["torchvision"], reason="torchvision is not installed")
-needs_timm = pytest.mark.skipif(not (has["timm"] and has["torchvision"]), reason="timm is not installed")
-needs_transformers = pytest.mark.skipif(not has["transformers"], reason="transformers is not installed")
+has = {
+    name: importlib.util.find_spec(name) is not None
+    for name in ("torchvision", "timm", "transformers")
+}
+needs_torchvision = pytest.mark.skipif(
+    not has["torchvision"], reason="torchvision is not installed"
+)
+needs_timm = pytest.mark.skipif(
+    not (has["timm"] and has["torchvision"]), reason="timm is not installed"
+)
+needs_transformers = pytest.mark.skipif(
+    not has["transformers"], reason="transformers is not installed"
+)
 
 
 def outputs(model: nn.Module, x: Any = IMAGE) -> Any:
@@ -48,16 +59,24 @@ def test_own_network_takes_options() -> None:
 
 def test_what_the_caller_knows_is_passed_on_unless_the_spec_says_otherwise() -> None:
     assert outputs(load_model("impatient:resnet:n=1,c=4", num_classes=6)).shape == (1, 6)
-    assert outputs(load_model("impatient:resnet:n=1,c=4,num_classes=7", num_classes=6)).shape == (1, 7)
+    assert outputs(load_model("impatient:resnet:n=1,c=4,num_classes=7", num_classes=6)).shape == (
+        1,
+        7,
+    )
     assert load_model("impatient:resnet:n=1,c=4", in_channels=1).stem.in_channels == 1
 
 
 def test_own_networks_of_the_papers_have_names() -> None:
-    resnet = load_model("impatient:resnet:n=[1,2],c=4,block=bottleneck,shortcut=projection,stem=imagenet,depth=2")
+    resnet = load_model(
+        "impatient:resnet:n=[1,2],c=4,block=bottleneck,shortcut=projection,stem=imagenet,depth=2"
+    )
     assert isinstance(resnet, PreActResNet)
     assert [type(block) for block in resnet.blocks] == [PreActBottleneck] * 2
     assert len(load_model("impatient:resnet_imagenet:layers=26,c=4", num_classes=6).blocks) == 8
-    assert outputs(load_model("impatient:resnet_imagenet:layers=14,c=4", num_classes=6)).shape == (1, 6)
+    assert outputs(load_model("impatient:resnet_imagenet:layers=14,c=4", num_classes=6)).shape == (
+        1,
+        6,
+    )
     vgg = load_model("impatient:vgg:width=4,blocks=[1,2]", num_classes=6, in_channels=1)
     assert isinstance(vgg, SmallVGG)
     assert outputs(vgg, torch.ones(1, 1, 28, 28)).shape == (1, 6)
@@ -66,14 +85,19 @@ def test_own_networks_of_the_papers_have_names() -> None:
 
 def test_unknown_own_network_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ModelSpecError, match=r"no network 'lenet' in impatient; needed: one of anytimenet, .*, resnet, .*vgg\."
+        ModelSpecError,
+        match=r"no network 'lenet' in impatient; needed: one of anytimenet, .*, resnet, .*vgg\.",
     ):
         load_model("impatient:lenet")
 
 
-@pytest.mark.parametrize("schedule", ["1-1/2-1/2-2", "[(1,1),(2,1),(2,2)]", "((1, 1), (2, 1), (2, 2))"])
+@pytest.mark.parametrize(
+    "schedule", ["1-1/2-1/2-2", "[(1,1),(2,1),(2,2)]", "((1, 1), (2, 1), (2, 2))"]
+)
 def test_schedules_of_growing_networks_are_text_or_lists_in_lists(schedule: str) -> None:
-    network = load_model(f"impatient:anytimenet:schedule={schedule},width=4", num_classes=6, in_channels=1)
+    network = load_model(
+        f"impatient:anytimenet:schedule={schedule},width=4", num_classes=6, in_channels=1
+    )
     assert isinstance(network, AnytimeNet)
     assert network.exit_names == ("1-1", "2-1", "2-2")
     assert outputs(network.backbone, torch.ones(1, 1, 8, 8)).shape == (1, 6)
@@ -83,7 +107,9 @@ def test_schedules_of_growing_networks_are_text_or_lists_in_lists(schedule: str)
 
 
 def test_option_the_network_does_not_take_is_refused_by_name() -> None:
-    with pytest.raises(ModelSpecError, match=r"'impatient:resnet:height=3' could not be built: TypeError.*height"):
+    with pytest.raises(
+        ModelSpecError, match=r"'impatient:resnet:height=3' could not be built: TypeError.*height"
+    ):
         load_model("impatient:resnet:height=3")
 
 
@@ -100,7 +126,10 @@ def test_torchvision_model_takes_classes_and_options() -> None:
     model = load_model("torchvision:mobilenet_v3_small:dropout=0.5", num_classes=4)
     assert outputs(model).shape == (1, 4)
     assert model.classifier[2].p == 0.5
-    assert outputs(load_model("torchvision:squeezenet1_1:num_classes=9", num_classes=4)).shape == (1, 9)
+    assert outputs(load_model("torchvision:squeezenet1_1:num_classes=9", num_classes=4)).shape == (
+        1,
+        9,
+    )
 
 
 @needs_torchvision
@@ -122,12 +151,18 @@ def test_classes_are_not_forced_on_pretrained_weights(monkeypatch: pytest.Monkey
     load_model("torchvision:resnet18:weights=DEFAULT", num_classes=4)
     load_model("torchvision:googlenet:weights=DEFAULT", num_classes=4)
     load_model("torchvision:resnet18:weights=None", num_classes=4)
-    assert asked == [{"weights": "DEFAULT"}, {"weights": "DEFAULT"}, {"weights": None, "num_classes": 4}]
+    assert asked == [
+        {"weights": "DEFAULT"},
+        {"weights": "DEFAULT"},
+        {"weights": None, "num_classes": 4},
+    ]
 
 
 @needs_torchvision
 def test_misspelt_torchvision_model_is_refused_with_near_names() -> None:
-    with pytest.raises(ModelSpecError, match=r"torchvision has no model 'resnet5'. Near it: .*resnet50"):
+    with pytest.raises(
+        ModelSpecError, match=r"torchvision has no model 'resnet5'. Near it: .*resnet50"
+    ):
         load_model("torchvision:resnet5")
     with pytest.raises(ModelSpecError, match=r"has no model 'qqqqqq'. It has \d+ others"):
         load_model("torchvision:qqqqqq")
@@ -150,7 +185,9 @@ def test_timm_model_takes_classes_and_channels() -> None:
 
 @needs_timm
 def test_misspelt_timm_model_is_refused_with_near_names() -> None:
-    with pytest.raises(ModelSpecError, match=r"timm has no model 'tst_resnet'. Near it: .*test_resnet"):
+    with pytest.raises(
+        ModelSpecError, match=r"timm has no model 'tst_resnet'. Near it: .*test_resnet"
+    ):
         load_model("timm:tst_resnet")
 
 
@@ -170,7 +207,8 @@ def test_configuration_class_gives_a_classifier_of_its_kind() -> None:
 @needs_transformers
 def test_options_may_be_lists() -> None:
     model = load_model(
-        "transformers:ResNetConfig:embedding_size=4,hidden_sizes=[4,8],depths=[1,2],layer_type=basic", num_classes=4
+        "transformers:ResNetConfig:embedding_size=4,hidden_sizes=[4,8],depths=[1,2],layer_type=basic",
+        num_classes=4,
     )
     assert model.config.hidden_sizes == [4, 8]
     assert model.config.depths == [1, 2]
@@ -182,7 +220,9 @@ def test_options_may_be_lists() -> None:
 def test_local_configuration_file_gives_random_weights(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     options = dict(entry.split("=") for entry in TINY_BERT.split(","))
-    file.write_text(json.dumps({"model_type": "bert", **{key: int(value) for key, value in options.items()}}))
+    file.write_text(
+        json.dumps({"model_type": "bert", **{key: int(value) for key, value in options.items()}})
+    )
     model = load_model(f"transformers:{file}", num_classes=4)
     assert model.config.num_hidden_layers == 2
     assert outputs(model, torch.ones(2, 3, dtype=torch.long)).shape == (2, 4)
@@ -190,12 +230,19 @@ def test_local_configuration_file_gives_random_weights(tmp_path: Path) -> None:
 
 @needs_transformers
 def test_classes_of_the_spec_win_in_transformers_too() -> None:
-    assert load_model(f"transformers:BertConfig:{TINY_BERT},num_labels=9", num_classes=4).config.num_labels == 9
+    assert (
+        load_model(
+            f"transformers:BertConfig:{TINY_BERT},num_labels=9", num_classes=4
+        ).config.num_labels
+        == 9
+    )
 
 
 @needs_transformers
 def test_configuration_that_cannot_be_is_refused_with_the_reason() -> None:
-    with pytest.raises(ModelSpecError, match=r"could not be built: ValueError.*hidden size.*multiple"):
+    with pytest.raises(
+        ModelSpecError, match=r"could not be built: ValueError.*hidden size.*multiple"
+    ):
         load_model("transformers:BertConfig:hidden_size=17,num_attention_heads=2")
 
 
@@ -255,7 +302,9 @@ def test_factory_is_told_the_classes_only_when_it_asks(own: str) -> None:
     assert load_model(f"{own}:without_options", num_classes=6).out_features == 2
 
 
-def test_module_of_a_package_is_found(tmp_path: Path, own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_of_a_package_is_found(
+    tmp_path: Path, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "own_package_for_tests"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -267,7 +316,9 @@ def test_module_of_a_package_is_found(tmp_path: Path, own: str, monkeypatch: pyt
 
 
 def test_loaded_model_can_be_given_exits(own: str) -> None:
-    network = attach_exits(load_model(f"{own}:build:depth=3"), after=["0", "1"], example=torch.ones(1, 4))
+    network = attach_exits(
+        load_model(f"{own}:build:depth=3"), after=["0", "1"], example=torch.ones(1, 4)
+    )
     assert network.num_exits == 3
 
 
@@ -283,7 +334,9 @@ def test_loaded_model_can_be_given_exits(own: str) -> None:
         ("build:depth=two", r"could not be built: TypeError"),
     ],
 )
-def test_factory_that_gives_no_model_is_refused_with_the_reason(own: str, rest: str, complaint: str) -> None:
+def test_factory_that_gives_no_model_is_refused_with_the_reason(
+    own: str, rest: str, complaint: str
+) -> None:
     with pytest.raises(ModelSpecError, match=complaint) as caught:
         load_model(f"{own}:{rest}")
     assert own in str(caught.value)
@@ -302,7 +355,9 @@ def test_module_that_fails_on_import_is_refused_with_the_reason(own: str, tmp_pa
 # --- specs that cannot be read --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", ["", "resnet50", ":resnet50", "torchvision:", "torchvision", "::", "impatient::n=3"])
+@pytest.mark.parametrize(
+    "spec", ["", "resnet50", ":resnet50", "torchvision:", "torchvision", "::", "impatient::n=3"]
+)
 def test_spec_without_source_or_name_is_refused_with_examples(spec: str) -> None:
     message = rf"cannot read the model spec '{re.escape(spec)}'; needed: SOURCE:NAME.*impatient:resnet.*mypackage"
     with pytest.raises(ModelSpecError, match=message):
@@ -311,7 +366,10 @@ def test_spec_without_source_or_name_is_refused_with_examples(spec: str) -> None
 
 @pytest.mark.parametrize("option", ["n", "n:5", "=5", "2n=5", "n 5", "[1,2]"])
 def test_unreadable_option_is_refused_with_an_example(option: str) -> None:
-    with pytest.raises(ModelSpecError, match=rf"cannot read the option '{re.escape(option)}' of .*key=value, such as n=5"):
+    with pytest.raises(
+        ModelSpecError,
+        match=rf"cannot read the option '{re.escape(option)}' of .*key=value, such as n=5",
+    ):
         load_model(f"impatient:resnet:c=4,{option}")
 
 
@@ -323,23 +381,47 @@ def test_empty_options_do_no_harm(options: str) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("5", 5), ("0.5", 0.5), ("True", True), ("None", None), ("'a b'", "a b"), ("DEFAULT", "DEFAULT"), ("a/b-1", "a/b-1"),
-        ("[1,2]", [1, 2]), ("(1,2)", (1, 2)), ("[]", []), ("", ""),
+        ("5", 5),
+        ("0.5", 0.5),
+        ("True", True),
+        ("None", None),
+        ("'a b'", "a b"),
+        ("DEFAULT", "DEFAULT"),
+        ("a/b-1", "a/b-1"),
+        ("[1,2]", [1, 2]),
+        ("(1,2)", (1, 2)),
+        ("[]", []),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_option_values_are_literals_or_else_text(text: str, value: Any) -> None:
-    assert specs_module._parse(f"a:b:first={text},last=1") == ("a", "b", {"first": value, "last": 1})
+    assert specs_module._parse(f"a:b:first={text},last=1") == (
+        "a",
+        "b",
+        {"first": value, "last": 1},
+    )
 
 
 def test_unknown_source_is_refused_naming_what_cannot_be_imported() -> None:
-    with pytest.raises(ModelSpecError, match=r"'tourchvision:resnet50'.*No module named 'tourchvision'.*in this folder\?"):
+    with pytest.raises(
+        ModelSpecError,
+        match=r"'tourchvision:resnet50'.*No module named 'tourchvision'.*in this folder\?",
+    ):
         load_model("tourchvision:resnet50")
 
 
-@pytest.mark.parametrize(("source", "extra"), [("timm", "vision"), ("transformers", "text"), ("torchvision", "vision")])
-def test_missing_library_is_refused_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch, source: str, extra: str) -> None:
-    monkeypatch.setitem(sys.modules, source, None)  # what Python does for a module that must not be imported
-    with pytest.raises(ModelSpecError, match=rf"cannot be imported.*pip install 'impatient\[{extra}\]'"):
+@pytest.mark.parametrize(
+    ("source", "extra"), [("timm", "vision"), ("transformers", "text"), ("torchvision", "vision")]
+)
+def test_missing_library_is_refused_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, source: str, extra: str
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, source, None
+    )  # what Python does for a module that must not be imported
+    with pytest.raises(
+        ModelSpecError, match=rf"cannot be imported.*pip install 'impatient\[{extra}\]'"
+    ):
         load_model(f"{source}:resnet18")
 
 

@@ -43,8 +43,12 @@ def x_of(batch: int = 4) -> Tensor:
     return torch.randn(batch, WIDTH)
 
 
-def attach(model: nn.Module, *after: str, heads: Any = "linear", example: Any = None) -> MultiExitNetwork:
-    return attach_exits(model, after=list(after), heads=heads, example=x_of(1) if example is None else example)
+def attach(
+    model: nn.Module, *after: str, heads: Any = "linear", example: Any = None
+) -> MultiExitNetwork:
+    return attach_exits(
+        model, after=list(after), heads=heads, example=x_of(1) if example is None else example
+    )
 
 
 def staged(network: MultiExitNetwork, x: Any) -> list[Tensor]:
@@ -102,11 +106,17 @@ def test_exits_come_shallow_to_deep_and_then_end(toy: nn.Module, toy_input: Tens
     assert list(walk) == []
 
 
-def test_staged_outputs_equal_those_of_forward_and_of_hand_written_stages(toy: nn.Module, toy_input: Tensor) -> None:
+def test_staged_outputs_equal_those_of_forward_and_of_hand_written_stages(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     first = toy.blocks[0](toy_input)
     third = toy.blocks[2](toy.blocks[1](first))
-    by_hand = [network.heads[0](first), network.heads[1](third), toy.classifier(toy.blocks[3](third))]
+    by_hand = [
+        network.heads[0](first),
+        network.heads[1](third),
+        toy.classifier(toy.blocks[3](third)),
+    ]
     assert_same(staged(network, toy_input), by_hand)
     assert_same(network(toy_input), by_hand)
 
@@ -116,19 +126,25 @@ def test_features_are_what_the_module_at_the_cut_gave(toy: nn.Module, toy_input:
     assert_same([exit.features], [toy.blocks[0](toy_input)])
 
 
-def test_last_exit_needs_no_head_and_its_features_are_the_output(toy: nn.Module, toy_input: Tensor) -> None:
+def test_last_exit_needs_no_head_and_its_features_are_the_output(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     *_, last = toy_network(toy).exits(toy_input)
     assert last.features is last.output()
     assert_same([last.output()], [toy(toy_input)])
 
 
-def test_network_without_early_exits_gives_the_backbones_output(toy: nn.Module, toy_input: Tensor) -> None:
+def test_network_without_early_exits_gives_the_backbones_output(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = attach(toy)
     assert_same(staged(network, toy_input), [toy(toy_input)])
     assert_same(network(toy_input), [toy(toy_input)])
 
 
-def test_gradients_of_a_staged_training_step_equal_those_of_forward(toy: nn.Module, toy_input: Tensor) -> None:
+def test_gradients_of_a_staged_training_step_equal_those_of_forward(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     gradients = []
     for outputs in (staged(network, toy_input), network(toy_input)):
@@ -147,7 +163,9 @@ def test_exit_tells_whether_its_output_is_computed(toy: nn.Module, toy_input: Te
     assert "output=computed" in repr(exit)
 
 
-def test_backbone_called_by_itself_is_not_disturbed_by_its_hooks(toy: nn.Module, toy_input: Tensor) -> None:
+def test_backbone_called_by_itself_is_not_disturbed_by_its_hooks(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     before = toy(toy_input)
     network = toy_network(toy)
     assert network.backbone is toy
@@ -184,7 +202,12 @@ class Modal(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.mode = mode
-        self.before, self.inside, self.also_inside, self.after = linear(), linear(), linear(), linear()
+        self.before, self.inside, self.also_inside, self.after = (
+            linear(),
+            linear(),
+            linear(),
+            linear(),
+        )
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.seen: list[tuple[Any, ...]] = []
 
@@ -230,7 +253,9 @@ def test_mode_entered_by_the_model_does_not_leak_to_the_caller(mode: str) -> Non
 
 @every_mode
 @pytest.mark.parametrize("callers", MODES)
-def test_model_finds_its_modes_again_whatever_the_caller_does_between(mode: str, callers: str) -> None:
+def test_model_finds_its_modes_again_whatever_the_caller_does_between(
+    mode: str, callers: str
+) -> None:
     network, x = modal(mode), x_of()
     seen, output = plainly_seen(network, x)
     network.backbone.seen.clear()
@@ -246,8 +271,12 @@ def test_model_finds_its_modes_again_whatever_the_caller_does_between(mode: str,
 
 @every_mode
 @pytest.mark.parametrize("callers", MODES)
-@pytest.mark.parametrize("step", [1, 2, 3])  # in which the model enters its mode, stays in it, leaves it
-def test_callers_mode_around_one_step_neither_leaks_in_nor_is_lost(mode: str, callers: str, step: int) -> None:
+@pytest.mark.parametrize(
+    "step", [1, 2, 3]
+)  # in which the model enters its mode, stays in it, leaves it
+def test_callers_mode_around_one_step_neither_leaks_in_nor_is_lost(
+    mode: str, callers: str, step: int
+) -> None:
     network, x = modal(mode), x_of()
     seen, output = plainly_seen(network, x)
     network.backbone.seen.clear()
@@ -310,9 +339,14 @@ def test_a_run_keeps_the_modes_in_which_it_was_asked_for(mode: str) -> None:
     assert last.output().requires_grad == output.requires_grad
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["entered by the model", "entered by the caller"])
+@pytest.mark.parametrize(
+    "inside", [True, False], ids=["entered by the model", "entered by the caller"]
+)
 def test_weights_cast_by_autocast_in_a_run_are_not_used_after_they_changed(inside: bool) -> None:
-    network, x = attach(Modal("autocast" if inside else "nothing"), "before", "inside", "also_inside"), x_of()
+    network, x = (
+        attach(Modal("autocast" if inside else "nothing"), "before", "inside", "also_inside"),
+        x_of(),
+    )
     with MODES["nothing" if inside else "autocast"]():
         walk = network.exits(x)
     for _ in range(3):
@@ -328,7 +362,9 @@ def test_weights_cast_by_autocast_in_a_run_are_not_used_after_they_changed(insid
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_gradients_survive_a_step_taken_under_no_grad(toy: nn.Module, toy_input: Tensor, keep: bool) -> None:
+def test_gradients_survive_a_step_taken_under_no_grad(
+    toy: nn.Module, toy_input: Tensor, keep: bool
+) -> None:
     network = toy_network(toy)
     walk = network.exits(toy_input, keep=keep)
     with torch.no_grad():
@@ -414,7 +450,9 @@ abandoned = pytest.mark.parametrize("abandon", [by_break, by_del, by_close, by_w
 
 
 @abandoned
-def test_abandoned_run_runs_the_models_finally_and_frees_what_it_held(abandon: Callable[..., None]) -> None:
+def test_abandoned_run_runs_the_models_finally_and_frees_what_it_held(
+    abandon: Callable[..., None],
+) -> None:
     network, before = unwinding(), paused_runs()
     abandon(network, x_of())
     assert network.backbone.unwound == 1
@@ -449,7 +487,9 @@ def test_an_exit_somebody_holds_does_not_keep_its_run_alive() -> None:
     assert_same([exit.output()], [network(x)[0]])
 
 
-def test_output_of_the_last_exit_reached_can_be_asked_after_close(toy: nn.Module, toy_input: Tensor) -> None:
+def test_output_of_the_last_exit_reached_can_be_asked_after_close(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     with network.exits(toy_input) as walk:
         exit = next(walk)
@@ -467,7 +507,9 @@ def test_finished_run_frees_its_input_and_its_greenlet(toy: nn.Module) -> None:
     assert paused_runs() == before
 
 
-def test_closed_run_gives_nothing_more_and_may_be_closed_again(toy: nn.Module, toy_input: Tensor) -> None:
+def test_closed_run_gives_nothing_more_and_may_be_closed_again(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     walk = toy_network(toy).exits(toy_input)
     next(walk)
     walk.close()
@@ -505,7 +547,9 @@ class Swallowing(nn.Module):
 def test_model_that_swallows_everything_is_still_ended() -> None:
     network, before = attach(Swallowing(), "block@0", "block@1", "block@3"), paused_runs()
     by_close(network, x_of())
-    assert network.backbone.swallowed == [greenlet.GreenletExit] * 3  # thrown in once, and again at each cut it came to
+    assert (
+        network.backbone.swallowed == [greenlet.GreenletExit] * 3
+    )  # thrown in once, and again at each cut it came to
     assert paused_runs() == before
     network.backbone.swallowed.clear()
     assert len(staged(network, x_of())) == 4
@@ -551,7 +595,9 @@ walk = network.exits(torch.zeros(1, 8))
 exit = next(walk)
 print("paused")
 """
-    ended = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "paused\n", "")
 
 
@@ -575,7 +621,9 @@ def in_thread(work: Callable[[], Any]) -> Any:
     return results.pop()
 
 
-def test_resuming_on_another_thread_is_refused_and_the_owner_goes_on(toy: nn.Module, toy_input: Tensor) -> None:
+def test_resuming_on_another_thread_is_refused_and_the_owner_goes_on(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network, outside = toy_network(toy), modes()
     with torch.no_grad():
         walk = network.exits(toy_input)
@@ -632,7 +680,9 @@ def test_dropping_a_paused_run_on_another_thread_warns(toy: nn.Module, toy_input
     assert paused_runs() == before
 
 
-def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(toy: nn.Module, toy_input: Tensor) -> None:
+def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     def begun() -> Walk:
         walk = toy_network(toy).exits(toy_input)
         next(walk)
@@ -647,7 +697,9 @@ def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(toy: nn.Mo
         del walk
 
 
-def test_run_asked_for_here_may_be_advanced_elsewhere_in_the_modes_of_here(toy: nn.Module, toy_input: Tensor) -> None:
+def test_run_asked_for_here_may_be_advanced_elsewhere_in_the_modes_of_here(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     with torch.inference_mode():
         walk = network.exits(toy_input)
@@ -661,7 +713,9 @@ def test_run_asked_for_here_may_be_advanced_elsewhere_in_the_modes_of_here(toy: 
 
 
 def in_place(inplace: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace=inplace), nn.Flatten(), nn.Linear(4 * 4 * 4, CLASSES))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(inplace=inplace), nn.Flatten(), nn.Linear(4 * 4 * 4, CLASSES)
+    )
 
 
 @pytest.fixture
@@ -676,14 +730,18 @@ def overwriting() -> tuple[MultiExitNetwork, Tensor, Tensor]:
     return network, x, right
 
 
-def test_output_asked_at_once_is_right(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_output_asked_at_once_is_right(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, right = overwriting
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             assert_same([staged(network, x)[0]], [right])
 
 
-def test_output_asked_at_once_can_be_read_again_later(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_output_asked_at_once_can_be_read_again_later(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, right = overwriting
     walk = network.exits(x)
     exit = next(walk)
@@ -692,30 +750,42 @@ def test_output_asked_at_once_can_be_read_again_later(overwriting: tuple[MultiEx
     assert_same([exit.output()], [right])
 
 
-def test_output_asked_after_the_run_went_on_is_refused(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_output_asked_after_the_run_went_on_is_refused(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, _ = overwriting
     early, _ = network.exits(x)
     with pytest.raises(ExitPassed, match=r"exit 0 was passed \(the run is at exit 1\).*keep=True"):
         early.output()
 
 
-def test_kept_features_give_the_right_output_later(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_kept_features_give_the_right_output_later(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, right = overwriting
     early, last = network.exits(x, keep=True)
     assert_same([early.output()], [right])
     assert_same([last.output()], [network.backbone(x)])
 
 
-def test_forward_gives_the_right_output_in_training(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_forward_gives_the_right_output_in_training(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, right = overwriting
     assert_same(network.train()(x), [right, network.backbone(x)])
 
 
-def test_gradients_are_those_of_a_model_that_does_not_overwrite(overwriting: tuple[MultiExitNetwork, Tensor, Tensor]) -> None:
+def test_gradients_are_those_of_a_model_that_does_not_overwrite(
+    overwriting: tuple[MultiExitNetwork, Tensor, Tensor],
+) -> None:
     network, x, _ = overwriting
     careful = attach(in_place(inplace=False), "0", example=x)
     careful.load_state_dict(network.state_dict())
-    for run in (lambda n: n(x), lambda n: staged(n, x), lambda n: [e.output() for e in list(n.exits(x, keep=True))]):
+    for run in (
+        lambda n: n(x),
+        lambda n: staged(n, x),
+        lambda n: [e.output() for e in list(n.exits(x, keep=True))],
+    ):
         for one in (network, careful):
             one.zero_grad()
             sum(output.square().sum() for output in run(one)).backward()
@@ -729,7 +799,11 @@ class FailsLate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.relu, self.classifier = linear(), nn.ReLU(inplace=True), nn.Linear(WIDTH, CLASSES)
+        self.block, self.relu, self.classifier = (
+            linear(),
+            nn.ReLU(inplace=True),
+            nn.Linear(WIDTH, CLASSES),
+        )
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -796,7 +870,9 @@ def test_heads_nobody_asks_never_run(counted: MultiExitNetwork, toy_input: Tenso
     assert calls(counted) == [0, 1]
 
 
-def test_kept_features_do_not_run_heads_either(counted: MultiExitNetwork, toy_input: Tensor) -> None:
+def test_kept_features_do_not_run_heads_either(
+    counted: MultiExitNetwork, toy_input: Tensor
+) -> None:
     list(counted.exits(toy_input, keep=True))
     assert calls(counted) == [0, 0]
 
@@ -809,7 +885,11 @@ def test_forward_runs_each_head_once(counted: MultiExitNetwork, toy_input: Tenso
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
 def test_heads_learn_behind_a_part_of_the_model_that_does_not(mode: str) -> None:
     network, x = modal(mode), x_of()
-    for run in (network, lambda x: [exit.output() for exit in list(network.exits(x, keep=True))], lambda x: staged(network, x)):
+    for run in (
+        network,
+        lambda x: [exit.output() for exit in list(network.exits(x, keep=True))],
+        lambda x: staged(network, x),
+    ):
         network.zero_grad()
         sum(output.float().sum() for output in run(x)).backward()
         assert [bool(head[-1].weight.grad.abs().sum() > 0) for head in network.heads] == [True] * 4
@@ -826,7 +906,9 @@ def test_forward_runs_heads_in_the_callers_modes_not_in_the_models(mode: str) ->
 
 @every_mode
 @pytest.mark.parametrize("asked_in", MODES)
-def test_heads_run_in_the_modes_in_which_the_run_was_asked_for(counted: MultiExitNetwork, mode: str, asked_in: str) -> None:
+def test_heads_run_in_the_modes_in_which_the_run_was_asked_for(
+    counted: MultiExitNetwork, mode: str, asked_in: str
+) -> None:
     x = x_of()
     with MODES[mode]():
         begun_in = modes()
@@ -839,7 +921,9 @@ def test_heads_run_in_the_modes_in_which_the_run_was_asked_for(counted: MultiExi
     walk.close()
 
 
-def test_asking_a_head_leaves_the_callers_modes_alone(counted: MultiExitNetwork, toy_input: Tensor) -> None:
+def test_asking_a_head_leaves_the_callers_modes_alone(
+    counted: MultiExitNetwork, toy_input: Tensor
+) -> None:
     with torch.inference_mode():
         exit = next(counted.exits(toy_input))
     with MODES["autocast"](), torch.no_grad():
@@ -885,7 +969,9 @@ def test_callers_context_variables_are_visible_in_the_model(request_of_caller: N
         assert network.backbone.seen == ["caller", "the model"]
 
 
-def test_context_variables_set_by_the_model_or_between_exits_stay_apart(request_of_caller: None) -> None:
+def test_context_variables_set_by_the_model_or_between_exits_stay_apart(
+    request_of_caller: None,
+) -> None:
     network = attach(Asking(), "block")
     network.backbone.seen.clear()
     walk = network.exits(x_of())
@@ -924,7 +1010,9 @@ def test_interleaved_runs_of_one_network_equal_sequential_ones(order: str) -> No
     assert_same(outputs[1], expected[1])
 
 
-def test_a_forward_between_two_exits_does_not_disturb_the_run(toy: nn.Module, toy_input: Tensor) -> None:
+def test_a_forward_between_two_exits_does_not_disturb_the_run(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     expected, other = network(toy_input), x_of(2)
     outputs = []
@@ -976,9 +1064,18 @@ class Failing(Modal):
 
 
 @every_mode
-@pytest.mark.parametrize("error", [ValueError("of the model"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_exception_of_the_model_propagates_and_the_callers_modes_come_back(mode: str, error: BaseException) -> None:
-    network, x, outside, before = attach(Failing(mode), "before", "inside"), x_of(), modes(), paused_runs()
+@pytest.mark.parametrize(
+    "error", [ValueError("of the model"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_exception_of_the_model_propagates_and_the_callers_modes_come_back(
+    mode: str, error: BaseException
+) -> None:
+    network, x, outside, before = (
+        attach(Failing(mode), "before", "inside"),
+        x_of(),
+        modes(),
+        paused_runs(),
+    )
     expected = network(x)
     network.backbone.error = error
     network.backbone.seen.clear()
@@ -1001,7 +1098,9 @@ def test_exception_in_the_first_stage_propagates(toy: nn.Module) -> None:
     assert modes() == outside
 
 
-def test_exception_of_model_or_head_leaves_no_trace_in_forward(toy: nn.Module, toy_input: Tensor) -> None:
+def test_exception_of_model_or_head_leaves_no_trace_in_forward(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     expected = network(toy_input)
     with pytest.raises(RuntimeError):
@@ -1030,7 +1129,9 @@ def test_exception_of_a_head_does_not_end_the_run(toy: nn.Module, toy_input: Ten
 class Containing(nn.Module):
     """A model that uses a network with exits in its own forward, in a way of its own."""
 
-    def __init__(self, inner: MultiExitNetwork, use: Callable[[MultiExitNetwork, Tensor], Tensor]) -> None:
+    def __init__(
+        self, inner: MultiExitNetwork, use: Callable[[MultiExitNetwork, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.before, self.inner, self.after = linear(), inner, nn.Linear(CLASSES, WIDTH)
         self.classifier = nn.Linear(WIDTH, CLASSES)
@@ -1058,11 +1159,15 @@ def just_the_backbone(network: MultiExitNetwork, x: Tensor) -> Tensor:
     return network.backbone(x)
 
 
-uses = pytest.mark.parametrize("use", [last_of_forward, sum_of_exits, first_exit, just_the_backbone])
+uses = pytest.mark.parametrize(
+    "use", [last_of_forward, sum_of_exits, first_exit, just_the_backbone]
+)
 
 
 @uses
-def test_network_inside_a_model_with_exits_runs_as_it_does_alone(toy: nn.Module, use: Callable[..., Tensor]) -> None:
+def test_network_inside_a_model_with_exits_runs_as_it_does_alone(
+    toy: nn.Module, use: Callable[..., Tensor]
+) -> None:
     inner = toy_network(toy)
     model, x = Containing(inner, use), x_of()
     plain = model(x)
@@ -1129,7 +1234,9 @@ def test_network_can_be_copied_while_a_run_is_paused(toy: nn.Module, toy_input: 
     assert_same([*outputs, *(exit.output() for exit in walk)], expected)
 
 
-def test_state_goes_into_another_network_of_the_same_build(toy: nn.Module, toy_input: Tensor) -> None:
+def test_state_goes_into_another_network_of_the_same_build(
+    toy: nn.Module, toy_input: Tensor
+) -> None:
     network = toy_network(toy)
     other = toy_network(type(toy)())
     assert not torch.equal(other(toy_input)[0], network(toy_input)[0])
@@ -1141,7 +1248,9 @@ def test_backbones_state_keeps_its_names(toy: nn.Module) -> None:
     names = list(toy.state_dict())
     network = toy_network(toy)
     assert list(network.backbone.state_dict()) == names
-    assert [key.removeprefix("backbone.") for key in network.state_dict() if key.startswith("backbone.")] == names
+    assert [
+        key.removeprefix("backbone.") for key in network.state_dict() if key.startswith("backbone.")
+    ] == names
 
 
 def test_two_networks_may_share_one_backbone(toy: nn.Module, toy_input: Tensor) -> None:
@@ -1188,10 +1297,15 @@ def halting() -> MultiExitNetwork:
 @pytest.mark.parametrize(
     ("times", "batch", "reached"),
     [
-        (4, 4, [0, 1, 2, 3, 4]), (9, 4, [0, 1, 2, 3, 4]), (3, 4, [0, 1, 3, 4]), (1, 4, [0, 3, 4]),
-        (0, 4, [3, 4]), (4, 2, [0, 1, 2, 4]), (0, 1, [4]),
+        (4, 4, [0, 1, 2, 3, 4]),
+        (9, 4, [0, 1, 2, 3, 4]),
+        (3, 4, [0, 1, 3, 4]),
+        (1, 4, [0, 3, 4]),
+        (0, 4, [3, 4]),
+        (4, 2, [0, 1, 2, 4]),
+        (0, 1, [4]),
     ],
-)  # fmt: skip
+)
 def test_exits_an_input_never_comes_to_are_left_out(
     halting: MultiExitNetwork, times: int, batch: int, reached: list[int]
 ) -> None:
@@ -1225,7 +1339,13 @@ def test_call_numbers_begin_anew_with_each_run(halting: MultiExitNetwork) -> Non
 
 @pytest.mark.parametrize(
     ("text", "cut"),
-    [("layer1", ("layer1", None)), ("a.b@2", ("a.b", 2)), ("a@0", ("a", 0)), ("odd@name", ("odd@name", None)), ("@1", ("", 1))],
+    [
+        ("layer1", ("layer1", None)),
+        ("a.b@2", ("a.b", 2)),
+        ("a@0", ("a", 0)),
+        ("odd@name", ("odd@name", None)),
+        ("@1", ("", 1)),
+    ],
 )
 def test_cut_is_read_from_text(text: str, cut: tuple[str, int | None]) -> None:
     assert Cut.parse(text) == cut
@@ -1253,7 +1373,9 @@ class Hidden:
 class Shaped(nn.Module):
     """Takes two tensors, one by keyword, and gives its output in the form asked for."""
 
-    def __init__(self, form: Callable[[Tensor], Any], inner_form: Callable[[Tensor], Any] = lambda x: x) -> None:
+    def __init__(
+        self, form: Callable[[Tensor], Any], inner_form: Callable[[Tensor], Any] = lambda x: x
+    ) -> None:
         super().__init__()
         self.block, self.classifier = Wrapped(inner_form), nn.Linear(WIDTH, CLASSES)
         self.form = form
@@ -1296,7 +1418,14 @@ def test_output_is_found_in_every_form(form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [unchanged, lambda x: (x, None), lambda x: [None, x], lambda x: {"hidden": x}, lambda x: Hidden("", x)]
+    "form",
+    [
+        unchanged,
+        lambda x: (x, None),
+        lambda x: [None, x],
+        lambda x: {"hidden": x},
+        lambda x: Hidden("", x),
+    ],
 )
 def test_features_are_found_in_every_form(form: Callable[[Tensor], Any]) -> None:
     model, x = Shaped(unchanged, form), x_of()

@@ -48,8 +48,17 @@ BOTH = pytest.mark.parametrize("engine", ENGINES)
 INF = math.inf
 CLASSES = 5
 RANDOM = np.random.default_rng(0)
-W = {name: (RANDOM.normal(size=shape) * 0.7).astype(np.float32) for name, shape in
-     {"a": (6, 8), "b": (6, 8), "c": (8, 8), "d": (8, CLASSES), "p": (8, CLASSES), "q": (8, CLASSES)}.items()}  # fmt: skip
+W = {
+    name: (RANDOM.normal(size=shape) * 0.7).astype(np.float32)
+    for name, shape in {
+        "a": (6, 8),
+        "b": (6, 8),
+        "c": (8, 8),
+        "d": (8, CLASSES),
+        "p": (8, CLASSES),
+        "q": (8, CLASSES),
+    }.items()
+}
 X = RANDOM.normal(size=(4, 6)).astype(np.float32)
 
 
@@ -60,14 +69,27 @@ def truth(x: Any) -> list[Any]:
     return [h @ W["p"], u @ W["q"], (u + skip) @ W["d"]]
 
 
-def write_onnx(path: Path, nodes: Sequence[Any], takes: dict[str, list[Any]], gives: dict[str, list[Any]], weights: Any = W):
+def write_onnx(
+    path: Path,
+    nodes: Sequence[Any],
+    takes: dict[str, list[Any]],
+    gives: dict[str, list[Any]],
+    weights: Any = W,
+):
     def values(shapes: dict[str, list[Any]]) -> list[Any]:
-        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+        return [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in shapes.items()
+        ]
 
     used = {name for node in nodes for name in node.input}
-    constants = [numpy_helper.from_array(value, name) for name, value in weights.items() if name in used]
+    constants = [
+        numpy_helper.from_array(value, name) for name, value in weights.items() if name in used
+    ]
     graph = helper.make_graph(list(nodes), "part", values(takes), values(gives), constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path
+    )
 
 
 def node(kind: str, takes: str, gives: str, **options: Any) -> Any:
@@ -81,9 +103,14 @@ LAST = [node("Add", "u xb", "sum"), node("MatMul", "sum d", "y")]
 
 def write_parts(directory: Path) -> None:
     """The skip value crosses two cuts, with its batch in the second dimension."""
-    over, back = node("Transpose", "xb", "skip", perm=[1, 0]), node("Transpose", "skip", "xb", perm=[1, 0])
+    over, back = (
+        node("Transpose", "xb", "skip", perm=[1, 0]),
+        node("Transpose", "skip", "xb", perm=[1, 0]),
+    )
     eight, out = ["b", 8], ["b", CLASSES]
-    write_onnx(directory / "stage0.onnx", [*FIRST, over], {"x": ["b", 6]}, {"h": eight, "skip": [8, "b"]})
+    write_onnx(
+        directory / "stage0.onnx", [*FIRST, over], {"x": ["b", 6]}, {"h": eight, "skip": [8, "b"]}
+    )
     write_onnx(directory / "stage1.onnx", SECOND, {"h": eight}, {"u": eight})
     write_onnx(directory / "stage2.onnx", [back, *LAST], {"u": eight, "skip": [8, "b"]}, {"y": out})
     write_onnx(directory / "head0.onnx", [node("MatMul", "h p", "z")], {"h": eight}, {"z": out})
@@ -115,21 +142,40 @@ def export(parts: Path, tmp_path: Path) -> Export:
 
 def description(engine: str) -> dict[str, Any]:
     wiring = {
-        "inputs": ["x"], "takes": [["x"], ["h"], ["u", "skip"]], "gives": [["h", "skip"], ["u"], ["y"]],
-        "features": ["h", "u", "y"], "batch_dims": {"x": 0, "h": 0, "skip": 1, "u": 0, "y": 0},
-    }  # fmt: skip
+        "inputs": ["x"],
+        "takes": [["x"], ["h"], ["u", "skip"]],
+        "gives": [["h", "skip"], ["u"], ["y"]],
+        "features": ["h", "u", "y"],
+        "batch_dims": {"x": 0, "h": 0, "skip": 1, "u": 0, "y": 0},
+    }
     return {
-        "kind": "impatient_bundle", "schema": 1, "engine": engine, "precision": "fp32", "exits": ["one", "two", "three"],
-        "num_classes": CLASSES, "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 6]}], "wiring": wiring,
-        "stages": ["stage0.onnx", "stage1.onnx", "stage2.onnx"], "heads": ["head0.onnx", "head1.onnx", None],
-        "whole": "whole.onnx", "threads": 1, "agreement": [0.0, 0.0, 0.0], "tolerance": 1e-4, "costs": None, "policy": None,
-        "facts": [], "provenance": {},
-    }  # fmt: skip
+        "kind": "impatient_bundle",
+        "schema": 1,
+        "engine": engine,
+        "precision": "fp32",
+        "exits": ["one", "two", "three"],
+        "num_classes": CLASSES,
+        "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 6]}],
+        "wiring": wiring,
+        "stages": ["stage0.onnx", "stage1.onnx", "stage2.onnx"],
+        "heads": ["head0.onnx", "head1.onnx", None],
+        "whole": "whole.onnx",
+        "threads": 1,
+        "agreement": [0.0, 0.0, 0.0],
+        "tolerance": 1e-4,
+        "costs": None,
+        "policy": None,
+        "facts": [],
+        "provenance": {},
+    }
 
 
 def costs(stages_s: Sequence[float], heads_s: Sequence[float], batch: int = 4) -> dict[str, Any]:
     def rows(times_s: Sequence[float]) -> list[dict[str, float]]:
-        return [{**dict.fromkeys(("mean", "p50", "p90", "p99", "p999", "max"), time_s), "n": 100} for time_s in times_s]
+        return [
+            {**dict.fromkeys(("mean", "p50", "p90", "p99", "p999", "max"), time_s), "n": 100}
+            for time_s in times_s
+        ]
 
     return {str(batch): {"stages": rows(stages_s), "heads": rows(heads_s)}}
 
@@ -137,7 +183,9 @@ def costs(stages_s: Sequence[float], heads_s: Sequence[float], batch: int = 4) -
 class Slow:
     """A part that advances a fake clock by what it takes, and says that it ran."""
 
-    def __init__(self, part: Callable[..., Any], clock: FakeClock, seconds: float, ran: list[str], name: str) -> None:
+    def __init__(
+        self, part: Callable[..., Any], clock: FakeClock, seconds: float, ran: list[str], name: str
+    ) -> None:
         self.part, self.clock, self.seconds, self.ran, self.name = part, clock, seconds, ran, name
 
     def __call__(self, *inputs: Any) -> Any:
@@ -153,9 +201,13 @@ class Timed:
         self.clock, self.ran = FakeClock(), []
         self.bundle = Bundle(directory, clock=self.clock.now)
         for index, part in enumerate(self.bundle.parts.stages):
-            self.bundle.parts.stages[index] = Slow(part, self.clock, 0.010, self.ran, f"stage {index}")
+            self.bundle.parts.stages[index] = Slow(
+                part, self.clock, 0.010, self.ran, f"stage {index}"
+            )
         for index, head in enumerate(self.bundle.parts.heads[:2]):
-            self.bundle.parts.heads[index] = Slow(head, self.clock, 0.002, self.ran, f"head {index}")
+            self.bundle.parts.heads[index] = Slow(
+                head, self.clock, 0.002, self.ran, f"head {index}"
+            )
         self.bundle.save_costs(costs([0.010] * 3, [0.002, 0.002, 0.0]))
         self.slow(1.0)
 
@@ -216,7 +268,10 @@ def write_wide(path: Path, layers: int = 1) -> None:
     """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs: tanh of x times w, repeated."""
     nodes = []
     for layer in range(layers):
-        nodes += [node("MatMul", f"t{layer} w", f"m{layer}"), node("Tanh", f"m{layer}", f"t{layer + 1}")]
+        nodes += [
+            node("MatMul", f"t{layer} w", f"m{layer}"),
+            node("Tanh", f"m{layer}", f"t{layer + 1}"),
+        ]
     write_onnx(path, nodes, {"t0": ["b", 512]}, {f"t{layers}": ["b", 512]}, {"w": WIDE})
 
 
@@ -328,7 +383,13 @@ def test_only_the_named_thread_is_cancelled(engine: str, long_path: Path):
 @BOTH
 def test_a_run_whose_stage_was_cancelled_can_go_on(engine: str, long_path: Path):
     part, x = ENGINES[engine](long_path), wide(128)
-    wiring = Wiring(inputs=("x",), takes=(("x",),), gives=(("y",),), features=("y",), batch_dims={"x": 0, "y": 0})
+    wiring = Wiring(
+        inputs=("x",),
+        takes=(("x",),),
+        gives=(("y",),),
+        features=("y",),
+        batch_dims={"x": 0, "y": 0},
+    )
     run = StagedRun(wiring, [part], [None], [x])
     assert isinstance(Calling(lambda: next(run)).ended_by(run.cancel).error, Cancelled)
     np.testing.assert_array_equal(next(run).output(), part.one(x))
@@ -367,16 +428,30 @@ def test_without_a_deadline_a_run_goes_to_the_end_and_no_head_on_the_way_runs(ex
     timed = Timed(export())
     answer = timed.run()
     assert_close(answer.output, truth(X)[-1])
-    assert (answer.exit, answer.exits, answer.stopped_by, answer.deadline_met) == (2, (2,) * 4, "final", True)
+    assert (answer.exit, answer.exits, answer.stopped_by, answer.deadline_met) == (
+        2,
+        (2,) * 4,
+        "final",
+        True,
+    )
     assert timed.ran == ["stage 0", "stage 1", "stage 2"]
     assert answer.elapsed_s == pytest.approx(0.030)
 
 
 @pytest.mark.parametrize(
     ("deadline_s", "exit", "met"),
-    [(0.0001, 0, False), (0.0115, 0, False), (0.0225, 1, True), (0.0300, 1, True), (0.0302, 2, True), (1.0, 2, True)],
+    [
+        (0.0001, 0, False),
+        (0.0115, 0, False),
+        (0.0225, 1, True),
+        (0.0300, 1, True),
+        (0.0302, 2, True),
+        (1.0, 2, True),
+    ],
 )
-def test_the_deepest_exit_that_fits_answers(export: Export, deadline_s: float, exit: int, met: bool):
+def test_the_deepest_exit_that_fits_answers(
+    export: Export, deadline_s: float, exit: int, met: bool
+):
     timed = Timed(export())
     answer = timed.run(deadline_s=deadline_s)
     assert (answer.exit, answer.deadline_met) == (exit, met)
@@ -390,18 +465,25 @@ def test_a_machine_that_becomes_slow_is_noticed(export: Export):
     timed = Timed(export())
     timed.slow(2.0)
     answers = [timed.run(deadline_s=0.035) for _ in range(10)]
-    assert (answers[0].exit, answers[0].deadline_met) == (1, False)  # the profile is believed until it is wrong
+    assert (answers[0].exit, answers[0].deadline_met) == (
+        1,
+        False,
+    )  # the profile is believed until it is wrong
     assert {(answer.exit, answer.deadline_met) for answer in answers[2:]} == {(0, True)}
 
 
 def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
     bundle = Bundle(export())
-    with pytest.raises(BundleError, match=r"no costs for batch size 4 \(measured: none\).*--profile"):
+    with pytest.raises(
+        BundleError, match=r"no costs for batch size 4 \(measured: none\).*--profile"
+    ):
         bundle.run(X, deadline_s=0.01)
     table = costs([0.1] * 3, [0.0] * 3)
     for provenance in ({"processor": "another"}, {}):
         bundle = Bundle(export(costs=table, provenance=provenance))
-        with pytest.raises(BundleError, match=r"measured on .* but here .*run.py INPUT.npy --profile"):
+        with pytest.raises(
+            BundleError, match=r"measured on .* but here .*run.py INPUT.npy --profile"
+        ):
             bundle.run(X, deadline_s=0.01)
         assert bundle.run(X, deadline_s=0.01, any_profile=True).exit == 0
         assert bundle.run(X).exit == 2
@@ -429,7 +511,9 @@ def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engin
     bundle = Bundle(export(engine, policy=policy_between(exit)))
     sizes = []
     stage = bundle.parts.stages[exit + 1]
-    bundle.parts.stages[exit + 1] = lambda *inputs: sizes.append(inputs[0].shape[0]) or stage(*inputs)
+    bundle.parts.stages[exit + 1] = lambda *inputs: (
+        sizes.append(inputs[0].shape[0]) or stage(*inputs)
+    )
     answer = bundle.run(X)
     stops = SCORES["max_probability"](truth(X)[exit]) >= bundle.policy.thresholds[exit]
     wanted = np.where(stops[:, None], truth(X)[exit], truth(X)[2])
@@ -463,7 +547,12 @@ class Held:
     """A stage that stays in flight until it is let go or cancelled."""
 
     def __init__(self, part: EnginePart) -> None:
-        self.part, self.go, self.entered, self.cancelled = part, threading.Event(), threading.Event(), False
+        self.part, self.go, self.entered, self.cancelled = (
+            part,
+            threading.Event(),
+            threading.Event(),
+            False,
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         self.entered.set()
@@ -549,13 +638,19 @@ def test_quantiles_are_those_of_the_library(times_s: list[float]):
     assert mine == {name: getattr(theirs, name) for name in mine}
 
 
-def test_saved_costs_win_and_keep_other_batch_sizes(export: Export, monkeypatch: pytest.MonkeyPatch):
-    directory = export(costs=costs([9.0] * 3, [0.0] * 3, batch=1), provenance={"processor": "another"})
+def test_saved_costs_win_and_keep_other_batch_sizes(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+):
+    directory = export(
+        costs=costs([9.0] * 3, [0.0] * 3, batch=1), provenance={"processor": "another"}
+    )
     bundle = Bundle(directory)
     bundle.save_costs(costs([0.001] * 3, [0.0] * 3, batch=4))
     bundle.save_costs(costs([0.002] * 3, [0.0] * 3, batch=2))
     again = Bundle(directory)
-    assert list(again.costs) == list(bundle.costs) == ["4", "2"]  # those of another machine are gone
+    assert (
+        list(again.costs) == list(bundle.costs) == ["4", "2"]
+    )  # those of another machine are gone
     assert again.run(X, deadline_s=20.0).exit == 2
     before = (directory / "costs.json").read_bytes()
 
@@ -590,19 +685,43 @@ def rewired(**changes: Any) -> dict[str, Any]:
 
 DAMAGES = {
     "no bundle": ("", r"cannot read .*bundle.json.*impatient export"),
-    "another kind": ({"kind": "recording", "schema": 1}, r"holds \('recording', 1\); needed: \('impatient_bundle', 1\)"),
+    "another kind": (
+        {"kind": "recording", "schema": 1},
+        r"holds \('recording', 1\); needed: \('impatient_bundle', 1\)",
+    ),
     "another schema": (description("onnxruntime") | {"schema": 2}, "'impatient_bundle', 2"),
     "a list": ([1], "holds list"),
-    "an unknown engine": (description("tensorrt"), "engine 'tensorrt'; needed: one of onnxruntime, openvino"),
+    "an unknown engine": (
+        description("tensorrt"),
+        "engine 'tensorrt'; needed: one of onnxruntime, openvino",
+    ),
     "no wiring": (without("wiring"), r"an entry is missing .*wiring"),
-    "a head too few": (description("onnxruntime") | {"heads": ["head0.onnx", None]}, "2 heads for 3 exits"),
+    "a head too few": (
+        description("onnxruntime") | {"heads": ["head0.onnx", None]},
+        "2 heads for 3 exits",
+    ),
     "no such file": (description("onnxruntime") | {"whole": "all.onnx"}, "no file all.onnx"),
-    "an unknown score": (description("onnxruntime") | {"policy": {"score": "luck", "thresholds": [0, 0, 0]}}, "score 'luck'"),
-    "a threshold too few": (description("onnxruntime") | {"policy": {"score": "margin", "thresholds": [0]}}, "1 thresholds"),
-    "a value from nowhere": (rewired(takes=[["x"], ["v"], ["u", "skip"]]), "nothing gives the value 'v'"),
+    "an unknown score": (
+        description("onnxruntime") | {"policy": {"score": "luck", "thresholds": [0, 0, 0]}},
+        "score 'luck'",
+    ),
+    "a threshold too few": (
+        description("onnxruntime") | {"policy": {"score": "margin", "thresholds": [0]}},
+        "1 thresholds",
+    ),
+    "a value from nowhere": (
+        rewired(takes=[["x"], ["v"], ["u", "skip"]]),
+        "nothing gives the value 'v'",
+    ),
     "no batch dimension": (rewired(batch_dims={"x": 0, "h": 0, "u": 0, "y": 0}), "'skip'"),
-    "no batch": (rewired(batch_dims={"x": None, "h": 0, "skip": 1, "u": 0, "y": 0}), "no input has a batch"),
-    "other inputs": (description("onnxruntime") | {"inputs": []}, "inputs are not those of the wiring"),
+    "no batch": (
+        rewired(batch_dims={"x": None, "h": 0, "skip": 1, "u": 0, "y": 0}),
+        "no input has a batch",
+    ),
+    "other inputs": (
+        description("onnxruntime") | {"inputs": []},
+        "inputs are not those of the wiring",
+    ),
 }
 
 
@@ -656,7 +775,10 @@ def test_an_export_without_the_whole_network_says_so(export: Export):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (X.astype(np.float64), r"'x' is float64, shape \[4, 6\]; needed: .*float32, shape \['any', 6\]"),
+        (
+            X.astype(np.float64),
+            r"'x' is float64, shape \[4, 6\]; needed: .*float32, shape \['any', 6\]",
+        ),
         (X[0], r"shape \[6\]; needed"),
         (X[:, :5], r"shape \[4, 5\]; needed"),
         (X[:0], "at least 1"),
@@ -674,7 +796,11 @@ def test_an_input_of_the_wrong_kind_is_refused(export: Export, x: Any, message: 
 # --- the same rules as the library
 
 
-OUTPUTS = arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 6)), elements=st.floats(-40, 40, width=32))
+OUTPUTS = arrays.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    elements=st.floats(-40, 40, width=32),
+)
 
 
 @given(OUTPUTS, st.sampled_from(sorted(SCORES)))
@@ -684,11 +810,20 @@ def test_scores_are_those_of_the_library(outputs: Any, score: str):
     np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
-@given(OUTPUTS, st.sampled_from(sorted(SCORES)), st.floats(-0.1, 1.1) | st.sampled_from([INF, -INF, 0.7, 1.0]))
+@given(
+    OUTPUTS,
+    st.sampled_from(sorted(SCORES)),
+    st.floats(-0.1, 1.1) | st.sampled_from([INF, -INF, 0.7, 1.0]),
+)
 def test_thresholds_are_those_of_the_library(outputs: Any, score: str, threshold: float):
     thresholds = (threshold, INF, -INF)
-    mine, theirs = Thresholds(score=score, thresholds=thresholds), ThresholdPolicy(score=score, thresholds=thresholds)
-    close = np.abs(SCORES[score](outputs) - threshold) < 4e-6  # where the last bit of a softmax may decide
+    mine, theirs = (
+        Thresholds(score=score, thresholds=thresholds),
+        ThresholdPolicy(score=score, thresholds=thresholds),
+    )
+    close = (
+        np.abs(SCORES[score](outputs) - threshold) < 4e-6
+    )  # where the last bit of a softmax may decide
     for exit in range(3):
         assert mine.looks_at(exit) == theirs.looks_at(exit)
         equal = mine.stops(exit, outputs) == theirs.stops(exit, torch.from_numpy(outputs)).numpy()
@@ -717,7 +852,16 @@ def test_the_pace_allows_at_least_what_was_profiled(ratios: list[float], quantil
 
 # --- the command line, without torch
 
-NEEDED = ("numpy", "numpy.libs", "onnxruntime", "flatbuffers", "packaging", "google", "openvino", "openvino_telemetry")
+NEEDED = (
+    "numpy",
+    "numpy.libs",
+    "onnxruntime",
+    "flatbuffers",
+    "packaging",
+    "google",
+    "openvino",
+    "openvino_telemetry",
+)
 WITHOUT_TORCH = """
 import os, runpy, sys
 sys.path.append(sys.argv[1])
@@ -745,11 +889,24 @@ def torchless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(torchless: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command(
+    torchless: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        program = [sys.executable, "-I", "-S", "-c", WITHOUT_TORCH, str(torchless), str(directory / "run.py"), *arguments]
+        program = [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            WITHOUT_TORCH,
+            str(torchless),
+            str(directory / "run.py"),
+            *arguments,
+        ]
         elsewhere = tmp_path_factory.mktemp("elsewhere")
-        return subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=elsewhere, check=False)
+        return subprocess.run(
+            program, capture_output=True, text=True, timeout=120, cwd=elsewhere, check=False
+        )
 
     return run
 
@@ -765,7 +922,11 @@ def test_an_exported_directory_runs_without_torch(export: Export, command: Any, 
     outputs = np.where(stopped[:, None], truth(X)[0], truth(X)[2])
     assert_close(np.array(value["probabilities"]), probabilities(outputs))
     assert value["class"] == outputs.argmax(1).tolist()
-    assert (sorted(value["exits"]), value["stopped_by"], value["deadline_met"]) == ([0, 0, 2, 2], "final", True)
+    assert (sorted(value["exits"]), value["stopped_by"], value["deadline_met"]) == (
+        [0, 0, 2, 2],
+        "final",
+        True,
+    )
 
 
 def test_the_command_line_profiles_and_meets_a_deadline(export: Export, command: Any):
@@ -775,7 +936,9 @@ def test_the_command_line_profiles_and_meets_a_deadline(export: Export, command:
     refused = command(directory, file, "--deadline-ms", "5000")
     assert refused.returncode == 1
     assert "error: no costs for batch size 1" in refused.stderr
-    done = command(directory, file, "--deadline-ms", "5000", "--profile", "--no-policy", "--threads", "1")
+    done = command(
+        directory, file, "--deadline-ms", "5000", "--profile", "--no-policy", "--threads", "1"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     best = int(truth(X)[2][0].argmax())
     assert done.stdout.startswith(f"class {best} from exit 2; {best}: 0.")
@@ -783,7 +946,9 @@ def test_the_command_line_profiles_and_meets_a_deadline(export: Export, command:
     assert list(json.loads((directory / "costs.json").read_text())["costs"]) == ["1"]
 
 
-def test_what_the_command_line_cannot_do_it_says(export: Export, capsys: pytest.CaptureFixture[str]):
+def test_what_the_command_line_cannot_do_it_says(
+    export: Export, capsys: pytest.CaptureFixture[str]
+):
     for name in ("nothing.npy", "bundle.json"):
         with pytest.raises(BundleError, match=f"cannot read .*{name}.*numpy.save"):
             _load(str(export() / name))

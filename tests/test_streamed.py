@@ -124,7 +124,9 @@ def run(session: Session) -> StreamedRun:
     return run
 
 
-def test_an_exit_comes_when_all_of_its_output_is_there_and_not_before(run: StreamedRun, session: Session) -> None:
+def test_an_exit_comes_when_all_of_its_output_is_there_and_not_before(
+    run: StreamedRun, session: Session
+) -> None:
     asking = Asking(run)
     flight = session.flight()
     assert asking.waits
@@ -136,7 +138,9 @@ def test_an_exit_comes_when_all_of_its_output_is_there_and_not_before(run: Strea
     assert (exit.index, exit.features, exit.output().shape) == (0, None, (ROWS, CLASSES))
 
 
-def test_what_the_session_has_done_ahead_is_there_at_once(run: StreamedRun, session: Session) -> None:
+def test_what_the_session_has_done_ahead_is_there_at_once(
+    run: StreamedRun, session: Session
+) -> None:
     asking = Asking(run)
     for index in range(EXITS):
         session.flight().post(index, float(index))
@@ -153,7 +157,9 @@ def test_not_a_number_is_an_answer_like_others(run: StreamedRun, session: Sessio
     assert np.isnan(asking.join().output()).all()
 
 
-def test_a_session_that_ends_without_an_output_is_not_waited_for(run: StreamedRun, session: Session) -> None:
+def test_a_session_that_ends_without_an_output_is_not_waited_for(
+    run: StreamedRun, session: Session
+) -> None:
     asking = Asking(run)
     session.flight().is_over = True
     asking.join()
@@ -170,7 +176,9 @@ def test_an_exit_says_whether_its_time_was_its_own(run: StreamedRun, session: Se
     assert all(exit.whole for exit in run)
 
 
-def test_a_run_that_is_cancelled_as_it_waits_raises_and_may_begin_again(run: StreamedRun, session: Session) -> None:
+def test_a_run_that_is_cancelled_as_it_waits_raises_and_may_begin_again(
+    run: StreamedRun, session: Session
+) -> None:
     asking = Asking(run)
     session.flight()
     assert asking.waits
@@ -243,7 +251,9 @@ class Tower(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(DEPTH))
+        )
         self.classifier = nn.Linear(WIDTH, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,7 +263,9 @@ class Tower(nn.Module):
 @pytest.fixture(scope="module")
 def tower() -> MultiExitNetwork:
     torch.manual_seed(3)
-    network = attach_exits(Tower(), example=inputs(1), after=[f"blocks.{block}" for block in (1, 7, 15)]).eval()
+    network = attach_exits(
+        Tower(), example=inputs(1), after=[f"blocks.{block}" for block in (1, 7, 15)]
+    ).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.mul_(2.0)
@@ -265,9 +277,19 @@ def inputs(rows: int) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=[*SESSIONS])
-def place(request: pytest.FixtureRequest, tower: MultiExitNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(
+    request: pytest.FixtureRequest,
+    tower: MultiExitNetwork,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     torch.set_num_threads(1)
-    return export(tower, tmp_path_factory.mktemp("session") / "tower", engine=request.param, example=inputs(4), lean=True)
+    return export(
+        tower,
+        tmp_path_factory.mktemp("session") / "tower",
+        engine=request.param,
+        example=inputs(4),
+        lean=True,
+    )
 
 
 @pytest.fixture
@@ -281,7 +303,9 @@ def truth(network: MultiExitNetwork, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_all_exits_answer_as_torch_does(made: EngineNetwork, tower: MultiExitNetwork, rows: int) -> None:
+def test_all_exits_answer_as_torch_does(
+    made: EngineNetwork, tower: MultiExitNetwork, rows: int
+) -> None:
     with made.exits(inputs(rows)) as run:
         given = [exit.output() for exit in run]
     for here, there in zip(given, truth(tower, inputs(rows)), strict=True):
@@ -302,7 +326,9 @@ def test_every_exit_comes_long_before_the_last(made: EngineNetwork) -> None:
     assert (np.min(shares, axis=0)[:-1] < [0.5, 0.65, 0.9]).all()
 
 
-def test_a_stopped_session_leaves_only_right_answers(made: EngineNetwork, tower: MultiExitNetwork) -> None:
+def test_a_stopped_session_leaves_only_right_answers(
+    made: EngineNetwork, tower: MultiExitNetwork
+) -> None:
     x = inputs(512)
     wanted, generator, stopped = truth(tower, x), np.random.default_rng(0), 0
     for _ in range(30):
@@ -323,7 +349,9 @@ def test_a_stopped_session_leaves_only_right_answers(made: EngineNetwork, tower:
     assert stopped > 0
 
 
-def test_a_run_whose_session_was_stopped_goes_on(made: EngineNetwork, tower: MultiExitNetwork) -> None:
+def test_a_run_whose_session_was_stopped_goes_on(
+    made: EngineNetwork, tower: MultiExitNetwork
+) -> None:
     x = inputs(2048)
     with made.exits(x) as run:
         given = [next(run).output()]
@@ -343,7 +371,9 @@ def test_runs_of_several_threads_do_not_mix(made: EngineNetwork, tower: MultiExi
         x, found = inputs(rows).T.contiguous().T, []
         for number in range(8):
             with made.exits(x) as run:
-                found.append([exit.output() for exit in itertools.islice(run, 1 + number % 4)])  # most leave it early
+                found.append(
+                    [exit.output() for exit in itertools.islice(run, 1 + number % 4)]
+                )  # most leave it early
         return found
 
     with ThreadPoolExecutor(3) as pool:
@@ -365,14 +395,18 @@ def test_two_runs_in_turn_do_not_mix(made: EngineNetwork, tower: MultiExitNetwor
     one, other = inputs(2), inputs(2) + 1.0
     with made.exits(one) as first, made.exits(other) as second:
         given = [(here.output(), there.output()) for here, there in zip(first, second, strict=True)]
-    for (here, there), wanted, wanted_too in zip(given, truth(tower, one), truth(tower, other), strict=True):
+    for (here, there), wanted, wanted_too in zip(
+        given, truth(tower, one), truth(tower, other), strict=True
+    ):
         torch.testing.assert_close(here, wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(there, wanted_too, rtol=1e-4, atol=1e-5)
 
 
 def test_a_runner_works_on_it(made: EngineNetwork, tower: MultiExitNetwork) -> None:
     x = inputs(3)
-    stop_at_1 = ThresholdPolicy(score="max_probability", thresholds=(float("inf"), -1.0, float("inf"), -float("inf")))
+    stop_at_1 = ThresholdPolicy(
+        score="max_probability", thresholds=(float("inf"), -1.0, float("inf"), -float("inf"))
+    )
     costs = profile(made, x, batch_sizes=[1, 3], repeats=5)
     assert costs.provenance.engine == made.engine
     with Runner(made, costs) as runner, Runner(made, costs, stop_at_1) as stopping:
@@ -387,7 +421,9 @@ def test_a_runner_works_on_it(made: EngineNetwork, tower: MultiExitNetwork) -> N
         torch.testing.assert_close(last.output, truth(tower, x)[3], rtol=1e-4, atol=1e-5)
 
 
-def test_it_runs_without_torch_and_meets_deadlines_there(place: Path, tower: MultiExitNetwork, tmp_path: Path) -> None:
+def test_it_runs_without_torch_and_meets_deadlines_there(
+    place: Path, tower: MultiExitNetwork, tmp_path: Path
+) -> None:
     for name in ("torch", "impatient"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
     folder, x = shutil.copytree(place, tmp_path / "copy"), inputs(2)
@@ -396,15 +432,20 @@ def test_it_runs_without_torch_and_meets_deadlines_there(place: Path, tower: Mul
     def answered(*options: str) -> Any:
         done = subprocess.run(
             [sys.executable, str(folder / "run.py"), str(tmp_path / "x.npy"), *options],
-            capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     answered("--profile")
     answer = json.loads(answered("--json", "--deadline-ms", "10000"))
     assert (answer["exit"], answer["stopped_by"], answer["deadline_met"]) == (3, "final", True)
-    torch.testing.assert_close(torch.tensor(answer["probabilities"]), truth(tower, x)[3].softmax(-1), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(answer["probabilities"]), truth(tower, x)[3].softmax(-1), rtol=1e-3, atol=1e-4
+    )
     late = json.loads(answered("--json", "--deadline-ms", "0.000001"))
     assert (late["exit"], late["stopped_by"], late["deadline_met"]) == (0, "deadline", False)
 
@@ -424,7 +465,9 @@ def test_it_has_no_features_and_no_smaller_batches(made: EngineNetwork) -> None:
 def test_what_the_engine_cannot_compile_is_said_before_anything_is_written(
     tower: MultiExitNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("impatient.runtime.engines.standalone.sessions.openvino_settings", lambda _: {"NO_SUCH": 1})
+    monkeypatch.setattr(
+        "impatient.runtime.engines.standalone.sessions.openvino_settings", lambda _: {"NO_SUCH": 1}
+    )
     with pytest.raises(ExportFailed, match=r"cannot compile .* for inputs of"):
         export(tower, tmp_path / "tower", engine="openvino-session", example=inputs(2), lean=True)
     assert not list(tmp_path.iterdir())

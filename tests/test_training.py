@@ -48,7 +48,9 @@ class SmallNet(nn.Module):
         return self.classifier(self.blocks(x).mean((2, 3)))
 
 
-def small(seed: int = 0, after: tuple[str, ...] = ("blocks.0", "blocks.1"), **options: Any) -> MultiExitNetwork:
+def small(
+    seed: int = 0, after: tuple[str, ...] = ("blocks.0", "blocks.1"), **options: Any
+) -> MultiExitNetwork:
     torch.manual_seed(seed)
     backbone = SmallNet(**options)
     return attach_exits(backbone, after=list(after), example=torch.zeros(1, 1, 8, 8))
@@ -63,7 +65,9 @@ def few(seed: int = 0) -> Data:
     """The first 88 training and 32 validation digits: six batches of 16 with a last one of 8."""
     whole = digits(seed)
     splits = {
-        split: ArrayExamples(whole.examples(split).take(range(count)), whole.examples(split).labels[:count].clone())
+        split: ArrayExamples(
+            whole.examples(split).take(range(count)), whole.examples(split).labels[:count].clone()
+        )
         for split, count in (("train", 88), ("validation", 32), ("test", 32))
     }
     return dataclasses.replace(whole, splits=splits)
@@ -78,8 +82,12 @@ MIXED = dataclasses.replace(BRIEF, regime="mixed", epochs=4)
 STEPS = 6  # batches per epoch
 
 
-def train(network: nn.Module, data: Data | None = None, recipe: Recipe = BRIEF, **options: Any) -> History:
-    return fit(network, data or few(), recipe=recipe, progress=False, **{"fabric": on_cpu(), **options})
+def train(
+    network: nn.Module, data: Data | None = None, recipe: Recipe = BRIEF, **options: Any
+) -> History:
+    return fit(
+        network, data or few(), recipe=recipe, progress=False, **{"fabric": on_cpu(), **options}
+    )
 
 
 def state(network: nn.Module) -> dict[str, Tensor]:
@@ -88,7 +96,9 @@ def state(network: nn.Module) -> dict[str, Tensor]:
 
 def changed(before: dict[str, Tensor], network: nn.Module) -> set[str]:
     """Names of parameters and buffers that are no longer the same bits."""
-    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in network.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 def plain(history: History) -> list[dict[str, Any]]:
@@ -109,9 +119,15 @@ def learned() -> tuple[MultiExitNetwork, History]:
 def test_training_lowers_the_loss_of_every_exit(learned):
     _, history = learned
     first, last = history.epochs[0], history.epochs[-1]
-    assert all(after < 0.97 * before for before, after in zip(first.train_loss, last.train_loss, strict=True))
+    assert all(
+        after < 0.97 * before
+        for before, after in zip(first.train_loss, last.train_loss, strict=True)
+    )
     assert last.train_loss[-1] < 0.3 * first.train_loss[-1]
-    assert all(after < before for before, after in zip(first.validation_loss, last.validation_loss, strict=True))
+    assert all(
+        after < before
+        for before, after in zip(first.validation_loss, last.validation_loss, strict=True)
+    )
 
 
 def test_a_tiny_network_learns_the_digits_and_deeper_exits_learn_them_better(learned):
@@ -163,7 +179,11 @@ def test_validation_is_only_reported():
 
 def test_half_precision_trains():
     network = small()
-    history = train(network, recipe=dataclasses.replace(BRIEF, epochs=6, augment="none"), fabric=on_cpu(precision="bf16-mixed"))
+    history = train(
+        network,
+        recipe=dataclasses.replace(BRIEF, epochs=6, augment="none"),
+        fabric=on_cpu(precision="bf16-mixed"),
+    )
     assert history.epochs[-1].train_loss[-1] < 0.9 * history.epochs[0].train_loss[-1]
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
@@ -175,29 +195,39 @@ def test_the_default_fabric_and_the_progress_bar_will_do(capfd):
 
 
 def test_channels_last_clipping_smoothing_and_steps_train():
-    recipe = dataclasses.replace(BRIEF, channels_last=True, clip_norm=1.0, label_smoothing=0.1, schedule="step", epochs=6)
+    recipe = dataclasses.replace(
+        BRIEF, channels_last=True, clip_norm=1.0, label_smoothing=0.1, schedule="step", epochs=6
+    )
     history = train(small(), recipe=recipe)
     assert history.epochs[-1].train_loss[-1] < history.epochs[0].train_loss[-1]
 
 
 def test_clipping_bounds_the_step():
     before = small()
-    recipe = Recipe(epochs=1, batch_size=88, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip_norm=1e-3)
+    recipe = Recipe(
+        epochs=1, batch_size=88, lr=1.0, momentum=0.0, weight_decay=0.0, warmup=0.0, clip_norm=1e-3
+    )
     after = small()
     train(after, recipe=recipe)
-    moved = torch.cat([(a - b).flatten() for a, b in zip(before.parameters(), after.parameters(), strict=True)])
+    moved = torch.cat(
+        [(a - b).flatten() for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    )
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_a_last_batch_of_one_sample_is_left_out_for_batch_norm():
     data = few()
-    data.splits["train"] = ArrayExamples(data.examples("train").take(range(33)), data.examples("train").labels[:33])
+    data.splits["train"] = ArrayExamples(
+        data.examples("train").take(range(33)), data.examples("train").labels[:33]
+    )
     train(small(), data, dataclasses.replace(BRIEF, epochs=1))
 
 
 def test_training_works_outside_the_main_thread():
     done = []
-    thread = threading.Thread(target=lambda: done.append(train(small(), recipe=dataclasses.replace(BRIEF, epochs=1))))
+    thread = threading.Thread(
+        target=lambda: done.append(train(small(), recipe=dataclasses.replace(BRIEF, epochs=1)))
+    )
     thread.start()
     thread.join(60)
     assert len(done[0].epochs) == 1
@@ -223,11 +253,15 @@ def test_a_name_and_its_numbers_train_alike():
 @pytest.mark.parametrize(
     ("weights", "complaint"),
     [
-        ("heavy", "cannot read 'heavy' as exit weights"), ([1.0, 1.0], "2 exit weights for 3 exits"),
-        ([1.0] * 4, "4 exit weights for 3 exits"), ([], "0 exit weights"), ([1.0, -0.1, 1.0], "not negative"),
-        ([0.0, 0.0, 0.0], "one must be positive"), ([1.0, float("nan"), 1.0], "must be finite"),
+        ("heavy", "cannot read 'heavy' as exit weights"),
+        ([1.0, 1.0], "2 exit weights for 3 exits"),
+        ([1.0] * 4, "4 exit weights for 3 exits"),
+        ([], "0 exit weights"),
+        ([1.0, -0.1, 1.0], "not negative"),
+        ([0.0, 0.0, 0.0], "one must be positive"),
+        ([1.0, float("nan"), 1.0], "must be finite"),
     ],
-)  # fmt: skip
+)
 def test_weights_that_make_no_sense_are_refused_before_anything_moves(weights, complaint):
     network = small()
     before = state(network)
@@ -256,7 +290,9 @@ def test_weights_scale_the_step_as_they_are():
         network = small(dropout=0.0)
         before = state(network)
         train(network, weights=[1.0, 1.0, weight], recipe=recipe)
-        moves.append(network.backbone.classifier.weight.detach() - before["backbone.classifier.weight"])
+        moves.append(
+            network.backbone.classifier.weight.detach() - before["backbone.classifier.weight"]
+        )
     torch.testing.assert_close(moves[1], 4.0 * moves[0], rtol=1e-3, atol=1e-6)
     assert moves[0].abs().max() > 0
 
@@ -283,7 +319,9 @@ def test_frozen_training_moves_no_bit_of_the_backbone_batch_norm_statistics_incl
 
 def test_frozen_training_of_a_network_without_heads_is_refused():
     alone = small(after=())
-    with pytest.raises(TrainingError, match="nothing to train in the phase 'heads' of the regime 'frozen'"):
+    with pytest.raises(
+        TrainingError, match="nothing to train in the phase 'heads' of the regime 'frozen'"
+    ):
         train(alone, recipe=dataclasses.replace(BRIEF, regime="frozen"))
     assert all(parameter.requires_grad for parameter in alone.parameters())
 
@@ -310,7 +348,9 @@ def test_the_first_phase_of_mixed_training_is_training_on_the_last_exit():
 
 
 @pytest.mark.parametrize(
-    "recipe", [BRIEF, MIXED, dataclasses.replace(BRIEF, regime="frozen")], ids=lambda recipe: recipe.regime
+    "recipe",
+    [BRIEF, MIXED, dataclasses.replace(BRIEF, regime="frozen")],
+    ids=lambda recipe: recipe.regime,
 )
 def test_afterwards_the_network_is_in_eval_mode_with_the_flags_it_had(recipe):
     network = small()
@@ -396,7 +436,9 @@ def assert_goes_on_bit_for_bit(recipe: Recipe, checkpoint: Path) -> None:
     assert plain(history) == reported
 
 
-@pytest.mark.parametrize(("recipe", "epoch"), [(BRIEF, 1), (BRIEF, 2), (BRIEF, 3), (MIXED, 1), (MIXED, 2), (MIXED, 3)])
+@pytest.mark.parametrize(
+    ("recipe", "epoch"), [(BRIEF, 1), (BRIEF, 2), (BRIEF, 3), (MIXED, 1), (MIXED, 2), (MIXED, 3)]
+)
 def test_a_run_stopped_after_an_epoch_goes_on_bit_for_bit(tmp_path, recipe, epoch):
     with power_cut_after(epoch), pytest.raises(PowerCut):
         train(small(), recipe=recipe, checkpoint=tmp_path / "checkpoint")
@@ -406,7 +448,14 @@ def test_a_run_stopped_after_an_epoch_goes_on_bit_for_bit(tmp_path, recipe, epoc
 
 @pytest.mark.parametrize(
     ("recipe", "step"),
-    [(BRIEF, 0), (BRIEF, STEPS + 2), (MIXED, 3), (MIXED, 2 * STEPS - 1), (MIXED, 2 * STEPS), (MIXED, 3 * STEPS + 4)],
+    [
+        (BRIEF, 0),
+        (BRIEF, STEPS + 2),
+        (MIXED, 3),
+        (MIXED, 2 * STEPS - 1),
+        (MIXED, 2 * STEPS),
+        (MIXED, 3 * STEPS + 4),
+    ],
 )
 def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, recipe, step):
     before = signal.getsignal(signal.SIGINT)
@@ -414,7 +463,9 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, recipe, step):
         train(small(), recipe=recipe, checkpoint=tmp_path / "checkpoint")
     assert signal.getsignal(signal.SIGINT) is before
     header = read_header(tmp_path / "checkpoint")
-    assert len(header["history"]) * STEPS + header["step"] == step + 1  # the step under way was finished, no other
+    assert (
+        len(header["history"]) * STEPS + header["step"] == step + 1
+    )  # the step under way was finished, no other
     assert_goes_on_bit_for_bit(recipe, tmp_path / "checkpoint")
 
 
@@ -425,7 +476,9 @@ def test_a_run_may_be_stopped_again_and_again(tmp_path):
     assert_goes_on_bit_for_bit(BRIEF, tmp_path / "checkpoint")
 
 
-@pytest.mark.parametrize("changes", [{"regime": "frozen"}, {"channels_last": True}, {"momentum": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"regime": "frozen"}, {"channels_last": True}, {"momentum": 0.0}], ids=str
+)
 def test_other_recipes_go_on_bit_for_bit_too(tmp_path, changes):
     recipe = dataclasses.replace(BRIEF, epochs=2, **changes)
     with ctrl_c_in_step(STEPS + 1), pytest.raises(KeyboardInterrupt):
@@ -517,7 +570,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, begun, what):
     (tmp_path / "checkpoint").write_bytes(begun)
     network, options = OTHERS[what]()
     before = state(network)
-    with pytest.raises(StaleInput, match=rf"was made with another {what}: .* or delete the checkpoint to start anew"):
+    with pytest.raises(
+        StaleInput,
+        match=rf"was made with another {what}: .* or delete the checkpoint to start anew",
+    ):
         train(network, checkpoint=tmp_path / "checkpoint", **options)
     assert changed(before, network) == set()
     assert (tmp_path / "checkpoint").read_bytes() == begun
@@ -555,7 +611,11 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path, begun):
     tensors, header = read_tensors(tmp_path / "whole")
     for missing in ("model/heads.0.1.weight", "random/cpu"):
         assert missing in tensors
-        write_tensors(tmp_path / "checkpoint", {name: tensors[name] for name in tensors if name != missing}, header)
+        write_tensors(
+            tmp_path / "checkpoint",
+            {name: tensors[name] for name in tensors if name != missing},
+            header,
+        )
         with pytest.raises(StorageError):
             train(small(), checkpoint=tmp_path / "checkpoint")
 
@@ -580,7 +640,9 @@ def test_inputs_that_are_not_numbers_stop_the_run_with_the_checkpoint_intact(tmp
     data = few()
     spoilt = data.examples("train").take(range(88)).float()
     spoilt[40] = float("nan")
-    data = dataclasses.replace(data, splits={**data.splits, "train": ArrayExamples(spoilt, data.examples("train").labels)})
+    data = dataclasses.replace(
+        data, splits={**data.splits, "train": ArrayExamples(spoilt, data.examples("train").labels)}
+    )
     with pytest.raises(TrainingDiverged):
         train(small(), data, checkpoint=tmp_path / "checkpoint")
     assert (tmp_path / "checkpoint").read_bytes() == begun
@@ -618,7 +680,12 @@ def assert_table_is(path: Path, history: History) -> None:
         for exit in range(len(losses))
     ]
     for row, (epoch, phase, split, exit, loss, accuracy) in zip(rows_of(path), wanted, strict=True):
-        assert (int(row["epoch"]), row["phase"], row["split"], int(row["exit"])) == (epoch, phase, split, exit)
+        assert (int(row["epoch"]), row["phase"], row["split"], int(row["exit"])) == (
+            epoch,
+            phase,
+            split,
+            exit,
+        )
         assert float(row["loss"]) == pytest.approx(loss, abs=1e-6)
         assert float(row["accuracy"]) == pytest.approx(accuracy, abs=1e-6)
         assert float(row["seconds"]) >= 0
@@ -641,7 +708,9 @@ def test_a_run_that_went_on_has_the_whole_table(tmp_path):
 
 def test_a_table_that_was_lost_is_written_again_from_a_finished_run(tmp_path):
     train(small(), checkpoint=tmp_path / "checkpoint")
-    history = train(small(), checkpoint=tmp_path / "checkpoint", metrics_csv=tmp_path / "metrics.csv")
+    history = train(
+        small(), checkpoint=tmp_path / "checkpoint", metrics_csv=tmp_path / "metrics.csv"
+    )
     assert_table_is(tmp_path / "metrics.csv", history)
 
 
@@ -652,7 +721,11 @@ def shifts(image: Tensor, most: int) -> list[Tensor]:
     """All shifts of an image [C, H, W] by up to `most` pixels, with zeros moved in."""
     padded = nn.functional.pad(image, (most,) * 4)
     height, width = image.shape[1:]
-    return [padded[:, y : y + height, x : x + width] for y in range(2 * most + 1) for x in range(2 * most + 1)]
+    return [
+        padded[:, y : y + height, x : x + width]
+        for y in range(2 * most + 1)
+        for x in range(2 * most + 1)
+    ]
 
 
 @pytest.mark.parametrize("size", [8, 16])
@@ -759,7 +832,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, monkeypatch):
     (tmp_path / "two.py").write_text(textwrap.dedent(MADE))
     environment = {**os.environ, "PYTHONPATH": str(Path(loop.__file__).parents[2])}
     run = subprocess.run(
-        [sys.executable, "run.py", str(tmp_path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "run.py", str(tmp_path)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     (first, header), (second, other) = (read_tensors(tmp_path / f"rank{rank}") for rank in (0, 1))

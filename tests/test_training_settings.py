@@ -15,7 +15,9 @@ from impatient.networks import MultiExitNetwork, RunningEnsemble
 from impatient.training import AdaLoss, Recipe, loop
 from test_training import BRIEF, few, small, state, train
 
-ROWS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 2.0]]).repeat(44, 1)  # one row of weights per sample of few()
+ROWS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 2.0]]).repeat(
+    44, 1
+)  # one row of weights per sample of few()
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "weights": ("uniform", "sieve:total=all", (0.2, 0.3, 0.5), AdaLoss(update_every=3), ROWS),
@@ -43,12 +45,17 @@ def all_pairs() -> list[dict[str, Any]]:
     def values(setting: dict[str, int]) -> dict[str, Any]:
         return {name: SETTINGS[name][place] for name, place in setting.items()}
 
-    everything = [dict(zip(names, choice, strict=True)) for choice in itertools.product(*places.values())]
+    everything = [
+        dict(zip(names, choice, strict=True)) for choice in itertools.product(*places.values())
+    ]
     possible = [setting for setting in everything if makes_sense(values(setting))]
     missing, chosen = set().union(*map(pairs, possible)), []
     while missing:
-        best = max(possible[:: 1 + len(possible) // 997] + [s for s in possible if next(iter(missing)) in _items(s)],
-                   key=lambda setting: len(pairs(setting) & missing))  # fmt: skip
+        best = max(
+            possible[:: 1 + len(possible) // 997]
+            + [s for s in possible if next(iter(missing)) in _items(s)],
+            key=lambda setting: len(pairs(setting) & missing),
+        )
         missing -= pairs(best)
         chosen.append(values(best))
     return chosen
@@ -67,13 +74,18 @@ def built(setting: dict[str, Any], **options: Any) -> MultiExitNetwork | Running
 
 
 def recipe_of(setting: dict[str, Any], **more: Any) -> Recipe:
-    own = {name: setting[name] for name in ("sampler", "equilibrium", "detach", "distillation", "head_decay", "regime")}
+    own = {
+        name: setting[name]
+        for name in ("sampler", "equilibrium", "detach", "distillation", "head_decay", "regime")
+    }
     return dataclasses.replace(BRIEF, temperature=2.0, **own, **more)
 
 
 def named(setting: dict[str, Any]) -> str:
     plain = {**setting, "weights": type(setting["weights"]).__name__}
-    return "-".join(f"{value}" for value in plain.values() if value not in ("", False, 0.0, "none", "plain"))
+    return "-".join(
+        f"{value}" for value in plain.values() if value not in ("", False, 0.0, "none", "plain")
+    )
 
 
 def test_the_table_meets_every_pair_that_makes_sense() -> None:
@@ -81,7 +93,12 @@ def test_the_table_meets_every_pair_that_makes_sense() -> None:
         for one, other in itertools.product(these, those):
             if {a, b} == {"weights", "sampler"} and isinstance(one, Tensor) and other != "none":
                 continue
-            assert any(setting[a] is one and setting[b] is other for setting in PAIRS), (a, one, b, other)
+            assert any(setting[a] is one and setting[b] is other for setting in PAIRS), (
+                a,
+                one,
+                b,
+                other,
+            )
     assert len(PAIRS) < 50
 
 
@@ -89,11 +106,15 @@ def test_the_table_meets_every_pair_that_makes_sense() -> None:
 def test_the_loss_falls_and_every_exit_that_weighs_learns(setting: dict[str, Any]) -> None:
     network = built(setting, dropout=0.0)
     before = state(network)
-    history = train(network, recipe=recipe_of(setting, epochs=8, augment="none"), weights=setting["weights"])
+    history = train(
+        network, recipe=recipe_of(setting, epochs=8, augment="none"), weights=setting["weights"]
+    )
     if setting["regime"] != "frozen":  # where the last exit's own output stays as it is
         assert history.epochs[-1].train_loss[-1] < history.epochs[0].train_loss[-1]
     assert history.epochs[-1].train_loss[0] < history.epochs[0].train_loss[0]
-    moved = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {
+        name for name, value in network.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert all(any(f"heads.{exit}." in name for name in moved) for exit in range(2))
 
 
@@ -114,11 +135,18 @@ def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
 
     monkeypatch.setattr(loop._Training, "_update", until_the_tenth)
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, recipe=recipe, weights=setting["weights"], checkpoint=tmp_path / "c.safetensors")
+        train(
+            stopped,
+            recipe=recipe,
+            weights=setting["weights"],
+            checkpoint=tmp_path / "c.safetensors",
+        )
     monkeypatch.undo()
     resumed = built(setting)
     train(resumed, recipe=recipe, weights=setting["weights"], checkpoint=tmp_path / "c.safetensors")
-    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        whole.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
@@ -168,11 +196,13 @@ def test_a_sample_without_weight_teaches_nothing() -> None:
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        (torch.ones(87, 3), "87, 3.*88 training samples and 3 exits"), (torch.ones(88, 4), "88 training samples and 3 exits"),
-        (-torch.ones(88, 3), "not negative"), (torch.zeros(88, 3), "one must be positive"),
+        (torch.ones(87, 3), "87, 3.*88 training samples and 3 exits"),
+        (torch.ones(88, 4), "88 training samples and 3 exits"),
+        (-torch.ones(88, 3), "not negative"),
+        (torch.zeros(88, 3), "one must be positive"),
         (torch.full((88, 3), float("nan")), "finite"),
     ],
-)  # fmt: skip
+)
 def test_weights_of_samples_that_make_no_sense_are_refused(rows: Tensor, complaint: str) -> None:
     with pytest.raises(TrainingError, match=complaint):
         train(small(), weights=rows)
@@ -189,14 +219,25 @@ def test_head_decay_follows_the_weights() -> None:
     for head_decay in ("plain", "scaled"):
         network = small(dropout=0.0)
         before = state(network)
-        recipe = Recipe(epochs=1, batch_size=88, lr=1e-4, momentum=0.0, weight_decay=1000.0, warmup=0.0, head_decay=head_decay)
+        recipe = Recipe(
+            epochs=1,
+            batch_size=88,
+            lr=1e-4,
+            momentum=0.0,
+            weight_decay=1000.0,
+            warmup=0.0,
+            head_decay=head_decay,
+        )
         train(network, recipe=recipe, weights=[0.25, 0.5, 1e-6])
         name = "heads.{}.1.weight"
         kept[head_decay] = [
-            float((network.state_dict()[name.format(exit)] / before[name.format(exit)]).median()) for exit in range(2)
+            float((network.state_dict()[name.format(exit)] / before[name.format(exit)]).median())
+            for exit in range(2)
         ]
         classifier = network.backbone.classifier.weight / before["backbone.classifier.weight"]
-        assert float(classifier.detach().median()) == pytest.approx(0.9, abs=2e-3)  # 1 - lr decay: no head
+        assert float(classifier.detach().median()) == pytest.approx(
+            0.9, abs=2e-3
+        )  # 1 - lr decay: no head
     assert kept["plain"] == pytest.approx([0.9, 0.9], abs=2e-3)
     assert kept["scaled"] == pytest.approx([1 - 0.1 * 0.25, 1 - 0.1 * 0.5], abs=2e-3)
 
@@ -211,7 +252,12 @@ def test_distillation_alone_moves_early_heads_towards_the_last_exit() -> None:
         return float((last.exp() * (last - first)).sum(-1).mean())
 
     before = distance()
-    train(network, recipe=dataclasses.replace(BRIEF, epochs=8, augment="none", regime="frozen", distillation=1.0))
+    train(
+        network,
+        recipe=dataclasses.replace(
+            BRIEF, epochs=8, augment="none", regime="frozen", distillation=1.0
+        ),
+    )
     assert distance() < 0.5 * before
 
 
@@ -219,7 +265,12 @@ def test_adaloss_gives_more_weight_where_the_loss_is_small(tmp_path: Path) -> No
     from impatient.files import read_header
 
     settings = AdaLoss(momentum=0.5, update_every=1, final_extra=0.0, gamma=0.0)
-    train(small(dropout=0.0), recipe=dataclasses.replace(BRIEF, epochs=8), weights=settings, checkpoint=tmp_path / "c")
+    train(
+        small(dropout=0.0),
+        recipe=dataclasses.replace(BRIEF, epochs=8),
+        weights=settings,
+        checkpoint=tmp_path / "c",
+    )
     held = read_header(tmp_path / "c")["balancer"]
     averages, base = torch.tensor(held["averages"]), torch.tensor(held["base"])
     torch.testing.assert_close(base, averages.min() / averages)
@@ -231,22 +282,34 @@ def test_adaloss_has_a_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"sampler": "exp3"}, {"equilibrium": True}, {"detach": 0.5}, {"distillation": 0.1}, {"head_decay": "scaled"}]
+    "other",
+    [
+        {"sampler": "exp3"},
+        {"equilibrium": True},
+        {"detach": 0.5},
+        {"distillation": 0.1},
+        {"head_decay": "scaled"},
+    ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
     train(small(), recipe=dataclasses.replace(BRIEF, epochs=1), checkpoint=tmp_path / "c")
     with pytest.raises(StaleInput, match="another recipe"):
-        train(small(), recipe=dataclasses.replace(BRIEF, epochs=1, **other), checkpoint=tmp_path / "c")
+        train(
+            small(), recipe=dataclasses.replace(BRIEF, epochs=1, **other), checkpoint=tmp_path / "c"
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"sampler": "ucb"}, "sampler='ucb'; needed: one of none, alternating"), ({"detach": 1.0}, "detach=1.0"),
-        ({"distillation": 1.5}, "distillation=1.5"), ({"temperature": 0.0}, "temperature=0.0"),
-        ({"sampler_gamma": -1.0}, "sampler_gamma=-1.0"), ({"head_decay": "no"}, "head_decay='no'"),
+        ({"sampler": "ucb"}, "sampler='ucb'; needed: one of none, alternating"),
+        ({"detach": 1.0}, "detach=1.0"),
+        ({"distillation": 1.5}, "distillation=1.5"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"sampler_gamma": -1.0}, "sampler_gamma=-1.0"),
+        ({"head_decay": "no"}, "head_decay='no'"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(TrainingError, match=complaint):
         Recipe(**options)

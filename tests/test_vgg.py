@@ -13,7 +13,9 @@ from impatient.networks.placement import every
 from impatient.networks.vgg import SmallVGG
 
 CLASSES = 5
-needs_torchvision = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+needs_torchvision = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
+)
 
 
 def facts_of(network: SmallVGG, side: int) -> list[object]:
@@ -29,22 +31,51 @@ def test_images_of_any_size_are_taken(side: int) -> None:
 
 def test_layers_are_those_counted_by_hand() -> None:
     facts = facts_of(SmallVGG(in_channels=1), 28)
-    places, convolutions = [28**2, 14**2, 7**2, 7**2, 3**2, 3**2], [1 * 16, 16 * 32, 32 * 64, 64 * 64, 64 * 128, 128 * 128]
+    places, convolutions = (
+        [28**2, 14**2, 7**2, 7**2, 3**2, 3**2],
+        [1 * 16, 16 * 32, 32 * 64, 64 * 64, 64 * 128, 128 * 128],
+    )
     macs = [9 * weights * n for weights, n in zip(convolutions, places, strict=True)]
     macs[-1] += 128 * 10
     assert [fact.stage_macs for fact in facts] == macs
     assert 4e6 < sum(macs) < 6e6
     assert [fact.features[1:] for fact in facts] == [
-        (16, 14, 14), (32, 7, 7), (64, 7, 7), (64, 3, 3), (128, 3, 3), (10,)
-    ]  # fmt: skip
+        (16, 14, 14),
+        (32, 7, 7),
+        (64, 7, 7),
+        (64, 3, 3),
+        (128, 3, 3),
+        (10,),
+    ]
     norms = 2 * (16 + 32 + 64 + 64 + 128 + 128)
-    assert sum(fact.stage_parameters for fact in facts) == 9 * sum(convolutions) + norms + 128 * 10 + 10
+    assert (
+        sum(fact.stage_parameters for fact in facts)
+        == 9 * sum(convolutions) + norms + 128 * 10 + 10
+    )
 
 
 def test_vgg_11_has_its_eight_layers_and_widths() -> None:
     network = SmallVGG(width=64, blocks=(1, 1, 2, 2, 2))
-    assert [block[0].out_channels for block in network.blocks] == [64, 128, 256, 256, 512, 512, 512, 512]
-    assert [len(block) == 4 for block in network.blocks] == [True, True, False, True, False, True, False, False]
+    assert [block[0].out_channels for block in network.blocks] == [
+        64,
+        128,
+        256,
+        256,
+        512,
+        512,
+        512,
+        512,
+    ]
+    assert [len(block) == 4 for block in network.blocks] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_output_is_the_mean_of_the_last_map_and_a_linear_layer() -> None:
@@ -80,12 +111,23 @@ def test_all_layers_learn() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"width": 0}, {"num_classes": 0}, {"in_channels": -1}, {"blocks": ()}, {"blocks": [1, 0]}, {"blocks": 3},
-        {"blocks": "12"}, {"width": 1.5}, {"width": [16]}, {"blocks": [1.0]}, {"blocks": None},
+        {"width": 0},
+        {"num_classes": 0},
+        {"in_channels": -1},
+        {"blocks": ()},
+        {"blocks": [1, 0]},
+        {"blocks": 3},
+        {"blocks": "12"},
+        {"width": 1.5},
+        {"width": [16]},
+        {"blocks": [1.0]},
+        {"blocks": None},
     ],
-)  # fmt: skip
+)
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ModelSpecError, match=r"^SmallVGG\(.*all must be at least 1, and whole; blocks is a list"):
+    with pytest.raises(
+        ModelSpecError, match=r"^SmallVGG\(.*all must be at least 1, and whole; blocks is a list"
+    ):
         SmallVGG(**wrong)
 
 
@@ -106,13 +148,19 @@ def torchvision_model(name: str) -> nn.Module:
 
 # smaller images and classifiers, in both modes and with gradients: test_exactness.py
 @needs_torchvision
-@pytest.mark.parametrize(("name", "placed_at"), [("alexnet", 224), ("vgg11_bn", 64)])  # it takes 7.6 GMACs at 224
-def test_torchvisions_plain_networks_take_exits_at_the_papers_resolution(name: str, placed_at: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "placed_at"), [("alexnet", 224), ("vgg11_bn", 64)]
+)  # it takes 7.6 GMACs at 224
+def test_torchvisions_plain_networks_take_exits_at_the_papers_resolution(
+    name: str, placed_at: int
+) -> None:
     model = torchvision_model(name)
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         untouched = model(x)
-        network = attach_exits(model, example=x[..., :placed_at, :placed_at], after="auto", count=4).eval()
+        network = attach_exits(
+            model, example=x[..., :placed_at, :placed_at], after="auto", count=4
+        ).eval()
         outputs = network(x)
         assert torch.equal(outputs[-1], untouched)
         assert torch.equal(model(x), untouched)

@@ -9,11 +9,21 @@ from hypothesis import strategies as st
 
 from impatient.errors import TrainingError
 from impatient.training import weights
-from impatient.training.weights import STATIC, check_weights, every, only, parse_weights, rescaled, spread
+from impatient.training.weights import (
+    STATIC,
+    check_weights,
+    every,
+    only,
+    parse_weights,
+    rescaled,
+    spread,
+)
 
 LENGTHS = (8, 12, 15, 16, 27)
 every_length = pytest.mark.parametrize("count", LENGTHS)
-every_scheme = pytest.mark.parametrize("scheme", [getattr(weights, name) for name in STATIC if name != "uniform"])
+every_scheme = pytest.mark.parametrize(
+    "scheme", [getattr(weights, name) for name in STATIC if name != "uniform"]
+)
 
 # early weights before scaling: counted by hand for 8, 12 and 16, in decimal arithmetic with ROUND_HALF_UP for 15 and 27
 SIEVE = {
@@ -39,7 +49,9 @@ def sieve_by_fractions(count: int) -> list[Fraction]:
     while min(early.values()) == 0:
         for k in range(1, parts):
             position = next(
-                i for i in range(count + 1) if i - Fraction(1, 2) <= Fraction(k * count, parts) < i + Fraction(1, 2)
+                i
+                for i in range(count + 1)
+                if i - Fraction(1, 2) <= Fraction(k * count, parts) < i + Fraction(1, 2)
             )
             if position in early:
                 early[position] += 1
@@ -75,7 +87,9 @@ def test_constant_weights_are_all_one(count):
 
 @every_length
 def test_linear_weights_rise_from_a_quarter_to_one_in_equal_steps(count):
-    wanted = [Fraction(1, 4) + Fraction(3, 4) * Fraction(i - 1, count - 1) for i in range(1, count + 1)]
+    wanted = [
+        Fraction(1, 4) + Fraction(3, 4) * Fraction(i - 1, count - 1) for i in range(1, count + 1)
+    ]
     assert weights.linear(count) == pytest.approx([float(weight) for weight in wanted])
     assert (weights.linear(count)[0], weights.linear(count)[-1]) == (0.25, 1.0)
 
@@ -87,7 +101,9 @@ def test_half_end_spreads_one_half_evenly_over_the_early_exits(count):
 
 @every_length
 def test_sieve_is_the_formula_in_exact_arithmetic(count):
-    assert weights.sieve(count) == pytest.approx([float(weight) for weight in (*sieve_by_fractions(count), 1)])
+    assert weights.sieve(count) == pytest.approx(
+        [float(weight) for weight in (*sieve_by_fractions(count), 1)]
+    )
 
 
 @every_length
@@ -99,7 +115,9 @@ def test_sieve_is_the_vector_written_down(count):
 @every_length
 def test_exp_lin_is_the_vector_written_down(count):
     early = [1 + EXP_LIN[count].get(place, 0.0) for place in range(1, count)]
-    assert weights.exp_lin(count) == pytest.approx([weight / sum(early) for weight in early] + [1.0])
+    assert weights.exp_lin(count) == pytest.approx(
+        [weight / sum(early) for weight in early] + [1.0]
+    )
 
 
 def test_linear_and_half_end_of_small_numbers_by_hand():
@@ -122,7 +140,9 @@ def test_sieve_of_twelve_counted_by_hand():
 
 @every_length
 def test_exp_lin_is_its_steps_in_exact_arithmetic(count):
-    assert weights.exp_lin(count) == pytest.approx([float(weight) for weight in (*exp_lin_by_steps(count), 1)])
+    assert weights.exp_lin(count) == pytest.approx(
+        [float(weight) for weight in (*exp_lin_by_steps(count), 1)]
+    )
 
 
 def test_cumulative_shares_of_64_exits_are_those_of_the_papers():
@@ -135,7 +155,9 @@ def test_cumulative_shares_of_64_exits_of_sieve_follow_from_counting():
     The reference quotes .100 .225 .483 .750; these are the authors' code, whose positions lie one deeper than the text's.
     """
     counted = [2 * n - n.bit_count() for n in range(64)]
-    assert shares(weights.sieve(64)) == pytest.approx([counted[n] / counted[63] for n in (8, 16, 32, 48)])
+    assert shares(weights.sieve(64)) == pytest.approx(
+        [counted[n] / counted[63] for n in (8, 16, 32, 48)]
+    )
     one_deeper = [(1 + counted[n - 1]) / (1 + counted[62]) for n in (8, 16, 32, 48)]
     assert one_deeper == pytest.approx([0.100, 0.225, 0.483, 0.750], abs=5e-4)
 
@@ -151,7 +173,9 @@ def test_inverse_square_of_seven_is_the_vector_of_the_paper():
     assert weights.inverse_square(7) == (1 / 49, 1 / 36, 1 / 25, 1 / 16, 1 / 9, 1 / 4, 1.0)
     assert sum(weights.inverse_square(7)) == pytest.approx(1.5118, abs=5e-5)
     normalised = [weight / sum(weights.inverse_square(7)) for weight in weights.inverse_square(7)]
-    assert normalised == pytest.approx([0.0135, 0.0184, 0.0265, 0.0413, 0.0735, 0.1654, 0.6615], abs=5e-5)
+    assert normalised == pytest.approx(
+        [0.0135, 0.0184, 0.0265, 0.0413, 0.0735, 0.1654, 0.6615], abs=5e-5
+    )
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -192,7 +216,15 @@ def test_no_exits_are_refused(scheme, count):
 
 def test_every_scheme_has_a_name():
     assert STATIC["uniform"] is STATIC["const"] is weights.const
-    assert set(STATIC) == {"uniform", "const", "linear", "half_end", "sieve", "exp_lin", "inverse_square"}
+    assert set(STATIC) == {
+        "uniform",
+        "const",
+        "linear",
+        "half_end",
+        "sieve",
+        "exp_lin",
+        "inverse_square",
+    }
 
 
 # --- other shares and sums --------------------------------------------------------------------------------------------
@@ -201,7 +233,9 @@ def test_every_scheme_has_a_name():
 @every_scheme
 @every_length
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 3.0])
-def test_the_last_to_early_ratio_works_with_every_scheme_and_leaves_the_early_weights(scheme, count, ratio):
+def test_the_last_to_early_ratio_works_with_every_scheme_and_leaves_the_early_weights(
+    scheme, count, ratio
+):
     made = rescaled(scheme(count), last_to_early=ratio)
     assert made[:-1] == scheme(count)[:-1]
     assert made[-1] == pytest.approx(ratio * sum(made[:-1]))
@@ -315,7 +349,9 @@ def test_the_name_of_a_scheme_is_its_weights(name, count):
 
 
 def test_options_follow_the_name_or_the_numbers():
-    assert parse_weights("sieve:last_to_early=2,total=all", 4) == pytest.approx([1 / 12, 2 / 12, 1 / 12, 8 / 12])
+    assert parse_weights("sieve:last_to_early=2,total=all", 4) == pytest.approx(
+        [1 / 12, 2 / 12, 1 / 12, 8 / 12]
+    )
     assert parse_weights("1,3,4:total=all", 3) == (0.125, 0.375, 0.5)
     assert parse_weights("const:total=log", 7) == pytest.approx([3 / 7] * 7)
     assert parse_weights("const:last_to_early=1", 3) == (1.0, 1.0, 2.0)
@@ -328,22 +364,34 @@ def test_plain_numbers_are_weights():
 
 @pytest.mark.parametrize("text", ["", "seive", "1;2", "1,,2", "sieve,const", "log", "0.1,x"])
 def test_a_text_that_is_neither_is_refused_with_what_is_known(text):
-    with pytest.raises(TrainingError, match=r"needed: one of uniform, const, .*, or 3 numbers separated by commas"):
+    with pytest.raises(
+        TrainingError, match=r"needed: one of uniform, const, .*, or 3 numbers separated by commas"
+    ):
         parse_weights(text, 3)
 
 
-@pytest.mark.parametrize("text", ["uniform:0:10", "sieve:", "sieve:ratio=2", "sieve:total", "sieve:total=all,total=last"])
+@pytest.mark.parametrize(
+    "text", ["uniform:0:10", "sieve:", "sieve:ratio=2", "sieve:total", "sieve:total=all,total=last"]
+)
 def test_unknown_options_are_refused_with_an_example(text):
-    with pytest.raises(TrainingError, match=r"cannot read the options .* such as sieve:last_to_early=2,total=all"):
+    with pytest.raises(
+        TrainingError, match=r"cannot read the options .* such as sieve:last_to_early=2,total=all"
+    ):
         parse_weights(text, 3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1,1", "2 exit weights for 3 exits"), ("1,-1,1", "not negative"), ("0,0,0", "one must be positive"),
-     ("1,nan,1", "finite"), ("const:total=half", "needed: one of as_is"), ("const:last_to_early=x", "could not convert"),
-     ("const:last_to_early=0", "needed: a positive number")],
-)  # fmt: skip
+    [
+        ("1,1", "2 exit weights for 3 exits"),
+        ("1,-1,1", "not negative"),
+        ("0,0,0", "one must be positive"),
+        ("1,nan,1", "finite"),
+        ("const:total=half", "needed: one of as_is"),
+        ("const:last_to_early=x", "could not convert"),
+        ("const:last_to_early=0", "needed: a positive number"),
+    ],
+)
 def test_texts_that_give_no_weights_are_refused(text, message):
     with pytest.raises(TrainingError, match=message):
         parse_weights(text, 3)
@@ -364,5 +412,7 @@ def test_weights_of_another_number_are_refused(count):
 
 @pytest.mark.parametrize("bad", [[-1.0, 1.0], [math.nan, 1.0], [math.inf, 1.0], [0.0, 0.0]])
 def test_weights_that_are_negative_not_finite_or_all_zero_are_refused(bad):
-    with pytest.raises(TrainingError, match="must be finite and not negative, and one must be positive"):
+    with pytest.raises(
+        TrainingError, match="must be finite and not negative, and one must be positive"
+    ):
         check_weights(bad, 2)

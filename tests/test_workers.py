@@ -35,7 +35,9 @@ Make = Callable[..., ParallelEANN]
 def make(clock: FakeClock, networks: list[FakeNetwork]) -> Iterator[Make]:
     made: list[weakref.ref[ParallelEANN]] = []
 
-    def parallel(workers: int, errors: Sequence[Sequence[float]] = ERRORS, **options: Any) -> ParallelEANN:
+    def parallel(
+        workers: int, errors: Sequence[Sequence[float]] = ERRORS, **options: Any
+    ) -> ParallelEANN:
         ensemble = SimpleNamespace(networks=networks[: len(errors)], validation_errors=errors)
         one = ParallelEANN(ensemble, workers=workers, clock=clock, **options)
         made.append(weakref.ref(one))
@@ -62,10 +64,20 @@ def all_ran(networks: Sequence[FakeNetwork]) -> list[list[str]]:
 
 def test_one_worker_runs_them_one_after_the_other(make, networks):
     answer = make(1).run(X)
-    assert (answer.exit, answer.exits, answer.stopped_by, answer.deadline_met) == (5, (5,), "final", True)
+    assert (answer.exit, answer.exits, answer.stopped_by, answer.deadline_met) == (
+        5,
+        (5,),
+        "final",
+        True,
+    )
     assert answer.output.eq(5.0).all()
-    assert answer.elapsed_s == 6.5  # six stages and one head: those of exits 2 and 4 are no match for exits 1 and 3
-    assert all_ran(networks) == [["stage 0", "head 0", "stage 1", "head 1"], *[["stage 0", "stage 1", "head 1"]] * 2]
+    assert (
+        answer.elapsed_s == 6.5
+    )  # six stages and one head: those of exits 2 and 4 are no match for exits 1 and 3
+    assert all_ran(networks) == [
+        ["stage 0", "head 0", "stage 1", "head 1"],
+        *[["stage 0", "stage 1", "head 1"]] * 2,
+    ]
 
 
 def test_an_idle_worker_takes_the_next_deeper_network(make, networks):
@@ -122,7 +134,9 @@ def test_the_best_need_not_be_a_last_exit(make):
 # --- deadlines and interrupts -----------------------------------------------------------------------------------------
 
 
-def test_at_the_deadline_the_best_posted_answer_is_there_and_everybody_leaves(make, networks, clock):
+def test_at_the_deadline_the_best_posted_answer_is_there_and_everybody_leaves(
+    make, networks, clock
+):
     first, second = hold(networks[0], "stage 1"), hold(networks[1], "stage 1")
     with make(2).start(X, deadline=Deadline(10.0)) as run:
         first.wait_reached()
@@ -287,7 +301,9 @@ def test_a_run_outlives_the_name_of_its_workers(make, networks):
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("workers", "threads", "each"), [(2, None, 2), (3, None, 1), (8, None, 1), (2, 3, 3)])
+@pytest.mark.parametrize(
+    ("workers", "threads", "each"), [(2, None, 2), (3, None, 1), (8, None, 1), (2, 3, 3)]
+)
 def test_torchs_threads_are_shared_out_and_given_back(make, networks, workers, threads, each):
     seen: list[int] = []
     networks[0].at["stage 0"] = lambda: seen.append(torch.get_num_threads())
@@ -298,8 +314,15 @@ def test_torchs_threads_are_shared_out_and_given_back(make, networks, workers, t
     assert torch.get_num_threads() == 4
 
 
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"workers": 2, "threads": 0}, {"workers": 1, "when_late": "never"},
-                                   {"workers": 1, "errors": [[0.5], [0.2, 0.1]]}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"workers": 0},
+        {"workers": 2, "threads": 0},
+        {"workers": 1, "when_late": "never"},
+        {"workers": 1, "errors": [[0.5], [0.2, 0.1]]},
+    ],
+)
 def test_impossible_settings_are_refused(make, wrong):
     before = torch.get_num_threads()
     with pytest.raises(RunError, match="needed"):
@@ -312,7 +335,10 @@ def test_impossible_settings_are_refused(make, wrong):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_real_networks_on_the_real_clock(workers, toy_input):
-    members = [attach_exits(ToyBackbone(), after=["blocks.0", "blocks.2"], example=toy_input) for _ in range(4)]
+    members = [
+        attach_exits(ToyBackbone(), after=["blocks.0", "blocks.2"], example=toy_input)
+        for _ in range(4)
+    ]
     errors = [[0.6, 0.5, 0.4], [0.5, 0.35, 0.3], [0.5, 0.2, 0.25], [0.6, 0.5, 0.22]]
     ensemble = EANN(members, errors).eval()
     own = [output for member in members for output in member(toy_input)]

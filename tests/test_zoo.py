@@ -14,19 +14,36 @@ from benchmarks.zoo import ARCHITECTURES, Architecture, make_informative
 from impatient.networks import attach_exits
 from impatient.networks.stages import call_model
 
-BY_NAME = {f"{architecture.library}:{architecture.name}": architecture for architecture in ARCHITECTURES}
+BY_NAME = {
+    f"{architecture.library}:{architecture.name}": architecture for architecture in ARCHITECTURES
+}
 DOZEN = [
-    "torchvision:regnet_y_400mf", "timm:hrnet_w18_small", "timm:mobilenetv4_conv_small",
-    "timm:edgenext_xx_small", "timm:xcit_nano_12_p16_224", "timm:deit_tiny_distilled_patch16_224", "timm:efficientvit_b0",
-    "transformers:AlbertConfig", "transformers:FunnelConfig", "transformers:T5Config", "transformers:DeiTConfig",
-    "transformers:CvtConfig", "transformers:Wav2Vec2Config", "transformers:VideoMAEConfig", "transformers:SqueezeBertConfig",
+    "torchvision:regnet_y_400mf",
+    "timm:hrnet_w18_small",
+    "timm:mobilenetv4_conv_small",
+    "timm:edgenext_xx_small",
+    "timm:xcit_nano_12_p16_224",
+    "timm:deit_tiny_distilled_patch16_224",
+    "timm:efficientvit_b0",
+    "transformers:AlbertConfig",
+    "transformers:FunnelConfig",
+    "transformers:T5Config",
+    "transformers:DeiTConfig",
+    "transformers:CvtConfig",
+    "transformers:Wav2Vec2Config",
+    "transformers:VideoMAEConfig",
+    "transformers:SqueezeBertConfig",
     "torchvision:r3d_18",
-]  # fmt: skip
+]
 LAYOUTS = {
-    "timm:hrnet_w18_small": {"NCHW"}, "timm:xcit_nano_12_p16_224": {"NTD"}, "transformers:Wav2Vec2Config": {"NCT", "NTD"},
-    "transformers:SqueezeBertConfig": {"NCT"}, "torchvision:r3d_18": {"NCTHW"}, "transformers:AlbertConfig": {"NTD"},
+    "timm:hrnet_w18_small": {"NCHW"},
+    "timm:xcit_nano_12_p16_224": {"NTD"},
+    "transformers:Wav2Vec2Config": {"NCT", "NTD"},
+    "transformers:SqueezeBertConfig": {"NCT"},
+    "torchvision:r3d_18": {"NCTHW"},
+    "transformers:AlbertConfig": {"NTD"},
     "timm:deit_tiny_distilled_patch16_224": {"NTD"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +59,12 @@ def test_last_exit_gradients_and_early_exits_are_exact(name: str) -> None:
         row |= found
     assert "reason" not in row
     assert len(row["exits after"].split()) == coverage.COUNT - 1
-    assert [row[column] for column in ("output", "forward()", "exits()", "gradients")] == ["informative", EXACT, EXACT, EXACT]
+    assert [row[column] for column in ("output", "forward()", "exits()", "gradients")] == [
+        "informative",
+        EXACT,
+        EXACT,
+        EXACT,
+    ]
     assert works(row)
     layouts = {features.split(":")[1] for features in row["features"].split()}
     assert layouts <= LAYOUTS.get(name, layouts)
@@ -50,7 +72,10 @@ def test_last_exit_gradients_and_early_exits_are_exact(name: str) -> None:
 
 def test_time_first_features_are_named_as_the_reason() -> None:
     (row,) = findings(BY_NAME["transformers:XLNetConfig"], ["exactness"])
-    assert "transformer.layer.0: its features, of shape (12, 2, 32), do not begin with the batch size 2" in row["reason"]
+    assert (
+        "transformer.layer.0: its features, of shape (12, 2, 32), do not begin with the batch size 2"
+        in row["reason"]
+    )
     assert not works(row)
 
 
@@ -79,15 +104,26 @@ class Backbone(nn.Module):
 @pytest.mark.parametrize(
     ("fault", "column", "says"),
     [
-        ("", "output", "informative"), ("ignores its blocks", "output", "does not hang on blocks"),
-        ("zero head", "output", "the same for every input"), ("changes", "forward()", "0.00"), ("changes", "exits()", "0.00"),
+        ("", "output", "informative"),
+        ("ignores its blocks", "output", "does not hang on blocks"),
+        ("zero head", "output", "the same for every input"),
+        ("changes", "forward()", "0.00"),
+        ("changes", "exits()", "0.00"),
     ],
-)  # fmt: skip
-def test_what_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch, fault: str, column: str, says: str) -> None:
+)
+def test_what_is_wrong_is_seen(
+    monkeypatch: pytest.MonkeyPatch, fault: str, column: str, says: str
+) -> None:
     monkeypatch.setattr(coverage, "build", lambda architecture: Backbone(fault).eval())
-    monkeypatch.setattr(coverage, "attach_exits", lambda model, **more: attach_exits(model, **{**more, "after": ["blocks.1"]}))
+    monkeypatch.setattr(
+        coverage,
+        "attach_exits",
+        lambda model, **more: attach_exits(model, **{**more, "after": ["blocks.1"]}),
+    )
     row: dict[str, str] = {}
-    for found in findings(Architecture("mine:Backbone", lambda batch: torch.randn(batch, 8)), ["exactness"]):
+    for found in findings(
+        Architecture("mine:Backbone", lambda batch: torch.randn(batch, 8)), ["exactness"]
+    ):
         row |= found
     assert says in row[column]
     assert works(row) == (fault == "")
@@ -119,8 +155,18 @@ def test_page_counts_what_works_and_gives_reasons() -> None:
         "exported parts": "no: ExportFailed: y",
     }
     rows = {
-        resnet.spec: {"library": "torchvision", "architecture": "resnet18", "spec": resnet.spec, **good},
-        xlnet.spec: {"library": "transformers", "architecture": "XLNet", "spec": xlnet.spec, "reason": "HeadError: x"},
+        resnet.spec: {
+            "library": "torchvision",
+            "architecture": "resnet18",
+            "spec": resnet.spec,
+            **good,
+        },
+        xlnet.spec: {
+            "library": "transformers",
+            "architecture": "XLNet",
+            "spec": xlnet.spec,
+            "reason": "HeadError: x",
+        },
     }
     text = page(rows)
     assert "**1 of 2 architectures work**" in text

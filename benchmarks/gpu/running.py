@@ -69,7 +69,9 @@ def waited_for(call: Callable[[], object]) -> Callable[[], None]:
 
 def ratios_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, str]:
     """Of each call the median ratio of its time to that of the exit-free network in the same round, and its interval."""
-    times = in_turn({name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5)
+    times = in_turn(
+        {name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5
+    )
     return {name: spoken(taken / times["exit-free"], 3) for name, taken in times.items()}
 
 
@@ -86,27 +88,47 @@ def half_stops(network: Any, x: torch.Tensor) -> ThresholdPolicy:
     with torch.inference_mode(), network.exits(x) as run:
         scores = torch.stack([SCORES["max_probability"](exit.output()).cpu() for exit in run])
     shares = [0.5 if exit in (middle, last) else 0.0 for exit in range(network.num_exits)]
-    return ThresholdPolicy(score="max_probability", thresholds=thresholds_for_shares(scores, shares))
+    return ThresholdPolicy(
+        score="max_probability", thresholds=thresholds_for_shares(scores, shares)
+    )
 
 
-def measure(spec: str, pixels: int, batch: int, engine: str, device: str, repeats: int) -> dict[str, Any]:
+def measure(
+    spec: str, pixels: int, batch: int, engine: str, device: str, repeats: int
+) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(batch, 3, pixels, pixels, device=device)
-    model = load_model(spec, **({"num_classes": 10} if spec.startswith("impatient") else {})).to(device).eval()
+    model = (
+        load_model(spec, **({"num_classes": 10} if spec.startswith("impatient") else {}))
+        .to(device)
+        .eval()
+    )
     network: Any = attach_exits(model, example=x[:1], count=4).eval()
     if engine == "cuda-graphs":
         network = cuda_graphs(
-            partition(network, x[:2] if batch > 1 else x.expand(2, -1, -1, -1)), NetworkFacts.of(network, x[:1])
+            partition(network, x[:2] if batch > 1 else x.expand(2, -1, -1, -1)),
+            NetworkFacts.of(network, x[:1]),
         )
-    costs = profile(network, x, batch_sizes=tuple(sorted({1, max(1, batch // 2), batch})), repeats=50, max_seconds=10)
+    costs = profile(
+        network,
+        x,
+        batch_sizes=tuple(sorted({1, max(1, batch // 2), batch})),
+        repeats=50,
+        max_seconds=10,
+    )
     policy = half_stops(network, x)
     queue = None if device == "cuda" else HostQueue()
     runners: dict[str, Any] = {"policy, waiting": Runner(network, costs, policy)}
-    runners |= {f"policy, {ahead} ahead": GpuRunner(network, costs, policy, ahead=ahead, queue=queue) for ahead in (0, 1, 2)}
+    runners |= {
+        f"policy, {ahead} ahead": GpuRunner(network, costs, policy, ahead=ahead, queue=queue)
+        for ahead in (0, 1, 2)
+    }
     calls: dict[str, Callable[[], object]] = {
-        "exit-free": lambda: network.backbone(x), "exit-free again": lambda: network.backbone(x),
-        "staged": lambda: walk(network, x, waiting=False), "staged, waiting": lambda: walk(network, x, waiting=True),
-    }  # fmt: skip
+        "exit-free": lambda: network.backbone(x),
+        "exit-free again": lambda: network.backbone(x),
+        "staged": lambda: walk(network, x, waiting=False),
+        "staged, waiting": lambda: walk(network, x, waiting=True),
+    }
     calls |= {name: (lambda runner=runner: runner.run(x)) for name, runner in runners.items()}
     with torch.inference_mode():
         ratios = ratios_of(calls, repeats)
@@ -114,10 +136,14 @@ def measure(spec: str, pixels: int, batch: int, engine: str, device: str, repeat
     budget = costs.interruptible_s(statistic="p99", batch_size=batch)[network.num_exits // 2]
     answers = [timed.run(x, deadline=Deadline.after(budget)) for _ in range(10 * repeats)]
     return {
-        "model": spec, "batch": batch, "engine": engine, "n": repeats, **ratios,
+        "model": spec,
+        "batch": batch,
+        "engine": engine,
+        "n": repeats,
+        **ratios,
         "deadlines met": f"{sum(answer.deadline_met for answer in answers)} of {len(answers)}",
         "mean exit by then": f"{sum(answer.exit for answer in answers) / len(answers):.2f}",
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -127,7 +153,11 @@ def main() -> None:
     if not smoke and not torch.cuda.is_available():
         sys.exit("this needs a CUDA device; --smoke shows on any machine that it runs.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [("impatient:resnet:n=1,c=8", 32)] if smoke else [("torchvision:resnet50", 224), ("torchvision:vit_b_16", 224)]
+    models = (
+        [("impatient:resnet:n=1,c=8", 32)]
+        if smoke
+        else [("torchvision:resnet50", 224), ("torchvision:vit_b_16", 224)]
+    )
     engines = ["eager", "cuda-graphs"] if device == "cuda" else ["eager"]
     rows = []
     for spec, pixels in models:

@@ -30,7 +30,10 @@ class Table(StrEnum):
 
 def main(
     scale: Annotated[
-        ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: an hour on two cores; gpu: trained for longer.")
+        ScaleName,
+        typer.Option(
+            help="smoke: seconds, on digits; cpu: an hour on two cores; gpu: trained for longer."
+        ),
     ],
     table: Annotated[
         Table,
@@ -43,7 +46,8 @@ def main(
     runs: Runs = ROOT / "runs" / "papers" / "adaptive_neural_networks",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many divisions of a test split; by default the scale's.")
+        int | None,
+        typer.Option(min=1, help="How many divisions of a test split; by default the scale's."),
     ] = None,
     publish: Publish = False,
 ) -> None:
@@ -55,8 +59,11 @@ def main(
     carry_out(
         lambda: _run(settings, folder, table, workers),
         lambda into: tables.write(settings, everything(settings, folder), into),
-        card=HERE / "README.md", scale=scale, out=out, publish=publish,
-    )  # fmt: skip
+        card=HERE / "README.md",
+        scale=scale,
+        out=out,
+        publish=publish,
+    )
 
 
 def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:
@@ -74,12 +81,28 @@ def policy_jobs(scale: Scale, measured: Mapping[str, Any]) -> list[Job]:
     made = []
     for case in (case for case in scale.cases if times.name(case) in measured):
         result = measured[times.name(case)]
-        known = {"case": case, "node_s": result["node_s"], "gate_s": result["gate_s"], "judging": scale.judging}
-        made += [Job(split_name(case, seed), selecting.judge_split, known | {"seed": seed}) for seed in splits(case, scale)]
+        known = {
+            "case": case,
+            "node_s": result["node_s"],
+            "gate_s": result["gate_s"],
+            "judging": scale.judging,
+        }
+        made += [
+            Job(split_name(case, seed), selecting.judge_split, known | {"seed": seed})
+            for seed in splits(case, scale)
+        ]
     for exits in (exits for exits in scale.exits if times.name(exits) in measured):
         result = measured[times.name(exits)]
-        known = {"exits": exits, "costs": result["costs"], "gate_s": result["gate_s"], "judging": scale.judging}
-        made += [Job(split_name(exits, seed), exiting.judge_split, known | {"seed": seed}) for seed in splits(exits, scale)]
+        known = {
+            "exits": exits,
+            "costs": result["costs"],
+            "gate_s": result["gate_s"],
+            "judging": scale.judging,
+        }
+        made += [
+            Job(split_name(exits, seed), exiting.judge_split, known | {"seed": seed})
+            for seed in splits(exits, scale)
+        ]
     return made
 
 
@@ -100,12 +123,20 @@ def everything(scale: Scale, folder: Path) -> tables.Found:
     fitted = finished(policy_jobs(scale, measured), folder)
     return tables.Found(
         networks=finished([job for stage in recipe.stages(scale) for job in stage], folder),
-        times={what.name: measured[times.name(what)] for what in scale.parts if times.name(what) in measured},
+        times={
+            what.name: measured[times.name(what)]
+            for what in scale.parts
+            if times.name(what) in measured
+        },
         splits={
-            what.name: [fitted[split_name(what, seed)] for seed in splits(what, scale) if split_name(what, seed) in fitted]
+            what.name: [
+                fitted[split_name(what, seed)]
+                for seed in splits(what, scale)
+                if split_name(what, seed) in fitted
+            ]
             for what in scale.parts
         },
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def asked_for(curve: Sequence[Point], accuracy: float) -> tuple[Tensor, Tensor]:
     for before, after in itertools.pairwise(curve):
         if before.fit_accuracy <= accuracy < after.fit_accuracy:
             share = (accuracy - before.fit_accuracy) / (after.fit_accuracy - before.fit_accuracy)
-            return torch.lerp(before.seconds, after.seconds, share), torch.lerp(before.hits, after.hits, share)
+            return torch.lerp(before.seconds, after.seconds, share), torch.lerp(
+                before.hits, after.hits, share
+            )
     only = curve[0] if accuracy < curve[0].fit_accuracy else curve[-1]
     return only.seconds, only.hits
 
@@ -86,7 +88,12 @@ def interval_half(values: Tensor) -> float:
 
 
 def read_off(
-    method: str, points: Sequence[Point], full: Point, losses: Sequence[float], *, mixed: bool = True
+    method: str,
+    points: Sequence[Point],
+    full: Point,
+    losses: Sequence[float],
+    *,
+    mixed: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per accuracy lost against the full network: least time, and what comes of asking for it on the part fitted on.
 
@@ -99,24 +106,41 @@ def read_off(
     curve = on_hull([*points, full])
     rows = []
     for loss in losses:
-        seconds, hits = asked_for(curve, full.fit_accuracy - loss) if mixed else _fastest(curve, full.fit_accuracy - loss)
+        seconds, hits = (
+            asked_for(curve, full.fit_accuracy - loss)
+            if mixed
+            else _fastest(curve, full.fit_accuracy - loss)
+        )
         lost = full.hits - hits
-        rows.append({
-            "method": method, "loss": loss, "s": min(full.mean_s, least_time(curve, full.accuracy - loss, mixed=mixed)),
-            "full_s": full.mean_s, "asked_s": float(seconds.mean()), "asked_s_half": interval_half(seconds),
-            "asked_lost": float(lost.mean()), "asked_lost_half": interval_half(lost),
-        })  # fmt: skip
+        rows.append(
+            {
+                "method": method,
+                "loss": loss,
+                "s": min(full.mean_s, least_time(curve, full.accuracy - loss, mixed=mixed)),
+                "full_s": full.mean_s,
+                "asked_s": float(seconds.mean()),
+                "asked_s_half": interval_half(seconds),
+                "asked_lost": float(lost.mean()),
+                "asked_lost_half": interval_half(lost),
+            }
+        )
     return rows
 
 
 def _fastest(curve: Sequence[Point], accuracy: float) -> tuple[Tensor, Tensor]:
-    best = min((point for point in curve if point.fit_accuracy >= accuracy - 1e-12), key=lambda point: point.fit_s)
+    best = min(
+        (point for point in curve if point.fit_accuracy >= accuracy - 1e-12),
+        key=lambda point: point.fit_s,
+    )
     return best.seconds, best.hits
 
 
 def drawn_curve(method: str, points: Sequence[Point]) -> list[dict[str, Any]]:
     """The curve as it is judged, for the figure."""
-    return [{"method": method, "s": point.mean_s, "accuracy": point.accuracy} for point in on_hull(points)]
+    return [
+        {"method": method, "s": point.mean_s, "accuracy": point.accuracy}
+        for point in on_hull(points)
+    ]
 
 
 def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> float:
@@ -137,7 +161,9 @@ def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> fl
     """
     cost = torch.tensor(node_s, dtype=torch.float64)
     count, cheapest = right.shape[1], int(cost.argmin())
-    extra = torch.where(right.bool(), cost[:, None] - cost[cheapest], math.inf).amin(0).sort().values
+    extra = (
+        torch.where(right.bool(), cost[:, None] - cost[cheapest], math.inf).amin(0).sort().values
+    )
     needed = math.ceil(accuracy * count - 1e-9)
     if needed > int(torch.isfinite(extra).sum()):
         return math.inf
@@ -145,9 +171,14 @@ def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> fl
 
 
 def guarantees(
-    told: str, policies: Sequence[tuple[Any, float]], full_s: float, population: Recording, how: Judging, seed: int,
+    told: str,
+    policies: Sequence[tuple[Any, float]],
+    full_s: float,
+    population: Recording,
+    how: Judging,
+    seed: int,
     losses: Sequence[Loss] = ("positive_gap", "accuracy_gap"),
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """How often a guarantee is broken. The truth is known: calibration samples are drawn with replacement from a population.
 
     Args:
@@ -164,18 +195,34 @@ def guarantees(
         for _ in range(how.draws):
             places = torch.randint(len(population.labels), (how.calibration,), generator=random)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NoEffectWarning)  # none passed: the full network, which is counted below
+                warnings.simplefilter(
+                    "ignore", NoEffectWarning
+                )  # none passed: the full network, which is counted below
                 controlled = control_risk(
-                    candidates, taken(population, places), epsilon=how.epsilon, delta=how.delta, loss=loss
+                    candidates,
+                    taken(population, places),
+                    epsilon=how.epsilon,
+                    delta=how.delta,
+                    loss=loss,
                 )
             chosen.append(controlled.certificate.chosen)
         risks = [0.0 if place is None else truth[place] for place in chosen]
         times = [full_s if place is None else policies[place][1] for place in chosen]
-        rows.append({
-            "policies": told, "loss": loss, "epsilon": how.epsilon, "delta": how.delta, "calibration": how.calibration,
-            "draws": how.draws, "violations": sum(risk > how.epsilon for risk in risks), "none": chosen.count(None),
-            "risk": sum(risks) / len(risks), "s": sum(times) / len(times), "full_s": full_s,
-        })  # fmt: skip
+        rows.append(
+            {
+                "policies": told,
+                "loss": loss,
+                "epsilon": how.epsilon,
+                "delta": how.delta,
+                "calibration": how.calibration,
+                "draws": how.draws,
+                "violations": sum(risk > how.epsilon for risk in risks),
+                "none": chosen.count(None),
+                "risk": sum(risks) / len(risks),
+                "s": sum(times) / len(times),
+                "full_s": full_s,
+            }
+        )
     return rows
 
 

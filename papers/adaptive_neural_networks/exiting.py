@@ -17,16 +17,39 @@ from impatient.policies import scaled_family, sweep_gates, threshold_family
 from impatient.policies.baselines import always, soft_oracle
 from impatient.policies.costsensitive import Learner
 from impatient.policies.gates import GatePolicy, Inputs, exit_times_s, exits_of_many
-from papers.adaptive_neural_networks.curves import Point, drawn_curve, guarantees, point_of, read_off
+from papers.adaptive_neural_networks.curves import (
+    Point,
+    drawn_curve,
+    guarantees,
+    point_of,
+    read_off,
+)
 from papers.adaptive_neural_networks.recipe import Exits, Judging, parts_of, recordings_of
 
 LOSSES = (0.0, 0.01, 0.02, 0.05)  # the paper's, and none at all
-ASKED = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15)  # for which thresholds are fitted
+ASKED = (
+    0.0,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.07,
+    0.1,
+    0.15,
+)  # for which thresholds are fitted
 INPUTS: tuple[Inputs, ...] = ("confidences", "features", "both")
 
 
 def judge_split(
-    exits: Exits, costs: Mapping[str, Any], gate_s: Mapping[str, float], judging: Judging, seed: int, *, folder: Path
+    exits: Exits,
+    costs: Mapping[str, Any],
+    gate_s: Mapping[str, float],
+    judging: Judging,
+    seed: int,
+    *,
+    folder: Path,
 ) -> dict[str, Any]:
     """Fit every method on one part and judge it on the other.
 
@@ -44,26 +67,39 @@ def judge_split(
     full = full_network(fit, judged, profile)
     gated: dict[str, list[tuple[GatePolicy, Point]]] = {}
     for inputs in INPUTS:
-        gated[f"gates on {inputs}"] = gates(fit, judged, profile, inputs, "logistic", gate_s, judging.prices)
-    gated["gates on confidences, boosting"] = gates(fit, judged, profile, "confidences", "boosting", gate_s, judging.boosted)
+        gated[f"gates on {inputs}"] = gates(
+            fit, judged, profile, inputs, "logistic", gate_s, judging.prices
+        )
+    gated["gates on confidences, boosting"] = gates(
+        fit, judged, profile, "confidences", "boosting", gate_s, judging.boosted
+    )
     found |= {method: [point for _, point in points] for method, points in gated.items()}
-    rows = [row for method, points in found.items() for row in read_off(method, points, full, LOSSES)]
+    rows = [
+        row for method, points in found.items() for row in read_off(method, points, full, LOSSES)
+    ]
     return {
-        "rows": rows, "curves": [row for method, points in found.items() for row in drawn_curve(method, points)],
+        "rows": rows,
+        "curves": [row for method, points in found.items() for row in drawn_curve(method, points)],
         "exits": [
             {"exit": name, "s": time, "accuracy": accuracy}
-            for name, time, accuracy in zip(profile.exits, profile.contract_s(), judged.hits().mean(1).tolist(), strict=True)
+            for name, time, accuracy in zip(
+                profile.exits, profile.contract_s(), judged.hits().mean(1).tolist(), strict=True
+            )
         ],
-        "full": {"s": full.mean_s, "accuracy": full.accuracy}, "oracles": oracles(judged, profile),
-        "guarantees": guaranteed(fit, judged, profile, gated["gates on confidences"], full, judging, seed),
+        "full": {"s": full.mean_s, "accuracy": full.accuracy},
+        "oracles": oracles(judged, profile),
+        "guarantees": guaranteed(
+            fit, judged, profile, gated["gates on confidences"], full, judging, seed
+        ),
         "samples": {"fitted on": len(fit.labels), "judged on": len(judged.labels)},
-    }  # fmt: skip
+    }
 
 
 def full_network(fit: Recording, judged: Recording, costs: CostProfile) -> Point:
     """The network as it was before it had exits."""
     on_fit, on_judged = (
-        (torch.full((len(part.labels),), costs.exit_free_s(), dtype=torch.float64), part.hits()[-1]) for part in (fit, judged)
+        (torch.full((len(part.labels),), costs.exit_free_s(), dtype=torch.float64), part.hits()[-1])
+        for part in (fit, judged)
     )
     return point_of(on_fit, on_judged)
 
@@ -75,34 +111,51 @@ def baselines(fit: Recording, judged: Recording, costs: CostProfile) -> dict[str
         fitted = [fit_thresholds(fit, costs, max_accuracy_loss=loss) for loss in ASKED]
     policies: dict[str, Sequence[ThresholdPolicy]] = {
         "uniform": [always(exit, costs.num_exits) for exit in range(costs.num_exits)],
-        "myopic": threshold_family(fit), "threshold per exit": fitted,
-    }  # fmt: skip
+        "myopic": threshold_family(fit),
+        "threshold per exit": fitted,
+    }
     return {
-        method: [point_of(_seen(policy, fit, costs), _seen(policy, judged, costs)) for policy in those]
+        method: [
+            point_of(_seen(policy, fit, costs), _seen(policy, judged, costs)) for policy in those
+        ]
         for method, those in policies.items()
     }
 
 
-def _seen(policy: ThresholdPolicy, part: Recording, costs: CostProfile) -> tuple[torch.Tensor, torch.Tensor]:
+def _seen(
+    policy: ThresholdPolicy, part: Recording, costs: CostProfile
+) -> tuple[torch.Tensor, torch.Tensor]:
     found = outcome(policy, part, costs)
     exits, seconds = found.exits, found.contract_s
     return seconds, part.hits()[exits, torch.arange(len(exits))]
 
 
 def gates(
-    fit: Recording, judged: Recording, costs: CostProfile, inputs: Inputs, learner: Learner, gate_s: Mapping[str, float],
+    fit: Recording,
+    judged: Recording,
+    costs: CostProfile,
+    inputs: Inputs,
+    learner: Learner,
+    gate_s: Mapping[str, float],
     prices: int,
-) -> list[tuple[GatePolicy, Point]]:  # fmt: skip
+) -> list[tuple[GatePolicy, Point]]:
     """Gates for rising prices of time, with what they reach on both parts."""
     swept = sweep_gates(
-        fit, costs, time_prices(costs, prices), inputs=inputs, learner=learner, gate_s=gate_s[f"{inputs}, {learner}"],
-    )  # fmt: skip
+        fit,
+        costs,
+        time_prices(costs, prices),
+        inputs=inputs,
+        learner=learner,
+        gate_s=gate_s[f"{inputs}, {learner}"],
+    )
     policies = [entry.policy for entry in swept]
     samples, hits = torch.arange(len(judged.labels)), judged.hits().double()
     points = []
     for entry, exits in zip(swept, exits_of_many(policies, judged), strict=True):
         seconds = exit_times_s(entry.policy, costs)[exits]
-        points.append((entry.policy, Point(entry.mean_time_s, entry.accuracy, seconds, hits[exits, samples])))
+        points.append(
+            (entry.policy, Point(entry.mean_time_s, entry.accuracy, seconds, hits[exits, samples]))
+        )
     return points
 
 
@@ -122,14 +175,21 @@ def oracles(judged: Recording, costs: CostProfile) -> dict[str, Any]:
 
 
 def guaranteed(
-    fit: Recording, judged: Recording, costs: CostProfile, gated: Sequence[tuple[GatePolicy, Point]], full: Point,
-    judging: Judging, seed: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    fit: Recording,
+    judged: Recording,
+    costs: CostProfile,
+    gated: Sequence[tuple[GatePolicy, Point]],
+    full: Point,
+    judging: Judging,
+    seed: int,
+) -> list[dict[str, Any]]:
     """Thresholds made safer and bolder, and gates by rising price, under control of risk."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         family = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=judging.epsilon))
-    scaled = [(policy, float(outcome(policy, judged, costs).contract_s.mean())) for policy in family]
+    scaled = [
+        (policy, float(outcome(policy, judged, costs).contract_s.mean())) for policy in family
+    ]
     priced = [(policy, point.mean_s) for policy, point in gated]
     return [
         *guarantees("thresholds, scaled", scaled, full.mean_s, judged, judging, seed),

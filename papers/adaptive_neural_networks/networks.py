@@ -36,7 +36,9 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(out))
         if self.stride > 1 or self.padding:
             half = self.padding // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.padding - half))
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.padding - half)
+            )
         return F.relu(out + x)
 
 
@@ -52,7 +54,9 @@ class CifarResNet(nn.Module):
         He et al. 2015, section 4.2; names of modules as in akamaster/pytorch_resnet_cifar10.
     """
 
-    def __init__(self, num_classes: int = 10, depth: int = 20, width: int = 16, in_channels: int = 3) -> None:
+    def __init__(
+        self, num_classes: int = 10, depth: int = 20, width: int = 16, in_channels: int = 3
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ModelSpecError(f"depth={depth}; needed: 6n + 2, such as 8, 14, 20, 32, 44 or 56.")
@@ -89,16 +93,30 @@ def load_pretrained(network: nn.Module, name: str, path: Path) -> None:
         DataError: if the file is missing or holds no, other or differently shaped weights.
     """
     if not path.is_file():
-        raise DataError(f"no weights at {path}; set IMPATIENT_DATA to the folder of the shared data that has them.")
+        raise DataError(
+            f"no weights at {path}; set IMPATIENT_DATA to the folder of the shared data that has them."
+        )
     prefix = f"{name}."
     with np.load(path, allow_pickle=False) as archive:
-        found = {key.removeprefix(prefix): torch.from_numpy(archive[key]) for key in archive.files if key.startswith(prefix)}
+        found = {
+            key.removeprefix(prefix): torch.from_numpy(archive[key])
+            for key in archive.files
+            if key.startswith(prefix)
+        }
     # how often batch norm was updated is not stored, and used by nothing
-    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    odd = sorted(key for key in wanted.keys() ^ found.keys() if not key.endswith("num_batches_tracked"))
+    wanted = {
+        key: value
+        for key, value in network.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    odd = sorted(
+        key for key in wanted.keys() ^ found.keys() if not key.endswith("num_batches_tracked")
+    )
     odd += [key for key in wanted.keys() & found.keys() if wanted[key].shape != found[key].shape]
     if odd:
-        raise DataError(f"{path} has {len(found)} arrays of {name!r}, which do not fit {type(network).__name__}: {odd[:5]}.")
+        raise DataError(
+            f"{path} has {len(found)} arrays of {name!r}, which do not fit {type(network).__name__}: {odd[:5]}."
+        )
     network.load_state_dict(found, strict=False)
 
 
@@ -140,9 +158,12 @@ class TextBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv1d(width, width, 3, 1, 1, bias=False), nn.BatchNorm1d(width), nn.ReLU(),
-            nn.Conv1d(width, width, 3, 1, 1, bias=False), nn.BatchNorm1d(width),
-        )  # fmt: skip
+            nn.Conv1d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Conv1d(width, width, 3, 1, 1, bias=False),
+            nn.BatchNorm1d(width),
+        )
         nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # nothing is added at first, which trains better
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +180,9 @@ class TextResNet(nn.Module):
         blocks: how many.
     """
 
-    def __init__(self, num_classes: int = 4, words: int = 20_002, width: int = 64, blocks: int = 4) -> None:
+    def __init__(
+        self, num_classes: int = 4, words: int = 20_002, width: int = 64, blocks: int = 4
+    ) -> None:
         super().__init__()
         self.embedding = _embedding(words, width)
         self.blocks = nn.Sequential(*(TextBlock(width) for _ in range(blocks)))
@@ -182,4 +205,6 @@ def strided_head(features: FeatureShape, num_classes: int, width: int = 64) -> n
     per cent of a ResNet-56.
     """
     convolution = nn.Conv2d(features.channels, width, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(), Pool("NCHW"), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        convolution, nn.BatchNorm2d(width), nn.ReLU(), Pool("NCHW"), nn.Linear(width, num_classes)
+    )

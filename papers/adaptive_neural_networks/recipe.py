@@ -11,13 +11,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from impatient import Data, MultiExitNetwork, Recipe, Recording, attach_exits, fit, load_model, record
+from impatient import (
+    Data,
+    MultiExitNetwork,
+    Recipe,
+    Recording,
+    attach_exits,
+    fit,
+    load_model,
+    record,
+)
 from impatient.files import read_tensors, write_tensors
 from impatient.networks.cascade import Cascade
 from impatient.policies import split_recording
 from impatient.provenance import fingerprint_bytes, machine, provenance
 from impatient.training.data import Split
-from papers.adaptive_neural_networks.networks import CIFAR_MEAN, CIFAR_STD, load_pretrained, strided_head
+from papers.adaptive_neural_networks.networks import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    load_pretrained,
+    strided_head,
+)
 from papers.data import load, shared_folder
 from papers.jobs import Job
 
@@ -151,12 +165,21 @@ class Scale:
 
 OWN = "papers.adaptive_neural_networks.networks"
 PRETRAINED = tuple(
-    Net(name=f"resnet{depth}", spec=f"{OWN}:CifarResNet:depth={depth}") for depth in (20, 32, 44, 56)
-)  # fmt: skip
+    Net(name=f"resnet{depth}", spec=f"{OWN}:CifarResNet:depth={depth}")
+    for depth in (20, 32, 44, 56)
+)
 # every two or three blocks, from the end of the first stage on
 CUTS = {
     "resnet32": ("layer1.4", "layer2.1", "layer2.4", "layer3.0", "layer3.2"),
-    "resnet56": ("layer1.8", "layer2.2", "layer2.5", "layer2.8", "layer3.1", "layer3.4", "layer3.6"),
+    "resnet56": (
+        "layer1.8",
+        "layer2.2",
+        "layer2.5",
+        "layer2.8",
+        "layer3.1",
+        "layer3.4",
+        "layer3.6",
+    ),
 }
 
 
@@ -166,42 +189,82 @@ def _cifar(small: Training, middle: Training) -> Case:
         Net(name="resnet14", spec=f"{OWN}:CifarResNet:depth=14", training=middle),
     )
     return Case(
-        name="cifar10", data="cifar10", nets=(*own, *PRETRAINED), validation=1000, fitted_on="test",
+        name="cifar10",
+        data="cifar10",
+        nets=(*own, *PRETRAINED),
+        validation=1000,
+        fitted_on="test",
         pixels=(CIFAR_MEAN, CIFAR_STD),
-    )  # fmt: skip
+    )
 
 
 def _fashion(epochs: tuple[int, int, int], images: int | None, batch_size: int = 64) -> Case:
     nets = {"resnet8-thin": "depth=8,width=4", "resnet8": "depth=8", "resnet20": "depth=20"}
-    return Case(name="fashion", data="fashion", nets=tuple(
-        Net(name=name, spec=f"{OWN}:CifarResNet:{options}",
-            training=Training(epochs=count, lr=0.1, images=images, batch_size=batch_size))
-        for (name, options), count in zip(nets.items(), epochs, strict=True)
-    ))  # fmt: skip
+    return Case(
+        name="fashion",
+        data="fashion",
+        nets=tuple(
+            Net(
+                name=name,
+                spec=f"{OWN}:CifarResNet:{options}",
+                training=Training(epochs=count, lr=0.1, images=images, batch_size=batch_size),
+            )
+            for (name, options), count in zip(nets.items(), epochs, strict=True)
+        ),
+    )
 
 
-def _text(data: str, words: tuple[int, int], bag: Training, conv: Training, width: int = 64, blocks: int = 4) -> Case:
-    return Case(name=f"text-{data.replace('_', '-')}", data=data, nets=(
-        Net(name="bag", spec=f"{OWN}:BagOfWords:words={words[0]},width=8", training=bag),
-        Net(name="convolutions", spec=f"{OWN}:TextResNet:words={words[1]},width={width},blocks={blocks}", training=conv),
-    ))  # fmt: skip
+def _text(
+    data: str,
+    words: tuple[int, int],
+    bag: Training,
+    conv: Training,
+    width: int = 64,
+    blocks: int = 4,
+) -> Case:
+    return Case(
+        name=f"text-{data.replace('_', '-')}",
+        data=data,
+        nets=(
+            Net(name="bag", spec=f"{OWN}:BagOfWords:words={words[0]},width=8", training=bag),
+            Net(
+                name="convolutions",
+                spec=f"{OWN}:TextResNet:words={words[1]},width={width},blocks={blocks}",
+                training=conv,
+            ),
+        ),
+    )
 
 
 def _exits(case: Case, names: Sequence[str], training: Training) -> tuple[Exits, ...]:
     by_name = {net.name: net for net in case.nets}
-    return tuple(Exits(case=case, net=by_name[name], after=CUTS[name], training=training) for name in names)
-
-
-DIGITS = Case(name="digits", data="digits", fitted_on="test", nets=tuple(
-    Net(name=name, spec=f"{OWN}:CifarResNet:{options}", training=Training(epochs=epochs, lr=0.1, images=800, batch_size=32))
-    for name, options, epochs in (
-        ("thin", "depth=8,width=2", 1), ("narrow", "depth=8,width=4", 2), ("wide", "depth=14,width=8", 3),
+    return tuple(
+        Exits(case=case, net=by_name[name], after=CUTS[name], training=training) for name in names
     )
-))  # fmt: skip
+
+
+DIGITS = Case(
+    name="digits",
+    data="digits",
+    fitted_on="test",
+    nets=tuple(
+        Net(
+            name=name,
+            spec=f"{OWN}:CifarResNet:{options}",
+            training=Training(epochs=epochs, lr=0.1, images=800, batch_size=32),
+        )
+        for name, options, epochs in (
+            ("thin", "depth=8,width=2", 1),
+            ("narrow", "depth=8,width=4", 2),
+            ("wide", "depth=14,width=8", 3),
+        )
+    ),
+)
 
 CPU_CIFAR = _cifar(
-    Training(epochs=30, lr=0.1, batch_size=128, augment="crop-flip"), Training(epochs=9, lr=0.1, augment="crop-flip"),
-)  # fmt: skip
+    Training(epochs=30, lr=0.1, batch_size=128, augment="crop-flip"),
+    Training(epochs=9, lr=0.1, augment="crop-flip"),
+)
 GPU_CIFAR = _cifar(
     Training(epochs=160, lr=0.1, batch_size=128, augment="crop-flip", weight_decay=1e-4),
     Training(epochs=160, lr=0.1, batch_size=128, augment="crop-flip", weight_decay=1e-4),
@@ -209,41 +272,87 @@ GPU_CIFAR = _cifar(
 
 SCALES = {
     "smoke": Scale(
-        cases=(DIGITS, _text(
-            "digits_tokens", (18, 18), Training(epochs=4, lr=4.0, batch_size=32),
-            Training(epochs=4, lr=0.1, batch_size=32), width=16, blocks=1,
-        )),
-        exits=(Exits(
-            case=DIGITS, net=DIGITS.nets[-1], after=("layer1.1", "layer2.1"), training=Training(epochs=1, lr=0.1, batch_size=32)
-        ),),
+        cases=(
+            DIGITS,
+            _text(
+                "digits_tokens",
+                (18, 18),
+                Training(epochs=4, lr=4.0, batch_size=32),
+                Training(epochs=4, lr=0.1, batch_size=32),
+                width=16,
+                blocks=1,
+            ),
+        ),
+        exits=(
+            Exits(
+                case=DIGITS,
+                net=DIGITS.nets[-1],
+                after=("layer1.1", "layer2.1"),
+                training=Training(epochs=1, lr=0.1, batch_size=32),
+            ),
+        ),
         timing=Timing(repeats=20, images=20, loss=0.02),
-        judging=Judging(splits=2, prices=5, boosted=2, boosted_topologies=("star",), draws=2, calibration=100, epsilon=0.1),
+        judging=Judging(
+            splits=2,
+            prices=5,
+            boosted=2,
+            boosted_topologies=("star",),
+            draws=2,
+            calibration=100,
+            epsilon=0.1,
+        ),
     ),
     "cpu": Scale(
         cases=(
-            CPU_CIFAR, _fashion((8, 5, 4), 24_000),
-            _text("ag_news", (1000, 20_002), Training(epochs=3, lr=4.0, weight_decay=0.0),
-                  Training(epochs=3, lr=0.1, images=60_000, weight_decay=1e-5)),
+            CPU_CIFAR,
+            _fashion((8, 5, 4), 24_000),
+            _text(
+                "ag_news",
+                (1000, 20_002),
+                Training(epochs=3, lr=4.0, weight_decay=0.0),
+                Training(epochs=3, lr=0.1, images=60_000, weight_decay=1e-5),
+            ),
         ),
-        exits=_exits(CPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=2, lr=0.05, images=12_000)),
+        exits=_exits(
+            CPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=2, lr=0.05, images=12_000)
+        ),
         timing=Timing(repeats=300, images=600, loss=0.01),
         judging=Judging(
-            splits=10, prices=30, boosted=6, boosted_topologies=("chain",), draws=20, calibration=2500, epsilon=0.02
+            splits=10,
+            prices=30,
+            boosted=6,
+            boosted_topologies=("chain",),
+            draws=20,
+            calibration=2500,
+            epsilon=0.02,
         ),
     ),
     "gpu": Scale(
         cases=(
-            GPU_CIFAR, _fashion((30, 30, 30), None, 128),
-            _text("ag_news", (1000, 20_002), Training(epochs=5, lr=4.0, weight_decay=0.0),
-                  Training(epochs=5, lr=0.1, weight_decay=1e-5)),
+            GPU_CIFAR,
+            _fashion((30, 30, 30), None, 128),
+            _text(
+                "ag_news",
+                (1000, 20_002),
+                Training(epochs=5, lr=4.0, weight_decay=0.0),
+                Training(epochs=5, lr=0.1, weight_decay=1e-5),
+            ),
         ),
-        exits=_exits(GPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=20, lr=0.1, batch_size=128)),
+        exits=_exits(
+            GPU_CIFAR, ("resnet32", "resnet56"), Training(epochs=20, lr=0.1, batch_size=128)
+        ),
         timing=Timing(repeats=300, images=1000, loss=0.01),
         judging=Judging(
-            splits=20, prices=30, boosted=10, boosted_topologies=("chain", "full"), draws=50, calibration=2500, epsilon=0.02
+            splits=20,
+            prices=30,
+            boosted=10,
+            boosted_topologies=("chain", "full"),
+            draws=50,
+            calibration=2500,
+            epsilon=0.02,
         ),
     ),
-}  # fmt: skip
+}
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -256,7 +365,11 @@ def key(case: Case, net: Net) -> str:
 
 def stages(scale: Scale) -> list[list[Job]]:
     """Jobs that may run side by side, and those that need what the ones before have made."""
-    nets = [Job(key(case, net), make, {"case": case, "net": net}) for case in scale.cases for net in case.nets]
+    nets = [
+        Job(key(case, net), make, {"case": case, "net": net})
+        for case in scale.cases
+        for net in case.nets
+    ]
     heads = {made.name: Job(made.name, train_heads, {"exits": made}) for made in scale.exits}
     early = [heads[made.name] for made in scale.exits if made.net.training is None]
     late = [heads[made.name] for made in scale.exits if made.net.training is not None]
@@ -274,10 +387,24 @@ def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
     if net.training is None:
         load_pretrained(network, net.name, shared_folder() / "cifar10_resnets.npz")
     else:
-        result = _train(attach_exits(network, example=data.example(), after=[]), data, net.training, "joint", folder)
-    write_tensors(folder / "weights.safetensors", _plain(network.state_dict()), {"kind": "weights", "job": folder.name})
+        result = _train(
+            attach_exits(network, example=data.example(), after=[]),
+            data,
+            net.training,
+            "joint",
+            folder,
+        )
+    write_tensors(
+        folder / "weights.safetensors",
+        _plain(network.state_dict()),
+        {"kind": "weights", "job": folder.name},
+    )
     alone = Cascade([network], [net.name]).eval()
-    return {**result, "accuracy": _recorded(alone, data, case, folder), "processor": machine(_device(network))["processor"]}
+    return {
+        **result,
+        "accuracy": _recorded(alone, data, case, folder),
+        "processor": machine(_device(network))["processor"],
+    }
 
 
 def train_heads(exits: Exits, *, folder: Path) -> dict[str, Any]:
@@ -285,25 +412,39 @@ def train_heads(exits: Exits, *, folder: Path) -> dict[str, Any]:
     data = data_of(exits.case, exits.training)
     network = with_exits(exits, built(exits.case, exits.net, folder.parent), data)
     result = _train(network, data, exits.training, "frozen", folder)
-    write_tensors(folder / "heads.safetensors", _plain(network.heads.state_dict()), {"kind": "weights", "job": folder.name})
+    write_tensors(
+        folder / "heads.safetensors",
+        _plain(network.heads.state_dict()),
+        {"kind": "weights", "job": folder.name},
+    )
     accuracy = _recorded(network, data, exits.case, folder)
     return {**result, "accuracy": accuracy, "processor": machine(_device(network))["processor"]}
 
 
 def _train(
-    network: MultiExitNetwork, data: Data, how: Training, regime: Literal["joint", "frozen"], folder: Path
+    network: MultiExitNetwork,
+    data: Data,
+    how: Training,
+    regime: Literal["joint", "frozen"],
+    folder: Path,
 ) -> dict[str, Any]:
     checkpoint = folder / "checkpoint.safetensors"
     recipe = Recipe(
-        epochs=how.epochs, batch_size=how.batch_size, lr=how.lr, augment=how.augment, weight_decay=how.weight_decay,
-        regime=regime, channels_last=data.preprocess.size is not None,
-    )  # fmt: skip
+        epochs=how.epochs,
+        batch_size=how.batch_size,
+        lr=how.lr,
+        augment=how.augment,
+        weight_decay=how.weight_decay,
+        regime=regime,
+        channels_last=data.preprocess.size is not None,
+    )
     history = fit(network, data, recipe=recipe, checkpoint=checkpoint, progress=False)
     checkpoint.unlink(missing_ok=True)
     return {
-        "images": data.size("train"), "seconds": sum(epoch.seconds for epoch in history.epochs),
+        "images": data.size("train"),
+        "seconds": sum(epoch.seconds for epoch in history.epochs),
         "train_loss": list(history.epochs[-1].train_loss),
-    }  # fmt: skip
+    }
 
 
 def _recorded(network: Any, data: Data, case: Case, folder: Path) -> dict[str, list[float]]:
@@ -321,17 +462,23 @@ def _recorded(network: Any, data: Data, case: Case, folder: Path) -> dict[str, l
 
 def data_of(case: Case, training: Training | None = None) -> Data:
     """A case's data, with as many training examples as a training wants; the other splits are the same for all."""
-    data = load(case.data, train=training.images if training else None, validation=case.validation, seed=0)
+    data = load(
+        case.data, train=training.images if training else None, validation=case.validation, seed=0
+    )
     if case.pixels is None:
         return data
     mean, std = case.pixels
-    return dataclasses.replace(data, preprocess=dataclasses.replace(data.preprocess, mean=mean, std=std))
+    return dataclasses.replace(
+        data, preprocess=dataclasses.replace(data.preprocess, mean=mean, std=std)
+    )
 
 
 def build(net: Net, data: Data) -> nn.Module:
     """An untrained network."""
     torch.manual_seed(0)
-    return load_model(net.spec, num_classes=data.num_classes, in_channels=data.preprocess.channels or None)
+    return load_model(
+        net.spec, num_classes=data.num_classes, in_channels=data.preprocess.channels or None
+    )
 
 
 def built(case: Case, net: Net, runs: Path) -> nn.Module:
@@ -352,7 +499,9 @@ def with_exits(exits: Exits, backbone: nn.Module, data: Data) -> MultiExitNetwor
 
 def built_exits(exits: Exits, runs: Path) -> MultiExitNetwork:
     """A network with the heads that `train_heads` has kept."""
-    network = with_exits(exits, built(exits.case, exits.net, runs), data_of(exits.case, exits.training))
+    network = with_exits(
+        exits, built(exits.case, exits.net, runs), data_of(exits.case, exits.training)
+    )
     network.heads.load_state_dict(read_tensors(runs / exits.name / "heads.safetensors")[0])
     return network.eval()
 
@@ -362,10 +511,15 @@ def recording_of(case: Case, split: str, runs: Path) -> Recording:
     parts = [Recording.load(runs / key(case, net) / f"{split}.safetensors") for net in case.nets]
     whose = [f"{part.provenance.weights}{part.provenance.network}".encode() for part in parts]
     return Recording(
-        outputs=torch.cat([part.outputs for part in parts]), labels=parts[0].labels, split=split, exits=case.names,
+        outputs=torch.cat([part.outputs for part in parts]),
+        labels=parts[0].labels,
+        split=split,
+        exits=case.names,
         features=tuple(part.features[0] for part in parts),
-        provenance=provenance(weights=fingerprint_bytes(*whose), data=fingerprint_bytes(case.data.encode())),
-    )  # fmt: skip
+        provenance=provenance(
+            weights=fingerprint_bytes(*whose), data=fingerprint_bytes(case.data.encode())
+        ),
+    )
 
 
 def parts_of(recordings: Sequence[Recording], seed: int) -> tuple[Recording, Recording]:
@@ -388,16 +542,20 @@ def judged_places(count: int, case: Case, seed: int) -> Tensor:
     """Where in the test split of `count` samples those lie that `parts_of` judges on."""
     if case.fitted_on == "validation":
         return torch.arange(count)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))  # as `split_recording` has it
+    order = torch.randperm(
+        count, generator=torch.Generator().manual_seed(seed)
+    )  # as `split_recording` has it
     return order[round(0.5 * count) :].sort().values
 
 
 def taken(recording: Recording, places: Tensor) -> Recording:
     """Some samples of a recording, as often as they are named."""
     return dataclasses.replace(
-        recording, outputs=recording.outputs[:, places], labels=recording.labels[places],
+        recording,
+        outputs=recording.outputs[:, places],
+        labels=recording.labels[places],
         features=tuple(entry[places] for entry in recording.features),
-    )  # fmt: skip
+    )
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,18 +24,44 @@ from impatient.policies.selection_baselines import (
     oracle_route,
     single_route,
 )
-from papers.adaptive_neural_networks.curves import Point, drawn_curve, guarantees, least_knowing, point_of, read_off
+from papers.adaptive_neural_networks.curves import (
+    Point,
+    drawn_curve,
+    guarantees,
+    least_knowing,
+    point_of,
+    read_off,
+)
 from papers.adaptive_neural_networks.recipe import Case, Judging, parts_of, recordings_of
 
 LOSSES = (0.0, 0.005, 0.01, 0.02)  # points of accuracy lost at which curves are read off
-ASKED = (0.0, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1)  # for which thresholds are fitted
+ASKED = (
+    0.0,
+    0.0025,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.1,
+)  # for which thresholds are fitted
 TOPOLOGIES: dict[str, Callable[[Sequence[str]], Topology]] = {
-    "chain": Topology.chain, "full": Topology.full, "star": Topology.star,
-}  # fmt: skip
+    "chain": Topology.chain,
+    "full": Topology.full,
+    "star": Topology.star,
+}
 
 
 def judge_split(
-    case: Case, node_s: Sequence[float], gate_s: Mapping[str, float], judging: Judging, seed: int, *, folder: Path
+    case: Case,
+    node_s: Sequence[float],
+    gate_s: Mapping[str, float],
+    judging: Judging,
+    seed: int,
+    *,
+    folder: Path,
 ) -> dict[str, Any]:
     """Fit every method on one part and judge it on the other.
 
@@ -53,28 +79,42 @@ def judge_split(
     full = found["uniform"][-1]
     swept: dict[str, list[tuple[SelectionPoint, Point]]] = {}
     for topology in TOPOLOGIES:
-        swept[f"{topology}, logistic"] = learned(fit, judged, node_s, TOPOLOGIES[topology], "logistic", gate_s, judging.prices)
+        swept[f"{topology}, logistic"] = learned(
+            fit, judged, node_s, TOPOLOGIES[topology], "logistic", gate_s, judging.prices
+        )
     for topology in judging.boosted_topologies:
-        swept[f"{topology}, boosting"] = learned(fit, judged, node_s, TOPOLOGIES[topology], "boosting", gate_s, judging.boosted)
+        swept[f"{topology}, boosting"] = learned(
+            fit, judged, node_s, TOPOLOGIES[topology], "boosting", gate_s, judging.boosted
+        )
     found |= {method: [point for _, point in points] for method, points in swept.items()}
     found["pairs, logistic"] = pairs(fit, judged, node_s, gate_s, judging.prices)
     if later := later_first(fit, judged, node_s, gate_s, judging.prices):
         found["later first, logistic"] = later
-    found["any, logistic"] = [point for method, points in found.items() if method.endswith("logistic") for point in points]
+    found["any, logistic"] = [
+        point for method, points in found.items() if method.endswith("logistic") for point in points
+    ]
     rows = read_off("single networks", found["uniform"], full, LOSSES, mixed=False)
     for method, points in found.items():
         rows += read_off(method, points, full, LOSSES)
-    bold = [(entry.policy, point.mean_s) for entry, point in swept["full, logistic"] if entry.policy.decisions]
-    kept = guarantees("selection by price", bold, full.mean_s, judged, judging, seed) if bold else []
+    bold = [
+        (entry.policy, point.mean_s)
+        for entry, point in swept["full, logistic"]
+        if entry.policy.decisions
+    ]
+    kept = (
+        guarantees("selection by price", bold, full.mean_s, judged, judging, seed) if bold else []
+    )
     return {
-        "rows": rows, "curves": [row for method, points in found.items() for row in drawn_curve(method, points)],
+        "rows": rows,
+        "curves": [row for method, points in found.items() for row in drawn_curve(method, points)],
         "singles": [
             {"network": name, "s": point.mean_s, "accuracy": point.accuracy}
             for name, point in zip(case.names, found["uniform"], strict=True)
         ],
-        "oracles": oracles(judged, node_s, full), "guarantees": kept,
+        "oracles": oracles(judged, node_s, full),
+        "guarantees": kept,
         "samples": {"fitted on": len(fit.labels), "judged on": len(judged.labels)},
-    }  # fmt: skip
+    }
 
 
 def baselines(fit: Recording, judged: Recording, node_s: Sequence[float]) -> dict[str, list[Point]]:
@@ -98,20 +138,31 @@ def baselines(fit: Recording, judged: Recording, node_s: Sequence[float]) -> dic
         return both(lambda recording: agreement_route(recording.outputs, node_s, needed=votes))
 
     return {
-        "uniform": [single(node) for node in range(count)], "myopic": [chain(policy) for policy in threshold_family(fit)],
+        "uniform": [single(node) for node in range(count)],
+        "myopic": [chain(policy) for policy in threshold_family(fit)],
         "threshold per network": [chain(policy) for policy in fitted],
         "agreement": [agreement(votes) for votes in range(2, min(count, 3) + 1)],
-    }  # fmt: skip
+    }
 
 
 def learned(
-    fit: Recording, judged: Recording, node_s: Sequence[float], topology: Callable[[Sequence[str]], Topology],
-    learner: Learner, gate_s: Mapping[str, float], prices: int,
-) -> list[tuple[SelectionPoint, Point]]:  # fmt: skip
+    fit: Recording,
+    judged: Recording,
+    node_s: Sequence[float],
+    topology: Callable[[Sequence[str]], Topology],
+    learner: Learner,
+    gate_s: Mapping[str, float],
+    prices: int,
+) -> list[tuple[SelectionPoint, Point]]:
     """Policies for rising prices of time, with what they reach on both parts."""
     points = sweep_selection(
-        fit, node_s, topology(fit.exits), time_prices=time_prices(node_s, prices), learner=learner, gate_s=gate_s[learner],
-    )  # fmt: skip
+        fit,
+        node_s,
+        topology(fit.exits),
+        time_prices=time_prices(node_s, prices),
+        learner=learner,
+        gate_s=gate_s[learner],
+    )
     return [(entry, _judged_point(entry, judged)) for entry in points]
 
 
@@ -121,36 +172,52 @@ def time_prices(node_s: Sequence[float], count: int) -> list[float]:
 
 
 def pairs(
-    fit: Recording, judged: Recording, node_s: Sequence[float], gate_s: Mapping[str, float], prices: int
-) -> list[Point]:  # fmt: skip
+    fit: Recording,
+    judged: Recording,
+    node_s: Sequence[float],
+    gate_s: Mapping[str, float],
+    prices: int,
+) -> list[Point]:
     """Each cheaper network beside the full one, and nothing else."""
     last = len(node_s) - 1
     found: list[Point] = []
     for first in range(last):
         kept = [first, last]
         one, other, own_s = only(fit, kept), only(judged, kept), [node_s[node] for node in kept]
-        found += [point for _, point in learned(one, other, own_s, Topology.chain, "logistic", gate_s, prices)]
+        found += [
+            point
+            for _, point in learned(one, other, own_s, Topology.chain, "logistic", gate_s, prices)
+        ]
     return found
 
 
 def later_first(
-    fit: Recording, judged: Recording, node_s: Sequence[float], gate_s: Mapping[str, float], prices: int
-) -> list[Point]:  # fmt: skip
+    fit: Recording,
+    judged: Recording,
+    node_s: Sequence[float],
+    gate_s: Mapping[str, float],
+    prices: int,
+) -> list[Point]:
     """All moves upward among all networks but the first one, two, ...: on a graph, what comes first is always paid."""
     found: list[Point] = []
     for first in range(1, len(node_s) - 2):  # two networks are a pair
         kept = range(first, len(node_s))
         one, other, own_s = only(fit, kept), only(judged, kept), node_s[first:]
-        found += [point for _, point in learned(one, other, own_s, Topology.full, "logistic", gate_s, prices)]
+        found += [
+            point
+            for _, point in learned(one, other, own_s, Topology.full, "logistic", gate_s, prices)
+        ]
     return found
 
 
 def only(recording: Recording, nodes: Sequence[int]) -> Recording:
     """The recording of some of the networks."""
     return dataclasses.replace(
-        recording, outputs=recording.outputs[list(nodes)], exits=tuple(recording.exits[node] for node in nodes),
+        recording,
+        outputs=recording.outputs[list(nodes)],
+        exits=tuple(recording.exits[node] for node in nodes),
         features=tuple(recording.features[node] for node in nodes if recording.features),
-    )  # fmt: skip
+    )
 
 
 def _point(fit: Recording, on_fit: Route, judged: Recording, route: Route) -> Point:
@@ -159,7 +226,9 @@ def _point(fit: Recording, on_fit: Route, judged: Recording, route: Route) -> Po
 
 def _judged_point(entry: SelectionPoint, judged: Recording) -> Point:
     route = entry.policy.route(judged.outputs, judged.features)
-    return Point(entry.mean_time_s, entry.accuracy, route.time_s.double(), route.hits(judged).double())
+    return Point(
+        entry.mean_time_s, entry.accuracy, route.time_s.double(), route.hits(judged).double()
+    )
 
 
 def oracles(judged: Recording, node_s: Sequence[float], full: Point) -> dict[str, Any]:
@@ -170,9 +239,14 @@ def oracles(judged: Recording, node_s: Sequence[float], full: Point) -> dict[str
     paths = topology.cheapest_paths(node_s)
     for pays in ("path", "chosen"):
         route = oracle_route(judged, node_s, topology, pays=pays)
-        cost = [sum(node_s[node] for node in path) for path in paths] if pays == "path" else list(node_s)
+        cost = (
+            [sum(node_s[node] for node in path) for path in paths]
+            if pays == "path"
+            else list(node_s)
+        )
         result[pays] = {
-            "s": route.mean_time_s, "accuracy": route.accuracy(judged),
+            "s": route.mean_time_s,
+            "accuracy": route.accuracy(judged),
             "least_s": [least_knowing(right, cost, full.accuracy - loss) for loss in LOSSES],
-        }  # fmt: skip
+        }
     return result

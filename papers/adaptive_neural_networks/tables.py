@@ -10,14 +10,28 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from impatient.evaluation.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILION, save_figure, styled
+from impatient.evaluation.plots import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    save_figure,
+    styled,
+)
 from impatient.files import write_text
 from papers.adaptive_neural_networks import exiting, selecting, times
 from papers.adaptive_neural_networks.curves import share_of_saving
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
 from papers.results import Claim, Spread, made_by, markdown, spread, write_csv
 
-WANTED, PREDICTED_WITHIN = 2.8, 0.1  # times faster at a point lost; how far a real run may be from its prediction
+WANTED, PREDICTED_WITHIN = (
+    2.8,
+    0.1,
+)  # times faster at a point lost; how far a real run may be from its prediction
 OURS, OUR_GATES = "any, logistic", "gates on both"  # which learned method the claims are about
 # per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform mixture
 PAPER = {"GoogLeNet": ((9, 22, 33), (2, 9, 20)), "ResNet-50": ((8, 18, 22), (1, 12, 10))}
@@ -44,9 +58,11 @@ def write(scale: Scale, found: Found, folder: Path) -> str:
     parts = [
         *(["**Claims**", markdown(_claim_rows(said))] if said else []),
         *(part for case in cases for part in _selection_part(case, found, folder)),
-        *(_exits_part(made, found, folder) if made else []), *_guarantee_part([*cases, *made], found, folder),
-        *_time_part(scale, found, folder), _made(found),
-    ]  # fmt: skip
+        *(_exits_part(made, found, folder) if made else []),
+        *_guarantee_part([*cases, *made], found, folder),
+        *_time_part(scale, found, folder),
+        _made(found),
+    ]
     _write_raw([*cases, *made], found, folder)
     page = "\n\n".join(parts)
     write_text(folder / "results.md", page + "\n")
@@ -68,16 +84,23 @@ def values(splits: Sequence[Result], method: str, loss: float) -> list[dict[str,
         "speedup", "saved" (1 - T/T_full, per cent); likewise "asked_speedup" of what was asked for on the part fitted on, and
         "asked_lost" in points, with halves of their 95 % intervals over samples.
     """
-    rows = [row for split in splits for row in split["rows"] if row["method"] == method and row["loss"] == loss]
+    rows = [
+        row
+        for split in splits
+        for row in split["rows"]
+        if row["method"] == method and row["loss"] == loss
+    ]
     return [
         {
-            "speedup": row["full_s"] / row["s"], "saved": 100.0 * (1.0 - row["s"] / row["full_s"]),
-            "asked_speedup": row["full_s"] / row["asked_s"], "asked_lost": 100.0 * row["asked_lost"],
+            "speedup": row["full_s"] / row["s"],
+            "saved": 100.0 * (1.0 - row["s"] / row["full_s"]),
+            "asked_speedup": row["full_s"] / row["asked_s"],
+            "asked_lost": 100.0 * row["asked_lost"],
             "asked_lost_half": 100.0 * row["asked_lost_half"],
             "asked_speedup_half": row["full_s"] / row["asked_s"] ** 2 * row["asked_s_half"],
         }
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def over(splits: Sequence[Result], method: str, loss: float, what: str) -> Spread:
@@ -91,38 +114,64 @@ def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) 
     for split in splits:
         row = next(row for row in split["rows"] if row["method"] == method and row["loss"] == loss)
         shares.append(100.0 * share_of_saving(row["full_s"], row["s"], split["oracles"][pays]["s"]))
-    return Spread(len(shares), math.nan, math.nan) if any(map(math.isnan, shares)) else spread(shares)
+    return (
+        Spread(len(shares), math.nan, math.nan) if any(map(math.isnan, shares)) else spread(shares)
+    )
 
 
 def limits(splits: Sequence[Result], pays: str, place: int) -> Spread:
     """Speed-up that knowing the labels would allow at one of `selecting.LOSSES`; the full network alone is allowed, too."""
     full = [split["rows"][0]["full_s"] for split in splits]
-    return spread([max(1.0, one / split["oracles"][pays]["least_s"][place]) for one, split in zip(full, splits, strict=True)])
+    return spread(
+        [
+            max(1.0, one / split["oracles"][pays]["least_s"][place])
+            for one, split in zip(full, splits, strict=True)
+        ]
+    )
 
 
 def _selection_part(case: Case, found: Found, folder: Path) -> list[str]:
     splits = found.splits[case.name]
     singles = [
         {
-            "network": name, "ms": f"{1e3 * splits[0]['singles'][place]['s']:.3f}",
-            "accuracy %": spread([100.0 * split["singles"][place]["accuracy"] for split in splits]).text(2),
+            "network": name,
+            "ms": f"{1e3 * splits[0]['singles'][place]['s']:.3f}",
+            "accuracy %": spread(
+                [100.0 * split["singles"][place]["accuracy"] for split in splits]
+            ).text(2),
         }
         for place, name in enumerate(case.names)
-    ]  # fmt: skip
+    ]
     rows = [_selection_row(splits, method) for method in methods(splits)]
     for pays, told in (("path", "all on the way paid"), ("chosen", "only the last paid")):
-        rows.append({**dict.fromkeys(rows[0], ""), "method": f"limit: labels known, {told}", **{
-            _at(loss): limits(splits, pays, place).text(2) for place, loss in enumerate(selecting.LOSSES)
-        }})  # fmt: skip
-    save_figure(draw(f"Selection, {case.name}", splits[0], [dict(row) for row in splits[0]["singles"]]),
-                folder / f"selection_{case.name}.png")  # fmt: skip
-    return [f"**Selection, {case.name}** ({_samples(splits)})", markdown(singles), markdown(rows), _soft_oracle(splits)]
+        rows.append(
+            {
+                **dict.fromkeys(rows[0], ""),
+                "method": f"limit: labels known, {told}",
+                **{
+                    _at(loss): limits(splits, pays, place).text(2)
+                    for place, loss in enumerate(selecting.LOSSES)
+                },
+            }
+        )
+    save_figure(
+        draw(f"Selection, {case.name}", splits[0], [dict(row) for row in splits[0]["singles"]]),
+        folder / f"selection_{case.name}.png",
+    )
+    return [
+        f"**Selection, {case.name}** ({_samples(splits)})",
+        markdown(singles),
+        markdown(rows),
+        _soft_oracle(splits),
+    ]
 
 
 def _soft_oracle(splits: Sequence[Result]) -> str:
     parts = []
     for pays, told in (("path", "all on the way paid"), ("chosen", "only the chosen one paid")):
-        faster = spread([split["rows"][0]["full_s"] / split["oracles"][pays]["s"] for split in splits])
+        faster = spread(
+            [split["rows"][0]["full_s"] / split["oracles"][pays]["s"] for split in splits]
+        )
         accuracy = spread([100.0 * split["oracles"][pays]["accuracy"] for split in splits])
         parts.append(f"{told} {faster.text(2)} times faster at {accuracy.text(2)} %")
     return f"Soft oracle: {'; '.join(parts)}."
@@ -131,12 +180,15 @@ def _soft_oracle(splits: Sequence[Result]) -> str:
 def _selection_row(splits: Sequence[Result], method: str) -> dict[str, object]:
     asked = values(splits, method, 0.01)
     return {
-        "method": method, **{_at(loss): over(splits, method, loss, "speedup").text(2) for loss in selecting.LOSSES},
-        "asked for 1: lost": over(splits, method, 0.01, "asked_lost").text(2, sign=True) + _half(asked, "asked_lost_half"),
-        "asked for 1: times": over(splits, method, 0.01, "asked_speedup").text(2) + _half(asked, "asked_speedup_half"),
+        "method": method,
+        **{_at(loss): over(splits, method, loss, "speedup").text(2) for loss in selecting.LOSSES},
+        "asked for 1: lost": over(splits, method, 0.01, "asked_lost").text(2, sign=True)
+        + _half(asked, "asked_lost_half"),
+        "asked for 1: times": over(splits, method, 0.01, "asked_speedup").text(2)
+        + _half(asked, "asked_speedup_half"),
         "oracle's saving at 1, path": _share(oracle_share(splits, method, 0.01, "path")),
         "chosen": _share(oracle_share(splits, method, 0.01, "chosen")),
-    }  # fmt: skip
+    }
 
 
 def _at(loss: float) -> str:
@@ -154,7 +206,9 @@ def _share(value: Spread) -> str:
 def _samples(splits: Sequence[Result]) -> str:
     counts = splits[0]["samples"]
     divisions = f"{len(splits)} divisions" if len(splits) > 1 else "one division"
-    return f"fitted on {counts['fitted on']:,}, judged on {counts['judged on']:,} samples; {divisions}"
+    return (
+        f"fitted on {counts['fitted on']:,}, judged on {counts['judged on']:,} samples; {divisions}"
+    )
 
 
 # --- early exits ----------------------------------------------------------------------------------------------------------
@@ -167,33 +221,56 @@ def _exits_part(made: Sequence[Exits], found: Found, folder: Path) -> list[str]:
         splits = found.splits[exits.name]
         listed = [
             {
-                "exit after": row["exit"], "ms": f"{1e3 * row['s']:.3f}",
-                "accuracy %": spread([100.0 * split["exits"][place]["accuracy"] for split in splits]).text(2),
+                "exit after": row["exit"],
+                "ms": f"{1e3 * row['s']:.3f}",
+                "accuracy %": spread(
+                    [100.0 * split["exits"][place]["accuracy"] for split in splits]
+                ).text(2),
             }
             for place, row in enumerate(splits[0]["exits"])
-        ]  # fmt: skip
+        ]
         rows: list[dict[str, object]] = [
             {
-                "method": method, **{_saved(loss): over(splits, method, loss, "saved").text(1) for loss in losses},
+                "method": method,
+                **{_saved(loss): over(splits, method, loss, "saved").text(1) for loss in losses},
                 "asked for 1: lost": over(splits, method, 0.01, "asked_lost").text(2, sign=True)
                 + _half(values(splits, method, 0.01), "asked_lost_half"),
-                "asked for 1: % saved": spread([100.0 * (1.0 - 1.0 / row["asked_speedup"])
-                                                for row in values(splits, method, 0.01)]).text(1),
+                "asked for 1: % saved": spread(
+                    [
+                        100.0 * (1.0 - 1.0 / row["asked_speedup"])
+                        for row in values(splits, method, 0.01)
+                    ]
+                ).text(1),
             }
             for method in methods(splits)
-        ]  # fmt: skip
+        ]
         for network, pair in PAPER.items():
             for told, numbers in zip(("policy", "uniform"), pair, strict=True):
-                rows.append({
-                    **dict.fromkeys(rows[0], ""), "method": f"the paper, {network}: {told}",
-                    **{_saved(loss): number for loss, number in zip((0.01, 0.02, 0.05), numbers, strict=True)},
-                })  # fmt: skip
-        full = {"network": exits.net.name, "s": splits[0]["full"]["s"], "accuracy": splits[0]["full"]["accuracy"]}
-        save_figure(draw(f"Early exits, {exits.name}", splits[0], [full]), folder / f"exits_{exits.name}.png")
+                rows.append(
+                    {
+                        **dict.fromkeys(rows[0], ""),
+                        "method": f"the paper, {network}: {told}",
+                        **{
+                            _saved(loss): number
+                            for loss, number in zip((0.01, 0.02, 0.05), numbers, strict=True)
+                        },
+                    }
+                )
+        full = {
+            "network": exits.net.name,
+            "s": splits[0]["full"]["s"],
+            "accuracy": splits[0]["full"]["accuracy"],
+        }
+        save_figure(
+            draw(f"Early exits, {exits.name}", splits[0], [full]),
+            folder / f"exits_{exits.name}.png",
+        )
         parts += [
-            f"**Early exits, {exits.name}** ({_samples(splits)}; without exits {1e3 * full['s']:.3f} ms)", markdown(listed),
-            markdown(rows), _soft_oracle(splits),
-        ]  # fmt: skip
+            f"**Early exits, {exits.name}** ({_samples(splits)}; without exits {1e3 * full['s']:.3f} ms)",
+            markdown(listed),
+            markdown(rows),
+            _soft_oracle(splits),
+        ]
     return parts
 
 
@@ -212,14 +289,22 @@ def guarantee_rows(whats: Sequence[Case | Exits], found: Found) -> list[dict[str
         for policies, loss in dict.fromkeys((row["policies"], row["loss"]) for row in own):
             mine = [row for row in own if (row["policies"], row["loss"]) == (policies, loss)]
             draws = sum(row["draws"] for row in mine)
-            rows.append({
-                "case": what.name, "policies": policies, "loss": loss, "epsilon": mine[0]["epsilon"], "delta": mine[0]["delta"],
-                "calibration": mine[0]["calibration"], "draws": draws, "broken": sum(row["violations"] for row in mine),
-                "broken %": 100.0 * sum(row["violations"] for row in mine) / draws,
-                "full network %": 100.0 * sum(row["none"] for row in mine) / draws,
-                "true loss %": 100.0 * sum(row["risk"] * row["draws"] for row in mine) / draws,
-                "times": spread([row["full_s"] / row["s"] for row in mine]).mean,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "case": what.name,
+                    "policies": policies,
+                    "loss": loss,
+                    "epsilon": mine[0]["epsilon"],
+                    "delta": mine[0]["delta"],
+                    "calibration": mine[0]["calibration"],
+                    "draws": draws,
+                    "broken": sum(row["violations"] for row in mine),
+                    "broken %": 100.0 * sum(row["violations"] for row in mine) / draws,
+                    "full network %": 100.0 * sum(row["none"] for row in mine) / draws,
+                    "true loss %": 100.0 * sum(row["risk"] * row["draws"] for row in mine) / draws,
+                    "times": spread([row["full_s"] / row["s"] for row in mine]).mean,
+                }
+            )
     return rows
 
 
@@ -230,14 +315,20 @@ def _guarantee_part(whats: Sequence[Case | Exits], found: Found, folder: Path) -
     write_csv(folder / "guarantees.csv", rows)
     told = [
         {
-            "case": row["case"], "policies": row["policies"], "loss": row["loss"].replace("_", " "),
-            "may lose %": f"{100.0 * row['epsilon']:g}", "with probability": f"{1.0 - row['delta']:g}",
-            "calibrated on": row["calibration"], "draws": row["draws"], "broken %": f"{row['broken %']:.1f}",
-            "true loss %": f"{row['true loss %']:.2f}", "times faster": f"{row['times']:.2f}",
+            "case": row["case"],
+            "policies": row["policies"],
+            "loss": row["loss"].replace("_", " "),
+            "may lose %": f"{100.0 * row['epsilon']:g}",
+            "with probability": f"{1.0 - row['delta']:g}",
+            "calibrated on": row["calibration"],
+            "draws": row["draws"],
+            "broken %": f"{row['broken %']:.1f}",
+            "true loss %": f"{row['true loss %']:.2f}",
+            "times faster": f"{row['times']:.2f}",
             "full network %": f"{row['full network %']:.0f}",
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     return ["**Guarantees: how often they are broken**", markdown(told)]
 
 
@@ -247,18 +338,28 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
         return []
     rows = [times.real_row(what.name, found.times[what.name]) for what in whats]
     write_csv(folder / "times.csv", rows)
-    write_csv(folder / "times_raw.csv", [row for what in whats for row in times.raw_rows(what.name, found.times[what.name])])
+    write_csv(
+        folder / "times_raw.csv",
+        [row for what in whats for row in times.raw_rows(what.name, found.times[what.name])],
+    )
     told = [
         {
-            "what": row["what"], "used": row["used"], "images": row["images"], "measured ms": f"{row['measured ms']:.3f}",
-            "predicted ms": f"{row['predicted ms']:.3f}", "measured over predicted": f"{row['measured over predicted']:.3f}",
-            "full network ms": f"{row['full ms']:.3f}", "as profiled": f"{row['full profiled ms']:.3f}",
+            "what": row["what"],
+            "used": row["used"],
+            "images": row["images"],
+            "measured ms": f"{row['measured ms']:.3f}",
+            "predicted ms": f"{row['predicted ms']:.3f}",
+            "measured over predicted": f"{row['measured over predicted']:.3f}",
+            "full network ms": f"{row['full ms']:.3f}",
+            "as profiled": f"{row['full profiled ms']:.3f}",
             "times faster": f"{row['speed-up']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
-            "predicted times": f"{row['speed-up predicted']:.2f}", "accuracy %": f"{row['accuracy %']:.1f}",
-            "on the recording": f"{row['recorded accuracy %']:.1f}", "same way %": f"{row['same way %']:.1f}",
+            "predicted times": f"{row['speed-up predicted']:.2f}",
+            "accuracy %": f"{row['accuracy %']:.1f}",
+            "on the recording": f"{row['recorded accuracy %']:.1f}",
+            "same way %": f"{row['same way %']:.1f}",
         }
         for row in rows
-    ]  # fmt: skip
+    ]
     asked = "; ".join(
         f"{what.name} {', '.join(f'{name} {1e6 * seconds:.0f}' for name, seconds in found.times[what.name]['gate_s'].items())}"
         for what in whats
@@ -285,38 +386,62 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
             f"{own.text(2)} times; asked for on the part fitted on: {asked[1].text(2)} times at {asked[0].text(2, sign=True)} "
             f"points lost; knowing the labels would allow {limits(splits, 'path', place).text(2)}{_better(case, splits)}",
             "yes" if own.mean >= WANTED else "no",
-        )  # fmt: skip
+        )
         for other in ("uniform", "myopic", "threshold per network", "agreement"):
             gain = _paired(splits, OURS, other, 0.01, "speedup")
-            yield Claim(f"selection is faster than {other} at 1 point lost ({case.name})",
-                        "yes" if other in ("uniform", "myopic") else "our aim",
-                        f"by {gain.text(2, sign=True)} times", "yes" if gain.mean > 0 else "no")  # fmt: skip
+            yield Claim(
+                f"selection is faster than {other} at 1 point lost ({case.name})",
+                "yes" if other in ("uniform", "myopic") else "our aim",
+                f"by {gain.text(2, sign=True)} times",
+                "yes" if gain.mean > 0 else "no",
+            )
     for exits in made:
         splits = found.splits[exits.name]
         for other in ("uniform", "myopic", "threshold per exit"):
-            gains = [_paired(splits, OUR_GATES, other, loss, "saved") for loss in (0.01, 0.02, 0.05)]
+            gains = [
+                _paired(splits, OUR_GATES, other, loss, "saved") for loss in (0.01, 0.02, 0.05)
+            ]
             paper = "+7, +13, +13; +7, +6, +12" if other == "uniform" else "our aim"
-            yield Claim(f"{OUR_GATES} save more than {other} at 1, 2 and 5 points lost ({exits.name})", paper,
-                        f"points of per cent: {', '.join(gain.text(1, sign=True) for gain in gains)}",
-                        "yes" if all(gain.mean > 0 for gain in gains) else "no")  # fmt: skip
+            yield Claim(
+                f"{OUR_GATES} save more than {other} at 1, 2 and 5 points lost ({exits.name})",
+                paper,
+                f"points of per cent: {', '.join(gain.text(1, sign=True) for gain in gains)}",
+                "yes" if all(gain.mean > 0 for gain in gains) else "no",
+            )
     for row in guarantee_rows([*cases, *made], found):
-        yield Claim(f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, {row['loss']})",
-                    f"at most {100 * row['delta']:g} %", f"{row['broken %']:.1f} % of {row['draws']} draws",
-                    "yes" if row["broken %"] <= 100.0 * row["delta"] else "no")  # fmt: skip
+        yield Claim(
+            f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, {row['loss']})",
+            f"at most {100 * row['delta']:g} %",
+            f"{row['broken %']:.1f} % of {row['draws']} draws",
+            "yes" if row["broken %"] <= 100.0 * row["delta"] else "no",
+        )
     for name, result in found.times.items():
         measured = times.real_row(name, result)
-        ratio, drift = measured["measured over predicted"], measured["full ms"] / measured["full profiled ms"]
-        yield Claim(f"a real run takes what was predicted, within a tenth ({name})", "our aim",
-                    f"{ratio:.3f} of it; the full network {drift:.3f} of its profile",
-                    "yes" if abs(ratio - 1.0) <= PREDICTED_WITHIN else "no")  # fmt: skip
+        ratio, drift = (
+            measured["measured over predicted"],
+            measured["full ms"] / measured["full profiled ms"],
+        )
+        yield Claim(
+            f"a real run takes what was predicted, within a tenth ({name})",
+            "our aim",
+            f"{ratio:.3f} of it; the full network {drift:.3f} of its profile",
+            "yes" if abs(ratio - 1.0) <= PREDICTED_WITHIN else "no",
+        )
 
 
 def _better(case: Case, splits: Sequence[Result]) -> str:
     """What to add where the full network is not the most accurate."""
-    means = [sum(split["singles"][place]["accuracy"] for split in splits) / len(splits) for place in range(len(case.names))]
+    means = [
+        sum(split["singles"][place]["accuracy"] for split in splits) / len(splits)
+        for place in range(len(case.names))
+    ]
     best = max(range(len(means)), key=means.__getitem__)
     above = 100.0 * (means[best] - means[-1])
-    return f"; {case.names[best]} alone is {above:.2f} points above the full network" if above > 0 else ""
+    return (
+        f"; {case.names[best]} alone is {above:.2f} points above the full network"
+        if above > 0
+        else ""
+    )
 
 
 def _paired(splits: Sequence[Result], own: str, other: str, loss: float, what: str) -> Spread:
@@ -325,7 +450,10 @@ def _paired(splits: Sequence[Result], own: str, other: str, loss: float, what: s
 
 
 def _claim_rows(said: Sequence[Claim]) -> list[dict[str, object]]:
-    return [{"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict} for one in said]
+    return [
+        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
+        for one in said
+    ]
 
 
 # --- files and figures ----------------------------------------------------------------------------------------------------
@@ -352,17 +480,30 @@ def _made(found: Found) -> str:
     every = [*found.networks.values(), *found.times.values()]
     processors = ", ".join(sorted({str(result["processor"]) for result in every})) or "no runs"
     hours = sum(result["seconds"] for result in trained) / 3600
-    told = f"{len(trained)} training{'s' * (len(trained) != 1)}, {hours:.2f} hours in all. " if trained else ""
+    told = (
+        f"{len(trained)} training{'s' * (len(trained) != 1)}, {hours:.2f} hours in all. "
+        if trained
+        else ""
+    )
     return told + made_by(processors, "papers.adaptive_neural_networks")
 
 
 LOOKS = {
-    "uniform": (MUTED, "--"), "myopic": (SKY, "-"), "threshold per network": (GREEN, "-"), "threshold per exit": (GREEN, "-"),
-    "agreement": (PURPLE, ":"), "chain, logistic": (ORANGE, "--"), "star, logistic": (ORANGE, ":"),
-    "full, logistic": (ORANGE, "-"), "pairs, logistic": (ORANGE, "-."), "later first, logistic": (INK, "--"),
-    OURS: (VERMILION, "-"), "gates on confidences": (ORANGE, "-"), "gates on features": (ORANGE, ":"),
+    "uniform": (MUTED, "--"),
+    "myopic": (SKY, "-"),
+    "threshold per network": (GREEN, "-"),
+    "threshold per exit": (GREEN, "-"),
+    "agreement": (PURPLE, ":"),
+    "chain, logistic": (ORANGE, "--"),
+    "star, logistic": (ORANGE, ":"),
+    "full, logistic": (ORANGE, "-"),
+    "pairs, logistic": (ORANGE, "-."),
+    "later first, logistic": (INK, "--"),
+    OURS: (VERMILION, "-"),
+    "gates on confidences": (ORANGE, "-"),
+    "gates on features": (ORANGE, ":"),
     OUR_GATES: (VERMILION, "-"),
-}  # fmt: skip
+}
 
 
 def draw(title: str, split: Result, singles: Sequence[Mapping[str, Any]]) -> Figure:
@@ -374,18 +515,42 @@ def draw(title: str, split: Result, singles: Sequence[Mapping[str, Any]]) -> Fig
         for method in dict.fromkeys(row["method"] for row in split["curves"]):
             own = [row for row in split["curves"] if row["method"] == method]
             colour, line = LOOKS.get(method, (INK, ":"))
-            axes.plot([1e3 * row["s"] for row in own], [100.0 * (1.0 - row["accuracy"]) for row in own], color=colour,
-                      linestyle=line, linewidth=1.4, label=method)  # fmt: skip
+            axes.plot(
+                [1e3 * row["s"] for row in own],
+                [100.0 * (1.0 - row["accuracy"]) for row in own],
+                color=colour,
+                linestyle=line,
+                linewidth=1.4,
+                label=method,
+            )
         for place, row in enumerate(singles):
-            axes.plot(1e3 * row["s"], 100.0 * (1.0 - row["accuracy"]), "o", color=BLUE, markersize=5,
-                      label="single network" if place == 0 else None)  # fmt: skip
+            axes.plot(
+                1e3 * row["s"],
+                100.0 * (1.0 - row["accuracy"]),
+                "o",
+                color=BLUE,
+                markersize=5,
+                label="single network" if place == 0 else None,
+            )
         for pays, marker in (("path", "*"), ("chosen", "P")):
             point = split["oracles"][pays]
-            axes.plot(1e3 * point["s"], 100.0 * (1.0 - point["accuracy"]), marker, color=INK, markersize=8,
-                      label=f"soft oracle, {pays} paid", linestyle="none")  # fmt: skip
+            axes.plot(
+                1e3 * point["s"],
+                100.0 * (1.0 - point["accuracy"]),
+                marker,
+                color=INK,
+                markersize=8,
+                label=f"soft oracle, {pays} paid",
+                linestyle="none",
+            )
         slowest = max(row["s"] for row in singles)
-        axes.set(xlim=(0.0, 1.15e3 * slowest), xlabel="mean time of a sample, ms", ylabel="error, %")
-        worst = max([100.0 * (1.0 - row["accuracy"]) for row in singles] + [100.0 * (1.0 - point["accuracy"])])
+        axes.set(
+            xlim=(0.0, 1.15e3 * slowest), xlabel="mean time of a sample, ms", ylabel="error, %"
+        )
+        worst = max(
+            [100.0 * (1.0 - row["accuracy"]) for row in singles]
+            + [100.0 * (1.0 - point["accuracy"])]
+        )
         axes.set_ylim(0.0, min(100.0, 1.6 * worst + 2.0))
         axes.grid(axis="y")
         figure.legend(loc="outside lower left", ncols=3)

@@ -17,13 +17,29 @@ from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import NoEffectWarning
 from impatient.evaluation.outcomes import node_times_s, outcome
 from impatient.networks.cascade import Cascade
-from impatient.policies import SelectionPolicy, Topology, fit_gates, fit_selection, gate_time_s, sweep_selection
+from impatient.policies import (
+    SelectionPolicy,
+    Topology,
+    fit_gates,
+    fit_selection,
+    gate_time_s,
+    sweep_selection,
+)
 from impatient.policies.costsensitive import Learner
 from impatient.policies.selection import decision_time_s
 from impatient.provenance import machine
 from impatient.runtime.profile import synchronise
 from papers.adaptive_neural_networks import exiting, recipe
-from papers.adaptive_neural_networks.recipe import Case, Exits, Scale, Timing, judged_places, parts_of, recordings_of, taken
+from papers.adaptive_neural_networks.recipe import (
+    Case,
+    Exits,
+    Scale,
+    Timing,
+    judged_places,
+    parts_of,
+    recordings_of,
+    taken,
+)
 from papers.adaptive_neural_networks.selecting import only
 from papers.jobs import Job
 
@@ -34,8 +50,14 @@ SEED = 0  # of the division whose judged part is run for real
 def jobs(scale: Scale) -> list[Job]:
     """Measurements, to be run one by one, when nothing else runs."""
     return [
-        *(Job(name(case), measure_selection, {"case": case, "timing": scale.timing}) for case in scale.cases),
-        *(Job(name(made), measure_exits, {"exits": made, "timing": scale.timing}) for made in scale.exits),
+        *(
+            Job(name(case), measure_selection, {"case": case, "timing": scale.timing})
+            for case in scale.cases
+        ),
+        *(
+            Job(name(made), measure_exits, {"exits": made, "timing": scale.timing})
+            for made in scale.exits
+        ),
     ]
 
 
@@ -59,29 +81,52 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     fit, judged = parts_of(recordings, SEED)
     gate_s = {learner: decision_s(fit, node_s, learner) for learner in LEARNERS}
     kept, policy = fastest(fit, node_s, timing.loss, gate_s["logistic"])
-    part = Cascade([networks[node] for node in kept], [case.names[node] for node in kept]).to(device).eval()
+    part = (
+        Cascade([networks[node] for node in kept], [case.names[node] for node in kept])
+        .to(device)
+        .eval()
+    )
     part_costs = profile(part, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
     run = really(
-        Runner(part.routed(policy), part_costs), part.networks[-1], _images(case, recordings, timing.images, device),
-        only(first_of(judged, timing.images), kept), policy,
-    )  # fmt: skip
+        Runner(part.routed(policy), part_costs),
+        part.networks[-1],
+        _images(case, recordings, timing.images, device),
+        only(first_of(judged, timing.images), kept),
+        policy,
+    )
     used = " -> ".join(policy.topology.nodes[node] for node in policy.visits)
-    return {"costs": costs.to_json(), "node_s": list(node_s), "gate_s": gate_s, "used": used, **run, **machine(device)}
+    return {
+        "costs": costs.to_json(),
+        "node_s": list(node_s),
+        "gate_s": gate_s,
+        "used": used,
+        **run,
+        **machine(device),
+    }
 
 
-def fastest(fit: Recording, node_s: Sequence[float], loss: float, gate_s: float) -> tuple[Sequence[int], SelectionPolicy]:
+def fastest(
+    fit: Recording, node_s: Sequence[float], loss: float, gate_s: float
+) -> tuple[Sequence[int], SelectionPolicy]:
     """Of policies on all networks, on all but the first, ..., and on pairs, that which is fastest where it was fitted.
 
     Returns:
         The networks it is for, and the policy.
     """
     last, found = len(node_s) - 1, []
-    for kept in [*(range(first, last + 1) for first in range(last)), *([first, last] for first in range(last - 1))]:
+    for kept in [
+        *(range(first, last + 1) for first in range(last)),
+        *([first, last] for first in range(last - 1)),
+    ]:
         own_s = [node_s[node] for node in kept]
         with _quietly():
             policy = fit_selection(
-                only(fit, kept), own_s, Topology.full([fit.exits[node] for node in kept]), max_accuracy_loss=loss, gate_s=gate_s
-            )  # fmt: skip
+                only(fit, kept),
+                own_s,
+                Topology.full([fit.exits[node] for node in kept]),
+                max_accuracy_loss=loss,
+                gate_s=gate_s,
+            )
         found.append((policy.target["mean_cost"], kept, policy))
     _, kept, policy = min(found, key=lambda entry: entry[0])
     return kept, policy
@@ -99,14 +144,24 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
     recordings = recordings_of(exits, folder.parent)
     fit, judged = parts_of(recordings, SEED)
     kinds = [(inputs, "logistic") for inputs in exiting.INPUTS] + [("confidences", "boosting")]
-    gate_s = {f"{inputs}, {learner}": gate_seconds(fit, costs, inputs, learner) for inputs, learner in kinds}
+    gate_s = {
+        f"{inputs}, {learner}": gate_seconds(fit, costs, inputs, learner)
+        for inputs, learner in kinds
+    }
     with _quietly():
-        policy = fit_gates(fit, costs, max_accuracy_loss=timing.loss, gate_s=gate_s["confidences, logistic"])
+        policy = fit_gates(
+            fit, costs, max_accuracy_loss=timing.loss, gate_s=gate_s["confidences, logistic"]
+        )
     run = really(
-        Runner(network, costs, policy), network.backbone, _images(exits.case, recordings, timing.images, device),
-        first_of(judged, timing.images), policy,
-    )  # fmt: skip
-    used = " -> ".join(name for exit, name in enumerate(network.exit_names) if policy.looks_at(exit))
+        Runner(network, costs, policy),
+        network.backbone,
+        _images(exits.case, recordings, timing.images, device),
+        first_of(judged, timing.images),
+        policy,
+    )
+    used = " -> ".join(
+        name for exit, name in enumerate(network.exit_names) if policy.looks_at(exit)
+    )
     return {"costs": costs.to_json(), "gate_s": gate_s, "used": used, **run, **machine(device)}
 
 
@@ -116,7 +171,9 @@ def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> flo
     few = first_of(fit, 1000)
     prices = [share / node_s[-1] for share in (0.03, 0.1, 0.01, 0.003, 0.3)]
     for price in prices:
-        (found,) = sweep_selection(few, node_s, Topology.full(fit.exits), time_prices=[price], learner=learner)
+        (found,) = sweep_selection(
+            few, node_s, Topology.full(fit.exits), time_prices=[price], learner=learner
+        )
         if found.policy.decisions:
             return decision_time_s(found.policy, few)
     return 0.0
@@ -127,7 +184,9 @@ def gate_seconds(fit: Recording, costs: CostProfile, inputs: Any, learner: Any) 
     few = first_of(fit, 1000)
     with _quietly():
         for share in (0.3, 1.0, 0.1, 3.0):
-            policy = fit_gates(few, costs, time_price=share / costs.exit_free_s(), inputs=inputs, learner=learner)
+            policy = fit_gates(
+                few, costs, time_price=share / costs.exit_free_s(), inputs=inputs, learner=learner
+            )
             asked = [seconds for seconds in gate_time_s(policy, few) if seconds > 0.0]
             if asked:
                 return sum(asked) / len(asked)
@@ -135,8 +194,13 @@ def gate_seconds(fit: Recording, costs: CostProfile, inputs: Any, learner: Any) 
 
 
 def really(
-    runner: Runner, full: nn.Module, images: Sequence[Tensor], recorded: Recording, policy: Any, clock: Clock = SYSTEM_CLOCK
-) -> dict[str, Any]:  # fmt: skip
+    runner: Runner,
+    full: nn.Module,
+    images: Sequence[Tensor],
+    recorded: Recording,
+    policy: Any,
+    clock: Clock = SYSTEM_CLOCK,
+) -> dict[str, Any]:
     """Run images one by one, under the policy and through the full network alone, in turn.
 
     Args:
@@ -175,10 +239,13 @@ def really(
     hits = recorded.hits()[expected.exits, torch.arange(len(images))]
     ways = measured.pop("way")
     return {
-        **measured, "predicted_s": expected.contract_s.tolist(), "recorded_right": hits.bool().tolist(),
+        **measured,
+        "predicted_s": expected.contract_s.tolist(),
+        "recorded_right": hits.bool().tolist(),
         "same": [one == other for one, other in zip(ways, expected.exits.tolist(), strict=True)],
-        "profiled_full_s": runner.costs.exit_free_s(), "asked": dict(policy.target),
-    }  # fmt: skip
+        "profiled_full_s": runner.costs.exit_free_s(),
+        "asked": dict(policy.target),
+    }
 
 
 def first_of(recording: Recording, count: int) -> Recording:
@@ -216,23 +283,34 @@ def real_row(told: str, result: Mapping[str, Any], draws: int = 2000) -> dict[st
         measured speed-up by bootstrap over images.
     """
     policy, full, predicted = (
-        torch.tensor(result[what], dtype=torch.float64) for what in ("policy_s", "full_s", "predicted_s")
+        torch.tensor(result[what], dtype=torch.float64)
+        for what in ("policy_s", "full_s", "predicted_s")
     )
     count = len(policy)
     places = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(0))
     low, high = (
-        (full[places].mean(1) / policy[places].mean(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        (full[places].mean(1) / policy[places].mean(1))
+        .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        .tolist()
     )
     profiled = float(result["profiled_full_s"])
     return {
-        "what": told, "used": result["used"], "images": count, "measured ms": 1e3 * float(policy.mean()),
+        "what": told,
+        "used": result["used"],
+        "images": count,
+        "measured ms": 1e3 * float(policy.mean()),
         "predicted ms": 1e3 * float(predicted.mean()),
-        "measured over predicted": float(policy.mean() / predicted.mean()), "full ms": 1e3 * float(full.mean()),
-        "full profiled ms": 1e3 * profiled, "speed-up": float(full.mean() / policy.mean()), "low": low, "high": high,
+        "measured over predicted": float(policy.mean() / predicted.mean()),
+        "full ms": 1e3 * float(full.mean()),
+        "full profiled ms": 1e3 * profiled,
+        "speed-up": float(full.mean() / policy.mean()),
+        "low": low,
+        "high": high,
         "speed-up predicted": profiled / float(predicted.mean()),
-        "accuracy %": _percent(result["right"]), "recorded accuracy %": _percent(result["recorded_right"]),
+        "accuracy %": _percent(result["right"]),
+        "recorded accuracy %": _percent(result["recorded_right"]),
         "same way %": _percent(result["same"]),
-    }  # fmt: skip
+    }
 
 
 def _percent(values: Sequence[bool]) -> float:
@@ -244,4 +322,10 @@ def raw_rows(told: str, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for place, (own, full, predicted) in enumerate(
         zip(result["policy_s"], result["full_s"], result["predicted_s"], strict=True)
     ):
-        yield {"what": told, "image": place, "policy_s": own, "full_s": full, "predicted_s": predicted}
+        yield {
+            "what": told,
+            "image": place,
+            "policy_s": own,
+            "full_s": full,
+            "predicted_s": predicted,
+        }

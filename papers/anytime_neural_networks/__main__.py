@@ -29,12 +29,21 @@ class Table(StrEnum):
 
 
 def main(
-    scale: Annotated[ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: CIFAR-10.")],
-    table: Annotated[Table, typer.Option(help="Which table's trainings to run; what is finished is written.")] = Table.all,
+    scale: Annotated[
+        ScaleName,
+        typer.Option(
+            help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: CIFAR-10."
+        ),
+    ],
+    table: Annotated[
+        Table, typer.Option(help="Which table's trainings to run; what is finished is written.")
+    ] = Table.all,
     out: Out = None,
     runs: Runs = ROOT / "runs" / "papers" / "anytime_neural_networks",
     workers: Workers = 2,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+    ] = None,
     publish: Publish = False,
 ) -> None:
     """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes on."""
@@ -44,20 +53,34 @@ def main(
     carry_out(
         lambda: run_jobs(recipe.jobs(settings, table.value), folder, workers=workers),
         lambda into: summarise(settings, folder, into),
-        card=HERE / "README.md", scale=scale, out=out, publish=publish,
-    )  # fmt: skip
+        card=HERE / "README.md",
+        scale=scale,
+        out=out,
+        publish=publish,
+    )
 
 
 def summarise(scale: recipe.Scale, folder: Path, out: Path) -> str:
     """Write the tables of what is finished, and the page, which is returned."""
     results = finished(recipe.jobs(scale), folder)
-    return tables.write(scale, results, measured_times(scale, results, folder), checked(scale, results, folder), out)
+    return tables.write(
+        scale, results, measured_times(scale, results, folder), checked(scale, results, folder), out
+    )
 
 
-def measured_times(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> dict[str, Sequence[float]]:
+def measured_times(
+    scale: recipe.Scale, results: Mapping[str, Any], folder: Path
+) -> dict[str, Sequence[float]]:
     """Seconds until each exit, for networks of which a training is finished; measured alone, in this process."""
-    jobs = [job for job in recipe.time_jobs(scale) if any(key.startswith(f"{job.name}-") for key in results)]
-    return {name: result["contract_s"] for name, result in run_jobs(jobs, folder / "times", workers=1).items()}
+    jobs = [
+        job
+        for job in recipe.time_jobs(scale)
+        if any(key.startswith(f"{job.name}-") for key in results)
+    ]
+    return {
+        name: result["contract_s"]
+        for name, result in run_jobs(jobs, folder / "times", workers=1).items()
+    }
 
 
 def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> float | None:
@@ -73,7 +96,9 @@ def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> fl
     real, assembled = run_jobs([job], folder, workers=1)[job.name], ensemble(members)
     itself = alone(real, heads="all")
     pairs = [*zip(itself.errors, assembled.errors, strict=True)]
-    pairs += [(cost / other, 1.0) for cost, other in zip(itself.costs, assembled.costs, strict=True)]
+    pairs += [
+        (cost / other, 1.0) for cost, other in zip(itself.costs, assembled.costs, strict=True)
+    ]
     return max(abs(one - other) for one, other in pairs)
 
 

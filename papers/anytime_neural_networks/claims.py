@@ -29,40 +29,79 @@ def milestone_claims(table: Measured) -> Iterator[Claim]:
             return np.asarray(increases[:, list(places)].mean(1))
 
         for weights, paper in (("const", "+18.90 %"), ("linear", "+12.65 %")):
-            yield judged(f"{weights} loses at the end ({kind})", paper, "points of per cent above OPT at the end:",
-                         at(weights, 3).tolist())  # fmt: skip
+            yield judged(
+                f"{weights} loses at the end ({kind})",
+                paper,
+                "points of per cent above OPT at the end:",
+                at(weights, 3).tolist(),
+            )
         ends = (at("const", 3) + at("linear", 3)) / 2
-        for weights, paper in (("sieve", "near OPT"), ("exp_lin", "near OPT"), ("adaloss", "+2.73 %")):
+        for weights, paper in (
+            ("sieve", "near OPT"),
+            ("exp_lin", "near OPT"),
+            ("adaloss", "+2.73 %"),
+        ):
             own = at(weights, 3)
             low, high = interval(own.tolist())
-            more = f"; itself {own.mean():+.1f} above OPT" + (f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else "")
-            claim = judged(f"{weights} does not lose as const and linear do at the end ({kind})", paper,
-                           "below their mean by", (ends - own).tolist())  # fmt: skip
+            more = f"; itself {own.mean():+.1f} above OPT" + (
+                f" ({low:+.1f} to {high:+.1f})" if math.isfinite(low) else ""
+            )
+            claim = judged(
+                f"{weights} does not lose as const and linear do at the end ({kind})",
+                paper,
+                "below their mean by",
+                (ends - own).tolist(),
+            )
             yield Claim(claim.claim, claim.paper, claim.ours + more, claim.verdict)
-        yield judged(f"exp_lin is better than sieve in the first half ({kind})", "yes", "mean of 1/4 and 1/2, lower by",
-                     (at("sieve", 0, 1) - at("exp_lin", 0, 1)).tolist())  # fmt: skip
-        yield judged(f"sieve is better than half_end ({kind})", "yes", "mean of the milestones, lower by",
-                     (at("half_end", 0, 1, 2, 3) - at("sieve", 0, 1, 2, 3)).tolist())  # fmt: skip
+        yield judged(
+            f"exp_lin is better than sieve in the first half ({kind})",
+            "yes",
+            "mean of 1/4 and 1/2, lower by",
+            (at("sieve", 0, 1) - at("exp_lin", 0, 1)).tolist(),
+        )
+        yield judged(
+            f"sieve is better than half_end ({kind})",
+            "yes",
+            "mean of the milestones, lower by",
+            (at("half_end", 0, 1, 2, 3) - at("sieve", 0, 1, 2, 3)).tolist(),
+        )
     won = win_rates(table)["0.75 and 1"]
     lost = WinRate(wins=won.pairs - won.wins - won.ties, ties=won.ties, pairs=won.pairs)
     verdict = "yes" if won.p_value < 0.05 else "no" if lost.p_value < 0.05 else "not told apart"
     ours = f"wins {won.rate:.0%} of {won.pairs} (at least {won.low:.0%} by Hoeffding, p <= {won.p_value:.2g})"
-    yield Claim("alternating improves the second half (3/4 and 1)", "almost every milestone", ours, verdict)
+    yield Claim(
+        "alternating improves the second half (3/4 and 1)", "almost every milestone", ours, verdict
+    )
 
 
 def ensemble_claims(figure: Comparison, growth: float) -> Iterator[Claim]:
     """The claims about ensembles."""
     above = {name: np.array([one.excess for one in own]) for name, own in figure.ensembles.items()}
     proposed = (above["EANN sieve"] + above["EANN exp_lin"]) / 2
-    yield judged("EANN of sieve and exp_lin is nearer to OPT+ than of const and linear", "yes", "per cent above OPT+, lower by",
-                 ((above["EANN const"] + above["EANN linear"]) / 2 - proposed).tolist())  # fmt: skip
-    yield judged("EANN of sieve is better than the plain ensemble", "improves more often", "per cent above OPT+, lower by",
-                 (above["plain ensemble"] - above["EANN sieve"]).tolist())  # fmt: skip
+    yield judged(
+        "EANN of sieve and exp_lin is nearer to OPT+ than of const and linear",
+        "yes",
+        "per cent above OPT+, lower by",
+        ((above["EANN const"] + above["EANN linear"]) / 2 - proposed).tolist(),
+    )
+    yield judged(
+        "EANN of sieve is better than the plain ensemble",
+        "improves more often",
+        "per cent above OPT+, lower by",
+        (above["plain ensemble"] - above["EANN sieve"]).tolist(),
+    )
     bound = analytic_inflation(growth)["EANN"][0]
-    yield judged("EANN of sieve and exp_lin is near OPT+ at every budget", f"inflation of cost at most {bound:.2f}",
-                 "largest inflation, below the bound by",
-                 [bound - (a.inflation.max() + b.inflation.max()) / 2
-                  for a, b in zip(figure.ensembles["EANN sieve"], figure.ensembles["EANN exp_lin"], strict=True)])  # fmt: skip
+    yield judged(
+        "EANN of sieve and exp_lin is near OPT+ at every budget",
+        f"inflation of cost at most {bound:.2f}",
+        "largest inflation, below the bound by",
+        [
+            bound - (a.inflation.max() + b.inflation.max()) / 2
+            for a, b in zip(
+                figure.ensembles["EANN sieve"], figure.ensembles["EANN exp_lin"], strict=True
+            )
+        ],
+    )
 
 
 def analytic_inflation(growth: float) -> dict[str, tuple[float, float]]:

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from impatient.evaluation.milestones import WinRate, error_at, milestones, win_rate
-from papers.anytime_neural_networks.curves import Curve, Result, alone, ensemble, excess, inflation, reference
+from papers.anytime_neural_networks.curves import (
+    Curve,
+    Result,
+    alone,
+    ensemble,
+    excess,
+    inflation,
+    reference,
+)
 from papers.anytime_neural_networks.recipe import (
     ENSEMBLES,
     SAMPLERS,
@@ -22,7 +30,7 @@ from papers.anytime_neural_networks.recipe import (
     member_nets,
     milestone_nets,
     opt_depths,
-)  # fmt: skip
+)
 from papers.results import spread
 
 Results = Mapping[str, Result]
@@ -71,7 +79,9 @@ def measured(scale: Scale, results: Results) -> Measured:
                 if net.weights is not None:
                     curve = alone(results[key(net, seed)])
                     table[net.weights, net.sampler][Pair(n, c, seed)] = Milestones(
-                        error_at(curve.costs, curve.errors, [share * curve.costs[-1] for share in SHARES]),
+                        error_at(
+                            curve.costs, curve.errors, [share * curve.costs[-1] for share in SHARES]
+                        ),
                         milestones(curve.costs, curve.errors, opt.costs, opt.errors, at=SHARES),
                     )
     return table
@@ -99,11 +109,19 @@ def win_rates(table: Measured) -> dict[str, WinRate]:
     """Alternating against static weights, over weightings and pairs: at each milestone, and at the last two together."""
 
     def errors(sampler: Sampler, place: int) -> list[float]:
-        return [entry.errors[place] for weights in WEIGHTINGS for entry in table[weights, sampler].values()]
+        return [
+            entry.errors[place]
+            for weights in WEIGHTINGS
+            for entry in table[weights, sampler].values()
+        ]
 
     names = [f"{share:g}" for share in SHARES]
-    rates = {name: win_rate(errors("alternating", k), errors("none", k)) for k, name in enumerate(names)}
-    late = win_rate(*([*errors(sampler, 2), *errors(sampler, 3)] for sampler in ("alternating", "none")))
+    rates = {
+        name: win_rate(errors("alternating", k), errors("none", k)) for k, name in enumerate(names)
+    }
+    late = win_rate(
+        *([*errors(sampler, 2), *errors(sampler, 3)] for sampler in ("alternating", "none"))
+    )
     return {**rates, "0.75 and 1": late}
 
 
@@ -135,17 +153,31 @@ def ensembles(scale: Scale, results: Results) -> Comparison | None:
     seeds = [seed for seed in range(scale.seeds) if complete(nets, results, seed)]
     if not seeds:
         return None
-    kinds: dict[str, str | None] = {**{f"EANN {name}": name for name in ENSEMBLES}, "plain ensemble": None}
+    kinds: dict[str, str | None] = {
+        **{f"EANN {name}": name for name in ENSEMBLES},
+        "plain ensemble": None,
+    }
     curves = {
-        name: [ensemble([results[key(net, seed)] for net in member_nets(scale, weights)]) for seed in seeds]
+        name: [
+            ensemble([results[key(net, seed)] for net in member_nets(scale, weights)])
+            for seed in seeds
+        ]
         for name, weights in kinds.items()
     }
     plain = curves["plain ensemble"][0].costs
     budgets = np.linspace(plain[0], plain[-1], BUDGETS)
-    opts = [reference([results[key(net, seed)] for net in opt_plus_nets(scale, results, seed)]) for seed in seeds]
+    opts = [
+        reference([results[key(net, seed)] for net in opt_plus_nets(scale, results, seed)])
+        for seed in seeds
+    ]
     rated = {
         name: tuple(
-            Ensemble(curve, curve.at(budgets), excess(curve, opt, budgets), inflation(curve, opt, budgets))
+            Ensemble(
+                curve,
+                curve.at(budgets),
+                excess(curve, opt, budgets),
+                inflation(curve, opt, budgets),
+            )
             for curve, opt in zip(own, opts, strict=True)
         )
         for name, own in curves.items()
@@ -163,11 +195,12 @@ def ensemble_rows(figure: Comparison) -> list[dict[str, object]]:
     """Over seeds: per cent above OPT+ on average over the budgets, mean and largest cost inflation, error at the end."""
     return [
         {
-            "ensemble": name, "seeds": len(own),
+            "ensemble": name,
+            "seeds": len(own),
             "above OPT+, %": spread([one.excess for one in own]),
             "mean inflation": spread([float(one.inflation.mean()) for one in own]),
             "largest inflation": spread([float(one.inflation.max()) for one in own]),
             "final error": spread([100.0 * one.curve.errors[-1] for one in own]),
         }
         for name, own in figure.ensembles.items()
-    ]  # fmt: skip
+    ]

@@ -37,7 +37,10 @@ def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
     """One network's exits, each with the cost of its own head only (the milestone table's axis), or of all on the way."""
     own = result["head_macs"]
     paid = own if heads == "own" else accumulate(own)
-    costs = tuple(float(stage + head) for stage, head in zip(accumulate(result["stage_macs"]), paid, strict=True))
+    costs = tuple(
+        float(stage + head)
+        for stage, head in zip(accumulate(result["stage_macs"]), paid, strict=True)
+    )
     return Curve(costs, tuple(result["test_error"]))
 
 
@@ -51,7 +54,9 @@ def ensemble(members: Sequence[Result]) -> Curve:
     errors: list[float] = []
     spent, least, final = 0.0, np.inf, 1.0
     for member in members:
-        parts = (member[name] for name in ("stage_macs", "head_macs", "validation_error", "test_error"))
+        parts = (
+            member[name] for name in ("stage_macs", "head_macs", "validation_error", "test_error")
+        )
         for stage, head, validation, test in zip(*parts, strict=True):
             own = validation <= least
             spent += stage + (head if own else 0)

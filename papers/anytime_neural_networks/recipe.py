@@ -95,27 +95,58 @@ class Scale:
 SCALES = {
     "smoke": Scale(
         training=Training(
-            data="digits", images=300, validation=None, epochs=1, batch_size=64, lr=0.05, schedule="cosine", augment="none",
+            data="digits",
+            images=300,
+            validation=None,
+            epochs=1,
+            batch_size=64,
+            lr=0.05,
+            schedule="cosine",
+            augment="none",
             update_every=1,
         ),
-        networks=((2, 4),), members=(1, 2), channels=4, seeds=2,
+        networks=((2, 4),),
+        members=(1, 2),
+        channels=4,
+        seeds=2,
     ),
     # lr per image as in the paper (0.1 at batch 128); smaller batches, for there are few images
     "cpu": Scale(
         training=Training(
-            data="fashion", images=6000, validation=1000, epochs=3, batch_size=64, lr=0.05, schedule="cosine", augment="none",
+            data="fashion",
+            images=6000,
+            validation=1000,
+            epochs=3,
+            batch_size=64,
+            lr=0.05,
+            schedule="cosine",
+            augment="none",
             update_every=1,
         ),
-        networks=((3, 16),), members=(1, 2, 4), channels=16, seeds=3,
+        networks=((3, 16),),
+        members=(1, 2, 4),
+        channels=16,
+        seeds=3,
     ),
     "gpu": Scale(
         training=Training(
-            data="cifar10", images=None, validation=5000, epochs=10, batch_size=128, lr=0.1, schedule="step",
-            augment="crop-flip", update_every=100, precision="bf16-mixed",
+            data="cifar10",
+            images=None,
+            validation=5000,
+            epochs=10,
+            batch_size=128,
+            lr=0.1,
+            schedule="step",
+            augment="crop-flip",
+            update_every=100,
+            precision="bf16-mixed",
         ),
-        networks=((9, 32), (17, 32)), members=(2, 4, 9), channels=32, seeds=1,
+        networks=((9, 32), (17, 32)),
+        members=(2, 4, 9),
+        channels=32,
+        seeds=1,
     ),
-}  # fmt: skip
+}
 
 
 def opt_depths(n: int) -> tuple[int, ...]:
@@ -137,7 +168,11 @@ def opt_depths(n: int) -> tuple[int, ...]:
 def milestone_nets(n: int, c: int) -> list[Net]:
     """OPT at its depths, and every weighting, static and alternating."""
     opt = [Net(n=n, c=c, depth=depth) for depth in opt_depths(n)]
-    return opt + [Net(n=n, c=c, weights=weights, sampler=sampler) for weights in WEIGHTINGS for sampler in SAMPLERS]
+    return opt + [
+        Net(n=n, c=c, weights=weights, sampler=sampler)
+        for weights in WEIGHTINGS
+        for sampler in SAMPLERS
+    ]
 
 
 def member_nets(scale: Scale, weights: str | None) -> list[Net]:
@@ -147,7 +182,13 @@ def member_nets(scale: Scale, weights: str | None) -> list[Net]:
     """
     sampler: Sampler = "none" if weights is None else "alternating"
     return [
-        Net(n=n, c=scale.channels, weights=weights, sampler=sampler, depth=3 * n if weights is None else None)
+        Net(
+            n=n,
+            c=scale.channels,
+            weights=weights,
+            sampler=sampler,
+            depth=3 * n if weights is None else None,
+        )
         for n in scale.members
     ]
 
@@ -164,7 +205,9 @@ def jobs(scale: Scale, table: str = "all") -> list[Job]:
     """
     n, c = scale.networks[0]
     figure = [*(Net(n=n, c=c, depth=depth) for depth in opt_depths(n)), *ensemble_nets(scale)]
-    parts = [milestone_nets(n, c) for n, c in scale.networks] if table in ("milestones", "all") else []
+    parts = (
+        [milestone_nets(n, c) for n, c in scale.networks] if table in ("milestones", "all") else []
+    )
     if table in ("eann", "all"):
         parts.insert(1, figure)
     checked = [net.name for net in member_nets(scale, ENSEMBLES[0])]
@@ -172,7 +215,12 @@ def jobs(scale: Scale, table: str = "all") -> list[Job]:
         f"{net.name}-seed{seed}": Job(
             f"{net.name}-seed{seed}",
             train,
-            {"training": scale.training, "net": net, "seed": seed, "keep": seed == 0 and net.name in checked},
+            {
+                "training": scale.training,
+                "net": net,
+                "seed": seed,
+                "keep": seed == 0 and net.name in checked,
+            },
         )
         for nets in parts
         for seed in range(scale.seeds)
@@ -185,7 +233,12 @@ def check_job(scale: Scale, validation_errors: Sequence[Sequence[float]], folder
     """The first EANN of the first seed run as a network; its members' trainings are under `folder`."""
     nets = member_nets(scale, ENSEMBLES[0])
     folders = [folder / f"{net.name}-seed0" for net in nets]
-    arguments = {"training": scale.training, "nets": nets, "seed": 0, "validation_errors": validation_errors}
+    arguments = {
+        "training": scale.training,
+        "nets": nets,
+        "seed": 0,
+        "validation_errors": validation_errors,
+    }
     return Job("check-eann", check_ensemble, {**arguments, "folders": folders})
 
 
@@ -193,14 +246,19 @@ def time_jobs(scale: Scale) -> list[Job]:
     """Measurements of the time until each exit, one per size of network, named as its trainings begin."""
     sizes = dict.fromkeys([*scale.networks, *((n, scale.channels) for n in scale.members)])
     shape = SHAPES[scale.training.data]
-    return [Job(f"n{n}-c{c}", measure, {"net": Net(n=n, c=c, weights="const"), "shape": shape}) for n, c in sizes]
+    return [
+        Job(f"n{n}-c{c}", measure, {"net": Net(n=n, c=c, weights="const"), "shape": shape})
+        for n, c in sizes
+    ]
 
 
 def build(net: Net, channels: int, size: tuple[int, int], num_classes: int) -> MultiExitNetwork:
     """An untrained network with an exit after every block, or with none but its own output."""
     backbone = PreActResNet(num_classes, net.n, net.c, channels, depth=net.depth)
     after = [] if net.weights is None else [f"blocks.{index}" for index in range(net.blocks - 1)]
-    return attach_exits(backbone, after=after, heads="relu_linear", example=torch.zeros(1, channels, *size))
+    return attach_exits(
+        backbone, after=after, heads="relu_linear", example=torch.zeros(1, channels, *size)
+    )
 
 
 def _built_for(net: Net, data: Data) -> MultiExitNetwork:
@@ -222,21 +280,35 @@ def train(training: Training, net: Net, seed: int, keep: bool, *, folder: Path) 
     facts = network.stage_facts(data.example(1))
     checkpoint = folder / "checkpoint.safetensors"
     history = fit(
-        network, data, weights=_weights(training, net), recipe=_recipe(training, net, seed), fabric=_fabric(training),
-        checkpoint=checkpoint, progress=False,
-    )  # fmt: skip
+        network,
+        data,
+        weights=_weights(training, net),
+        recipe=_recipe(training, net, seed),
+        fabric=_fabric(training),
+        checkpoint=checkpoint,
+        progress=False,
+    )
     device = str(next(network.parameters()).device)
-    errors = {split: (1.0 - record(network, data, split=split, device=device).hits().double().mean(1)).tolist()
-              for split in ("validation", "test")}  # fmt: skip
+    errors = {
+        split: (
+            1.0 - record(network, data, split=split, device=device).hits().double().mean(1)
+        ).tolist()
+        for split in ("validation", "test")
+    }
     if keep:
-        write_tensors(folder / "model.safetensors", network.state_dict(), {"net": net.name, "seed": seed})
+        write_tensors(
+            folder / "model.safetensors", network.state_dict(), {"net": net.name, "seed": seed}
+        )
     checkpoint.unlink(missing_ok=True)
     return {
-        "stage_macs": [fact.stage_macs for fact in facts], "head_macs": [fact.head_macs for fact in facts],
-        "validation_error": errors["validation"], "test_error": errors["test"],
-        "train_loss": list(history.epochs[-1].train_loss), "seconds": sum(epoch.seconds for epoch in history.epochs),
+        "stage_macs": [fact.stage_macs for fact in facts],
+        "head_macs": [fact.head_macs for fact in facts],
+        "validation_error": errors["validation"],
+        "test_error": errors["test"],
+        "train_loss": list(history.epochs[-1].train_loss),
+        "seconds": sum(epoch.seconds for epoch in history.epochs),
         "processor": machine(device)["processor"],
-    }  # fmt: skip
+    }
 
 
 def _weights(training: Training, net: Net) -> str | AdaLoss:
@@ -247,9 +319,17 @@ def _weights(training: Training, net: Net) -> str | AdaLoss:
 
 def _recipe(training: Training, net: Net, seed: int) -> Recipe:
     return Recipe(
-        epochs=training.epochs, batch_size=training.batch_size, lr=training.lr, schedule=training.schedule,
-        augment=training.augment, weight_decay=2e-4, head_decay="scaled", sampler=net.sampler, channels_last=True, seed=seed,
-    )  # fmt: skip
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        lr=training.lr,
+        schedule=training.schedule,
+        augment=training.augment,
+        weight_decay=2e-4,
+        head_decay="scaled",
+        sampler=net.sampler,
+        channels_last=True,
+        seed=seed,
+    )
 
 
 def _fabric(training: Training) -> Any:
@@ -259,9 +339,14 @@ def _fabric(training: Training) -> Any:
 
 
 def check_ensemble(
-    training: Training, nets: Sequence[Net], seed: int, folders: Sequence[Path], validation_errors: Sequence[Sequence[float]],
-    *, folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+    training: Training,
+    nets: Sequence[Net],
+    seed: int,
+    folders: Sequence[Path],
+    validation_errors: Sequence[Sequence[float]],
+    *,
+    folder: Path,
+) -> dict[str, Any]:
     """Run trained members as one EANN, and return its MACs and test errors per exit as its own recording has them.
 
     Args:
@@ -280,9 +365,10 @@ def check_ensemble(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hits = record(ensemble.to(device), data, split="test", device=device).hits()
     return {
-        "stage_macs": [fact.stage_macs for fact in facts], "head_macs": [fact.head_macs for fact in facts],
+        "stage_macs": [fact.stage_macs for fact in facts],
+        "head_macs": [fact.head_macs for fact in facts],
         "test_error": (1.0 - hits.double().mean(1)).tolist(),
-    }  # fmt: skip
+    }
 
 
 def measure(net: Net, shape: tuple[int, int, int], *, folder: Path) -> dict[str, Any]:

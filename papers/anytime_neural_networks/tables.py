@@ -11,9 +11,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from impatient.evaluation.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILION, save_figure, styled
+from impatient.evaluation.plots import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    save_figure,
+    styled,
+)
 from impatient.files import write_text
-from papers.anytime_neural_networks.claims import analytic_inflation, base, ensemble_claims, milestone_claims
+from papers.anytime_neural_networks.claims import (
+    analytic_inflation,
+    base,
+    ensemble_claims,
+    milestone_claims,
+)
 from papers.anytime_neural_networks.comparison import (
     KIND,
     Comparison,
@@ -26,15 +42,35 @@ from papers.anytime_neural_networks.comparison import (
     measured,
     milestone_rows,
     win_rates,
-)  # fmt: skip
+)
 from papers.anytime_neural_networks.curves import alone
-from papers.anytime_neural_networks.recipe import SAMPLERS, WEIGHTINGS, Net, Scale, milestone_nets, opt_depths
+from papers.anytime_neural_networks.recipe import (
+    SAMPLERS,
+    WEIGHTINGS,
+    Net,
+    Scale,
+    milestone_nets,
+    opt_depths,
+)
 from papers.results import Claim, Spread, made_by, markdown, write_csv
 
-COLOURS = {"const": VERMILION, "linear": ORANGE, "half_end": PURPLE, "sieve": BLUE, "exp_lin": SKY, "adaloss": GREEN}
+COLOURS = {
+    "const": VERMILION,
+    "linear": ORANGE,
+    "half_end": PURPLE,
+    "sieve": BLUE,
+    "exp_lin": SKY,
+    "adaloss": GREEN,
+}
 
 
-def write(scale: Scale, results: Results, times: Mapping[str, Sequence[float]], difference: float | None, folder: Path) -> str:
+def write(
+    scale: Scale,
+    results: Results,
+    times: Mapping[str, Sequence[float]],
+    difference: float | None,
+    folder: Path,
+) -> str:
     """Write every table and figure that the finished trainings allow; returns them as one page of markdown.
 
     Args:
@@ -43,12 +79,21 @@ def write(scale: Scale, results: Results, times: Mapping[str, Sequence[float]], 
         difference: largest between an EANN's own recording and what was assembled from its members; None if not checked.
         folder: for the files.
     """
-    parts = [*_milestone_part(scale, results, folder), *_ensemble_part(scale, results, difference, folder)]
+    parts = [
+        *_milestone_part(scale, results, folder),
+        *_ensemble_part(scale, results, difference, folder),
+    ]
     if not parts:
         return "No seed of any table is complete yet."
     write_csv(folder / "curves.csv", curve_rows(results, times))
     processors = sorted({str(result["processor"]) for result in results.values()})
-    page = "\n\n".join([*parts, _settings(scale, results), made_by(", ".join(processors), "papers.anytime_neural_networks")])
+    page = "\n\n".join(
+        [
+            *parts,
+            _settings(scale, results),
+            made_by(", ".join(processors), "papers.anytime_neural_networks"),
+        ]
+    )
     write_text(folder / "results.md", page + "\n")
     return page
 
@@ -59,56 +104,95 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
         return []
     rows, rates, claims = milestone_rows(table), win_rates(table), list(milestone_claims(table))
     write_csv(folder / "milestones.csv", [_flat(row) for row in rows])
-    write_csv(folder / "win_rates.csv", [
-        {"milestone": name, "rate": rate.rate, "low": rate.low, "p_value": rate.p_value, "wins": rate.wins, "ties": rate.ties,
-         "pairs": rate.pairs} for name, rate in rates.items()
-    ])  # fmt: skip
+    write_csv(
+        folder / "win_rates.csv",
+        [
+            {
+                "milestone": name,
+                "rate": rate.rate,
+                "low": rate.low,
+                "p_value": rate.p_value,
+                "wins": rate.wins,
+                "ties": rate.ties,
+                "pairs": rate.pairs,
+            }
+            for name, rate in rates.items()
+        ],
+    )
     write_csv(folder / "milestone_claims.csv", _claim_rows(claims))
     save_figure(draw_milestones(scale, results, table), folder / "milestones.png")
-    wins = [{"cost": name, "alternating wins": f"{rate.rate:.0%}", "of": rate.pairs, "at least (95 %)": f"{rate.low:.0%}",
-             "p at most": f"{rate.p_value:.2g}"} for name, rate in rates.items()]  # fmt: skip
+    wins = [
+        {
+            "cost": name,
+            "alternating wins": f"{rate.rate:.0%}",
+            "of": rate.pairs,
+            "at least (95 %)": f"{rate.low:.0%}",
+            "p at most": f"{rate.p_value:.2g}",
+        }
+        for name, rate in rates.items()
+    ]
     return [
         "**Error above OPT's, per cent, at shares of the cost** (mean ± standard deviation over network and seed; final error "
-        "in per cent)", markdown([_spoken(row, "+.1f") for row in rows]),
-        "**Alternating against static weights** (over weightings, networks and seeds; Hoeffding's bound)", markdown(wins),
-        "**Claims**", markdown(_claim_rows(claims)),
-    ]  # fmt: skip
+        "in per cent)",
+        markdown([_spoken(row, "+.1f") for row in rows]),
+        "**Alternating against static weights** (over weightings, networks and seeds; Hoeffding's bound)",
+        markdown(wins),
+        "**Claims**",
+        markdown(_claim_rows(claims)),
+    ]
 
 
-def _ensemble_part(scale: Scale, results: Results, difference: float | None, folder: Path) -> list[str]:
+def _ensemble_part(
+    scale: Scale, results: Results, difference: float | None, folder: Path
+) -> list[str]:
     compared = ensembles(scale, results)
     if compared is None:
         return []
-    rows, claims, growth = ensemble_rows(compared), list(ensemble_claims(compared, base(scale))), base(scale)
+    rows, claims, growth = (
+        ensemble_rows(compared),
+        list(ensemble_claims(compared, base(scale))),
+        base(scale),
+    )
     write_csv(folder / "eann.csv", [_flat(row) for row in rows])
     write_csv(folder / "eann_curves.csv", _budget_rows(compared))
     write_csv(folder / "eann_claims.csv", _claim_rows(claims))
     save_figure(draw_ensembles(compared), folder / "eann.png")
     formulas = "; ".join(
-        f"{name} at most {sup:.2f}, mean {mean:.2f}" for name, (sup, mean) in analytic_inflation(growth).items()
+        f"{name} at most {sup:.2f}, mean {mean:.2f}"
+        for name, (sup, mean) in analytic_inflation(growth).items()
     )
-    checked = "" if difference is None else (
-        f" One EANN was run as a network: its errors differ from the assembled ones by {difference:.2g} at most."
-    )  # fmt: skip
+    checked = (
+        ""
+        if difference is None
+        else (
+            f" One EANN was run as a network: its errors differ from the assembled ones by {difference:.2g} at most."
+        )
+    )
     return [
         f"**Ensembles of networks n = {', '.join(map(str, scale.members))}, c = {scale.channels}, against OPT+** (budgets "
         "uniform from the plain ensemble's first answer to its last; mean ± standard deviation over seeds)",
         markdown([_spoken(row, ".2f") for row in rows]),
         f"Cost inflation by formula, base {growth:.2g}, for members competitive from 1/{growth:.2g} of their depth on: "
         f"{formulas}.{checked}",
-        "**Claims**", markdown(_claim_rows(claims)),
-    ]  # fmt: skip
+        "**Claims**",
+        markdown(_claim_rows(claims)),
+    ]
 
 
 def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
-    return [{"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict} for one in claims]
+    return [
+        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
+        for one in claims
+    ]
 
 
 def _spoken(row: Mapping[str, object], style: str) -> dict[str, object]:
     """A row for people: spreads as mean ± deviation."""
     sign, digits = style.startswith("+"), int(style.strip("+f")[1:])
     return {
-        name: value.text(digits, sign=sign and name != "final error") if isinstance(value, Spread) else value
+        name: value.text(digits, sign=sign and name != "final error")
+        if isinstance(value, Spread)
+        else value
         for name, value in row.items()
     }
 
@@ -117,7 +201,11 @@ def _flat(row: Mapping[str, object]) -> dict[str, object]:
     """A row for a file: spreads as two columns."""
     flat: dict[str, object] = {}
     for name, value in row.items():
-        flat |= {name: value.mean, f"{name} sd": value.deviation} if isinstance(value, Spread) else {name: value}
+        flat |= (
+            {name: value.mean, f"{name} sd": value.deviation}
+            if isinstance(value, Spread)
+            else {name: value}
+        )
     return flat
 
 
@@ -135,13 +223,21 @@ def curve_rows(results: Results, times: Mapping[str, Sequence[float]]) -> list[d
     """Every training's exits: cost, measured time where there is one, errors."""
     rows = []
     for name, result in results.items():
-        known = times.get("-".join(name.split("-")[:2]), ()) if len(result["stage_macs"]) > 1 else ()
+        known = (
+            times.get("-".join(name.split("-")[:2]), ()) if len(result["stage_macs"]) > 1 else ()
+        )
         for exit, cost in enumerate(alone(result).costs):
-            rows.append({
-                "training": name, "exit": exit, "macs": cost, "ms": 1e3 * known[exit] if known else "",
-                "validation_error": result["validation_error"][exit], "test_error": result["test_error"][exit],
-                "train_loss": result["train_loss"][exit],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "training": name,
+                    "exit": exit,
+                    "macs": cost,
+                    "ms": 1e3 * known[exit] if known else "",
+                    "validation_error": result["validation_error"][exit],
+                    "test_error": result["test_error"][exit],
+                    "train_loss": result["train_loss"][exit],
+                }
+            )
     return rows
 
 
@@ -149,7 +245,10 @@ def _budget_rows(compared: Comparison) -> list[dict[str, object]]:
     curves = {"OPT+": [opt.at(compared.budgets) for opt in compared.opt]}
     curves |= {name: [one.errors for one in own] for name, own in compared.ensembles.items()}
     return [
-        {"macs": float(budget), **{name: float(np.mean([own[place] for own in all_])) for name, all_ in curves.items()}}
+        {
+            "macs": float(budget),
+            **{name: float(np.mean([own[place] for own in all_])) for name, all_ in curves.items()},
+        }
         for place, budget in enumerate(compared.budgets)
     ]
 
@@ -162,19 +261,38 @@ def draw_milestones(scale: Scale, results: Results, table: Measured) -> Figure:
     networks = list(dict.fromkeys((pair.n, pair.c) for pair in table["sieve", "none"]))
     with styled():
         figure = Figure(figsize=(7.2, 3.2 * len(networks) + 0.9), dpi=100, layout="constrained")
-        figure.suptitle("Error over cost by loss weights", x=0.012, ha="left", size=11.5, weight="bold")
+        figure.suptitle(
+            "Error over cost by loss weights", x=0.012, ha="left", size=11.5, weight="bold"
+        )
         panels = figure.subplots(len(networks), 2, sharey="row", squeeze=False)
         for row, (n, c) in enumerate(networks):
-            seeds = [seed for seed in range(scale.seeds) if complete(milestone_nets(n, c), results, seed)]
+            seeds = [
+                seed for seed in range(scale.seeds) if complete(milestone_nets(n, c), results, seed)
+            ]
             for column, sampler in enumerate(SAMPLERS):
                 axes = panels[row][column]
                 for weights in WEIGHTINGS:
-                    _draw_mean(axes, [results[key(Net(n=n, c=c, weights=weights, sampler=sampler), seed)] for seed in seeds],
-                               label=weights, color=COLOURS[weights], linewidth=1.5)  # fmt: skip
+                    _draw_mean(
+                        axes,
+                        [
+                            results[key(Net(n=n, c=c, weights=weights, sampler=sampler), seed)]
+                            for seed in seeds
+                        ],
+                        label=weights,
+                        color=COLOURS[weights],
+                        linewidth=1.5,
+                    )
                 for depth in opt_depths(n):
-                    _draw_mean(axes, [results[key(Net(n=n, c=c, depth=depth), seed)] for seed in seeds],
-                               label="OPT" if depth == opt_depths(n)[0] else "_", color=INK, marker="*", markersize=9,
-                               linestyle="none", zorder=5)  # fmt: skip
+                    _draw_mean(
+                        axes,
+                        [results[key(Net(n=n, c=c, depth=depth), seed)] for seed in seeds],
+                        label="OPT" if depth == opt_depths(n)[0] else "_",
+                        color=INK,
+                        marker="*",
+                        markersize=9,
+                        linestyle="none",
+                        zorder=5,
+                    )
                 axes.set_title(f"({n}, {c}), {KIND[sampler]}", size=10.5)
                 axes.grid(axis="y")
                 axes.set_xlabel("million multiply-accumulates")
@@ -191,12 +309,16 @@ def _draw_mean(axes: Axes, runs: Sequence[Mapping[str, Any]], **look: Any) -> No
 
 def draw_ensembles(compared: Comparison) -> Figure:
     """Error of the latest answer over what has been spent, from the first answer on: EANNs, the plain ensemble and OPT+."""
-    curves = {name: [one.curve for one in own] for name, own in compared.ensembles.items()} | {"OPT+": list(compared.opt)}
+    curves = {name: [one.curve for one in own] for name, own in compared.ensembles.items()} | {
+        "OPT+": list(compared.opt)
+    }
     first = min(curve.costs[0] for own in curves.values() for curve in own)
     budgets = np.geomspace(first, compared.budgets[-1], 1000)
     with styled():
         figure = Figure(figsize=(7.2, 4.4), dpi=100, layout="constrained")
-        figure.suptitle("Ensembles of exponentially growing depth", x=0.012, ha="left", size=11.5, weight="bold")
+        figure.suptitle(
+            "Ensembles of exponentially growing depth", x=0.012, ha="left", size=11.5, weight="bold"
+        )
         axes = figure.add_subplot()
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -208,7 +330,9 @@ def draw_ensembles(compared: Comparison) -> Figure:
                 look = {"color": COLOURS[name.removeprefix("EANN ")]}
             errors = np.mean([curve.at(budgets) for curve in own], axis=0)
             answered = budgets >= max(curve.costs[0] for curve in own)
-            axes.plot(budgets[answered] / 1e6, 100.0 * errors[answered], label=name, linewidth=1.6, **look)
+            axes.plot(
+                budgets[answered] / 1e6, 100.0 * errors[answered], label=name, linewidth=1.6, **look
+            )
         axes.set_xlabel("million multiply-accumulates spent")
         axes.set_ylabel("test error, %")
         axes.grid(axis="y")

@@ -28,7 +28,10 @@ class Table(StrEnum):
 
 def main(
     scale: Annotated[
-        ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: the paper's.")
+        ScaleName,
+        typer.Option(
+            help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: the paper's."
+        ),
     ],
     table: Annotated[
         Table,
@@ -40,7 +43,9 @@ def main(
     out: Out = None,
     runs: Runs = ROOT / "runs" / "papers" / "anytimenet",
     workers: Workers = 2,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+    ] = None,
     publish: Publish = False,
 ) -> None:
     """Tables I and II, figures 3 and 4. Stop with Ctrl-C at any time; the same command goes on."""
@@ -50,14 +55,20 @@ def main(
 
     def run() -> None:
         if table in (Table.time, Table.all):
-            run_jobs(times.jobs(settings), folder, workers=1)  # first and one by one, before anything else runs
+            run_jobs(
+                times.jobs(settings), folder, workers=1
+            )  # first and one by one, before anything else runs
         if table in (Table.accuracy, Table.all):
             run_jobs(recipe.jobs(settings), folder, workers=workers)
 
     carry_out(
-        run, lambda into: tables.write(settings, finished(everything, folder), into),
-        card=HERE / "README.md", scale=scale, out=out, publish=publish,
-    )  # fmt: skip
+        run,
+        lambda into: tables.write(settings, finished(everything, folder), into),
+        card=HERE / "README.md",
+        scale=scale,
+        out=out,
+        publish=publish,
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
     """
     ran: list[str] = []
     hooks = [
-        part.register_forward_hook(lambda *_, name=name: ran.append(name)) for name, part in network.backbone.parts().items()
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name, part in network.backbone.parts().items()
     ]
     iterations = []
     try:
@@ -44,16 +45,26 @@ def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
     """One row per iteration of the default schedule: what ran, how often so far, what `growth.tally` and the paper say."""
     counts = dict.fromkeys(PAPER_PARTS, 0)
     rows = []
-    for index, (names, tallied) in enumerate(zip(executed(network, x), growth.tally(network.schedule), strict=True)):
+    for index, (names, tallied) in enumerate(
+        zip(executed(network, x), growth.tally(network.schedule), strict=True)
+    ):
         for name in names:
             counts[name.split(".")[0]] += 1
         total, paper = sum(counts.values()), PAPER_CUMULATIVE[index]
         agreed = (*counts.values(), total) == tallied and total == paper
-        rows.append({
-            "iteration": index + 1, "blocks": network.exit_names[index], "executed": joined(names), "parts": len(names),
-            **{f"{name} so far": count for name, count in counts.items()}, "cumulative": total, "tally": tallied[-1],
-            "paper": paper, "equal": "yes" if agreed else "no",
-        })  # fmt: skip
+        rows.append(
+            {
+                "iteration": index + 1,
+                "blocks": network.exit_names[index],
+                "executed": joined(names),
+                "parts": len(names),
+                **{f"{name} so far": count for name, count in counts.items()},
+                "cumulative": total,
+                "tally": tallied[-1],
+                "paper": paper,
+                "equal": "yes" if agreed else "no",
+            }
+        )
     return rows
 
 

@@ -21,7 +21,10 @@ from papers.jobs import Job
 
 Kind = Literal["anytime", "baseline"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-NORMS = ("shared", "own")  # batch-norm statistics: of all iterations, as in the paper, and of each one
+NORMS = (
+    "shared",
+    "own",
+)  # batch-norm statistics: of all iterations, as in the paper, and of each one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,33 +112,107 @@ SCARCE = 43 * 41  # GTSRB with as few images a class as SFCARS, which has 8,144 
 SCALES = {
     "smoke": Scale(
         cases=(
-            Case(name="digits", data="digits", images=300, validation=50, epochs=2, batch_size=32, augment="none"),
-            Case(name="scarce", data="digits", images=100, validation=50, epochs=2, batch_size=32, augment="crop"),
+            Case(
+                name="digits",
+                data="digits",
+                images=300,
+                validation=50,
+                epochs=2,
+                batch_size=32,
+                augment="none",
+            ),
+            Case(
+                name="scarce",
+                data="digits",
+                images=100,
+                validation=50,
+                epochs=2,
+                batch_size=32,
+                augment="crop",
+            ),
         ),
-        net=TINY, training=Training(lr=0.1, schedule="cosine", warmup=0.1, calibration=200),
-        timing=Timing(nets=(TINY,), shape=(1, 8, 8), repeats=20, warm_up=2), seeds=2,
+        net=TINY,
+        training=Training(lr=0.1, schedule="cosine", warmup=0.1, calibration=200),
+        timing=Timing(nets=(TINY,), shape=(1, 8, 8), repeats=20, warm_up=2),
+        seeds=2,
     ),
     # about 50,000 images come by in every training, since that is what 45 minutes hold; the larger sets therefore in few epochs
     "cpu": Scale(
         cases=(
-            Case(name="cifar10", data="cifar10", images=24_000, validation=500, epochs=2, batch_size=32, augment="none"),
-            Case(name="gtsrb", data="gtsrb", images=16_000, validation=430, epochs=3, batch_size=32, augment="none"),
-            Case(name="scarce", data="gtsrb", images=SCARCE, validation=430, epochs=25, batch_size=32, augment="crop"),
+            Case(
+                name="cifar10",
+                data="cifar10",
+                images=24_000,
+                validation=500,
+                epochs=2,
+                batch_size=32,
+                augment="none",
+            ),
+            Case(
+                name="gtsrb",
+                data="gtsrb",
+                images=16_000,
+                validation=430,
+                epochs=3,
+                batch_size=32,
+                augment="none",
+            ),
+            Case(
+                name="scarce",
+                data="gtsrb",
+                images=SCARCE,
+                validation=430,
+                epochs=25,
+                batch_size=32,
+                augment="crop",
+            ),
         ),
-        net=THIN, training=Training(lr=0.1, schedule="cosine", warmup=0.05, calibration=2048),
-        timing=Timing(nets=(FULL, THIN), shape=(3, 32, 32), repeats=300, warm_up=20, batches=(1, 8)), seeds=3,
+        net=THIN,
+        training=Training(lr=0.1, schedule="cosine", warmup=0.05, calibration=2048),
+        timing=Timing(
+            nets=(FULL, THIN), shape=(3, 32, 32), repeats=300, warm_up=20, batches=(1, 8)
+        ),
+        seeds=3,
     ),
     # no mirrored traffic signs: right and left are classes
     "gpu": Scale(
         cases=(
-            Case(name="cifar10", data="cifar10", images=None, validation=None, epochs=200, batch_size=256, augment="crop-flip"),
-            Case(name="gtsrb", data="gtsrb", images=None, validation=None, epochs=200, batch_size=256, augment="crop"),
-            Case(name="scarce", data="gtsrb", images=SCARCE, validation=430, epochs=200, batch_size=128, augment="crop"),
+            Case(
+                name="cifar10",
+                data="cifar10",
+                images=None,
+                validation=None,
+                epochs=200,
+                batch_size=256,
+                augment="crop-flip",
+            ),
+            Case(
+                name="gtsrb",
+                data="gtsrb",
+                images=None,
+                validation=None,
+                epochs=200,
+                batch_size=256,
+                augment="crop",
+            ),
+            Case(
+                name="scarce",
+                data="gtsrb",
+                images=SCARCE,
+                validation=430,
+                epochs=200,
+                batch_size=128,
+                augment="crop",
+            ),
         ),
-        net=FULL, training=Training(lr=0.1, schedule="step", warmup=0.0, calibration=None, precision="bf16-mixed"),
-        timing=Timing(nets=(FULL,), shape=(3, 32, 32), repeats=300, warm_up=20), seeds=1,
+        net=FULL,
+        training=Training(
+            lr=0.1, schedule="step", warmup=0.0, calibration=None, precision="bf16-mixed"
+        ),
+        timing=Timing(nets=(FULL,), shape=(3, 32, 32), repeats=300, warm_up=20),
+        seeds=1,
     ),
-}  # fmt: skip
+}
 
 
 def key(case: Case, kind: Kind, seed: int) -> str:
@@ -147,16 +224,25 @@ def jobs(scale: Scale) -> list[Job]:
     """All trainings, those of a seed before those of the next."""
     return [
         Job(
-            key(case, kind, seed), train,
-            {"case": case, "training": scale.training, "net": scale.net, "kind": kind, "seed": seed},
+            key(case, kind, seed),
+            train,
+            {
+                "case": case,
+                "training": scale.training,
+                "net": scale.net,
+                "kind": kind,
+                "seed": seed,
+            },
         )
         for seed in range(scale.seeds)
         for case in scale.cases
         for kind in KINDS
-    ]  # fmt: skip
+    ]
 
 
-def train(case: Case, training: Training, net: Net, kind: Kind, seed: int, *, folder: Path) -> dict[str, Any]:
+def train(
+    case: Case, training: Training, net: Net, kind: Kind, seed: int, *, folder: Path
+) -> dict[str, Any]:
     """Train one network; resumes from its checkpoint.
 
     Returns:
@@ -167,36 +253,54 @@ def train(case: Case, training: Training, net: Net, kind: Kind, seed: int, *, fo
     network = build(net, kind, data)
     checkpoint = folder / "checkpoint.safetensors"
     history = fit(
-        network, data, weights="inverse_square", recipe=_recipe(case, training, seed), fabric=_fabric(training),
-        checkpoint=checkpoint, progress=False,
-    )  # fmt: skip
+        network,
+        data,
+        weights="inverse_square",
+        recipe=_recipe(case, training, seed),
+        fabric=_fabric(training),
+        checkpoint=checkpoint,
+        progress=False,
+    )
     device = str(next(network.parameters()).device)
     result = {"shared": judged(record(network, data, split="test", device=device))}
     if isinstance(network, AnytimeNet):
-        own = with_own_norms(network, net, data, calibration(data, case.batch_size, training.calibration, seed))
+        own = with_own_norms(
+            network, net, data, calibration(data, case.batch_size, training.calibration, seed)
+        )
         result["own"] = judged(record(own, data, split="test", device=device))
     checkpoint.unlink(missing_ok=True)
     return {
-        **result, "train_loss": list(history.epochs[-1].train_loss), "images": data.size("train"),
-        "seconds": sum(epoch.seconds for epoch in history.epochs), "processor": machine(device)["processor"],
-    }  # fmt: skip
+        **result,
+        "train_loss": list(history.epochs[-1].train_loss),
+        "images": data.size("train"),
+        "seconds": sum(epoch.seconds for epoch in history.epochs),
+        "processor": machine(device)["processor"],
+    }
 
 
 def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
     """An untrained network; both kinds have the same blocks, and of one random state the same weights."""
     channels = data.preprocess.channels
     if kind == "anytime":
-        return AnytimeNet(data.num_classes, net.schedule, width=net.width, in_channels=channels, norms="shared")
+        return AnytimeNet(
+            data.num_classes, net.schedule, width=net.width, in_channels=channels, norms="shared"
+        )
     plain = BaseResNet(data.num_classes, net.schedule.final, net.width, channels)
     return attach_exits(plain, after=[], example=data.example())
 
 
-def with_own_norms(trained: AnytimeNet, net: Net, data: Data, batches: Iterator[Tensor]) -> AnytimeNet:
+def with_own_norms(
+    trained: AnytimeNet, net: Net, data: Data, batches: Iterator[Tensor]
+) -> AnytimeNet:
     """The same weights with batch-norm statistics for each iteration, computed from training images; nothing is trained."""
     weight = next(trained.parameters())
     own = AnytimeNet(
-        data.num_classes, net.schedule, width=net.width, in_channels=data.preprocess.channels, norms="own"
-    )  # fmt: skip
+        data.num_classes,
+        net.schedule,
+        width=net.width,
+        in_channels=data.preprocess.channels,
+        norms="own",
+    )
     own.load_state_dict(trained.state_dict())
     recalibrate(own.to(weight.device), (batch.to(weight.device) for batch in batches))
     return own
@@ -222,20 +326,31 @@ def judged(recording: Recording) -> dict[str, Any]:
         "p_true": [estimate.value for estimate in found.overall],
         "p_max": [estimate.value for estimate in found.max_probability],
         "correlation": [estimate and estimate.value for estimate in found.correlations],
-        "sample_correlation": [estimate and estimate.value for estimate in found.sample_correlations],
+        "sample_correlation": [
+            estimate and estimate.value for estimate in found.sample_correlations
+        ],
         "surest_accuracy": cached.hits().double().mean(1).tolist(),
         "surest_p_true": [estimate.value for estimate in surest.overall],
         "surest_p_max": [estimate.value for estimate in surest.max_probability],
-        "classes": there, "counts": found.counts[there].tolist(),
-        "class_p_true": found.confidence[:, there].tolist(), "class_accuracy": found.accuracy[:, there].tolist(),
-    }  # fmt: skip
+        "classes": there,
+        "counts": found.counts[there].tolist(),
+        "class_p_true": found.confidence[:, there].tolist(),
+        "class_accuracy": found.accuracy[:, there].tolist(),
+    }
 
 
 def _recipe(case: Case, training: Training, seed: int) -> Recipe:
     return Recipe(
-        epochs=case.epochs, batch_size=case.batch_size, lr=training.lr, schedule=training.schedule, warmup=training.warmup,
-        augment=case.augment, weight_decay=1e-4, channels_last=True, seed=seed,
-    )  # fmt: skip
+        epochs=case.epochs,
+        batch_size=case.batch_size,
+        lr=training.lr,
+        schedule=training.schedule,
+        warmup=training.warmup,
+        augment=case.augment,
+        weight_decay=1e-4,
+        channels_last=True,
+        seed=seed,
+    )
 
 
 def _fabric(training: Training) -> Any:

@@ -32,9 +32,13 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
         results: of trainings and measurements, by job name; some may be missing.
         folder: for the files.
     """
-    names = [(net, times.name(net, batch)) for net in scale.timing.nets for batch in scale.timing.batches]
+    names = [
+        (net, times.name(net, batch)) for net in scale.timing.nets for batch in scale.timing.batches
+    ]
     timed = [(net, results[name]) for net, name in names if name in results]
-    seeds = {case.name: learning.complete(case, range(scale.seeds), results) for case in scale.cases}
+    seeds = {
+        case.name: learning.complete(case, range(scale.seeds), results) for case in scale.cases
+    }
     when = next((times.over_baseline(result) for net, result in timed if net == scale.net), None)
     learnt, took = _learning_part(scale, seeds, results, when, folder), _times_part(timed, folder)
     claims = [*learning.claims(scale.cases, seeds, results)]
@@ -43,8 +47,11 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
         write_csv(folder / "claims.csv", _claim_rows(claims))
     parts = [
         *(["**Claims**", markdown(_claim_rows(claims))] if claims else []),
-        *_execution_part(folder), *took, *learnt, _made(scale, results),
-    ]  # fmt: skip
+        *_execution_part(folder),
+        *took,
+        *learnt,
+        _made(scale, results),
+    ]
     page = "\n\n".join(parts)
     write_text(folder / "results.md", page + "\n")
     return page
@@ -53,13 +60,28 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
 def _execution_part(folder: Path) -> list[str]:
     rows = execution.table(AnytimeNet(), torch.zeros(1, 3, 32, 32))
     write_csv(folder / "blocks.csv", rows)
-    told = [{"iteration": row["iteration"], "blocks": row["blocks"], "executed": row["executed"], "parts": row["parts"],
-             "so far": row["cumulative"], "`growth.tally`": row["tally"], "the paper": row["paper"], "equal": row["equal"]}
-            for row in rows]  # fmt: skip
+    told = [
+        {
+            "iteration": row["iteration"],
+            "blocks": row["blocks"],
+            "executed": row["executed"],
+            "parts": row["parts"],
+            "so far": row["cumulative"],
+            "`growth.tally`": row["tally"],
+            "the paper": row["paper"],
+            "equal": row["equal"],
+        }
+        for row in rows
+    ]
     counts = ", ".join(
-        f"{name} {rows[-1][f'{name} so far']} (the paper: {paper})" for name, paper in execution.PAPER_PARTS.items()
+        f"{name} {rows[-1][f'{name} so far']} (the paper: {paper})"
+        for name, paper in execution.PAPER_PARTS.items()
     )
-    return ["**Table I: what one run of AnytimeNet executed, from its trace**", markdown(told), f"In all {counts}."]
+    return [
+        "**Table I: what one run of AnytimeNet executed, from its trace**",
+        markdown(told),
+        f"In all {counts}.",
+    ]
 
 
 def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) -> list[str]:
@@ -86,38 +108,66 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
 
 def _told_times(row: Mapping[str, Any]) -> dict[str, object]:
     return {
-        "iteration": row["iteration"], "blocks": row["blocks"], "so far, ms": row["seconds so far"].text(2, 1e3),
-        "over BASELINE": row["over BASELINE"].text(), "multiply-accumulates over BASELINE": f"{row['MACs over BASELINE']:.3f}",
-        "its own, ms": row["seconds"].text(2, 1e3), "predicted, ms": row["predicted"].text(2, 1e3),
-        "over predicted": row["over predicted"].text(3), "within the spread": row["within the spread"],
-    }  # fmt: skip
+        "iteration": row["iteration"],
+        "blocks": row["blocks"],
+        "so far, ms": row["seconds so far"].text(2, 1e3),
+        "over BASELINE": row["over BASELINE"].text(),
+        "multiply-accumulates over BASELINE": f"{row['MACs over BASELINE']:.3f}",
+        "its own, ms": row["seconds"].text(2, 1e3),
+        "predicted, ms": row["predicted"].text(2, 1e3),
+        "over predicted": row["over predicted"].text(3),
+        "within the spread": row["within the spread"],
+    }
 
 
 def _raw_times(name: str, result: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     for repeat, plain in enumerate(result["plain"]):
         row = {"network": name, "repeat": repeat, "plain_s": plain}
         for what in ("cumulative", "alone", "predicted"):
-            row |= {f"{what}_{index + 1}_s": value for index, value in enumerate(result[what][repeat])}
+            row |= {
+                f"{what}_{index + 1}_s": value for index, value in enumerate(result[what][repeat])
+            }
         yield row
 
 
 def _learning_part(
-    scale: Scale, seeds: Mapping[str, Sequence[int]], results: Results, when: Sequence[float] | None, folder: Path
+    scale: Scale,
+    seeds: Mapping[str, Sequence[int]],
+    results: Results,
+    when: Sequence[float] | None,
+    folder: Path,
 ) -> list[str]:
     cases, names = [case for case in scale.cases if seeds[case.name]], scale.net.schedule.names
     if not cases:
         return []
-    rows = {(case.name, norms): learning.table(case, norms, names, seeds[case.name], results)
-            for case in cases for norms in NORMS}  # fmt: skip
-    write_csv(folder / "accuracy.csv", [
-        {"case": case, "statistics": norms, **_flat(row)} for (case, norms), table in rows.items() for row in table[:-1]
-    ])  # fmt: skip
+    rows = {
+        (case.name, norms): learning.table(case, norms, names, seeds[case.name], results)
+        for case in cases
+        for norms in NORMS
+    }
+    write_csv(
+        folder / "accuracy.csv",
+        [
+            {"case": case, "statistics": norms, **_flat(row)}
+            for (case, norms), table in rows.items()
+            for row in table[:-1]
+        ],
+    )
     every = [(case, seeds[case.name]) for case in cases]
-    write_csv(folder / "seeds.csv", [row for case, own in every for row in learning.raw_rows(case, names, own, results)])
-    write_csv(folder / "classes.csv", [row for case, own in every for row in learning.class_rows(case, names, own, results)])
+    write_csv(
+        folder / "seeds.csv",
+        [row for case, own in every for row in learning.raw_rows(case, names, own, results)],
+    )
+    write_csv(
+        folder / "classes.csv",
+        [row for case, own in every for row in learning.class_rows(case, names, own, results)],
+    )
     save_figure(draw_iterations(cases, seeds, results, when), folder / "accuracy.png")
     for case in cases:
-        save_figure(draw_classes(case, seeds[case.name], results, names), folder / f"classes_{case.name}.png")
+        save_figure(
+            draw_classes(case, seeds[case.name], results, names),
+            folder / f"classes_{case.name}.png",
+        )
     parts = []
     for case in cases:
         for norms in NORMS:
@@ -128,7 +178,11 @@ def _learning_part(
 
 
 def _case_told(case: Case, results: Results) -> str:
-    images = results[key(case, "anytime", 0)]["images"] if key(case, "anytime", 0) in results else case.images
+    images = (
+        results[key(case, "anytime", 0)]["images"]
+        if key(case, "anytime", 0) in results
+        else case.images
+    )
     how = f", augmentation {case.augment}" if case.augment != "none" else ""
     return f"{case.name}: {images:,} training images, {_counted(case.epochs, 'epoch')}, batch {case.batch_size}{how}"
 
@@ -138,13 +192,18 @@ def _counted(count: int, what: str) -> str:
 
 
 def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
-    return [{"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict} for one in claims]
+    return [
+        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
+        for one in claims
+    ]
 
 
 def _spoken(row: Mapping[str, Any]) -> dict[str, object]:
     """A row for people: spreads as mean ± deviation."""
     return {
-        name: value.text(2 if name in UNITLESS else 1, sign=name.endswith("rise")) if isinstance(value, Spread) else value
+        name: value.text(2 if name in UNITLESS else 1, sign=name.endswith("rise"))
+        if isinstance(value, Spread)
+        else value
         for name, value in row.items()
     }
 
@@ -171,14 +230,19 @@ def _made(scale: Scale, results: Results) -> str:
         f"{_counted(len(trained), 'training')}, {sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in "
         "all. The test split is used for these tables alone. "
     )
-    return (training if trained else "") + made_by(", ".join(processors) or "no runs", "papers.anytimenet")
+    return (training if trained else "") + made_by(
+        ", ".join(processors) or "no runs", "papers.anytimenet"
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def draw_iterations(
-    cases: Sequence[Case], seeds: Mapping[str, Sequence[int]], results: Results, when: Sequence[float] | None
+    cases: Sequence[Case],
+    seeds: Mapping[str, Sequence[int]],
+    results: Results,
+    when: Sequence[float] | None,
 ) -> Figure:
     """Figure 3: accuracy above, confidence below, over the time so far, one column per case; BASELINE as a point.
 
@@ -188,18 +252,39 @@ def draw_iterations(
     """
     with styled():
         figure = Figure(figsize=(2.5 * len(cases) + 1.2, 5.6), dpi=100, layout="constrained")
-        figure.suptitle("Accuracy and confidence, iteration by iteration", x=0.012, ha="left", size=11.5, weight="bold")
+        figure.suptitle(
+            "Accuracy and confidence, iteration by iteration",
+            x=0.012,
+            ha="left",
+            size=11.5,
+            weight="bold",
+        )
         panels = figure.subplots(2, len(cases), sharex=True, squeeze=False)
         for column, case in enumerate(cases):
             own = seeds[case.name]
-            for row, (what, told) in enumerate((("accuracy", "accuracy, %"), ("p_true", "confidence, %"))):
+            for row, (what, told) in enumerate(
+                (("accuracy", "accuracy, %"), ("p_true", "confidence, %"))
+            ):
                 axes = panels[row][column]
                 for norms in NORMS:
                     values = per_iteration(case, norms, what, own, results)
-                    deviations = values.std(0, ddof=1) if len(own) > 1 else np.zeros(values.shape[1])
-                    axes.errorbar(when or range(1, values.shape[1] + 1), values.mean(0), deviations, color=COLOURS[norms],
-                                  marker="o", markersize=4, capsize=3, linewidth=1.5, label=NORMS_TOLD[norms])  # fmt: skip
-                _draw_baseline(axes, learning.baseline(case, what, own, results), timed=when is not None)
+                    deviations = (
+                        values.std(0, ddof=1) if len(own) > 1 else np.zeros(values.shape[1])
+                    )
+                    axes.errorbar(
+                        when or range(1, values.shape[1] + 1),
+                        values.mean(0),
+                        deviations,
+                        color=COLOURS[norms],
+                        marker="o",
+                        markersize=4,
+                        capsize=3,
+                        linewidth=1.5,
+                        label=NORMS_TOLD[norms],
+                    )
+                _draw_baseline(
+                    axes, learning.baseline(case, what, own, results), timed=when is not None
+                )
                 axes.grid(axis="y")
                 if column == 0:
                     axes.set_ylabel(told)
@@ -214,32 +299,73 @@ def draw_iterations(
 def _draw_baseline(axes: Axes, values: np.ndarray, *, timed: bool) -> None:
     if timed:
         deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-        axes.errorbar([1.0], [values.mean()], [deviation], color=VERMILION, marker="*", markersize=10, capsize=3,
-                      linestyle="none", label="BASELINE", zorder=5)  # fmt: skip
+        axes.errorbar(
+            [1.0],
+            [values.mean()],
+            [deviation],
+            color=VERMILION,
+            marker="*",
+            markersize=10,
+            capsize=3,
+            linestyle="none",
+            label="BASELINE",
+            zorder=5,
+        )
     else:
-        axes.axhline(values.mean(), color=VERMILION, linewidth=1.4, linestyle=(0, (5, 2)), label="BASELINE")
+        axes.axhline(
+            values.mean(), color=VERMILION, linewidth=1.4, linestyle=(0, (5, 2)), label="BASELINE"
+        )
 
 
-def draw_classes(case: Case, seeds: Sequence[int], results: Results, names: Sequence[str]) -> Figure:
+def draw_classes(
+    case: Case, seeds: Sequence[int], results: Results, names: Sequence[str]
+) -> Figure:
     """Figure 4: accuracy of each class over its confidence, means over seeds, one panel per iteration, with correlations."""
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     with styled():
         figure = Figure(figsize=(7.2, 2.1 * lines + 1.0), dpi=100, layout="constrained")
-        figure.suptitle(f"Accuracy and confidence of each class, {case.name}", x=0.012, ha="left", size=11.5, weight="bold")
+        figure.suptitle(
+            f"Accuracy and confidence of each class, {case.name}",
+            x=0.012,
+            ha="left",
+            size=11.5,
+            weight="bold",
+        )
         panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         for index, axes in enumerate(panels[: len(names)]):
             said = []
             for norms in NORMS:
-                x, y = (per_iteration(case, norms, what, seeds, results)[:, index].mean(0)
-                        for what in ("class_p_true", "class_accuracy"))  # fmt: skip
-                axes.plot(x, y, linestyle="none", marker="o", markersize=4, alpha=0.6, markeredgewidth=0.0, clip_on=False,
-                          color=COLOURS[norms], label=NORMS_TOLD[norms])  # fmt: skip
-                said.append(f"{per_iteration(case, norms, 'correlation', seeds, results)[:, index].mean():.2f}")
+                x, y = (
+                    per_iteration(case, norms, what, seeds, results)[:, index].mean(0)
+                    for what in ("class_p_true", "class_accuracy")
+                )
+                axes.plot(
+                    x,
+                    y,
+                    linestyle="none",
+                    marker="o",
+                    markersize=4,
+                    alpha=0.6,
+                    markeredgewidth=0.0,
+                    clip_on=False,
+                    color=COLOURS[norms],
+                    label=NORMS_TOLD[norms],
+                )
+                said.append(
+                    f"{per_iteration(case, norms, 'correlation', seeds, results)[:, index].mean():.2f}"
+                )
             axes.set_title(f"{index + 1}: r = {', '.join(said)}", size=9.0, loc="left", color=INK)
-            axes.axline((100.0, 100.0), slope=1.0, color=MUTED, linewidth=1.0, linestyle=(0, (5, 2)), zorder=1)
+            axes.axline(
+                (100.0, 100.0),
+                slope=1.0,
+                color=MUTED,
+                linewidth=1.0,
+                linestyle=(0, (5, 2)),
+                zorder=1,
+            )
             axes.set(xlim=(0.0, 100.0), ylim=(0.0, 100.0))
             axes.grid()
             if index % columns == 0:

@@ -30,8 +30,9 @@ def jobs(scale: Scale) -> list[Job]:
     """One measurement per network and batch size, to be run when nothing else runs."""
     return [
         Job(name(net, batch), measure, {"net": net, "timing": scale.timing, "batch": batch})
-        for net in scale.timing.nets for batch in scale.timing.batches
-    ]  # fmt: skip
+        for net in scale.timing.nets
+        for batch in scale.timing.batches
+    ]
 
 
 def name(net: Net, batch: int = 1) -> str:
@@ -53,16 +54,23 @@ def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, 
     del folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    network = AnytimeNet(schedule=net.counts, width=net.width, in_channels=timing.shape[0], norms="shared").to(device)
+    network = AnytimeNet(
+        schedule=net.counts, width=net.width, in_channels=timing.shape[0], norms="shared"
+    ).to(device)
     x = torch.randn(batch, *timing.shape, device=device)
     counted = growth.costs(network.schedule, block_macs(network.backbone, x))
     return {
-        **timed(network, x, repeats=max(20, timing.repeats // batch), warm_up=timing.warm_up), "batch": batch,
-        "macs": [cost / counted.plain for cost in counted.cumulative], "exits": list(network.exit_names), **machine(device),
-    }  # fmt: skip
+        **timed(network, x, repeats=max(20, timing.repeats // batch), warm_up=timing.warm_up),
+        "batch": batch,
+        "macs": [cost / counted.plain for cost in counted.cumulative],
+        "exits": list(network.exit_names),
+        **machine(device),
+    }
 
 
-def timed(network: AnytimeNet, x: Tensor, *, repeats: int, warm_up: int, clock: Clock = SYSTEM_CLOCK) -> dict[str, list[Any]]:
+def timed(
+    network: AnytimeNet, x: Tensor, *, repeats: int, warm_up: int, clock: Clock = SYSTEM_CLOCK
+) -> dict[str, list[Any]]:
     """Seconds in each repeat, all in turn, so that a change in the machine's speed meets all alike.
 
     Returns:
@@ -90,7 +98,10 @@ def timed(network: AnytimeNet, x: Tensor, *, repeats: int, warm_up: int, clock: 
 def sub_networks(network: AnytimeNet) -> Iterator[SectionedNetwork]:
     """Each iteration's network as one that is run plainly, of the same modules."""
     for counts in network.schedule.counts:
-        blocks = [list(section)[:count] for section, count in zip(network.backbone.sections, counts, strict=True)]  # type: ignore[call-overload]  # ModuleLists
+        blocks = [
+            list(section)[:count]
+            for section, count in zip(network.backbone.sections, counts, strict=True)
+        ]  # type: ignore[call-overload]  # ModuleLists
         yield SectionedNetwork(network.backbone.stem, blocks, network.backbone.out)
 
 
@@ -133,23 +144,34 @@ class Middle:
         return cls(float(median), float(low), float(high))
 
     def text(self, digits: int = 2, scale: float = 1.0) -> str:
-        median, low, high = (f"{scale * value:.{digits}f}" for value in (self.median, self.low, self.high))
+        median, low, high = (
+            f"{scale * value:.{digits}f}" for value in (self.median, self.low, self.high)
+        )
         return f"{median} ({low} to {high})"
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per iteration: time so far against BASELINE's of the same repeat, own time against the prediction's."""
-    plain, cumulative, predicted = (np.asarray(result[what]) for what in ("plain", "cumulative", "predicted"))
+    plain, cumulative, predicted = (
+        np.asarray(result[what]) for what in ("plain", "cumulative", "predicted")
+    )
     steps = np.diff(cumulative, axis=1, prepend=0.0)
     rows = []
     for index, blocks in enumerate(result["exits"]):
         step, expected = Middle.of(steps[:, index]), Middle.of(predicted[:, index])
-        rows.append({
-            "iteration": index + 1, "blocks": blocks, "seconds so far": Middle.of(cumulative[:, index]),
-            "over BASELINE": Middle.of(cumulative[:, index] / plain), "MACs over BASELINE": result["macs"][index],
-            "seconds": step, "predicted": expected, "over predicted": Middle.of(steps[:, index] / predicted[:, index]),
-            "within the spread": "yes" if step.low <= expected.median <= step.high else "no",
-        })  # fmt: skip
+        rows.append(
+            {
+                "iteration": index + 1,
+                "blocks": blocks,
+                "seconds so far": Middle.of(cumulative[:, index]),
+                "over BASELINE": Middle.of(cumulative[:, index] / plain),
+                "MACs over BASELINE": result["macs"][index],
+                "seconds": step,
+                "predicted": expected,
+                "over predicted": Middle.of(steps[:, index] / predicted[:, index]),
+                "within the spread": "yes" if step.low <= expected.median <= step.high else "no",
+            }
+        )
     return rows
 
 
@@ -168,17 +190,41 @@ def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
 def claims(net: Net, result: Mapping[str, Any]) -> Iterator[Claim]:
     """What becomes of the claims about time; verdicts go by medians."""
     of = told(net, result["batch"])
-    plain, cumulative, alone = (np.asarray(result[what]) for what in ("plain", "cumulative", "alone"))
-    saved, overhead = Middle.of(alone.sum(1) / cumulative[:, -1]), Middle.of(cumulative[:, -1] / plain)
+    plain, cumulative, alone = (
+        np.asarray(result[what]) for what in ("plain", "cumulative", "alone")
+    )
+    saved, overhead = (
+        Middle.of(alone.sum(1) / cumulative[:, -1]),
+        Middle.of(cumulative[:, -1] / plain),
+    )
     off = [str(row["iteration"]) for row in table(result) if row["within the spread"] == "no"]
-    paper = ", ".join(f"{data} {38 * ours / (26 * theirs) - 1:+.1%}" for data, (ours, theirs) in PAPER_BLOCKS.items())
-    yield Claim(f"the cached run is at least {SAVED} times cheaper than its sub-networks one after the other ({of})", "our aim",
-                f"{saved.text()} times", "yes" if saved.median >= SAVED else "no")  # fmt: skip
-    yield Claim(f"all iterations take at most {OVERHEAD:.2f} of BASELINE ({of})", paper, overhead.text(3),
-                "yes" if overhead.median <= OVERHEAD else "no")  # fmt: skip
+    paper = ", ".join(
+        f"{data} {38 * ours / (26 * theirs) - 1:+.1%}"
+        for data, (ours, theirs) in PAPER_BLOCKS.items()
+    )
+    yield Claim(
+        f"the cached run is at least {SAVED} times cheaper than its sub-networks one after the other ({of})",
+        "our aim",
+        f"{saved.text()} times",
+        "yes" if saved.median >= SAVED else "no",
+    )
+    yield Claim(
+        f"all iterations take at most {OVERHEAD:.2f} of BASELINE ({of})",
+        paper,
+        overhead.text(3),
+        "yes" if overhead.median <= OVERHEAD else "no",
+    )
     if len(result["exits"]) == 7:
         ratio = Middle.of(cumulative[:, 4] / plain)
-        yield Claim(f"iteration 5 has taken about as long as BASELINE, within a tenth ({of})", "yes",
-                    f"{ratio.text()} of BASELINE", "yes" if abs(ratio.median - 1.0) <= 0.1 else "no")  # fmt: skip
-    yield Claim(f"each iteration costs what the model predicts, within the spread ({of})", "our aim",
-                f"not iteration {', '.join(off)}" if off else "all", "no" if off else "yes")  # fmt: skip
+        yield Claim(
+            f"iteration 5 has taken about as long as BASELINE, within a tenth ({of})",
+            "yes",
+            f"{ratio.text()} of BASELINE",
+            "yes" if abs(ratio.median - 1.0) <= 0.1 else "no",
+        )
+    yield Claim(
+        f"each iteration costs what the model predicts, within the spread ({of})",
+        "our aim",
+        f"not iteration {', '.join(off)}" if off else "all",
+        "no" if off else "yes",
+    )

@@ -40,15 +40,26 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    scale: Annotated[ScaleName, typer.Option(help="smoke: seconds, on digits; cpu: half an hour on two cores; gpu: hours.")],
+    scale: Annotated[
+        ScaleName,
+        typer.Option(help="smoke: seconds, on digits; cpu: half an hour on two cores; gpu: hours."),
+    ],
     table: Annotated[Table, typer.Option(help="Which tables and figures to write.")] = Table.all,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of tables and figures; by default the paper folder's own, and its card is filled."),
+        typer.Option(
+            help="Folder of tables and figures; by default the paper folder's own, and its card is filled."
+        ),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of checkpoints and results of single runs.")] = RUNS,
-    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; by default the scale's.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")] = None,
+    runs: Annotated[
+        Path, typer.Option(help="Folder of checkpoints and results of single runs.")
+    ] = RUNS,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; by default the scale's.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+    ] = None,
 ) -> None:
     """Table 1 of Impatient DNNs. Stop with Ctrl-C at any time; the same command goes on."""
     console, settings = Console(), recipe.SCALES[scale.value]
@@ -61,7 +72,9 @@ def main(
         Console(stderr=True).print("Stopped. What is finished is kept; the same command goes on.")
         raise typer.Exit(130) from None
     folder = out or HERE / "results" / scale.value
-    page = tables.write(settings.pairs, results, range(seeds or settings.seeds), folder, table.value)
+    page = tables.write(
+        settings.pairs, results, range(seeds or settings.seeds), folder, table.value
+    )
     if out is None and scale is not ScaleName.smoke:
         fill(HERE / "README.md", scale.value, page)
     console.print(Markdown(page))

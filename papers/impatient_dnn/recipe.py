@@ -96,7 +96,9 @@ class Scale:
     repeats: int
 
 
-def _pairs(networks: Mapping[str, tuple[str, int]], data_sets: Mapping[str, str]) -> tuple[Pair, ...]:
+def _pairs(
+    networks: Mapping[str, tuple[str, int]], data_sets: Mapping[str, str]
+) -> tuple[Pair, ...]:
     return tuple(
         Pair(name=f"{target}-{name}", target=target, source=source, network=spec, blocks=blocks)
         for target, source in data_sets.items()
@@ -104,41 +106,76 @@ def _pairs(networks: Mapping[str, tuple[str, int]], data_sets: Mapping[str, str]
     )
 
 
-STRENGTHS = (1e-3, 1e-2, 1e-1)  # of the SVMs; a wider range takes most of the time and changed little
+STRENGTHS = (
+    1e-3,
+    1e-2,
+    1e-1,
+)  # of the SVMs; a wider range takes most of the time and changed little
 
 SMALL = {"vgg": ("impatient:vgg", 6), "resnet": ("impatient:resnet:n=2,c=8", 6)}
-TINY = {"vgg": ("impatient:vgg:width=4,blocks=[1,1,1]", 3), "resnet": ("impatient:resnet:n=1,c=4", 3)}
-LARGE = {"vgg": ("impatient:vgg:width=32,blocks=[2,2,4,4]", 12), "resnet": ("impatient:resnet:n=9,c=32", 27)}
+TINY = {
+    "vgg": ("impatient:vgg:width=4,blocks=[1,1,1]", 3),
+    "resnet": ("impatient:resnet:n=1,c=4", 3),
+}
+LARGE = {
+    "vgg": ("impatient:vgg:width=32,blocks=[2,2,4,4]", 12),
+    "resnet": ("impatient:resnet:n=9,c=32", 27),
+}
 
 SCALES: dict[str, Scale] = {
     # digits are pretrained on digits: this scale shows that the machinery works, and nothing else
     "smoke": Scale(
-        pairs=_pairs(TINY, {"digits": "digits"}), seeds=1, workers=1, threads=1, repeats=100,
+        pairs=_pairs(TINY, {"digits": "digits"}),
+        seeds=1,
+        workers=1,
+        threads=1,
+        repeats=100,
         settings=Settings(
-            train=None, validation=None, source_train=None, pretraining=Recipe(epochs=2, batch_size=32, lr=0.05),
+            train=None,
+            validation=None,
+            source_train=None,
+            pretraining=Recipe(epochs=2, batch_size=32, lr=0.05),
             training=Recipe(epochs=4, batch_size=32, lr=0.05),
         ),
     ),
     "cpu": Scale(
-        pairs=_pairs(SMALL, {"fashion": "cifar10_grey", "cifar10": "gtsrb"}), seeds=3, workers=2, threads=1, repeats=1000,
+        pairs=_pairs(SMALL, {"fashion": "cifar10_grey", "cifar10": "gtsrb"}),
+        seeds=3,
+        workers=2,
+        threads=1,
+        repeats=1000,
         settings=Settings(
-            train=6000, validation=1000, source_train=6000,
+            train=6000,
+            validation=1000,
+            source_train=6000,
             pretraining=Recipe(epochs=4, batch_size=64, lr=0.05, channels_last=True),
             training=Recipe(epochs=4, batch_size=64, lr=0.05, channels_last=True),
         ),
     ),
     "gpu": Scale(
-        pairs=_pairs(LARGE, {"cifar10": "gtsrb"}), seeds=1, workers=4, threads=4, repeats=1000,
+        pairs=_pairs(LARGE, {"cifar10": "gtsrb"}),
+        seeds=1,
+        workers=4,
+        threads=4,
+        repeats=1000,
         settings=Settings(
-            train=None, validation=None, source_train=None,
-            pretraining=Recipe(epochs=10, batch_size=128, lr=0.1, augment="crop", channels_last=True),
-            training=Recipe(epochs=30, batch_size=128, lr=0.1, augment="crop-flip", channels_last=True),
+            train=None,
+            validation=None,
+            source_train=None,
+            pretraining=Recipe(
+                epochs=10, batch_size=128, lr=0.1, augment="crop", channels_last=True
+            ),
+            training=Recipe(
+                epochs=30, batch_size=128, lr=0.1, augment="crop-flip", channels_last=True
+            ),
         ),
     ),
-}  # fmt: skip
+}
 
 
-def run(scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | None = None) -> dict[str, dict[str, Any]]:
+def run(
+    scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Run what is missing of a scale; results of all runs by name.
 
     Args:
@@ -149,9 +186,18 @@ def run(scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | 
     numbers = range(scale.seeds if seeds is None else seeds)
     # costs first and one by one, before anything else keeps the machine busy
     costs = run_jobs([_cost_job(pair, scale) for pair in scale.pairs], folder, workers=1, threads=1)
-    sources = {_source_name(pair, seed): _source_job(pair, scale, seed) for pair in scale.pairs for seed in numbers}
+    sources = {
+        _source_name(pair, seed): _source_job(pair, scale, seed)
+        for pair in scale.pairs
+        for seed in numbers
+    }
     done = run_jobs(list(sources.values()), folder, workers=workers, threads=scale.threads)
-    jobs = [job for seed in numbers for pair in scale.pairs for job in _target_jobs(pair, scale, seed, costs)]
+    jobs = [
+        job
+        for seed in numbers
+        for pair in scale.pairs
+        for job in _target_jobs(pair, scale, seed, costs)
+    ]
     return {**costs, **done, **run_jobs(jobs, folder, workers=workers, threads=scale.threads)}
 
 
@@ -164,17 +210,28 @@ def _source_name(pair: Pair, seed: int) -> str:
 
 
 def _source_job(pair: Pair, scale: Scale, seed: int) -> Job:
-    return Job(_source_name(pair, seed), pretrain, {"pair": pair, "settings": scale.settings, "seed": seed})
+    return Job(
+        _source_name(pair, seed), pretrain, {"pair": pair, "settings": scale.settings, "seed": seed}
+    )
 
 
-def _target_jobs(pair: Pair, scale: Scale, seed: int, costs: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+def _target_jobs(
+    pair: Pair, scale: Scale, seed: int, costs: Mapping[str, Mapping[str, Any]]
+) -> list[Job]:
     common = {"pair": pair, "settings": scale.settings, "seed": seed}
-    jobs = [Job(f"{pair.name}-orig-{seed}", probe_pretrained, common), Job(f"{pair.name}-ft-{seed}", fine_tune, common)]
+    jobs = [
+        Job(f"{pair.name}-orig-{seed}", probe_pretrained, common),
+        Job(f"{pair.name}-ft-{seed}", fine_tune, common),
+    ]
     times = CostProfile.from_json(costs[f"{pair.name}-costs"]).interruptible_s()
     for row in ROWS:
         shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
-        weights = [len(times) * share for share in shares]  # 1 on average, as with equal weights: steps of a usual size
-        jobs.append(Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, {**common, "weights": weights}))
+        weights = [
+            len(times) * share for share in shares
+        ]  # 1 on average, as with equal weights: steps of a usual size
+        jobs.append(
+            Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, {**common, "weights": weights})
+        )
     return jobs
 
 
@@ -189,10 +246,16 @@ def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
 
 def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
     """Train the network without exits on the source; keep its weights."""
-    source = data.load(pair.source, train=settings.source_train, validation=settings.validation, seed=seed)
+    source = data.load(
+        pair.source, train=settings.source_train, validation=settings.validation, seed=seed
+    )
     network = _without_exits(_backbone(pair, source, seed), source)
     accuracy = _fit(network, source, "const", settings.pretraining, seed, folder)
-    write_tensors(folder / "weights.safetensors", network.backbone.state_dict(), {"kind": "weights", "job": folder.name})
+    write_tensors(
+        folder / "weights.safetensors",
+        network.backbone.state_dict(),
+        {"kind": "weights", "job": folder.name},
+    )
     _checkpoint(folder).unlink()
     return {"validation": accuracy}
 
@@ -213,7 +276,9 @@ def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dic
     return result
 
 
-def train_jointly(*, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path) -> dict[str, Any]:
+def train_jointly(
+    *, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path
+) -> dict[str, Any]:
     """All exits together, from the pretrained weights, weighted by how likely each exit's answer is the last in time."""
     target = _target(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
@@ -223,7 +288,9 @@ def train_jointly(*, pair: Pair, settings: Settings, seed: int, weights: Sequenc
     return result
 
 
-def with_exits(backbone: nn.Module, pair: Pair, examples: Data, heads: str | HeadFactory = "relu_linear") -> MultiExitNetwork:
+def with_exits(
+    backbone: nn.Module, pair: Pair, examples: Data, heads: str | HeadFactory = "relu_linear"
+) -> MultiExitNetwork:
     """Linear heads on pooled features after every block."""
     # with a ReLU, as before the backbones' own classifiers: after a pre-activation block it matters, after VGG's it does not
     return attach_exits(backbone, example=examples.example(), after=pair.cuts(), heads=heads)
@@ -244,7 +311,9 @@ def _target(pair: Pair, settings: Settings, seed: int) -> Data:
 
 def _backbone(pair: Pair, examples: Data, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return load_model(pair.network, num_classes=examples.num_classes, in_channels=examples.preprocess.channels)
+    return load_model(
+        pair.network, num_classes=examples.num_classes, in_channels=examples.preprocess.channels
+    )
 
 
 def _without_exits(backbone: nn.Module, examples: Data) -> MultiExitNetwork:
@@ -268,20 +337,32 @@ def _checkpoint(folder: Path) -> Path:
 
 
 def _fit(
-    network: MultiExitNetwork, examples: Data, weights: Sequence[float] | str, recipe: Recipe, seed: int, folder: Path
+    network: MultiExitNetwork,
+    examples: Data,
+    weights: Sequence[float] | str,
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
 ) -> list[float]:
     """Train, resumably; returns validation accuracy per exit."""
     history = fit(
-        network, examples, weights=weights, recipe=dataclasses.replace(recipe, seed=seed), checkpoint=_checkpoint(folder),
-        metrics_csv=folder / "metrics.csv", progress=False,
-    )  # fmt: skip
+        network,
+        examples,
+        weights=weights,
+        recipe=dataclasses.replace(recipe, seed=seed),
+        checkpoint=_checkpoint(folder),
+        metrics_csv=folder / "metrics.csv",
+        progress=False,
+    )
     return list(history.epochs[-1].validation_accuracy)
 
 
 def _judged(network: MultiExitNetwork, target: Data) -> dict[str, list[float]]:
     """Accuracy per exit on the validation and the test split."""
     device, splits = str(next(network.parameters()).device), ("validation", "test")
-    return {split: _accuracies(record(network, target, split=split, device=device)) for split in splits}
+    return {
+        split: _accuracies(record(network, target, split=split, device=device)) for split in splits
+    }
 
 
 def _accuracies(recording: Recording) -> list[float]:
@@ -307,8 +388,16 @@ def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Re
             for exit in itertools.islice(run, len(cuts)):
                 kept[exit.index].append(exit.features.relu().mean((2, 3)).float().cpu())
     labels, state = target.examples(split).labels, backbone.state_dict()
-    made = provenance(network=fingerprint_structure(state), weights=fingerprint_tensors(state), data=target.fingerprint)
+    made = provenance(
+        network=fingerprint_structure(state),
+        weights=fingerprint_tensors(state),
+        data=target.fingerprint,
+    )
     return Recording(
-        outputs=torch.zeros(len(cuts), len(labels), target.num_classes), labels=labels, split=split, exits=tuple(cuts),
-        features=tuple(torch.cat(parts) for parts in kept), provenance=made,
-    )  # fmt: skip
+        outputs=torch.zeros(len(cuts), len(labels), target.num_classes),
+        labels=labels,
+        split=split,
+        exits=tuple(cuts),
+        features=tuple(torch.cat(parts) for parts in kept),
+        provenance=made,
+    )

@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 
 from impatient import Budget, CostProfile, exit_weights, expected_accuracy
 from impatient.evaluation.evaluate import standard_budgets
-from impatient.evaluation.plots import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILION, save_figure, styled
+from impatient.evaluation.plots import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    save_figure,
+    styled,
+)
 from impatient.files import write_text
 from papers.impatient_dnn.recipe import ROWS, Pair
 from papers.results import Spread, made_by, markdown, spread, write_csv
@@ -21,9 +31,11 @@ Results = Mapping[str, Mapping[str, Any]]
 
 # Table 1 of the paper: VGG19 on MIT-67, expected accuracy in per cent (ORIG, FT, joint), and mean times in ms (t_B, t_A)
 PAPER = {
-    "uniform": (46.65, 48.07, 53.93, 1.11, 1.19), "large_likely": (62.82, 67.07, 69.66, 1.72, 1.84),
-    "small_likely": (25.63, 25.65, 35.11, 0.50, 0.51), "normal": (47.53, 47.90, 55.38, 1.07, 1.15),
-}  # fmt: skip
+    "uniform": (46.65, 48.07, 53.93, 1.11, 1.19),
+    "large_likely": (62.82, 67.07, 69.66, 1.72, 1.84),
+    "small_likely": (25.63, 25.65, 35.11, 0.50, 0.51),
+    "normal": (47.53, 47.90, 55.38, 1.07, 1.15),
+}
 METHODS = ("orig", "ft", "joint", "no_exits")
 
 
@@ -32,13 +44,21 @@ def affordable(costs_s: Sequence[float]) -> list[int]:
 
     A priori, an exit with its head can cost as much as a deeper one; then it is never the deepest that fits.
     """
-    return [index for index, own in enumerate(costs_s) if own < min(costs_s[index + 1 :], default=math.inf)]
+    return [
+        index
+        for index, own in enumerate(costs_s)
+        if own < min(costs_s[index + 1 :], default=math.inf)
+    ]
 
 
-def expected_percent(budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float]) -> float:
+def expected_percent(
+    budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float]
+) -> float:
     """Expected accuracy in per cent; a budget below the first exit counts as a failure."""
     kept = affordable(costs_s)
-    return 100.0 * expected_accuracy(budget, [costs_s[index] for index in kept], [accuracies[index] for index in kept])
+    return 100.0 * expected_accuracy(
+        budget, [costs_s[index] for index in kept], [accuracies[index] for index in kept]
+    )
 
 
 def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]) -> float:
@@ -66,15 +86,20 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
             for seed in seeds:
                 orig, ft = results[f"{pair.name}-orig-{seed}"], results[f"{pair.name}-ft-{seed}"]
                 joint = results[f"{pair.name}-joint-{row}-{seed}"]
-                rows.append({
-                    "pair": pair.name, "budgets": row, "seed": seed,
-                    "orig": expected_percent(budget, anytime, orig["test"]),
-                    "ft": expected_percent(budget, anytime, ft["test"]),
-                    "joint": expected_percent(budget, anytime, joint["test"]),
-                    "joint_a_priori": expected_percent(budget, a_priori, joint["test"]),
-                    "no_exits": expected_percent(budget, [whole], ft["alone"]["test"]),
-                    "t_b_ms": mean_ms(budget, anytime, a_priori), "t_a_ms": mean_ms(budget, anytime, anytime),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "pair": pair.name,
+                        "budgets": row,
+                        "seed": seed,
+                        "orig": expected_percent(budget, anytime, orig["test"]),
+                        "ft": expected_percent(budget, anytime, ft["test"]),
+                        "joint": expected_percent(budget, anytime, joint["test"]),
+                        "joint_a_priori": expected_percent(budget, a_priori, joint["test"]),
+                        "no_exits": expected_percent(budget, [whole], ft["alone"]["test"]),
+                        "t_b_ms": mean_ms(budget, anytime, a_priori),
+                        "t_a_ms": mean_ms(budget, anytime, anytime),
+                    }
+                )
     return rows
 
 
@@ -85,29 +110,41 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["pair"], row["budgets"]), []).append(row)
     return [
         {
-            "pair": pair, "budgets": budgets,
+            "pair": pair,
+            "budgets": budgets,
             **{name: spread([run[name] for run in runs]) for name in ("orig", "ft", "joint")},
             "gain": spread([run["joint"] - max(run["orig"], run["ft"]) for run in runs]),
             "wins": sum(run["joint"] > max(run["orig"], run["ft"]) for run in runs),
-            **{name: spread([run[name] for run in runs]) for name in ("joint_a_priori", "no_exits")},
-            "t_b_ms": runs[0]["t_b_ms"], "t_a_ms": runs[0]["t_a_ms"],
+            **{
+                name: spread([run[name] for run in runs]) for name in ("joint_a_priori", "no_exits")
+            },
+            "t_b_ms": runs[0]["t_b_ms"],
+            "t_a_ms": runs[0]["t_a_ms"],
         }
         for (pair, budgets), runs in groups.items()
-    ]  # fmt: skip
+    ]
 
 
 def table1(summary: Sequence[Mapping[str, Any]]) -> str:
     """Table 1 in markdown, with the paper's gain beside ours."""
-    return markdown([
-        {
-            "data and network": row["pair"], "budgets": row["budgets"].replace("_", " "),
-            "ORIG %": row["orig"].text(), "FT %": row["ft"].text(), "joint %": row["joint"].text(),
-            "gain, points": f"**{row['gain'].text(sign=True)}**", "the paper's gain": f"{_paper_gain(row['budgets']):+.1f}",
-            "joint, a priori %": row["joint_a_priori"].text(), "no exits %": row["no_exits"].text(),
-            "t_B ms": f"{row['t_b_ms']:.3f}", "t_A ms": f"{row['t_a_ms']:.3f}",
-        }
-        for row in summary
-    ])  # fmt: skip
+    return markdown(
+        [
+            {
+                "data and network": row["pair"],
+                "budgets": row["budgets"].replace("_", " "),
+                "ORIG %": row["orig"].text(),
+                "FT %": row["ft"].text(),
+                "joint %": row["joint"].text(),
+                "gain, points": f"**{row['gain'].text(sign=True)}**",
+                "the paper's gain": f"{_paper_gain(row['budgets']):+.1f}",
+                "joint, a priori %": row["joint_a_priori"].text(),
+                "no exits %": row["no_exits"].text(),
+                "t_B ms": f"{row['t_b_ms']:.3f}",
+                "t_A ms": f"{row['t_a_ms']:.3f}",
+            }
+            for row in summary
+        ]
+    )
 
 
 def _paper_gain(row: str) -> float:
@@ -121,17 +158,32 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
     won = [row for row in summary if row["gain"].mean > 0]
     seeds = summary[0]["gain"].count
     always = sum(row["wins"] == seeds for row in summary)
-    most = {pair: max((row for row in summary if row["pair"] == pair), key=lambda row: row["gain"].mean) for pair in pairs}
-    small = [pair for pair, row in most.items() if row["budgets"] == "small_likely" and row["gain"].mean > 0]
-    losers = ", ".join(f"{row['pair']} {row['budgets']} ({row['gain'].text(sign=True)})" for row in summary if row not in won)
-    gains = "; ".join(f"{pair}: {row['budgets']} ({row['gain'].text(sign=True)})" for pair, row in most.items())
-    return "\n".join([
-        f"- Joint training beats the better baseline in every row: **{'yes' if len(won) == len(summary) else 'no'}**. By the "
-        f"mean over seeds in {len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in {always}."
-        + (f" Not in: {losers}." if losers else ""),
-        f"- Most where small budgets are likely: **{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest "
-        f"gain, and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: {gains}.",
-    ])  # fmt: skip
+    most = {
+        pair: max((row for row in summary if row["pair"] == pair), key=lambda row: row["gain"].mean)
+        for pair in pairs
+    }
+    small = [
+        pair
+        for pair, row in most.items()
+        if row["budgets"] == "small_likely" and row["gain"].mean > 0
+    ]
+    losers = ", ".join(
+        f"{row['pair']} {row['budgets']} ({row['gain'].text(sign=True)})"
+        for row in summary
+        if row not in won
+    )
+    gains = "; ".join(
+        f"{pair}: {row['budgets']} ({row['gain'].text(sign=True)})" for pair, row in most.items()
+    )
+    return "\n".join(
+        [
+            f"- Joint training beats the better baseline in every row: **{'yes' if len(won) == len(summary) else 'no'}**. By the "
+            f"mean over seeds in {len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in {always}."
+            + (f" Not in: {losers}." if losers else ""),
+            f"- Most where small budgets are likely: **{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest "
+            f"gain, and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: {gains}.",
+        ]
+    )
 
 
 def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -144,16 +196,28 @@ def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
             for seed in seeds:
                 result = results[f"{pair.name}-{name}-{seed}"]
                 for index, exit in enumerate(costs.exits):
-                    rows.append({
-                        "pair": pair.name, "method": name, "seed": seed, "exit": index, "after": exit,
-                        "contract_ms": 1e3 * contract[index], "interruptible_ms": 1e3 * anytime[index],
-                        "validation": 100.0 * result["validation"][index], "test": 100.0 * result["test"][index],
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "pair": pair.name,
+                            "method": name,
+                            "seed": seed,
+                            "exit": index,
+                            "after": exit,
+                            "contract_ms": 1e3 * contract[index],
+                            "interruptible_ms": 1e3 * anytime[index],
+                            "validation": 100.0 * result["validation"][index],
+                            "test": 100.0 * result["test"][index],
+                        }
+                    )
     return rows
 
 
 def write(
-    pairs: Sequence[Pair], results: Results, seeds: Sequence[int], out: Path, table: Literal["table1", "exits", "all"]
+    pairs: Sequence[Pair],
+    results: Results,
+    seeds: Sequence[int],
+    out: Path,
+    table: Literal["table1", "exits", "all"],
 ) -> str:
     """Write the tables and figures asked for; returns Table 1's page as markdown."""
     made = made_by(str(_costs(pairs[0], results).provenance.processor), "papers.impatient_dnn")
@@ -178,15 +242,21 @@ def _flat(summary: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in summary:
         line: dict[str, Any] = {}
         for name, value in row.items():
-            line |= {name: value.mean, f"{name}_sd": value.deviation} if isinstance(value, Spread) else {name: value}
+            line |= (
+                {name: value.mean, f"{name}_sd": value.deviation}
+                if isinstance(value, Spread)
+                else {name: value}
+            )
         flat.append({**line, "seeds": row["gain"].count})
     return flat
 
 
 LOOKS = {
-    "orig": ("ORIG: SVMs, pretrained", MUTED, "s"), "ft": ("FT: SVMs, fine-tuned", ORANGE, "D"),
-    "joint": ("joint, weighted by the budgets", BLUE, "o"), "no_exits": ("no exits, fine-tuned", VERMILION, "*"),
-}  # fmt: skip
+    "orig": ("ORIG: SVMs, pretrained", MUTED, "s"),
+    "ft": ("FT: SVMs, fine-tuned", ORANGE, "D"),
+    "joint": ("joint, weighted by the budgets", BLUE, "o"),
+    "no_exits": ("no exits, fine-tuned", VERMILION, "*"),
+}
 JOINT_LOOKS = dict(zip(ROWS, ((BLUE, "o"), (GREEN, "^"), (PURPLE, "v"), (INK, "x")), strict=True))
 
 
@@ -198,12 +268,26 @@ def draw_table1(summary: Sequence[Mapping[str, Any]]) -> Figure:
         for place, name in enumerate(METHODS):
             label, colour, marker = LOOKS[name]
             where = [index + 0.12 * (place - 1.5) for index in range(len(rows))]
-            errors = [0.0 if math.isnan(row[name].deviation) else row[name].deviation for row in rows]
-            axes.errorbar(where, [row[name].mean for row in rows], errors, fmt=marker, color=colour, capsize=3, label=label)
+            errors = [
+                0.0 if math.isnan(row[name].deviation) else row[name].deviation for row in rows
+            ]
+            axes.errorbar(
+                where,
+                [row[name].mean for row in rows],
+                errors,
+                fmt=marker,
+                color=colour,
+                capsize=3,
+                label=label,
+            )
         axes.set_xticks(range(len(rows)), [row["budgets"].replace("_", "\n") for row in rows])
         axes.set_ylabel("expected accuracy, %")
 
-    return _panels("Expected accuracy under four distributions of time budgets", [row["pair"] for row in summary], panel)
+    return _panels(
+        "Expected accuracy under four distributions of time budgets",
+        [row["pair"] for row in summary],
+        panel,
+    )
 
 
 def draw_exits(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -215,10 +299,17 @@ def draw_exits(rows: Sequence[Mapping[str, Any]]) -> Figure:
             label, colour, marker = _look(method)
             mine = [row for row in own if row["method"] == method]
             exits = sorted({row["exit"] for row in mine})
-            mean = {k: spread([row["test"] for row in mine if row["exit"] == k]).mean for k in exits}
+            mean = {
+                k: spread([row["test"] for row in mine if row["exit"] == k]).mean for k in exits
+            }
             time = {row["exit"]: row["interruptible_ms"] for row in mine}
             axes.plot(
-                [time[k] for k in exits], [mean[k] for k in exits], marker=marker, color=colour, label=label, markersize=5
+                [time[k] for k in exits],
+                [mean[k] for k in exits],
+                marker=marker,
+                color=colour,
+                label=label,
+                markersize=5,
             )
         axes.set_xlabel("time until the exit answers, ms")
         axes.set_ylabel("accuracy, %")
@@ -238,7 +329,9 @@ def _panels(title: str, pairs: Sequence[str], draw: Callable[[Axes, str], None])
     columns = min(2, len(names))
     lines = math.ceil(len(names) / columns)
     with styled():
-        figure = Figure(figsize=(3.6 * columns + 1.0, 2.9 * lines + 0.9), dpi=100, layout="constrained")
+        figure = Figure(
+            figsize=(3.6 * columns + 1.0, 2.9 * lines + 0.9), dpi=100, layout="constrained"
+        )
         figure.suptitle(title, x=0.012, ha="left", size=11.5, weight="bold")
         for place, name in enumerate(names, 1):
             axes = figure.add_subplot(lines, columns, place)

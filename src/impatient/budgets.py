@@ -46,21 +46,37 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES:
-            raise BudgetError(f"unknown budget shape {self.shape!r}; needed: one of {', '.join(_SHAPES)}.")
+            raise BudgetError(
+                f"unknown budget shape {self.shape!r}; needed: one of {', '.join(_SHAPES)}."
+            )
         if self.cost not in get_args(Cost):
-            raise BudgetError(f"a budget of {self.cost!r}; needed: one of {', '.join(get_args(Cost))}.")
+            raise BudgetError(
+                f"a budget of {self.cost!r}; needed: one of {', '.join(get_args(Cost))}."
+            )
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
-            raise BudgetError(f"budget range {self.low} to {self.high} s is not finite; give seconds, such as 0.0 to 0.010.")
+            raise BudgetError(
+                f"budget range {self.low} to {self.high} s is not finite; give seconds, such as 0.0 to 0.010."
+            )
         if not 0.0 <= self.low <= self.high or self.high <= 0.0:
             raise BudgetError(
                 f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low < high, in seconds."
             )
         listed = self.shape in _LISTED
         ends = (self.samples_s[0], self.samples_s[-1]) if self.samples_s else None
-        if listed and (ends != (self.low, self.high) or list(self.samples_s) != sorted(self.samples_s) or self.low <= 0.0):
-            raise BudgetError(f"a budget of shape {self.shape} needs its samples in order; use point() or empirical().")
-        if not listed and (ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0)):
-            raise BudgetError(f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and samples {ends}.")
+        if listed and (
+            ends != (self.low, self.high)
+            or list(self.samples_s) != sorted(self.samples_s)
+            or self.low <= 0.0
+        ):
+            raise BudgetError(
+                f"a budget of shape {self.shape} needs its samples in order; use point() or empirical()."
+            )
+        if not listed and (
+            ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0)
+        ):
+            raise BudgetError(
+                f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and samples {ends}."
+            )
 
     @overload
     def probability_below(self, time_s: float) -> float: ...
@@ -80,7 +96,9 @@ class Budget:
 
     def mean_s(self) -> float:
         """Mean budget, seconds."""
-        return float(np.mean(self.samples_s)) if self.samples_s else float(self._distribution().mean())
+        return (
+            float(np.mean(self.samples_s)) if self.samples_s else float(self._distribution().mean())
+        )
 
     def density(self, times_s: np.ndarray) -> np.ndarray:
         """Probability density at the given times, 1/s; for plots. Empirical and point budgets have none and give zeros."""
@@ -100,8 +118,12 @@ class Budget:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "shape": self.shape, "low": self.low, "high": self.high, "samples_s": list(self.samples_s), "cost": self.cost,
-        }  # fmt: skip
+            "shape": self.shape,
+            "low": self.low,
+            "high": self.high,
+            "samples_s": list(self.samples_s),
+            "cost": self.cost,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -161,17 +183,25 @@ def _share(times: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _normal_below(times: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     tail = special.ndtr(-3.0)
-    return np.asarray((special.ndtr(6.0 * _share(times, low, high) - 3.0) - tail) / (1.0 - 2.0 * tail))
+    return np.asarray(
+        (special.ndtr(6.0 * _share(times, low, high) - 3.0) - tail) / (1.0 - 2.0 * tail)
+    )
 
 
 # P(budget < time) for times from low to high. Closed forms: scipy takes a millisecond to set up one distribution
 _BELOW: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "uniform": _share,
-    "small_likely": lambda times, low, high: np.expm1(-STEEPNESS * _share(times, low, high)) / math.expm1(-STEEPNESS),
-    "large_likely": lambda times, low, high: np.expm1(STEEPNESS * _share(times, low, high)) / math.expm1(STEEPNESS),
+    "small_likely": lambda times, low, high: (
+        np.expm1(-STEEPNESS * _share(times, low, high)) / math.expm1(-STEEPNESS)
+    ),
+    "large_likely": lambda times, low, high: (
+        np.expm1(STEEPNESS * _share(times, low, high)) / math.expm1(STEEPNESS)
+    ),
     "normal": _normal_below,
     # log1p, not log: the ends may lie close together
-    "log_uniform": lambda times, low, high: np.log1p((times - low) / low) / np.log1p((high - low) / low),
+    "log_uniform": lambda times, low, high: (
+        np.log1p((times - low) / low) / np.log1p((high - low) / low)
+    ),
 }
 
 
@@ -183,11 +213,17 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
         members[budget.shape].append(row)
     for shape, rows in members.items():
         if shape in _LISTED:
-            for row in rows:  # bisect, not searchsorted: a long log is not copied for a handful of times
+            for (
+                row
+            ) in rows:  # bisect, not searchsorted: a long log is not copied for a handful of times
                 samples = budgets[row].samples_s
-                below[row] = [bisect_left(samples, time) / len(samples) for time in times_s.tolist()]
+                below[row] = [
+                    bisect_left(samples, time) / len(samples) for time in times_s.tolist()
+                ]
         else:
-            low, high = (np.array([[getattr(budgets[row], end)] for row in rows]) for end in ("low", "high"))
+            low, high = (
+                np.array([[getattr(budgets[row], end)] for row in rows]) for end in ("low", "high")
+            )
             inside = _BELOW[shape](np.clip(times_s, low, high), low, high)
             below[rows] = np.where(times_s >= high, 1.0, np.minimum(inside, 1.0))
     return below
@@ -195,7 +231,9 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
 
 def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budget:
     if not low_s < high_s:
-        raise BudgetError(f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in seconds.")
+        raise BudgetError(
+            f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in seconds."
+        )
     return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
 
 
@@ -256,7 +294,9 @@ def standard(horizon_s: float) -> dict[str, Budget]:
     return {shape: _over(shape, 0.0, horizon_s) for shape in STANDARD}
 
 
-def exit_weights(budget: Budget, costs_s: Sequence[float], *, normalise: bool = False) -> tuple[float, ...]:
+def exit_weights(
+    budget: Budget, costs_s: Sequence[float], *, normalise: bool = False
+) -> tuple[float, ...]:
     """Probability that each exit is the deepest one a random budget can pay for.
 
     Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a caller receives.
@@ -282,7 +322,9 @@ def exit_weights(budget: Budget, costs_s: Sequence[float], *, normalise: bool = 
     return tuple(exit_weights_many([budget], costs_s, normalise=normalise)[0].tolist())
 
 
-def exit_weights_many(budgets: Sequence[Budget], costs_s: Sequence[float], *, normalise: bool = False) -> np.ndarray:
+def exit_weights_many(
+    budgets: Sequence[Budget], costs_s: Sequence[float], *, normalise: bool = False
+) -> np.ndarray:
     """`exit_weights` of many budgets at once: a sweep over distributions, or one distribution per sample.
 
     Where the budget depends on the input, p(t | x), row i holds the weights of sample i's losses.
@@ -331,7 +373,11 @@ def deepest_for_some(costs_s: Sequence[float]) -> tuple[int, ...]:
 
 
 def expected_accuracy(
-    budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float], *, without_answer: float = 0.0
+    budget: Budget,
+    costs_s: Sequence[float],
+    accuracies: Sequence[float],
+    *,
+    without_answer: float = 0.0,
 ) -> float:
     """Accuracy of the answer a caller receives under random budgets.
 
@@ -364,11 +410,16 @@ def parse_budget(text: str) -> Budget:
     shape, _, rest = text.partition(":")
     try:
         if shape == "log":
-            return empirical([float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()])
+            return empirical(
+                [float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()]
+            )
         amounts, cost, scale = _without_unit(rest)
         # division where the unit is small: 9 / 1000 is 0.009, 9 * 0.001 is not
         parts = amounts.split(":") if amounts else []
-        numbers = [float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale) for part in parts]
+        numbers = [
+            float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale)
+            for part in parts
+        ]
         if shape == "point" and len(numbers) == 1:
             return point(numbers[0], cost=cost)
         if shape in _RANGES and len(numbers) == 2:
@@ -391,11 +442,16 @@ def _without_unit(text: str) -> tuple[str, Cost, float]:
     if not found:
         return text, *UNITS["ms"]
     if found[0].lower() not in UNITS:
-        raise BudgetError(f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none for ms.")
+        raise BudgetError(
+            f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none for ms."
+        )
     return text[: found.start()], *UNITS[found[0].lower()]
 
 
 _RANGES = {
-    "uniform": uniform, "small_likely": small_likely, "large_likely": large_likely,
-    "normal": normal, "log_uniform": log_uniform,
-}  # fmt: skip
+    "uniform": uniform,
+    "small_likely": small_likely,
+    "large_likely": large_likely,
+    "normal": normal,
+    "log_uniform": log_uniform,
+}

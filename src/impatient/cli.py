@@ -26,9 +26,15 @@ STOPPED = 130  # the shell's own code for a command that Ctrl-C ended
 err = Console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
-AnyProfile = Annotated[bool, typer.Option("--any-profile", help="Use a profile of another machine or version all the same.")]
+AnyProfile = Annotated[
+    bool,
+    typer.Option("--any-profile", help="Use a profile of another machine or version all the same."),
+]
 Threads = Annotated[int, typer.Option(help="Intra-op threads of torch; 0 leaves its own choice.")]
-Engine = Annotated[str, typer.Option(help="eager, compile, or one that `impatient export` has made in DIR/engines.")]
+Engine = Annotated[
+    str,
+    typer.Option(help="eager, compile, or one that `impatient export` has made in DIR/engines."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although it is up to date.")]
 
@@ -43,7 +49,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except ImpatientError as error:
-        err.print(f"error ({type(error).__name__}): {error}", soft_wrap=True, markup=False, highlight=False)
+        err.print(
+            f"error ({type(error).__name__}): {error}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
         code = 1
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
@@ -60,81 +71,181 @@ def main() -> None:
 @app.command()
 def train(
     directory: Directory,
-    model: Annotated[str, typer.Option(help="SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:..., "
-                                            "transformers:..., package.module:factory.")] = "impatient:resnet",
-    data: Annotated[str, typer.Option(help="digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")] = "digits",
-    exits: Annotated[int | None, typer.Option(help="Number of exits, placed by measured cost; the last is the output. By "
-                                                   "default 4; impatient:anytimenet has its own.")] = None,
-    after: Annotated[str, typer.Option(help="Instead of --exits: modules to exit after, with commas between, or every:2 for "
-                                            "every second block.")] = "",
-    heads: Annotated[str | None, typer.Option(help="linear (the default), relu_linear, mlp, mlp_dropout, flatten, adaptive, "
-                                                   "conv1x1, rescale or msdnet.")] = None,
-    weights: Annotated[str | None, typer.Option(help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with "
-                                                     "options (sieve:last_to_early=2,total=all); adaloss; numbers "
-                                                     "(1,0.5,1); or a budget in ms: uniform:0:10, small_likely:0:10, "
-                                                     "log:FILE, ..., or with a unit: uniform:0:40mmacs, mb, mj. "
-                                                     "By default uniform; inverse_square for "
-                                                     "impatient:anytimenet.")] = None,
-    mode: Annotated[str, typer.Option(help="Costs behind a budget's weights: interruptible or contract.")] = "interruptible",
-    sampler: Annotated[str, typer.Option(help="Draw an exit that weighs more in each step: none, alternating (AANN), exp3, rwm "
-                                              "or avgl.")] = "none",
-    equilibrium: Annotated[bool, typer.Option("--equilibrium", help="Balance the gradients of early and later exits.")] = False,
-    detach: Annotated[float, typer.Option(help="Share of an exit's channels that deeper exits do not train.")] = 0.0,
-    distillation: Annotated[float, typer.Option(help="Share of early exits' loss that is learning from the last exit.")] = 0.0,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:..., "
+            "transformers:..., package.module:factory."
+        ),
+    ] = "impatient:resnet",
+    data: Annotated[
+        str, typer.Option(help="digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")
+    ] = "digits",
+    exits: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of exits, placed by measured cost; the last is the output. By "
+            "default 4; impatient:anytimenet has its own."
+        ),
+    ] = None,
+    after: Annotated[
+        str,
+        typer.Option(
+            help="Instead of --exits: modules to exit after, with commas between, or every:2 for "
+            "every second block."
+        ),
+    ] = "",
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="linear (the default), relu_linear, mlp, mlp_dropout, flatten, adaptive, "
+            "conv1x1, rescale or msdnet."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform, linear, half_end, sieve, exp_lin, inverse_square, each with "
+            "options (sieve:last_to_early=2,total=all); adaloss; numbers "
+            "(1,0.5,1); or a budget in ms: uniform:0:10, small_likely:0:10, "
+            "log:FILE, ..., or with a unit: uniform:0:40mmacs, mb, mj. "
+            "By default uniform; inverse_square for "
+            "impatient:anytimenet."
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="Costs behind a budget's weights: interruptible or contract.")
+    ] = "interruptible",
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="Draw an exit that weighs more in each step: none, alternating (AANN), exp3, rwm "
+            "or avgl."
+        ),
+    ] = "none",
+    equilibrium: Annotated[
+        bool, typer.Option("--equilibrium", help="Balance the gradients of early and later exits.")
+    ] = False,
+    detach: Annotated[
+        float, typer.Option(help="Share of an exit's channels that deeper exits do not train.")
+    ] = 0.0,
+    distillation: Annotated[
+        float, typer.Option(help="Share of early exits' loss that is learning from the last exit.")
+    ] = 0.0,
     temperature: Annotated[float, typer.Option(help="Of distillation.")] = 1.0,
-    head_decay: Annotated[str, typer.Option(help="Weight decay of heads: plain, or scaled by their exits' weights.")] = "plain",
-    ensembling: Annotated[str, typer.Option(help="Let exits answer together: boosted, arithmetic, geometric, poe or caching. "
-                                                 "boosted is for training; the others, rather for `impatient ensemble`.")] = "",
+    head_decay: Annotated[
+        str, typer.Option(help="Weight decay of heads: plain, or scaled by their exits' weights.")
+    ] = "plain",
+    ensembling: Annotated[
+        str,
+        typer.Option(
+            help="Let exits answer together: boosted, arithmetic, geometric, poe or caching. "
+            "boosted is for training; the others, rather for `impatient ensemble`."
+        ),
+    ] = "",
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples per step and process.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Of SGD.")] = 5e-4,
     schedule: Annotated[str, typer.Option(help="cosine or step.")] = "cosine",
-    regime: Annotated[str, typer.Option(help="joint, frozen (heads only) or mixed (backbone first).")] = "joint",
+    regime: Annotated[
+        str, typer.Option(help="joint, frozen (heads only) or mixed (backbone first).")
+    ] = "joint",
     augment: Annotated[str, typer.Option(help="none, crop or crop-flip.")] = "none",
     label_smoothing: Annotated[float, typer.Option(help="Of the cross-entropy.")] = 0.0,
-    channels_last: Annotated[bool, typer.Option(help="Memory format of convolutions; usually faster.")] = False,
-    exit_free: Annotated[bool, typer.Option(help="Also train the backbone without exits, to compare with.")] = True,
-    validation: Annotated[float, typer.Option(help="Share of the training examples held out.")] = 0.1,
+    channels_last: Annotated[
+        bool, typer.Option(help="Memory format of convolutions; usually faster.")
+    ] = False,
+    exit_free: Annotated[
+        bool, typer.Option(help="Also train the backbone without exits, to compare with.")
+    ] = True,
+    validation: Annotated[
+        float, typer.Option(help="Share of the training examples held out.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of weights, order and splits.")] = 0,
-    accelerator: Annotated[str, typer.Option(help="As in Lightning Fabric: auto, cpu, cuda, mps.")] = "auto",
+    accelerator: Annotated[
+        str, typer.Option(help="As in Lightning Fabric: auto, cpu, cuda, mps.")
+    ] = "auto",
     devices: Annotated[int, typer.Option(help="Number of processes, one per device.")] = 1,
     strategy: Annotated[str, typer.Option(help="As in Lightning Fabric: auto, ddp, ...")] = "auto",
-    precision: Annotated[str, typer.Option(help="As in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...")] = "32-true",
-    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in DIR away.")] = False,
+    precision: Annotated[
+        str, typer.Option(help="As in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...")
+    ] = "32-true",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw an earlier run in DIR away.")
+    ] = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Train a network with exits; go on from the checkpoint if there is one."""
     from impatient import workflow
     from impatient.training.loop import Recipe
 
     recipe = Recipe(
-        epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, schedule=schedule, regime=regime,  # type: ignore[arg-type]
-        augment=augment, label_smoothing=label_smoothing, channels_last=channels_last, seed=seed,  # type: ignore[arg-type]
-        sampler=sampler, equilibrium=equilibrium, detach=detach, distillation=distillation, temperature=temperature,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        regime=regime,  # type: ignore[arg-type]
+        augment=augment,
+        label_smoothing=label_smoothing,
+        channels_last=channels_last,
+        seed=seed,  # type: ignore[arg-type]
+        sampler=sampler,
+        equilibrium=equilibrium,
+        detach=detach,
+        distillation=distillation,
+        temperature=temperature,
         head_decay=head_decay,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     plan = workflow.Plan(
-        model=model, data=data, exits=exits, after=tuple(name for name in after.split(",") if name), heads=heads,
-        weights=weights, mode=mode, recipe=recipe, exit_free=exit_free, validation=validation,  # type: ignore[arg-type]
+        model=model,
+        data=data,
+        exits=exits,
+        after=tuple(name for name in after.split(",") if name),
+        heads=heads,
+        weights=weights,
+        mode=mode,
+        recipe=recipe,
+        exit_free=exit_free,
+        validation=validation,  # type: ignore[arg-type]
         ensembling=ensembling,
-        fabric={"accelerator": accelerator, "devices": devices, "strategy": strategy, "precision": precision},
-    )  # fmt: skip
+        fabric={
+            "accelerator": accelerator,
+            "devices": devices,
+            "strategy": strategy,
+            "precision": precision,
+        },
+    )
     workflow.train(directory, plan, restart=restart, progress=not quiet, say=_say)
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help="A network that grows: impatient:anytimenet[:key=value,...], or "
-                                            "package.module:factory of a GrowingNetwork.")] = "impatient:anytimenet",
-    data: Annotated[str, typer.Option(help="As for train: it decides the size of the input.")] = "digits",
-    iterations: Annotated[int | None, typer.Option(help="How many, in the order of least overhead.")] = None,
-    sizes: Annotated[str, typer.Option(help="Instead: blocks that the iterations are to have, with commas between.")] = "",
-    times_ms: Annotated[str, typer.Option(help="Instead: times at which they are to end, with commas between.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A network that grows: impatient:anytimenet[:key=value,...], or "
+            "package.module:factory of a GrowingNetwork."
+        ),
+    ] = "impatient:anytimenet",
+    data: Annotated[
+        str, typer.Option(help="As for train: it decides the size of the input.")
+    ] = "digits",
+    iterations: Annotated[
+        int | None, typer.Option(help="How many, in the order of least overhead.")
+    ] = None,
+    sizes: Annotated[
+        str,
+        typer.Option(help="Instead: blocks that the iterations are to have, with commas between."),
+    ] = "",
+    times_ms: Annotated[
+        str, typer.Option(help="Instead: times at which they are to end, with commas between.")
+    ] = "",
     batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 1,
     repeats: Annotated[int, typer.Option(help="Measurements of each block.")] = 200,
     threads: Threads = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Measure the blocks of a network that grows, and find the order of growing that costs least."""
     from impatient import assembly, tables
     from impatient.clock import positive_ms
@@ -142,11 +253,21 @@ def plan(
     _use_threads(threads)
     times = [positive_ms(time, "--times-ms") / 1e3 for time in _numbers(times_ms, "--times-ms")]
     found = assembly.plan_growth(
-        model, data, iterations=iterations, sizes=_integers(sizes, "--sizes") if sizes else None, times_s=times or None,
-        batch_size=batch_size, repeats=repeats,
-    )  # fmt: skip
-    _say(tables.growth_table("planned" if found.schedule != found.own_schedule else "the model's own", found.costs,
-                             found.schedule))  # fmt: skip
+        model,
+        data,
+        iterations=iterations,
+        sizes=_integers(sizes, "--sizes") if sizes else None,
+        times_s=times or None,
+        batch_size=batch_size,
+        repeats=repeats,
+    )
+    _say(
+        tables.growth_table(
+            "planned" if found.schedule != found.own_schedule else "the model's own",
+            found.costs,
+            found.schedule,
+        )
+    )
     if found.schedule != found.own_schedule:
         _say(tables.growth_table("the model's own", found.own_costs, found.own_schedule))
         _say(f"to train it: schedule={found.schedule}")
@@ -155,11 +276,19 @@ def plan(
 @app.command()
 def ensemble(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run directory to make.")],
-    members: Annotated[list[Path], typer.Argument(metavar="MEMBER...", help="Trained run directories, shallow to deep.")],
-    rule: Annotated[str, typer.Option(help="With one member: how its exits answer together: arithmetic, geometric, poe or "
-                                           "caching.")] = "geometric",
+    members: Annotated[
+        list[Path],
+        typer.Argument(metavar="MEMBER...", help="Trained run directories, shallow to deep."),
+    ],
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="With one member: how its exits answer together: arithmetic, geometric, poe or "
+            "caching."
+        ),
+    ] = "geometric",
     force: Force = False,
-) -> None:  # fmt: skip
+) -> None:
     """Make one network of several, run one after the other (EANN), or let the exits of one answer together."""
     from impatient import assembly
 
@@ -169,12 +298,15 @@ def ensemble(
 @app.command()
 def profile(
     directory: Directory,
-    batch_sizes: Annotated[str, typer.Option(help="Batch sizes to measure, with commas between.")] = "1",
+    batch_sizes: Annotated[
+        str, typer.Option(help="Batch sizes to measure, with commas between.")
+    ] = "1",
     repeats: Annotated[int, typer.Option(help="Measurements of each.")] = 300,
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", "--engines",
+            "--engine",
+            "--engines",
             help="Engines to measure, with commas between: eager, compile, or one that `impatient export` has made in "
             "DIR/engines. Each has its own profile.json.",
         ),
@@ -186,10 +318,13 @@ def profile(
             "profile.json, another that of profile-t2.json."
         ),
     ] = "0",
-    energy: Annotated[bool, typer.Option("--energy", help="Measure joules, too, where the machine can; 3 s an exit.")] = False,
+    energy: Annotated[
+        bool,
+        typer.Option("--energy", help="Measure joules, too, where the machine can; 3 s an exit."),
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Measure what every stage and head costs on this machine."""
     from impatient import tables, workflow
 
@@ -197,9 +332,16 @@ def profile(
     for count in counts:
         _check_threads(count)
     made = workflow.profile_runs(
-        directory, engines=engine.split(","), threads=counts, batch_sizes=sizes, repeats=repeats, energy=energy, force=force,
-        progress=not quiet, say=_say,
-    )  # fmt: skip
+        directory,
+        engines=engine.split(","),
+        threads=counts,
+        batch_sizes=sizes,
+        repeats=repeats,
+        energy=energy,
+        force=force,
+        progress=not quiet,
+        say=_say,
+    )
     for costs in made.values():
         for size in sizes:
             _say(tables.costs_table(costs, size))
@@ -207,9 +349,16 @@ def profile(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A profile, or a directory with a profile.json.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another; how many times as fast it is is what is shown.")],
-    any_network: Annotated[bool, typer.Option("--any", help="Compare although they are of different networks.")] = False,
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A profile, or a directory with a profile.json.")
+    ],
+    b: Annotated[
+        Path,
+        typer.Argument(metavar="B", help="Another; how many times as fast it is is what is shown."),
+    ],
+    any_network: Annotated[
+        bool, typer.Option("--any", help="Compare although they are of different networks.")
+    ] = False,
 ) -> None:
     """Compare two profiles exit by exit, and say which differences are more than noise."""
     from impatient import tables, workflow
@@ -219,14 +368,20 @@ def compare(
     for name, (one, other) in first.differences(second).items():
         _say(f"{name}: {one} (A), {other} (B)")
     for size in dict.fromkeys(row.batch_size for row in rows):
-        _say(tables.comparison_table([row for row in rows if row.batch_size == size], first, second))
+        _say(
+            tables.comparison_table([row for row in rows if row.batch_size == size], first, second)
+        )
 
 
 @app.command()
 def record(
     directory: Directory,
-    splits: Annotated[str, typer.Option(help="Splits to record, with commas between.")] = "validation,test",
-    features: Annotated[bool, typer.Option("--features", help="Keep pooled features too, for learned gates.")] = False,
+    splits: Annotated[
+        str, typer.Option(help="Splits to record, with commas between.")
+    ] = "validation,test",
+    features: Annotated[
+        bool, typer.Option("--features", help="Keep pooled features too, for learned gates.")
+    ] = False,
     engine: Engine = "eager",
     force: Force = False,
     quiet: Quiet = False,
@@ -235,24 +390,45 @@ def record(
     from impatient import workflow
 
     workflow.record_run(
-        directory, splits=splits.split(","), features=features, engine=engine, force=force, progress=not quiet, say=_say
-    )  # fmt: skip
+        directory,
+        splits=splits.split(","),
+        features=features,
+        engine=engine,
+        force=force,
+        progress=not quiet,
+        say=_say,
+    )
 
 
 @app.command()
 def fit(
     directory: Directory,
-    max_loss: Annotated[float | None, typer.Option(help="Points of accuracy that may be lost against the last exit.")] = None,
-    mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
-    mean_mmacs: Annotated[float | None, typer.Option(help="Mean millions of multiply-accumulates per sample.")] = None,
-    mean_mb: Annotated[float | None, typer.Option(help="Mean megabytes that operators read and write per sample.")] = None,
-    mean_mj: Annotated[float | None, typer.Option(help="Mean millijoules per sample; needs profile --energy.")] = None,
-    cost: Annotated[
-        str | None, typer.Option(help="What --max-loss is to save: time (the default), macs, bytes or energy.")
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Points of accuracy that may be lost against the last exit."),
     ] = None,
-    score: Annotated[str, typer.Option(help="max_probability, margin or entropy.")] = "max_probability",
+    mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
+    mean_mmacs: Annotated[
+        float | None, typer.Option(help="Mean millions of multiply-accumulates per sample.")
+    ] = None,
+    mean_mb: Annotated[
+        float | None, typer.Option(help="Mean megabytes that operators read and write per sample.")
+    ] = None,
+    mean_mj: Annotated[
+        float | None, typer.Option(help="Mean millijoules per sample; needs profile --energy.")
+    ] = None,
+    cost: Annotated[
+        str | None,
+        typer.Option(help="What --max-loss is to save: time (the default), macs, bytes or energy."),
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="max_probability, margin or entropy.")
+    ] = "max_probability",
     learner: Annotated[
-        str | None, typer.Option(help="Learn a gate per exit instead of a threshold: logistic, svm, mlp or boosting.")
+        str | None,
+        typer.Option(
+            help="Learn a gate per exit instead of a threshold: logistic, svm, mlp or boosting."
+        ),
     ] = None,
     inputs: Annotated[
         str,
@@ -267,7 +443,9 @@ def fit(
             "validation split is kept back to show it."
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the policy; by default the target.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the policy; by default the target.")
+    ] = None,
     any_profile: AnyProfile = False,
     threads: Threads = 0,
 ) -> None:
@@ -287,37 +465,76 @@ def fit(
     given = _first_given(loss=max_loss, ms=mean_ms, mmacs=mean_mmacs, mb=mean_mb, mj=mean_mj)
     kind = (f"-{cost}" if cost else "") + ("" if learner is None else f"-{learner}-{inputs}")
     policy = workflow.fit_run(
-        directory, targets=targets, score=score, cost=cost, learner=learner, inputs=inputs, delta=delta,  # type: ignore[arg-type]
-        name=name or given + kind + ("" if delta is None else "-sure"), any_profile=any_profile, say=_say,
-    )  # fmt: skip
+        directory,
+        targets=targets,
+        score=score,
+        cost=cost,
+        learner=learner,
+        inputs=inputs,
+        delta=delta,  # type: ignore[arg-type]
+        name=name or given + kind + ("" if delta is None else "-sure"),
+        any_profile=any_profile,
+        say=_say,
+    )
     bounds = getattr(policy, "thresholds", ())[:-1]
     if bounds:
-        _say("thresholds: " + ", ".join("closed" if bound == float("inf") else f"{bound:.3f}" for bound in bounds))
+        _say(
+            "thresholds: "
+            + ", ".join("closed" if bound == float("inf") else f"{bound:.3f}" for bound in bounds)
+        )
 
 
 @app.command()
 def select(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The run directory to make.")],
-    members: Annotated[list[str], typer.Argument(metavar="MEMBER...", help="Networks from cheap to dear: run directories, "
-                                                 "model specs with pretrained weights, or SPEC@FILE.safetensors.")],
-    data: Annotated[str, typer.Option(help="As for train; the networks should not have been trained on its validation "
-                                           "split.")] = "digits",
-    max_loss: Annotated[float | None, typer.Option(help="Points of accuracy that may be lost against the last network; 1 "
-                                                        "unless another target is given.")] = None,
+    members: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MEMBER...",
+            help="Networks from cheap to dear: run directories, "
+            "model specs with pretrained weights, or SPEC@FILE.safetensors.",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="As for train; the networks should not have been trained on its validation split."
+        ),
+    ] = "digits",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Points of accuracy that may be lost against the last network; 1 "
+            "unless another target is given."
+        ),
+    ] = None,
     mean_ms: Annotated[float | None, typer.Option(help="Mean time per sample, ms.")] = None,
-    price: Annotated[float | None, typer.Option(help="What a second costs, in wrong answers.")] = None,
-    topology: Annotated[str, typer.Option(help="Allowed moves: full (to any later network), chain (to the next) or star (from "
-                                               "the first to any).")] = "full",
+    price: Annotated[
+        float | None, typer.Option(help="What a second costs, in wrong answers.")
+    ] = None,
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="Allowed moves: full (to any later network), chain (to the next) or star (from "
+            "the first to any)."
+        ),
+    ] = "full",
     learner: Annotated[str, typer.Option(help="logistic, svm, mlp or boosting.")] = "logistic",
-    method: Annotated[str, typer.Option(help="Among more than two moves: filter_tree or regression.")] = "filter_tree",
-    name: Annotated[str | None, typer.Option(help="Name of the policy; by default the target.")] = None,
-    validation: Annotated[float, typer.Option(help="Share of the training examples held out, to learn on.")] = 0.1,
+    method: Annotated[
+        str, typer.Option(help="Among more than two moves: filter_tree or regression.")
+    ] = "filter_tree",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the policy; by default the target.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the training examples held out, to learn on.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
     repeats: Annotated[int, typer.Option(help="Measurements of each network.")] = 300,
     threads: Threads = 0,
     force: Force = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Learn which of several networks each sample needs, without training any of them."""
     from impatient import assembly, tables
 
@@ -326,13 +543,26 @@ def select(
         max_loss = 1.0
     targets = {
         "max_accuracy_loss": None if max_loss is None else max_loss / 100,
-        "mean_time_s": None if mean_ms is None else mean_ms / 1e3, "time_price": price,
-    }  # fmt: skip
+        "mean_time_s": None if mean_ms is None else mean_ms / 1e3,
+        "time_price": price,
+    }
     given = _first_given(loss=max_loss, ms=mean_ms, price=price)
     evaluation = assembly.select_run(
-        directory, members, data=data, validation=validation, seed=seed, targets=targets, name=name or given,
-        topology=topology, learner=learner, method=method, repeats=repeats, force=force, progress=not quiet, say=_say,
-    )  # fmt: skip
+        directory,
+        members,
+        data=data,
+        validation=validation,
+        seed=seed,
+        targets=targets,
+        name=name or given,
+        topology=topology,
+        learner=learner,
+        method=method,
+        repeats=repeats,
+        force=force,
+        progress=not quiet,
+        say=_say,
+    )
     _say(tables.evaluation_table(evaluation))
     _say(tables.saving(evaluation, name or given))
 
@@ -340,23 +570,44 @@ def select(
 @app.command()
 def evaluate(
     directory: Directory,
-    budget: Annotated[str | None, typer.Option(help="A distribution over budgets in ms, such as uniform:0:10, or in "
-                                                          "mmacs, mb or mj: uniform:0:40mmacs.")] = None,
-    against: Annotated[list[Path] | None, typer.Option(help="Run directory of a smaller network: its network without exits is "
-                                                            "judged, too, and timed in turn with this one. May be given "
-                                                            "several times.")] = None,
-    real: Annotated[int, typer.Option(help="Also answer so many test samples one by one under every policy, and show what that "
-                                           "takes beside what was predicted.")] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="A distribution over budgets in ms, such as uniform:0:10, or in "
+            "mmacs, mb or mj: uniform:0:40mmacs."
+        ),
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run directory of a smaller network: its network without exits is "
+            "judged, too, and timed in turn with this one. May be given "
+            "several times."
+        ),
+    ] = None,
+    real: Annotated[
+        int,
+        typer.Option(
+            help="Also answer so many test samples one by one under every policy, and show what that "
+            "takes beside what was predicted."
+        ),
+    ] = 0,
     engine: Engine = "eager",
     any_profile: AnyProfile = False,
     threads: Threads = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Judge every exit and policy on the test split."""
     from impatient import tables, workflow
 
     _use_threads(threads)
     evaluation = workflow.evaluate_run(
-        directory, budget=budget, against=against or (), real=real, engine=engine, any_profile=any_profile, say=_say
+        directory,
+        budget=budget,
+        against=against or (),
+        real=real,
+        engine=engine,
+        any_profile=any_profile,
+        say=_say,
     )
     _say(tables.evaluation_table(evaluation))
     if engine != "eager":
@@ -387,9 +638,15 @@ def run(
             "standardised here.",
         ),
     ],
-    deadline_ms: Annotated[float | None, typer.Option(help="Time for each answer, ms; without it, no limit.")] = None,
-    policy: Annotated[str | None, typer.Option(help="A fitted policy, to stop when going on is not worth it.")] = None,
-    when_late: Annotated[str, typer.Option(help="When not even the first exit fits: answer or raise.")] = "answer",
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="Time for each answer, ms; without it, no limit.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A fitted policy, to stop when going on is not worth it.")
+    ] = None,
+    when_late: Annotated[
+        str, typer.Option(help="When not even the first exit fits: answer or raise.")
+    ] = "answer",
     engine: Engine = "eager",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     any_profile: AnyProfile = False,
@@ -402,8 +659,14 @@ def run(
     _use_threads(threads)
     deadline_s = None if deadline_ms is None else positive_ms(deadline_ms, "--deadline-ms") / 1e3
     answers = workflow.answer_files(
-        directory, inputs, deadline_s=deadline_s, policy=policy, engine=engine, any_profile=any_profile, when_late=when_late
-    )  # fmt: skip
+        directory,
+        inputs,
+        deadline_s=deadline_s,
+        policy=policy,
+        engine=engine,
+        any_profile=any_profile,
+        when_late=when_late,
+    )
     if json:
         typer.echo(workflow.to_json(answers))
     else:
@@ -413,33 +676,61 @@ def run(
 @app.command()
 def export(
     directory: Directory,
-    engine: Annotated[str, typer.Option(help="onnxruntime or openvino, which run without torch, a session per stage; with "
-                                             "-session behind the name, one session with all exits; or aoti (torch's compiler, "
-                                             "ahead of time).")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static "
-                                                "(features, too; their ranges come from the training split).")] = "fp32",
-    policy: Annotated[str | None, typer.Option(help="A fitted policy of thresholds, to go with it.")] = None,
-    place: Annotated[Path | None, typer.Option("--out", help="Write there instead of DIR/engines/ENGINE[-PRECISION].")] = None,
-    lean: Annotated[bool, typer.Option("--lean", help="Leave out the network without exits, for comparisons only.")] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="onnxruntime or openvino, which run without torch, a session per stage; with "
+            "-session behind the name, one session with all exits; or aoti (torch's compiler, "
+            "ahead of time)."
+        ),
+    ] = "onnxruntime",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static "
+            "(features, too; their ranges come from the training split)."
+        ),
+    ] = "fp32",
+    policy: Annotated[
+        str | None, typer.Option(help="A fitted policy of thresholds, to go with it.")
+    ] = None,
+    place: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write there instead of DIR/engines/ENGINE[-PRECISION]."),
+    ] = None,
+    lean: Annotated[
+        bool,
+        typer.Option("--lean", help="Leave out the network without exits, for comparisons only."),
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Measurements of each stage.")] = 300,
     threads: Threads = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Export the network to another engine, check that it answers the same, and measure it there."""
     from impatient import tables, workflow
 
     _use_threads(threads)
     rows = workflow.export_run(
-        directory, engine=engine, precision=precision, policy=policy, place=place, lean=lean, repeats=repeats, force=force,
-        progress=not quiet, say=_say,
-    )  # fmt: skip
+        directory,
+        engine=engine,
+        precision=precision,
+        policy=policy,
+        place=place,
+        lean=lean,
+        repeats=repeats,
+        force=force,
+        progress=not quiet,
+        say=_say,
+    )
     _say(tables.engine_times_table(rows))
 
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put the run.")] = Path("impatient-demo"),
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where to put the run.")
+    ] = Path("impatient-demo"),
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 20,
     quiet: Quiet = False,
 ) -> None:
@@ -473,14 +764,18 @@ def _integers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise RunError(f"{option} {text!r}; needed: whole numbers with commas between, such as 1,8.") from None
+        raise RunError(
+            f"{option} {text!r}; needed: whole numbers with commas between, such as 1,8."
+        ) from None
 
 
 def _numbers(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part]
     except ValueError:
-        raise RunError(f"{option} {text!r}; needed: numbers with commas between, such as 1,2.5.") from None
+        raise RunError(
+            f"{option} {text!r}; needed: numbers with commas between, such as 1,2.5."
+        ) from None
 
 
 def _say(text: Any) -> None:

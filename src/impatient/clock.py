@@ -48,7 +48,9 @@ class FakeClock:
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
         self._lock = threading.Lock()
-        self._sleepers: list[tuple[float, threading.Condition]] = []  # one entry per wait, with the instant it waits for
+        self._sleepers: list[
+            tuple[float, threading.Condition]
+        ] = []  # one entry per wait, with the instant it waits for
 
     def now(self) -> float:
         return self._now
@@ -93,7 +95,9 @@ class Deadline:
 
     def __post_init__(self) -> None:
         if math.isnan(self.instant):
-            raise BudgetError("deadline is NaN; needed: an instant on the clock, in seconds. Use Deadline.after(0.008).")
+            raise BudgetError(
+                "deadline is NaN; needed: an instant on the clock, in seconds. Use Deadline.after(0.008)."
+            )
 
     @classmethod
     def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
@@ -125,7 +129,9 @@ def positive_ms(value: float, what: str) -> float:
 def check_deadline(deadline: object) -> None:
     """Raise a BudgetError for what is no deadline, such as a number of seconds."""
     if not isinstance(deadline, Deadline):
-        raise BudgetError(f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms from now.")
+        raise BudgetError(
+            f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms from now."
+        )
 
 
 def _positive(value: float, what: str, needed: str) -> float:

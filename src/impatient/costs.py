@@ -56,9 +56,13 @@ class Quantiles:
     def __post_init__(self) -> None:
         times = (self.mean, self.p50, self.p90, self.p99, self.p999, self.max)
         if not all(math.isfinite(time) and time >= 0.0 for time in times):
-            raise CostError(f"measured times must be finite and not negative, got {times}. Measure again with profile().")
+            raise CostError(
+                f"measured times must be finite and not negative, got {times}. Measure again with profile()."
+            )
         if not self.p50 <= self.p90 <= self.p99 <= self.p999 <= self.max:
-            raise CostError(f"quantiles must not decrease, got {times[1:]}. Measure again with profile().")
+            raise CostError(
+                f"quantiles must not decrease, got {times[1:]}. Measure again with profile()."
+            )
 
     def of_statistic(self, statistic: Statistic) -> float:
         """One of the numbers, by name.
@@ -67,7 +71,9 @@ class Quantiles:
             CostError: if there is no such number.
         """
         if statistic not in get_args(Statistic):
-            raise CostError(f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}.")
+            raise CostError(
+                f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}."
+            )
         return float(getattr(self, statistic))
 
     @classmethod
@@ -77,9 +83,14 @@ class Quantiles:
             raise CostError("no measured times to summarise; needed: at least one repeat.")
         p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher")
         return cls(
-            mean=float(np.mean(times_s)), p50=float(p50), p90=float(p90), p99=float(p99), p999=float(p999),
-            max=float(np.max(times_s)), n=len(times_s),
-        )  # fmt: skip
+            mean=float(np.mean(times_s)),
+            p50=float(p50),
+            p90=float(p90),
+            p99=float(p99),
+            p999=float(p999),
+            max=float(np.max(times_s)),
+            n=len(times_s),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +112,14 @@ class Noise:
 
     def __post_init__(self) -> None:
         numbers = (self.aa_ratio, self.aa_low, self.aa_high, self.spread)
-        if not (all(map(math.isfinite, numbers)) and 0.0 < self.aa_low <= self.aa_ratio <= self.aa_high and self.spread >= 0.0):
-            raise CostError(f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with profile().")
+        if not (
+            all(map(math.isfinite, numbers))
+            and 0.0 < self.aa_low <= self.aa_ratio <= self.aa_high
+            and self.spread >= 0.0
+        ):
+            raise CostError(
+                f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with profile()."
+            )
 
     @property
     def too_noisy(self) -> bool:
@@ -119,16 +136,21 @@ class Noise:
             None of fewer than six pairs, whose median has no 95 % interval, or where the clock shows no time at all.
         """
         pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
-        rank = int(stats.binom.ppf(0.025, len(pairs), 0.5))  # of the lower end, counted from 1; 0: there is none
+        rank = int(
+            stats.binom.ppf(0.025, len(pairs), 0.5)
+        )  # of the lower end, counted from 1; 0: there is none
         if rank < 1 or not (pairs > 0.0).all():
             return None
         pairs[1::2] = pairs[1::2, ::-1]
         ratios = np.sort(pairs[:, 0] / pairs[:, 1])
         low, high = np.quantile(np.log(ratios), [0.05, 0.95])
         return cls(
-            aa_ratio=float(np.median(ratios)), aa_low=float(ratios[rank - 1]), aa_high=float(ratios[-rank]),
-            spread=math.expm1((high - low) / 2), n=len(ratios),
-        )  # fmt: skip
+            aa_ratio=float(np.median(ratios)),
+            aa_low=float(ratios[rank - 1]),
+            aa_high=float(ratios[-rank]),
+            spread=math.expm1((high - low) / 2),
+            n=len(ratios),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,28 +232,45 @@ class CostProfile:
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        for name, stages in (("macs", self.stage_macs), ("bytes", self.stage_bytes), ("energy_j", self.stage_energy_j)):
+        for name, stages in (
+            ("macs", self.stage_macs),
+            ("bytes", self.stage_bytes),
+            ("energy_j", self.stage_energy_j),
+        ):
             if getattr(self, f"exit_free_{name}") < 0 and stages is not None:
                 object.__setattr__(self, f"exit_free_{name}", sum(stages))
         if not self.exits or not self.batches:
-            raise CostError("a cost profile needs at least one exit and one batch size. Make one with profile().")
+            raise CostError(
+                "a cost profile needs at least one exit and one batch size. Make one with profile()."
+            )
         rows: list[tuple[str, Sequence[object]]] = [
-            ("stage_macs", self.stage_macs), ("head_macs", self.head_macs),
-            ("stage_parameters", self.stage_parameters), ("head_parameters", self.head_parameters),
-        ]  # fmt: skip
+            ("stage_macs", self.stage_macs),
+            ("head_macs", self.head_macs),
+            ("stage_parameters", self.stage_parameters),
+            ("head_parameters", self.head_parameters),
+        ]
         optional = {
-            "stage_bytes": self.stage_bytes, "head_bytes": self.head_bytes, "stage_energy_j": self.stage_energy_j,
+            "stage_bytes": self.stage_bytes,
+            "head_bytes": self.head_bytes,
+            "stage_energy_j": self.stage_energy_j,
             "head_energy_j": self.head_energy_j,
-        }  # fmt: skip
+        }
         rows += [(name, row) for name, row in optional.items() if row is not None]
         joules = (*(self.stage_energy_j or ()), *(self.head_energy_j or ()))
         if not all(math.isfinite(entry) and entry >= 0.0 for entry in joules):
-            raise CostError(f"joules must be finite and not negative, got {joules}. Measure again with profile().")
+            raise CostError(
+                f"joules must be finite and not negative, got {joules}. Measure again with profile()."
+            )
         for size, costs in self.batches.items():
-            rows += [(f"batches[{size}].stages", costs.stages), (f"batches[{size}].heads", costs.heads)]
+            rows += [
+                (f"batches[{size}].stages", costs.stages),
+                (f"batches[{size}].heads", costs.heads),
+            ]
         for name, row in rows:
             if len(row) != len(self.exits):
-                raise CostError(f"{name} has {len(row)} entries for {len(self.exits)} exits. Make the profile again.")
+                raise CostError(
+                    f"{name} has {len(row)} entries for {len(self.exits)} exits. Make the profile again."
+                )
 
     @property
     def num_exits(self) -> int:
@@ -273,9 +312,10 @@ class CostProfile:
                 tuple(part.of_statistic(statistic) for part in batch.heads),
             )
         known = {
-            "macs": (self.stage_macs, self.head_macs), "bytes": (self.stage_bytes, self.head_bytes),
+            "macs": (self.stage_macs, self.head_macs),
+            "bytes": (self.stage_bytes, self.head_bytes),
             "energy": (self.stage_energy_j, self.head_energy_j),
-        }  # fmt: skip
+        }
         if cost not in known:
             raise CostError(f"unknown cost {cost!r}; needed: one of {', '.join(get_args(Cost))}.")
         stages, heads = known[cost]
@@ -284,9 +324,14 @@ class CostProfile:
         return tuple(map(float, stages)), tuple(map(float, heads))
 
     def cumulative(
-        self, cost: Cost, mode: Mode, *, statistic: Statistic = "mean", batch_size: int = 1,
+        self,
+        cost: Cost,
+        mode: Mode,
+        *,
+        statistic: Statistic = "mean",
+        batch_size: int = 1,
         heads: Sequence[bool] | None = None,
-    ) -> tuple[float, ...]:  # fmt: skip
+    ) -> tuple[float, ...]:
         """Cost until the answer of each exit is there, shallow to deep.
 
         Args:
@@ -306,19 +351,36 @@ class CostProfile:
         if cost == "time":
             return self.at(batch_size).exit_free.of_statistic(statistic)
         self.parts(cost)  # raises where there is none
-        return float({"macs": self.exit_free_macs, "bytes": self.exit_free_bytes, "energy": self.exit_free_energy_j}[cost])
+        return float(
+            {
+                "macs": self.exit_free_macs,
+                "bytes": self.exit_free_bytes,
+                "energy": self.exit_free_energy_j,
+            }[cost]
+        )
 
     def cumulative_s(
-        self, mode: Mode, *, statistic: Statistic = "mean", batch_size: int = 1, heads: Sequence[bool] | None = None
+        self,
+        mode: Mode,
+        *,
+        statistic: Statistic = "mean",
+        batch_size: int = 1,
+        heads: Sequence[bool] | None = None,
     ) -> tuple[float, ...]:
         """Seconds until the answer of each exit is there; arguments as for `cumulative`."""
-        return self.cumulative("time", mode, statistic=statistic, batch_size=batch_size, heads=heads)
+        return self.cumulative(
+            "time", mode, statistic=statistic, batch_size=batch_size, heads=heads
+        )
 
-    def interruptible_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> tuple[float, ...]:
+    def interruptible_s(
+        self, *, statistic: Statistic = "mean", batch_size: int = 1
+    ) -> tuple[float, ...]:
         """Seconds until each exit has answered when every exit on the way answers too (t_A in Impatient DNNs)."""
         return self.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size)
 
-    def contract_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> tuple[float, ...]:
+    def contract_s(
+        self, *, statistic: Statistic = "mean", batch_size: int = 1
+    ) -> tuple[float, ...]:
         """Seconds until each exit has answered when only that exit's head runs (t_B in Impatient DNNs)."""
         return self.cumulative_s("contract", statistic=statistic, batch_size=batch_size)
 
@@ -346,29 +408,43 @@ class CostProfile:
             CostError: if they have different numbers of exits, or no batch size in common.
         """
         if not any_network:
-            self.provenance.require("profile A", "compare profiles of one network", network=other.provenance.network)
+            self.provenance.require(
+                "profile A", "compare profiles of one network", network=other.provenance.network
+            )
             if self.exits != other.exits:
                 raise StaleInput(
                     f"profile A has exits after {', '.join(self.exits)}, profile B after {', '.join(other.exits)}; compare "
                     "profiles of one network, cut in the same places."
                 )
         if self.num_exits != other.num_exits:
-            raise CostError(f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as many.")
+            raise CostError(
+                f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as many."
+            )
         sizes = sorted(self.batches.keys() & other.batches.keys())
         if not sizes:
             raise CostError(
                 f"profile A has batch sizes {sorted(self.batches)}, profile B {sorted(other.batches)}; needed: one in both."
             )
-        return tuple(_compared(self, other, size, exit) for size in sizes for exit in (*range(self.num_exits), None))
+        return tuple(
+            _compared(self, other, size, exit)
+            for size in sizes
+            for exit in (*range(self.num_exits), None)
+        )
 
     def differences(self, other: CostProfile) -> dict[str, tuple[str, str]]:
         """What differs in where two profiles come from: engine, threads, processor, versions, ...; by name, A's and B's."""
         mine, others = (_origin(costs.provenance) for costs in (self, other))
-        pairs = {name: (mine.get(name, "none"), others.get(name, "none")) for name in {**mine, **others}}
+        pairs = {
+            name: (mine.get(name, "none"), others.get(name, "none")) for name in {**mine, **others}
+        }
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "cost_profile", **dataclasses.asdict(self), "provenance": self.provenance.to_json()}
+        return {
+            "kind": "cost_profile",
+            **dataclasses.asdict(self),
+            "provenance": self.provenance.to_json(),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -379,18 +455,29 @@ class CostProfile:
                 for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
             }
             # files made before bytes and energy were have neither
-            optional: dict[str, Any] = {name: _row(value, name, int) for name in ("stage_bytes", "head_bytes")}
-            optional |= {name: _row(value, name, float) for name in ("stage_energy_j", "head_energy_j")}
+            optional: dict[str, Any] = {
+                name: _row(value, name, int) for name in ("stage_bytes", "head_bytes")
+            }
+            optional |= {
+                name: _row(value, name, float) for name in ("stage_energy_j", "head_energy_j")
+            }
             return cls(
-                exits=tuple(value["exits"]), batches=batches, provenance=Provenance.from_json(value["provenance"]),
-                exit_free_macs=int(value.get("exit_free_macs", -1)), exit_free_bytes=int(value.get("exit_free_bytes", -1)),
-                exit_free_energy_j=float(value.get("exit_free_energy_j", -1.0)), energy_meter=value.get("energy_meter"),
-                **integers, **optional,
-            )  # fmt: skip
+                exits=tuple(value["exits"]),
+                batches=batches,
+                provenance=Provenance.from_json(value["provenance"]),
+                exit_free_macs=int(value.get("exit_free_macs", -1)),
+                exit_free_bytes=int(value.get("exit_free_bytes", -1)),
+                exit_free_energy_j=float(value.get("exit_free_energy_j", -1.0)),
+                energy_meter=value.get("energy_meter"),
+                **integers,
+                **optional,
+            )
         except CostError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CostError(f"this is not a cost profile ({error!r}). Make one with `impatient profile`.") from error
+            raise CostError(
+                f"this is not a cost profile ({error!r}). Make one with `impatient profile`."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         write_json(path, self.to_json())
@@ -400,7 +487,9 @@ class CostProfile:
         return cls.from_json(read_json(path))
 
 
-def _cumulative(stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None) -> tuple[float, ...]:
+def _cumulative(
+    stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None
+) -> tuple[float, ...]:
     reached = list(itertools.accumulate(stages))
     if mode == "contract":
         return tuple(stage + head for stage, head in zip(reached, heads, strict=True))
@@ -408,10 +497,16 @@ def _cumulative(stages: Sequence[float], heads: Sequence[float], mode: Mode, pai
         raise CostError(f"unknown mode {mode!r}; needed: 'interruptible' or 'contract'.")
     paid = [True] * len(heads) if paid is None else paid
     if len(paid) != len(heads):
-        raise CostError(f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether its head runs.")
-    passed = itertools.accumulate((head if run else 0.0 for head, run in zip(heads, paid, strict=True)), initial=0.0)
+        raise CostError(
+            f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether its head runs."
+        )
+    passed = itertools.accumulate(
+        (head if run else 0.0 for head, run in zip(heads, paid, strict=True)), initial=0.0
+    )
     # the head of the exit that answers always runs, whether or not it would when merely passed
-    return tuple(stage + before + head for stage, before, head in zip(reached, passed, heads, strict=False))
+    return tuple(
+        stage + before + head for stage, before, head in zip(reached, passed, heads, strict=False)
+    )
 
 
 def _batch_costs(value: Mapping[str, Any]) -> BatchCosts:
@@ -447,10 +542,17 @@ def _compared(a: CostProfile, b: CostProfile, size: int, exit: int | None) -> Co
     noises = [costs.at(size).noise for costs in (a, b)]
     noise = math.hypot(*(known.spread for known in noises if known)) if all(noises) else None
     return Comparison(
-        batch_size=size, exit=exit, name="untouched backbone" if exit is None else a.exits[exit], a_s=taken(a, "mean"),
-        b_s=taken(b, "mean"), ratio=ratio("mean"), p50_ratio=ratio("p50"), p99_ratio=ratio("p99"), noise=noise,
+        batch_size=size,
+        exit=exit,
+        name="untouched backbone" if exit is None else a.exits[exit],
+        a_s=taken(a, "mean"),
+        b_s=taken(b, "mean"),
+        ratio=ratio("mean"),
+        p50_ratio=ratio("p50"),
+        p99_ratio=ratio("p99"),
+        noise=noise,
         verdict=_verdict((ratio("mean"), ratio("p50")), noise),
-    )  # fmt: skip
+    )
 
 
 def _verdict(ratios: Sequence[float], noise: float | None) -> Verdict:
@@ -479,7 +581,9 @@ def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
     """
     costs = tuple(float(cost) for cost in costs_s)
     if not costs or not all(math.isfinite(cost) and cost > 0 for cost in costs):
-        raise CostOrderError(f"cumulative costs must be positive and finite, got {costs}. Take them from a CostProfile.")
+        raise CostOrderError(
+            f"cumulative costs must be positive and finite, got {costs}. Take them from a CostProfile."
+        )
     for index, (before, after) in enumerate(itertools.pairwise(costs)):
         if after <= before:
             raise CostOrderError(

@@ -54,7 +54,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.name not in get_args(RuleName):
-            raise PolicyError(f"unknown rule {self.name!r} to combine outputs; needed: one of {', '.join(get_args(RuleName))}.")
+            raise PolicyError(
+                f"unknown rule {self.name!r} to combine outputs; needed: one of {', '.join(get_args(RuleName))}."
+            )
         if not math.isfinite(self.rate):
             raise PolicyError(f"rate={self.rate}; needed: a finite number, such as 0.5.")
         if self.weights not in ("equal", "depth"):
@@ -119,7 +121,9 @@ class Running:
         self._past: Any = None
         self._next = 0
 
-    def add(self, output: Float[Tensor, "... C"], exit: int | None = None) -> Float[Tensor, "... C"]:
+    def add(
+        self, output: Float[Tensor, "... C"], exit: int | None = None
+    ) -> Float[Tensor, "... C"]:
         """Take in one more output.
 
         Args:
@@ -130,27 +134,39 @@ class Running:
         """
         index = self._next if exit is None else exit
         if not self._next <= index < self.count:
-            raise PolicyError(f"an output of exit {index} after {self._next} of {self.count}; add each once, shallow to deep.")
+            raise PolicyError(
+                f"an output of exit {index} after {self._next} of {self.count}; add each once, shallow to deep."
+            )
         self._next = index + 1
         output = output if output.dtype == torch.float64 else output.float()
         if self._temperatures is not None:
             output = output / self._temperatures[index]
-        self._past, combined = RULES[self.rule.name](self.rule, self._past, output, index, self.count)
+        self._past, combined = RULES[self.rule.name](
+            self.rule, self._past, output, index, self.count
+        )
         return combined if self._recalibration is None else combined / self._recalibration[index]
 
-    def add_all(self, outputs: Iterable[Float[Tensor, "... C"]]) -> tuple[Float[Tensor, "... C"], ...]:
+    def add_all(
+        self, outputs: Iterable[Float[Tensor, "... C"]]
+    ) -> tuple[Float[Tensor, "... C"], ...]:
         """Take in several, in order."""
         return tuple(self.add(output) for output in outputs)
 
 
-def as_temperatures(values: Sequence[float] | Tensor | None, count: int) -> Float[Tensor, "K"] | None:
+def as_temperatures(
+    values: Sequence[float] | Tensor | None, count: int
+) -> Float[Tensor, "K"] | None:
     """Temperatures as a tensor, checked; a tensor is taken as it is, since looking into it would wait for its device."""
     if values is None or isinstance(values, Tensor):
         if values is not None and values.shape != (count,):
-            raise PolicyError(f"temperatures of shape {tuple(values.shape)} for {count} exits; give one per exit.")
+            raise PolicyError(
+                f"temperatures of shape {tuple(values.shape)} for {count} exits; give one per exit."
+            )
         return values
     if len(values) != count or not all(math.isfinite(value) and value > 0 for value in values):
-        raise PolicyError(f"temperatures {tuple(values)} for {count} exits; needed: a positive finite number per exit.")
+        raise PolicyError(
+            f"temperatures {tuple(values)} for {count} exits; needed: a positive finite number per exit."
+        )
     return torch.tensor(values, dtype=torch.float32)
 
 
@@ -159,13 +175,17 @@ def as_temperatures(values: Sequence[float] | Tensor | None, count: int) -> Floa
 Step = Callable[[Rule, Any, Tensor, int, int], tuple[Any, Tensor]]
 
 
-def _boosted(rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int) -> tuple[Tensor, Tensor]:
+def _boosted(
+    rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int
+) -> tuple[Tensor, Tensor]:
     if past is not None:
         output = output + rule.rate * (past.detach() if rule.detach else past)
     return output, output
 
 
-def _arithmetic(_rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int) -> tuple[Tensor, Tensor]:
+def _arithmetic(
+    _rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int
+) -> tuple[Tensor, Tensor]:
     logs = output.log_softmax(-1)
     total = logs if past is None else torch.logaddexp(past, logs)
     return total, total.log_softmax(-1)  # normalising the sum divides it by the number of exits
@@ -181,16 +201,22 @@ def _geometric(
     return (total, weight), (total / weight).log_softmax(-1)
 
 
-def _poe(_rule: Rule, past: Tensor | None, output: Tensor, exit: int, count: int) -> tuple[Tensor, Tensor]:
+def _poe(
+    _rule: Rule, past: Tensor | None, output: Tensor, exit: int, count: int
+) -> tuple[Tensor, Tensor]:
     inside = output > 0
     # the inner where keeps log(0) out of the gradient
-    expert = torch.where(inside, torch.where(inside, output, 1.0).log() * ((exit + 1) / count), -math.inf)
+    expert = torch.where(
+        inside, torch.where(inside, output, 1.0).log() * ((exit + 1) / count), -math.inf
+    )
     product = expert if past is None else past + expert
     empty = (product == -math.inf).all(-1, keepdim=True)
     return product, torch.where(empty, output, product).log_softmax(-1).clamp(min=RULED_OUT)
 
 
-def _caching(_rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int) -> tuple[Tensor, Tensor]:
+def _caching(
+    _rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _count: int
+) -> tuple[Tensor, Tensor]:
     if past is not None:
         surer = output.softmax(-1).amax(-1, keepdim=True) > past.softmax(-1).amax(-1, keepdim=True)
         output = torch.where(surer, output, past)
@@ -198,5 +224,9 @@ def _caching(_rule: Rule, past: Tensor | None, output: Tensor, _exit: int, _coun
 
 
 RULES: Mapping[str, Step] = {
-    "boosted": _boosted, "arithmetic": _arithmetic, "geometric": _geometric, "poe": _poe, "caching": _caching,
-}  # fmt: skip
+    "boosted": _boosted,
+    "arithmetic": _arithmetic,
+    "geometric": _geometric,
+    "poe": _poe,
+    "caching": _caching,
+}

@@ -79,13 +79,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
     except ValueError as error:
-        raise StorageError(f"{path} is not valid JSON ({error}); it was damaged or is another file. Make it again.") from error
+        raise StorageError(
+            f"{path} is not valid JSON ({error}); it was damaged or is another file. Make it again."
+        ) from error
     if not isinstance(value, dict):
-        raise StorageError(f"{path} holds a JSON {type(value).__name__}; needed: an object. Make it again.")
+        raise StorageError(
+            f"{path} holds a JSON {type(value).__name__}; needed: an object. Make it again."
+        )
     return value
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
     """Write named tensors and a JSON header as one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
@@ -116,13 +122,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = _header(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
     except Exception as error:
-        raise StorageError(f"{path} cannot be read as safetensors ({error}); it was damaged or is another file.") from error
+        raise StorageError(
+            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
+        ) from error
     return tensors, header
 
 
 def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -133,7 +145,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         with safe_open(str(path), framework="pt") as file:
             return _header(file.metadata())
     except Exception as error:
-        raise StorageError(f"{path} cannot be read as safetensors ({error}); it was damaged or is another file.") from error
+        raise StorageError(
+            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
+        ) from error
 
 
 def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:

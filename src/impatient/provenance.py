@@ -80,19 +80,30 @@ class Provenance:
                 )
 
 
-_SPOKEN = {"weights": "set of weights", "data": "data set", "network": "network structure", "versions": "set of versions"}
+_SPOKEN = {
+    "weights": "set of weights",
+    "data": "data set",
+    "network": "network structure",
+    "versions": "set of versions",
+}
 
 
 def provenance(**known: Any) -> Provenance:
     """Provenance of something made here and now; say what is known of network, weights, data, seed, device."""
-    return Provenance(versions=versions(), created=datetime.now(UTC).isoformat(timespec="seconds"), **known)
+    return Provenance(
+        versions=versions(), created=datetime.now(UTC).isoformat(timespec="seconds"), **known
+    )
 
 
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
     import torch
 
-    return (("python", platform.python_version()), ("torch", str(torch.__version__)), ("impatient", own_version()))
+    return (
+        ("python", platform.python_version()),
+        ("torch", str(torch.__version__)),
+        ("impatient", own_version()),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +147,9 @@ def fingerprint_bytes(*parts: bytes) -> str:
 
 def fingerprint_structure(tensors: Mapping[str, Tensor]) -> str:
     """Short hash of named tensors without their values: names, types and shapes."""
-    return fingerprint_bytes(*(f"{name}{value.dtype}{tuple(value.shape)};".encode() for name, value in tensors.items()))
+    return fingerprint_bytes(
+        *(f"{name}{value.dtype}{tuple(value.shape)};".encode() for name, value in tensors.items())
+    )
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:

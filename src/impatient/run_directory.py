@@ -44,7 +44,13 @@ from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
-from impatient.runtime.engines.export import WRITTEN, bundle_file, engine_and_precision, load_engine, to_engine
+from impatient.runtime.engines.export import (
+    WRITTEN,
+    bundle_file,
+    engine_and_precision,
+    load_engine,
+    to_engine,
+)
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
@@ -89,23 +95,43 @@ class NetworkSpec:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kind": "network", **dataclasses.asdict(self), "preprocess": self.preprocess.to_json(),
-            "provenance": self.provenance.to_json(), "members": [member.to_json() for member in self.members],
-        }  # fmt: skip
+            "kind": "network",
+            **dataclasses.asdict(self),
+            "preprocess": self.preprocess.to_json(),
+            "provenance": self.provenance.to_json(),
+            "members": [member.to_json() for member in self.members],
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         try:
-            plain = {name: value[name] for name in ("model", "heads", "num_classes", "example_dtype", "data",
-                                                    "data_fingerprint", "seed", "validation")}  # fmt: skip
+            plain = {
+                name: value[name]
+                for name in (
+                    "model",
+                    "heads",
+                    "num_classes",
+                    "example_dtype",
+                    "data",
+                    "data_fingerprint",
+                    "seed",
+                    "validation",
+                )
+            }
             return cls(
-                **plain, after=tuple(value["after"]), example_shape=tuple(value["example_shape"]),
-                class_names=tuple(value["class_names"]), preprocess=Preprocess.from_json(value["preprocess"]),
-                provenance=Provenance.from_json(value["provenance"]), ensembling=value.get("ensembling", ""),
+                **plain,
+                after=tuple(value["after"]),
+                example_shape=tuple(value["example_shape"]),
+                class_names=tuple(value["class_names"]),
+                preprocess=Preprocess.from_json(value["preprocess"]),
+                provenance=Provenance.from_json(value["provenance"]),
+                ensembling=value.get("ensembling", ""),
                 cascade=value.get("cascade", False),
                 members=tuple(cls.from_json(member) for member in value.get("members", ())),
-                validation_errors=tuple(tuple(errors) for errors in value.get("validation_errors", ())),
-            )  # fmt: skip
+                validation_errors=tuple(
+                    tuple(errors) for errors in value.get("validation_errors", ())
+                ),
+            )
         except (KeyError, TypeError) as error:
             raise StorageError(
                 f"network.json lacks {error}; it was damaged or written by another version. Train anew."
@@ -113,18 +139,30 @@ class NetworkSpec:
 
     def example(self, batch_size: int = 1) -> torch.Tensor:
         """An input of the right shape and type: zeros."""
-        return torch.zeros((batch_size, *self.example_shape), dtype=getattr(torch, self.example_dtype))
+        return torch.zeros(
+            (batch_size, *self.example_shape), dtype=getattr(torch, self.example_dtype)
+        )
 
     def build(self) -> Network:
         """The network with fresh weights, drawn from the spec's seed."""
         if self.cascade:
-            return Cascade([member.build_exit_free().backbone for member in self.members], self.after)
+            return Cascade(
+                [member.build_exit_free().backbone for member in self.members], self.after
+            )
         if self.members:
             return EANN([member.build() for member in self.members], self.validation_errors)
         model = self._model()
-        network = model if self.heads == OWN_HEADS else attach_exits(
-            model, example=self.example(), after=list(self.after), heads=self.heads, num_classes=self.num_classes
-        )  # fmt: skip
+        network = (
+            model
+            if self.heads == OWN_HEADS
+            else attach_exits(
+                model,
+                example=self.example(),
+                after=list(self.after),
+                heads=self.heads,
+                num_classes=self.num_classes,
+            )
+        )
         return RunningEnsemble(network, Rule(name=self.ensembling)) if self.ensembling else network  # type: ignore[arg-type]
 
     def build_exit_free(self) -> MultiExitNetwork:
@@ -146,9 +184,16 @@ def fresh_model(model: str, num_classes: int, preprocess: Preprocess, seed: int)
 
 
 def new_spec(
-    model: str, data: Data, *, after: list[str] | str | None, count: int | None, heads: str | None, seed: int,
-    validation: float, ensembling: str = "",
-) -> NetworkSpec:  # fmt: skip
+    model: str,
+    data: Data,
+    *,
+    after: list[str] | str | None,
+    count: int | None,
+    heads: str | None,
+    seed: int,
+    validation: float,
+    ensembling: str = "",
+) -> NetworkSpec:
     """Place the exits of a model for some data and describe the result; a model may have exits of its own.
 
     Raises:
@@ -158,23 +203,39 @@ def new_spec(
     fresh: Any = fresh_model(model, data.num_classes, data.preprocess, seed)
     if isinstance(fresh, DescribedNetwork):
         if after or count is not None or heads is not None:
-            raise ModelSpecError(f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and --heads away.")
+            raise ModelSpecError(
+                f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and --heads away."
+            )
         cut, heads = fresh, OWN_HEADS
     else:
         heads = heads or "linear"
         cut = attach_exits(
-            fresh, example=example, after=after or "auto", count=DEFAULT_EXITS if count is None else count, heads=heads,
+            fresh,
+            example=example,
+            after=after or "auto",
+            count=DEFAULT_EXITS if count is None else count,
+            heads=heads,
             num_classes=data.num_classes,
-        )  # fmt: skip
+        )
     network = RunningEnsemble(cut, Rule(name=ensembling)) if ensembling else cut  # type: ignore[arg-type]
     return NetworkSpec(
-        model=model, after=network.exit_names[:-1], ensembling=ensembling, heads=heads,
+        model=model,
+        after=network.exit_names[:-1],
+        ensembling=ensembling,
+        heads=heads,
         num_classes=data.num_classes,
-        example_shape=tuple(example.shape[1:]), example_dtype=str(example.dtype).removeprefix("torch."),
-        class_names=data.class_names, preprocess=data.preprocess, data=data.name, data_fingerprint=data.fingerprint,
-        seed=seed, validation=validation,
-        provenance=provenance(network=fingerprint_structure(network.state_dict()), data=data.fingerprint, seed=seed),
-    )  # fmt: skip
+        example_shape=tuple(example.shape[1:]),
+        example_dtype=str(example.dtype).removeprefix("torch."),
+        class_names=data.class_names,
+        preprocess=data.preprocess,
+        data=data.name,
+        data_fingerprint=data.fingerprint,
+        seed=seed,
+        validation=validation,
+        provenance=provenance(
+            network=fingerprint_structure(network.state_dict()), data=data.fingerprint, seed=seed
+        ),
+    )
 
 
 class RunDirectory:
@@ -246,11 +307,15 @@ class RunDirectory:
         files = (self.path / "policies").glob("*")
         return sorted({file.stem for file in files if file.suffix in (".json", ".safetensors")})
 
-    def save_policy(self, name: str, policy: AnyPolicy, certificate: Certificate | None = None) -> Path:
+    def save_policy(
+        self, name: str, policy: AnyPolicy, certificate: Certificate | None = None
+    ) -> Path:
         """Write a policy in the place of any other of this name, and what is guaranteed of it."""
         plain, learned = self.policy_file(name), self.learned_policy_file(name)
         file, other = (plain, learned) if isinstance(policy, ThresholdPolicy) else (learned, plain)
-        self.certificate_file(name).unlink(missing_ok=True)  # first: it must never stand beside a policy it is not about
+        self.certificate_file(name).unlink(
+            missing_ok=True
+        )  # first: it must never stand beside a policy it is not about
         policy.save(file)
         other.unlink(missing_ok=True)
         if certificate is not None:
@@ -310,7 +375,9 @@ class RunDirectory:
         if not self.exit_free_weights_file.is_file():
             return None
         what = "recording of the network without exits"
-        return self._recording(what, self.exit_free_recording_file(split), self.exit_free_weights_file)
+        return self._recording(
+            what, self.exit_free_recording_file(split), self.exit_free_weights_file
+        )
 
     def weights_fingerprint(self) -> str:
         """Fingerprint of the trained weights, without building the network."""
@@ -318,7 +385,9 @@ class RunDirectory:
 
     def _fingerprint(self, weights: Path) -> str:
         if not weights.is_file():
-            raise StorageError(f"{self.path} has no trained weights; run `impatient train {self.path}`.")
+            raise StorageError(
+                f"{self.path} has no trained weights; run `impatient train {self.path}`."
+            )
         return fingerprint_tensors(read_tensors(weights)[0])
 
     def profile(self, *, any_machine: bool = False) -> CostProfile:
@@ -329,10 +398,14 @@ class RunDirectory:
         """
         spec = self.spec()
         if not self.profile_file.is_file():
-            raise StorageError(f"{self.here} has no cost profile; run `impatient profile {self.path}{self.arguments}`.")
+            raise StorageError(
+                f"{self.here} has no cost profile; run `impatient profile {self.path}{self.arguments}`."
+            )
         costs = CostProfile.load(self.profile_file)
         remedy = f"run `impatient profile {self.path}{self.arguments}` again, with the --threads that you use"
-        costs.provenance.require("the cost profile", remedy, network=spec.provenance.network, engine=self.engine_name)
+        costs.provenance.require(
+            "the cost profile", remedy, network=spec.provenance.network, engine=self.engine_name
+        )
         if not any_machine:
             check_machine(costs, remedy + ", or pass --any-profile to use it all the same")
         return costs
@@ -343,15 +416,21 @@ class RunDirectory:
         Raises:
             StaleInput: if it was made by other weights or on other data.
         """
-        return self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file)
+        return self._recording(
+            f"recording of split {split!r}", self.recording_file(split), self.weights_file
+        )
 
-    def _recording(self, what: str, file: Path, weights: Path, precision: str = "fp32") -> Recording:
+    def _recording(
+        self, what: str, file: Path, weights: Path, precision: str = "fp32"
+    ) -> Recording:
         spec, remedy = self.spec(), f"run `impatient record {self.path}{self.arguments}`"
         if not file.is_file():
             raise StorageError(f"{self.here} has no {what}; {remedy}.")
         recording = Recording.load(file)
         wanted = self._fingerprint(weights) + (f"-{precision}" if precision != "fp32" else "")
-        recording.provenance.require(f"the {what}", f"{remedy} again", weights=wanted, data=spec.data_fingerprint)
+        recording.provenance.require(
+            f"the {what}", f"{remedy} again", weights=wanted, data=spec.data_fingerprint
+        )
         return recording
 
     def policy(self, name: str) -> AnyPolicy:
@@ -362,7 +441,9 @@ class RunDirectory:
         """
         if name not in self.policy_names():
             known = ", ".join(self.policy_names()) or "none yet"
-            raise StorageError(f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`.")
+            raise StorageError(
+                f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`."
+            )
         return self._checked(name, self._load_policy(name), self.weights_fingerprint())
 
     def policies(self) -> dict[str, AnyPolicy]:
@@ -381,7 +462,9 @@ class RunDirectory:
 
     def _checked(self, name: str, policy: AnyPolicy, weights: str) -> AnyPolicy:
         if policy.provenance is not None:  # None: set by hand
-            policy.provenance.require(f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights)
+            policy.provenance.require(
+                f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights
+            )
         return policy
 
 
@@ -412,16 +495,25 @@ class EngineDirectory(RunDirectory):
         threads, remedy = torch.get_num_threads(), self._export_again()
         if self.engine_name == "compile":
             network, weights = RunDirectory(self.path).network()
-            return to_engine(network, "compile", example=self.spec().example(), threads=threads), weights  # type: ignore[arg-type]
+            return to_engine(
+                network, "compile", example=self.spec().example(), threads=threads
+            ), weights  # type: ignore[arg-type]
         if not bundle_file(self.here).is_file():
-            there = ", ".join(sorted(file.parent.name for file in self.path.glob("engines/*/bundle.json"))) or "none yet"
+            there = (
+                ", ".join(
+                    sorted(file.parent.name for file in self.path.glob("engines/*/bundle.json"))
+                )
+                or "none yet"
+            )
             raise StorageError(
                 f"{self.path} has no engine {self.engine_name!r} (there: {there}; eager and compile need no export). To make "
                 f"one, {remedy}; it knows {', '.join(WRITTEN)}."
             )
         made = load_engine(self.here, threads=threads)
         if made.facts.weights != self.weights_fingerprint():
-            raise StaleInput(f"{self.here} was exported with other weights than those of {self.path}; {remedy} with --force.")
+            raise StaleInput(
+                f"{self.here} was exported with other weights than those of {self.path}; {remedy} with --force."
+            )
         return made, made.weights
 
     def recording(self, split: str) -> Recording:
@@ -430,7 +522,12 @@ class EngineDirectory(RunDirectory):
         So policies that were fitted on what torch answered may be judged on what the engine does.
         """
         _, precision = engine_and_precision(self.engine_name)
-        recording = self._recording(f"recording of split {split!r}", self.recording_file(split), self.weights_file, precision)
+        recording = self._recording(
+            f"recording of split {split!r}",
+            self.recording_file(split),
+            self.weights_file,
+            precision,
+        )
         made = dataclasses.replace(recording.provenance, weights=self.weights_fingerprint())
         return dataclasses.replace(recording, provenance=made)
 
@@ -463,7 +560,9 @@ def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyMo
         ModelSpecError: if a weight is NaN or infinite.
     """
     if not path.is_file():
-        raise StorageError(f"{directory} has no trained weights; run `impatient train {directory}`.")
+        raise StorageError(
+            f"{directory} has no trained weights; run `impatient train {directory}`."
+        )
     state, _ = read_tensors(path)
     check_finite(state, str(path))
     try:

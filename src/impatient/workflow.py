@@ -73,7 +73,10 @@ from impatient.training.weights import parse_weights
 
 Say = Callable[[Any], None]
 
-CALIBRATION_BATCH, CALIBRATION_BATCHES = 16, 8  # training samples by which ranges for 8 bits are found
+CALIBRATION_BATCH, CALIBRATION_BATCHES = (
+    16,
+    8,
+)  # training samples by which ranges for 8 bits are found
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +102,9 @@ class Plan:
         return self.after[0] if len(self.after) == 1 and ":" in self.after[0] else None
 
 
-def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress: bool = True, say: Say) -> None:
+def train(
+    directory: str | Path, plan: Plan, *, restart: bool = False, progress: bool = True, say: Say
+) -> None:
     """Train a network with exits into a run directory, and beside it the same backbone without exits."""
     run = RunDirectory(directory)
     if restart and run.spec_file.is_file():
@@ -110,20 +115,33 @@ def train(directory: str | Path, plan: Plan, *, restart: bool = False, progress:
     assert not isinstance(network, EANN | Cascade)  # _spec has refused to train one
     say(network.describe(spec.example()))
     weights = _exit_weights(run, plan, network, say)
-    fabric = _fabric(plan.fabric)  # starts the other processes, if any; they come through all of this too
+    fabric = _fabric(
+        plan.fabric
+    )  # starts the other processes, if any; they come through all of this too
     fit(
-        network, data, weights=weights, recipe=plan.recipe, fabric=fabric, progress=progress,
-        checkpoint=run.path / "checkpoint.safetensors", metrics_csv=run.path / "metrics.csv",
-    )  # fmt: skip
+        network,
+        data,
+        weights=weights,
+        recipe=plan.recipe,
+        fabric=fabric,
+        progress=progress,
+        checkpoint=run.path / "checkpoint.safetensors",
+        metrics_csv=run.path / "metrics.csv",
+    )
     if fabric.is_global_zero:
         save_weights(network, run.weights_file)
     if plan.exit_free:
         say("the same backbone without exits, to compare with:")
         alone = spec.build_exit_free()
         fit(
-            alone, data, recipe=dataclasses.replace(plan.recipe, regime="joint"), fabric=fabric, progress=progress,
-            checkpoint=run.exit_free / "checkpoint.safetensors", metrics_csv=run.exit_free / "metrics.csv",
-        )  # fmt: skip
+            alone,
+            data,
+            recipe=dataclasses.replace(plan.recipe, regime="joint"),
+            fabric=fabric,
+            progress=progress,
+            checkpoint=run.exit_free / "checkpoint.safetensors",
+            metrics_csv=run.exit_free / "metrics.csv",
+        )
         if fabric.is_global_zero:
             save_weights(alone, run.exit_free_weights_file)
     say(f"trained: {run.weights_file}")
@@ -133,9 +151,15 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
     """The network's description: that of the run if it was begun, and then the plan must agree; else a new one."""
     if not run.spec_file.is_file():
         spec = new_spec(
-            plan.model, data, after=plan.rule or list(plan.after) or None, count=plan.exits, heads=plan.heads,
-            seed=plan.recipe.seed, validation=plan.validation, ensembling=plan.ensembling,
-        )  # fmt: skip
+            plan.model,
+            data,
+            after=plan.rule or list(plan.after) or None,
+            count=plan.exits,
+            heads=plan.heads,
+            seed=plan.recipe.seed,
+            validation=plan.validation,
+            ensembling=plan.ensembling,
+        )
         write_json(run.spec_file, spec.to_json())
         return spec
     spec = run.spec()
@@ -144,21 +168,34 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
             f"{run.path} is made of trained members; train those, and make it anew with `impatient ensemble` or `select`."
         )
     # of a model with exits of its own nothing need be said
-    heads, exits = (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
+    heads, exits = (
+        (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
+    )
     begun: dict[str, Any] = {
-        "model": spec.model, "data": spec.data, "heads": spec.heads, "seed": spec.seed, "validation": spec.validation,
+        "model": spec.model,
+        "data": spec.data,
+        "heads": spec.heads,
+        "seed": spec.seed,
+        "validation": spec.validation,
         "ensembling": spec.ensembling,
-    }  # fmt: skip
+    }
     wanted: dict[str, Any] = {
-        "model": plan.model, "data": plan.data, "heads": plan.heads or heads, "seed": plan.recipe.seed,
-        "validation": plan.validation, "ensembling": plan.ensembling,
-    }  # fmt: skip
+        "model": plan.model,
+        "data": plan.data,
+        "heads": plan.heads or heads,
+        "seed": plan.recipe.seed,
+        "validation": plan.validation,
+        "ensembling": plan.ensembling,
+    }
     if plan.rule:
         begun["after"], wanted["after"] = _placed(spec, plan.rule), spec.after
     elif plan.after:
         begun["after"], wanted["after"] = spec.after, plan.after
     else:
-        begun["exits"], wanted["exits"] = len(spec.after) + 1, exits if plan.exits is None else plan.exits
+        begun["exits"], wanted["exits"] = (
+            len(spec.after) + 1,
+            exits if plan.exits is None else plan.exits,
+        )
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -172,7 +209,9 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Where a rule puts the exits."""
     backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
-    return tuple(str(cut) for cut in attach_exits(backbone, example=spec.example(), after=rule).cuts)
+    return tuple(
+        str(cut) for cut in attach_exits(backbone, example=spec.example(), after=rule).cuts
+    )
 
 
 def _spoken(value: Any) -> str:
@@ -210,7 +249,9 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
     else:
         numbers = parse_weights(wanted, network.num_exits)
     say(f"exit weights: {', '.join(f'{number:.3f}' for number in numbers)}")
-    if unwanted := [name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0]:
+    if unwanted := [
+        name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0
+    ]:
         say(f"exits of weight 0, which are not trained: {', '.join(unwanted)}")
     write_json(file, {"weights": wanted, "mode": plan.mode, "numbers": numbers})
     return numbers
@@ -221,15 +262,25 @@ def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost, say: Say) 
     if known is not None and known.holds(cost):
         return known
     say("measuring what each exit costs, for the weights:")
-    costs = profile(network, run.spec().example(), repeats=100, energy=cost == "energy", progress=True)
+    costs = profile(
+        network, run.spec().example(), repeats=100, energy=cost == "energy", progress=True
+    )
     costs.save(run.profile_file)
     return costs
 
 
 def profile_run(
-    directory: str | Path, *, batch_sizes: Sequence[int] = (1,), repeats: int = 300, engine: str = EAGER,
-    energy: bool = False, file: str = "profile.json", force: bool = False, progress: bool = True, say: Say,
-) -> CostProfile:  # fmt: skip
+    directory: str | Path,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    repeats: int = 300,
+    engine: str = EAGER,
+    energy: bool = False,
+    file: str = "profile.json",
+    force: bool = False,
+    progress: bool = True,
+    say: Say,
+) -> CostProfile:
     """Measure stages and heads on this machine, unless a profile of this network, engine and machine is there.
 
     Args:
@@ -247,26 +298,40 @@ def profile_run(
             return known
         say(f"measuring again: {reason}")
     costs = profile(
-        network, run.spec().example(), batch_sizes=batch_sizes, repeats=repeats, energy=energy, progress=progress
-    )  # fmt: skip
+        network,
+        run.spec().example(),
+        batch_sizes=batch_sizes,
+        repeats=repeats,
+        energy=energy,
+        progress=progress,
+    )
     costs.save(path)
     say(f"profiled: {path}")
     return costs
 
 
-def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int, energy: bool) -> str:
+def _not_fresh(
+    costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int, energy: bool
+) -> str:
     """Why a profile must be made again; empty if it need not."""
     try:
         check_profile(costs, network, "measure again")
     except StaleInput as reason:
         return str(reason)
-    if not all(size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes):
+    if not all(
+        size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes
+    ):
         return "other batch sizes or more repeats are asked for."
     return "energy is asked for." if energy and not costs.holds("energy") else ""
 
 
 def profile_runs(
-    directory: str | Path, *, engines: Sequence[str] = (EAGER,), threads: Sequence[int] = (0,), say: Say, **options: Any
+    directory: str | Path,
+    *,
+    engines: Sequence[str] = (EAGER,),
+    threads: Sequence[int] = (0,),
+    say: Say,
+    **options: Any,
 ) -> dict[Path, CostProfile]:
     """Profile a run in several engines and with several thread counts, one file for each.
 
@@ -295,14 +360,22 @@ def load_profile(path: str | Path) -> CostProfile:
     given = Path(path)
     file = given / "profile.json" if given.is_dir() else given
     if not file.is_file():
-        raise StorageError(f"no profile at {file}; make one with `impatient profile {given if given.is_dir() else 'DIR'}`.")
+        raise StorageError(
+            f"no profile at {file}; make one with `impatient profile {given if given.is_dir() else 'DIR'}`."
+        )
     return CostProfile.load(file)
 
 
 def record_run(
-    directory: str | Path, *, splits: Sequence[str] = ("validation", "test"), features: bool = False, engine: str = EAGER,
-    force: bool = False, progress: bool = True, say: Say,
-) -> None:  # fmt: skip
+    directory: str | Path,
+    *,
+    splits: Sequence[str] = ("validation", "test"),
+    features: bool = False,
+    engine: str = EAGER,
+    force: bool = False,
+    progress: bool = True,
+    say: Say,
+) -> None:
     """Record the outputs of all exits on the splits; with torch, also of the network without exits if there is one."""
     run = RunDirectory(directory).engine(engine)
     data = run.data()
@@ -310,7 +383,9 @@ def record_run(
     jobs = [(network, weights, split, run.recording_file(split)) for split in splits]
     if run.exit_free_weights_file.is_file() and engine == EAGER:
         alone, alone_weights = run.exit_free_network()
-        jobs += [(alone, alone_weights, split, run.exit_free_recording_file(split)) for split in splits]
+        jobs += [
+            (alone, alone_weights, split, run.exit_free_recording_file(split)) for split in splits
+        ]
     for job, job_weights, split, file in jobs:
         if file.is_file() and not force and _is_fresh(file, job_weights, data, features):
             say(f"up to date: {file} (--force to record again)")
@@ -325,7 +400,11 @@ def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
     except ImpatientError:
         return False  # damaged: made again
     source = recording.provenance
-    return source.weights == weights and source.data == data.fingerprint and bool(recording.features) >= features
+    return (
+        source.weights == weights
+        and source.data == data.fingerprint
+        and bool(recording.features) >= features
+    )
 
 
 @contextlib.contextmanager
@@ -339,10 +418,18 @@ def noted(say: Say) -> Iterator[None]:
 
 
 def fit_run(
-    directory: str | Path, *, targets: Mapping[str, float | None], name: str, score: str = "max_probability",
-    cost: Cost | None = None, learner: str | None = None, inputs: str = "confidences", delta: float | None = None,
-    any_profile: bool = False, say: Say,
-) -> AnyPolicy:  # fmt: skip
+    directory: str | Path,
+    *,
+    targets: Mapping[str, float | None],
+    name: str,
+    score: str = "max_probability",
+    cost: Cost | None = None,
+    learner: str | None = None,
+    inputs: str = "confidences",
+    delta: float | None = None,
+    any_profile: bool = False,
+    say: Say,
+) -> AnyPolicy:
     """Fit a policy on the validation recording and keep it under a name: thresholds, or with a learner gates.
 
     With delta, half of the recording is kept back to find the boldest policy that loses at most the target, with probability
@@ -352,14 +439,18 @@ def fit_run(
     if score not in SCORES:
         raise PolicyError(f"unknown score {score!r}; needed: one of {', '.join(SCORES)}.")
     if cost not in (None, "time") and (learner is not None or delta is not None):
-        raise PolicyError(f"--cost {cost} goes with plain thresholds; leave --learner and --delta away.")
+        raise PolicyError(
+            f"--cost {cost} goes with plain thresholds; leave --learner and --delta away."
+        )
     recording, costs = run.recording("validation"), run.profile(any_machine=any_profile)
     wanted = {target: value for target, value in targets.items() if value is not None}
     policy: AnyPolicy
     certificate = None
     with noted(say):
         if delta is not None:
-            policy, certificate = _certified(recording, costs, wanted, score, learner, inputs, delta)
+            policy, certificate = _certified(
+                recording, costs, wanted, score, learner, inputs, delta
+            )
         elif learner is not None:
             policy = _gates(recording, costs, wanted, learner, inputs)
         else:
@@ -371,30 +462,48 @@ def fit_run(
     return policy
 
 
-def _gates(recording: Recording, costs: CostProfile, wanted: Mapping[str, float], learner: str, inputs: str) -> GatePolicy:
+def _gates(
+    recording: Recording, costs: CostProfile, wanted: Mapping[str, float], learner: str, inputs: str
+) -> GatePolicy:
     """Gates, with what asking them takes."""
     if not wanted.keys() <= {"mean_time_s", "max_accuracy_loss"}:
-        raise PolicyError("gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away.")
+        raise PolicyError(
+            "gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away."
+        )
     options: dict[str, Any] = {"learner": learner, "inputs": inputs, **wanted}
-    return fit_gates(recording, costs, gate_s=_asking_s(recording, costs, learner, inputs), **options)
+    return fit_gates(
+        recording, costs, gate_s=_asking_s(recording, costs, learner, inputs), **options
+    )
 
 
 def _asking_s(recording: Recording, costs: CostProfile, learner: str, inputs: str) -> float:
     """Seconds that asking a gate takes, whatever it has learned: measured on gates fitted without."""
     options: dict[str, Any] = {"learner": learner, "inputs": inputs}
-    prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]  # at one of them gates are open whose asking can be timed
-    measured = [gate_time_s(point.policy, recording) for point in sweep_gates(recording, costs, prices.tolist(), **options)]
+    prices = (
+        np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
+    )  # at one of them gates are open whose asking can be timed
+    measured = [
+        gate_time_s(point.policy, recording)
+        for point in sweep_gates(recording, costs, prices.tolist(), **options)
+    ]
     asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
     return float(np.median(asked)) if asked else 0.0
 
 
 def _certified(
-    recording: Recording, costs: CostProfile, wanted: Mapping[str, float], score: str, learner: str | None, inputs: str,
+    recording: Recording,
+    costs: CostProfile,
+    wanted: Mapping[str, float],
+    score: str,
+    learner: str | None,
+    inputs: str,
     delta: float,
-) -> tuple[Any, Certificate]:  # fmt: skip
+) -> tuple[Any, Certificate]:
     """The boldest of a family fitted on one half, by what the other half shows."""
     if set(wanted) != {"max_accuracy_loss"}:
-        raise PolicyError("a guarantee is one about accuracy; give --delta with --max-loss, and no other target.")
+        raise PolicyError(
+            "a guarantee is one about accuracy; give --delta with --max-loss, and no other target."
+        )
     part, calibration = split_recording(recording)
     candidates: Sequence[Any]
     if learner is None:
@@ -402,15 +511,25 @@ def _certified(
     else:
         asking_s = _asking_s(part, costs, learner, inputs)
         points = sweep_gates(part, costs, learner=learner, inputs=inputs, gate_s=asking_s)  # type: ignore[arg-type]
-        candidates = [point.policy for point in points]  # at rising prices of time: from safe to bold
-    controlled = control_risk(candidates, calibration, epsilon=wanted["max_accuracy_loss"], delta=delta)
+        candidates = [
+            point.policy for point in points
+        ]  # at rising prices of time: from safe to bold
+    controlled = control_risk(
+        candidates, calibration, epsilon=wanted["max_accuracy_loss"], delta=delta
+    )
     return controlled.policy, controlled.certificate
 
 
 def evaluate_run(
-    directory: str | Path, *, budget: str | None = None, against: Sequence[str | Path] = (), real: int = 0,
-    engine: str = EAGER, any_profile: bool = False, say: Say,
-) -> Evaluation:  # fmt: skip
+    directory: str | Path,
+    *,
+    budget: str | None = None,
+    against: Sequence[str | Path] = (),
+    real: int = 0,
+    engine: str = EAGER,
+    any_profile: bool = False,
+    say: Say,
+) -> Evaluation:
     """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs.
 
     With `real`, so many test samples are also answered one by one under every policy, and what that takes is kept.
@@ -419,19 +538,27 @@ def evaluate_run(
     if real < 0:
         raise RunError(f"--real {real}; needed: how many test samples to answer, or 0.")
     if against and engine != EAGER:
-        raise RunError(f"--against times other runs in torch, not in {engine}; leave out one of --against and --engine.")
+        raise RunError(
+            f"--against times other runs in torch, not in {engine}; leave out one of --against and --engine."
+        )
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
     policies = run.policies()
     if real and not policies:
-        raise PolicyError(f"{run.path} has no policy to answer under; run `impatient fit {run.path}`.")
+        raise PolicyError(
+            f"{run.path} has no policy to answer under; run `impatient fit {run.path}`."
+        )
     budgets = standard_budgets(costs.interruptible_s()) | _chosen_budget(run, budget)
     evaluation = evaluate(
-        recording, costs, policies, same_weights=not run.spec().ensembling,
+        recording,
+        costs,
+        policies,
+        same_weights=not run.spec().ensembling,
         # recorded in full precision, and the profile's time is another's
         exit_free=None if "int8" in engine else run.exit_free_recording("test"),
-        static=_static(run, costs, [RunDirectory(other) for other in against]), budgets=budgets,
-    )  # fmt: skip
+        static=_static(run, costs, [RunDirectory(other) for other in against]),
+        budgets=budgets,
+    )
     if real:
         evaluation = _with_real_times(evaluation, run, costs, policies, real)
     evaluation.save(run.evaluation_file)
@@ -446,9 +573,18 @@ def beside_eager(directory: str | Path, engine: str) -> tuple[Beside, ...]:
 
 
 def export_run(
-    directory: str | Path, *, engine: str, precision: str = "fp32", policy: str | None = None, place: Path | None = None,
-    lean: bool = False, repeats: int = 300, force: bool = False, progress: bool = True, say: Say,
-) -> tuple[EngineTimes, ...]:  # fmt: skip
+    directory: str | Path,
+    *,
+    engine: str,
+    precision: str = "fp32",
+    policy: str | None = None,
+    place: Path | None = None,
+    lean: bool = False,
+    repeats: int = 300,
+    force: bool = False,
+    progress: bool = True,
+    say: Say,
+) -> tuple[EngineTimes, ...]:
     """Export the trained network to an engine, measure it there, and compare it with torch, exit by exit.
 
     Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the first of the training split.
@@ -457,44 +593,75 @@ def export_run(
     seen, (network, _) = run.engine(engine_label(engine, precision)), run.network()
     rule = run.policy(policy) if policy else None
     if rule is not None and not isinstance(rule, ThresholdPolicy):
-        raise PolicyError(f"policy {policy!r} is learned; an exported network takes thresholds: fit one without --learner.")
-    samples = [x for x, _ in itertools.islice(run.data().batches("train", CALIBRATION_BATCH), CALIBRATION_BATCHES)]
+        raise PolicyError(
+            f"policy {policy!r} is learned; an exported network takes thresholds: fit one without --learner."
+        )
+    samples = [
+        x
+        for x, _ in itertools.islice(
+            run.data().batches("train", CALIBRATION_BATCH), CALIBRATION_BATCHES
+        )
+    ]
     target = export(
-        network, place or seen.here, engine=engine, precision=precision, example=samples[0][:4],  # type: ignore[arg-type]
-        threads=torch.get_num_threads(), calibration=samples, policy=rule, lean=lean, force=force,
-    )  # fmt: skip
+        network,
+        place or seen.here,
+        engine=engine,
+        precision=precision,
+        example=samples[0][:4],  # type: ignore[arg-type]
+        threads=torch.get_num_threads(),
+        calibration=samples,
+        policy=rule,
+        lean=lean,
+        force=force,
+    )
     say(f"exported: {target}")
     if engine != "aoti":
-        say(f"to run it without torch: cd {target} && python run.py INPUT.npy --deadline-ms 5 (python run.py --help)")
+        say(
+            f"to run it without torch: cd {target} && python run.py INPUT.npy --deadline-ms 5 (python run.py --help)"
+        )
     made = load_engine(target)
     costs = profile(made, samples[0], repeats=repeats, progress=progress)
     add_costs(target, costs)
     if place is None:
         costs.save(seen.profile_file)
     assert isinstance(network, MultiExitNetwork)  # others cannot be exported
-    return engine_times(network, made, read_bundle(target)["agreement"], samples[0][:1], repeats=repeats)
+    return engine_times(
+        network, made, read_bundle(target)["agreement"], samples[0][:1], repeats=repeats
+    )
 
 
 def _with_real_times(
-    evaluation: Evaluation, run: RunDirectory, costs: CostProfile, policies: Mapping[str, AnyPolicy], count: int
+    evaluation: Evaluation,
+    run: RunDirectory,
+    costs: CostProfile,
+    policies: Mapping[str, AnyPolicy],
+    count: int,
 ) -> Evaluation:
     """Answer the first test samples under every policy, in turn, so that all meet the machine's changes alike."""
     data, network, recording = run.data(), run.network()[0], run.recording("test")
-    runners = {name: runner_of(network, costs, policy, any_profile=True) for name, policy in policies.items()}
+    runners = {
+        name: runner_of(network, costs, policy, any_profile=True)
+        for name, policy in policies.items()
+    }
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for number, x in enumerate([*samples[:20], *samples]):  # the first ones again: threads and memory
+    for number, x in enumerate(
+        [*samples[:20], *samples]
+    ):  # the first ones again: threads and memory
         for name in runners if number % 2 else reversed(runners):
             taken = runners[name].run(x).elapsed_s
             if number >= min(20, len(samples)):
                 times[name].append(taken)
     found = {
         name: RealTime(
-            samples=len(samples), mean_s=mean(torch.tensor(taken, dtype=torch.float64)),
-            predicted_s=float(outcome(policies[name], recording, costs).contract_s[: len(samples)].mean()),
+            samples=len(samples),
+            mean_s=mean(torch.tensor(taken, dtype=torch.float64)),
+            predicted_s=float(
+                outcome(policies[name], recording, costs).contract_s[: len(samples)].mean()
+            ),
         )
         for name, taken in times.items()
-    }  # fmt: skip
+    }
     rows = tuple(dataclasses.replace(row, real=found.get(row.name)) for row in evaluation.rows)
     return dataclasses.replace(evaluation, rows=rows)
 
@@ -506,7 +673,9 @@ def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **opti
     return Runner(network, costs, policy, **options)  # type: ignore[arg-type]  # mixtures are drawn for each run
 
 
-def _static(run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]) -> dict[str, Static]:
+def _static(
+    run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]
+) -> dict[str, Static]:
     """Other runs' networks without exits, with their times in the terms of this run's profile."""
     if not others:
         return {}
@@ -523,7 +692,9 @@ def _static(run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory
         f"static {other.path.resolve().name}": Static(
             recording=recording, time_s=time_s * scale, macs=count_macs(network.backbone, x)
         )
-        for other, recording, network, time_s in zip(others, recordings, networks[1:], times, strict=True)
+        for other, recording, network, time_s in zip(
+            others, recordings, networks[1:], times, strict=True
+        )
     }
 
 
@@ -540,30 +711,57 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
     """Write one self-contained HTML page about the run."""
     run = RunDirectory(directory)
     if not run.evaluation_file.is_file():
-        raise StorageError(f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`.")
+        raise StorageError(
+            f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
+        )
     evaluation = Evaluation.load(run.evaluation_file)
     spec, policies = run.spec(), run.policies()
     evaluation.provenance.require(
-        "the evaluation", f"run `impatient evaluate {run.path}` again", weights=run.weights_fingerprint()
+        "the evaluation",
+        f"run `impatient evaluate {run.path}` again",
+        weights=run.weights_fingerprint(),
     )
-    chosen = [(name, budget) for name, budget in evaluation.budgets.items() if ":" in name and budget.cost == "time"]
+    chosen = [
+        (name, budget)
+        for name, budget in evaluation.budgets.items()
+        if ":" in name and budget.cost == "time"
+    ]
     early, late = _examples(run, spec, policies)
     page = report_html(
-        title=run.path.resolve().name, evaluation=evaluation, costs=run.profile(any_machine=any_profile), policies=policies,
-        chosen_budget=chosen[0] if chosen else None, early=early, late=late,
-        engines={name: (beside_eager(run.path, name), Evaluation.load(run.engine(name).evaluation_file))
-                 for name in run.engine_names()},
-        facts={"model": spec.model, **({"members": ", ".join(member.model for member in spec.members)} if spec.members else {}),
-               "exits after": ", ".join(spec.after), "heads": spec.heads,
-               **({"exits answer together": spec.ensembling} if spec.ensembling else {}), "data": spec.data,
-               "classes": str(spec.num_classes), "seed": str(spec.seed)},
-    )  # fmt: skip
+        title=run.path.resolve().name,
+        evaluation=evaluation,
+        costs=run.profile(any_machine=any_profile),
+        policies=policies,
+        chosen_budget=chosen[0] if chosen else None,
+        early=early,
+        late=late,
+        engines={
+            name: (beside_eager(run.path, name), Evaluation.load(run.engine(name).evaluation_file))
+            for name in run.engine_names()
+        },
+        facts={
+            "model": spec.model,
+            **(
+                {"members": ", ".join(member.model for member in spec.members)}
+                if spec.members
+                else {}
+            ),
+            "exits after": ", ".join(spec.after),
+            "heads": spec.heads,
+            **({"exits answer together": spec.ensembling} if spec.ensembling else {}),
+            "data": spec.data,
+            "classes": str(spec.num_classes),
+            "seed": str(spec.seed),
+        },
+    )
     write_text(run.report_file, page)
     say(f"report: {run.report_file}")
     return run.report_file
 
 
-def _examples(run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, AnyPolicy]) -> tuple[list[Example], list[Example]]:
+def _examples(
+    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, AnyPolicy]
+) -> tuple[list[Example], list[Example]]:
     """Test inputs that left early and late under the first policy."""
     if not policies:
         return [], []
@@ -576,9 +774,11 @@ def _examples(run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, AnyPo
         output = recording.outputs[exit, index]
         return Example(
             picture=_png(data.examples("test").take([index])[0]) if spec.preprocess.size else None,
-            label=spec.class_names[int(recording.labels[index])], predicted=spec.class_names[int(output.argmax())],
-            exit=exit, score=float(score(output)),
-        )  # fmt: skip
+            label=spec.class_names[int(recording.labels[index])],
+            predicted=spec.class_names[int(output.argmax())],
+            exit=exit,
+            score=float(score(output)),
+        )
 
     early, late = select_examples(recording, policy)
     return [example(index) for index in early], [example(index) for index in late]
@@ -599,13 +799,21 @@ def _png(raw: Tensor) -> bytes | None:
 
 
 def answer_files(
-    directory: str | Path, files: Sequence[Path], *, deadline_s: float | None, policy: str | None, engine: str = EAGER,
-    any_profile: bool = False, when_late: str = "answer",
-) -> list[tuple[Path, str, float, Answer]]:  # fmt: skip
+    directory: str | Path,
+    files: Sequence[Path],
+    *,
+    deadline_s: float | None,
+    policy: str | None,
+    engine: str = EAGER,
+    any_profile: bool = False,
+    when_late: str = "answer",
+) -> list[tuple[Path, str, float, Answer]]:
     """Answer for each input file by the deadline: the file, the class, its probability, the answer."""
     run = RunDirectory(directory).engine(engine)
     spec = run.spec()
-    inputs = [_read_input(spec, file) for file in files]  # all are read before the first deadline is stamped
+    inputs = [
+        _read_input(spec, file) for file in files
+    ]  # all are read before the first deadline is stamped
     network, _ = run.network()
     costs = run.profile(any_machine=any_profile)
     rule = run.policy(policy) if policy else None
@@ -624,7 +832,9 @@ def answer_files(
 
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
     if not file.is_file():
-        raise DataError(f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}.")
+        raise DataError(
+            f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}."
+        )
     raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
     if tuple(raw.shape[1:]) != spec.example_shape:
         raise DataError(
@@ -655,31 +865,44 @@ class DeadlineRow:
     accuracy: float
 
 
-def deadline_table(runner: Runner, data: Data, split: Any, deadlines_s: Sequence[float]) -> list[DeadlineRow]:
+def deadline_table(
+    runner: Runner, data: Data, split: Any, deadlines_s: Sequence[float]
+) -> list[DeadlineRow]:
     """Answer for every sample of a split under each deadline, on the real clock, one sample at a time."""
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]
     runner.warm_up(samples[0][0], times=20)
     rows = []
     for deadline_s in deadlines_s:
-        answers = [(runner.run(x, deadline=Deadline.after(deadline_s)), label) for x, label in samples]
+        answers = [
+            (runner.run(x, deadline=Deadline.after(deadline_s)), label) for x, label in samples
+        ]
         times = [answer.elapsed_s for answer, _ in answers]
         rows.append(
             DeadlineRow(
-                deadline_s=deadline_s, met=float(np.mean([answer.deadline_met for answer, _ in answers])),
-                mean_exit=float(np.mean([answer.exit for answer, _ in answers])), mean_time_s=float(np.mean(times)),
+                deadline_s=deadline_s,
+                met=float(np.mean([answer.deadline_met for answer, _ in answers])),
+                mean_exit=float(np.mean([answer.exit for answer, _ in answers])),
+                mean_time_s=float(np.mean(times)),
                 p99_time_s=float(np.quantile(times, 0.99)),
-                accuracy=float(np.mean([int(answer.output.argmax()) == label for answer, label in answers])),
+                accuracy=float(
+                    np.mean([int(answer.output.argmax()) == label for answer, label in answers])
+                ),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
-def demo(directory: str | Path, *, epochs: int = 20, progress: bool = True, say: Say) -> tuple[list[DeadlineRow], int]:
+def demo(
+    directory: str | Path, *, epochs: int = 20, progress: bool = True, say: Say
+) -> tuple[list[DeadlineRow], int]:
     """Every step on the digits, and then the whole test split under one deadline after the other."""
     plan = Plan(
-        model="impatient:resnet:n=3,c=16", data="digits", exits=6, heads="relu_linear",
+        model="impatient:resnet:n=3,c=16",
+        data="digits",
+        exits=6,
+        heads="relu_linear",
         recipe=Recipe(epochs=epochs, batch_size=64, augment="crop"),
-    )  # fmt: skip
+    )
     train(directory, plan, progress=progress, say=say)
     costs = profile_run(directory, progress=progress, say=say)
     record_run(directory, progress=progress, say=say)
@@ -698,10 +921,16 @@ def to_json(answers: Sequence[tuple[Path, str, float, Answer]]) -> str:
     """Answers as JSON, times in milliseconds."""
     return json.dumps(
         [
-            {"file": str(file), "answer": name, "probability": round(probability, 6), "exit": answer.exit,
-             "elapsed_ms": round(answer.elapsed_s * 1e3, 4), "stopped_by": answer.stopped_by,
-             "deadline_met": answer.deadline_met}
+            {
+                "file": str(file),
+                "answer": name,
+                "probability": round(probability, 6),
+                "exit": answer.exit,
+                "elapsed_ms": round(answer.elapsed_s * 1e3, 4),
+                "stopped_by": answer.stopped_by,
+                "deadline_met": answer.deadline_met,
+            }
             for file, name, probability, answer in answers
         ],
         indent=1,
-    )  # fmt: skip
+    )

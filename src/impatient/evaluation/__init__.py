@@ -4,7 +4,11 @@ import importlib
 import typing
 
 from impatient.evaluation import inflation, milestones
-from impatient.evaluation.confidence import ClassConfidence, class_confidence, true_label_probabilities
+from impatient.evaluation.confidence import (
+    ClassConfidence,
+    class_confidence,
+    true_label_probabilities,
+)
 from impatient.evaluation.derived import calibrated, ensembled
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, Static, evaluate
 from impatient.evaluation.many import PolicyOutcomes, expected_accuracies, judge_policies
@@ -13,7 +17,13 @@ from impatient.evaluation.recording import Recording, record
 
 if typing.TYPE_CHECKING:
     from impatient.evaluation.baselines import linear_probes
-    from impatient.evaluation.plots import accuracy_confidence, accuracy_time, exit_shares, save_figure, where_time_goes
+    from impatient.evaluation.plots import (
+        accuracy_confidence,
+        accuracy_time,
+        exit_shares,
+        save_figure,
+        where_time_goes,
+    )
     from impatient.evaluation.report import Example, figure_svg, report_html, select_examples
 
 __all__ = [
@@ -50,7 +60,10 @@ __all__ = [
 ]
 
 # imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a second slower
-_LATER = dict.fromkeys(("accuracy_confidence", "accuracy_time", "exit_shares", "save_figure", "where_time_goes"), "plots")
+_LATER = dict.fromkeys(
+    ("accuracy_confidence", "accuracy_time", "exit_shares", "save_figure", "where_time_goes"),
+    "plots",
+)
 _LATER |= dict.fromkeys(("Example", "figure_svg", "report_html", "select_examples"), "report")
 _LATER |= {"linear_probes": "baselines"}
 

@@ -28,7 +28,10 @@ MAX_ITERATIONS = 1000  # five to sixty are usual
 
 
 def linear_probes(
-    train: Recording, validation: Recording | None, *judge: Recording, C: Sequence[float] = STRENGTHS
+    train: Recording,
+    validation: Recording | None,
+    *judge: Recording,
+    C: Sequence[float] = STRENGTHS,
 ) -> tuple[Recording, ...]:
     """ORIG and FT of Impatient DNNs: one linear SVM per exit, one class against the rest, on the exit's pooled features.
 
@@ -67,12 +70,20 @@ def linear_probes(
             )
     tried = grid if validation is not None else grid[len(grid) // 2 : len(grid) // 2 + 1]
     probes = [_best(train, validation, exit, tried) for exit in range(len(train.exits))]
-    fitted = {f"{k}/{name}": value for k, probe in enumerate(probes) for name, value in dataclasses.asdict(probe).items()}
-    weights = fingerprint_bytes(f"{train.provenance.weights} {fingerprint_tensors(fitted)}".encode())
+    fitted = {
+        f"{k}/{name}": value
+        for k, probe in enumerate(probes)
+        for name, value in dataclasses.asdict(probe).items()
+    }
+    weights = fingerprint_bytes(
+        f"{train.provenance.weights} {fingerprint_tensors(fitted)}".encode()
+    )
     return tuple(
         dataclasses.replace(
             recording,
-            outputs=torch.stack([_decide(probe, recording, exit).float() for exit, probe in enumerate(probes)]),
+            outputs=torch.stack(
+                [_decide(probe, recording, exit).float() for exit, probe in enumerate(probes)]
+            ),
             provenance=dataclasses.replace(recording.provenance, weights=weights),
         )
         for recording in judge
@@ -97,18 +108,30 @@ def _check(train: Recording, other: Recording) -> None:
             f"{name} holds the features of {len(other.features)} of {len(other.exits)} exits; linear probes need them all. "
             "Record it with record(..., features=True)."
         )
-    other.provenance.require(name, "record both with the same network", weights=train.provenance.weights)
-    widths, wanted = ([tuple(entry.shape[1:]) for entry in recording.features] for recording in (other, train))
-    if (other.exits, widths, other.outputs.shape[2]) != (train.exits, wanted, train.outputs.shape[2]):
+    other.provenance.require(
+        name, "record both with the same network", weights=train.provenance.weights
+    )
+    widths, wanted = (
+        [tuple(entry.shape[1:]) for entry in recording.features] for recording in (other, train)
+    )
+    if (other.exits, widths, other.outputs.shape[2]) != (
+        train.exits,
+        wanted,
+        train.outputs.shape[2],
+    ):
         raise RecordingError(
             f"{name} has exits {other.exits} with features {widths} and {other.outputs.shape[2]} classes, but the SVMs are for "
             f"{train.exits}, {wanted} and {train.outputs.shape[2]}; record both with the same network and features."
         )
     if not all(bool(torch.isfinite(entry).all()) for entry in other.features):
-        raise RecordingError(f"{name} has NaN or infinite features; check the weights it was recorded with.")
+        raise RecordingError(
+            f"{name} has NaN or infinite features; check the weights it was recorded with."
+        )
 
 
-def _best(train: Recording, validation: Recording | None, exit: int, grid: Sequence[float]) -> _Probe:
+def _best(
+    train: Recording, validation: Recording | None, exit: int, grid: Sequence[float]
+) -> _Probe:
     """The exit's SVMs of the strength that is most accurate on `validation`, among those that converge."""
     features, labels = train.features[exit].flatten(1).double().numpy(), train.labels.numpy()
     scaler = StandardScaler().fit(features)
@@ -119,33 +142,57 @@ def _best(train: Recording, validation: Recording | None, exit: int, grid: Seque
     for strength in grid:
         machines = _machines(standard, labels, strength)
         if machines is None:
-            log.warning("exit %s: the SVMs with C = %g did not converge and are left out", train.exits[exit], strength)
+            log.warning(
+                "exit %s: the SVMs with C = %g did not converge and are left out",
+                train.exits[exit],
+                strength,
+            )
             continue
-        probe = _Probe(mean=mean, deviation=deviation, slopes=machines[0], offsets=machines[1], classes=classes)
+        probe = _Probe(
+            mean=mean, deviation=deviation, slopes=machines[0], offsets=machines[1], classes=classes
+        )
         right = 0.0 if validation is None else _accuracy(probe, validation, exit)
         found.append((right, -strength, probe))
     if not found:
-        raise RecordingError(f"no SVM of exit {train.exits[exit]} converged with C={tuple(grid)}; give smaller C.")
+        raise RecordingError(
+            f"no SVM of exit {train.exits[exit]} converged with C={tuple(grid)}; give smaller C."
+        )
     right, strength, probe = max(found, key=lambda entry: entry[:2])
     if validation is not None:
-        log.info("exit %s: C = %g of %s, accuracy %.4f on validation", train.exits[exit], -strength, grid, right)
+        log.info(
+            "exit %s: C = %g of %s, accuracy %.4f on validation",
+            train.exits[exit],
+            -strength,
+            grid,
+            right,
+        )
     return probe
 
 
-def _machines(features: np.ndarray, labels: np.ndarray, strength: float) -> tuple[Tensor, Tensor] | None:
+def _machines(
+    features: np.ndarray, labels: np.ndarray, strength: float
+) -> tuple[Tensor, Tensor] | None:
     """Slopes [P, D] and offsets [P] of one class against the rest; None if the solver gave up."""
     present = len(np.unique(labels))
     if present == 1:  # nothing to tell apart
-        return torch.zeros(1, features.shape[1], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return torch.zeros(1, features.shape[1], dtype=torch.float64), torch.ones(
+            1, dtype=torch.float64
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:
             # dual only where there are fewer samples than features: there the primal solver can run for minutes
-            machine = LinearSVC(C=strength, dual="auto", max_iter=MAX_ITERATIONS, random_state=0).fit(features, labels)
+            machine = LinearSVC(
+                C=strength, dual="auto", max_iter=MAX_ITERATIONS, random_state=0
+            ).fit(features, labels)
         except ConvergenceWarning:
             return None
     slopes, offsets = torch.from_numpy(machine.coef_), torch.from_numpy(machine.intercept_)
-    return (slopes, offsets) if present > 2 else (torch.cat([-slopes, slopes]), torch.cat([-offsets, offsets]))
+    return (
+        (slopes, offsets)
+        if present > 2
+        else (torch.cat([-slopes, slopes]), torch.cat([-offsets, offsets]))
+    )
 
 
 def _decide(probe: _Probe, recording: Recording, exit: int) -> Float[Tensor, "N C"]:

@@ -38,7 +38,9 @@ def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
         StaleInput: if they are of different data.
         RecordingError: if they are of different splits or exits.
     """
-    recording.provenance.require("the recording", "record both on the same data", data=reference.provenance.data)
+    recording.provenance.require(
+        "the recording", "record both on the same data", data=reference.provenance.data
+    )
     if (recording.split, recording.exits) != (reference.split, reference.exits):
         raise RecordingError(
             f"one recording is of split {recording.split!r} and exits {', '.join(recording.exits)}, the other of "
@@ -49,9 +51,12 @@ def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
     count = len(recording.labels)
     return tuple(
         Beside(
-            exit=exit, name=name, accuracy=proportion(float(hits[exit].sum()), count),
-            reference=proportion(float(wanted[exit].sum()), count), difference=mean(hits[exit] - wanted[exit]),
+            exit=exit,
+            name=name,
+            accuracy=proportion(float(hits[exit].sum()), count),
+            reference=proportion(float(wanted[exit].sum()), count),
+            difference=mean(hits[exit] - wanted[exit]),
             same=proportion(float(same[exit].sum()), count),
         )
         for exit, name in enumerate(recording.exits)
-    )  # fmt: skip
+    )

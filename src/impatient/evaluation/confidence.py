@@ -21,7 +21,9 @@ from impatient.policies.scores import max_probability
 from impatient.provenance import Provenance
 
 
-def true_label_probabilities(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]) -> Float[Tensor, "K N"]:
+def true_label_probabilities(
+    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]
+) -> Float[Tensor, "K N"]:
     """Probability that each exit gives to the true class of each sample.
 
     Its mean over the samples is the overall confidence of an exit.
@@ -42,7 +44,9 @@ def true_label_probabilities(outputs: Float[Tensor, "K N C"], labels: Int[Tensor
                 [0.9000, 0.6000]])
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
-        raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
+        raise RecordingError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs."
+        )
     return class_probabilities(outputs, labels.long())
 
 
@@ -62,7 +66,10 @@ def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estima
     sides = [side.double() for side in (first, second)]
     a, b = (side - side.mean() for side in sides)
     # means of equal values differ in their last digit
-    if any(float(centred.norm()) <= 1e-12 * float(side.norm()) for centred, side in zip((a, b), sides, strict=True)):
+    if any(
+        float(centred.norm()) <= 1e-12 * float(side.norm())
+        for centred, side in zip((a, b), sides, strict=True)
+    ):
         return None
     r = ((a @ b) / (a.norm() * b.norm())).clamp(-1.0, 1.0)
     if len(first) == 3:
@@ -115,18 +122,26 @@ class ClassConfidence:
         """Plain values; per class only those with samples, in the order of "classes"."""
         there = list(self.classes)
         return {
-            "kind": "class confidence", "split": self.split, "samples": int(self.counts.sum()), "classes": there,
-            "absent": list(self.absent), "counts": self.counts[there].tolist(),
+            "kind": "class confidence",
+            "split": self.split,
+            "samples": int(self.counts.sum()),
+            "classes": there,
+            "absent": list(self.absent),
+            "counts": self.counts[there].tolist(),
             "exits": [
                 {
-                    "name": name, "overall": self.overall[k].to_json(), "max_probability": self.max_probability[k].to_json(),
-                    "correlation": _json(self.correlations[k]), "sample_correlation": _json(self.sample_correlations[k]),
-                    "confidence": self.confidence[k, there].tolist(), "accuracy": self.accuracy[k, there].tolist(),
+                    "name": name,
+                    "overall": self.overall[k].to_json(),
+                    "max_probability": self.max_probability[k].to_json(),
+                    "correlation": _json(self.correlations[k]),
+                    "sample_correlation": _json(self.sample_correlations[k]),
+                    "confidence": self.confidence[k, there].tolist(),
+                    "accuracy": self.accuracy[k, there].tolist(),
                 }
                 for k, name in enumerate(self.exits)
             ],
             "provenance": self.provenance.to_json(),
-        }  # fmt: skip
+        }
 
 
 def class_confidence(recording: Recording) -> ClassConfidence:
@@ -144,12 +159,19 @@ def class_confidence(recording: Recording) -> ClassConfidence:
     confidence, accuracy = (_class_means(values, labels, counts_C) for values in (true_KN, hits_KN))
     there_C = counts_C > 0
     return ClassConfidence(
-        exits=recording.exits, split=recording.split, counts=counts_C, confidence=confidence, accuracy=accuracy,
-        overall=tuple(map(mean_share, true_KN)), max_probability=tuple(map(mean_share, max_probability(recording.outputs))),
-        correlations=tuple(correlation(x[there_C], y[there_C]) for x, y in zip(confidence, accuracy, strict=True)),
+        exits=recording.exits,
+        split=recording.split,
+        counts=counts_C,
+        confidence=confidence,
+        accuracy=accuracy,
+        overall=tuple(map(mean_share, true_KN)),
+        max_probability=tuple(map(mean_share, max_probability(recording.outputs))),
+        correlations=tuple(
+            correlation(x[there_C], y[there_C]) for x, y in zip(confidence, accuracy, strict=True)
+        ),
         sample_correlations=tuple(correlation(x, y) for x, y in zip(true_KN, hits_KN, strict=True)),
         provenance=recording.provenance,
-    )  # fmt: skip
+    )
 
 
 def _class_means(

@@ -34,7 +34,9 @@ def ensembled(
     Raises:
         PolicyError: if the rule is unknown, or there are not K positive temperatures.
     """
-    outputs = combine(recording.outputs, rule, temperatures=temperatures, recalibration=recalibration)
+    outputs = combine(
+        recording.outputs, rule, temperatures=temperatures, recalibration=recalibration
+    )
     made = f"{Rule.of(rule)} {_told(temperatures)} {_told(recalibration)}"
     return _derived(recording, outputs, made)
 
@@ -48,7 +50,9 @@ def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording
     checked = as_temperatures(temperatures, len(recording.exits))
     if checked is None:
         raise PolicyError("no temperatures; needed: one per exit, from fit_temperatures.")
-    return _derived(recording, recording.outputs / checked[:, None, None], f"calibrated {_told(temperatures)}")
+    return _derived(
+        recording, recording.outputs / checked[:, None, None], f"calibrated {_told(temperatures)}"
+    )
 
 
 def _told(temperatures: Sequence[float] | None) -> str:

@@ -16,7 +16,12 @@ from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
 from impatient.costs import Cost, CostProfile, Mode, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.confidence import true_label_probabilities
-from impatient.evaluation.metrics import Estimate, expected_calibration_error, mean_share, proportion
+from impatient.evaluation.metrics import (
+    Estimate,
+    expected_calibration_error,
+    mean_share,
+    proportion,
+)
 from impatient.evaluation.outcomes import AnyPolicy, Outcome, outcome
 from impatient.evaluation.recording import Recording
 from impatient.files import read_json, write_json
@@ -41,7 +46,11 @@ class RealTime:
     predicted_s: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"samples": self.samples, "mean_s": self.mean_s.to_json(), "predicted_s": self.predicted_s}
+        return {
+            "samples": self.samples,
+            "mean_s": self.mean_s.to_json(),
+            "predicted_s": self.predicted_s,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -131,13 +140,17 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kind": "evaluation", "split": self.split, "samples": self.samples,
+            "kind": "evaluation",
+            "split": self.split,
+            "samples": self.samples,
             "rows": [_row_json(row) for row in self.rows],
-            "under_budgets": [{"budget": row.budget, "name": row.name, "accuracy": row.accuracy.to_json()}
-                              for row in self.under_budgets],
+            "under_budgets": [
+                {"budget": row.budget, "name": row.name, "accuracy": row.accuracy.to_json()}
+                for row in self.under_budgets
+            ],
             "budgets": {name: budget.to_json() for name, budget in self.budgets.items()},
             "provenance": self.provenance.to_json(),
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -145,14 +158,22 @@ class Evaluation:
             return cls(
                 rows=tuple(_row_from(row) for row in value["rows"]),
                 under_budgets=tuple(
-                    BudgetRow(budget=row["budget"], name=row["name"], accuracy=Estimate(**row["accuracy"]))
+                    BudgetRow(
+                        budget=row["budget"], name=row["name"], accuracy=Estimate(**row["accuracy"])
+                    )
                     for row in value["under_budgets"]
                 ),
-                budgets={name: Budget.from_json(budget) for name, budget in value["budgets"].items()},
-                split=value["split"], samples=value["samples"], provenance=Provenance.from_json(value["provenance"]),
-            )  # fmt: skip
+                budgets={
+                    name: Budget.from_json(budget) for name, budget in value["budgets"].items()
+                },
+                split=value["split"],
+                samples=value["samples"],
+                provenance=Provenance.from_json(value["provenance"]),
+            )
         except (KeyError, TypeError) as error:
-            raise RecordingError(f"this is not an evaluation ({error!r}); make one with `impatient evaluate`.") from error
+            raise RecordingError(
+                f"this is not an evaluation ({error!r}); make one with `impatient evaluate`."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         write_json(path, self.to_json())
@@ -163,20 +184,37 @@ class Evaluation:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    plain = {name: getattr(row, name) for name in ("name", "kind", "interruptible_s", "contract_s", "macs",
-                                                   "calibration_error", "shares")}  # fmt: skip
+    plain = {
+        name: getattr(row, name)
+        for name in (
+            "name",
+            "kind",
+            "interruptible_s",
+            "contract_s",
+            "macs",
+            "calibration_error",
+            "shares",
+        )
+    }
     return {
-        **plain, "accuracy": row.accuracy.to_json(), "p_true": row.p_true.to_json() if row.p_true else None,
+        **plain,
+        "accuracy": row.accuracy.to_json(),
+        "p_true": row.p_true.to_json() if row.p_true else None,
         "real": row.real.to_json() if row.real else None,
-    }  # fmt: skip
+    }
 
 
 def _row_from(value: Mapping[str, Any]) -> Row:
     p_true, real = value.get("p_true"), value.get("real")
-    return Row(**{
-        **value, "accuracy": Estimate(**value["accuracy"]), "shares": tuple(value["shares"]),
-        "p_true": Estimate(**p_true) if p_true else None, "real": RealTime.from_json(real) if real else None,
-    })  # fmt: skip
+    return Row(
+        **{
+            **value,
+            "accuracy": Estimate(**value["accuracy"]),
+            "shares": tuple(value["shares"]),
+            "p_true": Estimate(**p_true) if p_true else None,
+            "real": RealTime.from_json(real) if real else None,
+        }
+    )
 
 
 def evaluate(
@@ -212,26 +250,45 @@ def evaluate(
         SplitReuseError: if a policy was fitted on this very split.
         StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of other data.
     """
-    named = dict(policies or {}) if isinstance(policies, Mapping) or policies is None else {"policy": policies}
+    named = (
+        dict(policies or {})
+        if isinstance(policies, Mapping) or policies is None
+        else {"policy": policies}
+    )
     for name, policy in named.items():
         check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
-        raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+        raise RecordingError(
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+        )
     others = dict(static or {})
     for other in (exit_free, *(entry.recording for entry in others.values())):
         if other is not None:
             _check_same_split(other, recording)
     judge = _Judge(recording, costs, statistic, batch_size, exit_free, same_weights, others)
-    distributions = dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
-    rows = [*judge.exits(), *(judge.policy(name, policy) for name, policy in named.items()), *judge.references()]
+    distributions = (
+        dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
+    )
+    rows = [
+        *judge.exits(),
+        *(judge.policy(name, policy) for name, policy in named.items()),
+        *judge.references(),
+    ]
     return Evaluation(
-        rows=tuple(rows), under_budgets=tuple(judge.under_budgets(distributions)), budgets=distributions,
-        split=recording.split, samples=len(recording.labels),
+        rows=tuple(rows),
+        under_budgets=tuple(judge.under_budgets(distributions)),
+        budgets=distributions,
+        split=recording.split,
+        samples=len(recording.labels),
         provenance=provenance(
-            network=recording.provenance.network, weights=recording.provenance.weights, data=recording.provenance.data,
-            device=costs.provenance.device, processor=costs.provenance.processor, threads=costs.provenance.threads,
+            network=recording.provenance.network,
+            weights=recording.provenance.weights,
+            data=recording.provenance.data,
+            device=costs.provenance.device,
+            processor=costs.provenance.processor,
+            threads=costs.provenance.threads,
         ),
-    )  # fmt: skip
+    )
 
 
 def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
@@ -242,10 +299,14 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
 def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
     """Raise unless a policy belongs to the network of a recording and was fitted on another split."""
     if policy.num_exits != recording.outputs.shape[0]:
-        raise PolicyError(f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}.")
+        raise PolicyError(
+            f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}."
+        )
     if policy.provenance is None:
         return
-    policy.provenance.require(f"policy {name!r}", "fit it again", weights=recording.provenance.weights)
+    policy.provenance.require(
+        f"policy {name!r}", "fit it again", weights=recording.provenance.weights
+    )
     reused = policy.split is not None and splits_overlap(policy.split, recording.split)
     if reused and policy.provenance.data == recording.provenance.data:
         raise SplitReuseError(
@@ -258,16 +319,24 @@ def _check_same_split(other: Recording, recording: Recording) -> None:
     what = "the recording to compare with"
     other.provenance.require(what, "record both on the same data", data=recording.provenance.data)
     if other.split != recording.split:
-        raise RecordingError(f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the same split.")
+        raise RecordingError(
+            f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the same split."
+        )
 
 
 class _Judge:
     """Outcomes of one recording under one cost profile."""
 
     def __init__(
-        self, recording: Recording, costs: CostProfile, statistic: Statistic, batch_size: int, exit_free: Recording | None,
-        same_weights: bool, static: Mapping[str, Static],
-    ) -> None:  # fmt: skip
+        self,
+        recording: Recording,
+        costs: CostProfile,
+        statistic: Statistic,
+        batch_size: int,
+        exit_free: Recording | None,
+        same_weights: bool,
+        static: Mapping[str, Static],
+    ) -> None:
         self.costs, self.options = costs, {"statistic": statistic, "batch_size": batch_size}
         self.recording, self.count = recording, costs.num_exits
         self.hits: Float[Tensor, "K N"] = recording.hits()
@@ -276,7 +345,9 @@ class _Judge:
         self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
-        self.once: dict[str, tuple[Kind, Float[Tensor, "N C"], float, float]] = {}  # kind, outputs, seconds, MACs
+        self.once: dict[
+            str, tuple[Kind, Float[Tensor, "N C"], float, float]
+        ] = {}  # kind, outputs, seconds, MACs
         whole = self._exit_free("time"), self._exit_free("macs")
         if same_weights:
             self.once["no exits, same weights"] = "exit_free", recording.outputs[-1], *whole
@@ -288,7 +359,10 @@ class _Judge:
         self.policies: dict[str, AnyPolicy] = {}  # once they are judged
 
     def exits(self) -> list[Row]:
-        return [self._row_of_exits(f"exit {k}", "exit", torch.full_like(self.samples, k)) for k in range(self.count)]
+        return [
+            self._row_of_exits(f"exit {k}", "exit", torch.full_like(self.samples, k))
+            for k in range(self.count)
+        ]
 
     def policy(self, name: str, policy: AnyPolicy) -> Row:
         self.policies[name] = policy
@@ -300,35 +374,58 @@ class _Judge:
 
     def references(self) -> list[Row]:
         right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
-        return [*(self._once(name) for name in self.once), self._row_of_exits("oracle", "oracle", right)]
+        return [
+            *(self._once(name) for name in self.once),
+            self._row_of_exits("oracle", "oracle", right),
+        ]
 
     def _once(self, name: str) -> Row:
         kind, outputs, time_s, macs = self.once[name]
         hits, confidence = outputs.argmax(-1) == self.recording.labels, outputs.softmax(-1).amax(-1)
         return Row(
-            name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)), interruptible_s=time_s, contract_s=time_s,
-            macs=macs, calibration_error=expected_calibration_error(confidence, hits),
+            name=name,
+            kind=kind,
+            accuracy=proportion(float(hits.sum()), len(hits)),
+            interruptible_s=time_s,
+            contract_s=time_s,
+            macs=macs,
+            calibration_error=expected_calibration_error(confidence, hits),
             shares=(*(0.0,) * (self.count - 1), 1.0),
             p_true=mean_share(true_label_probabilities(outputs[None], self.recording.labels)[0]),
-        )  # fmt: skip
+        )
 
     def _row_of_exits(self, name: str, kind: Kind, exits: Int[Tensor, "N"]) -> Row:
         """Where the exit alone decides what a sample costs."""
         costs = (self.interruptible_s, self.contract_s, self.macs)
-        return self._row(name, kind, exits, *(torch.tensor(values, dtype=torch.float64)[exits] for values in costs))
+        return self._row(
+            name,
+            kind,
+            exits,
+            *(torch.tensor(values, dtype=torch.float64)[exits] for values in costs),
+        )
 
     def _row(
-        self, name: str, kind: Kind, exits: Int[Tensor, "N"], interruptible_s: Float[Tensor, "N"],
-        contract_s: Float[Tensor, "N"], macs: Float[Tensor, "N"],
-    ) -> Row:  # fmt: skip
+        self,
+        name: str,
+        kind: Kind,
+        exits: Int[Tensor, "N"],
+        interruptible_s: Float[Tensor, "N"],
+        contract_s: Float[Tensor, "N"],
+        macs: Float[Tensor, "N"],
+    ) -> Row:
         hits, confidence = self.hits[exits, self.samples], self.confidence[exits, self.samples]
         shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
         return Row(
-            name=name, kind=kind, accuracy=proportion(float(hits.sum()), len(hits)),
-            interruptible_s=float(interruptible_s.mean()), contract_s=float(contract_s.mean()), macs=float(macs.mean()),
+            name=name,
+            kind=kind,
+            accuracy=proportion(float(hits.sum()), len(hits)),
+            interruptible_s=float(interruptible_s.mean()),
+            contract_s=float(contract_s.mean()),
+            macs=float(macs.mean()),
             calibration_error=expected_calibration_error(confidence, hits.bool()),
-            shares=tuple(shares.tolist()), p_true=mean_share(self.true[exits, self.samples]),
-        )  # fmt: skip
+            shares=tuple(shares.tolist()),
+            p_true=mean_share(self.true[exits, self.samples]),
+        )
 
     def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
         ways = {cost: self._ways(cost) for cost in {budget.cost for budget in budgets.values()}}
@@ -353,7 +450,9 @@ class _Judge:
         for name, policy in self.policies.items():
             ways[name] = functools.partial(self._outcome(policy, cost).expected, hits=self.hits)
         for name, (kind, outputs, time_s, macs) in self.once.items():
-            known = {"time": time_s, "macs": macs} | ({cost: self._exit_free(cost)} if kind == "exit_free" else {})
+            known = {"time": time_s, "macs": macs} | (
+                {cost: self._exit_free(cost)} if kind == "exit_free" else {}
+            )
             if cost in known:
                 hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
                 ways[name] = functools.partial(_expected, hits=hits, cost=(known[cost],))
@@ -369,7 +468,9 @@ class _Judge:
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 
 
-def _expected(budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
+def _expected(
+    budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]
+) -> Float[Tensor, "N"]:
     """Per sample, the probability of a right answer in time, which is that of the deepest exit that fits."""
     kept = list(deepest_for_some(cost))
     weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)

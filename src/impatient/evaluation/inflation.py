@@ -69,7 +69,9 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
     # are the same but smaller, each by b, so all of them together are 1 / (b - 1) of one.
     first = begin + share
     before = _integral(first, base * first, begin) / (base - 1.0)
-    end = begin * base ** math.ceil(math.log(first / begin, base))  # the moment within that cycle when one is taken
+    end = begin * base ** math.ceil(
+        math.log(first / begin, base)
+    )  # the moment within that cycle when one is taken
     return (before + _integral(first, end, begin)) / end
 
 
@@ -132,18 +134,25 @@ class Schedule:
     def depth(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         """Depth of the network whose answer the ensemble's equals, after each budget; 0 before the first answer."""
         come_to = np.minimum(budgets[:, None] - self.begins, self.depths)
-        return np.asarray(np.where(come_to >= self.competitive_from * self.depths, come_to, 0.0).max(1))
+        return np.asarray(
+            np.where(come_to >= self.competitive_from * self.depths, come_to, 0.0).max(1)
+        )
 
     def inflation(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
         """C(B) at each budget; infinite before the first answer."""
         depth = self.depth(budgets)
-        return np.asarray(np.divide(budgets, depth, out=np.full(len(budgets), math.inf), where=depth > 0.0))
+        return np.asarray(
+            np.divide(budgets, depth, out=np.full(len(budgets), math.inf), where=depth > 0.0)
+        )
 
     @property
     def sup(self) -> float:
         """Largest inflation over all budgets that buy an answer, in the limit from below too."""
         left, right, begin, depth, running = self._pieces()
-        at_ends = [np.where(running, end / np.where(running, end - begin, 1.0), end / depth) for end in (left, right)]
+        at_ends = [
+            np.where(running, end / np.where(running, end - begin, 1.0), end / depth)
+            for end in (left, right)
+        ]
         return float(np.max(at_ends))
 
     @property
@@ -157,8 +166,12 @@ class Schedule:
 
     def _pieces(self) -> tuple[np.ndarray, ...]:
         """Stretches of budgets in which one network answers: from, to, its begin and depth, and whether it is running."""
-        overtakes = (self.begins[:, None] + self.depths)[np.tri(len(self.depths), dtype=bool)]  # as deep as one before it
-        moments = np.concatenate([[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes])
+        overtakes = (self.begins[:, None] + self.depths)[
+            np.tri(len(self.depths), dtype=bool)
+        ]  # as deep as one before it
+        moments = np.concatenate(
+            [[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes]
+        )
         moments = np.unique(moments[(moments >= self.first) & (moments <= self.end)])
         left, right = moments[:-1], moments[1:]
         come_to = (left + right)[:, None] / 2.0 - self.begins
@@ -168,7 +181,9 @@ class Schedule:
         return left, right, begin, depth, (left + right) / 2.0 - begin < depth
 
 
-def simulate(base: float, members: int, *, workers: int = 1, competitive_from: float | None = None) -> Schedule:
+def simulate(
+    base: float, members: int, *, workers: int = 1, competitive_from: float | None = None
+) -> Schedule:
     """Play the queue: networks of depth 1, b, b², ..., each taken by the worker that is idle first.
 
     Args:
@@ -187,8 +202,10 @@ def simulate(base: float, members: int, *, workers: int = 1, competitive_from: f
     _checked_base(base, workers)
     share = 1.0 / base if competitive_from is None else _checked_share(competitive_from)
     if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
-        raise CostError(f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per worker, and a depth "
-                        "of the last, base ** (members - 1), that is a number.")  # fmt: skip
+        raise CostError(
+            f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per worker, and a depth "
+            "of the last, base ** (members - 1), that is a number."
+        )
     depths = base ** np.arange(float(members))
     begins, idle_at = [], [0.0] * workers
     for depth in depths:
@@ -200,17 +217,25 @@ def simulate(base: float, members: int, *, workers: int = 1, competitive_from: f
 def _share(base: float, competitive_from: float | None, workers: int) -> float:
     """From which share of its depth on a network's answer is the ensemble's."""
     _checked_base(base, workers)
-    return 1.0 / base if competitive_from is None else max(_checked_share(competitive_from), 1.0 / base)
+    return (
+        1.0 / base
+        if competitive_from is None
+        else max(_checked_share(competitive_from), 1.0 / base)
+    )
 
 
 def _checked_base(base: float, workers: int) -> None:
     if not 1.0 < base < math.inf or workers < 1:
-        raise CostError(f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least 1 worker.")
+        raise CostError(
+            f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least 1 worker."
+        )
 
 
 def _checked_share(competitive_from: float) -> float:
     if not 0.0 < competitive_from <= 1.0:
-        raise CostError(f"competitive_from={competitive_from}; needed: a share of a network's depth, in (0, 1].")
+        raise CostError(
+            f"competitive_from={competitive_from}; needed: a share of a network's depth, in (0, 1]."
+        )
     return competitive_from
 
 

@@ -71,7 +71,9 @@ def expected_accuracies(
     """
     hits = recording.hits() if isinstance(recording, Recording) else recording
     if len(hits) != len(costs_s):
-        raise RecordingError(f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost per exit.")
+        raise RecordingError(
+            f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost per exit."
+        )
     kept = list(deepest_for_some(costs_s))
     weights = torch.from_numpy(exit_weights_many(budgets, [costs_s[exit] for exit in kept]))
     return weights @ hits[kept].double().mean(1) + (1.0 - weights.sum(1)) * without_answer
@@ -100,13 +102,18 @@ def judge_policies(
         PolicyError, RecordingError: if numbers of exits differ.
     """
     if recording.outputs.shape[0] != costs.num_exits:
-        raise RecordingError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+        raise RecordingError(
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+        )
     for index, policy in enumerate(policies):
         check_policy(str(index), policy, recording)
     samples = len(recording.labels)
     hits = recording.hits().bool().numpy()
     # exit by exit, which is how policies score, and less memory
-    scores = {name: np.stack([SCORES[name](output).numpy() for output in recording.outputs]) for name in _names(policies)}
+    scores = {
+        name: np.stack([SCORES[name](output).numpy() for output in recording.outputs])
+        for name in _names(policies)
+    }
     leaving, right = np.zeros((len(policies), costs.num_exits)), np.zeros(len(policies))
     for row, policy in enumerate(policies):
         leaving[row], right[row] = _outcome(scores[policy.score], hits, policy)
@@ -114,24 +121,33 @@ def judge_policies(
 
     @functools.cache
     def looked_at(heads: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        times = costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
+        times = costs.cumulative_s(
+            "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
+        )
         return times, costs.cumulative_macs("interruptible", heads)
 
     # [P, 2, K], also for no policy at all
-    paid = np.array([looked_at(policy.open_exits()) for policy in policies]).reshape(-1, 2, costs.num_exits)
+    paid = np.array([looked_at(policy.open_exits()) for policy in policies]).reshape(
+        -1, 2, costs.num_exits
+    )
     every = np.asarray(costs.interruptible_s(statistic=statistic, batch_size=batch_size))
     contract_s, macs = (paid * shares[:, None]).sum(-1).T
     return PolicyOutcomes(
-        accuracy=torch.from_numpy(right / samples), interruptible_s=torch.from_numpy(shares @ every),
-        contract_s=torch.from_numpy(contract_s), macs=torch.from_numpy(macs), shares=torch.from_numpy(shares),
-    )  # fmt: skip
+        accuracy=torch.from_numpy(right / samples),
+        interruptible_s=torch.from_numpy(shares @ every),
+        contract_s=torch.from_numpy(contract_s),
+        macs=torch.from_numpy(macs),
+        shares=torch.from_numpy(shares),
+    )
 
 
 def _names(policies: Sequence[ThresholdPolicy]) -> list[ScoreName]:
     return sorted({policy.score for policy in policies})
 
 
-def _outcome(scores_KN: np.ndarray, hits_KN: np.ndarray, policy: ThresholdPolicy) -> tuple[list[int], int]:
+def _outcome(
+    scores_KN: np.ndarray, hits_KN: np.ndarray, policy: ThresholdPolicy
+) -> tuple[list[int], int]:
     """How many samples leave at each exit, and how many of all are right when they do."""
     # as torch compares a float32 tensor with a number
     bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float().numpy()

@@ -38,14 +38,20 @@ def proportion(hits: float, count: int) -> Estimate:
     """
     share = hits / count
     centre = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
-    half = Z95 * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2)) / (1 + Z95**2 / count)
+    half = (
+        Z95
+        * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+        / (1 + Z95**2 / count)
+    )
     return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
 def mean(values: Float[Tensor, "N"]) -> Estimate:
     """Mean of independent values with its normal interval."""
     centre = float(values.double().mean())
-    half = Z95 * float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = (
+        Z95 * float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    )
     return Estimate(centre, centre - half, centre + half)
 
 
@@ -55,14 +61,18 @@ def mean_share(values: Float[Tensor, "N"]) -> Estimate:
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
 
 
-def class_probabilities(outputs: Float[Tensor, "K N C"], classes: Int[Tensor, "N"]) -> Float[Tensor, "K N"]:
+def class_probabilities(
+    outputs: Float[Tensor, "K N C"], classes: Int[Tensor, "N"]
+) -> Float[Tensor, "K N"]:
     """Probability that each exit gives to one class of each sample."""
     places = classes.expand(outputs.shape[:2])[..., None]
     # only the class in question is divided by the sum: a softmax over all would write everything once more
     return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
 
 
-def expected_calibration_error(confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15) -> float:
+def expected_calibration_error(
+    confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15
+) -> float:
     """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted by their size.
 
     Source:
@@ -96,7 +106,9 @@ class Monotonicity:
         return asdict(self)
 
 
-def largest_falls(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | None = None) -> Float[Tensor, "N"]:
+def largest_falls(
+    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | None = None
+) -> Float[Tensor, "N"]:
     """Per sample, how far the probability of its class falls at most between two exits, the shallower one first.
 
     Args:
@@ -111,7 +123,9 @@ def largest_falls(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | No
     """
     classes_N = outputs[-1].argmax(-1) if labels is None else labels.long()
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
-        raise RecordingError(f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs.")
+        raise RecordingError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs."
+        )
     probabilities_KN = class_probabilities(outputs, classes_N)
     return (probabilities_KN.cummax(0).values - probabilities_KN).amax(0)
 
@@ -136,6 +150,9 @@ def conditional_monotonicity(
     limits_T = torch.tensor(list(tolerances), dtype=torch.float64, device=falls_N.device)
     counts = (falls_N > limits_T[:, None]).sum(1).tolist()
     return Monotonicity(
-        tolerances=tuple(tolerances), violations=tuple(proportion(count, len(falls_N)) for count in counts),
-        mean_fall=mean(falls_N), fall_p95=float(falls_N.quantile(0.95)), fall_max=float(falls_N.max()),
-    )  # fmt: skip
+        tolerances=tuple(tolerances),
+        violations=tuple(proportion(count, len(falls_N)) for count in counts),
+        mean_fall=mean(falls_N),
+        fall_p95=float(falls_N.quantile(0.95)),
+        fall_max=float(falls_N.max()),
+    )

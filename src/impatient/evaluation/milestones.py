@@ -14,7 +14,9 @@ from impatient.errors import RecordingError
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
-def error_at(costs: Sequence[float], errors: Sequence[float], at: Sequence[float]) -> tuple[float, ...]:
+def error_at(
+    costs: Sequence[float], errors: Sequence[float], at: Sequence[float]
+) -> tuple[float, ...]:
     """Error of an anytime curve at given costs, on the straight line between the two neighbouring predictions.
 
     Args:
@@ -37,7 +39,9 @@ def error_at(costs: Sequence[float], errors: Sequence[float], at: Sequence[float
     return tuple(np.interp(at, known, _checked(errors, len(known)), left=1.0).tolist())
 
 
-def opt_plus(collections: Sequence[tuple[Sequence[float], Sequence[float]]], at: Sequence[float]) -> tuple[float, ...]:
+def opt_plus(
+    collections: Sequence[tuple[Sequence[float], Sequence[float]]], at: Sequence[float]
+) -> tuple[float, ...]:
     """OPT+: at each cost, the least error of any separately trained network that costs no more.
 
     What an ensemble of anytime networks is compared with: networks of several widths and depths, each trained for itself.
@@ -55,9 +59,15 @@ def opt_plus(collections: Sequence[tuple[Sequence[float], Sequence[float]]], at:
         >>> opt_plus([([1.0, 4.0], [0.5, 0.2]), ([3.0, 2.0], [0.1, 0.3])], at=[0.5, 1.0, 2.5, 9.0])
         (1.0, 0.5, 0.3, 0.1)
     """
-    pairs = [pair for costs, errors in collections for pair in zip(costs, _checked(errors, len(costs)), strict=True)]
+    pairs = [
+        pair
+        for costs, errors in collections
+        for pair in zip(costs, _checked(errors, len(costs)), strict=True)
+    ]
     if not pairs or not all(math.isfinite(cost) and cost > 0 for cost, _ in pairs):
-        raise RecordingError("OPT+ needs at least one separately trained network, each with a positive finite cost.")
+        raise RecordingError(
+            "OPT+ needs at least one separately trained network, each with a positive finite cost."
+        )
     costs, errors = np.array(sorted(pairs)).T
     least = np.concatenate([[1.0], np.minimum.accumulate(errors)])
     return tuple(least[np.searchsorted(costs, at, side="right")].tolist())
@@ -115,7 +125,9 @@ def milestones(
             f"the milestone at cost {early[0]:g} lies before OPT's first network ({first:g}); train a network for that depth "
             "or a smaller one, or ask for later milestones."
         )
-    return relative_increase(error_at(costs, errors, places), error_at(opt_costs, opt_errors, places))
+    return relative_increase(
+        error_at(costs, errors, places), error_at(opt_costs, opt_errors, places)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +151,13 @@ class WinRate:
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.wins < 0 or self.ties < 0 or self.wins + self.ties > self.pairs:
-            raise RecordingError(f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; needed: at least one pair.")
+            raise RecordingError(
+                f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; needed: at least one pair."
+            )
         if not 0.0 < self.delta < 1.0:
-            raise RecordingError(f"delta={self.delta}; needed: the chance of an error, between 0 and 1, such as 0.05.")
+            raise RecordingError(
+                f"delta={self.delta}; needed: the chance of an error, between 0 and 1, such as 0.05."
+            )
 
     @property
     def rate(self) -> float:
@@ -175,7 +191,11 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0
         >>> won.rate, round(won.low, 3), round(won.p_value, 3)
         (0.625, 0.013, 0.882)
     """
-    if len(ours) != len(theirs) or len(ours) == 0 or any(math.isnan(error) for error in (*ours, *theirs)):
+    if (
+        len(ours) != len(theirs)
+        or len(ours) == 0
+        or any(math.isnan(error) for error in (*ours, *theirs))
+    ):
         raise RecordingError(
             f"{len(ours)} errors against {len(theirs)}; needed: pairs, at least one, in the same order and without NaN."
         )
@@ -188,5 +208,7 @@ def _checked(errors: Sequence[float], count: int) -> tuple[float, ...]:
     """The errors as floats, if they are `count` shares."""
     known = tuple(float(error) for error in errors)
     if len(known) != count or not all(0.0 <= error <= 1.0 for error in known):
-        raise RecordingError(f"errors {known} for {count} costs; needed: one share of wrong answers, in [0, 1], for each.")
+        raise RecordingError(
+            f"errors {known} for {count} costs; needed: one share of wrong answers, in [0, 1], for each."
+        )
     return known

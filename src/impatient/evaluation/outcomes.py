@@ -51,7 +51,9 @@ class Outcome:
             rows, exits = (which == number).nonzero()[:, 0], way.nonzero()[:, 0]
             costs = self.interruptible_s[rows[0], exits].tolist()
             kept = list(deepest_for_some(costs))
-            weights = torch.tensor(exit_weights(budget, [costs[place] for place in kept]), dtype=torch.float64)
+            weights = torch.tensor(
+                exit_weights(budget, [costs[place] for place in kept]), dtype=torch.float64
+            )
             right[rows] = (weights[:, None] * hits[exits[kept]][:, rows].double()).sum(0)
         return right
 
@@ -63,13 +65,22 @@ def exits_under(policy: AnyPolicy, recording: Recording) -> Int[Tensor, "N"]:
     if isinstance(policy, MixedPolicy):
         cheap, dear = (exits_under(part, recording) for part in (policy.cheap, policy.dear))
         return torch.where(policy.drawn(len(recording.labels)), dear, cheap)
-    return policy.exits_on(recording) if isinstance(policy, GatePolicy) else policy.exits_of(recording.outputs)
+    return (
+        policy.exits_on(recording)
+        if isinstance(policy, GatePolicy)
+        else policy.exits_of(recording.outputs)
+    )
 
 
 def outcome(
-    policy: AnyPolicy, recording: Recording, costs: CostProfile, *, cost: Cost = "time", statistic: Statistic = "mean",
+    policy: AnyPolicy,
+    recording: Recording,
+    costs: CostProfile,
+    *,
+    cost: Cost = "time",
+    statistic: Statistic = "mean",
     batch_size: int = 1,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """What a policy does to a recording.
 
     Args:
@@ -93,31 +104,48 @@ def outcome(
     heads, count = policy.open_exits(), costs.num_exits
     options = {"statistic": statistic, "batch_size": batch_size}
     exits = exits_under(policy, recording)
-    gates = _float(policy.added_s() if isinstance(policy, GatePolicy) and cost == "time" else (0.0,) * count)
+    gates = _float(
+        policy.added_s() if isinstance(policy, GatePolicy) and cost == "time" else (0.0,) * count
+    )
     looked_at = _float(costs.cumulative(cost, "interruptible", heads=heads, **options)) + gates  # type: ignore[arg-type]
     posted = _float(costs.cumulative(cost, "interruptible", **options)) + gates  # type: ignore[arg-type]
     return Outcome(
-        exits=exits, visited=torch.arange(count) <= exits[:, None], contract_s=looked_at[exits],
-        interruptible_s=posted.expand(len(exits), -1), macs=_float(costs.cumulative_macs("interruptible", heads))[exits],
-    )  # fmt: skip
+        exits=exits,
+        visited=torch.arange(count) <= exits[:, None],
+        contract_s=looked_at[exits],
+        interruptible_s=posted.expand(len(exits), -1),
+        macs=_float(costs.cumulative_macs("interruptible", heads))[exits],
+    )
 
 
 def _routed(
-    policy: SelectionPolicy, recording: Recording, costs: CostProfile, cost: Cost, statistic: Statistic, batch_size: int
+    policy: SelectionPolicy,
+    recording: Recording,
+    costs: CostProfile,
+    cost: Cost,
+    statistic: Statistic,
+    batch_size: int,
 ) -> Outcome:
     route = policy.route(recording.outputs, recording.features)
     if cost == "time":
         node_s = _float(node_times_s(costs, statistic=statistic, batch_size=batch_size))
-        decided_s = policy.gate_s * _float([node in policy.decisions for node in range(costs.num_exits)])
+        decided_s = policy.gate_s * _float(
+            [node in policy.decisions for node in range(costs.num_exits)]
+        )
     else:
         stages, heads = costs.parts(cost)
         node_s, decided_s = _float(stages) + _float(heads), torch.zeros(costs.num_exits)
     so_far = (route.visited * (node_s + decided_s)).cumsum(1)
-    macs = _float([stage + head for stage, head in zip(costs.stage_macs, costs.head_macs, strict=True)])
+    macs = _float(
+        [stage + head for stage, head in zip(costs.stage_macs, costs.head_macs, strict=True)]
+    )
     return Outcome(
-        exits=route.answering, visited=route.visited, contract_s=so_far[:, -1], interruptible_s=so_far,
+        exits=route.answering,
+        visited=route.visited,
+        contract_s=so_far[:, -1],
+        interruptible_s=so_far,
         macs=route.visited.double() @ macs,
-    )  # fmt: skip
+    )
 
 
 def _merged(one: Outcome, other: Outcome, is_one: Bool[Tensor, "N"]) -> Outcome:
@@ -125,23 +153,33 @@ def _merged(one: Outcome, other: Outcome, is_one: Bool[Tensor, "N"]) -> Outcome:
         return torch.where(is_one[:, None] if first.dim() == 2 else is_one, first, second)
 
     return Outcome(
-        exits=pick(one.exits, other.exits), visited=pick(one.visited, other.visited),
-        contract_s=pick(one.contract_s, other.contract_s), macs=pick(one.macs, other.macs),
+        exits=pick(one.exits, other.exits),
+        visited=pick(one.visited, other.visited),
+        contract_s=pick(one.contract_s, other.contract_s),
+        macs=pick(one.macs, other.macs),
         interruptible_s=pick(one.interruptible_s, other.interruptible_s),
-    )  # fmt: skip
+    )
 
 
-def node_times_s(costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1) -> tuple[float, ...]:
+def node_times_s(
+    costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
+) -> tuple[float, ...]:
     """Seconds of each network of a cascade that was profiled without a router: what `fit_selection` asks for.
 
     Raises:
         PolicyError: if one takes no time.
     """
     batch = costs.at(batch_size)
-    parts = zip(batch.stages, batch.heads, strict=True)  # a head is the handing over of an output that is there
-    times = tuple(stage.of_statistic(statistic) + head.of_statistic(statistic) for stage, head in parts)
+    parts = zip(
+        batch.stages, batch.heads, strict=True
+    )  # a head is the handing over of an output that is there
+    times = tuple(
+        stage.of_statistic(statistic) + head.of_statistic(statistic) for stage, head in parts
+    )
     if not all(time > 0.0 for time in times):
-        raise PolicyError(f"networks that take {times} s; measure the cascade again, without a router.")
+        raise PolicyError(
+            f"networks that take {times} s; measure the cascade again, without a router."
+        )
     return times
 
 

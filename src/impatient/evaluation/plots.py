@@ -23,9 +23,28 @@ from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.files import written_whole
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on white and on black
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9"
-INK, PAPER, MUTED, WHITE = "#22262b", "#ffffff", "#808890", "#fefefe"  # ink and paper are the page's; white is always white
-POLICY_LOOKS = [(ORANGE, "s"), (GREEN, "D"), (PURPLE, "v"), (SKY, "<"), (VERMILION, ">"), (MUTED, "h")]
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#d55e00",
+    "#cc79a7",
+    "#56b4e9",
+)
+INK, PAPER, MUTED, WHITE = (
+    "#22262b",
+    "#ffffff",
+    "#808890",
+    "#fefefe",
+)  # ink and paper are the page's; white is always white
+POLICY_LOOKS = [
+    (ORANGE, "s"),
+    (GREEN, "D"),
+    (PURPLE, "v"),
+    (SKY, "<"),
+    (VERMILION, ">"),
+    (MUTED, "h"),
+]
 FREE_LOOKS = [(VERMILION, "*"), (INK, "X")]
 STATIC_MARKERS = ["^", "p", "d"]
 WIDTH_INCHES = 7.2  # 720 px at 100 dpi, the width of a page of text
@@ -34,20 +53,42 @@ SHADE = 0.22  # share of the height that the budgets take
 MOST_PANELS, PANEL_COLUMNS = 8, 4
 
 _STYLE: Any = {
-    "axes.axisbelow": True, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.grid": False, "axes.labelcolor": INK,
-    "axes.labelsize": 10.5, "axes.linewidth": 0.8, "axes.spines.right": False, "axes.spines.top": False,
-    "figure.facecolor": PAPER, "font.family": ["DejaVu Sans"], "font.size": 10.0,
-    "grid.alpha": 0.28, "grid.color": MUTED, "grid.linewidth": 0.7, "legend.fontsize": 9.5, "legend.frameon": False,
-    "svg.fonttype": "none", "svg.hashsalt": "impatient", "text.color": INK, "text.parse_math": False, "text.usetex": False,
-    "xtick.color": MUTED, "xtick.labelcolor": INK, "ytick.color": MUTED, "ytick.labelcolor": INK,
-}  # fmt: skip
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": False,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10.5,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": PAPER,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "grid.alpha": 0.28,
+    "grid.color": MUTED,
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "impatient",
+    "text.color": INK,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "xtick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+}
 
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
     """This module's look while figures are made or written; the caller's own settings come back afterwards."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from font"
+        )  # names may be in any script
         yield
 
 
@@ -64,11 +105,15 @@ def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = No
         right = _limits(axes, evaluation, budget)
         axes.grid(axis="y")
         _draw_exits(axes, evaluation.of("exit"), right)
-        for row, (colour, marker) in zip(evaluation.of("policy"), POLICY_LOOKS * len(evaluation.rows), strict=False):
+        for row, (colour, marker) in zip(
+            evaluation.of("policy"), POLICY_LOOKS * len(evaluation.rows), strict=False
+        ):
             _point(axes, row, f"policy {row.name}", colour, marker, 7.5)
         for row, (colour, marker) in zip(evaluation.of("exit_free"), FREE_LOOKS, strict=False):
             _point(axes, row, row.name, colour, marker, 14.0 if marker == "*" else 9.5)
-        for row, marker in zip(evaluation.of("static"), STATIC_MARKERS * len(evaluation.rows), strict=False):
+        for row, marker in zip(
+            evaluation.of("static"), STATIC_MARKERS * len(evaluation.rows), strict=False
+        ):
             _point(axes, row, row.name, MUTED, marker, 8.0)
         for row in evaluation.of("oracle"):
             _point(axes, row, "oracle: cheapest right exit", MUTED, "P", 8.0)
@@ -83,15 +128,31 @@ def exit_shares(evaluation: Evaluation) -> Figure:
     rows = [*evaluation.of("policy"), *evaluation.of("oracle")]
     exits = len(evaluation.of("exit"))
     with styled():
-        figure, axes = _figure(_shares_title(evaluation), 1.7 + 0.42 * len(rows) + 0.22 * math.ceil(exits / 6))
+        figure, axes = _figure(
+            _shares_title(evaluation), 1.7 + 0.42 * len(rows) + 0.22 * math.ceil(exits / 6)
+        )
         left = np.zeros(len(rows))
         for exit, colour in enumerate(_shades(exits)):
             shares = np.array([row.shares[exit] for row in rows])
-            axes.barh(range(len(rows)), shares, left=left, height=0.66, color=colour, edgecolor=PAPER, label=f"exit {exit}")
+            axes.barh(
+                range(len(rows)),
+                shares,
+                left=left,
+                height=0.66,
+                color=colour,
+                edgecolor=PAPER,
+                label=f"exit {exit}",
+            )
             for place, (share, start) in enumerate(zip(shares, left, strict=True)):
                 if share >= 0.05:
                     axes.text(
-                        start + share / 2, place, percent(share, 0), ha="center", va="center", color=_on(colour), size=9.5
+                        start + share / 2,
+                        place,
+                        percent(share, 0),
+                        ha="center",
+                        va="center",
+                        color=_on(colour),
+                        size=9.5,
                     )
             left += shares
         axes.set_yticks(range(len(rows)), [_short(row.name, 28) for row in rows])
@@ -110,20 +171,45 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
     batch = costs.at(batch_size)
     with styled():
         figure, axes = _figure(_costs_title(costs, batch_size), 1.9 + 0.36 * costs.num_exits)
-        rows, stages, heads = np.arange(costs.num_exits), _ms(batch.stages, "mean"), _ms(batch.heads, "mean")
+        rows, stages, heads = (
+            np.arange(costs.num_exits),
+            _ms(batch.stages, "mean"),
+            _ms(batch.heads, "mean"),
+        )
         ends = np.cumsum(stages + heads)
-        axes.barh(rows, stages, left=ends - heads - stages, height=0.62, color=BLUE, label="stage, mean")
+        axes.barh(
+            rows, stages, left=ends - heads - stages, height=0.62, color=BLUE, label="stage, mean"
+        )
         axes.barh(rows, heads, left=ends - heads, height=0.62, color=ORANGE, label="head, mean")
         slow = np.maximum(_ms(batch.stages, "p99") + _ms(batch.heads, "p99") - stages - heads, 0.0)
-        axes.errorbar(ends, rows, xerr=[0 * slow, slow], fmt="none", ecolor=MUTED, elinewidth=1.1, capsize=3, label="to p99")
+        axes.errorbar(
+            ends,
+            rows,
+            xerr=[0 * slow, slow],
+            fmt="none",
+            ecolor=MUTED,
+            elinewidth=1.1,
+            capsize=3,
+            label="to p99",
+        )
         whole = batch.exit_free.mean * 1e3
-        axes.axvline(whole, color=VERMILION, linewidth=1.6, linestyle=(0, (5, 2)), label="untouched backbone, mean")
+        axes.axvline(
+            whole,
+            color=VERMILION,
+            linewidth=1.6,
+            linestyle=(0, (5, 2)),
+            label="untouched backbone, mean",
+        )
         _clip(axes, ends + slow, max(float(ends[-1]), whole))
-        axes.set_yticks(rows, [f"exit {k}: {_tail(name, 20)}" for k, name in enumerate(costs.exits)])
+        axes.set_yticks(
+            rows, [f"exit {k}: {_tail(name, 20)}" for k, name in enumerate(costs.exits)]
+        )
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        axes.set_xlabel(f"time since the start, ms (batch size {batch_size}, n = {batch.exit_free.n})")
+        axes.set_xlabel(
+            f"time since the start, ms (batch size {batch_size}, n = {batch.exit_free.n})"
+        )
         _legend(figure, axes, "stage,", "head,", "to", columns=4)
     return figure
 
@@ -135,13 +221,17 @@ def accuracy_confidence(found: ClassConfidence) -> Figure:
     interval, and what single samples alone would bring it to. A class above the diagonal is answered better than the exit is
     sure of it.
     """
-    shown = np.unique(np.linspace(0, len(found.exits) - 1, MOST_PANELS).round().astype(int)).tolist()
+    shown = np.unique(
+        np.linspace(0, len(found.exits) - 1, MOST_PANELS).round().astype(int)
+    ).tolist()
     columns = min(PANEL_COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     x, y = (100.0 * values[shown].numpy() for values in (found.confidence, found.accuracy))
     low = 10.0 * min(math.floor(float(np.nanmin([x, y])) / 10.0), 9)  # one scale for all panels
     with styled():
-        figure = _blank(_classes_title(found), 1.0 + rows * (min(WIDTH_INCHES / columns, 3.0) + 0.2))
+        figure = _blank(
+            _classes_title(found), 1.0 + rows * (min(WIDTH_INCHES / columns, 3.0) + 0.2)
+        )
         figure.supxlabel("mean probability of the true class, %", size=10.5)
         figure.supylabel("accuracy, %", size=10.5)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -153,9 +243,26 @@ def accuracy_confidence(found: ClassConfidence) -> Figure:
         for axes, exit, confidence, accuracy in zip(panels, shown, x, y, strict=False):
             axes.set_title(_correlations(found, exit), size=8.5, loc="left")
             axes.grid()
-            axes.axline((100.0, 100.0), slope=1.0, color=MUTED, linewidth=1.0, linestyle=(0, (5, 2)), zorder=1)
-            axes.plot(confidence, accuracy, linestyle="none", marker="o", markersize=5, color=BLUE, alpha=0.6,
-                      markeredgewidth=0.0, clip_on=False, zorder=3)  # fmt: skip
+            axes.axline(
+                (100.0, 100.0),
+                slope=1.0,
+                color=MUTED,
+                linewidth=1.0,
+                linestyle=(0, (5, 2)),
+                zorder=1,
+            )
+            axes.plot(
+                confidence,
+                accuracy,
+                linestyle="none",
+                marker="o",
+                markersize=5,
+                color=BLUE,
+                alpha=0.6,
+                markeredgewidth=0.0,
+                clip_on=False,
+                zorder=3,
+            )
     return figure
 
 
@@ -167,7 +274,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
-        raise StorageError(f"cannot write a figure as {Path(path).name!r}; needed: a name that ends in .png or .svg.")
+        raise StorageError(
+            f"cannot write a figure as {Path(path).name!r}; needed: a name that ends in .png or .svg."
+        )
     # dates and versions inside would make equal figures differ
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with styled(), written_whole(path) as temporary:
@@ -189,9 +298,17 @@ def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
     """A legend below the axes, where it hides nothing; labels that begin with a word of `first` lead."""
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     rank = {word: place for place, word in enumerate(first)}
-    handles, labels = zip(*sorted(entries, key=lambda entry: rank.get(entry[1].split()[0], len(rank))), strict=True)
+    handles, labels = zip(
+        *sorted(entries, key=lambda entry: rank.get(entry[1].split()[0], len(rank))), strict=True
+    )
     figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, handletextpad=0.5, columnspacing=1.4, borderaxespad=0.3
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=columns,
+        handletextpad=0.5,
+        columnspacing=1.4,
+        borderaxespad=0.3,
     )
 
 
@@ -201,12 +318,24 @@ def _clip(axes: Axes, slow_ends: np.ndarray, longest: float) -> None:
     axes.set_xlim(0.0, right)
     for row, end in enumerate(slow_ends):
         if end > right:
-            axes.text(right, row - 0.08, f"{end:.3g} ms \N{RIGHTWARDS ARROW}", ha="right", va="bottom", size=8.5)
+            axes.text(
+                right,
+                row - 0.08,
+                f"{end:.3g} ms \N{RIGHTWARDS ARROW}",
+                ha="right",
+                va="bottom",
+                size=8.5,
+            )
 
 
 def _limits(axes: Axes, evaluation: Evaluation, budget: tuple[str, Budget] | None) -> float:
     """Set the scales of the accuracy-time plot; returns the right end, ms."""
-    times = [time * 1e3 for row in evaluation.rows for time in (row.contract_s, row.interruptible_s) if time > 0.0]
+    times = [
+        time * 1e3
+        for row in evaluation.rows
+        for time in (row.contract_s, row.interruptible_s)
+        if time > 0.0
+    ]
     first, last = min(times), max(times)
     # budgets beyond twice the last exit change nothing that is drawn
     right = max(1.06 * last, min(budget[1].high * 1e3, 2.0 * last) if budget else 0.0)
@@ -218,13 +347,20 @@ def _limits(axes: Axes, evaluation: Evaluation, budget: tuple[str, Budget] | Non
         axes.set_xlim(first / 1.4, right)
     else:
         axes.set_xlim(0.0, right)
-    bounds = [bound for row in evaluation.rows for bound in (row.accuracy.low, row.accuracy.high) if math.isfinite(bound)]
+    bounds = [
+        bound
+        for row in evaluation.rows
+        for bound in (row.accuracy.low, row.accuracy.high)
+        if math.isfinite(bound)
+    ]
     low, high = min(bounds), min(max(bounds), 1.0)
     room = max(high - low, 0.01)
     shaded = budget is not None and budget[1].shape != "point"
     axes.set_ylim(low - room * (SHADE + 0.1 if shaded else 0.06), high + 0.05 * room)
     ticks = MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(*axes.get_ylim())
-    axes.set_yticks([tick for tick in ticks if axes.get_ylim()[0] <= tick <= 1.0 + 1e-9 and tick >= 0.0])
+    axes.set_yticks(
+        [tick for tick in ticks if axes.get_ylim()[0] <= tick <= 1.0 + 1e-9 and tick >= 0.0]
+    )
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     return right
 
@@ -233,26 +369,71 @@ def _draw_exits(axes: Axes, rows: Sequence[Row], right: float) -> None:
     times = [row.interruptible_s * 1e3 for row in rows]
     held = [row.accuracy.value for row in rows]
     axes.step([*times, right], [*held, held[-1]], where="post", color=BLUE, linewidth=1.8, zorder=3)
-    _points(axes, rows, times, label="exits, all heads run", color=BLUE, marker="o", markersize=11, elinewidth=1.2, zorder=4)
+    _points(
+        axes,
+        rows,
+        times,
+        label="exits, all heads run",
+        color=BLUE,
+        marker="o",
+        markersize=11,
+        elinewidth=1.2,
+        zorder=4,
+    )
     contract = [row.contract_s * 1e3 for row in rows]
     axes.plot(
-        contract, held, linestyle="none", marker="o", markersize=6, markerfacecolor=PAPER, markeredgecolor=BLUE, alpha=0.75,
-        zorder=3.5, label="exits, only that head runs",
-    )  # fmt: skip
+        contract,
+        held,
+        linestyle="none",
+        marker="o",
+        markersize=6,
+        markerfacecolor=PAPER,
+        markeredgecolor=BLUE,
+        alpha=0.75,
+        zorder=3.5,
+        label="exits, only that head runs",
+    )
     for index, place in enumerate(zip(times, held, strict=True)):
-        axes.annotate(f"{index}", place, color=WHITE, ha="center", va="center_baseline", size=8.5, weight="bold", zorder=4.5)
+        axes.annotate(
+            f"{index}",
+            place,
+            color=WHITE,
+            ha="center",
+            va="center_baseline",
+            size=8.5,
+            weight="bold",
+            zorder=4.5,
+        )
 
 
 def _point(axes: Axes, row: Row, label: str, colour: str, marker: str, size: float) -> None:
-    _points(axes, [row], [row.contract_s * 1e3], label=_short(label, 40), color=colour, marker=marker, markersize=size,
-            markeredgecolor=PAPER, markeredgewidth=0.8, elinewidth=1.1, zorder=5)  # fmt: skip
+    _points(
+        axes,
+        [row],
+        [row.contract_s * 1e3],
+        label=_short(label, 40),
+        color=colour,
+        marker=marker,
+        markersize=size,
+        markeredgecolor=PAPER,
+        markeredgewidth=0.8,
+        elinewidth=1.1,
+        zorder=5,
+    )
 
 
 def _points(axes: Axes, rows: Sequence[Row], times: Sequence[float], **look: Any) -> None:
     values = np.array([row.accuracy.value for row in rows])
     low = values - [row.accuracy.low for row in rows]
     high = np.array([row.accuracy.high for row in rows]) - values
-    axes.errorbar(times, values, yerr=np.nan_to_num([low, high], posinf=0.0), linestyle="none", capsize=0, **look)
+    axes.errorbar(
+        times,
+        values,
+        yerr=np.nan_to_num([low, high], posinf=0.0),
+        linestyle="none",
+        capsize=0,
+        **look,
+    )
 
 
 def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
@@ -260,7 +441,14 @@ def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
     left, right = axes.get_xlim()
     label, logarithmic = f"budgets: {_short(name, 30)}", axes.get_xscale() == "log"
     if budget.shape == "point":
-        axes.axvline(budget.high * 1e3, color=MUTED, linewidth=1.4, linestyle=(0, (2, 2)), label=label, zorder=1)
+        axes.axvline(
+            budget.high * 1e3,
+            color=MUTED,
+            linewidth=1.4,
+            linestyle=(0, (2, 2)),
+            label=label,
+            zorder=1,
+        )
         return
     bottom = axes.twinx()
     bottom.set_axis_off()
@@ -280,7 +468,10 @@ def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
 def _curve_title(evaluation: Evaluation) -> str:
     exits, alone = evaluation.of("exit"), evaluation.of("exit_free")
     ends = [exits[0], exits[-1]] if len(exits) > 1 else [exits[0]]
-    title = ", ".join(f"{percent(row.accuracy.value)} right after {milliseconds(row.interruptible_s)}" for row in ends)
+    title = ", ".join(
+        f"{percent(row.accuracy.value)} right after {milliseconds(row.interruptible_s)}"
+        for row in ends
+    )
     if not alone:
         return title
     return f"{title};\nwithout exits {percent(alone[-1].accuracy.value)} after {milliseconds(alone[-1].contract_s)}"
@@ -294,7 +485,10 @@ def _shares_title(evaluation: Evaluation) -> str:
 
 
 def _costs_title(costs: CostProfile, batch_size: int) -> str:
-    whole, staged = costs.exit_free_s(batch_size=batch_size), costs.interruptible_s(batch_size=batch_size)[-1]
+    whole, staged = (
+        costs.exit_free_s(batch_size=batch_size),
+        costs.interruptible_s(batch_size=batch_size)[-1],
+    )
     more = staged / whole - 1.0
     change = f"{percent(more, 0)} more than" if more >= 0.005 else "no more than"
     return f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched backbone's {milliseconds(whole)}"
@@ -311,7 +505,10 @@ def _correlations(found: ClassConfidence, exit: int) -> str:
     over_classes, over_samples = found.correlations[exit], found.sample_correlations[exit]
     lines = [f"exit {exit}, no r", ""]
     if over_classes:
-        lines = [f"exit {exit}, r = {over_classes.value:.2f}", f"({over_classes.low:.2f} to {over_classes.high:.2f})"]
+        lines = [
+            f"exit {exit}, r = {over_classes.value:.2f}",
+            f"({over_classes.low:.2f} to {over_classes.high:.2f})",
+        ]
     return "\n".join([*lines, f"over samples {over_samples.value:.2f}" if over_samples else ""])
 
 
@@ -323,7 +520,11 @@ def percent(share: float, digits: int = 1) -> str:
 def milliseconds(seconds: float) -> str:
     """A time for people: three digits, with its unit."""
     number = seconds * 1e3
-    return f"{number:#.3g}".rstrip(".") + "\N{NO-BREAK SPACE}ms" if number < 1e3 else f"{number:.0f}\N{NO-BREAK SPACE}ms"
+    return (
+        f"{number:#.3g}".rstrip(".") + "\N{NO-BREAK SPACE}ms"
+        if number < 1e3
+        else f"{number:.0f}\N{NO-BREAK SPACE}ms"
+    )
 
 
 def _ms(parts: Sequence[Any], statistic: str) -> np.ndarray:
@@ -348,8 +549,12 @@ def _on(colour: str) -> str:
 
 def _short(text: str, most: int) -> str:
     text = text if len(text) <= most else f"{text[: most - 1]}…"
-    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides labels that start with _
+    return (
+        f"\u200b{text}" if text.startswith("_") else text
+    )  # matplotlib hides labels that start with _
 
 
 def _tail(text: str, most: int) -> str:
-    return text if len(text) <= most else f"…{text[1 - most :]}"  # the end of a module's name tells it from its neighbours
+    return (
+        text if len(text) <= most else f"…{text[1 - most :]}"
+    )  # the end of a module's name tells it from its neighbours

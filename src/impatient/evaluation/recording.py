@@ -82,7 +82,9 @@ class Recording:
                 )
         classes = self.outputs.shape[2]
         if int(self.labels.min()) < 0 or int(self.labels.max()) >= classes:
-            raise RecordingError(f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for {classes} outputs.")
+            raise RecordingError(
+                f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for {classes} outputs."
+            )
 
     def hits(self) -> Float[Tensor, "K N"]:
         """1 where an exit is right, else 0."""
@@ -92,7 +94,12 @@ class Recording:
         """Write as safetensors with a JSON header."""
         tensors = {"outputs": self.outputs, "labels": self.labels}
         tensors |= {f"features/{index}": entry for index, entry in enumerate(self.features)}
-        header = {"kind": "recording", "split": self.split, "exits": self.exits, "provenance": self.provenance.to_json()}
+        header = {
+            "kind": "recording",
+            "split": self.split,
+            "exits": self.exits,
+            "provenance": self.provenance.to_json(),
+        }
         write_tensors(path, tensors, header)
 
     @classmethod
@@ -106,11 +113,17 @@ class Recording:
         try:
             features = tuple(tensors[f"features/{index}"] for index in range(len(tensors) - 2))
             return cls(
-                outputs=tensors["outputs"], labels=tensors["labels"], split=header["split"], exits=tuple(header["exits"]),
-                features=features, provenance=Provenance.from_json(header["provenance"]),
-            )  # fmt: skip
+                outputs=tensors["outputs"],
+                labels=tensors["labels"],
+                split=header["split"],
+                exits=tuple(header["exits"]),
+                features=features,
+                provenance=Provenance.from_json(header["provenance"]),
+            )
         except KeyError as error:
-            raise RecordingError(f"{path} is not a recording (it lacks {error}); make one with `impatient record`.") from error
+            raise RecordingError(
+                f"{path} is not a recording (it lacks {error}); make one with `impatient record`."
+            ) from error
 
 
 def record(
@@ -142,7 +155,9 @@ def record(
     labels = []
     batches = data.batches(split, batch_size)
     count = -(-data.size(split) // batch_size)
-    for inputs, targets in track(batches, f"recording {split}", total=count, transient=True, disable=not progress):
+    for inputs, targets in track(
+        batches, f"recording {split}", total=count, transient=True, disable=not progress
+    ):
         with torch.inference_mode(), network.exits(inputs.to(device)) as run:
             for exit in run:
                 outputs[exit.index].append(exit.output().float().cpu())
@@ -151,14 +166,19 @@ def record(
         labels.append(targets)
     answered = [sum(map(len, parts)) for parts in outputs]
     if len(set(answered)) > 1:
-        raise RecordingError(f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
-                             "come to every exit.")  # fmt: skip
+        raise RecordingError(
+            f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
+            "come to every exit."
+        )
     engine, state = getattr(network, "engine", "eager"), network.state_dict()
     known: Any = {"network": fingerprint_structure(state), "weights": fingerprint_tensors(state)}
     if engine != "eager":  # an engine keeps no tensors, but knows what it was made from
         known = {"network": network.structure, "weights": network.weights, "engine": engine}  # type: ignore[attr-defined]
     return Recording(
-        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(), labels=torch.cat(labels), split=split,
-        exits=network.exit_names, features=tuple(torch.cat(parts) for parts in kept) if features else (),
+        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(),
+        labels=torch.cat(labels),
+        split=split,
+        exits=network.exit_names,
+        features=tuple(torch.cat(parts) for parts in kept) if features else (),
         provenance=provenance(data=data.fingerprint, device=device, **known),
-    )  # fmt: skip
+    )

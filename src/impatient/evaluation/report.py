@@ -56,14 +56,18 @@ class Example:
     score: float
 
 
-def select_examples(recording: Recording, policy: AnyPolicy, count: int = 8) -> tuple[list[int], list[int]]:
+def select_examples(
+    recording: Recording, policy: AnyPolicy, count: int = 8
+) -> tuple[list[int], list[int]]:
     """Samples that left first, the surest ahead, and samples that stayed longest, the least sure ahead; none is in both.
 
     Returns:
         Two lists of at most `count` indices into the recording.
     """
     exits = exits_under(policy, recording)
-    scores = SCORES[score_of(policy)](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
+    scores = (
+        SCORES[score_of(policy)](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
+    )
     order = np.lexsort((-scores, exits.numpy()))
     early = order[: min(count, (len(order) + 1) // 2)]
     late = order[len(early) :][::-1][:count]
@@ -79,15 +83,29 @@ def figure_svg(figure: Figure) -> str:
     """A figure as inline SVG for a page: text stays text, ink and paper follow the page, equal figures give equal text."""
     stream = io.StringIO()
     with styled():
-        figure.savefig(stream, format="svg", facecolor="none", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            stream,
+            format="svg",
+            facecolor="none",
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(INK, "currentColor").replace(PAPER, "var(--paper, #ffffff)").replace(BLUE, f"var(--blue, {BLUE})")
+    svg = (
+        svg.replace(INK, "currentColor")
+        .replace(PAPER, "var(--paper, #ffffff)")
+        .replace(BLUE, f"var(--blue, {BLUE})")
+    )
     # matplotlib's ids are unique in a figure, not on a page
     mark = f"f{fingerprint_bytes(svg.encode())[:8]}-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", svg)
     title = _e(" ".join(text.get_text() for text in figure.texts))
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{_literal(title)}">', svg, count=1)
+    return re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        rf'<svg \1 role="img" aria-label="{_literal(title)}">',
+        svg,
+        count=1,
+    )
 
 
 def report_html(
@@ -114,22 +132,48 @@ def report_html(
     """
     sizes = sorted(costs.batches)
     sections = [
-        _section("Accuracy over time", _CURVE, _figure(accuracy_time(evaluation, chosen_budget)),
-                 _rows_table(evaluation, costs.exits)),
+        _section(
+            "Accuracy over time",
+            _CURVE,
+            _figure(accuracy_time(evaluation, chosen_budget)),
+            _rows_table(evaluation, costs.exits),
+        ),
         _section("When time is short", _BUDGETS, _budgets_table(evaluation, chosen_budget)),
-        _section("Who answers", _SHARES, _figure(exit_shares(evaluation)), _policies_table(policies, costs.exits)),
-        _section("Where the time goes", _COSTS, *(_figure(where_time_goes(costs, size)) + _costs_table(costs, size)
-                                                  for size in sizes)),
-        _section("In other engines", _ENGINES, *(_engine_table(name, *found) for name, found in engines.items()))
-        if engines else "",
-        _section("What is easy and what is hard", _EXAMPLES, _examples("Left early", early), _examples("Stayed longest", late))
-        if early or late else "",
+        _section(
+            "Who answers",
+            _SHARES,
+            _figure(exit_shares(evaluation)),
+            _policies_table(policies, costs.exits),
+        ),
+        _section(
+            "Where the time goes",
+            _COSTS,
+            *(_figure(where_time_goes(costs, size)) + _costs_table(costs, size) for size in sizes),
+        ),
+        _section(
+            "In other engines",
+            _ENGINES,
+            *(_engine_table(name, *found) for name, found in engines.items()),
+        )
+        if engines
+        else "",
+        _section(
+            "What is easy and what is hard",
+            _EXAMPLES,
+            _examples("Left early", early),
+            _examples("Stayed longest", late),
+        )
+        if early or late
+        else "",
         _section("Where this comes from", "", _origins(evaluation, costs, facts or {})),
-    ]  # fmt: skip
+    ]
     return _PAGE.format(
-        title=_e(title), style=_STYLE, headline=_headline(evaluation), sections="\n".join(filter(None, sections)),
+        title=_e(title),
+        style=_STYLE,
+        headline=_headline(evaluation),
+        sections="\n".join(filter(None, sections)),
         version=_e(evaluation.provenance.versions.get("impatient", "")),
-    )  # fmt: skip
+    )
 
 
 _CURVE = (
@@ -193,7 +237,9 @@ def _headline(evaluation: Evaluation) -> str:
     if free:
         text += f" The same network without exits takes {milliseconds(free[0].contract_s)}"
     trained = [row for row in free if "alone" in row.name]
-    alone = f"; trained alone it is right on {percent(trained[0].accuracy.value)}" if trained else ""
+    alone = (
+        f"; trained alone it is right on {percent(trained[0].accuracy.value)}" if trained else ""
+    )
     lines = [_policy_line(row, last, free[0] if free else None) for row in evaluation.of("policy")]
     judged = "".join(f"<li>{line}</li>" for line in lines)
     return f'<p class="lead">{text.removesuffix(".")}{alone}.</p>' + (
@@ -204,7 +250,11 @@ def _headline(evaluation: Evaluation) -> str:
 def _policy_line(row: Row, last: Row, free: Row | None) -> str:
     """What a policy saves in measured time; says so when it saves nothing."""
     points = (row.accuracy.value - last.accuracy.value) * 100
-    accuracy = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if abs(points) >= 0.05 else "as often as"
+    accuracy = (
+        f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+        if abs(points) >= 0.05
+        else "as often as"
+    )
     judged = (
         f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} ({_interval(row.accuracy)}), "
         f"{accuracy} the last exit, in {milliseconds(row.contract_s)} a sample on average"
@@ -222,25 +272,40 @@ def _policy_line(row: Row, last: Row, free: Row | None) -> str:
 def _than(change: str, what: str) -> str:
     if change == "as much":
         return f"as much {what} as" if what == "time" else f"as many {what}"
-    return f"{change} {what} than" if what == "time" else f"{change.replace('less', 'fewer')} {what}"
+    return (
+        f"{change} {what} than" if what == "time" else f"{change.replace('less', 'fewer')} {what}"
+    )
 
 
 def _section(heading: str, note: str, *parts: str) -> str:
     explained = f'<p class="note">{_e(note)}</p>' if note else ""
-    return f"<section>\n<h2>{_e(heading)}</h2>\n{explained}\n" + "\n".join(filter(None, parts)) + "\n</section>"
+    return (
+        f"<section>\n<h2>{_e(heading)}</h2>\n{explained}\n"
+        + "\n".join(filter(None, parts))
+        + "\n</section>"
+    )
 
 
 def _figure(figure: Figure) -> str:
     return f"<figure>{figure_svg(figure)}</figure>"
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", marks: Sequence[str] = ()) -> str:
+def _table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str = "",
+    marks: Sequence[str] = (),
+) -> str:
     """Cells are HTML already; the first of each row names it. `marks` are the rows' classes."""
     head = "".join(f'<th scope="col">{column}</th>' for column in columns)
     body = []
     for index, (name, *cells) in enumerate(rows):
         mark = f' class="{marks[index]}"' if index < len(marks) and marks[index] else ""
-        body.append(f'<tr{mark}><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        body.append(
+            f'<tr{mark}><th scope="row">{name}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+        )
     titled = f"<caption>{caption}</caption>" if caption else ""
     return (
         f'<div class="wide"><table>{titled}<thead><tr>{head}</tr></thead><tbody>\n'
@@ -253,30 +318,66 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
     free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
     places = [f"exit {k} <small>{_e(exit)}</small>" for k, exit in enumerate(exits)]
     names = [*places, *(_e(row.name) for row in evaluation.rows[len(exits) :])]
-    columns = ["", "accuracy", "95 % interval", "probability of the truth", "interruptible, ms", "contract, ms",
-               "against no exits", "MACs", "calibration error"]  # fmt: skip
+    columns = [
+        "",
+        "accuracy",
+        "95 % interval",
+        "probability of the truth",
+        "interruptible, ms",
+        "contract, ms",
+        "against no exits",
+        "MACs",
+        "calibration error",
+    ]
     rows = [
-        (name, percent(row.accuracy.value), _interval(row.accuracy), percent(row.p_true.value) if row.p_true else "",
-         _ms(row.interruptible_s), _ms(row.contract_s), _signed(row.contract_s / free - 1.0 if free else 0.0), _count(row.macs),
-         f"{row.calibration_error:.3f}")
+        (
+            name,
+            percent(row.accuracy.value),
+            _interval(row.accuracy),
+            percent(row.p_true.value) if row.p_true else "",
+            _ms(row.interruptible_s),
+            _ms(row.contract_s),
+            _signed(row.contract_s / free - 1.0 if free else 0.0),
+            _count(row.macs),
+            f"{row.calibration_error:.3f}",
+        )
         for name, row in zip(names, evaluation.rows, strict=True)
-    ]  # fmt: skip
+    ]
     caption = (
         f"Every way to answer, judged on {evaluation.samples} samples. Contract: only heads that are looked at run; "
         "“against no exits” compares this time with the untouched backbone's."
     )
-    return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(evaluation)
+    return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(
+        evaluation
+    )
 
 
 def _engine_table(name: str, rows: Sequence[Beside], evaluation: Evaluation) -> str:
-    columns = ["", "accuracy", "95 % interval", "in torch", "95 % interval", "difference, points", "95 % interval",
-               "same answer", "contract, ms"]  # fmt: skip
+    columns = [
+        "",
+        "accuracy",
+        "95 % interval",
+        "in torch",
+        "95 % interval",
+        "difference, points",
+        "95 % interval",
+        "same answer",
+        "contract, ms",
+    ]
     cells = [
-        (f"exit {row.exit} <small>{_e(row.name)}</small>", percent(row.accuracy.value), _interval(row.accuracy),
-         percent(row.reference.value), _interval(row.reference), _points(row.difference.value),
-         f"{_points(row.difference.low)} to {_points(row.difference.high)}", percent(row.same.value), _ms(judged.contract_s))
+        (
+            f"exit {row.exit} <small>{_e(row.name)}</small>",
+            percent(row.accuracy.value),
+            _interval(row.accuracy),
+            percent(row.reference.value),
+            _interval(row.reference),
+            _points(row.difference.value),
+            f"{_points(row.difference.low)} to {_points(row.difference.high)}",
+            percent(row.same.value),
+            _ms(judged.contract_s),
+        )
         for row, judged in zip(rows, evaluation.of("exit"), strict=True)
-    ]  # fmt: skip
+    ]
     return _table(columns, cells, f"{_e(name)}, on the same {evaluation.samples} samples.")
 
 
@@ -287,33 +388,69 @@ def _points(share: float) -> str:
 def _real_table(evaluation: Evaluation) -> str:
     """Measured beside predicted times, where samples were really answered."""
     rows = [
-        (_e(row.name), _ms(row.real.mean_s.value), f"{_ms(row.real.mean_s.low)} to {_ms(row.real.mean_s.high)}",
-         _ms(row.real.predicted_s), f"{row.real.mean_s.value / row.real.predicted_s:.2f}", str(row.real.samples))
-        for row in evaluation.rows if row.real is not None
-    ]  # fmt: skip
+        (
+            _e(row.name),
+            _ms(row.real.mean_s.value),
+            f"{_ms(row.real.mean_s.low)} to {_ms(row.real.mean_s.high)}",
+            _ms(row.real.predicted_s),
+            f"{row.real.mean_s.value / row.real.predicted_s:.2f}",
+            str(row.real.samples),
+        )
+        for row in evaluation.rows
+        if row.real is not None
+    ]
     if not rows:
         return ""
-    columns = ["", "measured, ms", "95 % interval", "predicted, ms", "measured over predicted", "samples"]
-    return _table(columns, rows, "Test samples really answered, one by one, on the clock of this machine.")
+    columns = [
+        "",
+        "measured, ms",
+        "95 % interval",
+        "predicted, ms",
+        "measured over predicted",
+        "samples",
+    ]
+    return _table(
+        columns, rows, "Test samples really answered, one by one, on the clock of this machine."
+    )
 
 
 def _signed(change: float) -> str:
-    return f"{change * 100:+.0f} %".replace("-", "\N{MINUS SIGN}") if abs(change) >= 0.005 else "0 %"
+    return (
+        f"{change * 100:+.0f} %".replace("-", "\N{MINUS SIGN}") if abs(change) >= 0.005 else "0 %"
+    )
 
 
 def _budgets_table(evaluation: Evaluation, chosen: tuple[str, Budget] | None) -> str:
-    budgets = sorted(evaluation.budgets, key=lambda name: chosen is None or name != chosen[0])  # the chosen one first
+    budgets = sorted(
+        evaluation.budgets, key=lambda name: chosen is None or name != chosen[0]
+    )  # the chosen one first
     names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
     found = {(row.budget, row.name): row for row in evaluation.under_budgets}
     best = {
         budget: max(
-            (found[budget, name].accuracy.value for name in names if _practical(found.get((budget, name)))), default=0.0
+            (
+                found[budget, name].accuracy.value
+                for name in names
+                if _practical(found.get((budget, name)))
+            ),
+            default=0.0,
         )
         for budget in budgets
     }
-    columns = ["", *(f"{_e(name)}<br><small>{_e(_spoken(evaluation.budgets[name]))}</small>" for name in budgets)]
-    rows = [[_e(name), *(_budget_cell(found.get((budget, name)), best[budget]) for budget in budgets)] for name in names]
-    return _table(columns, rows, marks=["oracle" if name == "static oracle" else "" for name in names])
+    columns = [
+        "",
+        *(
+            f"{_e(name)}<br><small>{_e(_spoken(evaluation.budgets[name]))}</small>"
+            for name in budgets
+        ),
+    ]
+    rows = [
+        [_e(name), *(_budget_cell(found.get((budget, name)), best[budget]) for budget in budgets)]
+        for name in names
+    ]
+    return _table(
+        columns, rows, marks=["oracle" if name == "static oracle" else "" for name in names]
+    )
 
 
 def _practical(row: BudgetRow | None) -> bool:
@@ -340,10 +477,16 @@ def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> 
     """One column per policy, since exits may be many."""
     if not policies:
         return ""
-    columns = [(_looks_at(policy), *_target(policy), *_rules(policy, exits)) for policy in policies.values()]
+    columns = [
+        (_looks_at(policy), *_target(policy), *_rules(policy, exits))
+        for policy in policies.values()
+    ]
     names = ["looks at", "fitted on", "asked for", "reached there"]
     names += [f"exit {exit} <small>{_e(name)}</small>" for exit, name in enumerate(exits)]
-    rows = [(name, *map(_e, cells)) for name, cells in zip(names, zip(*columns, strict=True), strict=False)]
+    rows = [
+        (name, *map(_e, cells))
+        for name, cells in zip(names, zip(*columns, strict=True), strict=False)
+    ]
     return _table(["", *map(_e, policies)], rows, _RULES)
 
 
@@ -355,7 +498,11 @@ def _looks_at(policy: AnyPolicy) -> str:
         return policy.score.replace("_", " ")
     if isinstance(policy, SelectionPolicy):
         return "what has run" if policy.inputs == "path" else "the network that has just run"
-    return "a draw, and either policy" if isinstance(policy, MixedPolicy) else f"{policy.inputs} ({policy.learner})"
+    return (
+        "a draw, and either policy"
+        if isinstance(policy, MixedPolicy)
+        else f"{policy.inputs} ({policy.learner})"
+    )
 
 
 def _rules(policy: AnyPolicy, exits: Sequence[str]) -> list[str]:
@@ -363,7 +510,9 @@ def _rules(policy: AnyPolicy, exits: Sequence[str]) -> list[str]:
     if isinstance(policy, ThresholdPolicy):
         return [_bound(threshold) for threshold in policy.thresholds]
     if isinstance(policy, SelectionPolicy):
-        moves = [["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in policy.moves]
+        moves = [
+            ["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in policy.moves
+        ]
         return [" or ".join(row) if row else "nobody comes" for row in moves]
     if isinstance(policy, MixedPolicy):
         return [f"{policy.share:.0%} follow the dearer policy", *[""] * (len(exits) - 1)]
@@ -382,9 +531,18 @@ def _target(policy: AnyPolicy) -> tuple[str, str, str]:
         return policy.split or "set by hand", "", ""
     cost = _amount(target["mean_cost"], getattr(fitted, "cost", "time"))
     wanted = next(
-        (_asked(name, value) for name, value in target.items() if name not in ("mean_cost", "accuracy", "samples")), ""
+        (
+            _asked(name, value)
+            for name, value in target.items()
+            if name not in ("mean_cost", "accuracy", "samples")
+        ),
+        "",
     )
-    return f"{policy.split}, n = {target['samples']:.0f}", wanted, f"{percent(target['accuracy'])} in {cost}"
+    return (
+        f"{policy.split}, n = {target['samples']:.0f}",
+        wanted,
+        f"{percent(target['accuracy'])} in {cost}",
+    )
 
 
 def _asked(name: str, value: float) -> str:
@@ -417,10 +575,23 @@ def _costs_table(costs: CostProfile, batch_size: int) -> str:
     rows: list[tuple[str, ...]] = []
     for exit, name in enumerate(costs.exits):
         size, more = costs.stage_macs[exit], costs.head_macs[exit]
-        rows.append((f"stage {exit} <small>to {_e(name)}</small>", *_times(batch.stages[exit]), _count(size),
-                     f"{costs.stage_parameters[exit]:,}"))  # fmt: skip
+        rows.append(
+            (
+                f"stage {exit} <small>to {_e(name)}</small>",
+                *_times(batch.stages[exit]),
+                _count(size),
+                f"{costs.stage_parameters[exit]:,}",
+            )
+        )
         if batch.heads[exit].max or more or costs.head_parameters[exit]:
-            rows.append((f"head {exit}", *_times(batch.heads[exit]), _count(more), f"{costs.head_parameters[exit]:,}"))
+            rows.append(
+                (
+                    f"head {exit}",
+                    *_times(batch.heads[exit]),
+                    _count(more),
+                    f"{costs.head_parameters[exit]:,}",
+                )
+            )
     total = _count(costs.exit_free_macs)
     rows.append((free, *_times(batch.exit_free), total, f"{sum(costs.stage_parameters):,}"))
     return _table(
@@ -432,13 +603,20 @@ def _costs_table(costs: CostProfile, batch_size: int) -> str:
 
 
 def _times(part: Quantiles) -> tuple[str, ...]:
-    return (*(_ms(time) for time in (part.mean, part.p50, part.p90, part.p99, part.p999, part.max)), f"{part.n}")
+    return (
+        *(_ms(time) for time in (part.mean, part.p50, part.p90, part.p99, part.p999, part.max)),
+        f"{part.n}",
+    )
 
 
 def _examples(heading: str, examples: Sequence[Example]) -> str:
     if not examples:
         return ""
-    return f'<h3>{_e(heading)}</h3>\n<div class="examples">' + "\n".join(map(_card, examples)) + "</div>"
+    return (
+        f'<h3>{_e(heading)}</h3>\n<div class="examples">'
+        + "\n".join(map(_card, examples))
+        + "</div>"
+    )
 
 
 def _card(example: Example) -> str:
@@ -447,7 +625,11 @@ def _card(example: Example) -> str:
         data = base64.b64encode(example.picture).decode("ascii")
         picture = f'<img src="data:image/png;base64,{data}" alt="{_e(example.label)}">'
     right = example.predicted == example.label
-    verdict = f"{_e(example.predicted)} ✓" if right else f"{_e(example.predicted)} ✗ <small>is {_e(example.label)}</small>"
+    verdict = (
+        f"{_e(example.predicted)} ✓"
+        if right
+        else f"{_e(example.predicted)} ✗ <small>is {_e(example.label)}</small>"
+    )
     return (
         f'<figure class="{"right" if right else "wrong"}">{picture}<figcaption>{verdict}<br>'
         f"<small>exit {example.exit}, score {example.score:.3f}</small></figcaption></figure>"
@@ -455,8 +637,16 @@ def _card(example: Example) -> str:
 
 
 def _origins(evaluation: Evaluation, costs: CostProfile, facts: Mapping[str, str]) -> str:
-    judged = {"split": evaluation.split, "samples": str(evaluation.samples), **_origin(evaluation.provenance, machine=False)}
-    parts = [("Network", facts), ("Evaluation", judged), ("Times", _origin(costs.provenance, machine=True))]
+    judged = {
+        "split": evaluation.split,
+        "samples": str(evaluation.samples),
+        **_origin(evaluation.provenance, machine=False),
+    }
+    parts = [
+        ("Network", facts),
+        ("Evaluation", judged),
+        ("Times", _origin(costs.provenance, machine=True)),
+    ]
     return "\n".join(
         f"<h3>{heading}</h3>\n<dl>"
         + "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in entries.items())
@@ -468,9 +658,13 @@ def _origins(evaluation: Evaluation, costs: CostProfile, facts: Mapping[str, str
 
 def _origin(source: Provenance, *, machine: bool) -> dict[str, str]:
     shown = (
-        ("network", "device", "processor", "threads", "dtype", "engine") if machine else ("network", "weights", "data", "seed")
+        ("network", "device", "processor", "threads", "dtype", "engine")
+        if machine
+        else ("network", "weights", "data", "seed")
     )
-    entries = {name: str(getattr(source, name)) for name in shown if getattr(source, name) is not None}
+    entries = {
+        name: str(getattr(source, name)) for name in shown if getattr(source, name) is not None
+    }
     versions = ", ".join(f"{name} {version}" for name, version in source.versions.items())
     return {**entries, "versions": versions, "made": source.created}
 

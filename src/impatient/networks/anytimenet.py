@@ -50,7 +50,9 @@ class SectionedNetwork(nn.Module):
         out: OUT, from the last section's features to the output.
     """
 
-    def __init__(self, stem: nn.Module, sections: Sequence[Iterable[nn.Module]], out: nn.Module) -> None:
+    def __init__(
+        self, stem: nn.Module, sections: Sequence[Iterable[nn.Module]], out: nn.Module
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.sections = nn.ModuleList(nn.ModuleList(blocks) for blocks in sections)
@@ -127,15 +129,26 @@ class BaseResNet(SectionedNetwork):
         torch.Size([2, 10])
     """
 
-    def __init__(self, num_classes: int = 10, blocks: Sequence[int] = (8, 8, 8), width: int = 16, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        blocks: Sequence[int] = (8, 8, 8),
+        width: int = 16,
+        in_channels: int = 3,
+    ) -> None:
         _check_sizes(num_classes=num_classes, blocks=blocks, width=width, in_channels=in_channels)
         widths = [width * 2**section for section in range(len(blocks))]
         sections = []
         for section, count in enumerate(blocks):
             first = BaseBlock(widths[max(section - 1, 0)], widths[section], 2 if section else 1)
-            sections.append([first, *(BaseBlock(widths[section], widths[section]) for _ in range(count - 1))])
+            sections.append(
+                [first, *(BaseBlock(widths[section], widths[section]) for _ in range(count - 1))]
+            )
         out = nn.Sequential(
-            nn.BatchNorm2d(widths[-1], eps=EPSILON), nn.ReLU(), Pool("NCHW"), nn.Linear(widths[-1], num_classes)
+            nn.BatchNorm2d(widths[-1], eps=EPSILON),
+            nn.ReLU(),
+            Pool("NCHW"),
+            nn.Linear(widths[-1], num_classes),
         )
         super().__init__(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), sections, out)
         for module in self.modules():
@@ -146,8 +159,12 @@ class BaseResNet(SectionedNetwork):
 def _check_sizes(*, blocks: object, **sizes: object) -> None:
     listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
     if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
-        given = ", ".join(f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items())
-        raise ModelSpecError(f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one per section.")
+        given = ", ".join(
+            f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
+        )
+        raise ModelSpecError(
+            f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one per section."
+        )
 
 
 # --- what its parts cost ------------------------------------------------------------------------------------------------
@@ -164,7 +181,12 @@ def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
 
 
 def block_times(
-    network: SectionedNetwork, x: Any, *, repeats: int = 50, warm_up: int = 5, clock: Clock = SYSTEM_CLOCK
+    network: SectionedNetwork,
+    x: Any,
+    *,
+    repeats: int = 50,
+    warm_up: int = 5,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> BlockCosts:
     """Seconds that each part takes in eval and inference mode: the median of each, so that one hold-up does not count.
 
@@ -187,13 +209,19 @@ def block_times(
                     torch.cuda.synchronize(features.device)
                 if repeat >= 0:
                     times[name].append(clock.now() - begin)
-    return _by_section({name: statistics.median(measured) for name, measured in times.items()}, network.counts)
+    return _by_section(
+        {name: statistics.median(measured) for name, measured in times.items()}, network.counts
+    )
 
 
 def _by_section(costs: dict[str, float], counts: growth.Counts) -> BlockCosts:
     stem, *inner, out = costs.values()
     blocks = iter(inner)
-    return BlockCosts(stem=stem, sections=tuple(tuple(itertools.islice(blocks, count)) for count in counts), out=out)
+    return BlockCosts(
+        stem=stem,
+        sections=tuple(tuple(itertools.islice(blocks, count)) for count in counts),
+        out=out,
+    )
 
 
 # --- batch norm that knows the iteration --------------------------------------------------------------------------------
@@ -243,9 +271,15 @@ class IterationBatchNorm(_BatchNorm):
             # as torch: without a momentum, the mean of all batches
             momentum = 1.0 / float(self.num_batches_tracked[row]) if momentum is None else momentum
         return F.batch_norm(
-            x, self.running_mean[row], self.running_var[row], self.weight, self.bias,
-            training=self.training, momentum=momentum or 0.0, eps=self.eps,
-        )  # fmt: skip
+            x,
+            self.running_mean[row],
+            self.running_var[row],
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=momentum or 0.0,
+            eps=self.eps,
+        )
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -265,7 +299,10 @@ def _per_row(statistic: Tensor, rows: int) -> Tensor:
 
 def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
     """The module, with an `IterationBatchNorm` in the place of every batch norm that keeps statistics."""
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.track_running_stats:
+    if (
+        isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+        and module.track_running_stats
+    ):
         return IterationBatchNorm(module, iterations)
     for name, child in module.named_children():
         setattr(module, name, _with_own_norms(child, iterations))
@@ -295,11 +332,15 @@ class GrowthRun(Iterator[Exit]):
         last = index == self._network.num_exits - 1
         ambient = self._run.ambient
         try:
-            features = ambient.call(lambda _: self._network._grow(index, self._cached, self._x), first_tensor(self._x))
+            features = ambient.call(
+                lambda _: self._network._grow(index, self._cached, self._x), first_tensor(self._x)
+            )
             if self._keep and not last:
                 features = ambient.call(torch.clone, features)
             self._run.position = index
-            exit = Exit(index, features, partial(self._network._answer, index), self._run, self._keep)
+            exit = Exit(
+                index, features, partial(self._network._answer, index), self._run, self._keep
+            )
             if last:
                 exit.output()  # at once: everywhere in this library the last exit's output costs nothing when asked for
                 self.close()
@@ -399,7 +440,9 @@ class GrowingNetwork(nn.Module):
         self.heads = nn.ModuleList(copy.deepcopy(out) for _ in range(early))
         if norms != "shared":
             self._own_norms()
-            if norms and not any(isinstance(module, IterationBatchNorm) for module in self.modules()):
+            if norms and not any(
+                isinstance(module, IterationBatchNorm) for module in self.modules()
+            ):
                 warnings.warn(
                     "norms='own' changed nothing: no batch norm with running statistics runs in several iterations.",
                     NoEffectWarning,
@@ -463,15 +506,21 @@ class GrowingNetwork(nn.Module):
         with evaluating(self), torch.no_grad(), self.exits(x) as run:
             shape = tuple(next(run).features.shape)
         facts = []
-        for index, (name, macs) in enumerate(zip(self.exit_names, counted.per_iteration, strict=True)):
+        for index, (name, macs) in enumerate(
+            zip(self.exit_names, counted.per_iteration, strict=True)
+        ):
             last = index == self.num_exits - 1
             facts.append(
                 StageFacts(
-                    exit=name, features=shape, head=_head_name(None if last else self._out(index)),
-                    stage_macs=round(macs - (0.0 if last else parts.out)), head_macs=0 if last else round(parts.out),
-                    stage_parameters=0, head_parameters=0,
+                    exit=name,
+                    features=shape,
+                    head=_head_name(None if last else self._out(index)),
+                    stage_macs=round(macs - (0.0 if last else parts.out)),
+                    head_macs=0 if last else round(parts.out),
+                    stage_parameters=0,
+                    head_parameters=0,
                 )
-            )  # fmt: skip
+            )
         return _with_parameters(facts, self._modules_by_use())
 
     def describe(self, x: Any) -> str:
@@ -522,7 +571,9 @@ class GrowingNetwork(nn.Module):
         for section, blocks in enumerate(self.backbone._sections(), start=1):
             for position, block in enumerate(blocks, start=1):
                 if len(iterations[f"S{section}.{position}"]) > 1:
-                    blocks[position - 1] = _with_own_norms(block, iterations[f"S{section}.{position}"])
+                    blocks[position - 1] = _with_own_norms(
+                        block, iterations[f"S{section}.{position}"]
+                    )
         if not self.heads and self.num_exits > 1:
             self.backbone.out = _with_own_norms(self.backbone.out, iterations["OUT"])
 
@@ -531,13 +582,18 @@ class GrowingNetwork(nn.Module):
         parts = self.backbone.parts()
         stages = [[parts[name] for name in names[:-1]] for names in growth.trace(self.schedule)]
         last = [*stages[-1], self.backbone.out]
-        return [*((stage, self._out(index)) for index, stage in enumerate(stages[:-1])), (last, None)]
+        return [
+            *((stage, self._out(index)) for index, stage in enumerate(stages[:-1])),
+            (last, None),
+        ]
 
 
 def _classes(out: nn.Module) -> int:
     width, _ = _last_width(out)
     if width is None:
-        raise NetworkError(f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give num_classes.")
+        raise NetworkError(
+            f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give num_classes."
+        )
     return width
 
 
@@ -548,7 +604,9 @@ def _with_parameters(
     seen: set[int] = set()
 
     def fresh(parts: Iterable[nn.Module]) -> int:
-        found = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters()}
+        found = {
+            id(parameter): parameter.numel() for part in parts for parameter in part.parameters()
+        }
         count = sum(size for key, size in found.items() if key not in seen)
         seen.update(found)
         return count
@@ -596,7 +654,15 @@ class AnytimeNet(GrowingNetwork):
     ) -> None:
         schedule = Schedule.of(schedule)
         whole = BaseResNet(num_classes, schedule.final, width, in_channels)
-        super().__init__(whole.stem, whole.sections, whole.out, schedule, outs=outs, norms=norms, num_classes=num_classes)  # type: ignore[arg-type]  # a list of ModuleLists
+        super().__init__(
+            whole.stem,
+            whole.sections,
+            whole.out,
+            schedule,
+            outs=outs,
+            norms=norms,
+            num_classes=num_classes,
+        )  # type: ignore[arg-type]  # a list of ModuleLists
         self.backbone = whole  # of the same modules
 
 
@@ -618,7 +684,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
         >>> _ = own.load_state_dict(shared.state_dict())  # trained, in real life
         >>> recalibrate(own, [torch.randn(8, 3, 8, 8) for _ in range(2)])
     """
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [
+        module
+        for module in network.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
     momenta = [norm.momentum for norm in norms]
     inputs = iter(batches)
     first = next(inputs, None)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from impatient.errors import ClassCountMismatch, NetworkError
 from impatient.networks.describe import StageFacts, count_macs, describe
 from impatient.networks.placement import evaluating
-from impatient.networks.stages import _Ambient, batch_size_of, call_model, first_tensor, output_tensor
+from impatient.networks.stages import (
+    _Ambient,
+    batch_size_of,
+    call_model,
+    first_tensor,
+    output_tensor,
+)
 
 
 class Router(Protocol):
@@ -22,7 +28,9 @@ class Router(Protocol):
         """The networks whose outputs are needed to decide at this one."""
         ...
 
-    def next_node(self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None) -> Tensor:
+    def next_node(
+        self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None
+    ) -> Tensor:
         """For samples that have run a network, the number of the next, a larger one; negative where this one answers."""
         ...
 
@@ -41,9 +49,21 @@ class CascadeExit:
     __slots__ = ("_answer", "exits", "features", "index", "upcoming", "whole")
 
     def __init__(
-        self, index: int, features: Tensor | None, answer: Tensor, exits: tuple[int, ...], upcoming: int | None, whole: bool
+        self,
+        index: int,
+        features: Tensor | None,
+        answer: Tensor,
+        exits: tuple[int, ...],
+        upcoming: int | None,
+        whole: bool,
     ) -> None:
-        self.index, self.features, self.exits, self.upcoming, self.whole = index, features, exits, upcoming, whole
+        self.index, self.features, self.exits, self.upcoming, self.whole = (
+            index,
+            features,
+            exits,
+            upcoming,
+            whole,
+        )
         self._answer = answer
 
     def output(self) -> Tensor:
@@ -64,7 +84,9 @@ class CascadeWalk(Iterator[CascadeExit]):
         self._cascade, self._x, self._count = cascade, x, batch_size_of(x)
         self._ambient = _Ambient.now()
         device = first_tensor(x).device
-        self._waiting = {0: torch.arange(self._count, device=device)}  # per network, the samples that are sent to it
+        self._waiting = {
+            0: torch.arange(self._count, device=device)
+        }  # per network, the samples that are sent to it
         self._outputs: dict[int, Tensor] = {}  # per network, of all samples; 0 where it did not run
         self._answer: Tensor | None = None
         self._exits = torch.zeros(self._count, dtype=torch.long, device=device)
@@ -84,7 +106,9 @@ class CascadeWalk(Iterator[CascadeExit]):
             self.close()
             raise
         assert self._answer is not None
-        return CascadeExit(node, features, self._answer, tuple(self._exits.tolist()), self._upcoming(), whole)
+        return CascadeExit(
+            node, features, self._answer, tuple(self._exits.tolist()), self._upcoming(), whole
+        )
 
     def close(self) -> None:
         """Forget what is waiting; harmless when nothing is."""
@@ -107,10 +131,16 @@ class CascadeWalk(Iterator[CascadeExit]):
                 f"network {self._cascade.exit_names[node]} gives {tuple(output.shape[1:])}, those before it "
                 f"{tuple(self._answer.shape[1:])}; needed: the same classes in the same order."
             )
-        everyone = output if whole else output.new_zeros(self._count, *output.shape[1:]).index_copy(0, rows, output)
+        everyone = (
+            output
+            if whole
+            else output.new_zeros(self._count, *output.shape[1:]).index_copy(0, rows, output)
+        )
         self._outputs[node] = everyone
         # never written into again: what has been given away stays as it was
-        self._answer = everyone if whole or self._answer is None else self._answer.index_copy(0, rows, output)
+        self._answer = (
+            everyone if whole or self._answer is None else self._answer.index_copy(0, rows, output)
+        )
         self._exits[rows] = node
 
     def _send(self, node: int, rows: Tensor, features: Tensor | None) -> None:
@@ -126,11 +156,15 @@ class CascadeWalk(Iterator[CascadeExit]):
             if following < 0:
                 continue
             if not node < following <= last:
-                raise NetworkError(f"the router sends samples from network {node} to {following}; needed: a larger number, at "
-                                   f"most {last}. Order the networks so that every move goes up.")  # fmt: skip
+                raise NetworkError(
+                    f"the router sends samples from network {node} to {following}; needed: a larger number, at "
+                    f"most {last}. Order the networks so that every move goes up."
+                )
             sent = rows[going == following]
             others = self._waiting.get(following)
-            self._waiting[following] = sent if others is None else torch.cat([others, sent]).sort().values
+            self._waiting[following] = (
+                sent if others is None else torch.cat([others, sent]).sort().values
+            )
 
 
 class Cascade(nn.Module):
@@ -158,15 +192,25 @@ class Cascade(nn.Module):
     """
 
     def __init__(
-        self, networks: Sequence[Callable[..., Any]], names: Sequence[str] | None = None, *, router: Router | None = None
+        self,
+        networks: Sequence[Callable[..., Any]],
+        names: Sequence[str] | None = None,
+        *,
+        router: Router | None = None,
     ) -> None:
         super().__init__()
         if not networks:
             raise NetworkError("a cascade of no networks; needed: at least one.")
-        self.networks = nn.ModuleList(net if isinstance(net, nn.Module) else _Called(net) for net in networks)
-        self.exit_names = tuple(names) if names is not None else tuple(map(str, range(len(networks))))
+        self.networks = nn.ModuleList(
+            net if isinstance(net, nn.Module) else _Called(net) for net in networks
+        )
+        self.exit_names = (
+            tuple(names) if names is not None else tuple(map(str, range(len(networks))))
+        )
         if len(self.exit_names) != len(networks) or len(set(self.exit_names)) < len(networks):
-            raise NetworkError(f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all different.")
+            raise NetworkError(
+                f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all different."
+            )
         self.router = router
         self.heads = nn.ModuleList()
         # found once: a network has hundreds of modules
@@ -221,11 +265,17 @@ class Cascade(nn.Module):
             for name, network in zip(self.exit_names, self.networks, strict=True):
                 facts.append(
                     StageFacts(
-                        exit=name, features=tuple(output_tensor(call_model(network, x)).shape), head="(the network's own)",
-                        stage_macs=count_macs(network, x), head_macs=0,
-                        stage_parameters=sum(parameter.numel() for parameter in network.parameters()), head_parameters=0,
+                        exit=name,
+                        features=tuple(output_tensor(call_model(network, x)).shape),
+                        head="(the network's own)",
+                        stage_macs=count_macs(network, x),
+                        head_macs=0,
+                        stage_parameters=sum(
+                            parameter.numel() for parameter in network.parameters()
+                        ),
+                        head_parameters=0,
                     )
-                )  # fmt: skip
+                )
         return facts
 
     def describe(self, x: Any) -> str:
@@ -252,7 +302,9 @@ class Cascade(nn.Module):
 
 
 def _last_linear(network: nn.Module) -> nn.Linear | None:
-    return next((layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)), None)
+    return next(
+        (layer for layer in reversed(list(network.modules())) if isinstance(layer, nn.Linear)), None
+    )
 
 
 class _Called(nn.Module):

@@ -25,7 +25,9 @@ def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 # torch's counter knows the attention kernels of GPUs, but not that of CPUs
-_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
+_ALSO_COUNTED: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,9 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         output = output_tensor(tapped(network.backbone, x, network._cut_map(), visit))
         end = counter.get_total_flops()
     if len(shapes) < len(network.heads):
-        raise ExitNotReached(f"the example came to {len(shapes)} of {len(network.heads)} early exits; needed: all.")
+        raise ExitNotReached(
+            f"the example came to {len(shapes)} of {len(network.heads)} early exits; needed: all."
+        )
     totals.append((end, end))
     shapes.append(tuple(output.shape))
     heads: list[nn.Module | None] = [*network.heads, None]
@@ -109,12 +113,15 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         before, after = totals[index]
         facts.append(
             StageFacts(
-                exit=name, features=shapes[index], head=_head_name(head),
-                stage_macs=(before - passed) // (2 * batch), head_macs=(after - before) // (2 * batch),
+                exit=name,
+                features=shapes[index],
+                head=_head_name(head),
+                stage_macs=(before - passed) // (2 * batch),
+                head_macs=(after - before) // (2 * batch),
                 stage_parameters=first_use.counts.get(index, 0),
                 head_parameters=sum(p.numel() for p in head.parameters()) if head else 0,
             )
-        )  # fmt: skip
+        )
         passed = after
     return facts
 
@@ -139,13 +146,21 @@ def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], t
     """
     counter = TrafficCounter()
     stages, heads = [], []
-    with evaluating(network), torch.no_grad(), without_fused_attention(), counter, network.exits(x) as run:
+    with (
+        evaluating(network),
+        torch.no_grad(),
+        without_fused_attention(),
+        counter,
+        network.exits(x) as run,
+    ):
         for exit in run:
             stages.append(counter.take())
             exit.output()
             heads.append(counter.take())
     if len(stages) != network.num_exits:
-        raise ExitNotReached(f"the example came to {len(stages)} of {network.num_exits} exits; needed: all.")
+        raise ExitNotReached(
+            f"the example came to {len(stages)} of {network.num_exits} exits; needed: all."
+        )
     return tuple(stages), tuple(heads)
 
 
@@ -165,9 +180,11 @@ def count_traffic(model: nn.Module, x: Any) -> int:
 
 
 _PICKING = {
-    torch.ops.aten.embedding.default, torch.ops.aten.index_select.default, torch.ops.aten.gather.default,
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.gather.default,
     torch.ops.aten.index.Tensor,
-}  # fmt: skip
+}
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -197,7 +214,9 @@ def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:
     if func._schema.is_mutable:
         return sum(map(_size, given)) + written
     memory = {tensor.untyped_storage().data_ptr() for tensor in given}
-    if "empty" in func.__name__ or (results and all(result.untyped_storage().data_ptr() in memory for result in results)):
+    if "empty" in func.__name__ or (
+        results and all(result.untyped_storage().data_ptr() in memory for result in results)
+    ):
         return 0
     if func in _PICKING:
         return written + sum(_size(tensor) for tensor in given[1:]) + written
@@ -236,7 +255,9 @@ class _ParameterUse:
         self._stage += 1
 
     def __enter__(self) -> None:
-        self._hooks = [module.register_forward_pre_hook(self._called) for module in self._backbone.modules()]
+        self._hooks = [
+            module.register_forward_pre_hook(self._called) for module in self._backbone.modules()
+        ]
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
@@ -265,17 +286,39 @@ def _head_name(head: nn.Module | None) -> str:
 def describe(network: DescribedNetwork, x: Any) -> str:
     """The facts as a table, with totals and the mechanism."""
     facts = network.stage_facts(x)
-    rows = [("exit", "after", "features", "head", "stage MACs", "head MACs", "stage params", "head params")]
+    rows = [
+        (
+            "exit",
+            "after",
+            "features",
+            "head",
+            "stage MACs",
+            "head MACs",
+            "stage params",
+            "head params",
+        )
+    ]
     for index, fact in enumerate(facts):
         rows.append(
             (
-                str(index), fact.exit, "x".join(str(size) for size in fact.features[1:]), fact.head,
-                f"{fact.stage_macs:,}", f"{fact.head_macs:,}", f"{fact.stage_parameters:,}", f"{fact.head_parameters:,}",
+                str(index),
+                fact.exit,
+                "x".join(str(size) for size in fact.features[1:]),
+                fact.head,
+                f"{fact.stage_macs:,}",
+                f"{fact.head_macs:,}",
+                f"{fact.stage_parameters:,}",
+                f"{fact.head_parameters:,}",
             )
-        )  # fmt: skip
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_aligned(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join(
+            _aligned(cell, width, column)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     lines.insert(1, "-" * len(lines[0]))
     stages, heads = sum(f.stage_macs for f in facts), sum(f.head_macs for f in facts)
     lines += [

@@ -41,7 +41,9 @@ def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, 
     best, best_error = -1, math.inf
     for errors in validation_errors:
         begin = len(table)
-        table += [begin + index if error <= best_error else best for index, error in enumerate(errors)]
+        table += [
+            begin + index if error <= best_error else best for index, error in enumerate(errors)
+        ]
         if table[-1] == len(table) - 1:
             best, best_error = table[-1], errors[-1]
     return tuple(table)
@@ -160,7 +162,9 @@ class EANN(nn.Module):
 
     errors: Tensor
 
-    def __init__(self, networks: Sequence[nn.Module], validation_errors: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, networks: Sequence[nn.Module], validation_errors: Sequence[Sequence[float]]
+    ) -> None:
         super().__init__()
         self.num_classes = _common_classes(networks)
         self.networks = nn.ModuleList(networks)
@@ -179,7 +183,11 @@ class EANN(nn.Module):
     @property
     def exit_names(self) -> tuple[str, ...]:
         """Names of the exits: the member's number and its own name for it."""
-        return tuple(f"{number}/{name}" for number, network in enumerate(self._members()) for name in network.exit_names)
+        return tuple(
+            f"{number}/{name}"
+            for number, network in enumerate(self._members())
+            for name in network.exit_names
+        )
 
     @property
     def backbone(self) -> nn.Module:
@@ -212,7 +220,10 @@ class EANN(nn.Module):
     def switches(self) -> tuple[int, ...]:
         """Per member, the first of its exits that answers itself; as many as it has exits, where none does."""
         return tuple(
-            next((exit - begin for exit in range(begin, end) if self._answers[exit] == exit), end - begin)
+            next(
+                (exit - begin for exit in range(begin, end) if self._answers[exit] == exit),
+                end - begin,
+            )
             for begin, end in zip(self._first, self._first[1:], strict=False)
         )
 
@@ -238,7 +249,9 @@ class EANN(nn.Module):
             A run belongs to the thread that advances it. Several threads may each run the same ensemble.
         """
         # all made now, begun when their turn comes: each runs in the modes in which this run was asked for
-        return EnsembleWalk([network.exits(x, keep=keep) for network in self._members()], self._first, self._answers)
+        return EnsembleWalk(
+            [network.exits(x, keep=keep) for network in self._members()], self._first, self._answers
+        )
 
     def pooled(self, exit: EnsembleExit) -> Tensor:
         """Features of the running member's exit averaged over space or tokens, shape [B, D]."""
@@ -249,9 +262,13 @@ class EANN(nn.Module):
         runs and has no MACs.
         """
         facts = [fact for network in self._members() for fact in network.stage_facts(x)]
-        named = [replace(fact, exit=name) for fact, name in zip(facts, self.exit_names, strict=True)]
+        named = [
+            replace(fact, exit=name) for fact, name in zip(facts, self.exit_names, strict=True)
+        ]
         return [
-            fact if answer == exit else replace(fact, head=f"(answer of exit {answer})", head_macs=0)
+            fact
+            if answer == exit
+            else replace(fact, head=f"(answer of exit {answer})", head_macs=0)
             for exit, (fact, answer) in enumerate(zip(named, self._answers, strict=True))
         ]
 
@@ -264,8 +281,12 @@ class EANN(nn.Module):
         from impatient.networks.describe import describe
 
         taking_over = [
-            f"network {number} from {self.exit_names[begin + switch]}" if begin + switch < end else f"network {number} never"
-            for number, (begin, end, switch) in enumerate(zip(self._first, self._first[1:], self.switches, strict=False))
+            f"network {number} from {self.exit_names[begin + switch]}"
+            if begin + switch < end
+            else f"network {number} never"
+            for number, (begin, end, switch) in enumerate(
+                zip(self._first, self._first[1:], self.switches, strict=False)
+            )
         ]
         return f"{describe(self, x)}\nanswers: {', '.join(taking_over)}."
 
@@ -279,11 +300,17 @@ class EANN(nn.Module):
 def _common_classes(networks: Sequence[nn.Module]) -> int:
     classes = [getattr(network, "num_classes", None) for network in networks]
     if not classes:
-        raise NetworkError("an ensemble of no networks; needed: at least one, made with attach_exits.")
+        raise NetworkError(
+            "an ensemble of no networks; needed: at least one, made with attach_exits."
+        )
     if not all(isinstance(count, int) for count in classes):
-        raise NetworkError(f"networks with num_classes {classes}; needed: networks with exits, made with attach_exits.")
+        raise NetworkError(
+            f"networks with num_classes {classes}; needed: networks with exits, made with attach_exits."
+        )
     if len(set(classes)) > 1:
-        raise ClassCountMismatch(f"networks with {classes} classes; needed: the same classes in all, trained on the same data.")
+        raise ClassCountMismatch(
+            f"networks with {classes} classes; needed: the same classes in all, trained on the same data."
+        )
     return int(classes[0])  # type: ignore[arg-type]  # checked above
 
 
@@ -298,12 +325,21 @@ def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]
     for number, member in enumerate(errors):
         wrong = [error for error in member if not 0.0 <= error <= 1.0]
         if wrong:
-            raise PolicyError(f"validation errors {wrong} of network {number}; needed: shares of wrong answers, in [0, 1].")
+            raise PolicyError(
+                f"validation errors {wrong} of network {number}; needed: shares of wrong answers, in [0, 1]."
+            )
     return errors
 
 
 def _reread(network: nn.Module, _incompatible: Any) -> None:
     """After loading a state_dict, decide by the errors that came with it."""
     assert isinstance(network, EANN)
-    flat = [round(error, 7) for error in network.errors.tolist()]  # as many digits as single precision holds
-    network._use(tuple(tuple(flat[begin:end]) for begin, end in zip(network._first, network._first[1:], strict=False)))
+    flat = [
+        round(error, 7) for error in network.errors.tolist()
+    ]  # as many digits as single precision holds
+    network._use(
+        tuple(
+            tuple(flat[begin:end])
+            for begin, end in zip(network._first, network._first[1:], strict=False)
+        )
+    )

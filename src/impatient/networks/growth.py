@@ -17,7 +17,9 @@ Counts = tuple[int, ...]
 
 
 def _within(inner: Counts, outer: Counts) -> bool:
-    return len(inner) == len(outer) and all(small <= large for small, large in zip(inner, outer, strict=True))
+    return len(inner) == len(outer) and all(
+        small <= large for small, large in zip(inner, outer, strict=True)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,13 @@ class Schedule:
         rows = tuple(tuple(row) for row in self.counts)
         object.__setattr__(self, "counts", rows)
         if not rows or not rows[0]:
-            raise ModelSpecError(f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, 1, 1).")
+            raise ModelSpecError(
+                f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, 1, 1)."
+            )
         for number, row in enumerate(rows):
-            if len(row) != len(rows[0]) or any(type(count) is not int or count < 1 for count in row):
+            if len(row) != len(rows[0]) or any(
+                type(count) is not int or count < 1 for count in row
+            ):
                 raise ModelSpecError(
                     f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole numbers, one per section, "
                     "each at least 1 from the first iteration on."
@@ -64,7 +70,9 @@ class Schedule:
         """
         if isinstance(counts, str):
             return cls(_read(counts))
-        return cls(tuple(tuple(row) for row in (counts.counts if isinstance(counts, Schedule) else counts)))
+        return cls(
+            tuple(tuple(row) for row in (counts.counts if isinstance(counts, Schedule) else counts))
+        )
 
     def __str__(self) -> str:
         return "/".join(self.names)
@@ -84,12 +92,18 @@ class Schedule:
 
         The iteration runs the new blocks of that section, on the tensor cached there, and all blocks of all later sections.
         """
-        return ((0, 0), *(_start(before, after) for before, after in itertools.pairwise(self.counts)))
+        return (
+            (0, 0),
+            *(_start(before, after) for before, after in itertools.pairwise(self.counts)),
+        )
 
     @property
     def kept(self) -> tuple[frozenset[int], ...]:
         """Per iteration, the sections whose tensors a later iteration continues from; the others need not be cached."""
-        return tuple(_needed([section for section, _ in self.starts[done:]]) for done in range(1, len(self.counts) + 1))
+        return tuple(
+            _needed([section for section, _ in self.starts[done:]])
+            for done in range(1, len(self.counts) + 1)
+        )
 
 
 def _read(text: str) -> tuple[Counts, ...]:
@@ -110,7 +124,9 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
         ((1, 1), (2, 1), (3, 1), (3, 2), (3, 3))
     """
     if parts < 1 or not final or any(type(count) is not int or count < 1 for count in final):
-        raise ModelSpecError(f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and one part.")
+        raise ModelSpecError(
+            f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and one part."
+        )
     rows = [(1,) * len(final)]
     for section, count in enumerate(final):
         for part in range(parts):
@@ -120,7 +136,9 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     return Schedule(tuple(rows))
 
 
-PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8)))  # in_turn((8, 8, 8))
+PAPER = Schedule(
+    ((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8))
+)  # in_turn((8, 8, 8))
 
 
 # --- what is executed -------------------------------------------------------------------------------------------------
@@ -143,7 +161,11 @@ def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
     """
     befores = (None, *schedule.counts)
     return tuple(
-        (*(() if before else ("IN",)), *(f"S{section + 1}.{block + 1}" for section, block in _blocks(before, after)), "OUT")
+        (
+            *(() if before else ("IN",)),
+            *(f"S{section + 1}.{block + 1}" for section, block in _blocks(before, after)),
+            "OUT",
+        )
         for before, after in zip(befores, schedule.counts, strict=False)
     )
 
@@ -158,8 +180,13 @@ def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
         (1, 8, 10, 12, 7, 38)
     """
     parts = ("IN", *(f"S{section + 1}" for section in range(len(schedule.final))), "OUT")
-    rows = [[sum(name.split(".")[0] == part for name in names) for part in parts] for names in trace(schedule)]
-    totals = [[sum(column) for column in zip(*rows[: done + 1], strict=True)] for done in range(len(rows))]
+    rows = [
+        [sum(name.split(".")[0] == part for name in names) for part in parts]
+        for names in trace(schedule)
+    ]
+    totals = [
+        [sum(column) for column in zip(*rows[: done + 1], strict=True)] for done in range(len(rows))
+    ]
     return tuple((*row, sum(row)) for row in totals)
 
 
@@ -185,10 +212,14 @@ class BlockCosts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sections", tuple(tuple(section) for section in self.sections))
         if not self.sections or not all(self.sections):
-            raise CostError(f"block costs {self.sections}; needed: at least one section, and one block in each.")
+            raise CostError(
+                f"block costs {self.sections}; needed: at least one section, and one block in each."
+            )
         costs = [self.stem, self.out, *itertools.chain.from_iterable(self.sections)]
         if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
-            raise CostError(f"costs of parts must be finite and not negative, and not all 0; given: {costs}. Measure again.")
+            raise CostError(
+                f"costs of parts must be finite and not negative, and not all 0; given: {costs}. Measure again."
+            )
 
     @classmethod
     def equal(cls, counts: Sequence[int], *, stem: float = 1.0, out: float = 1.0) -> Self:
@@ -208,7 +239,10 @@ class BlockCosts:
         """Of the iteration that grows from some block counts to others; from None, of the first one."""
         first, old = (0, 0) if before is None else _start(before, after)
         inner = sum(self.sections[first][old : after[first]])
-        inner += sum(sum(costs[:count]) for costs, count in zip(self.sections[first + 1 :], after[first + 1 :], strict=True))
+        inner += sum(
+            sum(costs[:count])
+            for costs, count in zip(self.sections[first + 1 :], after[first + 1 :], strict=True)
+        )
         return (self.stem if before is None else 0.0) + inner + self.out
 
 
@@ -249,8 +283,12 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
             f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; needed: one per block."
         )
     befores = (None, *schedule.counts)
-    steps = tuple(parts.step(before, after) for before, after in zip(befores, schedule.counts, strict=False))
-    return GrowthCosts(per_iteration=steps, cumulative=tuple(itertools.accumulate(steps)), plain=parts.plain)
+    steps = tuple(
+        parts.step(before, after) for before, after in zip(befores, schedule.counts, strict=False)
+    )
+    return GrowthCosts(
+        per_iteration=steps, cumulative=tuple(itertools.accumulate(steps)), plain=parts.plain
+    )
 
 
 # --- which schedule to choose -----------------------------------------------------------------------------------------
@@ -286,7 +324,9 @@ def plan(
     layers = _layers(parts.counts, iterations, sizes)
     missing = f"no schedule to {parts.counts} blocks has iterations={iterations}, sizes={sizes}, through={points}"
     if not layers or any(not _within((1,) * len(parts.counts), point) for point in points):
-        raise ModelSpecError(f"{missing}; needed: at least one iteration, and at least one block per section.")
+        raise ModelSpecError(
+            f"{missing}; needed: at least one iteration, and at least one block per section."
+        )
     # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each iteration still to come.
     labels: dict[Counts, _Label] = {}
     for counts in layers[0]:
@@ -296,8 +336,10 @@ def plan(
     for left, layer in zip(range(len(layers) - 1, 0, -1), layers[1:], strict=True):
         labels = _next_labels(labels, layer, left, parts, points)
     if not labels:
-        raise ModelSpecError(f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that only grow, "
-                             "and an iteration for each.")  # fmt: skip
+        raise ModelSpecError(
+            f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that only grow, "
+            "and an iteration for each."
+        )
     return Schedule(labels[parts.counts][2])
 
 
@@ -320,8 +362,14 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
     """
     line = list(_line(parts.counts))
     increase = all(before < after for before, after in itertools.pairwise(times))
-    if not 1 <= len(times) <= len(line) or not increase or not all(math.isfinite(time) for time in times):
-        raise ModelSpecError(f"times {tuple(times)}; needed: 1 to {len(line)} of them, increasing and finite.")
+    if (
+        not 1 <= len(times) <= len(line)
+        or not increase
+        or not all(math.isfinite(time) for time in times)
+    ):
+        raise ModelSpecError(
+            f"times {tuple(times)}; needed: 1 to {len(line)} of them, increasing and finite."
+        )
     # state: where on the line, and how often each section was the one that grew first: the time so far follows from these
     states: dict[tuple[int, Counts], _Label] = {(-1, (0,) * len(parts.counts)): (0.0, 0.0, ())}
     for index, time in enumerate(times):
@@ -329,11 +377,16 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
         reached: dict[tuple[int, Counts], _Label] = {}
         for (position, grown), (distance, begun, path) in states.items():
             before = line[position] if path else None
-            for place in range(len(line) - 1 if last else position + 1, len(line) - (len(times) - 1 - index)):
+            for place in range(
+                len(line) - 1 if last else position + 1, len(line) - (len(times) - 1 - index)
+            ):
                 now = begun + parts.step(before, line[place])
                 label = distance + (now - time) ** 2, now, (*path, line[place])
                 section = _start(before, line[place])[0] if before else None
-                state = place, tuple(count + (number == section) for number, count in enumerate(grown))
+                state = (
+                    place,
+                    tuple(count + (number == section) for number, count in enumerate(grown)),
+                )
                 if state not in reached or label < reached[state]:
                     reached[state] = label
         states = reached
@@ -345,7 +398,11 @@ _Label = tuple[float, float, tuple[Counts, ...]]
 
 def _start(before: Counts, after: Counts) -> tuple[int, int]:
     """The earliest section that grows, and how many blocks it has already."""
-    return next((section, old) for section, (old, new) in enumerate(zip(before, after, strict=True)) if new > old)
+    return next(
+        (section, old)
+        for section, (old, new) in enumerate(zip(before, after, strict=True))
+        if new > old
+    )
 
 
 def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
@@ -358,15 +415,23 @@ def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
 
 def _needed(starts: Sequence[int]) -> frozenset[int]:
     """Sections that iterations to come start from, before an iteration that starts earlier has replaced their tensors."""
-    return frozenset(section for index, section in enumerate(starts) if all(section < other for other in starts[:index]))
+    return frozenset(
+        section
+        for index, section in enumerate(starts)
+        if all(section < other for other in starts[:index])
+    )
 
 
-def _layers(final: Counts, iterations: int | None, sizes: Sequence[int] | None) -> list[list[Counts]]:
+def _layers(
+    final: Counts, iterations: int | None, sizes: Sequence[int] | None
+) -> list[list[Counts]]:
     """Per iteration, the block counts that it may have."""
     vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
     if sizes is not None:
         wanted = [[counts for counts in vectors if sum(counts) == size] for size in sizes]
-        return [*wanted[:-1], [counts for counts in wanted[-1] if counts == final]] if wanted else []
+        return (
+            [*wanted[:-1], [counts for counts in wanted[-1] if counts == final]] if wanted else []
+        )
     assert iterations is not None
     if iterations < 2:
         return [[final]] * iterations
@@ -375,17 +440,25 @@ def _layers(final: Counts, iterations: int | None, sizes: Sequence[int] | None) 
 
 def _visits(before: Counts | None, after: Counts, points: Sequence[Counts]) -> bool:
     """Whether a step passes by none of the points: what it has not come to yet still lies ahead, or is reached now."""
-    return all(_within(after, point) or (before is not None and _within(point, before)) for point in points)
+    return all(
+        _within(after, point) or (before is not None and _within(point, before)) for point in points
+    )
 
 
 def _next_labels(
-    labels: dict[Counts, _Label], layer: Sequence[Counts], left: int, parts: BlockCosts, points: Sequence[Counts]
+    labels: dict[Counts, _Label],
+    layer: Sequence[Counts],
+    left: int,
+    parts: BlockCosts,
+    points: Sequence[Counts],
 ) -> dict[Counts, _Label]:
     """The best way to each of the block counts of the next iteration."""
     wanted = set(layer)
     reached: dict[Counts, _Label] = {}
     for before, (total, early, path) in labels.items():
-        larger = itertools.product(*(range(old, count + 1) for old, count in zip(before, parts.counts, strict=True)))
+        larger = itertools.product(
+            *(range(old, count + 1) for old, count in zip(before, parts.counts, strict=True))
+        )
         for after in wanted.intersection(larger) - {before}:
             if _visits(before, after, points):
                 cost = parts.step(before, after)

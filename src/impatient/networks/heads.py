@@ -13,7 +13,11 @@ from impatient.errors import HeadError
 
 # N batch, C or D channels, T tokens or time, H and W space
 Layout = Literal["ND", "NTD", "NCT", "NCHW", "NHWC", "NCTHW", "NTHWC"]
-_BY_DIMENSIONS: dict[int, tuple[Layout, Layout]] = {3: ("NCT", "NTD"), 4: ("NCHW", "NHWC"), 5: ("NCTHW", "NTHWC")}
+_BY_DIMENSIONS: dict[int, tuple[Layout, Layout]] = {
+    3: ("NCT", "NTD"),
+    4: ("NCHW", "NHWC"),
+    5: ("NCTHW", "NTHWC"),
+}
 HeadFactory = Callable[["FeatureShape", int], nn.Module]
 
 
@@ -30,7 +34,9 @@ class FeatureShape:
 
     def __init__(self, shape: tuple[int, ...], layout: Layout) -> None:
         if len(layout) != len(shape):
-            raise HeadError(f"layout {layout} needs {len(layout)} dimensions, but the features have shape {shape}.")
+            raise HeadError(
+                f"layout {layout} needs {len(layout)} dimensions, but the features have shape {shape}."
+            )
         self.shape = shape
         self.layout = layout
         self.channels = shape[channel_dim(layout)]
@@ -56,7 +62,9 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
     """
     shape = tuple(features.shape)
     if not features.is_floating_point():
-        raise HeadError(f"features of type {features.dtype} and shape {shape} are not floating point; cut somewhere else.")
+        raise HeadError(
+            f"features of type {features.dtype} and shape {shape} are not floating point; cut somewhere else."
+        )
     if len(shape) == 2:
         return "ND"
     if len(shape) not in _BY_DIMENSIONS:
@@ -121,7 +129,9 @@ def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.ReLU(), *linear(features, num_classes).children())
 
 
-def mlp(features: FeatureShape, num_classes: int, hidden: int = 128, dropout: float = 0.0) -> nn.Module:
+def mlp(
+    features: FeatureShape, num_classes: int, hidden: int = 128, dropout: float = 0.0
+) -> nn.Module:
     """Pool, a hidden layer of `hidden` units with ReLU, dropout if there is any, a linear layer."""
     return nn.Sequential(
         Pool(features.layout),
@@ -167,7 +177,9 @@ def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Modu
     Source:
         Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
     """
-    return nn.Sequential(*_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes))
+    return nn.Sequential(
+        *_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes)
+    )
 
 
 def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int = 2) -> nn.Module:
@@ -178,13 +190,21 @@ def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int 
     """
     _check_map("rescale", features)
     resize = nn.Upsample((size, size), mode="bilinear", align_corners=False)
-    return nn.Sequential(*_channels_first(features), resize, *_conv1x1_head(features.channels, widen, num_classes))
+    return nn.Sequential(
+        *_channels_first(features), resize, *_conv1x1_head(features.channels, widen, num_classes)
+    )
 
 
 def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Module, ...]:
     width = widen * channels
     convolution = nn.Conv2d(channels, width, 1, bias=False)
-    return convolution, nn.BatchNorm2d(width), nn.ReLU(), Pool("NCHW"), nn.Linear(width, num_classes)
+    return (
+        convolution,
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Pool("NCHW"),
+        nn.Linear(width, num_classes),
+    )
 
 
 class ChannelsFirst(nn.Module):
@@ -227,7 +247,9 @@ class MSDNetHead(nn.Module):
         super().__init__()
         _check_map("msdnet", features)
         self.to_channels_first = features.layout == "NHWC"
-        self.convolutions = nn.Sequential(*_conv_bn_relu(features.channels, width), *_conv_bn_relu(width, width))
+        self.convolutions = nn.Sequential(
+            *_conv_bn_relu(features.channels, width), *_conv_bn_relu(width, width)
+        )
         self.pool = Pool("NCHW")
         self.classifier = nn.Linear(width, num_classes)
 
@@ -238,13 +260,24 @@ class MSDNetHead(nn.Module):
 
 
 def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    return (
+        nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
 
 
 HEADS: dict[str, HeadFactory] = {
-    "linear": linear, "relu_linear": relu_linear, "mlp": mlp, "mlp_dropout": mlp_dropout, "flatten": flatten,
-    "adaptive": adaptive, "conv1x1": conv1x1, "rescale": rescale, "msdnet": MSDNetHead,
-}  # fmt: skip
+    "linear": linear,
+    "relu_linear": relu_linear,
+    "mlp": mlp,
+    "mlp_dropout": mlp_dropout,
+    "flatten": flatten,
+    "adaptive": adaptive,
+    "conv1x1": conv1x1,
+    "rescale": rescale,
+    "msdnet": MSDNetHead,
+}
 
 
 def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int) -> nn.Module:
@@ -256,7 +289,9 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
     if callable(head):
         built = head(features, num_classes)
         if not isinstance(built, nn.Module):
-            raise HeadError(f"the head's factory returned a {type(built).__name__}; needed: a torch.nn.Module.")
+            raise HeadError(
+                f"the head's factory returned a {type(built).__name__}; needed: a torch.nn.Module."
+            )
         return built
     if head not in HEADS:
         raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(HEADS)}, or a callable.")
@@ -274,10 +309,14 @@ def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) 
         with torch.no_grad():
             output = head.eval()(features)
     except Exception as error:
-        raise HeadError(f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}") from error
+        raise HeadError(
+            f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise HeadError(f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}.")
+        raise HeadError(
+            f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}."
+        )

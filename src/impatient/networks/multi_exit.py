@@ -9,10 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ClassCountMismatch, ExitNotFound, ExitNotReached, HeadError, NetworkError
+from impatient.errors import (
+    ClassCountMismatch,
+    ExitNotFound,
+    ExitNotReached,
+    HeadError,
+    NetworkError,
+)
 from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
-from impatient.networks.heads import FeatureShape, HeadFactory, Layout, Pool, build_head, channel_dim, check_head, guess_layout
+from impatient.networks.heads import (
+    FeatureShape,
+    HeadFactory,
+    Layout,
+    Pool,
+    build_head,
+    channel_dim,
+    check_head,
+    guess_layout,
+)
 from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
 
 if TYPE_CHECKING:
@@ -34,19 +49,30 @@ class MultiExitNetwork(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, heads: Sequence[nn.Module], cuts: Sequence[Cut], layouts: Sequence[Layout], num_classes: int
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module],
+        cuts: Sequence[Cut],
+        layouts: Sequence[Layout],
+        num_classes: int,
     ) -> None:
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
-            raise HeadError(f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per early exit.")
+            raise HeadError(
+                f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per early exit."
+            )
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
         self._shrinks: dict[Hashable, bool] = {}  # per kind of input, as found by `shrinks`
-        self.mechanism = f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
-        self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)  # a copied network has its own here
+        self.mechanism = (
+            f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
+        )
+        self._cut_modules = tuple(
+            backbone.get_submodule(cut.module) for cut in self.cuts
+        )  # a copied network has its own here
         install(self._cut_modules)
 
     @property
@@ -74,12 +100,16 @@ class MultiExitNetwork(nn.Module):
         def visit(index: int, features: Tensor) -> Tensor:
             # here and not after the backbone: a later in-place operation may overwrite the features
             early[index] = self.heads[index](gradients.into_head(features, index, self.num_exits))
-            return gradients.onward(features, index, self.num_exits, channel_dim(self.layouts[index]))
+            return gradients.onward(
+                features, index, self.num_exits, channel_dim(self.layouts[index])
+            )
 
         last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit))
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
         if missing:
-            raise ExitNotReached(f"this input never came to {', '.join(missing)}; cut at modules that every input calls.")
+            raise ExitNotReached(
+                f"this input never came to {', '.join(missing)}; cut at modules that every input calls."
+            )
         return (*(early[index] for index in range(len(early))), last)
 
     def exits(self, x: Any, *, keep: bool = False) -> Walk:
@@ -130,7 +160,8 @@ class MultiExitNetwork(nn.Module):
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
         return {
-            (id(module), cut.call): index for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
+            (id(module), cut.call): index
+            for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
         }
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
@@ -189,7 +220,9 @@ def attach_exits(
     if not isinstance(backbone, nn.Module):
         raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
     if isinstance(backbone, MultiExitNetwork):
-        raise NetworkError("this network has exits already; give its backbone: attach_exits(network.backbone, ...).")
+        raise NetworkError(
+            "this network has exits already; give its backbone: attach_exits(network.backbone, ...)."
+        )
     classes = _check_classes(backbone, example, num_classes)
     cuts = _place(backbone, example, after, count)
     built, layouts = _build_heads(backbone, example, cuts, heads, classes, layout)
@@ -208,7 +241,10 @@ def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count:
         raise ExitNotFound(
             f"after={after!r} is one string; needed: 'auto', 'every:2' or a list of module names: after=[{after!r}]."
         )
-    log.info("exits placed after %s, and at the output", ", ".join(str(cut) for cut in cuts) or "no module")
+    log.info(
+        "exits placed after %s, and at the output",
+        ", ".join(str(cut) for cut in cuts) or "no module",
+    )
     return cuts
 
 
@@ -236,9 +272,13 @@ def _build_heads(
     num_classes: int,
     layout: Layout | None,
 ) -> tuple[list[nn.Module], list[Layout]]:
-    kinds: list[Any] = [heads] * len(cuts) if isinstance(heads, str) or callable(heads) else list(heads)
+    kinds: list[Any] = (
+        [heads] * len(cuts) if isinstance(heads, str) or callable(heads) else list(heads)
+    )
     if len(kinds) != len(cuts):
-        raise HeadError(f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit.")
+        raise HeadError(
+            f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit."
+        )
     traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
     built, layouts = [], []
     for cut, kind in zip(cuts, kinds, strict=True):
@@ -246,7 +286,9 @@ def _build_heads(
         if features is None:
             raise HeadError(f"module {str(cut)!r} gives no tensor; cut at a module that does.")
         guessed = guess_layout(features, backbone.get_submodule(cut.module))
-        shape = FeatureShape(tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed)
+        shape = FeatureShape(
+            tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
+        )
         head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
         check_head(head, features, num_classes, str(cut))
         built.append(head)

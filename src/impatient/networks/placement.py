@@ -21,7 +21,18 @@ from impatient.networks.stages import Cut, batch_size_of, call_model, first_tens
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 _FAR = 0.2  # of the whole time; less would send exits into the insides of blocks wherever the machine is busy
-_SILENT = (nn.ReLU, nn.GELU, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.MaxPool2d, nn.AvgPool2d, nn.MaxPool1d)
+_SILENT = (
+    nn.ReLU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Tanh,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.MaxPool1d,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +63,15 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
         calls[name] += 1
         ended[key] = time.perf_counter()
         if features:
-            with contextlib.suppress(NetworkError):  # no tensor in it: it can be listed, but not cut
+            with contextlib.suppress(
+                NetworkError
+            ):  # no tensor in it: it can be listed, but not cut
                 outputs[key] = first_tensor(output).detach().clone()
 
-    hooks = [modules[name].register_forward_hook(lambda _m, _a, output, name=name: note(name, output)) for name in names]
+    hooks = [
+        modules[name].register_forward_hook(lambda _m, _a, output, name=name: note(name, output))
+        for name in names
+    ]
     try:
         with evaluating(model), torch.no_grad():
             begin = time.perf_counter()
@@ -111,19 +127,27 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     running = sorted(cuts, key=lambda cut: order.index((cut.module, cut.call)))
     if cuts != running or len(set(cuts)) < len(cuts):
         right = list(dict.fromkeys(str(cut) for cut in running))
-        raise CutOrderError(f"exits go from shallow to deep, each once; given: {list(after)}; in running order: {right}.")
+        raise CutOrderError(
+            f"exits go from shallow to deep, each once; given: {list(after)}; in running order: {right}."
+        )
     return cuts
 
 
 def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
     calls = traced.calls(name)
     if calls == 0:
-        raise ExitNotFound(f"module {name!r} exists, but the example never calls it; choose one that every input calls.")
+        raise ExitNotFound(
+            f"module {name!r} exists, but the example never calls it; choose one that every input calls."
+        )
     if call is None and calls > 1:
         choices = ", ".join(f"{name}@{index}" for index in range(calls))
-        raise AmbiguousCut(f"module {name!r} is called {calls} times in one pass; say after which call: {choices}.")
+        raise AmbiguousCut(
+            f"module {name!r} is called {calls} times in one pass; say after which call: {choices}."
+        )
     if call is not None and call >= calls:
-        raise ExitNotFound(f"module {name!r} is called {calls} times on the example; there is no {name}@{call}.")
+        raise ExitNotFound(
+            f"module {name!r} is called {calls} times on the example; there is no {name}@{call}."
+        )
     return Cut(name, call or 0)
 
 
@@ -148,7 +172,9 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
         ExitNotFound: if the model has fewer places than that.
     """
     if count < 1:
-        raise ExitNotFound(f"count={count}; needed: at least 1 exit (the last exit is the backbone's own output).")
+        raise ExitNotFound(
+            f"count={count}; needed: at least 1 exit (the last exit is the backbone's own output)."
+        )
     if count == 1:
         return []
     chosen: list[Cut] = []
@@ -208,7 +234,9 @@ def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
     modules = dict(model.named_modules())
     batch = batch_size_of(x)
     return [
-        Cut(name, call) for (name, call), features in traced.features.items() if not _obstacle(features, modules[name], batch)
+        Cut(name, call)
+        for (name, call), features in traced.features.items()
+        if not _obstacle(features, modules[name], batch)
     ]
 
 
@@ -253,14 +281,18 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
     return [min(run.ended_s[cut.module, cut.call] for run in runs) / total for cut in cuts]
 
 
-def _evenly(model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int) -> tuple[list[Cut], float]:
+def _evenly(
+    model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int
+) -> tuple[list[Cut], float]:
     """Cuts nearest to even shares without those that do not matter, and how far the farthest is; none, infinity if too few."""
     left = list(zip(cuts, shares, strict=True))
     while len(left) >= count - 1:
         picked = [left[index] for index in _even([share for _, share in left], count)]
         idle = _idle(model, x, [cut for cut, _ in picked], cuts)
         if not idle:
-            missed = max(abs(share - target / count) for target, (_, share) in enumerate(picked, start=1))
+            missed = max(
+                abs(share - target / count) for target, (_, share) in enumerate(picked, start=1)
+            )
             return [cut for cut, _ in picked], missed
         left = [(cut, share) for cut, share in left if cut not in idle]
     return [], float("inf")
@@ -285,14 +317,21 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
         if cut not in cuts:
             return None  # torch's word for: the output stays as it is
         features = first_tensor(output)
-        waves = torch.arange(features.numel(), device=features.device).cos().view(features.shape).to(features.dtype)
+        waves = (
+            torch.arange(features.numel(), device=features.device)
+            .cos()
+            .view(features.shape)
+            .to(features.dtype)
+        )
         other = features + features.abs().mean() * waves
         replaced.extend(leaf for leaf in tree_leaves(output) if leaf is features)
         return tree_map(lambda leaf: other if leaf is features else leaf, output)
 
     names = {cut.module for cut in cuts}
     hooks = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _a, output, name=name: disturb(name, output))
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, output, name=name: disturb(name, output)
+        )
         for name in names
     ]
     try:
@@ -331,7 +370,8 @@ def _levels(model: nn.Module) -> Iterator[list[str]]:
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _SILENT) and type(model.get_submodule(name.rpartition(".")[0])) is nn.Sequential
+        if isinstance(module, _SILENT)
+        and type(model.get_submodule(name.rpartition(".")[0])) is nn.Sequential
     ]
     if layers:
         yield layers
@@ -340,8 +380,15 @@ def _levels(model: nn.Module) -> Iterator[list[str]]:
 def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Outermost blocks: composite members of plain containers, and composite siblings of one class."""
     children = list(module.named_children())
-    composite = [(name, child) for name, child in children if next(child.children(), None) is not None]
-    repeated = any(n > 1 for n in Counter(type(child) for _, child in composite if type(child) not in _CONTAINERS).values())
+    composite = [
+        (name, child) for name, child in children if next(child.children(), None) is not None
+    ]
+    repeated = any(
+        n > 1
+        for n in Counter(
+            type(child) for _, child in composite if type(child) not in _CONTAINERS
+        ).values()
+    )
     for name, child in composite:
         if type(child) in _CONTAINERS and _has_blocks(child):
             yield from _blocks(f"{prefix}{name}.", child)

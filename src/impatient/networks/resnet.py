@@ -50,7 +50,9 @@ class PreActBlock(nn.Module):
         Anytime Neural Networks (Hu et al.), the basic unit as in the authors' code.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled") -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled"
+    ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -75,7 +77,9 @@ class PreActBottleneck(nn.Module):
         Anytime Neural Networks (Hu et al.), the unit of the ImageNet networks.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled") -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, shortcut: ShortcutKind = "pooled"
+    ) -> None:
         super().__init__()
         width = outputs // 4
         self.bn1 = nn.BatchNorm2d(inputs)
@@ -96,8 +100,9 @@ class PreActBottleneck(nn.Module):
 
 # with the outputs of a block per channel of its stage
 _BLOCKS: Mapping[str, tuple[type[PreActBlock] | type[PreActBottleneck], int]] = {
-    "basic": (PreActBlock, 1), "bottleneck": (PreActBottleneck, 4),
-}  # fmt: skip
+    "basic": (PreActBlock, 1),
+    "bottleneck": (PreActBottleneck, 4),
+}
 
 
 class PreActResNet(nn.Module):
@@ -144,8 +149,14 @@ class PreActResNet(nn.Module):
         _check_name("shortcut", shortcut, ("pooled", "projection"))
         build, expansion = _BLOCKS[block]
         self.stem = _STEMS[stem](in_channels, c)
-        widths = [c * 2**stage * expansion for stage, count in enumerate(counts) for _ in range(count)]
-        strides = [2 if stage and not index else 1 for stage, count in enumerate(counts) for index in range(count)]
+        widths = [
+            c * 2**stage * expansion for stage, count in enumerate(counts) for _ in range(count)
+        ]
+        strides = [
+            2 if stage and not index else 1
+            for stage, count in enumerate(counts)
+            for index in range(count)
+        ]
         shapes = zip([c, *widths], widths, strides, strict=False)
         blocks = [build(inputs, outputs, stride, shortcut) for inputs, outputs, stride in shapes]
         self.blocks = nn.ModuleList(blocks)
@@ -177,7 +188,10 @@ def _small_stem(in_channels: int, c: int) -> nn.Module:
 
 def _large_stem(in_channels: int, c: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(in_channels, c, 7, 2, 3, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)
+        nn.Conv2d(in_channels, c, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(c),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, padding=1),
     )
 
 
@@ -195,7 +209,9 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
 
 def _check_name(option: str, given: object, known: Collection[str]) -> None:
     if given not in known:
-        raise ModelSpecError(f"PreActResNet({option}={given!r}): unknown; needed: one of {', '.join(known)}.")
+        raise ModelSpecError(
+            f"PreActResNet({option}={given!r}): unknown; needed: one of {', '.join(known)}."
+        )
 
 
 def _check_depth(depth: object, blocks: int) -> None:
@@ -252,6 +268,12 @@ def preact_resnet_imagenet(
             "stem='imagenet') for another."
         )
     return PreActResNet(
-        num_classes, IMAGENET_RESNETS[layers].n, c, in_channels,
-        block="bottleneck", stem="imagenet", shortcut=shortcut, depth=depth,
-    )  # fmt: skip
+        num_classes,
+        IMAGENET_RESNETS[layers].n,
+        c,
+        in_channels,
+        block="bottleneck",
+        stem="imagenet",
+        shortcut=shortcut,
+        depth=depth,
+    )

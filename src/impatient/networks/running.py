@@ -121,7 +121,10 @@ class RunningEnsemble(nn.Module):
         place = next((tensor.device for tensor in network.state_dict().values()), None)
         for name, values in (("temperatures", temperatures), ("recalibration", recalibration)):
             checked = as_temperatures(values, network.num_exits)
-            self.register_buffer(name, (torch.ones(network.num_exits) if checked is None else checked.clone()).to(place))
+            self.register_buffer(
+                name,
+                (torch.ones(network.num_exits) if checked is None else checked.clone()).to(place),
+            )
 
     @property
     def num_exits(self) -> int:
@@ -184,11 +187,14 @@ class RunningEnsemble(nn.Module):
         """As the network's inside, with the MACs and parameters of each head moved into its stage."""
         return [
             replace(
-                fact, stage_macs=fact.stage_macs + fact.head_macs, head_macs=0,
-                stage_parameters=fact.stage_parameters + fact.head_parameters, head_parameters=0,
+                fact,
+                stage_macs=fact.stage_macs + fact.head_macs,
+                head_macs=0,
+                stage_parameters=fact.stage_parameters + fact.head_parameters,
+                head_parameters=0,
             )
             for fact in self.network.stage_facts(x)
-        ]  # fmt: skip
+        ]
 
     def describe(self, x: Any) -> str:
         """As the network inside describes itself, with the heads counted to the stages."""
@@ -210,7 +216,12 @@ class RunningEnsemble(nn.Module):
             )
 
     def _running(self) -> Running:
-        return Running(self.rule, self.num_exits, temperatures=self.temperatures, recalibration=self.recalibration)
+        return Running(
+            self.rule,
+            self.num_exits,
+            temperatures=self.temperatures,
+            recalibration=self.recalibration,
+        )
 
 
 def _spelled(rule: Rule) -> str:

@@ -43,7 +43,9 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
     except Exception as error:  # whatever a model raises when its values do not fit together
         return Verdict(False, f"{type(error).__name__}: {error}")
     if not len(whole) == len(reduced) == num_exits:
-        return Verdict(None, f"made-up samples came to {len(whole)} and {len(reduced)} of {num_exits} exits")
+        return Verdict(
+            None, f"made-up samples came to {len(whole)} and {len(reduced)} of {num_exits} exits"
+        )
     verdicts = [_compared(*outputs) for outputs in zip(whole, reduced, kept, strict=True)]
     return next((verdict for verdict in verdicts if not verdict.shrinks), Verdict(True))
 
@@ -75,7 +77,9 @@ def _outputs(run: Walk, kept: Sequence[Sequence[int]]) -> list[Tensor]:
 def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
     wanted = whole[list(places)]
     if reduced.shape != wanted.shape:
-        return Verdict(False, f"an output has shape {tuple(reduced.shape)} for {len(places)} samples")
+        return Verdict(
+            False, f"an output has shape {tuple(reduced.shape)} for {len(places)} samples"
+        )
     apart = float(torch.pdist(whole.flatten(1).double(), p=float("inf")).median())
     off = float((reduced - wanted).double().abs().max())
     if not off <= apart * TOLERANCE.get(whole.dtype, USUAL_TOLERANCE):

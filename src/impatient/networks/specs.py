@@ -28,12 +28,17 @@ from impatient.networks.vgg import SmallVGG
 log = logging.getLogger(__name__)
 
 OWN: dict[str, Callable[..., nn.Module]] = {
-    "resnet": PreActResNet, "resnet_imagenet": preact_resnet_imagenet, "vgg": SmallVGG, "base_resnet": BaseResNet,
+    "resnet": PreActResNet,
+    "resnet_imagenet": preact_resnet_imagenet,
+    "vgg": SmallVGG,
+    "base_resnet": BaseResNet,
     "anytimenet": AnytimeNet,
-}  # fmt: skip
+}
 
 
-def load_model(spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
+def load_model(
+    spec: str, *, num_classes: int | None = None, in_channels: int | None = None
+) -> nn.Module:
     """Build the model a spec string names.
 
     Args:
@@ -55,11 +60,17 @@ def load_model(spec: str, *, num_classes: int | None = None, in_channels: int | 
     except ModelSpecError:
         raise
     except ImportError as error:
-        raise ModelSpecError(f"{spec!r} needs a package that cannot be imported: {error}. {_remedy(source)}") from error
+        raise ModelSpecError(
+            f"{spec!r} needs a package that cannot be imported: {error}. {_remedy(source)}"
+        ) from error
     except Exception as error:
-        raise ModelSpecError(f"{spec!r} could not be built: {type(error).__name__}: {error}") from error
+        raise ModelSpecError(
+            f"{spec!r} could not be built: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(model, nn.Module):
-        raise ModelSpecError(f"{spec!r} returned a {type(model).__name__}; needed: a torch.nn.Module.")
+        raise ModelSpecError(
+            f"{spec!r} returned a {type(model).__name__}; needed: a torch.nn.Module."
+        )
     return model
 
 
@@ -75,7 +86,9 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     for entry in filter(None, _outer_commas(options)):
         key, equals, value = entry.partition("=")
         if not equals or not key.isidentifier():
-            raise ModelSpecError(f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5.")
+            raise ModelSpecError(
+                f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5."
+            )
         parsed[key] = _literal(value)
     return source, name, parsed
 
@@ -101,10 +114,16 @@ def _literal(text: str) -> Any:
 
 def _remedy(source: str) -> str:
     extra = {"torchvision": "vision", "timm": "vision", "transformers": "text"}.get(source)
-    return f"Install it with: pip install 'impatient[{extra}]'." if extra else "Is it installed, or in this folder?"
+    return (
+        f"Install it with: pip install 'impatient[{extra}]'."
+        if extra
+        else "Is it installed, or in this folder?"
+    )
 
 
-def _accepted(factory: Callable[..., Any], options: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+def _accepted(
+    factory: Callable[..., Any], options: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
     """The options, and of what is known that which the factory takes by name."""
     parameters = inspect.signature(factory).parameters
     given = {key: value for key, value in known.items() if value is not None and key in parameters}
@@ -113,19 +132,30 @@ def _accepted(factory: Callable[..., Any], options: dict[str, Any], known: dict[
 
 def _own(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     if name not in OWN:
-        raise ModelSpecError(f"no network {name!r} in {source}; needed: one of {', '.join(sorted(OWN))}.")
+        raise ModelSpecError(
+            f"no network {name!r} in {source}; needed: one of {', '.join(sorted(OWN))}."
+        )
     return OWN[name](**_accepted(OWN[name], options, known))
 
 
 def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
     models = import_torchvision().models
     if name not in models.list_models():
-        raise ModelSpecError(f"torchvision has no model {name!r}. {_near(name, models.list_models())}")
+        raise ModelSpecError(
+            f"torchvision has no model {name!r}. {_near(name, models.list_models())}"
+        )
     options = {**({"num_classes": known["num_classes"]} if known["num_classes"] else {}), **options}
     if options.get("weights"):
         options.pop("num_classes", None)  # pretrained weights decide the number of classes
-    if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in ("googlenet", "inception_v3"):
-        options = {"init_weights": False, "aux_logits": False, **options} if not options.get("weights") else options
+    if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in (
+        "googlenet",
+        "inception_v3",
+    ):
+        options = (
+            {"init_weights": False, "aux_logits": False, **options}
+            if not options.get("weights")
+            else options
+        )
     return models.get_model(name, **options)
 
 
@@ -136,7 +166,9 @@ def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]
     if not timm.is_model(name.split(".")[0]):
         raise ModelSpecError(f"timm has no model {name!r}. {_near(name, timm.list_models())}")
     given = {"num_classes": known["num_classes"], "in_chans": known["in_channels"]}
-    return timm.create_model(name, **{**{key: value for key, value in given.items() if value is not None}, **options})
+    return timm.create_model(
+        name, **{**{key: value for key, value in given.items() if value is not None}, **options}
+    )
 
 
 def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
@@ -158,7 +190,9 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     else:
         config = None
     if config is not None:
-        config.architectures = config.architectures or []  # transformers fails on None where one config has several classes
+        config.architectures = (
+            config.architectures or []
+        )  # transformers fails on None where one config has several classes
         return _auto_class(transformers, config, text).from_config(config)
     config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     return _auto_class(transformers, config, text).from_pretrained(name, config=config)
@@ -166,8 +200,14 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
 
 def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
     """The first kind of classifier that this configuration has: of images, text, sound or video."""
-    texts, images = transformers.AutoModelForSequenceClassification, transformers.AutoModelForImageClassification
-    others = (transformers.AutoModelForAudioClassification, transformers.AutoModelForVideoClassification)
+    texts, images = (
+        transformers.AutoModelForSequenceClassification,
+        transformers.AutoModelForImageClassification,
+    )
+    others = (
+        transformers.AutoModelForAudioClassification,
+        transformers.AutoModelForVideoClassification,
+    )
     kinds = (texts,) if text else (images, texts, *others)
     return next((kind for kind in kinds if type(config) in kind._model_mapping), texts)
 
@@ -179,8 +219,14 @@ def _from_module(source: str, name: str, options: dict[str, Any], known: dict[st
     module = importlib.import_module(source)
     factory = getattr(module, name, None)
     if not callable(factory):
-        public = [entry for entry in dir(module) if not entry.startswith("_") and callable(getattr(module, entry))]
-        raise ModelSpecError(f"{source} has no factory {name!r}; callable there: {', '.join(public[:12]) or 'nothing'}.")
+        public = [
+            entry
+            for entry in dir(module)
+            if not entry.startswith("_") and callable(getattr(module, entry))
+        ]
+        raise ModelSpecError(
+            f"{source} has no factory {name!r}; callable there: {', '.join(public[:12]) or 'nothing'}."
+        )
     return factory(**_accepted(factory, options, known))
 
 
@@ -192,8 +238,11 @@ def _near(name: str, names: list[str]) -> str:
 
 
 _SOURCES: dict[str, Callable[..., Any]] = {
-    "impatient": _own, "torchvision": _torchvision, "timm": _timm, "transformers": _transformers,
-}  # fmt: skip
+    "impatient": _own,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "transformers": _transformers,
+}
 
 
 def import_torchvision() -> Any:
@@ -209,9 +258,14 @@ def import_torchvision() -> Any:
             raise
     import torch
 
-    log.info("torchvision was built for another torch; using it without its compiled operators (no detection models)")
+    log.info(
+        "torchvision was built for another torch; using it without its compiled operators (no detection models)"
+    )
     for operator in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torch.library.define(
+            f"torchvision::{operator}",
+            "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        )
     for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
         del sys.modules[module]  # left over from the import that failed
     return importlib.import_module("torchvision")

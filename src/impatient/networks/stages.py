@@ -85,7 +85,11 @@ def _entries(value: Any) -> Iterable[Any]:
         return value.values()
     if isinstance(value, (tuple, list)):
         return value
-    return [getattr(value, field.name) for field in dataclasses.fields(value)] if is_dataclass(value) else ()
+    return (
+        [getattr(value, field.name) for field in dataclasses.fields(value)]
+        if is_dataclass(value)
+        else ()
+    )
 
 
 def batch_size_of(x: Any) -> int:
@@ -112,7 +116,10 @@ class _Autocast(NamedTuple):
 
     @classmethod
     def now(cls) -> Self:
-        devices = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES]
+        devices = [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        ]
         return cls(torch.is_autocast_cache_enabled(), devices)
 
     def restore(self) -> None:
@@ -145,7 +152,10 @@ class _Ambient:
 
     def here(self) -> bool:
         """Whether this thread is in these modes; where no autocast is on, its other settings make no difference."""
-        if is_grad_enabled() is not self._grad or is_inference_mode_enabled() is not self._inference:
+        if (
+            is_grad_enabled() is not self._grad
+            or is_inference_mode_enabled() is not self._inference
+        ):
             return False
         return self._autocast == _Autocast.now() if self._casts else not _is_any_autocast_enabled()
 
@@ -180,7 +190,9 @@ class _Run:
     """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not keep the run alive."""
 
     ambient: _Ambient
-    position: int | None = -1  # the exit whose features are intact; None once the run has failed in a later stage
+    position: (
+        int | None
+    ) = -1  # the exit whose features are intact; None once the run has failed in a later stage
 
 
 class Exit:
@@ -194,7 +206,9 @@ class Exit:
 
     __slots__ = ("_head", "_kept", "_output", "_run", "features", "index")
 
-    def __init__(self, index: int, features: Tensor, head: Head | None, run: _Run, kept: bool) -> None:
+    def __init__(
+        self, index: int, features: Tensor, head: Head | None, run: _Run, kept: bool
+    ) -> None:
         self.index = index
         self.features = features
         self._head = head
@@ -213,7 +227,11 @@ class Exit:
         """
         if self._output is None:
             if self._run.position != self.index and not self._kept:
-                now = "failed in a later stage" if self._run.position is None else f"is at exit {self._run.position}"
+                now = (
+                    "failed in a later stage"
+                    if self._run.position is None
+                    else f"is at exit {self._run.position}"
+                )
                 raise ExitPassed(
                     f"exit {self.index} was passed (the run {now}), and its features may have been overwritten. "
                     "Call output() before the next exit, or start with network.exits(x, keep=True)."
@@ -291,7 +309,11 @@ def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
 
     if is_dataclass(output) and not isinstance(output, Mapping | type):
         return dataclasses.replace(
-            output, **{field.name: changed(getattr(output, field.name)) for field in dataclasses.fields(output)}
+            output,
+            **{
+                field.name: changed(getattr(output, field.name))
+                for field in dataclasses.fields(output)
+            },
         )
     return tree_map(changed, output)
 
@@ -303,14 +325,18 @@ def install(modules: Sequence[nn.Module]) -> None:
             module.register_forward_hook(_at_cut)
 
 
-def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
+def tapped(
+    model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]
+) -> Any:
     """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact.
 
     It is called in the caller's modes: a head trains even after a part of the model that runs without gradients. A tensor
     that it returns takes the place of the features in what is deeper.
     """
     ambient, current = _Ambient.now(), greenlet.getcurrent()
-    _taps.stack.append((cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features)))
+    _taps.stack.append(
+        (cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features))
+    )
     try:
         if not isinstance(current, _Forward):
             return call_model(model, x)
@@ -354,7 +380,9 @@ class Walk(Iterator[Exit]):
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
         self._rows: Tensor | None = None  # of the present exit, to go on with; None: all
-        self._size: int | None = None  # how many rows later exits must have; None: nobody has said so
+        self._size: int | None = (
+            None  # how many rows later exits must have; None: nobody has said so
+        )
         self._runner: _Forward | None = None  # None before the first stage and after the last
         self._owner: threading.Thread | None = None
         self._finished = False
@@ -366,7 +394,11 @@ class Walk(Iterator[Exit]):
         try:
             index, value = self._resume()
             self._check_rows(index, value)
-            kept = self._run.ambient.call(torch.clone, value) if self._keep and index != self._last else value
+            kept = (
+                self._run.ambient.call(torch.clone, value)
+                if self._keep and index != self._last
+                else value
+            )
         except BaseException:
             self._finished = True
             self._run.position = None  # what failed may have overwritten the features first
@@ -387,7 +419,9 @@ class Walk(Iterator[Exit]):
             NetworkError: if other values that carry the batch cross a cut of this network, or the run is not at an exit.
         """
         if self._runner is None or self._shrinks is None:
-            raise NetworkError("a run can be reduced to some of its samples only between two exits. Call keep() after an exit.")
+            raise NetworkError(
+                "a run can be reduced to some of its samples only between two exits. Call keep() after an exit."
+            )
         if not self._shrinks(self._x):
             raise NetworkError(
                 "this network cannot go on with some samples of a batch: more than the features crosses its cuts, or its "
@@ -409,7 +443,9 @@ class Walk(Iterator[Exit]):
     def _check_thread(self) -> None:
         """Refuse before anything is touched: greenlet itself crashes where the other thread has ended."""
         if self._runner is not None and self._owner is not threading.current_thread():
-            raise greenlet.error("a staged run can only be advanced and closed on the thread that first advanced it.")
+            raise greenlet.error(
+                "a staged run can only be advanced and closed on the thread that first advanced it."
+            )
 
     def _resume(self) -> tuple[int, Tensor]:
         """Run the model to its next cut or its end."""
@@ -426,7 +462,9 @@ class Walk(Iterator[Exit]):
             result = self._run.ambient.within(runner.switch, *given)
         finally:
             if runner.dead:
-                self._runner = self._model = self._x = self._shrinks = None  # nothing is kept alive by a finished run
+                self._runner = self._model = self._x = self._shrinks = (
+                    None  # nothing is kept alive by a finished run
+                )
         return (self._last, output_tensor(result)) if runner.dead else result
 
     def close(self) -> None:
@@ -447,7 +485,9 @@ class Walk(Iterator[Exit]):
         self.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if ending():  # the interpreter takes the memory back, and what close() needs is already gone
+        if (
+            ending()
+        ):  # the interpreter takes the memory back, and what close() needs is already gone
             return
         try:
             self.close()

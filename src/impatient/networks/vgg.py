@@ -32,14 +32,24 @@ class SmallVGG(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 10, width: int = 16, blocks: Sequence[int] = (1, 1, 2, 2), in_channels: int = 3
+        self,
+        num_classes: int = 10,
+        width: int = 16,
+        blocks: Sequence[int] = (1, 1, 2, 2),
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
         _check_sizes(num_classes=num_classes, width=width, blocks=blocks, in_channels=in_channels)
-        widths = [width * 2 ** min(stage, 3) for stage, count in enumerate(blocks) for _ in range(count)]
-        pooled = [index == count - 1 for count in blocks[:-1] for index in range(count)] + [False] * blocks[-1]
+        widths = [
+            width * 2 ** min(stage, 3) for stage, count in enumerate(blocks) for _ in range(count)
+        ]
+        pooled = [index == count - 1 for count in blocks[:-1] for index in range(count)] + [
+            False
+        ] * blocks[-1]
         shapes = zip([in_channels, *widths], widths, pooled, strict=False)
-        self.blocks = nn.ModuleList(_layer(inputs, outputs, pool=pool) for inputs, outputs, pool in shapes)
+        self.blocks = nn.ModuleList(
+            _layer(inputs, outputs, pool=pool) for inputs, outputs, pool in shapes
+        )
         self.classifier = nn.Linear(widths[-1], num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -53,12 +63,18 @@ class SmallVGG(nn.Module):
 
 
 def _layer(inputs: int, outputs: int, *, pool: bool) -> nn.Module:
-    layer = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+    layer = nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
     return layer.append(nn.MaxPool2d(2)) if pool else layer
 
 
 def _check_sizes(*, blocks: object, **sizes: object) -> None:
     listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
     if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
-        given = ", ".join(f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items())
-        raise ModelSpecError(f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number per stage.")
+        given = ", ".join(
+            f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
+        )
+        raise ModelSpecError(
+            f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number per stage."
+        )

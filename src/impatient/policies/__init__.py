@@ -16,7 +16,13 @@ from impatient.policies.risk import (
 )
 from impatient.policies.routing import STOP, Route, SelectionPolicy
 from impatient.policies.rules import Policy, ThresholdPolicy, fit_thresholds, thresholds_for_shares
-from impatient.policies.selection import MixedSelection, SelectionPoint, fit_selection, mix_selections, sweep_selection
+from impatient.policies.selection import (
+    MixedSelection,
+    SelectionPoint,
+    fit_selection,
+    mix_selections,
+    sweep_selection,
+)
 from impatient.policies.splits import split_recording
 from impatient.policies.topology import Topology
 

@@ -29,9 +29,11 @@ def always(exit: int, num_exits: int, recording: Recorded | None = None) -> Thre
     thresholds = [math.inf] * num_exits
     thresholds[exit] = thresholds[-1] = -math.inf
     return ThresholdPolicy(
-        score="max_probability", thresholds=tuple(thresholds), split=recording.split if recording else None,
+        score="max_probability",
+        thresholds=tuple(thresholds),
+        split=recording.split if recording else None,
         provenance=recording.provenance if recording else None,
-    )  # fmt: skip
+    )
 
 
 def uniform(
@@ -90,42 +92,68 @@ def myopic(
     Source:
         "myopic" in Bolukbasi et al. 2017. We differ: 1,000 quantiles of the scores are tried, and never to stop early.
     """
-    targets = {"time_price": time_price, "mean_time_s": mean_time_s, "max_accuracy_loss": max_accuracy_loss}
+    targets = {
+        "time_price": time_price,
+        "mean_time_s": mean_time_s,
+        "max_accuracy_loss": max_accuracy_loss,
+    }
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1 or not all(value >= 0.0 for value in given.values()):
-        raise PolicyError(f"give exactly one target of {', '.join(targets)}, not negative; given: {given or 'none'}.")
+        raise PolicyError(
+            f"give exactly one target of {', '.join(targets)}, not negative; given: {given or 'none'}."
+        )
     (name, wanted), *_ = given.items()
     scores = SCORES[score](recording.outputs).numpy()
     right = (recording.outputs.argmax(-1) == recording.labels).numpy()
     times = np.array(costs.interruptible_s(statistic=statistic, batch_size=batch_size))
     levels = np.linspace(0.0, 1.0, 1000)
-    bounds = np.unique(np.quantile(scores[:-1], levels, method="lower")).tolist() if len(scores) > 1 else []
+    bounds = (
+        np.unique(np.quantile(scores[:-1], levels, method="lower")).tolist()
+        if len(scores) > 1
+        else []
+    )
     tried = []
     for bound in [*bounds, math.inf]:
         stops = scores >= bound
         stops[-1] = True
         exits = stops.argmax(0)
-        accuracy, mean_s = float(right[exits, np.arange(len(exits))].mean()), float(times[exits].mean())
+        accuracy, mean_s = (
+            float(right[exits, np.arange(len(exits))].mean()),
+            float(times[exits].mean()),
+        )
         if bound == math.inf:  # never early: no head need run
             mean_s = costs.contract_s(statistic=statistic, batch_size=batch_size)[-1]
         tried.append((accuracy, mean_s, bound))
     if name == "time_price":
-        best = min(tried, key=lambda entry: (entry[1] if math.isinf(wanted) else wanted * entry[1] - entry[0], entry[1]))
+        best = min(
+            tried,
+            key=lambda entry: (
+                entry[1] if math.isinf(wanted) else wanted * entry[1] - entry[0],
+                entry[1],
+            ),
+        )
     elif name == "mean_time_s":
         feasible = [entry for entry in tried if entry[1] <= wanted]
         if not feasible:
             least = min(entry[1] for entry in tried)
-            raise InfeasibleTarget(f"mean_time_s={wanted:g} cannot be reached: the first exit takes {least:g} s. Ask for more.")
+            raise InfeasibleTarget(
+                f"mean_time_s={wanted:g} cannot be reached: the first exit takes {least:g} s. Ask for more."
+            )
         best = max(feasible, key=lambda entry: (entry[0], -entry[1]))
     else:
         floor = float(right[-1].mean()) - wanted - 1e-12
-        best = min((entry for entry in tried if entry[0] >= floor), key=lambda entry: (entry[1], -entry[0]))
+        best = min(
+            (entry for entry in tried if entry[0] >= floor), key=lambda entry: (entry[1], -entry[0])
+        )
     accuracy, mean_s, bound = best
     reached = {"mean_cost": mean_s, "accuracy": accuracy, "samples": float(right.shape[1])}
     return ThresholdPolicy(
-        score=score, thresholds=(*(bound,) * (len(scores) - 1), -math.inf), split=recording.split,
-        target={name: wanted, **reached}, provenance=recording.provenance,
-    )  # fmt: skip
+        score=score,
+        thresholds=(*(bound,) * (len(scores) - 1), -math.inf),
+        split=recording.split,
+        target={name: wanted, **reached},
+        provenance=recording.provenance,
+    )
 
 
 def soft_oracle(
@@ -151,7 +179,9 @@ def soft_oracle(
         "soft oracle" in Bolukbasi et al. 2017, who leave both choices open.
     """
     mode: Literal["contract", "interruptible"] = "contract" if pays == "chosen" else "interruptible"
-    times = torch.tensor(costs.cumulative_s(mode, statistic=statistic, batch_size=batch_size), dtype=torch.float64)
+    times = torch.tensor(
+        costs.cumulative_s(mode, statistic=statistic, batch_size=batch_size), dtype=torch.float64
+    )
     right_KN = recording.outputs.argmax(-1) == recording.labels
     exits_N = torch.where(right_KN, times[:, None], math.inf).argmin(0)  # the first of equals
     instead = int(times.argmin()) if when_none_is_right == "cheapest" else len(times) - 1

@@ -33,10 +33,14 @@ def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Floa
         0.010742
     """
     require(bool(((losses == 0) | (losses == 1)).all()), "the binomial tail needs losses of 0 or 1")
-    return torch.from_numpy(np.asarray(bdtr(losses.double().sum(-1).numpy(), losses.shape[-1], epsilon)))
+    return torch.from_numpy(
+        np.asarray(bdtr(losses.double().sum(-1).numpy(), losses.shape[-1], epsilon))
+    )
 
 
-def hoeffding_bentkus_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Float[Tensor, "*batch"]:
+def hoeffding_bentkus_p_values(
+    losses: Float[Tensor, "*batch N"], epsilon: float
+) -> Float[Tensor, "*batch"]:
     """P-values for any losses between 0 and 1, from their mean alone: the smaller of Hoeffding's and Bentkus' tails.
 
     Source:
@@ -45,15 +49,22 @@ def hoeffding_bentkus_p_values(losses: Float[Tensor, "*batch N"], epsilon: float
         >>> round(float(hoeffding_bentkus_p_values(torch.zeros(100), 0.02)), 6)  # 0.98 ** 100
         0.13262
     """
-    require(bool(((losses >= 0) & (losses <= 1)).all()), "Hoeffding's and Bentkus' inequalities need losses from 0 to 1")
+    require(
+        bool(((losses >= 0) & (losses <= 1)).all()),
+        "Hoeffding's and Bentkus' inequalities need losses from 0 to 1",
+    )
     count, total = losses.shape[-1], losses.double().sum(-1).numpy()
     mean = np.minimum(total / count, epsilon)
     hoeffding = np.exp(-count * (rel_entr(mean, epsilon) + rel_entr(1.0 - mean, 1.0 - epsilon)))
-    bentkus = math.e * bdtr(np.ceil(total - 1e-9), count, epsilon)  # a sum that is whole but for rounding stays so
+    bentkus = math.e * bdtr(
+        np.ceil(total - 1e-9), count, epsilon
+    )  # a sum that is whole but for rounding stays so
     return torch.from_numpy(np.asarray(np.minimum(hoeffding, bentkus)))
 
 
-def betting_p_values(losses: Float[Tensor, "*batch N"], epsilon: float, delta: float = 0.05) -> Float[Tensor, "*batch"]:
+def betting_p_values(
+    losses: Float[Tensor, "*batch N"], epsilon: float, delta: float = 0.05
+) -> Float[Tensor, "*batch"]:
     """P-values for any losses of at most 1, signed ones too: one over the greatest wealth of a bettor against the mean.
 
     With stakes s in [0, 1] set from earlier losses, wealth grows by 1 - s (loss - epsilon). This is at least 0, since
@@ -71,10 +82,16 @@ def betting_p_values(losses: Float[Tensor, "*batch N"], epsilon: float, delta: f
         >>> round(float(betting_p_values(torch.zeros(100), 0.05)), 4)  # with full stakes from the start, 1.05 ** -100 = 0.0076
         0.0082
     """
-    return (-_log_wealth(losses, torch.tensor(epsilon, dtype=torch.float64), _stakes(losses, delta))).exp().clamp(max=1.0)
+    return (
+        (-_log_wealth(losses, torch.tensor(epsilon, dtype=torch.float64), _stakes(losses, delta)))
+        .exp()
+        .clamp(max=1.0)
+    )
 
 
-def waudby_smith_ramdas_bound(losses: Float[Tensor, "*batch N"], delta: float = 0.05) -> Float[Tensor, "*batch"]:
+def waudby_smith_ramdas_bound(
+    losses: Float[Tensor, "*batch N"], delta: float = 0.05
+) -> Float[Tensor, "*batch"]:
     """Upper confidence bounds on mean losses: the least mean in [0, 1] against which betting wins 1 / delta.
 
     Each holds with probability 1 - delta. It adapts to the variance of the losses, and may be far below Hoeffding's.
@@ -111,7 +128,9 @@ def _stakes(losses: Float[Tensor, "*batch N"], delta: float) -> Float[Tensor, "*
 
 
 def _log_wealth(
-    losses: Float[Tensor, "*batch N"], mean: Float[Tensor, "*#batch"], stakes: Float[Tensor, "*batch N"]
+    losses: Float[Tensor, "*batch N"],
+    mean: Float[Tensor, "*#batch"],
+    stakes: Float[Tensor, "*batch N"],
 ) -> Float[Tensor, "*batch"]:
     """Greatest logarithm of the wealth on the way; -inf where all was lost at once."""
     return torch.log1p(-stakes * (losses.double() - mean[..., None])).cumsum(-1).amax(-1)
@@ -121,7 +140,11 @@ def _log_wealth(
 
 
 def learn_then_test(
-    losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05, p_values: PValues = hoeffding_bentkus_p_values
+    losses: Float[Tensor, "*batch J N"],
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    p_values: PValues = hoeffding_bentkus_p_values,
 ) -> Bool[Tensor, "*batch J"]:
     """Candidates, tested in their order until the first failure, whose mean losses are all at most epsilon: P >= 1 - delta.
 
@@ -144,7 +167,9 @@ def learn_then_test(
     return _until_failure(p_values(losses, epsilon) <= delta)
 
 
-def upper_confidence(losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05) -> Bool[Tensor, "*batch J"]:
+def upper_confidence(
+    losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05
+) -> Bool[Tensor, "*batch J"]:
     """Candidates up to the first whose Waudby-Smith-Ramdas bound exceeds epsilon: P(none loses more) >= 1 - delta.
 
     The same as `learn_then_test` with `betting_p_values`. For 0-1 losses the binomial tail is sharper.
@@ -162,7 +187,9 @@ def upper_confidence(losses: Float[Tensor, "*batch J N"], *, epsilon: float, del
     return _until_failure(waudby_smith_ramdas_bound(losses, delta) <= epsilon)
 
 
-def conformal_risk_control(losses: Float[Tensor, "*batch J N"], *, epsilon: float) -> Bool[Tensor, "*batch J"]:
+def conformal_risk_control(
+    losses: Float[Tensor, "*batch J N"], *, epsilon: float
+) -> Bool[Tensor, "*batch J"]:
     """Candidates of which the last has a mean loss of at most epsilon *in expectation over calibration splits*.
 
     No statement with probability 1 - delta: on many splits, up to about half, the one chosen loses more than epsilon.
@@ -203,4 +230,6 @@ def require(holds: bool, need: str) -> None:
 def check_levels(epsilon: float, delta: float) -> None:
     """Raise PolicyError unless both are between 0 and 1."""
     if not (0 < epsilon < 1 and 0 < delta < 1):
-        raise PolicyError(f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and 0.05.")
+        raise PolicyError(
+            f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and 0.05."
+        )

@@ -52,4 +52,6 @@ def _fit(outputs_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> float:
 
     low, high = map(math.log, RANGE)
     # convex in 1 / T, so with a single minimum in log T
-    return math.exp(minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x)
+    return math.exp(
+        minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-4}).x
+    )

@@ -53,12 +53,18 @@ class Decision:
 
     def __post_init__(self) -> None:
         items = self.num_actions + len(self.children)
-        if self.num_actions < 1 or not REGRESSION <= self.root < items or bool((self.children >= items).any()):
+        if (
+            self.num_actions < 1
+            or not REGRESSION <= self.root < items
+            or bool((self.children >= items).any())
+        ):
             raise PolicyError(
                 f"root {self.root} and comparisons {self.children.tolist()} make no choice of {self.num_actions}."
             )
         if self.constant is None and not any(set(self.machines) == set(names) for names in _SCORES):
-            raise PolicyError(f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of learner.")
+            raise PolicyError(
+                f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of learner."
+            )
 
     @property
     def constant(self) -> int | None:
@@ -73,14 +79,18 @@ class Decision:
     def choose(self, features: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
         """The action for each sample, on the device of the features."""
         if features.shape[1] != len(self.mean):
-            raise PolicyError(f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit it anew.")
+            raise PolicyError(
+                f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit it anew."
+            )
         if self.constant is not None:
             return torch.full((len(features),), self.constant, device=features.device)
         scores = self.scores(features)
         if self.root == REGRESSION:
             return scores.argmin(1).to(features.device)
         items: list[Any] = list(range(self.num_actions))
-        for second_wins, (first, second) in zip((scores > 0).unbind(1), self.children.tolist(), strict=True):
+        for second_wins, (first, second) in zip(
+            (scores > 0).unbind(1), self.children.tolist(), strict=True
+        ):
             items.append(torch.where(second_wins, items[second], items[first]))
         chosen: Tensor = items[self.root]
         return chosen.to(features.device)
@@ -102,13 +112,23 @@ class Decision:
         try:
             num_actions, root = arrays["shape"].tolist()
             return cls(
-                num_actions=num_actions, mean=arrays["mean"], scale=arrays["scale"], children=arrays["children"], root=root,
-                machines={name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)},
-            )  # fmt: skip
+                num_actions=num_actions,
+                mean=arrays["mean"],
+                scale=arrays["scale"],
+                children=arrays["children"],
+                root=root,
+                machines={
+                    name.removeprefix(prefix): value
+                    for name, value in arrays.items()
+                    if name.startswith(prefix)
+                },
+            )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PolicyError):
                 raise
-            raise PolicyError(f"arrays {sorted(arrays)} are no decision ({error!r}); fit it anew.") from error
+            raise PolicyError(
+                f"arrays {sorted(arrays)} are no decision ({error!r}); fit it anew."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,10 +199,16 @@ def fit_decision(
     seen = features if isinstance(features, Standardised) else Standardised.of(features)
     machines, children, root = _METHODS[method](seen.values, price, counts, _Fit(learner, seed))
     return Decision(
-        num_actions=price.shape[1], mean=torch.from_numpy(seen.mean), scale=torch.from_numpy(seen.scale), root=root,
-        machines={name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in (machines or [{}])[0]},
+        num_actions=price.shape[1],
+        mean=torch.from_numpy(seen.mean),
+        scale=torch.from_numpy(seen.scale),
+        root=root,
+        machines={
+            name: torch.from_numpy(np.stack([row[name] for row in machines]))
+            for name in (machines or [{}])[0]
+        },
         children=torch.tensor(children, dtype=torch.int64).reshape(-1, 2),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +237,9 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
         low, high = _waiting(row, counts)
         met = []
         for pair in zip(row[low:high:2], row[low + 1 : high : 2], strict=True):
-            (first, first_cost), (second, second_cost) = sorted(pair, key=lambda item: item[0])  # ties go to the first action
+            (first, first_cost), (second, second_cost) = sorted(
+                pair, key=lambda item: item[0]
+            )  # ties go to the first action
             gain = first_cost - second_cost
             weights = counts * np.abs(gain)
             kept = weights > 0.0
@@ -232,22 +260,29 @@ def _waiting(row: Sequence[tuple[int, np.ndarray]], counts: np.ndarray) -> tuple
     if len(row) % 2 == 0:
         return 0, len(row)
     means = [float((counts * cost).sum()) for _, cost in row]
-    return (1, len(row)) if abs(means[1] - means[0]) > abs(means[-1] - means[-2]) else (0, len(row) - 1)
+    return (
+        (1, len(row))
+        if abs(means[1] - means[0]) > abs(means[-1] - means[-2])
+        else (0, len(row) - 1)
+    )
 
 
 def _regression(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
     if costs.shape[1] == 1 or not counts.any():
         return [], [], 0
     kept = counts > 0.0
-    costs = costs[kept] - costs[kept].mean(1, keepdims=True)  # what all actions cost alike decides nothing
+    costs = costs[kept] - costs[kept].mean(
+        1, keepdims=True
+    )  # what all actions cost alike decides nothing
     spread = costs.std() or 1.0
     machines = [fit.regression(features[kept], cost / spread, counts[kept]) for cost in costs.T]
     return machines, [], REGRESSION
 
 
 _METHODS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, _Fit], Found]] = {
-    "filter_tree": _filter_tree, "regression": _regression,
-}  # fmt: skip
+    "filter_tree": _filter_tree,
+    "regression": _regression,
+}
 
 
 # --- scoring functions: arrays with one row per function, evaluated at once ---------------------------------------------
@@ -257,14 +292,20 @@ def _linear(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> F
     return torch.addmm(machines["offsets"], standard, machines["slopes"].T)
 
 
-def _layered(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
-    hidden_NMH = torch.relu(torch.einsum("nd,mhd->nmh", standard, machines["inner_slopes"]) + machines["inner_offsets"])
+def _layered(
+    machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]
+) -> Float[Tensor, "N M"]:
+    hidden_NMH = torch.relu(
+        torch.einsum("nd,mhd->nmh", standard, machines["inner_slopes"]) + machines["inner_offsets"]
+    )
     return torch.sum(hidden_NMH * machines["slopes"], -1) + machines["offsets"]
 
 
 def _trees(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
     """Complete binary trees: below node i are 2i + 1 and 2i + 2."""
-    columns, bounds, values = (machines[name].flatten(0, 1) for name in ("columns", "bounds", "values"))
+    columns, bounds, values = (
+        machines[name].flatten(0, 1) for name in ("columns", "bounds", "values")
+    )
     seen = standard.float().double()  # as scikit-learn grew them
     node_NT = torch.zeros(len(standard), len(values), dtype=torch.int64)
     tree_T = torch.arange(len(values))
@@ -284,7 +325,9 @@ _SCORES: dict[tuple[str, ...], Callable[[Mapping[str, Tensor], Tensor], Tensor]]
 
 
 def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
-    stacked = {name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in machines[0]}
+    stacked = {
+        name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in machines[0]
+    }
     return _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features)).numpy()
 
 
@@ -315,12 +358,16 @@ def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, see
             slopes = slopes - np.linalg.solve(curvature + np.diag(ridge), gradient)
         except np.linalg.LinAlgError:  # all odds are 0 or 1: a step went too far
             break
-        if np.abs(gradient).max() <= 1e-4 * len(features):  # near the end a step squares the error: no need to look again
+        if np.abs(gradient).max() <= 1e-4 * len(
+            features
+        ):  # near the end a step squares the error: no need to look again
             return {"slopes": slopes[:-1], "offsets": slopes[-1]}
     from sklearn.linear_model import LogisticRegression
 
     with _quick():
-        return _of_linear(LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, second, weights))
+        return _of_linear(
+            LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, second, weights)
+        )
 
 
 def _svm(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
@@ -341,7 +388,9 @@ def _mlp(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: in
 def _boosting(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
     from sklearn.ensemble import GradientBoostingClassifier
 
-    model = GradientBoostingClassifier(n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed)
+    model = GradientBoostingClassifier(
+        n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed
+    )
     return _of_trees(model.fit(features, second, weights), 0.0)
 
 
@@ -354,43 +403,65 @@ def _ridge(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: 
 def _svr(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
     from sklearn.svm import LinearSVR
 
-    machine = LinearSVR(C=1.0 / RIDGE, loss="squared_epsilon_insensitive", dual="auto", random_state=seed)
+    machine = LinearSVR(
+        C=1.0 / RIDGE, loss="squared_epsilon_insensitive", dual="auto", random_state=seed
+    )
     with _quick():
         return _of_linear(machine.fit(features, target, sample_weight=weights))
 
 
-def _mlp_regression(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+def _mlp_regression(
+    features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int
+) -> Arrays:
     from sklearn.neural_network import MLPRegressor
 
     model = MLPRegressor(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
     return _of_mlp(model, features, target, weights)
 
 
-def _boosted_regression(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+def _boosted_regression(
+    features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int
+) -> Arrays:
     from sklearn.ensemble import GradientBoostingRegressor
 
     centre = float(np.average(target, weights=weights))
-    model = GradientBoostingRegressor(n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed)
+    model = GradientBoostingRegressor(
+        n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed
+    )
     return _of_trees(model.fit(features, target - centre, weights), centre)
 
 
 _BINARY: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
-    "logistic": _logistic, "svm": _svm, "mlp": _mlp, "boosting": _boosting,
-}  # fmt: skip
+    "logistic": _logistic,
+    "svm": _svm,
+    "mlp": _mlp,
+    "boosting": _boosting,
+}
 _REGRESSION: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
-    "logistic": _ridge, "svm": _svr, "mlp": _mlp_regression, "boosting": _boosted_regression,
-}  # fmt: skip
+    "logistic": _ridge,
+    "svm": _svr,
+    "mlp": _mlp_regression,
+    "boosting": _boosted_regression,
+}
 
 
 def _of_linear(model: Any) -> Arrays:
-    return {"slopes": np.ravel(model.coef_).astype(float), "offsets": np.asarray(np.ravel(model.intercept_)[0])}
+    return {
+        "slopes": np.ravel(model.coef_).astype(float),
+        "offsets": np.asarray(np.ravel(model.intercept_)[0]),
+    }
 
 
 def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
     with _quick():
         model.fit(features, target, sample_weight=weights)
     (inner, outer), (inner_offsets, offsets) = model.coefs_, model.intercepts_
-    return {"inner_slopes": inner.T, "inner_offsets": inner_offsets, "slopes": outer[:, 0], "offsets": offsets[0]}
+    return {
+        "inner_slopes": inner.T,
+        "inner_offsets": inner_offsets,
+        "slopes": outer[:, 0],
+        "offsets": offsets[0],
+    }
 
 
 def _of_trees(model: Any, offset: float) -> Arrays:
@@ -399,12 +470,19 @@ def _of_trees(model: Any, offset: float) -> Arrays:
     columns = np.zeros((TREES, inner), dtype=np.int64)
     bounds, values = np.full((TREES, inner), np.inf), np.zeros((TREES, inner + 1))
     for index, tree in enumerate(estimator.tree_ for estimator in model.estimators_[:, 0]):
-        place = np.zeros(2 * inner + 1, dtype=np.int64)  # which grown node is at each place of the complete tree
+        place = np.zeros(
+            2 * inner + 1, dtype=np.int64
+        )  # which grown node is at each place of the complete tree
         for node in range(inner):
             grown = place[node]
             leaf = tree.children_left[grown] < 0
-            place[2 * node + 1 : 2 * node + 3] = grown if leaf else (tree.children_left[grown], tree.children_right[grown])
+            place[2 * node + 1 : 2 * node + 3] = (
+                grown if leaf else (tree.children_left[grown], tree.children_right[grown])
+            )
             if not leaf:
-                columns[index, node], bounds[index, node] = tree.feature[grown], tree.threshold[grown]
+                columns[index, node], bounds[index, node] = (
+                    tree.feature[grown],
+                    tree.threshold[grown],
+                )
         values[index] = model.learning_rate * tree.value[place[inner:], 0, 0]
     return {"columns": columns, "bounds": bounds, "values": values, "offsets": np.asarray(offset)}

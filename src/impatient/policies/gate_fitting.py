@@ -72,7 +72,9 @@ def stop_gain(
     elif reference == "downstream":
         lost = (loss - ahead).clamp(min=0.0)
     else:
-        raise PolicyError(f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}.")
+        raise PolicyError(
+            f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}."
+        )
     return saved_s + 0.0 * lost if math.isinf(time_price) else time_price * saved_s - lost
 
 
@@ -94,7 +96,9 @@ class GateTimes:
         return 0.0 if self.heads_first else self.heads[exit]
 
 
-Decide = Callable[[int, Float[Tensor, "N"]], Bool[Tensor, "N"]]  # exit, gain of stopping -> which samples stop
+Decide = Callable[
+    [int, Float[Tensor, "N"]], Bool[Tensor, "N"]
+]  # exit, gain of stopping -> which samples stop
 
 
 def backward(
@@ -128,7 +132,9 @@ def backward(
     for exit in reversed(range(last)):
         beyond_N = times.stages[exit + 1] + left_N
         saved_N = beyond_N - times.leaving(exit)
-        gain_N = stop_gain(losses[exit], ahead_N, losses[last], saved_N, time_price=time_price, reference=reference)
+        gain_N = stop_gain(
+            losses[exit], ahead_N, losses[last], saved_N, time_price=time_price, reference=reference
+        )
         stops_N = decide(exit, gain_N)
         if close:
             price = 1.0 if math.isinf(time_price) else time_price
@@ -193,14 +199,22 @@ def fit_gates(
     Source:
         Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are searched for a target.
     """
-    targets = {"time_price": time_price, "mean_time_s": mean_time_s, "max_accuracy_loss": max_accuracy_loss}
+    targets = {
+        "time_price": time_price,
+        "mean_time_s": mean_time_s,
+        "max_accuracy_loss": max_accuracy_loss,
+    }
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1:
-        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+        raise PolicyError(
+            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
+        )
     (name, wanted), *_ = given.items()
     if math.isnan(wanted) or wanted < 0.0 or (name == "mean_time_s" and wanted == 0.0):
         raise PolicyError(f"{name}={wanted}; needed: a number that is not negative.")
-    problem = _Problem(recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size)
+    problem = _Problem(
+        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
+    )
     if name == "time_price":
         best = problem.solve(wanted)
     elif name == "mean_time_s":
@@ -210,8 +224,10 @@ def fit_gates(
     if all(gate is None for gate in best.policy.gates):
         warnings.warn(
             f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Give time a higher price, or allow a "
-            "larger loss or less time.", NoEffectWarning, stacklevel=2,
-        )  # fmt: skip
+            "larger loss or less time.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
     return dataclasses.replace(best.policy, target={**best.policy.target, name: wanted})
 
 
@@ -236,7 +252,9 @@ def sweep_gates(
     Returns:
         One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a mean time between two.
     """
-    problem = _Problem(recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size)
+    problem = _Problem(
+        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
+    )
     prices = problem.prices(100) if time_prices is None else [float(price) for price in time_prices]
     if any(math.isnan(price) or price < 0.0 for price in prices):
         raise PolicyError(f"time_prices={prices}; needed: numbers that are not negative.")
@@ -247,26 +265,41 @@ class _Problem:
     """One recording, seen as gates see it, to be solved for many prices."""
 
     def __init__(
-        self, recording: RecordedFeatures, costs: CostProfile, reference: Reference, learner: Learner, inputs: Inputs,
-        gate_s: float | Sequence[float], seed: int, statistic: Statistic, batch_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        recording: RecordedFeatures,
+        costs: CostProfile,
+        reference: Reference,
+        learner: Learner,
+        inputs: Inputs,
+        gate_s: float | Sequence[float],
+        seed: int,
+        statistic: Statistic,
+        batch_size: int,
+    ) -> None:
         count = len(recording.outputs)
         if count != costs.num_exits:
-            raise PolicyError(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
+            raise PolicyError(
+                f"the recording has {count} exits, the cost profile {costs.num_exits}."
+            )
         if inputs not in get_args(Inputs):
             raise PolicyError(f"inputs={inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
         self.recording, self.costs, self.options = recording, costs, (statistic, batch_size)
         self.reference, self.learner, self.inputs, self.seed = reference, learner, inputs, seed
         pooled = [None] * count if inputs == "confidences" else features_of(recording)
-        self.features = [gate_inputs(inputs, pooled[k], recording.outputs[k]).double() for k in range(count - 1)]
+        self.features = [
+            gate_inputs(inputs, pooled[k], recording.outputs[k]).double() for k in range(count - 1)
+        ]
         self.standard = [Standardised.of(features) for features in self.features]
-        self.losses: Float[Tensor, "K N"] = (recording.outputs.argmax(-1) != recording.labels).double()
+        self.losses: Float[Tensor, "K N"] = (
+            recording.outputs.argmax(-1) != recording.labels
+        ).double()
         measured = costs.at(batch_size)
         self.times = GateTimes(
             stages=tuple(part.of_statistic(statistic) for part in measured.stages),
             heads=tuple(part.of_statistic(statistic) for part in measured.heads),
-            gates=per_gate(gate_s, count - 1), heads_first=inputs != "features",
-        )  # fmt: skip
+            gates=per_gate(gate_s, count - 1),
+            heads_first=inputs != "features",
+        )
 
     def prices(self, count: int) -> list[float]:
         """From 0 to infinity, closest where a whole run is worth a thousandth to thirty errors."""
@@ -281,13 +314,19 @@ class _Problem:
             if allowed is not None and not allowed[exit]:
                 return torch.zeros_like(gain_N, dtype=torch.bool)
             columns = torch.stack([torch.zeros_like(gain_N), gain_N], 1)  # stop, go on
-            gates[exit] = fit_decision(self.standard[exit], columns, learner=self.learner, seed=self.seed)
+            gates[exit] = fit_decision(
+                self.standard[exit], columns, learner=self.learner, seed=self.seed
+            )
             return gates[exit].choose(self.features[exit]) == STOP
 
-        stops = backward(self.losses, self.times, decide, time_price=price, reference=self.reference)
+        stops = backward(
+            self.losses, self.times, decide, time_price=price, reference=self.reference
+        )
         comes = torch.cat([torch.ones_like(stops[:1]), ~stops]).cumprod(0)[:early].bool()
         used = (stops & comes).any(1).tolist()
-        return self._point(price, tuple(gates[exit] if used[exit] else None for exit in range(early)), stops)
+        return self._point(
+            price, tuple(gates[exit] if used[exit] else None for exit in range(early)), stops
+        )
 
     def always(self, exit: int) -> SweepPoint:
         """Everybody leaves at one exit."""
@@ -295,21 +334,38 @@ class _Problem:
         stops = torch.zeros(early, self.losses.shape[1], dtype=torch.bool)
         stops[exit : exit + 1] = True
         stop = fit_decision(torch.zeros(1, 1), torch.tensor([[0.0, 1.0]]))
-        return self._point(math.nan, tuple(stop if k == exit else None for k in range(early)), stops)
+        return self._point(
+            math.nan, tuple(stop if k == exit else None for k in range(early)), stops
+        )
 
-    def _point(self, price: float, gates: tuple[Decision | None, ...], stops: Bool[Tensor, "E N"]) -> SweepPoint:
+    def _point(
+        self, price: float, gates: tuple[Decision | None, ...], stops: Bool[Tensor, "E N"]
+    ) -> SweepPoint:
         recording, samples = self.recording, torch.arange(self.losses.shape[1])
         policy = GatePolicy(
-            gates=gates, inputs=self.inputs, gate_s=self.times.gates, time_price=None if math.isnan(price) else price,
-            reference=self.reference, learner=self.learner, split=recording.split, provenance=recording.provenance,
-        )  # fmt: skip
+            gates=gates,
+            inputs=self.inputs,
+            gate_s=self.times.gates,
+            time_price=None if math.isnan(price) else price,
+            reference=self.reference,
+            learner=self.learner,
+            split=recording.split,
+            provenance=recording.provenance,
+        )
         exits = torch.cat([stops, torch.ones_like(samples, dtype=torch.bool)[None]]).int().argmax(0)
-        mean_s = float(exit_times_s(policy, self.costs, statistic=self.options[0], batch_size=self.options[1])[exits].mean())
+        mean_s = float(
+            exit_times_s(policy, self.costs, statistic=self.options[0], batch_size=self.options[1])[
+                exits
+            ].mean()
+        )
         accuracy = 1.0 - float(self.losses[exits, samples].mean())
         target = {"mean_cost": mean_s, "accuracy": accuracy, "samples": float(len(samples))}
         target |= {} if math.isnan(price) else {"time_price": price}
         return SweepPoint(
-            time_price=price, policy=dataclasses.replace(policy, target=target), mean_time_s=mean_s, accuracy=accuracy
+            time_price=price,
+            policy=dataclasses.replace(policy, target=target),
+            mean_time_s=mean_s,
+            accuracy=accuracy,
         )
 
     def most_accurate(self, most_s: float) -> SweepPoint:
@@ -326,25 +382,42 @@ class _Problem:
     def fastest(self, loss: float) -> SweepPoint:
         floor = 1.0 - float(self.losses[-1].mean()) - loss - 1e-12
         points = self._search(lambda point: point.accuracy < floor)
-        return min((p for p in points if p.accuracy >= floor), key=lambda point: (point.mean_time_s, -point.accuracy))
+        return min(
+            (p for p in points if p.accuracy >= floor),
+            key=lambda point: (point.mean_time_s, -point.accuracy),
+        )
 
     def _search(self, dear_enough: Callable[[SweepPoint], bool]) -> list[SweepPoint]:
         """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns true; and constants."""
         found = [self.solve(price) for price in self.prices(24)]
         finite = found[:-1]
-        below = max((p for p in finite if not dear_enough(p)), key=lambda point: point.time_price, default=finite[0])
-        above = next((p for p in finite if p.time_price > below.time_price and dear_enough(p)), finite[-1])
+        below = max(
+            (p for p in finite if not dear_enough(p)),
+            key=lambda point: point.time_price,
+            default=finite[0],
+        )
+        above = next(
+            (p for p in finite if p.time_price > below.time_price and dear_enough(p)), finite[-1]
+        )
         found += (tried := self._bisect(below, above, dear_enough, None, 8))
-        below = max((p for p in [below, *tried] if not dear_enough(p)), key=lambda point: point.time_price, default=below)
+        below = max(
+            (p for p in [below, *tried] if not dear_enough(p)),
+            key=lambda point: point.time_price,
+            default=below,
+        )
         # where a gate opens the mean time jumps; what lies between is reached without that gate
         gates = [gate is not None for gate in below.policy.gates]
         found += self._bisect(below, finite[-1], dear_enough, gates, 12)
         return [*found, *(self.always(exit) for exit in range(len(self.losses)))]
 
     def _bisect(
-        self, below: SweepPoint, above: SweepPoint, dear_enough: Callable[[SweepPoint], bool],
-        allowed: Sequence[bool] | None, times: int,
-    ) -> list[SweepPoint]:  # fmt: skip
+        self,
+        below: SweepPoint,
+        above: SweepPoint,
+        dear_enough: Callable[[SweepPoint], bool],
+        allowed: Sequence[bool] | None,
+        times: int,
+    ) -> list[SweepPoint]:
         low, high, found = below.time_price, above.time_price, []
         for _ in range(times):
             middle = math.sqrt(low * high) if low > 0 else high / 2

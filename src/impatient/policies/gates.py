@@ -49,14 +49,20 @@ class RecordedFeatures(Recorded, Protocol):
 # --- what a gate sees ---------------------------------------------------------------------------------------------------
 
 
-def gate_inputs(inputs: Inputs, pooled: Tensor | None, outputs: Tensor | None) -> Float[Tensor, "B D"]:
+def gate_inputs(
+    inputs: Inputs, pooled: Tensor | None, outputs: Tensor | None
+) -> Float[Tensor, "B D"]:
     """What a gate looks at, as one row of numbers per sample.
 
     Raises:
         PolicyError: if some of it is missing.
     """
     if (pooled is None and inputs != "confidences") or (outputs is None and inputs != "features"):
-        given = [name for name, value in (("pooled features", pooled), ("outputs", outputs)) if value is not None]
+        given = [
+            name
+            for name, value in (("pooled features", pooled), ("outputs", outputs))
+            if value is not None
+        ]
         raise PolicyError(
             f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops_on the pooled features of the "
             "exit, and its outputs for 'confidences' and 'both'."
@@ -97,9 +103,13 @@ class GatePolicy:
 
     def __post_init__(self) -> None:
         if self.inputs not in get_args(Inputs):
-            raise PolicyError(f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+            raise PolicyError(
+                f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}."
+            )
         if any(gate is not None and gate.num_actions != 2 for gate in self.gates):
-            raise PolicyError("a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, 2].")
+            raise PolicyError(
+                "a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, 2]."
+            )
         object.__setattr__(self, "gate_s", per_gate(self.gate_s or 0.0, len(self.gates)))
 
     @property
@@ -126,7 +136,10 @@ class GatePolicy:
         return self.stops_on(exit, None, outputs)
 
     def stops_on(
-        self, exit: int, pooled: Float[Tensor, "B *D"] | None, outputs: Float[Tensor, "B C"] | None = None
+        self,
+        exit: int,
+        pooled: Float[Tensor, "B *D"] | None,
+        outputs: Float[Tensor, "B C"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit.
 
@@ -139,7 +152,9 @@ class GatePolicy:
         """
         given = outputs if outputs is not None else pooled
         if given is None:
-            raise PolicyError("give stops_on the pooled features of the exit, its outputs, or both.")
+            raise PolicyError(
+                "give stops_on the pooled features of the exit, its outputs, or both."
+            )
         gate = self.gates[exit] if exit < len(self.gates) else None
         action = gate.constant if gate is not None else int(exit < len(self.gates))
         if gate is None or action is not None:
@@ -175,33 +190,53 @@ class GatePolicy:
         """Named arrays, and the rest as JSON."""
         arrays = {
             f"{exit}/{name}": value
-            for exit, gate in enumerate(self.gates) if gate is not None
+            for exit, gate in enumerate(self.gates)
+            if gate is not None
             for name, value in gate.to_arrays().items()
-        }  # fmt: skip
-        header = {name: getattr(self, name) for name in ("inputs", "gate_s", "time_price", "reference", "learner", "split")}
+        }
+        header = {
+            name: getattr(self, name)
+            for name in ("inputs", "gate_s", "time_price", "reference", "learner", "split")
+        }
         return arrays, {
-            "kind": "gate_policy", **header, "open": [gate is not None for gate in self.gates], "target": dict(self.target),
+            "kind": "gate_policy",
+            **header,
+            "open": [gate is not None for gate in self.gates],
+            "target": dict(self.target),
             "provenance": self.provenance.to_json() if self.provenance else None,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_parts(cls, arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
         """What `to_parts` gave."""
         try:
             source = header["provenance"]
-            gates = tuple(_gate_of(arrays, exit) if is_open else None for exit, is_open in enumerate(header["open"]))
+            gates = tuple(
+                _gate_of(arrays, exit) if is_open else None
+                for exit, is_open in enumerate(header["open"])
+            )
             return cls(
-                gates=gates, inputs=header["inputs"], gate_s=tuple(header["gate_s"]), time_price=header["time_price"],
-                reference=header["reference"], learner=header["learner"], split=header["split"], target=header["target"],
+                gates=gates,
+                inputs=header["inputs"],
+                gate_s=tuple(header["gate_s"]),
+                time_price=header["time_price"],
+                reference=header["reference"],
+                learner=header["learner"],
+                split=header["split"],
+                target=header["target"],
                 provenance=Provenance.from_json(source) if source else None,
-            )  # fmt: skip
+            )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PolicyError):
                 raise
-            raise PolicyError(f"this is not a gate policy ({error!r}); fit one with fit_gates.") from error
+            raise PolicyError(
+                f"this is not a gate policy ({error!r}); fit one with fit_gates."
+            ) from error
 
 
-def exits_of_many(policies: Sequence[GatePolicy], recording: RecordedFeatures) -> Int[Tensor, "P N"]:
+def exits_of_many(
+    policies: Sequence[GatePolicy], recording: RecordedFeatures
+) -> Int[Tensor, "P N"]:
     """The exits at which each recorded sample stops under each policy; what the gates look at is worked out once for all.
 
     Raises:
@@ -211,7 +246,9 @@ def exits_of_many(policies: Sequence[GatePolicy], recording: RecordedFeatures) -
     return _exits(policies, recording.outputs, features_of(recording) if wanted else ())
 
 
-def _exits(policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pooled: Sequence[Tensor]) -> Int[Tensor, "P N"]:
+def _exits(
+    policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pooled: Sequence[Tensor]
+) -> Int[Tensor, "P N"]:
     last = len(outputs) - 1
 
     @functools.cache
@@ -221,8 +258,12 @@ def _exits(policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pool
     exits_PN = torch.full((len(policies), outputs.shape[1]), last)
     for policy, exits_N in zip(policies, exits_PN, strict=True):
         if policy.num_exits != last + 1:
-            raise PolicyError(f"the policy is for {policy.num_exits} exits, the recording has {last + 1}.")
-        for exit, gate in reversed(list(enumerate(policy.gates))):  # so that the first exit has the last word
+            raise PolicyError(
+                f"the policy is for {policy.num_exits} exits, the recording has {last + 1}."
+            )
+        for exit, gate in reversed(
+            list(enumerate(policy.gates))
+        ):  # so that the first exit has the last word
             if gate is not None and gate.constant is None:
                 exits_N[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
             elif gate is not None and gate.constant == STOP:
@@ -250,9 +291,13 @@ def features_of(recording: RecordedFeatures) -> tuple[Tensor, ...]:
 
 def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
     """Seconds of each gate, from one number or one for each."""
-    seconds = (float(gate_s),) * count if isinstance(gate_s, int | float) else tuple(map(float, gate_s))
+    seconds = (
+        (float(gate_s),) * count if isinstance(gate_s, int | float) else tuple(map(float, gate_s))
+    )
     if len(seconds) != count or not all(math.isfinite(entry) and entry >= 0.0 for entry in seconds):
-        raise PolicyError(f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not negative.")
+        raise PolicyError(
+            f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not negative."
+        )
     return seconds
 
 
@@ -284,7 +329,11 @@ def gate_time_s(
     pooled: Sequence[Tensor | None] = [None] * policy.num_exits
     if policy.inputs != "confidences":
         pooled = [entry[:batch_size] for entry in features_of(recording)]
-    outputs = recording.outputs[:, :batch_size] if policy.inputs != "features" else [None] * policy.num_exits
+    outputs = (
+        recording.outputs[:, :batch_size]
+        if policy.inputs != "features"
+        else [None] * policy.num_exits
+    )
     found = []
     for exit, gate in enumerate(policy.gates):
         times = []
@@ -292,7 +341,9 @@ def gate_time_s(
             for _ in range(warm_up + repeats):
                 begin = clock.now()
                 with torch.inference_mode():
-                    bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())  # a runner asks that, and so waits
+                    bool(
+                        policy.stops_on(exit, pooled[exit], outputs[exit]).all()
+                    )  # a runner asks that, and so waits
                 times.append(clock.now() - begin)
         found.append(Quantiles.of(times[warm_up:]).of_statistic(statistic) if times else 0.0)
     return tuple(found)
@@ -302,5 +353,9 @@ def exit_times_s(
     policy: GatePolicy, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
 ) -> Float[Tensor, "K"]:
     """Seconds until each exit has answered under a policy: stages, the heads that run, and the gates."""
-    run = costs.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits())
-    return torch.tensor(run, dtype=torch.float64) + torch.tensor(policy.added_s(), dtype=torch.float64)
+    run = costs.cumulative_s(
+        "interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits()
+    )
+    return torch.tensor(run, dtype=torch.float64) + torch.tensor(
+        policy.added_s(), dtype=torch.float64
+    )

@@ -42,7 +42,9 @@ class MixedPolicy:
         if not 0.0 <= self.share <= 1.0:
             raise PolicyError(f"share={self.share}; needed: a probability.")
         if self.cheap.num_exits != self.dear.num_exits:
-            raise PolicyError(f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be mixed.")
+            raise PolicyError(
+                f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be mixed."
+            )
 
     @property
     def num_exits(self) -> int:
@@ -75,7 +77,13 @@ class MixedPolicy:
         (cheap, cheap_header), (dear, dear_header) = _parts(self.cheap), _parts(self.dear)
         arrays = {f"cheap/{name}": value for name, value in cheap.items()}
         arrays |= {f"dear/{name}": value for name, value in dear.items()}
-        header = {"kind": "mixed_policy", "cheap": cheap_header, "dear": dear_header, "share": self.share, "seed": self.seed}
+        header = {
+            "kind": "mixed_policy",
+            "cheap": cheap_header,
+            "dear": dear_header,
+            "share": self.share,
+            "seed": self.seed,
+        }
         write_tensors(path, arrays, header)
 
     @classmethod
@@ -87,10 +95,15 @@ class MixedPolicy:
         """
         arrays, header = read_tensors(path)
         try:
-            pair = {name: _of_parts(entries_under(f"{name}/", arrays), header[name]) for name in ("cheap", "dear")}
+            pair = {
+                name: _of_parts(entries_under(f"{name}/", arrays), header[name])
+                for name in ("cheap", "dear")
+            }
             return cls(**pair, share=header["share"], seed=header["seed"])
         except (KeyError, TypeError) as error:
-            raise PolicyError(f"{path} is not a mixed policy ({error!r}); make one with mix.") from error
+            raise PolicyError(
+                f"{path} is not a mixed policy ({error!r}); make one with mix."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -115,7 +128,10 @@ class _Drawn:
         return self.stops_on(exit, None, outputs)
 
     def stops_on(
-        self, exit: int, pooled: Float[Tensor, "B *D"] | None, outputs: Float[Tensor, "B C"] | None = None
+        self,
+        exit: int,
+        pooled: Float[Tensor, "B *D"] | None,
+        outputs: Float[Tensor, "B C"] | None = None,
     ) -> Bool[Tensor, "B"]:
         stops = torch.zeros_like(self.is_dear)
         for policy, mine in self._parts():
@@ -151,7 +167,11 @@ def _parts(policy: Pure) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _of_parts(arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Pure:
     kind = header["kind"]
-    return GatePolicy.from_parts(arrays, header) if kind == "gate_policy" else ThresholdPolicy.from_json(header)
+    return (
+        GatePolicy.from_parts(arrays, header)
+        if kind == "gate_policy"
+        else ThresholdPolicy.from_json(header)
+    )
 
 
 # --- curves -------------------------------------------------------------------------------------------------------------
@@ -177,9 +197,13 @@ def hull_of(times_s: Sequence[float], accuracies: Sequence[float]) -> tuple[int,
     return tuple(hull)
 
 
-def _below_line(first: int, middle: int, last: int, times_s: Sequence[float], accuracies: Sequence[float]) -> bool:
+def _below_line(
+    first: int, middle: int, last: int, times_s: Sequence[float], accuracies: Sequence[float]
+) -> bool:
     rise, run = accuracies[last] - accuracies[first], times_s[last] - times_s[first]
-    return (accuracies[middle] - accuracies[first]) * run <= rise * (times_s[middle] - times_s[first])
+    return (accuracies[middle] - accuracies[first]) * run <= rise * (
+        times_s[middle] - times_s[first]
+    )
 
 
 def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
@@ -188,7 +212,9 @@ def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
     return tuple(points[index] for index in kept)
 
 
-def neighbours(times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float) -> tuple[int, int, float]:
+def neighbours(
+    times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float
+) -> tuple[int, int, float]:
     """The two neighbours on the hull around a mean time, and the share of the slower with which it is met in expectation.
 
     More time than the most accurate one needs is not used.
@@ -199,7 +225,9 @@ def neighbours(times_s: Sequence[float], accuracies: Sequence[float], mean_time_
     hull = hull_of(times_s, accuracies)
     if not hull or not mean_time_s >= times_s[hull[0]]:
         least = f"{times_s[hull[0]]:g} s" if hull else "unknown: there is no policy"
-        raise InfeasibleTarget(f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for more.")
+        raise InfeasibleTarget(
+            f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for more."
+        )
     for fast, slow in itertools.pairwise(hull):
         if mean_time_s < times_s[slow]:
             return fast, slow, (mean_time_s - times_s[fast]) / (times_s[slow] - times_s[fast])
@@ -216,6 +244,9 @@ def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> M
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """
-    times, accuracies = [point.mean_time_s for point in points], [point.accuracy for point in points]
+    times, accuracies = (
+        [point.mean_time_s for point in points],
+        [point.accuracy for point in points],
+    )
     fast, slow, share = neighbours(times, accuracies, mean_time_s)
     return MixedPolicy(cheap=points[fast].policy, dear=points[slow].policy, share=share, seed=seed)

@@ -72,7 +72,9 @@ Candidate = Stopping | Routing
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def exit_losses(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss: Loss) -> Float[Tensor, "K N"]:
+def exit_losses(
+    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss: Loss
+) -> Float[Tensor, "K N"]:
     """What stopping at each exit loses against the full network, the last exit.
 
     Args:
@@ -93,7 +95,9 @@ def exit_losses(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss:
     return gap.clamp(min=0.0) if loss == "positive_gap" else gap
 
 
-def policy_losses(candidates: Sequence[Candidate], recording: Recorded, loss: Loss) -> Float[Tensor, "J N"]:
+def policy_losses(
+    candidates: Sequence[Candidate], recording: Recorded, loss: Loss
+) -> Float[Tensor, "J N"]:
     """What each candidate loses on each sample; see `exit_losses`."""
     losses_KN = exit_losses(recording.outputs, recording.labels, loss)
     return losses_KN[_answering(candidates, recording), torch.arange(losses_KN.shape[1])]
@@ -113,8 +117,12 @@ def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tens
         if hasattr(policy, "exits_on"):  # gates on pooled features
             return torch.as_tensor(policy.exits_on(recording))
         if type(policy) is not ThresholdPolicy or policy.num_exits != len(outputs):
-            return torch.as_tensor(policy.exits_of(outputs))  # which says what is wrong with the number of exits
-        bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()  # as torch compares float32 with a number
+            return torch.as_tensor(
+                policy.exits_of(outputs)
+            )  # which says what is wrong with the number of exits
+        bounds = torch.tensor(
+            policy.thresholds, dtype=torch.float64
+        ).float()  # as torch compares float32 with a number
         return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
 
     return torch.stack([of(policy) for policy in candidates])
@@ -161,7 +169,11 @@ class Certificate:
                 f"None of {self.candidates} candidates could be shown on {self.samples} samples of {self.split!r} to keep "
                 f"epsilon={self.epsilon:g}: this is the full network, which loses nothing and saves no time."
             )
-        sure = "On average over calibration splits" if self.delta is None else f"With probability {100 * (1 - self.delta):g} %"
+        sure = (
+            "On average over calibration splits"
+            if self.delta is None
+            else f"With probability {100 * (1 - self.delta):g} %"
+        )
         return (
             f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} samples of {self.split!r}, "
             f"on which it was {100 * self.risk:.3g} %)."
@@ -169,7 +181,12 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"kind": "certificate", **values, "provenance": self.provenance.to_json(), "statement": self.statement}
+        return {
+            "kind": "certificate",
+            **values,
+            "provenance": self.provenance.to_json(),
+            "statement": self.statement,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -177,7 +194,9 @@ class Certificate:
             known = {field.name: value[field.name] for field in dataclasses.fields(cls)}
             return cls(**{**known, "provenance": Provenance.from_json(value["provenance"])})
         except (KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(f"this is not a certificate ({error!r}); make one with control_risk.") from error
+            raise PolicyError(
+                f"this is not a certificate ({error!r}); make one with control_risk."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         write_json(path, self.to_json())
@@ -253,25 +272,41 @@ def control_risk(
             f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a larger epsilon."
         )
     _check_order(candidates, recording)
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))  # bets need an order that says nothing
+    order = torch.randperm(
+        samples, generator=torch.Generator().manual_seed(0)
+    )  # bets need an order that says nothing
     losses_JN = policy_losses(candidates, recording, loss)[:, order]
     chosen = int(certify(losses_JN).sum()) - 1
     certificate = Certificate(
-        epsilon=epsilon, delta=None if method == "conformal_risk_control" else delta, method=method, loss=loss,
-        samples=samples, split=recording.split, candidates=len(candidates), chosen=None if chosen < 0 else chosen,
+        epsilon=epsilon,
+        delta=None if method == "conformal_risk_control" else delta,
+        method=method,
+        loss=loss,
+        samples=samples,
+        split=recording.split,
+        candidates=len(candidates),
+        chosen=None if chosen < 0 else chosen,
         risk=0.0 if chosen < 0 else float(losses_JN[chosen].mean()),
         bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], delta, method, loss),
         provenance=recording.provenance,
-    )  # fmt: skip
+    )
     if chosen < 0:
-        warnings.warn(f"{certificate.statement} Give safer candidates, or more samples.", NoEffectWarning, stacklevel=2)
+        warnings.warn(
+            f"{certificate.statement} Give safer candidates, or more samples.",
+            NoEffectWarning,
+            stacklevel=2,
+        )
         full = None if hasattr(candidates[0], "route") else _full_network(recording)
         return ControlledPolicy(policy=full, certificate=certificate)
     return ControlledPolicy(policy=_marked(candidates[chosen], recording), certificate=certificate)
 
 
 def samples_needed(
-    *, epsilon: float, delta: float = 0.05, method: Method = "learn_then_test", loss: Loss = "positive_gap"
+    *,
+    epsilon: float,
+    delta: float = 0.05,
+    method: Method = "learn_then_test",
+    loss: Loss = "positive_gap",
 ) -> int:
     """The smallest calibration split on which a candidate that never loses passes; one that loses needs more.
 
@@ -315,7 +350,9 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
     if method == "upper_confidence" or loss == "accuracy_gap":
         return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
     lost, samples = int(losses_JN[-1].sum()), losses_JN.shape[1]
-    return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))  # Clopper and Pearson
+    return (
+        1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
+    )  # Clopper and Pearson
 
 
 def _check_names(method: str, loss: str) -> None:
@@ -339,7 +376,9 @@ def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) 
 
 def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
     first, last = _answering([candidates[0], candidates[-1]], recording).double().mean(1).tolist()
-    if first < last and not hasattr(candidates[0], "route"):  # networks need not be in an order of their own
+    if first < last and not hasattr(
+        candidates[0], "route"
+    ):  # networks need not be in an order of their own
         raise PolicyError(
             f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: they go from bold to safe. "
             "Give them from safe to bold, such as candidates[::-1]."
@@ -348,24 +387,35 @@ def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
 
 def _full_network(recording: Recorded) -> ThresholdPolicy:
     closed = (math.inf,) * (len(recording.outputs) - 1)
-    return ThresholdPolicy(score="max_probability", thresholds=(*closed, -math.inf), provenance=recording.provenance)
+    return ThresholdPolicy(
+        score="max_probability", thresholds=(*closed, -math.inf), provenance=recording.provenance
+    )
 
 
 def _marked(policy: Any, recording: Recorded) -> Any:
     """The policy, with the split that holds all it was fitted and controlled on."""
-    names = {field.name for field in dataclasses.fields(policy)} if dataclasses.is_dataclass(policy) else set()
+    names = (
+        {field.name for field in dataclasses.fields(policy)}
+        if dataclasses.is_dataclass(policy)
+        else set()
+    )
     if not {"split", "provenance"} <= names:
         return policy
     pairs = zip((policy.split or "").split("/"), recording.split.split("/"), strict=False)
     whole = "/".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return dataclasses.replace(policy, split=whole or recording.split, provenance=recording.provenance)
+    return dataclasses.replace(
+        policy, split=whole or recording.split, provenance=recording.provenance
+    )
 
 
 # --- candidates ---------------------------------------------------------------------------------------------------------
 
 
 def threshold_family(
-    base: int | Recorded, *, score: ScoreName = "max_probability", grid: Sequence[float] | None = None
+    base: int | Recorded,
+    *,
+    score: ScoreName = "max_probability",
+    grid: Sequence[float] | None = None,
 ) -> tuple[ThresholdPolicy, ...]:
     """One threshold for all exits, in many policies from safe to bold, which is from high to low thresholds.
 
@@ -386,16 +436,31 @@ def threshold_family(
         grid = np.linspace(1.0, 0.0, 101).tolist()
     elif grid is None:
         recording = cast("Recorded", base)
-        scores = torch.stack([SCORES[score](output) for output in recording.outputs[:-1]]).double().numpy()
-        grid, split, made = np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist(), recording.split, recording.provenance
+        scores = (
+            torch.stack([SCORES[score](output) for output in recording.outputs[:-1]])
+            .double()
+            .numpy()
+        )
+        grid, split, made = (
+            np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist(),
+            recording.split,
+            recording.provenance,
+        )
     values = sorted({float(value) for value in grid or ()}, reverse=True)
     return tuple(
-        ThresholdPolicy(score=score, thresholds=(*(value,) * (exits - 1), -math.inf), split=split, provenance=made)
+        ThresholdPolicy(
+            score=score,
+            thresholds=(*(value,) * (exits - 1), -math.inf),
+            split=split,
+            provenance=made,
+        )
         for value in values
     )
 
 
-def scaled_family(policy: ThresholdPolicy, grid: Sequence[float] | None = None) -> tuple[ThresholdPolicy, ...]:
+def scaled_family(
+    policy: ThresholdPolicy, grid: Sequence[float] | None = None
+) -> tuple[ThresholdPolicy, ...]:
     """A fitted policy, made safer and bolder: the distance of its thresholds to certainty, times many factors.
 
     Args:
@@ -413,7 +478,9 @@ def scaled_family(policy: ThresholdPolicy, grid: Sequence[float] | None = None) 
     default = (0.0, *np.geomspace(1 / 64, 1, 49).tolist(), *np.geomspace(1, 4, 16).tolist())
     factors = sorted({float(value) for value in (default if grid is None else grid)})
     if not all(0 <= factor < math.inf for factor in factors):
-        raise PolicyError(f"factors from {factors[0]} to {factors[-1]}; needed: finite ones, at least 0.")
+        raise PolicyError(
+            f"factors from {factors[0]} to {factors[-1]}; needed: finite ones, at least 0."
+        )
 
     def scaled(bound: float, factor: float) -> float:
         if factor == 1 or bound == math.inf:
@@ -422,7 +489,9 @@ def scaled_family(policy: ThresholdPolicy, grid: Sequence[float] | None = None) 
 
     return tuple(
         dataclasses.replace(
-            policy, thresholds=(*(scaled(bound, factor) for bound in policy.thresholds[:-1]), -math.inf), target={},
+            policy,
+            thresholds=(*(scaled(bound, factor) for bound in policy.thresholds[:-1]), -math.inf),
+            target={},
         )
         for factor in factors
-    )  # fmt: skip
+    )

@@ -42,12 +42,16 @@ def selection_features(
         outputs: before softmax, of the networks known, that of the node itself last.
         pooled: features of the node's own network, put beside these.
     """
-    stacked = torch.stack([output.float() for output in outputs])  # all networks in one go: a batch of one pays per operator
+    stacked = torch.stack(
+        [output.float() for output in outputs]
+    )  # all networks in one go: a batch of one pays per operator
     count, batch, classes = stacked.shape
     sure = confidence_features(stacked.reshape(count * batch, classes)).reshape(count, batch, -1)
     parts = [sure.transpose(0, 1).flatten(1)]
     if count > 1:
-        before, after = torch.triu_indices(count, count, offset=1).unbind()  # pairs, in the order of itertools.combinations
+        before, after = torch.triu_indices(
+            count, count, offset=1
+        ).unbind()  # pairs, in the order of itertools.combinations
         answers = stacked.argmax(-1)
         agrees = (answers[after] == answers[before]).float()
         given = stacked.softmax(-1)[after].gather(-1, answers[before].unsqueeze(-1)).squeeze(-1)
@@ -129,16 +133,24 @@ class SelectionPolicy:
     def __post_init__(self) -> None:
         check_costs(self.node_s, self.topology, self.gate_s)
         if self.inputs not in get_args(Inputs):
-            raise PolicyError(f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+            raise PolicyError(
+                f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}."
+            )
         if len(self.moves) != len(self.topology.nodes) or not self.moves[self.topology.source]:
-            raise PolicyError(f"moves {self.moves}; needed: a row per node, and some moves at node {self.topology.source}.")
+            raise PolicyError(
+                f"moves {self.moves}; needed: a row per node, and some moves at node {self.topology.source}."
+            )
         for node, moves in enumerate(self.moves):
             allowed = {STOP, *(after for after in self.topology.moves(node) if self.moves[after])}
             if not set(moves) <= allowed or len(set(moves)) < len(moves):
-                raise PolicyError(f"moves {moves} of node {node}; needed: some of {sorted(allowed)}, each once.")
+                raise PolicyError(
+                    f"moves {moves} of node {node}; needed: some of {sorted(allowed)}, each once."
+                )
         several = {node for node, moves in enumerate(self.moves) if len(moves) > 1}
         if set(self.decisions) != several:
-            raise PolicyError(f"decisions at nodes {sorted(self.decisions)}; several moves are left at {sorted(several)}.")
+            raise PolicyError(
+                f"decisions at nodes {sorted(self.decisions)}; several moves are left at {sorted(several)}."
+            )
 
     @property
     def num_exits(self) -> int:
@@ -157,7 +169,10 @@ class SelectionPolicy:
         return self.topology.known(node) if self.inputs == "path" else (node,)
 
     def next_node(
-        self, node: int, outputs: Mapping[int, Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"] | None = None
+        self,
+        node: int,
+        outputs: Mapping[int, Float[Tensor, "B C"]],
+        pooled: Float[Tensor, "B D"] | None = None,
     ) -> Int[Tensor, "B"]:
         """Where samples that have run a node go from there.
 
@@ -172,7 +187,9 @@ class SelectionPolicy:
         """
         moves = self.moves[node]
         if not moves:
-            raise PolicyError(f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the policy again.")
+            raise PolicyError(
+                f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the policy again."
+            )
         if len(moves) == 1:
             some = next(iter(outputs.values()))
             return torch.full((some.shape[0],), moves[0], dtype=torch.long, device=some.device)
@@ -180,12 +197,18 @@ class SelectionPolicy:
         missing = set(seen) - set(outputs)
         if missing or (self.pooled and pooled is None):
             what = f"outputs of nodes {sorted(missing)}" if missing else "its pooled features"
-            raise PolicyError(f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples have run.")
-        features = selection_features([outputs[known] for known in seen], pooled if self.pooled else None)
+            raise PolicyError(
+                f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples have run."
+            )
+        features = selection_features(
+            [outputs[known] for known in seen], pooled if self.pooled else None
+        )
         chosen = self.decisions[node].choose(features)
         return torch.tensor(moves, device=chosen.device)[chosen]
 
-    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()) -> Route:
+    def route(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()
+    ) -> Route:
         """What recorded samples would do.
 
         Args:
@@ -214,40 +237,59 @@ class SelectionPolicy:
         return Route(visited=visited, answering=answering, time_s=visited.double() @ self._paid())
 
     def _paid(self) -> Float[Tensor, "K"]:
-        gated = [time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)]
+        gated = [
+            time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)
+        ]
         return torch.tensor(gated, dtype=torch.float64)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Named tensors and a JSON header."""
         tensors = {
-            f"{node}/{name}": value for node, decision in self.decisions.items() for name, value in decision.to_arrays().items()
+            f"{node}/{name}": value
+            for node, decision in self.decisions.items()
+            for name, value in decision.to_arrays().items()
         }
-        header = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "decisions"}
+        header = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "decisions"
+        }
         source = self.provenance.to_json() if self.provenance else None
         return tensors, {
-            "kind": "selection_policy", **header, "topology": self.topology.to_json(), "target": dict(self.target),
+            "kind": "selection_policy",
+            **header,
+            "topology": self.topology.to_json(),
+            "target": dict(self.target),
             "provenance": source,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
         try:
             moves, source = tuple(tuple(entry) for entry in header["moves"]), header["provenance"]
             return cls(
-                topology=Topology.from_json(header["topology"]), moves=moves,
+                topology=Topology.from_json(header["topology"]),
+                moves=moves,
                 decisions={
                     node: Decision.from_arrays(entries_under(f"{node}/", tensors))
                     for node, left in enumerate(moves)
                     if len(left) > 1
                 },
-                node_s=tuple(header["node_s"]), gate_s=header["gate_s"], inputs=header["inputs"], pooled=header["pooled"],
-                time_price=header["time_price"], split=header["split"], target=header["target"],
+                node_s=tuple(header["node_s"]),
+                gate_s=header["gate_s"],
+                inputs=header["inputs"],
+                pooled=header["pooled"],
+                time_price=header["time_price"],
+                split=header["split"],
+                target=header["target"],
                 provenance=Provenance.from_json(source) if source else None,
-            )  # fmt: skip
+            )
         except PolicyError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(f"this is not a selection policy ({error!r}); fit one with fit_selection.") from error
+            raise PolicyError(
+                f"this is not a selection policy ({error!r}); fit one with fit_selection."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write as one safetensors file with a JSON header."""
@@ -265,7 +307,11 @@ class SelectionPolicy:
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:
     """Raise PolicyError unless there is a time for every network, and for a decision."""
-    if len(node_s) != len(topology.nodes) or not all(math.isfinite(time) and time > 0 for time in node_s):
-        raise PolicyError(f"node_s={tuple(node_s)}; needed: positive finite seconds of each of {len(topology.nodes)} networks.")
+    if len(node_s) != len(topology.nodes) or not all(
+        math.isfinite(time) and time > 0 for time in node_s
+    ):
+        raise PolicyError(
+            f"node_s={tuple(node_s)}; needed: positive finite seconds of each of {len(topology.nodes)} networks."
+        )
     if not (math.isfinite(gate_s) and gate_s >= 0):
         raise PolicyError(f"gate_s={gate_s}; needed: finite seconds, not negative.")

@@ -80,7 +80,9 @@ class ThresholdPolicy:
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
         if self.thresholds[-1] != -math.inf:
-            raise PolicyError(f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit always stops.")
+            raise PolicyError(
+                f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit always stops."
+            )
 
     @property
     def num_exits(self) -> int:
@@ -103,30 +105,43 @@ class ThresholdPolicy:
     def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
         """The exit at which each recorded sample stops."""
         if outputs.shape[0] != self.num_exits:
-            raise PolicyError(f"the policy is for {self.num_exits} exits, the recording has {outputs.shape[0]}.")
+            raise PolicyError(
+                f"the policy is for {self.num_exits} exits, the recording has {outputs.shape[0]}."
+            )
         done = torch.stack([self.stops(exit, output) for exit, output in enumerate(outputs)])
         return done.int().argmax(0)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "kind": "threshold_policy", "score": self.score, "thresholds": list(self.thresholds), "split": self.split,
-            "target": dict(self.target), "cost": self.cost,
+            "kind": "threshold_policy",
+            "score": self.score,
+            "thresholds": list(self.thresholds),
+            "split": self.split,
+            "target": dict(self.target),
+            "cost": self.cost,
             "provenance": self.provenance.to_json() if self.provenance else None,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         try:
             source = value["provenance"]
             return cls(
-                score=value["score"], thresholds=tuple(float(entry) for entry in value["thresholds"]), split=value["split"],
-                target=value["target"], provenance=Provenance.from_json(source) if source else None,
-                cost=value.get("cost", "macs" if "mean_macs" in value["target"] else "time"),  # files that do not say
-            )  # fmt: skip
+                score=value["score"],
+                thresholds=tuple(float(entry) for entry in value["thresholds"]),
+                split=value["split"],
+                target=value["target"],
+                provenance=Provenance.from_json(source) if source else None,
+                cost=value.get(
+                    "cost", "macs" if "mean_macs" in value["target"] else "time"
+                ),  # files that do not say
+            )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PolicyError):
                 raise
-            raise PolicyError(f"this is not a threshold policy ({error!r}); fit one with `impatient fit`.") from error
+            raise PolicyError(
+                f"this is not a threshold policy ({error!r}); fit one with `impatient fit`."
+            ) from error
 
     def save(self, path: str | Path) -> None:
         write_json(path, self.to_json())
@@ -136,7 +151,9 @@ class ThresholdPolicy:
         return cls.from_json(read_json(path))
 
 
-def thresholds_for_shares(scores_KN: Float[Tensor, "K N"], share_K: Sequence[float]) -> tuple[float, ...]:
+def thresholds_for_shares(
+    scores_KN: Float[Tensor, "K N"], share_K: Sequence[float]
+) -> tuple[float, ...]:
     """Score bounds that let a given share of all samples leave at each exit; `inf` where an exit gets none.
 
     Source:
@@ -147,14 +164,18 @@ def thresholds_for_shares(scores_KN: Float[Tensor, "K N"], share_K: Sequence[flo
     """
     here_N = torch.ones(scores_KN.shape[1], dtype=torch.bool)  # samples that have not left yet
     bounds = []
-    for scores_N, share in zip(scores_KN[:-1], share_K, strict=False):  # the last exit takes what is left
+    for scores_N, share in zip(
+        scores_KN[:-1], share_K, strict=False
+    ):  # the last exit takes what is left
         wanted = min(round(share * len(scores_N)), int(here_N.sum()))
         bounds.append(scores_N[here_N].topk(wanted).values[-1].item() if wanted else math.inf)
         here_N &= scores_N < bounds[-1]
     return (*bounds, -math.inf)
 
 
-CostOf = Callable[[Sequence[bool]], tuple[float, ...]]  # which early heads run -> cumulative cost of each exit
+CostOf = Callable[
+    [Sequence[bool]], tuple[float, ...]
+]  # which early heads run -> cumulative cost of each exit
 
 
 def fit_thresholds(
@@ -197,40 +218,71 @@ def fit_thresholds(
         The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We differ: prices are searched.
     """
     targets = {
-        "mean_time_s": mean_time_s, "mean_macs": mean_macs, "mean_bytes": mean_bytes, "mean_energy_j": mean_energy_j,
+        "mean_time_s": mean_time_s,
+        "mean_macs": mean_macs,
+        "mean_bytes": mean_bytes,
+        "mean_energy_j": mean_energy_j,
         "max_accuracy_loss": max_accuracy_loss,
-    }  # fmt: skip
+    }
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1:
-        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+        raise PolicyError(
+            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
+        )
     (name, wanted), *_ = given.items()
-    if not (math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))):
+    if not (
+        math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))
+    ):
         raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
     if recording.outputs.shape[0] != costs.num_exits:
-        raise PolicyError(f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}.")
+        raise PolicyError(
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+        )
 
     saved = _TARGETS.get(name, cost or "time")
     if cost not in (None, saved):
-        raise PolicyError(f"{name} limits {saved}, but cost={cost!r} was given, which goes with max_accuracy_loss alone.")
+        raise PolicyError(
+            f"{name} limits {saved}, but cost={cost!r} was given, which goes with max_accuracy_loss alone."
+        )
 
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
-        return costs.cumulative(saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads)
+        return costs.cumulative(
+            saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
+        )
 
     search = _Search(recording, score, cost_of)
-    best = search.cheapest(wanted) if name == "max_accuracy_loss" else search.most_accurate(wanted, name)
+    best = (
+        search.cheapest(wanted)
+        if name == "max_accuracy_loss"
+        else search.most_accurate(wanted, name)
+    )
     if not any(best.exits < costs.num_exits - 1):
         warnings.warn(
             f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Allow a larger loss or less time.",
-            NoEffectWarning, stacklevel=2,
-        )  # fmt: skip
-    reached = {"mean_cost": best.mean_cost, "accuracy": best.accuracy, "samples": float(len(recording.labels))}
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    reached = {
+        "mean_cost": best.mean_cost,
+        "accuracy": best.accuracy,
+        "samples": float(len(recording.labels)),
+    }
     return ThresholdPolicy(
-        score=score, thresholds=best.thresholds, split=recording.split, target={name: wanted, **reached},
-        cost=saved, provenance=recording.provenance,
-    )  # fmt: skip
+        score=score,
+        thresholds=best.thresholds,
+        split=recording.split,
+        target={name: wanted, **reached},
+        cost=saved,
+        provenance=recording.provenance,
+    )
 
 
-_TARGETS: dict[str, Cost] = {"mean_time_s": "time", "mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
+_TARGETS: dict[str, Cost] = {
+    "mean_time_s": "time",
+    "mean_macs": "macs",
+    "mean_bytes": "bytes",
+    "mean_energy_j": "energy",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +316,11 @@ class _Search:
 
     def cheapest(self, loss: float) -> _Candidate:
         floor = 1.0 - float(self.errors[-1].mean()) - loss - 1e-12
-        feasible = [c for c in self._candidates(lambda candidate: candidate.accuracy < floor) if c.accuracy >= floor]
+        feasible = [
+            c
+            for c in self._candidates(lambda candidate: candidate.accuracy < floor)
+            if c.accuracy >= floor
+        ]
         return min(feasible, key=lambda candidate: (candidate.mean_cost, -candidate.accuracy))
 
     def _candidates(self, dear_enough: Callable[[_Candidate], bool]) -> list[_Candidate]:
@@ -272,15 +328,23 @@ class _Search:
         whole = self.cost_of([True] * self.count)[-1]
         grid = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
         found = [(price, self._solve(price)) for price in grid]
-        below = max((price for price, candidate in found if not dear_enough(candidate)), default=grid[0])
-        above = min((price for price, candidate in found if dear_enough(candidate) and price > below), default=grid[-1])
+        below = max(
+            (price for price, candidate in found if not dear_enough(candidate)), default=grid[0]
+        )
+        above = min(
+            (price for price, candidate in found if dear_enough(candidate) and price > below),
+            default=grid[-1],
+        )
         for _ in range(20):
             middle = math.sqrt(below * above) if below > 0 else above / 2
             found.append((middle, self._solve(middle)))
             below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
         candidates = [candidate for _, candidate in found]
         candidates += [self._judge(self._by_shares(index / 20)) for index in range(1, 40)]
-        always = [self._judge((*(math.inf,) * k, *(-math.inf,) * (self.count - k))) for k in range(self.count)]
+        always = [
+            self._judge((*(math.inf,) * k, *(-math.inf,) * (self.count - k)))
+            for k in range(self.count)
+        ]
         return candidates + always
 
     def _solve(self, price: float, sweeps: int = 3) -> _Candidate:
@@ -315,7 +379,9 @@ class _Search:
 
     def _by_shares(self, ratio: float) -> tuple[float, ...]:
         shares = np.power(ratio, np.arange(self.count))
-        return thresholds_for_shares(torch.from_numpy(self.scores), (shares / shares.sum()).tolist())
+        return thresholds_for_shares(
+            torch.from_numpy(self.scores), (shares / shares.sum()).tolist()
+        )
 
     def _judge(self, thresholds: tuple[float, ...]) -> _Candidate:
         stops = self.scores >= np.asarray(thresholds)[:, None]
@@ -323,8 +389,13 @@ class _Search:
         exits = stops.argmax(axis=0)
         used = np.bincount(exits, minlength=self.count) > 0
         # an exit that nobody leaves at is closed, so that its head is not paid
-        closed = tuple(bound if used[k] or k == self.count - 1 else math.inf for k, bound in enumerate(thresholds[:-1]))
+        closed = tuple(
+            bound if used[k] or k == self.count - 1 else math.inf
+            for k, bound in enumerate(thresholds[:-1])
+        )
         final = (*closed, -math.inf)
         cost = np.asarray(self.cost_of([bound < math.inf for bound in final]))
         samples = np.arange(self.samples)
-        return _Candidate(final, exits, float(cost[exits].mean()), 1.0 - float(self.errors[exits, samples].mean()))
+        return _Candidate(
+            final, exits, float(cost[exits].mean()), 1.0 - float(self.errors[exits, samples].mean())
+        )

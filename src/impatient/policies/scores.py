@@ -34,9 +34,15 @@ def entropy(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
     return 1.0 + (logs.exp() * logs).sum(-1) / math.log(outputs.shape[-1])
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max_probability": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
 
-NEVER_CHOSEN = -110.0  # log-probability of a class that is not there: 0 as a probability, in single precision
+NEVER_CHOSEN = (
+    -110.0
+)  # log-probability of a class that is not there: 0 as a probability, in single precision
 
 
 def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
@@ -55,5 +61,7 @@ def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
     top_logs = logs.topk(3, dim=1).values
     (first, second, _), top = top_logs.unbind(1), top_logs.exp()
     entropy = 1.0 + (logs.exp() * logs).sum(1) / math.log(max(outputs.shape[1], 2))
-    rest = torch.stack([top[:, 0] - top[:, 1], entropy, (first - second).clamp(max=-NEVER_CHOSEN)], 1)
+    rest = torch.stack(
+        [top[:, 0] - top[:, 1], entropy, (first - second).clamp(max=-NEVER_CHOSEN)], 1
+    )
     return torch.cat([top, rest], 1)

@@ -104,10 +104,16 @@ def fit_selection(
         network later on is charged with the loss and the time of the *routed* answer; a decision sees all that is known.
     """
     problem = _Problem(recording, node_s, topology, **settings)
-    targets = {"time_price": time_price, "mean_time_s": mean_time_s, "max_accuracy_loss": max_accuracy_loss}
+    targets = {
+        "time_price": time_price,
+        "mean_time_s": mean_time_s,
+        "max_accuracy_loss": max_accuracy_loss,
+    }
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1:
-        raise PolicyError(f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}.")
+        raise PolicyError(
+            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
+        )
     (name, wanted), *_ = given.items()
     if not (math.isfinite(wanted) and (wanted > 0 or (name != "mean_time_s" and wanted == 0))):
         raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
@@ -115,8 +121,9 @@ def fit_selection(
     if name != "time_price" and not best.policy.decisions:
         warnings.warn(
             f"with {name}={wanted:g} nothing is decided: all samples take one way. Allow a larger loss, or other networks.",
-            NoEffectWarning, stacklevel=2,
-        )  # fmt: skip
+            NoEffectWarning,
+            stacklevel=2,
+        )
     return dataclasses.replace(best.policy, target={name: wanted, **best.policy.target})
 
 
@@ -138,11 +145,19 @@ def sweep_selection(
         One point per price, in their order; `hull_of` and `mix_selections` take it from there.
     """
     problem = _Problem(recording, node_s, topology, **settings)
-    return tuple(problem.solve(price) for price in (problem.prices(30) if time_prices is None else time_prices))
+    return tuple(
+        problem.solve(price)
+        for price in (problem.prices(30) if time_prices is None else time_prices)
+    )
 
 
 def decision_time_s(
-    policy: SelectionPolicy, recording: Answered, *, repeats: int = 200, warm_up: int = 20, clock: Clock = SYSTEM_CLOCK
+    policy: SelectionPolicy,
+    recording: Answered,
+    *,
+    repeats: int = 200,
+    warm_up: int = 20,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> float:
     """Measure what one decision takes on this machine, at batch size 1: the mean of the nodes that decide; 0 if none does.
 
@@ -176,14 +191,19 @@ def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> Sele
     grid = problem.prices(16)
     found = [(price, problem.solve(price)) for price in grid]
     below = max((price for price, point in found if not dear_enough(point)), default=grid[0])
-    above = min((price for price, point in found if dear_enough(point) and price > below), default=grid[-1])
+    above = min(
+        (price for price, point in found if dear_enough(point) and price > below), default=grid[-1]
+    )
     for _ in range(steps):
         middle = math.sqrt(below * above) if below > 0 else above / 2
         found.append((middle, problem.solve(middle)))
         below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
     points = [point for _, point in found] + problem.one_way()
     if name == "max_accuracy_loss":
-        return min((p for p in points if p.accuracy >= floor), key=lambda point: (point.mean_time_s, -point.accuracy))
+        return min(
+            (p for p in points if p.accuracy >= floor),
+            key=lambda point: (point.mean_time_s, -point.accuracy),
+        )
     within = [point for point in points if point.mean_time_s <= wanted]
     if not within:
         raise InfeasibleTarget(
@@ -224,29 +244,46 @@ class _Problem:
     ) -> None:
         self.count, self.samples = recording.outputs.shape[:2]
         if self.count != len(topology.nodes):
-            raise PolicyError(f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}.")
+            raise PolicyError(
+                f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}."
+            )
         check_costs(node_s, topology, gate_s)
         if sweeps < 0:
             raise PolicyError(f"sweeps={sweeps}; needed: how often to fit again, 0 or more.")
         self.blank = SelectionPolicy(
-            topology=topology, moves=((STOP,),) * self.count, decisions={},
-            node_s=tuple(float(time) for time in node_s), gate_s=float(gate_s), inputs=inputs, pooled=pooled,
-            split=recording.split, provenance=recording.provenance,
-        )  # fmt: skip
+            topology=topology,
+            moves=((STOP,),) * self.count,
+            decisions={},
+            node_s=tuple(float(time) for time in node_s),
+            gate_s=float(gate_s),
+            inputs=inputs,
+            pooled=pooled,
+            split=recording.split,
+            provenance=recording.provenance,
+        )
         self.node_s, self.gate_s, self.sweeps = self.blank.node_s, float(gate_s), sweeps
         self.learner, self.method, self.seed = learner, method, seed
         self.topology, self.order = topology, topology.order()
         self.errors = (recording.outputs.argmax(-1) != recording.labels).double()
-        self.losses = reference_losses(self.errors if losses is None else losses.double(), reference)
+        self.losses = reference_losses(
+            self.errors if losses is None else losses.double(), reference
+        )
         if self.losses.shape != self.errors.shape:
-            raise PolicyError(f"losses of shape {tuple(self.losses.shape)}; needed: {tuple(self.errors.shape)}.")
+            raise PolicyError(
+                f"losses of shape {tuple(self.losses.shape)}; needed: {tuple(self.errors.shape)}."
+            )
         own = _pooled_of(recording) if pooled else (None,) * self.count
         self.features = {
             node: selection_features(
-                [recording.outputs[k] for k in (topology.known(node) if inputs == "path" else (node,))], own[node]
+                [
+                    recording.outputs[k]
+                    for k in (topology.known(node) if inputs == "path" else (node,))
+                ],
+                own[node],
             )
-            for node in self.order if topology.moves(node)
-        }  # fmt: skip
+            for node in self.order
+            if topology.moves(node)
+        }
 
     def accuracy(self, node: int) -> float:
         return 1.0 - float(self.errors[node].mean())
@@ -254,12 +291,19 @@ class _Problem:
     def prices(self, count: int) -> tuple[float, ...]:
         # beyond the last even the largest loss spared for sure is not worth the fastest network
         worth = float(self.losses.max() - self.losses.min()) or 1.0
-        return (0.0, *np.geomspace(1e-4 * worth / max(self.node_s), 1.1 * worth / min(self.node_s), count).tolist())
+        return (
+            0.0,
+            *np.geomspace(
+                1e-4 * worth / max(self.node_s), 1.1 * worth / min(self.node_s), count
+            ).tolist(),
+        )
 
     def solve(self, price: float) -> SelectionPoint:
         """The policy for a price; of several sweeps the one of least cost."""
         if not (math.isfinite(price) and price >= 0):
-            raise PolicyError(f"time_price={price}; needed: a finite number of loss units per second, not negative.")
+            raise PolicyError(
+                f"time_price={price}; needed: a finite number of loss units per second, not negative."
+            )
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
         found = []
         for _ in range(1 + self.sweeps):
@@ -273,28 +317,49 @@ class _Problem:
     def one_way(self) -> list[SelectionPoint]:
         """Policies without decisions: the fastest way to each network."""
         free = torch.zeros(self.samples, dtype=torch.float64)
-        ways = [zip(path, (*path[1:], STOP), strict=True) for path in self.topology.cheapest_paths(self.node_s)]
-        return [self._point({node: self._always(after, free) for node, after in way}, None) for way in ways]
+        ways = [
+            zip(path, (*path[1:], STOP), strict=True)
+            for path in self.topology.cheapest_paths(self.node_s)
+        ]
+        return [
+            self._point({node: self._always(after, free) for node, after in way}, None)
+            for way in ways
+        ]
 
-    def _pruned(self, price: float, arrives: Float[Tensor, "K N"]) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
+    def _pruned(
+        self, price: float, arrives: Float[Tensor, "K N"]
+    ) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
         """Fit, leave out the moves that nobody takes, fit again what that touches, until every move is taken."""
         offered = {node: (STOP, *self.topology.moves(node)) for node in self.order}
         fitted: dict[int, _Fitted] = {}
         while True:
             touched: set[int] = set()
             for node in reversed([node for node in self.order if node in offered]):
-                if node in fitted and fitted[node].offered == offered[node] and touched.isdisjoint(offered[node]):
+                if (
+                    node in fitted
+                    and fitted[node].offered == offered[node]
+                    and touched.isdisjoint(offered[node])
+                ):
                     continue
                 fitted[node] = self._fit(node, offered[node], price, fitted, arrives[node])
                 touched.add(node)
             visited = self._visited(fitted)
-            taken = {node: self._taken(fitted[node], visited[node]) for node in offered if visited[node].any()}
+            taken = {
+                node: self._taken(fitted[node], visited[node])
+                for node in offered
+                if visited[node].any()
+            }
             if taken == offered:
                 return {node: fitted[node] for node in offered}, visited
             offered = taken
 
     def _fit(
-        self, node: int, offered: tuple[int, ...], price: float, ahead: Mapping[int, _Fitted], weights: Float[Tensor, "N"]
+        self,
+        node: int,
+        offered: tuple[int, ...],
+        price: float,
+        ahead: Mapping[int, _Fitted],
+        weights: Float[Tensor, "N"],
     ) -> _Fitted:
         going = [price * self.node_s[move] + ahead[move].cost for move in offered if move != STOP]
         costs = torch.stack([self.losses[node]] * (STOP in offered) + going, dim=1)
@@ -302,7 +367,12 @@ class _Problem:
         best = int(blind.argmin())  # of equals the first: stop
         if len(offered) > 1:
             decision = fit_decision(
-                self.features[node], costs, learner=self.learner, method=self.method, weights=weights, seed=self.seed
+                self.features[node],
+                costs,
+                learner=self.learner,
+                method=self.method,
+                weights=weights,
+                seed=self.seed,
             )
             chosen = decision.choose(self.features[node])
             cost = costs.gather(1, chosen[:, None])[:, 0] + price * self.gate_s
@@ -330,7 +400,10 @@ class _Problem:
         answering = torch.full((self.samples,), STOP)
         for node, entry in fitted.items():
             answering[visited[node] & (entry.chosen == STOP)] = node
-        paid = [time + self.gate_s * (k in fitted and fitted[k].decision is not None) for k, time in enumerate(self.node_s)]
+        paid = [
+            time + self.gate_s * (k in fitted and fitted[k].decision is not None)
+            for k, time in enumerate(self.node_s)
+        ]
         time_s = torch.tensor(paid, dtype=torch.float64) @ visited.double()
         return Route(visited=visited.T, answering=answering, time_s=time_s)
 
@@ -341,10 +414,16 @@ class _Problem:
         route = self._route(fitted)
         accuracy, mean_s = 1.0 - self._mean(self.errors, route), route.mean_time_s
         policy = dataclasses.replace(
-            self.blank, moves=tuple(fitted[node].offered if node in fitted else () for node in range(self.count)),
-            decisions={node: entry.decision for node, entry in fitted.items() if entry.decision is not None},
-            time_price=price, target={"mean_cost": mean_s, "accuracy": accuracy, "samples": float(self.samples)},
-        )  # fmt: skip
+            self.blank,
+            moves=tuple(
+                fitted[node].offered if node in fitted else () for node in range(self.count)
+            ),
+            decisions={
+                node: entry.decision for node, entry in fitted.items() if entry.decision is not None
+            },
+            time_price=price,
+            target={"mean_cost": mean_s, "accuracy": accuracy, "samples": float(self.samples)},
+        )
         return SelectionPoint(policy=policy, mean_time_s=mean_s, accuracy=accuracy)
 
 
@@ -356,7 +435,9 @@ def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Floa
         [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     if reference not in get_args(Reference):
-        raise PolicyError(f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}.")
+        raise PolicyError(
+            f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}."
+        )
     return losses if reference == "none" else (losses - losses[-1]).clamp(min=0.0)
 
 
@@ -396,21 +477,32 @@ class MixedSelection:
         """Which of the first `count` samples follow `slow`; the draw of a sample depends on its place alone."""
         return torch.from_numpy(np.random.default_rng(self.seed).random(count) < self.share)
 
-    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()) -> Route:
+    def route(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()
+    ) -> Route:
         """What recorded samples would do."""
         fast, slow = self.fast.route(outputs, features), self.slow.route(outputs, features)
         pick = self.follows_slow(outputs.shape[1])
         return Route(
             visited=torch.where(pick[:, None], slow.visited, fast.visited),
-            answering=torch.where(pick, slow.answering, fast.answering), time_s=torch.where(pick, slow.time_s, fast.time_s),
-        )  # fmt: skip
+            answering=torch.where(pick, slow.answering, fast.answering),
+            time_s=torch.where(pick, slow.time_s, fast.time_s),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write as one safetensors file with a JSON header."""
         parts = {"fast": self.fast.to_tensors(), "slow": self.slow.to_tensors()}
-        tensors = {f"{name}/{key}": value for name, (entries, _) in parts.items() for key, value in entries.items()}
+        tensors = {
+            f"{name}/{key}": value
+            for name, (entries, _) in parts.items()
+            for key, value in entries.items()
+        }
         headers = {name: header for name, (_, header) in parts.items()}
-        write_tensors(path, tensors, {"kind": "mixed_selection", "share": self.share, "seed": self.seed, **headers})
+        write_tensors(
+            path,
+            tensors,
+            {"kind": "mixed_selection", "share": self.share, "seed": self.seed, **headers},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -421,14 +513,19 @@ class MixedSelection:
         """
         tensors, header = read_tensors(path)
         if header.get("kind") != "mixed_selection":
-            raise PolicyError(f"{path} is no mixture of policies but {header.get('kind')!r}; make one with mix_selections.")
+            raise PolicyError(
+                f"{path} is no mixture of policies but {header.get('kind')!r}; make one with mix_selections."
+            )
         fast, slow = (
-            SelectionPolicy.from_tensors(entries_under(f"{name}/", tensors), header[name]) for name in ("fast", "slow")
+            SelectionPolicy.from_tensors(entries_under(f"{name}/", tensors), header[name])
+            for name in ("fast", "slow")
         )
         return cls(fast=fast, slow=slow, share=header["share"], seed=header["seed"])
 
 
-def mix_selections(points: Sequence[SelectionPoint], *, mean_time_s: float, seed: int = 0) -> MixedSelection:
+def mix_selections(
+    points: Sequence[SelectionPoint], *, mean_time_s: float, seed: int = 0
+) -> MixedSelection:
     """Mix two neighbours on the hull of a curve at random, so that the mean time is met exactly.
 
     Args:
@@ -438,6 +535,11 @@ def mix_selections(points: Sequence[SelectionPoint], *, mean_time_s: float, seed
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """
-    times, accuracies = [point.mean_time_s for point in points], [point.accuracy for point in points]
+    times, accuracies = (
+        [point.mean_time_s for point in points],
+        [point.accuracy for point in points],
+    )
     fast, slow, share = neighbours(times, accuracies, mean_time_s)
-    return MixedSelection(fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed)
+    return MixedSelection(
+        fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed
+    )

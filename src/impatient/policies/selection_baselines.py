@@ -23,10 +23,14 @@ from impatient.provenance import provenance
 
 def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
     """One network alone, for `count` samples; the full one is `len(node_s) - 1`."""
-    return route_of(torch.arange(len(node_s)).eq(node).expand(count, -1), torch.full((count,), node), node_s)
+    return route_of(
+        torch.arange(len(node_s)).eq(node).expand(count, -1), torch.full((count,), node), node_s
+    )
 
 
-def uniform_shares(recording: Answered, node_s: Sequence[float], mean_time_s: float) -> tuple[float, ...]:
+def uniform_shares(
+    recording: Answered, node_s: Sequence[float], mean_time_s: float
+) -> tuple[float, ...]:
     """The best mixture of single networks that does not look at the input: the share of the samples that each one answers.
 
     Args:
@@ -38,7 +42,9 @@ def uniform_shares(recording: Answered, node_s: Sequence[float], mean_time_s: fl
     """
     accuracies = (recording.outputs.argmax(-1) == recording.labels).double().mean(1).tolist()
     fast, slow, share = neighbours(node_s, accuracies, mean_time_s)
-    return tuple((node == fast) * (1.0 - share) + (node == slow) * share for node in range(len(node_s)))
+    return tuple(
+        (node == fast) * (1.0 - share) + (node == slow) * share for node in range(len(node_s))
+    )
 
 
 def chain_costs(node_s: Sequence[float]) -> CostProfile:
@@ -48,29 +54,47 @@ def chain_costs(node_s: Sequence[float]) -> CostProfile:
     """
     zeros, count = (0,) * len(node_s), len(node_s)
     batch = BatchCosts(
-        stages=tuple(Quantiles.of([0.0]) for _ in node_s), heads=tuple(Quantiles.of([float(time)]) for time in node_s),
+        stages=tuple(Quantiles.of([0.0]) for _ in node_s),
+        heads=tuple(Quantiles.of([float(time)]) for time in node_s),
         exit_free=Quantiles.of([float(node_s[-1])]),
-    )  # fmt: skip
+    )
     return CostProfile(
-        exits=tuple(map(str, range(count))), batches={1: batch}, stage_macs=zeros, head_macs=zeros, stage_parameters=zeros,
-        head_parameters=zeros, provenance=provenance(engine="cascade"),
-    )  # fmt: skip
+        exits=tuple(map(str, range(count))),
+        batches={1: batch},
+        stage_macs=zeros,
+        head_macs=zeros,
+        stage_parameters=zeros,
+        head_parameters=zeros,
+        provenance=provenance(engine="cascade"),
+    )
 
 
 def fit_chain_thresholds(
-    recording: Recorded, node_s: Sequence[float], *, mean_time_s: float | None = None,
-    max_accuracy_loss: float | None = None, score: ScoreName = "max_probability",
-) -> ThresholdPolicy:  # fmt: skip
+    recording: Recorded,
+    node_s: Sequence[float],
+    *,
+    mean_time_s: float | None = None,
+    max_accuracy_loss: float | None = None,
+    score: ScoreName = "max_probability",
+) -> ThresholdPolicy:
     """One threshold per network along the chain: `fit_thresholds` with the times of a cascade."""
     return fit_thresholds(
-        recording, chain_costs(node_s), mean_time_s=mean_time_s, max_accuracy_loss=max_accuracy_loss, score=score
+        recording,
+        chain_costs(node_s),
+        mean_time_s=mean_time_s,
+        max_accuracy_loss=max_accuracy_loss,
+        score=score,
     )
 
 
 def fit_myopic(
-    recording: Recorded, node_s: Sequence[float], *, mean_time_s: float | None = None,
-    max_accuracy_loss: float | None = None, score: ScoreName = "max_probability",
-) -> ThresholdPolicy:  # fmt: skip
+    recording: Recorded,
+    node_s: Sequence[float],
+    *,
+    mean_time_s: float | None = None,
+    max_accuracy_loss: float | None = None,
+    score: ScoreName = "max_probability",
+) -> ThresholdPolicy:
     """ONE threshold for all networks along the chain, the best of all there are.
 
     Args:
@@ -92,13 +116,22 @@ def fit_myopic(
         allowed, order = errors <= errors[0] + wanted + 1e-12, np.lexsort((errors, times))
     feasible = order[allowed[order]]
     if not len(feasible):
-        raise InfeasibleTarget(f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or more.")
+        raise InfeasibleTarget(
+            f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or more."
+        )
     best = int(feasible[0])
-    reached = {"mean_cost": float(times[best]), "accuracy": 1.0 - float(errors[best]), "samples": float(len(recording.labels))}
+    reached = {
+        "mean_cost": float(times[best]),
+        "accuracy": 1.0 - float(errors[best]),
+        "samples": float(len(recording.labels)),
+    }
     return ThresholdPolicy(
-        score=score, thresholds=(*(float(thresholds[best]),) * (len(node_s) - 1), -math.inf), split=recording.split,
-        target={name: wanted, **reached}, provenance=recording.provenance,
-    )  # fmt: skip
+        score=score,
+        thresholds=(*(float(thresholds[best]),) * (len(node_s) - 1), -math.inf),
+        split=recording.split,
+        target={name: wanted, **reached},
+        provenance=recording.provenance,
+    )
 
 
 def _myopic_curve(
@@ -118,10 +151,16 @@ def _myopic_curve(
         return np.append(alone, (values[-1].sum() + gained) / count)
 
     # at inf no other network is looked at, so that none but the last runs
-    return np.append(math.inf, surest[order][ends]), curve(times, node_s[-1]), curve(errors, float(errors[-1].mean()))
+    return (
+        np.append(math.inf, surest[order][ends]),
+        curve(times, node_s[-1]),
+        curve(errors, float(errors[-1].mean())),
+    )
 
 
-def chain_route(policy: ThresholdPolicy, outputs: Float[Tensor, "K N C"], node_s: Sequence[float]) -> Route:
+def chain_route(
+    policy: ThresholdPolicy, outputs: Float[Tensor, "K N C"], node_s: Sequence[float]
+) -> Route:
     """What thresholds make of a cascade 0 -> 1 -> 2 ...; a network whose threshold is `inf` is left out."""
     answering = policy.exits_of(outputs)
     places = torch.arange(len(node_s))
@@ -129,7 +168,9 @@ def chain_route(policy: ThresholdPolicy, outputs: Float[Tensor, "K N C"], node_s
     return route_of(passed | (places == answering[:, None]), answering, node_s)
 
 
-def agreement_route(outputs: Float[Tensor, "K N C"], node_s: Sequence[float], *, needed: int = 2) -> Route:
+def agreement_route(
+    outputs: Float[Tensor, "K N C"], node_s: Sequence[float], *, needed: int = 2
+) -> Route:
     """Run networks in order until `needed` of them give the same answer; if none do, the last one's.
 
     Source:
@@ -169,7 +210,11 @@ def oracle_route(
         raise PolicyError(
             f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; needed: path or chosen, cheapest or last."
         )
-    paths = topology.cheapest_paths(node_s) if pays == "path" else tuple((node,) for node in range(len(node_s)))
+    paths = (
+        topology.cheapest_paths(node_s)
+        if pays == "path"
+        else tuple((node,) for node in range(len(node_s)))
+    )
     visits = torch.zeros(len(node_s), len(node_s), dtype=torch.bool)
     for node, path in enumerate(paths):
         visits[node, list(path)] = True
@@ -181,7 +226,9 @@ def oracle_route(
     return route_of(visits[answering], answering, node_s)
 
 
-def route_of(visited: Bool[Tensor, "N K"], answering: Int[Tensor, "N"], node_s: Sequence[float]) -> Route:
+def route_of(
+    visited: Bool[Tensor, "N K"], answering: Int[Tensor, "N"], node_s: Sequence[float]
+) -> Route:
     """A route, with the seconds of the networks visited."""
     time_s = visited.double() @ torch.tensor(node_s, dtype=torch.float64)
     return Route(visited=visited, answering=answering, time_s=time_s)

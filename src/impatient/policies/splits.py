@@ -16,7 +16,9 @@ from impatient.policies.rules import Recorded
 SomeRecording = TypeVar("SomeRecording", bound=Recorded)
 
 
-def split_recording(recording: SomeRecording, share: float = 0.5, *, seed: int = 0) -> tuple[SomeRecording, SomeRecording]:
+def split_recording(
+    recording: SomeRecording, share: float = 0.5, *, seed: int = 0
+) -> tuple[SomeRecording, SomeRecording]:
     """Two parts of a recording at random: one to fit on, one to control or judge on.
 
     Args:
@@ -32,18 +34,27 @@ def split_recording(recording: SomeRecording, share: float = 0.5, *, seed: int =
     samples = len(recording.labels)
     first = round(share * samples) if math.isfinite(share) else 0
     if not 0 < first < samples:
-        raise RecordingError(f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 and 1.")
+        raise RecordingError(
+            f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 and 1."
+        )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
     def part(name: str, places: Int[Tensor, "M"]) -> SomeRecording:
-        kept: dict[str, Any] = {"outputs": recording.outputs[:, places], "labels": recording.labels[places]}
+        kept: dict[str, Any] = {
+            "outputs": recording.outputs[:, places],
+            "labels": recording.labels[places],
+        }
         features = getattr(recording, "features", ())
         if features:
             kept["features"] = tuple(entry[places] for entry in features)
         named = f"{recording.split}/{name}({share:g},{seed})"
-        return cast("SomeRecording", dataclasses.replace(cast("Any", recording), **kept, split=named))
+        return cast(
+            "SomeRecording", dataclasses.replace(cast("Any", recording), **kept, split=named)
+        )
 
-    return part("fit", order[:first].sort().values), part("calibration", order[first:].sort().values)
+    return part("fit", order[:first].sort().values), part(
+        "calibration", order[first:].sort().values
+    )
 
 
 def splits_overlap(first: str, second: str) -> bool:

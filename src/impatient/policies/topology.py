@@ -30,17 +30,23 @@ class Topology:
     def __post_init__(self) -> None:
         count = len(self.nodes)
         if not count or len(set(self.nodes)) < count:
-            raise PolicyError(f"nodes {self.nodes}; needed: at least one, each with a name of its own.")
+            raise PolicyError(
+                f"nodes {self.nodes}; needed: at least one, each with a name of its own."
+            )
         for edge in self.edges:
             if not all(0 <= node < count for node in edge) or edge[0] == edge[1]:
-                raise PolicyError(f"edge {edge} does not lead from one of the {count} nodes to another; count them from 0.")
+                raise PolicyError(
+                    f"edge {edge} does not lead from one of the {count} nodes to another; count them from 0."
+                )
         if len(set(self.edges)) < len(self.edges):
             raise PolicyError(f"edges {self.edges}; needed: each at most once.")
         try:
             self.order()
         except graphlib.CycleError as error:
             names = " -> ".join(self.nodes[node] for node in reversed(error.args[1]))
-            raise PolicyError(f"the moves {names} are a cycle, on which a sample could go for ever; leave one out.") from error
+            raise PolicyError(
+                f"the moves {names} are a cycle, on which a sample could go for ever; leave one out."
+            ) from error
         sources = [node for node in range(count) if not self._before(node)]
         if len(sources) > 1:
             raise PolicyError(
@@ -54,8 +60,13 @@ class Topology:
         places = {name: place for place, name in enumerate(moves)}
         unknown = {name for after in moves.values() for name in after} - set(places)
         if unknown:
-            raise PolicyError(f"moves lead to {', '.join(sorted(unknown))} without an entry; give one, [] if it only stops.")
-        return cls(nodes=tuple(moves), edges=tuple((places[a], places[b]) for a, after in moves.items() for b in after))
+            raise PolicyError(
+                f"moves lead to {', '.join(sorted(unknown))} without an entry; give one, [] if it only stops."
+            )
+        return cls(
+            nodes=tuple(moves),
+            edges=tuple((places[a], places[b]) for a, after in moves.items() for b in after),
+        )
 
     @classmethod
     def chain(cls, nodes: int | Sequence[str]) -> Self:
@@ -82,7 +93,11 @@ class Topology:
 
     def order(self) -> tuple[int, ...]:
         """The nodes, each after all that may come before it."""
-        return tuple(graphlib.TopologicalSorter({node: self._before(node) for node in range(len(self.nodes))}).static_order())
+        return tuple(
+            graphlib.TopologicalSorter(
+                {node: self._before(node) for node in range(len(self.nodes))}
+            ).static_order()
+        )
 
     def moves(self, node: int) -> tuple[int, ...]:
         """The nodes that may follow a node."""
@@ -102,7 +117,10 @@ class Topology:
         paths: dict[int, tuple[int, ...]] = {}
         for node in self.order():
             ways = [paths[before] for before in self._before(node)]
-            paths[node] = (*min(ways, key=lambda way: sum(node_s[place] for place in way), default=()), node)
+            paths[node] = (
+                *min(ways, key=lambda way: sum(node_s[place] for place in way), default=()),
+                node,
+            )
         return tuple(paths[node] for node in range(len(self.nodes)))
 
     def _before(self, node: int) -> tuple[int, ...]:
@@ -114,11 +132,16 @@ class Topology:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         try:
-            return cls(nodes=tuple(value["nodes"]), edges=tuple((int(a), int(b)) for a, b in value["edges"]))
+            return cls(
+                nodes=tuple(value["nodes"]),
+                edges=tuple((int(a), int(b)) for a, b in value["edges"]),
+            )
         except PolicyError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(f"this is not a topology ({error!r}); write one with Topology.to_json.") from error
+            raise PolicyError(
+                f"this is not a topology ({error!r}); write one with Topology.to_json."
+            ) from error
 
 
 def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:
@@ -129,5 +152,11 @@ def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:
 def _known(topology: Topology) -> tuple[tuple[int, ...], ...]:
     order, sure = topology.order(), dict[int, set[int]]()
     for place in order:
-        sure[place] = {place, *(set.intersection(*(sure[node] for node in topology._before(place))) if sure else ())}
-    return tuple(tuple(place for place in order if place in sure[node]) for node in range(len(topology.nodes)))
+        sure[place] = {
+            place,
+            *(set.intersection(*(sure[node] for node in topology._before(place))) if sure else ()),
+        }
+    return tuple(
+        tuple(place for place in order if place in sure[node])
+        for node in range(len(topology.nodes))
+    )

@@ -17,12 +17,21 @@ class Answer(AnyAnswer[Tensor]):
 
 
 def answered(
-    output: Tensor, exits: tuple[int, ...], clock: Clock, begin: float, deadline: Deadline, stopped_by: StoppedBy
+    output: Tensor,
+    exits: tuple[int, ...],
+    clock: Clock,
+    begin: float,
+    deadline: Deadline,
+    stopped_by: StoppedBy,
 ) -> Answer:
     """An answer that is there now."""
     synchronise(output.device)
     now = clock.now()
     return Answer(
-        output=output, exit=max(exits), exits=exits, elapsed_s=now - begin, stopped_by=stopped_by,
+        output=output,
+        exit=max(exits),
+        exits=exits,
+        elapsed_s=now - begin,
+        stopped_by=stopped_by,
         deadline_met=now <= deadline.instant,
-    )  # fmt: skip
+    )

@@ -60,14 +60,26 @@ class Collected:
     """
 
     def __init__(
-        self, policy: Policy | None, network: StagedNetwork, x: Any, walk: Any, compaction: Compaction | None = None
+        self,
+        policy: Policy | None,
+        network: StagedNetwork,
+        x: Any,
+        walk: Any,
+        compaction: Compaction | None = None,
     ) -> None:
         self._policy: Any = policy
         self._network: Any = network
         self._walk = walk
-        self.size = self._left = self._present = batch_size_of(x)  # rows that run next, still going, and at the present exit
+        self.size = self._left = self._present = batch_size_of(
+            x
+        )  # rows that run next, still going, and at the present exit
         self._alone = self.size == 1
-        wanted = policy is not None and self.size > 1 and compaction is not None and compaction.when != "never"
+        wanted = (
+            policy is not None
+            and self.size > 1
+            and compaction is not None
+            and compaction.when != "never"
+        )
         self._compaction = compaction if wanted and can_shrink(network, walk, x) else None
         self._output: Tensor | None = None  # of all samples, in their original order
         self._exits: Tensor | None = None  # -1 where a sample has not stopped
@@ -86,12 +98,16 @@ class Collected:
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
         stops = self._stops(exit)
-        if self._alone:  # nothing to merge or to take out, and every operator here is part of each answer's time
+        if (
+            self._alone
+        ):  # nothing to merge or to take out, and every operator here is part of each answer's time
             return bool(stops)
         going = ~stops if self._going is None else self._going & ~stops
         left = going.nonzero()[:, 0]
         if len(left) < self._left:
-            self._output, self._exits = self._merged(exit, stops if self._going is None else self._going & stops)
+            self._output, self._exits = self._merged(
+                exit, stops if self._going is None else self._going & stops
+            )
             self._going, self._left = going, len(left)
             self._reduce(exit, left)
         return not self._left
@@ -112,7 +128,10 @@ class Collected:
         """From here on, another policy; samples that have stopped but are still in the batch go on, the others keep their
         outputs.
         """
-        self._keep, self.size = None, self._present  # those that were to be taken out are still there
+        self._keep, self.size = (
+            None,
+            self._present,
+        )  # those that were to be taken out are still there
         self._policy = policy if self._places is None else for_rows(policy, self._places)
         if self._exits is not None:
             here = slice(None) if self._places is None else self._places
@@ -141,7 +160,10 @@ class Collected:
     def _stops(self, exit: ExitLike) -> Tensor:
         """Which of the present rows stop."""
         return asked(
-            self._policy, exit.index, lambda: self._real(exit.output()), lambda: self._real(self._network.pooled(exit))
+            self._policy,
+            exit.index,
+            lambda: self._real(exit.output()),
+            lambda: self._real(self._network.pooled(exit)),
         )
 
     def _real(self, value: Tensor) -> Tensor:
@@ -175,7 +197,9 @@ def can_shrink(network: Any, walk: Any, x: Any) -> bool:
     return hasattr(walk, "keep") and bool(getattr(network, "shrinks", lambda _: True)(x))
 
 
-def asked(policy: Any, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]) -> Tensor:
+def asked(
+    policy: Any, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]
+) -> Tensor:
     """Which rows a policy of any kind stops at an exit; gates on features alone are asked before the head is paid."""
     inputs = getattr(policy, "inputs", "confidences")
     if inputs == "confidences":

@@ -57,14 +57,20 @@ class Compaction:
     buckets: tuple[int, ...] = ()
     copy_bytes_per_s: float = COPY_BYTES_PER_S
     keep_s: float = KEEP_S
-    _ahead_s: dict[int, tuple[float, ...]] = dataclasses.field(init=False, repr=False, compare=False)
+    _ahead_s: dict[int, tuple[float, ...]] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.when not in get_args(When):
             raise RunError(f"compaction={self.when!r}; needed: one of {', '.join(get_args(When))}.")
         if any(bucket < 1 for bucket in self.buckets):
             raise RunError(f"buckets={self.buckets}; needed: numbers of rows, each at least 1.")
-        object.__setattr__(self, "_ahead_s", {size: _ahead(self.costs, size) for size in sorted(self.costs.batches)})
+        object.__setattr__(
+            self,
+            "_ahead_s",
+            {size: _ahead(self.costs, size) for size in sorted(self.costs.batches)},
+        )
 
     def size(self, exit: int, rows: int, left: int, row_bytes: float) -> int:
         """With how many rows to go on after an exit: `rows`, or fewer.
@@ -79,7 +85,10 @@ class Compaction:
         if self.when == "never" or reduced is None or reduced >= rows:
             return rows
         price_s = self.keep_s + reduced * row_bytes / self.copy_bytes_per_s
-        saves = self.when == "always" or self.ahead_s(exit, rows) - self.ahead_s(exit, reduced) > price_s
+        saves = (
+            self.when == "always"
+            or self.ahead_s(exit, rows) - self.ahead_s(exit, reduced) > price_s
+        )
         return reduced if saves else rows
 
     def ahead_s(self, exit: int, rows: int) -> float:

@@ -34,19 +34,25 @@ class Course:
         To be advanced, asked and closed on one thread, in inference mode; `cancel` may be called from any.
     """
 
-    def __init__(self, network: StagedNetwork, x: Any, policy: Policy | None, compaction: Compaction) -> None:
+    def __init__(
+        self, network: StagedNetwork, x: Any, policy: Policy | None, compaction: Compaction
+    ) -> None:
         self._network, self._policy, self._compaction = network, policy, compaction
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
-        self._held: AbstractContextManager[Any] | None = None  # the network's run; None before the first stage and when closed
+        self._held: AbstractContextManager[Any] | None = (
+            None  # the network's run; None before the first stage and when closed
+        )
         self._cancelling = threading.Lock()
         self._walk: Any = None  # None before the first stage and when closed
         self._exits: Iterator[Any] = iter(())
         self._collected: Collected | None = None
         self._closed = False
         self._stopped: bool | None = None  # by the policy at this exit; None: not asked
-        self._following: int | None = 0  # the exit that would come next; None: the network itself has stopped
+        self._following: int | None = (
+            0  # the exit that would come next; None: the network itself has stopped
+        )
         self.exit: ExitLike | None = None
         self.spent: list[tuple[int, bool]] = []
 
@@ -127,7 +133,9 @@ class Course:
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
-        with self._cancelling:  # a cancelled stage must be of this run: the next one runs the same stages
+        with (
+            self._cancelling
+        ):  # a cancelled stage must be of this run: the next one runs the same stages
             self._walk, self._closed = None, True
         held, self._held = self._held, None
         self._exits, self._x, self._collected = iter(()), None, None
@@ -136,6 +144,11 @@ class Course:
 
     def _begin(self) -> None:
         held = self._network.exits(self._x)
-        self._walk, self._held = held.__enter__(), held  # not in a with block: it is left when the course is closed
+        self._walk, self._held = (
+            held.__enter__(),
+            held,
+        )  # not in a with block: it is left when the course is closed
         self._exits = iter(self._walk)
-        self._collected = Collected(self._policy, self._network, self._x, self._walk, self._compaction)
+        self._collected = Collected(
+            self._policy, self._network, self._x, self._walk, self._compaction
+        )

@@ -46,9 +46,15 @@ class RaplMeter:
 
     def __init__(self, powercap: Path | None = None) -> None:
         powercap = powercap or POWERCAP
-        zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if _word(zone / "name").startswith("package")]
+        zones = [
+            zone
+            for zone in sorted(powercap.glob("intel-rapl:*"))
+            if _word(zone / "name").startswith("package")
+        ]
         if not zones:
-            raise EnergyUnavailable(f"{powercap} has no energy counter of a processor package (RAPL).")
+            raise EnergyUnavailable(
+                f"{powercap} has no energy counter of a processor package (RAPL)."
+            )
         self._counters = [zone / "energy_uj" for zone in zones]
         self._ranges = [_number(zone / "max_energy_range_uj") for zone in zones]
         self._before = self._read()
@@ -60,7 +66,13 @@ class RaplMeter:
     def end(self) -> float:
         """Joules since `begin`; a counter that wrapped round more than once meanwhile, after minutes, cannot be told."""
         passed = zip(self._before, self._read(), self._ranges, strict=True)
-        return sum(after - before if after >= before else after - before + most for before, after, most in passed) / 1e6
+        return (
+            sum(
+                after - before if after >= before else after - before + most
+                for before, after, most in passed
+            )
+            / 1e6
+        )
 
     def _read(self) -> list[int]:
         return [_number(counter) for counter in self._counters]
@@ -96,7 +108,9 @@ class ZeusMeter:
             from zeus.exception import ZeusBaseError
             from zeus.monitor import ZeusMonitor
         except ImportError as error:
-            raise EnergyUnavailable(f"zeus is not installed ({error}); pip install zeus.") from error
+            raise EnergyUnavailable(
+                f"zeus is not installed ({error}); pip install zeus."
+            ) from error
         self._gpu = int(index or 0)
         try:
             # cpu_indices=[]: what zeus knows of processors is RAPL, and it starts a process to watch that
@@ -107,7 +121,9 @@ class ZeusMeter:
         except (ZeusBaseError, RuntimeError, ValueError, OSError) as error:
             raise EnergyUnavailable(f"zeus cannot measure {device} ({error}).") from error
         if kind != "cuda" and not self._on_chip:
-            raise EnergyUnavailable(f"zeus sees no system on a chip here, so it cannot measure {device}.")
+            raise EnergyUnavailable(
+                f"zeus sees no system on a chip here, so it cannot measure {device}."
+            )
         self.name = "zeus, system on a chip" if self._on_chip else f"zeus, GPU {self._gpu}"
         self._window = 0
 
@@ -118,13 +134,19 @@ class ZeusMeter:
     def end(self) -> float:
         """Joules since `begin`."""
         measured = self._monitor.end_window(f"impatient {self._window}")
-        return _on_chip_joules(measured.soc_energy) if self._on_chip else float(measured.gpu_energy[self._gpu])
+        return (
+            _on_chip_joules(measured.soc_energy)
+            if self._on_chip
+            else float(measured.gpu_energy[self._gpu])
+        )
 
 
 def _on_chip_joules(measured: Any) -> float:
     """The board's total where there is one (Jetson), else the sum of the parts (Apple silicon); zeus gives millijoules."""
     total = getattr(measured, "total_energy_mj", None)
-    parts = [getattr(measured, name, None) for name in ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")]
+    parts = [
+        getattr(measured, name, None) for name in ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")
+    ]
     known = [part for part in (parts if total is None else [total]) if part is not None]
     if not known:
         raise EnergyUnavailable(f"zeus measured nothing of this system on a chip: {measured}.")
@@ -181,7 +203,9 @@ def joules_per_run(
     return tuple(statistics.median(values) for values in measured)
 
 
-def _in_window(meter: EnergyMeter, job: Callable[[], object], window_s: float, clock: Clock) -> float:
+def _in_window(
+    meter: EnergyMeter, job: Callable[[], object], window_s: float, clock: Clock
+) -> float:
     runs = 0
     begin = clock.now()
     meter.begin()
@@ -190,5 +214,7 @@ def _in_window(meter: EnergyMeter, job: Callable[[], object], window_s: float, c
         runs += 1
     joules = meter.end()
     if not joules > 0.0:
-        raise EnergyUnavailable(f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move here.")
+        raise EnergyUnavailable(
+            f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move here."
+        )
     return joules / runs

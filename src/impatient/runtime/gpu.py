@@ -25,7 +25,14 @@ from impatient.errors import RunError
 from impatient.networks.stages import batch_size_of, first_tensor
 from impatient.policies.rules import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.collected import StagedNetwork, asked, can_shrink, filled, for_rows, row_bytes
+from impatient.runtime.collected import (
+    StagedNetwork,
+    asked,
+    can_shrink,
+    filled,
+    for_rows,
+    row_bytes,
+)
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.runner import RESERVE_S, Runner
 
@@ -70,8 +77,14 @@ class CudaQueue:
         with torch.cuda.stream(self._copies):
             values = []
             for tensor in tensors:
-                tensor.record_stream(self._copies)  # or its memory would be given away before it was read
-                values.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True))
+                tensor.record_stream(
+                    self._copies
+                )  # or its memory would be given away before it was read
+                values.append(
+                    torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                        tensor, non_blocking=True
+                    )
+                )
             arrived.record(self._copies)
         return Fetched(tuple(values), arrived.query)
 
@@ -98,17 +111,27 @@ class GpuRunner(Runner):
     """
 
     def __init__(
-        self, network: StagedNetwork, costs: CostProfile, policy: Policy | None = None, *, ahead: int = 1,
-        queue: Queue | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        network: StagedNetwork,
+        costs: CostProfile,
+        policy: Policy | None = None,
+        *,
+        ahead: int = 1,
+        queue: Queue | None = None,
+        **options: Any,
+    ) -> None:
         if ahead < 0:
             raise RunError(f"ahead={ahead}; needed: 0 or more stages.")
         if getattr(network, "router", None) is not None:
-            raise RunError("a routed cascade waits for each of its networks to send the samples on; run it with Runner.")
+            raise RunError(
+                "a routed cascade waits for each of its networks to send the samples on; run it with Runner."
+            )
         super().__init__(network, costs, policy, **options)
         self._ahead, self._queue = ahead, queue
 
-    def run(self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None) -> Answer:
+    def run(
+        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
+    ) -> Answer:
         """Answer by a deadline that is known now.
 
         Args:
@@ -146,24 +169,39 @@ class _RunAhead:
     """One run."""
 
     def __init__(
-        self, runner: GpuRunner, queue: Queue, walk: Any, x: Any, begin: float, deadline: Deadline, limits: tuple[Limit, ...]
+        self,
+        runner: GpuRunner,
+        queue: Queue,
+        walk: Any,
+        x: Any,
+        begin: float,
+        deadline: Deadline,
+        limits: tuple[Limit, ...],
     ) -> None:
         self._runner, self._queue, self._walk, self._exits = runner, queue, walk, iter(walk)
         self._clock: Clock = runner.clock
         self._begin, self._deadline, self._limits = begin, deadline, limits
         self._device = first_tensor(x).device
-        self._places = torch.arange(batch_size_of(x))  # in the batch, of the rows that the next stage runs
+        self._places = torch.arange(
+            batch_size_of(x)
+        )  # in the batch, of the rows that the next stage runs
         self._count = len(self._places)  # of them that are no fillers
         self._row_bytes = 0.0  # of the features at the exit given last
         self._policy: Any = runner.drawn(runner.policy, len(self._places))
-        wanted = self._policy is not None and len(self._places) > 1 and runner._compaction.when != "never"
+        wanted = (
+            self._policy is not None
+            and len(self._places) > 1
+            and runner._compaction.when != "never"
+        )
         self._shrinks = wanted and can_shrink(runner.network, walk, x)
         self._steps: deque[_Step] = deque()  # given and not arrived
         self._next = 0
         self._arrived_at = begin  # when the last answer was there
         self._output: Tensor | None = None  # the latest answer of every sample
         self._exit = torch.zeros(len(self._places), dtype=torch.long)  # and where it comes from
-        self._done = torch.zeros(len(self._places), dtype=torch.bool)  # whether the policy has stopped it
+        self._done = torch.zeros(
+            len(self._places), dtype=torch.bool
+        )  # whether the policy has stopped it
 
     def answer(self) -> Answer:
         while True:
@@ -175,7 +213,9 @@ class _RunAhead:
             if self._steps[0].fetched.arrived():
                 if (stopped_by := self._settle(self._steps.popleft())) is not None:
                     return self._answered(stopped_by)
-            elif self._output is not None and self._clock.now() + RESERVE_S >= self._deadline.instant:
+            elif (
+                self._output is not None and self._clock.now() + RESERVE_S >= self._deadline.instant
+            ):
                 return self._answered("deadline")
             else:
                 self._queue.pause()
@@ -186,10 +226,17 @@ class _RunAhead:
             return "busy"
         if self._next == 0:
             return None
-        if not all(limit.allows([(index, True) for index in range(self._next)], self._next) for limit in self._limits):
+        if not all(
+            limit.allows([(index, True) for index in range(self._next)], self._next)
+            for limit in self._limits
+        ):
             return "limit"
         pace = self._runner._pace(len(self._places))
-        return None if pace.fits(self._next, self._free(), self._deadline.instant, RESERVE_S) else "deadline"
+        return (
+            None
+            if pace.fits(self._next, self._free(), self._deadline.instant, RESERVE_S)
+            else "deadline"
+        )
 
     def _free(self) -> float:
         """When the device will be through with what it was given, by what the profile says."""
@@ -203,7 +250,9 @@ class _RunAhead:
         self._reduce()
         exit = next(self._exits, None)
         if exit is None:
-            raise RunError(f"the network's run ended before exit {self._next}; give it an input that comes to all exits.")
+            raise RunError(
+                f"the network's run ended before exit {self._next}; give it an input that comes to all exits."
+            )
         wanted = [exit.output()]
         if getattr(self._policy, "inputs", "confidences") != "confidences":
             wanted.append(self._runner.network.pooled(exit))  # type: ignore[attr-defined]  # gates were fitted for such networks
@@ -230,7 +279,11 @@ class _RunAhead:
         return "policy" if bool(self._done.all()) else None
 
     def _stops(self, step: _Step) -> Tensor:
-        policy: Any = self._policy if len(step.places) == len(self._done) else for_rows(self._policy, step.places)
+        policy: Any = (
+            self._policy
+            if len(step.places) == len(self._done)
+            else for_rows(self._policy, step.places)
+        )
         outputs, *pooled = step.fetched.values
         return asked(policy, step.index, lambda: outputs, lambda: pooled[0])
 
@@ -239,7 +292,9 @@ class _RunAhead:
         if not self._shrinks or self._next == 0:
             return
         left = (~self._done[self._places[: self._count]]).nonzero()[:, 0]
-        size = self._runner._compaction.size(self._next - 1, len(self._places), len(left), self._row_bytes)
+        size = self._runner._compaction.size(
+            self._next - 1, len(self._places), len(left), self._row_bytes
+        )
         if size < len(self._places):
             rows = filled(left, size)
             self._walk.keep(rows.to(self._device))

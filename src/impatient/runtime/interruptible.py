@@ -57,7 +57,10 @@ class InterruptibleRun:
             RunError: if the run was closed before its first exit.
         """
         with self._changed:
-            while not (self._answer or self._finished or self._abandoned) and self._clock.now() < self._deadline.instant:
+            while (
+                not (self._answer or self._finished or self._abandoned)
+                and self._clock.now() < self._deadline.instant
+            ):
                 self._clock.wait(self._changed, self._deadline.instant)
             return self._stop()
 
@@ -109,7 +112,9 @@ class InterruptibleRun:
         if self._error is not None:
             raise self._error
         if self._latest is None:
-            raise RunError("the run was closed before its first exit. Ask for the answer first, then leave the with block.")
+            raise RunError(
+                "the run was closed before its first exit. Ask for the answer first, then leave the with block."
+            )
         if self._latest.stopped_by in ("final", "policy", "limit"):
             return self._latest
         passed = self._clock.now() >= self._deadline.instant
@@ -129,16 +134,27 @@ class Run(InterruptibleRun):
     """
 
     def __init__(
-        self, course: Course, clock: Clock, deadline: Deadline, when_late: str, limits: tuple[Limit, ...] = (),
-        *, resumable: bool = False, owner: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        course: Course,
+        clock: Clock,
+        deadline: Deadline,
+        when_late: str,
+        limits: tuple[Limit, ...] = (),
+        *,
+        resumable: bool = False,
+        owner: Any = None,
+    ) -> None:
         super().__init__(clock, deadline, when_late)
         self._course, self._limits, self._resumable = course, limits, resumable
         self._owner = owner  # the runner, which so outlives the runs it has begun
         self._posted = True  # the answer of the exit where the run stands
-        self._stopped_by: StoppedBy | None = None  # why the worker stopped there, whatever is wanted
+        self._stopped_by: StoppedBy | None = (
+            None  # why the worker stopped there, whatever is wanted
+        )
         self._stretch = 0  # how often it was refined
-        self._policy: Policy | Literal["same"] | None = "same"  # that which `refine` brought, until the worker takes it
+        self._policy: Policy | Literal["same"] | None = (
+            "same"  # that which `refine` brought, until the worker takes it
+        )
         self._closed = False  # for good
         self._broken: BaseException | None = None  # an error, also where nobody wanted more
 
@@ -165,7 +181,11 @@ class Run(InterruptibleRun):
         with self._changed:
             self._check_refinable()
             self._limits = limits_of(self._owner.costs, limits)
-            self._policy = policy if isinstance(policy, str) else self._owner.drawn(policy, self._course.samples)
+            self._policy = (
+                policy
+                if isinstance(policy, str)
+                else self._owner.drawn(policy, self._course.samples)
+            )
             self._begin, self._deadline = self._clock.now(), deadline
             self._answer, self._abandoned, self._awaited = None, False, False
             self._stretch += 1
@@ -186,19 +206,25 @@ class Run(InterruptibleRun):
 
     def _check_refinable(self) -> None:
         if not self._resumable:
-            raise RunError("this run cannot go on once it was stopped. Start it with resumable=True.")
+            raise RunError(
+                "this run cannot go on once it was stopped. Start it with resumable=True."
+            )
         if self._closed:
             raise RunError("this run was closed, or its runner was. Refine it before that.")
         if self._broken is not None:
             raise self._broken
         if not self._abandoned:
-            raise RunError("this run has not been stopped. Call result() or interrupt(), then refine it.")
+            raise RunError(
+                "this run has not been stopped. Call result() or interrupt(), then refine it."
+            )
 
     def _go_on(self) -> None:
         """Have the worker go on under what is wanted now; the lock is held."""
         if self._latest is not None:
             self._latest = replace(self._latest, stopped_by="interrupt")
-            self._posted = False  # it may be that this is no longer where to stop, or that it is now
+            self._posted = (
+                False  # it may be that this is no longer where to stop, or that it is now
+            )
         if self._finished:
             assert self._jobs is not None
             self._finished = False
@@ -251,9 +277,13 @@ class Run(InterruptibleRun):
             if stretch != self._stretch:
                 return  # refined meanwhile: again, as is wanted now
             self._posted, self._stopped_by = True, stopped_by
-            if self._latest is None or answer.deadline_met:  # a late answer must not displace one that was in time
+            if (
+                self._latest is None or answer.deadline_met
+            ):  # a late answer must not displace one that was in time
                 self._latest = answer
-                if self._awaited:  # nobody else is to be woken: it would take the interpreter from the next stage
+                if (
+                    self._awaited
+                ):  # nobody else is to be woken: it would take the interpreter from the next stage
                     self._changed.notify_all()
 
     def _is_final(self) -> bool:
@@ -264,7 +294,9 @@ class Run(InterruptibleRun):
             self._course.close()
         finally:
             with self._changed:
-                if self._resumable:  # an error keeps its frames, and so the run: only where somebody may ask for it
+                if (
+                    self._resumable
+                ):  # an error keeps its frames, and so the run: only where somebody may ask for it
                     self._broken = error
                 if not self._over():  # an answer that was there when it was due is not taken back
                     self._error = error
@@ -277,19 +309,27 @@ class Worker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Any] | None = None  # None while there is no thread to take them
+        self._jobs: queue.SimpleQueue[Any] | None = (
+            None  # None while there is no thread to take them
+        )
         self._threads: list[threading.Thread] = []
         self._runs: weakref.WeakSet[InterruptibleRun] = weakref.WeakSet()
-        self._waiting: weakref.WeakSet[Course] = weakref.WeakSet()  # that may be paused on the thread, and must be closed there
+        self._waiting: weakref.WeakSet[Course] = (
+            weakref.WeakSet()
+        )  # that may be paused on the thread, and must be closed there
 
-    def do(self, run: InterruptibleRun, job: Callable[[], None], course: Course | None = None) -> None:
+    def do(
+        self, run: InterruptibleRun, job: Callable[[], None], course: Course | None = None
+    ) -> None:
         """Do a job of a run; a course that it may leave unfinished is closed on the same thread in the end."""
         with self._lock:
             if not self._threads:
                 atexit.register(self.end)
             if self._jobs is None:
                 jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-                thread = threading.Thread(target=_serve, args=(jobs,), name="impatient-runner", daemon=True)
+                thread = threading.Thread(
+                    target=_serve, args=(jobs,), name="impatient-runner", daemon=True
+                )
                 thread.start()
                 self._jobs = jobs
                 # one that was stopped may still be in its last stage

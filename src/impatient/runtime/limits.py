@@ -56,7 +56,9 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
     made = []
     for unit, most in (limits or {}).items():
         if unit not in _COSTS:
-            raise BudgetError(f"unknown limit {unit!r}; needed: one of {', '.join(_COSTS)}. Time is what the deadline is for.")
+            raise BudgetError(
+                f"unknown limit {unit!r}; needed: one of {', '.join(_COSTS)}. Time is what the deadline is for."
+            )
         if not most > 0.0:
             raise BudgetError(f"the limit of {unit} is {most!r}; needed: a positive number.")
         stages, heads = costs.parts(_COSTS[unit])

@@ -77,13 +77,25 @@ def profile(
     with evaluating(network), Progress(transient=True, disable=not progress) as bar:
         for size in batch_sizes:
             task = bar.add_task(f"profiling batch size {size}", total=repeats)
-            batches[size] = _measure(network, resized(x, size), device, repeats, warm_up, max_seconds, clock,
-                                     lambda task=task: bar.advance(task))  # fmt: skip
+            batches[size] = _measure(
+                network,
+                resized(x, size),
+                device,
+                repeats,
+                warm_up,
+                max_seconds,
+                clock,
+                lambda task=task: bar.advance(task),
+            )
             _warn_if_noisy(batches[size].noise, size)
         joules = _measure_energy(network, one, device, meter, clock) if meter else {}
     return CostProfile(
-        exits=network.exit_names, batches=batches, provenance=_provenance(network, device), **counted, **joules
-    )  # fmt: skip
+        exits=network.exit_names,
+        batches=batches,
+        provenance=_provenance(network, device),
+        **counted,
+        **joules,
+    )
 
 
 def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
@@ -97,9 +109,11 @@ def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
         return counted  # no operator of torch's is called that could be seen
     stage_bytes, head_bytes = stage_traffic(network, x)
     return counted | {
-        "exit_free_macs": count_macs(network.backbone, x), "stage_bytes": stage_bytes, "head_bytes": head_bytes,
+        "exit_free_macs": count_macs(network.backbone, x),
+        "stage_bytes": stage_bytes,
+        "head_bytes": head_bytes,
         "exit_free_bytes": count_traffic(network.backbone, x),
-    }  # fmt: skip
+    }
 
 
 def _warn_if_noisy(noise: Noise | None, size: int) -> None:
@@ -108,8 +122,12 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
             "the machine was too noisy to say anything at batch size %d: the same network against itself took %.3f times as "
             "long (95 %% interval %.3f to %.3f; within 1 +- %g is needed). Stop what else is running, or allow more repeats, "
             "and profile again (on the command line with --force).",
-            size, noise.aa_ratio, noise.aa_low, noise.aa_high, NOISE_LIMIT,
-        )  # fmt: skip
+            size,
+            noise.aa_ratio,
+            noise.aa_low,
+            noise.aa_high,
+            NOISE_LIMIT,
+        )
 
 
 def _measure_energy(
@@ -131,21 +149,31 @@ def _measure_energy(
 
     count = network.num_exits
     to_stage = [functools.partial(run, index, False) for index in range(count)]
-    to_head = [functools.partial(run, index, True) for index in range(count - 1)]  # the last exit's output is there anyway
+    to_head = [
+        functools.partial(run, index, True) for index in range(count - 1)
+    ]  # the last exit's output is there anyway
     whole = functools.partial(_time_whole, network.backbone, x, device, clock)
     joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=clock)
     reached = list(itertools.accumulate(joules[:count], max))
     return {
-        "stage_energy_j": tuple(after - before for before, after in itertools.pairwise([0.0, *reached])),
-        "head_energy_j": (*(max(0.0, up - to) for to, up in zip(reached, joules[count:-1], strict=False)), 0.0),
-        "exit_free_energy_j": joules[-1], "energy_meter": meter.name,
-    }  # fmt: skip
+        "stage_energy_j": tuple(
+            after - before for before, after in itertools.pairwise([0.0, *reached])
+        ),
+        "head_energy_j": (
+            *(max(0.0, up - to) for to, up in zip(reached, joules[count:-1], strict=False)),
+            0.0,
+        ),
+        "exit_free_energy_j": joules[-1],
+        "energy_meter": meter.name,
+    }
 
 
 def _provenance(network: DescribedNetwork, device: torch.device) -> Provenance:
     dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
     engine = engine_of(network)
-    made = provenance(network=structure_of(network), dtype=dtype, engine=engine, **_machine(str(device), network))
+    made = provenance(
+        network=structure_of(network), dtype=dtype, engine=engine, **_machine(str(device), network)
+    )
     return dataclasses.replace(made, versions=_versions(engine))
 
 
@@ -193,9 +221,15 @@ def resized(x: Any, batch_size: int) -> Any:
 
 
 def _measure(
-    network: DescribedNetwork, x: Any, device: torch.device, repeats: int, warm_up: int, max_seconds: float, clock: Clock,
+    network: DescribedNetwork,
+    x: Any,
+    device: torch.device,
+    repeats: int,
+    warm_up: int,
+    max_seconds: float,
+    clock: Clock,
     advance: Any,
-) -> BatchCosts:  # fmt: skip
+) -> BatchCosts:
     count = network.num_exits
     stages: list[list[float]] = [[] for _ in range(count)]
     heads: list[list[float]] = [[] for _ in range(count)]
@@ -218,13 +252,20 @@ def _measure(
         if repeat >= 19 and clock.now() - begin > max_seconds:
             break
     return BatchCosts(
-        stages=tuple(Quantiles.of(times) for times in stages), heads=tuple(Quantiles.of(times) for times in heads),
-        exit_free=Quantiles.of(whole), noise=Noise.of(whole),
-    )  # fmt: skip
+        stages=tuple(Quantiles.of(times) for times in stages),
+        heads=tuple(Quantiles.of(times) for times in heads),
+        exit_free=Quantiles.of(whole),
+        noise=Noise.of(whole),
+    )
 
 
 def time_in_turn(
-    models: Sequence[nn.Module], x: Any, *, repeats: int = 300, warm_up: int = 20, clock: Clock = SYSTEM_CLOCK
+    models: Sequence[nn.Module],
+    x: Any,
+    *,
+    repeats: int = 300,
+    warm_up: int = 20,
+    clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
     """Mean seconds of each of several models on one input, run in turn, so that all meet the machine's changes alike.
 
@@ -236,7 +277,9 @@ def time_in_turn(
         Waits for the device after every run.
     """
     if repeats < 1 or warm_up < 0:
-        raise CostError(f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 or more.")
+        raise CostError(
+            f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 or more."
+        )
     device = first_tensor(x).device
     times: list[list[float]] = [[] for _ in models]
     with contextlib.ExitStack() as modes:
@@ -259,7 +302,12 @@ def _time_whole(backbone: nn.Module, x: Any, device: torch.device, clock: Clock)
 
 
 def _time_staged(
-    network: DescribedNetwork, x: Any, device: torch.device, clock: Clock, stages: list[list[float]], heads: list[list[float]]
+    network: DescribedNetwork,
+    x: Any,
+    device: torch.device,
+    clock: Clock,
+    stages: list[list[float]],
+    heads: list[list[float]],
 ) -> None:
     reached = 0
     before = clock.now()
@@ -272,7 +320,9 @@ def _time_staged(
             answered = clock.now()
             stages[exit.index].append(arrived - before)
             # the last exit's output is the backbone's own: asking for it costs nothing
-            heads[exit.index].append(answered - arrived if exit.index < network.num_exits - 1 else 0.0)
+            heads[exit.index].append(
+                answered - arrived if exit.index < network.num_exits - 1 else 0.0
+            )
             before, reached = clock.now(), reached + 1
     if reached != network.num_exits:
         raise ExitNotReached(
@@ -290,7 +340,13 @@ def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
     """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and these versions."""
     made = costs.provenance
     device = next((str(tensor.device) for tensor in network.state_dict().values()), made.device)
-    made.require("the cost profile", remedy, engine=engine_of(network), network=structure_of(network), device=device)
+    made.require(
+        "the cost profile",
+        remedy,
+        engine=engine_of(network),
+        network=structure_of(network),
+        device=device,
+    )
     names = getattr(network, "exit_names", costs.exits)  # the fingerprint knows no cuts
     if names != costs.exits:
         raise StaleInput(
@@ -308,8 +364,14 @@ def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
     """
     device, made = costs.provenance.device or "cpu", costs.provenance
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise StaleInput(f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}.")
+        raise StaleInput(
+            f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}."
+        )
     here = _machine(device, network)
     made.require(
-        "the cost profile", remedy, processor=here["processor"], threads=here["threads"], versions=_versions(made.engine)
+        "the cost profile",
+        remedy,
+        processor=here["processor"],
+        threads=here["threads"],
+        versions=_versions(made.engine),
     )

@@ -25,7 +25,9 @@ from impatient.runtime.collected import StagedNetwork
 from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.course import Course
 from impatient.runtime.engines.standalone.pace import QUANTILES, Drift, Pace
-from impatient.runtime.engines.standalone.pace import RESERVE_S as RESERVE_S  # here, too, for who plans deadlines
+from impatient.runtime.engines.standalone.pace import (
+    RESERVE_S as RESERVE_S,
+)  # here, too, for who plans deadlines
 from impatient.runtime.interruptible import Run, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.profile import check_profile, resized
@@ -66,16 +68,26 @@ class Runner:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         if costs.num_exits != network.num_exits:
-            raise CostError(f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; profile it anew.")
+            raise CostError(
+                f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; profile it anew."
+            )
         policy_exits = getattr(policy, "num_exits", network.num_exits)
         if policy_exits != network.num_exits:
-            raise PolicyError(f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit it anew.")
+            raise PolicyError(
+                f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit it anew."
+            )
         if when_late not in ("answer", "raise"):
             raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
         if statistic not in QUANTILES:
-            raise CostError(f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}.")
+            raise CostError(
+                f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}."
+            )
         if not any_profile:
-            check_profile(costs, network, "profile this network here, or pass any_profile=True to use it all the same")
+            check_profile(
+                costs,
+                network,
+                "profile this network here, or pass any_profile=True to use it all the same",
+            )
         self.network, self.costs, self.policy = network, costs, policy
         self.clock = clock
         self._when_late = when_late
@@ -84,8 +96,13 @@ class Runner:
             compaction = Compaction(costs=costs, when=compaction, buckets=buckets)
         self._compaction = compaction
         self._drift = Drift(QUANTILES[statistic])
-        gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()  # learned gates take time, too
-        self._paces = {size: _pace(batch, statistic, gates, self._drift) for size, batch in costs.batches.items()}
+        gates = getattr(
+            policy, "added_s", lambda: (0.0,) * costs.num_exits
+        )()  # learned gates take time, too
+        self._paces = {
+            size: _pace(batch, statistic, gates, self._drift)
+            for size, batch in costs.batches.items()
+        }
         self._runs = itertools.count()
         self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
@@ -99,7 +116,9 @@ class Runner:
         """
         return self._drift.scale
 
-    def run(self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None) -> Answer:
+    def run(
+        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
+    ) -> Answer:
         """Answer by a deadline that is known now (a contract run).
 
         Args:
@@ -126,7 +145,12 @@ class Runner:
         return OpenRun(self, x)
 
     def start(
-        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None, resumable: bool = False
+        self,
+        x: Any,
+        *,
+        deadline: Deadline = NEVER,
+        limits: Mapping[Unit, float] | None = None,
+        resumable: bool = False,
     ) -> Run:
         """Start an interruptible run on the runner's own thread and return at once.
 
@@ -145,7 +169,9 @@ class Runner:
         bounds = limits_of(self.costs, limits)
         self._check_limits(bounds)
         course = self._course(x)
-        run = Run(course, self.clock, deadline, self._when_late, bounds, resumable=resumable, owner=self)
+        run = Run(
+            course, self.clock, deadline, self._when_late, bounds, resumable=resumable, owner=self
+        )
         self._worker.do(run, run._work, course if resumable else None)
         return run
 
@@ -159,7 +185,9 @@ class Runner:
         for size in self._paces:
             example = resized(x, size)
             for _ in range(times):
-                with OpenRun(self, example, observe=False) as opened:  # a cold start says nothing about the runs to come
+                with OpenRun(
+                    self, example, observe=False
+                ) as opened:  # a cold start says nothing about the runs to come
                     opened.run()
                 with self.start(example) as run:
                     run.result()
@@ -226,7 +254,9 @@ class OpenRun:
         self._course = runner._course(x)
         self._pace = runner._pace(self._course.size)
         self._began = 0.0  # the stage that led to where the run stands
-        self._stage_s: float | None = None  # what that took; None once it was observed, or if it says nothing
+        self._stage_s: float | None = (
+            None  # what that took; None once it was observed, or if it says nothing
+        )
 
     def run(
         self,
@@ -308,7 +338,9 @@ class OpenRun:
         self._stage_s = None
 
 
-def _pace(costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: Drift) -> Pace:
+def _pace(
+    costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: Drift
+) -> Pace:
     """What the runner looks up at a boundary, for one batch size."""
     # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
     gate_s = [later - before for before, later in itertools.pairwise((0.0, *gates_s))]

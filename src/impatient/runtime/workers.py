@@ -124,7 +124,9 @@ class ParallelEANN:
             if self._closed:
                 raise RunError("these workers were closed; make new ones.")
             for worker in self._workers:
-                worker.do(run, lambda: self._take_part(run, x))  # holds these workers, which so outlive their runs
+                worker.do(
+                    run, lambda: self._take_part(run, x)
+                )  # holds these workers, which so outlive their runs
         return run
 
     def close(self) -> None:
@@ -149,12 +151,16 @@ class ParallelEANN:
 class _Plan:
     """The networks, and which exit is better than which."""
 
-    def __init__(self, networks: Sequence[Any], validation_errors: Sequence[Sequence[float]]) -> None:
+    def __init__(
+        self, networks: Sequence[Any], validation_errors: Sequence[Sequence[float]]
+    ) -> None:
         self.networks = networks
         self.first = tuple(accumulate((network.num_exits for network in networks), initial=0))
         errors = [error for member in validation_errors for error in member]
         if not networks or len(errors) != self.first[-1]:
-            raise RunError(f"{len(errors)} validation errors for {self.first[-1]} exits; needed: one per exit.")
+            raise RunError(
+                f"{len(errors)} validation errors for {self.first[-1]} exits; needed: one per exit."
+            )
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]  # the smaller, the better
 
 
@@ -170,7 +176,9 @@ class ParallelRun(InterruptibleRun):
         self._plan = plan
         self._waiting = list(enumerate(plan.networks))
         self._in_flight = 0
-        self._complete = True  # no network was left before its end, and no answer came too late to be taken
+        self._complete = (
+            True  # no network was left before its end, and no answer came too late to be taken
+        )
 
     def _work_through(self, x: Any) -> None:
         """On a worker: network after network, until there are no more or nobody wants more."""
@@ -180,7 +188,9 @@ class ParallelRun(InterruptibleRun):
                 complete = self._walk_one(*taken, x)
             except BaseException as error:
                 with self._changed:
-                    if not self._over():  # an answer that was there when it was due is not taken back
+                    if (
+                        not self._over()
+                    ):  # an answer that was there when it was due is not taken back
                         self._error = error
             finally:
                 with self._changed:
@@ -192,7 +202,9 @@ class ParallelRun(InterruptibleRun):
             if self._waiting and not self._over():
                 self._in_flight += 1
                 return self._waiting.pop(0)
-            if not self._in_flight:  # not when all workers have been here: one may be held up by the run before
+            if (
+                not self._in_flight
+            ):  # not when all workers have been here: one may be held up by the run before
                 if self._latest is not None and self._complete and not self._waiting:
                     self._latest = replace(self._latest, stopped_by="final")
                 self._finished = True
@@ -210,17 +222,26 @@ class ParallelRun(InterruptibleRun):
                     return True
                 if self._over():
                     return False
-        raise RunError(f"the run of network {number} ended before its last exit, which must always come.")
+        raise RunError(
+            f"the run of network {number} ended before its last exit, which must always come."
+        )
 
     def _post(self, number: int, exit: ExitLike) -> bool:
         """Take an exit's answer if it is the best so far; False when it came too late."""
         rank, best = self._plan.rank, self._latest
         if best is not None and rank[number] > rank[best.exit]:
             return True
-        output = exit.output().clone()  # a head may return a view of the features, which a later stage may write over
+        output = (
+            exit.output().clone()
+        )  # a head may return a view of the features, which a later stage may write over
         answer = answered(
-            output, (number,) * output.shape[0], self._clock, self._begin, self._deadline, "interrupt"
-        )  # fmt: skip
+            output,
+            (number,) * output.shape[0],
+            self._clock,
+            self._begin,
+            self._deadline,
+            "interrupt",
+        )
         with self._changed:
             if self._latest is not None and not answer.deadline_met:
                 return False

@@ -55,11 +55,17 @@ class AdaLoss:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
-            raise TrainingError(f"momentum={self.momentum} of AdaLoss; needed: 0 or a share below 1.")
+            raise TrainingError(
+                f"momentum={self.momentum} of AdaLoss; needed: 0 or a share below 1."
+            )
         if self.update_every < 1:
-            raise TrainingError(f"update_every={self.update_every} of AdaLoss; needed: at least 1 step.")
+            raise TrainingError(
+                f"update_every={self.update_every} of AdaLoss; needed: at least 1 step."
+            )
         if not 0.0 <= self.final_extra < math.inf:
-            raise TrainingError(f"final_extra={self.final_extra} of AdaLoss; needed: 0 or a positive number.")
+            raise TrainingError(
+                f"final_extra={self.final_extra} of AdaLoss; needed: 0 or a positive number."
+            )
         _share("gamma", self.gamma, "AdaLoss")
 
 
@@ -147,8 +153,14 @@ def balancer(
         raise TrainingError(f"unknown sampler {sampler!r}; needed: one of {', '.join(SAMPLERS)}.")
     if not 0.0 <= gamma < math.inf:
         raise TrainingError(f"gamma={gamma} of the sampler; needed: 0 or a positive number.")
-    inner: Balancer = _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
-    return inner if sampler == "none" else _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
+    inner: Balancer = (
+        _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
+    )
+    return (
+        inner
+        if sampler == "none"
+        else _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
+    )
 
 
 # --- the rules, as plain functions ------------------------------------------------------------------------------------
@@ -192,11 +204,17 @@ def mixed(values_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
 def draw(probabilities_K: Float[Tensor, "K"], uniform: float) -> int:
     """The exit at which the running sum of the probabilities passes a number from [0, 1); never one of probability 0."""
     ends = probabilities_K.cumsum(0)
-    return int(torch.searchsorted(ends / ends[-1], torch.tensor(uniform, dtype=ends.dtype), right=True))
+    return int(
+        torch.searchsorted(ends / ends[-1], torch.tensor(uniform, dtype=ends.dtype), right=True)
+    )
 
 
 def exp3(
-    values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], drawn: int, probability: float, gamma: float
+    values_K: Float[Tensor, "K"],
+    rewards_K: Float[Tensor, "K"],
+    drawn: int,
+    probability: float,
+    gamma: float,
 ) -> Float[Tensor, "K"]:
     """EXP3's values after a step: that of the exit drawn with this probability times exp(gamma reward / (probability K))."""
     gains = torch.zeros_like(values_K)
@@ -204,7 +222,9 @@ def exp3(
     return _grown(values_K, gains, gamma)
 
 
-def rwm(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
+def rwm(
+    values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], gamma: float
+) -> Float[Tensor, "K"]:
     """The values of randomised weighted majority after a step: all of them times exp(gamma reward / 2)."""
     return _grown(values_K, 0.5 * gamma * rewards_K, gamma)
 
@@ -260,7 +280,9 @@ class _Adaptive:
         losses = _at_hand(losses_K, len(self.base))
         if losses is None:
             return
-        momentum = self.settings.momentum if self.steps else 0.0  # starts at the first losses, not at 0
+        momentum = (
+            self.settings.momentum if self.steps else 0.0
+        )  # starts at the first losses, not at 0
         self.averages = momentum * self.averages + (1.0 - momentum) * losses
         self.steps += 1
         if self.steps % self.settings.update_every == 0:
@@ -282,17 +304,23 @@ class _Adaptive:
 class _Sampled:
     """A bonus for one drawn exit on top of a base."""
 
-    def __init__(self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int) -> None:
+    def __init__(
+        self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int
+    ) -> None:
         self.inner, self.sampler, self.bonus, self.learner = inner, sampler, bonus, learner
         self.random = np.random.default_rng(seed)
         # avgl's sum of rewards starts empty; the others' values start equal
-        self.values = torch.full((count,), 0.0 if sampler == "avgl" else 1.0 / count, dtype=torch.float64)
+        self.values = torch.full(
+            (count,), 0.0 if sampler == "avgl" else 1.0 / count, dtype=torch.float64
+        )
         self.drawn = -1  # nothing yet
         self.epoch = 0
 
     def weights(self) -> Tensor:
         weights = self.inner.weights()
-        probabilities = mixed(weights.double(), 0.0) if self.sampler == "alternating" else self._learned()
+        probabilities = (
+            mixed(weights.double(), 0.0) if self.sampler == "alternating" else self._learned()
+        )
         self.drawn = draw(probabilities, self.random.random())
         weights[self.drawn] += self.bonus * weights.sum()
         return weights
@@ -308,7 +336,13 @@ class _Sampled:
         elif self.sampler == "avgl":
             self.values = avgl(self.values, gained)
         elif self.drawn >= 0:
-            self.values = exp3(self.values, gained, self.drawn, float(self._learned()[self.drawn]), self.learner.gamma)
+            self.values = exp3(
+                self.values,
+                gained,
+                self.drawn,
+                float(self._learned()[self.drawn]),
+                self.learner.gamma,
+            )
 
     def _learned(self) -> Tensor:
         return mixed(self.values, self.learner.gamma)
@@ -319,9 +353,12 @@ class _Sampled:
 
     def state(self) -> dict[str, Any]:
         return {
-            "inner": self.inner.state(), "values": self.values.tolist(), "drawn": self.drawn, "epoch": self.epoch,
+            "inner": self.inner.state(),
+            "values": self.values.tolist(),
+            "drawn": self.drawn,
+            "epoch": self.epoch,
             "random": dict(self.random.bit_generator.state),
-        }  # fmt: skip
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         _check_state(state, self.state())
@@ -334,14 +371,18 @@ class _Sampled:
 def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
     """The losses for arithmetic of small vectors, or None if they teach nothing."""
     if losses_K.shape != (count,):
-        raise TrainingError(f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} exits.")
+        raise TrainingError(
+            f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} exits."
+        )
     losses = losses_K.detach().to("cpu", torch.float64)
     return losses if bool(torch.isfinite(losses).all()) else None
 
 
 def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     def sizes(values: Mapping[str, Any]) -> dict[str, int]:
-        return {name: len(value) if isinstance(value, list) else 1 for name, value in values.items()}
+        return {
+            name: len(value) if isinstance(value, list) else 1 for name, value in values.items()
+        }
 
     if sizes(state) != sizes(like):
         raise StaleInput(

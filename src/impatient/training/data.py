@@ -53,7 +53,9 @@ class Preprocess:
             DataError: if the file is missing or no image, or the network does not take images.
         """
         if self.size is None:
-            raise DataError(f"this network was trained on inputs that are no images; cannot read {path}.")
+            raise DataError(
+                f"this network was trained on inputs that are no images; cannot read {path}."
+            )
         return read_image(Path(path), self.size, self.channels)[None]
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +65,10 @@ class Preprocess:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         size = value["size"]
         return cls(
-            mean=tuple(value["mean"]), std=tuple(value["std"]), size=tuple(size) if size else None, channels=value["channels"]
+            mean=tuple(value["mean"]),
+            std=tuple(value["std"]),
+            size=tuple(size) if size else None,
+            channels=value["channels"],
         )
 
 
@@ -101,7 +106,9 @@ class LazyExamples:
     threads: concurrent.futures.ThreadPoolExecutor
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack(list(self.threads.map(self.read, [self.sources[int(index)] for index in indices])))
+        return torch.stack(
+            list(self.threads.map(self.read, [self.sources[int(index)] for index in indices]))
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +151,16 @@ class Data:
         examples = self.examples(split)
         for start in range(0, len(examples.labels), batch_size):
             indices = range(start, min(start + batch_size, len(examples.labels)))
-            yield self.preprocess(examples.take(indices)), examples.labels[indices.start : indices.stop]
+            yield (
+                self.preprocess(examples.take(indices)),
+                examples.labels[indices.start : indices.stop],
+            )
 
     def example(self, batch_size: int = 1) -> Tensor:
         """The first training inputs, as the network takes them."""
-        return self.preprocess(self.examples("train").take(range(min(batch_size, self.size("train")))))
+        return self.preprocess(
+            self.examples("train").take(range(min(batch_size, self.size("train"))))
+        )
 
 
 def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
@@ -167,10 +179,15 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
         raise DataError(f"validation={validation}; needed: a share between 0 and 1, such as 0.1.")
     source, _, rest = spec.partition(":")
     loaders: dict[str, Callable[[str, int], _Raw]] = {
-        "digits": _digits, "npz": _npz, "imagefolder": _imagefolder, "hf": _hugging_face,
-    }  # fmt: skip
+        "digits": _digits,
+        "npz": _npz,
+        "imagefolder": _imagefolder,
+        "hf": _hugging_face,
+    }
     if source not in loaders or (source != "digits" and not rest):
-        raise DataError(f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.")
+        raise DataError(
+            f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH."
+        )
     return _finish(spec, loaders[source](rest, seed), seed, validation)
 
 
@@ -181,7 +198,9 @@ class _Raw:
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
-    groups: np.ndarray | None = None  # examples of one group stay on one side of the validation split
+    groups: np.ndarray | None = (
+        None  # examples of one group stay on one side of the validation split
+    )
     content: str  # fingerprint
 
 
@@ -191,13 +210,18 @@ def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
     held_out = _held_out(labels if raw.groups is None else raw.groups, labels, seed, validation)
     kept = np.flatnonzero(~held_out)
     splits: dict[Split, Examples] = {
-        "train": _subset(raw.train, kept), "validation": _subset(raw.train, np.flatnonzero(held_out)), "test": raw.test,
-    }  # fmt: skip
+        "train": _subset(raw.train, kept),
+        "validation": _subset(raw.train, np.flatnonzero(held_out)),
+        "test": raw.test,
+    }
     fingerprint = fingerprint_bytes(raw.content.encode(), f"{seed}|{validation}".encode())
     return Data(
-        name=name, splits=splits, class_names=raw.class_names, preprocess=_fit_preprocess(splits["train"]),
+        name=name,
+        splits=splits,
+        class_names=raw.class_names,
+        preprocess=_fit_preprocess(splits["train"]),
         fingerprint=fingerprint,
-    )  # fmt: skip
+    )
 
 
 def _check_labels(name: str, raw: _Raw) -> None:
@@ -207,10 +231,14 @@ def _check_labels(name: str, raw: _Raw) -> None:
             f"{name}: labels must be integers from 0, but {min(train | test)} is among them; hidden labels will not do."
         )
     if max(train | test) >= len(raw.class_names):
-        raise DataError(f"{name} names {len(raw.class_names)} classes, but labels go up to {max(train | test)}.")
+        raise DataError(
+            f"{name} names {len(raw.class_names)} classes, but labels go up to {max(train | test)}."
+        )
     unseen = [raw.class_names[label] for label in sorted(test - train)]
     if unseen:
-        raise DataError(f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the training split.")
+        raise DataError(
+            f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the training split."
+        )
 
 
 def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -> np.ndarray:
@@ -226,10 +254,14 @@ def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -
             mask[random.permutation(places)[: _held_out_count(len(places), share)]] = True
         else:
             kinds = random.permutation(np.unique(groups[places]))
-            wanted = _held_out_count(len(kinds), share) - len(np.unique(groups[places[mask[places]]]))
+            wanted = _held_out_count(len(kinds), share) - len(
+                np.unique(groups[places[mask[places]]])
+            )
             mask = _with_groups(mask, kinds, wanted, groups, labels)
     if not mask.any() or mask.all():
-        raise DataError(f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; add data.")
+        raise DataError(
+            f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; add data."
+        )
     return mask
 
 
@@ -237,7 +269,9 @@ def _held_out_count(count: int, share: float) -> int:
     return min(max(1, round(share * count)), count - 1)
 
 
-def _with_groups(mask: np.ndarray, kinds: np.ndarray, wanted: int, groups: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _with_groups(
+    mask: np.ndarray, kinds: np.ndarray, wanted: int, groups: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
     """The mask with as many more groups as wanted; one that would leave a class without training examples stays."""
     classes = len(np.unique(labels))
     for kind in kinds:
@@ -255,7 +289,10 @@ def _subset(examples: Examples, places: np.ndarray) -> Examples:
         return ArrayExamples(examples.inputs[chosen], examples.labels[chosen])
     assert isinstance(examples, LazyExamples)
     return LazyExamples(
-        [examples.sources[int(place)] for place in places], examples.labels[chosen], examples.read, examples.threads
+        [examples.sources[int(place)] for place in places],
+        examples.labels[chosen],
+        examples.read,
+        examples.threads,
     )
 
 
@@ -270,9 +307,11 @@ def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
     mean, std = values.mean(dims).reshape(-1), values.std(dims).reshape(-1).clamp_min(1e-3)
     image = values.dim() == 4
     return Preprocess(
-        mean=tuple(round(float(value), 6) for value in mean), std=tuple(round(float(value), 6) for value in std),
-        size=(values.shape[2], values.shape[3]) if image else None, channels=values.shape[1] if image else 0,
-    )  # fmt: skip
+        mean=tuple(round(float(value), 6) for value in mean),
+        std=tuple(round(float(value), 6) for value in std),
+        size=(values.shape[2], values.shape[3]) if image else None,
+        channels=values.shape[1] if image else 0,
+    )
 
 
 def _digits(rest: str, seed: int) -> _Raw:
@@ -286,7 +325,12 @@ def _digits(rest: str, seed: int) -> _Raw:
     test = _held_out(bunch.target, bunch.target, seed=0, share=0.2)
     del seed
     return _arrays(
-        {"x_train": images[~test], "y_train": bunch.target[~test], "x_test": images[test], "y_test": bunch.target[test]},
+        {
+            "x_train": images[~test],
+            "y_train": bunch.target[~test],
+            "x_test": images[test],
+            "y_test": bunch.target[test],
+        },
         where="digits",
     )
 
@@ -294,53 +338,91 @@ def _digits(rest: str, seed: int) -> _Raw:
 def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
     path = Path(rest).expanduser()
     if not path.is_file():
-        raise DataError(f"no data file {path}; needed: an npz file with x_train, y_train, x_test and y_test.")
+        raise DataError(
+            f"no data file {path}; needed: an npz file with x_train, y_train, x_test and y_test."
+        )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
-        raise DataError(f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?") from error
+    except (
+        Exception
+    ) as error:  # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
+        raise DataError(
+            f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?"
+        ) from error
     return _arrays(arrays, where=str(path))
 
 
 def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
     if missing:
-        raise DataError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}.")
-    parts = {split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}") for split in ("train", "test")}
+        raise DataError(
+            f"{where} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}."
+        )
+    parts = {
+        split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}")
+        for split in ("train", "test")
+    }
     train, test = parts["train"], parts["test"]
     if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
-        raise DataError(f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
-                        f"{tuple(test.inputs.shape[1:])}; types {train.inputs.dtype} and {test.inputs.dtype}.")  # fmt: skip
+        raise DataError(
+            f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
+            f"{tuple(test.inputs.shape[1:])}; types {train.inputs.dtype} and {test.inputs.dtype}."
+        )
     classes = int(max(train.labels.max(), test.labels.max())) + 1
-    names = tuple(str(name) for name in arrays["class_names"]) if "class_names" in arrays else tuple(map(str, range(classes)))
+    names = (
+        tuple(str(name) for name in arrays["class_names"])
+        if "class_names" in arrays
+        else tuple(map(str, range(classes)))
+    )
     groups = arrays.get("groups_train")
     if groups is not None and groups.shape != train.labels.shape:
-        raise DataError(f"{where}: groups_train has shape {groups.shape}; needed: one group per training example, "
-                        f"{tuple(train.labels.shape)}.")  # fmt: skip
-    content = [part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)]
+        raise DataError(
+            f"{where}: groups_train has shape {groups.shape}; needed: one group per training example, "
+            f"{tuple(train.labels.shape)}."
+        )
+    content = [
+        part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)
+    ]
     content += [] if groups is None else [np.unique(groups, return_inverse=True)[1].tobytes()]
-    return _Raw(train=train, test=test, class_names=names, groups=groups, content=fingerprint_bytes(*content))
+    return _Raw(
+        train=train,
+        test=test,
+        class_names=names,
+        groups=groups,
+        content=fingerprint_bytes(*content),
+    )
 
 
 def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExamples:
     if inputs.ndim < 2 or labels.ndim < 1:
-        raise DataError(f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, ...] and [N].")
+        raise DataError(
+            f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, ...] and [N]."
+        )
     if len(inputs) == 0 or len(inputs) != len(labels):
-        raise DataError(f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and some.")
+        raise DataError(
+            f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and some."
+        )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise DataError(f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape {labels.shape}.")
+        raise DataError(
+            f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape {labels.shape}."
+        )
     if np.issubdtype(inputs.dtype, np.floating):
         with np.errstate(over="ignore"):
             inputs = inputs.astype(np.float32)
         if not np.isfinite(inputs).all():
-            raise DataError(f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; clean them first.")
+            raise DataError(
+                f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; clean them first."
+            )
     elif inputs.dtype.kind not in "iub":
-        raise DataError(f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids (integers).")
+        raise DataError(
+            f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids (integers)."
+        )
     elif inputs.dtype != np.uint8:
         inputs = inputs.astype(np.int64)  # token ids
     return ArrayExamples(
-        _channels_first(torch.from_numpy(np.ascontiguousarray(inputs))), torch.from_numpy(labels.astype(np.int64))
+        _channels_first(torch.from_numpy(np.ascontiguousarray(inputs))),
+        torch.from_numpy(labels.astype(np.int64)),
     )
 
 
@@ -359,7 +441,9 @@ def _imagefolder(rest: str, seed: int) -> _Raw:
     name, options = _options(rest)
     root = Path(name).expanduser()
     if not root.is_dir():
-        raise DataError(f"no folder {root}; needed: one with train/CLASS/*.png and test/CLASS/*.png.")
+        raise DataError(
+            f"no folder {root}; needed: one with train/CLASS/*.png and test/CLASS/*.png."
+        )
     folders = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
     classes = tuple(sorted({label for files in folders.values() for _, label in files}))
     if not classes:
@@ -370,8 +454,10 @@ def _imagefolder(rest: str, seed: int) -> _Raw:
     return _lazy(
         {split: [path for path, _ in files] for split, files in folders.items()},
         {split: [classes.index(label) for _, label in files] for split, files in folders.items()},
-        classes, lambda path: read_image(path, size, 3), f"{size}",
-    )  # fmt: skip
+        classes,
+        lambda path: read_image(path, size, 3),
+        f"{size}",
+    )
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -384,9 +470,11 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _class_files(folder: Path) -> list[tuple[Path, str]]:
     return [
         (path, label.name)
-        for label in sorted(folder.iterdir()) if label.is_dir()
-        for path in sorted(label.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES
-    ]  # fmt: skip
+        for label in sorted(folder.iterdir())
+        if label.is_dir()
+        for path in sorted(label.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
 
 
 def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tuple[Path, str]]]:
@@ -446,7 +534,9 @@ def _options(rest: str) -> tuple[str, dict[str, tuple[int, int]]]:
         return rest, {}
     key, _, value = options.partition("=")
     if key != "size" or not value.isdecimal() or int(value) == 0:
-        raise DataError(f"cannot read the options {options!r}; needed: a size in pixels, such as size=64.")
+        raise DataError(
+            f"cannot read the options {options!r}; needed: a size in pixels, such as size=64."
+        )
     return path, {"size": (int(value), int(value))}
 
 
@@ -462,33 +552,54 @@ def _lazy(
         raise DataError(f"no images for {' and '.join(empty)}.")
     threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
     examples = {
-        split: LazyExamples(sources[split], torch.tensor(labels[split], dtype=torch.int64), read, threads)
+        split: LazyExamples(
+            sources[split], torch.tensor(labels[split], dtype=torch.int64), read, threads
+        )
         for split in ("train", "test")
     }
-    listed = "".join(f"{source}:{label};" for split in examples for source, label in zip(
-        (_identity(entry) for entry in sources[split]), labels[split], strict=True))  # fmt: skip
+    listed = "".join(
+        f"{source}:{label};"
+        for split in examples
+        for source, label in zip(
+            (_identity(entry) for entry in sources[split]), labels[split], strict=True
+        )
+    )
     return _Raw(
-        train=examples["train"], test=examples["test"], class_names=tuple(classes),
+        train=examples["train"],
+        test=examples["test"],
+        class_names=tuple(classes),
         content=fingerprint_bytes(listed.encode(), how.encode()),
-    )  # fmt: skip
+    )
 
 
 def _identity(source: Any) -> str:
-    return f"{source.parent.name}/{source.name}/{source.stat().st_size}" if isinstance(source, Path) else str(source)
+    return (
+        f"{source.parent.name}/{source.name}/{source.stat().st_size}"
+        if isinstance(source, Path)
+        else str(source)
+    )
 
 
 def _hugging_face(rest: str, seed: int) -> _Raw:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("hf: needs the package datasets. Install it with: pip install 'impatient[hub]'.") from error
+        raise DataError(
+            "hf: needs the package datasets. Install it with: pip install 'impatient[hub]'."
+        ) from error
     name, options = _options(rest)
     try:
-        loaded = datasets.load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else datasets.load_dataset(name)
+        loaded = (
+            datasets.load_from_disk(name)
+            if (Path(name) / "dataset_dict.json").is_file()
+            else datasets.load_dataset(name)
+        )
     except Exception as error:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
     if "train" not in loaded:
-        raise DataError(f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or validation.")
+        raise DataError(
+            f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or validation."
+        )
     train = loaded["train"]
     test_name = next((split for split in ("test", "validation") if split in loaded), None)
     if test_name is None:
@@ -503,12 +614,17 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
     numbers = {"train": list(train[label]), "test": list(test[label])}
     odd = [value for values in numbers.values() for value in values if not isinstance(value, int)]
     if odd:
-        raise DataError(f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a ClassLabel.")
+        raise DataError(
+            f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a ClassLabel."
+        )
     names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
     return _lazy(
-        {"train": _Rows(train, image), "test": _Rows(test, image)}, numbers, names,
-        lambda row: image_tensor(row.picture(), size, 3), f"{size}",
-    )  # fmt: skip
+        {"train": _Rows(train, image), "test": _Rows(test, image)},
+        numbers,
+        names,
+        lambda row: image_tensor(row.picture(), size, 3),
+        f"{size}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -539,12 +655,20 @@ class _Rows(Sequence[_Row]):
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
-        return _Row(self.table, self.column, range(len(self.table))[place])  # IndexError past the end, where iteration stops
+        return _Row(
+            self.table, self.column, range(len(self.table))[place]
+        )  # IndexError past the end, where iteration stops
 
 
 def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
-    images = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    images = [
+        column for column, feature in table.features.items() if isinstance(feature, datasets.Image)
+    ]
+    labels = [
+        column
+        for column, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    ]
     labels = labels or [column for column in ("label", "labels") if column in table.features]
     if not images or not labels:
         raise DataError(

@@ -33,7 +33,13 @@ from impatient.training import schedules
 from impatient.training.balancing import SAMPLERS, AdaLoss, balancer
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
-from impatient.training.losses import distilled, exit_hits, sample_losses, weighted_loss, weighted_sample_loss
+from impatient.training.losses import (
+    distilled,
+    exit_hits,
+    sample_losses,
+    weighted_loss,
+    weighted_sample_loss,
+)
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import check_weights, parse_weights
 
@@ -46,7 +52,11 @@ if TYPE_CHECKING:
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
 Regime = Literal["joint", "frozen", "mixed"]
-REGIMES: dict[str, tuple[str, ...]] = {"joint": ("joint",), "frozen": ("heads",), "mixed": ("backbone", "joint")}
+REGIMES: dict[str, tuple[str, ...]] = {
+    "joint": ("joint",),
+    "frozen": ("heads",),
+    "mixed": ("backbone", "joint"),
+}
 AUGMENTATIONS = ("none", "crop", "crop-flip")
 
 
@@ -100,35 +110,51 @@ class Recipe:
 
     def __post_init__(self) -> None:
         positive = {
-            "epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr, "temperature": self.temperature,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "temperature": self.temperature,
             "sampler_gamma": self.sampler_gamma,
-        }  # fmt: skip
+        }
         positive |= {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
                 raise TrainingError(f"{name}={value}; needed: a positive number.")
         shares = {
-            "momentum": self.momentum, "label_smoothing": self.label_smoothing, "warmup": self.warmup, "detach": self.detach,
-        }  # fmt: skip
+            "momentum": self.momentum,
+            "label_smoothing": self.label_smoothing,
+            "warmup": self.warmup,
+            "detach": self.detach,
+        }
         for name, value in shares.items():
             if not 0.0 <= value < 1.0:
                 raise TrainingError(f"{name}={value}; needed: 0 or a share below 1.")
         if not 0.0 <= self.weight_decay < math.inf:
-            raise TrainingError(f"weight_decay={self.weight_decay}; needed: 0 or a positive number.")
+            raise TrainingError(
+                f"weight_decay={self.weight_decay}; needed: 0 or a positive number."
+            )
         choices: dict[str, tuple[str, tuple[str, ...]]] = {
-            "schedule": (self.schedule, ("cosine", "step")), "regime": (self.regime, tuple(REGIMES)),
-            "augment": (self.augment, AUGMENTATIONS), "sampler": (self.sampler, SAMPLERS),
+            "schedule": (self.schedule, ("cosine", "step")),
+            "regime": (self.regime, tuple(REGIMES)),
+            "augment": (self.augment, AUGMENTATIONS),
+            "sampler": (self.sampler, SAMPLERS),
             "head_decay": (self.head_decay, ("plain", "scaled")),
-        }  # fmt: skip
+        }
         for name, (choice, known) in choices.items():
             if choice not in known:
                 raise TrainingError(f"{name}={choice!r}; needed: one of {', '.join(known)}.")
         if not 0.0 <= self.distillation <= 1.0:
-            raise TrainingError(f"distillation={self.distillation}; needed: a share between 0 and 1.")
+            raise TrainingError(
+                f"distillation={self.distillation}; needed: a share between 0 and 1."
+            )
         if not 0.0 < self.backbone_share < 1.0:
-            raise TrainingError(f"backbone_share={self.backbone_share}; needed: a share between 0 and 1.")
+            raise TrainingError(
+                f"backbone_share={self.backbone_share}; needed: a share between 0 and 1."
+            )
         if self.regime == "mixed" and self.epochs < 2:
-            raise TrainingError("the mixed regime needs at least 2 epochs: one for the backbone, one for everything.")
+            raise TrainingError(
+                "the mixed regime needs at least 2 epochs: one for the backbone, one for everything."
+            )
 
     def phases(self) -> list[tuple[str, int, int]]:
         """(name, first epoch, epoch after the last) of each phase."""
@@ -163,7 +189,10 @@ class EpochMetrics:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        plain: dict[str, Any] = {name: tuple(entry) if isinstance(entry, list) else entry for name, entry in value.items()}
+        plain: dict[str, Any] = {
+            name: tuple(entry) if isinstance(entry, list) else entry
+            for name, entry in value.items()
+        }
         return cls(**plain)
 
 
@@ -185,9 +214,17 @@ class History:
             ):
                 for index, (loss, accuracy) in enumerate(zip(losses, hits, strict=True)):
                     rows.writerow(
-                        [entry.epoch, entry.phase, f"{entry.lr:.6g}", f"{entry.seconds:.3f}", split, index,
-                         f"{loss:.6f}", f"{accuracy:.6f}"]
-                    )  # fmt: skip
+                        [
+                            entry.epoch,
+                            entry.phase,
+                            f"{entry.lr:.6g}",
+                            f"{entry.seconds:.3f}",
+                            split,
+                            index,
+                            f"{loss:.6f}",
+                            f"{accuracy:.6f}",
+                        ]
+                    )
         return text.getvalue()
 
 
@@ -230,12 +267,21 @@ def fit(
     """
     recipe = recipe or Recipe()
     checked = checked_weights(
-        default_weights(network) if weights is None else weights, network.num_exits, data.size("train"), recipe.sampler
+        default_weights(network) if weights is None else weights,
+        network.num_exits,
+        data.size("train"),
+        recipe.sampler,
     )
     return _Training(
-        network, data, checked, recipe, fabric or _default_fabric(),
-        Path(checkpoint) if checkpoint else None, Path(metrics_csv) if metrics_csv else None, progress,
-    ).run()  # fmt: skip
+        network,
+        data,
+        checked,
+        recipe,
+        fabric or _default_fabric(),
+        Path(checkpoint) if checkpoint else None,
+        Path(metrics_csv) if metrics_csv else None,
+        progress,
+    ).run()
 
 
 def default_weights(network: object) -> str:
@@ -263,9 +309,13 @@ def checked_weights(
             "sample, one column per exit."
         )
     if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-        raise TrainingError("the weights of samples must be finite and not negative, and one must be positive.")
+        raise TrainingError(
+            "the weights of samples must be finite and not negative, and one must be positive."
+        )
     if sampler != "none":
-        raise TrainingError(f"sampler={sampler!r} draws from one set of weights; with weights per sample use sampler='none'.")
+        raise TrainingError(
+            f"sampler={sampler!r} draws from one set of weights; with weights per sample use sampler='none'."
+        )
     return weights.float()
 
 
@@ -292,9 +342,18 @@ class _Training:
         self.network, self.data, self.recipe, self.fabric = network, data, recipe, fabric
         self.sample_weights = weights if isinstance(weights, Tensor) else None
         static = self.mean_weights(weights)
-        self.head_decays = [recipe.weight_decay * (weight if recipe.head_decay == "scaled" else 1.0) for weight in static]
+        self.head_decays = [
+            recipe.weight_decay * (weight if recipe.head_decay == "scaled" else 1.0)
+            for weight in static
+        ]
         base = weights if isinstance(weights, AdaLoss) else static
-        self.balancer = balancer(base, recipe.sampler, count=network.num_exits, gamma=recipe.sampler_gamma, seed=recipe.seed)
+        self.balancer = balancer(
+            base,
+            recipe.sampler,
+            count=network.num_exits,
+            gamma=recipe.sampler_gamma,
+            seed=recipe.seed,
+        )
         self.checkpoint, self.metrics_csv = checkpoint, metrics_csv
         self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
@@ -302,15 +361,22 @@ class _Training:
         self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)  # their losses and hits
         self.seconds = 0.0  # and their time
         self.identity = {
-            "recipe": dataclasses.asdict(recipe), "weights": _identity(weights), "data": data.fingerprint,
-            "processes": fabric.world_size, "network": fingerprint_structure(network.state_dict()),
-            "exits": list(getattr(network, "exit_names", ())),  # heads of equal shapes fit at other places, too
-        }  # fmt: skip
+            "recipe": dataclasses.asdict(recipe),
+            "weights": _identity(weights),
+            "data": data.fingerprint,
+            "processes": fabric.world_size,
+            "network": fingerprint_structure(network.state_dict()),
+            "exits": list(
+                getattr(network, "exit_names", ())
+            ),  # heads of equal shapes fit at other places, too
+        }
 
     def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
         """One static weight per exit: what head decay goes by."""
         if isinstance(weights, AdaLoss):
-            return (1.0,) * self.network.num_exits  # as the authors: theirs are those before the first update
+            return (
+                1.0,
+            ) * self.network.num_exits  # as the authors: theirs are those before the first update
         return tuple(weights.mean(0).tolist()) if isinstance(weights, Tensor) else weights
 
     def run(self) -> History:
@@ -318,7 +384,9 @@ class _Training:
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer_state = self._resume()
-        self.trainable = {name: parameter.requires_grad for name, parameter in self.network.named_parameters()}
+        self.trainable = {
+            name: parameter.requires_grad for name, parameter in self.network.named_parameters()
+        }
         try:
             with self.shown, interruptible() as self.interrupt:
                 for phase, first, last in self.recipe.phases():
@@ -331,7 +399,9 @@ class _Training:
             self.network.eval()
         return History(epochs=tuple(self.history))
 
-    def _run_phase(self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None) -> None:
+    def _run_phase(
+        self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None
+    ) -> None:
         backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
         for name, parameter in self.network.named_parameters():
             # without a gradient, momentum and weight decay would still move what is not to be trained
@@ -344,11 +414,16 @@ class _Training:
                 "parameters, or all of them are frozen. Attach exits, or set requires_grad."
             )
         optimizer: Any = torch.optim.SGD(
-            groups, lr=self.recipe.lr, momentum=self.recipe.momentum, weight_decay=self.recipe.weight_decay,
+            groups,
+            lr=self.recipe.lr,
+            momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay,
             nesterov=self.recipe.momentum > 0,
-        )  # fmt: skip
+        )
         if optimizer_state:
-            optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
         model, optimizer = self.fabric.setup(self.network, optimizer)
         for epoch in range(len(self.history), last):
             self._run_epoch(model, optimizer, phase, epoch, (first, last))
@@ -356,17 +431,24 @@ class _Training:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """What is to be trained, by weight decay: everything but the early heads, then each head."""
         heads = list(getattr(self.network, "heads", ()))
-        owner = {id(parameter): exit for exit, head in enumerate(heads) for parameter in head.parameters()}
+        owner = {
+            id(parameter): exit
+            for exit, head in enumerate(heads)
+            for parameter in head.parameters()
+        }
         members: dict[int | None, list[nn.Parameter]] = {}
         for parameter in self.network.parameters():
             if parameter.requires_grad:
                 members.setdefault(owner.get(id(parameter)), []).append(parameter)
         decays = [*self.head_decays, self.recipe.weight_decay]
         return [
-            {"params": parameters, "weight_decay": decays[-1 if exit is None else exit]} for exit, parameters in members.items()
+            {"params": parameters, "weight_decay": decays[-1 if exit is None else exit]}
+            for exit, parameters in members.items()
         ]
 
-    def _run_epoch(self, model: nn.Module, optimizer: Any, phase: str, epoch: int, span: tuple[int, int]) -> None:
+    def _run_epoch(
+        self, model: nn.Module, optimizer: Any, phase: str, epoch: int, span: tuple[int, int]
+    ) -> None:
         model.train()
         if phase == "heads":
             self.network.backbone.eval()  # a frozen backbone keeps its batch-norm statistics
@@ -392,11 +474,16 @@ class _Training:
             raise _diverged("validation loss", validation[0], lr)
         self.history.append(
             EpochMetrics(
-                epoch=epoch + 1, phase=phase, lr=lr, seconds=self.seconds + time.perf_counter() - started,
-                train_loss=tuple(train[0].tolist()), train_accuracy=tuple(train[1].tolist()),
-                validation_loss=tuple(validation[0].tolist()), validation_accuracy=tuple(validation[1].tolist()),
+                epoch=epoch + 1,
+                phase=phase,
+                lr=lr,
+                seconds=self.seconds + time.perf_counter() - started,
+                train_loss=tuple(train[0].tolist()),
+                train_accuracy=tuple(train[1].tolist()),
+                validation_loss=tuple(validation[0].tolist()),
+                validation_accuracy=tuple(validation[1].tolist()),
             )
-        )  # fmt: skip
+        )
         self.step, self.seconds, self.sums = 0, 0.0, torch.zeros_like(self.sums)
         self._save(optimizer)
         self._write_metrics()
@@ -404,7 +491,9 @@ class _Training:
         if self.interrupt.asked:
             raise KeyboardInterrupt
 
-    def _update(self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float) -> Tensor:
+    def _update(
+        self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float
+    ) -> Tensor:
         """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on the CPU."""
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -426,19 +515,29 @@ class _Training:
         if self.recipe.clip_norm:
             self.fabric.clip_gradients(model, optimizer, max_norm=self.recipe.clip_norm)
         optimizer.step()
-        sums = torch.stack([exit_losses * len(labels), exit_hits(outputs, labels).float()]).double().cpu()
+        sums = (
+            torch.stack([exit_losses * len(labels), exit_hits(outputs, labels).float()])
+            .double()
+            .cpu()
+        )
         if phase != "backbone":
             self.balancer.observe(self._over_processes(sums[0] / len(labels)))
         return sums
 
-    def _objective(self, losses_KB: Tensor, outputs: Sequence[Tensor], phase: str, indices: Tensor) -> Tensor:
+    def _objective(
+        self, losses_KB: Tensor, outputs: Sequence[Tensor], phase: str, indices: Tensor
+    ) -> Tensor:
         """What this step minimises."""
         if phase == "backbone":
             return losses_KB[-1].mean()
         if self.recipe.distillation:
-            losses_KB = distilled(losses_KB, outputs, self.recipe.distillation, self.recipe.temperature)
+            losses_KB = distilled(
+                losses_KB, outputs, self.recipe.distillation, self.recipe.temperature
+            )
         if self.sample_weights is not None:
-            return weighted_sample_loss(losses_KB, self.sample_weights[indices].to(losses_KB.device))
+            return weighted_sample_loss(
+                losses_KB, self.sample_weights[indices].to(losses_KB.device)
+            )
         return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
 
     def _order(self, count: int, epoch: int) -> list[Tensor]:
@@ -455,7 +554,9 @@ class _Training:
     def _over_processes(self, values: Tensor) -> Tensor:
         if self.fabric.world_size == 1:
             return values
-        return torch.as_tensor(self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="mean")).cpu()
+        return torch.as_tensor(
+            self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="mean")
+        ).cpu()
 
     @torch.no_grad()
     def _validate(self, split: Split) -> Tensor:
@@ -477,10 +578,14 @@ class _Training:
         if self.checkpoint is None or not self.fabric.is_global_zero:
             return
         header = {
-            "kind": "checkpoint", **self.identity, "step": self.step, "seconds": self.seconds, "sums": self.sums.tolist(),
+            "kind": "checkpoint",
+            **self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums.tolist(),
             "balancer": self.balancer.state(),
             "history": [dataclasses.asdict(entry) for entry in self.history],
-        }  # fmt: skip
+        }
         save_checkpoint(self.checkpoint, self.network, optimizer, header)
 
     def _resume(self) -> dict[int, dict[str, Any]] | None:
@@ -518,7 +623,9 @@ def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
     """Weights as a checkpoint remembers them."""
     if isinstance(weights, Tensor):
         return fingerprint_tensors({"weights": weights})
-    return {"adaloss": dataclasses.asdict(weights)} if isinstance(weights, AdaLoss) else list(weights)
+    return (
+        {"adaloss": dataclasses.asdict(weights)} if isinstance(weights, AdaLoss) else list(weights)
+    )
 
 
 def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
@@ -546,7 +653,9 @@ def augmented(images: Tensor, how: str) -> Tensor:
     if how == "none":
         return images
     if images.dim() != 4:
-        raise TrainingError(f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}.")
+        raise TrainingError(
+            f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}."
+        )
     return torch.as_tensor(_augmentation(how, (images.shape[2], images.shape[3]))(images))
 
 

@@ -11,17 +11,23 @@ from torch import Tensor
 
 
 def sample_losses(
-    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], label_smoothing: float = 0.0
+    outputs_K: Sequence[Float[Tensor, "B C"]],
+    labels_B: Int[Tensor, "B"],
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, "K B"]:
     """Cross-entropy of every exit on every sample, shape [K, B]."""
     outputs = torch.stack([output.float() for output in outputs_K])
     labels = labels_B.repeat(len(outputs))
-    losses = F.cross_entropy(outputs.flatten(0, 1), labels, label_smoothing=label_smoothing, reduction="none")
+    losses = F.cross_entropy(
+        outputs.flatten(0, 1), labels, label_smoothing=label_smoothing, reduction="none"
+    )
     return losses.view(outputs.shape[:2])
 
 
 def exit_losses(
-    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], label_smoothing: float = 0.0
+    outputs_K: Sequence[Float[Tensor, "B C"]],
+    labels_B: Int[Tensor, "B"],
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, "K"]:
     """Mean cross-entropy of every exit, shape [K]."""
     return sample_losses(outputs_K, labels_B, label_smoothing).mean(1)
@@ -36,7 +42,9 @@ def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -
     return (losses_K * weights_K).sum()
 
 
-def weighted_sample_loss(losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
+def weighted_sample_loss(
+    losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tensor, "B K"]
+) -> Float[Tensor, ""]:
     """Sum over exits of weight times loss, where every sample has weights of its own; mean over the samples.
 
     Source:
@@ -45,7 +53,9 @@ def weighted_sample_loss(losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tens
     return (losses_KB * weights_BK.T).sum(0).mean()
 
 
-def distillation_losses(outputs_K: Sequence[Float[Tensor, "B C"]], temperature: float = 1.0) -> Float[Tensor, "K B"]:
+def distillation_losses(
+    outputs_K: Sequence[Float[Tensor, "B C"]], temperature: float = 1.0
+) -> Float[Tensor, "K B"]:
     """Divergence of every exit's class probabilities from the last exit's, which learns nothing from it; shape [K, B].
 
     Kullback-Leibler divergence of the probabilities at a temperature, times its square, so that gradients keep their size;
@@ -62,7 +72,10 @@ def distillation_losses(outputs_K: Sequence[Float[Tensor, "B C"]], temperature: 
 
 
 def distilled(
-    losses_KB: Float[Tensor, "K B"], outputs_K: Sequence[Float[Tensor, "B C"]], share: float, temperature: float = 1.0
+    losses_KB: Float[Tensor, "K B"],
+    outputs_K: Sequence[Float[Tensor, "B C"]],
+    share: float,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "K B"]:
     """The early exits' losses with this share of them replaced by learning from the last exit."""
     shares = torch.full((len(losses_KB), 1), share, device=losses_KB.device)
@@ -70,6 +83,8 @@ def distilled(
     return (1.0 - shares) * losses_KB + shares * distillation_losses(outputs_K, temperature)
 
 
-def exit_hits(outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"]) -> Int[Tensor, "K"]:
+def exit_hits(
+    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"]
+) -> Int[Tensor, "K"]:
     """Number of samples each exit gets right, shape [K]."""
     return (torch.stack(list(outputs_K)).argmax(-1) == labels_B).sum(1)

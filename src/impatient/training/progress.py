@@ -19,9 +19,14 @@ class TrainingProgress:
         self._wanted, self._epochs = wanted, epochs
         self._console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(20), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
-            console=self._console, transient=True, disable=not wanted,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            console=self._console,
+            transient=True,
+            disable=not wanted,
+        )
 
     def __enter__(self) -> Self:
         self._bar.__enter__()
@@ -37,7 +42,10 @@ class TrainingProgress:
             loss, accuracy = means.tolist()
             text = f"loss {_row(loss, '.2f')}  accuracy % {_row(accuracy, '.0%')}"
             self._bar.update(
-                self._task, completed=epoch + share, metrics=text, description=f"epoch {epoch + 1}/{self._epochs} {phase}"
+                self._task,
+                completed=epoch + share,
+                metrics=text,
+                description=f"epoch {epoch + 1}/{self._epochs} {phase}",
             )
 
     def epoch(self, metrics: EpochMetrics) -> None:
@@ -47,8 +55,9 @@ class TrainingProgress:
                 f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} s  "
                 f"train loss {_row(metrics.train_loss, '.2f')}  validation accuracy % "
                 f"{_row(metrics.validation_accuracy, '.1%')}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def _row(values: list[float] | tuple[float, ...], style: str) -> str:

@@ -90,7 +90,9 @@ def inverse_square(count: int) -> tuple[float, ...]:
     return tuple(1.0 / (count - index) ** 2 for index in range(count))
 
 
-def rescaled(weights: Sequence[float], *, last_to_early: float | None = None, total: Total = "as_is") -> tuple[float, ...]:
+def rescaled(
+    weights: Sequence[float], *, last_to_early: float | None = None, total: Total = "as_is"
+) -> tuple[float, ...]:
     """The same early weights among themselves, with another share of the last exit or another sum.
 
     A sum is a learning rate in disguise; two schemes are comparable only under the same convention.
@@ -117,7 +119,9 @@ def rescaled(weights: Sequence[float], *, last_to_early: float | None = None, to
         raise TrainingError(f"total={total!r}; needed: one of {', '.join(TOTALS)}.")
     if last_to_early is not None and len(made) > 1:
         if not 0.0 < last_to_early < math.inf:
-            raise TrainingError(f"last_to_early={last_to_early}; needed: a positive number, such as 1.")
+            raise TrainingError(
+                f"last_to_early={last_to_early}; needed: a positive number, such as 1."
+            )
         made = (*made[:-1], last_to_early * _not_zero(sum(made[:-1]), "the early exits", made))
     if total == "as_is":
         return made
@@ -180,20 +184,28 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     """
     scheme, colon, rest = text.partition(":")
     options = dict(part.split("=", 1) for part in rest.split(",") if "=" in part)
-    if colon and (len(options) != len(rest.split(",")) or not set(options) <= {"last_to_early", "total"}):
+    if colon and (
+        len(options) != len(rest.split(",")) or not set(options) <= {"last_to_early", "total"}
+    ):
         raise TrainingError(
             f"cannot read the options of the exit weights {text!r}; needed: last_to_early=NUMBER and total=one of "
             f"{', '.join(TOTALS)}, separated by commas, such as sieve:last_to_early=2,total=all."
         )
     try:
-        made = STATIC[scheme](count) if scheme in STATIC else [float(part) for part in scheme.split(",")]
+        made = (
+            STATIC[scheme](count)
+            if scheme in STATIC
+            else [float(part) for part in scheme.split(",")]
+        )
         ratio = float(options["last_to_early"]) if "last_to_early" in options else None
     except ValueError as error:
         raise TrainingError(
             f"cannot read {text!r} as exit weights ({error}); needed: one of {', '.join(STATIC)}, or {count} numbers "
             "separated by commas, such as 1,0.5,1."
         ) from error
-    return rescaled(check_weights(made, count), last_to_early=ratio, total=options.get("total", "as_is"))  # type: ignore[arg-type]
+    return rescaled(
+        check_weights(made, count), last_to_early=ratio, total=options.get("total", "as_is")
+    )  # type: ignore[arg-type]
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
@@ -204,9 +216,13 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     """
     values = tuple(float(weight) for weight in weights)
     if len(values) != count:
-        raise TrainingError(f"{len(values)} exit weights for {count} exits; give one per exit, shallowest first.")
+        raise TrainingError(
+            f"{len(values)} exit weights for {count} exits; give one per exit, shallowest first."
+        )
     if not all(math.isfinite(value) and value >= 0.0 for value in values) or not any(values):
-        raise TrainingError(f"exit weights {values} must be finite and not negative, and one must be positive.")
+        raise TrainingError(
+            f"exit weights {values} must be finite and not negative, and one must be positive."
+        )
     return values
 
 
@@ -218,11 +234,18 @@ def _positive(count: int) -> int:
 
 def _not_zero(weight: float, whose: str, weights: tuple[float, ...]) -> float:
     if weight <= 0.0:
-        raise TrainingError(f"cannot rescale the exit weights {weights}: the weight of {whose} is 0; leave this option out.")
+        raise TrainingError(
+            f"cannot rescale the exit weights {weights}: the weight of {whose} is 0; leave this option out."
+        )
     return weight
 
 
 STATIC = {
-    "uniform": const, "const": const, "linear": linear, "half_end": half_end, "sieve": sieve, "exp_lin": exp_lin,
+    "uniform": const,
+    "const": const,
+    "linear": linear,
+    "half_end": half_end,
+    "sieve": sieve,
+    "exp_lin": exp_lin,
     "inverse_square": inverse_square,
-}  # fmt: skip
+}

@@ -34,16 +34,30 @@ from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti,
 from impatient.runtime.engines.onnx_files import PRECISIONS, quantise, write_parts
 from impatient.runtime.engines.partition import Parts, input_tensors, partition
 
-WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")  # these have files
+WRITTEN = (
+    "onnxruntime",
+    "openvino",
+    "onnxruntime-session",
+    "openvino-session",
+    "aoti",
+)  # these have files
 ENGINES = ("eager", "compile", "cuda-graphs", *WRITTEN)
-TOLERANCE = 1e-4  # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
+TOLERANCE = (
+    1e-4  # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
+)
 BUNDLE = "bundle.json"
 
 
 def to_engine(
-    network: MultiExitNetwork, engine: str, *, example: Any, threads: int = 1, precision: str = "fp32",
-    calibration: Sequence[Any] = (), directory: str | Path | None = None,
-) -> MultiExitNetwork | EngineNetwork:  # fmt: skip
+    network: MultiExitNetwork,
+    engine: str,
+    *,
+    example: Any,
+    threads: int = 1,
+    precision: str = "fp32",
+    calibration: Sequence[Any] = (),
+    directory: str | Path | None = None,
+) -> MultiExitNetwork | EngineNetwork:
     """The same network in another engine.
 
     Args:
@@ -72,8 +86,12 @@ def to_engine(
         _check_agreement(network, made, example, precision)
         return made
     options: dict[str, Any] = {
-        "engine": engine, "example": example, "threads": threads, "precision": precision, "calibration": calibration,
-    }  # fmt: skip
+        "engine": engine,
+        "example": example,
+        "threads": threads,
+        "precision": precision,
+        "calibration": calibration,
+    }
     if directory is not None:
         return load_engine(export(network, directory, **options))
     temporary = tempfile.mkdtemp(prefix="impatient-")
@@ -82,7 +100,9 @@ def to_engine(
     except BaseException:
         shutil.rmtree(temporary)
         raise
-    weakref.finalize(made, shutil.rmtree, temporary)  # not before: the whole network is read when it is first wanted
+    weakref.finalize(
+        made, shutil.rmtree, temporary
+    )  # not before: the whole network is read when it is first wanted
     return made
 
 
@@ -122,10 +142,14 @@ def export(
     _check(engine, WRITTEN, precision, threads)
     _check_place(Path(directory), force)
     if precision == "int8-static" and not calibration:
-        raise RunError("int8-static needs samples to find the ranges of features with: calibration=[x, ...].")
+        raise RunError(
+            "int8-static needs samples to find the ranges of features with: calibration=[x, ...]."
+        )
     device = next((parameter.device.type for parameter in network.parameters()), "cpu")
     if device != "cpu":
-        raise RunError(f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu().")
+        raise RunError(
+            f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu()."
+        )
     with evaluating(network):
         parts, facts = partition(network, example), NetworkFacts.of(network, example)
     with _written_whole(Path(directory)) as folder:
@@ -172,10 +196,14 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     except standalone.BundleError as error:
         raise StorageError(str(error)) from error
     return EngineNetwork(
-        facts, made.parts, _Whole(made),
-        engine=engine_label(made.engine, bundle["precision"]), precision=bundle["precision"], threads=made.threads,
+        facts,
+        made.parts,
+        _Whole(made),
+        engine=engine_label(made.engine, bundle["precision"]),
+        precision=bundle["precision"],
+        threads=made.threads,
         arrays="numpy",
-    )  # fmt: skip
+    )
 
 
 class _Whole:
@@ -200,9 +228,15 @@ def read_bundle(directory: str | Path) -> dict[str, Any]:
     """
     file = bundle_file(directory)
     if not file.is_file():
-        raise StorageError(f"{directory} is no exported network (no {BUNDLE}); make one with `impatient export`.")
+        raise StorageError(
+            f"{directory} is no exported network (no {BUNDLE}); make one with `impatient export`."
+        )
     bundle = read_json(file)
-    if bundle.get("kind") != "impatient_bundle" or bundle.get("schema") != 1 or bundle.get("engine") not in WRITTEN:
+    if (
+        bundle.get("kind") != "impatient_bundle"
+        or bundle.get("schema") != 1
+        or bundle.get("engine") not in WRITTEN
+    ):
         raise _damaged(directory, f"{BUNDLE} is of another kind, version or engine")
     return bundle
 
@@ -234,9 +268,15 @@ class EngineTimes:
 
 
 def engine_times(
-    network: MultiExitNetwork, made: EngineNetwork, agreement: Sequence[float], x: Any, *, repeats: int = 300,
-    warm_up: int = 20, clock: Clock = SYSTEM_CLOCK,
-) -> tuple[EngineTimes, ...]:  # fmt: skip
+    network: MultiExitNetwork,
+    made: EngineNetwork,
+    agreement: Sequence[float],
+    x: Any,
+    *,
+    repeats: int = 300,
+    warm_up: int = 20,
+    clock: Clock = SYSTEM_CLOCK,
+) -> tuple[EngineTimes, ...]:
     """Measure a network and itself in another engine in turn, so that all meet the machine's changes alike.
 
     Args:
@@ -276,12 +316,16 @@ def engine_label(engine: str, precision: str) -> str:
 
 def engine_and_precision(label: str) -> tuple[str, str]:
     """What `engine_label` was given."""
-    precision = next((precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32")
+    precision = next(
+        (precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32"
+    )
     return label.removesuffix(f"-{precision}"), precision
 
 
 def _damaged(directory: str | Path, what: str) -> StorageError:
-    return StorageError(f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export it again.")
+    return StorageError(
+        f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export it again."
+    )
 
 
 def _check(engine: str, engines: Sequence[str], precision: str, threads: int) -> None:
@@ -290,7 +334,9 @@ def _check(engine: str, engines: Sequence[str], precision: str, threads: int) ->
     if precision not in PRECISIONS:
         raise RunError(f"precision {precision!r}; needed: one of {', '.join(PRECISIONS)}.")
     if precision != "fp32" and engine not in (*standalone.ENGINES, *standalone.SESSIONS):
-        raise RunError(f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'.")
+        raise RunError(
+            f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'."
+        )
     if threads < 1:
         raise RunError(f"threads={threads}; needed: 1 or more.")
 
@@ -299,9 +345,13 @@ def _check_place(directory: Path, force: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not bundle_file(directory).is_file():
-        raise StorageError(f"{directory} is there and is no exported network; choose another place.")
+        raise StorageError(
+            f"{directory} is there and is no exported network; choose another place."
+        )
     if not force:
-        raise StorageError(f"{directory} holds an exported network already; choose another place, or force=True (--force).")
+        raise StorageError(
+            f"{directory} holds an exported network already; choose another place, or force=True (--force)."
+        )
 
 
 @contextmanager
@@ -309,7 +359,9 @@ def _written_whole(directory: Path) -> Iterator[Path]:
     """A temporary folder beside a directory, which takes its place if the block succeeds."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent)
+        )
         try:
             folder = temporary / "new"
             folder.mkdir()
@@ -329,43 +381,79 @@ def _written_whole(directory: Path) -> Iterator[Path]:
 
 
 def _write_parts(
-    parts: Parts, facts: NetworkFacts, folder: Path, engine: str, precision: str, threads: int, calibration: Sequence[Any],
-    *, whole: bool,
-) -> None:  # fmt: skip
+    parts: Parts,
+    facts: NetworkFacts,
+    folder: Path,
+    engine: str,
+    precision: str,
+    threads: int,
+    calibration: Sequence[Any],
+    *,
+    whole: bool,
+) -> None:
     if engine == "aoti":
         aoti(parts, facts, folder, threads=threads)
         return
     write_parts(parts, folder, engine, whole=whole)
     if precision != "fp32":
-        quantise(parts, folder, engine, precision, [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration])
+        quantise(
+            parts,
+            folder,
+            engine,
+            precision,
+            [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration],
+        )
 
 
 def _bundle(
-    parts: Parts, facts: NetworkFacts, example: Any, folder: Path, engine: str, precision: str, threads: int,
-    costs: CostProfile | None, policy: ThresholdPolicy | None,
-) -> dict[str, Any]:  # fmt: skip
+    parts: Parts,
+    facts: NetworkFacts,
+    example: Any,
+    folder: Path,
+    engine: str,
+    precision: str,
+    threads: int,
+    costs: CostProfile | None,
+    policy: ThresholdPolicy | None,
+) -> dict[str, Any]:
     wiring, ending = parts.wiring, "pt2" if engine == "aoti" else "onnx"
     tensors = dict(zip(wiring.inputs, input_tensors(example, wiring.inputs), strict=True))
     made = provenance(
-        network=facts.structure, weights=facts.weights, engine=engine_label(engine, precision), dtype=_dtype_of(parts.whole),
+        network=facts.structure,
+        weights=facts.weights,
+        engine=engine_label(engine, precision),
+        dtype=_dtype_of(parts.whole),
         **{**machine("cpu"), "threads": threads},
-    )  # fmt: skip
+    )
     return {
-        "kind": "impatient_bundle", "schema": 1, "engine": engine, "precision": precision, "exits": list(parts.exit_names),
+        "kind": "impatient_bundle",
+        "schema": 1,
+        "engine": engine,
+        "precision": precision,
+        "exits": list(parts.exit_names),
         "num_classes": parts.num_classes,
         "inputs": [
-            {"name": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": _shape(value, wiring.batch_dims[name])}
+            {
+                "name": name,
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": _shape(value, wiring.batch_dims[name]),
+            }
             for name, value in tensors.items()
         ],
         "wiring": dataclasses.asdict(wiring),
         **_files(parts, engine, ending),
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
-        "threads": threads, "agreement": None, "tolerance": TOLERANCE if precision == "fp32" else None,
+        "threads": threads,
+        "agreement": None,
+        "tolerance": TOLERANCE if precision == "fp32" else None,
         "costs": None if costs is None else _costs_json(costs),
-        "policy": None if policy is None else {"score": policy.score, "thresholds": list(policy.thresholds)},
-        "facts": [dataclasses.asdict(stage) for stage in facts.stages], "layouts": list(facts.layouts),
+        "policy": None
+        if policy is None
+        else {"score": policy.score, "thresholds": list(policy.thresholds)},
+        "facts": [dataclasses.asdict(stage) for stage in facts.stages],
+        "layouts": list(facts.layouts),
         "provenance": made.to_json(),
-    }  # fmt: skip
+    }
 
 
 def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
@@ -373,11 +461,16 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
     if engine in standalone.SESSIONS:
         return {"session": f"session.{ending}"}
     stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
-    return {"stages": stages, "heads": [head and f"head{index}.{ending}" for index, head in enumerate(parts.heads)]}
+    return {
+        "stages": stages,
+        "heads": [head and f"head{index}.{ending}" for index, head in enumerate(parts.heads)],
+    }
 
 
 def _dtype_of(module: nn.Module) -> str | None:
-    return next((str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()), None)
+    return next(
+        (str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()), None
+    )
 
 
 def _shape(value: Tensor, batch_dim: int | None) -> list[int | None]:
@@ -395,14 +488,22 @@ def _costs_json(costs: CostProfile) -> dict[str, Any]:
 
 
 def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
-    stages = tuple(StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in bundle["facts"])
+    stages = tuple(
+        StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in bundle["facts"]
+    )
     return NetworkFacts(
-        exit_names=tuple(bundle["exits"]), num_classes=bundle["num_classes"], layouts=tuple(bundle["layouts"]), stages=stages,
-        structure=bundle["provenance"]["network"], weights=bundle["provenance"]["weights"],
-    )  # fmt: skip
+        exit_names=tuple(bundle["exits"]),
+        num_classes=bundle["num_classes"],
+        layouts=tuple(bundle["layouts"]),
+        stages=stages,
+        structure=bundle["provenance"]["network"],
+        weights=bundle["provenance"]["weights"],
+    )
 
 
-def _check_agreement(network: MultiExitNetwork, made: EngineNetwork, example: Any, precision: str) -> list[float]:
+def _check_agreement(
+    network: MultiExitNetwork, made: EngineNetwork, example: Any, precision: str
+) -> list[float]:
     """The largest differences per exit, in shares of the largest output; raise if they are no rounding."""
     # noise goes beyond the ranges that 8 bits were given
     agreement = differences(network, made, example, noise=precision == "fp32")
@@ -415,7 +516,9 @@ def _check_agreement(network: MultiExitNetwork, made: EngineNetwork, example: An
     return agreement
 
 
-def differences(network: MultiExitNetwork, made: EngineNetwork, example: Any, *, noise: bool = True) -> list[float]:
+def differences(
+    network: MultiExitNetwork, made: EngineNetwork, example: Any, *, noise: bool = True
+) -> list[float]:
     """Per exit, the largest difference between two networks' outputs, in shares of the largest output.
 
     The network without exits is judged with the last exit.
@@ -437,9 +540,13 @@ def differences(network: MultiExitNetwork, made: EngineNetwork, example: Any, *,
         if spread[index] == 0.0:
             warnings.warn(
                 f"exit {index} ({name}) answers the same to every input, so that its agreement says nothing: is it trained?",
-                NoEffectWarning, stacklevel=2,
-            )  # fmt: skip
-    return [difference / largest if largest else difference for difference, largest in zip(apart, scale, strict=True)]
+                NoEffectWarning,
+                stacklevel=2,
+            )
+    return [
+        difference / largest if largest else difference
+        for difference, largest in zip(apart, scale, strict=True)
+    ]
 
 
 def varied(x: Any, size: int, noise: bool = True) -> Any:
@@ -454,10 +561,14 @@ def varied(x: Any, size: int, noise: bool = True) -> Any:
         if not noise:
             return rows
         if rows.is_floating_point():
-            return rows + torch.randn(rows.shape, generator=generator).to(rows) * (float(rows.std()) or 1.0)
+            return rows + torch.randn(rows.shape, generator=generator).to(rows) * (
+                float(rows.std()) or 1.0
+            )
         if rows.dtype == torch.bool or rows.dim() < 2:
             return rows
-        order = torch.stack([torch.randperm(rows[0].numel(), generator=generator) for _ in range(size)])
+        order = torch.stack(
+            [torch.randperm(rows[0].numel(), generator=generator) for _ in range(size)]
+        )
         return rows.flatten(1).gather(1, order).view_as(rows)
 
     if isinstance(x, Tensor):

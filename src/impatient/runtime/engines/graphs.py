@@ -64,15 +64,23 @@ class Graphed:
     """
 
     def __init__(
-        self, part: Callable[..., Any], batch_dims: Sequence[int | None], gives_dims: Sequence[int | None],
-        buckets: Sequence[int], record: Recorder = record_cuda,
-    ) -> None:  # fmt: skip
+        self,
+        part: Callable[..., Any],
+        batch_dims: Sequence[int | None],
+        gives_dims: Sequence[int | None],
+        buckets: Sequence[int],
+        record: Recorder = record_cuda,
+    ) -> None:
         self._part, self._takes, self._gives = part, tuple(batch_dims), tuple(gives_dims)
         self._buckets, self._record = tuple(buckets), record
         self._recorded: dict[int, Recorded] = {}
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:
-        rows = next(value.shape[dim] for value, dim in zip(values, self._takes, strict=True) if dim is not None)
+        rows = next(
+            value.shape[dim]
+            for value, dim in zip(values, self._takes, strict=True)
+            if dim is not None
+        )
         place = bisect.bisect_left(self._buckets, rows)
         if place == len(self._buckets):
             raise NetworkError(
@@ -89,13 +97,19 @@ class Graphed:
 
     def _at(self, bucket: int, values: Sequence[Tensor]) -> Recorded:
         if bucket not in self._recorded:
-            filled = [_filled(value, dim, bucket) for value, dim in zip(values, self._takes, strict=True)]
+            filled = [
+                _filled(value, dim, bucket) for value, dim in zip(values, self._takes, strict=True)
+            ]
             self._recorded[bucket] = self._record(self._part, filled)
         return self._recorded[bucket]
 
 
 def cuda_graphs(
-    parts: Parts, facts: NetworkFacts, *, buckets: Sequence[int] = BUCKETS, record: Recorder = record_cuda
+    parts: Parts,
+    facts: NetworkFacts,
+    *,
+    buckets: Sequence[int] = BUCKETS,
+    record: Recorder = record_cuda,
 ) -> EngineNetwork:
     """Every part as CUDA graphs; the network must lie on a CUDA device in eval mode. Changed weights show, other shapes do not.
 
@@ -107,10 +121,18 @@ def cuda_graphs(
     Thread:
         One run at a time: runs share the recordings' memory.
     """
-    if not buckets or buckets[0] < 1 or any(after <= before for before, after in itertools.pairwise(buckets)):
-        raise NetworkError(f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as {BUCKETS}.")
+    if (
+        not buckets
+        or buckets[0] < 1
+        or any(after <= before for before, after in itertools.pairwise(buckets))
+    ):
+        raise NetworkError(
+            f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as {BUCKETS}."
+        )
     if record is record_cuda and not next(iter(parts.examples.values())).is_cuda:
-        raise NetworkError("the network is not on a CUDA device, which records the graphs; move it and the example there.")
+        raise NetworkError(
+            "the network is not on a CUDA device, which records the graphs; move it and the example there."
+        )
     dims: Mapping[str, int | None] = parts.wiring.batch_dims
 
     def graphed(part: nn.Module, takes: Sequence[str], gives: Sequence[int | None]) -> Graphed:
@@ -127,9 +149,13 @@ def cuda_graphs(
     ]
     whole = _first(graphed(parts.whole, wiring.inputs, [0]))
     return EngineNetwork(
-        facts, Staged(wiring, stages, heads), whole, engine="cuda-graphs", buckets=buckets,
+        facts,
+        Staged(wiring, stages, heads),
+        whole,
+        engine="cuda-graphs",
+        buckets=buckets,
         mechanism=f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows",
-    )  # fmt: skip
+    )
 
 
 def _first(part: Graphed) -> Callable[[Tensor], Tensor]:
@@ -141,7 +167,11 @@ def _filled(value: Tensor, dim: int | None, rows: int) -> Tensor:
     if dim is None:
         return value
     missing = rows - value.shape[dim]
-    return torch.cat([value, value.narrow(dim, 0, 1).expand(_with(value.shape, dim, missing))], dim) if missing else value
+    return (
+        torch.cat([value, value.narrow(dim, 0, 1).expand(_with(value.shape, dim, missing))], dim)
+        if missing
+        else value
+    )
 
 
 def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:

@@ -55,21 +55,31 @@ class NetworkFacts:
         """The facts of a network, found by running it once on one sample of an example input."""
         state = network.state_dict()
         return cls(
-            exit_names=network.exit_names, num_classes=network.num_classes, layouts=network.layouts,
-            stages=tuple(stage_facts(network, resized(x, 1))), structure=fingerprint_structure(state),
+            exit_names=network.exit_names,
+            num_classes=network.num_classes,
+            layouts=network.layouts,
+            stages=tuple(stage_facts(network, resized(x, 1))),
+            structure=fingerprint_structure(state),
             weights=fingerprint_tensors(state),
-        )  # fmt: skip
+        )
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        stages = tuple(StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in value["stages"])
+        stages = tuple(
+            StageFacts(**{**stage, "features": tuple(stage["features"])})
+            for stage in value["stages"]
+        )
         return cls(
-            exit_names=tuple(value["exit_names"]), num_classes=value["num_classes"], layouts=tuple(value["layouts"]),
-            stages=stages, structure=value["structure"], weights=value["weights"],
-        )  # fmt: skip
+            exit_names=tuple(value["exit_names"]),
+            num_classes=value["num_classes"],
+            layouts=tuple(value["layouts"]),
+            stages=stages,
+            structure=value["structure"],
+            weights=value["weights"],
+        )
 
 
 class EngineExit:
@@ -94,7 +104,9 @@ class EngineExit:
             RunError: where all exits are in one session, which keeps its features to itself.
         """
         if self._exit.features is None:
-            raise RunError("an engine with one session of all exits gives no features; use one with a session per stage.")
+            raise RunError(
+                "an engine with one session of all exits gives no features; use one with a session per stage."
+            )
         return _to_torch(self._exit.features, self._arrays)
 
     @property
@@ -167,10 +179,18 @@ class Whole(nn.Module):
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
         super().__init__()
-        self._call, self._inputs, self._arrays = [call], tuple(inputs), arrays  # in a list: no submodule of this one
+        self._call, self._inputs, self._arrays = (
+            [call],
+            tuple(inputs),
+            arrays,
+        )  # in a list: no submodule of this one
 
     def forward(self, *tensors: Any, **named: Any) -> Tensor:
-        given = input_tensors(named, self._inputs) if named else [entry for entry in tensors if isinstance(entry, Tensor)]
+        given = (
+            input_tensors(named, self._inputs)
+            if named
+            else [entry for entry in tensors if isinstance(entry, Tensor)]
+        )
         with torch.inference_mode():
             output = self._call[0](*(_from_torch(tensor, self._arrays) for tensor in given))
         return _to_torch(output, self._arrays)
@@ -212,14 +232,24 @@ class EngineNetwork:
         mechanism: str | None = None,
     ) -> None:
         if parts.num_exits != len(facts.exit_names):
-            raise NetworkError(f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; needed: as many.")
+            raise NetworkError(
+                f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; needed: as many."
+            )
         self.facts = facts
         self.engine, self.precision, self.threads = engine, precision, threads
-        self.exit_names, self.num_classes, self.layouts = facts.exit_names, facts.num_classes, facts.layouts
+        self.exit_names, self.num_classes, self.layouts = (
+            facts.exit_names,
+            facts.num_classes,
+            facts.layouts,
+        )
         self.structure = facts.structure
         self.weights = facts.weights if precision == "fp32" else f"{facts.weights}-{precision}"
         self.buckets = tuple(buckets)
-        how = f"one artifact for each of {parts.num_exits} stages" if parts.shrinks else "one session with all exits"
+        how = (
+            f"one artifact for each of {parts.num_exits} stages"
+            if parts.shrinks
+            else "one session with all exits"
+        )
         self.mechanism = mechanism or f"{engine}, {how}"
         self.backbone = Whole(whole, parts.wiring.inputs, arrays)
         self._parts, self._arrays = parts, arrays
@@ -239,7 +269,10 @@ class EngineNetwork:
         Raises:
             NetworkError: if the input has other tensors than the one the network was exported with.
         """
-        values = [_from_torch(tensor, self._arrays) for tensor in input_tensors(x, self._parts.wiring.inputs)]
+        values = [
+            _from_torch(tensor, self._arrays)
+            for tensor in input_tensors(x, self._parts.wiring.inputs)
+        ]
         return EngineRun(self._parts(values), self._arrays)
 
     def shrinks(self, x: Any) -> bool:  # noqa: ARG002
@@ -279,7 +312,9 @@ class EngineNetwork:
 
 def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
     """The exported graphs as they are, run by torch: what the engines are compared with."""
-    return EngineNetwork(facts, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported")
+    return EngineNetwork(
+        facts, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported"
+    )
 
 
 def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
@@ -298,10 +333,14 @@ def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
 
     heads = [None if head is None else made(head) for head in parts.heads]
     stages = [made(stage) for stage in parts.stages]
-    return EngineNetwork(facts, Staged(parts.wiring, stages, heads), made(parts.whole), engine="compile")
+    return EngineNetwork(
+        facts, Staged(parts.wiring, stages, heads), made(parts.whole), engine="compile"
+    )
 
 
-def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1) -> EngineNetwork:
+def aoti(
+    parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1
+) -> EngineNetwork:
     """Every part compiled ahead of time by AOTInductor, written to a directory, and loaded from there.
 
     Args:
@@ -330,10 +369,14 @@ def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: i
     write_json(
         directory / _AOTI,
         {
-            "kind": "impatient_aoti", "schema": 1, "threads": threads, "torch": str(torch.__version__),
-            "wiring": dataclasses.asdict(wiring), "facts": facts.to_json(),
+            "kind": "impatient_aoti",
+            "schema": 1,
+            "threads": threads,
+            "torch": str(torch.__version__),
+            "wiring": dataclasses.asdict(wiring),
+            "facts": facts.to_json(),
         },
-    )  # fmt: skip
+    )
     return load_aoti(directory)
 
 
@@ -348,7 +391,9 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
     try:
         made = json.loads((directory / _AOTI).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{directory} is not a directory that aoti has finished ({error}); build it again.") from error
+        raise StorageError(
+            f"{directory} is not a directory that aoti has finished ({error}); build it again."
+        ) from error
     here = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     for name, value in here.items():
         if made[name] != value:
@@ -360,7 +405,9 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
     stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
     heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
     whole = _load(directory / "whole.pt2")
-    return EngineNetwork(facts, Staged(wiring, stages, [*heads, None]), whole, engine="aoti", threads=made["threads"])
+    return EngineNetwork(
+        facts, Staged(wiring, stages, [*heads, None]), whole, engine="aoti", threads=made["threads"]
+    )
 
 
 _AOTI = "aoti.json"
@@ -379,7 +426,9 @@ def _package(part: nn.Module, takes: Sequence[str], parts: Parts, path: Path) ->
     """Export a part once more, by itself and with a batch of any size, and write its package."""
     shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
     with exporting(path.stem):
-        program = torch.export.export(part, tuple(parts.examples[name] for name in takes), dynamic_shapes=shapes)
+        program = torch.export.export(
+            part, tuple(parts.examples[name] for name in takes), dynamic_shapes=shapes
+        )
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 

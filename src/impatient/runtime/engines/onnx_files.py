@@ -17,7 +17,18 @@ from impatient.runtime.engines.standalone import SESSIONS
 
 LARGEST_FILE = 2**31 - 2**24  # bytes: what protobuf can hold, less some room for the graph
 # norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
-STATIC_KINDS = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "Concat", "MaxPool", "AveragePool", "GlobalAveragePool"]
+STATIC_KINDS = [
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Add",
+    "Relu",
+    "Clip",
+    "Concat",
+    "MaxPool",
+    "AveragePool",
+    "GlobalAveragePool",
+]
 PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
 
 
@@ -29,20 +40,31 @@ def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None
     """
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
-            raise ExportFailed(f"writing ONNX needs {package}, which is not installed: pip install 'impatient[onnx]'.")
+            raise ExportFailed(
+                f"writing ONNX needs {package}, which is not installed: pip install 'impatient[onnx]'."
+            )
     for name, part, takes, gives in _named_parts(parts, engine):
         if whole or name != "whole":
             _write(part, parts, takes, gives, folder / f"{name}.onnx")
 
 
-def _named_parts(parts: Parts, engine: str) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
+def _named_parts(
+    parts: Parts, engine: str
+) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
     """Every file's name and module, and the names of what it takes and gives."""
     wiring = parts.wiring
     if engine in SESSIONS:
         outputs = tuple(f"output{index}" for index in range(len(parts.stages)))
-        yield "session", _AllExits(parts, late=engine == "onnxruntime-session"), wiring.inputs, outputs
+        yield (
+            "session",
+            _AllExits(parts, late=engine == "onnxruntime-session"),
+            wiring.inputs,
+            outputs,
+        )
     else:
-        for index, (stage, takes, gives) in enumerate(zip(parts.stages, wiring.takes, wiring.gives, strict=True)):
+        for index, (stage, takes, gives) in enumerate(
+            zip(parts.stages, wiring.takes, wiring.gives, strict=True)
+        ):
             yield f"stage{index}", stage, takes, gives
         for index, (head, features) in enumerate(zip(parts.heads, wiring.features, strict=True)):
             if head is not None:
@@ -65,7 +87,10 @@ class _AllExits(nn.Module):
     def __init__(self, parts: Parts, *, late: bool) -> None:
         super().__init__()
         self._wiring, self._late = parts.wiring, late
-        self._stages, self._heads = nn.ModuleList(parts.stages), nn.ModuleList(filter(None, parts.heads))
+        self._stages, self._heads = (
+            nn.ModuleList(parts.stages),
+            nn.ModuleList(filter(None, parts.heads)),
+        )
         self.register_buffer("_columns", torch.tensor([*range(parts.num_classes), 0]))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -84,15 +109,21 @@ class _AllExits(nn.Module):
         return output.index_select(1, self.get_buffer("_columns"))
 
 
-def _write(part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path) -> None:
+def _write(
+    part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path
+) -> None:
     """Write one part with a batch of any size."""
     shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
-    arguments = tuple(parts.examples[name].clone() for name in takes)  # torch takes one tensor given twice for one input
+    arguments = tuple(
+        parts.examples[name].clone() for name in takes
+    )  # torch takes one tensor given twice for one input
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its own older names
-            exported = torch.export.export(part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes)
+            exported = torch.export.export(
+                part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes
+            )
             program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
             _name_values(program.model.graph, takes, gives)
             program.save(str(file), external_data=size > LARGEST_FILE)
@@ -115,8 +146,12 @@ def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None
 
 
 def quantise(
-    parts: Parts, folder: Path, engine: str, precision: str, calibration: Sequence[tuple[Tensor, ...]]
-) -> None:  # fmt: skip
+    parts: Parts,
+    folder: Path,
+    engine: str,
+    precision: str,
+    calibration: Sequence[tuple[Tensor, ...]],
+) -> None:
     """Replace every file in a folder that `write_parts` has written by one that computes with 8 bits.
 
     Args:
@@ -127,7 +162,9 @@ def quantise(
     for name, _, takes, _ in _named_parts(parts, engine):
         file = folder / f"{name}.onnx"
         if file.is_file():  # whole.onnx may have been left out
-            _quantise(file, engine, precision, [{name: values[name] for name in takes} for values in seen])
+            _quantise(
+                file, engine, precision, [{name: values[name] for name in takes} for values in seen]
+            )
 
 
 def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
@@ -136,13 +173,17 @@ def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[di
     for inputs in batches:
         values = dict(zip(parts.wiring.inputs, inputs, strict=True))
         with torch.inference_mode():
-            for stage, takes, gives in zip(parts.stages, parts.wiring.takes, parts.wiring.gives, strict=True):
+            for stage, takes, gives in zip(
+                parts.stages, parts.wiring.takes, parts.wiring.gives, strict=True
+            ):
                 values.update(zip(gives, stage(*(values[name] for name in takes)), strict=True))
         seen.append({name: value.numpy() for name, value in values.items()})
     return seen
 
 
-def _quantise(file: Path, engine: str, precision: str, samples: Sequence[Mapping[str, Any]]) -> None:
+def _quantise(
+    file: Path, engine: str, precision: str, samples: Sequence[Mapping[str, Any]]
+) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
@@ -150,21 +191,38 @@ def _quantise(file: Path, engine: str, precision: str, samples: Sequence[Mapping
     model = onnx.load(file)
     # shapes of values in between would no longer be true of transposed weights
     del model.graph.value_info[:]
-    add_pre_process_metadata(model)  # or the quantiser warns: torch's exporter has already folded what folds
+    add_pre_process_metadata(
+        model
+    )  # or the quantiser warns: torch's exporter has already folded what folds
     large = file.with_name(f"{file.name}.data").is_file()
     if precision == "int8-dynamic":
-        quantize_dynamic(model, file, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+        quantize_dynamic(
+            model,
+            file,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=large,
+        )
         return
     # OpenVINO (2026.4) cannot compile zeros that are not 0 where channels are filled up with zeros
     symmetric = engine.startswith("openvino")
     quantize_static(
-        model, file, _Samples(iter(samples)), quant_format=QuantFormat.QDQ, per_channel=True, op_types_to_quantize=STATIC_KINDS,
-        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8,
+        model,
+        file,
+        _Samples(iter(samples)),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        op_types_to_quantize=STATIC_KINDS,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
         use_external_data_format=large,
         reduce_range=True,  # processors without VNNI add products of 8 times 8 bits in 16, and overflow
         # logits on a grid of 256 values tie, and features are rounded once at the next part
-        extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"], "ActivationSymmetric": symmetric},
-    )  # fmt: skip
+        extra_options={
+            "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
+            "ActivationSymmetric": symmetric,
+        },
+    )
 
 
 class _Samples:

@@ -75,7 +75,12 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     graph = _export(traced, type(network.backbone).__name__, list(values.values()), dims)
     whole = _whole(graph, names)
     _check_batch_of_one(
-        traced, whole, [value if dim is None else value[:1] for value, dim in zip(values.values(), dims, strict=True)]
+        traced,
+        whole,
+        [
+            value if dim is None else value[:1]
+            for value, dim in zip(values.values(), dims, strict=True)
+        ],
     )
     cut = _Cutting(graph, names, network.exit_names)
     wiring, stages = cut.wiring(), cut.stages()
@@ -83,13 +88,20 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     with torch.no_grad():
         for stage, takes, gives in zip(stages, wiring.takes, wiring.gives, strict=True):
             values |= zip(gives, stage(*(values[name] for name in takes)), strict=True)
-    for head, name, features in zip(network.heads, network.exit_names, wiring.features, strict=False):
+    for head, name, features in zip(
+        network.heads, network.exit_names, wiring.features, strict=False
+    ):
         exported = _export(_Alone(head), f"the head after {name}", [values[features]], [0])
         heads.append(_whole(exported, ["features"]))
     return Parts(
-        wiring=wiring, stages=stages, heads=[*heads, None], whole=whole, examples=values, exit_names=network.exit_names,
+        wiring=wiring,
+        stages=stages,
+        heads=[*heads, None],
+        whole=whole,
+        examples=values,
+        exit_names=network.exit_names,
         num_classes=network.num_classes,
-    )  # fmt: skip
+    )
 
 
 def input_names(x: Any) -> tuple[str, ...]:
@@ -128,21 +140,29 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
 def _batch_dims(x: Any) -> list[int | None]:
     """Per tensor of an input, its dimension that is the batch: the first, where it is as long."""
     size = batch_size_of(x)
-    return [0 if value.dim() > 0 and value.shape[0] == size else None for value in input_tensors(x, input_names(x))]
+    return [
+        0 if value.dim() > 0 and value.shape[0] == size else None
+        for value in input_tensors(x, input_names(x))
+    ]
 
 
 def _two_samples(x: Any) -> list[Tensor]:
     """The input's tensors with a batch of exactly two: of one, torch.export would take the 1 for a constant."""
     rows = torch.arange(2) % batch_size_of(x)
     tensors = (value.detach() for value in input_tensors(x, input_names(x)))
-    return [value if dim is None else value[rows] for value, dim in zip(tensors, _batch_dims(x), strict=True)]
+    return [
+        value if dim is None else value[rows]
+        for value, dim in zip(tensors, _batch_dims(x), strict=True)
+    ]
 
 
 def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Tensor]) -> None:
     """torch.export believes that what it saw with two samples is so with one."""
     with evaluating(model), torch.no_grad(), without_fused_attention():
         wanted, given = model(*tensors)[0], whole(*tensors)
-    if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True):
+    if not torch.allclose(
+        given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True
+    ):
         raise ExportFailed(
             "with one sample, the exported model gives another output than the model (the largest difference is "
             f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one in a way of its own. "
@@ -207,7 +227,12 @@ def exporting(name: str) -> Iterator[None]:
     Raises:
         ExportFailed: if what is done inside fails.
     """
-    with torch.inference_mode(False), torch.no_grad(), without_fused_attention(), warnings.catch_warnings():
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        without_fused_attention(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own older names
         try:
             yield
@@ -225,11 +250,15 @@ def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], 
     return tuple({} if dim is None else {dim: batch} for dim in dims)
 
 
-def _export(model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]) -> fx.GraphModule:
+def _export(
+    model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
+) -> fx.GraphModule:
     """A graph of a model in eval mode, functional, for batches of any size, without what only checks its inputs."""
     shapes = (any_batch(dims),)  # one entry: the forward takes *tensors
     with evaluating(model), exporting(name):
-        exported = torch.export.export(model, tuple(tensors), dynamic_shapes=shapes, strict=False).run_decompositions({})
+        exported = torch.export.export(
+            model, tuple(tensors), dynamic_shapes=shapes, strict=False
+        ).run_decompositions({})
     if exported.graph_signature.buffers_to_mutate:
         raise ExportFailed(
             f"{name} writes to its buffers ({', '.join(exported.graph_signature.buffers_to_mutate.values())}) in eval mode, "
@@ -258,15 +287,25 @@ def _output_of(graph: fx.Graph) -> fx.Node:
 
 def _is_size(node: fx.Node) -> bool:
     """Whether a node's value is a number that depends on the batch's size, not a tensor."""
-    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool))
+    return isinstance(
+        node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool)
+    )
 
 
 class _Cutting:
     """A graph with marks, and which stage each of its nodes belongs to; inputs belong to none (-1)."""
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[str], exit_names: Sequence[str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, inputs: Sequence[str], exit_names: Sequence[str]
+    ) -> None:
         self._module = module
-        self._inputs = dict(zip((node for node in module.graph.nodes if node.op == "placeholder"), inputs, strict=True))
+        self._inputs = dict(
+            zip(
+                (node for node in module.graph.nodes if node.op == "placeholder"),
+                inputs,
+                strict=True,
+            )
+        )
         self._stage_of = dict.fromkeys(self._inputs, -1)
         self._features: list[fx.Node] = []
         self._stages: list[list[fx.Node]] = [[]]
@@ -279,7 +318,9 @@ class _Cutting:
                 self._stages[-1].append(node)
         self._features.append(_output_of(module.graph))
         self._check(exit_names)
-        self._batch = next(size for node in self._inputs if (size := self._batch_of(node)) is not None)
+        self._batch = next(
+            size for node in self._inputs if (size := self._batch_of(node)) is not None
+        )
         self._takes = [self._needed(index) for index in range(len(self._stages))]
         self._gives = [self._asked_for(index) for index in range(len(self._stages))]
 
@@ -311,7 +352,11 @@ class _Cutting:
                 )
 
     def _name(self, node: fx.Node) -> str:
-        return self._inputs[node] if node in self._inputs else f"stage{self._stage_of[node]}_{node.name}"
+        return (
+            self._inputs[node]
+            if node in self._inputs
+            else f"stage{self._stage_of[node]}_{node.name}"
+        )
 
     def _batch_of(self, node: fx.Node) -> Any:
         """The symbol of the batch's size where a node's first dimension is the batch, else None."""
@@ -319,7 +364,10 @@ class _Cutting:
         return shape[0].node.expr if len(shape) and isinstance(shape[0], torch.SymInt) else None
 
     def _batch_dim(self, node: fx.Node) -> int | None:
-        sizes = [size.node.expr if isinstance(size, torch.SymInt) else None for size in node.meta["val"].shape]
+        sizes = [
+            size.node.expr if isinstance(size, torch.SymInt) else None
+            for size in node.meta["val"].shape
+        ]
         if self._batch in sizes:
             return sizes.index(self._batch)
         if any(size is not None for size in sizes):
@@ -331,7 +379,11 @@ class _Cutting:
 
     def _is_batch_size(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
-        return node.target is _SIZE and isinstance(value, torch.SymInt) and value.node.expr == self._batch
+        return (
+            node.target is _SIZE
+            and isinstance(value, torch.SymInt)
+            and value.node.expr == self._batch
+        )
 
     def _needed(self, index: int) -> list[fx.Node]:
         """What a stage takes, in the order in which it was made."""
@@ -373,7 +425,9 @@ class _Cutting:
         def copied(node: fx.Node) -> fx.Node:
             if node not in made:
                 made[node] = (
-                    self._batch_size(graph, index, made) if self._is_batch_size(node) else graph.node_copy(node, copied)
+                    self._batch_size(graph, index, made)
+                    if self._is_batch_size(node)
+                    else graph.node_copy(node, copied)
                 )
             return made[node]
 

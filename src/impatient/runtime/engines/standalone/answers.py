@@ -40,7 +40,9 @@ class Answer(Generic[Output]):
 class Gathered:
     """The latest outputs of a batch whose samples stop at different exits and then leave it."""
 
-    def __init__(self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float) -> None:
+    def __init__(
+        self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float
+    ) -> None:
         self.count, self.deadline = count, deadline
         self._last, self._clock, self._begin = num_exits - 1, clock, begin
         self._going = np.arange(count)
@@ -64,7 +66,11 @@ class Gathered:
         output = exit.output()
         if self._output is None:
             self._output = np.empty((self.count, *output.shape[1:]), output.dtype)
-        self._output[self._going], self._exits[self._going], self._taken = output, exit.index, exit.index
+        self._output[self._going], self._exits[self._going], self._taken = (
+            output,
+            exit.index,
+            exit.index,
+        )
 
     def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
         """Take those samples out of the run that stop at this exit; say why if none is left."""
@@ -86,6 +92,10 @@ class Gathered:
         assert self._output is not None
         now, exits = self._clock(), tuple(self._exits.tolist())
         return Answer(
-            output=self._output.copy(), exit=max(exits), exits=exits, elapsed_s=now - self._begin, stopped_by=stopped_by,
+            output=self._output.copy(),
+            exit=max(exits),
+            exits=exits,
+            elapsed_s=now - self._begin,
+            stopped_by=stopped_by,
             deadline_met=now <= self.deadline,
-        )  # fmt: skip
+        )

@@ -48,17 +48,26 @@ class Bundle:
     """
 
     def __init__(
-        self, directory: str | Path, threads: int | None = None, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        directory: str | Path,
+        threads: int | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.directory, self._clock = Path(directory), clock
         self.description = description = read_description(self.directory)
         self.engine: str = description["engine"]
-        self.exit_names, self.num_classes = tuple(description["exits"]), int(description["num_classes"])
+        self.exit_names, self.num_classes = (
+            tuple(description["exits"]),
+            int(description["num_classes"]),
+        )
         self.threads = int(description["threads"]) if threads is None else threads
         self.wiring = wiring_of(description["wiring"])
         self.parts = self._load()
         policy = description["policy"]
-        self.policy = policy and Thresholds(score=policy["score"], thresholds=tuple(map(float, policy["thresholds"])))
+        self.policy = policy and Thresholds(
+            score=policy["score"], thresholds=tuple(map(float, policy["thresholds"]))
+        )
         self._whole: EnginePart | None = None
         self._drifts = {statistic: Drift(quantile) for statistic, quantile in QUANTILES.items()}
         self._paces: dict[tuple[int, str], Pace] = {}
@@ -83,7 +92,9 @@ class Bundle:
         """The output of the network without exits, to compare with. It is loaded at the first call."""
         if self._whole is None:
             if self.description["whole"] is None:
-                raise BundleError(f"{self.directory} was exported without the whole network; export again with it.")
+                raise BundleError(
+                    f"{self.directory} was exported without the whole network; export again with it."
+                )
             self._whole = self._part(self.description["whole"])
         return self._whole.one(*self._inputs(x))
 
@@ -116,11 +127,17 @@ class Bundle:
         with run:
             before = begin
             for exit in run:
-                if pace and gathered.all_going and exit.whole:  # part of a batch says nothing about the costs of all of it
+                if (
+                    pace and gathered.all_going and exit.whole
+                ):  # part of a batch says nothing about the costs of all of it
                     pace.observe(exit.index, self._clock() - before)
                 stopped_by = gathered.stopped_by(exit, rule, run)
                 before = self._clock()
-                if not stopped_by and pace and not pace.fits(exit.index + 1, before, gathered.deadline, RESERVE_S):
+                if (
+                    not stopped_by
+                    and pace
+                    and not pace.fits(exit.index + 1, before, gathered.deadline, RESERVE_S)
+                ):
                     stopped_by = "deadline"
                 if stopped_by:
                     gathered.take(exit)
@@ -150,7 +167,9 @@ class Bundle:
             Per batch size as text, the "stages" and "heads": for each, mean, quantiles and largest of the seconds it took.
         """
         if repeats < 1:
-            raise BundleError(f"repeats={repeats!r}; needed: at least 1, and 300 for a p99 that means something.")
+            raise BundleError(
+                f"repeats={repeats!r}; needed: at least 1, and 300 for a p99 that means something."
+            )
         self.warm_up(x, warm_up)
         times_s = np.zeros((2, self.num_exits, repeats))
         for repeat in range(repeats):
@@ -184,33 +203,47 @@ class Bundle:
 
     def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
         if deadline_s is not None and not deadline_s > 0.0:
-            raise BundleError(f"deadline_s={deadline_s!r}; needed: a positive number of seconds, such as 0.008.")
+            raise BundleError(
+                f"deadline_s={deadline_s!r}; needed: a positive number of seconds, such as 0.008."
+            )
         inputs = self._inputs(x)
         deadline = math.inf if deadline_s is None else begin + deadline_s
-        gathered = Gathered(self.wiring.batch_size(inputs), self.num_exits, self._clock, begin, deadline)
+        gathered = Gathered(
+            self.wiring.batch_size(inputs), self.num_exits, self._clock, begin, deadline
+        )
         return self.parts(inputs), gathered
 
     def _load(self) -> Staged | Streamed:
         if self.engine in SESSIONS:
-            session = SESSIONS[self.engine](self.directory / self.description["session"], threads=self.threads)
+            session = SESSIONS[self.engine](
+                self.directory / self.description["session"], threads=self.threads
+            )
             return Streamed(self.wiring, session)
         stages = [self._part(name) for name in self.description["stages"]]
-        heads = [None if name is None else self._part(name).one for name in self.description["heads"]]
+        heads = [
+            None if name is None else self._part(name).one for name in self.description["heads"]
+        ]
         return Staged(self.wiring, stages, heads)
 
     def _part(self, name: str) -> EnginePart:
-        return ENGINES[self.engine.removesuffix("-session")](self.directory / name, threads=self.threads)
+        return ENGINES[self.engine.removesuffix("-session")](
+            self.directory / name, threads=self.threads
+        )
 
     def _inputs(self, x: Inputs) -> list[Array]:
         specs = {spec["name"]: spec for spec in self.description["inputs"]}
         given = x if isinstance(x, Mapping) else {self.wiring.inputs[0]: x}
         if set(given) != set(specs):
-            raise BundleError(f"inputs {sorted(given)}; needed: {sorted(specs)}, as a mapping of names to arrays.")
+            raise BundleError(
+                f"inputs {sorted(given)}; needed: {sorted(specs)}, as a mapping of names to arrays."
+            )
         for name, spec in specs.items():
             check_input(name, given[name], spec)
         sizes = {given[name].shape[dim] for name, dim in self._input_dims()}
         if len(sizes) > 1 or 0 in sizes:
-            raise BundleError(f"inputs of {sorted(sizes)} samples; needed: the same number in each, at least 1.")
+            raise BundleError(
+                f"inputs of {sorted(sizes)} samples; needed: the same number in each, at least 1."
+            )
         return [given[name] for name in self.wiring.inputs]
 
     def _input_dims(self) -> list[tuple[str, int]]:
@@ -227,7 +260,11 @@ class Bundle:
             value = read(path, "impatient_bundle_costs", f"delete it and run `{PROFILE}`")
             return value["costs"], value["provenance"]
         made = self.description.get("provenance") or {}
-        exported = {"processor": made.get("processor"), "threads": self.description["threads"], "engine": self.engine}
+        exported = {
+            "processor": made.get("processor"),
+            "threads": self.description["threads"],
+            "engine": self.engine,
+        }
         return self.description.get("costs") or {}, exported
 
     def _pace(self, batch: int, statistic: str, any_profile: bool) -> Pace:
@@ -236,7 +273,9 @@ class Bundle:
         costs, here = self.costs.get(str(batch)), self._here()
         if costs is None:
             measured = ", ".join(self.costs) or "none"
-            raise BundleError(f"no costs for batch size {batch} (measured: {measured}). To meet a deadline, run `{PROFILE}`.")
+            raise BundleError(
+                f"no costs for batch size {batch} (measured: {measured}). To meet a deadline, run `{PROFILE}`."
+            )
         if self._measured_on != here and not any_profile:
             raise BundleError(
                 f"the costs were measured on {self._measured_on}, but here it is {here}. "
@@ -245,11 +284,18 @@ class Bundle:
         if (batch, statistic) not in self._paces:
             try:
                 rows = zip(self.exit_names, costs["stages"], costs["heads"], strict=True)
-                times_s = [(stage[statistic], stage[statistic] + head[statistic]) for _, stage, head in rows]
+                times_s = [
+                    (stage[statistic], stage[statistic] + head[statistic])
+                    for _, stage, head in rows
+                ]
             except (KeyError, TypeError, ValueError) as error:
-                raise BundleError(f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`.") from error
+                raise BundleError(
+                    f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`."
+                ) from error
             stages_s, next_s = zip(*times_s, strict=True)
-            self._paces[batch, statistic] = Pace(next_s, QUANTILES[statistic], stages_s, self._drifts[statistic])
+            self._paces[batch, statistic] = Pace(
+                next_s, QUANTILES[statistic], stages_s, self._drifts[statistic]
+            )
         return self._paces[batch, statistic]
 
 
@@ -277,7 +323,10 @@ class Started:
         """Wait for the last exit, the policy or the deadline, whichever comes first; then as `interrupt`."""
         left_s = self._gathered.left_s()
         with self._changed:
-            self._changed.wait_for(lambda: self._answer or self._finished, left_s if left_s < threading.TIMEOUT_MAX else None)
+            self._changed.wait_for(
+                lambda: self._answer or self._finished,
+                left_s if left_s < threading.TIMEOUT_MAX else None,
+            )
             return self._stop("deadline")
 
     def interrupt(self) -> Answer[Array]:
@@ -303,7 +352,10 @@ class Started:
     def work(self) -> None:
         """Compute, on the bundle's thread."""
         try:
-            with self._run, contextlib.suppress(Cancelled):  # _stop has cancelled it, and has its answer
+            with (
+                self._run,
+                contextlib.suppress(Cancelled),
+            ):  # _stop has cancelled it, and has its answer
                 for exit in self._run:
                     if self._done_at(exit):
                         break
@@ -329,9 +381,14 @@ def _quantiles(times_s: Array) -> dict[str, float]:
     """Order statistics, rounded up, so that the p99 of few repeats is the largest."""
     p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher").tolist()
     return {
-        "mean": float(times_s.mean()), "p50": p50, "p90": p90, "p99": p99, "p999": p999, "max": float(times_s.max()),
+        "mean": float(times_s.mean()),
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+        "p999": p999,
+        "max": float(times_s.max()),
         "n": len(times_s),
-    }  # fmt: skip
+    }
 
 
 def processor_name() -> str:

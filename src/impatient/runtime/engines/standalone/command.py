@@ -20,14 +20,32 @@ from .thresholds import probabilities
 
 def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     """Run the network in a directory on an input from the command line."""
-    parser = argparse.ArgumentParser(description="Run the exported network in this directory, against the clock.")
-    parser.add_argument("input", help="a .npy file of one array with its batch dimension, or .npz of several, by input name")
-    parser.add_argument("--deadline-ms", type=float, help="milliseconds to answer in; without it, run to the end")
-    parser.add_argument("--statistic", default="p99", choices=QUANTILES, help="the quantile of the costs that must fit")
-    parser.add_argument("--no-policy", action="store_true", help="do not stop early where the exported policy would")
+    parser = argparse.ArgumentParser(
+        description="Run the exported network in this directory, against the clock."
+    )
+    parser.add_argument(
+        "input",
+        help="a .npy file of one array with its batch dimension, or .npz of several, by input name",
+    )
+    parser.add_argument(
+        "--deadline-ms", type=float, help="milliseconds to answer in; without it, run to the end"
+    )
+    parser.add_argument(
+        "--statistic",
+        default="p99",
+        choices=QUANTILES,
+        help="the quantile of the costs that must fit",
+    )
+    parser.add_argument(
+        "--no-policy", action="store_true", help="do not stop early where the exported policy would"
+    )
     parser.add_argument("--threads", type=int, help="threads of a stage; without it, as exported")
-    parser.add_argument("--profile", action="store_true", help="measure here first and write costs.json")
-    parser.add_argument("--any-profile", action="store_true", help="believe costs that were not measured here")
+    parser.add_argument(
+        "--profile", action="store_true", help="measure here first and write costs.json"
+    )
+    parser.add_argument(
+        "--any-profile", action="store_true", help="believe costs that were not measured here"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     try:
@@ -37,7 +55,11 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
         bundle.warm_up(x)
         deadline_s = None if given.deadline_ms is None else given.deadline_ms * 1e-3
         answer = bundle.run(
-            x, deadline_s=deadline_s, statistic=given.statistic, policy=not given.no_policy, any_profile=given.any_profile
+            x,
+            deadline_s=deadline_s,
+            statistic=given.statistic,
+            policy=not given.no_policy,
+            any_profile=given.any_profile,
         )
     except BundleError as error:
         sys.exit(f"error: {error}")
@@ -48,22 +70,36 @@ def _load(path: str) -> Inputs:
     try:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"cannot read {path}: {error}. Needed: a file written by numpy.save or numpy.savez.") from error
+        raise BundleError(
+            f"cannot read {path}: {error}. Needed: a file written by numpy.save or numpy.savez."
+        ) from error
     return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
 def _as_json(answer: Answer[Array]) -> str:
     shares = probabilities(answer.output)
-    return json.dumps({
-        "class": shares.argmax(-1).tolist(), "probabilities": shares.tolist(), "exit": answer.exit, "exits": answer.exits,
-        "elapsed_ms": answer.elapsed_s * 1e3, "stopped_by": answer.stopped_by, "deadline_met": answer.deadline_met,
-    })  # fmt: skip
+    return json.dumps(
+        {
+            "class": shares.argmax(-1).tolist(),
+            "probabilities": shares.tolist(),
+            "exit": answer.exit,
+            "exits": answer.exits,
+            "elapsed_ms": answer.elapsed_s * 1e3,
+            "stopped_by": answer.stopped_by,
+            "deadline_met": answer.deadline_met,
+        }
+    )
 
 
 def _as_text(answer: Answer[Array]) -> str:
     lines = []
     for row, exit in zip(probabilities(answer.output), answer.exits, strict=True):
         best = np.argsort(-row)[:5]
-        lines.append(f"class {best[0]} from exit {exit}; " + ", ".join(f"{place}: {row[place]:.4f}" for place in best))
+        lines.append(
+            f"class {best[0]} from exit {exit}; "
+            + ", ".join(f"{place}: {row[place]:.4f}" for place in best)
+        )
     met = "" if answer.deadline_met else ", after the deadline"
-    return "\n".join([*lines, f"{answer.elapsed_s * 1e3:.3f} ms, stopped by {answer.stopped_by}{met}"])
+    return "\n".join(
+        [*lines, f"{answer.elapsed_s * 1e3:.3f} ms, stopped by {answer.stopped_by}{met}"]
+    )

@@ -44,7 +44,9 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     rows |= {"thresholds": policy["thresholds"]} if policy else {}
     for name, row in rows.items():
         if len(row) != len(value["exits"]):
-            return f"{len(row)} {name} for {len(value['exits'])} exits; needed: one of each per exit"
+            return (
+                f"{len(row)} {name} for {len(value['exits'])} exits; needed: one of each per exit"
+            )
     if policy and policy["score"] not in SCORES:
         return f"score {policy['score']!r}; needed: one of {', '.join(SCORES)}"
     if sorted(spec["name"] for spec in value["inputs"]) != sorted(wiring.inputs):
@@ -53,11 +55,18 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
         return "no input has a batch dimension; needed: at least one"
     known = set(wiring.inputs)
     for takes, gives, features in zip(wiring.takes, wiring.gives, wiring.features, strict=True):
-        lacking = sorted({*takes} - known) + sorted({features} - known - {*gives}) + sorted({*gives} - {*wiring.batch_dims})
+        lacking = (
+            sorted({*takes} - known)
+            + sorted({features} - known - {*gives})
+            + sorted({*gives} - {*wiring.batch_dims})
+        )
         if lacking:
             return f"nothing gives the value {lacking[0]!r} before it is taken, or its batch dimension is not said"
         known |= {*gives}
-    files = [*([value["session"]] if streamed else [*value["stages"], *value["heads"]]), value["whole"]]
+    files = [
+        *([value["session"]] if streamed else [*value["stages"], *value["heads"]]),
+        value["whole"],
+    ]
     missing = [name for name in files if name is not None and not (directory / name).is_file()]
     return f"there is no file {missing[0]} in {directory}" if missing else None
 
@@ -65,9 +74,12 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
 def wiring_of(value: Mapping[str, Any]) -> Wiring:
     """What JSON says of how the parts hang together."""
     return Wiring(
-        inputs=tuple(value["inputs"]), takes=tuple(map(tuple, value["takes"])), gives=tuple(map(tuple, value["gives"])),
-        features=tuple(value["features"]), batch_dims=dict(value["batch_dims"]),
-    )  # fmt: skip
+        inputs=tuple(value["inputs"]),
+        takes=tuple(map(tuple, value["takes"])),
+        gives=tuple(map(tuple, value["gives"])),
+        features=tuple(value["features"]),
+        batch_dims=dict(value["batch_dims"]),
+    )
 
 
 def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
@@ -79,7 +91,9 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
         size in (None, given) for size, given in zip(spec["shape"], array.shape, strict=True)
     )
     if array.dtype.name != spec["dtype"] or not fits:
-        raise BundleError(f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert it first.")
+        raise BundleError(
+            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert it first."
+        )
 
 
 def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
@@ -91,8 +105,14 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}. Needed: a whole file of JSON; {remedy}.") from error
-    found = (value.get("kind"), value.get("schema")) if isinstance(value, dict) else type(value).__name__
+        raise BundleError(
+            f"cannot read {path}: {error}. Needed: a whole file of JSON; {remedy}."
+        ) from error
+    found = (
+        (value.get("kind"), value.get("schema"))
+        if isinstance(value, dict)
+        else type(value).__name__
+    )
     if found != (kind, SCHEMA):
         raise BundleError(f"{path} holds {found}; needed: {(kind, SCHEMA)}; {remedy}.")
     assert isinstance(value, dict)

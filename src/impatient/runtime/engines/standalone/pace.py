@@ -38,7 +38,9 @@ class Drift:
 
     def __init__(self, quantile: float) -> None:
         if not 0.0 < quantile < 1.0:
-            raise ValueError(f"quantile={quantile!r}; needed: a number above 0 and below 1, such as 0.99.")
+            raise ValueError(
+                f"quantile={quantile!r}; needed: a number above 0 and below 1, such as 0.99."
+            )
         count = max(50, round(2.0 / (1.0 - quantile)))
         self._place = min(count, math.ceil((count + 1) * quantile)) - 1
         self._lock = threading.Lock()
@@ -56,7 +58,9 @@ class Drift:
             gone = self._latest.popleft()
             self._latest.append(ratio)
             if ratio != gone:
-                bisect.insort(self._sorted, ratio)  # first: who reads the scale meanwhile must not find too few
+                bisect.insort(
+                    self._sorted, ratio
+                )  # first: who reads the scale meanwhile must not find too few
                 del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:
@@ -77,7 +81,11 @@ class Pace:
     """
 
     def __init__(
-        self, next_s: Sequence[float], quantile: float, stage_s: Sequence[float] | None = None, drift: Drift | None = None
+        self,
+        next_s: Sequence[float],
+        quantile: float,
+        stage_s: Sequence[float] | None = None,
+        drift: Drift | None = None,
     ) -> None:
         self._next_s = tuple(next_s)
         self._stage_s = self._next_s if stage_s is None else tuple(stage_s)

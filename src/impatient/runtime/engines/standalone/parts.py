@@ -32,7 +32,9 @@ class EngineFile:
         try:
             self._load(Path(path), threads)
         except ImportError as error:
-            raise BundleError(f"{path} runs in {self.package}, which is not installed: pip install {self.package}.") from error
+            raise BundleError(
+                f"{path} runs in {self.package}, which is not installed: pip install {self.package}."
+            ) from error
         except Exception as error:
             raise BundleError(
                 f"{self.package} cannot load {path}: {error} Needed: an ONNX file that it knows; export again."
@@ -106,10 +108,14 @@ class OnnxRuntimePart(EnginePart):
         self._new_options = onnxruntime.RunOptions
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        options = self._new_options()  # of this call alone: once it is told to terminate, it stays so
+        options = (
+            self._new_options()
+        )  # of this call alone: once it is told to terminate, it stays so
         with self._flight(lambda: setattr(options, "terminate", True)):
             try:
-                return tuple(self._session.run(None, dict(zip(self._names, inputs, strict=True)), options))
+                return tuple(
+                    self._session.run(None, dict(zip(self._names, inputs, strict=True)), options)
+                )
             except Exception as error:
                 if options.terminate:
                     raise Cancelled("the call was ended by cancel().") from error
@@ -183,7 +189,11 @@ class OpenVinoPart(EnginePart):
     def _output(self, loan: _Loan, index: int, inputs: Sequence[Array]) -> Array:
         array: Array = loan.request.get_output_tensor(index).data
         many = self._made - len(self._idle) > self.LENT
-        if many or array.nbytes <= self.SMALL or any(np.may_share_memory(array, given) for given in inputs):
+        if (
+            many
+            or array.nbytes <= self.SMALL
+            or any(np.may_share_memory(array, given) for given in inputs)
+        ):
             return array.copy()
         return np.asarray(_Lent(array, loan))
 
@@ -200,8 +210,11 @@ def openvino_settings(threads: int) -> dict[str, Any]:
     """How a model is compiled for the CPU."""
     # f32: where the processor has bfloat16, OpenVINO would compute in it unasked
     return {
-        "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32",
-    }  # fmt: skip
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
 
 
 class _Loan:

@@ -24,9 +24,15 @@ class OnnxRuntimeSession(EngineFile):
     def _load(self, path: Path, threads: int) -> None:
         import onnxruntime
 
-        self._session, self._new_options = onnxruntime_session(path, threads), onnxruntime.RunOptions
+        self._session, self._new_options = (
+            onnxruntime_session(path, threads),
+            onnxruntime.RunOptions,
+        )
         self._inputs = [entry.name for entry in self._session.get_inputs()]
-        self._outputs = [(entry.name, _DTYPES[entry.type], entry.shape[-1]) for entry in self._session.get_outputs()]
+        self._outputs = [
+            (entry.name, _DTYPES[entry.type], entry.shape[-1])
+            for entry in self._session.get_outputs()
+        ]
         self._turn = threading.Lock()
 
     def memory(self, rows: int) -> list[Array]:
@@ -38,15 +44,21 @@ class OnnxRuntimeSession(EngineFile):
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
         flight = _OnnxRuntimeFlight(self._new_options())
         # the thread holds the arrays, to which the session writes until it ends
-        threading.Thread(target=self._fly, args=(flight, inputs, outputs), name="impatient-session").start()
+        threading.Thread(
+            target=self._fly, args=(flight, inputs, outputs), name="impatient-session"
+        ).start()
         return flight
 
-    def _fly(self, flight: _OnnxRuntimeFlight, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    def _fly(
+        self, flight: _OnnxRuntimeFlight, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> None:
         try:
             with self._turn:
                 self._compute(flight.options, inputs, outputs)
         except BaseException as error:
-            flight.error = error.with_traceback(None)  # with its frames it would hold everything that ran
+            flight.error = error.with_traceback(
+                None
+            )  # with its frames it would hold everything that ran
         finally:
             flight.over = True
 
@@ -90,10 +102,13 @@ class OpenVinoSession(EngineFile):
         self._path, self._model = path, openvino_core().read_model(str(path))
         self._settings, self._tensor = openvino_settings(threads), openvino.Tensor
         self._outputs = [
-            (entry.get_element_type().to_dtype(), entry.get_partial_shape()[1].get_length()) for entry in self._model.outputs
+            (entry.get_element_type().to_dtype(), entry.get_partial_shape()[1].get_length())
+            for entry in self._model.outputs
         ]
         self._lock = threading.Lock()
-        self._lanes: dict[tuple[tuple[int, ...], ...], _Lane] = {}  # per sizes of the inputs, the last used last
+        self._lanes: dict[
+            tuple[tuple[int, ...], ...], _Lane
+        ] = {}  # per sizes of the inputs, the last used last
 
     def memory(self, rows: int) -> list[Array]:
         return [unwritten(rows, columns, dtype) for dtype, columns in self._outputs]
@@ -106,7 +121,9 @@ class OpenVinoSession(EngineFile):
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
         shapes = tuple(array.shape for array in inputs)
         with self._lock:
-            lane = self._lanes[shapes] = self._lanes.pop(shapes) if shapes in self._lanes else _Lane()
+            lane = self._lanes[shapes] = (
+                self._lanes.pop(shapes) if shapes in self._lanes else _Lane()
+            )
             while len(self._lanes) > self.MOST:
                 del self._lanes[next(iter(self._lanes))]
         with lane.lock:  # compiling and waiting hold up this size only
@@ -141,9 +158,14 @@ class _Lane:
 class _OpenVinoFlight:
     """A request in flight. It is that of the flight before, which has settled."""
 
-    def __init__(self, request: Any, tensor: Any, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    def __init__(
+        self, request: Any, tensor: Any, inputs: Sequence[Array], outputs: Sequence[Array]
+    ) -> None:
         self.request = request
-        self._lock, self._settling = threading.RLock(), threading.RLock()  # a collected flight may meet itself
+        self._lock, self._settling = (
+            threading.RLock(),
+            threading.RLock(),
+        )  # a collected flight may meet itself
         self._cancelled = self._settled = False
         self._error: Exception | None = None
         # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
@@ -200,5 +222,6 @@ def _ended_well(error: BaseException | None, *, cancelled: bool) -> bool:
 
 
 SESSIONS: dict[str, type[OnnxRuntimeSession | OpenVinoSession]] = {
-    "onnxruntime-session": OnnxRuntimeSession, "openvino-session": OpenVinoSession,
-}  # fmt: skip
+    "onnxruntime-session": OnnxRuntimeSession,
+    "openvino-session": OpenVinoSession,
+}

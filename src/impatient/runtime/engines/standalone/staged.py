@@ -40,7 +40,11 @@ class Wiring:
     def batch_size(self, inputs: Sequence[Any]) -> int:
         """Number of samples in inputs that are given in order."""
         dims = (self.batch_dims[name] for name in self.inputs)
-        return next(int(value.shape[dim]) for value, dim in zip(inputs, dims, strict=True) if dim is not None)
+        return next(
+            int(value.shape[dim])
+            for value, dim in zip(inputs, dims, strict=True)
+            if dim is not None
+        )
 
 
 class PartExit:
@@ -54,7 +58,15 @@ class PartExit:
 
     __slots__ = ("_head", "_output", "features", "index", "whole")
 
-    def __init__(self, index: int, features: Any, head: Head | None, output: Any = None, *, whole: bool = True) -> None:
+    def __init__(
+        self,
+        index: int,
+        features: Any,
+        head: Head | None,
+        output: Any = None,
+        *,
+        whole: bool = True,
+    ) -> None:
         self.index, self.features, self._head, self.whole = index, features, head, whole
         self._output: Any = features if head is None and output is None else output
 
@@ -104,7 +116,9 @@ class Staged:
 
     shrinks = True  # runs can go on with part of their batch, and that saves work
 
-    def __init__(self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None]) -> None:
+    def __init__(
+        self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None]
+    ) -> None:
         if not len(stages) == len(heads) == len(wiring.features):
             raise BundleError(
                 f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits; needed: one of each "
@@ -123,7 +137,13 @@ class Staged:
 class StagedRun(Run):
     """One run: computes a stage when asked for the next exit. Values are arrays of any one kind (numpy, torch)."""
 
-    def __init__(self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None], inputs: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        wiring: Wiring,
+        stages: Sequence[Part],
+        heads: Sequence[Head | None],
+        inputs: Sequence[Any],
+    ) -> None:
         self._wiring, self._stages, self._heads = wiring, stages, heads
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
@@ -140,7 +160,9 @@ class StagedRun(Run):
         try:
             given = self._stages[index](*(self._values[name] for name in self._wiring.takes[index]))
         finally:
-            with self._lock:  # a cancel that comes late must not end another run's call on this thread
+            with (
+                self._lock
+            ):  # a cancel that comes late must not end another run's call on this thread
                 self._thread = None
         self._values.update(zip(self._wiring.gives[index], given, strict=True))
         features = self._values[self._wiring.features[index]]

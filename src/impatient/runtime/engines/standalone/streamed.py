@@ -98,7 +98,9 @@ class Steps:
         return self._least_s.get((rows, exit), 0.0)
 
     def observe(self, rows: int, exit: int, seconds: float) -> None:
-        self._least_s[rows, exit] = min(seconds, FORGETTING * self._least_s.get((rows, exit), seconds))
+        self._least_s[rows, exit] = min(
+            seconds, FORGETTING * self._least_s.get((rows, exit), seconds)
+        )
 
 
 class StreamedRun(Run):
@@ -131,7 +133,9 @@ class StreamedRun(Run):
         self._next += 1
         output = self._outputs[index][:, :-1]
         output = output if self._rows is None else output[self._rows]
-        return PartExit(index, output if self._next == len(self._outputs) else None, None, output, whole=whole)
+        return PartExit(
+            index, output if self._next == len(self._outputs) else None, None, output, whole=whole
+        )
 
     def keep(self, rows: Any) -> None:
         self._rows = rows if self._rows is None else self._rows[rows]
@@ -156,7 +160,10 @@ class StreamedRun(Run):
         idle = True
         if self._flight is None:
             idle = not self._session.busy()
-            self._flight, self._before = self._session.begin(self._inputs, self._outputs), time.perf_counter()
+            self._flight, self._before = (
+                self._session.begin(self._inputs, self._outputs),
+                time.perf_counter(),
+            )
             self._cancelled.clear()
         self._awaited = self._flight
         try:
@@ -173,7 +180,11 @@ class StreamedRun(Run):
     def _look_until(self, index: int, flight: Flight) -> None:
         """Look at an output, now and then, until it is there."""
         begin = time.perf_counter()
-        expected_s = 0.0 if self._before is None else self._steps.expected_s(self._count, index) + self._before - begin
+        expected_s = (
+            0.0
+            if self._before is None
+            else self._steps.expected_s(self._count, index) + self._before - begin
+        )
         sleep_s = FIRST_LOOK * expected_s
         while not _has_come(self._bits[index]) and not flight.ended():
             if self._cancelled.wait(max(sleep_s, SHORTEST_LOOK_S)):

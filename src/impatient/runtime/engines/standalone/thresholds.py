@@ -47,7 +47,11 @@ def entropy(outputs: Array) -> Array:
     return score
 
 
-SCORES: dict[str, Callable[[Array], Array]] = {"max_probability": max_probability, "margin": margin, "entropy": entropy}
+SCORES: dict[str, Callable[[Array], Array]] = {
+    "max_probability": max_probability,
+    "margin": margin,
+    "entropy": entropy,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
