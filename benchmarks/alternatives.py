@@ -38,7 +38,8 @@ import torch
 from common import KEPT, Row, ratio_of_means, run_cases, twin
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the papers' networks
+# the papers' networks
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from impatient import Runner, attach_exits, load_data, profile
 from impatient.errors import DataError
 from impatient.evaluation.metrics import proportion
@@ -58,10 +59,12 @@ EARLYON = KEPT / "earlyon"
 PACKAGES = ["earlyon==0.3.0", "fvcore", "iopath", "yacs", "portalocker", "tabulate", "termcolor"]
 EXITS = ["layer1.8", "layer2.8", "layer3.4"]
 THRESHOLDS = (0.5, 0.7, 0.9)
-IMAGES = 960  # measured at batch 1; four times as many at batch 32
+# measured at batch 1; four times as many at batch 32
+IMAGES = 960
 SECONDS = 40.0
 
-Answer = tuple[Tensor, list[int]]  # outputs, and the exit of each sample
+# outputs, and the exit of each sample
+Answer = tuple[Tensor, list[int]]
 Way = Callable[[Tensor], Answer]
 
 
@@ -250,9 +253,8 @@ def with_exits(network: MultiExitNetwork, threshold: float) -> Way:
 
 def with_earlyon(network: MultiExitNetwork, x: Tensor, threshold: float) -> Way:
     import_torchvision()
-    sys.path.append(
-        str(EARLYON)
-    )  # behind everything else: its small dependencies only where there are none
+    # behind everything else: its small dependencies only where there are none
+    sys.path.append(str(EARLYON))
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 
     points = [ExitPoint(f"e{index}", cut.module, 1) for index, cut in enumerate(network.cuts)]
@@ -263,7 +265,8 @@ def with_earlyon(network: MultiExitNetwork, x: Tensor, threshold: float) -> Way:
         exit_points=points,
         confidence_thresholds=[threshold] * len(points),
     )
-    shape = (1, *x.shape[1:])  # for its estimate of operations, made once, in the warm-up
+    # for its estimate of operations, made once, in the warm-up
+    shape = (1, *x.shape[1:])
     wrapper = EarlyExitWrapper(
         twin(network.backbone), heads, lambda output: output, config, input_shape=shape
     ).eval()

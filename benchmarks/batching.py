@@ -34,12 +34,15 @@ SHARES = {
     "mostly early": (0.5, 0.25, 0.15, 0.1),
     "mostly late": (0.1, 0.15, 0.25, 0.5),
 }
-NETWORKS = {  # spec, pixels, exits after
+# spec, pixels, exits after
+NETWORKS = {
     "cifar_resnet": ("impatient:resnet:n=9,c=16", 32, "every:7"),
     "resnet18": ("torchvision:resnet18", 64, ["layer1", "layer2", "layer3"]),
 }
-SECONDS = 30.0  # of measuring, per case
-POOL = 8  # batches
+# of measuring, per case
+SECONDS = 30.0
+# batches
+POOL = 8
 
 
 def network_and_pool(name: str) -> tuple[MultiExitNetwork, Tensor]:
@@ -126,7 +129,8 @@ class Batches:
 
 
 def row(times: dict[str, np.ndarray], when: str, depths: np.ndarray) -> Row:
-    base, depths = times["whole"], depths[-len(times["whole"]) :]  # without the warm-up
+    # without the warm-up
+    base, depths = times["whole"], depths[-len(times["whole"]) :]
     ratios = times[when] / base
     reached = (1 - ratios) / (1 - depths)
     _, low, high = median_interval(reached)

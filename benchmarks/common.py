@@ -30,12 +30,12 @@ from impatient.runtime.engines.export import export, load_engine, to_engine
 from impatient.runtime.engines.network import EngineNetwork
 
 RESULTS = Path(__file__).parent / "results"
-KEPT = (
-    Path(__file__).parent.parent / "runs" / "bench"
-)  # git-ignored: exported networks, trained weights, finished cases
+# git-ignored: exported networks, trained weights, finished cases
+KEPT = Path(__file__).parent.parent / "runs" / "bench"
 
 Row = dict[str, object]
-Calls = Mapping[tuple[str, int], Callable[[], object]]  # by name and number of things in it
+# by name and number of things in it
+Calls = Mapping[tuple[str, int], Callable[[], object]]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -162,7 +162,8 @@ def repeated(
         for repeat in range(repeats + 1):
             for what, call in calls.items():
                 taken = _wall_and_processor_s(call)
-                if repeat:  # the first one warms up
+                # the first one warms up
+                if repeat:
                     times[what].append(taken)
     return {what: _spread(taken) for what, taken in times.items()}
 
@@ -252,7 +253,8 @@ def run_cases(
     )
     parser.add_argument("--again", action="store_true", help="measure finished cases again")
     parser.add_argument("--case", choices=[*cases], help="measure this one only")
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # where a case puts its rows
+    # where a case puts its rows
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.into:
         write_json(asked.into, {"rows": list(measure(*cases[asked.case], smoke=asked.smoke))})

@@ -95,7 +95,8 @@ class Untouched:
 
     output: Tensor
     gradients: Mapping[str, Tensor]
-    again: float  # how far it differs from itself
+    # how far it differs from itself
+    again: float
 
 
 def _untouched(model: nn.Module, x: Any) -> Untouched:
@@ -104,7 +105,8 @@ def _untouched(model: nn.Module, x: Any) -> Untouched:
         _output(model, x),
         _gradients(model, x, lambda x: output_tensor(call_model(model, x))),
     )
-    model.load_state_dict(state)  # the training step has moved batch-norm statistics
+    # the training step has moved batch-norm statistics
+    model.load_state_dict(state)
     return Untouched(output, gradients, _difference(output, _output(model, x)))
 
 
@@ -117,7 +119,8 @@ def compare(network: MultiExitNetwork, x: Any, truth: Untouched) -> Row:
         exits = [(exit.features.shape, exit.output()) for exit in network.exits(x)]
     staged = [answer for _, answer in exits]
     early = max(_difference(one, other) for one, other in zip(all_at_once, staged, strict=True))
-    layouts = zip(exits, network.layouts, strict=False)  # the last exit has none
+    # the last exit has none
+    layouts = zip(exits, network.layouts, strict=False)
     row = {
         "features": " ".join(
             f"{'x'.join(map(str, shape[1:]))}:{layout}" for (shape, _), layout in layouts
@@ -145,7 +148,8 @@ def _compare_gradients(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) 
 
 def _seed() -> None:
     torch.manual_seed(1)
-    np.random.seed(1)  # transformers' masks of sound
+    # transformers' masks of sound
+    np.random.seed(1)
     random.seed(1)
 
 
@@ -254,7 +258,8 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
 
 def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> Row:
     """Run `findings` in a forked process; what it found, with a "reason" where it failed, died or took too long."""
-    context = multiprocessing.get_context("fork")  # the libraries are imported once, here
+    # the libraries are imported once, here
+    context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(architecture, wanted, sender), daemon=True)
     process.start()
@@ -265,7 +270,8 @@ def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> 
         while receiver.poll(max(0.0, deadline - time.monotonic())):
             row |= receiver.recv()
         row["reason"] = f"took longer than {limit_s:.0f} s"
-    except EOFError:  # it has ended
+    except EOFError:
+        # it has ended
         process.join()
         if process.exitcode:
             row["reason"] = f"its process died with exit code {process.exitcode}"
@@ -277,7 +283,8 @@ def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> 
 
 
 def _send(architecture: Architecture, wanted: Sequence[str], sender: Connection) -> None:
-    warnings.simplefilter("ignore")  # the libraries' own
+    # the libraries' own
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
         for found in findings(architecture, wanted):
@@ -305,7 +312,8 @@ def cover(architecture: Architecture, known: Row, parts: Sequence[str], limit_s:
         **known,
     }
     wanted = [part for part in parts if not row.get(PARTS[part])]
-    if wanted and ("exactness" in wanted or row.get("mechanism")):  # else no exits can be attached
+    # else no exits can be attached
+    if wanted and ("exactness" in wanted or row.get("mechanism")):
         row |= apart(architecture, wanted, limit_s)
     return row
 

@@ -118,9 +118,8 @@ def first_answers(runner: Runner, x: torch.Tensor, runs: int) -> list[float]:
     for _ in range(runs):
         with runner.start(x) as run:
             found.append(run.interrupt().elapsed_s)
-        runner.run(
-            x
-        )  # let the abandoned stage end, so that it does not steal time from the next run
+        # let the abandoned stage end, so that it does not steal time from the next run
+        runner.run(x)
     return found
 
 

@@ -32,7 +32,8 @@ ENGINES = (
     ("onnxruntime", "int8-dynamic"),
 )
 NETWORKS = {"cifar_resnet": 32, "resnet50": 224, "vit_b_16": 224}
-SECONDS = 45.0  # of measuring, per case
+# of measuring, per case
+SECONDS = 45.0
 SMOKE = ("eager", "onnxruntime", "openvino")
 
 
@@ -68,9 +69,8 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
         for kind, one in made.items()
     }
     calls["eager again"] = calls["eager", "fp32", "whole"]
-    names = {
-        str(index): call for index, call in enumerate(calls.values())
-    }  # numpy permutes plain strings
+    # numpy permutes plain strings
+    names = {str(index): call for index, call in enumerate(calls.values())}
     with torch.inference_mode():
         raw = in_turn(names, rounds=3 if smoke else 1000, most_s=SECONDS)
     times = dict(zip(calls, raw.values(), strict=True))
@@ -126,7 +126,8 @@ def prepare() -> None:
                 key=f"{name}-{network.num_exits}",
                 precision=precision,
             )
-            if engine == "compile":  # torch keeps what it has compiled
+            # torch keeps what it has compiled
+            if engine == "compile":
                 with torch.inference_mode():
                     made.backbone(example[:1])
                     anytime(made, example[:1])

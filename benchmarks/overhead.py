@@ -43,7 +43,8 @@ FEW = {
 }
 SPECS = {"resnet50": "torchvision:resnet50", "vit_b_16": "torchvision:vit_b_16", "linear": ""}
 WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session")
-SECONDS = 30.0  # of measuring, per case
+# of measuring, per case
+SECONDS = 30.0
 
 
 def model_and_input(name: str, pixels: int) -> tuple[nn.Module, Tensor]:
@@ -53,9 +54,8 @@ def model_and_input(name: str, pixels: int) -> tuple[nn.Module, Tensor]:
         return nn.Sequential(*(nn.Linear(8, 8) for _ in range(200))).eval(), torch.randn(2, 8)
     model = load_model(SPECS[name])
     if name == "vit_b_16":
-        nn.init.normal_(
-            model.heads.head.weight, std=0.02
-        )  # it begins at zero, and any comparison would pass
+        # it begins at zero, and any comparison would pass
+        nn.init.normal_(model.heads.head.weight, std=0.02)
     return model.eval(), torch.randn(2, 3, pixels, pixels)
 
 
@@ -75,7 +75,8 @@ def walk(network: Any, x: Tensor) -> Tensor:
     """All exits without heads; the last one's features are the output."""
     with network.exits(x) as run:
         for exit in run:
-            last = exit  # and no other is held
+            # and no other is held
+            last = exit
     return last.features
 
 

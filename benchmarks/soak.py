@@ -71,7 +71,8 @@ def run_calls(
     """Samples of (calls done, bytes, threads, open files), and how often each exit answered."""
     samples, exits = [], [0] * runner.network.num_exits
     gc.collect()
-    gc.freeze()  # what is there now need not be looked through again at every sample
+    # what is there now need not be looked through again at every sample
+    gc.freeze()
     budgets = itertools.cycle(budgets_s)
     for number in range(calls):
         if number % max(200, calls // 100) == 0:
@@ -88,7 +89,8 @@ def run_calls(
 
 def held() -> tuple[int, int, int]:
     """Resident bytes, threads and open files of this process."""
-    gc.collect()  # what only waits to be collected does not count
+    # what only waits to be collected does not count
+    gc.collect()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     threads, files = (len([*Path("/proc/self", kind).iterdir()]) for kind in ("task", "fd"))
     return pages * os.sysconf("SC_PAGE_SIZE"), threads, files

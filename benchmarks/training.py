@@ -17,9 +17,8 @@ from impatient import Data, Recipe, attach_exits, fit
 from impatient.networks import MultiExitNetwork, PreActResNet
 from impatient.training.data import ArrayExamples, Preprocess
 
-EVERY_THIRD = [
-    f"blocks.{block}" for block in (2, 5, 8, 11)
-]  # with the output, 5 exits of 15 blocks
+# with the output, 5 exits of 15 blocks
+EVERY_THIRD = [f"blocks.{block}" for block in (2, 5, 8, 11)]
 OPTIONS = {
     "static weights": {},
     "alternating weights": {"sampler": "alternating"},

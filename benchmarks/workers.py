@@ -17,9 +17,11 @@ from impatient import attach_exits
 from impatient.networks import EANN
 from impatient.runtime import ParallelEANN
 
-DEPTHS = (8, 8, 16, 16)  # pairs of equal networks: what two workers could halve
+# pairs of equal networks: what two workers could halve
+DEPTHS = (8, 8, 16, 16)
 ERRORS = [[0.5, 0.4], [0.4, 0.3], [0.35, 0.25], [0.3, 0.2]]
-CASES = {"tiny": (4, 8, 1), "small": (16, 32, 1), "large": (32, 32, 8)}  # channels, pixels, batch
+# channels, pixels, batch
+CASES = {"tiny": (4, 8, 1), "small": (16, 32, 1), "large": (32, 32, 8)}
 
 
 def plain(depth: int, channels: int) -> nn.Module:

@@ -98,15 +98,13 @@ def _enliven(layer: nn.Module, name: str, values: Tensor) -> None:
     largest = values.abs().max().item() if values.numel() else 1.0
     if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and values.dim() > 1:
         inputs = values[0].numel()
-        if (
-            largest == 0.0 or values.std() < 0.3 / inputs**0.5
-        ):  # zero, or too small for anything to come through
+        # zero, or too small for anything to come through
+        if largest == 0.0 or values.std() < 0.3 / inputs**0.5:
             nn.init.kaiming_uniform_(values, a=5**0.5)
     elif isinstance(layer, BatchNorm) and name == "weight" and largest < 0.11:
         nn.init.uniform_(values, 0.5, 1.5)
-    elif largest < 0.11 and bool(
-        (values == values.flatten()[0]).all()
-    ):  # a constant: a layer scale, a gain, a bias
+    elif largest < 0.11 and bool((values == values.flatten()[0]).all()):
+        # a constant: a layer scale, a gain, a bias
         nn.init.normal_(
             values, std=0.02
         ) if largest == 0.0 and values.numel() > 1 else nn.init.uniform_(values, 0.2, 0.6)

@@ -27,7 +27,8 @@ def main(runs: int = 10) -> list[int]:
         for _ in range(runs):
             patience = random.uniform(0.0, 1.2 * whole)
             with runner.start(x) as run:
-                threading.Event().wait(patience)  # somebody else's work
+                # somebody else's work
+                threading.Event().wait(patience)
                 answer = run.interrupt()
             print(
                 f"asked after {patience * 1e3:6.2f} ms: exit {answer.exit} of {network.num_exits - 1}, {answer.stopped_by}"

@@ -32,19 +32,18 @@ def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
     crude, refined = [], []
     for picture, label in zip(x, labels, strict=True):
         with runner.open(picture[None]) as run:
-            answer = run.run(
-                limits={"macs": crude_macs}
-            )  # or deadline=impatient.Deadline.after(0.002)
+            # or deadline=impatient.Deadline.after(0.002)
+            answer = run.run(limits={"macs": crude_macs})
             crude.append(bool(answer.output.argmax() == label))
             # ... the machine begins to move ...
-            answer = run.run()  # goes on from there
+            # goes on from there
+            answer = run.run()
             refined.append(bool(answer.output.argmax() == label))
     found = {"crude": sum(crude) / pictures, "refined": sum(refined) / pictures}
     print(f"right at once: {found['crude']:.1%}; right in the end: {found['refined']:.1%}")
 
-    with runner.start(
-        x[:1], resumable=True
-    ) as started:  # the same with a run on the runner's own thread
+    # the same with a run on the runner's own thread
+    with runner.start(x[:1], resumable=True) as started:
         answer = started.interrupt()
         print(f"interrupted: exit {answer.exit} of {network.num_exits - 1}")
         print(f"refined: exit {started.refine().result().exit}")

@@ -30,8 +30,10 @@ from impatient.networks import AnytimeNet
 from impatient.networks.growth import in_turn
 from impatient.training.data import Split
 
-SENSORS = 16  # each gives a picture per frame
-TOLD = 0.95  # of the time left: what overruns its p99, by which the runner plans, does so by little as a rule
+# each gives a picture per frame
+SENSORS = 16
+# of the time left: what overruns its p99, by which the runner plans, does so by little as a rule
+TOLD = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +42,10 @@ class Frame:
 
     left_s: float
     taken_s: float
-    iteration: int  # the one that answered
-    right: float  # share of its pictures; 0 if the answer was late: a lost frame
+    # the one that answered
+    iteration: int
+    # share of its pictures; 0 if the answer was late: a lost frame
+    right: float
 
     @property
     def on_time(self) -> bool:
@@ -95,7 +99,8 @@ def run_loop(
     begin = time.perf_counter()
     for number, ((x, labels), left) in enumerate(zip(frames, left_s, strict=True)):
         time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
-        for name in sorted(runners, reverse=number % 2 == 1):  # neither is always the first
+        # neither is always the first
+        for name in sorted(runners, reverse=number % 2 == 1):
             answer = runners[name].run(x, deadline=impatient.Deadline.after(left * TOLD))
             hits = (answer.output.argmax(1) == labels).double().mean().item()
             right = hits if answer.elapsed_s <= left else 0.0
@@ -184,7 +189,8 @@ def main(
 ) -> dict[str, list[Frame]]:
     data = impatient.load_data("digits")
     anytime = trained(data, epochs, schedule=in_turn(blocks))
-    static = trained(data, epochs, schedule=[blocks])  # in one iteration: a BaseResNet, run whole
+    # in one iteration: a BaseResNet, run whole
+    static = trained(data, epochs, schedule=[blocks])
     hits = impatient.record(anytime, data, split="test").hits().mean(1).tolist()
     print("AnytimeNet by iteration:", " ".join(f"{value:.1%}" for value in hits))
 

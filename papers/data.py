@@ -20,7 +20,8 @@ from impatient.training.data import ArrayExamples, Examples, LazyExamples
 ROOT = Path(__file__).parent.parent
 CONVERTED = ROOT / "runs" / "data"
 SHARED_NAMES = {"fashion": "fashion_mnist", "cifar10": "cifar10", "gtsrb": "gtsrb32"}
-TOKENS, WORDS = 64, 20_000  # of a text of AG News: what is behind is cut off, rarer words are one
+# of a text of AG News: what is behind is cut off, rarer words are one
+TOKENS, WORDS = 64, 20_000
 
 
 def shared_folder() -> Path:
@@ -72,9 +73,8 @@ def _arrays(name: str) -> dict[str, np.ndarray]:
     tools = runpy.run_path(str(folder / "load.py"))
     x_train, y_train, x_test, y_test = tools["images"](SHARED_NAMES[name], folder=folder)
     arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-    if (
-        name == "gtsrb"
-    ):  # one sign was photographed many times: a track lies whole on one side of the validation split
+    # one sign was photographed many times: a track lies whole on one side of the validation split
+    if name == "gtsrb":
         arrays["groups_train"] = y_train.astype(np.int64) * 10_000 + _tracks(folder)
     return arrays
 
@@ -187,7 +187,8 @@ def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Places of `count` examples in their old order: every class gives in turn, in random order, while it has any."""
     random = np.random.default_rng(seed)
     shuffled = random.permutation(len(labels))
-    turn = np.empty(len(labels), dtype=np.int64)  # the how-manieth of its class each example is
+    # the how-manieth of its class each example is
+    turn = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         own = shuffled[labels[shuffled] == label]
         turn[own] = np.arange(len(own))

@@ -27,7 +27,8 @@ from impatient.errors import ImpatientError, StorageError
 from impatient.files import read_json, write_json, write_text
 from impatient.provenance import fingerprint_bytes
 
-STOP_S = 30.0  # how long a stopped job may take to write its checkpoint
+# how long a stopped job may take to write its checkpoint
+STOP_S = 30.0
 
 
 class JobsFailed(ImpatientError):
@@ -193,13 +194,15 @@ def _run_apart(
 def _child(job: Job, folder: Path, threads: int) -> None:
     """A process of its own; Ctrl-C reaches it once, through the parent, and it does not outlive the parent."""
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # out of reach of the terminal's Ctrl-C: a second one would cut off the writing of a checkpoint
+        # out of reach of the terminal's Ctrl-C: a second one would cut off the writing of a checkpoint
+        os.setpgrp()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         error = _execute(job, folder)
     except KeyboardInterrupt:
-        os._exit(130)  # without a traceback: this is a clean stop
+        # without a traceback: this is a clean stop
+        os._exit(130)
     raise SystemExit(1 if error else 0)
 
 

@@ -104,10 +104,11 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory in which every verb has run once."""
     directory = tmp_path_factory.mktemp("runs") / "digits"
+    # as in the tests: a profile belongs to its thread count
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-    }  # as in the tests: a profile belongs to its thread count
+    }
     for verb in (
         ["train", *TINY],
         ["profile", "--repeats", "30", "--quiet"],

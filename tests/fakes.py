@@ -16,13 +16,14 @@ from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.provenance import provenance
 from impatient.runtime import Runner
 
-PATIENCE_S = 20.0  # longer than any thread here can take; only a test that fails waits so long
+# longer than any thread here can take; only a test that fails waits so long
+PATIENCE_S = 20.0
 
-X = torch.zeros(1, 1)  # the input that fakes ignore, one sample
+# the input that fakes ignore, one sample
+X = torch.zeros(1, 1)
 
-WHOLE = [
-    f"{what} {index}" for index in range(4) for what in ("stage", "head")
-]  # what a whole run of four exits computes
+# what a whole run of four exits computes
+WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
 
 
 class FakeExit:
@@ -146,7 +147,8 @@ def workers() -> list[threading.Thread]:
 def all_forgotten() -> bool:
     """Whether no runner is left that has a thread."""
     if workers():
-        gc.collect()  # an error's traceback holds its runner in a cycle
+        # an error's traceback holds its runner in a cycle
+        gc.collect()
     return not workers()
 
 

@@ -141,7 +141,8 @@ def test_base_resnet_has_the_papers_sizes() -> None:
     strided = [
         index for index, convolution in enumerate(convolutions) if convolution.stride == (2, 2)
     ]
-    assert strided == [1 + 16, 1 + 32]  # the first of the second and of the third section
+    # the first of the second and of the third section
+    assert strided == [1 + 16, 1 + 32]
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 2 * 24 + 1
     assert {norm.eps for norm in norms} == {0.001}
@@ -163,7 +164,8 @@ def test_a_plain_block_is_the_sum_of_its_input_and_its_convolutions() -> None:
 @pytest.mark.parametrize("side", [6, 7])
 def test_a_transition_takes_every_second_pixel_and_puts_zeros_behind(side: int) -> None:
     block, x = BaseBlock(2, 5, stride=2), torch.randn(1, 2, side, side)
-    nn.init.zeros_(block.conv2.weight)  # only the input is left
+    # only the input is left
+    nn.init.zeros_(block.conv2.weight)
     assert block(x)[:, :2].equal(x[:, :, ::2, ::2])
     assert block(x)[:, 2:].abs().sum() == 0
 
@@ -222,7 +224,8 @@ def test_an_out_that_nobody_asks_for_does_not_run_and_one_asked_for_runs_once() 
         for exit in run:
             if exit.index == 1:
                 assert exit.output() is exit.output()
-    assert ran.count("OUT") == 2  # and the last, which comes with its iteration
+    # and the last, which comes with its iteration
+    assert ran.count("OUT") == 2
     assert [name for name in ran if name != "OUT"] == [
         name for name in flat(trace(SMALL)) if name != "OUT"
     ]
@@ -247,13 +250,15 @@ def test_a_run_goes_on_where_it_was_left_on_whatever_thread() -> None:
     with torch.no_grad():
         run = network.exits(x)
         outputs.append(next(run).output())
-        other = network.exits(images())  # another run in between, of another input
+        # another run in between, of another input
+        other = network.exits(images())
         next(other).output()
     thread = threading.Thread(target=lambda: outputs.extend(exit.output() for exit in run))
     thread.start()
     thread.join()
     assert torch.stack(outputs).equal(torch.stack([alone(network, index, x) for index in range(4)]))
-    assert not any(output.requires_grad for output in outputs)  # as asked for
+    # as asked for
+    assert not any(output.requires_grad for output in outputs)
 
 
 # --- cached equals uncached ---------------------------------------------------------------------------------------------
@@ -271,9 +276,8 @@ def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(
     with network.exits(x) as run:
         assert torch.stack([exit.output() for exit in run]).equal(expected)
     assert network.backbone(x).equal(expected[-1])
-    assert (
-        len({tuple(output.flatten().tolist()) for output in expected}) == network.num_exits
-    )  # each its own
+    # each its own
+    assert len({tuple(output.flatten().tolist()) for output in expected}) == network.num_exits
 
 
 @settings(max_examples=50, deadline=None)
@@ -404,7 +408,8 @@ def check_in_place(schedule: Schedule, *, inference: bool) -> None:
     safe.load_state_dict(writing.state_dict())
     x = torch.randn(3, 8)
     expected = torch.stack(safe(x))
-    assert expected.std(1).min() > 1e-3  # samples differ: not everything has been cut to 0
+    # samples differ: not everything has been cut to 0
+    assert expected.std(1).min() > 1e-3
     assert torch.stack(writing(x)).equal(expected), "overwritten"
     with torch.inference_mode(inference), writing.exits(x) as run:
         assert torch.stack([exit.output() for exit in run]).equal(expected)
@@ -489,14 +494,14 @@ def test_a_run_that_ends_frees_its_tensors(how: str) -> None:
     for part in network.backbone.parts().values():
         part.register_forward_hook(lambda _m, _a, output: tensors.append(weakref.ref(output)))
     gc.collect()
-    gc.disable()  # reference counts alone must do
+    # reference counts alone must do
+    gc.disable()
     try:
         with torch.no_grad():
             run = network.exits(images())
         next(run)
-        assert (
-            sum(ref() is not None for ref in tensors) == 1
-        )  # of section 1: nothing goes on from the others
+        # of section 1: nothing goes on from the others
+        assert sum(ref() is not None for ref in tensors) == 1
         next(run)
         if how == "closed":
             run.close()
@@ -544,7 +549,8 @@ def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
         [(1, 1)],
         layout="ND",
     )
-    assert network.num_exits == 1  # nothing is deeper: detaching changes nothing
+    # nothing is deeper: detaching changes nothing
+    assert network.num_exits == 1
     network(torch.randn(3, 8), gradients=GradientFlow(detach=0.5))[0].sum().backward()
     assert network.backbone.sections[0][0].weight.grad.abs().sum(1).min() > 0
 
@@ -595,7 +601,8 @@ def test_own_statistics_are_there_where_a_block_runs_in_several_iterations() -> 
     outs = small(norms="own", outs="own")
     assert not any(isinstance(module, IterationBatchNorm) for module in outs.backbone.out.modules())
     names = [name for name, _ in network.named_parameters()]
-    assert names == [name for name, _ in small().named_parameters()]  # weights are shared
+    # weights are shared
+    assert names == [name for name, _ in small().named_parameters()]
 
 
 def test_own_statistics_in_train_mode_each_see_their_own_iteration_only() -> None:
@@ -648,16 +655,16 @@ def test_weights_trained_with_shared_statistics_can_be_given_own_ones() -> None:
     own.load_state_dict(state)
     x = images()
     assert torch.stack(own(x)).equal(torch.stack(shared(x)))
-    assert all(
-        state[name].shape == value.shape for name, value in shared.state_dict().items()
-    )  # left as it was
+    # left as it was
+    assert all(state[name].shape == value.shape for name, value in shared.state_dict().items())
     own.load_state_dict(copy.deepcopy(own).state_dict())
 
 
 @pytest.mark.parametrize("norms", ["shared", "own"])
 def test_recalibrated_statistics_are_the_means_over_the_data(norms: str) -> None:
     network = residual(SMALL, norms=norms).eval()
-    norm = network.backbone.sections[1][0].norm  # runs in the first two iterations
+    # runs in the first two iterations
+    norm = network.backbone.sections[1][0].norm
     inputs: list[Tensor] = []
     norm.register_forward_hook(lambda _m, args, _o: inputs.append(args[0]))
     weights = [parameter.clone() for parameter in network.parameters()]
@@ -688,7 +695,8 @@ def test_recalibrated_own_statistics_bring_eval_near_training_where_shared_ones_
     shared = residual(Schedule(((1, 1), (4, 1), (4, 3))), norms="shared")
     own = residual(shared.schedule, norms="own")
     for parameter in shared.parameters():
-        nn.init.normal_(parameter, std=2.0)  # so that depth changes what the second section sees
+        # so that depth changes what the second section sees
+        nn.init.normal_(parameter, std=2.0)
     own.load_state_dict(shared.state_dict())
     x = torch.randn(512, 8)
     truth = torch.stack(copy.deepcopy(shared)(x)).detach()
@@ -700,7 +708,8 @@ def test_recalibrated_own_statistics_bring_eval_near_training_where_shared_ones_
         with torch.no_grad():
             return float((torch.stack(network(x)) - truth).square().mean() / truth.square().mean())
 
-    assert distance(own) < 1e-4  # what is left: the variance with n - 1
+    # what is left: the variance with n - 1
+    assert distance(own) < 1e-4
     assert distance(shared) > 100 * distance(own)
 
 
@@ -824,7 +833,8 @@ def test_block_times_are_the_medians_of_what_each_part_takes() -> None:
         "OUT": [0.5] * 3,
     }
     for name, part in network.parts().items():
-        scripted = iter([100.0, *durations[name]])  # the first is the warm-up
+        # the first is the warm-up
+        scripted = iter([100.0, *durations[name]])
         part.register_forward_hook(lambda *_, scripted=scripted: clock.advance(next(scripted)))
     times = block_times(network, images(), repeats=3, warm_up=1, clock=clock)
     assert (times.stem, times.sections, times.out) == (1.0, ((2.0, 3.0), (4.0,)), 0.5)

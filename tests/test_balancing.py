@@ -78,7 +78,8 @@ def test_alternating_adds_gamma_times_the_sum_to_one_exit():
     made = balancer(BASE, "alternating", count=4, gamma=0.25)
     for _ in range(20):
         extra = made.weights() - torch.tensor(BASE)
-        assert sorted(extra.tolist()) == pytest.approx([0, 0, 0, 0.5])  # 0.25 of 2
+        # 0.25 of 2
+        assert sorted(extra.tolist()) == pytest.approx([0, 0, 0, 0.5])
 
 
 def test_alternating_gives_sieve_one_more_at_the_drawn_exit_as_in_the_authors_code():
@@ -95,7 +96,8 @@ def test_the_mean_of_alternating_weights_is_the_base_times_one_plus_gamma():
     made, count = balancer(BASE, "alternating", count=4, gamma=0.5, seed=2), 4000
     mean = torch.stack([made.weights().double() for _ in range(count)]).mean(0)
     for weight, average in zip(BASE, mean.tolist(), strict=True):
-        chance = weight / 2  # of being drawn, for a bonus of 1
+        # of being drawn, for a bonus of 1
+        chance = weight / 2
         error = math.sqrt(chance * (1 - chance) / count)
         assert average == pytest.approx(1.5 * weight, abs=3 * error)
 
@@ -166,7 +168,8 @@ def test_mixed_by_hand():
 
 # --- the learners -----------------------------------------------------------------------------------------------------
 
-STEP = (1.0, 0.5, 1.0)  # rewards 0.5, -1 and 0.85 * 0.5
+# rewards 0.5, -1 and 0.85 * 0.5
+STEP = (1.0, 0.5, 1.0)
 
 
 def kept(values, gamma=0.3):
@@ -226,7 +229,8 @@ def test_avgl_of_three_steps_by_hand():
         made.weights()
         made.observe(losses(*STEP))
         assert made.state()["values"] == pytest.approx(wanted)
-    made.observe(losses(1.0, 3.0, 3.0))  # rewards -2, 0, 0
+    # rewards -2, 0, 0
+    made.observe(losses(1.0, 3.0, 3.0))
     assert made.state()["values"] == pytest.approx([0.0, 0.0, 0.72675])
 
 
@@ -271,14 +275,12 @@ def test_learners_find_a_planted_best_exit(sampler):
     random = torch.Generator().manual_seed(0)
     for _ in range(600):
         made.weights()
-        made.observe(
-            losses(1, 1, 0.2, 0.2, 0.2) * (1 + 0.02 * torch.rand(5, generator=random))
-        )  # the second: reward 0.8
+        # the second: reward 0.8
+        made.observe(losses(1, 1, 0.2, 0.2, 0.2) * (1 + 0.02 * torch.rand(5, generator=random)))
     counts = draws(made, [1.0] * 5, 500)
     assert max(range(5), key=counts.__getitem__) == 1
-    assert counts[1] / 500 > (
-        0.6 if sampler != "avgl" else 0.4
-    )  # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
+    # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
+    assert counts[1] / 500 > (0.6 if sampler != "avgl" else 0.4)
 
 
 @pytest.mark.parametrize("sampler", LEARNERS)
@@ -421,7 +423,8 @@ def test_a_state_through_json_goes_on_as_if_nothing_had_happened(base, sampler):
     for epoch in range(2):
         made.begin_epoch(epoch)
         steps(made, 7, seed=epoch)
-    made.weights()  # a step half done
+    # a step half done
+    made.weights()
     text = json.dumps(made.state(), allow_nan=False)
     made.observe(losses(1, 0.9, 0.7, 0.6))
     fresh = balancer(base, sampler, count=4, seed=77)

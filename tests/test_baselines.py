@@ -16,7 +16,8 @@ from impatient.evaluation.baselines import linear_probes
 from impatient.policies import fit_thresholds
 from recordings import costs_of, recording_of
 
-NOISE = (3.0, 1.0)  # of the features of two exits: the deeper one tells classes better apart
+# of the features of two exits: the deeper one tells classes better apart
+NOISE = (3.0, 1.0)
 
 
 def featured(
@@ -109,9 +110,10 @@ def test_with_two_classes_the_decisions_are_opposite_and_right():
 
 
 def test_a_class_that_was_not_there_to_learn_is_never_the_answer():
+    # 0, 1, 3
     train = featured(
         300, 1, labels=torch.arange(300) % 3 + (torch.arange(300) % 3 == 2), wide=5, split="train"
-    )  # 0, 1, 3
+    )
     test = featured(200, 2, wide=5)
     (probed,) = linear_probes(train, featured(100, 3, wide=5, split="validation"), test)
     assert set(probed.outputs.argmax(-1).flatten().tolist()) == {0, 1, 3}
@@ -125,9 +127,10 @@ def test_a_class_that_was_not_there_to_learn_is_never_the_answer():
 
 def test_two_classes_of_many_and_one_class_of_many():
     test = featured(100, 2)
+    # 0 and 2
     (two,) = linear_probes(
         featured(200, 1, labels=torch.arange(200) % 2 * 2, split="train"), None, test
-    )  # 0 and 2
+    )
     assert two.hits()[1][(test.labels == 0) | (test.labels == 2)].mean() > 0.9
     assert set(two.outputs.argmax(-1).flatten().tolist()) == {0, 2}
     (one,) = linear_probes(featured(50, 1, labels=torch.full((50,), 2), split="train"), None, test)
@@ -184,7 +187,8 @@ def test_validation_chooses_the_strength_of_each_exit_and_the_smallest_of_equals
     for exit in range(2):
         reached = [accuracies(held)[exit] for held, _ in alone]
         assert len(set(reached)) > 1
-        best = int(np.argmax(reached))  # the first, so the smallest
+        # the first, so the smallest
+        best = int(np.argmax(reached))
         assert torch.equal(chosen.outputs[exit], alone[best][1].outputs[exit])
         assert f"C = {grid[best]:g} of" in caplog.messages[exit]
 

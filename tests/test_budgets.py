@@ -248,12 +248,10 @@ def test_contract_and_interruptible_costs_give_different_weights():
         exits=("a", "b", "output"), batches={1: batch}, provenance=provenance(), **integers
     )
     budget = budgets.uniform(0.0, 5.0)
-    assert exit_weights(budget, costs.contract_s()) == pytest.approx(
-        (0.2, 0.1, 0.4)
-    )  # exits at 1.5, 2.5, 3
-    assert exit_weights(budget, costs.interruptible_s()) == pytest.approx(
-        (0.3, 0.2, 0.2)
-    )  # exits at 1.5, 3, 4
+    # exits at 1.5, 2.5, 3
+    assert exit_weights(budget, costs.contract_s()) == pytest.approx((0.2, 0.1, 0.4))
+    # exits at 1.5, 3, 4
+    assert exit_weights(budget, costs.interruptible_s()) == pytest.approx((0.3, 0.2, 0.2))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,8 @@ def test_a_thousand_budgets_and_sixteen_exits_take_far_less_than_half_a_second()
     many += [budgets.empirical(log)] * 100 + [
         budgets.point(1.0 + index / 100) for index in range(100)
     ]
-    begin = process_time()  # the processor's own time: other processes do not count
+    # the processor's own time: other processes do not count
+    begin = process_time()
     assert exit_weights_many(many, costs).shape == (1000, 16)
     assert process_time() - begin < 0.5
 
@@ -549,7 +548,8 @@ def test_a_budget_of_another_cost_comes_back_from_its_file(tmp_path):
         assert Budget.load(tmp_path / "budget.json") == budget
     value = budgets.uniform(0.0, 1.0).to_json()
     assert value.pop("cost") == "time"
-    assert Budget.from_json(value).cost == "time"  # from before budgets had costs
+    # from before budgets had costs
+    assert Budget.from_json(value).cost == "time"
     with pytest.raises(
         BudgetError, match="a budget of 'money'; needed: one of time, macs, bytes, energy"
     ):

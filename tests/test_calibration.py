@@ -107,6 +107,7 @@ def test_where_all_are_ruled_out_nothing_is_changed():
 # --- before and after combining ---------------------------------------------------------------------------------------
 
 
+# many classes, few true ones ruled out: far too modest at first
 @pytest.mark.parametrize(
     ("rule", "gains", "classes"),
     [
@@ -116,7 +117,7 @@ def test_where_all_are_ruled_out_nothing_is_changed():
             "poe",
             (3.0, 4.0, 5.0, 6.0, 6.0),
             100,
-        ),  # many classes, few true ones ruled out: far too modest at first
+        ),
     ],
 )
 def test_a_rule_that_spoils_calibration_is_mended_after_it(rule, gains, classes):

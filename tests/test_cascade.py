@@ -88,11 +88,11 @@ def test_every_sample_runs_its_own_way_and_nothing_else(
     paths = [alone(moves, sample) for sample in range(count)]
     assert [[*itertools.chain(*network.came)] for network in networks] == [
         [sample for sample in range(count) if number in paths[sample]]
-        for number in moves  # in their old order
+        # in their old order
+        for number in moves
     ]
-    assert all(
-        len(network.came) <= 1 for network in networks
-    )  # in one batch, whatever way they came
+    # in one batch, whatever way they came
+    assert all(len(network.came) <= 1 for network in networks)
     for exit in exits:
         reached = [max(node for node in path if node <= exit.index) for path in paths]
         assert exit.exits == tuple(reached)
@@ -195,18 +195,16 @@ def test_a_contract_run_pays_only_the_networks_on_the_way_and_plans_for_the_next
     networks = [Told(number, clock, seconds) for number, seconds in enumerate((1.0, 2.0, 8.0))]
     moves = {0: [2, 1], 1: [STOP, STOP], 2: [STOP, STOP]}
     run = runner(networks, moves, clock, 1)
-    whole = run.run(
-        samples(1), deadline=Deadline(clock.now() + 9.0 + RESERVE_S)
-    )  # 1 + 8, without network 1
+    # 1 + 8, without network 1
+    whole = run.run(samples(1), deadline=Deadline(clock.now() + 9.0 + RESERVE_S))
     assert (whole.exit, whole.stopped_by, whole.elapsed_s, whole.deadline_met) == (
         2,
         "final",
         9.0,
         True,
     )
-    short = run.run(
-        samples(1), deadline=Deadline(clock.now() + 8.0)
-    )  # network 1 would fit, but is not on the way
+    # network 1 would fit, but is not on the way
+    short = run.run(samples(1), deadline=Deadline(clock.now() + 8.0))
     assert (short.exit, short.stopped_by, short.elapsed_s) == (0, "deadline", 1.0)
     other = run.run(samples(2)[1:], deadline=Deadline(clock.now() + 9.0))
     assert (other.exit, other.exits, other.stopped_by, other.elapsed_s) == (1, (1,), "policy", 3.0)
@@ -256,7 +254,8 @@ def test_it_is_profiled_recorded_and_described_like_any_other() -> None:
     cascade = Cascade([Small(4), Small(16)], ["small", "large"]).eval()
     costs = profile(cascade, data.example(), repeats=20)
     assert costs.stage_macs == (64 * 4 + 40, 64 * 16 + 160)
-    assert costs.exit_free_macs == costs.stage_macs[1]  # who wants no cascade runs the last network
+    # who wants no cascade runs the last network
+    assert costs.exit_free_macs == costs.stage_macs[1]
     recording = record(cascade, data, split="test", features=True)
     assert [tuple(features.shape[1:]) for features in recording.features] == [(4,), (16,)]
     x, _ = next(data.batches("test", 8))

@@ -414,7 +414,8 @@ def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint = directory / "checkpoint.safetensors"
     while not checkpoint.is_file() and process.poll() is None:
-        time.sleep(0.05)  # another process: its files are all there is to wait for
+        # another process: its files are all there is to wait for
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
 

@@ -42,11 +42,13 @@ def test_every_thread_count_has_its_file_and_the_first_is_the_one_that_counts(
 ) -> None:
     code, text = call("profile", run_dir, "--threads", "1,2", "--repeats", "20", "--quiet")
     assert code == 0, text
-    assert "up to date" in text  # of one thread, it was there
+    # of one thread, it was there
+    assert "up to date" in text
     assert "profile-t2.json" in text
     one, two = (CostProfile.load(run_dir / name) for name in ("profile.json", "profile-t2.json"))
     assert (one.provenance.threads, two.provenance.threads) == (1, 2)
-    assert torch.get_num_threads() == 1  # as before
+    # as before
+    assert torch.get_num_threads() == 1
     code, text = call("profile", run_dir, "--threads", "2,1", "--repeats", "20", "--quiet")
     assert code == 0, text
     assert CostProfile.load(run_dir / "profile.json").provenance.threads == 2
@@ -117,7 +119,8 @@ def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> No
     assert code == 0, text
     assert "threads: 1 (A), 99 (B)" in text
     assert text.count("2.00 times faster") == costs.num_exits
-    assert text.count("cannot tell apart") == 1  # the untouched backbone, which was left as it was
+    # the untouched backbone, which was left as it was
+    assert text.count("cannot tell apart") == 1
     code, text = call("compare", run_dir / "fast.json", run_dir)
     assert text.count("2.00 times slower") == costs.num_exits
 

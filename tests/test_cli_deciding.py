@@ -64,9 +64,8 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
         or len(set(cascade.exit_names)) == 3
     )
     recording = run.recording("test")
-    assert torch.equal(
-        recording.outputs[0], recording.outputs[1]
-    )  # the same weights, from a file and from a directory
+    # the same weights, from a file and from a directory
+    assert torch.equal(recording.outputs[0], recording.outputs[1])
     image = tmp_path / "digit.npy"
     np.save(image, load_data("digits").examples("test").take([0])[0].numpy())
     for verb in (
@@ -84,10 +83,9 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert real is not None
     assert real.samples == 5
     assert 0.0 < real.mean_s.low <= real.mean_s.value
+    # of the same samples
     assert real.predicted_s == pytest.approx(
-        float(
-            outcome(policy, recording, run.profile()).contract_s[:5].mean()
-        )  # of the same samples
+        float(outcome(policy, recording, run.profile()).contract_s[:5].mean())
     )
     assert call("report", run.path)[0] == 0
     assert "Test samples really answered" in run.report_file.read_text()
@@ -97,7 +95,8 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     code, text = call(*command[:2], small, large, *command[5:])
     assert (code, "use another directory, or --force" in text) == (1, True)
     code, text = call("select", run.path, small, "nowhere:nothing", "--force", "--quiet")
-    assert (code, run.policy_names()) == (1, ["price-0.01"])  # what was there still is
+    # what was there still is
+    assert (code, run.policy_names()) == (1, ["price-0.01"])
     code, text = call("select", run.path, small, large, "--force", "--quiet", "--repeats", "20")
     assert (code, run.policy_names()) == (0, ["loss-1"])
     code, text = call("train", run.path, "--epochs", "1")
@@ -127,7 +126,8 @@ def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: P
     run = RunDirectory(folder)
     gates = run.policy("loss-30-logistic-features")
     assert isinstance(gates, GatePolicy)
-    assert max(gates.gate_s) > 0.0  # asking was measured
+    # asking was measured
+    assert max(gates.gate_s) > 0.0
     for verb in (["evaluate", folder, "--real", "3"], ["report", folder]):
         code, text = call(*verb)
         assert code == 0, text
@@ -157,6 +157,7 @@ def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
     assert code == 0, text
     assert not run.certificate_file("sure").is_file()
     code, text = call("fit", folder, "--max-loss", "0.1", "--delta", "0.05")
-    assert (code, "samples" in text) == (1, True)  # so many samples are not there
+    # so many samples are not there
+    assert (code, "samples" in text) == (1, True)
     code, text = call("fit", folder, "--mean-ms", "100", "--delta", "0.05")
     assert (code, "give --delta with --max-loss" in text) == (1, True)

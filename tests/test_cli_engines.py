@@ -129,7 +129,8 @@ def test_eight_bits_have_their_own_accuracy(call: Call, run_dir: Path) -> None:
     assert "engine / torch" in said
     assert 1e-4 < float((outputs - wanted).abs().max() / wanted.abs().max()) < 0.3
     assert "same answer" in text
-    assert "loss-2" in text  # fitted in torch, judged on what 8 bits answer
+    # fitted in torch, judged on what 8 bits answer
+    assert "loss-2" in text
 
 
 @pytest.mark.usefixtures("exported")

@@ -24,9 +24,8 @@ BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exi
     ids=" ".join,
 )
 def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: list[str]) -> None:
-    for again in range(
-        2
-    ):  # the second time there is nothing left to do, and the same words are understood
+    # the second time there is nothing left to do, and the same words are understood
+    for again in range(2):
         code, text = call("train", tmp_path, *BRIEF, *options)
         assert (again, code) == (again, 0), text
     assert RunDirectory(tmp_path).network()[0].num_exits == 3
@@ -78,14 +77,12 @@ def test_the_exits_of_one_network_answer_together_through_every_verb(
         assert code == 0, text
     names = {row["name"] for row in read_json(together / "evaluation.json")["rows"]}
     assert "no exits, trained alone" in names
-    assert (
-        "no exits, same weights" not in names
-    )  # the last exit's output is no longer the backbone's
+    # the last exit's output is no longer the backbone's
+    assert "no exits, same weights" not in names
     assert "geometric" in (together / "report.html").read_text()
     costs = RunDirectory(together).profile()
-    assert costs.contract_s() == pytest.approx(
-        costs.interruptible_s(), rel=0.02
-    )  # no head can be skipped
+    # no head can be skipped
+    assert costs.contract_s() == pytest.approx(costs.interruptible_s(), rel=0.02)
     assert costs.exit_free_macs < sum(costs.stage_macs)
     code, text = call("ensemble", together, finished)
     assert code == 1
@@ -132,12 +129,12 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(
     rows = {row["name"]: row for row in read_json(together / "evaluation.json")["rows"]}
     best = max(1.0 - errors[-1] for errors in RunDirectory(together).spec().validation_errors)
     validation = RunDirectory(together).recording("validation").hits().mean(1)
-    assert float(validation[-1]) == pytest.approx(
-        best
-    )  # the best last exit by validation answers at the end
+    # the best last exit by validation answers at the end
+    assert float(validation[-1]) == pytest.approx(best)
     assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]
     small, large = rows["static n1"], rows["static n2"]
-    assert large["accuracy"] == rows["no exits, trained alone"]["accuracy"]  # the very same network
+    # the very same network
+    assert large["accuracy"] == rows["no exits, trained alone"]["accuracy"]
     assert large["macs"] == rows["no exits, trained alone"]["macs"] > small["macs"]
     assert large["contract_s"] > small["contract_s"] > 0.0
     code, text = call("train", together, *BRIEF)
@@ -183,12 +180,12 @@ def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path
         assert code == 0, text
     spec = RunDirectory(run).spec()
     assert (spec.after, spec.heads) == (("1-1", "2-1"), "own")
-    assert (
-        read_json(run / "training.json")["weights"] == "inverse_square"
-    )  # the paper's, unless another is asked for
+    # the paper's, unless another is asked for
+    assert read_json(run / "training.json")["weights"] == "inverse_square"
     assert "2-1" in (run / "report.html").read_text()
     surest = RunDirectory(together).recording("test").outputs.softmax(-1).amax(-1)
-    assert (surest.diff(dim=0) >= 0).all()  # caching: the answer's confidence never falls
+    # caching: the answer's confidence never falls
+    assert (surest.diff(dim=0) >= 0).all()
     for option, value in (("--exits", "2"), ("--heads", "mlp"), ("--after", "stem")):
         code, text = call("train", tmp_path / "other", *train[2:], option, value)
         assert (option, code) == (option, 1)
@@ -200,7 +197,8 @@ def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) ->
     code, text = call("plan", "--model", dearest_first, "--sizes", "3,5,7,9", "--repeats", "20")
     assert code == 0, text
     assert "schedule=1-1-1/3-1-1/3-3-1/3-3-3" in text
-    assert text.count("of a plain run") == 2  # beside the model's own
+    # beside the model's own
+    assert text.count("of a plain run") == 2
     code, text = call("plan", "--model", dearest_first, "--repeats", "20")
     assert (code, text.count("1-3-3")) == (0, 1)
     code, text = call("plan", "--model", dearest_first, "--times-ms", "0.1,1000", "--repeats", "20")

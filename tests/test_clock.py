@@ -16,7 +16,8 @@ from impatient.clock import (
 )
 from impatient.errors import BudgetError
 
-SAFETY = 10.0  # seconds until a test that hangs gives up; never waited for when all is well
+# seconds until a test that hangs gives up; never waited for when all is well
+SAFETY = 10.0
 
 
 class Watched(threading.Condition):
@@ -52,7 +53,8 @@ class Sleeper:
         self.thread = threading.Thread(target=self._sleep, args=(clock, until, holds), daemon=True)
         self.thread.start()
         assert holds.wait(SAFETY)
-        with self.changed:  # the thread held it and gives it back only by falling asleep
+        # the thread held it and gives it back only by falling asleep
+        with self.changed:
             pass
 
     def _sleep(self, clock: FakeClock | SystemClock, until: float, holds: threading.Event) -> None:
@@ -221,7 +223,8 @@ def test_the_system_clock_returns_when_the_instant_comes():
     clock, changed = SystemClock(), threading.Condition()
     until = clock.now() + 0.002
     with changed:
-        while clock.now() < until:  # a condition may wake early by its nature
+        # a condition may wake early by its nature
+        while clock.now() < until:
             clock.wait(changed, until)
     assert clock.now() >= until
 

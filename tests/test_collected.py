@@ -200,10 +200,10 @@ def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(
                         exit,
                         "final" if exit == last else "policy",
                     )
-                assert_same(
-                    (opened.run().output, (exit,)), (together.output[row], (exit,))
-                )  # what has stopped stays so
-                further = opened.run(policy=None)  # and goes on when it is told to
+                # what has stopped stays so
+                assert_same((opened.run().output, (exit,)), (together.output[row], (exit,)))
+                # and goes on when it is told to
+                further = opened.run(policy=None)
             assert_same((further.output, further.exits), (NETWORK(x[row])[last].detach(), (last,)))
 
 
@@ -387,10 +387,11 @@ def test_an_exit_that_nobody_left_looks_at_is_not_paid() -> None:
     network.shrinks(x)
     ran.clear()
     _, exits = driven(network, x, mixed.for_run(MOST), ALWAYS)
+    # all of the cheap ones leave first, and the dear ones look at nothing more
     assert set(exits) == {
         0,
         3,
-    }  # all of the cheap ones leave first, and the dear ones look at nothing more
+    }
     assert ran == [0]
 
 
@@ -418,9 +419,8 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(
     later = torch.stack([other.stops(k, outputs[k]) for k in range(at, 4)]).int().argmax(0) + at
     assert len(set(exits)) > 1
     expected = torch.where(stopped < at, stopped, later)
-    if (
-        not buckets
-    ):  # with buckets, some that have stopped before are still in the batch, and go on, too
+    # with buckets, some that have stopped before are still in the batch, and go on, too
+    if not buckets:
         assert now == tuple(stopped.clamp(max=at).tolist())
         assert size == int((stopped >= at).sum())
         assert exits == tuple(expected.tolist())
@@ -586,11 +586,14 @@ POLICY = policy_of(0.9, 0.9, 0.9)
 @pytest.mark.parametrize(
     ("sizes", "compaction", "budget", "exit"),
     [
-        ((1, 4), "auto", 4.0 + 1.0, 1),  # after 4 s one row needs 1 s more
+        # after 4 s one row needs 1 s more
+        ((1, 4), "auto", 4.0 + 1.0, 1),
         ((1, 4), "auto", 4.0 + 0.9, 0),
-        ((1, 4), "never", 4.0 + 3.9, 0),  # all four rows need 4
+        # all four rows need 4
+        ((1, 4), "never", 4.0 + 3.9, 0),
         ((1, 4), "never", 4.0 + 4.0, 1),
-        ((2, 4), "auto", 4.0 + 1.9, 0),  # planned with the next larger size
+        # planned with the next larger size
+        ((2, 4), "auto", 4.0 + 1.9, 0),
         ((2, 4), "auto", 4.0 + 2.0, 1),
         ((4,), "auto", 4.0 + 3.9, 0),
         ((4,), "auto", 4.0 + 4.0, 1),
@@ -632,7 +635,8 @@ def test_a_size_that_was_not_profiled_is_planned_with_the_next_larger_one(batch:
     clock = FakeClock()
     runner = runner_of(Timed(clock, [3] * batch), by_size([1, 4]))
     answer = runner.run(torch.zeros(batch, 1), deadline=Deadline(batch + 4.0 + RESERVE_S))
-    assert answer.exit == 1  # 4 s are planned for a stage that takes fewer
+    # 4 s are planned for a stage that takes fewer
+    assert answer.exit == 1
     answer = runner.run(
         torch.zeros(batch, 1), deadline=Deadline(clock.now() + batch + 3.9 + RESERVE_S)
     )

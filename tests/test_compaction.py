@@ -72,10 +72,14 @@ def test_a_single_profiled_size_promises_less_time_for_fewer_rows_only_on_a_cpu(
 @pytest.mark.parametrize(
     ("left", "row_bytes", "size"),
     [
-        (7, 0.4e9, 7),  # a row ahead of exit 0 costs 3 s: 3 saved, 2.8 paid
-        (7, 0.5e9, 8),  # 3 saved, 3.5 paid
-        (2, 8e9, 2),  # 18 saved, 16 paid
-        (2, 9.5e9, 8),  # 18 saved, 19 paid
+        # a row ahead of exit 0 costs 3 s: 3 saved, 2.8 paid
+        (7, 0.4e9, 7),
+        # 3 saved, 3.5 paid
+        (7, 0.5e9, 8),
+        # 18 saved, 16 paid
+        (2, 8e9, 2),
+        # 18 saved, 19 paid
+        (2, 9.5e9, 8),
     ],
 )
 def test_a_batch_shrinks_where_the_stages_ahead_save_more_than_copying_costs(
@@ -92,8 +96,10 @@ def test_what_keeping_costs_at_all_is_paid_too() -> None:
 def test_only_the_stages_ahead_count() -> None:
     rule = Compaction(costs=LINEAR, keep_s=2.5)
     assert rule.size(0, 8, 7, 0.0) == 7
-    assert rule.size(1, 8, 7, 0.0) == 8  # one row less saves 2 there
-    assert rule.size(2, 8, 1, 0.0) == 8  # nothing is ahead
+    # one row less saves 2 there
+    assert rule.size(1, 8, 7, 0.0) == 8
+    # nothing is ahead
+    assert rule.size(2, 8, 1, 0.0) == 8
 
 
 def test_a_device_that_takes_the_same_time_for_fewer_rows_never_shrinks() -> None:
@@ -104,7 +110,8 @@ def test_a_device_that_takes_the_same_time_for_fewer_rows_never_shrinks() -> Non
 
 @pytest.mark.parametrize(("disturbed", "size"), [(8, 8), (4, 4)])
 def test_a_disturbed_repeat_at_one_size_does_not_decide(disturbed: int, size: int) -> None:
-    time_of = {4: 1.0, 8: 1.0 if disturbed == 8 else 2.0}  # four rows save nothing, or half
+    # four rows save nothing, or half
+    time_of = {4: 1.0, 8: 1.0 if disturbed == 8 else 2.0}
     stages: dict[int, list[Any]] = {
         rows: [0.0, Quantiles.of([seconds] * 20)] for rows, seconds in time_of.items()
     }

@@ -108,7 +108,8 @@ def test_classes_by_hand():
     assert [sure.value for sure in found.max_probability] == pytest.approx(
         [(0.7 + 0.7 + 0.6 + 0.5) / 4, (0.8 + 0.4 + 0.9 + 0.6) / 4]
     )
-    assert found.correlations == (None, None)  # two classes lie on a line, whatever they are
+    # two classes lie on a line, whatever they are
+    assert found.correlations == (None, None)
 
 
 @quick
@@ -146,7 +147,8 @@ def test_overall_confidence_is_a_mean_with_an_interval_of_probabilities(pair):
             assert estimate == Estimate(plain.value, max(plain.low, 0.0), min(plain.high, 1.0))
             assert 0.0 <= estimate.low <= estimate.high <= 1.0
     for sure, overall in zip(found.max_probability, found.overall, strict=True):
-        assert sure.value >= overall.value - 1e-6  # no class is surer than the surest
+        # no class is surer than the surest
+        assert sure.value >= overall.value - 1e-6
 
 
 def test_confidence_rises_with_what_exits_know():
@@ -318,7 +320,8 @@ def test_the_figure_says_overall_confidence_and_what_is_left_out():
 )
 def test_a_single_sample_right_or_wrong_is_drawn(outputs, tmp_path):
     found = class_confidence(recording_of(outputs, torch.tensor([0])))
-    assert found.overall[0].low == 0.0  # of one sample the interval is everything
+    # of one sample the interval is everything
+    assert found.overall[0].low == 0.0
     assert math.isclose(found.overall[0].high, 1.0)
     save_figure(accuracy_confidence(found), tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 0

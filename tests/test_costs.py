@@ -68,7 +68,8 @@ def test_of_few_repeats_the_high_quantiles_are_the_maximum():
         3.0,
         3,
     )
-    assert Quantiles.of([1.0, 2.0]).p50 == 2.0  # up, never between two measurements
+    # up, never between two measurements
+    assert Quantiles.of([1.0, 2.0]).p50 == 2.0
 
 
 def test_one_repeat_is_all_its_quantiles():
@@ -97,6 +98,7 @@ def test_a_contract_run_pays_only_the_head_that_answers():
     assert made().contract_s() == (1.5, 3.25, 6.125, 10.0)
 
 
+# nothing posted on the way: as a contract run
 @pytest.mark.parametrize(
     ("heads", "wanted"),
     [
@@ -104,7 +106,7 @@ def test_a_contract_run_pays_only_the_head_that_answers():
         (
             [False, False, False, False],
             (1.5, 3.25, 6.125, 10.0),
-        ),  # nothing posted on the way: as a contract run
+        ),
         ([True, False, True, True], (1.5, 3.75, 6.625, 10.625)),
         ([False, True, False, False], (1.5, 3.25, 6.375, 10.25)),
     ],
@@ -303,9 +305,8 @@ def test_the_interval_holds_the_median_and_the_spread_grows_with_the_noise(pairs
     little, much = (Noise.of(np.exp(scale * drawn).tolist()) for scale in (size / 2, size))
     assert little.aa_low <= little.aa_ratio <= little.aa_high
     assert little.spread < much.spread
-    assert (
-        much.aa_low <= little.aa_low <= 1.0 + 1e-9 or little.aa_low > 1.0
-    )  # the same pairs, pulled further apart
+    # the same pairs, pulled further apart
+    assert much.aa_low <= little.aa_low <= 1.0 + 1e-9 or little.aa_low > 1.0
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -314,7 +315,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
         noise.aa_low <= 1.0 <= noise.aa_high
         for noise in (Noise.of(np.exp(0.1 * random.normal(size=60)).tolist()) for _ in range(400))
     ]
-    assert 0.93 <= np.mean(held) <= 0.985  # 95.7 % for 30 pairs
+    # 95.7 % for 30 pairs
+    assert 0.93 <= np.mean(held) <= 0.985
 
 
 @pytest.mark.parametrize(
@@ -361,9 +363,8 @@ def noisy(noise: Noise | None, speed: float = 1.0, **changes: Any) -> CostProfil
     ],
 )
 def test_a_difference_beyond_the_noise_of_both_is_one(speed, verdict):
-    rows = noisy(spread(0.03)).compare(
-        noisy(spread(0.04), speed)
-    )  # 3-4-5: the noise of both is 5 %
+    # 3-4-5: the noise of both is 5 %
+    rows = noisy(spread(0.03)).compare(noisy(spread(0.04), speed))
     assert [(row.exit, row.name) for row in rows] == [
         (0, "a"),
         (1, "output"),

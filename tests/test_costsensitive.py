@@ -116,9 +116,8 @@ def test_actions_of_neighbouring_cost_meet_first():
 def test_a_sample_that_weighs_two_counts_as_two():
     features, costs = drawn(80)
     features, costs = torch.cat([features, -features]), torch.cat([costs, costs.roll(1, 1)])
-    twice = (
-        torch.arange(160) % 80 < 20
-    )  # with each sample its mirror image: both ways, the same mean
+    # with each sample its mirror image: both ways, the same mean
+    twice = torch.arange(160) % 80 < 20
     seen = Standardised.of(features)
     heavy = fit_decision(seen, costs, weights=1.0 + twice.float())
     rows = torch.cat([torch.arange(160), torch.arange(160)[twice]])
@@ -265,7 +264,8 @@ def test_a_decision_comes_back_from_a_file(learner, method, tmp_path):
     fresh = drawn(200, seed=1)[0]
     assert back.choose(fresh).equal(decision.choose(fresh))
     assert len(decision.choose(fresh).unique()) > 1
-    assert len(back.choose(fresh[:0])) == 0  # nobody comes
+    # nobody comes
+    assert len(back.choose(fresh[:0])) == 0
 
 
 def test_the_same_seed_gives_the_same_decision():

@@ -40,9 +40,8 @@ def test_the_digits_are_all_there_and_nowhere_twice(digits):
     assert sizes["test"] == pytest.approx(0.2 * 1797, abs=10)
     assert sizes["validation"] == pytest.approx(0.1 * 0.8 * 1797, abs=10)
     places = [rows(split_of(digits, split)[0]) for split in SPLITS]
-    assert [len(place) for place in places] == list(
-        sizes.values()
-    )  # no digit is there twice to begin with
+    # no digit is there twice to begin with
+    assert [len(place) for place in places] == list(sizes.values())
     assert not places[0] & places[1]
     assert not places[0] & places[2]
     assert not places[1] & places[2]
@@ -247,7 +246,8 @@ def test_a_class_whose_groups_are_all_wanted_elsewhere_keeps_one_for_training(tm
         np.array([0] * 10 + [1] * 10 + [2] * 20),
         np.array([0, 1] * 5 + [0] * 10 + [0] * 20),
     )
-    for seed in range(5):  # class 1 occurs in group 0 alone
+    # class 1 occurs in group 0 alone
+    for seed in range(5):
         data = load_data(
             saved(tmp_path, grouped(groups, y_train=labels)), validation=0.4, seed=seed
         )
@@ -594,9 +594,8 @@ def test_the_middle_of_an_image_is_what_is_seen(tmp_path):
     picture = Image.new("L", (30, 10), 0)
     picture.paste(255, (10, 0, 20, 10))
     picture.save(tmp_path / "middle.png")
-    assert (
-        read_image(tmp_path / "middle.png", (4, 4), 1).min() > 200
-    )  # blurred a little at its edges
+    # blurred a little at its edges
+    assert read_image(tmp_path / "middle.png", (4, 4), 1).min() > 200
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -17,7 +17,8 @@ from impatient.runtime.energy import (
     require_meter,
 )
 
-RANGE = 262_143_328_850  # microjoules, of a real processor
+# microjoules, of a real processor
+RANGE = 262_143_328_850
 
 
 def zone(powercap: Path, number: str, name: str, energy_uj: int, most: int = RANGE) -> Path:
@@ -71,7 +72,8 @@ def test_every_window_begins_anew(tmp_path: Path) -> None:
     package = zone(tmp_path, "0", "package-0", 0)
     meter = RaplMeter(tmp_path)
     for joules in (1.0, 2.0):
-        spend(package, 50.0)  # between the windows
+        # between the windows
+        spend(package, 50.0)
         meter.begin()
         spend(package, joules)
         assert meter.end() == pytest.approx(joules)
@@ -91,7 +93,8 @@ def test_a_counter_that_may_not_be_read_says_how_it_could(
     counter = zone(tmp_path, "0", "package-0", 0) / "energy_uj"
     read = Path.read_text
 
-    def forbidden(path: Path, **options: Any) -> str:  # chmod forbids nothing to root
+    # chmod forbids nothing to root
+    def forbidden(path: Path, **options: Any) -> str:
         if path == counter:
             raise PermissionError(13, "Permission denied")
         return read(path, **options)
@@ -164,7 +167,8 @@ def test_the_gpu_that_is_asked_for_is_measured(zeus: type[FakeZeus]) -> None:
         zeus.gpu_joules += joules
         assert meter.end() == joules
     meter.begin()
-    meter.begin()  # after a window that an error left open
+    # after a window that an error left open
+    meter.begin()
     assert meter.end() == 0.0
 
 

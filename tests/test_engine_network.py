@@ -306,9 +306,8 @@ def shallow() -> MultiExitNetwork:
 
 
 @needs_compiler
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # torch's own, when its compiler is imported
+# torch's own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_stages_give_the_same_answers(shallow: MultiExitNetwork) -> None:
     network = compiled(partition(shallow, EXAMPLE), NetworkFacts.of(shallow, EXAMPLE))
     assert network.engine == "compile"

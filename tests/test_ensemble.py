@@ -25,7 +25,8 @@ from test_running import Samples
 
 X = torch.zeros(1, 8)
 ERRORS = [[0.5, 0.3], [0.4, 0.25, 0.2], [0.6, 0.5, 0.2, 0.15]]
-ANSWERS = (0, 1, 1, 3, 4, 4, 4, 7, 8)  # by hand
+# by hand
+ANSWERS = (0, 1, 1, 3, 4, 4, 4, 7, 8)
 SILENT = [index for index, answer in enumerate(ANSWERS) if answer != index]
 
 
@@ -70,17 +71,21 @@ def paused() -> list[_Forward]:
 # --- who answers ------------------------------------------------------------------------------------------------------
 
 
+# early exits of finished networks do not come back
 @pytest.mark.parametrize(
     ("errors", "expected"),
     [
         (ERRORS, ANSWERS),
-        ([[0.9, 0.1, 0.5]], (0, 1, 2)),  # the first network has nobody to leave the answer to
-        ([[0.2], [0.2]], (0, 1)),  # of equals, the running one
+        # the first network has nobody to leave the answer to
+        ([[0.9, 0.1, 0.5]], (0, 1, 2)),
+        # of equals, the running one
+        ([[0.2], [0.2]], (0, 1)),
         (
             [[0.2], [0.3, 0.1, 0.3], [0.25]],
             (0, 0, 2, 0, 0),
-        ),  # early exits of finished networks do not come back
-        ([[0.2], [0.4], [0.3]], (0, 0, 0)),  # the best finished one, not the last
+        ),
+        # the best finished one, not the last
+        ([[0.2], [0.4], [0.3]], (0, 0, 0)),
     ],
 )
 def test_the_better_of_the_best_finished_and_the_running_network_answers(errors, expected):
@@ -224,7 +229,8 @@ def test_every_member_runs_in_the_modes_in_which_the_run_was_asked_for(network, 
 def test_an_exit_that_has_passed_is_refused_unless_kept(network, toy_input):
     with network.exits(toy_input) as run:
         exits = list(run)
-    assert torch.is_tensor(exits[1].output())  # a last exit's output is there already
+    # a last exit's output is there already
+    assert torch.is_tensor(exits[1].output())
     with pytest.raises(ExitPassed):
         exits[0].output()
     with network.exits(toy_input, keep=True) as run:
@@ -298,7 +304,8 @@ def test_profile_and_runner_take_it_for_a_network(network, toy_input):
     )
     stopped = Runner(network, costs, policy).run(toy_input)
     assert (stopped.exit, stopped.stopped_by) == (5, "policy")
-    assert stopped.output.equal(network(toy_input)[4])  # a silent exit: the second network's last
+    # a silent exit: the second network's last
+    assert stopped.output.equal(network(toy_input)[4])
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

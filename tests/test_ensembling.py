@@ -111,7 +111,8 @@ def brute(name: str, outputs: Tensor) -> Tensor:
             total = product.sum(-1, keepdim=True)
             combined.append(torch.where(total > 0, product / total, so_far[-1].softmax(-1)))
         else:
-            surest = so_far.float().softmax(-1).amax(-1).argmax(0)  # 1 - 1e-9 is as sure as 1
+            # 1 - 1e-9 is as sure as 1
+            surest = so_far.float().softmax(-1).amax(-1).argmax(0)
             combined.append(so_far[surest, torch.arange(outputs.shape[1])].softmax(-1))
     return torch.stack(combined)
 
@@ -152,7 +153,8 @@ def test_caching_never_grows_less_sure(outputs):
 @quick
 @given(outputs=drawn, rounded=st.booleans())
 def test_caching_gives_bit_by_bit_the_output_that_a_plain_loop_holds(outputs, rounded):
-    outputs = outputs.round() if rounded else outputs  # with many exits that are equally sure
+    # with many exits that are equally sure
+    outputs = outputs.round() if rounded else outputs
     combined, surety = combine(outputs, "caching"), outputs.softmax(-1).amax(-1)
     for sample in range(outputs.shape[1]):
         held = 0
@@ -165,9 +167,8 @@ def test_caching_gives_bit_by_bit_the_output_that_a_plain_loop_holds(outputs, ro
 def test_recalibration_takes_from_caching_that_it_never_grows_less_sure():
     outputs = torch.stack([logs(0.8, 0.2), logs(0.6, 0.4)])
     surety = combine(outputs, "caching", recalibration=[1.0, 2.0]).softmax(-1).amax(-1)
-    torch.testing.assert_close(
-        surety, torch.tensor([0.8, 2 / 3])
-    )  # the square roots of 0.8 and 0.2 are as 2 to 1
+    # the square roots of 0.8 and 0.2 are as 2 to 1
+    torch.testing.assert_close(surety, torch.tensor([0.8, 2 / 3]))
 
 
 @quick
@@ -175,7 +176,8 @@ def test_recalibration_takes_from_caching_that_it_never_grows_less_sure():
 def test_a_class_that_the_product_has_ruled_out_stays_out(outputs):
     left = (outputs > 0).cumprod(0).bool()
     ruled_out = combine(outputs, "poe") == RULED_OUT
-    kept = left.any(-1)  # elsewhere the exit speaks for itself
+    # elsewhere the exit speaks for itself
+    kept = left.any(-1)
     assert ruled_out[kept][~left[kept]].all()
     again = ruled_out[:-1] & ~ruled_out[1:] & kept[1:, :, None] & ~left[1:]
     assert not again.any()

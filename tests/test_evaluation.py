@@ -41,9 +41,8 @@ SURETY = [
 COSTS = costs_of(
     [1.0, 2.0, 3.0], [0.5, 0.25, 0.0], exit_free_s=5.0, stage_macs=[10, 20, 30], head_macs=[1, 2, 0]
 )
-POLICY = ThresholdPolicy(
-    score="max_probability", thresholds=(0.75, INF, -INF)
-)  # samples 0 and 3 leave at exit 0
+# samples 0 and 3 leave at exit 0
+POLICY = ThresholdPolicy(score="max_probability", thresholds=(0.75, INF, -INF))
 
 
 def hand_made(**rest):
@@ -222,13 +221,12 @@ def test_expected_accuracies_are_those_of_sampled_budgets(name):
     )
     found = {row.name: row.accuracy.value for row in evaluation.under_budgets}
     times, hits = budget.sample(20_000, seed=3), np.array(RIGHT, dtype=float)
+    # here deeper is never less accurate
     ways = {
         "interruptible": simulated(hits, [1.5, 3.75, 6.75], times),
         "contract": simulated(hits, [1.5, 3.25, 6.0], times),
         "mine": simulated(hits, [1.5, 3.75, 6.75], times, leaves=np.array([0, 2, 2, 0, 2])),
-        "static oracle": simulated(
-            hits, [1.5, 3.25, 6.0], times
-        ),  # here deeper is never less accurate
+        "static oracle": simulated(hits, [1.5, 3.25, 6.0], times),
         "no exits, same weights": simulated(hits[-1:], [5.0], times),
         "no exits, trained alone": simulated(np.array([[1.0, 1, 1, 1, 0]]), [5.0], times),
     }
@@ -353,7 +351,8 @@ def wilson_coverage(share, count):
 def test_wilson_intervals_hold_the_truth_as_often_as_they_say(count):
     covered = [wilson_coverage(share, count) for share in np.linspace(0.02, 0.98, 97)]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.01)
-    assert min(covered) > 0.83  # near 0 and 1 it dips, as is known (Brown, Cai, DasGupta 2001)
+    # near 0 and 1 it dips, as is known (Brown, Cai, DasGupta 2001)
+    assert min(covered) > 0.83
 
 
 def test_wilson_intervals_hold_the_truth_in_simulated_draws():
@@ -401,7 +400,8 @@ def test_calibration_error_is_nothing_where_confidence_is_right():
 
 
 def test_a_confidence_between_two_bins_counts_to_the_lower():
-    both = torch.tensor([0.45, 0.5])  # one bin from 0.25 to 0.5: accuracy 0.5 against 0.475
+    # one bin from 0.25 to 0.5: accuracy 0.5 against 0.475
+    both = torch.tensor([0.45, 0.5])
     assert expected_calibration_error(both, torch.tensor([False, True]), bins=4) == pytest.approx(
         0.025
     )
@@ -434,8 +434,10 @@ def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
         7.0,
     )
     expected = {entry.name: entry.accuracy.value for entry in evaluation.under_budgets}
-    assert expected["small"] == alone.accuracy.value  # it fits
-    assert expected["no exits, trained alone"] == 0.0  # it takes 5 s
+    # it fits
+    assert expected["small"] == alone.accuracy.value
+    # it takes 5 s
+    assert expected["no exits, trained alone"] == 0.0
 
 
 def test_where_exits_answer_together_the_last_one_does_not_stand_for_the_backbone():

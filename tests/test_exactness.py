@@ -246,7 +246,8 @@ def make_informative(model: nn.Module, batch: Batch) -> None:
             nn.init.normal_(layer.weight, std=0.1)
     for parameter in model.parameters():
         if not parameter.abs().sum():
-            nn.init.normal_(parameter, std=0.02)  # biases, position embeddings, class tokens
+            # biases, position embeddings, class tokens
+            nn.init.normal_(parameter, std=0.02)
     norms = [
         layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
     ]
@@ -387,7 +388,8 @@ def test_run_stopped_halfway_leaves_the_next_one_exact(pair: Pair, training: boo
         with pair.network.exits(pair.batch(2)) as walk:
             for _ in range(stop + 1):
                 next(walk).output()
-    pair.begin(training=training)  # in training, the stopped runs moved statistics
+    # in training, the stopped runs moved statistics
+    pair.begin(training=training)
     with torch.no_grad():
         truth = untouched_output(pair, x)
         assert difference(staged_outputs(pair, x)[-1], truth) == 0.0

@@ -23,9 +23,8 @@ def test_a_loop_of_ones_own_learns() -> None:
 def test_ensembles_are_networks_with_exits() -> None:
     accuracy = main_of("ensembles.py")(epochs=1)
     assert [len(values) for values in accuracy.values()] == [6, 6, 9]
-    assert (
-        accuracy["its exits together"][0] == accuracy["one network"][0]
-    )  # the first exit is alone either way
+    # the first exit is alone either way
+    assert accuracy["its exits together"][0] == accuracy["one network"][0]
 
 
 @pytest.mark.skipif(
@@ -49,12 +48,12 @@ def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None
     )
     growing, whole = made["AnytimeNet"], made["static"]
     assert len(growing) == len(whole) == 30
-    assert [frame.left_s for frame in growing] == [
-        frame.left_s for frame in whole
-    ]  # the same deadlines for both
+    # the same deadlines for both
+    assert [frame.left_s for frame in growing] == [frame.left_s for frame in whole]
     assert all(frame.on_time for frame in (*growing, *whole) if frame.right > 0.0)
     assert all(0 <= frame.iteration <= 1 for frame in growing)
-    assert all(frame.iteration == 0 for frame in whole)  # it has one
+    # it has one
+    assert all(frame.iteration == 0 for frame in whole)
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

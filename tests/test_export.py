@@ -35,7 +35,8 @@ from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.runtime import EngineNetwork
 from impatient.runtime.engines.export import add_costs, differences, varied
 
-EXACT = 1e-5  # of the largest output; that samples differ by less than 1 % of it would make agreement say little
+# of the largest output; that samples differ by less than 1 % of it would make agreement say little
+EXACT = 1e-5
 Written = Callable[[Path], None]
 
 
@@ -77,7 +78,8 @@ def toy_network() -> MultiExitNetwork:
     backbone = ToyBackbone()
     with torch.no_grad():
         for parameter in backbone.parameters():
-            parameter.mul_(2.0)  # or its answers would hardly depend on the input
+            # or its answers would hardly depend on the input
+            parameter.mul_(2.0)
     return attach_exits(backbone, example=torch.zeros(1, 8), after=["blocks.1"]).eval()
 
 
@@ -490,7 +492,8 @@ def test_samples_are_varied_but_stay_of_their_kind() -> None:
 def test_compiled_stages_in_one_call() -> None:
     network = toy_network()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's compiler, about itself
+        # torch's compiler, about itself
+        warnings.simplefilter("ignore")
         made: Any = to_engine(network, "compile", example=torch.randn(2, 8))
         x = torch.randn(5, 8)
         assert_close(outputs_of(made, x), outputs_of(network, x))

@@ -203,7 +203,8 @@ def test_json_that_is_not_there_is_named(tmp_path):
 
 def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path):
     tensors = {
-        "float": torch.randn(3, 4).T,  # not contiguous
+        # not contiguous
+        "float": torch.randn(3, 4).T,
         "half": torch.randn(5).bfloat16(),
         "scalar": torch.tensor(7),
         "empty": torch.zeros(0, 3),

@@ -200,10 +200,11 @@ def test_a_gate_that_saves_less_than_it_costs_is_closed_and_not_paid_by_those_be
         stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.25, 0.75), heads_first=False
     )
     stops = backward(losses, times, half, time_price=1.0)
+    # the second saves 0.5 on average, and costs 0.75
     assert stops.tolist() == [
         [True, True, False, False],
         [False] * 4,
-    ]  # the second saves 0.5 on average, and costs 0.75
+    ]
     assert asked == [(1, [1.0] * 4), (0, [2.0] * 4)]
 
 
@@ -490,7 +491,8 @@ def test_no_mixture_is_above_the_hull(points):
     assert on == sorted(set(on))
     for time, height in points:
         assert height <= np.interp(time, *zip(*on, strict=True)) + 1e-9
-    for k in range(1, len(on) - 1):  # none is to spare
+    # none is to spare
+    for k in range(1, len(on) - 1):
         assert on[k][1] > np.interp(
             on[k][0], [on[k - 1][0], on[k + 1][0]], [on[k - 1][1], on[k + 1][1]]
         )
@@ -556,12 +558,13 @@ def test_mixtures_that_make_no_sense_are_refused():
 
 
 def test_uniform_mixes_the_two_exits_around_the_time_and_pays_one_head():
+    # exit 1 is not worth having
     right = [
         [1] * 2 + [0] * 8,
         [1] * 3 + [0] * 7,
         [1] * 8 + [0] * 2,
         [1] * 9 + [0],
-    ]  # exit 1 is not worth having
+    ]
     recording = recording_of(*sure(right, [[0.9] * 10] * 4))
     mixture = uniform(recording, COSTS, mean_time_s=2.1)
     assert mixture.cheap.exits_of(recording.outputs).tolist() == [0] * 10

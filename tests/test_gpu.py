@@ -23,7 +23,8 @@ from impatient.runtime.gpu import Fetched, GpuRunner
 from impatient.runtime.runner import RESERVE_S
 from test_collected import NETWORK, x_of
 
-LOOK_S = 1e-6  # between two looks at an event
+# between two looks at an event
+LOOK_S = 1e-6
 STAGES, HEADS = (1.0, 2.0, 3.0, 4.0), (0.1, 0.2, 0.3, 0.0)
 
 
@@ -163,9 +164,8 @@ def test_with_exact_costs_every_deadline_is_met_by_the_deepest_exit_that_fits(
 ) -> None:
     # the heads of all exits run
     due = [sum(STAGES[: k + 1]) + sum(HEADS[: k + 1]) + RESERVE_S for k in range(4)]
-    assume(
-        all(abs(instant - seconds) > 0.02 for instant in due)
-    )  # looking at this clock takes 0.01
+    # looking at this clock takes 0.01
+    assume(all(abs(instant - seconds) > 0.02 for instant in due))
     runner, device = gpu_runner(ahead=ahead)
     answer = runner.run(x_of(1), deadline=Deadline(device.clock.now() + seconds))
     assert answer.deadline_met
@@ -174,7 +174,8 @@ def test_with_exact_costs_every_deadline_is_met_by_the_deepest_exit_that_fits(
 
 
 def test_at_the_deadline_the_latest_answer_that_has_arrived_is_given() -> None:
-    runner, device = gpu_runner(stages_s=(1.0, 2.0, 30.0, 4.0))  # the third stage overruns
+    # the third stage overruns
+    runner, device = gpu_runner(stages_s=(1.0, 2.0, 30.0, 4.0))
     answer = runner.run(x_of(2), deadline=Deadline(device.clock.now() + 7.0))
     assert (answer.exit, answer.stopped_by) == (1, "deadline")
     assert answer.deadline_met or answer.elapsed_s == pytest.approx(7.0, abs=0.02)
@@ -240,19 +241,21 @@ def test_finished_samples_are_taken_out_of_what_is_given_next(
     runner, _ = gpu_runner(policy, ahead=1, compaction="always")
     runner.run(x)
     left = int((scores[0] < bound).sum())
+    # the second stage was given before the decision
     assert NETWORK.backbone.rows == [
         8,
         8,
         left,
         left,
-    ]  # the second stage was given before the decision
+    ]
 
 
 def test_limits_hold() -> None:
     runner, _ = gpu_runner()
     costs = runner.costs
     most = costs.parts("macs")
-    assert sum(map(sum, most)) == 0  # these fakes have none: every exit is allowed
+    # these fakes have none: every exit is allowed
+    assert sum(map(sum, most)) == 0
     assert runner.run(x_of(1), deadline=NEVER, limits={"macs": 1.0}).exit == 3
 
 
@@ -311,7 +314,8 @@ def test_graphs_per_bucket_compute_what_the_network_does(graphed: Any, toy: Any)
             for exit, output in zip(run, known, strict=True):
                 torch.testing.assert_close(exit.output().clone(), output)
         torch.testing.assert_close(graphs.backbone(x[:rows]), known[-1])
-    with graphs.exits(x) as run:  # fewer rows from the second stage on
+    # fewer rows from the second stage on
+    with graphs.exits(x) as run:
         next(run)
         run.keep(torch.tensor([5, 0, 7]))
         torch.testing.assert_close(next(run).output().clone(), network(x)[1].detach()[[5, 0, 7]])

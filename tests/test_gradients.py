@@ -80,11 +80,11 @@ def test_detached_channels_get_no_gradient_from_what_is_deeper(
     assert kept == 8 - math.floor(8 * detach)
     network = network_of(toy)
     deeper = first_gradient(network, toy_input, one_hot(3), GradientFlow(detach=detach))
-    assert not deeper[kept:].any()  # rows are output channels of the first block
+    # rows are output channels of the first block
+    assert not deeper[kept:].any()
     own = first_gradient(network, toy_input, one_hot(0), GradientFlow(detach=detach))
-    assert torch.equal(
-        own, first_gradient(network, toy_input, one_hot(0), PLAIN)
-    )  # the exit's own head trains all
+    # the exit's own head trains all
+    assert torch.equal(own, first_gradient(network, toy_input, one_hot(0), PLAIN))
 
 
 def test_channels_are_found_in_images() -> None:
@@ -152,7 +152,8 @@ def test_a_block_that_gives_several_tensors_passes_the_others_on() -> None:
     network = attach_exits(Pairs(), after=["block"], example=x)
     network(x, gradients=GradientFlow(equilibrium=True))[1].sum().backward()
     left, right = network.backbone.block.left.weight.grad, network.backbone.block.right.weight.grad
-    torch.testing.assert_close(left, right / 2)  # only the features lie on the exit's way
+    # only the features lie on the exit's way
+    torch.testing.assert_close(left, right / 2)
 
 
 def test_without_gradients_there_is_nothing_to_do(toy: ToyBackbone, toy_input: Tensor) -> None:

@@ -23,7 +23,8 @@ from impatient.networks.growth import (
 )
 
 REVERSE = Schedule(((1, 1, 1), (1, 1, 5), (1, 1, 8), (1, 5, 8), (1, 8, 8), (5, 8, 8), (8, 8, 8)))
-INNER = BlockCosts.equal((8, 8, 8), stem=0.0, out=0.0)  # counts executions between IN and OUT
+# counts executions between IN and OUT
+INNER = BlockCosts.equal((8, 8, 8), stem=0.0, out=0.0)
 
 
 @st.composite
@@ -49,9 +50,8 @@ def block_costs(
 def all_schedules(final: Counts, iterations: int) -> Iterator[Schedule]:
     """Every one there is, by trying all rows."""
     vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
-    for rows in itertools.combinations(
-        vectors, iterations
-    ):  # in lexicographic order, as all that grow are
+    # in lexicographic order, as all that grow are
+    for rows in itertools.combinations(vectors, iterations):
         if rows[-1] == final and all(
             all(a <= b for a, b in zip(before, after, strict=True))
             for before, after in itertools.pairwise(rows)
@@ -155,7 +155,8 @@ def test_only_what_a_later_iteration_goes_on_from_is_kept() -> None:
 def test_every_iteration_can_be_computed_from_what_is_kept_and_gives_what_a_plain_run_gives(
     schedule: Schedule,
 ) -> None:
-    kept: dict[int, tuple[str, ...]] = {}  # a tensor stands for the blocks it has been through
+    # a tensor stands for the blocks it has been through
+    kept: dict[int, tuple[str, ...]] = {}
     for row, names, keep in zip(schedule.counts, trace(schedule), schedule.kept, strict=True):
         inner = [name for name in names if name not in ("IN", "OUT")]
         section, block = (int(part) - 1 for part in inner[0][1:].split("."))
@@ -189,7 +190,8 @@ def test_costs_in_operations_where_a_transition_is_three_quarters_of_a_block() -
     later = (0.75, *[1.0] * 7)
     counted = costs(PAPER, BlockCosts(stem=0.0, sections=((1.0,) * 8, later, later), out=0.0))
     shares = [round(100 * cost / counted.plain, 1) for cost in counted.cumulative]
-    assert shares == [10.6, 34.0, 53.2, 73.4, 89.4, 106.4, 119.1]  # reference/papers.md 2.4
+    # reference/papers.md 2.4
+    assert shares == [10.6, 34.0, 53.2, 73.4, 89.4, 106.4, 119.1]
 
 
 @given(schedules(sections=2), st.data())
@@ -240,11 +242,12 @@ def test_for_the_papers_sizes_the_planner_finds_the_papers_order() -> None:
 
 def test_sections_in_turn_are_not_always_the_best_order() -> None:
     best = plan(INNER, sizes=[3, 4, 24])
+    # one block of each later section less is run again
     assert best.names == (
         "1-1-1",
         "1-1-2",
         "8-8-8",
-    )  # one block of each later section less is run again
+    )
     assert total(best, INNER) == total(Schedule(((1, 1, 1), (2, 1, 1), (8, 8, 8))), INNER) - 1
 
 
@@ -296,7 +299,8 @@ def test_no_schedule_through_the_same_points_is_cheaper(parts: BlockCosts, rando
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=8, max_size=8))
 def test_of_equally_cheap_schedules_an_early_one_is_planned(given_costs: list[int]) -> None:
-    stem, out, *inner = map(float, given_costs)  # whole numbers, so that equal is equal
+    # whole numbers, so that equal is equal
+    stem, out, *inner = map(float, given_costs)
     parts = BlockCosts(stem=stem, sections=(tuple(inner[:3]), tuple(inner[3:])), out=out + 1.0)
     every = [schedule for schedule in all_schedules((3, 3), 4) if schedule.counts[0] == (1, 1)]
     cheap = [
@@ -313,11 +317,12 @@ def test_of_equally_cheap_schedules_an_early_one_is_planned(given_costs: list[in
 
 def test_of_two_equally_cheap_schedules_the_one_whose_answers_come_first() -> None:
     one_section = BlockCosts(stem=0.0, sections=((1.0, 2.0, 3.0, 4.0),), out=1.0)
+    # 1-3-4 costs as much and answers later
     assert plan(one_section, iterations=3).names == (
         "1",
         "2",
         "4",
-    )  # 1-3-4 costs as much and answers later
+    )
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def block(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+# square: the last layer decides
+# a permutation followed the convolution
 @pytest.mark.parametrize(
     ("shape", "module", "layout"),
     [
@@ -77,19 +79,23 @@ def block(*layers: nn.Module) -> nn.Module:
             (2, 8, 8, 8),
             block(nn.Linear(3, 8), nn.Conv2d(3, 8, 1)),
             "NCHW",
-        ),  # square: the last layer decides
+        ),
         ((2, 8, 8, 8), block(nn.Conv2d(3, 8, 1), nn.Linear(3, 8)), "NHWC"),
         ((2, 8, 8, 8), nn.Identity(), "NCHW"),
         (
             (2, 4, 4, 8),
             block(nn.Conv2d(3, 8, 1), nn.GELU()),
             "NHWC",
-        ),  # a permutation followed the convolution
-        ((2, 6, 4, 7), block(nn.Conv2d(3, 99, 1)), "NCHW"),  # no dimension fits the width
-        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.GELU()), "NCT"),  # sound
-        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.LayerNorm(8)), "NCT"),  # its norm permutes
+        ),
+        # no dimension fits the width
+        ((2, 6, 4, 7), block(nn.Conv2d(3, 99, 1)), "NCHW"),
+        # sound
+        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.GELU()), "NCT"),
+        # its norm permutes
+        ((2, 8, 30), block(nn.Conv1d(3, 8, 3), nn.LayerNorm(8)), "NCT"),
         ((2, 5, 8), block(nn.Conv1d(3, 8, 1), nn.LayerNorm(8)), "NTD"),
-        ((2, 8, 8), nn.Conv1d(3, 8, 3), "NCT"),  # square: the last layer decides
+        # square: the last layer decides
+        ((2, 8, 8), nn.Conv1d(3, 8, 3), "NCT"),
         ((2, 8, 8), nn.Linear(3, 8), "NTD"),
         ((2, 5, 8), nn.Identity(), "NTD"),
         ((2, 6, 7), nn.Conv1d(3, 99, 1), "NTD"),
@@ -274,12 +280,13 @@ def test_dropout_of_the_mlp_is_in_training_only_and_between_its_layers() -> None
     torch.testing.assert_close(head.eval()(features), plain(features))
     assert [type(layer) for layer in head] == [Pool, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
     assert mlp(shape_of("ND"), CLASSES, dropout=0.3)[3].p == 0.3
+    # no place for a dropout of nothing
     assert [type(layer) for layer in plain] == [
         Pool,
         nn.Linear,
         nn.ReLU,
         nn.Linear,
-    ]  # no place for a dropout of nothing
+    ]
 
 
 @every_layout
@@ -339,9 +346,8 @@ def test_conv1x1_head_is_a_linear_layer_at_every_place(layout: str) -> None:
         next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear)
     )
     places = features.movedim(1, -1) if layout.startswith("NC") else features
-    norm = next(
-        layer for layer in head if isinstance(layer, nn.BatchNorm2d)
-    )  # untrained: divides by sqrt(1 + eps)
+    # untrained: divides by sqrt(1 + eps)
+    norm = next(layer for layer in head if isinstance(layer, nn.BatchNorm2d))
     wide = (
         functional.linear(places.reshape(3, -1, 6), convolution.weight[:, :, 0, 0])
         / (1 + norm.eps) ** 0.5
@@ -542,11 +548,12 @@ class Counted(nn.Module):
 
 STAGE_MACS = [8 * 3 * 9 * 64, 16 * 4 * 9 * 16, 16 * CLASSES]
 HEAD_MACS = [8 * CLASSES, 16 * 128 + 128 * CLASSES, 0]
+# 6: of the layer never called
 STAGE_PARAMETERS = [
     8 * 3 * 9 + 8 + 6,
     16 + 16 * 4 * 9,
     16 * CLASSES + CLASSES,
-]  # 6: of the layer never called
+]
 
 
 @pytest.fixture
@@ -614,7 +621,8 @@ class Features(nn.Module):
 
 MLP_MACS = 6 * 128 + 128 * CLASSES
 MSDNET_MACS = 9 * 6 * 128 * (4 * 5) + 9 * 128 * 128 * (2 * 3) + 128 * CLASSES
-HEAD_MACS_BY_HAND = {  # on maps of 6 channels and 80 places, on 4 tokens of 6, on 6 numbers
+# on maps of 6 channels and 80 places, on 4 tokens of 6, on 6 numbers
+HEAD_MACS_BY_HAND = {
     "linear": (6 * CLASSES, 6 * CLASSES, 6 * CLASSES),
     "relu_linear": (6 * CLASSES, 6 * CLASSES, 6 * CLASSES),
     "mlp": (MLP_MACS, MLP_MACS, MLP_MACS),

@@ -12,12 +12,13 @@ from impatient.evaluation import inflation
 from impatient.evaluation.inflation import best_base, mean, simulate, sup
 
 BASES = (1.5, 2.0, 3.0, 4.0)
+# the last is so deep that the first few make no difference
 MEMBERS = {
     1.5: 60,
     2.0: 36,
     3.0: 24,
     4.0: 20,
-}  # the last is so deep that the first few make no difference
+}
 # of what is left of the first few networks: M / b ** (members - M), and their share of the mean
 TOLERANCE = 1e-6
 
@@ -70,9 +71,8 @@ def test_one_worker_has_the_general_closed_form(base, share):
 @pytest.mark.parametrize(("count", "largest"), [(1, 3.0), (2, 5 / 3), (3, 9 / 7), (4, 17 / 15)])
 def test_workers_lower_the_largest_inflation(count, largest):
     assert sup(2.0, workers=count) == pytest.approx(largest)
-    assert (
-        sup(2.0, workers=count) <= sup(2.0**count) + 1e-12
-    )  # the paper's "effectively increases b" is an upper bound
+    # the paper's "effectively increases b" is an upper bound
+    assert sup(2.0, workers=count) <= sup(2.0**count) + 1e-12
 
 
 @given(st.floats(0.05, 1.0))
@@ -88,7 +88,8 @@ def test_the_best_base_has_the_known_values():
     assert best_base(1.0) == 2.0
     assert best_base(0.5) == pytest.approx(2.4142, abs=1e-4)
     assert sup(best_base(0.5), competitive_from=0.5) == pytest.approx(2.914, abs=1e-3)
-    assert best_base(0.2) == 5.0  # a smaller share than 1 / b would be of no use
+    # a smaller share than 1 / b would be of no use
+    assert best_base(0.2) == 5.0
 
 
 # --- against the schedule ---------------------------------------------------------------------------------------------
@@ -138,10 +139,10 @@ def test_a_schedule_played_by_hand():
     budgets = np.array([0.4, 0.5, 1.0, 2.0, 2.9, 3.5, 5.0])
     assert schedule.depth(budgets).tolist() == [0.0, 0.5, 1.0, 2.0, 2.0, 2.5, 4.0]
     assert schedule.inflation(budgets).tolist() == [math.inf, 1.0, 1.0, 1.0, 1.45, 1.4, 1.25]
-    assert schedule.sup == 1.5  # at 3, as the third becomes competitive
-    areas = (
-        1.5 + (9 - 4) / 4 + (2 + math.log(2))
-    )  # up to 2 the second keeps pace; to 3 its last answer; to 5 the third
+    # at 3, as the third becomes competitive
+    assert schedule.sup == 1.5
+    # up to 2 the second keeps pace; to 3 its last answer; to 5 the third
+    areas = 1.5 + (9 - 4) / 4 + (2 + math.log(2))
     assert schedule.mean == pytest.approx(areas / 4.5)
 
 

@@ -57,7 +57,8 @@ def test_an_interrupt_gives_the_latest_answer_while_the_next_stage_is_stuck(
         assert not stuck.released
         stuck.release()
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (reached - 1, "interrupt", True)
-    assert answer.elapsed_s == reached * 1.5  # every head on the way is paid
+    # every head on the way is paid
+    assert answer.elapsed_s == reached * 1.5
     assert torch.equal(answer.output, network.outputs[reached - 1])
 
 
@@ -155,7 +156,8 @@ def test_at_the_deadline_the_result_is_there_while_a_stage_overruns(
     stuck.wait_reached()
     result = elsewhere(run.result)
     wait_for_waiters(run, 1)
-    clock.advance(1.0)  # 2.5: not yet
+    # 2.5: not yet
+    clock.advance(1.0)
     assert not result.done()
     clock.advance(0.5)
     answer = result.result(PATIENCE_S)
@@ -176,7 +178,8 @@ def test_an_answer_that_came_too_late_does_not_displace_one_in_time(
 ) -> None:
     network.heads_s[1] = 9.0
     run = runner_of(network).start(X, deadline=Deadline.after(3.0, clock))
-    network.wait_closed()  # nobody was waiting when the deadline came
+    # nobody was waiting when the deadline came
+    network.wait_closed()
     answer = run.result()
     assert (answer.exit, answer.stopped_by, answer.deadline_met) == (0, "deadline", True)
     assert network.ran == ["stage 0", "head 0", "stage 1", "head 1"]
@@ -323,7 +326,8 @@ def test_a_second_run_queues_and_its_deadline_ticks_meanwhile(
     assert first.result().exit == 3
     answer = second.result()
     assert (answer.exit, answer.deadline_met) == (0, False)
-    assert answer.elapsed_s == 10.5  # the 3 above, the first run's 6, and its own 1.5
+    # the 3 above, the first run's 6, and its own 1.5
+    assert answer.elapsed_s == 10.5
     network.wait_closed()
     network.wait_closed()
     assert network.ran == [*WHOLE, "stage 0", "head 0"]
@@ -371,7 +375,8 @@ def test_closing_ends_the_run_in_flight_at_its_next_exit_and_the_thread(
     stuck.wait_reached()
     (thread,) = workers()
     runner.close()
-    assert run.result().exit == 0  # at once, with the stage still stuck
+    # at once, with the stage still stuck
+    assert run.result().exit == 0
     assert run.result().stopped_by == "interrupt"
     stuck.release()
     thread.join(PATIENCE_S)
@@ -557,7 +562,8 @@ def test_a_stage_in_flight_is_cancelled_when_nobody_wants_more(
     assert (answer.exit, answer.deadline_met) == (1, True)
     engine.wait_closed()
     engine.at.clear()
-    assert runner.start(X).result().exit == 3  # the worker is free
+    # the worker is free
+    assert runner.start(X).result().exit == 3
     assert run.result() is answer
 
 
@@ -628,7 +634,8 @@ def test_a_stage_of_a_resumable_run_is_not_lost(engine: CancellableNetwork) -> N
     stuck = hold(engine, "stage 1")
     run = runner.start(X, resumable=True)
     stuck.wait_reached()
-    run.close()  # but one that is closed is wanted no more
+    # but one that is closed is wanted no more
+    run.close()
     assert len(engine.cancelled) == 1
     stuck.release()
 
@@ -737,7 +744,8 @@ def test_on_a_real_clock_the_result_comes_at_the_deadline_while_a_stage_is_stuck
     runner = Runner(network, profile(network, torch.randn(1, 8), repeats=3, warm_up=1))
     model.go_on.clear()
     x = torch.randn(1, 8)
-    with runner.start(x) as warm:  # the first run on a new thread may take long
+    # the first run on a new thread may take long
+    with runner.start(x) as warm:
         model.entered.wait(PATIENCE_S)
         assert warm.interrupt().exit == 0
         model.go_on.set()

@@ -10,8 +10,10 @@ from impatient.training import Recipe, schedules
 from impatient.training.losses import exit_hits, exit_losses, weighted_loss
 
 LABELS = torch.tensor([0, 1])
-SURE = torch.tensor([[4.0, 0.0], [0.0, 4.0]])  # right twice
-UNSURE = torch.zeros(2, 2)  # knows nothing; argmax picks class 0
+# right twice
+SURE = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
+# knows nothing; argmax picks class 0
+UNSURE = torch.zeros(2, 2)
 WRONG = -SURE
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -22,7 +24,8 @@ def test_losses_are_mean_cross_entropies_per_exit():
     assert exit_losses([SURE, UNSURE, WRONG], LABELS).tolist() == pytest.approx(
         [right, math.log(2), wrong], rel=1e-5
     )
-    half = torch.tensor([[4.0, 0.0], [4.0, 0.0]])  # right once, wrong once
+    # right once, wrong once
+    half = torch.tensor([[4.0, 0.0], [4.0, 0.0]])
     assert exit_losses([half], LABELS).item() == pytest.approx((right + wrong) / 2, rel=1e-5)
 
 

@@ -145,13 +145,11 @@ def test_outcomes_by_hand():
     costs = costs_of(
         [1.0, 2.0, 3.0], [0.5, 0.25, 0.0], stage_macs=[10, 20, 30], head_macs=[1, 2, 0]
     )
+    # 0 and 3 leave first, exit 1 is closed
+    # all but the last leave first
     policies = [
-        ThresholdPolicy(
-            score="max_probability", thresholds=(0.75, INF, -INF)
-        ),  # 0 and 3 leave first, exit 1 is closed
-        ThresholdPolicy(
-            score="max_probability", thresholds=(0.6, 0.9, -INF)
-        ),  # all but the last leave first
+        ThresholdPolicy(score="max_probability", thresholds=(0.75, INF, -INF)),
+        ThresholdPolicy(score="max_probability", thresholds=(0.6, 0.9, -INF)),
         ThresholdPolicy(score="max_probability", thresholds=(INF, INF, -INF)),
     ]
     outcomes = judge_policies(recording_of(*sure(right, surety), split="test"), costs, policies)
@@ -181,9 +179,8 @@ def test_fitted_policies_reach_what_they_say():
     policies = [
         fit_thresholds(fitted_on, costs, max_accuracy_loss=loss) for loss in (0.01, 0.05, 0.2)
     ]
-    same = drawn(
-        400, seed=6, split="renamed"
-    )  # the same samples, so that what was reached there is reached here
+    # the same samples, so that what was reached there is reached here
+    same = drawn(400, seed=6, split="renamed")
     outcomes = judge_policies(same, costs, policies)
     assert outcomes.accuracy.tolist() == pytest.approx(
         [policy.target["accuracy"] for policy in policies]

@@ -41,9 +41,8 @@ def test_violations_and_falls_by_hand():
     )
     assert found.mean_fall.value == pytest.approx(0.3)
     assert found.fall_max == pytest.approx(0.5)
-    assert found.fall_p95 == pytest.approx(
-        0.4 + 0.85 * 0.1
-    )  # linear between the third and the fourth of four
+    # linear between the third and the fourth of four
+    assert found.fall_p95 == pytest.approx(0.4 + 0.85 * 0.1)
     assert found.to_json()["violations"][1] == {
         "value": 0.5,
         **{k: getattr(proportion(2, 4), k) for k in ("low", "high")},
@@ -97,4 +96,5 @@ def test_a_large_recording_takes_less_than_a_second():
     outputs, labels = torch.randn(16, 10_000, 100), torch.randint(100, (10_000,))
     began = time.process_time()
     conditional_monotonicity(outputs, labels, tolerances=torch.linspace(0, 1, 1000).tolist())
-    assert time.process_time() - began < 1.0  # of this process: the machine may be busy
+    # of this process: the machine may be busy
+    assert time.process_time() - began < 1.0

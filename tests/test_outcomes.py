@@ -28,9 +28,8 @@ from recordings import costs_of, drawn
 COSTS = costs_of(
     [1.0, 2.0, 3.0, 4.0], [0.5, 0.25, 0.5, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0]
 )
-NODES = costs_of(
-    [1.0, 2.0, 3.0, 4.0], [0.0] * 4, stage_macs=[10, 20, 30, 40]
-)  # networks of a cascade
+# networks of a cascade
+NODES = costs_of([1.0, 2.0, 3.0, 4.0], [0.0] * 4, stage_macs=[10, 20, 30, 40])
 GATES = (0.05, 0.1, 0.2)
 
 
@@ -143,7 +142,8 @@ def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(
 def test_a_selection_pays_the_networks_on_its_way_and_its_decisions() -> None:
     recording, policy = fresh(), selection()
     route, found = policy.route(recording.outputs), outcome(policy, recording, NODES)
-    assert len(route.visited.unique(dim=0)) > 2  # samples go different ways
+    # samples go different ways
+    assert len(route.visited.unique(dim=0)) > 2
     assert torch.equal(found.exits, route.answering)
     assert torch.equal(found.visited, route.visited)
     assert found.contract_s.tolist() == pytest.approx(route.time_s.tolist())
@@ -261,11 +261,12 @@ def test_a_cascade_answers_as_its_policy_says_in_batches_and_alone() -> None:
     ]
     cascade = Cascade(networks, ["small", "middle", "large"]).eval()
     costs = profile(cascade, data.example(), batch_sizes=[1, 64], repeats=20)
+    # the networks know nothing, so that only a price of nothing sends samples on
     times = (
         1.0,
         2.0,
         4.0,
-    )  # the networks know nothing, so that only a price of nothing sends samples on
+    )
     policy = fit_selection(
         record(cascade, data, split="validation"), times, Topology.full(3), time_price=1e-4
     )

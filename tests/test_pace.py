@@ -160,7 +160,8 @@ def test_what_fits_follows_the_drift_that_batch_sizes_share() -> None:
     assert one.fits(1, now=1.0, deadline=3.5, reserve_s=0.5)
     assert not one.fits(1, now=1.0, deadline=3.4, reserve_s=0.5)
     for _ in range(2):
-        one.observe(0, 1.5)  # the stage alone took three times as long
+        # the stage alone took three times as long
+        one.observe(0, 1.5)
     assert (one.scale, one.needs_s(1), many.needs_s(1)) == (3.0, 6.0, 48.0)
     many.observe(0, 40.0, answered=True)
     many.observe(0, 40.0, answered=True)

@@ -58,7 +58,8 @@ def test_resnets_halve_the_map_twice_and_take_other_images() -> None:
 
 def test_the_shortcut_takes_every_second_pixel_between_zero_channels() -> None:
     block = BasicBlock(4, 8, stride=2).eval()
-    torch.nn.init.zeros_(block.bn2.weight)  # of the block nothing is left but its shortcut
+    # of the block nothing is left but its shortcut
+    torch.nn.init.zeros_(block.bn2.weight)
     x = torch.rand(1, 4, 6, 6)
     out = block(x)
     assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2])
@@ -124,7 +125,8 @@ def test_padding_and_unknown_words_change_no_bag() -> None:
     ids = torch.tensor([[3, 9, 0, 0], [3, 0, 9, 12]])
     first, second = bag(ids)
     assert torch.allclose(first, second)
-    assert bag(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()  # a text without known words
+    # a text without known words
+    assert bag(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
 
 
 def test_the_large_text_network_minds_the_order_of_words() -> None:
@@ -173,9 +175,8 @@ def test_at_full_scale_the_pretrained_networks_stand_behind_two_of_ours() -> Non
     cifar, *_ = SCALES["cpu"].cases
     assert cifar.names == ("resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56")
     assert [net.training is None for net in cifar.nets] == [False, False, True, True, True, True]
-    assert (
-        cifar.fitted_on == "test"
-    )  # what was trained on all there is beside it can be fitted nowhere else
+    # what was trained on all there is beside it can be fitted nowhere else
+    assert cifar.fitted_on == "test"
     assert {case.fitted_on for case in SCALES["cpu"].cases[1:]} == {"validation"}
 
 
@@ -231,12 +232,13 @@ def constant(fit_s: float, fit_accuracy: float, seconds: float, accuracy: float)
 
 def test_neighbours_on_the_fitted_hull_are_mixed_as_they_are_judged() -> None:
     cheap, full = constant(1.0, 0.8, 1.5, 0.7), constant(4.0, 1.0, 4.0, 0.9)
-    below = constant(
-        3.0, 0.85, 0.1, 0.9
-    )  # not on the hull where it was fitted: not chosen for what it is judged at
+    # not on the hull where it was fitted: not chosen for what it is judged at
+    below = constant(3.0, 0.85, 0.1, 0.9)
     (row,) = read_off("ours", [cheap, below], full, [0.1])
-    assert row["s"] == pytest.approx(2.75)  # half way from 0.7 to 0.9
-    assert row["asked_s"] == pytest.approx(2.75)  # half way from 0.8 to 1.0
+    # half way from 0.7 to 0.9
+    assert row["s"] == pytest.approx(2.75)
+    # half way from 0.8 to 1.0
+    assert row["asked_s"] == pytest.approx(2.75)
     assert row["asked_lost"] == pytest.approx(0.1)
     (row,) = read_off("single", [cheap, below], full, [0.1], mixed=False)
     assert (row["s"], row["asked_s"]) == (4.0, 4.0)
@@ -262,9 +264,8 @@ def test_shares_of_a_saving() -> None:
 
 def test_a_guarantee_is_broken_only_by_what_loses_more() -> None:
     outputs = torch.eye(2)[torch.tensor([[0, 1] * 50, [1] * 10 + [0, 1] * 45, [0, 1] * 50])]
-    population = recording_of(
-        outputs, torch.tensor([0, 1] * 50), split="test"
-    )  # exits lose nothing, 0.05, nothing
+    # exits lose nothing, 0.05, nothing
+    population = recording_of(outputs, torch.tensor([0, 1] * 50), split="test")
     how = dataclasses.replace(SCALES["smoke"].judging, draws=30, calibration=400, epsilon=0.02)
     for exit, broken in ((0, 0), (1, None)):
         rows = curves.guarantees("one", [(always(exit, 3), 1.0)], 5.0, population, how, seed=0)
@@ -275,7 +276,8 @@ def test_a_guarantee_is_broken_only_by_what_loses_more() -> None:
             assert row["violations"] <= 0.1 * row["draws"]
             assert row["s"] == pytest.approx((chosen * 1.0 + row["none"] * 5.0) / row["draws"])
             assert row["risk"] == pytest.approx((0.05 if exit else 0.0) * chosen / row["draws"])
-        assert rows[0]["none"] == 0 or exit == 1  # what loses nothing passes
+        # what loses nothing passes
+        assert rows[0]["none"] == 0 or exit == 1
 
 
 # --- selection and exits on one division --------------------------------------------------------------------------------
@@ -523,7 +525,8 @@ def test_claims_follow_the_numbers() -> None:
     )
     assert all(claim.verdict == "yes" for name, claim in well.items() if "uniform" in name)
     kept = [name for name in well if "guarantees" in name]
-    assert {well[name].verdict for name in kept} == {"yes"}  # 1 of 20 is 5 %
+    # 1 of 20 is 5 %
+    assert {well[name].verdict for name in kept} == {"yes"}
     assert {badly[name].verdict for name in kept} == {"no"}
     (real,) = [claim for name, claim in well.items() if "real run" in name]
     assert (real.verdict, real.ours) == ("no", "1.111 of it; the full network 1.000 of its profile")
@@ -561,7 +564,8 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
         "times_raw.csv",
     }
     rows = list(read(tmp_path / "splits.csv"))
-    assert len(rows) == 2 * 6 * 4 * 2  # divisions, methods, losses; selection and exits
+    # divisions, methods, losses; selection and exits
+    assert len(rows) == 2 * 6 * 4 * 2
     assert len(list(read(tmp_path / "times_raw.csv"))) == 2
 
 
@@ -614,14 +618,12 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
         "uniform",
         "myopic",
     } <= methods
-    assert all(
-        float(row["accuracy"]) > 0.15 for row in read(folder / "out" / "curves.csv")
-    )  # better than chance
+    # better than chance
+    assert all(float(row["accuracy"]) > 0.15 for row in read(folder / "out" / "curves.csv"))
     real = list(read(folder / "out" / "times.csv"))
     assert len(real) == 3
-    assert all(
-        float(row["same way %"]) > 80.0 for row in real
-    )  # batches of one may round otherwise
+    # batches of one may round otherwise
+    assert all(float(row["same way %"]) > 80.0 for row in real)
     assert all(float(row["measured ms"]) > 0.0 for row in real)
 
 

@@ -180,7 +180,8 @@ def test_the_milestone_table_finds_the_planted_increases():
         for row in comparison.milestone_rows(comparison.measured(SCALE, results))
     }
     assert rows["const", "static"]["pairs"] == 2
-    assert rows["const", "static"]["at 1"].mean == pytest.approx(35.0)  # +30 % and +40 %
+    # +30 % and +40 %
+    assert rows["const", "static"]["at 1"].mean == pytest.approx(35.0)
     assert rows["const", "static"]["at 1"].deviation == pytest.approx(math.sqrt(50.0))
     assert rows["sieve", "alternating"]["at 1"].mean == pytest.approx(0.0, abs=1e-9)
     assert rows["const", "static"]["final error"].mean == pytest.approx(100 * opt_error(1.0) * 1.35)
@@ -240,9 +241,8 @@ def test_every_claim_is_denied_where_the_opposite_is_planted():
 def test_nothing_is_told_apart_from_one_run():
     scale = dataclasses.replace(SCALE, seeds=1)
     judged = [*claims.milestone_claims(comparison.measured(scale, planted(_factor, scale)))]
-    assert {claim.verdict for claim in judged[:-1]} == {
-        "not told apart"
-    }  # the last one counts weightings and milestones
+    # the last one counts weightings and milestones
+    assert {claim.verdict for claim in judged[:-1]} == {"not told apart"}
 
 
 def test_alternating_wins_as_often_as_planted():
@@ -363,7 +363,8 @@ def test_only_what_is_missing_is_trained_again(smoke, app):
     assert CliRunner().invoke(app, arguments).exit_code == 0
     changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert changed == {lost}
-    assert _without_times(lost.read_text()) == _without_times(old)  # seeded
+    # seeded
+    assert _without_times(lost.read_text()) == _without_times(old)
 
 
 def _without_times(text):

@@ -102,9 +102,8 @@ def test_table_2_from_known_times() -> None:
     assert {row["within the spread"] for row in rows} == {"yes"}
     assert times.per_part(Net(width=1), result) == (1.0, 1.0)
     slow = {**result, "cumulative": [[cost + 1.0 for cost in row] for row in result["cumulative"]]}
-    assert [row["within the spread"] for row in times.table(slow)] == ["no"] + [
-        "yes"
-    ] * 6  # one second more in the first
+    # one second more in the first
+    assert [row["within the spread"] for row in times.table(slow)] == ["no"] + ["yes"] * 6
 
 
 def test_claims_about_time_follow_the_times() -> None:
@@ -113,11 +112,13 @@ def test_claims_about_time_follow_the_times() -> None:
         claim.claim.split("(")[0].strip(): claim for claim in times.claims(Net(width=1), result)
     }
     saved, overhead, level, predicted = verdicts.values()
+    # 110 executions against 38
     assert (saved.ours, saved.verdict) == (
         "2.89 (2.89 to 2.89) times",
         "yes",
-    )  # 110 executions against 38
-    assert (overhead.ours, overhead.verdict) == ("1.462 (1.462 to 1.462)", "no")  # 38 against 26
+    )
+    # 38 against 26
+    assert (overhead.ours, overhead.verdict) == ("1.462 (1.462 to 1.462)", "no")
     assert overhead.paper == "CIFAR-10 +9.6%, GTSRB +5.5%, SFCARS +16.4%"
     assert (level.verdict, predicted.verdict) == ("no", "yes")
     quick = {**result, "plain": [cost * 1.22 for cost in result["plain"]]}
@@ -159,7 +160,8 @@ def test_the_gpu_scale_is_the_papers_recipe() -> None:
         made = recipe._recipe(case, scale.training, seed=0)
         rates = [made.learning_rate(epoch / made.epochs) for epoch in (0, 99, 100, 149, 150, 199)]
         assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-        assert case.augment != "crop-flip" or case.data != "gtsrb"  # a mirrored sign may be another
+        # a mirrored sign may be another
+        assert case.augment != "crop-flip" or case.data != "gtsrb"
 
 
 def test_both_kinds_start_from_the_same_weights(digits) -> None:
@@ -219,14 +221,15 @@ def test_what_is_judged_of_a_known_recording() -> None:
     assert found["accuracy"] == pytest.approx([2 / 3, 1.0])
     assert found["p_true"] == pytest.approx([1.6 / 3, 2.1 / 3], abs=1e-4)
     assert found["p_max"] == pytest.approx([1.8 / 3, 2.1 / 3], abs=1e-4)
-    assert found["surest_p_max"] == pytest.approx(
-        [1.8 / 3, 2.2 / 3], abs=1e-4
-    )  # the first sample keeps its first answer
+    # the first sample keeps its first answer
+    assert found["surest_p_max"] == pytest.approx([1.8 / 3, 2.2 / 3], abs=1e-4)
     assert found["surest_accuracy"] == pytest.approx([2 / 3, 1.0])
-    assert (found["classes"], found["counts"]) == ([0, 1], [1, 2])  # the third class has no samples
+    # the third class has no samples
+    assert (found["classes"], found["counts"]) == ([0, 1], [1, 2])
     assert np.allclose(found["class_p_true"], [[0.7, 0.45], [0.6, 0.75]], atol=1e-4)
     assert found["class_accuracy"] == [[1.0, 0.5], [1.0, 1.0]]
-    assert found["correlation"] == [None, None]  # of two classes there is none
+    # of two classes there is none
+    assert found["correlation"] == [None, None]
 
 
 # --- figures 3 and 4 --------------------------------------------------------------------------------------------------
@@ -349,7 +352,8 @@ def test_the_page_and_the_files_hold_the_numbers(tmp_path: Path) -> None:
         "times_raw.csv",
     }
     rows = list(read(tmp_path / "seeds.csv"))
-    assert len(rows) == 3 * 2 * (2 * 7 + 1)  # cases, seeds, two kinds of statistics and BASELINE
+    # cases, seeds, two kinds of statistics and BASELINE
+    assert len(rows) == 3 * 2 * (2 * 7 + 1)
     assert len(list(read(tmp_path / "classes.csv"))) == 3 * 2 * 2 * 7 * 2
     assert float(next(read(tmp_path / "times_raw.csv"))["alone_7_s"]) == 26.0
 
@@ -384,9 +388,11 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
         assert title in page
     assert not list(folder.rglob("checkpoint.safetensors"))
     rows = [row for row in read(folder / "out" / "seeds.csv") if row["case"] == "digits"]
-    assert all(0.1 < float(row["accuracy"]) < 1.0 for row in rows)  # better than chance
+    # better than chance
+    assert all(0.1 < float(row["accuracy"]) < 1.0 for row in rows)
     surest = [float(row["surest_p_max"]) for row in rows if row["statistics"] == "own"]
-    assert surest == sorted(surest)  # by construction
+    # by construction
+    assert surest == sorted(surest)
 
 
 def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke, app) -> None:
@@ -398,7 +404,8 @@ def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke, app) 
     lost.unlink()
     assert CliRunner().invoke(app, [*arguments, "--table", "accuracy"]).exit_code == 0
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
-    assert without_times(lost.read_text()) == without_times(old)  # seeded
+    # seeded
+    assert without_times(lost.read_text()) == without_times(old)
 
 
 def without_times(text: str) -> list[str]:

@@ -103,7 +103,8 @@ def test_a_failure_is_named_after_the_others_have_finished(tasks, tmp_path):
     ):
         run_jobs(jobs, tmp_path, workers=1)
     assert json.loads((tmp_path / "good" / "result.json").read_text())["result"]["square"] == 4
-    assert "square" in (tmp_path / "bad" / "error.txt").read_text()  # the traceback
+    # the traceback
+    assert "square" in (tmp_path / "bad" / "error.txt").read_text()
 
 
 def test_processes_of_their_own_report_errors_and_deaths_and_keep_the_rest(tasks, tmp_path):
@@ -143,9 +144,8 @@ def test_ctrl_c_stops_the_workers_cleanly(tasks, tmp_path):
         try:
             assert [process.stdout.readline(), process.stdout.readline()] == ["waiting\n"] * 2
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate(
-                timeout=60
-            )  # ends only when the workers, which share the pipe, have ended too
+            # ends only when the workers, which share the pipe, have ended too
+            out, _ = process.communicate(timeout=60)
         finally:
             process.kill()
     assert out == "stopped\n"
@@ -184,7 +184,8 @@ def test_a_subset_is_as_balanced_as_can_be(labels, count, seed):
     chosen = data._balanced(labels, min(count, len(labels)), seed)
     assert len(set(chosen)) == min(count, len(labels))
     there, taken = np.bincount(labels, minlength=4), np.bincount(labels[chosen], minlength=4)
-    for mine in range(4):  # a class that could still give is at most one behind any other
+    # a class that could still give is at most one behind any other
+    for mine in range(4):
         assert taken[mine] == there[mine] or taken[mine] >= taken.max() - 1
 
 
@@ -255,7 +256,8 @@ def test_grey_cifar_is_the_middle_in_luma(shared, tmp_path):
 
 def test_gtsrb_is_split_by_track(shared, tmp_path):
     with np.load(data.data_spec("gtsrb", tmp_path).removeprefix("npz:")) as arrays:
-        assert len(np.unique(arrays["groups_train"])) == 16  # 4 classes x 4 tracks
+        # 4 classes x 4 tracks
+        assert len(np.unique(arrays["groups_train"])) == 16
         assert len(arrays["groups_train"]) == len(arrays["y_train"])
 
 
@@ -295,7 +297,8 @@ def test_expected_accuracy_is_that_of_the_deepest_exit_every_budget_pays_for(row
     budget = budgets.standard(1.0)[row]
     edges = np.linspace(0.0, 1.0, 2001)
     mass = np.diff(budget.probability_below(edges))
-    right = [  # of the exits that fit, the deepest; none fits: a failure
+    # of the exits that fit, the deepest; none fits: a failure
+    right = [
         next((accuracy for cost, accuracy in reversed(exits) if cost <= time), 0.0)
         for time in (edges[:-1] + edges[1:]) / 2
     ]
@@ -345,9 +348,8 @@ def test_table_1_from_known_results():
     assert uniform["orig"] == pytest.approx(100 * (to_first * 0.5 + to_last * 0.7))
     assert uniform["ft"] == pytest.approx(100 * (to_first * 0.4 + to_last * 0.9))
     assert uniform["joint"] == pytest.approx(100 * (to_first * 0.6 + to_last * 0.8))
-    assert uniform["joint_a_priori"] == pytest.approx(
-        100 * 1.75 / 3.75 * 0.8
-    )  # exit 0 costs as much as the deeper one
+    # exit 0 costs as much as the deeper one
+    assert uniform["joint_a_priori"] == pytest.approx(100 * 1.75 / 3.75 * 0.8)
     assert uniform["no_exits"] == pytest.approx(100 * 2.75 / 3.75 * 0.8)
     assert uniform["t_a_ms"] == pytest.approx(
         1e3 * (2 * to_first + 3 * to_last) / (to_first + to_last)
@@ -399,7 +401,8 @@ def test_impatient_dnn_runs_from_end_to_end_and_resumes(tmp_path):
     }
     with (tmp_path / "out" / "table1_seeds.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["budgets"] for row in rows] == [*recipe.ROWS] * 2  # two networks, one seed
+    # two networks, one seed
+    assert [row["budgets"] for row in rows] == [*recipe.ROWS] * 2
     assert all(0.0 < float(row[name]) < 100.0 for row in rows for name in ("orig", "ft", "joint"))
     assert all(float(row["t_b_ms"]) <= float(row["t_a_ms"]) for row in rows)
 
@@ -412,7 +415,8 @@ def test_impatient_dnn_runs_from_end_to_end_and_resumes(tmp_path):
     smoke(tmp_path / "again", tmp_path / "runs")
     changed = [path for path, written in results.items() if path.stat().st_mtime_ns != written]
     assert changed == [gone]
-    assert json.loads(gone.read_text())["result"] == before  # seeded
+    # seeded
+    assert json.loads(gone.read_text())["result"] == before
     assert not list((tmp_path / "runs").rglob("checkpoint*"))
 
 

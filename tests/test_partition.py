@@ -105,7 +105,8 @@ def vision_transformer() -> nn.Module:
         mlp_dim=32,
         num_classes=7,
     )
-    nn.init.normal_(model.heads.head.weight)  # torchvision's zeros would make any comparison pass
+    # torchvision's zeros would make any comparison pass
+    nn.init.normal_(model.heads.head.weight)
     return model
 
 
@@ -203,7 +204,8 @@ def test_outputs_equal_those_of_the_eager_run(cut: Cut, batch: int) -> None:
     assert len(given) == cut.network.num_exits
     for one, other in zip(given, wanted, strict=True):
         assert cut.agree(one, other)
-        assert float(other.std()) > 1e-4  # zeros would prove nothing
+        # zeros would prove nothing
+        assert float(other.std()) > 1e-4
     assert cut.agree(cut.parts.whole(*input_tensors(x, cut.parts.wiring.inputs)), wanted[-1])
 
 

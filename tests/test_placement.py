@@ -209,9 +209,11 @@ def test_coarse_blocks_are_taken_when_they_suffice_and_finer_ones_when_not() -> 
     ("costs_s", "expected"),
     [
         ([[1, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),
-        ([[1, 1], [1, 1], [3, 1], [4, 1]], ["0.0", "0.1", "0.2"]),  # uneven, but nowhere by a fifth
+        # uneven, but nowhere by a fifth
+        ([[1, 1], [1, 1], [3, 1], [4, 1]], ["0.0", "0.1", "0.2"]),
         ([[1, 1], [1, 1], [8, 9], [2, 1]], ["0.1.blocks.1", "0.2.blocks.0", "0.2.blocks.1"]),
-        ([[9, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),  # finer blocks are no better
+        # finer blocks are no better
+        ([[9, 1], [1, 1], [1, 1], [1, 1]], ["0.0", "0.1", "0.2"]),
     ],
 )
 def test_finer_blocks_are_taken_where_coarse_ones_lie_far_from_even_shares(
@@ -539,7 +541,8 @@ def hooks_and_modes(model: nn.Module) -> list[tuple[bool, int]]:
 
 def mixed_modes() -> Nested:
     model = Nested().train()
-    model.stem[1].eval()  # a frozen batch norm
+    # a frozen batch norm
+    model.stem[1].eval()
     model.layer2[0].eval()
     return model
 
@@ -640,6 +643,7 @@ def test_even_shares_are_the_best_of_all_choices(shares: list[float], data: st.D
     assert distance(shares, chosen, count) == pytest.approx(best, abs=1e-12)
 
 
+# squares: two small distances, not a perfect one and a large one
 @pytest.mark.parametrize(
     ("shares", "count", "chosen"),
     [
@@ -652,7 +656,7 @@ def test_even_shares_are_the_best_of_all_choices(shares: list[float], data: st.D
             [0.05, 0.6, 0.75],
             3,
             (1, 2),
-        ),  # squares: two small distances, not a perfect one and a large one
+        ),
     ],
 )
 def test_even_shares_of_known_cases(
@@ -670,7 +674,8 @@ def test_a_period_apart_are_the_blocks_the_paper_counts(blocks: int, data: st.Da
     period = data.draw(st.integers(1, blocks - 1))
     model = nn.Sequential(*(Block() for _ in range(blocks)), nn.Linear(8, 3))
     predicting = list(range((blocks - 1) % period, blocks, period))
-    assert predicting[-1] == blocks - 1  # the last block predicts always: through the output
+    # the last block predicts always: through the output
+    assert predicting[-1] == blocks - 1
     assert every(model, X, period) == [Cut(str(index)) for index in predicting[:-1]]
 
 
@@ -684,7 +689,8 @@ def test_a_period_does_not_depend_on_the_time_that_blocks_take(
 ) -> None:
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(placement, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
-    slow = Slow(clock, [1, 1, 1, 1000])  # its last block ends so late that nothing seems to follow
+    # its last block ends so late that nothing seems to follow
+    slow = Slow(clock, [1, 1, 1, 1000])
     assert every(slow, X, 1) == [Cut(f"blocks.{index}") for index in range(3)]
     assert every(Slow(clock, [1000, 1, 1, 1]), X, 3) == [Cut("blocks.0")]
 

@@ -20,8 +20,10 @@ from impatient.runtime import energy, profile
 from impatient.runtime.profile import check_profile, resized, time_in_turn
 
 EXAMPLE = torch.zeros(1, 8)
-REPEAT_S = 4.25 + 5.25  # the untouched backbone, and the same with two heads
-COUNTING = 4  # runs before any is timed: staged and whole, for MACs and for bytes
+# the untouched backbone, and the same with two heads
+REPEAT_S = 4.25 + 5.25
+# runs before any is timed: staged and whole, for MACs and for bytes
+COUNTING = 4
 
 
 @pytest.fixture
@@ -135,7 +137,8 @@ def test_a_device_that_works_in_the_background_is_waited_for(
     pending: list[float] = []
     begin, advance = clock.now(), clock.advance
     monkeypatch.setattr(clock, "advance", pending.append)
-    module = sys.modules[profile.__module__]  # the function hides it
+    # the function hides it
+    module = sys.modules[profile.__module__]
     monkeypatch.setattr(
         module, "synchronise", lambda device: advance(sum(pending)) or pending.clear()
     )
@@ -154,11 +157,12 @@ def test_each_batch_size_is_measured(network: MultiExitNetwork, clock: FakeClock
         network, torch.randn(3, 8), batch_sizes=(2, 5), repeats=2, warm_up=0, clock=clock
     )
     assert sorted(costs.batches) == [2, 5]
+    # what is counted is per sample
     assert shapes == [
         *[(1, 8)] * COUNTING,
         *[(2, 8)] * 4,
         *[(5, 8)] * 4,
-    ]  # what is counted is per sample
+    ]
 
 
 def test_inputs_of_any_kind_are_brought_to_a_batch_size() -> None:
@@ -203,11 +207,12 @@ def test_a_profile_comes_back_from_its_file(
 
 
 def test_bytes_are_counted_by_operator(network: MultiExitNetwork, clock: FakeClock) -> None:
+    # read, weights, biases, written
     linear, relu, classifier = (
         4 * (8 + 8 * 8 + 8 + 8),
         4 * (8 + 8),
         4 * (8 + 3 * 8 + 3 + 3),
-    )  # read, weights, biases, written
+    )
     costs = profile(
         network, EXAMPLE.expand(3, 8), batch_sizes=(2,), repeats=1, warm_up=0, clock=clock
     )
@@ -282,13 +287,15 @@ def test_the_stages_of_any_network_move_what_running_it_moves(toy: ToyBackbone) 
     assert sum(stage_traffic(cut, image)[0]) == count_traffic(deep, image)
     several = Cascade([toy, nn.Linear(8, 3)])
     stages, heads = stage_traffic(several, EXAMPLE)
-    looking = 4 * 3 * 4  # bytes of a few outputs: routing looks at what the networks say
+    # bytes of a few outputs: routing looks at what the networks say
+    looking = 4 * 3 * 4
     assert count_traffic(toy, EXAMPLE) <= stages[0] <= count_traffic(toy, EXAMPLE) + looking
     assert 4 * (8 + 24 + 3 + 3) <= stages[1] <= 4 * (8 + 24 + 3 + 3) + looking
     assert heads == (0, 0)
     grown = AnytimeNet(width=2, num_classes=3)
     stages, heads = stage_traffic(grown, image)
-    assert sum(stages) > count_traffic(grown.backbone, image)  # sections are run again
+    # sections are run again
+    assert sum(stages) > count_traffic(grown.backbone, image)
     assert min((*stages, *heads[:-1])) > 0 == heads[-1]
 
 
@@ -307,7 +314,8 @@ def test_the_untouched_backbone_is_compared_with_itself_back_to_back(
     spells = [0.0]
     seen = begins(timed)
 
-    def gets_slower(*_: Any) -> None:  # between the pairs alone: 0 1 | staged staged | 2 3 | ...
+    # between the pairs alone: 0 1 | staged staged | 2 3 | ...
+    def gets_slower(*_: Any) -> None:
         if len(seen) > 2 and seen[-2:] == ["staged", "staged"]:
             spells[0] += 1.0
         clock.advance(spells[0])
@@ -335,7 +343,8 @@ def test_a_noisy_machine_is_warned_of(
 ) -> None:
     random, seen = torch.Generator().manual_seed(1), begins(timed)
 
-    def shakes(*_: Any) -> None:  # every untouched run takes its 4.25 s, and by chance longer
+    # every untouched run takes its 4.25 s, and by chance longer
+    def shakes(*_: Any) -> None:
         clock.advance(
             4.25 * jitter * float(torch.rand(1, generator=random)) if seen[-1] == "whole" else 0.0
         )
@@ -401,7 +410,8 @@ def test_joules_that_differ_by_less_than_their_noise_count_as_none(
     meter = Meter(timed)
     windows: list[float] = []
 
-    def falling() -> float:  # every window shows less than the one before
+    # every window shows less than the one before
+    def falling() -> float:
         windows.append(1.0 / (len(windows) + 1))
         return windows[-1]
 
@@ -436,7 +446,8 @@ class InEngine(nn.Module):
 
     def __init__(self, network: MultiExitNetwork, engine: str, threads: int | None = None) -> None:
         super().__init__()
-        self._original = [network]  # in a list: not a part of this module
+        # in a list: not a part of this module
+        self._original = [network]
         self.engine, self.threads, self.structure = (
             engine,
             threads,
@@ -470,7 +481,8 @@ def test_a_network_in_an_engine_is_profiled_as_such(
     assert other.provenance.network == eager.provenance.network
     assert (other.contract_s(), other.exit_free_s()) == (eager.contract_s(), eager.exit_free_s())
     assert (other.stage_macs, other.exit_free_macs) == (eager.stage_macs, eager.exit_free_macs)
-    assert not other.holds("bytes")  # rather than 0 bytes
+    # rather than 0 bytes
+    assert not other.holds("bytes")
     assert other.compare(eager)[0].ratio == 1.0
     assert set(other.differences(eager)) == {"engine", "threads", "dtype"}
 
@@ -612,7 +624,8 @@ def test_networks_in_turn_meet_a_slow_spell_alike(clock: FakeClock) -> None:
         def forward(self, x: Tensor) -> Tensor:
             assert not self.training
             self.ran += 1
-            slow[0] += 1.0  # the machine gets slower with every run
+            # the machine gets slower with every run
+            slow[0] += 1.0
             clock.advance(self.seconds * slow[0])
             return x
 

@@ -99,9 +99,8 @@ def test_every_type_of_tensor_has_a_fingerprint():
 
 
 def test_bytes_have_a_short_fingerprint():
-    assert (
-        fingerprint_bytes(b"ab", b"c") == "ba7816bf8f01cfea"
-    )  # the first half of the half of SHA-256 of abc
+    # the first half of the half of SHA-256 of abc
+    assert fingerprint_bytes(b"ab", b"c") == "ba7816bf8f01cfea"
     assert fingerprint_bytes(b"abd") != fingerprint_bytes(b"abc")
 
 

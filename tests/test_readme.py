@@ -21,7 +21,8 @@ def test_the_python_blocks_run_one_after_the_other(capsys: pytest.CaptureFixture
     assert scope["answer"].output.shape == (1, 10)  # type: ignore[attr-defined]
     recording: Any = scope["recording"]
     accuracy = (recording.outputs.argmax(-1) == recording.labels).float().mean(1)
-    assert accuracy[-1] > 0.8  # a newcomer sees a network that works, to the last exit
+    # a newcomer sees a network that works, to the last exit
+    assert accuracy[-1] > 0.8
     assert "exit" in capsys.readouterr().out
 
 

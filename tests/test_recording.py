@@ -80,9 +80,8 @@ def test_features_are_pooled_over_space(convolutional, images):
     assert [tuple(entry.shape) for entry in recording.features] == [(11, 4), (11, 6), (11, 3)]
     torch.testing.assert_close(recording.features[0], low.mean((2, 3)).detach())
     torch.testing.assert_close(recording.features[1], high.mean((2, 3)).detach())
-    torch.testing.assert_close(
-        recording.features[2], recording.outputs[2]
-    )  # nothing is deeper than the output
+    # nothing is deeper than the output
+    torch.testing.assert_close(recording.features[2], recording.outputs[2])
 
 
 def test_outputs_are_kept_in_single_precision_and_without_history(network, samples):
@@ -90,7 +89,8 @@ def test_outputs_are_kept_in_single_precision_and_without_history(network, sampl
     recording = record(network, Samples(samples.inputs.double(), samples.labels))
     assert recording.outputs.dtype == torch.float32
     assert not recording.outputs.requires_grad
-    assert not recording.outputs.is_inference()  # else nobody could fit anything to it by gradient
+    # else nobody could fit anything to it by gradient
+    assert not recording.outputs.is_inference()
 
 
 def test_hits_are_where_the_largest_output_is_the_label(network, samples):
@@ -134,9 +134,8 @@ def test_labels_without_an_output_are_refused(network, samples, label):
 def test_shapes_that_do_not_fit_are_refused(shape):
     good = recording_of(torch.zeros(2, 4, 2), torch.zeros(4, dtype=torch.long))
     labels = good.labels[: min(4, shape[1])]
-    with pytest.raises(
-        (RecordingError, TypeError), match=r"do not fit 2 exits|Int\[Tensor"
-    ):  # jaxtyping may see it first
+    # jaxtyping may see it first
+    with pytest.raises((RecordingError, TypeError), match=r"do not fit 2 exits|Int\[Tensor"):
         dataclasses.replace(good, outputs=torch.zeros(shape), labels=labels)
 
 

@@ -149,7 +149,8 @@ def check_self_contained(text):
     page = Page(text)
     assert page.open == []
     assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
-    assert page.addresses  # pictures, the icon and references inside the figures
+    # pictures, the icon and references inside the figures
+    assert page.addresses
     assert [address for address in page.addresses if not address.startswith(("#", "data:"))] == []
     assert page.handlers == []
     assert "@import" not in text
@@ -212,10 +213,10 @@ def test_the_same_values_give_the_same_bytes(page):
 
 def test_hostile_names_are_only_text():
     seen = check_self_contained(report_html(**made(HOSTILE)))
-    assert seen.tags.count("img") == 1  # the example's own
-    assert (
-        seen.words.count("<script>alert(1)</script>") >= 8
-    )  # title, heading, policy, budget, exits, class, facts
+    # the example's own
+    assert seen.tags.count("img") == 1
+    # title, heading, policy, budget, exits, class, facts
+    assert seen.words.count("<script>alert(1)</script>") >= 8
 
 
 @pytest.mark.parametrize(
@@ -335,10 +336,11 @@ def test_other_formats_are_refused(tmp_path, name):
 
 
 def test_figures_leave_no_state_behind(tmp_path):
+    # others may have imported it
     before, interactive = (
         dict(mpl.rcParams),
         "matplotlib.pyplot" in sys.modules,
-    )  # others may have imported it
+    )
     for figure in figures():
         save_figure(figure, tmp_path / "figure.png")
     assert dict(mpl.rcParams) == before
@@ -366,7 +368,8 @@ def test_the_curve_is_a_right_continuous_staircase_through_the_exits():
     exits = evaluation.of("exit")
     assert line.get_xdata()[:-1] == pytest.approx([row.interruptible_s * 1e3 for row in exits])
     assert line.get_ydata()[:-1] == pytest.approx([row.accuracy.value for row in exits])
-    assert line.get_ydata()[-1] == exits[-1].accuracy.value  # held to the end
+    # held to the end
+    assert line.get_ydata()[-1] == exits[-1].accuracy.value
 
 
 @pytest.mark.parametrize(("first_s", "scale"), [(1e-3, "linear"), (1e-5, "log")])

@@ -44,7 +44,8 @@ def test_block_halves_the_resolution_rounding_up(side: int) -> None:
 
 def test_blocks_shortcut_is_the_average_padded_with_zeros() -> None:
     down = PreActBlock(2, 5, stride=2)
-    nn.init.zeros_(down.conv2.weight)  # only the shortcut is left
+    # only the shortcut is left
+    nn.init.zeros_(down.conv2.weight)
     x = torch.randn(1, 2, 4, 4)
     output = down(x)
     torch.testing.assert_close(output[:, 1:3], functional.avg_pool2d(x, 2))
@@ -82,7 +83,8 @@ def test_bottleneck_halves_the_resolution_rounding_up(side: int) -> None:
 
 def test_bottlenecks_pooled_shortcut_is_padded_even_where_nothing_is_pooled() -> None:
     wider = PreActBottleneck(2, 8)
-    nn.init.zeros_(wider.conv3.weight)  # only the shortcut is left
+    # only the shortcut is left
+    nn.init.zeros_(wider.conv3.weight)
     x = torch.randn(1, 2, 4, 4)
     output = wider(x)
     torch.testing.assert_close(output[:, 3:5], x)

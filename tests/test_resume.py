@@ -122,7 +122,8 @@ def test_a_late_refinement_is_no_reason_to_raise_since_there_is_an_answer(
         with pytest.raises(NoAnswerInTime):
             go_on(opened, clock, 1.0)
         assert network.ran == []
-        assert go_on(opened, clock, 1.5).exit == 0  # the run is none the worse for it
+        # the run is none the worse for it
+        assert go_on(opened, clock, 1.5).exit == 0
         late = go_on(opened, clock, -1.0)
     assert (late.exit, late.deadline_met) == (0, False)
 
@@ -187,9 +188,8 @@ def test_samples_that_were_taken_out_of_the_batch_keep_their_outputs(
     x = torch.randn(4, 8)
     whole = [output.detach() for output in real(x)]
     margins = whole[0].softmax(1).max(1).values.sort().values
-    policy = policy_of(
-        float(margins[1:3].mean()), math.inf
-    )  # the surer half stops at the first exit
+    # the surer half stops at the first exit
+    policy = policy_of(float(margins[1:3].mean()), math.inf)
     costs = profile(real, x, batch_sizes=[1, 2, 4], repeats=1, warm_up=0)
     stopped = whole[0].softmax(1).max(1).values >= policy.thresholds[0]
     runner = Runner(real, costs, policy, compaction="always")
@@ -272,10 +272,12 @@ def test_an_interrupted_run_is_refined_without_computing_anything_twice(
 ) -> None:
     run, first = stopped_at(network, 1)
     assert (first.exit, first.stopped_by) == (1, "interrupt")
-    assert network.ran == [*WHOLE[:4], "stage 2"]  # the stage in flight is not lost, its head waits
+    # the stage in flight is not lost, its head waits
+    assert network.ran == [*WHOLE[:4], "stage 2"]
     second = run.refine().result()
     assert (second.exit, second.stopped_by, second.deadline_met) == (3, "final", True)
-    assert second.elapsed_s == 2.0  # head 2, stage 3, head 3, from the second call on
+    # head 2, stage 3, head 3, from the second call on
+    assert second.elapsed_s == 2.0
     assert network.ran == WHOLE
     assert torch.equal(first.output, network.outputs[1])
     assert run.refine().result().exit == 3
@@ -288,7 +290,8 @@ def test_a_run_may_be_refined_while_its_stage_is_in_flight(network: FakeNetwork)
     stuck.wait_reached()
     assert run.interrupt().exit == 0
     assert run.refine().latest() is not None
-    assert run.interrupt().exit == 0  # nothing deeper has answered meanwhile
+    # nothing deeper has answered meanwhile
+    assert run.interrupt().exit == 0
     run.refine()
     stuck.release()
     assert run.result().exit == 3
@@ -462,7 +465,8 @@ def test_a_run_that_waits_keeps_its_runner_alive_and_both_can_be_forgotten(
     gc.collect()
     assert run.refine().result().exit == 3
     run, _ = stopped_at(network, 0)
-    wait_until(lambda: len(workers()) == 1)  # the first runner's is gone
+    # the first runner's is gone
+    wait_until(lambda: len(workers()) == 1)
     (thread,) = workers()
     del run
     network.wait_closed()

@@ -73,7 +73,8 @@ def test_losses_by_hand():
     for loss, values in expected.items():
         found = exit_losses(outputs, labels, loss)
         assert found[0].tolist() == values
-        assert not found[1].any()  # the full network loses nothing against itself
+        # the full network loses nothing against itself
+        assert not found[1].any()
 
 
 @pytest.mark.parametrize("score", ["max_probability", "margin", "entropy"])
@@ -121,7 +122,8 @@ def test_tails_against_scipy_and_by_hand(lost, samples, epsilon):
 
 
 def test_hoeffding_bentkus_takes_losses_between_0_and_1():
-    losses = torch.full((70,), 0.1, dtype=torch.float64)  # they add up to 7, but for rounding
+    # they add up to 7, but for rounding
+    losses = torch.full((70,), 0.1, dtype=torch.float64)
     assert float(losses.sum()) > 7.0
     assert float(hoeffding_bentkus_p_values(losses, 0.25)) == pytest.approx(
         math.e * binom.cdf(7, 70, 0.25), rel=1e-9
@@ -240,9 +242,8 @@ def test_bounds_are_below_the_true_mean_no_more_often_than_delta(samples, values
     losses = (draws < plus).double() - (draws > 1 - minus).double()
     bounds = waudby_smith_ramdas_bound(losses, 0.1)
     assert float((bounds < plus - minus).double().mean()) <= 0.128
-    assert float(bounds.median()) <= plus - minus + 5 * math.sqrt(
-        (plus + minus) / samples
-    )  # and they say something
+    # and they say something
+    assert float(bounds.median()) <= plus - minus + 5 * math.sqrt((plus + minus) / samples)
 
 
 # --- which candidates pass: how often the word is broken ------------------------------------------------------------------
@@ -277,12 +278,10 @@ def test_the_word_is_broken_no_more_often_than_delta(name, samples):
     passed = METHODS[name](trials(samples), epsilon=0.05, delta=0.1)
     assert float((true_risks(passed) > 0.05).double().mean()) <= 0.128
     if samples == 1000:
-        assert (
-            float((true_risks(passed) >= 0.02).double().mean()) >= 0.95
-        )  # the boldest that may pass does
-        assert (
-            float((true_risks(passed) > 0.05).double().mean()) >= 0.01
-        )  # and the test is close to its limit
+        # the boldest that may pass does
+        assert float((true_risks(passed) >= 0.02).double().mean()) >= 0.95
+        # and the test is close to its limit
+        assert float((true_risks(passed) > 0.05).double().mean()) >= 0.01
 
 
 def test_taking_the_mean_at_its_word_breaks_it_half_of_the_time():
@@ -324,17 +323,16 @@ def test_conformal_control_keeps_the_mean_over_splits(samples, monotone):
     chosen = torch.cat([torch.zeros(1), risks])[passed.sum(-1)].double()
     assert float(chosen.mean()) <= 0.05 + 3 * float(chosen.std()) / math.sqrt(len(chosen))
     if monotone:
-        assert (
-            float(chosen.mean()) >= 0.05 - 2 / samples - 0.1 / 40
-        )  # and it is used up, but for the grid
-        assert (
-            float((chosen > 0.05).double().mean()) > 0.25
-        )  # which is no guarantee for a single split
+        # and it is used up, but for the grid
+        assert float(chosen.mean()) >= 0.05 - 2 / samples - 0.1 / 40
+        # which is no guarantee for a single split
+        assert float((chosen > 0.05).double().mean()) > 0.25
 
 
 def test_conformal_control_by_hand():
     losses = torch.tensor([[0.0] * 20, [1.0] + [0.0] * 19, [0.0] * 19 + [1.0]])
-    bound = [1 / 21, 2 / 21, 3 / 21]  # the third is charged for what the second loses, too
+    # the third is charged for what the second loses, too
+    bound = [1 / 21, 2 / 21, 3 / 21]
     for allowed in range(3):
         assert conformal_risk_control(losses, epsilon=bound[allowed]).sum() == allowed + 1
         assert conformal_risk_control(losses, epsilon=bound[allowed] - 1e-6).sum() == allowed
@@ -411,7 +409,8 @@ def test_controlled_policies_keep_their_word_in_a_population(method, loss):
     assert not any(place is None for place in chosen)
     assert sum(float(truth(loss)[place]) > epsilon for place in chosen) <= 11
     best = int((truth(loss) <= epsilon).int().cumprod(0).sum()) - 1
-    assert best < len(FAMILY) - 1  # epsilon does bind
+    # epsilon does bind
+    assert best < len(FAMILY) - 1
     assert np.mean(chosen) >= best - 3
 
 
@@ -538,9 +537,8 @@ def test_gates_on_features_are_controlled():
         fit_gates(fit, costs, time_price=price, inputs="features") for price in (0.01, 0.1, 10.0)
     ]
     controlled = control_risk(gates, held_out, epsilon=0.02)
-    assert (
-        controlled.certificate.chosen == 1
-    )  # the last stops always, and is wrong half of the time
+    # the last stops always, and is wrong half of the time
+    assert controlled.certificate.chosen == 1
     assert (controlled.policy.gates, controlled.policy.split) == (gates[1].gates, "validation")
     assert controlled.policy.exits_on(held_out).equal((held_out.features[0][:, 0] < 0).long())
 
@@ -569,8 +567,10 @@ def test_a_split_too_small_is_refused_with_the_size_that_is_not(method, loss, ep
 
 def test_sizes_needed_by_hand():
     assert samples_needed(epsilon=0.05, delta=0.1) == math.ceil(math.log(0.1) / math.log(0.95))
-    assert samples_needed(epsilon=0.04, method="conformal_risk_control") == 24  # 1 / 25
-    least = math.log(0.1) / -math.log(1.05)  # with full stakes all along
+    # 1 / 25
+    assert samples_needed(epsilon=0.04, method="conformal_risk_control") == 24
+    # with full stakes all along
+    least = math.log(0.1) / -math.log(1.05)
     assert least < samples_needed(epsilon=0.05, delta=0.1, method="upper_confidence") < least + 15
 
 
@@ -629,7 +629,8 @@ def test_the_chosen_policy_is_not_judged_on_what_it_was_controlled_on():
     by_hand = control_risk(threshold_family(4), held_out, epsilon=0.1).policy
     assert (by_hand.split, by_hand.provenance) == (held_out.split, held_out.provenance)
     fitted = control_risk(threshold_family(fit), held_out, epsilon=0.1).policy
-    assert fitted.split == "validation"  # which holds both parts
+    # which holds both parts
+    assert fitted.split == "validation"
     judged = judge_policies(drawn(500, seed=11, split="test"), COSTS, [by_hand, fitted])
     assert len(judged) == 2
 
@@ -696,7 +697,8 @@ def test_a_grid_from_a_recording_is_fine_where_scores_crowd():
         float((policy.exits_of(crowded.outputs) == 0).double().mean())
         for policy in threshold_family(2)
     ]
-    assert max(np.diff(by_count)) > 0.9  # where steps of 0.01 let everyone out at once
+    # where steps of 0.01 let everyone out at once
+    assert max(np.diff(by_count)) > 0.9
 
 
 def test_scaling_goes_from_safe_to_bold_through_the_policy_itself():

@@ -19,7 +19,8 @@ INF = math.inf
 COSTS = costs_of(
     [1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.0], stage_macs=[10, 20, 30, 40], head_macs=[1, 2, 3, 0]
 )
-COSTS = dataclasses.replace(  # the first head is dear to move, the others to power
+# the first head is dear to move, the others to power
+COSTS = dataclasses.replace(
     COSTS,
     stage_bytes=(100, 100, 100, 100),
     head_bytes=(95, 2, 2, 0),
@@ -168,7 +169,8 @@ def test_shares_above_one_let_the_rest_out():
     scores = torch.rand(3, 2000)
     thresholds = thresholds_for_shares(scores, [0.6, 0.6, 0.0])
     assert shares_of(thresholds, scores) == [1200, 800, 0]
-    assert thresholds[1] < 1e8  # what MSDNet's search leaves it at
+    # what MSDNet's search leaves it at
+    assert thresholds[1] < 1e8
 
 
 def test_an_exit_without_a_share_is_closed():
@@ -227,7 +229,8 @@ def test_the_cheapest_policy_is_cheapest_in_what_it_is_to_save(cost):
         min(spent.values())
     )
     assert fitted[cost].target["mean_cost"] == pytest.approx(spent[cost])
-    assert fitted["energy"].open_exits() != fitted["bytes"].open_exits()  # or this shows nothing
+    # or this shows nothing
+    assert fitted["energy"].open_exits() != fitted["bytes"].open_exits()
 
 
 def test_a_cost_that_the_target_does_not_limit_is_refused():
@@ -261,10 +264,12 @@ def test_a_fitted_mean_time_is_met_on_fresh_data():
     for seed in range(12):
         policy = fit_thresholds(drawn(5000, seed=2 * seed), COSTS, mean_time_s=2.0)
         cost, _ = judged(policy, drawn(5000, seed=2 * seed + 1, split="test"), COSTS)
-        half = 1.96 * float(cost.std()) * math.sqrt(2 / 5000)  # both means vary
+        # both means vary
+        half = 1.96 * float(cost.std()) * math.sqrt(2 / 5000)
         misses += abs(float(cost.mean()) - policy.target["mean_cost"]) > half
         over += float(cost.mean()) - half > 2.0
-    assert misses <= 3  # P(4 or more of 12 at 5 %) = 0.2 %
+    # P(4 or more of 12 at 5 %) = 0.2 %
+    assert misses <= 3
     assert over <= 3
 
 
@@ -289,9 +294,8 @@ def test_where_the_truth_is_known_the_fitted_policy_finds_it():
     early = float((surety[0] > 0.8).double().mean())
     assert policy.thresholds[0] == pytest.approx(0.8, abs=0.002)
     assert policy.thresholds[1:] == (INF, -INF)
-    assert policy.target["mean_cost"] == pytest.approx(
-        early * 1.1 + (1 - early) * 3.1
-    )  # the closed head is not paid
+    # the closed head is not paid
+    assert policy.target["mean_cost"] == pytest.approx(early * 1.1 + (1 - early) * 3.1)
     assert policy.target["accuracy"] == 1.0
 
 
@@ -341,9 +345,8 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
     logits = torch.linspace(0.5, 0.55, 100_001)
     scores, order = torch.stack([logits, torch.zeros_like(logits)], -1).softmax(-1).amax(-1).sort()
     bits = scores.numpy().view(np.int32)
-    lower = int(
-        np.flatnonzero((np.diff(bits) == 1) & (bits[:-1] % 2 == 0))[0]
-    )  # ties round to even, here: down
+    # ties round to even, here: down
+    lower = int(np.flatnonzero((np.diff(bits) == 1) & (bits[:-1] % 2 == 0))[0])
     outputs = torch.zeros(2, 20, 2)
     outputs[0, :10, 0], outputs[0, 10:, 0] = logits[order[lower + 1]], logits[order[lower]]
     labels = torch.tensor([0] * 10 + [1] * 10)
@@ -393,7 +396,8 @@ def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
                 fitted = fit_thresholds(recording, costs, max_accuracy_loss=last - wanted)
                 gaps.append(fitted.target["mean_cost"] / cost[accuracy >= wanted - 1e-9].min() - 1)
     assert len(gaps) > 15
-    assert min(gaps) > -1e-9  # no policy beats the best of all policies
+    # no policy beats the best of all policies
+    assert min(gaps) > -1e-9
     assert np.mean(np.array(gaps) < 1e-9) >= 0.8
     assert np.mean(gaps) <= 0.01
 
@@ -428,12 +432,13 @@ def test_a_time_below_the_first_exit_cannot_be_reached():
         fit_thresholds(recording, COSTS, mean_time_s=1.0)
     policy = fit_thresholds(recording, COSTS, mean_time_s=1.1 + 1e-9)
     assert set(policy.exits_of(recording.outputs).tolist()) == {0}
+    # exits that nobody comes to are closed
     assert policy.open_exits() == (
         True,
         False,
         False,
         True,
-    )  # exits that nobody comes to are closed
+    )
 
 
 def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
@@ -473,4 +478,5 @@ def test_a_policy_that_lets_nobody_out_early_is_announced():
     with pytest.warns(NoEffectWarning, match="no sample leaves early"):
         policy = fit_thresholds(recording, costs_of([1.0, 1.0], [0.1, 0.0]), max_accuracy_loss=0.0)
     assert policy.thresholds == (INF, -INF)
-    assert policy.target["mean_cost"] == 2.0  # nor is the closed head paid
+    # nor is the closed head paid
+    assert policy.target["mean_cost"] == 2.0

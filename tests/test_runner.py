@@ -22,7 +22,8 @@ from impatient.policies import ThresholdPolicy
 from impatient.runtime import Answer, Runner, answer, course, profile
 from impatient.runtime.runner import RESERVE_S
 
-STAGES, HEADS = [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]  # exit k answers at k + 1.5
+# exit k answers at k + 1.5
+STAGES, HEADS = [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]
 
 
 def run(runner: Runner, seconds: float = math.inf, x: Tensor = X) -> Answer:
@@ -199,9 +200,8 @@ def test_a_machine_that_has_become_slow_goes_less_deep(network: FakeNetwork) -> 
     network.stages_s = [2.0] * 4
     run(runner)
     network.stages_s = STAGES
-    assert (
-        run(runner, enough_for(3)).exit == 1
-    )  # after two stages 2.5 are left, and the next exit might take 3
+    # after two stages 2.5 are left, and the next exit might take 3
+    assert run(runner, enough_for(3)).exit == 1
 
 
 def test_a_machine_that_has_become_fast_is_not_trusted_to_stay_so(network: FakeNetwork) -> None:
@@ -273,7 +273,8 @@ def test_a_runner_that_refuses_late_runs_recovers_from_drift(network: FakeNetwor
 
 def test_warming_up_leaves_drift_alone(network: FakeNetwork) -> None:
     runner = runner_of(network)
-    network.stages_s = [50.0] * 4  # a cold machine
+    # a cold machine
+    network.stages_s = [50.0] * 4
     runner.warm_up(X)
     assert runner.drift == 1.0
     runner.close()
@@ -364,9 +365,8 @@ def test_a_deadline_at_a_closed_exit_runs_its_head(clock: FakeClock) -> None:
 
 def test_time_that_the_policy_takes_to_look_is_counted(clock: FakeClock) -> None:
     network = FakeNetwork(clock, STAGES, HEADS, sure(0.6, 0.6, 0.6, 0.6))
-    answer = run(
-        runner_of(network, policy=policy_of(0.7, 0.7, 0.7)), enough_for(3)
-    )  # two heads on the way cost one exit
+    # two heads on the way cost one exit
+    answer = run(runner_of(network, policy=policy_of(0.7, 0.7, 0.7)), enough_for(3))
     assert (answer.exit, answer.deadline_met, answer.elapsed_s) == (2, True, 4.5)
 
 
@@ -531,7 +531,8 @@ def test_parts_within_their_profile_never_miss_whatever_the_drift(
 
 
 def lognormal(draw: random.Random) -> float:
-    return draw.lognormvariate(-7.0, 0.5)  # about 1 ms, p99 about 3 ms
+    # about 1 ms, p99 about 3 ms
+    return draw.lognormvariate(-7.0, 0.5)
 
 
 @pytest.mark.parametrize(("statistic", "late"), [("p90", 0.10), ("p99", 0.01)])
@@ -545,10 +546,12 @@ def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
     most, costs = 0.001 + getattr(profiled, statistic), costs_of([0.001, profiled])
     missed = 0
     for _ in range(begun):
-        fresh = runner_of(network, costs, statistic=statistic)  # no drift from the runs before
+        # no drift from the runs before
+        fresh = runner_of(network, costs, statistic=statistic)
         answer = run(fresh, most + 1.001 * RESERVE_S)
         assert answer.exit == 1
-        missed += answer.elapsed_s > most  # the reserve is not for the stage
+        # the reserve is not for the stage
+        missed += answer.elapsed_s > most
     assert abs(missed / begun - late) < 3 * math.sqrt(late * (1 - late) / begun)
 
 

@@ -89,7 +89,8 @@ def test_what_the_inner_network_is_shows_through(inner, toy_input):
 
 @torch.no_grad()
 def test_with_caching_a_run_never_grows_less_sure_and_holds_the_surest_exits_own_output(inner):
-    for _ in range(50):  # run by run, as a caller sees it
+    # run by run, as a caller sees it
+    for _ in range(50):
         x = 3 * torch.randn(1, 8)
         own = [exit.output() for exit in inner.exits(x, keep=True)]
         before, surest = 0.0, None

@@ -8,9 +8,8 @@ import torch
 from impatient.policies.scores import SCORES, entropy, margin, max_probability
 
 EVERY = pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
-OUTPUTS = torch.tensor(
-    [[0.8, 0.1, 0.1], [0.5, 0.3, 0.2]]
-).log()  # softmax gives these probabilities back
+# softmax gives these probabilities back
+OUTPUTS = torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.3, 0.2]]).log()
 
 
 def test_the_largest_probability():

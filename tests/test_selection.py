@@ -151,7 +151,8 @@ def test_labels_and_weights_of_the_second_decision_are_those_of_the_paper_correc
     monkeypatch.setattr(selection, "fit_decision", watched)
     recording = problem([[0, 1, 1, 0], [1, 0, 1, 0]], [[0.55, 0.9, 0.8, 0.7], [0.6] * 4])
     fit_selection(recording, [1.0, 10.0], Topology.chain(2), time_price=0.01, reference="full")
-    stop, go = seen[0].T  # theta_2 and W_2, times the price: tau(N3) against (L(N2) - L(N3))_+
+    # theta_2 and W_2, times the price: tau(N3) against (L(N2) - L(N3))_+
+    stop, go = seen[0].T
     assert (stop - go).tolist() == pytest.approx([1 - 0.1, -0.1, -0.1, -0.1])
 
 
@@ -246,12 +247,13 @@ def test_a_learner_that_can_represent_the_best_moves_finds_them(learner, method)
     )
     route = policy.route(recording.outputs)
     assert route.answering.tolist() == [0, 1, 2, 0] * 10
+    # straight to the right one
     assert route.visited[:4].int().tolist() == [
         [1, 0, 0],
         [1, 1, 0],
         [1, 0, 1],
         [1, 0, 0],
-    ]  # straight to the right one
+    ]
     assert route.time_s[:4].tolist() == [1.0, 3.0, 5.0, 1.0]
 
 
@@ -269,9 +271,8 @@ def test_the_prices_of_nothing_and_of_everything_are_the_two_ends():
         assert dear.route(recording.outputs).time_s.tolist() == [1.0] * 500
 
 
-TOY = drawn(
-    20_000, seed=3, gains=(1.03, 2.82, 4.2), classes=5
-)  # right as often as the errata's toy
+# right as often as the errata's toy
+TOY = drawn(20_000, seed=3, gains=(1.03, 2.82, 4.2), classes=5)
 TOY_S = [1.0, 4.0, 14.0]
 
 
@@ -286,7 +287,8 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
     )
     assert errors == sorted(errors, reverse=True)
     assert times == sorted(times)
-    assert errors[0] < 0.19  # erratum 1: the seed labels never go on to N3, and stay at 0.21
+    # erratum 1: the seed labels never go on to N3, and stay at 0.21
+    assert errors[0] < 0.19
     assert errors[-1] < 0.08
     fresh = drawn(5000, seed=4, gains=(1.03, 2.82, 4.2), classes=5, split="test")
     gains = []
@@ -294,9 +296,8 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
         route = point.policy.route(fresh.outputs)
         shares = torch.tensor(uniform_shares(fresh, TOY_S, route.mean_time_s), dtype=torch.float64)
         gains.append(route.accuracy(fresh) - float(shares @ fresh.hits().double().mean(1)))
-    assert min(gains[:2]) > 2 * 0.5 / math.sqrt(
-        5000
-    )  # two standard errors; with time to spare both are the full network
+    # two standard errors; with time to spare both are the full network
+    assert min(gains[:2]) > 2 * 0.5 / math.sqrt(5000)
 
 
 def test_sweeps_fit_to_the_samples_that_arrive():
@@ -326,7 +327,8 @@ def test_sweeps_never_cost_more_on_their_own_samples():
 
 
 def test_a_network_that_nobody_is_sent_to_is_pruned():
-    right = [[1, 0, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]]  # the second is never better than the first
+    # the second is never better than the first
+    right = [[1, 0, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
     recording = problem(right, [[0.9, 0.6, 0.9, 0.6], [0.7] * 4, [0.8] * 4], times=20)
     policy = fit_selection(recording, [1.0, 1.0, 2.0], Topology.full(3), time_price=0.1)
     assert policy.visits == (0, 2)
@@ -424,9 +426,8 @@ def test_pooled_features_decide_where_outputs_cannot():
 
 def test_losses_of_ones_own():
     recording = problem([[1, 0, 1, 0], [1, 1, 1, 1]], [[0.9, 0.6, 0.9, 0.6], [0.8] * 4], times=20)
-    dear = torch.tensor(
-        [[5.0, 0.0] * 40, [0.0] * 80]
-    )  # what is right costs, what is wrong does not
+    # what is right costs, what is wrong does not
+    dear = torch.tensor([[5.0, 0.0] * 40, [0.0] * 80])
     policy = fit_selection(recording, [1.0, 2.0], Topology.chain(2), time_price=0.1, losses=dear)
     assert policy.route(recording.outputs).answering.tolist() == [1, 0] * 40
 
@@ -570,7 +571,8 @@ def test_single_networks():
 
 def test_uniform_mixing_is_the_chord_between_two_networks():
     outputs, labels = sure([[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0]], [[0.7] * 4] * 3)
-    recording = recording_of(outputs, labels)  # errors 3/4, 3/4, 1/4: the second is on no chord
+    # errors 3/4, 3/4, 1/4: the second is on no chord
+    recording = recording_of(outputs, labels)
     assert uniform_shares(recording, [1.0, 2.0, 5.0], 2.0) == (0.75, 0.0, 0.25)
     assert uniform_shares(recording, [1.0, 2.0, 5.0], 9.0) == (0.0, 0.0, 1.0)
     with pytest.raises(InfeasibleTarget, match="fastest takes 1"):

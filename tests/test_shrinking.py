@@ -140,7 +140,8 @@ def x_of(batch: int = 5) -> Tensor:
 
 
 def assert_rows(found: Tensor, whole: Tensor, rows: list[int]) -> None:
-    assert whole.std(0).min() > 1e-3  # rows that are equal would be right in any order
+    # rows that are equal would be right in any order
+    assert whole.std(0).min() > 1e-3
     torch.testing.assert_close(found, whole[rows])
 
 
@@ -256,7 +257,8 @@ def test_one_kept_row_that_is_broadcast_over_the_old_batch_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     network = attach(Skipping())
-    monkeypatch.setattr(network, "shrinks", lambda x: True)  # as if the trial had missed it
+    # as if the trial had missed it
+    monkeypatch.setattr(network, "shrinks", lambda x: True)
     with network.exits(x_of()) as run:
         next(run)
         run.keep([2])
@@ -312,7 +314,8 @@ def test_batch_statistics_do_not_shrink_in_training_mode() -> None:
     assert not network.train().shrinks(x_of())
     assert network.eval().shrinks(x_of())
     kept = attach_exits(model.eval(), after=["0", "1"], example=torch.zeros(1, WIDTH)).eval()
-    kept.backbone[1][1].train()  # one layer that somebody forgot
+    # one layer that somebody forgot
+    kept.backbone[1][1].train()
     assert not kept.shrinks(x_of())
 
 
@@ -324,7 +327,8 @@ def test_the_trial_is_made_once_per_kind_of_input() -> None:
     assert network.backbone.rows == [4, 4, 4, 4, 3, 2]
     assert network.shrinks(x_of(9))
     assert len(network.backbone.rows) == 6
-    assert network.shrinks({"x": x_of()})  # another kind
+    # another kind
+    assert network.shrinks({"x": x_of()})
     assert len(network.backbone.rows) == 12
     assert list(network.state_dict()) == names
 

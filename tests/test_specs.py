@@ -416,9 +416,8 @@ def test_unknown_source_is_refused_naming_what_cannot_be_imported() -> None:
 def test_missing_library_is_refused_with_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, source: str, extra: str
 ) -> None:
-    monkeypatch.setitem(
-        sys.modules, source, None
-    )  # what Python does for a module that must not be imported
+    # what Python does for a module that must not be imported
+    monkeypatch.setitem(sys.modules, source, None)
     with pytest.raises(
         ModelSpecError, match=rf"cannot be imported.*pip install 'impatient\[{extra}\]'"
     ):

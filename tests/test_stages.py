@@ -30,7 +30,8 @@ WIDTH, CLASSES = 8, 3
 @pytest.fixture(scope="module", autouse=True)
 def _collecting_is_quick() -> Iterator[None]:
     gc.collect()
-    gc.freeze()  # what the libraries made at import is left out of every collection and count here
+    # what the libraries made at import is left out of every collection and count here
+    gc.freeze()
     yield
     gc.unfreeze()
 
@@ -58,7 +59,8 @@ def staged(network: MultiExitNetwork, x: Any) -> list[Tensor]:
 def assert_same(left: Any, right: Any) -> None:
     assert len(left) == len(right) > 0
     for a, b in zip(left, right, strict=True):
-        assert a.std() > 0  # two constants would be equal for nothing
+        # two constants would be equal for nothing
+        assert a.std() > 0
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -271,9 +273,8 @@ def test_model_finds_its_modes_again_whatever_the_caller_does_between(
 
 @every_mode
 @pytest.mark.parametrize("callers", MODES)
-@pytest.mark.parametrize(
-    "step", [1, 2, 3]
-)  # in which the model enters its mode, stays in it, leaves it
+# in which the model enters its mode, stays in it, leaves it
+@pytest.mark.parametrize("step", [1, 2, 3])
 def test_callers_mode_around_one_step_neither_leaks_in_nor_is_lost(
     mode: str, callers: str, step: int
 ) -> None:
@@ -303,10 +304,12 @@ def test_modes_of_caller_and_model_may_overlap_without_nesting(mode: str) -> Non
     seen, _ = plainly_seen(network, x_of())
     network.backbone.seen.clear()
     walk = network.exits(x_of())
-    next(walk), next(walk)  # the model has entered its mode
+    # the model has entered its mode
+    next(walk), next(walk)
     with MODES["no_grad"]():
         within = modes()
-        next(walk), next(walk)  # ... and left it
+        # ... and left it
+        next(walk), next(walk)
         assert modes() == within
     next(walk)
     assert modes() == outside
@@ -547,9 +550,8 @@ class Swallowing(nn.Module):
 def test_model_that_swallows_everything_is_still_ended() -> None:
     network, before = attach(Swallowing(), "block@0", "block@1", "block@3"), paused_runs()
     by_close(network, x_of())
-    assert (
-        network.backbone.swallowed == [greenlet.GreenletExit] * 3
-    )  # thrown in once, and again at each cut it came to
+    # thrown in once, and again at each cut it came to
+    assert network.backbone.swallowed == [greenlet.GreenletExit] * 3
     assert paused_runs() == before
     network.backbone.swallowed.clear()
     assert len(staged(network, x_of())) == 4
@@ -676,7 +678,8 @@ def test_dropping_a_paused_run_on_another_thread_warns(toy: nn.Module, toy_input
     with pytest.warns(ResourceWarning, match="another thread"):
         in_thread(box.clear)
     assert paused_runs() == before + 1
-    forward.throw()  # what close() would have done; other tests count the runs that are paused
+    # what close() would have done; other tests count the runs that are paused
+    forward.throw()
     assert paused_runs() == before
 
 
@@ -688,7 +691,8 @@ def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(
         next(walk)
         return walk
 
-    walk = in_thread(begun)  # greenlet itself crashes the interpreter here
+    # greenlet itself crashes the interpreter here
+    walk = in_thread(begun)
     with pytest.raises(greenlet.error):
         next(walk)
     with pytest.raises(greenlet.error):
@@ -1033,7 +1037,8 @@ def test_threads_may_each_run_the_same_network() -> None:
     def run(which: int) -> None:
         walk = network.exits(inputs[which])
         for _ in range(network.num_exits):
-            barrier.wait(timeout=20)  # both are paused at the same exit
+            # both are paused at the same exit
+            barrier.wait(timeout=20)
             outputs[which].append(next(walk).output())
         outputs[which] += network(inputs[which])
 
@@ -1184,7 +1189,8 @@ def test_outer_run_may_pause_while_an_inner_one_is_paused(toy: nn.Module) -> Non
         def forward(self, x: Tensor) -> Tensor:
             x = self.before(x)
             for exit in self.inner.exits(x):
-                x = self.after(exit.output())  # the outer cut
+                # the outer cut
+                x = self.after(exit.output())
             return self.classifier(x)
 
     model, x = Alternating(toy_network(toy), last_of_forward), x_of()

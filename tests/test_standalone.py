@@ -287,7 +287,8 @@ def test_outputs_stay_as_they_are_whatever_is_called_later(engine: str, tmp_path
     write_wide(tmp_path / "wide.onnx")
     part = ENGINES[engine](tmp_path / "wide.onnx")
     inputs = [wide(64, seed) for seed in range(10)]
-    views = [part.one(x)[1:] for x in inputs]  # the arrays themselves are dropped
+    # the arrays themselves are dropped
+    views = [part.one(x)[1:] for x in inputs]
     for view, x in zip(views, inputs, strict=True):
         np.testing.assert_allclose(view, np.tanh(x @ WIDE)[1:], atol=1e-4)
 
@@ -303,7 +304,8 @@ def test_openvino_lends_its_memory_and_takes_it_back(tmp_path: Path):
     assert not again.flags.owndata
     np.testing.assert_allclose(first, np.tanh(wide(64) @ WIDE), atol=1e-4)
     assert part._made == OpenVinoPart.LENT + 1
-    assert part.one(wide(1)).flags.owndata  # small
+    # small
+    assert part.one(wide(1)).flags.owndata
 
 
 @BOTH
@@ -328,7 +330,8 @@ def test_one_part_on_several_threads_at_once(engine: str, tmp_path: Path):
 @pytest.fixture(scope="module")
 def long_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.onnx"
-    write_wide(path, 200)  # some 27 GFLOP a call at 256 rows
+    # some 27 GFLOP a call at 256 rows
+    write_wide(path, 200)
     return path
 
 
@@ -365,7 +368,8 @@ def test_a_call_is_ended_early_and_the_part_goes_on_working(engine: str, long_pa
     assert isinstance(cancelled.error, Cancelled)
     assert cancelled.seconds < 0.5 * whole.seconds
     np.testing.assert_array_equal(part.one(x), whole.output)
-    part.cancel()  # nothing in flight, nothing happens
+    # nothing in flight, nothing happens
+    part.cancel()
     assert part.one(x[:1]).shape == (1, 512)
 
 
@@ -406,7 +410,8 @@ def test_threads_without_work_leave_the_processor_alone(engine: str, tmp_path: P
         begin = time.process_time()
         time.sleep(0.01)
         burnt_s += time.process_time() - begin
-    assert burnt_s < 0.03  # spinning threads burn half of these 0.1 s or more
+    # spinning threads burn half of these 0.1 s or more
+    assert burnt_s < 0.03
 
 
 @BOTH
@@ -465,10 +470,11 @@ def test_a_machine_that_becomes_slow_is_noticed(export: Export):
     timed = Timed(export())
     timed.slow(2.0)
     answers = [timed.run(deadline_s=0.035) for _ in range(10)]
+    # the profile is believed until it is wrong
     assert (answers[0].exit, answers[0].deadline_met) == (
         1,
         False,
-    )  # the profile is believed until it is wrong
+    )
     assert {(answer.exit, answer.deadline_met) for answer in answers[2:]} == {(0, True)}
 
 
@@ -538,7 +544,8 @@ def test_a_deadline_after_some_have_left_answers_for_the_others(export: Export):
     assert (stopped.sum(), answer.exit, answer.stopped_by) == (2, 1, "deadline")
     assert_close(answer.output, np.where(stopped[:, None], truth(X)[0], truth(X)[1]))
     timed = Timed(export(policy=policy_between(0)))
-    answer = timed.run(deadline_s=0.020)  # at the exit where they leave
+    # at the exit where they leave
+    answer = timed.run(deadline_s=0.020)
     assert answer.exits == (0,) * 4
     assert_close(answer.output, truth(X)[0])
 
@@ -579,7 +586,8 @@ def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export
     assert (answer.exit, answer.stopped_by) == (0, "interrupt")
     assert_close(answer.output, truth(X)[0])
     assert run.interrupt() is run.result() is run.latest() is answer
-    after = bundle.start(X).result()  # the same worker goes on; the stage is let go now
+    # the same worker goes on; the stage is let go now
+    after = bundle.start(X).result()
     assert (after.exit, after.stopped_by, after.deadline_met) == (2, "final", True)
     assert_close(after.output, truth(X)[2])
 
@@ -593,7 +601,8 @@ def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
     assert held.entered.wait(20.0)
     assert run.interrupt().exit == 0
     held.go.set()
-    assert bundle.start(X).result().exit == 2  # queued behind it
+    # queued behind it
+    assert bundle.start(X).result().exit == 2
     assert heads == [1]
 
 
@@ -648,9 +657,8 @@ def test_saved_costs_win_and_keep_other_batch_sizes(
     bundle.save_costs(costs([0.001] * 3, [0.0] * 3, batch=4))
     bundle.save_costs(costs([0.002] * 3, [0.0] * 3, batch=2))
     again = Bundle(directory)
-    assert (
-        list(again.costs) == list(bundle.costs) == ["4", "2"]
-    )  # those of another machine are gone
+    # those of another machine are gone
+    assert list(again.costs) == list(bundle.costs) == ["4", "2"]
     assert again.run(X, deadline_s=20.0).exit == 2
     before = (directory / "costs.json").read_bytes()
 
@@ -821,9 +829,8 @@ def test_thresholds_are_those_of_the_library(outputs: Any, score: str, threshold
         Thresholds(score=score, thresholds=thresholds),
         ThresholdPolicy(score=score, thresholds=thresholds),
     )
-    close = (
-        np.abs(SCORES[score](outputs) - threshold) < 4e-6
-    )  # where the last bit of a softmax may decide
+    # where the last bit of a softmax may decide
+    close = np.abs(SCORES[score](outputs) - threshold) < 4e-6
     for exit in range(3):
         assert mine.looks_at(exit) == theirs.looks_at(exit)
         equal = mine.stops(exit, outputs) == theirs.stops(exit, torch.from_numpy(outputs)).numpy()
@@ -847,7 +854,8 @@ def test_the_pace_allows_at_least_what_was_profiled(ratios: list[float], quantil
     needs_s = 0.012 * pace.scale
     assert pace.fits(1, 5.0, 5.0 + needs_s + 0.0011, 0.001)
     assert not pace.fits(1, 5.0, 5.0 + needs_s + 0.0009, 0.001)
-    assert pace.fits(2, 5.0, 0.0, 1.0)  # beyond the last exit there is nothing to fit
+    # beyond the last exit there is nothing to fit
+    assert pace.fits(2, 5.0, 0.0, 1.0)
 
 
 # --- the command line, without torch

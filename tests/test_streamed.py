@@ -371,9 +371,8 @@ def test_runs_of_several_threads_do_not_mix(made: EngineNetwork, tower: MultiExi
         x, found = inputs(rows).T.contiguous().T, []
         for number in range(8):
             with made.exits(x) as run:
-                found.append(
-                    [exit.output() for exit in itertools.islice(run, 1 + number % 4)]
-                )  # most leave it early
+                # most leave it early
+                found.append([exit.output() for exit in itertools.islice(run, 1 + number % 4)])
         return found
 
     with ThreadPoolExecutor(3) as pool:

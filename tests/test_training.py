@@ -79,7 +79,8 @@ def on_cpu(**options: Any) -> Fabric:
 
 BRIEF = Recipe(epochs=3, batch_size=16, lr=0.05, augment="crop", seed=5)
 MIXED = dataclasses.replace(BRIEF, regime="mixed", epochs=4)
-STEPS = 6  # batches per epoch
+# batches per epoch
+STEPS = 6
 
 
 def train(
@@ -111,7 +112,8 @@ def plain(history: History) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def learned() -> tuple[MultiExitNetwork, History]:
-    torch.set_num_threads(1)  # made before the fixture that does so for every test
+    # made before the fixture that does so for every test
+    torch.set_num_threads(1)
     network = small(width=16, dropout=0.0)
     return network, train(network, digits(), Recipe(epochs=5, batch_size=64, lr=0.2))
 
@@ -135,7 +137,8 @@ def test_a_tiny_network_learns_the_digits_and_deeper_exits_learn_them_better(lea
     first, second, last = history.epochs[-1].validation_accuracy
     assert last > 0.9
     assert first < second < last
-    assert first > 0.25  # more than twice what guessing gives
+    # more than twice what guessing gives
+    assert first > 0.25
 
 
 def test_what_is_reported_is_what_the_network_does(learned):
@@ -362,7 +365,8 @@ def test_afterwards_the_network_is_in_eval_mode_with_the_flags_it_had(recipe):
     assert [parameter.requires_grad for parameter in network.parameters()] == flags
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     assert frozen
-    assert not frozen & changed(before, network)  # who froze a layer meant it
+    # who froze a layer meant it
+    assert not frozen & changed(before, network)
 
 
 def test_flags_come_back_after_an_error_too():
@@ -430,7 +434,8 @@ def assert_goes_on_bit_for_bit(recipe: Recipe, checkpoint: Path) -> None:
     """Another process, here another network, takes the checkpoint up and ends where an uninterrupted run ends."""
     final, reported = uninterrupted(recipe)
     network = small(seed=99)
-    torch.rand(7)  # random state is another, too
+    # random state is another, too
+    torch.rand(7)
     history = train(network, recipe=recipe, checkpoint=checkpoint)
     assert changed(final, network) == set()
     assert plain(history) == reported
@@ -463,9 +468,8 @@ def test_a_run_stopped_by_ctrl_c_goes_on_bit_for_bit(tmp_path, recipe, step):
         train(small(), recipe=recipe, checkpoint=tmp_path / "checkpoint")
     assert signal.getsignal(signal.SIGINT) is before
     header = read_header(tmp_path / "checkpoint")
-    assert (
-        len(header["history"]) * STEPS + header["step"] == step + 1
-    )  # the step under way was finished, no other
+    # the step under way was finished, no other
+    assert len(header["history"]) * STEPS + header["step"] == step + 1
     assert_goes_on_bit_for_bit(recipe, tmp_path / "checkpoint")
 
 
@@ -509,8 +513,10 @@ def test_a_second_ctrl_c_interrupts_at_once_and_leaves_the_old_checkpoint(tmp_pa
     with press, pytest.raises(KeyboardInterrupt):
         train(small(), checkpoint=tmp_path / "checkpoint")
     header = read_header(tmp_path / "checkpoint")
-    assert (len(header["history"]), header["step"]) == (1, 0)  # of the first epoch's end
-    assert press.seen == STEPS + 2  # the step under way was not finished
+    # of the first epoch's end
+    assert (len(header["history"]), header["step"]) == (1, 0)
+    # the step under way was not finished
+    assert press.seen == STEPS + 2
     assert_goes_on_bit_for_bit(BRIEF, tmp_path / "checkpoint")
 
 

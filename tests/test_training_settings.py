@@ -15,9 +15,8 @@ from impatient.networks import MultiExitNetwork, RunningEnsemble
 from impatient.training import AdaLoss, Recipe, loop
 from test_training import BRIEF, few, small, state, train
 
-ROWS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 2.0]]).repeat(
-    44, 1
-)  # one row of weights per sample of few()
+# one row of weights per sample of few()
+ROWS = torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 2.0]]).repeat(44, 1)
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "weights": ("uniform", "sieve:total=all", (0.2, 0.3, 0.5), AdaLoss(update_every=3), ROWS),
@@ -109,7 +108,8 @@ def test_the_loss_falls_and_every_exit_that_weighs_learns(setting: dict[str, Any
     history = train(
         network, recipe=recipe_of(setting, epochs=8, augment="none"), weights=setting["weights"]
     )
-    if setting["regime"] != "frozen":  # where the last exit's own output stays as it is
+    # where the last exit's own output stays as it is
+    if setting["regime"] != "frozen":
         assert history.epochs[-1].train_loss[-1] < history.epochs[0].train_loss[-1]
     assert history.epochs[-1].train_loss[0] < history.epochs[0].train_loss[0]
     moved = {
@@ -129,7 +129,8 @@ def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
     update = loop._Training._update
 
     def until_the_tenth(self: Any, *args: Any) -> Tensor:
-        if next(steps) == 9:  # of 18: in the second epoch, when the samplers have begun to learn
+        # of 18: in the second epoch, when the samplers have begun to learn
+        if next(steps) == 9:
             signal.raise_signal(signal.SIGINT)
         return update(self, *args)
 
@@ -186,7 +187,8 @@ def test_a_sample_without_weight_teaches_nothing() -> None:
     rows[44:] = 0.0
     network, _ = one_step(weights=rows)
     spoilt, data = small(dropout=0.0), few()
-    data.examples("train").labels[44:] = 0  # their labels do not matter
+    # their labels do not matter
+    data.examples("train").labels[44:] = 0
     recipe = Recipe(epochs=1, batch_size=88, lr=0.05, momentum=0.0, weight_decay=0.0, warmup=0.0)
     train(spoilt, data, recipe, weights=rows)
     for a, b in zip(network.parameters(), spoilt.parameters(), strict=True):
@@ -235,9 +237,8 @@ def test_head_decay_follows_the_weights() -> None:
             for exit in range(2)
         ]
         classifier = network.backbone.classifier.weight / before["backbone.classifier.weight"]
-        assert float(classifier.detach().median()) == pytest.approx(
-            0.9, abs=2e-3
-        )  # 1 - lr decay: no head
+        # 1 - lr decay: no head
+        assert float(classifier.detach().median()) == pytest.approx(0.9, abs=2e-3)
     assert kept["plain"] == pytest.approx([0.9, 0.9], abs=2e-3)
     assert kept["scaled"] == pytest.approx([1 - 0.1 * 0.25, 1 - 0.1 * 0.5], abs=2e-3)
 

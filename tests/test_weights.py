@@ -257,7 +257,8 @@ def test_totals_by_hand():
     assert rescaled([1, 3, 4]) == (1.0, 3.0, 4.0)
     assert rescaled([1, 3, 4], total="last") == (0.25, 0.75, 1.0)
     assert rescaled([1, 3, 4], total="all") == (0.125, 0.375, 0.5)
-    assert rescaled([1, 3, 4], total="log") == (0.25, 0.75, 1.0)  # log2(4) = 2
+    # log2(4) = 2
+    assert rescaled([1, 3, 4], total="log") == (0.25, 0.75, 1.0)
     assert rescaled([1, 3, 9], last_to_early=3) == (1.0, 3.0, 12.0)
     assert rescaled([1, 3, 9], last_to_early=3, total="all") == (1 / 16, 3 / 16, 12 / 16)
 

@@ -71,9 +71,8 @@ def test_one_worker_runs_them_one_after_the_other(make, networks):
         True,
     )
     assert answer.output.eq(5.0).all()
-    assert (
-        answer.elapsed_s == 6.5
-    )  # six stages and one head: those of exits 2 and 4 are no match for exits 1 and 3
+    # six stages and one head: those of exits 2 and 4 are no match for exits 1 and 3
+    assert answer.elapsed_s == 6.5
     assert all_ran(networks) == [
         ["stage 0", "head 0", "stage 1", "head 1"],
         *[["stage 0", "stage 1", "head 1"]] * 2,
@@ -84,11 +83,13 @@ def test_an_idle_worker_takes_the_next_deeper_network(make, networks):
     first, second, third = (hold(network, "stage 0") for network in networks)
     with make(2).start(X) as run:
         first.wait_reached()
-        second.wait_reached()  # both at once
+        # both at once
+        second.wait_reached()
         assert networks[2].ran == []
         second.release()
         networks[1].wait_closed()
-        third.wait_reached()  # while the first still stands
+        # while the first still stands
+        third.wait_reached()
         assert networks[0].ran == ["stage 0"]
         for held in (first, third):
             held.release()
@@ -113,7 +114,8 @@ def test_a_deeper_answer_displaces_a_worse_one_and_a_worse_one_does_not_come_bac
         shallow.release()
         answer = run.result()
     assert (answer.exit, answer.stopped_by) == (5, "final")
-    assert "head 1" not in networks[0].ran  # it was no match any more
+    # it was no match any more
+    assert "head 1" not in networks[0].ran
 
 
 @pytest.mark.parametrize("deep_first", [True, False])
@@ -152,7 +154,8 @@ def test_at_the_deadline_the_best_posted_answer_is_there_and_everybody_leaves(
         networks[0].wait_closed()
         networks[1].wait_closed()
         assert run.result() is answer
-    assert [ran[-1] for ran in all_ran(networks[:2])] == ["stage 1", "stage 1"]  # no head more
+    # no head more
+    assert [ran[-1] for ran in all_ran(networks[:2])] == ["stage 1", "stage 1"]
     assert networks[2].ran == []
 
 
@@ -211,7 +214,8 @@ def test_a_run_does_not_wait_for_a_worker_held_up_by_the_one_before(make, networ
         networks[2].wait_closed()
         del networks[1].at["stage 0"]
         assert run.interrupt().exit == 5
-        assert parallel.run(X).stopped_by == "final"  # by the other worker alone
+        # by the other worker alone
+        assert parallel.run(X).stopped_by == "final"
         assert not held.released
         held.release()
 

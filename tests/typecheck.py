@@ -10,7 +10,8 @@ from typing import Any
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintException
 
-_checking = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
+# an int is a float, as for mypy
+_checking = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

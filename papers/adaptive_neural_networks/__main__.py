@@ -71,7 +71,8 @@ def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:
         for stage in recipe.stages(scale):
             run_jobs(stage, folder, workers=workers)
     if table in (Table.time, Table.all):
-        run_jobs(times.jobs(scale), folder, workers=1)  # one by one: nothing else may run
+        # one by one: nothing else may run
+        run_jobs(times.jobs(scale), folder, workers=1)
     if table in (Table.policies, Table.all):
         run_jobs(policy_jobs(scale, finished(times.jobs(scale), folder)), folder, workers=workers)
 

@@ -195,9 +195,8 @@ def guarantees(
         for _ in range(how.draws):
             places = torch.randint(len(population.labels), (how.calibration,), generator=random)
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", NoEffectWarning
-                )  # none passed: the full network, which is counted below
+                # none passed: the full network, which is counted below
+                warnings.simplefilter("ignore", NoEffectWarning)
                 controlled = control_risk(
                     candidates,
                     taken(population, places),

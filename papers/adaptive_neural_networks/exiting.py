@@ -26,7 +26,9 @@ from papers.adaptive_neural_networks.curves import (
 )
 from papers.adaptive_neural_networks.recipe import Exits, Judging, parts_of, recordings_of
 
-LOSSES = (0.0, 0.01, 0.02, 0.05)  # the paper's, and none at all
+# the paper's, and none at all
+LOSSES = (0.0, 0.01, 0.02, 0.05)
+# for which thresholds are fitted
 ASKED = (
     0.0,
     0.005,
@@ -38,7 +40,7 @@ ASKED = (
     0.07,
     0.1,
     0.15,
-)  # for which thresholds are fitted
+)
 INPUTS: tuple[Inputs, ...] = ("confidences", "features", "both")
 
 

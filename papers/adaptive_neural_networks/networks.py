@@ -140,7 +140,8 @@ class BagOfWords(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         ids = ids * (ids < self.words)
-        total = self.embedding(ids).sum(1)  # padding is embedded as zeros
+        # padding is embedded as zeros
+        total = self.embedding(ids).sum(1)
         return torch.as_tensor(self.linear(total / (ids > 0).sum(1, keepdim=True).clamp(min=1)))
 
 

@@ -542,9 +542,8 @@ def judged_places(count: int, case: Case, seed: int) -> Tensor:
     """Where in the test split of `count` samples those lie that `parts_of` judges on."""
     if case.fitted_on == "validation":
         return torch.arange(count)
-    order = torch.randperm(
-        count, generator=torch.Generator().manual_seed(seed)
-    )  # as `split_recording` has it
+    # as `split_recording` has it
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[round(0.5 * count) :].sort().values
 
 

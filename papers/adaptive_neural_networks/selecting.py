@@ -34,7 +34,9 @@ from papers.adaptive_neural_networks.curves import (
 )
 from papers.adaptive_neural_networks.recipe import Case, Judging, parts_of, recordings_of
 
-LOSSES = (0.0, 0.005, 0.01, 0.02)  # points of accuracy lost at which curves are read off
+# points of accuracy lost at which curves are read off
+LOSSES = (0.0, 0.005, 0.01, 0.02)
+# for which thresholds are fitted
 ASKED = (
     0.0,
     0.0025,
@@ -46,7 +48,7 @@ ASKED = (
     0.03,
     0.05,
     0.1,
-)  # for which thresholds are fitted
+)
 TOPOLOGIES: dict[str, Callable[[Sequence[str]], Topology]] = {
     "chain": Topology.chain,
     "full": Topology.full,
@@ -200,7 +202,8 @@ def later_first(
 ) -> list[Point]:
     """All moves upward among all networks but the first one, two, ...: on a graph, what comes first is always paid."""
     found: list[Point] = []
-    for first in range(1, len(node_s) - 2):  # two networks are a pair
+    # two networks are a pair
+    for first in range(1, len(node_s) - 2):
         kept = range(first, len(node_s))
         one, other, own_s = only(fit, kept), only(judged, kept), node_s[first:]
         found += [

@@ -28,11 +28,13 @@ from papers.adaptive_neural_networks.curves import share_of_saving
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
 from papers.results import Claim, Spread, made_by, markdown, spread, write_csv
 
+# times faster at a point lost; how far a real run may be from its prediction
 WANTED, PREDICTED_WITHIN = (
     2.8,
     0.1,
-)  # times faster at a point lost; how far a real run may be from its prediction
-OURS, OUR_GATES = "any, logistic", "gates on both"  # which learned method the claims are about
+)
+# which learned method the claims are about
+OURS, OUR_GATES = "any, logistic", "gates on both"
 # per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform mixture
 PAPER = {"GoogLeNet": ((9, 22, 33), (2, 9, 20)), "ResNet-50": ((8, 18, 22), (1, 12, 10))}
 

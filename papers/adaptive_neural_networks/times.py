@@ -44,7 +44,8 @@ from papers.adaptive_neural_networks.selecting import only
 from papers.jobs import Job
 
 LEARNERS: tuple[Learner, ...] = ("logistic", "boosting")
-SEED = 0  # of the division whose judged part is run for real
+# of the division whose judged part is run for real
+SEED = 0
 
 
 def jobs(scale: Scale) -> list[Job]:

@@ -35,7 +35,8 @@ from papers.results import spread
 
 Results = Mapping[str, Result]
 
-BUDGETS = 400  # places at which ensembles are compared
+# places at which ensembles are compared
+BUDGETS = 400
 KIND = {"none": "static", "alternating": "alternating"}
 
 
@@ -55,7 +56,8 @@ class Milestones:
     increases: tuple[float, ...]
 
 
-Measured = dict[tuple[str, Sampler], dict[Pair, Milestones]]  # by weighting and sampler
+# by weighting and sampler
+Measured = dict[tuple[str, Sampler], dict[Pair, Milestones]]
 
 
 def complete(nets: Sequence[Net], results: Results, seed: int) -> bool:

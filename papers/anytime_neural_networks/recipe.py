@@ -24,7 +24,8 @@ Sampler = Literal["none", "alternating"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 ENSEMBLES = ("sieve", "exp_lin", "const", "linear")
 SHAPES = {"digits": (1, 8, 8), "fashion": (1, 28, 28), "cifar10": (3, 32, 32)}
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the total cost: the milestones
+# of the total cost: the milestones
+SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,9 +55,8 @@ def main(
 
     def run() -> None:
         if table in (Table.time, Table.all):
-            run_jobs(
-                times.jobs(settings), folder, workers=1
-            )  # first and one by one, before anything else runs
+            # first and one by one, before anything else runs
+            run_jobs(times.jobs(settings), folder, workers=1)
         if table in (Table.accuracy, Table.all):
             run_jobs(recipe.jobs(settings), folder, workers=workers)
 

@@ -13,7 +13,8 @@ from impatient.networks.anytimenet import AnytimeNet
 from impatient.networks.placement import evaluating
 
 PAPER_CUMULATIVE = (5, 12, 18, 24, 29, 34, 38)
-PAPER_PARTS = {"IN": 1, "S1": 8, "S2": 10, "S3": 12, "OUT": 7}  # after the last iteration
+# after the last iteration
+PAPER_PARTS = {"IN": 1, "S1": 8, "S2": 10, "S3": 12, "OUT": 7}
 
 
 def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:

@@ -21,10 +21,11 @@ from papers.jobs import Job
 
 Kind = Literal["anytime", "baseline"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# batch-norm statistics: of all iterations, as in the paper, and of each one
 NORMS = (
     "shared",
     "own",
-)  # batch-norm statistics: of all iterations, as in the paper, and of each one
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,8 @@ class Scale:
 
 TINY = Net(width=4, counts=growth.in_turn((2, 2, 2)).counts)
 THIN, FULL = Net(width=8), Net(width=16)
-SCARCE = 43 * 41  # GTSRB with as few images a class as SFCARS, which has 8,144 of 196 classes
+# GTSRB with as few images a class as SFCARS, which has 8,144 of 196 classes
+SCARCE = 43 * 41
 
 SCALES = {
     "smoke": Scale(

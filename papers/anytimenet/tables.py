@@ -102,7 +102,8 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
         ]
     if flat:
         write_csv(folder / "times.csv", flat)
-        write_csv(folder / "times_raw.csv", raw)  # networks have equally many iterations
+        # networks have equally many iterations
+        write_csv(folder / "times_raw.csv", raw)
     return parts
 
 

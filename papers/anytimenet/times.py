@@ -21,7 +21,8 @@ from papers.anytimenet.recipe import Net, Scale, Timing
 from papers.jobs import Job
 from papers.results import Claim
 
-SAVED, OVERHEAD = 2.5, 1.20  # what caching is to save at least, what it may cost at most
+# what caching is to save at least, what it may cost at most
+SAVED, OVERHEAD = 2.5, 1.20
 # seconds a block over the test set, AnytimeNet and BASELINE (Table II); 38 blocks and 26 make a whole run
 PAPER_BLOCKS = {"CIFAR-10": (0.063, 0.084), "GTSRB": (0.153, 0.212), "SFCARS": (0.098, 0.123)}
 

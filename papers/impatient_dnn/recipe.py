@@ -35,7 +35,8 @@ from impatient.training.data import Split
 from papers import data
 from papers.jobs import Job, run_jobs
 
-ROWS = ("uniform", "large_likely", "small_likely", "normal")  # the order of the paper's table
+# the order of the paper's table
+ROWS = ("uniform", "large_likely", "small_likely", "normal")
 assert set(ROWS) == set(STANDARD)
 
 
@@ -106,11 +107,12 @@ def _pairs(
     )
 
 
+# of the SVMs; a wider range takes most of the time and changed little
 STRENGTHS = (
     1e-3,
     1e-2,
     1e-1,
-)  # of the SVMs; a wider range takes most of the time and changed little
+)
 
 SMALL = {"vgg": ("impatient:vgg", 6), "resnet": ("impatient:resnet:n=2,c=8", 6)}
 TINY = {
@@ -226,9 +228,8 @@ def _target_jobs(
     times = CostProfile.from_json(costs[f"{pair.name}-costs"]).interruptible_s()
     for row in ROWS:
         shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
-        weights = [
-            len(times) * share for share in shares
-        ]  # 1 on average, as with equal weights: steps of a usual size
+        # 1 on average, as with equal weights: steps of a usual size
+        weights = [len(times) * share for share in shares]
         jobs.append(
             Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, {**common, "weights": weights})
         )

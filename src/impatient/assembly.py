@@ -80,7 +80,8 @@ def ensemble_run(
     if alone.is_file():
         run.exit_free.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(alone, run.exit_free_weights_file)
-    write_json(run.spec_file, spec.to_json())  # last: a directory without it is none
+    # last: a directory without it is none
+    write_json(run.spec_file, spec.to_json())
     say(network.describe(spec.example()))
     say(f"made: {run.path}")
 
@@ -188,7 +189,8 @@ def select_run(
     options: dict[str, Any] = {"learner": learner, "method": method, **wanted}
     graph = graphs[topology](spec.after)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoEffectWarning)  # the second fit says so, if it is so
+        # the second fit says so, if it is so
+        warnings.simplefilter("ignore", NoEffectWarning)
         first = fit_selection(recording, times, graph, **options)
     with noted(say):
         policy = fit_selection(
@@ -214,7 +216,8 @@ def _begin_cascade(
         short if len(set(short)) == len(short) else [f"{k} {name}" for k, name in enumerate(short)],
     )
     if run.spec_file.is_file():
-        shutil.rmtree(run.path)  # not before all members are there
+        # not before all members are there
+        shutil.rmtree(run.path)
     save_weights(cascade, run.weights_file)
     spec = dataclasses.replace(
         specs[-1],
@@ -227,7 +230,8 @@ def _begin_cascade(
             specs[-1].provenance, network=fingerprint_structure(cascade.state_dict())
         ),
     )
-    write_json(run.spec_file, spec.to_json())  # last: a directory without it is none
+    # last: a directory without it is none
+    write_json(run.spec_file, spec.to_json())
 
 
 def _told(members: Sequence[str]) -> str:

@@ -213,9 +213,8 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
         members[budget.shape].append(row)
     for shape, rows in members.items():
         if shape in _LISTED:
-            for (
-                row
-            ) in rows:  # bisect, not searchsorted: a long log is not copied for a handful of times
+            # bisect, not searchsorted: a long log is not copied for a handful of times
+            for row in rows:
                 samples = budgets[row].samples_s
                 below[row] = [
                     bisect_left(samples, time) / len(samples) for time in times_s.tolist()

@@ -22,7 +22,8 @@ app = typer.Typer(
 )
 # a pipe or a file has no width that tables must fit in
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
-STOPPED = 130  # the shell's own code for a command that Ctrl-C ended
+# the shell's own code for a command that Ctrl-C ended
+STOPPED = 130
 err = Console(stderr=True)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The run directory.")]
@@ -59,11 +60,13 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = STOPPED
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's usage errors
+        # click's usage errors
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
         raise
-    if code == STOPPED:  # typer may also turn Ctrl-C into this exit code itself
+    # typer may also turn Ctrl-C into this exit code itself
+    if code == STOPPED:
         err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
     sys.exit(code or 0)
 
@@ -779,7 +782,8 @@ def _numbers(text: str, option: str) -> list[float]:
 
 
 def _say(text: Any) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # other processes of the same training stay silent
+    # other processes of the same training stay silent
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         # plain text is not markup: paths and shapes have brackets of their own
         out.print(text, soft_wrap=isinstance(text, str), markup=False, highlight=False)
 

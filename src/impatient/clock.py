@@ -48,9 +48,8 @@ class FakeClock:
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
         self._lock = threading.Lock()
-        self._sleepers: list[
-            tuple[float, threading.Condition]
-        ] = []  # one entry per wait, with the instant it waits for
+        # one entry per wait, with the instant it waits for
+        self._sleepers: list[tuple[float, threading.Condition]] = []
 
     def now(self) -> float:
         return self._now

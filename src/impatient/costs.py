@@ -38,7 +38,8 @@ UNITS: dict[str, tuple[Cost, float]] = {
     "mj": ("energy", 1e-3),
 }
 
-NOISE_LIMIT = 0.05  # an A/A median that may be further from 1 than this cannot show the differences people ask for
+# an A/A median that may be further from 1 than this cannot show the differences people ask for
+NOISE_LIMIT = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +137,8 @@ class Noise:
             None of fewer than six pairs, whose median has no 95 % interval, or where the clock shows no time at all.
         """
         pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
-        rank = int(
-            stats.binom.ppf(0.025, len(pairs), 0.5)
-        )  # of the lower end, counted from 1; 0: there is none
+        # of the lower end, counted from 1; 0: there is none
+        rank = int(stats.binom.ppf(0.025, len(pairs), 0.5))
         if rank < 1 or not (pairs > 0.0).all():
             return None
         pairs[1::2] = pairs[1::2, ::-1]
@@ -350,7 +350,8 @@ class CostProfile:
         """Cost of the untouched backbone; arguments and errors as for `parts`."""
         if cost == "time":
             return self.at(batch_size).exit_free.of_statistic(statistic)
-        self.parts(cost)  # raises where there is none
+        # raises where there is none
+        self.parts(cost)
         return float(
             {
                 "macs": self.exit_free_macs,

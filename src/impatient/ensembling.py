@@ -188,7 +188,8 @@ def _arithmetic(
 ) -> tuple[Tensor, Tensor]:
     logs = output.log_softmax(-1)
     total = logs if past is None else torch.logaddexp(past, logs)
-    return total, total.log_softmax(-1)  # normalising the sum divides it by the number of exits
+    # normalising the sum divides it by the number of exits
+    return total, total.log_softmax(-1)
 
 
 def _geometric(

@@ -34,9 +34,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush_to_disk(temporary)
-        temporary.chmod(0o644)  # mkstemp makes files private; results are for reading
+        # mkstemp makes files private; results are for reading
+        temporary.chmod(0o644)
         temporary.replace(path)
-    except StorageError:  # says already what went wrong, and from what
+    except StorageError:
+        # says already what went wrong, and from what
         raise
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -100,7 +102,8 @@ def write_tensors(
     with written_whole(path) as temporary:
         try:
             save_file(plain, str(temporary), metadata={"header": json.dumps(dict(header))})
-        except Exception as error:  # safetensors wraps OSError in its own type
+        except Exception as error:
+            # safetensors wraps OSError in its own type
             if isinstance(error, OSError):
                 raise
             raise StorageError(f"cannot write {path}: {error}. Nothing was changed.") from error

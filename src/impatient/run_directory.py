@@ -57,8 +57,10 @@ from impatient.training.data import Data, Preprocess, load_data
 Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork | Cascade
 
 DEFAULT_EXITS = 4
-EAGER = "eager"  # the engine that is torch, running the untouched model
-OWN_HEADS = "own"  # what stands for the heads of a model that has exits of its own
+# the engine that is torch, running the untouched model
+EAGER = "eager"
+# what stands for the heads of a model that has exits of its own
+OWN_HEADS = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +244,8 @@ class RunDirectory:
     """Paths, reading with checks, and writing of one run directory."""
 
     engine_name = EAGER
-    arguments = ""  # of a command that makes one of these files again
+    # of a command that makes one of these files again
+    arguments = ""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -313,9 +316,8 @@ class RunDirectory:
         """Write a policy in the place of any other of this name, and what is guaranteed of it."""
         plain, learned = self.policy_file(name), self.learned_policy_file(name)
         file, other = (plain, learned) if isinstance(policy, ThresholdPolicy) else (learned, plain)
-        self.certificate_file(name).unlink(
-            missing_ok=True
-        )  # first: it must never stand beside a policy it is not about
+        # first: it must never stand beside a policy it is not about
+        self.certificate_file(name).unlink(missing_ok=True)
         policy.save(file)
         other.unlink(missing_ok=True)
         if certificate is not None:
@@ -449,7 +451,8 @@ class RunDirectory:
     def policies(self) -> dict[str, AnyPolicy]:
         """All fitted policies by name, checked as by `policy`."""
         names = self.policy_names()
-        weights = self.weights_fingerprint() if names else ""  # once for all: it reads every weight
+        # once for all: it reads every weight
+        weights = self.weights_fingerprint() if names else ""
         return {name: self._checked(name, self._load_policy(name), weights) for name in names}
 
     def _load_policy(self, name: str) -> AnyPolicy:
@@ -461,7 +464,8 @@ class RunDirectory:
         return GatePolicy.from_parts(tensors, header)
 
     def _checked(self, name: str, policy: AnyPolicy, weights: str) -> AnyPolicy:
-        if policy.provenance is not None:  # None: set by hand
+        # None: set by hand
+        if policy.provenance is not None:
             policy.provenance.require(
                 f"the policy {name!r}", f"run `impatient fit {self.path}` again", weights=weights
             )

@@ -73,10 +73,11 @@ from impatient.training.weights import parse_weights
 
 Say = Callable[[Any], None]
 
+# training samples by which ranges for 8 bits are found
 CALIBRATION_BATCH, CALIBRATION_BATCHES = (
     16,
     8,
-)  # training samples by which ranges for 8 bits are found
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +86,14 @@ class Plan:
 
     model: str
     data: str
-    exits: int | None = None  # 4, unless the model has its own
-    after: tuple[str, ...] = ()  # or one rule: "every:2"
-    heads: str | None = None  # "linear", unless the model has its own
-    weights: str | None = None  # "uniform", unless the network has a default of its own
+    # 4, unless the model has its own
+    exits: int | None = None
+    # or one rule: "every:2"
+    after: tuple[str, ...] = ()
+    # "linear", unless the model has its own
+    heads: str | None = None
+    # "uniform", unless the network has a default of its own
+    weights: str | None = None
     mode: Mode = "interruptible"
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     exit_free: bool = True
@@ -112,12 +117,12 @@ def train(
     data = load_data(plan.data, seed=plan.recipe.seed, validation=plan.validation)
     spec = _spec(run, plan, data)
     network = spec.build()
-    assert not isinstance(network, EANN | Cascade)  # _spec has refused to train one
+    # _spec has refused to train one
+    assert not isinstance(network, EANN | Cascade)
     say(network.describe(spec.example()))
     weights = _exit_weights(run, plan, network, say)
-    fabric = _fabric(
-        plan.fabric
-    )  # starts the other processes, if any; they come through all of this too
+    # starts the other processes, if any; they come through all of this too
+    fabric = _fabric(plan.fabric)
     fit(
         network,
         data,
@@ -398,7 +403,8 @@ def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
     try:
         recording = Recording.load(file)
     except ImpatientError:
-        return False  # damaged: made again
+        # damaged: made again
+        return False
     source = recording.provenance
     return (
         source.weights == weights
@@ -479,9 +485,8 @@ def _gates(
 def _asking_s(recording: Recording, costs: CostProfile, learner: str, inputs: str) -> float:
     """Seconds that asking a gate takes, whatever it has learned: measured on gates fitted without."""
     options: dict[str, Any] = {"learner": learner, "inputs": inputs}
-    prices = (
-        np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
-    )  # at one of them gates are open whose asking can be timed
+    # at one of them gates are open whose asking can be timed
+    prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
     measured = [
         gate_time_s(point.policy, recording)
         for point in sweep_gates(recording, costs, prices.tolist(), **options)
@@ -511,9 +516,8 @@ def _certified(
     else:
         asking_s = _asking_s(part, costs, learner, inputs)
         points = sweep_gates(part, costs, learner=learner, inputs=inputs, gate_s=asking_s)  # type: ignore[arg-type]
-        candidates = [
-            point.policy for point in points
-        ]  # at rising prices of time: from safe to bold
+        # at rising prices of time: from safe to bold
+        candidates = [point.policy for point in points]
     controlled = control_risk(
         candidates, calibration, epsilon=wanted["max_accuracy_loss"], delta=delta
     )
@@ -624,7 +628,8 @@ def export_run(
     add_costs(target, costs)
     if place is None:
         costs.save(seen.profile_file)
-    assert isinstance(network, MultiExitNetwork)  # others cannot be exported
+    # others cannot be exported
+    assert isinstance(network, MultiExitNetwork)
     return engine_times(
         network, made, read_bundle(target)["agreement"], samples[0][:1], repeats=repeats
     )
@@ -645,9 +650,8 @@ def _with_real_times(
     }
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for number, x in enumerate(
-        [*samples[:20], *samples]
-    ):  # the first ones again: threads and memory
+    # the first ones again: threads and memory
+    for number, x in enumerate([*samples[:20], *samples]):
         for name in runners if number % 2 else reversed(runners):
             taken = runners[name].run(x).elapsed_s
             if number >= min(20, len(samples)):
@@ -811,9 +815,8 @@ def answer_files(
     """Answer for each input file by the deadline: the file, the class, its probability, the answer."""
     run = RunDirectory(directory).engine(engine)
     spec = run.spec()
-    inputs = [
-        _read_input(spec, file) for file in files
-    ]  # all are read before the first deadline is stamped
+    # all are read before the first deadline is stamped
+    inputs = [_read_input(spec, file) for file in files]
     network, _ = run.network()
     costs = run.profile(any_machine=any_profile)
     rule = run.policy(policy) if policy else None

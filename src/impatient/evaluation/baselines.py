@@ -24,7 +24,8 @@ from impatient.provenance import fingerprint_bytes, fingerprint_tensors
 log = logging.getLogger(__name__)
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-MAX_ITERATIONS = 1000  # five to sixty are usual
+# five to sixty are usual
+MAX_ITERATIONS = 1000
 
 
 def linear_probes(
@@ -174,7 +175,8 @@ def _machines(
 ) -> tuple[Tensor, Tensor] | None:
     """Slopes [P, D] and offsets [P] of one class against the rest; None if the solver gave up."""
     present = len(np.unique(labels))
-    if present == 1:  # nothing to tell apart
+    # nothing to tell apart
+    if present == 1:
         return torch.zeros(1, features.shape[1], dtype=torch.float64), torch.ones(
             1, dtype=torch.float64
         )

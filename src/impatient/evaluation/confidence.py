@@ -178,7 +178,8 @@ def _class_means(
     values_KN: Float[Tensor, "K N"], labels_N: Int[Tensor, "N"], counts_C: Int[Tensor, "C"]
 ) -> Float[Tensor, "K C"]:
     sums = torch.zeros(len(values_KN), len(counts_C), dtype=torch.float64)
-    return sums.index_add_(1, labels_N, values_KN.double()) / counts_C  # 0 / 0 is NaN
+    # 0 / 0 is NaN
+    return sums.index_add_(1, labels_N, values_KN.double()) / counts_C
 
 
 def _json(estimate: Estimate | None) -> dict[str, Any] | None:

@@ -345,9 +345,8 @@ class _Judge:
         self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
         self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
         self.macs = costs.cumulative_macs("contract")
-        self.once: dict[
-            str, tuple[Kind, Float[Tensor, "N C"], float, float]
-        ] = {}  # kind, outputs, seconds, MACs
+        # kind, outputs, seconds, MACs
+        self.once: dict[str, tuple[Kind, Float[Tensor, "N C"], float, float]] = {}
         whole = self._exit_free("time"), self._exit_free("macs")
         if same_weights:
             self.once["no exits, same weights"] = "exit_free", recording.outputs[-1], *whole
@@ -356,7 +355,8 @@ class _Judge:
         for name, other in static.items():
             self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
-        self.policies: dict[str, AnyPolicy] = {}  # once they are judged
+        # once they are judged
+        self.policies: dict[str, AnyPolicy] = {}
 
     def exits(self) -> list[Row]:
         return [
@@ -373,7 +373,8 @@ class _Judge:
         return outcome(policy, self.recording, self.costs, cost=cost, **self.options)  # type: ignore[arg-type]
 
     def references(self) -> list[Row]:
-        right = self.hits.argmax(0)  # the first exit that is right; 0, the cheapest, when none is
+        # the first exit that is right; 0, the cheapest, when none is
+        right = self.hits.argmax(0)
         return [
             *(self._once(name) for name in self.once),
             self._row_of_exits("oracle", "oracle", right),

@@ -69,9 +69,8 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
     # are the same but smaller, each by b, so all of them together are 1 / (b - 1) of one.
     first = begin + share
     before = _integral(first, base * first, begin) / (base - 1.0)
-    end = begin * base ** math.ceil(
-        math.log(first / begin, base)
-    )  # the moment within that cycle when one is taken
+    # the moment within that cycle when one is taken
+    end = begin * base ** math.ceil(math.log(first / begin, base))
     return (before + _integral(first, end, begin)) / end
 
 
@@ -166,9 +165,8 @@ class Schedule:
 
     def _pieces(self) -> tuple[np.ndarray, ...]:
         """Stretches of budgets in which one network answers: from, to, its begin and depth, and whether it is running."""
-        overtakes = (self.begins[:, None] + self.depths)[
-            np.tri(len(self.depths), dtype=bool)
-        ]  # as deep as one before it
+        # as deep as one before it
+        overtakes = (self.begins[:, None] + self.depths)[np.tri(len(self.depths), dtype=bool)]
         moments = np.concatenate(
             [[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes]
         )

@@ -151,7 +151,8 @@ def _outcome(
     """How many samples leave at each exit, and how many of all are right when they do."""
     # as torch compares a float32 tensor with a number
     bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float().numpy()
-    here = np.ones(scores_KN.shape[1], dtype=bool)  # samples that have not left yet
+    # samples that have not left yet
+    here = np.ones(scores_KN.shape[1], dtype=bool)
     counts, right = [0] * len(bounds), 0
     for exit in range(len(bounds)):
         if not policy.looks_at(exit):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from impatient.errors import RecordingError
 
-Z95 = 1.959963984540054  # two-sided 95 % of the normal distribution
+# two-sided 95 % of the normal distribution
+Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True, slots=True)

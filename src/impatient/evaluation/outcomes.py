@@ -170,9 +170,8 @@ def node_times_s(
         PolicyError: if one takes no time.
     """
     batch = costs.at(batch_size)
-    parts = zip(
-        batch.stages, batch.heads, strict=True
-    )  # a head is the handing over of an output that is there
+    # a head is the handing over of an output that is there
+    parts = zip(batch.stages, batch.heads, strict=True)
     times = tuple(
         stage.of_statistic(statistic) + head.of_statistic(statistic) for stage, head in parts
     )

@@ -31,12 +31,13 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
     "#cc79a7",
     "#56b4e9",
 )
+# ink and paper are the page's; white is always white
 INK, PAPER, MUTED, WHITE = (
     "#22262b",
     "#ffffff",
     "#808890",
     "#fefefe",
-)  # ink and paper are the page's; white is always white
+)
 POLICY_LOOKS = [
     (ORANGE, "s"),
     (GREEN, "D"),
@@ -47,9 +48,12 @@ POLICY_LOOKS = [
 ]
 FREE_LOOKS = [(VERMILION, "*"), (INK, "X")]
 STATIC_MARKERS = ["^", "p", "d"]
-WIDTH_INCHES = 7.2  # 720 px at 100 dpi, the width of a page of text
-LOG_BEYOND = 20.0  # times further apart than this are shown on a logarithmic axis
-SHADE = 0.22  # share of the height that the budgets take
+# 720 px at 100 dpi, the width of a page of text
+WIDTH_INCHES = 7.2
+# times further apart than this are shown on a logarithmic axis
+LOG_BEYOND = 20.0
+# share of the height that the budgets take
+SHADE = 0.22
 MOST_PANELS, PANEL_COLUMNS = 8, 4
 
 _STYLE: Any = {
@@ -86,9 +90,8 @@ _STYLE: Any = {
 def styled() -> Iterator[None]:
     """This module's look while figures are made or written; the caller's own settings come back afterwards."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from font"
-        )  # names may be in any script
+        # names may be in any script
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
 
@@ -227,7 +230,8 @@ def accuracy_confidence(found: ClassConfidence) -> Figure:
     columns = min(PANEL_COLUMNS, len(shown))
     rows = math.ceil(len(shown) / columns)
     x, y = (100.0 * values[shown].numpy() for values in (found.confidence, found.accuracy))
-    low = 10.0 * min(math.floor(float(np.nanmin([x, y])) / 10.0), 9)  # one scale for all panels
+    # one scale for all panels
+    low = 10.0 * min(math.floor(float(np.nanmin([x, y])) / 10.0), 9)
     with styled():
         figure = _blank(
             _classes_title(found), 1.0 + rows * (min(WIDTH_INCHES / columns, 3.0) + 0.2)
@@ -549,12 +553,10 @@ def _on(colour: str) -> str:
 
 def _short(text: str, most: int) -> str:
     text = text if len(text) <= most else f"{text[: most - 1]}…"
-    return (
-        f"\u200b{text}" if text.startswith("_") else text
-    )  # matplotlib hides labels that start with _
+    # matplotlib hides labels that start with _
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _tail(text: str, most: int) -> str:
-    return (
-        text if len(text) <= most else f"…{text[1 - most :]}"
-    )  # the end of a module's name tells it from its neighbours
+    # the end of a module's name tells it from its neighbours
+    return text if len(text) <= most else f"…{text[1 - most :]}"

@@ -172,7 +172,8 @@ def record(
         )
     engine, state = getattr(network, "engine", "eager"), network.state_dict()
     known: Any = {"network": fingerprint_structure(state), "weights": fingerprint_tensors(state)}
-    if engine != "eager":  # an engine keeps no tensors, but knows what it was made from
+    # an engine keeps no tensors, but knows what it was made from
+    if engine != "eager":
         known = {"network": network.structure, "weights": network.weights, "engine": engine}  # type: ignore[attr-defined]
     return Recording(
         outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(),

@@ -421,9 +421,8 @@ def _signed(change: float) -> str:
 
 
 def _budgets_table(evaluation: Evaluation, chosen: tuple[str, Budget] | None) -> str:
-    budgets = sorted(
-        evaluation.budgets, key=lambda name: chosen is None or name != chosen[0]
-    )  # the chosen one first
+    # the chosen one first
+    budgets = sorted(evaluation.budgets, key=lambda name: chosen is None or name != chosen[0])
     names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
     found = {(row.budget, row.name): row for row in evaluation.under_budgets}
     best = {

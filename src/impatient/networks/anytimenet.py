@@ -35,7 +35,8 @@ from impatient.networks.stages import Exit, _Ambient, _Run, call_model, first_te
 
 Sharing = Literal["shared", "own"]
 
-EPSILON = 0.001  # of every batch norm, as in the paper
+# of every batch norm, as in the paper
+EPSILON = 0.001
 
 
 # --- the network that grows, whole --------------------------------------------------------------------------------------
@@ -342,11 +343,13 @@ class GrowthRun(Iterator[Exit]):
                 index, features, partial(self._network._answer, index), self._run, self._keep
             )
             if last:
-                exit.output()  # at once: everywhere in this library the last exit's output costs nothing when asked for
+                # at once: everywhere in this library the last exit's output costs nothing when asked for
+                exit.output()
                 self.close()
         except BaseException:
             self.close()
-            self._run.position = None  # what failed may have overwritten the features first
+            # what failed may have overwritten the features first
+            self._run.position = None
             raise
         return exit
 
@@ -550,13 +553,15 @@ class GrowingNetwork(nn.Module):
                 if section in self._kept[index]:
                     cached[section] = features
                     if section < len(self.backbone.sections) - 1:
-                        features = features.clone()  # the next section may write into it
+                        # the next section may write into it
+                        features = features.clone()
         return torch.as_tensor(features)
 
     def _answer(self, index: int, features: Tensor) -> Tensor:
         """Run the OUT of an iteration."""
         if len(self.backbone.sections) - 1 in self._kept[index]:
-            features = features.clone()  # it may write into what is cached
+            # it may write into what is cached
+            features = features.clone()
         with _in_iteration(index):
             return torch.as_tensor(self._out(index)(features))
 
@@ -663,7 +668,8 @@ class AnytimeNet(GrowingNetwork):
             norms=norms,
             num_classes=num_classes,
         )  # type: ignore[arg-type]  # a list of ModuleLists
-        self.backbone = whole  # of the same modules
+        # of the same modules
+        self.backbone = whole
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
@@ -697,7 +703,8 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
     with evaluating(network), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # torch's word for: the mean of all batches
+            # torch's word for: the mean of all batches
+            norm.momentum = None
             norm.train()
         try:
             for batch in itertools.chain([first], inputs):

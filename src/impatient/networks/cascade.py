@@ -84,10 +84,10 @@ class CascadeWalk(Iterator[CascadeExit]):
         self._cascade, self._x, self._count = cascade, x, batch_size_of(x)
         self._ambient = _Ambient.now()
         device = first_tensor(x).device
-        self._waiting = {
-            0: torch.arange(self._count, device=device)
-        }  # per network, the samples that are sent to it
-        self._outputs: dict[int, Tensor] = {}  # per network, of all samples; 0 where it did not run
+        # per network, the samples that are sent to it
+        self._waiting = {0: torch.arange(self._count, device=device)}
+        # per network, of all samples; 0 where it did not run
+        self._outputs: dict[int, Tensor] = {}
         self._answer: Tensor | None = None
         self._exits = torch.zeros(self._count, dtype=torch.long, device=device)
 
@@ -288,7 +288,8 @@ class Cascade(nn.Module):
         read: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if threading.get_ident() == here:  # other threads may run the same network
+            # other threads may run the same network
+            if threading.get_ident() == here:
                 read[:] = args[:1]
 
         layer = self._linear[node]

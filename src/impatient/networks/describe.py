@@ -88,7 +88,8 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
     batch = batch_size_of(x)
     first_use = _ParameterUse(network.backbone)
     shapes: list[tuple[int, ...]] = []
-    totals: list[tuple[int, int]] = []  # FLOPs so far before and after each head
+    # FLOPs so far before and after each head
+    totals: list[tuple[int, int]] = []
     counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
 
     def visit(index: int, features: Tensor) -> None:

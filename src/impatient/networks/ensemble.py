@@ -64,7 +64,8 @@ class EnsembleExit:
     def __init__(self, index: int, member: int, inner: Any, answer: Tensor | None) -> None:
         self.index, self.member, self.inner = index, member, inner
         self.features = inner.features
-        self._answer = answer  # of an earlier member; None where this exit answers itself
+        # of an earlier member; None where this exit answers itself
+        self._answer = answer
 
     def output(self) -> Tensor:
         """The answer at this exit, shape [B, num_classes]; runs the member's head only where that head is the answer."""
@@ -83,10 +84,12 @@ class EnsembleWalk(Iterator[EnsembleExit]):
     def __init__(self, runs: Sequence[Any], first: Sequence[int], answers: Sequence[int]) -> None:
         self._waiting = list(enumerate(runs))
         self._first, self._answers = first, answers
-        self._open = contextlib.ExitStack()  # holds the run of the member that is running
+        # holds the run of the member that is running
+        self._open = contextlib.ExitStack()
         self._member = -1
         self._run: Iterator[Any] = iter(())
-        self._best: tuple[int, Tensor] | None = None  # the best last exit so far and its output
+        # the best last exit so far and its output
+        self._best: tuple[int, Tensor] | None = None
 
     def __next__(self) -> EnsembleExit:
         try:
@@ -98,7 +101,8 @@ class EnsembleWalk(Iterator[EnsembleExit]):
                 self._run = self._open.enter_context(run)
             return self._wrapped(inner)
         except BaseException:
-            self.close()  # or the next member would go on where this one has failed
+            # or the next member would go on where this one has failed
+            self.close()
             raise
 
     def _wrapped(self, inner: Any) -> EnsembleExit:
@@ -109,7 +113,8 @@ class EnsembleWalk(Iterator[EnsembleExit]):
             assert self._best[0] == answer
             return EnsembleExit(index, self._member, inner, self._best[1])
         if index == self._first[self._member + 1] - 1:
-            self._best = index, inner.output()  # the backbone's own: there already
+            # the backbone's own: there already
+            self._best = index, inner.output()
         return EnsembleExit(index, self._member, inner, None)
 
     def close(self) -> None:
@@ -334,9 +339,8 @@ def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]
 def _reread(network: nn.Module, _incompatible: Any) -> None:
     """After loading a state_dict, decide by the errors that came with it."""
     assert isinstance(network, EANN)
-    flat = [
-        round(error, 7) for error in network.errors.tolist()
-    ]  # as many digits as single precision holds
+    # as many digits as single precision holds
+    flat = [round(error, 7) for error in network.errors.tolist()]
     network._use(
         tuple(
             tuple(flat[begin:end])

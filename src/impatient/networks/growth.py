@@ -130,15 +130,15 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     rows = [(1,) * len(final)]
     for section, count in enumerate(final):
         for part in range(parts):
-            grown = -(-(count - 1) * (part + 1) // parts) + 1  # rounded up
+            # rounded up
+            grown = -(-(count - 1) * (part + 1) // parts) + 1
             if grown > rows[-1][section]:
                 rows.append((*rows[-1][:section], grown, *rows[-1][section + 1 :]))
     return Schedule(tuple(rows))
 
 
-PAPER = Schedule(
-    ((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8))
-)  # in_turn((8, 8, 8))
+# in_turn((8, 8, 8))
+PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8)))
 
 
 # --- what is executed -------------------------------------------------------------------------------------------------

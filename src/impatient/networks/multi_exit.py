@@ -66,13 +66,13 @@ class MultiExitNetwork(nn.Module):
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
-        self._shrinks: dict[Hashable, bool] = {}  # per kind of input, as found by `shrinks`
+        # per kind of input, as found by `shrinks`
+        self._shrinks: dict[Hashable, bool] = {}
         self.mechanism = (
             f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
         )
-        self._cut_modules = tuple(
-            backbone.get_submodule(cut.module) for cut in self.cuts
-        )  # a copied network has its own here
+        # a copied network has its own here
+        self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)
         install(self._cut_modules)
 
     @property

@@ -20,7 +20,8 @@ from impatient.networks.heads import guess_layout
 from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor, output_tensor
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
-_FAR = 0.2  # of the whole time; less would send exits into the insides of blocks wherever the machine is busy
+# of the whole time; less would send exits into the insides of blocks wherever the machine is busy
+_FAR = 0.2
 _SILENT = (
     nn.ReLU,
     nn.GELU,
@@ -63,9 +64,8 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
         calls[name] += 1
         ended[key] = time.perf_counter()
         if features:
-            with contextlib.suppress(
-                NetworkError
-            ):  # no tensor in it: it can be listed, but not cut
+            # no tensor in it: it can be listed, but not cut
+            with contextlib.suppress(NetworkError):
                 outputs[key] = first_tensor(output).detach().clone()
 
     hooks = [
@@ -267,7 +267,8 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
     traced = trace(model, x, names)
     runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
 
-    def share(cut: Cut) -> float:  # the median: one run may have been held up
+    # the median: one run may have been held up
+    def share(cut: Cut) -> float:
         return statistics.median(run.ended_s[cut.module, cut.call] / run.total_s for run in runs)
 
     return [cut for cut in _readable(model, x, traced) if share(cut) < 0.995]
@@ -315,7 +316,8 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
         cut = Cut(name, calls[name])
         calls[name] += 1
         if cut not in cuts:
-            return None  # torch's word for: the output stays as it is
+            # torch's word for: the output stays as it is
+            return None
         features = first_tensor(output)
         waves = (
             torch.arange(features.numel(), device=features.device)

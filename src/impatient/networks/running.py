@@ -56,7 +56,8 @@ class CombinedWalk(Iterator[CombinedExit]):
         try:
             output = self._running.add(exit.output(), exit.index)
         except BaseException:
-            self.close()  # without this exit, those after it would be combined wrongly
+            # without this exit, those after it would be combined wrongly
+            self.close()
             raise
         return CombinedExit(exit.index, exit.features, output)
 

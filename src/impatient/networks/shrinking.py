@@ -40,7 +40,8 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
         with torch.inference_mode():
             whole = _outputs(walk(samples), kept[:1] * num_exits)
             reduced = _outputs(walk(samples), kept)
-    except Exception as error:  # whatever a model raises when its values do not fit together
+    except Exception as error:
+        # whatever a model raises when its values do not fit together
         return Verdict(False, f"{type(error).__name__}: {error}")
     if not len(whole) == len(reduced) == num_exits:
         return Verdict(
@@ -68,7 +69,8 @@ def _outputs(run: Walk, kept: Sequence[Sequence[int]]) -> list[Tensor]:
     outputs = []
     with run:
         for exit in run:
-            outputs.append(exit.output().clone())  # before the features may be overwritten
+            # before the features may be overwritten
+            outputs.append(exit.output().clone())
             for following in kept[exit.index + 1 : exit.index + 2]:
                 run.keep([kept[exit.index].index(place) for place in following])
     return outputs

@@ -146,7 +146,8 @@ def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[st
         )
     options = {**({"num_classes": known["num_classes"]} if known["num_classes"] else {}), **options}
     if options.get("weights"):
-        options.pop("num_classes", None)  # pretrained weights decide the number of classes
+        # pretrained weights decide the number of classes
+        options.pop("num_classes", None)
     if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in (
         "googlenet",
         "inception_v3",
@@ -160,7 +161,8 @@ def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[st
 
 
 def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
-    import_torchvision()  # timm imports it, and would fail where only the repair below helps
+    # timm imports it, and would fail where only the repair below helps
+    import_torchvision()
     import timm
 
     if not timm.is_model(name.split(".")[0]):
@@ -176,7 +178,8 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     ("transformers:BertConfig") or a local config file ("transformers:path/config.json").
     """
     with contextlib.suppress(ImportError):
-        import_torchvision()  # transformers imports it where it is installed, and would fail where only the repair helps
+        # transformers imports it where it is installed, and would fail where only the repair helps
+        import_torchvision()
     import transformers
 
     text = bool(options.pop("text", False))
@@ -184,15 +187,15 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     if name.endswith("Config") and hasattr(transformers, name):
         config = getattr(transformers, name)(**{**labels, **options})
     elif name.endswith(".json"):
-        if not Path(name).is_file():  # transformers would look for it on the internet
+        # transformers would look for it on the internet
+        if not Path(name).is_file():
             raise ModelSpecError(f"there is no configuration file {name} (looked in {Path.cwd()}).")
         config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     else:
         config = None
     if config is not None:
-        config.architectures = (
-            config.architectures or []
-        )  # transformers fails on None where one config has several classes
+        # transformers fails on None where one config has several classes
+        config.architectures = config.architectures or []
         return _auto_class(transformers, config, text).from_config(config)
     config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     return _auto_class(transformers, config, text).from_pretrained(name, config=config)
@@ -214,7 +217,8 @@ def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
 
 def _from_module(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     here = str(Path.cwd())
-    if here not in sys.path:  # a user's own module usually lies in the working folder
+    # a user's own module usually lies in the working folder
+    if here not in sys.path:
         sys.path.insert(0, here)
     module = importlib.import_module(source)
     factory = getattr(module, name, None)
@@ -267,5 +271,6 @@ def import_torchvision() -> Any:
             "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         )
     for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
-        del sys.modules[module]  # left over from the import that failed
+        # left over from the import that failed
+        del sys.modules[module]
     return importlib.import_module("torchvision")

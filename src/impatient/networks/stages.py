@@ -49,7 +49,8 @@ class Cut:
         return (name, int(call)) if at and call.isdigit() else (text, None)
 
 
-CutMap = Mapping[tuple[int, int], int]  # (id of the module, call) -> exit index
+# (id of the module, call) -> exit index
+CutMap = Mapping[tuple[int, int], int]
 Head = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
@@ -125,7 +126,8 @@ class _Autocast(NamedTuple):
     def restore(self) -> None:
         if self == _Autocast.now():
             return
-        torch.clear_autocast_cache()  # only leaving torch.autocast does that, and nobody leaves it here
+        # only leaving torch.autocast does that, and nobody leaves it here
+        torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(self.cache)
         for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.devices, strict=True):
             torch.set_autocast_enabled(device, enabled)
@@ -177,7 +179,8 @@ class _Ambient:
             try:
                 return function(*arguments)
             finally:
-                outside.restore()  # first: the guard, too, switches autocast back, but leaves its dtype and its cache
+                # first: the guard, too, switches autocast back, but leaves its dtype and its cache
+                outside.restore()
 
 
 def _trainable(features: Tensor) -> Tensor:
@@ -190,9 +193,8 @@ class _Run:
     """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not keep the run alive."""
 
     ambient: _Ambient
-    position: (
-        int | None
-    ) = -1  # the exit whose features are intact; None once the run has failed in a later stage
+    # the exit whose features are intact; None once the run has failed in a later stage
+    position: int | None = -1
 
 
 class Exit:
@@ -270,7 +272,8 @@ class _Forward(greenlet.greenlet):
         if not self.closing:
             features = first_tensor(output)
             rows = self.ambient.within(self.parent.switch, (index, features))
-        if self.closing:  # thrown in above, and again if the model's own code swallowed it
+        # thrown in above, and again if the model's own code swallowed it
+        if self.closing:
             raise greenlet.GreenletExit
         return None if rows is None else _with_features(output, features, features[rows])
 
@@ -298,7 +301,8 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
             onward = visit(index, features)
             if onward is not None and onward is not features:
                 return _with_features(output, features, onward)
-    return None  # torch's word for: the output stays as it is
+    # torch's word for: the output stays as it is
+    return None
 
 
 def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
@@ -379,11 +383,14 @@ class Walk(Iterator[Exit]):
         self._cuts, self._heads, self._keep = cuts, heads, keep
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
-        self._rows: Tensor | None = None  # of the present exit, to go on with; None: all
+        # of the present exit, to go on with; None: all
+        self._rows: Tensor | None = None
         self._size: int | None = (
-            None  # how many rows later exits must have; None: nobody has said so
+            # how many rows later exits must have; None: nobody has said so
+            None
         )
-        self._runner: _Forward | None = None  # None before the first stage and after the last
+        # None before the first stage and after the last
+        self._runner: _Forward | None = None
         self._owner: threading.Thread | None = None
         self._finished = False
 
@@ -401,7 +408,8 @@ class Walk(Iterator[Exit]):
             )
         except BaseException:
             self._finished = True
-            self._run.position = None  # what failed may have overwritten the features first
+            # what failed may have overwritten the features first
+            self._run.position = None
             raise
         self._run.position = index
         self._finished = index == self._last
@@ -463,7 +471,8 @@ class Walk(Iterator[Exit]):
         finally:
             if runner.dead:
                 self._runner = self._model = self._x = self._shrinks = (
-                    None  # nothing is kept alive by a finished run
+                    # nothing is kept alive by a finished run
+                    None
                 )
         return (self._last, output_tensor(result)) if runner.dead else result
 
@@ -485,13 +494,13 @@ class Walk(Iterator[Exit]):
         self.close()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        if (
-            ending()
-        ):  # the interpreter takes the memory back, and what close() needs is already gone
+        # the interpreter takes the memory back, and what close() needs is already gone
+        if ending():
             return
         try:
             self.close()
-        except greenlet.error:  # dropped on another thread, which cannot unwind it
+        except greenlet.error:
+            # dropped on another thread, which cannot unwind it
             import warnings
 
             warnings.warn(

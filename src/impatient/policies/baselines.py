@@ -121,7 +121,8 @@ def myopic(
             float(right[exits, np.arange(len(exits))].mean()),
             float(times[exits].mean()),
         )
-        if bound == math.inf:  # never early: no head need run
+        # never early: no head need run
+        if bound == math.inf:
             mean_s = costs.contract_s(statistic=statistic, batch_size=batch_size)[-1]
         tried.append((accuracy, mean_s, bound))
     if name == "time_price":
@@ -183,7 +184,8 @@ def soft_oracle(
         costs.cumulative_s(mode, statistic=statistic, batch_size=batch_size), dtype=torch.float64
     )
     right_KN = recording.outputs.argmax(-1) == recording.labels
-    exits_N = torch.where(right_KN, times[:, None], math.inf).argmin(0)  # the first of equals
+    # the first of equals
+    exits_N = torch.where(right_KN, times[:, None], math.inf).argmin(0)
     instead = int(times.argmin()) if when_none_is_right == "cheapest" else len(times) - 1
     exits_N = torch.where(right_KN.any(0), exits_N, instead)
     return exits_N, times[exits_N]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from impatient.errors import PolicyError
 
-PValues = Callable[[Tensor, float], Tensor]  # losses [..., N], epsilon -> [...]
+# losses [..., N], epsilon -> [...]
+PValues = Callable[[Tensor, float], Tensor]
 
 
 # --- p-values of "the mean loss is above epsilon" -----------------------------------------------------------------------
@@ -56,9 +57,8 @@ def hoeffding_bentkus_p_values(
     count, total = losses.shape[-1], losses.double().sum(-1).numpy()
     mean = np.minimum(total / count, epsilon)
     hoeffding = np.exp(-count * (rel_entr(mean, epsilon) + rel_entr(1.0 - mean, 1.0 - epsilon)))
-    bentkus = math.e * bdtr(
-        np.ceil(total - 1e-9), count, epsilon
-    )  # a sum that is whole but for rounding stays so
+    # a sum that is whole but for rounding stays so
+    bentkus = math.e * bdtr(np.ceil(total - 1e-9), count, epsilon)
     return torch.from_numpy(np.asarray(np.minimum(hoeffding, bentkus)))
 
 
@@ -110,7 +110,8 @@ def waudby_smith_ramdas_bound(
     stakes, enough = _stakes(losses, delta), -math.log(delta)
     low = torch.zeros(losses.shape[:-1], dtype=torch.float64)
     high = torch.where(_log_wealth(losses, low, stakes) >= enough, 0.0, torch.ones_like(low))
-    for _ in range(40):  # wealth does not fall with the mean bet against
+    # wealth does not fall with the mean bet against
+    for _ in range(40):
         middle = (low + high) / 2
         wins = _log_wealth(losses, middle, stakes) >= enough
         low, high = torch.where(wins, low, middle), torch.where(wins, middle, high)
@@ -207,7 +208,8 @@ def conformal_risk_control(
         [True, False]
     """
     check_levels(epsilon, 0.5)
-    return expected_bound(losses) <= epsilon * (1 + 1e-12)  # room for rounding alone
+    # room for rounding alone
+    return expected_bound(losses) <= epsilon * (1 + 1e-12)
 
 
 def expected_bound(losses: Float[Tensor, "*batch J N"]) -> Float[Tensor, "*batch J"]:

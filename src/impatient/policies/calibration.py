@@ -24,7 +24,8 @@ from torch import Tensor
 from impatient.ensembling import RULED_OUT
 from impatient.policies.rules import Recorded
 
-RANGE = (1e-3, 1e3)  # an exit that is always right would have no least temperature
+# an exit that is always right would have no least temperature
+RANGE = (1e-3, 1e3)
 
 
 def fit_temperatures(recording: Recorded) -> tuple[float, ...]:

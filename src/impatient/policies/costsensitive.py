@@ -22,11 +22,15 @@ from impatient.errors import PolicyError
 
 Learner = Literal["logistic", "svm", "mlp", "boosting"]
 Method = Literal["filter_tree", "regression"]
-Arrays = dict[str, np.ndarray]  # one scoring function
+# one scoring function
+Arrays = dict[str, np.ndarray]
 
-RIDGE = 1.0  # weight of half the squared slopes, beside samples that weigh 1 on average
-HIDDEN, TREES, DEPTH = 8, 50, 3  # of "mlp" and "boosting"
-REGRESSION = -1  # as root: no tree, the scores are predicted costs
+# weight of half the squared slopes, beside samples that weigh 1 on average
+RIDGE = 1.0
+# of "mlp" and "boosting"
+HIDDEN, TREES, DEPTH = 8, 50, 3
+# as root: no tree, the scores are predicted costs
+REGRESSION = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -223,7 +227,8 @@ class _Fit:
         return _REGRESSION[self.learner](features, target, weights / weights.mean(), self.seed)
 
 
-Found = tuple[list[Arrays], list[tuple[int, int]], int]  # scoring functions, children, root
+# scoring functions, children, root
+Found = tuple[list[Arrays], list[tuple[int, int]], int]
 
 
 def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
@@ -237,9 +242,8 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
         low, high = _waiting(row, counts)
         met = []
         for pair in zip(row[low:high:2], row[low + 1 : high : 2], strict=True):
-            (first, first_cost), (second, second_cost) = sorted(
-                pair, key=lambda item: item[0]
-            )  # ties go to the first action
+            # ties go to the first action
+            (first, first_cost), (second, second_cost) = sorted(pair, key=lambda item: item[0])
             gain = first_cost - second_cost
             weights = counts * np.abs(gain)
             kept = weights > 0.0
@@ -271,9 +275,8 @@ def _regression(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit
     if costs.shape[1] == 1 or not counts.any():
         return [], [], 0
     kept = counts > 0.0
-    costs = costs[kept] - costs[kept].mean(
-        1, keepdims=True
-    )  # what all actions cost alike decides nothing
+    # what all actions cost alike decides nothing
+    costs = costs[kept] - costs[kept].mean(1, keepdims=True)
     spread = costs.std() or 1.0
     machines = [fit.regression(features[kept], cost / spread, counts[kept]) for cost in costs.T]
     return machines, [], REGRESSION
@@ -306,7 +309,8 @@ def _trees(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Fl
     columns, bounds, values = (
         machines[name].flatten(0, 1) for name in ("columns", "bounds", "values")
     )
-    seen = standard.float().double()  # as scikit-learn grew them
+    # as scikit-learn grew them
+    seen = standard.float().double()
     node_NT = torch.zeros(len(standard), len(values), dtype=torch.int64)
     tree_T = torch.arange(len(values))
     for _ in range(columns.shape[1].bit_length()):
@@ -348,7 +352,8 @@ def _quick() -> Iterator[None]:
 def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
     """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems."""
     columns = np.hstack([features, np.ones((len(features), 1))])
-    ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)  # the offset is free
+    # the offset is free
+    ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)
     slopes, target = np.zeros(len(ridge)), second.astype(float)
     for _ in range(25):
         odds = expit(columns @ slopes)
@@ -356,11 +361,11 @@ def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, see
         curvature = (columns * (weights * odds * (1.0 - odds))[:, None]).T @ columns
         try:
             slopes = slopes - np.linalg.solve(curvature + np.diag(ridge), gradient)
-        except np.linalg.LinAlgError:  # all odds are 0 or 1: a step went too far
+        except np.linalg.LinAlgError:
+            # all odds are 0 or 1: a step went too far
             break
-        if np.abs(gradient).max() <= 1e-4 * len(
-            features
-        ):  # near the end a step squares the error: no need to look again
+        # near the end a step squares the error: no need to look again
+        if np.abs(gradient).max() <= 1e-4 * len(features):
             return {"slopes": slopes[:-1], "offsets": slopes[-1]}
     from sklearn.linear_model import LogisticRegression
 
@@ -470,9 +475,8 @@ def _of_trees(model: Any, offset: float) -> Arrays:
     columns = np.zeros((TREES, inner), dtype=np.int64)
     bounds, values = np.full((TREES, inner), np.inf), np.zeros((TREES, inner + 1))
     for index, tree in enumerate(estimator.tree_ for estimator in model.estimators_[:, 0]):
-        place = np.zeros(
-            2 * inner + 1, dtype=np.int64
-        )  # which grown node is at each place of the complete tree
+        # which grown node is at each place of the complete tree
+        place = np.zeros(2 * inner + 1, dtype=np.int64)
         for node in range(inner):
             grown = place[node]
             leaf = tree.children_left[grown] < 0

@@ -96,9 +96,8 @@ class GateTimes:
         return 0.0 if self.heads_first else self.heads[exit]
 
 
-Decide = Callable[
-    [int, Float[Tensor, "N"]], Bool[Tensor, "N"]
-]  # exit, gain of stopping -> which samples stop
+# exit, gain of stopping -> which samples stop
+Decide = Callable[[int, Float[Tensor, "N"]], Bool[Tensor, "N"]]
 
 
 def backward(
@@ -313,7 +312,8 @@ class _Problem:
         def decide(exit: int, gain_N: Float[Tensor, "N"]) -> Bool[Tensor, "N"]:
             if allowed is not None and not allowed[exit]:
                 return torch.zeros_like(gain_N, dtype=torch.bool)
-            columns = torch.stack([torch.zeros_like(gain_N), gain_N], 1)  # stop, go on
+            # stop, go on
+            columns = torch.stack([torch.zeros_like(gain_N), gain_N], 1)
             gates[exit] = fit_decision(
                 self.standard[exit], columns, learner=self.learner, seed=self.seed
             )

@@ -36,7 +36,8 @@ from impatient.provenance import Provenance
 Inputs = Literal["confidences", "features", "both"]
 Reference = Literal["full", "none", "downstream"]
 
-STOP = 0  # the action of a gate's decision; 1 goes on
+# the action of a gate's decision; 1 goes on
+STOP = 0
 
 
 class RecordedFeatures(Recorded, Protocol):
@@ -261,9 +262,8 @@ def _exits(
             raise PolicyError(
                 f"the policy is for {policy.num_exits} exits, the recording has {last + 1}."
             )
-        for exit, gate in reversed(
-            list(enumerate(policy.gates))
-        ):  # so that the first exit has the last word
+        # so that the first exit has the last word
+        for exit, gate in reversed(list(enumerate(policy.gates))):
             if gate is not None and gate.constant is None:
                 exits_N[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
             elif gate is not None and gate.constant == STOP:
@@ -341,9 +341,8 @@ def gate_time_s(
             for _ in range(warm_up + repeats):
                 begin = clock.now()
                 with torch.inference_mode():
-                    bool(
-                        policy.stops_on(exit, pooled[exit], outputs[exit]).all()
-                    )  # a runner asks that, and so waits
+                    # a runner asks that, and so waits
+                    bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())
                 times.append(clock.now() - begin)
         found.append(Quantiles.of(times[warm_up:]).of_statistic(statistic) if times else 0.0)
     return tuple(found)

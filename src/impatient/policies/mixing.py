@@ -20,7 +20,8 @@ from impatient.policies.gates import GatePolicy
 from impatient.policies.rules import Policy, ThresholdPolicy
 from impatient.provenance import Provenance
 
-Pure = GatePolicy | ThresholdPolicy  # one that draws nothing
+# one that draws nothing
+Pure = GatePolicy | ThresholdPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -108,21 +108,21 @@ def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tens
     outputs, features = recording.outputs, getattr(recording, "features", ())
 
     @functools.cache
-    def scores(name: ScoreName) -> Float[Tensor, "K N"]:  # once for a whole family
+    # once for a whole family
+    def scores(name: ScoreName) -> Float[Tensor, "K N"]:
         return torch.stack([SCORES[name](output) for output in outputs])
 
     def of(policy: Any) -> Int[Tensor, "N"]:
         if hasattr(policy, "route"):
             return torch.as_tensor(policy.route(outputs, features).answering)
-        if hasattr(policy, "exits_on"):  # gates on pooled features
+        # gates on pooled features
+        if hasattr(policy, "exits_on"):
             return torch.as_tensor(policy.exits_on(recording))
         if type(policy) is not ThresholdPolicy or policy.num_exits != len(outputs):
-            return torch.as_tensor(
-                policy.exits_of(outputs)
-            )  # which says what is wrong with the number of exits
-        bounds = torch.tensor(
-            policy.thresholds, dtype=torch.float64
-        ).float()  # as torch compares float32 with a number
+            # which says what is wrong with the number of exits
+            return torch.as_tensor(policy.exits_of(outputs))
+        # as torch compares float32 with a number
+        bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()
         return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
 
     return torch.stack([of(policy) for policy in candidates])
@@ -272,9 +272,8 @@ def control_risk(
             f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a larger epsilon."
         )
     _check_order(candidates, recording)
-    order = torch.randperm(
-        samples, generator=torch.Generator().manual_seed(0)
-    )  # bets need an order that says nothing
+    # bets need an order that says nothing
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
     losses_JN = policy_losses(candidates, recording, loss)[:, order]
     chosen = int(certify(losses_JN).sum()) - 1
     certificate = Certificate(
@@ -324,7 +323,8 @@ def samples_needed(
     high = 1
     while not enough(high):
         high *= 2
-    low = high // 2  # is not enough; 0 is not either
+    # is not enough; 0 is not either
+    low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
@@ -350,9 +350,8 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
     if method == "upper_confidence" or loss == "accuracy_gap":
         return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
     lost, samples = int(losses_JN[-1].sum()), losses_JN.shape[1]
-    return (
-        1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
-    )  # Clopper and Pearson
+    # Clopper and Pearson
+    return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
 
 
 def _check_names(method: str, loss: str) -> None:
@@ -376,9 +375,8 @@ def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) 
 
 def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
     first, last = _answering([candidates[0], candidates[-1]], recording).double().mean(1).tolist()
-    if first < last and not hasattr(
-        candidates[0], "route"
-    ):  # networks need not be in an order of their own
+    # networks need not be in an order of their own
+    if first < last and not hasattr(candidates[0], "route"):
         raise PolicyError(
             f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: they go from bold to safe. "
             "Give them from safe to bold, such as candidates[::-1]."

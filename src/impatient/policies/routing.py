@@ -25,7 +25,8 @@ from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
 
-STOP = -1  # the move that answers
+# the move that answers
+STOP = -1
 
 Inputs = Literal["path", "node"]
 
@@ -42,16 +43,14 @@ def selection_features(
         outputs: before softmax, of the networks known, that of the node itself last.
         pooled: features of the node's own network, put beside these.
     """
-    stacked = torch.stack(
-        [output.float() for output in outputs]
-    )  # all networks in one go: a batch of one pays per operator
+    # all networks in one go: a batch of one pays per operator
+    stacked = torch.stack([output.float() for output in outputs])
     count, batch, classes = stacked.shape
     sure = confidence_features(stacked.reshape(count * batch, classes)).reshape(count, batch, -1)
     parts = [sure.transpose(0, 1).flatten(1)]
     if count > 1:
-        before, after = torch.triu_indices(
-            count, count, offset=1
-        ).unbind()  # pairs, in the order of itertools.combinations
+        # pairs, in the order of itertools.combinations
+        before, after = torch.triu_indices(count, count, offset=1).unbind()
         answers = stacked.argmax(-1)
         agrees = (answers[after] == answers[before]).float()
         given = stacked.softmax(-1)[after].gather(-1, answers[before].unsqueeze(-1)).squeeze(-1)

@@ -126,15 +126,14 @@ class ThresholdPolicy:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         try:
             source = value["provenance"]
+            # files that do not say
             return cls(
                 score=value["score"],
                 thresholds=tuple(float(entry) for entry in value["thresholds"]),
                 split=value["split"],
                 target=value["target"],
                 provenance=Provenance.from_json(source) if source else None,
-                cost=value.get(
-                    "cost", "macs" if "mean_macs" in value["target"] else "time"
-                ),  # files that do not say
+                cost=value.get("cost", "macs" if "mean_macs" in value["target"] else "time"),
             )
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PolicyError):
@@ -162,20 +161,19 @@ def thresholds_for_shares(
         >>> thresholds_for_shares(torch.tensor([[0.9, 0.2, 0.7, 0.4], [0.5, 0.5, 0.5, 0.5]]), [0.5, 0.5])
         (0.699999988079071, -inf)
     """
-    here_N = torch.ones(scores_KN.shape[1], dtype=torch.bool)  # samples that have not left yet
+    # samples that have not left yet
+    here_N = torch.ones(scores_KN.shape[1], dtype=torch.bool)
     bounds = []
-    for scores_N, share in zip(
-        scores_KN[:-1], share_K, strict=False
-    ):  # the last exit takes what is left
+    # the last exit takes what is left
+    for scores_N, share in zip(scores_KN[:-1], share_K, strict=False):
         wanted = min(round(share * len(scores_N)), int(here_N.sum()))
         bounds.append(scores_N[here_N].topk(wanted).values[-1].item() if wanted else math.inf)
         here_N &= scores_N < bounds[-1]
     return (*bounds, -math.inf)
 
 
-CostOf = Callable[
-    [Sequence[bool]], tuple[float, ...]
-]  # which early heads run -> cumulative cost of each exit
+# which early heads run -> cumulative cost of each exit
+CostOf = Callable[[Sequence[bool]], tuple[float, ...]]
 
 
 def fit_thresholds(
@@ -367,7 +365,8 @@ class _Search:
         """The threshold above which the summed gain of stopping is largest; inf if stopping never gains."""
         order = self.order[exit]
         scores, total = self.scores[exit][order], np.cumsum(gain[order])
-        ends = np.append(scores[1:] < scores[:-1], True)  # equal scores leave together
+        # equal scores leave together
+        ends = np.append(scores[1:] < scores[:-1], True)
         total = np.where(ends, total, -math.inf)
         best = int(total.argmax())
         if total[best] <= 0.0:

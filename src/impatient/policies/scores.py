@@ -40,9 +40,8 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "entropy": entropy,
 }
 
-NEVER_CHOSEN = (
-    -110.0
-)  # log-probability of a class that is not there: 0 as a probability, in single precision
+# log-probability of a class that is not there: 0 as a probability, in single precision
+NEVER_CHOSEN = -110.0
 
 
 def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
@@ -56,7 +55,8 @@ def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
         [[0.5, 0.25, 0.25, 0.25, 0.05000000074505806, 0.6899999976158142]]
     """
     logs = outputs.float().log_softmax(-1)
-    if logs.shape[1] < 3:  # fewer classes have no second or third
+    # fewer classes have no second or third
+    if logs.shape[1] < 3:
         logs = torch.nn.functional.pad(logs, (0, 3 - logs.shape[1]), value=NEVER_CHOSEN)
     top_logs = logs.topk(3, dim=1).values
     (first, second, _), top = top_logs.unbind(1), top_logs.exp()

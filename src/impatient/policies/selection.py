@@ -219,8 +219,10 @@ class _Fitted:
 
     offered: tuple[int, ...]
     decision: Decision | None
-    chosen: Int[Tensor, "N"]  # moves
-    cost: Float[Tensor, "N"]  # of the decision and all that follows
+    # moves
+    chosen: Int[Tensor, "N"]
+    # of the decision and all that follows
+    cost: Float[Tensor, "N"]
 
 
 class _Problem:
@@ -364,7 +366,8 @@ class _Problem:
         going = [price * self.node_s[move] + ahead[move].cost for move in offered if move != STOP]
         costs = torch.stack([self.losses[node]] * (STOP in offered) + going, dim=1)
         blind = (costs * weights[:, None]).mean(0)
-        best = int(blind.argmin())  # of equals the first: stop
+        # of equals the first: stop
+        best = int(blind.argmin())
         if len(offered) > 1:
             decision = fit_decision(
                 self.features[node],

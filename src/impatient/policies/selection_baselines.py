@@ -143,7 +143,8 @@ def _myopic_curve(
     # a sample has left by network k if its surest score so far is above the threshold
     surest = scores_KN[:-1].cummax(0).values.numpy().ravel()
     order = np.argsort(-surest, kind="stable")
-    ends = np.append(surest[order][1:] < surest[order][:-1], True)  # equal scores leave together
+    # equal scores leave together
+    ends = np.append(surest[order][1:] < surest[order][:-1], True)
     count = errors.shape[1]
 
     def curve(values: np.ndarray, alone: float) -> np.ndarray:

@@ -69,6 +69,7 @@ def splits_overlap(first: str, second: str) -> bool:
         True
     """
     for depth, (one, other) in enumerate(zip(first.split("/"), second.split("/"), strict=False)):
-        if one != other:  # whole splits, or parts of one division, are disjoint
+        # whole splits, or parts of one division, are disjoint
+        if one != other:
             return depth > 0 and one.partition("(")[2] != other.partition("(")[2]
     return True

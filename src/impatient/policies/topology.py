@@ -148,7 +148,8 @@ def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:
     return tuple(map(str, range(nodes))) if isinstance(nodes, int) else tuple(nodes)
 
 
-@functools.lru_cache(maxsize=256)  # every decision of a running cascade asks
+# every decision of a running cascade asks
+@functools.lru_cache(maxsize=256)
 def _known(topology: Topology) -> tuple[tuple[int, ...], ...]:
     order, sure = topology.order(), dict[int, set[int]]()
     for place in order:

@@ -70,9 +70,8 @@ class Collected:
         self._policy: Any = policy
         self._network: Any = network
         self._walk = walk
-        self.size = self._left = self._present = batch_size_of(
-            x
-        )  # rows that run next, still going, and at the present exit
+        # rows that run next, still going, and at the present exit
+        self.size = self._left = self._present = batch_size_of(x)
         self._alone = self.size == 1
         wanted = (
             policy is not None
@@ -81,13 +80,19 @@ class Collected:
             and compaction.when != "never"
         )
         self._compaction = compaction if wanted and can_shrink(network, walk, x) else None
-        self._output: Tensor | None = None  # of all samples, in their original order
-        self._exits: Tensor | None = None  # -1 where a sample has not stopped
+        # of all samples, in their original order
+        self._output: Tensor | None = None
+        # -1 where a sample has not stopped
+        self._exits: Tensor | None = None
         # about the rows of the present exit:
-        self._places: Tensor | None = None  # in the original batch; None: all in order
-        self._going: Tensor | None = None  # which have not stopped; None: none has
-        self._count: int | None = None  # without the fillers behind them; None: no fillers
-        self._keep: Tensor | None = None  # rows to go on with; None: all
+        # in the original batch; None: all in order
+        self._places: Tensor | None = None
+        # which have not stopped; None: none has
+        self._going: Tensor | None = None
+        # without the fillers behind them; None: no fillers
+        self._count: int | None = None
+        # rows to go on with; None: all
+        self._keep: Tensor | None = None
 
     def add(self, exit: ExitLike) -> bool:
         """Ask the policy, and take the output of an exit for the samples that stop there; True when all have stopped.
@@ -98,9 +103,8 @@ class Collected:
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
         stops = self._stops(exit)
-        if (
-            self._alone
-        ):  # nothing to merge or to take out, and every operator here is part of each answer's time
+        # nothing to merge or to take out, and every operator here is part of each answer's time
+        if self._alone:
             return bool(stops)
         going = ~stops if self._going is None else self._going & ~stops
         left = going.nonzero()[:, 0]
@@ -128,10 +132,11 @@ class Collected:
         """From here on, another policy; samples that have stopped but are still in the batch go on, the others keep their
         outputs.
         """
+        # those that were to be taken out are still there
         self._keep, self.size = (
             None,
             self._present,
-        )  # those that were to be taken out are still there
+        )
         self._policy = policy if self._places is None else for_rows(policy, self._places)
         if self._exits is not None:
             here = slice(None) if self._places is None else self._places

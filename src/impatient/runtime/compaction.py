@@ -17,7 +17,8 @@ When = Literal["auto", "never", "always"]
 # What copying is assumed to cost. One thread copied 8e9 bytes/s (index_select of 32 feature maps of resnet50): a quarter of
 # that is the safe side, and a stage takes a hundred times as long as the copying all the same.
 COPY_BYTES_PER_S = 2e9
-KEEP_S = 50e-6  # choosing the rows and handing them over, whatever their number
+# choosing the rows and handing them over, whatever their number
+KEEP_S = 50e-6
 
 
 def covering(sizes: Iterable[int], rows: int) -> int | None:

@@ -42,16 +42,20 @@ class Course:
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
         self._held: AbstractContextManager[Any] | None = (
-            None  # the network's run; None before the first stage and when closed
+            # the network's run; None before the first stage and when closed
+            None
         )
         self._cancelling = threading.Lock()
-        self._walk: Any = None  # None before the first stage and when closed
+        # None before the first stage and when closed
+        self._walk: Any = None
         self._exits: Iterator[Any] = iter(())
         self._collected: Collected | None = None
         self._closed = False
-        self._stopped: bool | None = None  # by the policy at this exit; None: not asked
+        # by the policy at this exit; None: not asked
+        self._stopped: bool | None = None
         self._following: int | None = (
-            0  # the exit that would come next; None: the network itself has stopped
+            # the exit that would come next; None: the network itself has stopped
+            0
         )
         self.exit: ExitLike | None = None
         self.spent: list[tuple[int, bool]] = []
@@ -64,7 +68,8 @@ class Course:
     @property
     def following(self) -> int:
         """The exit that would come next."""
-        assert self._following is not None  # where it is, `stops` has said so
+        # where it is, `stops` has said so
+        assert self._following is not None
         return self._following
 
     def check_open(self) -> None:
@@ -114,7 +119,8 @@ class Course:
         self.spent[-1] = (self.exit.index, True)
         if self.exit.index == self._network.num_exits - 1:
             return self._collected.finish(self.exit)
-        return self._collected.snapshot(self.exit)  # a copy: a later stage may write over it
+        # a copy: a later stage may write over it
+        return self._collected.snapshot(self.exit)
 
     def allowed(self, limits: Iterable[Limit]) -> bool:
         """Whether the next exit stays within all limits."""
@@ -133,9 +139,8 @@ class Course:
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
-        with (
-            self._cancelling
-        ):  # a cancelled stage must be of this run: the next one runs the same stages
+        # a cancelled stage must be of this run: the next one runs the same stages
+        with self._cancelling:
             self._walk, self._closed = None, True
         held, self._held = self._held, None
         self._exits, self._x, self._collected = iter(()), None, None
@@ -144,10 +149,11 @@ class Course:
 
     def _begin(self) -> None:
         held = self._network.exits(self._x)
+        # not in a with block: it is left when the course is closed
         self._walk, self._held = (
             held.__enter__(),
             held,
-        )  # not in a with block: it is left when the course is closed
+        )
         self._exits = iter(self._walk)
         self._collected = Collected(
             self._policy, self._network, self._x, self._walk, self._compaction

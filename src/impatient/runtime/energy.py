@@ -14,7 +14,8 @@ from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import EnergyUnavailable
 
 POWERCAP = Path("/sys/class/powercap")
-WINDOW_S = 0.5  # the counters of GPUs move only some ten times a second
+# the counters of GPUs move only some ten times a second
+WINDOW_S = 0.5
 ROUNDS = 3
 
 
@@ -128,7 +129,8 @@ class ZeusMeter:
         self._window = 0
 
     def begin(self) -> None:
-        self._window += 1  # a name of its own: zeus refuses one that an error left open
+        # a name of its own: zeus refuses one that an error left open
+        self._window += 1
         self._monitor.begin_window(f"impatient {self._window}")
 
     def end(self) -> float:

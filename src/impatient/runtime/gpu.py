@@ -77,9 +77,8 @@ class CudaQueue:
         with torch.cuda.stream(self._copies):
             values = []
             for tensor in tensors:
-                tensor.record_stream(
-                    self._copies
-                )  # or its memory would be given away before it was read
+                # or its memory would be given away before it was read
+                tensor.record_stream(self._copies)
                 values.append(
                     torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
                         tensor, non_blocking=True
@@ -182,11 +181,12 @@ class _RunAhead:
         self._clock: Clock = runner.clock
         self._begin, self._deadline, self._limits = begin, deadline, limits
         self._device = first_tensor(x).device
-        self._places = torch.arange(
-            batch_size_of(x)
-        )  # in the batch, of the rows that the next stage runs
-        self._count = len(self._places)  # of them that are no fillers
-        self._row_bytes = 0.0  # of the features at the exit given last
+        # in the batch, of the rows that the next stage runs
+        self._places = torch.arange(batch_size_of(x))
+        # of them that are no fillers
+        self._count = len(self._places)
+        # of the features at the exit given last
+        self._row_bytes = 0.0
         self._policy: Any = runner.drawn(runner.policy, len(self._places))
         wanted = (
             self._policy is not None
@@ -194,14 +194,17 @@ class _RunAhead:
             and runner._compaction.when != "never"
         )
         self._shrinks = wanted and can_shrink(runner.network, walk, x)
-        self._steps: deque[_Step] = deque()  # given and not arrived
+        # given and not arrived
+        self._steps: deque[_Step] = deque()
         self._next = 0
-        self._arrived_at = begin  # when the last answer was there
-        self._output: Tensor | None = None  # the latest answer of every sample
-        self._exit = torch.zeros(len(self._places), dtype=torch.long)  # and where it comes from
-        self._done = torch.zeros(
-            len(self._places), dtype=torch.bool
-        )  # whether the policy has stopped it
+        # when the last answer was there
+        self._arrived_at = begin
+        # the latest answer of every sample
+        self._output: Tensor | None = None
+        # and where it comes from
+        self._exit = torch.zeros(len(self._places), dtype=torch.long)
+        # whether the policy has stopped it
+        self._done = torch.zeros(len(self._places), dtype=torch.bool)
 
     def answer(self) -> Answer:
         while True:

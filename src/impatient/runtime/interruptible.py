@@ -35,12 +35,17 @@ class InterruptibleRun:
         self._begin = clock.now()
         self._changed = threading.Condition()
         self._latest: Answer | None = None
-        self._answer: Answer | None = None  # once given, always given
-        self._finished = False  # the worker does nothing for this run
-        self._awaited = False  # somebody who has interrupted waits for the first exit
-        self._abandoned = False  # nobody wants more
+        # once given, always given
+        self._answer: Answer | None = None
+        # the worker does nothing for this run
+        self._finished = False
+        # somebody who has interrupted waits for the first exit
+        self._awaited = False
+        # nobody wants more
+        self._abandoned = False
         self._error: BaseException | None = None
-        self._jobs: queue.SimpleQueue[Any] | None = None  # of the worker's thread
+        # of the worker's thread
+        self._jobs: queue.SimpleQueue[Any] | None = None
 
     def latest(self) -> Answer | None:
         """The best answer so far, without stopping; None before the first exit."""
@@ -103,7 +108,8 @@ class InterruptibleRun:
         while self._latest is None and not self._finished:
             self._awaited = True
             self._changed.wait()
-        if self._answer is None:  # another thread may have been given one while this one waited
+        # another thread may have been given one while this one waited
+        if self._answer is None:
             self._answer = self._conclude()
             self._abandon()
         return self._answer
@@ -146,17 +152,24 @@ class Run(InterruptibleRun):
     ) -> None:
         super().__init__(clock, deadline, when_late)
         self._course, self._limits, self._resumable = course, limits, resumable
-        self._owner = owner  # the runner, which so outlives the runs it has begun
-        self._posted = True  # the answer of the exit where the run stands
+        # the runner, which so outlives the runs it has begun
+        self._owner = owner
+        # the answer of the exit where the run stands
+        self._posted = True
         self._stopped_by: StoppedBy | None = (
-            None  # why the worker stopped there, whatever is wanted
+            # why the worker stopped there, whatever is wanted
+            None
         )
-        self._stretch = 0  # how often it was refined
+        # how often it was refined
+        self._stretch = 0
         self._policy: Policy | Literal["same"] | None = (
-            "same"  # that which `refine` brought, until the worker takes it
+            # that which `refine` brought, until the worker takes it
+            "same"
         )
-        self._closed = False  # for good
-        self._broken: BaseException | None = None  # an error, also where nobody wanted more
+        # for good
+        self._closed = False
+        # an error, also where nobody wanted more
+        self._broken: BaseException | None = None
 
     def refine(
         self,
@@ -223,7 +236,8 @@ class Run(InterruptibleRun):
         if self._latest is not None:
             self._latest = replace(self._latest, stopped_by="interrupt")
             self._posted = (
-                False  # it may be that this is no longer where to stop, or that it is now
+                # it may be that this is no longer where to stop, or that it is now
+                False
             )
         if self._finished:
             assert self._jobs is not None
@@ -275,15 +289,14 @@ class Run(InterruptibleRun):
         answer = answered(output, exits, self._clock, begin, deadline, stopped_by or "interrupt")
         with self._changed:
             if stretch != self._stretch:
-                return  # refined meanwhile: again, as is wanted now
+                # refined meanwhile: again, as is wanted now
+                return
             self._posted, self._stopped_by = True, stopped_by
-            if (
-                self._latest is None or answer.deadline_met
-            ):  # a late answer must not displace one that was in time
+            # a late answer must not displace one that was in time
+            if self._latest is None or answer.deadline_met:
                 self._latest = answer
-                if (
-                    self._awaited
-                ):  # nobody else is to be woken: it would take the interpreter from the next stage
+                # nobody else is to be woken: it would take the interpreter from the next stage
+                if self._awaited:
                     self._changed.notify_all()
 
     def _is_final(self) -> bool:
@@ -294,11 +307,11 @@ class Run(InterruptibleRun):
             self._course.close()
         finally:
             with self._changed:
-                if (
-                    self._resumable
-                ):  # an error keeps its frames, and so the run: only where somebody may ask for it
+                # an error keeps its frames, and so the run: only where somebody may ask for it
+                if self._resumable:
                     self._broken = error
-                if not self._over():  # an answer that was there when it was due is not taken back
+                # an answer that was there when it was due is not taken back
+                if not self._over():
                     self._error = error
                 self._finished = True
                 self._changed.notify_all()
@@ -310,13 +323,13 @@ class Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Any] | None = (
-            None  # None while there is no thread to take them
+            # None while there is no thread to take them
+            None
         )
         self._threads: list[threading.Thread] = []
         self._runs: weakref.WeakSet[InterruptibleRun] = weakref.WeakSet()
-        self._waiting: weakref.WeakSet[Course] = (
-            weakref.WeakSet()
-        )  # that may be paused on the thread, and must be closed there
+        # that may be paused on the thread, and must be closed there
+        self._waiting: weakref.WeakSet[Course] = weakref.WeakSet()
 
     def do(
         self, run: InterruptibleRun, job: Callable[[], None], course: Course | None = None
@@ -334,7 +347,8 @@ class Worker:
                 self._jobs = jobs
                 # one that was stopped may still be in its last stage
                 self._threads = [thread, *(old for old in self._threads if old.is_alive())]
-            self._jobs.put(job)  # first: what is left to note is noted while the thread wakes up
+            # first: what is left to note is noted while the thread wakes up
+            self._jobs.put(job)
             self._runs.add(run)
             run._jobs = self._jobs
             if course is not None:
@@ -349,7 +363,8 @@ class Worker:
         for run in runs:
             run.close()
         if jobs is not None:
-            for course in waiting:  # also of runs that nobody holds any more
+            # also of runs that nobody holds any more
+            for course in waiting:
                 jobs.put(course.close)
             jobs.put(None)
 
@@ -368,4 +383,5 @@ class Worker:
 def _serve(jobs: queue.SimpleQueue[Any]) -> None:
     while (job := jobs.get()) is not None:
         job()
-        del job  # or its network and input live until the next one comes
+        # or its network and input live until the next one comes
+        del job

@@ -106,7 +106,8 @@ def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
         for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
     }
     if engine_of(network) != "eager":
-        return counted  # no operator of torch's is called that could be seen
+        # no operator of torch's is called that could be seen
+        return counted
     stage_bytes, head_bytes = stage_traffic(network, x)
     return counted | {
         "exit_free_macs": count_macs(network.backbone, x),
@@ -149,9 +150,8 @@ def _measure_energy(
 
     count = network.num_exits
     to_stage = [functools.partial(run, index, False) for index in range(count)]
-    to_head = [
-        functools.partial(run, index, True) for index in range(count - 1)
-    ]  # the last exit's output is there anyway
+    # the last exit's output is there anyway
+    to_head = [functools.partial(run, index, True) for index in range(count - 1)]
     whole = functools.partial(_time_whole, network.backbone, x, device, clock)
     joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=clock)
     reached = list(itertools.accumulate(joules[:count], max))
@@ -195,12 +195,14 @@ def _machine(device: str, network: Any = None) -> dict[str, Any]:
 
 def _versions(engine: str) -> dict[str, str]:
     """Versions of Python, torch and impatient, and of the engine where it is a package of its own."""
-    package = engine.partition("-")[0]  # behind the hyphen: how its sessions are, and its precision
+    # behind the hyphen: how its sessions are, and its precision
+    package = engine.partition("-")[0]
     if package not in ("onnxruntime", "openvino"):
         return versions()
     try:
         return {**versions(), package: metadata.version(package)}
-    except metadata.PackageNotFoundError:  # under another name, such as onnxruntime-gpu
+    except metadata.PackageNotFoundError:
+        # under another name, such as onnxruntime-gpu
         return versions()
 
 
@@ -347,7 +349,8 @@ def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
         network=structure_of(network),
         device=device,
     )
-    names = getattr(network, "exit_names", costs.exits)  # the fingerprint knows no cuts
+    # the fingerprint knows no cuts
+    names = getattr(network, "exit_names", costs.exits)
     if names != costs.exits:
         raise StaleInput(
             f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they are after "

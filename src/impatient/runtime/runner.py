@@ -25,9 +25,11 @@ from impatient.runtime.collected import StagedNetwork
 from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.course import Course
 from impatient.runtime.engines.standalone.pace import QUANTILES, Drift, Pace
+
+# here, too, for who plans deadlines
 from impatient.runtime.engines.standalone.pace import (
     RESERVE_S as RESERVE_S,
-)  # here, too, for who plans deadlines
+)
 from impatient.runtime.interruptible import Run, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.profile import check_profile, resized
@@ -92,13 +94,13 @@ class Runner:
         self.clock = clock
         self._when_late = when_late
         if not isinstance(compaction, Compaction):
-            buckets = tuple(getattr(network, "buckets", ()))  # of an engine that wants fixed shapes
+            # of an engine that wants fixed shapes
+            buckets = tuple(getattr(network, "buckets", ()))
             compaction = Compaction(costs=costs, when=compaction, buckets=buckets)
         self._compaction = compaction
         self._drift = Drift(QUANTILES[statistic])
-        gates = getattr(
-            policy, "added_s", lambda: (0.0,) * costs.num_exits
-        )()  # learned gates take time, too
+        # learned gates take time, too
+        gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()
         self._paces = {
             size: _pace(batch, statistic, gates, self._drift)
             for size, batch in costs.batches.items()
@@ -185,9 +187,8 @@ class Runner:
         for size in self._paces:
             example = resized(x, size)
             for _ in range(times):
-                with OpenRun(
-                    self, example, observe=False
-                ) as opened:  # a cold start says nothing about the runs to come
+                # a cold start says nothing about the runs to come
+                with OpenRun(self, example, observe=False) as opened:
                     opened.run()
                 with self.start(example) as run:
                     run.result()
@@ -235,7 +236,8 @@ class Runner:
     def _check_first(self, pace: Pace, now: float, deadline: Deadline) -> None:
         if self._when_late == "raise" and not pace.fits(0, now, deadline.instant, RESERVE_S):
             needed_s = pace.needs_s(0)
-            self._drift.forget()  # in time, or a slow minute would refuse runs for ever
+            # in time, or a slow minute would refuse runs for ever
+            self._drift.forget()
             raise NoAnswerInTime(
                 f"{(deadline.instant - now) * 1e3:.3f} ms are left, but the first exit needs {needed_s * 1e3:.3f} ms. "
                 "Allow more time, attach an earlier exit, or use when_late='answer'."
@@ -253,9 +255,11 @@ class OpenRun:
         self._runner, self._observes = runner, observe
         self._course = runner._course(x)
         self._pace = runner._pace(self._course.size)
-        self._began = 0.0  # the stage that led to where the run stands
+        # the stage that led to where the run stands
+        self._began = 0.0
         self._stage_s: float | None = (
-            None  # what that took; None once it was observed, or if it says nothing
+            # what that took; None once it was observed, or if it says nothing
+            None
         )
 
     def run(

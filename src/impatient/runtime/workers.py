@@ -124,9 +124,8 @@ class ParallelEANN:
             if self._closed:
                 raise RunError("these workers were closed; make new ones.")
             for worker in self._workers:
-                worker.do(
-                    run, lambda: self._take_part(run, x)
-                )  # holds these workers, which so outlive their runs
+                # holds these workers, which so outlive their runs
+                worker.do(run, lambda: self._take_part(run, x))
         return run
 
     def close(self) -> None:
@@ -161,7 +160,8 @@ class _Plan:
             raise RunError(
                 f"{len(errors)} validation errors for {self.first[-1]} exits; needed: one per exit."
             )
-        self.rank = [(error, -exit) for exit, error in enumerate(errors)]  # the smaller, the better
+        # the smaller, the better
+        self.rank = [(error, -exit) for exit, error in enumerate(errors)]
 
 
 class ParallelRun(InterruptibleRun):
@@ -177,7 +177,8 @@ class ParallelRun(InterruptibleRun):
         self._waiting = list(enumerate(plan.networks))
         self._in_flight = 0
         self._complete = (
-            True  # no network was left before its end, and no answer came too late to be taken
+            # no network was left before its end, and no answer came too late to be taken
+            True
         )
 
     def _work_through(self, x: Any) -> None:
@@ -188,9 +189,8 @@ class ParallelRun(InterruptibleRun):
                 complete = self._walk_one(*taken, x)
             except BaseException as error:
                 with self._changed:
-                    if (
-                        not self._over()
-                    ):  # an answer that was there when it was due is not taken back
+                    # an answer that was there when it was due is not taken back
+                    if not self._over():
                         self._error = error
             finally:
                 with self._changed:
@@ -202,9 +202,8 @@ class ParallelRun(InterruptibleRun):
             if self._waiting and not self._over():
                 self._in_flight += 1
                 return self._waiting.pop(0)
-            if (
-                not self._in_flight
-            ):  # not when all workers have been here: one may be held up by the run before
+            # not when all workers have been here: one may be held up by the run before
+            if not self._in_flight:
                 if self._latest is not None and self._complete and not self._waiting:
                     self._latest = replace(self._latest, stopped_by="final")
                 self._finished = True
@@ -231,9 +230,8 @@ class ParallelRun(InterruptibleRun):
         rank, best = self._plan.rank, self._latest
         if best is not None and rank[number] > rank[best.exit]:
             return True
-        output = (
-            exit.output().clone()
-        )  # a head may return a view of the features, which a later stage may write over
+        # a head may return a view of the features, which a later stage may write over
+        output = exit.output().clone()
         answer = answered(
             output,
             (number,) * output.shape[0],

@@ -28,7 +28,8 @@ from impatient.errors import StaleInput, TrainingError
 from impatient.training.weights import check_weights, const
 
 SAMPLERS = ("none", "alternating", "exp3", "rwm", "avgl")
-EPS = 1e-8  # below any loss worth balancing; keeps 1 / loss and loss / loss finite
+# below any loss worth balancing; keeps 1 / loss and loss / loss finite
+EPS = 1e-8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,9 +281,8 @@ class _Adaptive:
         losses = _at_hand(losses_K, len(self.base))
         if losses is None:
             return
-        momentum = (
-            self.settings.momentum if self.steps else 0.0
-        )  # starts at the first losses, not at 0
+        # starts at the first losses, not at 0
+        momentum = self.settings.momentum if self.steps else 0.0
         self.averages = momentum * self.averages + (1.0 - momentum) * losses
         self.steps += 1
         if self.steps % self.settings.update_every == 0:
@@ -313,7 +313,8 @@ class _Sampled:
         self.values = torch.full(
             (count,), 0.0 if sampler == "avgl" else 1.0 / count, dtype=torch.float64
         )
-        self.drawn = -1  # nothing yet
+        # nothing yet
+        self.drawn = -1
         self.epoch = 0
 
     def weights(self) -> Tensor:

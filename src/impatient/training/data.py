@@ -199,9 +199,11 @@ class _Raw:
     test: Examples
     class_names: tuple[str, ...]
     groups: np.ndarray | None = (
-        None  # examples of one group stay on one side of the validation split
+        # examples of one group stay on one side of the validation split
+        None
     )
-    content: str  # fingerprint
+    # fingerprint
+    content: str
 
 
 def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
@@ -344,9 +346,8 @@ def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (
-        Exception
-    ) as error:  # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
+    except Exception as error:
+        # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
         raise DataError(
             f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?"
         ) from error
@@ -419,7 +420,8 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
             f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids (integers)."
         )
     elif inputs.dtype != np.uint8:
-        inputs = inputs.astype(np.int64)  # token ids
+        # token ids
+        inputs = inputs.astype(np.int64)
     return ArrayExamples(
         _channels_first(torch.from_numpy(np.ascontiguousarray(inputs))),
         torch.from_numpy(labels.astype(np.int64)),
@@ -478,7 +480,8 @@ def _class_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tuple[Path, str]]]:
-    del seed  # the test set must not change with the user's seed
+    # the test set must not change with the user's seed
+    del seed
     labels = np.unique([label for _, label in files], return_inverse=True)[1]
     mask = _held_out(labels, labels, seed=0, share=0.2)
     return {
@@ -655,9 +658,8 @@ class _Rows(Sequence[_Row]):
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
-        return _Row(
-            self.table, self.column, range(len(self.table))[place]
-        )  # IndexError past the end, where iteration stops
+        # IndexError past the end, where iteration stops
+        return _Row(self.table, self.column, range(len(self.table))[place])
 
 
 def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:

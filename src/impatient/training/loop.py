@@ -357,26 +357,27 @@ class _Training:
         self.checkpoint, self.metrics_csv = checkpoint, metrics_csv
         self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
-        self.step = 0  # batches of the running epoch that are done
-        self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)  # their losses and hits
-        self.seconds = 0.0  # and their time
+        # batches of the running epoch that are done
+        self.step = 0
+        # their losses and hits
+        self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
+        # and their time
+        self.seconds = 0.0
+        # heads of equal shapes fit at other places, too
         self.identity = {
             "recipe": dataclasses.asdict(recipe),
             "weights": _identity(weights),
             "data": data.fingerprint,
             "processes": fabric.world_size,
             "network": fingerprint_structure(network.state_dict()),
-            "exits": list(
-                getattr(network, "exit_names", ())
-            ),  # heads of equal shapes fit at other places, too
+            "exits": list(getattr(network, "exit_names", ())),
         }
 
     def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
         """One static weight per exit: what head decay goes by."""
         if isinstance(weights, AdaLoss):
-            return (
-                1.0,
-            ) * self.network.num_exits  # as the authors: theirs are those before the first update
+            # as the authors: theirs are those before the first update
+            return (1.0,) * self.network.num_exits
         return tuple(weights.mean(0).tolist()) if isinstance(weights, Tensor) else weights
 
     def run(self) -> History:
@@ -451,7 +452,8 @@ class _Training:
     ) -> None:
         model.train()
         if phase == "heads":
-            self.network.backbone.eval()  # a frozen backbone keeps its batch-norm statistics
+            # a frozen backbone keeps its batch-norm statistics
+            self.network.backbone.eval()
         batches = self._order(self.data.size("train"), epoch)
         self.balancer.begin_epoch(epoch)
         seen = sum(len(batch) for batch in batches[: self.step])
@@ -547,7 +549,8 @@ class _Training:
         world = self.fabric.world_size
         order = order[: count - count % world][self.fabric.global_rank :: world]
         batches = list(order.split(self.recipe.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:  # batch norm cannot train on one sample
+        # batch norm cannot train on one sample
+        if len(batches) > 1 and len(batches[-1]) == 1:
             batches.pop()
         return batches
 
@@ -598,7 +601,8 @@ class _Training:
         self.step, self.seconds = header["step"], header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)
         self.balancer.restore(header["balancer"])
-        self._write_metrics()  # may have been lost, or the run been stopped between the two files
+        # may have been lost, or the run been stopped between the two files
+        self._write_metrics()
         return optimizer_state
 
     def _check_identity(self, header: Mapping[str, Any]) -> None:

@@ -34,16 +34,18 @@ from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti,
 from impatient.runtime.engines.onnx_files import PRECISIONS, quantise, write_parts
 from impatient.runtime.engines.partition import Parts, input_tensors, partition
 
+# these have files
 WRITTEN = (
     "onnxruntime",
     "openvino",
     "onnxruntime-session",
     "openvino-session",
     "aoti",
-)  # these have files
+)
 ENGINES = ("eager", "compile", "cuda-graphs", *WRITTEN)
 TOLERANCE = (
-    1e-4  # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
+    # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
+    1e-4
 )
 BUNDLE = "bundle.json"
 
@@ -100,9 +102,8 @@ def to_engine(
     except BaseException:
         shutil.rmtree(temporary)
         raise
-    weakref.finalize(
-        made, shutil.rmtree, temporary
-    )  # not before: the whole network is read when it is first wanted
+    # not before: the whole network is read when it is first wanted
+    weakref.finalize(made, shutil.rmtree, temporary)
     return made
 
 
@@ -508,7 +509,8 @@ def _check_agreement(
     # noise goes beyond the ranges that 8 bits were given
     agreement = differences(network, made, example, noise=precision == "fp32")
     for index, found in enumerate(agreement):
-        if not found <= (TOLERANCE if precision == "fp32" else float("inf")):  # NaN, too
+        # NaN, too
+        if not found <= (TOLERANCE if precision == "fp32" else float("inf")):
             raise ExportFailed(
                 f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the network by {found:.2g} of its "
                 f'largest output; needed: at most {TOLERANCE:g}. Use engine="eager", and please report the model.'

@@ -179,11 +179,12 @@ class Whole(nn.Module):
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
         super().__init__()
+        # in a list: no submodule of this one
         self._call, self._inputs, self._arrays = (
             [call],
             tuple(inputs),
             arrays,
-        )  # in a list: no submodule of this one
+        )
 
     def forward(self, *tensors: Any, **named: Any) -> Tensor:
         given = (
@@ -359,7 +360,8 @@ def aoti(
         )
     directory, wiring = Path(directory), parts.wiring
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _AOTI).unlink(missing_ok=True)  # nothing half-built may look finished
+    # nothing half-built may look finished
+    (directory / _AOTI).unlink(missing_ok=True)
     for index, (stage, takes) in enumerate(zip(parts.stages, wiring.takes, strict=True)):
         _package(stage, takes, parts, directory / f"stage{index}.pt2")
     for index, head in enumerate(parts.heads):

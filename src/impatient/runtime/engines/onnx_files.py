@@ -15,7 +15,8 @@ from impatient.errors import ExportFailed
 from impatient.runtime.engines.partition import Parts, any_batch
 from impatient.runtime.engines.standalone import SESSIONS
 
-LARGEST_FILE = 2**31 - 2**24  # bytes: what protobuf can hold, less some room for the graph
+# bytes: what protobuf can hold, less some room for the graph
+LARGEST_FILE = 2**31 - 2**24
 # norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
 STATIC_KINDS = [
     "Conv",
@@ -114,20 +115,21 @@ def _write(
 ) -> None:
     """Write one part with a batch of any size."""
     shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
-    arguments = tuple(
-        parts.examples[name].clone() for name in takes
-    )  # torch takes one tensor given twice for one input
+    # torch takes one tensor given twice for one input
+    arguments = tuple(parts.examples[name].clone() for name in takes)
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of its own older names
+            # torch's own, of its own older names
+            warnings.simplefilter("ignore")
             exported = torch.export.export(
                 part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes
             )
             program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
             _name_values(program.model.graph, takes, gives)
             program.save(str(file), external_data=size > LARGEST_FILE)
-    except Exception as error:  # the exporter raises whatever its passes meet
+    except Exception as error:
+        # the exporter raises whatever its passes meet
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportFailed(
             f'{file.stem} of this network cannot be written as ONNX: {reason} engine="eager" and "compile" need no such file.'
@@ -161,7 +163,8 @@ def quantise(
     seen = _values_seen(parts, calibration) if precision == "int8-static" else []
     for name, _, takes, _ in _named_parts(parts, engine):
         file = folder / f"{name}.onnx"
-        if file.is_file():  # whole.onnx may have been left out
+        # whole.onnx may have been left out
+        if file.is_file():
             _quantise(
                 file, engine, precision, [{name: values[name] for name in takes} for values in seen]
             )
@@ -191,9 +194,8 @@ def _quantise(
     model = onnx.load(file)
     # shapes of values in between would no longer be true of transposed weights
     del model.graph.value_info[:]
-    add_pre_process_metadata(
-        model
-    )  # or the quantiser warns: torch's exporter has already folded what folds
+    # or the quantiser warns: torch's exporter has already folded what folds
+    add_pre_process_metadata(model)
     large = file.with_name(f"{file.name}.data").is_file()
     if precision == "int8-dynamic":
         quantize_dynamic(
@@ -216,7 +218,8 @@ def _quantise(
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         use_external_data_format=large,
-        reduce_range=True,  # processors without VNNI add products of 8 times 8 bits in 16, and overflow
+        # processors without VNNI add products of 8 times 8 bits in 16, and overflow
+        reduce_range=True,
         # logits on a grid of 256 values tie, and features are rounded once at the next part
         extra_options={
             "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],

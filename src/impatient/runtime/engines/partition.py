@@ -233,7 +233,8 @@ def exporting(name: str) -> Iterator[None]:
         without_fused_attention(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own older names
+        # torch's own, of its own older names
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             yield
         except Exception as error:
@@ -254,7 +255,8 @@ def _export(
     model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
 ) -> fx.GraphModule:
     """A graph of a model in eval mode, functional, for batches of any size, without what only checks its inputs."""
-    shapes = (any_batch(dims),)  # one entry: the forward takes *tensors
+    # one entry: the forward takes *tensors
+    shapes = (any_batch(dims),)
     with evaluating(model), exporting(name):
         exported = torch.export.export(
             model, tuple(tensors), dynamic_shapes=shapes, strict=False
@@ -398,7 +400,8 @@ class _Cutting:
                 return
             elif not _is_size(node):
                 found[node] = None
-            else:  # computed again, from what it was computed from
+            else:
+                # computed again, from what it was computed from
                 for source in node.all_input_nodes:
                     need(source)
 

@@ -127,9 +127,8 @@ class Bundle:
         with run:
             before = begin
             for exit in run:
-                if (
-                    pace and gathered.all_going and exit.whole
-                ):  # part of a batch says nothing about the costs of all of it
+                # part of a batch says nothing about the costs of all of it
+                if pace and gathered.all_going and exit.whole:
                     pace.observe(exit.index, self._clock() - before)
                 stopped_by = gathered.stopped_by(exit, rule, run)
                 before = self._clock()
@@ -180,7 +179,8 @@ class Bundle:
                 answered = self._clock()
                 times_s[:, exit.index, repeat] = arrived - before, answered - arrived
                 before = self._clock()
-        times_s[1, -1] = 0.0  # the last exit has no head
+        # the last exit has no head
+        times_s[1, -1] = 0.0
         stages, heads = ([_quantiles(row) for row in rows] for rows in times_s)
         return {str(self.wiring.batch_size(self._inputs(x))): {"stages": stages, "heads": heads}}
 
@@ -310,7 +310,8 @@ class Started:
         self._run, self._gathered, self._rule = run, gathered, rule
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None
-        self._answer: Answer[Array] | None = None  # once given, always given
+        # once given, always given
+        self._answer: Answer[Array] | None = None
         self._finished = False
         self._error: BaseException | None = None
 
@@ -352,10 +353,11 @@ class Started:
     def work(self) -> None:
         """Compute, on the bundle's thread."""
         try:
+            # _stop has cancelled it, and has its answer
             with (
                 self._run,
                 contextlib.suppress(Cancelled),
-            ):  # _stop has cancelled it, and has its answer
+            ):
                 for exit in self._run:
                     if self._done_at(exit):
                         break
@@ -367,7 +369,8 @@ class Started:
                 self._changed.notify_all()
 
     def _done_at(self, exit: PartExit) -> bool:
-        if self._answer is not None:  # nobody wants this exit's head
+        # nobody wants this exit's head
+        if self._answer is not None:
             return True
         self._gathered.take(exit)
         stopped_by = self._gathered.stopped_by(exit, self._rule, self._run)

@@ -34,7 +34,8 @@ class Drift:
         May be used from any thread.
     """
 
-    LARGEST = 100.0  # a ratio: what a suspended machine measures must not become infinite
+    # a ratio: what a suspended machine measures must not become infinite
+    LARGEST = 100.0
 
     def __init__(self, quantile: float) -> None:
         if not 0.0 < quantile < 1.0:
@@ -58,9 +59,8 @@ class Drift:
             gone = self._latest.popleft()
             self._latest.append(ratio)
             if ratio != gone:
-                bisect.insort(
-                    self._sorted, ratio
-                )  # first: who reads the scale meanwhile must not find too few
+                # first: who reads the scale meanwhile must not find too few
+                bisect.insort(self._sorted, ratio)
                 del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:

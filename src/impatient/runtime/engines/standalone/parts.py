@@ -55,7 +55,8 @@ class EnginePart(EngineFile):
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         self._lock = threading.Lock()
-        self._in_flight: dict[int, Callable[[], None]] = {}  # per thread, what ends its call
+        # per thread, what ends its call
+        self._in_flight: dict[int, Callable[[], None]] = {}
         super().__init__(path, threads=threads)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
@@ -108,9 +109,8 @@ class OnnxRuntimePart(EnginePart):
         self._new_options = onnxruntime.RunOptions
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        options = (
-            self._new_options()
-        )  # of this call alone: once it is told to terminate, it stays so
+        # of this call alone: once it is told to terminate, it stays so
+        options = self._new_options()
         with self._flight(lambda: setattr(options, "terminate", True)):
             try:
                 return tuple(
@@ -141,8 +141,10 @@ class OpenVinoPart(EnginePart):
     """
 
     package = "openvino"
-    SMALL = 1 << 16  # bytes up to which an output is copied
-    LENT = 4  # requests at most whose outputs are lent, so that keeping many costs no more than their copies
+    # bytes up to which an output is copied
+    SMALL = 1 << 16
+    # requests at most whose outputs are lent, so that keeping many costs no more than their copies
+    LENT = 4
 
     def _load(self, path: Path, threads: int) -> None:
         import openvino
@@ -179,7 +181,8 @@ class OpenVinoPart(EnginePart):
 
         with self._flight(end):
             try:
-                request.start_async()  # infer() would be quicker by 10 us, but cannot be cancelled
+                # infer() would be quicker by 10 us, but cannot be cancelled
+                request.start_async()
                 request.wait()
             except Exception as error:
                 if ended.is_set():

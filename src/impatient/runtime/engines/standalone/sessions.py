@@ -56,9 +56,8 @@ class OnnxRuntimeSession(EngineFile):
             with self._turn:
                 self._compute(flight.options, inputs, outputs)
         except BaseException as error:
-            flight.error = error.with_traceback(
-                None
-            )  # with its frames it would hold everything that ran
+            # with its frames it would hold everything that ran
+            flight.error = error.with_traceback(None)
         finally:
             flight.over = True
 
@@ -94,7 +93,8 @@ class OpenVinoSession(EngineFile):
     """
 
     package = "openvino"
-    MOST = 8  # compiled models that are kept, those last used
+    # compiled models that are kept, those last used
+    MOST = 8
 
     def _load(self, path: Path, threads: int) -> None:
         import openvino
@@ -106,9 +106,8 @@ class OpenVinoSession(EngineFile):
             for entry in self._model.outputs
         ]
         self._lock = threading.Lock()
-        self._lanes: dict[
-            tuple[tuple[int, ...], ...], _Lane
-        ] = {}  # per sizes of the inputs, the last used last
+        # per sizes of the inputs, the last used last
+        self._lanes: dict[tuple[tuple[int, ...], ...], _Lane] = {}
 
     def memory(self, rows: int) -> list[Array]:
         return [unwritten(rows, columns, dtype) for dtype, columns in self._outputs]
@@ -126,7 +125,8 @@ class OpenVinoSession(EngineFile):
             )
             while len(self._lanes) > self.MOST:
                 del self._lanes[next(iter(self._lanes))]
-        with lane.lock:  # compiling and waiting hold up this size only
+        # compiling and waiting hold up this size only
+        with lane.lock:
             if lane.latest is None:
                 request = self._compiled_for(shapes).create_infer_request()
             else:
@@ -162,10 +162,11 @@ class _OpenVinoFlight:
         self, request: Any, tensor: Any, inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> None:
         self.request = request
+        # a collected flight may meet itself
         self._lock, self._settling = (
             threading.RLock(),
             threading.RLock(),
-        )  # a collected flight may meet itself
+        )
         self._cancelled = self._settled = False
         self._error: Exception | None = None
         # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
@@ -179,7 +180,8 @@ class _OpenVinoFlight:
 
     def __del__(self) -> None:
         self.cancel()
-        self.settle()  # it writes to what is held here until it has ended
+        # it writes to what is held here until it has ended
+        self.settle()
 
     def ended(self) -> bool:
         if not self.idle():
@@ -188,7 +190,8 @@ class _OpenVinoFlight:
         return _ended_well(self._error, cancelled=self._cancelled)
 
     def cancel(self) -> None:
-        with self._lock:  # once it has settled, the request may be the next flight's
+        # once it has settled, the request may be the next flight's
+        with self._lock:
             self._cancelled = True
             if not self._settled:
                 self.request.cancel()
@@ -207,7 +210,8 @@ class _OpenVinoFlight:
 
     def idle(self) -> bool:
         """Whether nothing is to be waited for."""
-        with contextlib.suppress(Exception):  # what went wrong is found when it settles
+        # what went wrong is found when it settles
+        with contextlib.suppress(Exception):
             return self._settled or bool(self.request.wait_for(0))
         return True
 

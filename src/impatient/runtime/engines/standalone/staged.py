@@ -16,7 +16,8 @@ Inputs = Array | Mapping[str, Array]
 
 # a stage: values in, values out; may have a method cancel(thread) that ends the call in flight on the thread of that number
 Part = Callable[..., Sequence[Any]]
-Head = Callable[[Any], Any]  # features in, output out
+# features in, output out
+Head = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,8 @@ class Staged:
         heads: per exit, a callable, features to output; None at the last.
     """
 
-    shrinks = True  # runs can go on with part of their batch, and that saves work
+    # runs can go on with part of their batch, and that saves work
+    shrinks = True
 
     def __init__(
         self, wiring: Wiring, stages: Sequence[Part], heads: Sequence[Head | None]
@@ -148,7 +150,8 @@ class StagedRun(Run):
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()
-        self._thread: int | None = None  # the thread on which a stage is in flight
+        # the thread on which a stage is in flight
+        self._thread: int | None = None
         uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
         self._last_use = {name: index for index, names in enumerate(uses) for name in names}
 
@@ -160,15 +163,15 @@ class StagedRun(Run):
         try:
             given = self._stages[index](*(self._values[name] for name in self._wiring.takes[index]))
         finally:
-            with (
-                self._lock
-            ):  # a cancel that comes late must not end another run's call on this thread
+            # a cancel that comes late must not end another run's call on this thread
+            with self._lock:
                 self._thread = None
         self._values.update(zip(self._wiring.gives[index], given, strict=True))
         features = self._values[self._wiring.features[index]]
         self._next += 1
         for name in [name for name in self._values if self._last_use.get(name, -1) < self._next]:
-            del self._values[name]  # memory that nobody needs any more
+            # memory that nobody needs any more
+            del self._values[name]
         return PartExit(index, features, self._heads[index])
 
     def keep(self, rows: Any) -> None:

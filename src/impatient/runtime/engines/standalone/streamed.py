@@ -22,9 +22,11 @@ from .staged import Array, PartExit, Run, Wiring
 # Every look at an output takes time from the session, which has all the processor where its threads do: the first comes shortly
 # before the exit does by experience, the others at a share of what has been waited, within bounds.
 FIRST_LOOK, LOOK_SHARE, SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.95, 0.1, 100e-6, 1e-3
-FORGETTING = 1.05  # per run
+# per run
+FORGETTING = 1.05
 
-UNWRITTEN = {2: 0x7E5A, 4: 0x7FDA5A5A, 8: 0x7FFA5A5A5A5A5A5A}  # the NaN, per bytes of a number
+# the NaN, per bytes of a number
+UNWRITTEN = {2: 0x7E5A, 4: 0x7FDA5A5A, 8: 0x7FFA5A5A5A5A5A5A}
 
 
 def unwritten(rows: int, columns: int, dtype: Any) -> Array:
@@ -40,7 +42,8 @@ def _bits(output: Array) -> Array:
 def _has_come(bits: Array) -> bool:
     """Whether all of an output has been written."""
     unwritten = UNWRITTEN[bits.dtype.itemsize]
-    if bits[-1, -1] == unwritten:  # a look is most often this one
+    # a look is most often this one
+    if bits[-1, -1] == unwritten:
         return False
     return not (bits == unwritten).any()
 
@@ -92,7 +95,8 @@ class Steps:
     """How soon each exit came after the one before it: the least time, slowly forgotten."""
 
     def __init__(self) -> None:
-        self._least_s: dict[tuple[int, int], float] = {}  # by rows and exit
+        # by rows and exit
+        self._least_s: dict[tuple[int, int], float] = {}
 
     def expected_s(self, rows: int, exit: int) -> float:
         return self._least_s.get((rows, exit), 0.0)
@@ -115,10 +119,13 @@ class StreamedRun(Run):
         self._outputs = session.memory(rows)
         self._bits = [_bits(output) for output in self._outputs]
         self._next = 0
-        self._rows: Array | None = None  # that are kept; None: all
-        self._before: float | None = None  # when the exit before came; None: nobody looked
+        # that are kept; None: all
+        self._rows: Array | None = None
+        # when the exit before came; None: nobody looked
+        self._before: float | None = None
         self._lock = threading.Lock()
-        self._awaited: Flight | None = None  # what `__next__` waits for, and `cancel` would end
+        # what `__next__` waits for, and `cancel` would end
+        self._awaited: Flight | None = None
         self._cancelled = threading.Event()
 
     def __next__(self) -> PartExit:
@@ -152,7 +159,8 @@ class StreamedRun(Run):
         self._next, self._flight = len(self._outputs), None
 
     def __del__(self) -> None:
-        if self._flight is not None:  # left without being closed: it must not keep the session busy
+        # left without being closed: it must not keep the session busy
+        if self._flight is not None:
             self._flight.cancel()
 
     def _await(self, index: int) -> bool:
@@ -169,11 +177,14 @@ class StreamedRun(Run):
         try:
             self._look_until(index, self._flight)
         except BaseException:
-            self._flight.cancel()  # it may be an interrupt from the keyboard
-            self._flight = None  # if it is asked again, it begins again
+            # it may be an interrupt from the keyboard
+            self._flight.cancel()
+            # if it is asked again, it begins again
+            self._flight = None
             raise
         finally:
-            with self._lock:  # a cancel that comes late must not end what nobody waits for
+            # a cancel that comes late must not end what nobody waits for
+            with self._lock:
                 self._awaited = None
         return idle
 
@@ -188,7 +199,8 @@ class StreamedRun(Run):
         sleep_s = FIRST_LOOK * expected_s
         while not _has_come(self._bits[index]) and not flight.ended():
             if self._cancelled.wait(max(sleep_s, SHORTEST_LOOK_S)):
-                time.sleep(SHORTEST_LOOK_S)  # it ends at its next operator
+                # it ends at its next operator
+                time.sleep(SHORTEST_LOOK_S)
             sleep_s = min(LOOK_SHARE * (time.perf_counter() - begin), LONGEST_LOOK_S)
         now = time.perf_counter()
         if self._before is not None:
