@@ -108,10 +108,8 @@ def trained(depth: int, exits: list[str], *, small: bool = False) -> Trained:
     backbone = TraceableResNet(depth=depth)
     load_pretrained(backbone, f"resnet{depth}", shared_folder() / "cifar10_resnets.npz")
     network = attach_exits(backbone, example=torch.zeros(1, 3, 32, 32), after=exits).eval()
-    images, labels = (
-        _normalised(archive["x_test"]),
-        torch.from_numpy(archive["y_test"].astype(np.int64)),
-    )
+    images = _normalised(archive["x_test"])
+    labels = torch.from_numpy(archive["y_test"].astype(np.int64))
     folder = KEPT / "trained" / f"resnet{depth}-{'-'.join(exits)}"
     if not (folder / "accuracy.json").is_file():
         some = np.random.default_rng(0).permutation(len(archive["x_train"]))[:20_000]
@@ -190,10 +188,8 @@ def _train_heads(
                     if exit.index < len(pooled):
                         pooled[exit.index].append(network.pooled(exit))
     for head, parts in zip(network.heads, pooled, strict=True):
-        features, layer = (
-            torch.cat(parts),
-            next(module for module in head.modules() if isinstance(module, nn.Linear)),
-        )
+        features = torch.cat(parts)
+        layer = next(module for module in head.modules() if isinstance(module, nn.Linear))
         optimiser = torch.optim.Adam(layer.parameters(), lr=0.01)
         for part in torch.randint(len(features), (epochs * len(features),)).split(500):
             optimiser.zero_grad()
@@ -312,7 +308,8 @@ def with_extractor(network: MultiExitNetwork, threshold: float) -> Way:
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-    backbone, heads = twin(network.backbone), [twin(head) for head in network.heads]
+    backbone = twin(network.backbone)
+    heads = [twin(head) for head in network.heads]
     names = [cut.module for cut in network.cuts]
     last = get_graph_node_names(backbone)[1][-1]
     extractor = create_feature_extractor(backbone, [*names, last]).eval()
@@ -350,7 +347,8 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
     batches = [
         torch.from_numpy(part) for part in np.array_split(places, max(1, len(places) // batch))
     ]
-    first, network = given.images[:batch], given.network
+    first = given.images[:batch]
+    network = given.network
     ways = {
         "whole": without_exits(network),
         "Runner": with_runner(network, first, threshold),
@@ -385,14 +383,17 @@ def timed(
     ways: dict[str, Way], images: Tensor, batches: list[Tensor]
 ) -> Iterator[tuple[dict[str, float], dict[str, Answer]]]:
     """Per batch, seconds and answers of all ways, asked in random order."""
-    order, names = np.random.default_rng(0), list(ways)
+    order = np.random.default_rng(0)
+    names = list(ways)
     for name in names * 3:
         ways[name](images[batches[0]])
     begin = time.perf_counter()
     for number, part in enumerate(batches):
         if number >= 5 and time.perf_counter() - begin > SECONDS:
             return
-        x, taken, answers = images[part], {}, {}
+        x = images[part]
+        taken = {}
+        answers = {}
         for name in order.permutation(names):
             before = time.perf_counter()
             answers[name] = ways[name](x)

@@ -109,7 +109,9 @@ class Whole:
     """The network without exits, on one batch after the other."""
 
     def __init__(self, backbone: Any, batches: Sequence[Tensor]) -> None:
-        self._backbone, self._batches, self._number = backbone, batches, 0
+        self._backbone = backbone
+        self._batches = batches
+        self._number = 0
 
     def __call__(self) -> None:
         self._backbone(self._batches[self._number % len(self._batches)])
@@ -120,7 +122,9 @@ class Batches:
     """A runner, on one batch after the other; remembers how deep each went on average."""
 
     def __init__(self, runner: Runner, batches: Sequence[Tensor], depth_k: np.ndarray) -> None:
-        self._runner, self._batches, self._depth_k = runner, batches, depth_k
+        self._runner = runner
+        self._batches = batches
+        self._depth_k = depth_k
         self.depths: list[float] = []
 
     def __call__(self) -> None:
@@ -130,7 +134,8 @@ class Batches:
 
 def row(times: dict[str, np.ndarray], when: str, depths: np.ndarray) -> Row:
     # without the warm-up
-    base, depths = times["whole"], depths[-len(times["whole"]) :]
+    base = times["whole"]
+    depths = depths[-len(times["whole"]) :]
     ratios = times[when] / base
     reached = (1 - ratios) / (1 - depths)
     _, low, high = median_interval(reached)

@@ -94,10 +94,8 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Median with its 95 % interval by order statistics (binomial, no assumption on the distribution)."""
     ordered = np.sort(np.asarray(values))
     half = 0.98 * np.sqrt(len(ordered))
-    low, high = (
-        int(max(0, len(ordered) / 2 - half)),
-        int(min(len(ordered) - 1, len(ordered) / 2 + half)),
-    )
+    low = int(max(0, len(ordered) / 2 - half))
+    high = int(min(len(ordered) - 1, len(ordered) / 2 + half))
     return float(np.median(ordered)), float(ordered[low]), float(ordered[high])
 
 
@@ -133,7 +131,8 @@ def in_turn(
         rounds: that are counted, after the warm-up.
         most_s: begin no further round after so many seconds, once there are five.
     """
-    order, names = np.random.default_rng(0), list(calls)
+    order = np.random.default_rng(0)
+    names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for number in range(-warm_up, rounds):
@@ -170,7 +169,8 @@ def repeated(
 
 def _wall_and_processor_s(call: Callable[[], object]) -> tuple[float, float]:
     """Time on the wall and of the processor; they differ where other work runs beside."""
-    wall, processor = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    processor = time.process_time()
     call()
     return time.perf_counter() - wall, time.process_time() - processor
 

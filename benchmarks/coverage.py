@@ -36,7 +36,8 @@ from impatient.networks import MultiExitNetwork
 from impatient.networks.stages import Walk, call_model, first_tensor, output_tensor
 
 HERE = Path(__file__).parent
-CSV, PAGE = HERE / "results" / "coverage.csv", HERE.parent / "docs" / "coverage.md"
+CSV = HERE / "results" / "coverage.csv"
+PAGE = HERE.parent / "docs" / "coverage.md"
 COUNT = 4
 EXACT = "exact"
 Row = dict[str, str]
@@ -101,10 +102,8 @@ class Untouched:
 
 def _untouched(model: nn.Module, x: Any) -> Untouched:
     state = copy.deepcopy(model.state_dict())
-    output, gradients = (
-        _output(model, x),
-        _gradients(model, x, lambda x: output_tensor(call_model(model, x))),
-    )
+    output = _output(model, x)
+    gradients = _gradients(model, x, lambda x: output_tensor(call_model(model, x)))
     # the training step has moved batch-norm statistics
     model.load_state_dict(state)
     return Untouched(output, gradients, _difference(output, _output(model, x)))
@@ -222,7 +221,8 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
             run = StagedRun(
                 parts.wiring, parts.stages, parts.heads, input_tensors(x, parts.wiring.inputs)
             )
-            got, truth = [exit.output() for exit in run], network(x)
+            got = [exit.output() for exit in run]
+            truth = network(x)
     except Exception as error:
         return {"exported parts": f"no: {_first_line(error)}"}
     differences = [_difference(one, other) for one, other in zip(got, truth, strict=True)]
@@ -233,7 +233,8 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
     """Time of all stages without heads over that of the untouched model: the median of paired, interleaved ratios."""
     from benchmarks.common import in_turn, spoken
 
-    cuts, heads = network._cut_map(), [None] * network.num_exits
+    cuts = network._cut_map()
+    heads = [None] * network.num_exits
 
     def untouched() -> object:
         return call_model(network.backbone, x)

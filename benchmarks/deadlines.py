@@ -33,7 +33,9 @@ from impatient.evaluation.metrics import proportion
 from impatient.runtime import Answer
 
 EXITS = ["layer1.0", "layer1.1", "layer1.2", "layer2.0", "layer2.1", "layer2.2", "layer3.0"]
-RUNS, INTERRUPTIBLE, FIRST = 10_000, 4_000, 1_000
+RUNS = 10_000
+INTERRUPTIBLE = 4_000
+FIRST = 1_000
 QUANTILES: tuple[Statistic, ...] = ("p99", "p999")
 BUSY = "import numpy as np\na = np.random.default_rng(0).random((300, 300))\nwhile True: a @ a"
 

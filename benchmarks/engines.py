@@ -52,7 +52,8 @@ def four_exits(name: str) -> tuple[MultiExitNetwork, Tensor]:
 def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
     torch.set_num_threads(threads)
     network, example = four_exits(name)
-    x, key = example[:1], f"{name}-{network.num_exits}"
+    x = example[:1]
+    key = f"{name}-{network.num_exits}"
     made = {
         (engine, precision): in_engine(
             network, engine, example=example, threads=threads, key=key, precision=precision
@@ -76,7 +77,8 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
     times = dict(zip(calls, raw.values(), strict=True))
     n = len(times["eager again"])
     marks = {kind: np.array(rounds[-n:]) for kind, rounds in reached.items()}
-    base, base_marks = times["eager", "fp32", "whole"], marks["eager", "fp32"]
+    base = times["eager", "fp32", "whole"]
+    base_marks = marks["eager", "fp32"]
     rows = []
     for kind in made:
         whole = times[(*kind, "whole")]
@@ -106,7 +108,8 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
 
 def anytime(network: Any, x: Tensor) -> list[float]:
     """Seconds until each exit has answered."""
-    begin, reached = time.perf_counter(), []
+    begin = time.perf_counter()
+    reached = []
     with network.exits(x) as run:
         for exit in run:
             exit.output()

@@ -82,7 +82,8 @@ def walk(network: Any, x: Tensor) -> Tensor:
 
 def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -> list[Row]:
     torch.set_num_threads(threads)
-    calls, number = {}, {}
+    calls = {}
+    number = {}
     model, example = model_and_input(name, pixels)
     x = example[:1]
     for many in (True,) if name == "linear" else (False, True):
@@ -122,7 +123,8 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
 
 def pieces(model: nn.Module, x: Tensor, cuts: list[str]) -> dict[str, Callable[[], object]]:
     """What the mechanism is made of, each alone."""
-    hooked, switched = twin(model), twin(model)
+    hooked = twin(model)
+    switched = twin(model)
     for cut in cuts:
         hooked.get_submodule(cut).register_forward_hook(lambda *_: None)
         switched.get_submodule(cut).register_forward_hook(_pause)
@@ -144,7 +146,8 @@ def _pause(*_: object) -> None:
 
 def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Row:
     base = times["whole"]
-    ratios, us_per_cut = times[what] / base, (times[what] - base) / (stages - 1) * 1e6
+    ratios = times[what] / base
+    us_per_cut = (times[what] - base) / (stages - 1) * 1e6
     found = {
         "network": "",
         "pixels": 0,

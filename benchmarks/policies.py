@@ -31,7 +31,8 @@ def judge_gates(
     policies: Sequence[GatePolicy], recording: Recording, costs: CostProfile
 ) -> list[tuple[float, float]]:
     """Accuracy and mean seconds of each."""
-    hits, samples = recording.hits(), torch.arange(len(recording.labels))
+    hits = recording.hits()
+    samples = torch.arange(len(recording.labels))
     return [
         (float(hits[exits, samples].mean()), float(exit_times_s(policy, costs)[exits].mean()))
         for policy, exits in zip(policies, exits_of_many(policies, recording), strict=True)
@@ -50,7 +51,8 @@ def select_for(
 
 def workload(samples: int, exits: int, classes: int, prices: int, judged: int, seed: int) -> Calls:
     """What is timed, by name and number of prices or policies; all from the recording on."""
-    costs, recording = even_costs(exits), random_recording(samples, exits, classes, seed)
+    costs = even_costs(exits)
+    recording = random_recording(samples, exits, classes, seed)
     fitted = fit_gates_for(
         random_recording(max(200, samples // 10), exits, classes, seed + 1), costs, min(prices, 20)
     )

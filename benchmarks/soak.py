@@ -41,7 +41,8 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
         nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
     )
     network = attach_exits(backbone, example=example, after=["1", "3"]).eval()
-    made, x = in_engine(network, engine, example=example, threads=1, key="soak"), example[:1]
+    made = in_engine(network, engine, example=example, threads=1, key="soak")
+    x = example[:1]
     costs = profile(made, x, repeats=200)
     budgets = [1e-6, *(3 * reached for reached in costs.contract_s()), 1.0]
     with Runner(made, costs) as runner:
@@ -69,7 +70,8 @@ def run_calls(
     runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]
 ) -> tuple[np.ndarray, list[int]]:
     """Samples of (calls done, bytes, threads, open files), and how often each exit answered."""
-    samples, exits = [], [0] * runner.network.num_exits
+    samples = []
+    exits = [0] * runner.network.num_exits
     gc.collect()
     # what is there now need not be looked through again at every sample
     gc.freeze()

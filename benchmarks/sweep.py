@@ -37,7 +37,9 @@ def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recor
 
 def even_costs(exits: int) -> CostProfile:
     """A millisecond a stage, a tenth a head."""
-    stage, head, counts = Quantiles.of([1e-3]), Quantiles.of([1e-4]), (1,) * exits
+    stage = Quantiles.of([1e-3])
+    head = Quantiles.of([1e-4])
+    counts = (1,) * exits
     batch = BatchCosts(stages=(stage,) * exits, heads=(head,) * exits, exit_free=stage)
     return CostProfile(
         exits=tuple(f"exit{k}" for k in range(exits)),
@@ -83,8 +85,10 @@ def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
 
 def workload(samples: int, exits: int, classes: int, count: int, seed: int) -> Calls:
     """What is timed, by name and number of policies or budgets."""
-    costs, recording = even_costs(exits), random_recording(samples, exits, classes, seed)
-    policies, reached_s = random_policies(recording, count, seed), costs.interruptible_s()
+    costs = even_costs(exits)
+    recording = random_recording(samples, exits, classes, seed)
+    policies = random_policies(recording, count, seed)
+    reached_s = costs.interruptible_s()
     drawn = random_budgets(count, 1.25 * reached_s[-1], seed)
     return {
         ("judge_policies", count): lambda: judge_policies(recording, costs, policies),

@@ -30,10 +30,8 @@ OPTIONS = {
 
 def noise(samples: int) -> Data:
     """Random images: time does not depend on what they show."""
-    images, labels = (
-        torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8),
-        torch.randint(10, (samples,)),
-    )
+    images = torch.randint(256, (samples, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(10, (samples,))
     one = ArrayExamples(images[:1], labels[:1])
     return Data(
         name="noise",

@@ -51,13 +51,16 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         parallel.run(x)
         return time.perf_counter() - begin
 
-    ratios, same = [], []
+    ratios = []
+    same = []
     with (
         ParallelEANN(ensemble, workers=1, threads=1) as one,
         ParallelEANN(ensemble, workers=2, threads=1) as two,
     ):
         for repeat in range(-5, repeats):
-            first, both, again = seconds(one), seconds(two), seconds(one)
+            first = seconds(one)
+            both = seconds(two)
+            again = seconds(one)
             if repeat >= 0:
                 ratios.append(both / first)
                 same.append(again / first)

@@ -39,7 +39,8 @@ def report(name: str, recording: impatient.Recording) -> list[float]:
 
 def main(epochs: int = 8) -> dict[str, list[float]]:
     data = impatient.load_data("digits")
-    small, large = trained(data, 1, epochs), trained(data, 2, epochs)
+    small = trained(data, 1, epochs)
+    large = trained(data, 2, epochs)
     validation = {network: impatient.record(network, data) for network in (small, large)}
 
     errors = [(1.0 - validation[network].hits().mean(1)).tolist() for network in (small, large)]

@@ -29,7 +29,8 @@ def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
     runner = impatient.Runner(network, impatient.profile(network, x[:1], repeats=50))
     runner.warm_up(x)
     crude_macs = runner.costs.cumulative_macs("contract")[0]
-    crude, refined = [], []
+    crude = []
+    refined = []
     for picture, label in zip(x, labels, strict=True):
         with runner.open(picture[None]) as run:
             # or deadline=impatient.Deadline.after(0.002)

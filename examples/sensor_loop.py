@@ -84,7 +84,8 @@ def drawn_frames(
     data: impatient.Data, split: Split, frames: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Pictures and labels of each frame."""
-    examples, random = data.examples(split), np.random.default_rng(1)
+    examples = data.examples(split)
+    random = np.random.default_rng(1)
     places = random.integers(0, data.size(split), (frames, SENSORS)).tolist()
     return [(data.preprocess(examples.take(chosen)), examples.labels[chosen]) for chosen in places]
 
@@ -124,7 +125,8 @@ def report(made: Mapping[str, list[Frame]]) -> None:
 def draw(made: Mapping[str, list[Frame]], names: Sequence[str], rate: float) -> Figure:
     """Time left and taken, frame by frame; below, the iteration of AnytimeNet that answered."""
     left_ms = 1e3 * np.array([frame.left_s for frame in made["AnytimeNet"]])
-    seconds, top = np.arange(len(left_ms)) / rate, 1.4 * left_ms.max()
+    seconds = np.arange(len(left_ms)) / rate
+    top = 1.4 * left_ms.max()
     with styled():
         figure = Figure(figsize=(7.2, 5.4), dpi=100, layout="constrained")
         figure.suptitle(

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 CONVERTED = ROOT / "runs" / "data"
 SHARED_NAMES = {"fashion": "fashion_mnist", "cifar10": "cifar10", "gtsrb": "gtsrb32"}
 # of a text of AG News: what is behind is cut off, rarer words are one
-TOKENS, WORDS = 64, 20_000
+TOKENS = 64
+WORDS = 20_000
 
 
 def shared_folder() -> Path:

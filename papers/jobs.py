@@ -155,7 +155,8 @@ def _run_here(
     jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress
 ) -> dict[str, str]:
     del workers
-    failed, before = {}, torch.get_num_threads()
+    failed = {}
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for job in jobs:
@@ -171,7 +172,8 @@ def _run_here(
 def _run_apart(
     jobs: Sequence[Job], folder: Path, workers: int, threads: int, progress: _Progress
 ) -> dict[str, str]:
-    waiting, failed = list(jobs), {}
+    waiting = list(jobs)
+    failed = {}
     with _running() as running:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -282,7 +284,9 @@ class _Progress:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._total, self._done, self._begun = total, done, dict[str, float]()
+        self._total = total
+        self._done = done
+        self._begun = dict[str, float]()
 
     def __enter__(self) -> _Progress:
         self._bar.__enter__()

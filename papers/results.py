@@ -115,7 +115,8 @@ def fill(card: Path, mark: str, text: str) -> None:
         StorageError: if the card lacks the marks.
     """
     old = card.read_text(encoding="utf-8")
-    begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    begin = f"<!-- {mark} -->"
+    end = f"<!-- /{mark} -->"
     before, found, rest = old.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):

@@ -28,7 +28,8 @@ WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
 
 class FakeExit:
     def __init__(self, network: "FakeNetwork", index: int) -> None:
-        self._network, self.index = network, index
+        self._network = network
+        self.index = index
         self._answered = False
 
     def output(self) -> Tensor:
@@ -52,7 +53,8 @@ class FakeNetwork:
         outputs: Tensor | None = None,
     ) -> None:
         count = len(stages_s)
-        self.clock, self.stages_s = clock, list(stages_s)
+        self.clock = clock
+        self.stages_s = list(stages_s)
         self.heads_s = list(heads_s) if heads_s is not None else [0.0] * count
         self.outputs = (
             outputs
@@ -100,7 +102,8 @@ class Hold:
     """Where a stage stands still until the test lets it go."""
 
     def __init__(self) -> None:
-        self._reached, self._released = threading.Event(), threading.Event()
+        self._reached = threading.Event()
+        self._released = threading.Event()
 
     def __call__(self) -> None:
         self._reached.set()
@@ -133,7 +136,8 @@ def elsewhere(call: Callable[[], Any]) -> "Future[Any]":
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what no event tells: what another thread of this library is doing."""
-    give_up, pause = time.monotonic() + PATIENCE_S, threading.Event()
+    give_up = time.monotonic() + PATIENCE_S
+    pause = threading.Event()
     while not condition():
         assert time.monotonic() < give_up
         pause.wait(1e-4)
@@ -170,7 +174,8 @@ def costs_of(
     """A profile with these numbers, each a `Quantiles` or a constant."""
     count = len(stages_s)
     batch = batch_costs(stages_s, heads_s if heads_s is not None else [0.0] * count)
-    names, zeros = tuple(f"exit {index}" for index in range(count)), (0,) * count
+    names = tuple(f"exit {index}" for index in range(count))
+    zeros = (0,) * count
     return CostProfile(
         exits=names,
         batches=dict.fromkeys(sizes, batch),

@@ -155,7 +155,8 @@ def test_base_resnet_has_the_papers_sizes() -> None:
 
 
 def test_a_plain_block_is_the_sum_of_its_input_and_its_convolutions() -> None:
-    block, x = BaseBlock(3, 3).eval(), torch.randn(2, 3, 5, 5)
+    block = BaseBlock(3, 3).eval()
+    x = torch.randn(2, 3, 5, 5)
     shake(block)
     expected = block.conv2(F.relu(block.bn2(block.conv1(F.relu(block.bn1(x))))))
     assert block(x).equal(expected + x)
@@ -163,7 +164,8 @@ def test_a_plain_block_is_the_sum_of_its_input_and_its_convolutions() -> None:
 
 @pytest.mark.parametrize("side", [6, 7])
 def test_a_transition_takes_every_second_pixel_and_puts_zeros_behind(side: int) -> None:
-    block, x = BaseBlock(2, 5, stride=2), torch.randn(1, 2, side, side)
+    block = BaseBlock(2, 5, stride=2)
+    x = torch.randn(1, 2, side, side)
     # only the input is left
     nn.init.zeros_(block.conv2.weight)
     assert block(x)[:, :2].equal(x[:, :, ::2, ::2])
@@ -193,7 +195,8 @@ def test_sizes_that_make_no_network_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_the_papers_38_executions_are_what_really_runs() -> None:
     network = AnytimeNet(width=1).eval()
-    ran, x = executions(network), torch.randn(1, 3, 8, 8)
+    ran = executions(network)
+    x = torch.randn(1, 3, 8, 8)
     with torch.no_grad(), network.exits(x) as run:
         for exit in run:
             exit.output()
@@ -245,7 +248,8 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
 
 
 def test_a_run_goes_on_where_it_was_left_on_whatever_thread() -> None:
-    network, x = small().eval(), images()
+    network = small().eval()
+    x = images()
     outputs = []
     with torch.no_grad():
         run = network.exits(x)
@@ -270,7 +274,8 @@ def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(
     schedule: Schedule, outs: str, norms: str | None
 ) -> None:
     torch.manual_seed(0)
-    network, x = residual(schedule, outs=outs, norms=norms).eval(), torch.randn(3, 8)
+    network = residual(schedule, outs=outs, norms=norms).eval()
+    x = torch.randn(3, 8)
     expected = torch.stack([alone(network, index, x) for index in range(network.num_exits)])
     assert torch.stack(network(x)).equal(expected)
     with network.exits(x) as run:
@@ -284,7 +289,8 @@ def test_in_eval_mode_every_iteration_gives_exactly_what_its_sub_network_gives(
 @given(schedules())
 def test_in_train_mode_outputs_are_the_same_and_gradients_add_up(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    network, x = residual(schedule), torch.randn(6, 8)
+    network = residual(schedule)
+    x = torch.randn(6, 8)
     weights = torch.rand(network.num_exits) + 0.1
     twin = copy.deepcopy(network)
     outputs = network(x)
@@ -301,7 +307,8 @@ def test_in_train_mode_outputs_are_the_same_and_gradients_add_up(schedule: Sched
 def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_networks_each_time() -> (
     None
 ):
-    cached, x = residual(SMALL, norms="shared"), torch.randn(6, 8)
+    cached = residual(SMALL, norms="shared")
+    x = torch.randn(6, 8)
     for module in cached.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
@@ -344,10 +351,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels)
-        self.widen, self.narrow = (
-            nn.Linear(channels, 4 * channels),
-            nn.Linear(4 * channels, channels),
-        )
+        self.widen = nn.Linear(channels, 4 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
@@ -404,7 +409,8 @@ def check_in_place(schedule: Schedule, *, inference: bool) -> None:
         sections = [[block() for _ in range(count)] for count in schedule.final]
         return GrowingNetwork(nn.Linear(8, 4), sections, out, schedule, layout="ND")
 
-    writing, safe = build(InPlace, inplace=True), build(NotInPlace, inplace=False)
+    writing = build(InPlace, inplace=True)
+    safe = build(NotInPlace, inplace=False)
     safe.load_state_dict(writing.state_dict())
     x = torch.randn(3, 8)
     expected = torch.stack(safe(x))
@@ -453,7 +459,8 @@ def test_training_goes_through_blocks_that_write_in_place() -> None:
 
 
 def test_features_are_those_of_the_last_section() -> None:
-    network, x = small(norms="shared").eval(), images(3)
+    network = small(norms="shared").eval()
+    x = images(3)
     with network.exits(x) as run:
         for exit in run:
             assert exit.features.shape == (3, 8, 2, 2)
@@ -462,7 +469,8 @@ def test_features_are_those_of_the_last_section() -> None:
 
 
 def test_an_exit_that_has_passed_is_refused_unless_kept() -> None:
-    network, x = small().eval(), images()
+    network = small().eval()
+    x = images()
     with network.exits(x) as run:
         exits = list(run)
     with pytest.raises(ExitPassed):
@@ -515,7 +523,8 @@ def test_a_run_that_ends_frees_its_tensors(how: str) -> None:
 
 
 def test_heads_run_in_the_modes_in_which_the_run_was_asked_for() -> None:
-    network, x = small().eval(), images()
+    network = small().eval()
+    x = images()
     with torch.no_grad():
         run = network.exits(x)
     assert not any(exit.output().requires_grad for exit in run)
@@ -530,7 +539,8 @@ def test_heads_run_in_the_modes_in_which_the_run_was_asked_for() -> None:
 @given(schedules())
 def test_in_equilibrium_every_exit_reaches_the_stem_with_an_equal_share(schedule: Schedule) -> None:
     torch.manual_seed(0)
-    network, x = residual(schedule).eval(), torch.randn(3, 8)
+    network = residual(schedule).eval()
+    x = torch.randn(3, 8)
     for index in range(network.num_exits):
         shares = []
         for flow in (GradientFlow(), GradientFlow(equilibrium=True)):
@@ -567,7 +577,8 @@ def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
 
 
 def test_own_outs_begin_equal_and_learn_apart() -> None:
-    network, x = small(outs="own"), images(4)
+    network = small(outs="own")
+    x = images(4)
     assert len(network.heads) == 3
     assert len(small().heads) == 0
     assert (
@@ -606,7 +617,8 @@ def test_own_statistics_are_there_where_a_block_runs_in_several_iterations() -> 
 
 
 def test_own_statistics_in_train_mode_each_see_their_own_iteration_only() -> None:
-    network, x = residual(SMALL, norms="own"), torch.randn(6, 8)
+    network = residual(SMALL, norms="own")
+    x = torch.randn(6, 8)
     norm = network.backbone.sections[2][0].norm
     inputs = []
     norm.register_forward_hook(lambda _m, args, _o: inputs.append(args[0].detach()))
@@ -620,14 +632,16 @@ def test_own_statistics_in_train_mode_each_see_their_own_iteration_only() -> Non
 
 
 def test_own_statistics_give_in_train_mode_what_shared_ones_give() -> None:
-    shared, x = residual(SMALL), torch.randn(6, 8)
+    shared = residual(SMALL)
+    x = torch.randn(6, 8)
     own = residual(SMALL, norms="own")
     own.load_state_dict(shared.state_dict())
     assert torch.stack(own(x)).equal(torch.stack(shared(x)))
 
 
 def test_in_eval_mode_each_iteration_and_the_plain_network_go_by_their_own_statistics() -> None:
-    network, x = residual(SMALL, norms="own").eval(), torch.randn(3, 8)
+    network = residual(SMALL, norms="own").eval()
+    x = torch.randn(3, 8)
     norm = network.backbone.sections[2][0].norm
     calls = []
     norm.register_forward_hook(lambda _m, args, output: calls.append((args[0], output)))
@@ -670,10 +684,8 @@ def test_recalibrated_statistics_are_the_means_over_the_data(norms: str) -> None
     weights = [parameter.clone() for parameter in network.parameters()]
     recalibrate(network, iter([torch.randn(6, 8) + shift for shift in range(3)]))
     assert len(inputs) == 6
-    means, variances = (
-        torch.stack([seen.mean(0) for seen in inputs]),
-        torch.stack([seen.var(0) for seen in inputs]),
-    )
+    means = torch.stack([seen.mean(0) for seen in inputs])
+    variances = torch.stack([seen.var(0) for seen in inputs])
     if norms == "own":
         torch.testing.assert_close(
             norm.running_mean, torch.stack([means[0::2].mean(0), means[1::2].mean(0)])
@@ -772,7 +784,8 @@ def test_it_looks_like_a_network() -> None:
 
 
 def test_copies_are_independent_and_share_within_themselves() -> None:
-    network, x = small(norms="own").eval(), images()
+    network = small(norms="own").eval()
+    x = images()
     before = torch.stack(network(x))
     twin = copy.deepcopy(network)
     assert torch.stack(twin(x)).equal(before)
@@ -788,7 +801,8 @@ def test_copies_are_independent_and_share_within_themselves() -> None:
     "options", [{}, {"outs": "own"}, {"norms": "own"}], ids=["shared", "outs", "norms"]
 )
 def test_facts_are_what_runs(options: dict[str, Any]) -> None:
-    network, x = small(**options), images(3)
+    network = small(**options)
+    x = images(3)
     facts = network.stage_facts(x)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), network.eval().exits(x) as run:
         passed = 0
@@ -860,7 +874,8 @@ def test_forward_exits_and_recording_agree(options: dict[str, Any]) -> None:
 
 
 def test_profile_and_runner_take_it_for_a_network() -> None:
-    network, x = small().eval(), images(2)
+    network = small().eval()
+    x = images(2)
     costs = profile(network, x, batch_sizes=[2], repeats=3, warm_up=1)
     assert costs.exits == SMALL.names
     assert costs.exit_free_macs == round(block_macs(network.backbone, x).plain)
@@ -881,7 +896,8 @@ def test_profile_and_runner_take_it_for_a_network() -> None:
 
 
 def test_ensembles_take_it_for_a_network() -> None:
-    network, x = small().eval(), images()
+    network = small().eval()
+    x = images()
     running = RunningEnsemble(network, "geometric")
     with running.exits(x) as run:
         assert torch.stack([exit.output() for exit in run]).equal(torch.stack(running(x)))

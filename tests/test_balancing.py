@@ -65,7 +65,8 @@ def test_without_a_sampler_every_step_has_the_base_weights():
 @every_sampler
 @every_base
 def test_changing_the_weights_that_were_given_changes_nothing_inside(base, sampler):
-    made, other = balancer(base, sampler, count=4), balancer(base, sampler, count=4)
+    made = balancer(base, sampler, count=4)
+    other = balancer(base, sampler, count=4)
     made.weights().fill_(math.nan)
     other.weights()
     assert made.weights().tolist() == other.weights().tolist()
@@ -93,7 +94,8 @@ def test_alternating_draws_in_proportion_to_the_base():
 
 
 def test_the_mean_of_alternating_weights_is_the_base_times_one_plus_gamma():
-    made, count = balancer(BASE, "alternating", count=4, gamma=0.5, seed=2), 4000
+    made = balancer(BASE, "alternating", count=4, gamma=0.5, seed=2)
+    count = 4000
     mean = torch.stack([made.weights().double() for _ in range(count)]).mean(0)
     for weight, average in zip(BASE, mean.tolist(), strict=True):
         # of being drawn, for a bonus of 1
@@ -114,7 +116,8 @@ def test_without_a_bonus_nothing_is_added():
 
 def test_alternating_draws_from_the_weights_adaloss_has_now():
     settings = AdaLoss(update_every=1, final_extra=0.0, gamma=0.0)
-    made, plain = balancer(settings, "alternating", count=3), balancer(settings, count=3)
+    made = balancer(settings, "alternating", count=3)
+    plain = balancer(settings, count=3)
     counts = [0, 0, 0]
     for _ in range(700):
         made.observe(losses(2, 1, 0.5))
@@ -200,7 +203,8 @@ def test_rwm_of_two_steps_by_hand():
 
 def test_exp3_of_two_steps_by_hand():
     made = learning("exp3")
-    rewards, values = (0.5, -1.0, 0.425), [1 / 3] * 3
+    rewards = (0.5, -1.0, 0.425)
+    values = [1 / 3] * 3
     for _ in range(2):
         exit = drawn(made.weights(), (1.0, 1.0, 1.0))
         probability = 0.7 * values[exit] / sum(values) + 0.1
@@ -286,7 +290,8 @@ def test_learners_find_a_planted_best_exit(sampler):
 @pytest.mark.parametrize("sampler", LEARNERS)
 def test_learners_learn_with_their_own_constants(sampler):
     learner = Learner(gamma=0.1, last_reward_rate=0.0)
-    made, usual = learning(sampler, learner=learner), learning(sampler)
+    made = learning(sampler, learner=learner)
+    usual = learning(sampler)
     for each in (made, usual):
         each.weights()
         each.observe(losses(1.0, 0.9, 0.8))
@@ -344,7 +349,8 @@ def test_steady_losses_times_their_weights_are_all_the_same():
 
 @pytest.mark.parametrize("sampler", LEARNERS)
 def test_adaloss_goes_on_below_a_sampler(sampler):
-    made, plain = balancer(PROMPT, sampler, count=4), balancer(PROMPT, count=4)
+    made = balancer(PROMPT, sampler, count=4)
+    plain = balancer(PROMPT, count=4)
     steps(made, 6)
     steps(plain, 6)
     assert made.state()["inner"] == plain.state()

@@ -103,7 +103,8 @@ def test_everything_else_works_on_what_comes_out(splits, tmp_path):
 
 
 def test_with_two_classes_the_decisions_are_opposite_and_right():
-    train, test = featured(200, 1, classes=2, split="train"), featured(200, 2, classes=2)
+    train = featured(200, 1, classes=2, split="train")
+    test = featured(200, 2, classes=2)
     (probed,) = linear_probes(train, None, test)
     assert torch.equal(probed.outputs[..., 0], -probed.outputs[..., 1])
     assert accuracies(probed)[1] > 0.9
@@ -142,7 +143,8 @@ def test_two_classes_of_many_and_one_class_of_many():
 
 def test_units_and_offsets_of_features_do_not_matter(splits):
     train, validation, test = splits
-    factor, offset = torch.logspace(-6, 6, 6), torch.linspace(-5, 5, 6)
+    factor = torch.logspace(-6, 6, 6)
+    offset = torch.linspace(-5, 5, 6)
 
     def stretched(recording):
         return dataclasses.replace(
@@ -160,7 +162,8 @@ def test_only_the_training_recording_standardises(splits):
     shifted = dataclasses.replace(
         test, features=tuple(torch.cat([entry[:150], 100 + entry[150:]]) for entry in test.features)
     )
-    (plain,), (half,) = linear_probes(train, None, test), linear_probes(train, None, shifted)
+    (plain,) = linear_probes(train, None, test)
+    (half,) = linear_probes(train, None, shifted)
     assert torch.equal(plain.outputs[:, :150], half.outputs[:, :150])
 
 
@@ -174,7 +177,8 @@ def test_constant_features_change_nothing_even_where_they_are_not_constant_later
 
     dead = widened(train, torch.tensor([[0.0, 7.1]]).expand(400, 2))
     alive = widened(test, torch.linspace(-9, 9, 600).reshape(300, 2))
-    (plain,), (other,) = linear_probes(train, None, test), linear_probes(dead, None, alive)
+    (plain,) = linear_probes(train, None, test)
+    (other,) = linear_probes(dead, None, alive)
     assert torch.allclose(plain.outputs, other.outputs, atol=1e-4)
 
 
@@ -195,17 +199,17 @@ def test_validation_chooses_the_strength_of_each_exit_and_the_smallest_of_equals
 
 def test_without_validation_the_middle_strength_is_taken(splits):
     train, _, test = splits
-    (middle,), (alone,) = (
-        linear_probes(train, None, test, C=[10.0, 1e-5, 1e-3]),
-        linear_probes(train, None, test, C=[1e-3]),
-    )
+    (middle,) = linear_probes(train, None, test, C=[10.0, 1e-5, 1e-3])
+    (alone,) = linear_probes(train, None, test, C=[1e-3])
     assert torch.equal(middle.outputs, alone.outputs)
 
 
 def test_the_same_recordings_give_the_same_numbers_even_with_few_samples():
     """With fewer samples than features, another solver runs, which draws."""
-    train, test = featured(60, 1, width=90, split="train"), featured(50, 2, width=90)
-    (one,), (other,) = linear_probes(train, None, test), linear_probes(train, None, test)
+    train = featured(60, 1, width=90, split="train")
+    test = featured(50, 2, width=90)
+    (one,) = linear_probes(train, None, test)
+    (other,) = linear_probes(train, None, test)
     assert torch.equal(one.outputs, other.outputs)
     assert one.provenance.weights == other.provenance.weights
     assert accuracies(one)[1] > 0.9
@@ -259,7 +263,8 @@ def test_the_same_features_of_other_weights_give_another_fingerprint(splits):
         )
         for entry in (train, test)
     ]
-    (one,), (other,) = linear_probes(train, None, test), linear_probes(renamed[0], None, renamed[1])
+    (one,) = linear_probes(train, None, test)
+    (other,) = linear_probes(renamed[0], None, renamed[1])
     assert torch.equal(one.outputs, other.outputs)
     assert one.provenance.weights != other.provenance.weights
 

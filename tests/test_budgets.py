@@ -83,7 +83,8 @@ def test_no_budget_lies_outside_the_range(shape):
 
 @pytest.mark.parametrize("shape", BY_HAND)
 def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
-    budget, times = over(shape), np.linspace(1.0, 9.0, 2001)
+    budget = over(shape)
+    times = np.linspace(1.0, 9.0, 2001)
     assert np.trapezoid(budget.density(times), times) == pytest.approx(1.0, abs=1e-4)
     assert np.trapezoid(times * budget.density(times), times) == pytest.approx(
         budget.mean_s(), abs=1e-3
@@ -111,7 +112,8 @@ SCIPY: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
 @pytest.mark.parametrize("ends", [(1.0, 9.0), (1e-4, 0.010), (1e-9, 1e3), (3.0, 3.003)])
 @pytest.mark.parametrize("shape", SCIPY)
 def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, ends):
-    budget, (low, high) = over(shape, *ends), ends
+    budget = over(shape, *ends)
+    (low, high) = ends
     times = np.array(
         [
             0.0,
@@ -161,10 +163,8 @@ def test_means_of_the_four_standard_shapes_are_ordered_as_their_names_say():
 
 
 def test_density_of_small_likely_falls_by_exp_4_and_large_likely_mirrors_it():
-    small, large = (
-        over("small_likely").density(np.array([1.0, 9.0])),
-        over("large_likely").density(np.array([1.0, 9.0])),
-    )
+    small = over("small_likely").density(np.array([1.0, 9.0]))
+    large = over("large_likely").density(np.array([1.0, 9.0]))
     assert small[0] / small[1] == pytest.approx(math.exp(4.0))
     assert large == pytest.approx(small[::-1])
 
@@ -331,7 +331,8 @@ def test_an_exit_dearer_than_a_deeper_one_is_never_the_deepest_that_fits():
 def test_expected_accuracy_is_the_mean_over_drawn_budgets(shape, without_answer):
     made = {"point": budgets.point(4.0), "empirical": budgets.empirical([1.0, 2.5, 2.5, 7.0])}
     budget = made.get(shape) or over(shape)
-    costs, accuracies = (2.0, 2.5, 6.0), (0.5, 0.75, 0.95)
+    costs = (2.0, 2.5, 6.0)
+    accuracies = (0.5, 0.75, 0.95)
     drawn = budget.sample(40_000, seed=2)
     answer = np.array([without_answer, *accuracies])[np.searchsorted(costs, drawn, side="right")]
     error = 5 * answer.std() / math.sqrt(len(drawn)) + 1e-12
@@ -392,10 +393,8 @@ def test_weights_of_any_budgets_are_the_chances_of_each_stretch(some, costs):
 @given(any_budget, increasing, st.floats(1.0, 100.0))
 def test_dearer_exits_never_gain_depth(budget, costs, factor):
     """The chance to reach at least exit k falls when everything costs more."""
-    before, after = (
-        exit_weights(budget, costs),
-        exit_weights(budget, [cost * factor for cost in costs]),
-    )
+    before = exit_weights(budget, costs)
+    after = exit_weights(budget, [cost * factor for cost in costs])
     for k in range(len(costs)):
         assert sum(after[k:]) <= sum(before[k:]) + 1e-9
 

@@ -75,7 +75,8 @@ def test_no_other_temperature_is_likelier():
 def test_calibration_helps_on_samples_it_has_not_seen():
     fitted = fit_temperatures(miscalibrated(seed=1))
     unseen = miscalibrated(seed=2, split="test")
-    before, after = calibration_errors(unseen), calibration_errors(calibrated(unseen, fitted))
+    before = calibration_errors(unseen)
+    after = calibration_errors(calibrated(unseen, fitted))
     assert before[0] > 0.1
     assert before[2] > 0.1
     assert max(after) < 0.02
@@ -123,7 +124,8 @@ def test_where_all_are_ruled_out_nothing_is_changed():
 def test_a_rule_that_spoils_calibration_is_mended_after_it(rule, gains, classes):
     fitting, unseen = (drawn(2000, seed, gains=gains, classes=classes) for seed in (1, 2))
     after = fit_temperatures(ensembled(fitting, rule))
-    raw, mended = ensembled(unseen, rule), ensembled(unseen, rule, recalibration=after)
+    raw = ensembled(unseen, rule)
+    mended = ensembled(unseen, rule, recalibration=after)
     assert sum(calibration_errors(mended)) < sum(calibration_errors(raw)) / 2
     assert mended.outputs.argmax(-1).equal(raw.outputs.argmax(-1))
 
@@ -188,7 +190,8 @@ def test_what_is_not_known_stays_unknown():
 
 
 def test_a_policy_of_the_exits_alone_is_refused_and_one_of_the_ensemble_is_not():
-    fitting, judging = miscalibrated(samples=500), miscalibrated(samples=500, seed=1, split="test")
+    fitting = miscalibrated(samples=500)
+    judging = miscalibrated(samples=500, seed=1, split="test")
     alone = fit_thresholds(fitting, COSTS, max_accuracy_loss=0.1)
     together = fit_thresholds(ensembled(fitting, "geometric"), COSTS, max_accuracy_loss=0.1)
     with pytest.raises(StaleInput, match="set of weights"):

@@ -65,7 +65,8 @@ def alone(moves: Mapping[int, Sequence[int]], sample: int) -> list[int]:
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, dict[int, list[int]]]:
-    nodes, count = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    nodes = draw(st.integers(1, 5))
+    count = draw(st.integers(1, 6))
     return count, {
         node: draw(
             st.lists(
@@ -243,7 +244,8 @@ def test_part_of_a_batch_says_nothing_about_drift() -> None:
 class Small(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.hidden, self.head = nn.Linear(64, hidden), nn.Linear(hidden, 10)
+        self.hidden = nn.Linear(64, hidden)
+        self.head = nn.Linear(hidden, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.hidden(x.flatten(1)).relu())

@@ -215,7 +215,8 @@ def test_budgets_of_every_cost_are_judged_and_shown(call: Call, run_dir: Path) -
 def test_weights_may_come_from_a_budget_of_another_cost(
     tmp_path: Path, unit: str, high: float
 ) -> None:
-    budget, run = f"uniform:0:{high:g}{unit}", RunDirectory(tmp_path / "run")
+    budget = f"uniform:0:{high:g}{unit}"
+    run = RunDirectory(tmp_path / "run")
     plan = workflow.Plan(
         model="impatient:resnet:n=1,c=8",
         data="digits",

@@ -56,7 +56,8 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert code == 0, text
     assert "times as fast as the last network alone" in text
     run = RunDirectory(tmp_path / "cascade")
-    cascade, policy = run.network()[0], run.policy("price-0.01")
+    cascade = run.network()[0]
+    policy = run.policy("price-0.01")
     assert isinstance(cascade, Cascade)
     assert isinstance(policy, SelectionPolicy)
     assert (

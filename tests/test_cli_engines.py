@@ -83,7 +83,8 @@ def test_answers_by_a_deadline_are_torch_s(call: Call, run_dir: Path, digit: Pat
     )
     _, wanted = call("run", run_dir, digit, "--deadline-ms", 10_000, "--json", "--any-profile")
 
-    found, expected = json.loads(text)[0], json.loads(wanted)[0]
+    found = json.loads(text)[0]
+    expected = json.loads(wanted)[0]
 
     assert code == 0
     assert (found["answer"], found["exit"]) == (expected["answer"], expected["exit"])
@@ -96,7 +97,8 @@ def test_recordings_and_evaluations_are_the_engine_s_own(call: Call, run_dir: Pa
     judged, text = call("evaluate", run_dir, "--engine", "onnxruntime")
     reported, _ = call("report", run_dir)
     here = RunDirectory(run_dir).engine("onnxruntime")
-    found, wanted = here.recording("test"), RunDirectory(run_dir).recording("test")
+    found = here.recording("test")
+    wanted = RunDirectory(run_dir).recording("test")
 
     assert (code, judged, reported) == (0, 0, 0)
     assert found.provenance.engine == "onnxruntime"
@@ -119,10 +121,8 @@ def test_eight_bits_have_their_own_accuracy(call: Call, run_dir: Path) -> None:
     )
     judged, text = call("evaluate", run_dir, "--engine", "onnxruntime-int8-dynamic")
     seen = RunDirectory(run_dir).engine("onnxruntime-int8-dynamic")
-    outputs, wanted = (
-        seen.recording("test").outputs,
-        RunDirectory(run_dir).recording("test").outputs,
-    )
+    outputs = seen.recording("test").outputs
+    wanted = RunDirectory(run_dir).recording("test").outputs
 
     assert (exported, recorded, judged) == (0, 0, 0)
     assert "largest difference" in said

@@ -132,7 +132,8 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(
     # the best last exit by validation answers at the end
     assert float(validation[-1]) == pytest.approx(best)
     assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]
-    small, large = rows["static n1"], rows["static n2"]
+    small = rows["static n1"]
+    large = rows["static n2"]
     # the very same network
     assert large["accuracy"] == rows["no exits, trained alone"]["accuracy"]
     assert large["macs"] == rows["no exits, trained alone"]["macs"] > small["macs"]
@@ -163,7 +164,8 @@ GROWING = "impatient:anytimenet:schedule=1-1/2-1/2-2,width=4"
 
 
 def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path) -> None:
-    run, together = tmp_path / "run", tmp_path / "together"
+    run = tmp_path / "run"
+    together = tmp_path / "together"
     train = ["train", run, "--model", GROWING, "--epochs", "1", "--quiet"]
     for verb in (
         train,

@@ -25,7 +25,8 @@ class Watched(threading.Condition):
 
     def __init__(self, script: Callable[[], None] | None = None) -> None:
         super().__init__()
-        self.notifications, self.script = 0, script
+        self.notifications = 0
+        self.script = script
 
     def notify_all(self) -> None:
         self.notifications += 1
@@ -127,7 +128,8 @@ def test_a_fake_clock_moves_only_when_told():
 
 
 def test_waiting_for_an_instant_that_has_come_returns_at_once():
-    clock, changed = FakeClock(now=1.0), Watched(script=lambda: pytest.fail("slept"))
+    clock = FakeClock(now=1.0)
+    changed = Watched(script=lambda: pytest.fail("slept"))
     with changed:
         clock.wait(changed, until=1.0)
         clock.wait(changed, until=0.5)
@@ -161,7 +163,8 @@ def test_a_sleeper_leaves_nothing_behind_when_its_wait_is_cut_short_by_an_error(
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    clock, changed = FakeClock(), Watched(interrupted)
+    clock = FakeClock()
+    changed = Watched(interrupted)
     with changed, pytest.raises(KeyboardInterrupt):
         clock.wait(changed, until=1.0)
     clock.advance(2.0)
@@ -170,7 +173,8 @@ def test_a_sleeper_leaves_nothing_behind_when_its_wait_is_cut_short_by_an_error(
 
 def test_advancing_wakes_a_thread_whose_instant_has_come():
     clock = FakeClock()
-    early, late = Sleeper(clock, 1.0), Sleeper(clock, 2.0)
+    early = Sleeper(clock, 1.0)
+    late = Sleeper(clock, 2.0)
     clock.advance(1.0)
     assert early.woken.wait(SAFETY)
     assert not late.woken.is_set()
@@ -188,7 +192,8 @@ def test_a_notification_wakes_a_sleeper_without_any_time_passing():
 
 
 def test_of_two_sleepers_on_one_condition_the_second_is_still_woken_by_time():
-    clock, changed = FakeClock(), threading.Condition()
+    clock = FakeClock()
+    changed = threading.Condition()
     sleepers = [Sleeper(clock, 1.0, changed), Sleeper(clock, 1.0, changed)]
     with changed:
         changed.notify()
@@ -214,13 +219,15 @@ def test_the_system_clock_never_goes_back():
 
 
 def test_the_system_clock_does_not_wait_for_the_past():
-    clock, changed = SystemClock(), threading.Condition()
+    clock = SystemClock()
+    changed = threading.Condition()
     with changed:
         clock.wait(changed, until=clock.now() - 1.0)
 
 
 def test_the_system_clock_returns_when_the_instant_comes():
-    clock, changed = SystemClock(), threading.Condition()
+    clock = SystemClock()
+    changed = threading.Condition()
     until = clock.now() + 0.002
     with changed:
         # a condition may wake early by its nature

@@ -24,9 +24,12 @@ from impatient.runtime.compaction import Compaction
 from impatient.runtime.engines.standalone import StagedRun, Wiring
 from impatient.runtime.runner import RESERVE_S
 
-WIDTH, CLASSES, MOST = 6, 3, 8
+WIDTH = 6
+CLASSES = 3
+MOST = 8
 COSTS = costs_of([1.0] * 4, sizes=(MOST,))
-ALWAYS, NEVER = Compaction(costs=COSTS, when="always"), Compaction(costs=COSTS, when="never")
+ALWAYS = Compaction(costs=COSTS, when="always")
+NEVER = Compaction(costs=COSTS, when="never")
 
 
 class Blocks(nn.Module):
@@ -118,7 +121,8 @@ def alone(
     network: MultiExitNetwork, x: Tensor, policies: Sequence[Any]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Truth: every sample by itself through all exits, then the first at which its policy stops."""
-    outputs, exits = [], []
+    outputs = []
+    exits = []
     for number, policy in enumerate(policies):
         with torch.inference_mode():
             of_exits = network(x[number : number + 1])
@@ -160,7 +164,8 @@ def test_the_batches_drawn_here_do_stop_at_different_exits() -> None:
 def test_a_shrinking_batch_gives_every_sample_what_it_gets_alone(
     thresholds: Any, batch: int, seed: int, buckets: Any
 ) -> None:
-    x, policy = x_of(batch, seed), policy_of(*thresholds)
+    x = x_of(batch, seed)
+    policy = policy_of(*thresholds)
     compaction = dataclasses.replace(ALWAYS, buckets=tuple(buckets))
     assert_same(driven(NETWORK, x, policy, compaction), alone(NETWORK, x, [policy] * batch))
 
@@ -173,7 +178,8 @@ def test_a_shrinking_batch_gives_every_sample_what_it_gets_alone(
     when=st.sampled_from(["always", "never", "auto"]),
 )
 def test_runners_answer_so_in_both_ways(thresholds: Any, batch: int, seed: int, when: Any) -> None:
-    x, policy = x_of(batch, seed), policy_of(*thresholds)
+    x = x_of(batch, seed)
+    policy = policy_of(*thresholds)
     wanted = alone(NETWORK, x, [policy] * batch)
     with Runner(NETWORK, COSTS, policy, compaction=when, any_profile=True) as runner:
         answer = runner.run(x)
@@ -188,7 +194,8 @@ def test_runners_answer_so_in_both_ways(thresholds: Any, batch: int, seed: int, 
 def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(
     thresholds: Any, batch: int, seed: int
 ) -> None:
-    x, last = x_of(batch, seed), NETWORK.num_exits - 1
+    x = x_of(batch, seed)
+    last = NETWORK.num_exits - 1
     with Runner(NETWORK, COSTS, policy_of(*thresholds), any_profile=True) as runner:
         together = runner.run(x)
         for number, exit in enumerate(together.exits):
@@ -212,7 +219,8 @@ def test_a_sample_alone_gets_the_answer_that_it_gets_in_a_batch(
 def test_after_every_exit_a_snapshot_has_all_samples_in_order(
     thresholds: Any, batch: int, seed: int
 ) -> None:
-    x, policy = x_of(batch, seed), policy_of(*thresholds)
+    x = x_of(batch, seed)
+    policy = policy_of(*thresholds)
     outputs = torch.stack(NETWORK(x)).detach()
     stops = policy.exits_of(outputs)
     *taken, finished = snapshots(NETWORK, x, policy, ALWAYS)
@@ -224,7 +232,8 @@ def test_after_every_exit_a_snapshot_has_all_samples_in_order(
 
 
 def test_a_snapshot_is_not_changed_by_what_comes_later() -> None:
-    taken, copies = [], []
+    taken = []
+    copies = []
     for output, _ in snapshots(NETWORK, x_of(MOST), policy_of(0.9, 0.9, 0.9), ALWAYS):
         taken.append(output)
         copies.append(output.clone())
@@ -254,14 +263,16 @@ def still_going(exits: Sequence[int]) -> list[int]:
 def test_each_stage_runs_on_the_samples_still_going_and_no_others(
     thresholds: Any, batch: int, seed: int
 ) -> None:
-    x, policy = x_of(batch, seed), policy_of(*thresholds)
+    x = x_of(batch, seed)
+    policy = policy_of(*thresholds)
     _, exits = alone(NETWORK, x, [policy] * batch)
     assert rows_run(NETWORK, x, policy, ALWAYS) == still_going(exits)
     assert rows_run(NETWORK, x, policy, NEVER) == [batch] * (max(exits) + 1)
 
 
 def test_with_buckets_each_stage_runs_on_one_of_them() -> None:
-    x, policy = x_of(MOST, 1), policy_of(0.9, 0.9, 0.9)
+    x = x_of(MOST, 1)
+    policy = policy_of(0.9, 0.9, 0.9)
     _, exits = alone(NETWORK, x, [policy] * MOST)
     assert still_going(exits) != (
         rows := rows_run(NETWORK, x, policy, dataclasses.replace(ALWAYS, buckets=(2, 5, 8)))
@@ -272,7 +283,8 @@ def test_with_buckets_each_stage_runs_on_one_of_them() -> None:
 
 
 def test_where_the_rule_says_no_all_rows_run() -> None:
-    x, policy = x_of(MOST, 1), policy_of(0.9, 0.9, 0.9)
+    x = x_of(MOST, 1)
+    policy = policy_of(0.9, 0.9, 0.9)
     cheap = Compaction(costs=costs_of([1e-9] * 4, sizes=(MOST,)))
     worth = Compaction(costs=COSTS)
     assert set(rows_run(NETWORK, x, policy, cheap)) == {MOST}
@@ -281,7 +293,9 @@ def test_where_the_rule_says_no_all_rows_run() -> None:
 
 def test_a_network_that_does_not_shrink_goes_on_with_all() -> None:
     torch.manual_seed(0)
-    network, x, policy = attach(Skipping()), x_of(MOST, 1), policy_of(0.9, 0.9, 0.9)
+    network = attach(Skipping())
+    x = x_of(MOST, 1)
+    policy = policy_of(0.9, 0.9, 0.9)
     wanted = alone(network, x, [policy] * MOST)
     assert len(set(wanted[1])) > 1
     assert_same(driven(network, x, policy, ALWAYS), wanted)
@@ -342,7 +356,8 @@ class OnFeatures:
 def test_gates_on_features_are_asked_about_the_samples_still_going(
     least: float, batch: int, seed: int, inputs: str, buckets: Any
 ) -> None:
-    x, policy = x_of(batch, seed), OnFeatures(least, inputs=inputs)
+    x = x_of(batch, seed)
+    policy = OnFeatures(least, inputs=inputs)
     found = driven(NETWORK, x, policy, dataclasses.replace(ALWAYS, buckets=buckets))
     of_each = [
         driven(NETWORK, x[number : number + 1], OnFeatures(least, inputs=inputs), NEVER)
@@ -372,7 +387,8 @@ def test_the_draws_of_a_mixture_follow_their_samples(
     cheap: Any, dear: Any, share: float, batch: int, seed: int
 ) -> None:
     mixed = MixedPolicy(cheap=policy_of(*cheap), dear=policy_of(*dear), share=share, seed=seed)
-    x, is_dear = x_of(batch, seed), mixed.drawn(batch, run=3)
+    x = x_of(batch, seed)
+    is_dear = mixed.drawn(batch, run=3)
     wanted = alone(NETWORK, x, [mixed.dear if drawn else mixed.cheap for drawn in is_dear])
     assert_same(driven(NETWORK, x, mixed.for_run(batch, 3), ALWAYS), wanted)
 
@@ -380,7 +396,8 @@ def test_the_draws_of_a_mixture_follow_their_samples(
 def test_an_exit_that_nobody_left_looks_at_is_not_paid() -> None:
     closed = policy_of(2.0, torch.inf, torch.inf)
     mixed = MixedPolicy(cheap=policy_of(-1.0, -1.0, -1.0), dear=closed, share=0.5)
-    network, x = made(), x_of(MOST)
+    network = made()
+    x = x_of(MOST)
     ran = []
     for number, head in enumerate(network.heads):
         head.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -401,7 +418,9 @@ def test_an_exit_that_nobody_left_looks_at_is_not_paid() -> None:
 def test_another_policy_holds_for_all_that_are_still_in_the_batch(
     at: int, buckets: Any, seed: int
 ) -> None:
-    x, policy, other = x_of(MOST, seed), policy_of(0.9, 0.97, 0.8), policy_of(2.0, 0.97, 0.9)
+    x = x_of(MOST, seed)
+    policy = policy_of(0.9, 0.97, 0.8)
+    other = policy_of(2.0, 0.97, 0.9)
     outputs = torch.stack(NETWORK(x)).detach()
     stopped = policy.exits_of(outputs)
     with torch.inference_mode(), NETWORK.exits(x) as run:
@@ -410,7 +429,8 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(
             done = collected.add(exit)
             if exit.index == at:
                 collected.override(other)
-                now, size = collected.snapshot(exit)[1], collected.size
+                now = collected.snapshot(exit)[1]
+                size = collected.size
                 done = collected.add(exit)
             if done:
                 break
@@ -516,7 +536,9 @@ class _AsTensors:
 def test_every_value_of_an_engines_run_shrinks(
     arrays: Any, thresholds: Any, batch: int, seed: int, buckets: Any
 ) -> None:
-    network, x, policy = Staged(arrays), x_of(batch, seed), policy_of(*thresholds)
+    network = Staged(arrays)
+    x = x_of(batch, seed)
+    policy = policy_of(*thresholds)
     of_each = [driven(network, x[number : number + 1], policy, NEVER) for number in range(batch)]
     wanted = torch.cat([output for output, _ in of_each]), tuple(exits[0] for _, exits in of_each)
     network.rows.clear()
@@ -532,7 +554,9 @@ class Timed:
     """Stages that take a second per row on a fake clock; sample k stops at exit `stops[k]`."""
 
     def __init__(self, clock: FakeClock, stops: Sequence[int]) -> None:
-        self.clock, self.stops, self.num_exits = clock, stops, 4
+        self.clock = clock
+        self.stops = stops
+        self.num_exits = 4
         self.ran: list[int] = []
 
     def exits(self, x: Tensor) -> Any:
@@ -544,7 +568,8 @@ class Timed:
 
 class _TimedRun:
     def __init__(self, network: Timed) -> None:
-        self.network, self.rows = network, torch.arange(len(network.stops))
+        self.network = network
+        self.rows = torch.arange(len(network.stops))
 
     def __enter__(self) -> Any:
         return self

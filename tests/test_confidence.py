@@ -117,10 +117,8 @@ def test_classes_by_hand():
 def test_classes_are_those_of_a_plain_loop(pair):
     recording = recording_of(*pair)
     found = class_confidence(recording)
-    true, hits = (
-        true_label_probabilities(recording.outputs, recording.labels).double(),
-        recording.hits().double(),
-    )
+    true = true_label_probabilities(recording.outputs, recording.labels).double()
+    hits = recording.hits().double()
     assert set(found.classes) == set(recording.labels.tolist())
     assert sorted(found.classes + found.absent) == list(range(recording.outputs.shape[2]))
     for label in found.classes:
@@ -165,7 +163,8 @@ def test_correlation_and_interval_are_those_of_scipy(seed, count, noise):
     random = torch.Generator().manual_seed(seed)
     first = torch.rand(count, generator=random)
     second = first + noise * torch.randn(count, generator=random) if noise else 1.0 - first.double()
-    found, known = correlation(first, second), stats.pearsonr(first.double(), second.double())
+    found = correlation(first, second)
+    known = stats.pearsonr(first.double(), second.double())
     interval = known.confidence_interval()
     assert (found.value, found.low, found.high) == pytest.approx(
         (known.statistic, interval.low, interval.high), abs=1e-6
@@ -182,7 +181,8 @@ def test_a_straight_line_correlates_wholly():
 @pytest.mark.parametrize("values", [[0.1] * 7, [1.0] * 5, [0.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3]])
 def test_where_nothing_varies_there_is_no_correlation(values):
     """Equal values, and those that differ in their last digit alone."""
-    constant, other = torch.tensor(values, dtype=torch.float64), torch.arange(float(len(values)))
+    constant = torch.tensor(values, dtype=torch.float64)
+    other = torch.arange(float(len(values)))
     assert correlation(constant, other) is None
     assert correlation(other, constant) is None
 
@@ -201,10 +201,8 @@ def test_correlations_are_over_classes_with_samples_each_counted_once():
     found = class_confidence(recording)
     assert found.absent == (3,)
     for exit, estimate in enumerate(found.correlations):
-        x, y = (
-            found.confidence[exit, list(found.classes)],
-            found.accuracy[exit, list(found.classes)],
-        )
+        x = found.confidence[exit, list(found.classes)]
+        y = found.accuracy[exit, list(found.classes)]
         assert estimate.value == pytest.approx(stats.pearsonr(x, y).statistic)
 
 
@@ -291,7 +289,8 @@ def test_each_class_is_a_point_where_it_belongs_and_all_are_seen():
         points = next(line for line in axes.lines if line.get_marker() == "o")
         assert points.get_xdata() == pytest.approx(100.0 * found.confidence[exit].numpy())
         assert points.get_ydata() == pytest.approx(100.0 * found.accuracy[exit].numpy())
-        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        (left, right) = axes.get_xlim()
+        (bottom, top) = axes.get_ylim()
         assert (left, right) == (bottom, top)
         assert left <= min(*points.get_xdata(), *points.get_ydata())
         assert right == 100.0

@@ -405,7 +405,8 @@ def test_a_time_of_nothing_compares_with_nothing():
 
 
 def test_only_batch_sizes_of_both_are_compared():
-    one, eight = made(), made(batches={8: made().at(8), 16: made().at(8)})
+    one = made()
+    eight = made(batches={8: made().at(8), 16: made().at(8)})
     assert {row.batch_size for row in one.compare(eight)} == {8}
     with pytest.raises(
         CostError, match=r"batch sizes \[1\], profile B \[16\]; needed: one in both"

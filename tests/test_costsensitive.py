@@ -115,7 +115,8 @@ def test_actions_of_neighbouring_cost_meet_first():
 
 def test_a_sample_that_weighs_two_counts_as_two():
     features, costs = drawn(80)
-    features, costs = torch.cat([features, -features]), torch.cat([costs, costs.roll(1, 1)])
+    features = torch.cat([features, -features])
+    costs = torch.cat([costs, costs.roll(1, 1)])
     # with each sample its mirror image: both ways, the same mean
     twice = torch.arange(160) % 80 < 20
     seen = Standardised.of(features)
@@ -208,7 +209,8 @@ def test_the_arrays_say_what_scikit_learn_says(learner, method):
     fresh = drawn(500, seed=1)[0]
     decision = fit_decision(features, costs, learner=learner, method=method)
     seen = Standardised.of(features)
-    new, model = (fresh.double().numpy() - seen.mean) / seen.scale, models(learner, method)
+    new = (fresh.double().numpy() - seen.mean) / seen.scale
+    model = models(learner, method)
     price = costs.double().numpy()
     if method == "filter_tree":
         gain = price[:, 0] - price[:, 1]

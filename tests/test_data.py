@@ -65,7 +65,8 @@ def test_every_class_gives_its_share(digits, split):
 
 
 def test_the_same_seed_gives_the_same_splits_and_another_seed_another_validation_split(digits):
-    again, other = load_data("digits"), load_data("digits", seed=1)
+    again = load_data("digits")
+    other = load_data("digits", seed=1)
     assert rows(split_of(again, "validation")[0]) == rows(split_of(digits, "validation")[0])
     assert rows(split_of(other, "validation")[0]) != rows(split_of(digits, "validation")[0])
     assert again.fingerprint == digits.fingerprint != other.fingerprint
@@ -242,10 +243,8 @@ def test_groups_that_span_classes_stay_on_one_side(tmp_path):
 
 
 def test_a_class_whose_groups_are_all_wanted_elsewhere_keeps_one_for_training(tmp_path):
-    groups, labels = (
-        np.array([0] * 10 + [1] * 10 + [2] * 20),
-        np.array([0, 1] * 5 + [0] * 10 + [0] * 20),
-    )
+    groups = np.array([0] * 10 + [1] * 10 + [2] * 20)
+    labels = np.array([0, 1] * 5 + [0] * 10 + [0] * 20)
     # class 1 occurs in group 0 alone
     for seed in range(5):
         data = load_data(
@@ -448,7 +447,8 @@ def test_vectors_are_standardised_over_all_features(tmp_path):
 
 
 def test_preprocessing_is_fitted_on_the_training_split_alone(tmp_path):
-    plain, marked = arrays(), arrays()
+    plain = arrays()
+    marked = arrays()
     held_out = split_of(load_data(saved(tmp_path, plain)), "validation")[0].numpy()
     places = [
         row.astype(np.float32).tobytes() in {out.tobytes() for out in held_out}
@@ -733,7 +733,8 @@ def test_a_validation_table_serves_as_the_test_split_and_a_size_is_given(hub, tm
 
 def test_without_a_test_table_a_fifth_is_carved_out_whatever_the_seed(hub, tmp_path):
     spec = on_disk(hub, tmp_path, train=table(hub, 20))
-    one, other = load_data(spec), load_data(spec, seed=1)
+    one = load_data(spec)
+    other = load_data(spec, seed=1)
     assert one.size("test") == other.size("test") == 4
     assert torch.equal(split_of(one, "test")[1], split_of(other, "test")[1])
     assert one.fingerprint != other.fingerprint

@@ -33,7 +33,8 @@ def zone(powercap: Path, number: str, name: str, energy_uj: int, most: int = RAN
 
 def spend(folder: Path, joules: float) -> None:
     """Let a counter go on, round if it must."""
-    counter, most = folder / "energy_uj", int((folder / "max_energy_range_uj").read_text())
+    counter = folder / "energy_uj"
+    most = int((folder / "max_energy_range_uj").read_text())
     counter.write_text(f"{(int(counter.read_text()) + round(joules * 1e6)) % most}\n")
 
 
@@ -192,7 +193,9 @@ def test_the_gpu_that_is_asked_for_is_measured(zeus: type[FakeZeus]) -> None:
 def test_of_a_system_on_a_chip_all_is_measured(
     zeus: type[FakeZeus], soc: Any, joules: float, device: str
 ) -> None:
-    zeus.soc_is_present, zeus.soc, zeus.gpus = True, soc, ()
+    zeus.soc_is_present = True
+    zeus.soc = soc
+    zeus.gpus = ()
     meter = ZeusMeter(device)
     meter.begin()
     assert meter.end() == pytest.approx(joules)
@@ -244,7 +247,9 @@ class FakeMeter:
     name = "abacus"
 
     def __init__(self, clock: FakeClock, watts: float = 0.0) -> None:
-        self.clock, self.watts, self.spent = clock, watts, 0.0
+        self.clock = clock
+        self.watts = watts
+        self.spent = 0.0
 
     def _joules(self) -> float:
         return self.spent + self.watts * self.clock.now()
@@ -258,7 +263,10 @@ class FakeMeter:
 
 class Job:
     def __init__(self, meter: FakeMeter, seconds: float, joules: float) -> None:
-        self.meter, self.seconds, self.joules, self.runs = meter, seconds, joules, 0
+        self.meter = meter
+        self.seconds = seconds
+        self.joules = joules
+        self.runs = 0
 
     def __call__(self) -> None:
         self.runs += 1
@@ -280,7 +288,8 @@ def test_joules_of_a_run_are_those_of_a_window_by_its_runs() -> None:
 def test_one_window_in_which_something_else_ran_does_not_count() -> None:
     meter = FakeMeter(FakeClock())
     jobs = [Job(meter, 0.25, 1.0), Job(meter, 0.25, 2.0)]
-    end, windows = meter.end, []
+    end = meter.end
+    windows = []
 
     def disturbed() -> float:
         windows.append(len(windows))
@@ -291,7 +300,8 @@ def test_one_window_in_which_something_else_ran_does_not_count() -> None:
 
 
 def test_jobs_take_turns() -> None:
-    meter, order = FakeMeter(FakeClock()), []
+    meter = FakeMeter(FakeClock())
+    order = []
 
     def job(name: str) -> Any:
         return lambda: (order.append(name), Job(meter, 1.0, 1.0)())

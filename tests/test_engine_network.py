@@ -126,7 +126,8 @@ def test_features_and_pooled_features_are_those_of_the_eager_network(
 def test_answers_outlive_later_runs(network: EngineNetwork) -> None:
     """An engine may write its next answer to the same memory."""
     first = list(network.exits(torch.randn(2, 8)))
-    outputs, features = [exit.output() for exit in first], [exit.features for exit in first]
+    outputs = [exit.output() for exit in first]
+    features = [exit.features for exit in first]
     whole = network.backbone(torch.ones(2, 8))
     before = [value.clone() for value in (*outputs, *features, whole)]
     for exit in network.exits(torch.randn(2, 8)):
@@ -139,7 +140,8 @@ def test_answers_outlive_later_runs(network: EngineNetwork) -> None:
 
 
 def test_kept_rows_alone_go_on(network: EngineNetwork) -> None:
-    x, rows = torch.randn(5, 8), torch.tensor([4, 1])
+    x = torch.randn(5, 8)
+    rows = torch.tensor([4, 1])
     full = [exit.output() for exit in network.exits(x)]
     with network.exits(x) as run:
         next(run)
@@ -201,7 +203,8 @@ def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: Netwo
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return self.last(self.first(left).relu() - right)
@@ -232,7 +235,8 @@ def test_it_is_described_as_the_eager_network_is(
     network: EngineNetwork, eager: MultiExitNetwork
 ) -> None:
     assert isinstance(network, DescribedNetwork)
-    ours, theirs = network.describe(EXAMPLE).splitlines(), eager.describe(EXAMPLE).splitlines()
+    ours = network.describe(EXAMPLE).splitlines()
+    theirs = eager.describe(EXAMPLE).splitlines()
     assert ours[:-2] == theirs[:-2]
     assert ours[-1] == f"mechanism: {network.engine}, one artifact for each of 3 stages."
     assert network.exit_names == eager.exit_names

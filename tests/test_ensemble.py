@@ -256,7 +256,8 @@ def test_another_table_is_another_network(members, network):
 
 
 def test_copies_are_independent(network, toy_input):
-    before, twin = torch.stack(network(toy_input)), copy.deepcopy(network)
+    before = torch.stack(network(toy_input))
+    twin = copy.deepcopy(network)
     assert torch.stack(twin(toy_input)).equal(before)
     twin.load_state_dict(
         EANN([member(2), member(3), member(4)], [[0.1] * 2, [0.1] * 3, [0.1] * 4]).state_dict()

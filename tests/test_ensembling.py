@@ -61,7 +61,8 @@ def test_geometric_is_the_normalised_product_of_powers(weights, share):
     combined = combine(
         torch.stack([logs(0.9, 0.1), logs(0.2, 0.8)]), Rule(name="geometric", weights=weights)
     )
-    first, second = 0.9 ** (1 - share) * 0.2**share, 0.1 ** (1 - share) * 0.8**share
+    first = 0.9 ** (1 - share) * 0.2**share
+    second = 0.1 ** (1 - share) * 0.8**share
     expected = torch.tensor([[0.9, 0.1], [first / (first + second), second / (first + second)]])
     torch.testing.assert_close(combined.exp(), expected)
 
@@ -155,7 +156,8 @@ def test_caching_never_grows_less_sure(outputs):
 def test_caching_gives_bit_by_bit_the_output_that_a_plain_loop_holds(outputs, rounded):
     # with many exits that are equally sure
     outputs = outputs.round() if rounded else outputs
-    combined, surety = combine(outputs, "caching"), outputs.softmax(-1).amax(-1)
+    combined = combine(outputs, "caching")
+    surety = outputs.softmax(-1).amax(-1)
     for sample in range(outputs.shape[1]):
         held = 0
         for exit in range(len(outputs)):

@@ -220,7 +220,8 @@ def test_expected_accuracies_are_those_of_sampled_budgets(name):
         hand_made(), COSTS, {"mine": POLICY}, exit_free=trained_alone(), budgets={name: budget}
     )
     found = {row.name: row.accuracy.value for row in evaluation.under_budgets}
-    times, hits = budget.sample(20_000, seed=3), np.array(RIGHT, dtype=float)
+    times = budget.sample(20_000, seed=3)
+    hits = np.array(RIGHT, dtype=float)
     # here deeper is never less accurate
     ways = {
         "interruptible": simulated(hits, [1.5, 3.75, 6.75], times),
@@ -367,7 +368,8 @@ def test_wilson_intervals_hold_the_truth_in_simulated_draws():
 
 @pytest.mark.parametrize("count", [1, 7, 1000])
 def test_all_or_nothing_still_has_an_interval(count):
-    nothing, everything = proportion(0.0, count), proportion(float(count), count)
+    nothing = proportion(0.0, count)
+    everything = proportion(float(count), count)
     assert (nothing.value, nothing.low, everything.value, everything.high) == (0.0, 0.0, 1.0, 1.0)
     assert nothing.high == pytest.approx(1 - everything.low)
     assert nothing.high == pytest.approx(3.84 / (count + 3.84), abs=1e-3)
@@ -425,7 +427,8 @@ def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
         exit_free=trained_alone(),
         budgets={"point": budgets.point(1.25)},
     )
-    row, alone = evaluation["small"], evaluation["no exits, trained alone"]
+    row = evaluation["small"]
+    alone = evaluation["no exits, trained alone"]
     assert (row.kind, row.accuracy, row.contract_s, row.interruptible_s, row.macs) == (
         "static",
         alone.accuracy,

@@ -96,7 +96,8 @@ class UntilSmall(nn.Module):
         self.block = nn.Sequential(
             nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.2)
         )
-        self.seldom, self.often = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.seldom = nn.Conv2d(8, 8, 1)
+        self.often = nn.Conv2d(8, 8, 1)
         self.classifier = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -114,8 +115,11 @@ class SharedBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.shared, self.tail = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.drop, self.classifier = nn.Dropout(0.1), nn.Linear(16, CLASSES)
+        self.stem = nn.Linear(12, 16)
+        self.shared = nn.Linear(16, 16)
+        self.tail = nn.Linear(16, 16)
+        self.drop = nn.Dropout(0.1)
+        self.classifier = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -324,7 +328,8 @@ def test_last_output_is_exact_in_eval_mode(
     for batch in (2, 1, 5):
         x = pair.batch(batch)
         with torch.no_grad():
-            got, truth = outputs(pair, x), untouched_output(pair, x)
+            got = outputs(pair, x)
+            truth = untouched_output(pair, x)
         assert [tuple(output.shape) for output in got] == [
             (batch, CLASSES)
         ] * pair.network.num_exits
@@ -346,11 +351,13 @@ def test_training_step_is_exact_in_output_gradients_and_buffers(
     pair: Pair, outputs: Callable[[Pair, Any], list[Tensor]]
 ) -> None:
     pair.begin(training=True)
-    x, backbone = pair.batch(4), pair.network.backbone
+    x = pair.batch(4)
+    backbone = pair.network.backbone
     target = torch.randn(4, CLASSES)
     pair.untouched.zero_grad()
     pair.network.zero_grad()
-    truth, got = untouched_output(pair, x), outputs(pair, x)[-1]
+    truth = untouched_output(pair, x)
+    got = outputs(pair, x)[-1]
     assert difference(got, truth) == 0.0
     (truth - target).square().sum().backward()
     (got - target).square().sum().backward()

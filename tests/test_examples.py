@@ -46,7 +46,8 @@ def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None
     made = main_of("sensor_loop.py")(
         seconds=0.03, rate=1e3, blocks=(2, 1, 1), epochs=1, repeats=5, figure=str(figure)
     )
-    growing, whole = made["AnytimeNet"], made["static"]
+    growing = made["AnytimeNet"]
+    whole = made["static"]
     assert len(growing) == len(whole) == 30
     # the same deadlines for both
     assert [frame.left_s for frame in growing] == [frame.left_s for frame in whole]

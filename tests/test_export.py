@@ -171,7 +171,8 @@ def test_a_network_says_what_runs_it_and_what_it_was_made_from(
 
 
 def test_a_batch_shrinks(made: EngineNetwork, network: MultiExitNetwork) -> None:
-    x, kept = pictures(5), torch.tensor([3, 0])
+    x = pictures(5)
+    kept = torch.tensor([3, 0])
     with made.exits(x) as run:
         next(run)
         run.keep(kept)
@@ -193,7 +194,8 @@ def test_a_runner_answers_by_deadline_and_policy_as_with_torch(
         Runner(made, costs, policy) as runner,
         Runner(network, costs, policy, any_profile=True) as eager,
     ):
-        answer, wanted = runner.run(x, deadline=NEVER), eager.run(x, deadline=NEVER)
+        answer = runner.run(x, deadline=NEVER)
+        wanted = eager.run(x, deadline=NEVER)
 
     assert costs.provenance.engine == made.engine
     assert len(set(answer.exits)) > 1
@@ -280,7 +282,8 @@ def test_costs_go_with_it(directory: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_whole_network_its_stages_stand_for_it(toy_directory: Path) -> None:
-    made, x = load_engine(toy_directory), torch.randn(3, 8)
+    made = load_engine(toy_directory)
+    x = torch.randn(3, 8)
 
     assert not (toy_directory / "whole.onnx").exists()
     assert_close([made.backbone(x)], [toy_network().backbone(x).detach()])
@@ -307,7 +310,8 @@ def test_eight_bits_are_near_and_smaller(
         precision=precision,
         calibration=[pictures(8), pictures(4)],
     )
-    bundle, x = read_json(place / "bundle.json"), pictures(5)
+    bundle = read_json(place / "bundle.json")
+    x = pictures(5)
 
     assert bundle["tolerance"] is None
     assert all(1e-4 < difference < 0.2 for difference in bundle["agreement"])
@@ -357,7 +361,8 @@ def test_files_of_an_engine_in_one_call_go_when_it_goes(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     written(toy_directory)
-    made, x = to_engine(toy_network(), "onnxruntime", example=torch.randn(2, 8)), torch.randn(4, 8)
+    made = to_engine(toy_network(), "onnxruntime", example=torch.randn(2, 8))
+    x = torch.randn(4, 8)
     assert_close(outputs_of(made, x), outputs_of(toy_network(), x))
     assert list(tmp_path.iterdir()) != []
     del made
@@ -385,7 +390,8 @@ def test_answers_that_are_always_the_same_show_no_agreement() -> None:
     nn.init.zeros_(network.backbone.classifier.weight)
 
     class Itself:
-        backbone, exits = network.backbone, staticmethod(network.exits)
+        backbone = network.backbone
+        exits = staticmethod(network.exits)
 
     with pytest.warns(NoEffectWarning, match=r"exit 1 \(output\) answers the same to every input"):
         assert differences(network, Itself(), torch.randn(3, 8)) == [0.0, 0.0]  # type: ignore[arg-type]

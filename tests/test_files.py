@@ -223,7 +223,8 @@ def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path):
 
 
 def test_tied_tensors_are_written_each_for_itself(tmp_path):
-    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    first = nn.Linear(3, 3, bias=False)
+    second = nn.Linear(3, 3, bias=False)
     second.weight = first.weight
     both = nn.ModuleDict({"first": first, "second": second})
     write_tensors(tmp_path / "file", both.state_dict(), {})

@@ -130,7 +130,8 @@ def cost_of(stops, losses, times, price, reference):
     exits = torch.cat([stops, torch.ones_like(stops[:1])]).int().argmax(0)
     total = 0.0
     for sample, exit in enumerate(exits.tolist()):
-        loss, full = float(losses[exit, sample]), float(losses[-1, sample])
+        loss = float(losses[exit, sample])
+        full = float(losses[-1, sample])
         total += (max(loss - full, 0.0) if reference == "full" else loss) + price * until_s(
             times, exit
         )
@@ -173,11 +174,9 @@ def test_where_looking_costs_nothing_closing_gates_loses_nothing(problem, price,
 
 def test_the_papers_reference_is_not_the_best_for_its_own_objective():
     """The last exit errs; one in between is right: the paper's rule goes on to it, though no error would count."""
-    losses, times = (
-        torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64),
-        GateTimes(
-            stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.0, 0.0), heads_first=False
-        ),
+    losses = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
+    times = GateTimes(
+        stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.0, 0.0), heads_first=False
     )
     stops = {
         reference: backward(losses, times, knows, time_price=0.1, reference=reference)
@@ -266,7 +265,8 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, inputs):
 
 @pytest.mark.parametrize("reference", ["full", "none", "downstream"])
 def test_gates_beat_rules_that_see_less_on_fresh_data(reference):
-    known, fresh = drawn(3000, seed=4), drawn(3000, seed=5, split="test")
+    known = drawn(3000, seed=4)
+    fresh = drawn(3000, seed=5, split="test")
     gates = fit_gates(known, COSTS, mean_time_s=2.5, reference=reference)
     blind = uniform(known, COSTS, mean_time_s=2.5)
     short = myopic(known, COSTS, mean_time_s=2.5)
@@ -357,12 +357,14 @@ def test_asking_a_gate_is_measured_and_closed_ones_take_nothing(inputs):
 def test_asking_exit_by_exit_gives_what_asking_at_once_gives(inputs):
     recording = with_features(drawn(200, seed=10))
     policy = fit_gates(recording, COSTS, time_price=0.15, inputs=inputs)
-    here, expected = torch.arange(200), torch.full((200,), -1)
+    here = torch.arange(200)
+    expected = torch.full((200,), -1)
     for exit in range(4):
         pooled = None if inputs == "confidences" else recording.features[exit][here]
         outputs = None if inputs == "features" else recording.outputs[exit, here]
         stops = policy.stops_on(exit, pooled, outputs)
-        expected[here[stops]], here = exit, here[~stops]
+        expected[here[stops]] = exit
+        here = here[~stops]
     assert policy.exits_on(recording).equal(expected)
     assert len(expected.unique()) > 2
 
@@ -503,7 +505,8 @@ def test_a_mixture_meets_a_mean_time_exactly_in_expectation(sweep):
     hull = lower_hull(points)
     for wanted in (1.1, 1.7, 2.4, 3.1):
         mixture = mix(points, mean_time_s=wanted)
-        cheap, dear = mean_s(mixture.cheap, recording), mean_s(mixture.dear, recording)
+        cheap = mean_s(mixture.cheap, recording)
+        dear = mean_s(mixture.dear, recording)
         assert cheap + mixture.share * (dear - cheap) == pytest.approx(wanted)
         gates = [point.policy for point in hull]
         assert gates.index(mixture.dear) == gates.index(mixture.cheap) + 1
@@ -515,7 +518,8 @@ def test_a_mixture_meets_a_mean_time_exactly_in_expectation(sweep):
 def test_a_run_of_a_mixture_follows_one_policy_per_sample_through_all_exits(sweep):
     recording, points = sweep
     mixture = MixedPolicy(cheap=points[70].policy, dear=points[30].policy, share=0.4, seed=3)
-    run, is_dear = mixture.for_run(400), mixture.drawn(400)
+    run = mixture.for_run(400)
+    is_dear = mixture.drawn(400)
     assert 0.3 < float(is_dear.double().mean()) < 0.5
     stops = [
         run.stops(k, recording.outputs[k]) if run.looks_at(k) else torch.zeros(400).bool()
@@ -588,7 +592,8 @@ def test_no_single_threshold_is_better_than_the_myopic_one(target):
         other = replace(policy, thresholds=(bound,) * 3 + (-INF,))
         found.append((accuracy(other, recording), mean_s(other, recording)))
     found.append((float(recording.hits()[-1].mean()), 4.0))
-    reached, spent = policy.target["accuracy"], policy.target["mean_cost"]
+    reached = policy.target["accuracy"]
+    spent = policy.target["mean_cost"]
     assert (reached, spent) == pytest.approx(
         (accuracy(policy, recording), mean_s(policy, recording))
     )

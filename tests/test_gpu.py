@@ -25,14 +25,16 @@ from test_collected import NETWORK, x_of
 
 # between two looks at an event
 LOOK_S = 1e-6
-STAGES, HEADS = (1.0, 2.0, 3.0, 4.0), (0.1, 0.2, 0.3, 0.0)
+STAGES = (1.0, 2.0, 3.0, 4.0)
+HEADS = (0.1, 0.2, 0.3, 0.0)
 
 
 class Device:
     """Does what it is given in order, later; what it copies is NaN until it has arrived."""
 
     def __init__(self, clock: FakeClock) -> None:
-        self.clock, self.free = clock, 0.0
+        self.clock = clock
+        self.free = 0.0
         self.given: list[str] = []
 
     def give(self, what: str, seconds: float) -> None:
@@ -43,7 +45,8 @@ class Device:
         self.given.clear()
 
     def fetch(self, tensors: Sequence[Tensor]) -> Fetched:
-        due, truth = self.free, [tensor.clone() for tensor in tensors]
+        due = self.free
+        truth = [tensor.clone() for tensor in tensors]
         values = tuple(torch.full_like(tensor, torch.nan) for tensor in tensors)
 
         def arrived() -> bool:
@@ -66,7 +69,8 @@ class OnDevice:
     num_exits = 4
 
     def __init__(self, device: Device, stages_s: Sequence[float] = STAGES) -> None:
-        self.device, self.stages_s = device, stages_s
+        self.device = device
+        self.stages_s = stages_s
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -77,11 +81,13 @@ class OnDevice:
 
 class Walk(Iterator[Any]):
     def __init__(self, network: OnDevice, x: Tensor) -> None:
-        self._network, self._walk = network, NETWORK.exits(x)
+        self._network = network
+        self._walk = NETWORK.exits(x)
 
     def __next__(self) -> Any:
         exit = next(self._walk)
-        device, index = self._network.device, exit.index
+        device = self._network.device
+        index = exit.index
         device.give(f"stage {index}", self._network.stages_s[index])
         return Exit(exit, device)
 
@@ -97,8 +103,10 @@ class Walk(Iterator[Any]):
 
 class Exit:
     def __init__(self, exit: Any, device: Device) -> None:
-        self._exit, self._device = exit, device
-        self.index, self.features = exit.index, exit.features
+        self._exit = exit
+        self._device = device
+        self.index = exit.index
+        self.features = exit.features
 
     def output(self) -> Tensor:
         self._device.give(f"head {self.index}", HEADS[self.index])

@@ -52,7 +52,8 @@ def test_in_equilibrium_every_exit_has_the_same_share_of_the_gradient_of_the_fir
     toy: ToyBackbone, toy_input: Tensor
 ) -> None:
     # 1/(K-k) at the own head, and (K-j-1)/(K-j) at every exit j passed before: for each exit the product is 1/K
-    network, flow = network_of(toy), GradientFlow(equilibrium=True)
+    network = network_of(toy)
+    flow = GradientFlow(equilibrium=True)
     for exit in range(COUNT):
         plain = first_gradient(network, toy_input, one_hot(exit), PLAIN)
         assert plain.abs().sum() > 0
@@ -143,7 +144,8 @@ def test_a_block_that_gives_several_tensors_passes_the_others_on() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.left = nn.Linear(4, 4)
+            self.right = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.left(x), self.right(x)
@@ -151,7 +153,8 @@ def test_a_block_that_gives_several_tensors_passes_the_others_on() -> None:
     x = torch.randn(3, 4)
     network = attach_exits(Pairs(), after=["block"], example=x)
     network(x, gradients=GradientFlow(equilibrium=True))[1].sum().backward()
-    left, right = network.backbone.block.left.weight.grad, network.backbone.block.right.weight.grad
+    left = network.backbone.block.left.weight.grad
+    right = network.backbone.block.right.weight.grad
     # only the features lie on the exit's way
     torch.testing.assert_close(left, right / 2)
 

@@ -138,7 +138,8 @@ class ChannelsLast(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.block, self.classifier = nn.Linear(8, 8), nn.Linear(8, CLASSES)
+        self.block = nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(self.stem(x).permute(0, 2, 3, 1))
@@ -211,23 +212,23 @@ def test_heads_do_not_depend_on_the_number_of_samples_or_the_resolution(layout: 
 
 
 def test_linear_head_is_a_mean_and_a_matrix() -> None:
-    head, features = build_head("linear", shape_of("NTD"), CLASSES), features_of("NTD")
+    head = build_head("linear", shape_of("NTD"), CLASSES)
+    features = features_of("NTD")
     torch.testing.assert_close(
         head(features), functional.linear(features.mean(1), head[1].weight, head[1].bias)
     )
 
 
 def test_relu_linear_head_rectifies_before_it_pools() -> None:
-    head, features = build_head("relu_linear", shape_of("NCHW"), CLASSES), features_of("NCHW")
+    head = build_head("relu_linear", shape_of("NCHW"), CLASSES)
+    features = features_of("NCHW")
     torch.testing.assert_close(head(features), head[-1](features.relu().mean((2, 3))))
     assert not torch.allclose(head(features), head[-1](features.mean((2, 3)).relu()))
 
 
 def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
-    first, last = (
-        MSDNetHead(shape_of("NCHW"), CLASSES).eval(),
-        MSDNetHead(shape_of("NHWC"), CLASSES).eval(),
-    )
+    first = MSDNetHead(shape_of("NCHW"), CLASSES).eval()
+    last = MSDNetHead(shape_of("NHWC"), CLASSES).eval()
     last.load_state_dict(first.state_dict())
     features = torch.randn(SHAPES["NCHW"])
     torch.testing.assert_close(first(features), last(features.permute(0, 2, 3, 1)))
@@ -270,10 +271,8 @@ def test_heads_read_channels_last_as_they_read_channels_first(name: str) -> None
 
 
 def test_dropout_of_the_mlp_is_in_training_only_and_between_its_layers() -> None:
-    head, plain = (
-        build_head("mlp_dropout", shape_of("ND"), CLASSES),
-        build_head("mlp", shape_of("ND"), CLASSES),
-    )
+    head = build_head("mlp_dropout", shape_of("ND"), CLASSES)
+    plain = build_head("mlp", shape_of("ND"), CLASSES)
     plain.load_state_dict(dict(zip(plain.state_dict(), head.state_dict().values(), strict=True)))
     features = features_of("ND")
     assert not torch.allclose(head(features), plain(features))
@@ -291,7 +290,8 @@ def test_dropout_of_the_mlp_is_in_training_only_and_between_its_layers() -> None
 
 @every_layout
 def test_flatten_head_weighs_every_feature_by_itself(layout: str) -> None:
-    head, features = build_head("flatten", shape_of(layout), CLASSES), features_of(layout)
+    head = build_head("flatten", shape_of(layout), CLASSES)
+    features = features_of(layout)
     torch.testing.assert_close(
         head(features), functional.linear(features.reshape(3, -1), head[1].weight, head[1].bias)
     )
@@ -307,11 +307,10 @@ def test_flatten_head_refuses_another_resolution() -> None:
 
 
 def test_adaptive_head_means_over_quarters() -> None:
-    head, features = (
-        build_head("adaptive", FeatureShape((3, 6, 8, 4), "NCHW"), CLASSES),
-        torch.randn(3, 6, 8, 4),
-    )
-    upper, lower = features[:, :, :4], features[:, :, 4:]
+    head = build_head("adaptive", FeatureShape((3, 6, 8, 4), "NCHW"), CLASSES)
+    features = torch.randn(3, 6, 8, 4)
+    upper = features[:, :, :4]
+    lower = features[:, :, 4:]
     quarters = [
         quarter.mean((2, 3))
         for half in (upper, lower)
@@ -341,7 +340,8 @@ def test_adaptive_head_never_makes_more_places_than_there_are(
 
 @every_layout
 def test_conv1x1_head_is_a_linear_layer_at_every_place(layout: str) -> None:
-    head, features = build_head("conv1x1", shape_of(layout), CLASSES).eval(), features_of(layout)
+    head = build_head("conv1x1", shape_of(layout), CLASSES).eval()
+    features = features_of(layout)
     convolution, linear = (
         next(layer for layer in head if isinstance(layer, kind)) for kind in (nn.Conv2d, nn.Linear)
     )
@@ -476,7 +476,8 @@ def test_cut_without_a_tensor_is_refused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.texts, self.classifier = Texts(), nn.Linear(8, 3)
+            self.texts = Texts()
+            self.classifier = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             self.texts(x)
@@ -592,7 +593,8 @@ def test_parameters_of_a_shared_block_count_once() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.block, self.classifier = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.block = nn.Linear(8, 8)
+            self.classifier = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(self.block(self.block(self.block(x))))
@@ -610,7 +612,8 @@ class Features(nn.Module):
         super().__init__()
         convolutions = {"NCT": nn.Conv1d, "NCHW": nn.Conv2d, "NCTHW": nn.Conv3d}
         self.layer = convolutions[layout](6, 6, 1) if layout in convolutions else nn.Linear(6, 6)
-        self.classifier, self.channels_first = nn.Linear(6, CLASSES), layout in convolutions
+        self.classifier = nn.Linear(6, CLASSES)
+        self.channels_first = layout in convolutions
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x)
@@ -662,10 +665,8 @@ def test_cost_of_every_head_is_that_counted_by_hand(name: str, layout: str) -> N
 class Attending(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.classifier = (
-            nn.MultiheadAttention(16, 2, batch_first=True),
-            nn.Linear(16, CLASSES),
-        )
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.classifier = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x, _ = self.attention(x, x, x, need_weights=self.training)
@@ -673,10 +674,12 @@ class Attending(nn.Module):
 
 
 def test_multiplications_of_attention_are_counted() -> None:
-    tokens, width = 6, 16
+    tokens = 6
+    width = 16
     network = attach_exits(Attending(), after=["attention"], example=torch.ones(1, tokens, width))
     facts = stage_facts(network, torch.ones(2, tokens, width))
-    projections, products = 4 * tokens * width * width, 2 * tokens * tokens * width
+    projections = 4 * tokens * width * width
+    products = 2 * tokens * tokens * width
     assert [fact.stage_macs for fact in facts] == [projections + products, width * CLASSES]
 
 
@@ -725,11 +728,9 @@ def test_describing_an_input_that_misses_an_exit_is_refused() -> None:
     class Skipping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sometimes, self.always, self.classifier = (
-                nn.Linear(8, 8),
-                nn.Linear(8, 8),
-                nn.Linear(8, 3),
-            )
+            self.sometimes = nn.Linear(8, 8)
+            self.always = nn.Linear(8, 8)
+            self.classifier = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.classifier(self.always(self.sometimes(x) if x[0, 0] > 0 else x))

@@ -225,7 +225,8 @@ def test_when_told_to_a_deadline_before_the_first_exit_raises_at_the_deadline(
 
 
 def test_latest_shows_what_is_there_and_stops_nothing(network: FakeNetwork) -> None:
-    first, second = hold(network, "stage 0"), hold(network, "stage 1")
+    first = hold(network, "stage 0")
+    second = hold(network, "stage 1")
     run = runner_of(network).start(X)
     first.wait_reached()
     assert run.latest() is None
@@ -371,7 +372,8 @@ def test_closing_ends_the_run_in_flight_at_its_next_exit_and_the_thread(
 ) -> None:
     stuck = hold(network, "stage 1")
     runner = runner_of(network)
-    run, queued = runner.start(X), runner.start(X)
+    run = runner.start(X)
+    queued = runner.start(X)
     stuck.wait_reached()
     (thread,) = workers()
     runner.close()
@@ -473,7 +475,8 @@ def test_an_error_in_a_contract_run_comes_out_at_once(network: FakeNetwork) -> N
 class ScalesInPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.classifier, self.at_the_end = nn.Linear(8, 3), lambda: None
+        self.classifier = nn.Linear(8, 3)
+        self.at_the_end = lambda: None
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = self.classifier(x).mul_(2.0)
@@ -508,7 +511,8 @@ class CancellableWalk:
     """The run of a fake network whose stuck stage gives up when told to."""
 
     def __init__(self, walk: Iterator[FakeExit], network: "CancellableNetwork") -> None:
-        self._walk, self._network = walk, network
+        self._walk = walk
+        self._network = network
 
     def __iter__(self) -> Iterator[FakeExit]:
         return self._walk
@@ -521,11 +525,9 @@ class CancellableWalk:
 class CancellableNetwork(FakeNetwork):
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(clock, [1.0] * 4, [0.5] * 4)
-        self.give_up, self.reached, self.cancelled = (
-            threading.Event(),
-            threading.Event(),
-            list[CancellableWalk](),
-        )
+        self.give_up = threading.Event()
+        self.reached = threading.Event()
+        self.cancelled = list[CancellableWalk]()
 
     @contextlib.contextmanager
     def exits(self, x: Tensor) -> Iterator[CancellableWalk]:
@@ -572,7 +574,8 @@ def test_a_queued_run_begins_when_the_one_before_it_is_cancelled(
 ) -> None:
     engine.at["stage 1"] = engine.stuck
     runner = runner_of(engine)
-    first, second = runner.start(X), runner.start(X)
+    first = runner.start(X)
+    second = runner.start(X)
     assert engine.reached.wait(PATIENCE_S)
     engine.at.clear()
     first.interrupt()
@@ -691,7 +694,8 @@ def test_a_run_outlives_the_runner_that_began_it(network: FakeNetwork) -> None:
 
 
 def test_an_idle_runner_keeps_no_input_alive(network: FakeNetwork) -> None:
-    runner, x = runner_of(network), torch.zeros(1, 1)
+    runner = runner_of(network)
+    x = torch.zeros(1, 1)
     runner.start(x).result()
     gone = weakref.ref(x)
     del x
@@ -722,7 +726,9 @@ class Sticky(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.entered, self.go_on = backbone, threading.Event(), threading.Event()
+        self.backbone = backbone
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
         self.go_on.set()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -820,7 +826,8 @@ def test_the_interpreter_ends_although_a_stage_never_does(
 def test_whoever_waits_for_the_result_is_not_woken_by_the_exits_on_the_way(
     network: FakeNetwork,
 ) -> None:
-    first, last = hold(network, "stage 0"), hold(network, "stage 3")
+    first = hold(network, "stage 0")
+    last = hold(network, "stage 3")
     with runner_of(network).start(X) as run:
         first.wait_reached()
         answer = elsewhere(run.result)

@@ -15,7 +15,8 @@ from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner
 from impatient.runtime.limits import limits_of
 
-STAGES, HEADS = (100, 200, 300), (10, 20, 0)
+STAGES = (100, 200, 300)
+HEADS = (10, 20, 0)
 REACHED = [
     (110.1, 0, "limit"),
     (319.9, 0, "limit"),

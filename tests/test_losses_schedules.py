@@ -20,7 +20,8 @@ WRONG = -SURE
 
 
 def test_losses_are_mean_cross_entropies_per_exit():
-    right, wrong = math.log1p(math.exp(-4.0)), math.log1p(math.exp(4.0))
+    right = math.log1p(math.exp(-4.0))
+    wrong = math.log1p(math.exp(4.0))
     assert exit_losses([SURE, UNSURE, WRONG], LABELS).tolist() == pytest.approx(
         [right, math.log(2), wrong], rel=1e-5
     )
@@ -30,7 +31,8 @@ def test_losses_are_mean_cross_entropies_per_exit():
 
 
 def test_label_smoothing_mixes_in_the_uniform_target():
-    right, wrong = math.log1p(math.exp(-4.0)), math.log1p(math.exp(4.0))
+    right = math.log1p(math.exp(-4.0))
+    wrong = math.log1p(math.exp(4.0))
     smooth = exit_losses([SURE], LABELS, 0.2)
     assert smooth.item() == pytest.approx(0.9 * right + 0.1 * wrong, rel=1e-5)
 

@@ -63,7 +63,8 @@ def many_policies(recording, count, seed=0):
 
 @pytest.mark.parametrize("costs", [COSTS, OVERTAKEN], ids=["increasing", "overtaken"])
 def test_expected_accuracies_are_those_of_evaluate(costs):
-    recording, made = drawn(300, seed=1, split="test"), many_budgets(70)
+    recording = drawn(300, seed=1, split="test")
+    made = many_budgets(70)
     found = {
         "interruptible": expected_accuracies(recording, costs.interruptible_s(), made),
         "contract": expected_accuracies(recording, costs.contract_s(), made),
@@ -78,8 +79,10 @@ def test_expected_accuracies_are_those_of_evaluate(costs):
 
 
 def test_expected_accuracies_are_those_of_one_budget_at_a_time():
-    recording, made = drawn(300, seed=2), many_budgets(21)
-    cost, exits = COSTS.interruptible_s(), recording.hits().double().mean(1).tolist()
+    recording = drawn(300, seed=2)
+    made = many_budgets(21)
+    cost = COSTS.interruptible_s()
+    exits = recording.hits().double().mean(1).tolist()
     for credit in (0.0, 0.2):
         wanted = [
             budgets.expected_accuracy(budget, cost, exits, without_answer=credit) for budget in made
@@ -91,7 +94,8 @@ def test_expected_accuracies_are_those_of_one_budget_at_a_time():
 
 def test_right_and_wrong_may_be_given_instead_of_a_recording():
     """Under a policy a sample holds on to the answer with which it left."""
-    recording, made = drawn(200, seed=3, split="test"), many_budgets(14)
+    recording = drawn(200, seed=3, split="test")
+    made = many_budgets(14)
     policy = ThresholdPolicy(score="margin", thresholds=(0.6, 0.4, 0.3, -INF))
     held = torch.minimum(torch.arange(4)[:, None], policy.exits_of(recording.outputs)[None])
     hits = recording.hits()[held, torch.arange(200)]
@@ -175,7 +179,8 @@ def test_thresholds_are_compared_in_the_precision_of_the_scores(bound):
 
 
 def test_fitted_policies_reach_what_they_say():
-    fitted_on, costs = drawn(400, seed=6), COSTS
+    fitted_on = drawn(400, seed=6)
+    costs = COSTS
     policies = [
         fit_thresholds(fitted_on, costs, max_accuracy_loss=loss) for loss in (0.01, 0.05, 0.2)
     ]

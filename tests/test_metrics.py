@@ -60,10 +60,8 @@ def test_without_labels_the_last_exit_says_which_class():
 @given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([0.3, 3.0, 30.0]))
 def test_falls_are_those_of_all_pairs(seed, exits, scale):
     random = torch.Generator().manual_seed(seed)
-    outputs, labels = (
-        scale * torch.randn(exits, 5, 4, generator=random),
-        torch.randint(4, (5,), generator=random),
-    )
+    outputs = scale * torch.randn(exits, 5, 4, generator=random)
+    labels = torch.randint(4, (5,), generator=random)
     true = outputs.double().softmax(-1)[:, torch.arange(5), labels]
     pairs = [true[i] - true[j] for j in range(exits) for i in range(j + 1)]
     torch.testing.assert_close(
@@ -93,7 +91,8 @@ def test_labels_without_an_output_are_refused(label):
 
 
 def test_a_large_recording_takes_less_than_a_second():
-    outputs, labels = torch.randn(16, 10_000, 100), torch.randint(100, (10_000,))
+    outputs = torch.randn(16, 10_000, 100)
+    labels = torch.randint(100, (10_000,))
     began = time.process_time()
     conditional_monotonicity(outputs, labels, tolerances=torch.linspace(0, 1, 1000).tolist())
     # of this process: the machine may be busy

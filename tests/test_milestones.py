@@ -177,7 +177,8 @@ def test_who_wins_no_more_than_half_shows_nothing():
 @quick
 def test_what_one_wins_the_other_loses(pairs):
     ours, theirs = zip(*pairs, strict=True)
-    one, other = win_rate(ours, theirs), win_rate(theirs, ours)
+    one = win_rate(ours, theirs)
+    other = win_rate(theirs, ours)
     assert one.rate + other.rate == pytest.approx(1.0)
     assert one.ties == other.ties
     assert one.low <= one.rate

@@ -70,27 +70,26 @@ def by_hand(
     way = []
     batch = COSTS.at(1)
     for exit in range(4):
-        stage, head = batch.stages[exit].mean, batch.heads[exit].mean
+        stage = batch.stages[exit].mean
+        head = batch.heads[exit].mean
         gated = isinstance(policy, GatePolicy) and exit < 3 and policy.gates[exit] is not None
         if gated and policy.gates[exit].constant is None:
-            seconds, posted = seconds + policy.gate_s[exit], posted + policy.gate_s[exit]
-        seconds, posted, macs = (
-            seconds + stage,
-            posted + stage + head,
-            macs + COSTS.stage_macs[exit],
-        )
+            seconds = seconds + policy.gate_s[exit]
+            posted = posted + policy.gate_s[exit]
+        seconds = seconds + stage
+        posted = posted + stage + head
+        macs = macs + COSTS.stage_macs[exit]
         way.append(posted)
-        output, pooled = (
-            recording.outputs[exit, sample][None],
-            recording.features[exit][sample][None],
-        )
+        output = recording.outputs[exit, sample][None]
+        pooled = recording.features[exit][sample][None]
         if isinstance(policy, GatePolicy):
             leaves = exit == 3 or (gated and bool(policy.stops_on(exit, pooled, output)))
         else:
             leaves = policy.looks_at(exit) and bool(policy.stops(exit, output))
         pays = exit == 3 or (policy.looks_at(exit) and getattr(policy, "inputs", "") != "features")
         if leaves or pays:
-            seconds, macs = seconds + head, macs + COSTS.head_macs[exit]
+            seconds = seconds + head
+            macs = macs + COSTS.head_macs[exit]
         if leaves:
             return exit, seconds, macs, way
     raise AssertionError("the last exit stops everybody")
@@ -98,7 +97,8 @@ def by_hand(
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_exits_seconds_and_operations_are_those_of_each_sample_alone(name: str) -> None:
-    recording, policy = fresh(), POLICIES[name]
+    recording = fresh()
+    policy = POLICIES[name]
     found = outcome(policy, recording, COSTS)
     assert found.exits.unique().numel() > 1
     for sample in range(0, 400, 5):
@@ -134,14 +134,17 @@ def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(
 ) -> None:
     recording = fresh()
     policy, costs = (selection(), NODES) if name == "selection" else (POLICIES[name], COSTS)
-    found, hits = outcome(policy, recording, costs), recording.hits()
+    found = outcome(policy, recording, costs)
+    hits = recording.hits()
     expected = [held(found, hits, sample, time_s) for sample in range(400)]
     assert found.expected(point(time_s), hits).tolist() == expected
 
 
 def test_a_selection_pays_the_networks_on_its_way_and_its_decisions() -> None:
-    recording, policy = fresh(), selection()
-    route, found = policy.route(recording.outputs), outcome(policy, recording, NODES)
+    recording = fresh()
+    policy = selection()
+    route = policy.route(recording.outputs)
+    found = outcome(policy, recording, NODES)
     # samples go different ways
     assert len(route.visited.unique(dim=0)) > 2
     assert torch.equal(found.exits, route.answering)
@@ -183,7 +186,8 @@ class Counted(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.layer, self.answered = nn.Linear(width, 10), 0
+        self.layer = nn.Linear(width, 10)
+        self.answered = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.answered += len(x)
@@ -217,7 +221,8 @@ def test_the_runner_does_what_was_recorded(network: Any, inputs: Any) -> None:
     recording = record(network, data, split="test", features=True)
     exits = policy.exits_on(recording)
     assert exits.unique().numel() > 1
-    runner, told = Runner(network, costs, policy), []
+    runner = Runner(network, costs, policy)
+    told = []
     for head in network.heads:
         head.answered = 0
     for x, _ in data.batches("test", 1):

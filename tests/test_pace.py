@@ -51,7 +51,8 @@ def test_without_a_load_the_scale_stays_near_one(quantile: float) -> None:
 
 @pytest.mark.parametrize("quantile", [0.9, 0.99, 0.999])
 def test_a_lasting_load_is_late_as_often_as_the_quantile_says(quantile: float) -> None:
-    drift, random = Drift(quantile), np.random.default_rng(1)
+    drift = Drift(quantile)
+    random = np.random.default_rng(1)
     followed(drift, loaded(random, 4000, quantile))
     _, late = followed(drift, loaded(random, 40_000, quantile))
     # neighbouring scales are alike, and so come in clumps: wider than the binomial
@@ -62,7 +63,8 @@ def test_a_load_is_late_only_while_it_is_new() -> None:
     """Over 100 loads: after 20 stages one in ten is late, after 100 one in forty, after 200 as few as wanted."""
     late = np.zeros((100, 800))
     for seed in range(100):
-        drift, random = Drift(0.99), np.random.default_rng(seed)
+        drift = Drift(0.99)
+        random = np.random.default_rng(seed)
         followed(drift, idle(random, 300, 0.99))
         _, late[seed] = followed(drift, loaded(random, 800, 0.99))
     assert late[:, 20:40].mean() < 0.12
@@ -75,7 +77,8 @@ def test_a_load_is_late_only_while_it_is_new() -> None:
 def test_a_load_that_is_over_is_forgotten_when_the_window_has_passed(
     quantile: float, stages: int
 ) -> None:
-    drift, random = Drift(quantile), np.random.default_rng(2)
+    drift = Drift(quantile)
+    random = np.random.default_rng(2)
     followed(drift, loaded(random, 3000, quantile))
     scales, _ = followed(drift, idle(random, 2 * stages, quantile))
     assert scales[stages // 2] > 2.0
@@ -109,7 +112,8 @@ def test_the_scale_is_the_order_statistic_of_the_window(
     ratios: list[float], quantile: float, forgets: list[bool]
 ) -> None:
     count = {0.5: 50, 0.9: 50, 0.99: 200}[quantile]
-    drift, window = Drift(quantile), [1.0] * count
+    drift = Drift(quantile)
+    window = [1.0] * count
     for ratio, forget in zip(ratios, forgets, strict=False):
         if forget:
             drift.forget()
@@ -129,7 +133,8 @@ def test_a_machine_that_is_given_nothing_to_do_is_believed_again_in_time() -> No
 
 
 def test_stages_seen_by_several_threads_are_each_counted_once() -> None:
-    drift, quantile = Drift(0.99), 0.99
+    drift = Drift(0.99)
+    quantile = 0.99
     values = idle(np.random.default_rng(4), 4000, quantile) * 5.0
 
     def observe(part: np.ndarray) -> None:
@@ -156,7 +161,8 @@ def test_a_quantile_that_is_none_is_an_error(quantile: float) -> None:
 
 def test_what_fits_follows_the_drift_that_batch_sizes_share() -> None:
     drift = Drift(0.99)
-    one, many = Pace([1.0, 2.0], 0.99, [0.5, 2.0], drift), Pace([8.0, 16.0], 0.99, drift=drift)
+    one = Pace([1.0, 2.0], 0.99, [0.5, 2.0], drift)
+    many = Pace([8.0, 16.0], 0.99, drift=drift)
     assert one.fits(1, now=1.0, deadline=3.5, reserve_s=0.5)
     assert not one.fits(1, now=1.0, deadline=3.4, reserve_s=0.5)
     for _ in range(2):

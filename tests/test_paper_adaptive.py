@@ -81,7 +81,8 @@ def archive(path: Path, **changed: np.ndarray) -> CifarResNet:
 
 
 def test_pretrained_weights_are_loaded_by_name(tmp_path: Path) -> None:
-    made, loaded = archive(tmp_path / "weights.npz").eval(), CifarResNet(depth=8, width=2).eval()
+    made = archive(tmp_path / "weights.npz").eval()
+    loaded = CifarResNet(depth=8, width=2).eval()
     load_pretrained(loaded, "tiny", tmp_path / "weights.npz")
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(loaded(x), made(x))
@@ -231,7 +232,8 @@ def constant(fit_s: float, fit_accuracy: float, seconds: float, accuracy: float)
 
 
 def test_neighbours_on_the_fitted_hull_are_mixed_as_they_are_judged() -> None:
-    cheap, full = constant(1.0, 0.8, 1.5, 0.7), constant(4.0, 1.0, 4.0, 0.9)
+    cheap = constant(1.0, 0.8, 1.5, 0.7)
+    full = constant(4.0, 1.0, 4.0, 0.9)
     # not on the hull where it was fitted: not chosen for what it is judged at
     below = constant(3.0, 0.85, 0.1, 0.9)
     (row,) = read_off("ours", [cheap, below], full, [0.1])
@@ -430,7 +432,8 @@ def test_the_policy_that_runs_leaves_out_networks_that_do_not_pay() -> None:
 
 def planted(speed: float, broken: int) -> tables.Found:
     """Results in which our policies are as fast as told, and the others half of that."""
-    cifar, resnet = SCALES["cpu"].cases[0], SCALES["cpu"].exits[0]
+    cifar = SCALES["cpu"].cases[0]
+    resnet = SCALES["cpu"].exits[0]
 
     def rows(methods: list[str], ours: str, losses: tuple[float, ...]) -> list[dict[str, object]]:
         return [
@@ -515,7 +518,8 @@ def verdicts(found: tables.Found) -> dict[str, tables.Claim]:
 
 
 def test_claims_follow_the_numbers() -> None:
-    well, badly = verdicts(planted(4.0, 1)), verdicts(planted(2.0, 3))
+    well = verdicts(planted(4.0, 1))
+    badly = verdicts(planted(2.0, 3))
     (headline,) = [claim for claim in well if "2.8 times" in claim]
     assert well[headline].verdict == "yes"
     assert badly[headline].verdict == "no"
@@ -644,7 +648,8 @@ def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke, app) 
 def test_heads_leave_the_network_as_it_was(smoke) -> None:
     runs = smoke[0] / "runs" / "smoke"
     exits = SCALES["smoke"].exits[0]
-    alone, with_heads = recipe.built(exits.case, exits.net, runs), recipe.built_exits(exits, runs)
+    alone = recipe.built(exits.case, exits.net, runs)
+    with_heads = recipe.built_exits(exits, runs)
     x = recipe.data_of(exits.case).example(4)
     with torch.inference_mode():
         assert torch.equal(alone(x), with_heads.backbone(x))

@@ -46,7 +46,8 @@ def planted(worse, scale=SCALE):
     """Results in which OPT's error falls along a known line and a method's is `worse(net, share, seed)` times it."""
     results = {}
     for job in recipe.jobs(scale):
-        net, seed = job.arguments["net"], job.arguments["seed"]
+        net = job.arguments["net"]
+        seed = job.arguments["seed"]
         whole = 3 * net.n
         depths = [net.blocks] if net.weights is None else range(1, whole + 1)
         factor = [
@@ -157,7 +158,8 @@ def test_opt_plus_takes_the_least_error_so_far():
 
 
 def test_excess_is_the_mean_over_budgets():
-    opt, curve = Curve((1.0, 3.0), (0.4, 0.2)), Curve((1.0, 3.0), (0.5, 0.2))
+    opt = Curve((1.0, 3.0), (0.4, 0.2))
+    curve = Curve((1.0, 3.0), (0.5, 0.2))
     assert excess(curve, opt, [1.0, 2.0, 3.0, 4.0]) == pytest.approx((25 + 25 + 0 + 0) / 4)
 
 

@@ -67,7 +67,8 @@ def test_the_trace_leaves_no_hooks_and_the_network_as_it_was() -> None:
 
 def scripted(seconds: float = 1.0) -> tuple[AnytimeNet, FakeClock]:
     """A network of which every part takes as long, by a clock of its own."""
-    network, clock = AnytimeNet(width=1), FakeClock()
+    network = AnytimeNet(width=1)
+    clock = FakeClock()
     for part in network.backbone.parts().values():
         part.register_forward_hook(lambda *_: clock.advance(seconds))
     return network, clock

@@ -183,7 +183,8 @@ def test_a_subset_is_as_balanced_as_can_be(labels, count, seed):
     labels = np.array(labels)
     chosen = data._balanced(labels, min(count, len(labels)), seed)
     assert len(set(chosen)) == min(count, len(labels))
-    there, taken = np.bincount(labels, minlength=4), np.bincount(labels[chosen], minlength=4)
+    there = np.bincount(labels, minlength=4)
+    taken = np.bincount(labels[chosen], minlength=4)
     # a class that could still give is at most one behind any other
     for mine in range(4):
         assert taken[mine] == there[mine] or taken[mine] >= taken.max() - 1
@@ -202,10 +203,8 @@ def test_a_subset_changes_the_fingerprint_and_leaves_the_test_split(digits):
         digits.size("test"),
     ]
     assert torch.bincount(small.examples("train").labels).tolist() == [10] * 10
-    again, other = (
-        data.subset(digits, 100, seed=1, validation=50),
-        data.subset(digits, 100, seed=2, validation=50),
-    )
+    again = data.subset(digits, 100, seed=1, validation=50)
+    other = data.subset(digits, 100, seed=2, validation=50)
     assert small.fingerprint == again.fingerprint
     assert torch.equal(small.examples("train").inputs, again.examples("train").inputs)
     assert len({small.fingerprint, other.fingerprint, digits.fingerprint}) == 3
@@ -344,7 +343,8 @@ def test_table_1_from_known_results():
     # one second per stage and per head: anytime 2 and 3 s, a priori 2 and 2 s, alone 1 s; budgets up to 3.75 s
     rows = tables.per_seed([PAIR], known_results(0.6), [0])
     uniform = next(row for row in rows if row["budgets"] == "uniform")
-    to_first, to_last = 1.0 / 3.75, 0.75 / 3.75
+    to_first = 1.0 / 3.75
+    to_last = 0.75 / 3.75
     assert uniform["orig"] == pytest.approx(100 * (to_first * 0.5 + to_last * 0.7))
     assert uniform["ft"] == pytest.approx(100 * (to_first * 0.4 + to_last * 0.9))
     assert uniform["joint"] == pytest.approx(100 * (to_first * 0.6 + to_last * 0.8))

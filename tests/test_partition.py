@@ -39,12 +39,10 @@ class Skip(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.last = (
-            nn.Linear(8, 8),
-            nn.Linear(8, 8),
-            nn.Linear(8, 8),
-            nn.Linear(8, 3),
-        )
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.third = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
@@ -58,7 +56,8 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.last = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(4):
@@ -89,7 +88,8 @@ class TwoInputs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor, scale: float, table: Tensor) -> Tensor:
         return self.last(self.first(x).relu() * scale + table)
@@ -224,7 +224,8 @@ def test_outputs_hang_on_the_features_at_every_cut(cut: Cut) -> None:
 
 
 def test_a_run_goes_on_with_the_kept_rows_alone(cut: Cut) -> None:
-    x, rows = cut.case.batch(5), [3, 0]
+    x = cut.case.batch(5)
+    rows = [3, 0]
     full = [exit.output() for exit in cut.run(x)]
     run = cut.run(x)
     first = next(run)
@@ -252,7 +253,8 @@ def test_parts_share_the_parameters_of_the_network(cut: Cut) -> None:
 
 
 def test_wiring_names_what_the_parts_take_and_give(cut: Cut) -> None:
-    wiring, examples = cut.parts.wiring, cut.parts.examples
+    wiring = cut.parts.wiring
+    examples = cut.parts.examples
     known = set(wiring.inputs)
     for stage, takes, gives in zip(cut.parts.stages, wiring.takes, wiring.gives, strict=True):
         assert set(takes) <= known
@@ -347,7 +349,9 @@ def test_what_has_no_batch_is_carried_whole() -> None:
 class Odd(nn.Module):
     def __init__(self, rule: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last, self.rule = nn.Linear(8, 8), nn.Linear(8, 3), rule
+        self.first = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
+        self.rule = rule
         self.drop = nn.Dropout()
         self.register_buffer("seen", torch.zeros(()))
         self.shallow = False
@@ -403,7 +407,9 @@ class Mixing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         halves = self.first(x.view(-1, 4))

@@ -40,7 +40,8 @@ class Repeated(nn.Module):
     def __init__(self, times: int = 4) -> None:
         super().__init__()
         self.groups = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh())])
-        self.classifier, self.unused = nn.Linear(8, 3), nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 8)
         self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +67,8 @@ class Nested(nn.Module):
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.one = nn.Linear(8, 8)
+        self.two = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.two(torch.tanh(self.one(x)))
@@ -130,7 +132,9 @@ class Slow(nn.Module):
     def __init__(self, clock: SimpleNamespace, costs_s: Sequence[float]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in costs_s)
-        self.classifier, self.clock, self.costs_s = nn.Linear(8, 3), clock, costs_s
+        self.classifier = nn.Linear(8, 3)
+        self.clock = clock
+        self.costs_s = costs_s
 
     def forward(self, x: Tensor) -> Tensor:
         for block, cost_s in zip(self.blocks, self.costs_s, strict=True):
@@ -162,7 +166,8 @@ def test_exits_lie_at_even_shares_of_the_measured_time(
 def test_one_run_held_up_does_not_hide_the_last_block(
     monkeypatch: pytest.MonkeyPatch, held_up: int
 ) -> None:
-    clock, runs = SimpleNamespace(now_s=0.0), itertools.count()
+    clock = SimpleNamespace(now_s=0.0)
+    runs = itertools.count()
 
     class HeldUp(Slow):
         def forward(self, x: Tensor) -> Tensor:
@@ -176,7 +181,8 @@ def test_one_run_held_up_does_not_hide_the_last_block(
 
 
 def test_one_slow_run_does_not_move_the_exits(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, runs = SimpleNamespace(now_s=0.0), itertools.count()
+    clock = SimpleNamespace(now_s=0.0)
+    runs = itertools.count()
 
     class Hiccup(Slow):
         def forward(self, x: Tensor) -> Tensor:
@@ -225,7 +231,8 @@ def test_finer_blocks_are_taken_where_coarse_ones_lie_far_from_even_shares(
     class Stage(nn.Module):
         def __init__(self, costs_s: list[float]) -> None:
             super().__init__()
-            self.blocks, self.costs_s = nn.ModuleList([Block(), Block()]), costs_s
+            self.blocks = nn.ModuleList([Block(), Block()])
+            self.costs_s = costs_s
 
         def forward(self, x: Tensor) -> Tensor:
             for block, cost_s in zip(self.blocks, self.costs_s, strict=True):
@@ -243,10 +250,8 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.blocks, self.classifier = (
-                nn.ModuleList([Block(), Block(), Block()]),
-                nn.Linear(8, 3),
-            )
+            self.blocks = nn.ModuleList([Block(), Block(), Block()])
+            self.classifier = nn.Linear(8, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.transpose(0, 1)
@@ -272,7 +277,8 @@ class Sideways(nn.Module):
         self.blocks = nn.ModuleList(
             Former(aside) if tuples and index in idle else Block() for index in range(6)
         )
-        self.classifier, self.idle = nn.Linear(8, 3), idle
+        self.classifier = nn.Linear(8, 3)
+        self.idle = idle
         if zero_head:
             nn.init.zeros_(self.classifier.weight)
 
@@ -318,7 +324,8 @@ def test_trying_what_matters_changes_neither_weights_nor_input() -> None:
         *(nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity())) for _ in range(4)),
         nn.Linear(8, 3),
     )
-    x, before = torch.randn(2, 8), [parameter.clone() for parameter in model.parameters()]
+    x = torch.randn(2, 8)
+    before = [parameter.clone() for parameter in model.parameters()]
     kept = x.clone()
     choose(model, x, 3, repeats=1)
     assert torch.equal(x, kept)
@@ -386,7 +393,8 @@ class Awkward(nn.Module):
 class Former(nn.Module):
     def __init__(self, form: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.inner, self.form = nn.Linear(8, 8), form
+        self.inner = nn.Linear(8, 8)
+        self.form = form
 
     def forward(self, x: Tensor) -> Any:
         return self.form(self.inner(x))
@@ -516,7 +524,8 @@ def test_order_is_that_of_running_not_of_definition() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.late, self.early = nn.Linear(8, 3), nn.Linear(8, 8)
+            self.late = nn.Linear(8, 3)
+            self.early = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.late(self.early(x))

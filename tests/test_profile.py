@@ -107,7 +107,8 @@ def test_a_slow_repeat_is_seen_in_the_maximum_and_not_in_the_median(
 def test_the_order_alternates(network: MultiExitNetwork, clock: FakeClock) -> None:
     seen = begins(network)
     profile(network, EXAMPLE, repeats=4, warm_up=1, clock=clock)
-    warm, pair = ["whole", "staged"], ["staged", "whole"]
+    warm = ["whole", "staged"]
+    pair = ["staged", "whole"]
     assert seen[COUNTING:] == warm + pair + warm + pair + warm
 
 
@@ -135,7 +136,8 @@ def test_a_device_that_works_in_the_background_is_waited_for(
     timed: MultiExitNetwork, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pending: list[float] = []
-    begin, advance = clock.now(), clock.advance
+    begin = clock.now()
+    advance = clock.advance
     monkeypatch.setattr(clock, "advance", pending.append)
     # the function hides it
     module = sys.modules[profile.__module__]
@@ -208,11 +210,9 @@ def test_a_profile_comes_back_from_its_file(
 
 def test_bytes_are_counted_by_operator(network: MultiExitNetwork, clock: FakeClock) -> None:
     # read, weights, biases, written
-    linear, relu, classifier = (
-        4 * (8 + 8 * 8 + 8 + 8),
-        4 * (8 + 8),
-        4 * (8 + 3 * 8 + 3 + 3),
-    )
+    linear = 4 * (8 + 8 * 8 + 8 + 8)
+    relu = 4 * (8 + 8)
+    classifier = 4 * (8 + 3 * 8 + 3 + 3)
     costs = profile(
         network, EXAMPLE.expand(3, 8), batch_sizes=(2,), repeats=1, warm_up=0, clock=clock
     )
@@ -226,7 +226,8 @@ class Moves(nn.Module):
 
     def __init__(self, function: Any, *modules: nn.Module) -> None:
         super().__init__()
-        self.function, self.inner = function, nn.ModuleList(modules)
+        self.function = function
+        self.inner = nn.ModuleList(modules)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x, *self.inner)
@@ -341,7 +342,8 @@ def test_a_noisy_machine_is_warned_of(
     jitter: float,
     warned: bool,
 ) -> None:
-    random, seen = torch.Generator().manual_seed(1), begins(timed)
+    random = torch.Generator().manual_seed(1)
+    seen = begins(timed)
 
     # every untouched run takes its 4.25 s, and by chance longer
     def shakes(*_: Any) -> None:
@@ -448,16 +450,12 @@ class InEngine(nn.Module):
         super().__init__()
         # in a list: not a part of this module
         self._original = [network]
-        self.engine, self.threads, self.structure = (
-            engine,
-            threads,
-            fingerprint_structure(network.state_dict()),
-        )
-        self.mechanism, self.exit_names, self.num_exits = (
-            "made up",
-            network.exit_names,
-            network.num_exits,
-        )
+        self.engine = engine
+        self.threads = threads
+        self.structure = fingerprint_structure(network.state_dict())
+        self.mechanism = "made up"
+        self.exit_names = network.exit_names
+        self.num_exits = network.num_exits
 
     @property
     def backbone(self) -> nn.Module:

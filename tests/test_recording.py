@@ -144,7 +144,9 @@ class Hasty(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.classifier = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.first = nn.Linear(2, 2)
+        self.second = nn.Linear(2, 2)
+        self.classifier = nn.Linear(2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x)

@@ -103,14 +103,12 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.ids, self.addresses, self.handlers, self.text = (
-            [],
-            [],
-            [],
-            [],
-            [],
-            [],
-        )
+        self.open = []
+        self.tags = []
+        self.ids = []
+        self.addresses = []
+        self.handlers = []
+        self.text = []
         self.feed(text)
         self.close()
 
@@ -167,7 +165,8 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
 
 
 def test_the_page_shows_every_row_and_number(page):
-    words, evaluation = Page(page).words, made()["evaluation"]
+    words = Page(page).words
+    evaluation = made()["evaluation"]
     for row in evaluation.rows:
         assert row.name in words
         assert f"{row.accuracy.value * 100:.1f} %" in words
@@ -314,7 +313,8 @@ def words_of(figure):
 
 def test_figures_are_kept_whole_in_both_formats_and_alike_each_time(tmp_path):
     for kind, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        first, again = tmp_path / f"first.{kind}", tmp_path / f"again.{kind}"
+        first = tmp_path / f"first.{kind}"
+        again = tmp_path / f"again.{kind}"
         for figure, equal in zip(figures(), figures(), strict=True):
             save_figure(figure, first)
             save_figure(equal, again)
@@ -337,10 +337,8 @@ def test_other_formats_are_refused(tmp_path, name):
 
 def test_figures_leave_no_state_behind(tmp_path):
     # others may have imported it
-    before, interactive = (
-        dict(mpl.rcParams),
-        "matplotlib.pyplot" in sys.modules,
-    )
+    before = dict(mpl.rcParams)
+    interactive = "matplotlib.pyplot" in sys.modules
     for figure in figures():
         save_figure(figure, tmp_path / "figure.png")
     assert dict(mpl.rcParams) == before

@@ -151,11 +151,9 @@ def test_network_has_six_n_plus_two_layers_and_the_parameters_counted_by_hand(
 
 
 def test_twenty_layers_have_the_parameters_of_resnet_20_but_for_its_norms() -> None:
-    resnet_20, norm_of_the_stem, third_norms = (
-        269_722,
-        2 * 16,
-        2 * (3 * 16 + 16 + 2 * 32 + 32 + 2 * 64),
-    )
+    resnet_20 = 269_722
+    norm_of_the_stem = 2 * 16
+    third_norms = 2 * (3 * 16 + 16 + 2 * 32 + 32 + 2 * 64)
     parameters = sum(parameter.numel() for parameter in PreActResNet(n=3, c=16).parameters())
     assert parameters == resnet_20 - norm_of_the_stem + third_norms
 
@@ -289,7 +287,8 @@ def test_network_cut_short_computes_what_the_whole_gives_at_that_exit(
 
 
 def test_network_cut_short_has_the_weights_of_the_whole_and_only_them() -> None:
-    whole, short = seeded(n=2).state_dict(), seeded(n=2, depth=3).state_dict()
+    whole = seeded(n=2).state_dict()
+    short = seeded(n=2, depth=3).state_dict()
     kept = [name for name in whole if not name.startswith(("blocks.3", "blocks.4", "blocks.5"))]
     assert list(short) == kept
     assert all(
@@ -299,7 +298,8 @@ def test_network_cut_short_has_the_weights_of_the_whole_and_only_them() -> None:
 
 
 def test_network_of_its_full_depth_is_the_whole() -> None:
-    whole, full = seeded(n=2).state_dict(), seeded(n=2, depth=6).state_dict()
+    whole = seeded(n=2).state_dict()
+    full = seeded(n=2, depth=6).state_dict()
     assert list(whole) == list(full)
     assert all(torch.equal(whole[name], full[name]) for name in whole)
 

@@ -102,7 +102,8 @@ def test_every_answer_is_the_deepest_that_fits_and_every_part_runs_once(
     at = -1
     with runner_of(network).open(X) as opened:
         for budget in budgets:
-            now, deepest = clock.now(), max(at, 0)
+            now = clock.now()
+            deepest = max(at, 0)
             end = now + budget + RESERVE_S
             now += costs[0] if at < 0 else 0.0
             while deepest + 1 < len(costs) and now + (costs[deepest + 1] + 0.25) + RESERVE_S <= end:
@@ -221,7 +222,8 @@ def test_an_answer_stays_what_it_was_when_a_later_stage_writes_over_it(clock: Fa
     )
     x = torch.randn(1, 8)
     with Runner(network, costs_of([1.0, 1.0]), any_profile=True, clock=clock).open(x) as opened:
-        first, second = go_on(opened, clock, 0.5), go_on(opened, clock)
+        first = go_on(opened, clock, 0.5)
+        second = go_on(opened, clock)
     torch.testing.assert_close(first.output, model.classifier(x), rtol=0, atol=0)
     torch.testing.assert_close(second.output, 2.0 * first.output, rtol=0, atol=0)
 

@@ -64,7 +64,8 @@ def random(seed):
 def test_losses_by_hand():
     """Samples: both right, only the exit, only the full network, both wrong alike, both wrong differently."""
     answers = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
-    outputs, labels = torch.eye(3)[answers], torch.zeros(5, dtype=torch.long)
+    outputs = torch.eye(3)[answers]
+    labels = torch.zeros(5, dtype=torch.long)
     expected = {
         "accuracy_gap": [0, -1, 1, 0, 0],
         "positive_gap": [0, 0, 1, 0, 0],
@@ -112,7 +113,8 @@ def test_losses_are_each_below_the_next():
 )
 def test_tails_against_scipy_and_by_hand(lost, samples, epsilon):
     losses = torch.tensor([1.0] * lost + [0.0] * (samples - lost))
-    tail, mean = binom.cdf(lost, samples, epsilon), min(lost / samples, epsilon)
+    tail = binom.cdf(lost, samples, epsilon)
+    mean = min(lost / samples, epsilon)
     divergence = (mean * math.log(mean / epsilon) if mean else 0.0) + (1 - mean) * math.log(
         (1 - mean) / (1 - epsilon)
     )
@@ -179,7 +181,10 @@ def test_tails_as_mapie_computes_them():
 
 def slow_wealth(losses, mean, delta):
     """Step by step, from the papers."""
-    wealth, greatest, total, squares = 1.0, -INF, 0.0, 0.0
+    wealth = 1.0
+    greatest = -INF
+    total = 0.0
+    squares = 0.0
     variance = 0.25
     for step, loss in enumerate(losses, start=1):
         stake = min(1.0, math.sqrt(2 * math.log(1 / delta) / (len(losses) * variance)))

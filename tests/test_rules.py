@@ -81,10 +81,12 @@ def test_all_leave_at_the_last_exit_however_unsure():
 def test_asking_exit_by_exit_gives_what_asking_at_once_gives():
     recording = drawn(300, seed=1)
     policy = by_hand(0.9, INF, 0.6, -INF, score="entropy")
-    here, expected = torch.arange(300), torch.full((300,), -1)
+    here = torch.arange(300)
+    expected = torch.full((300,), -1)
     for exit in range(4):
         stops = policy.stops(exit, recording.outputs[exit, here])
-        expected[here[stops]], here = exit, here[~stops]
+        expected[here[stops]] = exit
+        here = here[~stops]
     assert policy.exits_of(recording.outputs).equal(expected)
 
 
@@ -260,7 +262,8 @@ def test_the_time_that_was_allowed_is_used(target, floor):
 
 def test_a_fitted_mean_time_is_met_on_fresh_data():
     """In 12 repeats with N = 5000 the 95 % intervals of the fresh mean times miss the fitted ones 3 times at most."""
-    misses, over = 0, 0
+    misses = 0
+    over = 0
     for seed in range(12):
         policy = fit_thresholds(drawn(5000, seed=2 * seed), COSTS, mean_time_s=2.0)
         cost, _ = judged(policy, drawn(5000, seed=2 * seed + 1, split="test"), COSTS)
@@ -316,7 +319,8 @@ def test_the_statistic_that_was_asked_for_is_counted():
 
     slow = replace(COSTS.at().stages[0], p99=5.0, p999=5.0, max=5.0)
     batch = replace(COSTS.at(), stages=(slow, *COSTS.at().stages[1:]))
-    costs, recording = replace(COSTS, batches={1: batch}), drawn(200, seed=6)
+    costs = replace(COSTS, batches={1: batch})
+    recording = drawn(200, seed=6)
     assert fit_thresholds(recording, costs, mean_time_s=2.0).target["mean_cost"] <= 2.0
     with pytest.raises(InfeasibleTarget, match=r"5\.1"):
         fit_thresholds(recording, costs, mean_time_s=2.0, statistic="p99")
@@ -348,7 +352,8 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
     # ties round to even, here: down
     lower = int(np.flatnonzero((np.diff(bits) == 1) & (bits[:-1] % 2 == 0))[0])
     outputs = torch.zeros(2, 20, 2)
-    outputs[0, :10, 0], outputs[0, 10:, 0] = logits[order[lower + 1]], logits[order[lower]]
+    outputs[0, :10, 0] = logits[order[lower + 1]]
+    outputs[0, 10:, 0] = logits[order[lower]]
     labels = torch.tensor([0] * 10 + [1] * 10)
     outputs[1, torch.arange(20), labels] = 5.0
     recording = recording_of(outputs, labels)
@@ -362,7 +367,8 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
 def every_policy(recording, costs):
     """Mean cost and accuracy of all combinations of thresholds."""
     scores = SCORES["max_probability"](recording.outputs).numpy()
-    right, (count, samples) = recording.hits().double().numpy(), scores.shape
+    right = recording.hits().double().numpy()
+    (count, samples) = scores.shape
     found = []
     for early in itertools.product(*([*np.unique(row), INF] for row in scores[:-1])):
         exits = (scores >= np.array([*early, -INF])[:, None]).argmax(0)
@@ -406,7 +412,8 @@ def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
 def test_off_the_hull_fitting_is_near_the_best_policy_there_is(tiny):
     """For any target: 5 % of the cost, or half a sample of the 12, above the optimum on average."""
     costs, cases = tiny
-    dearer, worse = [], []
+    dearer = []
+    worse = []
     for recording, cost, accuracy in cases:
         last = recording.hits()[-1].double().mean().item()
         for loss in (0.0, 0.09, 0.2):

@@ -23,7 +23,8 @@ from impatient.runtime import Answer, Runner, answer, course, profile
 from impatient.runtime.runner import RESERVE_S
 
 # exit k answers at k + 1.5
-STAGES, HEADS = [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]
+STAGES = [1.0, 1.0, 1.0, 1.0]
+HEADS = [0.5, 0.5, 0.5, 0.5]
 
 
 def run(runner: Runner, seconds: float = math.inf, x: Tensor = X) -> Answer:
@@ -239,9 +240,11 @@ def test_a_load_that_is_over_is_forgotten_when_two_hundred_stages_have_passed(
 
 def test_what_is_observed_is_what_was_predicted(network: FakeNetwork) -> None:
     """A stage that was passed is compared with its own profile, the one that answered together with its head."""
-    runner, told = runner_of(network), []
+    runner = runner_of(network)
+    told = []
     runner._drift.observe = told.append  # type: ignore[method-assign]
-    network.stages_s, network.heads_s = [2.0, 3.0, 4.0, 5.0], [1.0] * 4
+    network.stages_s = [2.0, 3.0, 4.0, 5.0]
+    network.heads_s = [1.0] * 4
     assert run(runner, 3.6).exit == 1
     assert told == [2.0, (3.0 + 1.0) / (1.0 + 0.5)]
 
@@ -283,7 +286,8 @@ def test_warming_up_leaves_drift_alone(network: FakeNetwork) -> None:
 def test_warming_up_runs_every_profiled_batch_size_in_both_ways(
     network: FakeNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, exits = [], network.exits
+    sizes = []
+    exits = network.exits
     monkeypatch.setattr(network, "exits", lambda x: (sizes.append(x.shape[0]), exits(x))[1])
     with runner_of(network, costs_of(STAGES, HEADS, sizes=[1, 3])) as runner:
         runner.warm_up(torch.zeros(2, 1), times=2)
@@ -500,7 +504,8 @@ def test_parts_within_their_profile_never_miss_and_go_as_deep_as_the_rule_allows
     )
     deadline = stages[0] + heads[0] + RESERVE_S + extra
     answer = run(runner_of(network, costs_of(stages, heads)), deadline)
-    now, deepest = took[0], 0
+    now = took[0]
+    deepest = 0
     while (
         deepest + 1 < len(parts)
         and now + (stages[deepest + 1] + heads[deepest + 1]) + RESERVE_S <= deadline
@@ -540,10 +545,13 @@ def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
     statistic: str, late: float
 ) -> None:
     """The hardest case: what is left is the quantile itself. Late runs are binomial, so within 3 standard deviations."""
-    draw, clock, begun = random.Random(0), FakeClock(), 4000
+    draw = random.Random(0)
+    clock = FakeClock()
+    begun = 4000
     profiled = Quantiles.of([lognormal(draw) for _ in range(50_000)])
     network = FakeNetwork(clock, [0.001, lambda: lognormal(draw)])
-    most, costs = 0.001 + getattr(profiled, statistic), costs_of([0.001, profiled])
+    most = 0.001 + getattr(profiled, statistic)
+    costs = costs_of([0.001, profiled])
     missed = 0
     for _ in range(begun):
         # no drift from the runs before
@@ -557,7 +565,8 @@ def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
 
 def test_random_stages_and_random_deadlines_are_late_no_more_often_than_the_p99_says() -> None:
     """At most one stage of a run can be late, and each by 1 %: misses are at most binomial(4000, 0.01) plus 3 deviations."""
-    draw, runs = random.Random(1), 4000
+    draw = random.Random(1)
+    runs = 4000
     profiled = [Quantiles.of([lognormal(draw) for _ in range(20_000)]) for _ in range(8)]
     network = FakeNetwork(FakeClock(), [lambda: lognormal(draw)] * 4, [lambda: lognormal(draw)] * 4)
     runner = runner_of(network, costs_of(profiled[:4], profiled[4:]))
@@ -571,7 +580,9 @@ def test_random_stages_and_random_deadlines_are_late_no_more_often_than_the_p99_
 
 def test_under_a_load_that_nobody_profiled_misses_come_back_to_the_p99() -> None:
     """Everything takes three times as long and varies twice as much: late while that is new, then as often as wanted."""
-    draw, runs, slow = random.Random(2), 3000, False
+    draw = random.Random(2)
+    runs = 3000
+    slow = False
 
     def stage() -> float:
         return draw.lognormvariate(-7.0 + math.log(3.0), 1.0) if slow else lognormal(draw)

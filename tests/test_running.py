@@ -93,11 +93,13 @@ def test_with_caching_a_run_never_grows_less_sure_and_holds_the_surest_exits_own
     for _ in range(50):
         x = 3 * torch.randn(1, 8)
         own = [exit.output() for exit in inner.exits(x, keep=True)]
-        before, surest = 0.0, None
+        before = 0.0
+        surest = None
         for exit in RunningEnsemble(inner, "caching").exits(x):
             here = float(own[exit.index].softmax(-1).amax())
             if here > before:
-                before, surest = here, own[exit.index]
+                before = here
+                surest = own[exit.index]
             assert exit.output().equal(surest)
 
 
@@ -123,7 +125,8 @@ class Counted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 3)
-        self.calls, self.failing = 0, False
+        self.calls = 0
+        self.failing = False
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -213,7 +216,8 @@ def by_close(ensemble: RunningEnsemble, x: Tensor, seen: list[Any]) -> None:
 
 @pytest.mark.parametrize("abandon", [by_break, by_del, by_with, by_close])
 def test_an_abandoned_run_leaves_nothing(inner, toy_input, abandon: Callable[..., None]):
-    ensemble, seen = RunningEnsemble(inner, "geometric"), []
+    ensemble = RunningEnsemble(inner, "geometric")
+    seen = []
     abandon(ensemble, toy_input, seen)
     assert paused_runs() == 0
     assert [entry() for entry in seen] == [None]
@@ -288,7 +292,8 @@ def test_a_saved_ensemble_comes_back_with_its_temperatures(inner, toy, toy_input
 
 
 def test_weights_of_another_rule_are_refused_and_fingerprinted_apart(inner):
-    plain, other = RunningEnsemble(inner, "poe"), RunningEnsemble(inner, Rule(name="geometric"))
+    plain = RunningEnsemble(inner, "poe")
+    other = RunningEnsemble(inner, Rule(name="geometric"))
     with pytest.raises(StaleInput, match=r"poe.*geometric"):
         other.load_state_dict(plain.state_dict())
     hotter = RunningEnsemble(inner, "poe", TEMPERATURES)
@@ -330,10 +335,8 @@ def test_wrong_temperatures_are_refused(inner, temperatures):
 
 
 def test_heads_are_counted_to_their_stages(inner, toy_input):
-    plain, moved = (
-        inner.stage_facts(toy_input),
-        RunningEnsemble(inner, "poe").stage_facts(toy_input),
-    )
+    plain = inner.stage_facts(toy_input)
+    moved = RunningEnsemble(inner, "poe").stage_facts(toy_input)
     assert [fact.stage_macs for fact in moved] == [
         fact.stage_macs + fact.head_macs for fact in plain
     ]

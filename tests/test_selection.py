@@ -142,7 +142,8 @@ def test_the_second_decision_alone_follows_the_corrected_truth_table(reference):
 
 
 def test_labels_and_weights_of_the_second_decision_are_those_of_the_paper_corrected(monkeypatch):
-    seen, fit = [], selection.fit_decision
+    seen = []
+    fit = selection.fit_decision
 
     def watched(features, costs, **rest):
         seen.append(costs)
@@ -169,7 +170,8 @@ def fit_table(features, costs, *, weights=None, **_):
     sums = {}
     for row, cost, count in zip(rows, costs, counts, strict=True):
         sums[row] = sums.get(row, 0.0) + count * cost
-    none, no_pairs = torch.zeros(0), torch.zeros(0, 2).long()
+    none = torch.zeros(0)
+    no_pairs = torch.zeros(0, 2).long()
     table = Table(
         num_actions=costs.shape[1], mean=none, scale=none, machines={}, children=no_pairs, root=0
     )
@@ -225,7 +227,8 @@ def test_brute_force_over_all_decision_tables_equals_the_recursion(topology, ref
     price = data.draw(st.sampled_from([0.0, 0.01, 0.05, 0.11, 0.3, 2.0]))
     outputs, _ = sure(right, levels)
     labels = torch.arange(5) % 2
-    recording, node_s = recording_of(outputs, labels), [1.0, 2.0, 4.0]
+    recording = recording_of(outputs, labels)
+    node_s = [1.0, 2.0, 4.0]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(selection, "fit_decision", fit_table)
         policy = fit_selection(recording, node_s, topology, time_price=price, reference=reference)
@@ -258,7 +261,8 @@ def test_a_learner_that_can_represent_the_best_moves_finds_them(learner, method)
 
 
 def test_the_prices_of_nothing_and_of_everything_are_the_two_ends():
-    recording, node_s = drawn(500, seed=1), [1.0, 2.0, 4.0, 8.0]
+    recording = drawn(500, seed=1)
+    node_s = [1.0, 2.0, 4.0, 8.0]
     for reference, topology in itertools.product(
         ("none", "full"), (Topology.chain(4), Topology.full(4))
     ):
@@ -281,10 +285,8 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
     points = sweep_selection(
         TOY, TOY_S, Topology.chain(3), time_prices=[1 / 40, 1 / 80, 1 / 160, 1 / 320]
     )
-    errors, times = (
-        [1 - point.accuracy for point in points],
-        [point.mean_time_s for point in points],
-    )
+    errors = [1 - point.accuracy for point in points]
+    times = [point.mean_time_s for point in points]
     assert errors == sorted(errors, reverse=True)
     assert times == sorted(times)
     # erratum 1: the seed labels never go on to N3, and stay at 0.21
@@ -378,16 +380,20 @@ def test_the_time_of_later_decisions_counts_before_them():
     "topology", [DIAMOND, Topology.full(4), Topology.chain(4)], ids=["diamond", "full", "chain"]
 )
 def test_samples_move_along_edges_and_one_node_at_a_time_gives_the_same(topology):
-    recording, node_s = drawn(400, seed=5), (1.0, 2.0, 2.5, 5.0)
+    recording = drawn(400, seed=5)
+    node_s = (1.0, 2.0, 2.5, 5.0)
     policy = fit_selection(recording, node_s, topology, time_price=0.01, gate_s=0.01)
     assert policy.decisions
     route = policy.route(recording.outputs)
     for sample in range(0, 400, 7):
-        node, time, visited = topology.source, 0.0, []
+        node = topology.source
+        time = 0.0
+        visited = []
         while node != STOP:
             visited.append(node)
             time += node_s[node] + 0.01 * (len(policy.moves[node]) > 1)
-            answered, run = node, {k: recording.outputs[k, sample, None] for k in visited}
+            answered = node
+            run = {k: recording.outputs[k, sample, None] for k in visited}
             node = int(policy.next_node(node, run))
             assert node == STOP or (answered, node) in topology.edges
         assert (route.visited[sample].nonzero()[:, 0].tolist(), int(route.answering[sample])) == (
@@ -440,7 +446,8 @@ def test_a_saved_policy_does_the_same(tmp_path, learner):
     )
     policy.save(tmp_path / "policy.safetensors")
     loaded = SelectionPolicy.load(tmp_path / "policy.safetensors")
-    old, new = policy.route(recording.outputs), loaded.route(recording.outputs)
+    old = policy.route(recording.outputs)
+    new = loaded.route(recording.outputs)
     assert old.visited.equal(new.visited)
     assert old.time_s.equal(new.time_s)
     assert (loaded.topology, loaded.moves, loaded.target) == (DIAMOND, policy.moves, policy.target)
@@ -507,7 +514,8 @@ def test_what_cannot_be_fitted_is_refused(changes, complaint):
 
 # --- targets and curves -----------------------------------------------------------------------------------------------
 
-FEW, FEW_S = drawn(500, seed=11), [1.0, 2.0, 4.0, 8.0]
+FEW = drawn(500, seed=11)
+FEW_S = [1.0, 2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize("topology", [Topology.chain(4), Topology.star(4)], ids=["chain", "star"])
@@ -638,7 +646,8 @@ def test_agreement_stops_at_the_second_that_says_the_same():
 
 def test_the_oracle_says_what_it_pays_and_who_answers_when_none_is_right():
     outputs, labels = sure([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]], [[0.7] * 4] * 3)
-    recording, node_s = recording_of(outputs, labels), [1.0, 2.0, 4.0]
+    recording = recording_of(outputs, labels)
+    node_s = [1.0, 2.0, 4.0]
     assert oracle_route(recording, node_s).time_s.tolist() == [1.0, 3.0, 7.0, 1.0]
     assert oracle_route(recording, node_s, Topology.full(3)).time_s.tolist() == [1.0, 3.0, 5.0, 1.0]
     chosen = oracle_route(recording, node_s, pays="chosen", when_none_is_right="last")

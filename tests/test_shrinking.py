@@ -13,7 +13,9 @@ from impatient.errors import NetworkError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.shrinking import kind_of, probe
 
-WIDTH, CLASSES, CUTS = 8, 3, ["blocks.0", "blocks.1"]
+WIDTH = 8
+CLASSES = 3
+CUTS = ["blocks.0", "blocks.1"]
 
 
 class Chain(nn.Module):
@@ -91,7 +93,8 @@ class Output:
 class Wrapped(nn.Module):
     def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.linear, self.wrap = nn.Linear(WIDTH, WIDTH), wrap
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.wrap = wrap
 
     def forward(self, x: Tensor) -> Any:
         return self.wrap(self.linear(x).tanh())
@@ -103,7 +106,8 @@ class Wrapping(nn.Module):
     def __init__(self, wrap: Callable[[Tensor], Any], unwrap: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Wrapped(wrap) for _ in range(3))
-        self.classifier, self.unwrap = nn.Linear(WIDTH, CLASSES), unwrap
+        self.classifier = nn.Linear(WIDTH, CLASSES)
+        self.unwrap = unwrap
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -150,7 +154,8 @@ def assert_rows(found: Tensor, whole: Tensor, rows: list[int]) -> None:
 
 @pytest.mark.parametrize("rows", [[4, 0], [3], [0, 1, 2, 3, 4], [2, 2, 1]])
 def test_later_exits_have_the_rows_that_were_kept_in_their_order(rows: list[int]) -> None:
-    network, x = attach(Chain()), x_of()
+    network = attach(Chain())
+    x = x_of()
     whole = network(x)
     with network.exits(x) as run:
         assert_rows(next(run).output(), whole[0], list(range(5)))
@@ -173,7 +178,8 @@ def test_the_deeper_stages_run_on_the_kept_rows_only() -> None:
 
 
 def test_keeping_twice_at_an_exit_keeps_some_of_the_kept() -> None:
-    network, x = attach(Chain()), x_of()
+    network = attach(Chain())
+    x = x_of()
     whole = network(x)
     with network.exits(x) as run:
         next(run)
@@ -183,7 +189,8 @@ def test_keeping_twice_at_an_exit_keeps_some_of_the_kept() -> None:
 
 
 def test_the_exit_at_hand_keeps_all_its_rows_after_keep() -> None:
-    network, x = attach(Chain()), x_of()
+    network = attach(Chain())
+    x = x_of()
     whole = network(x)
     with network.exits(x) as run:
         exit = next(run)
@@ -192,7 +199,8 @@ def test_the_exit_at_hand_keeps_all_its_rows_after_keep() -> None:
 
 
 def test_gradients_flow_back_to_the_kept_samples_only() -> None:
-    network, x = attach(Chain()), x_of().requires_grad_()
+    network = attach(Chain())
+    x = x_of().requires_grad_()
     with network.exits(x) as run:
         next(run)
         run.keep([3, 1])
@@ -203,7 +211,8 @@ def test_gradients_flow_back_to_the_kept_samples_only() -> None:
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_keep_works_in_every_mode(mode: Any) -> None:
-    network, x = attach(InPlace()), x_of()
+    network = attach(InPlace())
+    x = x_of()
     whole = [output.detach() for output in network(x)]
     with mode(), network.exits(x) as run:
         next(run)
@@ -222,7 +231,8 @@ def test_keep_works_in_every_mode(mode: Any) -> None:
     ids=["tuple", "mapping", "dataclass"],
 )
 def test_features_inside_another_value_are_reduced_there(wrap: Any, unwrap: Any) -> None:
-    network, x = attach(Wrapping(wrap, unwrap)), x_of()
+    network = attach(Wrapping(wrap, unwrap))
+    x = x_of()
     assert network.shrinks(x)
     whole = network(x)
     with network.exits(x) as run:
@@ -244,7 +254,8 @@ def test_keep_before_the_first_exit_or_after_the_last_is_an_error() -> None:
 
 
 def test_a_network_that_does_not_shrink_says_what_to_do_and_goes_on_with_all() -> None:
-    network, x = attach(Skipping()), x_of()
+    network = attach(Skipping())
+    x = x_of()
     whole = network(x)
     with network.exits(x) as run:
         next(run)
@@ -334,7 +345,8 @@ def test_the_trial_is_made_once_per_kind_of_input() -> None:
 
 
 def test_the_trial_draws_no_random_numbers() -> None:
-    network, x = attach(Chain()), x_of()
+    network = attach(Chain())
+    x = x_of()
     before = torch.random.get_rng_state()
     network.shrinks(x)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -356,7 +368,8 @@ def test_why_a_network_does_not_shrink_is_logged(caplog: pytest.LogCaptureFixtur
 
 
 def test_several_threads_may_ask_at_once() -> None:
-    network, found = attach(Chain()), []
+    network = attach(Chain())
+    found = []
     threads = [
         threading.Thread(target=lambda: found.append(network.shrinks(x_of()))) for _ in range(4)
     ]
@@ -371,7 +384,8 @@ def test_several_threads_may_ask_at_once() -> None:
 
 
 def test_made_up_samples_differ_and_have_the_kind_of_the_input() -> None:
-    ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.long)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    mask = torch.ones(1, 4, dtype=torch.long)
     x = {
         "image": torch.zeros(1, 3, 4, 4),
         "ids": ids,

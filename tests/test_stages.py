@@ -24,7 +24,8 @@ from impatient.networks import MultiExitNetwork, Walk, attach_exits
 from impatient.networks.describe import stage_facts
 from impatient.networks.stages import Cut, _Forward, _taps, call_model, first_tensor, output_tensor
 
-WIDTH, CLASSES = 8, 3
+WIDTH = 8
+CLASSES = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,12 +205,10 @@ class Modal(nn.Module):
     def __init__(self, mode: str) -> None:
         super().__init__()
         self.mode = mode
-        self.before, self.inside, self.also_inside, self.after = (
-            linear(),
-            linear(),
-            linear(),
-            linear(),
-        )
+        self.before = linear()
+        self.inside = linear()
+        self.also_inside = linear()
+        self.after = linear()
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.seen: list[tuple[Any, ...]] = []
 
@@ -258,7 +257,8 @@ def test_mode_entered_by_the_model_does_not_leak_to_the_caller(mode: str) -> Non
 def test_model_finds_its_modes_again_whatever_the_caller_does_between(
     mode: str, callers: str
 ) -> None:
-    network, x = modal(mode), x_of()
+    network = modal(mode)
+    x = x_of()
     seen, output = plainly_seen(network, x)
     network.backbone.seen.clear()
     walk = network.exits(x)
@@ -278,7 +278,8 @@ def test_model_finds_its_modes_again_whatever_the_caller_does_between(
 def test_callers_mode_around_one_step_neither_leaks_in_nor_is_lost(
     mode: str, callers: str, step: int
 ) -> None:
-    network, x = modal(mode), x_of()
+    network = modal(mode)
+    x = x_of()
     seen, output = plainly_seen(network, x)
     network.backbone.seen.clear()
     outside = modes()
@@ -300,7 +301,8 @@ def test_callers_mode_around_one_step_neither_leaks_in_nor_is_lost(
 
 @some_mode
 def test_modes_of_caller_and_model_may_overlap_without_nesting(mode: str) -> None:
-    network, outside = modal(mode), modes()
+    network = modal(mode)
+    outside = modes()
     seen, _ = plainly_seen(network, x_of())
     network.backbone.seen.clear()
     walk = network.exits(x_of())
@@ -330,7 +332,8 @@ def test_modes_are_put_back_when_a_paused_run_is_closed(mode: str) -> None:
 
 @every_mode
 def test_a_run_keeps_the_modes_in_which_it_was_asked_for(mode: str) -> None:
-    network, x = modal("nothing"), x_of()
+    network = modal("nothing")
+    x = x_of()
     with MODES[mode]():
         seen, output = plainly_seen(network, x)
         network.backbone.seen.clear()
@@ -346,10 +349,8 @@ def test_a_run_keeps_the_modes_in_which_it_was_asked_for(mode: str) -> None:
     "inside", [True, False], ids=["entered by the model", "entered by the caller"]
 )
 def test_weights_cast_by_autocast_in_a_run_are_not_used_after_they_changed(inside: bool) -> None:
-    network, x = (
-        attach(Modal("autocast" if inside else "nothing"), "before", "inside", "also_inside"),
-        x_of(),
-    )
+    network = attach(Modal("autocast" if inside else "nothing"), "before", "inside", "also_inside")
+    x = x_of()
     with MODES["nothing" if inside else "autocast"]():
         walk = network.exits(x)
     for _ in range(3):
@@ -388,13 +389,15 @@ class Unwinding(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = linear(), linear()
+        self.a = linear()
+        self.b = linear()
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.held: list[weakref.ref[Any]] = []
         self.unwound = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        activation, inner = Activation(), x * 2
+        activation = Activation()
+        inner = x * 2
         self.held += [weakref.ref(activation), weakref.ref(inner)]
         try:
             x = self.a(inner)
@@ -456,7 +459,8 @@ abandoned = pytest.mark.parametrize("abandon", [by_break, by_del, by_close, by_w
 def test_abandoned_run_runs_the_models_finally_and_frees_what_it_held(
     abandon: Callable[..., None],
 ) -> None:
-    network, before = unwinding(), paused_runs()
+    network = unwinding()
+    before = paused_runs()
     abandon(network, x_of())
     assert network.backbone.unwound == 1
     assert [held() for held in network.backbone.held] == [None, None]
@@ -465,7 +469,8 @@ def test_abandoned_run_runs_the_models_finally_and_frees_what_it_held(
 
 @abandoned
 def test_network_is_usable_after_an_abandoned_run(abandon: Callable[..., None]) -> None:
-    network, x = unwinding(), x_of()
+    network = unwinding()
+    x = x_of()
     expected = staged(network, x)
     abandon(network, x_of())
     assert_same(staged(network, x), expected)
@@ -473,7 +478,8 @@ def test_network_is_usable_after_an_abandoned_run(abandon: Callable[..., None]) 
 
 
 def test_paused_run_does_hold_its_activations() -> None:
-    network, before = unwinding(), paused_runs()
+    network = unwinding()
+    before = paused_runs()
     walk = network.exits(x_of())
     next(walk)
     assert None not in [held() for held in network.backbone.held]
@@ -482,7 +488,9 @@ def test_paused_run_does_hold_its_activations() -> None:
 
 
 def test_an_exit_somebody_holds_does_not_keep_its_run_alive() -> None:
-    network, before, x = unwinding(), paused_runs(), x_of()
+    network = unwinding()
+    before = paused_runs()
+    x = x_of()
     for exit in network.exits(x):  # noqa: B007  the loop variable outlives the loop
         break
     assert network.backbone.unwound == 1
@@ -500,7 +508,9 @@ def test_output_of_the_last_exit_reached_can_be_asked_after_close(
 
 
 def test_finished_run_frees_its_input_and_its_greenlet(toy: nn.Module) -> None:
-    network, x, before = toy_network(toy), x_of(), paused_runs()
+    network = toy_network(toy)
+    x = x_of()
+    before = paused_runs()
     held = weakref.ref(x)
     with torch.no_grad():
         walk = network.exits(x)
@@ -548,7 +558,8 @@ class Swallowing(nn.Module):
 
 
 def test_model_that_swallows_everything_is_still_ended() -> None:
-    network, before = attach(Swallowing(), "block@0", "block@1", "block@3"), paused_runs()
+    network = attach(Swallowing(), "block@0", "block@1", "block@3")
+    before = paused_runs()
     by_close(network, x_of())
     # thrown in once, and again at each cut it came to
     assert network.backbone.swallowed == [greenlet.GreenletExit] * 3
@@ -575,10 +586,12 @@ def test_error_in_the_models_cleanup_reaches_who_closes() -> None:
 
 
 def test_two_hundred_abandoned_runs_leave_nothing_behind() -> None:
-    network, x = unwinding(), x_of()
+    network = unwinding()
+    x = x_of()
     by_break(network, x)
     network.backbone.held.clear()
-    greenlets, tensors = paused_runs(), live_tensors()
+    greenlets = paused_runs()
+    tensors = live_tensors()
     for abandon in itertools.islice(itertools.cycle([by_break, by_del, by_close, by_with]), 200):
         abandon(network, x)
     network.backbone.held.clear()
@@ -626,7 +639,8 @@ def in_thread(work: Callable[[], Any]) -> Any:
 def test_resuming_on_another_thread_is_refused_and_the_owner_goes_on(
     toy: nn.Module, toy_input: Tensor
 ) -> None:
-    network, outside = toy_network(toy), modes()
+    network = toy_network(toy)
+    outside = modes()
     with torch.no_grad():
         walk = network.exits(toy_input)
         outputs = [next(walk).output()]
@@ -671,9 +685,11 @@ def test_finished_run_may_be_closed_and_dropped_anywhere(toy: nn.Module, toy_inp
 
 
 def test_dropping_a_paused_run_on_another_thread_warns(toy: nn.Module, toy_input: Tensor) -> None:
-    before, walk = paused_runs(), toy_network(toy).exits(toy_input)
+    before = paused_runs()
+    walk = toy_network(toy).exits(toy_input)
     next(walk)
-    box, forward = [walk], walk._runner
+    box = [walk]
+    forward = walk._runner
     del walk
     with pytest.warns(ResourceWarning, match="another thread"):
         in_thread(box.clear)
@@ -729,7 +745,8 @@ def overwriting() -> tuple[MultiExitNetwork, Tensor, Tensor]:
     network = attach(in_place(), "0", example=x)
     with torch.no_grad():
         features = network.backbone[0](x)
-        right, wrong = network.heads[0](features), network.heads[0](features.relu())
+        right = network.heads[0](features)
+        wrong = network.heads[0](features.relu())
     assert (right - wrong).abs().min() > 1e-3
     return network, x, right
 
@@ -803,11 +820,9 @@ class FailsLate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.relu, self.classifier = (
-            linear(),
-            nn.ReLU(inplace=True),
-            nn.Linear(WIDTH, CLASSES),
-        )
+        self.block = linear()
+        self.relu = nn.ReLU(inplace=True)
+        self.classifier = nn.Linear(WIDTH, CLASSES)
         self.fails = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -818,7 +833,8 @@ class FailsLate(nn.Module):
 
 
 def test_output_after_a_later_stage_failed_is_refused_unless_kept() -> None:
-    network, x = attach(FailsLate(), "block"), x_of()
+    network = attach(FailsLate(), "block")
+    x = x_of()
     right = network(x)[0]
     network.backbone.fails = True
     for keep in (False, True):
@@ -888,7 +904,8 @@ def test_forward_runs_each_head_once(counted: MultiExitNetwork, toy_input: Tenso
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
 def test_heads_learn_behind_a_part_of_the_model_that_does_not(mode: str) -> None:
-    network, x = modal(mode), x_of()
+    network = modal(mode)
+    x = x_of()
     for run in (
         network,
         lambda x: [exit.output() for exit in list(network.exits(x, keep=True))],
@@ -946,7 +963,8 @@ class Asking(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.classifier = linear(), nn.Linear(WIDTH, CLASSES)
+        self.block = linear()
+        self.classifier = nn.Linear(WIDTH, CLASSES)
         self.seen: list[str] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1018,7 +1036,8 @@ def test_a_forward_between_two_exits_does_not_disturb_the_run(
     toy: nn.Module, toy_input: Tensor
 ) -> None:
     network = toy_network(toy)
-    expected, other = network(toy_input), x_of(2)
+    expected = network(toy_input)
+    other = x_of(2)
     outputs = []
     for exit in network.exits(toy_input):
         outputs.append(exit.output())
@@ -1075,12 +1094,10 @@ class Failing(Modal):
 def test_exception_of_the_model_propagates_and_the_callers_modes_come_back(
     mode: str, error: BaseException
 ) -> None:
-    network, x, outside, before = (
-        attach(Failing(mode), "before", "inside"),
-        x_of(),
-        modes(),
-        paused_runs(),
-    )
+    network = attach(Failing(mode), "before", "inside")
+    x = x_of()
+    outside = modes()
+    before = paused_runs()
     expected = network(x)
     network.backbone.error = error
     network.backbone.seen.clear()
@@ -1097,7 +1114,8 @@ def test_exception_of_the_model_propagates_and_the_callers_modes_come_back(
 
 
 def test_exception_in_the_first_stage_propagates(toy: nn.Module) -> None:
-    network, outside = toy_network(toy), modes()
+    network = toy_network(toy)
+    outside = modes()
     with pytest.raises(RuntimeError, match="shapes"):
         next(network.exits(torch.randn(2, WIDTH + 1)))
     assert modes() == outside
@@ -1138,7 +1156,9 @@ class Containing(nn.Module):
         self, inner: MultiExitNetwork, use: Callable[[MultiExitNetwork, Tensor], Tensor]
     ) -> None:
         super().__init__()
-        self.before, self.inner, self.after = linear(), inner, nn.Linear(CLASSES, WIDTH)
+        self.before = linear()
+        self.inner = inner
+        self.after = nn.Linear(CLASSES, WIDTH)
         self.classifier = nn.Linear(WIDTH, CLASSES)
         self.use = use
 
@@ -1174,7 +1194,8 @@ def test_network_inside_a_model_with_exits_runs_as_it_does_alone(
     toy: nn.Module, use: Callable[..., Tensor]
 ) -> None:
     inner = toy_network(toy)
-    model, x = Containing(inner, use), x_of()
+    model = Containing(inner, use)
+    x = x_of()
     plain = model(x)
     outer = attach(model, "before", "after")
     before = model.before(x)
@@ -1193,7 +1214,8 @@ def test_outer_run_may_pause_while_an_inner_one_is_paused(toy: nn.Module) -> Non
                 x = self.after(exit.output())
             return self.classifier(x)
 
-    model, x = Alternating(toy_network(toy), last_of_forward), x_of()
+    model = Alternating(toy_network(toy), last_of_forward)
+    x = x_of()
     plain = model(x)
     outer = attach(model, "before", "after@0", "after@2")
     before = paused_runs()
@@ -1260,8 +1282,10 @@ def test_backbones_state_keeps_its_names(toy: nn.Module) -> None:
 
 
 def test_two_networks_may_share_one_backbone(toy: nn.Module, toy_input: Tensor) -> None:
-    one, other = attach(toy, "blocks.0", "blocks.1"), attach(toy, "blocks.1", "blocks.3")
-    expected_one, expected_other = one(toy_input), other(toy_input)
+    one = attach(toy, "blocks.0", "blocks.1")
+    other = attach(toy, "blocks.1", "blocks.3")
+    expected_one = one(toy_input)
+    expected_other = other(toy_input)
     walks = [one.exits(toy_input), other.exits(toy_input)]
     outputs = [(a.output(), b.output()) for a, b in zip(*walks, strict=True)]
     assert_same([a for a, _ in outputs], expected_one)
@@ -1277,13 +1301,15 @@ class Halting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.late = linear(), linear()
+        self.block = linear()
+        self.late = linear()
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         times = int(x[0, 0])
         while times > 0:
-            x, times = torch.tanh(self.block(x)), times - 1
+            x = torch.tanh(self.block(x))
+            times = times - 1
         if x.shape[0] > 2:
             x = self.late(x)
         return self.classifier(x)
@@ -1383,7 +1409,8 @@ class Shaped(nn.Module):
         self, form: Callable[[Tensor], Any], inner_form: Callable[[Tensor], Any] = lambda x: x
     ) -> None:
         super().__init__()
-        self.block, self.classifier = Wrapped(inner_form), nn.Linear(WIDTH, CLASSES)
+        self.block = Wrapped(inner_form)
+        self.classifier = nn.Linear(WIDTH, CLASSES)
         self.form = form
 
     def forward(self, first: Tensor, second: Tensor | None = None) -> Any:
@@ -1394,7 +1421,8 @@ class Shaped(nn.Module):
 class Wrapped(nn.Module):
     def __init__(self, form: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.layer, self.form = linear(), form
+        self.layer = linear()
+        self.form = form
 
     def forward(self, x: Tensor) -> Any:
         return self.form(self.layer(x))
@@ -1416,7 +1444,8 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_output_is_found_in_every_form(form: str) -> None:
-    model, x = Shaped(FORMS[form]), x_of()
+    model = Shaped(FORMS[form])
+    x = x_of()
     network = attach(model, "block")
     truth = model.classifier(model.block(x))
     assert_same([network(x)[-1], staged(network, x)[-1]], [truth, truth])
@@ -1434,14 +1463,17 @@ def test_output_is_found_in_every_form(form: str) -> None:
     ],
 )
 def test_features_are_found_in_every_form(form: Callable[[Tensor], Any]) -> None:
-    model, x = Shaped(unchanged, form), x_of()
+    model = Shaped(unchanged, form)
+    x = x_of()
     network = attach(model, "block")
     truth = network.heads[0](model.block.layer(x))
     assert_same([network(x)[0], staged(network, x)[0]], [truth, truth])
 
 
 def test_mappings_are_passed_as_keywords_and_sequences_as_positions() -> None:
-    model, first, second = Shaped(unchanged), x_of(), x_of()
+    model = Shaped(unchanged)
+    first = x_of()
+    second = x_of()
     named = {"second": second, "first": first}
     network = attach(model, "block", example=named)
     truth = [network.heads[0](model.block(first - second)), model(first, second)]

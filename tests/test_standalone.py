@@ -64,7 +64,8 @@ X = RANDOM.normal(size=(4, 6)).astype(np.float32)
 
 def truth(x: Any) -> list[Any]:
     """The outputs of the three exits; the skip value of the first stage is used in the last."""
-    h, skip = np.tanh(x @ W["a"]), x @ W["b"]
+    h = np.tanh(x @ W["a"])
+    skip = x @ W["b"]
     u = np.tanh(h @ W["c"])
     return [h @ W["p"], u @ W["q"], (u + skip) @ W["d"]]
 
@@ -103,11 +104,10 @@ LAST = [node("Add", "u xb", "sum"), node("MatMul", "sum d", "y")]
 
 def write_parts(directory: Path) -> None:
     """The skip value crosses two cuts, with its batch in the second dimension."""
-    over, back = (
-        node("Transpose", "xb", "skip", perm=[1, 0]),
-        node("Transpose", "skip", "xb", perm=[1, 0]),
-    )
-    eight, out = ["b", 8], ["b", CLASSES]
+    over = node("Transpose", "xb", "skip", perm=[1, 0])
+    back = node("Transpose", "skip", "xb", perm=[1, 0])
+    eight = ["b", 8]
+    out = ["b", CLASSES]
     write_onnx(
         directory / "stage0.onnx", [*FIRST, over], {"x": ["b", 6]}, {"h": eight, "skip": [8, "b"]}
     )
@@ -186,7 +186,11 @@ class Slow:
     def __init__(
         self, part: Callable[..., Any], clock: FakeClock, seconds: float, ran: list[str], name: str
     ) -> None:
-        self.part, self.clock, self.seconds, self.ran, self.name = part, clock, seconds, ran, name
+        self.part = part
+        self.clock = clock
+        self.seconds = seconds
+        self.ran = ran
+        self.name = name
 
     def __call__(self, *inputs: Any) -> Any:
         self.clock.advance(self.seconds)
@@ -198,7 +202,8 @@ class Timed:
     """A bundle on a fake clock: stages take 10 ms each, heads 2 ms, as measured."""
 
     def __init__(self, directory: Path) -> None:
-        self.clock, self.ran = FakeClock(), []
+        self.clock = FakeClock()
+        self.ran = []
         self.bundle = Bundle(directory, clock=self.clock.now)
         for index, part in enumerate(self.bundle.parts.stages):
             self.bundle.parts.stages[index] = Slow(
@@ -234,7 +239,8 @@ def test_the_exits_tell_inputs_and_depths_apart():
 @BOTH
 @pytest.mark.parametrize("count", [1, 4])
 def test_every_exit_and_the_whole_are_what_numpy_computes(export: Export, engine: str, count: int):
-    bundle, x = Bundle(export(engine)), X[:count]
+    bundle = Bundle(export(engine))
+    x = X[:count]
     outputs = [exit.output() for exit in bundle.exits(x)]
     for output, wanted in zip(outputs, truth(x), strict=True):
         assert_close(output, wanted)
@@ -243,7 +249,8 @@ def test_every_exit_and_the_whole_are_what_numpy_computes(export: Export, engine
 
 @BOTH
 def test_samples_that_are_kept_go_on_in_their_order(export: Export, engine: str):
-    bundle, rows = Bundle(export(engine)), np.array([3, 1])
+    bundle = Bundle(export(engine))
+    rows = np.array([3, 1])
     run = bundle.exits({"x": X})
     exit = next(run)
     run.keep(rows)
@@ -311,7 +318,8 @@ def test_openvino_lends_its_memory_and_takes_it_back(tmp_path: Path):
 @BOTH
 def test_one_part_on_several_threads_at_once(engine: str, tmp_path: Path):
     write_wide(tmp_path / "wide.onnx", 4)
-    part, found = ENGINES[engine](tmp_path / "wide.onnx"), {}
+    part = ENGINES[engine](tmp_path / "wide.onnx")
+    found = {}
 
     def work(seed: int) -> None:
         for _ in range(10):
@@ -340,7 +348,9 @@ class Calling(threading.Thread):
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__()
-        self.call, self.error, self.output = call, None, None
+        self.call = call
+        self.error = None
+        self.output = None
         self.start()
 
     def run(self) -> None:
@@ -361,7 +371,8 @@ class Calling(threading.Thread):
 
 @BOTH
 def test_a_call_is_ended_early_and_the_part_goes_on_working(engine: str, long_path: Path):
-    part, x = ENGINES[engine](long_path), wide(256)
+    part = ENGINES[engine](long_path)
+    x = wide(256)
     whole = Calling(lambda: part.one(x))
     whole.join()
     cancelled = Calling(lambda: part.one(x)).ended_by(part.cancel)
@@ -376,7 +387,8 @@ def test_a_call_is_ended_early_and_the_part_goes_on_working(engine: str, long_pa
 @BOTH
 def test_only_the_named_thread_is_cancelled(engine: str, long_path: Path):
     part = ENGINES[engine](long_path)
-    other, ended = Calling(lambda: part.one(wide(64, 1))), Calling(lambda: part.one(wide(64, 2)))
+    other = Calling(lambda: part.one(wide(64, 1)))
+    ended = Calling(lambda: part.one(wide(64, 2)))
     ended.ended_by(lambda: part.cancel(ended.ident))
     other.join()
     assert isinstance(ended.error, Cancelled)
@@ -386,7 +398,8 @@ def test_only_the_named_thread_is_cancelled(engine: str, long_path: Path):
 
 @BOTH
 def test_a_run_whose_stage_was_cancelled_can_go_on(engine: str, long_path: Path):
-    part, x = ENGINES[engine](long_path), wide(128)
+    part = ENGINES[engine](long_path)
+    x = wide(128)
     wiring = Wiring(
         inputs=("x",),
         takes=(("x",),),
@@ -404,7 +417,8 @@ def test_a_run_whose_stage_was_cancelled_can_go_on(engine: str, long_path: Path)
 @BOTH
 def test_threads_without_work_leave_the_processor_alone(engine: str, tmp_path: Path):
     write_wide(tmp_path / "wide.onnx")
-    part, burnt_s = ENGINES[engine](tmp_path / "wide.onnx", threads=2), 0.0
+    part = ENGINES[engine](tmp_path / "wide.onnx", threads=2)
+    burnt_s = 0.0
     for _ in range(10):
         part(wide(256))
         begin = time.process_time()
@@ -554,12 +568,10 @@ class Held:
     """A stage that stays in flight until it is let go or cancelled."""
 
     def __init__(self, part: EnginePart) -> None:
-        self.part, self.go, self.entered, self.cancelled = (
-            part,
-            threading.Event(),
-            threading.Event(),
-            False,
-        )
+        self.part = part
+        self.go = threading.Event()
+        self.entered = threading.Event()
+        self.cancelled = False
 
     def __call__(self, *inputs: Any) -> Any:
         self.entered.set()
@@ -593,8 +605,10 @@ def test_an_interrupted_run_gives_its_latest_answer_and_cancels_the_stage(export
 
 
 def test_a_stage_that_cannot_be_cancelled_ends_without_its_head(export: Export):
-    bundle, heads = Bundle(export()), []
-    held, head = Held(bundle.parts.stages[1]), bundle.parts.heads[1]
+    bundle = Bundle(export())
+    heads = []
+    held = Held(bundle.parts.stages[1])
+    head = bundle.parts.heads[1]
     bundle.parts.stages[1] = lambda *inputs: held(*inputs)
     bundle.parts.heads[1] = lambda features: heads.append(1) or head(features)
     run = bundle.start(X)
@@ -643,7 +657,8 @@ def test_profiling_measures_each_stage_and_head_by_itself(export: Export):
 
 @given(st.lists(st.floats(0.0, 10.0), min_size=1, max_size=50))
 def test_quantiles_are_those_of_the_library(times_s: list[float]):
-    mine, theirs = _quantiles(np.array(times_s)), Quantiles.of(times_s)
+    mine = _quantiles(np.array(times_s))
+    theirs = Quantiles.of(times_s)
     assert mine == {name: getattr(theirs, name) for name in mine}
 
 
@@ -813,7 +828,8 @@ OUTPUTS = arrays.arrays(
 
 @given(OUTPUTS, st.sampled_from(sorted(SCORES)))
 def test_scores_are_those_of_the_library(outputs: Any, score: str):
-    mine, theirs = SCORES[score](outputs), TORCH_SCORES[score](torch.from_numpy(outputs)).numpy()
+    mine = SCORES[score](outputs)
+    theirs = TORCH_SCORES[score](torch.from_numpy(outputs)).numpy()
     assert mine.dtype == theirs.dtype == np.float32
     np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
@@ -825,10 +841,8 @@ def test_scores_are_those_of_the_library(outputs: Any, score: str):
 )
 def test_thresholds_are_those_of_the_library(outputs: Any, score: str, threshold: float):
     thresholds = (threshold, INF, -INF)
-    mine, theirs = (
-        Thresholds(score=score, thresholds=thresholds),
-        ThresholdPolicy(score=score, thresholds=thresholds),
-    )
+    mine = Thresholds(score=score, thresholds=thresholds)
+    theirs = ThresholdPolicy(score=score, thresholds=thresholds)
     # where the last bit of a softmax may decide
     close = np.abs(SCORES[score](outputs) - threshold) < 4e-6
     for exit in range(3):

@@ -31,7 +31,9 @@ from impatient.runtime.engines.onnx_files import PRECISIONS
 from impatient.runtime.engines.standalone import SESSIONS, Cancelled, Streamed, Wiring
 from impatient.runtime.engines.standalone.streamed import StreamedRun, unwritten
 
-ROWS, CLASSES, EXITS = 2, 3, 3
+ROWS = 2
+CLASSES = 3
+EXITS = 3
 WAIT_S = 10.0
 
 
@@ -243,7 +245,8 @@ def test_samples_that_are_kept_are_those_given(run: StreamedRun, session: Sessio
 
 # --- in the engines -----------------------------------------------------------------------------------------------------
 
-WIDTH, DEPTH = 256, 24
+WIDTH = 256
+DEPTH = 24
 
 
 class Tower(nn.Module):
@@ -330,7 +333,9 @@ def test_a_stopped_session_leaves_only_right_answers(
     made: EngineNetwork, tower: MultiExitNetwork
 ) -> None:
     x = inputs(512)
-    wanted, generator, stopped = truth(tower, x), np.random.default_rng(0), 0
+    wanted = truth(tower, x)
+    generator = np.random.default_rng(0)
+    stopped = 0
     for _ in range(30):
         run = made.exits(x)
         timer = threading.Timer(generator.uniform(0.0, 0.02), run.cancel)
@@ -368,7 +373,8 @@ def test_a_run_whose_session_was_stopped_goes_on(
 
 def test_runs_of_several_threads_do_not_mix(made: EngineNetwork, tower: MultiExitNetwork) -> None:
     def answers(rows: int) -> list[list[Tensor]]:
-        x, found = inputs(rows).T.contiguous().T, []
+        x = inputs(rows).T.contiguous().T
+        found = []
         for number in range(8):
             with made.exits(x) as run:
                 # most leave it early
@@ -391,7 +397,8 @@ def test_a_session_that_nobody_holds_does_no_harm(place: Path, tower: MultiExitN
 
 
 def test_two_runs_in_turn_do_not_mix(made: EngineNetwork, tower: MultiExitNetwork) -> None:
-    one, other = inputs(2), inputs(2) + 1.0
+    one = inputs(2)
+    other = inputs(2) + 1.0
     with made.exits(one) as first, made.exits(other) as second:
         given = [(here.output(), there.output()) for here, there in zip(first, second, strict=True)]
     for (here, there), wanted, wanted_too in zip(
@@ -425,7 +432,8 @@ def test_it_runs_without_torch_and_meets_deadlines_there(
 ) -> None:
     for name in ("torch", "impatient"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
-    folder, x = shutil.copytree(place, tmp_path / "copy"), inputs(2)
+    folder = shutil.copytree(place, tmp_path / "copy")
+    x = inputs(2)
     np.save(tmp_path / "x.npy", x.numpy())
 
     def answered(*options: str) -> Any:

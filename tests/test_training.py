@@ -120,7 +120,8 @@ def learned() -> tuple[MultiExitNetwork, History]:
 
 def test_training_lowers_the_loss_of_every_exit(learned):
     _, history = learned
-    first, last = history.epochs[0], history.epochs[-1]
+    first = history.epochs[0]
+    last = history.epochs[-1]
     assert all(
         after < 0.97 * before
         for before, after in zip(first.train_loss, last.train_loss, strict=True)
@@ -172,10 +173,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
 
 
 def test_validation_is_only_reported():
-    one, other = small(), small()
+    one = small()
+    other = small()
     mixed_up = few()
     mixed_up.examples("validation").labels.random_(0, 10)
-    first, second = train(one), train(other, mixed_up)
+    first = train(one)
+    second = train(other, mixed_up)
     assert changed(state(one), other) == set()
     assert first.epochs[-1].validation_loss != second.epochs[-1].validation_loss
 
@@ -245,7 +248,8 @@ def test_a_scheme_is_known_by_its_name(name):
 
 
 def test_a_name_and_its_numbers_train_alike():
-    one, other = small(), small()
+    one = small()
+    other = small()
     recipe = dataclasses.replace(BRIEF, epochs=1)
     train(one, recipe=recipe, weights="sieve")
     train(other, recipe=recipe, weights=list(sieve(3)))
@@ -342,7 +346,8 @@ def test_mixed_training_trains_the_backbone_alone_first_and_then_everything():
 
 
 def test_the_first_phase_of_mixed_training_is_training_on_the_last_exit():
-    mixed, alone = small(), small()
+    mixed = small()
+    alone = small()
     with power_cut_after(epoch=2), pytest.raises(PowerCut):
         train(mixed, recipe=MIXED)
     train(alone, recipe=dataclasses.replace(BRIEF, epochs=2), weights=[0.0, 0.0, 1.0])
@@ -359,7 +364,8 @@ def test_afterwards_the_network_is_in_eval_mode_with_the_flags_it_had(recipe):
     network = small()
     network.backbone.blocks[0].requires_grad_(False)
     network.heads[1].requires_grad_(False)
-    before, flags = state(network), [parameter.requires_grad for parameter in network.parameters()]
+    before = state(network)
+    flags = [parameter.requires_grad for parameter in network.parameters()]
     train(network, recipe=recipe)
     assert not any(module.training for module in network.modules())
     assert [parameter.requires_grad for parameter in network.parameters()] == flags
@@ -405,7 +411,9 @@ class ctrl_c_in_step(pytest.MonkeyPatch):
 
     def __init__(self, step: int, times: int = 1) -> None:
         super().__init__()
-        self.at, self.times, self.seen = step, times, 0
+        self.at = step
+        self.times = times
+        self.seen = 0
 
     def __enter__(self) -> None:
         update = loop._Training._update

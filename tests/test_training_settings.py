@@ -36,7 +36,8 @@ def makes_sense(setting: dict[str, Any]) -> bool:
 
 def all_pairs() -> list[dict[str, Any]]:
     """A few settings in which every two values of different options meet."""
-    names, places = list(SETTINGS), {name: range(len(values)) for name, values in SETTINGS.items()}
+    names = list(SETTINGS)
+    places = {name: range(len(values)) for name, values in SETTINGS.items()}
 
     def pairs(setting: dict[str, int]) -> set[Any]:
         return {((a, setting[a]), (b, setting[b])) for a, b in itertools.combinations(names, 2)}
@@ -48,7 +49,8 @@ def all_pairs() -> list[dict[str, Any]]:
         dict(zip(names, choice, strict=True)) for choice in itertools.product(*places.values())
     ]
     possible = [setting for setting in everything if makes_sense(values(setting))]
-    missing, chosen = set().union(*map(pairs, possible)), []
+    missing = set().union(*map(pairs, possible))
+    chosen = []
     while missing:
         best = max(
             possible[:: 1 + len(possible) // 997]
@@ -123,7 +125,8 @@ def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(setting, epochs=3)
-    whole, stopped = built(setting), built(setting)
+    whole = built(setting)
+    stopped = built(setting)
     train(whole, recipe=recipe, weights=setting["weights"])
     steps = itertools.count()
     update = loop._Training._update
@@ -186,7 +189,8 @@ def test_a_sample_without_weight_teaches_nothing() -> None:
     rows = torch.ones(88, 3)
     rows[44:] = 0.0
     network, _ = one_step(weights=rows)
-    spoilt, data = small(dropout=0.0), few()
+    spoilt = small(dropout=0.0)
+    data = few()
     # their labels do not matter
     data.examples("train").labels[44:] = 0
     recipe = Recipe(epochs=1, batch_size=88, lr=0.05, momentum=0.0, weight_decay=0.0, warmup=0.0)
@@ -273,7 +277,8 @@ def test_adaloss_gives_more_weight_where_the_loss_is_small(tmp_path: Path) -> No
         checkpoint=tmp_path / "c",
     )
     held = read_header(tmp_path / "c")["balancer"]
-    averages, base = torch.tensor(held["averages"]), torch.tensor(held["base"])
+    averages = torch.tensor(held["averages"])
+    base = torch.tensor(held["base"])
     torch.testing.assert_close(base, averages.min() / averages)
     assert held["steps"] == 8 * 6
 

@@ -31,10 +31,8 @@ def test_images_of_any_size_are_taken(side: int) -> None:
 
 def test_layers_are_those_counted_by_hand() -> None:
     facts = facts_of(SmallVGG(in_channels=1), 28)
-    places, convolutions = (
-        [28**2, 14**2, 7**2, 7**2, 3**2, 3**2],
-        [1 * 16, 16 * 32, 32 * 64, 64 * 64, 64 * 128, 128 * 128],
-    )
+    places = [28**2, 14**2, 7**2, 7**2, 3**2, 3**2]
+    convolutions = [1 * 16, 16 * 32, 32 * 64, 64 * 64, 64 * 128, 128 * 128]
     macs = [9 * weights * n for weights, n in zip(convolutions, places, strict=True)]
     macs[-1] += 128 * 10
     assert [fact.stage_macs for fact in facts] == macs

@@ -45,7 +45,8 @@ EXP_LIN = {
 
 def sieve_by_fractions(count: int) -> list[Fraction]:
     """For each p and k the nearest position to k L / p, halves up, in exact arithmetic."""
-    early, parts = dict.fromkeys(range(1, count), 0), 2
+    early = dict.fromkeys(range(1, count), 0)
+    parts = 2
     while min(early.values()) == 0:
         for k in range(1, parts):
             position = next(

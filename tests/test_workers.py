@@ -139,7 +139,8 @@ def test_the_best_need_not_be_a_last_exit(make):
 def test_at_the_deadline_the_best_posted_answer_is_there_and_everybody_leaves(
     make, networks, clock
 ):
-    first, second = hold(networks[0], "stage 1"), hold(networks[1], "stage 1")
+    first = hold(networks[0], "stage 1")
+    second = hold(networks[1], "stage 1")
     with make(2).start(X, deadline=Deadline(10.0)) as run:
         first.wait_reached()
         second.wait_reached()

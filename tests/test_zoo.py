@@ -88,7 +88,8 @@ class Backbone(nn.Module):
     def __init__(self, fault: str = "") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
-        self.classifier, self.fault = nn.Linear(8, 10), fault
+        self.classifier = nn.Linear(8, 10)
+        self.fault = fault
         if fault == "zero head":
             nn.init.zeros_(self.classifier.weight)
 
@@ -146,7 +147,8 @@ def test_weights_are_made_informative() -> None:
 
 
 def test_page_counts_what_works_and_gives_reasons() -> None:
-    resnet, xlnet = BY_NAME["torchvision:resnet18"], BY_NAME["transformers:XLNetConfig"]
+    resnet = BY_NAME["torchvision:resnet18"]
+    xlnet = BY_NAME["transformers:XLNetConfig"]
     good = {
         "output": "informative",
         "forward()": EXACT,

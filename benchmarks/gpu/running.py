@@ -84,7 +84,8 @@ def walk(network: Any, x: torch.Tensor, *, waiting: bool) -> None:
 
 def half_stops(network: Any, x: torch.Tensor) -> ThresholdPolicy:
     """Half of the samples leave at the middle exit, the others at the last one."""
-    middle, last = network.num_exits // 2 - 1, network.num_exits - 1
+    middle = network.num_exits // 2 - 1
+    last = network.num_exits - 1
     with torch.inference_mode(), network.exits(x) as run:
         scores = torch.stack([SCORES["max_probability"](exit.output()).cpu() for exit in run])
     shares = [0.5 if exit in (middle, last) else 0.0 for exit in range(network.num_exits)]

@@ -59,7 +59,8 @@ def least_time(curve: Sequence[Point], accuracy: float, *, mixed: bool = True) -
     """
     reached = [point.mean_s for point in curve if point.accuracy >= accuracy - 1e-12]
     for before, after in itertools.pairwise(curve) if mixed else ():
-        low, high = before.accuracy, after.accuracy
+        low = before.accuracy
+        high = after.accuracy
         if (low - accuracy) * (high - accuracy) < 0:
             share = (accuracy - low) / (high - low)
             reached.append(before.mean_s + share * (after.mean_s - before.mean_s))
@@ -160,7 +161,8 @@ def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> fl
         1.25
     """
     cost = torch.tensor(node_s, dtype=torch.float64)
-    count, cheapest = right.shape[1], int(cost.argmin())
+    count = right.shape[1]
+    cheapest = int(cost.argmin())
     extra = (
         torch.where(right.bool(), cost[:, None] - cost[cheapest], math.inf).amin(0).sort().values
     )
@@ -187,7 +189,8 @@ def guarantees(
         population: a recording, whose mean is the truth.
         seed: of the draws.
     """
-    candidates, rows = [policy for policy, _ in policies], []
+    candidates = [policy for policy, _ in policies]
+    rows = []
     for loss in losses:
         truth = policy_losses(candidates, population, loss).mean(1).tolist()
         random = torch.Generator().manual_seed(seed)

@@ -128,7 +128,8 @@ def _seen(
     policy: ThresholdPolicy, part: Recording, costs: CostProfile
 ) -> tuple[torch.Tensor, torch.Tensor]:
     found = outcome(policy, part, costs)
-    exits, seconds = found.exits, found.contract_s
+    exits = found.exits
+    seconds = found.contract_s
     return seconds, part.hits()[exits, torch.arange(len(exits))]
 
 
@@ -151,7 +152,8 @@ def gates(
         gate_s=gate_s[f"{inputs}, {learner}"],
     )
     policies = [entry.policy for entry in swept]
-    samples, hits = torch.arange(len(judged.labels)), judged.hits().double()
+    samples = torch.arange(len(judged.labels))
+    hits = judged.hits().double()
     points = []
     for entry, exits in zip(swept, exits_of_many(policies, judged), strict=True):
         seconds = exit_times_s(entry.policy, costs)[exits]
@@ -169,7 +171,8 @@ def time_prices(costs: CostProfile, count: int) -> list[float]:
 def oracles(judged: Recording, costs: CostProfile) -> dict[str, Any]:
     """The soft oracle by both accountings."""
     found: dict[str, Any] = {}
-    hits, samples = judged.hits(), torch.arange(len(judged.labels))
+    hits = judged.hits()
+    samples = torch.arange(len(judged.labels))
     for pays in ("path", "chosen"):
         exits, seconds = soft_oracle(judged, costs, pays=pays)
         found[pays] = {"s": float(seconds.mean()), "accuracy": float(hits[exits, samples].mean())}

@@ -13,7 +13,8 @@ from impatient.errors import DataError, ModelSpecError
 from impatient.networks.heads import FeatureShape, Pool
 
 # what the pretrained ResNets were trained with; those trained here take the same, so that all read one input
-CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN = (0.485, 0.456, 0.406)
+CIFAR_STD = (0.229, 0.224, 0.225)
 
 
 class BasicBlock(nn.Module):
@@ -29,7 +30,8 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.padding = stride, outputs - inputs
+        self.stride = stride
+        self.padding = outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))

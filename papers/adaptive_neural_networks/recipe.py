@@ -383,7 +383,8 @@ def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
         Accuracy on the splits recorded, and what training took.
     """
     data = data_of(case, net.training)
-    network, result = build(net, data), {}
+    network = build(net, data)
+    result = {}
     if net.training is None:
         load_pretrained(network, net.name, shared_folder() / "cifar10_resnets.npz")
     else:

@@ -185,7 +185,9 @@ def pairs(
     found: list[Point] = []
     for first in range(last):
         kept = [first, last]
-        one, other, own_s = only(fit, kept), only(judged, kept), [node_s[node] for node in kept]
+        one = only(fit, kept)
+        other = only(judged, kept)
+        own_s = [node_s[node] for node in kept]
         found += [
             point
             for _, point in learned(one, other, own_s, Topology.chain, "logistic", gate_s, prices)
@@ -205,7 +207,9 @@ def later_first(
     # two networks are a pair
     for first in range(1, len(node_s) - 2):
         kept = range(first, len(node_s))
-        one, other, own_s = only(fit, kept), only(judged, kept), node_s[first:]
+        one = only(fit, kept)
+        other = only(judged, kept)
+        own_s = node_s[first:]
         found += [
             point
             for _, point in learned(one, other, own_s, Topology.full, "logistic", gate_s, prices)

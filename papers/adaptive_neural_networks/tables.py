@@ -29,12 +29,11 @@ from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
 from papers.results import Claim, Spread, made_by, markdown, spread, write_csv
 
 # times faster at a point lost; how far a real run may be from its prediction
-WANTED, PREDICTED_WITHIN = (
-    2.8,
-    0.1,
-)
+WANTED = 2.8
+PREDICTED_WITHIN = 0.1
 # which learned method the claims are about
-OURS, OUR_GATES = "any, logistic", "gates on both"
+OURS = "any, logistic"
+OUR_GATES = "gates on both"
 # per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform mixture
 PAPER = {"GoogLeNet": ((9, 22, 33), (2, 9, 20)), "ResNet-50": ((8, 18, 22), (1, 12, 10))}
 
@@ -419,10 +418,8 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
         )
     for name, result in found.times.items():
         measured = times.real_row(name, result)
-        ratio, drift = (
-            measured["measured over predicted"],
-            measured["full ms"] / measured["full profiled ms"],
-        )
+        ratio = measured["measured over predicted"]
+        drift = measured["full ms"] / measured["full profiled ms"]
         yield Claim(
             f"a real run takes what was predicted, within a tenth ({name})",
             "our aim",

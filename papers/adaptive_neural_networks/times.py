@@ -73,7 +73,8 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     Returns:
         "costs", a profile; "node_s"; "gate_s" by learner; the networks "used"; and what `really` says of them.
     """
-    device, data = _device(), recipe.data_of(case)
+    device = _device()
+    data = recipe.data_of(case)
     networks = [recipe.built(case, net, folder.parent) for net in case.nets]
     cascade = Cascade(networks, case.names).to(device).eval()
     costs = profile(cascade, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
@@ -114,7 +115,8 @@ def fastest(
     Returns:
         The networks it is for, and the policy.
     """
-    last, found = len(node_s) - 1, []
+    last = len(node_s) - 1
+    found = []
     for kept in [
         *(range(first, last + 1) for first in range(last)),
         *([first, last] for first in range(last - 1)),
@@ -139,7 +141,8 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
     Returns:
         "costs", a profile; "gate_s" by what gates look at and learner; the exits "used"; and what `really` says.
     """
-    device, data = _device(), recipe.data_of(exits.case)
+    device = _device()
+    data = recipe.data_of(exits.case)
     network = recipe.built_exits(exits, folder.parent).to(device)
     costs = profile(network, data.example().to(device), repeats=timing.repeats, max_seconds=120.0)
     recordings = recordings_of(exits, folder.parent)

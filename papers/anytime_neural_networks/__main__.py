@@ -93,7 +93,8 @@ def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> fl
         return None
     members = [results[f"{net.name}-seed0"] for net in nets]
     job = recipe.check_job(scale, [member["validation_error"] for member in members], folder)
-    real, assembled = run_jobs([job], folder, workers=1)[job.name], ensemble(members)
+    real = run_jobs([job], folder, workers=1)[job.name]
+    assembled = ensemble(members)
     itself = alone(real, heads="all")
     pairs = [*zip(itself.errors, assembled.errors, strict=True)]
     pairs += [

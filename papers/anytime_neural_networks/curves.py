@@ -52,7 +52,9 @@ def ensemble(members: Sequence[Result]) -> Curve:
     """
     costs: list[float] = []
     errors: list[float] = []
-    spent, least, final = 0.0, np.inf, 1.0
+    spent = 0.0
+    least = np.inf
+    final = 1.0
     for member in members:
         parts = (
             member[name] for name in ("stage_macs", "head_macs", "validation_error", "test_error")
@@ -63,7 +65,8 @@ def ensemble(members: Sequence[Result]) -> Curve:
             costs.append(spent)
             errors.append(test if own else final)
         if member["validation_error"][-1] <= least:
-            least, final = member["validation_error"][-1], member["test_error"][-1]
+            least = member["validation_error"][-1]
+            final = member["test_error"][-1]
     return Curve(tuple(costs), tuple(errors))
 
 

@@ -102,7 +102,9 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
     table = measured(scale, results)
     if not table["sieve", "none"]:
         return []
-    rows, rates, claims = milestone_rows(table), win_rates(table), list(milestone_claims(table))
+    rows = milestone_rows(table)
+    rates = win_rates(table)
+    claims = list(milestone_claims(table))
     write_csv(folder / "milestones.csv", [_flat(row) for row in rows])
     write_csv(
         folder / "win_rates.csv",
@@ -148,11 +150,9 @@ def _ensemble_part(
     compared = ensembles(scale, results)
     if compared is None:
         return []
-    rows, claims, growth = (
-        ensemble_rows(compared),
-        list(ensemble_claims(compared, base(scale))),
-        base(scale),
-    )
+    rows = ensemble_rows(compared)
+    claims = list(ensemble_claims(compared, base(scale)))
+    growth = base(scale)
     write_csv(folder / "eann.csv", [_flat(row) for row in rows])
     write_csv(folder / "eann_curves.csv", _budget_rows(compared))
     write_csv(folder / "eann_claims.csv", _claim_rows(claims))
@@ -188,7 +188,8 @@ def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
 
 def _spoken(row: Mapping[str, object], style: str) -> dict[str, object]:
     """A row for people: spreads as mean ± deviation."""
-    sign, digits = style.startswith("+"), int(style.strip("+f")[1:])
+    sign = style.startswith("+")
+    digits = int(style.strip("+f")[1:])
     return {
         name: value.text(digits, sign=sign and name != "final error")
         if isinstance(value, Spread)
@@ -210,7 +211,8 @@ def _flat(row: Mapping[str, object]) -> dict[str, object]:
 
 
 def _settings(scale: Scale, results: Results) -> str:
-    how, hours = scale.training, sum(result["seconds"] for result in results.values()) / 3600
+    how = scale.training
+    hours = sum(result["seconds"] for result in results.values()) / 3600
     images = "all" if how.images is None else f"{how.images:,}"
     return (
         f"{how.data}, {images} training images, {how.epochs} epochs, batch {how.batch_size}, learning rate {how.lr} "

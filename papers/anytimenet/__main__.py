@@ -51,7 +51,8 @@ def main(
     """Tables I and II, figures 3 and 4. Stop with Ctrl-C at any time; the same command goes on."""
     settings = recipe.SCALES[scale.value]
     settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)
-    folder, everything = runs / scale.value, [*times.jobs(settings), *recipe.jobs(settings)]
+    folder = runs / scale.value
+    everything = [*times.jobs(settings), *recipe.jobs(settings)]
 
     def run() -> None:
         if table in (Table.time, Table.all):

@@ -51,7 +51,8 @@ def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
     ):
         for name in names:
             counts[name.split(".")[0]] += 1
-        total, paper = sum(counts.values()), PAPER_CUMULATIVE[index]
+        total = sum(counts.values())
+        paper = PAPER_CUMULATIVE[index]
         agreed = (*counts.values(), total) == tallied and total == paper
         rows.append(
             {
@@ -86,5 +87,6 @@ def joined(names: Sequence[str]) -> str:
 
 
 def _follows(before: str, name: str) -> bool:
-    (section, _, old), (other, _, new) = before.partition("."), name.partition(".")
+    (section, _, old) = before.partition(".")
+    (other, _, new) = name.partition(".")
     return section == other and bool(old and new) and int(new) == int(old) + 1

@@ -107,7 +107,8 @@ class Scale:
 
 
 TINY = Net(width=4, counts=growth.in_turn((2, 2, 2)).counts)
-THIN, FULL = Net(width=8), Net(width=16)
+THIN = Net(width=8)
+FULL = Net(width=16)
 # GTSRB with as few images a class as SFCARS, which has 8,144 of 196 classes
 SCARCE = 43 * 41
 
@@ -321,7 +322,8 @@ def calibration(data: Data, batch_size: int, most: int | None, seed: int) -> Ite
 def judged(recording: Recording) -> dict[str, Any]:
     """Accuracy and confidence of every iteration, over all samples and class by class, and of the surest answer so far."""
     cached = ensembled(recording, "caching")
-    found, surest = class_confidence(recording), class_confidence(cached)
+    found = class_confidence(recording)
+    surest = class_confidence(cached)
     there = list(found.classes)
     return {
         "accuracy": recording.hits().double().mean(1).tolist(),

@@ -40,7 +40,8 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
         case.name: learning.complete(case, range(scale.seeds), results) for case in scale.cases
     }
     when = next((times.over_baseline(result) for net, result in timed if net == scale.net), None)
-    learnt, took = _learning_part(scale, seeds, results, when, folder), _times_part(timed, folder)
+    learnt = _learning_part(scale, seeds, results, when, folder)
+    took = _times_part(timed, folder)
     claims = [*learning.claims(scale.cases, seeds, results)]
     claims += [claim for net, result in timed for claim in times.claims(net, result)]
     if claims:
@@ -86,7 +87,8 @@ def _execution_part(folder: Path) -> list[str]:
 
 def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) -> list[str]:
     parts: list[str] = []
-    flat, raw = [], []
+    flat = []
+    raw = []
     for net, result in timed:
         rows = times.table(result)
         name = times.name(net, result["batch"])
@@ -138,7 +140,8 @@ def _learning_part(
     when: Sequence[float] | None,
     folder: Path,
 ) -> list[str]:
-    cases, names = [case for case in scale.cases if seeds[case.name]], scale.net.schedule.names
+    cases = [case for case in scale.cases if seeds[case.name]]
+    names = scale.net.schedule.names
     if not cases:
         return []
     rows = {

@@ -62,7 +62,8 @@ def main(
     ] = None,
 ) -> None:
     """Table 1 of Impatient DNNs. Stop with Ctrl-C at any time; the same command goes on."""
-    console, settings = Console(), recipe.SCALES[scale.value]
+    console = Console()
+    settings = recipe.SCALES[scale.value]
     try:
         results = recipe.run(settings, runs / scale.value, workers=workers, seeds=seeds)
     except ImpatientError as error:

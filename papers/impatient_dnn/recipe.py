@@ -360,7 +360,8 @@ def _fit(
 
 def _judged(network: MultiExitNetwork, target: Data) -> dict[str, list[float]]:
     """Accuracy per exit on the validation and the test split."""
-    device, splits = str(next(network.parameters()).device), ("validation", "test")
+    device = str(next(network.parameters()).device)
+    splits = ("validation", "test")
     return {
         split: _accuracies(record(network, target, split=split, device=device)) for split in splits
     }
@@ -388,7 +389,8 @@ def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Re
         with torch.inference_mode(), network.exits(inputs.to(device)) as run:
             for exit in itertools.islice(run, len(cuts)):
                 kept[exit.index].append(exit.features.relu().mean((2, 3)).float().cpu())
-    labels, state = target.examples(split).labels, backbone.state_dict()
+    labels = target.examples(split).labels
+    state = backbone.state_dict()
     made = provenance(
         network=fingerprint_structure(state),
         weights=fingerprint_tensors(state),

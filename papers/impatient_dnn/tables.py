@@ -80,11 +80,14 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
     rows = []
     for pair in pairs:
         costs = _costs(pair, results)
-        anytime, a_priori, whole = costs.interruptible_s(), costs.contract_s(), costs.exit_free_s()
+        anytime = costs.interruptible_s()
+        a_priori = costs.contract_s()
+        whole = costs.exit_free_s()
         for row in ROWS:
             budget = standard_budgets(anytime)[row]
             for seed in seeds:
-                orig, ft = results[f"{pair.name}-orig-{seed}"], results[f"{pair.name}-ft-{seed}"]
+                orig = results[f"{pair.name}-orig-{seed}"]
+                ft = results[f"{pair.name}-ft-{seed}"]
                 joint = results[f"{pair.name}-joint-{row}-{seed}"]
                 rows.append(
                     {
@@ -191,7 +194,8 @@ def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
     rows = []
     for pair in pairs:
         costs = _costs(pair, results)
-        contract, anytime = costs.contract_s(), costs.interruptible_s()
+        contract = costs.contract_s()
+        anytime = costs.interruptible_s()
         for name in ("orig", "ft", *(f"joint-{row}" for row in ROWS)):
             for seed in seeds:
                 result = results[f"{pair.name}-{name}-{seed}"]

@@ -60,15 +60,14 @@ def ensemble_run(
         StorageError: if the directory is taken, or a member has no validation recording.
         StaleInput: if the members were trained on different data.
     """
-    run, parts = RunDirectory(directory), [RunDirectory(member) for member in members]
+    run = RunDirectory(directory)
+    parts = [RunDirectory(member) for member in members]
     if run.spec_file.is_file() and not force:
         raise StorageError(
             f"{run.path} is a run directory already; use another one, or --force to throw it away."
         )
-    networks, recordings = (
-        [part.network()[0] for part in parts],
-        [part.recording("validation") for part in parts],
-    )
+    networks = [part.network()[0] for part in parts]
+    recordings = [part.recording("validation") for part in parts]
     network, spec = (
         _eann(parts, networks, recordings)
         if len(parts) > 1
@@ -184,7 +183,8 @@ def select_run(
         )
     costs = profile_run(run.path, repeats=repeats, progress=progress, say=say)
     record_run(run.path, progress=progress, say=say)
-    recording, times = run.recording("validation"), node_times_s(costs)
+    recording = run.recording("validation")
+    times = node_times_s(costs)
     wanted = {target: value for target, value in targets.items() if value is not None}
     options: dict[str, Any] = {"learner": learner, "method": method, **wanted}
     graph = graphs[topology](spec.after)
@@ -204,7 +204,9 @@ def _begin_cascade(
     run: RunDirectory, members: Sequence[str], data: str, validation: float, seed: int
 ) -> None:
     loaded = load_data(data, seed=seed, validation=validation)
-    specs, networks, names = [], [], []
+    specs = []
+    networks = []
+    names = []
     for member in members:
         spec, network = _member(member, loaded, seed, validation)
         specs.append(spec)
@@ -255,7 +257,8 @@ def _member(member: str, data: Data, seed: int, validation: float) -> tuple[Netw
     network = fresh_model(model, data.num_classes, data.preprocess, seed)
     if weights:
         load_weights(network, Path(weights), Path(weights).parent)
-    state, example = network.state_dict(), data.example()
+    state = network.state_dict()
+    example = data.example()
     spec = NetworkSpec(
         model=model,
         after=(),

@@ -148,7 +148,8 @@ class _Mirrored:
     """A distribution on [low, high] read from the other end."""
 
     def __init__(self, inner: Any, total: float) -> None:
-        self.inner, self.total = inner, total
+        self.inner = inner
+        self.total = total
 
     def pdf(self, times: np.ndarray) -> np.ndarray:
         return np.asarray(self.inner.pdf(self.total - times))
@@ -161,7 +162,8 @@ class _Mirrored:
 
 
 def _normal(low: float, high: float) -> Any:
-    middle, deviation = (low + high) / 2, (high - low) / 6
+    middle = (low + high) / 2
+    deviation = (high - low) / 6
     return stats.truncnorm(-3.0, 3.0, loc=middle, scale=deviation)
 
 

@@ -331,7 +331,8 @@ def profile(
     """Measure what every stage and head costs on this machine."""
     from impatient import tables, workflow
 
-    sizes, counts = _integers(batch_sizes, "--batch-sizes"), _integers(threads, "--threads")
+    sizes = _integers(batch_sizes, "--batch-sizes")
+    counts = _integers(threads, "--threads")
     for count in counts:
         _check_threads(count)
     made = workflow.profile_runs(
@@ -366,7 +367,8 @@ def compare(
     """Compare two profiles exit by exit, and say which differences are more than noise."""
     from impatient import tables, workflow
 
-    first, second = workflow.load_profile(a), workflow.load_profile(b)
+    first = workflow.load_profile(a)
+    second = workflow.load_profile(b)
     rows = first.compare(second, any_network=any_network)
     for name, (one, other) in first.differences(second).items():
         _say(f"{name}: {one} (A), {other} (B)")

@@ -115,7 +115,8 @@ class Running:
         temperatures: Sequence[float] | Tensor | None = None,
         recalibration: Sequence[float] | Tensor | None = None,
     ) -> None:
-        self.rule, self.count = Rule.of(rule), count
+        self.rule = Rule.of(rule)
+        self.count = count
         self._temperatures = as_temperatures(temperatures, count)
         self._recalibration = as_temperatures(recalibration, count)
         self._past: Any = None
@@ -198,7 +199,8 @@ def _geometric(
     weight = exit + 1.0 if rule.weights == "depth" else 1.0
     total = weight * output.log_softmax(-1)
     if past is not None:
-        total, weight = past[0] + total, past[1] + weight
+        total = past[0] + total
+        weight = past[1] + weight
     return (total, weight), (total / weight).log_softmax(-1)
 
 

@@ -208,7 +208,8 @@ def new_spec(
             raise ModelSpecError(
                 f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and --heads away."
             )
-        cut, heads = fresh, OWN_HEADS
+        cut = fresh
+        heads = OWN_HEADS
     else:
         heads = heads or "linear"
         cut = attach_exits(
@@ -314,7 +315,8 @@ class RunDirectory:
         self, name: str, policy: AnyPolicy, certificate: Certificate | None = None
     ) -> Path:
         """Write a policy in the place of any other of this name, and what is guaranteed of it."""
-        plain, learned = self.policy_file(name), self.learned_policy_file(name)
+        plain = self.policy_file(name)
+        learned = self.learned_policy_file(name)
         file, other = (plain, learned) if isinstance(policy, ThresholdPolicy) else (learned, plain)
         # first: it must never stand beside a policy it is not about
         self.certificate_file(name).unlink(missing_ok=True)
@@ -425,7 +427,8 @@ class RunDirectory:
     def _recording(
         self, what: str, file: Path, weights: Path, precision: str = "fp32"
     ) -> Recording:
-        spec, remedy = self.spec(), f"run `impatient record {self.path}{self.arguments}`"
+        spec = self.spec()
+        remedy = f"run `impatient record {self.path}{self.arguments}`"
         if not file.is_file():
             raise StorageError(f"{self.here} has no {what}; {remedy}.")
         recording = Recording.load(file)
@@ -483,7 +486,8 @@ class EngineDirectory(RunDirectory):
 
     def __init__(self, path: str | Path, name: str) -> None:
         super().__init__(path)
-        self.engine_name, self.arguments = name, f" --engine {name}"
+        self.engine_name = name
+        self.arguments = f" --engine {name}"
 
     @property
     def here(self) -> Path:
@@ -496,7 +500,8 @@ class EngineDirectory(RunDirectory):
             StorageError: if it has not been exported.
             StaleInput: if it was exported with other weights.
         """
-        threads, remedy = torch.get_num_threads(), self._export_again()
+        threads = torch.get_num_threads()
+        remedy = self._export_again()
         if self.engine_name == "compile":
             network, weights = RunDirectory(self.path).network()
             return to_engine(

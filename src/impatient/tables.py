@@ -50,13 +50,13 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
         "interruptible",
         left=2,
     )
-    contract, interruptible = (
-        costs.contract_s(batch_size=batch_size),
-        costs.interruptible_s(batch_size=batch_size),
-    )
-    table.caption, table.caption_justify = _noise(batch.noise), "left"
+    contract = costs.contract_s(batch_size=batch_size)
+    interruptible = costs.interruptible_s(batch_size=batch_size)
+    table.caption = _noise(batch.noise)
+    table.caption_justify = "left"
     for index, name in enumerate(costs.exits):
-        stage, head = batch.stages[index], batch.heads[index]
+        stage = batch.stages[index]
+        head = batch.heads[index]
         times = (stage.p50, stage.p99, head.p50, head.p99, contract[index], interruptible[index])
         table.add_row(str(index), name, *(_ms(time) for time in times))
     whole = batch.exit_free
@@ -213,7 +213,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def saving(evaluation: Evaluation, name: str) -> str:
     """What a policy saves against the last network of a cascade, or the last exit, in a sentence."""
-    policy, whole = evaluation[name], evaluation["no exits, same weights"]
+    policy = evaluation[name]
+    whole = evaluation["no exits, same weights"]
     points = (policy.accuracy.value - whole.accuracy.value) * 100
     return (
         f"{name}: {whole.contract_s / policy.contract_s:.2f} times as fast as the last network alone "

@@ -74,10 +74,8 @@ from impatient.training.weights import parse_weights
 Say = Callable[[Any], None]
 
 # training samples by which ranges for 8 bits are found
-CALIBRATION_BATCH, CALIBRATION_BATCHES = (
-    16,
-    8,
-)
+CALIBRATION_BATCH = 16
+CALIBRATION_BATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,14 +191,14 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
         "ensembling": plan.ensembling,
     }
     if plan.rule:
-        begun["after"], wanted["after"] = _placed(spec, plan.rule), spec.after
+        begun["after"] = _placed(spec, plan.rule)
+        wanted["after"] = spec.after
     elif plan.after:
-        begun["after"], wanted["after"] = spec.after, plan.after
+        begun["after"] = spec.after
+        wanted["after"] = plan.after
     else:
-        begun["exits"], wanted["exits"] = (
-            len(spec.after) + 1,
-            exits if plan.exits is None else plan.exits,
-        )
+        begun["exits"] = len(spec.after) + 1
+        wanted["exits"] = exits if plan.exits is None else plan.exits
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -348,7 +346,8 @@ def profile_runs(
     Returns:
         The profiles by file.
     """
-    before, made = torch.get_num_threads(), {}
+    before = torch.get_num_threads()
+    made = {}
     try:
         for engine, (place, count) in itertools.product(engines, enumerate(threads)):
             torch.set_num_threads(count or before)
@@ -448,7 +447,8 @@ def fit_run(
         raise PolicyError(
             f"--cost {cost} goes with plain thresholds; leave --learner and --delta away."
         )
-    recording, costs = run.recording("validation"), run.profile(any_machine=any_profile)
+    recording = run.recording("validation")
+    costs = run.profile(any_machine=any_profile)
     wanted = {target: value for target, value in targets.items() if value is not None}
     policy: AnyPolicy
     certificate = None
@@ -594,7 +594,8 @@ def export_run(
     Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the first of the training split.
     """
     run = RunDirectory(directory)
-    seen, (network, _) = run.engine(engine_label(engine, precision)), run.network()
+    seen = run.engine(engine_label(engine, precision))
+    (network, _) = run.network()
     rule = run.policy(policy) if policy else None
     if rule is not None and not isinstance(rule, ThresholdPolicy):
         raise PolicyError(
@@ -643,7 +644,9 @@ def _with_real_times(
     count: int,
 ) -> Evaluation:
     """Answer the first test samples under every policy, in turn, so that all meet the machine's changes alike."""
-    data, network, recording = run.data(), run.network()[0], run.recording("test")
+    data = run.data()
+    network = run.network()[0]
+    recording = run.recording("test")
     runners = {
         name: runner_of(network, costs, policy, any_profile=True)
         for name, policy in policies.items()
@@ -683,7 +686,9 @@ def _static(
     """Other runs' networks without exits, with their times in the terms of this run's profile."""
     if not others:
         return {}
-    x, networks, recordings = run.spec().example(), [run.network()[0]], []
+    x = run.spec().example()
+    networks = [run.network()[0]]
+    recordings = []
     for other in others:
         run.check_data(other.data())
         alone = other.exit_free_recording("test")
@@ -719,7 +724,8 @@ def report_run(directory: str | Path, *, any_profile: bool = False, say: Say) ->
             f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
         )
     evaluation = Evaluation.load(run.evaluation_file)
-    spec, policies = run.spec(), run.policies()
+    spec = run.spec()
+    policies = run.policies()
     evaluation.provenance.require(
         "the evaluation",
         f"run `impatient evaluate {run.path}` again",
@@ -770,8 +776,10 @@ def _examples(
     if not policies:
         return [], []
     policy = next(iter(policies.values()))
-    recording, data = run.recording("test"), run.data()
-    exits, score = exits_under(policy, recording), SCORES[score_of(policy)]
+    recording = run.recording("test")
+    data = run.data()
+    exits = exits_under(policy, recording)
+    score = SCORES[score_of(policy)]
 
     def example(index: int) -> Example:
         exit = int(exits[index])

@@ -134,9 +134,11 @@ def _best(
     train: Recording, validation: Recording | None, exit: int, grid: Sequence[float]
 ) -> _Probe:
     """The exit's SVMs of the strength that is most accurate on `validation`, among those that converge."""
-    features, labels = train.features[exit].flatten(1).double().numpy(), train.labels.numpy()
+    features = train.features[exit].flatten(1).double().numpy()
+    labels = train.labels.numpy()
     scaler = StandardScaler().fit(features)
-    mean, deviation = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
+    mean = torch.from_numpy(scaler.mean_)
+    deviation = torch.from_numpy(scaler.scale_)
     standard = scaler.transform(features)
     classes = train.labels.unique()
     found: list[tuple[float, float, _Probe]] = []
@@ -189,7 +191,8 @@ def _machines(
             ).fit(features, labels)
         except ConvergenceWarning:
             return None
-    slopes, offsets = torch.from_numpy(machine.coef_), torch.from_numpy(machine.intercept_)
+    slopes = torch.from_numpy(machine.coef_)
+    offsets = torch.from_numpy(machine.intercept_)
     return (
         (slopes, offsets)
         if present > 2

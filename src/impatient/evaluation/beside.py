@@ -46,7 +46,8 @@ def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
             f"one recording is of split {recording.split!r} and exits {', '.join(recording.exits)}, the other of "
             f"{reference.split!r} and {', '.join(reference.exits)}; needed: the same of both."
         )
-    hits, wanted = recording.hits(), reference.hits()
+    hits = recording.hits()
+    wanted = reference.hits()
     same = recording.outputs.argmax(-1) == reference.outputs.argmax(-1)
     count = len(recording.labels)
     return tuple(

@@ -153,7 +153,8 @@ def class_confidence(recording: Recording) -> ClassConfidence:
         AnytimeNet (Kim et al. 2020), equation 5 and figure 4. We differ: beside the correlation over classes stands that
         over single samples, which is where it begins.
     """
-    labels, hits_KN = recording.labels.long(), recording.hits()
+    labels = recording.labels.long()
+    hits_KN = recording.hits()
     true_KN = true_label_probabilities(recording.outputs, labels)
     counts_C = torch.bincount(labels, minlength=recording.outputs.shape[2])
     confidence, accuracy = (_class_means(values, labels, counts_C) for values in (true_KN, hits_KN))

@@ -205,7 +205,8 @@ def _row_json(row: Row) -> dict[str, Any]:
 
 
 def _row_from(value: Mapping[str, Any]) -> Row:
-    p_true, real = value.get("p_true"), value.get("real")
+    p_true = value.get("p_true")
+    real = value.get("real")
     return Row(
         **{
             **value,
@@ -337,8 +338,10 @@ class _Judge:
         same_weights: bool,
         static: Mapping[str, Static],
     ) -> None:
-        self.costs, self.options = costs, {"statistic": statistic, "batch_size": batch_size}
-        self.recording, self.count = recording, costs.num_exits
+        self.costs = costs
+        self.options = {"statistic": statistic, "batch_size": batch_size}
+        self.recording = recording
+        self.count = costs.num_exits
         self.hits: Float[Tensor, "K N"] = recording.hits()
         self.confidence: Float[Tensor, "K N"] = recording.outputs.softmax(-1).amax(-1)
         self.true = true_label_probabilities(recording.outputs, recording.labels)
@@ -382,7 +385,8 @@ class _Judge:
 
     def _once(self, name: str) -> Row:
         kind, outputs, time_s, macs = self.once[name]
-        hits, confidence = outputs.argmax(-1) == self.recording.labels, outputs.softmax(-1).amax(-1)
+        hits = outputs.argmax(-1) == self.recording.labels
+        confidence = outputs.softmax(-1).amax(-1)
         return Row(
             name=name,
             kind=kind,
@@ -414,7 +418,8 @@ class _Judge:
         contract_s: Float[Tensor, "N"],
         macs: Float[Tensor, "N"],
     ) -> Row:
-        hits, confidence = self.hits[exits, self.samples], self.confidence[exits, self.samples]
+        hits = self.hits[exits, self.samples]
+        confidence = self.confidence[exits, self.samples]
         shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
         return Row(
             name=name,

@@ -171,11 +171,13 @@ class Schedule:
             [[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes]
         )
         moments = np.unique(moments[(moments >= self.first) & (moments <= self.end)])
-        left, right = moments[:-1], moments[1:]
+        left = moments[:-1]
+        right = moments[1:]
         come_to = (left + right)[:, None] / 2.0 - self.begins
         able = come_to >= self.competitive_from * self.depths
         leader = np.where(able, np.minimum(come_to, self.depths), 0.0).argmax(1)
-        begin, depth = self.begins[leader], self.depths[leader]
+        begin = self.begins[leader]
+        depth = self.depths[leader]
         return left, right, begin, depth, (left + right) / 2.0 - begin < depth
 
 
@@ -205,7 +207,8 @@ def simulate(
             "of the last, base ** (members - 1), that is a number."
         )
     depths = base ** np.arange(float(members))
-    begins, idle_at = [], [0.0] * workers
+    begins = []
+    idle_at = [0.0] * workers
     for depth in depths:
         begins.append(heapq.heappop(idle_at))
         heapq.heappush(idle_at, begins[-1] + float(depth))

@@ -114,7 +114,8 @@ def judge_policies(
         name: np.stack([SCORES[name](output).numpy() for output in recording.outputs])
         for name in _names(policies)
     }
-    leaving, right = np.zeros((len(policies), costs.num_exits)), np.zeros(len(policies))
+    leaving = np.zeros((len(policies), costs.num_exits))
+    right = np.zeros(len(policies))
     for row, policy in enumerate(policies):
         leaving[row], right[row] = _outcome(scores[policy.score], hits, policy)
     shares = leaving / samples
@@ -153,7 +154,8 @@ def _outcome(
     bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float().numpy()
     # samples that have not left yet
     here = np.ones(scores_KN.shape[1], dtype=bool)
-    counts, right = [0] * len(bounds), 0
+    counts = [0] * len(bounds)
+    right = 0
     for exit in range(len(bounds)):
         if not policy.looks_at(exit):
             continue

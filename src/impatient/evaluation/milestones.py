@@ -117,7 +117,8 @@ def milestones(
         >>> milestones([1, 2, 3, 4], [0.5, 0.5, 0.25, 0.25], opt_costs=[1, 2, 4], opt_errors=[0.5, 0.25, 0.25])
         (0.0, 100.0, 0.0, 0.0)
     """
-    whole, first = check_increasing(costs)[-1], check_increasing(opt_costs)[0]
+    whole = check_increasing(costs)[-1]
+    first = check_increasing(opt_costs)[0]
     places = [share * whole for share in at]
     early = [place for place in places if place < first]
     if early:

@@ -48,7 +48,8 @@ class Outcome:
         right = torch.zeros(len(self.exits), dtype=torch.float64)
         ways, which = self.visited.unique(dim=0, return_inverse=True)
         for number, way in enumerate(ways):
-            rows, exits = (which == number).nonzero()[:, 0], way.nonzero()[:, 0]
+            rows = (which == number).nonzero()[:, 0]
+            exits = way.nonzero()[:, 0]
             costs = self.interruptible_s[rows[0], exits].tolist()
             kept = list(deepest_for_some(costs))
             weights = torch.tensor(
@@ -101,7 +102,8 @@ def outcome(
             for part in (policy.dear, policy.cheap)
         )
         return _merged(one, other, policy.drawn(len(recording.labels)))
-    heads, count = policy.open_exits(), costs.num_exits
+    heads = policy.open_exits()
+    count = costs.num_exits
     options = {"statistic": statistic, "batch_size": batch_size}
     exits = exits_under(policy, recording)
     gates = _float(
@@ -134,7 +136,8 @@ def _routed(
         )
     else:
         stages, heads = costs.parts(cost)
-        node_s, decided_s = _float(stages) + _float(heads), torch.zeros(costs.num_exits)
+        node_s = _float(stages) + _float(heads)
+        decided_s = torch.zeros(costs.num_exits)
     so_far = (route.visited * (node_s + decided_s)).cumsum(1)
     macs = _float(
         [stage + head for stage, head in zip(costs.stage_macs, costs.head_macs, strict=True)]

@@ -23,21 +23,17 @@ from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.files import written_whole
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on white and on black
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
-    "#0072b2",
-    "#e69f00",
-    "#009e73",
-    "#d55e00",
-    "#cc79a7",
-    "#56b4e9",
-)
+BLUE = "#0072b2"
+ORANGE = "#e69f00"
+GREEN = "#009e73"
+VERMILION = "#d55e00"
+PURPLE = "#cc79a7"
+SKY = "#56b4e9"
 # ink and paper are the page's; white is always white
-INK, PAPER, MUTED, WHITE = (
-    "#22262b",
-    "#ffffff",
-    "#808890",
-    "#fefefe",
-)
+INK = "#22262b"
+PAPER = "#ffffff"
+MUTED = "#808890"
+WHITE = "#fefefe"
 POLICY_LOOKS = [
     (ORANGE, "s"),
     (GREEN, "D"),
@@ -54,7 +50,8 @@ WIDTH_INCHES = 7.2
 LOG_BEYOND = 20.0
 # share of the height that the budgets take
 SHADE = 0.22
-MOST_PANELS, PANEL_COLUMNS = 8, 4
+MOST_PANELS = 8
+PANEL_COLUMNS = 4
 
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -174,11 +171,9 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
     batch = costs.at(batch_size)
     with styled():
         figure, axes = _figure(_costs_title(costs, batch_size), 1.9 + 0.36 * costs.num_exits)
-        rows, stages, heads = (
-            np.arange(costs.num_exits),
-            _ms(batch.stages, "mean"),
-            _ms(batch.heads, "mean"),
-        )
+        rows = np.arange(costs.num_exits)
+        stages = _ms(batch.stages, "mean")
+        heads = _ms(batch.heads, "mean")
         ends = np.cumsum(stages + heads)
         axes.barh(
             rows, stages, left=ends - heads - stages, height=0.62, color=BLUE, label="stage, mean"
@@ -340,7 +335,8 @@ def _limits(axes: Axes, evaluation: Evaluation, budget: tuple[str, Budget] | Non
         for time in (row.contract_s, row.interruptible_s)
         if time > 0.0
     ]
-    first, last = min(times), max(times)
+    first = min(times)
+    last = max(times)
     # budgets beyond twice the last exit change nothing that is drawn
     right = max(1.06 * last, min(budget[1].high * 1e3, 2.0 * last) if budget else 0.0)
     if last > LOG_BEYOND * first:
@@ -357,7 +353,8 @@ def _limits(axes: Axes, evaluation: Evaluation, budget: tuple[str, Budget] | Non
         for bound in (row.accuracy.low, row.accuracy.high)
         if math.isfinite(bound)
     ]
-    low, high = min(bounds), min(max(bounds), 1.0)
+    low = min(bounds)
+    high = min(max(bounds), 1.0)
     room = max(high - low, 0.01)
     shaded = budget is not None and budget[1].shape != "point"
     axes.set_ylim(low - room * (SHADE + 0.1 if shaded else 0.06), high + 0.05 * room)
@@ -443,7 +440,8 @@ def _points(axes: Axes, rows: Sequence[Row], times: Sequence[float], **look: Any
 def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
     """Budgets along the bottom: a line for one budget, a histogram for a log, else the density."""
     left, right = axes.get_xlim()
-    label, logarithmic = f"budgets: {_short(name, 30)}", axes.get_xscale() == "log"
+    label = f"budgets: {_short(name, 30)}"
+    logarithmic = axes.get_xscale() == "log"
     if budget.shape == "point":
         axes.axvline(
             budget.high * 1e3,
@@ -470,7 +468,8 @@ def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
 
 
 def _curve_title(evaluation: Evaluation) -> str:
-    exits, alone = evaluation.of("exit"), evaluation.of("exit_free")
+    exits = evaluation.of("exit")
+    alone = evaluation.of("exit_free")
     ends = [exits[0], exits[-1]] if len(exits) > 1 else [exits[0]]
     title = ", ".join(
         f"{percent(row.accuracy.value)} right after {milliseconds(row.interruptible_s)}"
@@ -489,24 +488,24 @@ def _shares_title(evaluation: Evaluation) -> str:
 
 
 def _costs_title(costs: CostProfile, batch_size: int) -> str:
-    whole, staged = (
-        costs.exit_free_s(batch_size=batch_size),
-        costs.interruptible_s(batch_size=batch_size)[-1],
-    )
+    whole = costs.exit_free_s(batch_size=batch_size)
+    staged = costs.interruptible_s(batch_size=batch_size)[-1]
     more = staged / whole - 1.0
     change = f"{percent(more, 0)} more than" if more >= 0.005 else "no more than"
     return f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched backbone's {milliseconds(whole)}"
 
 
 def _classes_title(found: ClassConfidence) -> str:
-    first, last = percent(found.overall[0].value), percent(found.overall[-1].value)
+    first = percent(found.overall[0].value)
+    last = percent(found.overall[-1].value)
     sure = f"{first} at the first exit, {last} at the last" if len(found.exits) > 1 else first
     missing = f", {len(found.absent)} more without samples" if found.absent else ""
     return f"Mean probability of the truth: {sure};\n{len(found.classes)} classes of split {_short(found.split, 30)}{missing}"
 
 
 def _correlations(found: ClassConfidence, exit: int) -> str:
-    over_classes, over_samples = found.correlations[exit], found.sample_correlations[exit]
+    over_classes = found.correlations[exit]
+    over_samples = found.sample_correlations[exit]
     lines = [f"exit {exit}, no r", ""]
     if over_classes:
         lines = [

@@ -170,7 +170,8 @@ def record(
             f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
             "come to every exit."
         )
-    engine, state = getattr(network, "engine", "eager"), network.state_dict()
+    engine = getattr(network, "engine", "eager")
+    state = network.state_dict()
     known: Any = {"network": fingerprint_structure(state), "weights": fingerprint_tensors(state)}
     # an engine keeps no tensors, but knows what it was made from
     if engine != "eager":

@@ -228,7 +228,8 @@ def _against(value: float, reference: float) -> str:
 
 
 def _headline(evaluation: Evaluation) -> str:
-    last, free = evaluation.of("exit")[-1], evaluation.of("exit_free")
+    last = evaluation.of("exit")[-1]
+    free = evaluation.of("exit_free")
     text = (
         f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of {evaluation.samples} samples of split "
         f"“{_e(evaluation.split)}” (95 % interval {_interval(last.accuracy)}), after {milliseconds(last.interruptible_s)} if "
@@ -261,7 +262,8 @@ def _policy_line(row: Row, last: Row, free: Row | None) -> str:
     )
     if free is None:
         return f"{judged}."
-    time, macs = _against(row.contract_s, free.contract_s), _against(row.macs, free.macs)
+    time = _against(row.contract_s, free.contract_s)
+    macs = _against(row.macs, free.macs)
     if row.contract_s < 0.995 * free.contract_s:
         verdict = f"<strong>{time} time</strong> than without exits, with {_than(macs, 'MACs')}"
     else:
@@ -569,11 +571,13 @@ def _count(number: float) -> str:
 
 
 def _costs_table(costs: CostProfile, batch_size: int) -> str:
-    batch, free = costs.at(batch_size), "untouched backbone"
+    batch = costs.at(batch_size)
+    free = "untouched backbone"
     columns = ["", "mean", "p50", "p90", "p99", "p99.9", "max", "n", "MACs", "parameters"]
     rows: list[tuple[str, ...]] = []
     for exit, name in enumerate(costs.exits):
-        size, more = costs.stage_macs[exit], costs.head_macs[exit]
+        size = costs.stage_macs[exit]
+        more = costs.head_macs[exit]
         rows.append(
             (
                 f"stage {exit} <small>to {_e(name)}</small>",

@@ -257,7 +257,8 @@ class IterationBatchNorm(_BatchNorm):
 
     def __init__(self, norm: _BatchNorm, iterations: Sequence[int]) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.weight, self.bias = norm.weight, norm.bias
+        self.weight = norm.weight
+        self.bias = norm.bias
         self.training = norm.training
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, _per_row(getattr(norm, name), len(iterations)))
@@ -288,7 +289,8 @@ class IterationBatchNorm(_BatchNorm):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
-            given, own = state_dict.get(prefix + name), getattr(self, name)
+            given = state_dict.get(prefix + name)
+            own = getattr(self, name)
             if given is not None and given.dim() == own.dim() - 1:
                 state_dict[prefix + name] = _per_row(given, len(own))
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -325,7 +327,9 @@ class GrowthRun(Iterator[Exit]):
     def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
         self._run = _Run(_Ambient.now())
         self._iterations = iter(range(network.num_exits))
-        self._network, self._x, self._keep = network, x, keep
+        self._network = network
+        self._x = x
+        self._keep = keep
         self._cached: dict[int, Tensor] = {}
 
     def __next__(self) -> Exit:
@@ -438,7 +442,8 @@ class GrowingNetwork(nn.Module):
             )
         self.num_classes = num_classes or _classes(out)
         self.layout = layout
-        self._starts, self._kept = self.schedule.starts, self.schedule.kept
+        self._starts = self.schedule.starts
+        self._kept = self.schedule.kept
         early = self.num_exits - 1 if outs == "own" else 0
         self.heads = nn.ModuleList(copy.deepcopy(out) for _ in range(early))
         if norms != "shared":

@@ -57,13 +57,11 @@ class CascadeExit:
         upcoming: int | None,
         whole: bool,
     ) -> None:
-        self.index, self.features, self.exits, self.upcoming, self.whole = (
-            index,
-            features,
-            exits,
-            upcoming,
-            whole,
-        )
+        self.index = index
+        self.features = features
+        self.exits = exits
+        self.upcoming = upcoming
+        self.whole = whole
         self._answer = answer
 
     def output(self) -> Tensor:
@@ -81,7 +79,9 @@ class CascadeWalk(Iterator[CascadeExit]):
     """
 
     def __init__(self, cascade: Cascade, x: Any) -> None:
-        self._cascade, self._x, self._count = cascade, x, batch_size_of(x)
+        self._cascade = cascade
+        self._x = x
+        self._count = batch_size_of(x)
         self._ambient = _Ambient.now()
         device = first_tensor(x).device
         # per network, the samples that are sent to it
@@ -145,7 +145,8 @@ class CascadeWalk(Iterator[CascadeExit]):
 
     def _send(self, node: int, rows: Tensor, features: Tensor | None) -> None:
         """Put the samples that go on to the networks they go to."""
-        last, router = self._cascade.num_exits - 1, self._cascade.router
+        last = self._cascade.num_exits - 1
+        router = self._cascade.router
         if router is None:
             if node < last:
                 self._waiting[node + 1] = rows
@@ -284,7 +285,8 @@ class Cascade(nn.Module):
 
     def _call(self, ambient: _Ambient, node: int, x: Any) -> tuple[Tensor, Tensor | None]:
         """Output of a network, and what its last linear layer read."""
-        network, here = self.networks[node], threading.get_ident()
+        network = self.networks[node]
+        here = threading.get_ident()
         read: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -109,7 +109,8 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
     totals.append((end, end))
     shapes.append(tuple(output.shape))
     heads: list[nn.Module | None] = [*network.heads, None]
-    facts, passed = [], 0
+    facts = []
+    passed = 0
     for index, (name, head) in enumerate(zip(network.exit_names, heads, strict=True)):
         before, after = totals[index]
         facts.append(
@@ -146,7 +147,8 @@ def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], t
         ExitNotReached: if the example does not come to every exit.
     """
     counter = TrafficCounter()
-    stages, heads = [], []
+    stages = []
+    heads = []
     with (
         evaluating(network),
         torch.no_grad(),
@@ -197,7 +199,8 @@ class TrafficCounter(TorchDispatchMode):
 
     def take(self) -> int:
         """The bytes since the last call."""
-        taken, self._bytes = self._bytes, 0
+        taken = self._bytes
+        self._bytes = 0
         return taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -321,7 +324,8 @@ def describe(network: DescribedNetwork, x: Any) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
-    stages, heads = sum(f.stage_macs for f in facts), sum(f.head_macs for f in facts)
+    stages = sum(f.stage_macs for f in facts)
+    heads = sum(f.head_macs for f in facts)
     lines += [
         f"stages, to the end of {type(network.backbone).__name__}: {stages:,} MACs per sample, "
         f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs ({heads / max(stages, 1):.1%}).",

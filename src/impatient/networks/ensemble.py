@@ -38,14 +38,16 @@ def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, 
         (0, 1, 1, 3, 4)
     """
     table: list[int] = []
-    best, best_error = -1, math.inf
+    best = -1
+    best_error = math.inf
     for errors in validation_errors:
         begin = len(table)
         table += [
             begin + index if error <= best_error else best for index, error in enumerate(errors)
         ]
         if table[-1] == len(table) - 1:
-            best, best_error = table[-1], errors[-1]
+            best = table[-1]
+            best_error = errors[-1]
     return tuple(table)
 
 
@@ -62,7 +64,9 @@ class EnsembleExit:
     __slots__ = ("_answer", "features", "index", "inner", "member")
 
     def __init__(self, index: int, member: int, inner: Any, answer: Tensor | None) -> None:
-        self.index, self.member, self.inner = index, member, inner
+        self.index = index
+        self.member = member
+        self.inner = inner
         self.features = inner.features
         # of an earlier member; None where this exit answers itself
         self._answer = answer
@@ -83,7 +87,8 @@ class EnsembleWalk(Iterator[EnsembleExit]):
 
     def __init__(self, runs: Sequence[Any], first: Sequence[int], answers: Sequence[int]) -> None:
         self._waiting = list(enumerate(runs))
-        self._first, self._answers = first, answers
+        self._first = first
+        self._answers = answers
         # holds the run of the member that is running
         self._open = contextlib.ExitStack()
         self._member = -1
@@ -299,7 +304,8 @@ class EANN(nn.Module):
         return tuple(self.networks)
 
     def _use(self, errors: Errors) -> None:
-        self._errors, self._answers = errors, answering_exits(errors)
+        self._errors = errors
+        self._answers = answering_exits(errors)
 
 
 def _common_classes(networks: Sequence[nn.Module]) -> int:

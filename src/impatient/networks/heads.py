@@ -86,16 +86,21 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
 
 def _last_width(module: nn.Module) -> tuple[int | None, bool]:
     """Output width of the last layer with parameters, and whether such layers work on the last dimension."""
-    width, channels_last = None, False
+    width = None
+    channels_last = False
     for layer in module.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            width, channels_last = layer.out_channels, False
+            width = layer.out_channels
+            channels_last = False
         elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            width, channels_last = layer.num_features, False
+            width = layer.num_features
+            channels_last = False
         elif isinstance(layer, nn.Linear):
-            width, channels_last = layer.out_features, True
+            width = layer.out_features
+            channels_last = True
         elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
-            width, channels_last = layer.normalized_shape[0], True
+            width = layer.normalized_shape[0]
+            channels_last = True
     return width, channels_last
 
 
@@ -162,7 +167,8 @@ def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Modu
     """Average pooling to size x size places (or the map's size, where that is less) and a linear layer on all of them."""
     _check_map("adaptive", features)
     height, width = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
-    height, width = min(size, height), min(size, width)
+    height = min(size, height)
+    width = min(size, width)
     return nn.Sequential(
         *_channels_first(features),
         nn.AdaptiveAvgPool2d((height, width)),

@@ -280,7 +280,8 @@ def _build_heads(
             f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit."
         )
     traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
-    built, layouts = [], []
+    built = []
+    layouts = []
     for cut, kind in zip(cuts, kinds, strict=True):
         features = traced.features.get((cut.module, cut.call))
         if features is None:

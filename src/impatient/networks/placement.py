@@ -187,7 +187,8 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
             continue
         cuts, missed = _evenly(model, x, usable, _shares(model, x, usable, repeats), count)
         if missed < miss / 2:
-            chosen, miss = cuts, missed
+            chosen = cuts
+            miss = missed
         if miss <= _FAR:
             break
     if not chosen:

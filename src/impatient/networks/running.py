@@ -31,7 +31,9 @@ class CombinedExit:
     __slots__ = ("_output", "features", "index")
 
     def __init__(self, index: int, features: Tensor, output: Tensor) -> None:
-        self.index, self.features, self._output = index, features, output
+        self.index = index
+        self.features = features
+        self._output = output
 
     def output(self) -> Tensor:
         """The combined output of this exit and those before, shape [B, num_classes]; before softmax."""
@@ -49,7 +51,8 @@ class CombinedWalk(Iterator[CombinedExit]):
     """
 
     def __init__(self, walk: Walk, running: Running) -> None:
-        self._walk, self._running = walk, running
+        self._walk = walk
+        self._running = running
 
     def __next__(self) -> CombinedExit:
         exit = next(self._walk)

@@ -35,7 +35,8 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
         num_exits: of the network.
         x: an example input. Its shapes, types and masks count; samples are made up from its first one.
     """
-    samples, kept = probe(x, num_exits + 1), kept_rows(num_exits)
+    samples = probe(x, num_exits + 1)
+    kept = kept_rows(num_exits)
     try:
         with torch.inference_mode():
             whole = _outputs(walk(samples), kept[:1] * num_exits)

@@ -95,7 +95,8 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
 
 def _outer_commas(text: str) -> list[str]:
     """The text cut at its commas, but not at those inside a list or a tuple."""
-    entries, depth = [""], 0
+    entries = [""]
+    depth = 0
     for letter in text:
         depth += (letter in "[(") - (letter in "])")
         if letter == "," and depth == 0:
@@ -203,10 +204,8 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
 
 def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
     """The first kind of classifier that this configuration has: of images, text, sound or video."""
-    texts, images = (
-        transformers.AutoModelForSequenceClassification,
-        transformers.AutoModelForImageClassification,
-    )
+    texts = transformers.AutoModelForSequenceClassification
+    images = transformers.AutoModelForImageClassification
     others = (
         transformers.AutoModelForAudioClassification,
         transformers.AutoModelForVideoClassification,

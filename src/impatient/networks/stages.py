@@ -145,8 +145,10 @@ class _Ambient:
     __slots__ = ("_autocast", "_casts", "_grad", "_inference")
 
     def __init__(self) -> None:
-        self._grad, self._inference = is_grad_enabled(), is_inference_mode_enabled()
-        self._autocast, self._casts = _Autocast.now(), _is_any_autocast_enabled()
+        self._grad = is_grad_enabled()
+        self._inference = is_inference_mode_enabled()
+        self._autocast = _Autocast.now()
+        self._casts = _is_any_autocast_enabled()
 
     @classmethod
     def now(cls) -> Self:
@@ -337,7 +339,8 @@ def tapped(
     It is called in the caller's modes: a head trains even after a part of the model that runs without gradients. A tensor
     that it returns takes the place of the features in what is deeper.
     """
-    ambient, current = _Ambient.now(), greenlet.getcurrent()
+    ambient = _Ambient.now()
+    current = greenlet.getcurrent()
     _taps.stack.append(
         (cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features))
     )
@@ -380,7 +383,9 @@ class Walk(Iterator[Exit]):
         self._run = _Run(_Ambient.now())
         self._model: nn.Module | None = model
         self._x = x
-        self._cuts, self._heads, self._keep = cuts, heads, keep
+        self._cuts = cuts
+        self._heads = heads
+        self._keep = keep
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
         # of the present exit, to go on with; None: all
@@ -480,7 +485,8 @@ class Walk(Iterator[Exit]):
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
         self._check_thread()
         self._finished = True
-        runner, self._runner = self._runner, None
+        runner = self._runner
+        self._runner = None
         if runner is None:
             return
         runner.closing = True
@@ -512,7 +518,10 @@ class Walk(Iterator[Exit]):
 
 def _start(ambient: _Ambient, cuts: CutMap) -> _Forward:
     runner = _Forward(ambient.enclose)
-    runner.ambient, runner.cuts, runner.calls, runner.closing = ambient, cuts, {}, False
+    runner.ambient = ambient
+    runner.cuts = cuts
+    runner.calls = {}
+    runner.closing = False
     # greenlets begin with an empty context; the model must see the caller's context variables
     runner.gr_context = contextvars.copy_context()
     return runner

@@ -117,10 +117,8 @@ def myopic(
         stops = scores >= bound
         stops[-1] = True
         exits = stops.argmax(0)
-        accuracy, mean_s = (
-            float(right[exits, np.arange(len(exits))].mean()),
-            float(times[exits].mean()),
-        )
+        accuracy = float(right[exits, np.arange(len(exits))].mean())
+        mean_s = float(times[exits].mean())
         # never early: no head need run
         if bound == math.inf:
             mean_s = costs.contract_s(statistic=statistic, batch_size=batch_size)[-1]

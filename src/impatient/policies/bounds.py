@@ -54,7 +54,8 @@ def hoeffding_bentkus_p_values(
         bool(((losses >= 0) & (losses <= 1)).all()),
         "Hoeffding's and Bentkus' inequalities need losses from 0 to 1",
     )
-    count, total = losses.shape[-1], losses.double().sum(-1).numpy()
+    count = losses.shape[-1]
+    total = losses.double().sum(-1).numpy()
     mean = np.minimum(total / count, epsilon)
     hoeffding = np.exp(-count * (rel_entr(mean, epsilon) + rel_entr(1.0 - mean, 1.0 - epsilon)))
     # a sum that is whole but for rounding stays so
@@ -107,21 +108,24 @@ def waudby_smith_ramdas_bound(
         >>> round(float(waudby_smith_ramdas_bound(torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(100))), 3)
         0.306
     """
-    stakes, enough = _stakes(losses, delta), -math.log(delta)
+    stakes = _stakes(losses, delta)
+    enough = -math.log(delta)
     low = torch.zeros(losses.shape[:-1], dtype=torch.float64)
     high = torch.where(_log_wealth(losses, low, stakes) >= enough, 0.0, torch.ones_like(low))
     # wealth does not fall with the mean bet against
     for _ in range(40):
         middle = (low + high) / 2
         wins = _log_wealth(losses, middle, stakes) >= enough
-        low, high = torch.where(wins, low, middle), torch.where(wins, middle, high)
+        low = torch.where(wins, low, middle)
+        high = torch.where(wins, middle, high)
     return high
 
 
 def _stakes(losses: Float[Tensor, "*batch N"], delta: float) -> Float[Tensor, "*batch N"]:
     """Each from the losses before it."""
     require(bool((losses <= 1).all()), "betting needs losses of at most 1")
-    x, count = losses.double(), torch.arange(1, losses.shape[-1] + 1, dtype=torch.float64) + 1
+    x = losses.double()
+    count = torch.arange(1, losses.shape[-1] + 1, dtype=torch.float64) + 1
     means = (0.5 + x.cumsum(-1)) / count
     variances = (0.25 + (x - means).square().cumsum(-1)) / count
     before = torch.cat([torch.full_like(variances[..., :1], 0.25), variances[..., :-1]], -1)

@@ -46,7 +46,8 @@ def _fit(outputs_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> float:
     possible_N = outputs_NC.gather(1, labels_N.long()[:, None])[:, 0] != RULED_OUT
     if not possible_N.any():
         return 1.0
-    logits, labels = outputs_NC[possible_N].double(), labels_N[possible_N].long()
+    logits = outputs_NC[possible_N].double()
+    labels = labels_N[possible_N].long()
 
     def loss(log_temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))

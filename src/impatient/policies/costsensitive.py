@@ -28,7 +28,9 @@ Arrays = dict[str, np.ndarray]
 # weight of half the squared slopes, beside samples that weigh 1 on average
 RIDGE = 1.0
 # of "mlp" and "boosting"
-HIDDEN, TREES, DEPTH = 8, 50, 3
+HIDDEN = 8
+TREES = 50
+DEPTH = 3
 # as root: no tree, the scores are predicted costs
 REGRESSION = -1
 
@@ -148,7 +150,8 @@ class Standardised:
         values = features.detach().cpu().double().numpy()
         if not np.isfinite(values).all():
             raise PolicyError("features are NaN or infinite; check the network's outputs.")
-        mean, scale = values.mean(0), values.std(0)
+        mean = values.mean(0)
+        scale = values.std(0)
         # a constant feature's deviation is rounding error, and would blow up what new samples have there
         scale[scale <= 1e-9 * np.maximum(np.abs(mean), 1.0)] = 1.0
         return cls((values - mean) / scale, mean, scale)
@@ -354,7 +357,8 @@ def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, see
     columns = np.hstack([features, np.ones((len(features), 1))])
     # the offset is free
     ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)
-    slopes, target = np.zeros(len(ridge)), second.astype(float)
+    slopes = np.zeros(len(ridge))
+    target = second.astype(float)
     for _ in range(25):
         odds = expit(columns @ slopes)
         gradient = columns.T @ (weights * (odds - target)) + ridge * slopes
@@ -460,7 +464,8 @@ def _of_linear(model: Any) -> Arrays:
 def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
     with _quick():
         model.fit(features, target, sample_weight=weights)
-    (inner, outer), (inner_offsets, offsets) = model.coefs_, model.intercepts_
+    (inner, outer) = model.coefs_
+    (inner_offsets, offsets) = model.intercepts_
     return {
         "inner_slopes": inner.T,
         "inner_offsets": inner_offsets,
@@ -473,7 +478,8 @@ def _of_trees(model: Any, offset: float) -> Arrays:
     """Grown trees as complete ones; a leaf higher up is repeated below itself, where all bounds are infinite."""
     inner = 2**DEPTH - 1
     columns = np.zeros((TREES, inner), dtype=np.int64)
-    bounds, values = np.full((TREES, inner), np.inf), np.zeros((TREES, inner + 1))
+    bounds = np.full((TREES, inner), np.inf)
+    values = np.zeros((TREES, inner + 1))
     for index, tree in enumerate(estimator.tree_ for estimator in model.estimators_[:, 0]):
         # which grown node is at each place of the complete tree
         place = np.zeros(2 * inner + 1, dtype=np.int64)
@@ -484,9 +490,7 @@ def _of_trees(model: Any, offset: float) -> Arrays:
                 grown if leaf else (tree.children_left[grown], tree.children_right[grown])
             )
             if not leaf:
-                columns[index, node], bounds[index, node] = (
-                    tree.feature[grown],
-                    tree.threshold[grown],
-                )
+                columns[index, node] = tree.feature[grown]
+                bounds[index, node] = tree.threshold[grown]
         values[index] = model.learning_rate * tree.value[place[inner:], 0, 0]
     return {"columns": columns, "bounds": bounds, "values": values, "offsets": np.asarray(offset)}

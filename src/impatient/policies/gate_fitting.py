@@ -126,7 +126,8 @@ def backward(
         Bolukbasi et al. 2017, eq. 4 to 6; looking costs the same on both branches, so it matters only to the gates before.
     """
     last = len(losses) - 1
-    ahead_N, left_N = losses[last], torch.full_like(losses[last], times.heads[last])
+    ahead_N = losses[last]
+    left_N = torch.full_like(losses[last], times.heads[last])
     stops = torch.zeros(last, losses.shape[1], dtype=torch.bool)
     for exit in reversed(range(last)):
         beyond_N = times.stages[exit + 1] + left_N
@@ -282,8 +283,13 @@ class _Problem:
             )
         if inputs not in get_args(Inputs):
             raise PolicyError(f"inputs={inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
-        self.recording, self.costs, self.options = recording, costs, (statistic, batch_size)
-        self.reference, self.learner, self.inputs, self.seed = reference, learner, inputs, seed
+        self.recording = recording
+        self.costs = costs
+        self.options = (statistic, batch_size)
+        self.reference = reference
+        self.learner = learner
+        self.inputs = inputs
+        self.seed = seed
         pooled = [None] * count if inputs == "confidences" else features_of(recording)
         self.features = [
             gate_inputs(inputs, pooled[k], recording.outputs[k]).double() for k in range(count - 1)
@@ -341,7 +347,8 @@ class _Problem:
     def _point(
         self, price: float, gates: tuple[Decision | None, ...], stops: Bool[Tensor, "E N"]
     ) -> SweepPoint:
-        recording, samples = self.recording, torch.arange(self.losses.shape[1])
+        recording = self.recording
+        samples = torch.arange(self.losses.shape[1])
         policy = GatePolicy(
             gates=gates,
             inputs=self.inputs,
@@ -418,7 +425,9 @@ class _Problem:
         allowed: Sequence[bool] | None,
         times: int,
     ) -> list[SweepPoint]:
-        low, high, found = below.time_price, above.time_price, []
+        low = below.time_price
+        high = above.time_price
+        found = []
         for _ in range(times):
             middle = math.sqrt(low * high) if low > 0 else high / 2
             found.append(self.solve(middle, allowed))

@@ -75,7 +75,8 @@ class MixedPolicy:
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors with a JSON header."""
-        (cheap, cheap_header), (dear, dear_header) = _parts(self.cheap), _parts(self.dear)
+        (cheap, cheap_header) = _parts(self.cheap)
+        (dear, dear_header) = _parts(self.dear)
         arrays = {f"cheap/{name}": value for name, value in cheap.items()}
         arrays |= {f"dear/{name}": value for name, value in dear.items()}
         header = {
@@ -201,7 +202,8 @@ def hull_of(times_s: Sequence[float], accuracies: Sequence[float]) -> tuple[int,
 def _below_line(
     first: int, middle: int, last: int, times_s: Sequence[float], accuracies: Sequence[float]
 ) -> bool:
-    rise, run = accuracies[last] - accuracies[first], times_s[last] - times_s[first]
+    rise = accuracies[last] - accuracies[first]
+    run = times_s[last] - times_s[first]
     return (accuracies[middle] - accuracies[first]) * run <= rise * (
         times_s[middle] - times_s[first]
     )
@@ -245,9 +247,7 @@ def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> M
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """
-    times, accuracies = (
-        [point.mean_time_s for point in points],
-        [point.accuracy for point in points],
-    )
+    times = [point.mean_time_s for point in points]
+    accuracies = [point.accuracy for point in points]
     fast, slow, share = neighbours(times, accuracies, mean_time_s)
     return MixedPolicy(cheap=points[fast].policy, dear=points[slow].policy, share=share, seed=seed)

@@ -105,7 +105,8 @@ def policy_losses(
 
 def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tensor, "J N"]:
     """The exit, or the network, that answers."""
-    outputs, features = recording.outputs, getattr(recording, "features", ())
+    outputs = recording.outputs
+    features = getattr(recording, "features", ())
 
     @functools.cache
     # once for a whole family
@@ -349,7 +350,8 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
         return float(expected_bound(losses_JN)[-1])
     if method == "upper_confidence" or loss == "accuracy_gap":
         return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
-    lost, samples = int(losses_JN[-1].sum()), losses_JN.shape[1]
+    lost = int(losses_JN[-1].sum())
+    samples = losses_JN.shape[1]
     # Clopper and Pearson
     return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
 
@@ -361,7 +363,8 @@ def _check_names(method: str, loss: str) -> None:
 
 
 def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) -> None:
-    made, split = getattr(policy, "provenance", None), getattr(policy, "split", None)
+    made = getattr(policy, "provenance", None)
+    split = getattr(policy, "split", None)
     if made is not None:
         made.require(f"candidate {index}", "fit it again", weights=recording.provenance.weights)
     if split is None or not splits_overlap(split, recording.split):
@@ -429,7 +432,8 @@ def threshold_family(
         [(0.9, -inf), (0.5, -inf)]
     """
     exits = base if isinstance(base, int) else len(base.outputs)
-    split, made = None, None
+    split = None
+    made = None
     if grid is None and isinstance(base, int):
         grid = np.linspace(1.0, 0.0, 101).tolist()
     elif grid is None:
@@ -439,11 +443,9 @@ def threshold_family(
             .double()
             .numpy()
         )
-        grid, split, made = (
-            np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist(),
-            recording.split,
-            recording.provenance,
-        )
+        grid = np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist()
+        split = recording.split
+        made = recording.provenance
     values = sorted({float(value) for value in grid or ()}, reverse=True)
     return tuple(
         ThresholdPolicy(

@@ -265,7 +265,8 @@ class SelectionPolicy:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
         try:
-            moves, source = tuple(tuple(entry) for entry in header["moves"]), header["provenance"]
+            moves = tuple(tuple(entry) for entry in header["moves"])
+            source = header["provenance"]
             return cls(
                 topology=Topology.from_json(header["topology"]),
                 moves=moves,

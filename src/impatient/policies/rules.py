@@ -352,7 +352,8 @@ class _Search:
         thresholds = np.full(self.count, math.inf)
         for _ in range(sweeps):
             risk = self.errors + price * np.asarray(self.cost_of(heads))[:, None]
-            thresholds[-1], ahead = -math.inf, risk[-1]
+            thresholds[-1] = -math.inf
+            ahead = risk[-1]
             for exit in range(self.count - 2, -1, -1):
                 thresholds[exit] = self._threshold(exit, (ahead - risk[exit]) * arrives[exit])
                 ahead = np.where(self.scores[exit] >= thresholds[exit], risk[exit], ahead)
@@ -364,7 +365,8 @@ class _Search:
     def _threshold(self, exit: int, gain: np.ndarray) -> float:
         """The threshold above which the summed gain of stopping is largest; inf if stopping never gains."""
         order = self.order[exit]
-        scores, total = self.scores[exit][order], np.cumsum(gain[order])
+        scores = self.scores[exit][order]
+        total = np.cumsum(gain[order])
         # equal scores leave together
         ends = np.append(scores[1:] < scores[:-1], True)
         total = np.where(ends, total, -math.inf)

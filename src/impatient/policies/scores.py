@@ -59,7 +59,8 @@ def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
     if logs.shape[1] < 3:
         logs = torch.nn.functional.pad(logs, (0, 3 - logs.shape[1]), value=NEVER_CHOSEN)
     top_logs = logs.topk(3, dim=1).values
-    (first, second, _), top = top_logs.unbind(1), top_logs.exp()
+    (first, second, _) = top_logs.unbind(1)
+    top = top_logs.exp()
     entropy = 1.0 + (logs.exp() * logs).sum(1) / math.log(max(outputs.shape[1], 2))
     rest = torch.stack(
         [top[:, 0] - top[:, 1], entropy, (first - second).clamp(max=-NEVER_CHOSEN)], 1

@@ -168,7 +168,8 @@ def decision_time_s(
         repeats, warm_up: how often each decision is made, and how often before that without counting.
         clock: where time comes from.
     """
-    first, pooled = recording.outputs[:, :1], getattr(recording, "features", ())
+    first = recording.outputs[:, :1]
+    pooled = getattr(recording, "features", ())
     times = []
     for node in policy.decisions:
         seen = {known: first[known] for known in policy.sees(node)}
@@ -263,9 +264,14 @@ class _Problem:
             split=recording.split,
             provenance=recording.provenance,
         )
-        self.node_s, self.gate_s, self.sweeps = self.blank.node_s, float(gate_s), sweeps
-        self.learner, self.method, self.seed = learner, method, seed
-        self.topology, self.order = topology, topology.order()
+        self.node_s = self.blank.node_s
+        self.gate_s = float(gate_s)
+        self.sweeps = sweeps
+        self.learner = learner
+        self.method = method
+        self.seed = seed
+        self.topology = topology
+        self.order = topology.order()
         self.errors = (recording.outputs.argmax(-1) != recording.labels).double()
         self.losses = reference_losses(
             self.errors if losses is None else losses.double(), reference
@@ -415,7 +421,8 @@ class _Problem:
 
     def _point(self, fitted: Mapping[int, _Fitted], price: float | None) -> SelectionPoint:
         route = self._route(fitted)
-        accuracy, mean_s = 1.0 - self._mean(self.errors, route), route.mean_time_s
+        accuracy = 1.0 - self._mean(self.errors, route)
+        mean_s = route.mean_time_s
         policy = dataclasses.replace(
             self.blank,
             moves=tuple(
@@ -484,7 +491,8 @@ class MixedSelection:
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()
     ) -> Route:
         """What recorded samples would do."""
-        fast, slow = self.fast.route(outputs, features), self.slow.route(outputs, features)
+        fast = self.fast.route(outputs, features)
+        slow = self.slow.route(outputs, features)
         pick = self.follows_slow(outputs.shape[1])
         return Route(
             visited=torch.where(pick[:, None], slow.visited, fast.visited),
@@ -538,10 +546,8 @@ def mix_selections(
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """
-    times, accuracies = (
-        [point.mean_time_s for point in points],
-        [point.accuracy for point in points],
-    )
+    times = [point.mean_time_s for point in points]
+    accuracies = [point.accuracy for point in points]
     fast, slow, share = neighbours(times, accuracies, mean_time_s)
     return MixedSelection(
         fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed

@@ -52,7 +52,8 @@ def chain_costs(node_s: Sequence[float]) -> CostProfile:
 
     A network is the head of an exit without a stage: one that no threshold looks at is left out, and costs nothing.
     """
-    zeros, count = (0,) * len(node_s), len(node_s)
+    zeros = (0,) * len(node_s)
+    count = len(node_s)
     batch = BatchCosts(
         stages=tuple(Quantiles.of([0.0]) for _ in node_s),
         heads=tuple(Quantiles.of([float(time)]) for time in node_s),
@@ -109,11 +110,15 @@ def fit_myopic(
         raise PolicyError("give exactly one target of mean_time_s, max_accuracy_loss.")
     thresholds, times, errors = _myopic_curve(recording, node_s, SCORES[score](recording.outputs))
     if mean_time_s is not None:
-        name, wanted, allowed = "mean_time_s", float(mean_time_s), times <= mean_time_s
+        name = "mean_time_s"
+        wanted = float(mean_time_s)
+        allowed = times <= mean_time_s
         order = np.lexsort((times, errors))
     else:
-        name, wanted = "max_accuracy_loss", float(max_accuracy_loss or 0.0)
-        allowed, order = errors <= errors[0] + wanted + 1e-12, np.lexsort((errors, times))
+        name = "max_accuracy_loss"
+        wanted = float(max_accuracy_loss or 0.0)
+        allowed = errors <= errors[0] + wanted + 1e-12
+        order = np.lexsort((errors, times))
     feasible = order[allowed[order]]
     if not len(feasible):
         raise InfeasibleTarget(

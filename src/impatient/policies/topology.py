@@ -151,7 +151,8 @@ def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:
 # every decision of a running cascade asks
 @functools.lru_cache(maxsize=256)
 def _known(topology: Topology) -> tuple[tuple[int, ...], ...]:
-    order, sure = topology.order(), dict[int, set[int]]()
+    order = topology.order()
+    sure = dict[int, set[int]]()
     for place in order:
         sure[place] = {
             place,

@@ -112,20 +112,23 @@ class Collected:
             self._output, self._exits = self._merged(
                 exit, stops if self._going is None else self._going & stops
             )
-            self._going, self._left = going, len(left)
+            self._going = going
+            self._left = len(left)
             self._reduce(exit, left)
         return not self._left
 
     def go_on(self) -> None:
         """Take the finished samples out of the run, where that was found to pay; call it before the next exit."""
-        keep, self._keep = self._keep, None
+        keep = self._keep
+        self._keep = None
         if keep is None:
             return
         self._walk.keep(keep)
         self._present = len(keep)
         rows = keep[: self._left]
         self._places = rows if self._places is None else self._places[rows]
-        self._going, self._count = None, self._left if len(keep) > self._left else None
+        self._going = None
+        self._count = self._left if len(keep) > self._left else None
         self._policy = for_rows(self._policy, rows)
 
     def override(self, policy: Policy | None) -> None:
@@ -133,10 +136,8 @@ class Collected:
         outputs.
         """
         # those that were to be taken out are still there
-        self._keep, self.size = (
-            None,
-            self._present,
-        )
+        self._keep = None
+        self.size = self._present
         self._policy = policy if self._places is None else for_rows(policy, self._places)
         if self._exits is not None:
             here = slice(None) if self._places is None else self._places
@@ -182,7 +183,8 @@ class Collected:
         if self._output is None or self._exits is None:
             return output.clone(), torch.where(now, exit.index, -1)
         here = slice(None) if self._places is None else self._places
-        outputs, exits = self._output.clone(), self._exits.clone()
+        outputs = self._output.clone()
+        exits = self._exits.clone()
         outputs[here] = torch.where(now[:, None], output, outputs[here])
         exits[here] = torch.where(now, exit.index, exits[here])
         return outputs, exits

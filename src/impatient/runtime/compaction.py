@@ -110,7 +110,8 @@ class Compaction:
         return min(least, max(proportional, self._on_line(exit, rows, sizes[0], sizes[1])))
 
     def _on_line(self, exit: int, rows: int, first: int, second: int) -> float:
-        low, high = self._ahead_s[first][exit], self._ahead_s[second][exit]
+        low = self._ahead_s[first][exit]
+        high = self._ahead_s[second][exit]
         return low + (high - low) * (rows - first) / (second - first)
 
 

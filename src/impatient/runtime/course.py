@@ -37,7 +37,9 @@ class Course:
     def __init__(
         self, network: StagedNetwork, x: Any, policy: Policy | None, compaction: Compaction
     ) -> None:
-        self._network, self._policy, self._compaction = network, policy, compaction
+        self._network = network
+        self._policy = policy
+        self._compaction = compaction
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
@@ -94,7 +96,9 @@ class Course:
                 f"the network's run ended before exit {self._network.num_exits - 1}; its last exit must always come."
             )
         synchronise(self._device)
-        self.exit, self._stopped, self._following = exit, None, upcoming(exit)
+        self.exit = exit
+        self._stopped = None
+        self._following = upcoming(exit)
         self.spent.append((exit.index, False))
         return exit
 
@@ -128,7 +132,8 @@ class Course:
 
     def override(self, policy: Policy | None) -> None:
         """From here on, this policy; samples that have stopped but are still in the batch go on."""
-        self._policy, self._stopped = policy, None
+        self._policy = policy
+        self._stopped = None
         if self._collected is not None:
             self._collected.override(policy)
 
@@ -141,19 +146,21 @@ class Course:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
         # a cancelled stage must be of this run: the next one runs the same stages
         with self._cancelling:
-            self._walk, self._closed = None, True
-        held, self._held = self._held, None
-        self._exits, self._x, self._collected = iter(()), None, None
+            self._walk = None
+            self._closed = True
+        held = self._held
+        self._held = None
+        self._exits = iter(())
+        self._x = None
+        self._collected = None
         if held is not None:
             held.__exit__(None, None, None)
 
     def _begin(self) -> None:
         held = self._network.exits(self._x)
         # not in a with block: it is left when the course is closed
-        self._walk, self._held = (
-            held.__enter__(),
-            held,
-        )
+        self._walk = held.__enter__()
+        self._held = held
         self._exits = iter(self._walk)
         self._collected = Collected(
             self._policy, self._network, self._x, self._walk, self._compaction

@@ -126,7 +126,8 @@ class GpuRunner(Runner):
                 "a routed cascade waits for each of its networks to send the samples on; run it with Runner."
             )
         super().__init__(network, costs, policy, **options)
-        self._ahead, self._queue = ahead, queue
+        self._ahead = ahead
+        self._queue = queue
 
     def run(
         self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
@@ -144,7 +145,8 @@ class GpuRunner(Runner):
         Sync:
             Waits for copies of outputs alone, and never longer than till the deadline once there is an answer.
         """
-        begin, bounds = self.clock.now(), limits_of(self.costs, limits)
+        begin = self.clock.now()
+        bounds = limits_of(self.costs, limits)
         self._check_first(self._pace(batch_size_of(x)), begin, deadline)
         self._check_limits(bounds)
         if self._queue is None:
@@ -177,9 +179,14 @@ class _RunAhead:
         deadline: Deadline,
         limits: tuple[Limit, ...],
     ) -> None:
-        self._runner, self._queue, self._walk, self._exits = runner, queue, walk, iter(walk)
+        self._runner = runner
+        self._queue = queue
+        self._walk = walk
+        self._exits = iter(walk)
         self._clock: Clock = runner.clock
-        self._begin, self._deadline, self._limits = begin, deadline, limits
+        self._begin = begin
+        self._deadline = deadline
+        self._limits = limits
         self._device = first_tensor(x).device
         # in the batch, of the rows that the next stage runs
         self._places = torch.arange(batch_size_of(x))
@@ -243,7 +250,8 @@ class _RunAhead:
 
     def _free(self) -> float:
         """When the device will be through with what it was given, by what the profile says."""
-        now, free = self._clock.now(), self._arrived_at
+        now = self._clock.now()
+        free = self._arrived_at
         for step in self._steps:
             free = max(free, step.given) + self._runner._pace(len(step.places)).needs_s(step.index)
         return max(free, now)
@@ -270,7 +278,8 @@ class _RunAhead:
             pace = self._runner._pace(len(step.places))
             pace.observe(step.index, now - max(self._arrived_at, step.given), answered=True)
         self._arrived_at = now
-        output, going = step.fetched.values[0], ~self._done[step.places]
+        output = step.fetched.values[0]
+        going = ~self._done[step.places]
         if self._output is None:
             self._output = output.clone()
         self._output[step.places[going]] = output[going]
@@ -301,7 +310,8 @@ class _RunAhead:
         if size < len(self._places):
             rows = filled(left, size)
             self._walk.keep(rows.to(self._device))
-            self._places, self._count = self._places[rows], len(left)
+            self._places = self._places[rows]
+            self._count = len(left)
 
     def _answered(self, stopped_by: StoppedBy) -> Answer:
         assert self._output is not None

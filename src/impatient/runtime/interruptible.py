@@ -31,7 +31,9 @@ class InterruptibleRun:
     """
 
     def __init__(self, clock: Clock, deadline: Deadline, when_late: str) -> None:
-        self._clock, self._deadline, self._when_late = clock, deadline, when_late
+        self._clock = clock
+        self._deadline = deadline
+        self._when_late = when_late
         self._begin = clock.now()
         self._changed = threading.Condition()
         self._latest: Answer | None = None
@@ -151,7 +153,9 @@ class Run(InterruptibleRun):
         owner: Any = None,
     ) -> None:
         super().__init__(clock, deadline, when_late)
-        self._course, self._limits, self._resumable = course, limits, resumable
+        self._course = course
+        self._limits = limits
+        self._resumable = resumable
         # the runner, which so outlives the runs it has begun
         self._owner = owner
         # the answer of the exit where the run stands
@@ -199,8 +203,11 @@ class Run(InterruptibleRun):
                 if isinstance(policy, str)
                 else self._owner.drawn(policy, self._course.samples)
             )
-            self._begin, self._deadline = self._clock.now(), deadline
-            self._answer, self._abandoned, self._awaited = None, False, False
+            self._begin = self._clock.now()
+            self._deadline = deadline
+            self._answer = None
+            self._abandoned = False
+            self._awaited = False
             self._stretch += 1
             if not self._is_final():
                 self._go_on()
@@ -277,11 +284,14 @@ class Run(InterruptibleRun):
 
     def _advance(self) -> None:
         self._course.advance()
-        self._posted, self._stopped_by = False, None
+        self._posted = False
+        self._stopped_by = None
 
     def _post(self) -> None:
         """Show the answer of the exit where the run stands."""
-        stretch, begin, deadline = self._stretch, self._begin, self._deadline
+        stretch = self._stretch
+        begin = self._begin
+        deadline = self._deadline
         stopped_by: StoppedBy | None = self._course.stops()
         output, exits = self._course.answer()
         if stopped_by is None and not self._course.allowed(self._limits):
@@ -291,7 +301,8 @@ class Run(InterruptibleRun):
             if stretch != self._stretch:
                 # refined meanwhile: again, as is wanted now
                 return
-            self._posted, self._stopped_by = True, stopped_by
+            self._posted = True
+            self._stopped_by = stopped_by
             # a late answer must not displace one that was in time
             if self._latest is None or answer.deadline_met:
                 self._latest = answer
@@ -357,8 +368,10 @@ class Worker:
 
     def stop(self) -> None:
         with self._lock:
-            jobs, self._jobs = self._jobs, None
-            runs, waiting = list(self._runs), list(self._waiting)
+            jobs = self._jobs
+            self._jobs = None
+            runs = list(self._runs)
+            waiting = list(self._waiting)
             self._waiting.clear()
         for run in runs:
             run.close()

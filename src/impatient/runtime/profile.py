@@ -325,7 +325,8 @@ def _time_staged(
             heads[exit.index].append(
                 answered - arrived if exit.index < network.num_exits - 1 else 0.0
             )
-            before, reached = clock.now(), reached + 1
+            before = clock.now()
+            reached = reached + 1
     if reached != network.num_exits:
         raise ExitNotReached(
             f"the example came to {reached} of {network.num_exits} exits; profile with an input that comes to all of them."
@@ -365,7 +366,8 @@ def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
     Args:
         network: in an engine with a thread count of its own, that one; else torch's.
     """
-    device, made = costs.provenance.device or "cpu", costs.provenance
+    device = costs.provenance.device or "cpu"
+    made = costs.provenance
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise StaleInput(
             f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}."

@@ -90,7 +90,9 @@ class Runner:
                 network,
                 "profile this network here, or pass any_profile=True to use it all the same",
             )
-        self.network, self.costs, self.policy = network, costs, policy
+        self.network = network
+        self.costs = costs
+        self.policy = policy
         self.clock = clock
         self._when_late = when_late
         if not isinstance(compaction, Compaction):
@@ -252,7 +254,8 @@ class OpenRun:
     """
 
     def __init__(self, runner: Runner, x: Any, *, observe: bool = True) -> None:
-        self._runner, self._observes = runner, observe
+        self._runner = runner
+        self._observes = observe
         self._course = runner._course(x)
         self._pace = runner._pace(self._course.size)
         # the stage that led to where the run stands
@@ -282,7 +285,8 @@ class OpenRun:
             NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
             RunError: if it was closed.
         """
-        begin, course = self._runner.clock.now(), self._course
+        begin = self._runner.clock.now()
+        course = self._course
         course.check_open()
         check_deadline(deadline)
         bounds = limits_of(self._runner.costs, limits)
@@ -316,7 +320,8 @@ class OpenRun:
             return stopped_by
         if limits and not course.allowed(limits):
             return "limit"
-        pace, now = self._runner._pace(course.size), self._runner.clock.now()
+        pace = self._runner._pace(course.size)
+        now = self._runner.clock.now()
         return None if pace.fits(course.following, now, deadline.instant, RESERVE_S) else "deadline"
 
     def _advance(self, now: float) -> None:

@@ -86,14 +86,16 @@ class ParallelEANN:
             raise RunError(f"workers={workers}, threads={threads}; needed: at least 1 of each.")
         if when_late not in ("answer", "raise"):
             raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
-        self.ensemble, self.clock = ensemble, clock
+        self.ensemble = ensemble
+        self.clock = clock
         self._when_late = when_late
         self._plan = _Plan(tuple(ensemble.networks), ensemble.validation_errors)
         self._threads_before = torch.get_num_threads()
         self._workers = [Worker() for _ in range(workers)]
         for worker in self._workers:
             weakref.finalize(self, worker.forget).atexit = False
-        self._lock, self._closed = threading.Lock(), False
+        self._lock = threading.Lock()
+        self._closed = False
         torch.set_num_threads(threads or max(1, self._threads_before // workers))
 
     def run(self, x: Any, *, deadline: Deadline = NEVER) -> Answer:
@@ -131,7 +133,8 @@ class ParallelEANN:
     def close(self) -> None:
         """End the workers, each at its next boundary, and give torch its threads back; does not wait."""
         with self._lock:
-            closed, self._closed = self._closed, True
+            closed = self._closed
+            self._closed = True
         if not closed:
             for worker in self._workers:
                 worker.stop()
@@ -227,7 +230,8 @@ class ParallelRun(InterruptibleRun):
 
     def _post(self, number: int, exit: ExitLike) -> bool:
         """Take an exit's answer if it is the best so far; False when it came too late."""
-        rank, best = self._plan.rank, self._latest
+        rank = self._plan.rank
+        best = self._latest
         if best is not None and rank[number] > rank[best.exit]:
             return True
         # a head may return a view of the features, which a later stage may write over

@@ -307,7 +307,10 @@ class _Sampled:
     def __init__(
         self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int
     ) -> None:
-        self.inner, self.sampler, self.bonus, self.learner = inner, sampler, bonus, learner
+        self.inner = inner
+        self.sampler = sampler
+        self.bonus = bonus
+        self.learner = learner
         self.random = np.random.default_rng(seed)
         # avgl's sum of rewards starts empty; the others' values start equal
         self.values = torch.full(
@@ -365,7 +368,8 @@ class _Sampled:
         _check_state(state, self.state())
         self.inner.restore(state["inner"])
         self.values = torch.tensor(state["values"], dtype=torch.float64)
-        self.drawn, self.epoch = state["drawn"], state["epoch"]
+        self.drawn = state["drawn"]
+        self.epoch = state["epoch"]
         self.random.bit_generator.state = state["random"]
 
 

@@ -281,7 +281,8 @@ def _with_groups(
             break
         more = mask | (groups == kind)
         if not np.array_equal(more, mask) and len(np.unique(labels[~more])) == classes:
-            mask, wanted = more, wanted - 1
+            mask = more
+            wanted = wanted - 1
     return mask
 
 
@@ -306,7 +307,8 @@ def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
         return Preprocess(mean=(), std=())
     values = sample.float() / (255.0 if sample.dtype == torch.uint8 else 1.0)
     dims = (0, *range(2, values.dim())) if values.dim() > 2 else tuple(range(values.dim()))
-    mean, std = values.mean(dims).reshape(-1), values.std(dims).reshape(-1).clamp_min(1e-3)
+    mean = values.mean(dims).reshape(-1)
+    std = values.std(dims).reshape(-1).clamp_min(1e-3)
     image = values.dim() == 4
     return Preprocess(
         mean=tuple(round(float(value), 6) for value in mean),
@@ -364,7 +366,8 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
         split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}")
         for split in ("train", "test")
     }
-    train, test = parts["train"], parts["test"]
+    train = parts["train"]
+    test = parts["test"]
     if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
         raise DataError(
             f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
@@ -607,7 +610,8 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
     test_name = next((split for split in ("test", "validation") if split in loaded), None)
     if test_name is None:
         parts = train.train_test_split(test_size=0.2, seed=0)
-        train, test = parts["train"], parts["test"]
+        train = parts["train"]
+        test = parts["test"]
     else:
         test = loaded[test_name]
     del seed

@@ -339,7 +339,10 @@ class _Training:
         metrics_csv: Path | None,
         progress: bool,
     ) -> None:
-        self.network, self.data, self.recipe, self.fabric = network, data, recipe, fabric
+        self.network = network
+        self.data = data
+        self.recipe = recipe
+        self.fabric = fabric
         self.sample_weights = weights if isinstance(weights, Tensor) else None
         static = self.mean_weights(weights)
         self.head_decays = [
@@ -354,7 +357,8 @@ class _Training:
             gamma=recipe.sampler_gamma,
             seed=recipe.seed,
         )
-        self.checkpoint, self.metrics_csv = checkpoint, metrics_csv
+        self.checkpoint = checkpoint
+        self.metrics_csv = metrics_csv
         self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
         # batches of the running epoch that are done
@@ -598,7 +602,8 @@ class _Training:
         self._check_identity(read_header(self.checkpoint))
         header, optimizer_state = load_checkpoint(self.checkpoint, self.network)
         self.history = [EpochMetrics.from_json(entry) for entry in header["history"]]
-        self.step, self.seconds = header["step"], header["seconds"]
+        self.step = header["step"]
+        self.seconds = header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)
         self.balancer.restore(header["balancer"])
         # may have been lost, or the run been stopped between the two files

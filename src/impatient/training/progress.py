@@ -16,7 +16,8 @@ class TrainingProgress:
     """Does nothing at all when it is not wanted."""
 
     def __init__(self, wanted: bool, epochs: int) -> None:
-        self._wanted, self._epochs = wanted, epochs
+        self._wanted = wanted
+        self._epochs = epochs
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -73,12 +73,14 @@ def exp_lin(count: int) -> tuple[float, ...]:
     if _positive(count) == 1:
         return (1.0,)
     weights = [1.0] * count
-    place, mass = count - 1, float(count)
+    place = count - 1
+    mass = float(count)
     while True:
         weights[place] += mass
         if place == 0:
             break
-        place, mass = place // 2, mass / 2
+        place = place // 2
+        mass = mass / 2
     weights[3 * count // 4 - 1] += count / 8
     early = sum(weights[:-1])
     return (*(weight / early for weight in weights[:-1]), 1.0)

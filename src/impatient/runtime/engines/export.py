@@ -152,7 +152,8 @@ def export(
             f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu()."
         )
     with evaluating(network):
-        parts, facts = partition(network, example), NetworkFacts.of(network, example)
+        parts = partition(network, example)
+        facts = NetworkFacts.of(network, example)
     with _written_whole(Path(directory)) as folder:
         _write_parts(parts, facts, folder, engine, precision, threads, calibration, whole=not lean)
         bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
@@ -191,7 +192,8 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     if bundle["engine"] == "aoti":
         return load_aoti(directory)
     try:
-        facts, made = _facts(bundle), standalone.Bundle(directory, threads)
+        facts = _facts(bundle)
+        made = standalone.Bundle(directory, threads)
     except (KeyError, TypeError) as error:
         raise _damaged(directory, f"{BUNDLE} lacks {error}") from error
     except standalone.BundleError as error:
@@ -291,7 +293,8 @@ def engine_times(
             for each in (network, made) if repeat % 2 else (made, network):
                 times[each].append(_times_of_one_run(each, x, clock))
     eager, engine = (np.median(times[each][warm_up:], axis=0).tolist() for each in (network, made))
-    names, apart = (*network.exit_names, "no exits"), (*agreement, agreement[-1])
+    names = (*network.exit_names, "no exits")
+    apart = (*agreement, agreement[-1])
     return tuple(
         EngineTimes(name=name, agreement=difference, engine_s=engine_s, eager_s=eager_s)
         for name, difference, engine_s, eager_s in zip(names, apart, engine, eager, strict=True)
@@ -417,7 +420,8 @@ def _bundle(
     costs: CostProfile | None,
     policy: ThresholdPolicy | None,
 ) -> dict[str, Any]:
-    wiring, ending = parts.wiring, "pt2" if engine == "aoti" else "onnx"
+    wiring = parts.wiring
+    ending = "pt2" if engine == "aoti" else "onnx"
     tensors = dict(zip(wiring.inputs, input_tensors(example, wiring.inputs), strict=True))
     made = provenance(
         network=facts.structure,

@@ -71,8 +71,11 @@ class Graphed:
         buckets: Sequence[int],
         record: Recorder = record_cuda,
     ) -> None:
-        self._part, self._takes, self._gives = part, tuple(batch_dims), tuple(gives_dims)
-        self._buckets, self._record = tuple(buckets), record
+        self._part = part
+        self._takes = tuple(batch_dims)
+        self._gives = tuple(gives_dims)
+        self._buckets = tuple(buckets)
+        self._record = record
         self._recorded: dict[int, Recorded] = {}
 
     def __call__(self, *values: Tensor) -> tuple[Tensor, ...]:

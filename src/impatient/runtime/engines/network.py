@@ -93,8 +93,10 @@ class EngineExit:
     __slots__ = ("_arrays", "_exit", "index", "whole")
 
     def __init__(self, exit: PartExit, arrays: Arrays) -> None:
-        self._exit, self._arrays = exit, arrays
-        self.index, self.whole = exit.index, exit.whole
+        self._exit = exit
+        self._arrays = arrays
+        self.index = exit.index
+        self.whole = exit.whole
 
     @property
     def features(self) -> Tensor:
@@ -134,7 +136,8 @@ class EngineRun(Iterator[EngineExit]):
     """
 
     def __init__(self, run: Run, arrays: Arrays) -> None:
-        self._run, self._arrays = run, arrays
+        self._run = run
+        self._arrays = arrays
 
     def __next__(self) -> EngineExit:
         with torch.inference_mode():
@@ -180,11 +183,9 @@ class Whole(nn.Module):
     def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
         super().__init__()
         # in a list: no submodule of this one
-        self._call, self._inputs, self._arrays = (
-            [call],
-            tuple(inputs),
-            arrays,
-        )
+        self._call = [call]
+        self._inputs = tuple(inputs)
+        self._arrays = arrays
 
     def forward(self, *tensors: Any, **named: Any) -> Tensor:
         given = (
@@ -237,12 +238,12 @@ class EngineNetwork:
                 f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; needed: as many."
             )
         self.facts = facts
-        self.engine, self.precision, self.threads = engine, precision, threads
-        self.exit_names, self.num_classes, self.layouts = (
-            facts.exit_names,
-            facts.num_classes,
-            facts.layouts,
-        )
+        self.engine = engine
+        self.precision = precision
+        self.threads = threads
+        self.exit_names = facts.exit_names
+        self.num_classes = facts.num_classes
+        self.layouts = facts.layouts
         self.structure = facts.structure
         self.weights = facts.weights if precision == "fp32" else f"{facts.weights}-{precision}"
         self.buckets = tuple(buckets)
@@ -253,7 +254,8 @@ class EngineNetwork:
         )
         self.mechanism = mechanism or f"{engine}, {how}"
         self.backbone = Whole(whole, parts.wiring.inputs, arrays)
-        self._parts, self._arrays = parts, arrays
+        self._parts = parts
+        self._arrays = arrays
 
     @property
     def num_exits(self) -> int:
@@ -358,7 +360,8 @@ def aoti(
             f"packages for {threads} threads were asked for, but torch uses {torch.get_num_threads()} here, which is what it "
             f"builds into them; call torch.set_num_threads({threads}) first."
         )
-    directory, wiring = Path(directory), parts.wiring
+    directory = Path(directory)
+    wiring = parts.wiring
     directory.mkdir(parents=True, exist_ok=True)
     # nothing half-built may look finished
     (directory / _AOTI).unlink(missing_ok=True)
@@ -403,7 +406,8 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
                 f"the packages in {directory} were built with {name} {made[name]}, but here it is {value}; they would be slow "
                 f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) with torch {made['torch']}."
             )
-    wiring, facts = wiring_of(made["wiring"]), NetworkFacts.from_json(made["facts"])
+    wiring = wiring_of(made["wiring"])
+    facts = NetworkFacts.from_json(made["facts"])
     stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
     heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
     whole = _load(directory / "whole.pt2")

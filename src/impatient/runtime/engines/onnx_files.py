@@ -87,15 +87,15 @@ class _AllExits(nn.Module):
 
     def __init__(self, parts: Parts, *, late: bool) -> None:
         super().__init__()
-        self._wiring, self._late = parts.wiring, late
-        self._stages, self._heads = (
-            nn.ModuleList(parts.stages),
-            nn.ModuleList(filter(None, parts.heads)),
-        )
+        self._wiring = parts.wiring
+        self._late = late
+        self._stages = nn.ModuleList(parts.stages)
+        self._heads = nn.ModuleList(filter(None, parts.heads))
         self.register_buffer("_columns", torch.tensor([*range(parts.num_classes), 0]))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        values, outputs = dict(zip(self._wiring.inputs, inputs, strict=True)), []
+        values = dict(zip(self._wiring.inputs, inputs, strict=True))
+        outputs = []
         heads = [*self._heads, nn.Identity()]
         for index, (stage, head) in enumerate(zip(self._stages, heads, strict=True)):
             given = stage(*(values[name] for name in self._wiring.takes[index]))

@@ -69,7 +69,8 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
             f"{type(network).__name__} cannot be cut into parts; needed: a MultiExitNetwork, from attach_exits. "
             'Run this one with engine="eager".'
         )
-    names, dims = input_names(x), _batch_dims(x)
+    names = input_names(x)
+    dims = _batch_dims(x)
     values = dict(zip(names, _two_samples(x), strict=True))
     traced = _Traced(network.backbone, x, names, network._cut_map())
     graph = _export(traced, type(network.backbone).__name__, list(values.values()), dims)
@@ -83,7 +84,8 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
         ],
     )
     cut = _Cutting(graph, names, network.exit_names)
-    wiring, stages = cut.wiring(), cut.stages()
+    wiring = cut.wiring()
+    stages = cut.stages()
     heads: list[nn.Module | None] = []
     with torch.no_grad():
         for stage, takes, gives in zip(stages, wiring.takes, wiring.gives, strict=True):
@@ -159,7 +161,8 @@ def _two_samples(x: Any) -> list[Tensor]:
 def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Tensor]) -> None:
     """torch.export believes that what it saw with two samples is so with one."""
     with evaluating(model), torch.no_grad(), without_fused_attention():
-        wanted, given = model(*tensors)[0], whole(*tensors)
+        wanted = model(*tensors)[0]
+        given = whole(*tensors)
     if not torch.allclose(
         given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True
     ):
@@ -190,7 +193,9 @@ class _Traced(nn.Module):
     def __init__(self, backbone: nn.Module, x: Any, names: Sequence[str], cuts: CutMap) -> None:
         super().__init__()
         self.backbone = backbone
-        self._x, self._names, self._cuts = x, names, cuts
+        self._x = x
+        self._names = names
+        self._cuts = cuts
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         marks: list[Tensor] = []

@@ -43,8 +43,11 @@ class Gathered:
     def __init__(
         self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float
     ) -> None:
-        self.count, self.deadline = count, deadline
-        self._last, self._clock, self._begin = num_exits - 1, clock, begin
+        self.count = count
+        self.deadline = deadline
+        self._last = num_exits - 1
+        self._clock = clock
+        self._begin = begin
         self._going = np.arange(count)
         self._exits = np.full(count, -1)
         self._output: Array | None = None
@@ -66,11 +69,9 @@ class Gathered:
         output = exit.output()
         if self._output is None:
             self._output = np.empty((self.count, *output.shape[1:]), output.dtype)
-        self._output[self._going], self._exits[self._going], self._taken = (
-            output,
-            exit.index,
-            exit.index,
-        )
+        self._output[self._going] = output
+        self._exits[self._going] = exit.index
+        self._taken = exit.index
 
     def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
         """Take those samples out of the run that stop at this exit; say why if none is left."""
@@ -90,7 +91,8 @@ class Gathered:
     def answer(self, stopped_by: StoppedBy) -> Answer[Array]:
         """The answer as it stands now."""
         assert self._output is not None
-        now, exits = self._clock(), tuple(self._exits.tolist())
+        now = self._clock()
+        exits = tuple(self._exits.tolist())
         return Answer(
             output=self._output.copy(),
             exit=max(exits),

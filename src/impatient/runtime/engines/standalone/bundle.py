@@ -54,13 +54,12 @@ class Bundle:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.directory, self._clock = Path(directory), clock
+        self.directory = Path(directory)
+        self._clock = clock
         self.description = description = read_description(self.directory)
         self.engine: str = description["engine"]
-        self.exit_names, self.num_classes = (
-            tuple(description["exits"]),
-            int(description["num_classes"]),
-        )
+        self.exit_names = tuple(description["exits"])
+        self.num_classes = int(description["num_classes"])
         self.threads = int(description["threads"]) if threads is None else threads
         self.wiring = wiring_of(description["wiring"])
         self.parts = self._load()
@@ -198,7 +197,8 @@ class Bundle:
             "provenance": here,
         }
         write(self.directory / COSTS_FILE, value)
-        self.costs, self._measured_on = value["costs"], here
+        self.costs = value["costs"]
+        self._measured_on = here
         self._paces.clear()
 
     def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
@@ -270,7 +270,8 @@ class Bundle:
     def _pace(self, batch: int, statistic: str, any_profile: bool) -> Pace:
         if statistic not in QUANTILES:
             raise BundleError(f"statistic={statistic!r}; needed: one of {', '.join(QUANTILES)}.")
-        costs, here = self.costs.get(str(batch)), self._here()
+        costs = self.costs.get(str(batch))
+        here = self._here()
         if costs is None:
             measured = ", ".join(self.costs) or "none"
             raise BundleError(
@@ -307,7 +308,9 @@ class Started:
     """
 
     def __init__(self, run: Run, gathered: Gathered, rule: Thresholds | None) -> None:
-        self._run, self._gathered, self._rule = run, gathered, rule
+        self._run = run
+        self._gathered = gathered
+        self._rule = rule
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None
         # once given, always given

@@ -49,7 +49,8 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)
     try:
-        bundle, x = Bundle(directory, given.threads), _load(given.input)
+        bundle = Bundle(directory, given.threads)
+        x = _load(given.input)
         if given.profile:
             bundle.save_costs(bundle.profile(x))
         bundle.warm_up(x)

@@ -37,7 +37,8 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     """What is wrong with a description, in words; None if nothing is."""
     if value["engine"] not in (*ENGINES, *SESSIONS):
         return f"engine {value['engine']!r}; needed: one of {', '.join((*ENGINES, *SESSIONS))}"
-    wiring, policy = wiring_of(value["wiring"]), value["policy"]
+    wiring = wiring_of(value["wiring"])
+    policy = value["policy"]
     streamed = value["engine"] in SESSIONS
     rows = {} if streamed else {"stages": value["stages"], "heads": value["heads"]}
     rows |= {"takes": wiring.takes, "gives": wiring.gives, "features": wiring.features}

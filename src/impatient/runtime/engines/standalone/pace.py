@@ -45,7 +45,8 @@ class Drift:
         count = max(50, round(2.0 / (1.0 - quantile)))
         self._place = min(count, math.ceil((count + 1) * quantile)) - 1
         self._lock = threading.Lock()
-        self._latest, self._sorted = collections.deque([1.0] * count), [1.0] * count
+        self._latest = collections.deque([1.0] * count)
+        self._sorted = [1.0] * count
 
     @property
     def scale(self) -> float:

@@ -127,7 +127,8 @@ def onnxruntime_session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -226,7 +227,8 @@ class _Loan:
     __slots__ = ("_idle", "request")
 
     def __init__(self, request: Any, idle: collections.deque[Any]) -> None:
-        self.request, self._idle = request, idle
+        self.request = request
+        self._idle = idle
 
     def __del__(self) -> None:
         self._idle.append(self.request)
@@ -236,7 +238,8 @@ class _Lent:
     """Memory of a loan: every array and view that numpy makes of it holds the loan."""
 
     def __init__(self, array: Array, loan: _Loan) -> None:
-        self.__array_interface__, self._loan = array.__array_interface__, loan
+        self.__array_interface__ = array.__array_interface__
+        self._loan = loan
 
 
 ENGINES: dict[str, type[EnginePart]] = {"onnxruntime": OnnxRuntimePart, "openvino": OpenVinoPart}

@@ -24,10 +24,8 @@ class OnnxRuntimeSession(EngineFile):
     def _load(self, path: Path, threads: int) -> None:
         import onnxruntime
 
-        self._session, self._new_options = (
-            onnxruntime_session(path, threads),
-            onnxruntime.RunOptions,
-        )
+        self._session = onnxruntime_session(path, threads)
+        self._new_options = onnxruntime.RunOptions
         self._inputs = [entry.name for entry in self._session.get_inputs()]
         self._outputs = [
             (entry.name, _DTYPES[entry.type], entry.shape[-1])
@@ -76,7 +74,8 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(fl
 
 class _OnnxRuntimeFlight:
     def __init__(self, options: Any) -> None:
-        self.options, self.over = options, False
+        self.options = options
+        self.over = False
         self.error: BaseException | None = None
 
     def ended(self) -> bool:
@@ -99,8 +98,10 @@ class OpenVinoSession(EngineFile):
     def _load(self, path: Path, threads: int) -> None:
         import openvino
 
-        self._path, self._model = path, openvino_core().read_model(str(path))
-        self._settings, self._tensor = openvino_settings(threads), openvino.Tensor
+        self._path = path
+        self._model = openvino_core().read_model(str(path))
+        self._settings = openvino_settings(threads)
+        self._tensor = openvino.Tensor
         self._outputs = [
             (entry.get_element_type().to_dtype(), entry.get_partial_shape()[1].get_length())
             for entry in self._model.outputs
@@ -163,10 +164,8 @@ class _OpenVinoFlight:
     ) -> None:
         self.request = request
         # a collected flight may meet itself
-        self._lock, self._settling = (
-            threading.RLock(),
-            threading.RLock(),
-        )
+        self._lock = threading.RLock()
+        self._settling = threading.RLock()
         self._cancelled = self._settled = False
         self._error: Exception | None = None
         # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
@@ -206,7 +205,8 @@ class _OpenVinoFlight:
             except Exception as error:
                 self._error = error.with_traceback(None)
             with self._lock:
-                self._settled, self._held = True, []
+                self._settled = True
+                self._held = []
 
     def idle(self) -> bool:
         """Whether nothing is to be waited for."""

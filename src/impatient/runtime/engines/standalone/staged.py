@@ -68,7 +68,10 @@ class PartExit:
         *,
         whole: bool = True,
     ) -> None:
-        self.index, self.features, self._head, self.whole = index, features, head, whole
+        self.index = index
+        self.features = features
+        self._head = head
+        self.whole = whole
         self._output: Any = features if head is None and output is None else output
 
     def output(self) -> Any:
@@ -126,7 +129,9 @@ class Staged:
                 f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits; needed: one of each "
                 "per exit."
             )
-        self.wiring, self.stages, self.heads = wiring, stages, heads
+        self.wiring = wiring
+        self.stages = stages
+        self.heads = heads
 
     @property
     def num_exits(self) -> int:
@@ -146,7 +151,9 @@ class StagedRun(Run):
         heads: Sequence[Head | None],
         inputs: Sequence[Any],
     ) -> None:
-        self._wiring, self._stages, self._heads = wiring, stages, heads
+        self._wiring = wiring
+        self._stages = stages
+        self._heads = heads
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()

@@ -21,7 +21,10 @@ from .staged import Array, PartExit, Run, Wiring
 
 # Every look at an output takes time from the session, which has all the processor where its threads do: the first comes shortly
 # before the exit does by experience, the others at a share of what has been waited, within bounds.
-FIRST_LOOK, LOOK_SHARE, SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.95, 0.1, 100e-6, 1e-3
+FIRST_LOOK = 0.95
+LOOK_SHARE = 0.1
+SHORTEST_LOOK_S = 100e-6
+LONGEST_LOOK_S = 1e-3
 # per run
 FORGETTING = 1.05
 
@@ -81,7 +84,9 @@ class Streamed:
     shrinks = False
 
     def __init__(self, wiring: Wiring, session: Session) -> None:
-        self.wiring, self.session, self._steps = wiring, session, Steps()
+        self.wiring = wiring
+        self.session = session
+        self._steps = Steps()
 
     @property
     def num_exits(self) -> int:
@@ -115,7 +120,10 @@ class StreamedRun(Run):
 
     def __init__(self, session: Session, inputs: Sequence[Array], rows: int, steps: Steps) -> None:
         self._flight: Flight | None = None
-        self._session, self._inputs, self._count, self._steps = session, inputs, rows, steps
+        self._session = session
+        self._inputs = inputs
+        self._count = rows
+        self._steps = steps
         self._outputs = session.memory(rows)
         self._bits = [_bits(output) for output in self._outputs]
         self._next = 0
@@ -156,7 +164,8 @@ class StreamedRun(Run):
     def close(self) -> None:
         if self._flight is not None:
             self._flight.cancel()
-        self._next, self._flight = len(self._outputs), None
+        self._next = len(self._outputs)
+        self._flight = None
 
     def __del__(self) -> None:
         # left without being closed: it must not keep the session busy
@@ -168,10 +177,8 @@ class StreamedRun(Run):
         idle = True
         if self._flight is None:
             idle = not self._session.busy()
-            self._flight, self._before = (
-                self._session.begin(self._inputs, self._outputs),
-                time.perf_counter(),
-            )
+            self._flight = self._session.begin(self._inputs, self._outputs)
+            self._before = time.perf_counter()
             self._cancelled.clear()
         self._awaited = self._flight
         try:
