@@ -1,24 +1,31 @@
-"""Early exit with what else a user has: the same trained network and images, time per image and accuracy, in turn.
+"""Early exit with what else a user has: the same trained network and images, time per image and
+accuracy, in turn.
 
-    python benchmarks/alternatives.py --prepare  trains heads, fetches earlyon; about 4 minutes; the machine may be busy
-    python benchmarks/alternatives.py            about 5 minutes; a run that was stopped goes on where it was
-    python benchmarks/alternatives.py --smoke    a minute, to see that it runs
+    python benchmarks/alternatives.py --prepare  trains heads, fetches earlyon; about 4 minutes; the
+    machine may be busy python benchmarks/alternatives.py            about 5 minutes; a run that was
+    stopped goes on where it was python benchmarks/alternatives.py --smoke    a minute, to see that
+    it runs
 
-One network: the pretrained CIFAR-10 ResNet-56 of the shared data with three linear heads trained on its frozen features
-(without the shared data: a small ResNet on scikit-learn's digits). One rule: leave at the first exit whose greatest probability
-is at least the threshold. Every way has its own copy of the modules on the same tensors: backbone, heads and weights are equal.
-Times are means over the images, over those of the network without exits:
+One network: the pretrained CIFAR-10 ResNet-56 of the shared data with three linear heads trained on
+its frozen features (without the shared data: a small ResNet on scikit-learn's digits). One rule:
+leave at the first exit whose greatest probability is at least the threshold. Every way has its own
+copy of the modules on the same tensors: backbone, heads and weights are equal. Times are means over
+    the images, over those of the network without exits:
 
-* **Runner**: `impatient.Runner` with a `ThresholdPolicy`; in batches, samples that are done are taken out;
+* **Runner**: `impatient.Runner` with a `ThresholdPolicy`; in batches, samples that are done are
+  taken out;
 * **exits**: the plain loop over `network.exits(x)`; stops when all samples of the batch are sure;
-* **earlyon** 0.3.0: `EarlyExitWrapper` around the same backbone, given the same heads. In batches its
+* **earlyon** 0.3.0: `EarlyExitWrapper` around the same backbone, given the same heads. In batches
+  its
   `forward_inference_batched` leaves when all samples are sure;
-* **exception**: a hook that raises, 20 lines of one's own; stops when all samples of the batch are sure;
+* **exception**: a hook that raises, 20 lines of one's own; stops when all samples of the batch are
+  sure;
 * **extractor**: torchvision's `create_feature_extractor`; computes everything, then asks the heads;
 * **whole**: the network without exits.
 
-What could not be made equal: Runner and earlyon return more than the outputs (why it stopped; shares of operations), and pay
-for it; the extractor runs a traced graph. At batch 1 all that leave early must agree in exit and output.
+What could not be made equal: Runner and earlyon return more than the outputs (why it stopped;
+shares of operations), and pay for it; the extractor runs a traced graph. At batch 1 all that leave
+early must agree in exit and output.
 """
 
 from __future__ import annotations
@@ -206,7 +213,7 @@ def _accuracy(network: MultiExitNetwork, images: Tensor, labels: Tensor) -> list
     return [float((output.argmax(1) == labels).float().mean()) for output in outputs]
 
 
-# --- the ways ---------------------------------------------------------------------------------------------------------
+# --- the ways -------------------------------------------------------------------------------------
 
 
 def sure(output: Tensor, threshold: float) -> bool:
@@ -336,7 +343,7 @@ def without_exits(network: MultiExitNetwork) -> Way:
     return answer
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
@@ -408,7 +415,8 @@ def agree(answers: list[dict[str, Answer]]) -> None:
         for way in ("Runner", "earlyon", "exception", "extractor"):
             if given[way][1] != exits or not torch.allclose(given[way][0], output, atol=1e-4):
                 raise RuntimeError(
-                    f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs differ."
+                    f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs "
+                    f"differ."
                 )
 
 
@@ -451,7 +459,8 @@ def prepare() -> None:
 if __name__ == "__main__":
     if not EARLYON.is_dir() and "--prepare" not in sys.argv:
         sys.exit(
-            "earlyon is not there; run with --prepare first (it is put into runs/bench, not into this environment)."
+            "earlyon is not there; run with --prepare first (it is put into runs/bench, not into "
+            "this environment)."
         )
     run_cases(
         "alternatives",

@@ -1,14 +1,17 @@
-"""Batches that shrink: 32 samples that leave at different exits, against the network without exits, in turn.
+"""Batches that shrink: 32 samples that leave at different exits, against the network without exits,
+in turn.
 
     python benchmarks/batching.py --prepare  exports, once, a minute; the machine may be busy
-    python benchmarks/batching.py            about 6 minutes; a run that was stopped goes on where it was
-    python benchmarks/batching.py --smoke    seconds, to see that it runs
+    python benchmarks/batching.py            about 6 minutes; a run that was stopped goes on where
+    it was python benchmarks/batching.py --smoke    seconds, to see that it runs
 
-Asked for: at least 85 % of the ideal saving. Ideal is the time of the network without exits times the mean depth: the mean over
-the samples of the share of the stages' time up to the exit each left at. Heads, scores and copying are no part of the ideal;
-they are in what is measured. Random weights; thresholds let given shares of a pool of inputs leave at each of four exits, so a
-single batch has more or less of them, and each run is held against the exits its own samples left at. A ratio and its ideal are
-of the same round; "whole / whole" is the network without exits twice in every round (A/A).
+Asked for: at least 85 % of the ideal saving. Ideal is the time of the network without exits times
+the mean depth: the mean over the samples of the share of the stages' time up to the exit each left
+at. Heads, scores and copying are no part of the ideal; they are in what is measured. Random
+weights; thresholds let given shares of a pool of inputs leave at each of four exits, so a single
+batch has more or less of them, and each run is held against the exits its own samples left at. A
+ratio and its ideal are of the same round; "whole / whole" is the network without exits twice in
+every round (A/A).
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ def policy_for(outputs_kn: Sequence[Tensor], shares: Sequence[float]) -> Thresho
 
 
 def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
-    # torch computes the scores, and its threads would spin behind each for milliseconds on the engine's cores
+    # torch computes the scores, and its threads would spin behind each for milliseconds on the
+    # engine's cores
     torch.set_num_threads(threads if engine == "eager" else 1)
     network, pool = network_and_pool(name)
     pool = pool[: 2 * BATCH] if smoke else pool

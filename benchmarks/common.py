@@ -1,4 +1,6 @@
-"""Shared by the benchmark scripts: timing in turn, cases in processes of their own, and writing a CSV with its page."""
+"""Shared by the benchmark scripts: timing in turn, cases in processes of their own, and writing a
+CSV with its page.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,10 @@ def facts() -> str:
     }
     command = " ".join(["python", *([sys.argv[0]] if sys.argv[0] else []), *sys.argv[1:]])
     return (
-        f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; {platform.system()} {platform.release()}; "
-        f"{', '.join(f'{name} {version}' for name, version in (versions() | engines).items())}; commit {commit()}; "
+        f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; "
+        f"{platform.system()} {platform.release()}; "
+        f"{', '.join(f'{name} {version}' for name, version in (versions() | engines).items())}; "
+        f"commit {commit()}; "
         f"{datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
 
@@ -69,7 +73,9 @@ def _installed(name: str) -> bool:
 
 
 def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write results/NAME.csv and results/NAME.md with the same rows; what a row does not have stays empty."""
+    """Write results/NAME.csv and results/NAME.md with the same rows; what a row does not have stays
+    empty.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
     stream = io.StringIO()
@@ -91,7 +97,9 @@ def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, 
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median with its 95 % interval by order statistics (binomial, no assumption on the distribution)."""
+    """Median with its 95 % interval by order statistics (binomial, no assumption on the
+    distribution).
+    """
     ordered = np.sort(np.asarray(values))
     half = 0.98 * np.sqrt(len(ordered))
     low = int(max(0, len(ordered) / 2 - half))
@@ -100,7 +108,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio_of_means(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """Mean of paired values over the mean of others, with its 95 % interval (delta method): what a whole workload takes."""
+    """Mean of paired values over the mean of others, with its 95 % interval (delta method): what a
+    whole workload takes.
+    """
     ratio = float(values.mean() / base.mean())
     half = (
         1.96
@@ -124,7 +134,8 @@ def in_turn(
     most_s: float = float("inf"),
     warm_up: int = 3,
 ) -> dict[str, np.ndarray]:
-    """Seconds of several calls, each once a round and in random order, so that all meet the machine's changes alike.
+    """Seconds of several calls, each once a round and in random order, so that all meet the
+    machine's changes alike.
 
     Args:
         calls: by name; ask for the same one under two names for an A/A comparison.
@@ -150,7 +161,8 @@ def in_turn(
 def repeated(
     workload: Callable[[int], Calls], *, seeds: int, repeats: int
 ) -> dict[tuple[str, int], Row]:
-    """Seconds of the calls of a workload, by their key, over all seeds and repeats; the first run of each is not counted.
+    """Seconds of the calls of a workload, by their key, over all seeds and repeats; the first run
+    of each is not counted.
 
     Args:
         workload: the calls for a seed.
@@ -205,7 +217,8 @@ def in_engine(
     key: str,
     precision: str = "fp32",
 ) -> MultiExitNetwork | EngineNetwork:
-    """A network in an engine, kept under runs/bench/engines, since exporting resnet50 takes a minute.
+    """A network in an engine, kept under runs/bench/engines, since exporting resnet50 takes a
+    minute.
 
     Args:
         key: names the network and its cuts; the weights are told apart by themselves.
@@ -232,10 +245,11 @@ def run_cases(
     smoke: Sequence[str],
     prepare: Callable[[], object] | None = None,
 ) -> None:
-    """The command line of a benchmark in cases, each run in a process of its own: thread pools are set once a process.
+    """The command line of a benchmark in cases, each run in a process of its own: thread pools are
+    set once a process.
 
-    Finished cases are kept for the commit they were measured on, and the page is written after each: a run that was stopped
-    goes on where it was.
+    Finished cases are kept for the commit they were measured on, and the page is written after
+    each: a run that was stopped goes on where it was.
 
     Args:
         name, title, text: of the page.

@@ -1,10 +1,12 @@
-"""Which architectures of torchvision, timm and transformers take exits by themselves: writes docs/coverage.md.
+"""Which architectures of torchvision, timm and transformers take exits by themselves: writes
+docs/coverage.md.
 
 python -m benchmarks.coverage --no-times             what works, about ten minutes
-python -m benchmarks.coverage                        also what staging costs, on an idle machine; only what is missing runs
-python -m benchmarks.coverage --only resnet --again  these once more
+python -m benchmarks.coverage                        also what staging costs, on an idle machine;
+only what is missing runs python -m benchmarks.coverage --only resnet --again  these once more
 
-Each architecture runs in a process of its own with a time limit; its row is in results/coverage.csv as soon as it is known.
+Each architecture runs in a process of its own with a time limit; its row is in results/coverage.csv
+as soon as it is known.
 """
 
 from __future__ import annotations
@@ -61,11 +63,12 @@ COLUMNS = (
 )
 
 
-# --- exactness ------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------
 
 
 def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]:
-    """What is found out about an architecture, part by part; it ends with a "reason" where no exits can be attached.
+    """What is found out about an architecture, part by part; it ends with a "reason" where no exits
+    can be attached.
 
     Args:
         wanted: some of the PARTS.
@@ -110,7 +113,9 @@ def _untouched(model: nn.Module, x: Any) -> Untouched:
 
 
 def compare(network: MultiExitNetwork, x: Any, truth: Untouched) -> Row:
-    """Outputs and gradients of a network with exits beside those of the same model before it had any."""
+    """Outputs and gradients of a network with exits beside those of the same model before it had
+    any.
+    """
     with torch.no_grad():
         _seed()
         all_at_once = network(x)
@@ -173,7 +178,9 @@ def _gradients(model: nn.Module, x: Any, run: Callable[[Any], Tensor]) -> dict[s
 
 
 def _informative(network: MultiExitNetwork, x: Any, staged: Sequence[Tensor]) -> str:
-    """Whether equal outputs say anything: they vary over the samples and hang on the features at every cut."""
+    """Whether equal outputs say anything: they vary over the samples and hang on the features at
+    every cut.
+    """
     last = staged[-1]
     if not last.isfinite().all():
         return "uninformative: not finite"
@@ -207,11 +214,13 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message[:600]}"
 
 
-# --- parts and times ------------------------------------------------------------------------------------------------
+# --- parts and times ------------------------------------------------------------------------------
 
 
 def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
-    """Export the parts of a network and run them one after the other; the largest difference of any exit."""
+    """Export the parts of a network and run them one after the other; the largest difference of any
+    exit.
+    """
     from impatient.runtime.engines.partition import input_tensors, partition
     from impatient.runtime.engines.standalone import StagedRun
 
@@ -230,7 +239,9 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
 
 
 def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int = 100) -> Row:
-    """Time of all stages without heads over that of the untouched model: the median of paired, interleaved ratios."""
+    """Time of all stages without heads over that of the untouched model: the median of paired,
+    interleaved ratios.
+    """
     from benchmarks.common import in_turn, spoken
 
     cuts = network._cut_map()
@@ -254,11 +265,13 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
     }
 
 
-# --- one process per architecture ------------------------------------------------------------------------------------
+# --- one process per architecture -----------------------------------------------------------------
 
 
 def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> Row:
-    """Run `findings` in a forked process; what it found, with a "reason" where it failed, died or took too long."""
+    """Run `findings` in a forked process; what it found, with a "reason" where it failed, died or
+    took too long.
+    """
     # the libraries are imported once, here
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -325,7 +338,7 @@ def _title(architecture: Architecture) -> str:
     return f"{name} ({options[0]})" if options and architecture.library == "torchvision" else name
 
 
-# --- rows and page --------------------------------------------------------------------------------------------------
+# --- rows and page --------------------------------------------------------------------------------
 
 
 def read_rows() -> dict[str, Row]:
@@ -386,7 +399,11 @@ def page(rows: Mapping[str, Row]) -> str:
     listed = [rows[spec] for spec in _in_order(rows)]
     parts = [row for row in listed if row.get("exported parts")]
     exported = sum(not row["exported parts"].startswith("no") for row in parts)
-    count = f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and the rest as it should be."
+    count = (
+        f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits "
+        f"found, "
+        f"and the rest as it should be."
+    )
     if parts:
         count += f" **{exported} of {len(parts)}** can be exported as parts."
     tables = [
@@ -453,7 +470,10 @@ def main() -> None:
         write_rows(rows)
         row = rows[architecture.spec]
         print(
-            f"{number}/{len(chosen)} {row['architecture']}: {'works' if works(row) else _reason(row) or row}",
+            (
+                f"{number}/{len(chosen)} {row['architecture']}: "
+                f"{'works' if works(row) else _reason(row) or row}"
+            ),
             flush=True,
         )
     write_text(PAGE, page(rows))

@@ -1,16 +1,20 @@
-"""Deadlines on the real clock, idle and with a busy process on every core: how often they are met, and what they buy.
+"""Deadlines on the real clock, idle and with a busy process on every core: how often they are met,
+and what they buy.
 
-    python benchmarks/deadlines.py --prepare  trains heads, exports; about 3 minutes; the machine may be busy
-    python benchmarks/deadlines.py            about 14 minutes in 6 cases; a run that was stopped goes on where it was
-    python benchmarks/deadlines.py --smoke    seconds, to see that it runs
+    python benchmarks/deadlines.py --prepare  trains heads, exports; about 3 minutes; the machine
+    may be busy python benchmarks/deadlines.py            about 14 minutes in 6 cases; a run that
+    was stopped goes on where it was python benchmarks/deadlines.py --smoke    seconds, to see that
+    it runs
 
-The pretrained CIFAR-10 ResNet-20 of the shared data with eight exits (without the shared data: a small ResNet on digits), 32
-pixels, batch 1, one thread. It is profiled idle; under load the profile is stale, as a user's would be. Four budgets from 2.2
-times the first exit's contract cost to 1.2 times the last's, in turn; 10,000 contract runs for each quantile, the two quantiles
-in turn; then interruptible runs with the same budgets whose caller waits in `result()`. "Accuracy bought" is the mean of the
-test accuracy of the exits that answered. No interruptible run may be without an answer at its deadline once the first exit
-fits. When it comes is measured first ("first answer"): it is handed to another thread, which has slept, so it takes longer than
-in a loop. Under load the system itself may take the processor away for longer than any budget.
+The pretrained CIFAR-10 ResNet-20 of the shared data with eight exits (without the shared data: a
+small ResNet on digits), 32 pixels, batch 1, one thread. It is profiled idle; under load the profile
+is stale, as a user's would be. Four budgets from 2.2 times the first exit's contract cost to 1.2
+times the last's, in turn; 10,000 contract runs for each quantile, the two quantiles in turn; then
+interruptible runs with the same budgets whose caller waits in `result()`. "Accuracy bought" is the
+mean of the test accuracy of the exits that answered. No interruptible run may be without an answer
+at its deadline once the first exit fits. When it comes is measured first ("first answer"): it is
+handed to another thread, which has slept, so it takes longer than in a loop. Under load the system
+itself may take the processor away for longer than any budget.
 """
 
 from __future__ import annotations
@@ -128,7 +132,9 @@ def first_answers(runner: Runner, x: torch.Tensor, runs: int) -> list[float]:
 def interruptible(
     runner: Runner, x: torch.Tensor, budgets: np.ndarray, runs: int
 ) -> list[list[tuple[Answer, float]]]:
-    """Per budget, answers, and how long after the deadline the caller had them; negative where the last exit came before it."""
+    """Per budget, answers, and how long after the deadline the caller had them; negative where the
+    last exit came before it.
+    """
     found: list[list[tuple[Answer, float]]] = [[] for _ in budgets]
     for number in range(runs):
         deadline = Deadline.after(budgets[number % len(budgets)])
@@ -172,7 +178,9 @@ def row(
 def waiting(
     budget: str, found: Sequence[tuple[Answer, float]], first_s: Sequence[float], given: Trained
 ) -> Row:
-    """Of interruptible runs: whether there was an answer, and how long after the deadline the caller was back."""
+    """Of interruptible runs: whether there was an answer, and how long after the deadline the
+    caller was back.
+    """
     answers = [answer for answer, _ in found]
     late = [after * 1e3 for _, after in found if after > 0]
     p50, p99, most = np.quantile(late, [0.5, 0.99, 1.0]) if late else (0.0, 0.0, 0.0)
@@ -185,7 +193,9 @@ def waiting(
         "n": len(answers),
         "first answer ms p50 / p99 / p99.9": first,
         "without an answer": f"{none.value:.2%} ({none.low:.2%} to {none.high:.2%})",
-        "back after the deadline ms p50 / p99 / max": f"{p50:.3f} / {p99:.3f} / {most:.3f} (n={len(late)})",
+        "back after the deadline ms p50 / p99 / max": (
+            f"{p50:.3f} / {p99:.3f} / {most:.3f} (n={len(late)})"
+        ),
         "mean exit": f"{np.mean([answer.exit for answer in answers]):.2f}",
         "accuracy bought": bought(answers, given),
     }

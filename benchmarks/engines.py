@@ -1,12 +1,15 @@
-"""What a user gains by exporting: engines against eager on the same model, whole and exit by exit, in turn, paired ratios.
+"""What a user gains by exporting: engines against eager on the same model, whole and exit by exit,
+in turn, paired ratios.
 
-    python benchmarks/engines.py --prepare   exports and compiles, once, about 10 minutes; the machine may be busy
-    python benchmarks/engines.py             about 6 minutes; a run that was stopped goes on where it was
-    python benchmarks/engines.py --smoke     under a minute, to see that it runs
+    python benchmarks/engines.py --prepare   exports and compiles, once, about 10 minutes; the
+    machine may be busy python benchmarks/engines.py             about 6 minutes; a run that was
+    stopped goes on where it was python benchmarks/engines.py --smoke     under a minute, to see
+    that it runs
 
-Batch 1, four exits with linear heads, random weights, eager in the same process and the same round. "Whole" is the model
-without exits. "To exit k" is an anytime run in which every exit answers, up to the answer of that exit, over eager's run to
-the same one. "fp32" computes what eager does, up to rounding; "int8-dynamic" does not, and its accuracy is not looked at here.
+Batch 1, four exits with linear heads, random weights, eager in the same process and the same round.
+"Whole" is the model without exits. "To exit k" is an anytime run in which every exit answers, up to
+the answer of that exit, over eager's run to the same one. "fp32" computes what eager does, up to
+rounding; "int8-dynamic" does not, and its accuracy is not looked at here.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
-"""What staging costs: all exits without heads over the same network whole, in the same engine, in turn, paired ratios.
+"""What staging costs: all exits without heads over the same network whole, in the same engine, in
+turn, paired ratios.
 
     python benchmarks/overhead.py --prepare  exports, once, about 8 minutes; the machine may be busy
-    python benchmarks/overhead.py            about 7 minutes; a run that was stopped goes on where it was
-    python benchmarks/overhead.py --smoke    seconds, to see that it runs
+    python benchmarks/overhead.py            about 7 minutes; a run that was stopped goes on where
+    it was python benchmarks/overhead.py --smoke    seconds, to see that it runs
 
-Asked for: eager at most 1.02, and at most 25 us a cut; ONNX Runtime and OpenVINO at most 1.05 with 4 stages and 1.10 with 16
-(vit_b_16: 12), in whichever arrangement is best there: a session per stage ("onnxruntime", "openvino"), or one session with
-all exits that is read while it runs ("onnxruntime-session", "openvino-session"); there the heads run, too. "Whole" is in eager
-the model itself without any hook, elsewhere one session of all of it. Batch 1, random weights. "whole / whole" is the same
-call twice in every round (A/A): what the machine's noise alone gives. Where eager's time goes: "empty hooks" on the cut modules
-that do nothing; "bare switches" of a greenlet at each cut with nothing around them; the rest is the library's own code, with
-caches that the layers before have emptied. The 200 small layers never empty them. "us per cut" shares the price of beginning a
-run among its cuts; "us per further cut" is what 16 stages cost more than 4.
+Asked for: eager at most 1.02, and at most 25 us a cut; ONNX Runtime and OpenVINO at most 1.05 with
+4 stages and 1.10 with 16 (vit_b_16: 12), in whichever arrangement is best there: a session per
+stage ("onnxruntime", "openvino"), or one session with all exits that is read while it runs
+("onnxruntime-session", "openvino-session"); there the heads run, too. "Whole" is in eager the model
+itself without any hook, elsewhere one session of all of it. Batch 1, random weights. "whole /
+whole" is the same call twice in every round (A/A): what the machine's noise alone gives. Where
+eager's time goes: "empty hooks" on the cut modules that do nothing; "bare switches" of a greenlet
+at each cut with nothing around them; the rest is the library's own code, with caches that the
+layers before have emptied. The 200 small layers never empty them. "us per cut" shares the price of
+beginning a run among its cuts; "us per further cut" is what 16 stages cost more than 4.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ def cuts_of(name: str, many: bool) -> list[str]:
 
 
 def staged(name: str, model: nn.Module, x: Tensor, *, many: bool) -> MultiExitNetwork:
-    """The model cut after every block but the last, or into four; on the same tensors, so that all meet the same memory."""
+    """The model cut after every block but the last, or into four; on the same tensors, so that all
+    meet the same memory.
+    """
     torch.manual_seed(1)
     return attach_exits(twin(model), example=x[:1], after=cuts_of(name, many)).eval()
 
@@ -169,7 +174,9 @@ def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Ro
 
 
 def further(times: dict[str, np.ndarray], few: str, many: str, number: dict[str, int]) -> str:
-    """What a cut costs where there are some already: a run has a price of its own, which a few cuts share."""
+    """What a cut costs where there are some already: a run has a price of its own, which a few cuts
+    share.
+    """
     return spoken((times[many] - times[few]) / (number[many] - number[few]) * 1e6, 1)
 
 

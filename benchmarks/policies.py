@@ -1,4 +1,5 @@
-"""Gates fitted for 100 prices of time on 10,000 samples x 16 exits: asked for, 10 seconds; 1,000 of them judged: 2 seconds.
+"""Gates fitted for 100 prices of time on 10,000 samples x 16 exits: asked for, 10 seconds; 1,000 of
+them judged: 2 seconds.
 
 python benchmarks/policies.py            a few minutes
 python benchmarks/policies.py --smoke    seconds, to see that it runs
@@ -96,9 +97,12 @@ def main() -> None:
     print(*rows, sep="\n")
     if not smoke:
         text = (
-            f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each after one that does not "
-            "count; logistic gates on confidences, everything from the recording on. Judged are policies fitted for 20 prices "
-            "on a tenth as many other samples, over and over, by accuracy and mean time. Selection: six of the exits as "
+            f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each "
+            f"after one that does not "
+            "count; logistic gates on confidences, everything from the recording on. Judged are "
+            "policies fitted for 20 prices "
+            "on a tenth as many other samples, over and over, by accuracy and mean time. "
+            "Selection: six of the exits as "
             "networks of a chain."
         )
         write_results("policies", "Fitting and judging learned policies", text, rows)

@@ -1,12 +1,13 @@
 """A million calls with a deadline: neither memory nor threads nor open files may grow.
 
-    python benchmarks/soak.py                about 6 minutes; a run that was stopped goes on where it was
-    python benchmarks/soak.py --smoke        seconds, to see that it runs
+    python benchmarks/soak.py                about 6 minutes; a run that was stopped goes on where
+    it was python benchmarks/soak.py --smoke        seconds, to see that it runs
 
-A tiny network with three exits. Contract calls with deadlines from too short for the first exit to long enough for the last,
-and every tenth call an interruptible one, abandoned at its deadline or interrupted. Resident memory, threads and open files
-are read every 1 % of the calls. The verdict is on the slope of the last 90 % (Theil and Sen, with its 95 % interval: memory
-moves in steps, and one step must not decide), as growth over a million calls; growth of at most 1 MiB passes.
+A tiny network with three exits. Contract calls with deadlines from too short for the first exit to
+long enough for the last, and every tenth call an interruptible one, abandoned at its deadline or
+interrupted. Resident memory, threads and open files are read every 1 % of the calls. The verdict is
+on the slope of the last 90 % (Theil and Sen, with its 95 % interval: memory moves in steps, and one
+step must not decide), as growth over a million calls; growth of at most 1 MiB passes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A thousand policies, and a thousand budgets, on 10,000 samples x 16 exits x 100 classes: asked for, under a second each.
+"""A thousand policies, and a thousand budgets, on 10,000 samples x 16 exits x 100 classes: asked
+for, under a second each.
 
 python benchmarks/sweep.py            about half a minute
 python benchmarks/sweep.py --smoke    seconds, to see that it runs
@@ -53,7 +54,9 @@ def even_costs(exits: int) -> CostProfile:
 
 
 def random_policies(recording: Recording, count: int, seed: int) -> list[ThresholdPolicy]:
-    """Thresholds at random quantiles of each exit's own scores, the three scores in turn, an exit in five closed."""
+    """Thresholds at random quantiles of each exit's own scores, the three scores in turn, an exit
+    in five closed.
+    """
     random = np.random.default_rng(seed)
     scores = {
         name: np.sort(score(recording.outputs).numpy(), axis=1) for name, score in SCORES.items()
@@ -123,9 +126,12 @@ def main() -> None:
     print(*rows, sep="\n")
     if not smoke:
         text = (
-            f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each after one that does not "
-            "count; all from the recording on, scores and hits included. The three scores in turn, one exit in five closed; "
-            "seven shapes of budgets. `evaluate` with one policy, which gives intervals and calibration too, to compare with."
+            f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each "
+            f"after one that does not "
+            "count; all from the recording on, scores and hits included. The three scores in turn, "
+            "one exit in five closed; "
+            "seven shapes of budgets. `evaluate` with one policy, which gives intervals and "
+            "calibration too, to compare with."
         )
         write_results("sweep", "Many policies and budgets at once", text, rows)
 

@@ -1,4 +1,5 @@
-"""What training all exits jointly costs over training the network without exits, epochs in turn in one process.
+"""What training all exits jointly costs over training the network without exits, epochs in turn in
+one process.
 
 python benchmarks/training.py            about 6 minutes
 python benchmarks/training.py --smoke    seconds, to see that it runs
@@ -88,7 +89,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     if not smoke:
         text = (
-            "PreActResNet n=5, c=16 at 32x32 pixels, 5 exits, batch 128, channels-last, 4 steps an epoch, whole `fit` calls in "
+            "PreActResNet n=5, c=16 at 32x32 pixels, 5 exits, batch 128, channels-last, 4 steps an "
+            "epoch, whole `fit` calls in "
             "turn, two threads; asked for: at most 1.25."
         )
         write_results("training", "Cost of joint training", text, rows)

@@ -1,4 +1,5 @@
-"""What several workers gain on an ensemble of growing depth: whole runs on two workers over whole runs on one, in turn.
+"""What several workers gain on an ensemble of growing depth: whole runs on two workers over whole
+runs on one, in turn.
 
 python benchmarks/workers.py            about a minute
 python benchmarks/workers.py --smoke    seconds, to see that it runs
@@ -88,7 +89,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     if not smoke:
         text = (
-            f"EANN of plain networks of {', '.join(map(str, DEPTHS))} layers, one torch thread per worker, two cores; 0.5 "
+            f"EANN of plain networks of {', '.join(map(str, DEPTHS))} layers, one torch thread per "
+            f"worker, two cores; 0.5 "
             "would be a perfect gain."
         )
         write_results("workers", "Two workers for networks of growing depth", text, rows)

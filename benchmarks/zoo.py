@@ -1,6 +1,8 @@
-"""Architectures of torchvision, timm and transformers with small inputs, and what makes fresh ones fit to compare with.
+"""Architectures of torchvision, timm and transformers with small inputs, and what makes fresh ones
+fit to compare with.
 
-Smallest sensible variants; transformers by small configurations. Nothing is downloaded: weights are random.
+Smallest sensible variants; transformers by small configurations. Nothing is downloaded: weights are
+random.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def build(architecture: Architecture) -> nn.Module:
     return model.eval()
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def images(size: int, channels: int = 3) -> Batch:
@@ -66,7 +68,9 @@ def sound(samples: int) -> Batch:
 
 
 def text(batch: int) -> dict[str, Tensor]:
-    """Padded tokens; every text ends once, with the highest number of the vocabulary (T5 and BART classify there)."""
+    """Padded tokens; every text ends once, with the highest number of the vocabulary (T5 and BART
+    classify there).
+    """
     tokens = torch.randint(3, VOCABULARY - 1, (batch, 12))
     tokens[:, 8] = VOCABULARY - 1
     mask = torch.ones(batch, 12, dtype=torch.long)
@@ -74,11 +78,13 @@ def text(batch: int) -> dict[str, Tensor]:
     return {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def make_informative(model: nn.Module, batch: Batch, calibration: int = 8) -> None:
-    """Undo what makes fresh models answer nothing: zero heads, tiny layer scales, batch-norm statistics that fit no data."""
+    """Undo what makes fresh models answer nothing: zero heads, tiny layer scales, batch-norm
+    statistics that fit no data.
+    """
     for layer in model.modules():
         for name, parameter in layer.named_parameters(recurse=False):
             _enliven(layer, name, parameter.data)
@@ -110,7 +116,7 @@ def _enliven(layer: nn.Module, name: str, values: Tensor) -> None:
         ) if largest == 0.0 and values.numel() > 1 else nn.init.uniform_(values, 0.2, 0.6)
 
 
-# --- the list -------------------------------------------------------------------------------------------------------
+# --- the list -------------------------------------------------------------------------------------
 
 
 def _listed(library: str, batch: Batch, *names: str) -> list[Architecture]:
@@ -140,7 +146,9 @@ def _text(name: str, **options: Any) -> Architecture:
 
 
 def _vision(name: str, size: int = 32, **options: Any) -> Architecture:
-    """A vision transformer of four layers of width 32 with patches of 8 pixels; options of None are left out."""
+    """A vision transformer of four layers of width 32 with patches of 8 pixels; options of None are
+    left out.
+    """
     usual = {
         "image_size": size,
         "patch_size": 8,

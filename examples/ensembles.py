@@ -1,8 +1,10 @@
-"""Two ways to get more from networks with exits that are trained already, each again a network with exits.
+"""Two ways to get more from networks with exits that are trained already, each again a network with
+exits.
 
 python examples/ensembles.py
 
-EANN runs networks of growing depth one after the other; RunningEnsemble lets the exits of one network answer together.
+EANN runs networks of growing depth one after the other; RunningEnsemble lets the exits of one
+network answer together.
 """
 
 import impatient
@@ -12,7 +14,9 @@ from impatient.policies import fit_temperatures
 
 
 def trained(data: impatient.Data, n: int, epochs: int) -> impatient.MultiExitNetwork:
-    """A pre-activation ResNet with an exit after every block, trained with weights that alternate around SIEVE."""
+    """A pre-activation ResNet with an exit after every block, trained with weights that alternate
+    around SIEVE.
+    """
     backbone = impatient.load_model(
         f"impatient:resnet:n={n},c=8", num_classes=data.num_classes, in_channels=1
     )
@@ -32,7 +36,8 @@ def report(name: str, recording: impatient.Recording) -> list[float]:
         .value
     )
     print(
-        f"{name:22} {' '.join(f'{value:6.1%}' for value in accuracy)}   takes back what it knew: {falls:.1%}"
+        f"{name:22} {' '.join(f'{value:6.1%}' for value in accuracy)}   takes back what it knew: "
+        f"{falls:.1%}"
     )
     return accuracy
 

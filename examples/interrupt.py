@@ -1,4 +1,5 @@
-"""An answer whenever you ask: a run on its own thread, interrupted after a random time, with a model from torchvision.
+"""An answer whenever you ask: a run on its own thread, interrupted after a random time, with a
+model from torchvision.
 
 pip install 'impatient[vision]'
 python examples/interrupt.py
@@ -31,7 +32,8 @@ def main(runs: int = 10) -> list[int]:
                 threading.Event().wait(patience)
                 answer = run.interrupt()
             print(
-                f"asked after {patience * 1e3:6.2f} ms: exit {answer.exit} of {network.num_exits - 1}, {answer.stopped_by}"
+                f"asked after {patience * 1e3:6.2f} ms: exit {answer.exit} of "
+                f"{network.num_exits - 1}, {answer.stopped_by}"
             )
             reached.append(answer.exit)
     return reached

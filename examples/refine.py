@@ -2,8 +2,9 @@
 
 python examples/refine.py
 
-A network sorts handwritten digits for a machine that must begin to move at once. The crude answer says which way; while the
-machine moves, the same run goes on, and the refined answer may still correct it.
+A network sorts handwritten digits for a machine that must begin to move at once. The crude answer
+says which way; while the machine moves, the same run goes on, and the refined answer may still
+correct it.
 """
 
 import torch

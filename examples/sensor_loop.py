@@ -1,16 +1,20 @@
-"""A sensor loop, 30 frames a second: AnytimeNet answers in the time that other tasks leave; a static network is often late.
+"""A sensor loop, 30 frames a second: AnytimeNet answers in the time that other tasks leave; a
+static network is often late.
 
 python examples/sensor_loop.py
 
-The other tasks are made up: how much of each frame they leave is drawn beforehand. The networks are not: they run on this
-machine, by its clock, in turn on the same frames. The time left is scaled to what the static network takes here, so that on
-a slower or faster machine the picture is the same: it fits in two thirds of the frames, and is late in the others.
+The other tasks are made up: how much of each frame they leave is drawn beforehand. The networks are
+not: they run on this machine, by its clock, in turn on the same frames. The time left is scaled to
+    what the static network takes here, so that on
+a slower or faster machine the picture is the same: it fits in two thirds of the frames, and is late
+    in the others.
 
-Run it on a machine with a processor to spare. Where other programs hold the loop up for longer than a frame's time left, the
-runner, which plans by the p99 it has measured, stops after the first iterations, and now and then is late like any program.
+Run it on a machine with a processor to spare. Where other programs hold the loop up for longer than
+a frame's time left, the runner, which plans by the p99 it has measured, stops after the first
+iterations, and now and then is late like any program.
 
-What to look at is who answers when. The digits are so easy that a static network small enough for every frame would be as
-good on them; it pays to go on in a larger network where the task needs one.
+What to look at is who answers when. The digits are so easy that a static network small enough for
+every frame would be as good on them; it pays to go on in a larger network where the task needs one.
 """
 
 import math
@@ -67,7 +71,9 @@ def runner(network: AnytimeNet, x: torch.Tensor, repeats: int) -> impatient.Runn
 
 
 def time_left(whole_s: float, frames: int, rate: float) -> np.ndarray:
-    """Seconds that the other tasks leave of each frame, in two thirds of them `whole_s` or more: a slow wave and bursts."""
+    """Seconds that the other tasks leave of each frame, in two thirds of them `whole_s` or more: a
+    slow wave and bursts.
+    """
     random = np.random.default_rng(0)
     load = (
         0.3
@@ -201,7 +207,8 @@ def main(
         "AnytimeNet": runner(anytime, frames[0][0], repeats),
         "static": runner(static, frames[0][0], repeats),
     }
-    # timed at the loop's own pace, where runs take longer than one right after the other; the runners see it, too
+    # timed at the loop's own pace, where runs take longer than one right after the other; the
+    # runners see it, too
     rehearsal = drawn_frames(data, "validation", 1 + repeats // 4)
     rehearsed = run_loop(runners, rehearsal, [math.inf] * len(rehearsal), rate)
     whole_s = statistics.median(frame.taken_s for frame in rehearsed["static"])

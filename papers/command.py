@@ -26,7 +26,10 @@ class ScaleName(StrEnum):
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of tables and figures; by default the paper folder's own, and its card is filled."
+        help=(
+            "Folder of tables and figures; by default the paper folder's own, and its card is "
+            "filled."
+        )
     ),
 ]
 Runs = Annotated[
@@ -47,12 +50,14 @@ def carry_out(
     out: Path | None,
     publish: bool,
 ) -> NoReturn:
-    """Run what is missing, then write the tables of what is finished, also after an error or Ctrl-C.
+    """Run what is missing, then write the tables of what is finished, also after an error or
+    Ctrl-C.
 
     Args:
         run: everything that takes time.
         write: all tables into a folder; returns them as a page.
-        card: the paper's README.md, whose marks the page fills, but for smoke runs and other folders.
+        card: the paper's README.md, whose marks the page fills, but for smoke runs and other
+            folders.
         publish: leave `run` out.
     Raises:
         typer.Exit: always; its code says how it ended.

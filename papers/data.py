@@ -1,4 +1,6 @@
-"""The papers' data sets from the shared data folder, converted once; and smaller training sets, seeded and balanced."""
+"""The papers' data sets from the shared data folder, converted once; and smaller training sets,
+seeded and balanced.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ WORDS = 20_000
 
 
 def shared_folder() -> Path:
-    """Where the shared data lie: the folder named by the environment variable IMPATIENT_DATA, or ../shared/data.
+    """Where the shared data lie: the folder named by the environment variable IMPATIENT_DATA, or
+    ../shared/data.
 
     Raises:
         DataError: if there is no load.py.
@@ -35,18 +38,21 @@ def shared_folder() -> Path:
     folder = Path(named).expanduser() if named else ROOT.parent / "shared" / "data"
     if not (folder / "load.py").is_file():
         raise DataError(
-            f"no shared data: {folder} has no load.py. Set IMPATIENT_DATA to the folder that has it, or run --scale smoke, "
+            f"no shared data: {folder} has no load.py. Set IMPATIENT_DATA to the folder that has "
+            f"it, or run --scale smoke, "
             "which needs only scikit-learn's digits."
         )
     return folder
 
 
 def data_spec(name: str, folder: Path = CONVERTED) -> str:
-    """The data spec of "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32), or "cifar10_grey" (1x28x28).
+    """The data spec of "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32), or
+    "cifar10_grey" (1x28x28).
 
-    And of token ids: "ag_news" (64 of 20,002; 0 is padding, the last a rarer word) and "digits_tokens" (64 pixels; 18).
-    All but the digits are written as one npz file under `folder` when they are first asked for; images of CIFAR-10 in grey
-    are weighted as ITU-R 601 and cut to the middle 28x28.
+    And of token ids: "ag_news" (64 of 20,002; 0 is padding, the last a rarer word) and
+    "digits_tokens" (64 pixels; 18). All but the digits are written as one npz file under `folder`
+    when they are first asked for; images of CIFAR-10 in grey are weighted as ITU-R 601 and cut to
+    the middle 28x28.
 
     Raises:
         DataError: if there is no such set, or no shared data to make it from.
@@ -92,7 +98,8 @@ def _ag_news() -> dict[str, np.ndarray]:
 
 
 def padded(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Texts that lie one after the other as rows of `TOKENS` ids: cut off or filled with 0, words from `WORDS` on as one.
+    """Texts that lie one after the other as rows of `TOKENS` ids: cut off or filled with 0, words
+    from `WORDS` on as one.
 
     Example:
         >>> padded(np.array([5, 30_000, 7]), np.array([2, 1]))[:, :3].tolist()
@@ -144,7 +151,8 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def subset(data: Data, train: int | None, seed: int, *, validation: int | None = None) -> Data:
-    """The same data with fewer training examples, as many of each class as can be; the test split stays whole.
+    """The same data with fewer training examples, as many of each class as can be; the test split
+    stays whole.
 
     Args:
         data: from `load_data`.
@@ -163,7 +171,9 @@ def subset(data: Data, train: int | None, seed: int, *, validation: int | None =
 
 
 def load(name: str, *, train: int | None, validation: int | None, seed: int) -> Data:
-    """`data_spec`, `load_data` and `subset` in one; `seed` decides the validation split and the choice."""
+    """`data_spec`, `load_data` and `subset` in one; `seed` decides the validation split and the
+    choice.
+    """
     return subset(load_data(data_spec(name), seed=seed), train, seed, validation=validation)
 
 
@@ -185,7 +195,9 @@ def _part(examples: Examples, count: int | None, seed: int) -> Examples:
 
 
 def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Places of `count` examples in their old order: every class gives in turn, in random order, while it has any."""
+    """Places of `count` examples in their old order: every class gives in turn, in random order,
+    while it has any.
+    """
     random = np.random.default_rng(seed)
     shuffled = random.permutation(len(labels))
     # the how-manieth of its class each example is

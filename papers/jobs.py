@@ -1,4 +1,6 @@
-"""Many independent runs, a few at a time: each in its own process and folder, results kept, failures named."""
+"""Many independent runs, a few at a time: each in its own process and folder, results kept,
+failures named.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,11 @@ class Job:
 
     Attributes:
         name: also its folder's name.
-        call: a function at a module's top level (it is pickled by name); it gets `arguments` and `folder`, a `Path` of its
-            own for checkpoints and recordings, and returns what JSON can hold.
-        arguments: by keyword: JSON values, paths, dataclasses of those, or sequences and mappings of them.
+        call: a function at a module's top level (it is pickled by name); it gets `arguments` and
+            `folder`, a `Path` of its own for checkpoints and recordings, and returns what JSON can
+            hold.
+        arguments: by keyword: JSON values, paths, dataclasses of those, or sequences and mappings
+            of them.
     """
 
     name: str
@@ -64,17 +68,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(
-        f"a job's argument is a {type(value).__name__}; needed: JSON values, paths or dataclasses of them."
+        f"a job's argument is a {type(value).__name__}; needed: JSON values, paths or dataclasses "
+        f"of them."
     )
 
 
 def run_jobs(
     jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Run the jobs that have no result yet, in the order given, and return every job's result by name.
+    """Run the jobs that have no result yet, in the order given, and return every job's result by
+    name.
 
-    A job's result lies in FOLDER/NAME/result.json with the fingerprint of its arguments; with other arguments it is run
-    again. Jobs that need another's result belong to a later call.
+    A job's result lies in FOLDER/NAME/result.json with the fingerprint of its arguments; with other
+    arguments it is run again. Jobs that need another's result belong to a later call.
 
     Args:
         jobs: with different names.
@@ -83,8 +89,8 @@ def run_jobs(
         threads: torch's threads in each.
     Raises:
         JobsFailed: if some failed, after the rest were run, with each one's name and error.
-        KeyboardInterrupt: at Ctrl-C, passed on once to every running job: `fit` then writes its checkpoint and stops. The
-            same call goes on from there.
+        KeyboardInterrupt: at Ctrl-C, passed on once to every running job: `fit` then writes its
+            checkpoint and stops. The same call goes on from there.
     """
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
@@ -142,7 +148,9 @@ def _execute(job: Job, folder: Path) -> str | None:
 
 
 def _forget_other_arguments(job: Job, own: Path) -> None:
-    """Remove the job's files if they were made with other arguments: a checkpoint of theirs would be refused."""
+    """Remove the job's files if they were made with other arguments: a checkpoint of theirs would
+    be refused.
+    """
     marker = own / "fingerprint.txt"
     if not marker.is_file() or marker.read_text(encoding="utf-8") != job.fingerprint():
         for path in own.iterdir():
@@ -194,9 +202,12 @@ def _run_apart(
 
 
 def _child(job: Job, folder: Path, threads: int) -> None:
-    """A process of its own; Ctrl-C reaches it once, through the parent, and it does not outlive the parent."""
+    """A process of its own; Ctrl-C reaches it once, through the parent, and it does not outlive the
+    parent.
+    """
     if hasattr(os, "setpgrp"):
-        # out of reach of the terminal's Ctrl-C: a second one would cut off the writing of a checkpoint
+        # out of reach of the terminal's Ctrl-C: a second one would cut off the writing of a
+        # checkpoint
         os.setpgrp()
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -221,12 +232,17 @@ def _error_of(job: Job, process: SpawnProcess, folder: Path) -> str | None:
     path = folder / job.name / "error.txt"
     if process.exitcode == 1 and path.is_file():
         return path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
-    return f"its process ended with code {process.exitcode} (negative: killed by that signal; out of memory?)"
+    return (
+        f"its process ended with code {process.exitcode} (negative: killed by that signal; out "
+        f"of memory?)"
+    )
 
 
 @contextlib.contextmanager
 def _running() -> Iterator[dict[int, tuple[Job, SpawnProcess]]]:
-    """Processes by sentinel; whatever ends the block early asks those still running to stop, then makes them."""
+    """Processes by sentinel; whatever ends the block early asks those still running to stop, then
+    makes them.
+    """
     running: dict[int, tuple[Job, SpawnProcess]] = {}
     try:
         yield running
@@ -267,7 +283,10 @@ def _report(failed: Mapping[str, str], count: int, folder: Path) -> str:
         f"  {name}: {error} (traceback: {folder / name / 'error.txt'})"
         for name, error in failed.items()
     )
-    return f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same command runs these again:\n{lines}"
+    return (
+        f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same "
+        f"command runs these again:\n{lines}"
+    )
 
 
 class _Progress:

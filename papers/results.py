@@ -103,7 +103,8 @@ def made_by(processor: str, module: str) -> str:
     command = " ".join(["python", "-m", module, *sys.argv[1:]])
     return (
         f"{processor}; {platform.system()} {platform.release()}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions().items())}; commit {commit or 'unknown'}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}; commit "
+        f"{commit or 'unknown'}; "
         f"{datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
 
@@ -126,7 +127,7 @@ def fill(card: Path, mark: str, text: str) -> None:
     write_text(card, f"{before}{begin}\n{text.strip()}\n{end}{after}")
 
 
-# --- claims -----------------------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
-    """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not told apart."""
+    """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not
+    told apart.
+    """
     low, high = interval(gains)
     verdict = "yes" if low > 0 else "no" if high < 0 else "not told apart"
     bounds = (

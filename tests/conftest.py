@@ -84,7 +84,9 @@ Call = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run the command line in this process; returns the exit code and everything it printed, on one line."""
+    """Run the command line in this process; returns the exit code and everything it printed, on one
+    line.
+    """
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setenv("COLUMNS", "200")

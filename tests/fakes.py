@@ -1,4 +1,6 @@
-"""Networks whose stages take scripted times on a fake clock, and places where a test holds them still."""
+"""Networks whose stages take scripted times on a fake clock, and places where a test holds them
+still.
+"""
 
 import contextlib
 import gc
@@ -42,7 +44,8 @@ class FakeExit:
 class FakeNetwork:
     """Stages and heads that advance a fake clock and write down what ran, one run at a time.
 
-    `at["stage 1"]` is called when that stage begins: to hold it still, to fail, to change the world.
+    `at["stage 1"]` is called when that stage begins: to hold it still, to fail, to change the
+    world.
     """
 
     def __init__(

@@ -64,7 +64,9 @@ def recording_of(
 def sure(
     right: Sequence[Sequence[bool | int]], probabilities: Sequence[Sequence[float]]
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [K, N, 2] and labels [N]: which answers are right, and the probability that each gives to its answer."""
+    """Outputs [K, N, 2] and labels [N]: which answers are right, and the probability that each
+    gives to its answer.
+    """
     labels = torch.arange(len(right[0])) % 2
     answers = torch.where(torch.tensor(right).bool(), labels, 1 - labels)
     odds = torch.tensor(probabilities, dtype=torch.float64).logit().float()
@@ -79,7 +81,9 @@ def drawn(
     classes: int = 5,
     **rest: Any,
 ) -> Recording:
-    """Samples of one law: deeper exits raise the true class by more, all over the same noise of the sample and their own."""
+    """Samples of one law: deeper exits raise the true class by more, all over the same noise of the
+    sample and their own.
+    """
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (samples,), generator=random)
     shared = torch.randn(samples, classes, generator=random)

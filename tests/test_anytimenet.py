@@ -1,4 +1,6 @@
-"""Networks grown over cached tensors: what runs, that it equals the sub-networks, and how it fits in with the library."""
+"""Networks grown over cached tensors: what runs, that it equals the sub-networks, and how it fits
+in with the library.
+"""
 
 import copy
 import gc
@@ -60,7 +62,9 @@ class Residual(nn.Module):
 
 
 def residual(schedule: Schedule | Sequence[Sequence[int]], **options: Any) -> GrowingNetwork:
-    """A network of such blocks, with weights, statistics and outputs that differ from block to block."""
+    """A network of such blocks, with weights, statistics and outputs that differ from block to
+    block.
+    """
     counts = Schedule.of(schedule).final
     out = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
     network = GrowingNetwork(
@@ -96,9 +100,11 @@ def images(count: int = 2, channels: int = 1) -> Tensor:
 
 
 def alone(network: GrowingNetwork, index: int, x: Tensor) -> Tensor:
-    """The output of one iteration's sub-network, run by itself from the input to the end, over nothing cached.
+    """The output of one iteration's sub-network, run by itself from the input to the end, over
+    nothing cached.
 
-    Where statistics are not shared, a block goes by those of the iteration that would have run it last.
+    Where statistics are not shared, a block goes by those of the iteration that would have run it
+    last.
     """
     x = network.backbone.stem(x)
     ran = trace(network.schedule)[: index + 1]
@@ -127,7 +133,7 @@ def flat(names: Sequence[Sequence[str]]) -> list[str]:
     return list(itertools.chain.from_iterable(names))
 
 
-# --- the plain network --------------------------------------------------------------------------------------------------
+# --- the plain network ----------------------------------------------------------------------------
 
 
 def test_base_resnet_has_the_papers_sizes() -> None:
@@ -190,7 +196,7 @@ def test_sizes_that_make_no_network_are_refused(wrong: dict[str, Any]) -> None:
         BaseResNet(**wrong)
 
 
-# --- what runs ----------------------------------------------------------------------------------------------------------
+# --- what runs ------------------------------------------------------------------------------------
 
 
 def test_the_papers_38_executions_are_what_really_runs() -> None:
@@ -265,7 +271,7 @@ def test_a_run_goes_on_where_it_was_left_on_whatever_thread() -> None:
     assert not any(output.requires_grad for output in outputs)
 
 
-# --- cached equals uncached ---------------------------------------------------------------------------------------------
+# --- cached equals uncached -----------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -382,7 +388,7 @@ def check_growth(network: GrowingNetwork) -> None:
     assert len({tuple(output.flatten().tolist()) for output in outputs}) == network.num_exits
 
 
-# --- blocks that write in place -----------------------------------------------------------------------------------------
+# --- blocks that write in place -------------------------------------------------------------------
 
 
 class InPlace(nn.Module):
@@ -455,7 +461,7 @@ def test_training_goes_through_blocks_that_write_in_place() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-# --- exits --------------------------------------------------------------------------------------------------------------
+# --- exits ----------------------------------------------------------------------------------------
 
 
 def test_features_are_those_of_the_last_section() -> None:
@@ -532,7 +538,7 @@ def test_heads_run_in_the_modes_in_which_the_run_was_asked_for() -> None:
         assert all(exit.output().requires_grad for exit in training)
 
 
-# --- gradients at the exits ---------------------------------------------------------------------------------------------
+# --- gradients at the exits -----------------------------------------------------------------------
 
 
 @settings(max_examples=20, deadline=None)
@@ -573,7 +579,7 @@ def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
     assert reached.tolist() == [True, True, False, False]
 
 
-# --- own OUTs, own statistics -------------------------------------------------------------------------------------------
+# --- own OUTs, own statistics ---------------------------------------------------------------------
 
 
 def test_own_outs_begin_equal_and_learn_apart() -> None:
@@ -744,7 +750,7 @@ def test_own_statistics_without_batch_norm_are_warned_of() -> None:
         )
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_networks_that_cannot_be_are_refused() -> None:
@@ -766,7 +772,7 @@ def test_networks_that_cannot_be_are_refused() -> None:
             AnytimeNet(**{option: "mine"})
 
 
-# --- the rest of the library --------------------------------------------------------------------------------------------
+# --- the rest of the library ----------------------------------------------------------------------
 
 
 def test_it_looks_like_a_network() -> None:

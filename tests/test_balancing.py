@@ -1,4 +1,6 @@
-"""Exit weights that change while training: draws counted, updates worked out by hand, states carried through JSON."""
+"""Exit weights that change while training: draws counted, updates worked out by hand, states
+carried through JSON.
+"""
 
 import json
 import math
@@ -53,7 +55,7 @@ def steps(made, count, exits=4, seed=0):
     return taken
 
 
-# --- the base alone ---------------------------------------------------------------------------------------------------
+# --- the base alone -------------------------------------------------------------------------------
 
 
 def test_without_a_sampler_every_step_has_the_base_weights():
@@ -72,7 +74,7 @@ def test_changing_the_weights_that_were_given_changes_nothing_inside(base, sampl
     assert made.weights().tolist() == other.weights().tolist()
 
 
-# --- alternating ------------------------------------------------------------------------------------------------------
+# --- alternating ----------------------------------------------------------------------------------
 
 
 def test_alternating_adds_gamma_times_the_sum_to_one_exit():
@@ -132,7 +134,7 @@ def test_a_draw_is_where_the_running_sum_passes_the_number(uniform, exit):
     assert balancing.draw(losses(0.0, 0.25, 0.0, 0.75, 0.0), uniform) == exit
 
 
-# --- rewards and probabilities ----------------------------------------------------------------------------------------
+# --- rewards and probabilities --------------------------------------------------------------------
 
 
 def test_the_reward_is_the_relative_gain_of_the_next_exit():
@@ -169,7 +171,7 @@ def test_mixed_by_hand():
     assert balancing.mixed(losses(0, 0), 0.2).tolist() == [0.5, 0.5]
 
 
-# --- the learners -----------------------------------------------------------------------------------------------------
+# --- the learners ---------------------------------------------------------------------------------
 
 # rewards 0.5, -1 and 0.85 * 0.5
 STEP = (1.0, 0.5, 1.0)
@@ -304,11 +306,13 @@ def test_exp3_learns_nothing_of_a_step_without_a_draw():
     assert made.state()["values"] == [1 / 3] * 3
 
 
-# --- AdaLoss ----------------------------------------------------------------------------------------------------------
+# --- AdaLoss --------------------------------------------------------------------------------------
 
 
 def test_adaloss_by_hand():
-    """Averages 2, 1, 1/2 give 1/4, 1/2, 1; plus 1 on the last, over 2: 1/8, 1/4, 1; a tenth of it even."""
+    """Averages 2, 1, 1/2 give 1/4, 1/2, 1; plus 1 on the last, over 2: 1/8, 1/4, 1; a tenth of it
+    even.
+    """
     settings = AdaLoss(final_extra=1.0, gamma=0.1)
     made = balancing.adaloss_weights(losses(2, 1, 0.5), settings)
     assert made.tolist() == pytest.approx([0.9 / 8 + 0.1, 0.9 / 4 + 0.1, 1.0])
@@ -369,7 +373,7 @@ def test_adaloss_weights_lie_between_gamma_and_one_and_the_largest_is_one(
     assert float(made.min()) >= gamma * (1 - 1e-12)
 
 
-# --- whatever the losses are ------------------------------------------------------------------------------------------
+# --- whatever the losses are ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -419,7 +423,7 @@ def test_a_single_exit_keeps_its_weight_but_for_the_bonus(sampler):
     assert steps(made, 4, exits=1) == [wanted] * 4
 
 
-# --- seeds and states -------------------------------------------------------------------------------------------------
+# --- seeds and states -----------------------------------------------------------------------------
 
 
 @every_sampler
@@ -499,7 +503,7 @@ def test_the_state_of_another_number_of_exits_is_refused(base, sampler):
         made(4).restore(made(3).state())
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones():

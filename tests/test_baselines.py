@@ -1,4 +1,6 @@
-"""Linear SVMs on recorded features: what they decide, what they are trained on, and what they refuse."""
+"""Linear SVMs on recorded features: what they decide, what they are trained on, and what they
+refuse.
+"""
 
 import dataclasses
 import logging
@@ -23,7 +25,9 @@ NOISE = (3.0, 1.0)
 def featured(
     samples, seed, *, classes=4, width=6, split="test", noise=NOISE, labels=None, wide=None, **rest
 ):
-    """A recording whose own outputs know nothing, and whose features are one place per class and noise."""
+    """A recording whose own outputs know nothing, and whose features are one place per class and
+    noise.
+    """
     random = torch.Generator().manual_seed(seed)
     places = 2.0 * torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     drawn = (
@@ -51,7 +55,7 @@ def splits():
     )
 
 
-# --- what they decide -------------------------------------------------------------------------------------------------
+# --- what they decide -----------------------------------------------------------------------------
 
 
 def test_outputs_are_scikit_learns_decision_functions(splits):
@@ -138,7 +142,7 @@ def test_two_classes_of_many_and_one_class_of_many():
     assert one.outputs.argmax(-1).unique().tolist() == [2]
 
 
-# --- how they are trained ---------------------------------------------------------------------------------------------
+# --- how they are trained -------------------------------------------------------------------------
 
 
 def test_units_and_offsets_of_features_do_not_matter(splits):
@@ -233,7 +237,7 @@ def test_strengths_that_do_not_converge_are_left_out_and_named(splits, monkeypat
         linear_probes(train, None, test, C=[1.0])
 
 
-# --- whose weights they are -------------------------------------------------------------------------------------------
+# --- whose weights they are -----------------------------------------------------------------------
 
 
 def test_a_policy_of_one_network_is_refused_for_the_other(splits):
@@ -269,7 +273,7 @@ def test_the_same_features_of_other_weights_give_another_fingerprint(splits):
     assert one.provenance.weights != other.provenance.weights
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

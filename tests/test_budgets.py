@@ -58,7 +58,7 @@ def over(shape: str, low: float = 1.0, high: float = 9.0) -> Budget:
     return made
 
 
-# --- distributions ----------------------------------------------------------------------------------------------------
+# --- distributions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", BY_HAND)
@@ -126,7 +126,8 @@ def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, en
         ]
     )
     found = budget.probability_below(times)
-    # not closer: scipy divides logarithms and differences that nearly cancel where the ends lie close together
+    # not closer: scipy divides logarithms and differences that nearly cancel where the ends lie
+    # close together
     assert found == pytest.approx(SCIPY[shape](times, low, high), rel=0, abs=1e-12)
     assert found == pytest.approx(
         [budget.probability_below(time) for time in times.tolist()], rel=0, abs=1e-15
@@ -190,7 +191,7 @@ def test_an_empirical_budget_counts_its_log_ties_included():
     assert budget.density(np.array([2.0])).tolist() == [0.0]
 
 
-# --- exit weights -----------------------------------------------------------------------------------------------------
+# --- exit weights ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", BY_HAND)
@@ -262,7 +263,7 @@ def test_costs_that_do_not_increase_are_refused(costs):
         exit_weights(budgets.uniform(0.0, 10.0), costs)
 
 
-# --- many budgets at once ---------------------------------------------------------------------------------------------
+# --- many budgets at once -------------------------------------------------------------------------
 
 
 def test_weights_of_many_budgets_are_their_own_in_their_order():
@@ -323,7 +324,7 @@ def test_an_exit_dearer_than_a_deeper_one_is_never_the_deepest_that_fits():
         assert set(deepest_for_some(costs)) == deepest - {None}
 
 
-# --- expected accuracy ------------------------------------------------------------------------------------------------
+# --- expected accuracy ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [*BY_HAND, "point", "empirical"])
@@ -352,7 +353,7 @@ def test_accuracies_must_be_as_many_as_exits():
         expected_accuracy(budgets.uniform(0.0, 10.0), COSTS, [0.5, 0.6])
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 
 times = st.floats(1e-6, 1e3)
 increasing = st.lists(times, min_size=1, max_size=8, unique=True).map(sorted)
@@ -420,7 +421,7 @@ def test_probabilities_never_fall_with_time(budget, one, other):
     assert 0.0 <= budget.probability_below(early) <= budget.probability_below(late) <= 1.0
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 BAD_RANGES = [
     (0.0, 0.0),
@@ -457,7 +458,7 @@ def test_an_empty_log_is_refused():
         budgets.empirical([])
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_budget_survives_its_file(tmp_path):
@@ -493,7 +494,7 @@ def test_a_budget_file_that_is_not_there_is_named(tmp_path):
         Budget.load(tmp_path / "none.json")
 
 
-# --- one word on the command line -------------------------------------------------------------------------------------
+# --- one word on the command line -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", BY_HAND)
@@ -533,7 +534,10 @@ def test_an_unknown_or_misplaced_unit_is_refused(text):
 def test_an_unknown_unit_is_told_the_known_ones():
     with pytest.raises(
         BudgetError,
-        match="unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none for ms",
+        match=(
+            "unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none "
+            "for ms"
+        ),
     ):
         parse_budget("uniform:0:10parsecs")
 

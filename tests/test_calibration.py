@@ -1,4 +1,6 @@
-"""Temperatures, and recordings under a rule: planted temperatures are found, and probabilities get better."""
+"""Temperatures, and recordings under a rule: planted temperatures are found, and probabilities get
+better.
+"""
 
 import dataclasses
 import math
@@ -44,7 +46,7 @@ def calibration_errors(recording) -> list[float]:
     ]
 
 
-# --- temperatures -----------------------------------------------------------------------------------------------------
+# --- temperatures ---------------------------------------------------------------------------------
 
 
 def test_planted_temperatures_are_found():
@@ -105,7 +107,7 @@ def test_where_all_are_ruled_out_nothing_is_changed():
     assert fit_temperatures(recording_of(outputs, torch.tensor([0]))) == (1.0,)
 
 
-# --- before and after combining ---------------------------------------------------------------------------------------
+# --- before and after combining -------------------------------------------------------------------
 
 
 # many classes, few true ones ruled out: far too modest at first
@@ -138,7 +140,7 @@ def test_before_and_after_are_both_one_line():
     assert after == pytest.approx((1.0, 1.0, 1.0), rel=0.01)
 
 
-# --- recordings under a rule ------------------------------------------------------------------------------------------
+# --- recordings under a rule ----------------------------------------------------------------------
 
 
 def test_an_ensembled_recording_is_the_combined_outputs_of_the_same_samples():

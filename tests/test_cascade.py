@@ -39,7 +39,9 @@ class Table:
 
 
 class Told:
-    """A network whose output is its own number and the sample's, and which writes down who came, and takes time."""
+    """A network whose output is its own number and the sample's, and which writes down who came,
+    and takes time.
+    """
 
     def __init__(self, number: int, clock: FakeClock | None = None, seconds: float = 0.0) -> None:
         self.number, self.clock, self.seconds, self.came = number, clock, seconds, []  # type: ignore[var-annotated]
@@ -178,7 +180,7 @@ def test_senseless_cascades_are_refused() -> None:
         Cascade([Told(0), Told(1)], ["a", "a"])
 
 
-# --- as an anytime network --------------------------------------------------------------------------------------------
+# --- as an anytime network ------------------------------------------------------------------------
 
 
 def runner(

@@ -325,7 +325,8 @@ def test_changed_data_is_noticed(call: Call, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"
         "def net(num_classes):\n"
-        "    return nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "
+        "    return nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), "
+        "nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "
         "nn.Linear(4, num_classes))\n"
     )
     os.chdir(tmp_path)

@@ -1,4 +1,6 @@
-"""The command line of costs: profiles by thread count, comparisons, targets and budgets in other units than time."""
+"""The command line of costs: profiles by thread count, comparisons, targets and budgets in other
+units than time.
+"""
 
 import dataclasses
 import itertools
@@ -34,7 +36,7 @@ def with_joules(run_dir: Path) -> None:
     dataclasses.replace(costs, exit_free_energy_j=-1.0, **joules).save(file)
 
 
-# --- profiles ---------------------------------------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------------------
 
 
 def test_every_thread_count_has_its_file_and_the_first_is_the_one_that_counts(
@@ -87,12 +89,12 @@ def test_energy_without_a_meter_says_why(
     assert code == 1
     assert "measuring again: energy is asked for." in text
     assert (
-        "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no energy counter"
-        in text
-    )
+        "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no "
+        "energy counter"
+    ) in text
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> None:
@@ -152,7 +154,7 @@ def test_a_profile_that_is_not_there_is_named(call: Call, run_dir: Path, tmp_pat
     assert (code, "impatient profile DIR" in text) == (1, True)
 
 
-# --- targets and budgets ----------------------------------------------------------------------------------------------
+# --- targets and budgets --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

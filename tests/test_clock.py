@@ -21,7 +21,9 @@ SAFETY = 10.0
 
 
 class Watched(threading.Condition):
-    """A condition that counts its notifications and, while somebody waits on it, lets a script run instead."""
+    """A condition that counts its notifications and, while somebody waits on it, lets a script run
+    instead.
+    """
 
     def __init__(self, script: Callable[[], None] | None = None) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class Sleeper:
         self.woken.set()
 
 
-# --- deadlines --------------------------------------------------------------------------------------------------------
+# --- deadlines ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [0.0, -0.0, -1.0, -math.inf, math.nan, "soon", None, [1.0]])
@@ -117,7 +119,7 @@ def test_a_deadline_on_the_system_clock_lies_ahead():
     assert 0.0 < Deadline.after(1000.0).remaining() <= 1000.0
 
 
-# --- the fake clock ---------------------------------------------------------------------------------------------------
+# --- the fake clock -------------------------------------------------------------------------------
 
 
 def test_a_fake_clock_moves_only_when_told():
@@ -208,7 +210,7 @@ def any_woken(sleepers: list[Sleeper]) -> bool:
     return sleepers[0].woken.is_set()
 
 
-# --- the system clock -------------------------------------------------------------------------------------------------
+# --- the system clock -----------------------------------------------------------------------------
 
 
 def test_the_system_clock_never_goes_back():

@@ -1,4 +1,6 @@
-"""Batches whose samples stop at different exits: what comes out is what every sample alone would get."""
+"""Batches whose samples stop at different exits: what comes out is what every sample alone would
+get.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -33,7 +35,9 @@ NEVER = Compaction(costs=COSTS, when="never")
 
 
 class Blocks(nn.Module):
-    """Four blocks in double precision, so that batches of any size agree; writes down how many rows each ran on."""
+    """Four blocks in double precision, so that batches of any size agree; writes down how many rows
+    each ran on.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +148,7 @@ batches = st.integers(1, MOST)
 seeds = st.integers(0, 1000)
 
 
-# --- the answers ----------------------------------------------------------------------------------------------------
+# --- the answers ----------------------------------------------------------------------------------
 
 
 def test_the_batches_drawn_here_do_stop_at_different_exits() -> None:
@@ -241,7 +245,7 @@ def test_a_snapshot_is_not_changed_by_what_comes_later() -> None:
     assert all(torch.equal(left, right) for left, right in zip(taken, copies, strict=True))
 
 
-# --- the rows that run ----------------------------------------------------------------------------------------------
+# --- the rows that run ----------------------------------------------------------------------------
 
 
 def rows_run(
@@ -318,12 +322,14 @@ def test_nothing_is_tried_out_where_no_part_of_a_batch_can_leave(
     assert set(network.backbone.rows) == {batch}
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 @dataclass
 class OnFeatures:
-    """Stops where the mean of the pooled features is large; writes down how many samples it was asked about."""
+    """Stops where the mean of the pooled features is large; writes down how many samples it was
+    asked about.
+    """
 
     least: float
     num_exits: int = 4
@@ -447,11 +453,13 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(
     torch.testing.assert_close(output, outputs[list(exits), torch.arange(MOST)])
 
 
-# --- engines --------------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 class Staged:
-    """Stages as an engine has them: three values cross the cut, one has its batch second, one has none."""
+    """Stages as an engine has them: three values cross the cut, one has its batch second, one has
+    none.
+    """
 
     num_exits = 3
 
@@ -547,7 +555,7 @@ def test_every_value_of_an_engines_run_shrinks(
         assert network.rows == still_going(wanted[1])
 
 
-# --- the plan -------------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------
 
 
 class Timed:

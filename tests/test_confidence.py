@@ -32,7 +32,8 @@ def logits_of(probabilities: list[list[list[float]]]) -> Tensor:
     return torch.tensor(probabilities).log()
 
 
-# class 1 has no sample. Probabilities of the truth: 0.7, 0.2, 0.6, 0.3 at the first exit, 0.8, 0.4, 0.9, 0.1 at the second
+# class 1 has no sample. Probabilities of the truth: 0.7, 0.2, 0.6, 0.3 at the first exit, 0.8, 0.4,
+# 0.9, 0.1 at the second
 BY_HAND = logits_of(
     [
         [[0.7, 0.2, 0.1], [0.2, 0.7, 0.1], [0.2, 0.2, 0.6], [0.5, 0.2, 0.3]],
@@ -61,7 +62,7 @@ pairs = st.builds(
 )
 
 
-# --- the probability of the truth -------------------------------------------------------------------------------------
+# --- the probability of the truth -----------------------------------------------------------------
 
 
 def test_probabilities_of_the_truth_by_hand():
@@ -91,7 +92,7 @@ def test_a_label_without_an_output_is_refused(label):
         true_label_probabilities(BY_HAND, torch.tensor([0, 1, 2, label]))
 
 
-# --- class by class ---------------------------------------------------------------------------------------------------
+# --- class by class -------------------------------------------------------------------------------
 
 
 def test_classes_by_hand():
@@ -154,7 +155,7 @@ def test_confidence_rises_with_what_exits_know():
     assert all(low.high < high.low for low, high in itertools.pairwise(overall))
 
 
-# --- correlations -----------------------------------------------------------------------------------------------------
+# --- correlations ---------------------------------------------------------------------------------
 
 
 @quick
@@ -225,7 +226,7 @@ def test_classes_that_do_differ_correlate_more_than_single_samples():
     assert found.correlations[0].low > 0.95 > found.sample_correlations[0].high
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def test_json_holds_every_number_and_no_nan():
@@ -244,7 +245,7 @@ def test_json_holds_every_number_and_no_nan():
     assert value["provenance"] == found.provenance.to_json()
 
 
-# --- the figure -------------------------------------------------------------------------------------------------------
+# --- the figure -----------------------------------------------------------------------------------
 
 
 def judged(exits: int, **rest: int) -> ClassConfidence:

@@ -49,7 +49,7 @@ def made(**changes: Any) -> CostProfile:
     return CostProfile(**{**values, **changes})
 
 
-# --- quantiles --------------------------------------------------------------------------------------------------------
+# --- quantiles ------------------------------------------------------------------------------------
 
 
 def test_quantiles_are_order_statistics_rounded_up():
@@ -87,7 +87,7 @@ def test_quantiles_that_decrease_are_refused():
         Quantiles(mean=1.0, p50=2.0, p90=1.0, p99=3.0, p999=3.0, max=3.0, n=3)
 
 
-# --- cumulative costs -------------------------------------------------------------------------------------------------
+# --- cumulative costs -----------------------------------------------------------------------------
 
 
 def test_an_interruptible_run_pays_every_head_on_the_way():
@@ -207,7 +207,7 @@ def test_the_statistic_asked_for_is_the_one_added():
         assert costs.exit_free_s(statistic=statistic) == float(wanted)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_batch_size_that_was_not_measured_is_refused_with_those_that_were():
@@ -265,7 +265,7 @@ def test_a_profile_without_exits_or_measurements_is_refused():
         made(exits=())
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------------------
 
 
 def test_the_same_time_again_and_again_is_no_noise():
@@ -328,7 +328,7 @@ def test_noise_that_cannot_be_is_refused(numbers):
         Noise(**dict(zip(("aa_ratio", "aa_low", "aa_high", "spread"), numbers, strict=True)), n=10)
 
 
-# --- comparing --------------------------------------------------------------------------------------------------------
+# --- comparing ------------------------------------------------------------------------------------
 
 
 def spread(half: float) -> Noise:
@@ -441,7 +441,7 @@ def test_what_differs_is_named():
     assert a.differences(a) == {}
 
 
-# --- order ------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_increasing_costs_pass_as_floats():
@@ -460,7 +460,7 @@ def test_costs_that_are_no_positive_finite_times_are_refused(costs):
         check_increasing(costs)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_profile_survives_its_file(tmp_path):

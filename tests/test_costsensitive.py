@@ -32,7 +32,9 @@ def paid(decision, features, costs):
 
 
 def by_state(seed, states=4, actions=3):
-    """A few states, told apart by a one-hot feature, in each of which every action has random costs."""
+    """A few states, told apart by a one-hot feature, in each of which every action has random
+    costs.
+    """
     random = torch.Generator().manual_seed(seed)
     state = torch.arange(400) % states
     expected = torch.randint(0, 10, (states, actions), generator=random).float()
@@ -43,7 +45,7 @@ def by_state(seed, states=4, actions=3):
     )
 
 
-# --- the right choices --------------------------------------------------------------------------------------------------
+# --- the right choices ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -74,7 +76,9 @@ def test_a_filter_tree_of_five_actions_finds_the_cheapest_in_every_state(seed, a
 
 
 def test_what_the_winners_below_cost_is_what_they_chose_not_what_they_could_have_chosen():
-    """Nothing tells samples apart: action 0 is best, though the better of 1 and 2 would be free if one knew which."""
+    """Nothing tells samples apart: action 0 is best, though the better of 1 and 2 would be free if
+    one knew which.
+    """
     costs = torch.tensor([[3.0, 0.0, 10.0], [3.0, 10.0, 0.0]]).repeat(10, 1)
     assert fit_decision(torch.zeros(20, 1), costs).choose(torch.zeros(3, 1)).tolist() == [0] * 3
 
@@ -110,7 +114,7 @@ def test_actions_of_neighbouring_cost_meet_first():
         assert fit_decision(features, costs).children[0].tolist() == first_pair
 
 
-# --- weights, ties, constants -------------------------------------------------------------------------------------------
+# --- weights, ties, constants ---------------------------------------------------------------------
 
 
 def test_a_sample_that_weighs_two_counts_as_two():
@@ -123,7 +127,8 @@ def test_a_sample_that_weighs_two_counts_as_two():
     heavy = fit_decision(seen, costs, weights=1.0 + twice.float())
     rows = torch.cat([torch.arange(160), torch.arange(160)[twice]])
     repeated = Standardised(seen.values[rows.numpy()], seen.mean, seen.scale)
-    # weights are normalised to 1 on average, so the ridge is weaker by what there is more of samples
+    # weights are normalised to 1 on average, so the ridge is weaker by what there is more of
+    # samples
     assert (
         heavy.choose(features) == fit_decision(repeated, costs[rows]).choose(features)
     ).double().mean() > 0.98
@@ -175,7 +180,7 @@ def test_a_constant_feature_does_no_harm():
     )
 
 
-# --- arrays and scikit-learn --------------------------------------------------------------------------------------------
+# --- arrays and scikit-learn ----------------------------------------------------------------------
 
 
 def models(learner, method):
@@ -231,7 +236,9 @@ def test_the_arrays_say_what_scikit_learn_says(learner, method):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.0, 6.0), st.floats(0.0, 4.0))
 def test_newton_is_as_good_as_the_solver_it_replaces(seed, spread, separation):
-    """Weights over many orders of magnitude, classes that can be told apart without error, features that say the same."""
+    """Weights over many orders of magnitude, classes that can be told apart without error, features
+    that say the same.
+    """
     from scipy.special import xlogy
     from sklearn.linear_model import LogisticRegression
 
@@ -278,7 +285,7 @@ def test_the_same_seed_gives_the_same_decision():
     assert one.equal(two)
 
 
-# --- what cannot be -----------------------------------------------------------------------------------------------------
+# --- what cannot be -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

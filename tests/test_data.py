@@ -1,4 +1,6 @@
-"""Data sets: what loads, what is refused, what belongs to which split, and what the network is given."""
+"""Data sets: what loads, what is refused, what belongs to which split, and what the network is
+given.
+"""
 
 import json
 import pickle
@@ -26,7 +28,7 @@ def rows(inputs: torch.Tensor) -> set[bytes]:
     return {row.numpy().tobytes() for row in inputs}
 
 
-# --- digits -----------------------------------------------------------------------------------------------------------
+# --- digits ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_an_unknown_split_is_refused(digits):
         digits.size("dev")
 
 
-# --- specs ------------------------------------------------------------------------------------------------------------
+# --- specs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_a_validation_share_that_is_no_share_is_refused(share):
         load_data("digits", validation=share)
 
 
-# --- npz --------------------------------------------------------------------------------------------------------------
+# --- npz ------------------------------------------------------------------------------------------
 
 
 def arrays(**changes: Any) -> dict[str, np.ndarray]:
@@ -233,7 +235,9 @@ def test_groups_stay_on_one_side(tmp_path):
 
 
 def test_groups_that_span_classes_stay_on_one_side(tmp_path):
-    """A patient has pictures of several findings; half of a patient in training would make validation too easy."""
+    """A patient has pictures of several findings; half of a patient in training would make
+    validation too easy.
+    """
     groups = np.random.default_rng(1).integers(0, 8, 40)
     for seed in range(5):
         data = load_data(saved(tmp_path, grouped(groups)), validation=0.3, seed=seed)
@@ -408,7 +412,7 @@ def test_a_single_array_is_no_data_set(tmp_path):
         load_data(f"npz:{tmp_path / 'data.npy'}")
 
 
-# --- fingerprints -----------------------------------------------------------------------------------------------------
+# --- fingerprints ---------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_the_data_the_seed_and_the_share(tmp_path):
@@ -426,7 +430,7 @@ def test_the_fingerprint_changes_with_the_data_the_seed_and_the_share(tmp_path):
     assert fingerprint(arrays()) == prints[0]
 
 
-# --- preprocessing ----------------------------------------------------------------------------------------------------
+# --- preprocessing --------------------------------------------------------------------------------
 
 
 def test_training_inputs_are_standardised_per_channel(tmp_path):
@@ -494,7 +498,7 @@ def test_preprocessing_survives_json(preprocess):
     assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
 
 
-# --- image folders ----------------------------------------------------------------------------------------------------
+# --- image folders --------------------------------------------------------------------------------
 
 SHADE = {"cat": 40, "dog": 200}
 
@@ -677,7 +681,7 @@ def test_the_fingerprint_of_a_folder_changes_with_its_files_and_their_size(tmp_p
     assert load_data(f"imagefolder:{tmp_path}").fingerprint == prints[-1]
 
 
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

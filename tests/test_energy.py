@@ -1,4 +1,6 @@
-"""Joules: counters in a made-up powercap tree, zeus as it speaks, and what repeated windows make of a known truth."""
+"""Joules: counters in a made-up powercap tree, zeus as it speaks, and what repeated windows make of
+a known truth.
+"""
 
 import sys
 import types
@@ -38,7 +40,7 @@ def spend(folder: Path, joules: float) -> None:
     counter.write_text(f"{(int(counter.read_text()) + round(joules * 1e6)) % most}\n")
 
 
-# --- RAPL -------------------------------------------------------------------------------------------------------------
+# --- RAPL -----------------------------------------------------------------------------------------
 
 
 def test_the_packages_are_added_and_their_parts_are_not(tmp_path: Path) -> None:
@@ -114,11 +116,13 @@ def test_a_counter_that_is_no_number_is_refused(tmp_path: Path, content: str) ->
         RaplMeter(tmp_path)
 
 
-# --- zeus -------------------------------------------------------------------------------------------------------------
+# --- zeus -----------------------------------------------------------------------------------------
 
 
 class FakeZeus:
-    """`ZeusMonitor` of zeus 0.16: the arguments it takes, the keys it refuses, the names it answers with."""
+    """`ZeusMonitor` of zeus 0.16: the arguments it takes, the keys it refuses, the names it answers
+    with.
+    """
 
     gpus = (0, 1)
     soc_is_present = False
@@ -218,7 +222,7 @@ def test_without_zeus_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         ZeusMeter("cuda")
 
 
-# --- which meter ------------------------------------------------------------------------------------------------------
+# --- which meter ----------------------------------------------------------------------------------
 
 
 def test_a_processor_is_measured_by_its_counters_and_a_gpu_by_zeus(
@@ -238,7 +242,7 @@ def test_where_nothing_measures_all_reasons_are_given(tmp_path: Path, zeus: type
         require_meter("cpu", powercap=tmp_path)
 
 
-# --- windows ----------------------------------------------------------------------------------------------------------
+# --- windows --------------------------------------------------------------------------------------
 
 
 class FakeMeter:

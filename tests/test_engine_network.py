@@ -1,4 +1,6 @@
-"""Networks that an engine runs: everything that takes an eager network takes them, and gets the same answers."""
+"""Networks that an engine runs: everything that takes an eager network takes them, and gets the
+same answers.
+"""
 
 import json
 import shutil
@@ -102,7 +104,7 @@ def agree(network: EngineNetwork, eager: MultiExitNetwork, batch: int) -> None:
         assert float(other.std()) > 1e-2
 
 
-# --- exits ------------------------------------------------------------------------------------------------------------
+# --- exits ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -197,7 +199,7 @@ def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: Netwo
         )
 
 
-# --- inputs with names ------------------------------------------------------------------------------------------------
+# --- inputs with names ----------------------------------------------------------------------------
 
 
 class Named(nn.Module):
@@ -228,7 +230,7 @@ def test_mappings_and_tuples_are_taken_as_by_the_eager_network(kind: Callable[..
     assert torch.equal(network.backbone(**x) if kind is dict else network.backbone(*x), wanted[-1])
 
 
-# --- what takes an eager network takes it -----------------------------------------------------------------------------
+# --- what takes an eager network takes it ---------------------------------------------------------
 
 
 def test_it_is_described_as_the_eager_network_is(
@@ -299,7 +301,7 @@ def test_facts_survive_json(facts: NetworkFacts) -> None:
     assert NetworkFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
 
 
-# --- compiled by torch ------------------------------------------------------------------------------------------------
+# --- compiled by torch ----------------------------------------------------------------------------
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
 

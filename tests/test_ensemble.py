@@ -1,4 +1,6 @@
-"""Ensembles of growing depth: who answers, what is not run, and that the rest of the library takes one for a network."""
+"""Ensembles of growing depth: who answers, what is not run, and that the rest of the library takes
+one for a network.
+"""
 
 import copy
 import gc
@@ -68,7 +70,7 @@ def paused() -> list[_Forward]:
     return [thing for thing in gc.get_objects() if type(thing) is _Forward and not thing.dead]
 
 
-# --- who answers ------------------------------------------------------------------------------------------------------
+# --- who answers ----------------------------------------------------------------------------------
 
 
 # early exits of finished networks do not come back
@@ -116,7 +118,7 @@ def test_switches_say_where_each_network_takes_over(members):
     assert EANN(members[:2], [[0.5, 0.3], [0.4, 0.4, 0.4]]).switches == (0, 3)
 
 
-# --- the same outputs by every way ------------------------------------------------------------------------------------
+# --- the same outputs by every way ----------------------------------------------------------------
 
 
 def test_forward_exits_and_recording_give_the_members_own_outputs(network, members):
@@ -166,7 +168,7 @@ def test_running_ensembles_and_ensembles_can_be_members(members, toy_input):
     assert staged[3].equal(inner(toy_input)[1])
 
 
-# --- what is not run --------------------------------------------------------------------------------------------------
+# --- what is not run ------------------------------------------------------------------------------
 
 
 def test_a_head_that_leaves_the_answer_to_a_finished_network_never_runs(network, toy_input):
@@ -238,7 +240,7 @@ def test_an_exit_that_has_passed_is_refused_unless_kept(network, toy_input):
     assert torch.stack([exit.output() for exit in exits]).equal(torch.stack(network(toy_input)))
 
 
-# --- state ------------------------------------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 def test_a_state_dict_brings_the_errors_with_it(network, toy_input):
@@ -268,7 +270,7 @@ def test_copies_are_independent(network, toy_input):
     assert not torch.stack(twin(toy_input)).equal(before)
 
 
-# --- costs and the runner ---------------------------------------------------------------------------------------------
+# --- costs and the runner -------------------------------------------------------------------------
 
 
 def test_facts_are_the_members_with_no_work_in_silent_heads(network, members):
@@ -309,7 +311,7 @@ def test_profile_and_runner_take_it_for_a_network(network, toy_input):
     assert stopped.output.equal(network(toy_input)[4])
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_ensembles_that_cannot_be_are_refused(members):

@@ -41,7 +41,7 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([math.log(value) for value in probabilities])
 
 
-# --- by hand ----------------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
 
 
 def test_boosted_adds_half_of_all_that_was_before():
@@ -91,7 +91,7 @@ def test_caching_keeps_the_surest_and_the_earliest_of_equals():
     assert combine(outputs, "caching").equal(outputs[[0, 0, 2, 2]])
 
 
-# --- what holds for any outputs ---------------------------------------------------------------------------------------
+# --- what holds for any outputs -------------------------------------------------------------------
 
 
 def brute(name: str, outputs: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def test_half_precision_is_combined_in_single(name):
     assert combine(outputs.double(), name).dtype == torch.float64
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def test_boosted_exits_learn_what_is_left_over_and_do_not_teach_earlier_ones():
@@ -245,7 +245,8 @@ def test_without_detaching_boosted_gradients_shrink_with_the_rate():
 def test_gradients_are_those_of_small_steps(name):
     outputs = outputs_of(2, exits=3, classes=3, samples=2).double().requires_grad_()
     rule = Rule(name=name, detach=False)
-    # from exit 1 on, the product of the first sample has lost every class, that of the second has not
+    # from exit 1 on, the product of the first sample has lost every class, that of the second has
+    # not
     assert torch.autograd.gradcheck(lambda value: combine(value, rule), outputs)
 
 
@@ -256,7 +257,7 @@ def test_gradients_of_a_product_at_zero_are_finite(zero):
     assert torch.isfinite(outputs.grad).all()
 
 
-# --- temperatures -----------------------------------------------------------------------------------------------------
+# --- temperatures ---------------------------------------------------------------------------------
 
 
 @quick
@@ -280,7 +281,7 @@ def test_a_product_does_not_heed_temperatures_where_a_class_is_left(outputs):
     )
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_outputs_may_be_left_out_but_not_come_twice_or_backwards():

@@ -61,7 +61,7 @@ def judged():
     return evaluate(hand_made(), COSTS, {"mine": POLICY}, exit_free=trained_alone())
 
 
-# --- rows, by hand ----------------------------------------------------------------------------------------------------
+# --- rows, by hand --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def judged():
         ("exit 0", "exit", 2 / 5, 1.5, 1.5, 11, (1, 0, 0)),
         ("exit 1", "exit", 2 / 5, 3.75, 3.25, 32, (0, 1, 0)),
         ("exit 2", "exit", 3 / 5, 6.75, 6.0, 60, (0, 0, 1)),
-        # two leave at exit 0, three go on past the closed exit 1: its head is paid in an interruptible run only
+        # two leave at exit 0, three go on past the closed exit 1: its head is paid in an
+        # interruptible run only
         (
             "mine",
             "policy",
@@ -106,10 +107,12 @@ def test_a_row_is_what_one_computes_by_hand(
 
 
 def test_calibration_errors_are_those_of_the_answers_given(judged):
-    # every surety of exit 0 falls into a bin of its own; at exit 2, 0.95, 0.94 and all others do too, but for none
+    # every surety of exit 0 falls into a bin of its own; at exit 2, 0.95, 0.94 and all others do
+    # too, but for none
     gaps = [1 - 0.92, 0.65, 0.71, 1 - 0.82, 0.55]
     assert judged["exit 0"].calibration_error == pytest.approx(sum(gaps) / 5)
-    # the policy answers with 0.92 and 0.82 of exit 0 and with 0.94, 0.91, 0.55 of exit 2; 0.92 and 0.91 share a bin
+    # the policy answers with 0.92 and 0.82 of exit 0 and with 0.94, 0.91, 0.55 of exit 2; 0.92 and
+    # 0.91 share a bin
     shared = abs(2 - 0.92 - 0.91)
     assert judged["mine"].calibration_error == pytest.approx(
         (shared + (1 - 0.82) + (1 - 0.94) + 0.55) / 5
@@ -182,7 +185,7 @@ def test_how_much_each_way_gives_to_the_truth_and_evaluations_made_before_that()
     assert {row.p_true for row in Evaluation.from_json(old).rows} == {None}
 
 
-# --- under budgets ----------------------------------------------------------------------------------------------------
+# --- under budgets --------------------------------------------------------------------------------
 
 
 def held(budgets_s, cost):
@@ -280,7 +283,7 @@ def test_intervals_under_budgets_stay_between_nothing_and_all():
     )
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def fitted(**rest):
@@ -318,7 +321,7 @@ def test_the_network_without_exits_is_compared_on_the_same_samples():
         evaluate(hand_made(), COSTS, exit_free=trained_alone(data="other"))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_saved_evaluation_comes_back(tmp_path, judged):
@@ -336,7 +339,7 @@ def test_another_file_is_no_evaluation(tmp_path, value):
         Evaluation.load(tmp_path / "nothing.json")
 
 
-# --- metrics ----------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------------------
 
 
 def wilson_coverage(share, count):
@@ -388,7 +391,8 @@ def test_one_value_has_no_interval():
 
 
 def test_calibration_error_by_hand():
-    # bins of a tenth: 0.92 and 0.98 (one right of two: 0.95 against 0.5), 0.55 (right), 0.31 and 0.39 (none right)
+    # bins of a tenth: 0.92 and 0.98 (one right of two: 0.95 against 0.5), 0.55 (right), 0.31 and
+    # 0.39 (none right)
     confidence = torch.tensor([0.92, 0.98, 0.55, 0.31, 0.39])
     correct = torch.tensor([True, False, True, False, False])
     expected = (2 * abs(0.95 - 0.5) + 1 * abs(0.55 - 1.0) + 2 * abs(0.35 - 0.0)) / 5
@@ -415,7 +419,7 @@ def test_calibration_error_counts_certainty_and_its_opposite():
     ) == pytest.approx(1.0)
 
 
-# --- other networks to compare with -----------------------------------------------------------------------------------
+# --- other networks to compare with ---------------------------------------------------------------
 
 
 def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
@@ -454,7 +458,7 @@ def test_another_network_must_have_been_recorded_on_the_same_split():
         evaluate(hand_made(), COSTS, static={"small": other})
 
 
-# --- budgets of other costs -------------------------------------------------------------------------------------------
+# --- budgets of other costs -----------------------------------------------------------------------
 
 
 ALL_COSTS = dataclasses.replace(

@@ -1,7 +1,8 @@
-"""The promise the library rests on: the last exit of a cut model is the untouched model, bit for bit, in both modes.
+"""The promise the library rests on: the last exit of a cut model is the untouched model, bit for
+bit, in both modes.
 
-A comparison of zeros proves nothing, so each model is first shown to be informative: its output varies, hangs on the
-features at every cut, and reaches its parameters with gradients.
+A comparison of zeros proves nothing, so each model is first shown to be informative: its output
+varies, hangs on the features at every cut, and reaches its parameters with gradients.
 """
 
 import copy
@@ -22,7 +23,7 @@ CLASSES = 7
 Batch = Callable[[int], Any]
 
 
-# --- the models -----------------------------------------------------------------------------------------------------
+# --- the models -----------------------------------------------------------------------------------
 
 
 def images(size: int) -> Batch:
@@ -88,7 +89,9 @@ def small_vit() -> nn.Module:
 
 
 class UntilSmall(nn.Module):
-    """Control flow that depends on the data: one block called until its input has shrunk, and others only for some inputs."""
+    """Control flow that depends on the data: one block called until its input has shrunk, and
+    others only for some inputs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +247,9 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def make_informative(model: nn.Module, batch: Batch) -> None:
-    """Undo what makes fresh models answer nothing: heads that start at zero, statistics that fit no data."""
+    """Undo what makes fresh models answer nothing: heads that start at zero, statistics that fit no
+    data.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.abs().sum():
             nn.init.normal_(layer.weight, std=0.1)
@@ -290,7 +295,7 @@ def assert_informative(output: Tensor) -> None:
     assert output.std(dim=1).mean() > 1e-3, "it answers the same for every class"
 
 
-# --- the comparisons are informative --------------------------------------------------------------------------------
+# --- the comparisons are informative --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -317,7 +322,7 @@ def noisy(module: nn.Module, args: Any, output: Any) -> None:
     features += features.abs().mean() * torch.randn_like(features)
 
 
-# --- and the promise holds ------------------------------------------------------------------------------------------
+# --- and the promise holds ------------------------------------------------------------------------
 
 
 @WAYS

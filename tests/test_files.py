@@ -44,7 +44,9 @@ def break_while_writing(path: Path, error: type[BaseException]) -> None:
 
 @contextlib.contextmanager
 def files_limited_to(count: int) -> Iterator[None]:
-    """The kernel refuses to let any file grow beyond so many bytes: as real as a full disk, and undone afterwards."""
+    """The kernel refuses to let any file grow beyond so many bytes: as real as a full disk, and
+    undone afterwards.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:
@@ -63,7 +65,7 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-# --- whole or not at all ----------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------------------------------------------------
 
 
 def test_a_block_that_succeeds_puts_the_file_in_place(tmp_path):
@@ -165,7 +167,7 @@ def test_what_is_no_json_is_refused_before_the_file_is_touched(tmp_path):
     assert content(tmp_path) == before
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def test_json_comes_back_as_it_went_infinities_included(tmp_path):
@@ -198,7 +200,7 @@ def test_json_that_is_not_there_is_named(tmp_path):
         read_json(tmp_path)
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------
 
 
 def test_tensors_of_every_kind_come_back_bit_for_bit(tmp_path):

@@ -1,4 +1,6 @@
-"""Gates: the recursion against brute force, what is paid, targets, files, mixtures, and what they are held against."""
+"""Gates: the recursion against brute force, what is paid, targets, files, mixtures, and what they
+are held against.
+"""
 
 import itertools
 import math
@@ -44,7 +46,7 @@ def accuracy(policy, recording, costs=COSTS):
     return float(recording.hits()[exits, torch.arange(len(exits))].mean())
 
 
-# --- what a gate sees ---------------------------------------------------------------------------------------------------
+# --- what a gate sees -----------------------------------------------------------------------------
 
 
 def test_the_six_numbers_are_what_they_are_called():
@@ -66,9 +68,10 @@ def test_very_sure_outputs_can_still_be_told_apart():
     assert found[:, 5].tolist() == [40.0, 80.0]
 
 
-# --- one gate: the truth table ------------------------------------------------------------------------------------------
+# --- one gate: the truth table --------------------------------------------------------------------
 
-# losses of the exit, of what follows and of the last exit; what stopping gains where it saves 1 s at 0.1 a second
+# losses of the exit, of what follows and of the last exit; what stopping gains where it saves 1 s
+# at 0.1 a second
 TRUTH = [
     ((1, 0, 1), {"full": 0.1, "none": -0.9, "downstream": -0.9}),
     ((1, 0, 0), {"full": -0.9, "none": -0.9, "downstream": -0.9}),
@@ -94,7 +97,7 @@ def test_at_an_infinite_price_only_seconds_count():
     assert stop_gain(one, 0 * one, 0 * one, 3.0, time_price=INF).item() == 3.0
 
 
-# --- the recursion against every table of decisions ---------------------------------------------------------------------
+# --- the recursion against every table of decisions -----------------------------------------------
 
 seconds = st.floats(0.0, 3.0)
 
@@ -173,7 +176,9 @@ def test_where_looking_costs_nothing_closing_gates_loses_nothing(problem, price,
 
 
 def test_the_papers_reference_is_not_the_best_for_its_own_objective():
-    """The last exit errs; one in between is right: the paper's rule goes on to it, though no error would count."""
+    """The last exit errs; one in between is right: the paper's rule goes on to it, though no error
+    would count.
+    """
     losses = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
     times = GateTimes(
         stages=(1.0, 1.0, 1.0), heads=(0.0, 0.0, 0.0), gates=(0.0, 0.0), heads_first=False
@@ -207,12 +212,14 @@ def test_a_gate_that_saves_less_than_it_costs_is_closed_and_not_paid_by_those_be
     assert asked == [(1, [1.0] * 4), (0, [2.0] * 4)]
 
 
-# --- fitted gates: what they reach --------------------------------------------------------------------------------------
+# --- fitted gates: what they reach ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learner", ["logistic", "svm", "mlp", "boosting"])
 def test_gates_that_see_everything_reach_the_oracle(learner):
-    """Features that say which exits are right; time costs next to nothing, so the fastest right exit is to be found."""
+    """Features that say which exits are right; time costs next to nothing, so the fastest right
+    exit is to be found.
+    """
     random = torch.Generator().manual_seed(0)
     right = torch.rand(4, 400, generator=random) < torch.tensor([0.3, 0.4, 0.5, 0.6])[:, None]
     outputs, labels = sure(right.tolist(), [[0.9] * 400] * 4)
@@ -288,11 +295,13 @@ def test_where_features_say_what_confidences_do_not_gates_on_features_are_better
     assert reached["features"] < reached["both"] + 0.05 < reached["confidences"]
 
 
-# --- fitted gates: what is paid -----------------------------------------------------------------------------------------
+# --- fitted gates: what is paid -------------------------------------------------------------------
 
 
 def test_gates_on_features_pay_a_head_only_where_a_sample_leaves():
-    """Heads that cost half a stage: in passing they are not paid; each sample pays the one it leaves by."""
+    """Heads that cost half a stage: in passing they are not paid; each sample pays the one it
+    leaves by.
+    """
     recording = with_features(drawn(300, seed=7))
     dear = costs_of([1.0] * 4, [0.5, 0.5, 0.5, 0.0])
     policy = fit_gates(recording, dear, time_price=0.25, inputs="features", gate_s=0.01)
@@ -350,7 +359,7 @@ def test_asking_a_gate_is_measured_and_closed_ones_take_nothing(inputs):
     assert all(seconds > 0 for seconds in gate_time_s(policy, recording, repeats=3, warm_up=0)[1:])
 
 
-# --- the policy ---------------------------------------------------------------------------------------------------------
+# --- the policy -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
@@ -450,7 +459,7 @@ def test_what_cannot_be_reached_is_refused():
         fit_gates(recording, COSTS, time_price=0.1).exits_of(recording.outputs[:3])
 
 
-# --- sweeps, hulls and mixtures -----------------------------------------------------------------------------------------
+# --- sweeps, hulls and mixtures -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +567,7 @@ def test_mixtures_that_make_no_sense_are_refused():
         MixedPolicy(cheap=always(0, 2), dear=always(1, 3), share=0.5)
 
 
-# --- what gates are held against ----------------------------------------------------------------------------------------
+# --- what gates are held against ------------------------------------------------------------------
 
 
 def test_uniform_mixes_the_two_exits_around_the_time_and_pays_one_head():

@@ -1,4 +1,6 @@
-"""Running ahead on a simulated device that computes later than it is told to; on a real one where there is one."""
+"""Running ahead on a simulated device that computes later than it is told to; on a real one where
+there is one.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,7 +66,9 @@ class Device:
 
 
 class OnDevice:
-    """The exits of a real network, whose stages and heads take scripted times on the device and none on the host."""
+    """The exits of a real network, whose stages and heads take scripted times on the device and
+    none on the host.
+    """
 
     num_exits = 4
 
@@ -276,7 +280,7 @@ def test_impossible_options_are_refused() -> None:
         GpuRunner(cascade, costs_of([1.0]), any_profile=True)
 
 
-# --- recordings -------------------------------------------------------------------------------------------------------
+# --- recordings -----------------------------------------------------------------------------------
 
 
 def rerun(part: Any, inputs: Sequence[Tensor]) -> Recorded:
@@ -340,7 +344,7 @@ def test_graphs_refuse_what_they_have_no_bucket_for(graphed: Any) -> None:
         next(run)
 
 
-# --- on a real device -------------------------------------------------------------------------------------------------
+# --- on a real device -----------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

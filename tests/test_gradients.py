@@ -1,4 +1,6 @@
-"""How gradients meet at the exits: values stay the same to the last bit, gradients follow the formulas."""
+"""How gradients meet at the exits: values stay the same to the last bit, gradients follow the
+formulas.
+"""
 
 import math
 
@@ -51,7 +53,8 @@ def test_no_value_changes(toy: ToyBackbone, toy_input: Tensor, flow: GradientFlo
 def test_in_equilibrium_every_exit_has_the_same_share_of_the_gradient_of_the_first_block(
     toy: ToyBackbone, toy_input: Tensor
 ) -> None:
-    # 1/(K-k) at the own head, and (K-j-1)/(K-j) at every exit j passed before: for each exit the product is 1/K
+    # 1/(K-k) at the own head, and (K-j-1)/(K-j) at every exit j passed before: for each exit the
+    # product is 1/K
     network = network_of(toy)
     flow = GradientFlow(equilibrium=True)
     for exit in range(COUNT):

@@ -1,4 +1,6 @@
-"""Schedules, what they execute and cost, and that the planner finds the best: by hand, by the paper, by brute force."""
+"""Schedules, what they execute and cost, and that the planner finds the best: by hand, by the
+paper, by brute force.
+"""
 
 import itertools
 import math
@@ -63,7 +65,7 @@ def total(schedule: Schedule, parts: BlockCosts) -> float:
     return costs(schedule, parts).cumulative[-1]
 
 
-# --- schedules ----------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def test_the_papers_schedule_fills_the_sections_in_turn() -> None:
@@ -108,7 +110,7 @@ def test_lists_make_a_schedule_too() -> None:
     assert Schedule.of(PAPER) == PAPER
 
 
-# --- executions ---------------------------------------------------------------------------------------------------------
+# --- executions -----------------------------------------------------------------------------------
 
 
 def test_table_1_of_the_paper() -> None:
@@ -170,7 +172,7 @@ def test_every_iteration_can_be_computed_from_what_is_kept_and_gives_what_a_plai
         kept = {section: tensor for section, tensor in kept.items() if section in keep}
 
 
-# --- costs --------------------------------------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 def test_the_papers_counts_as_costs() -> None:
@@ -230,7 +232,7 @@ def test_costs_of_no_blocks_are_refused(sections: tuple[tuple[float, ...], ...])
         BlockCosts(stem=1.0, sections=sections, out=1.0)
 
 
-# --- the planner --------------------------------------------------------------------------------------------------------
+# --- the planner ----------------------------------------------------------------------------------
 
 
 def test_for_the_papers_sizes_the_planner_finds_the_papers_order() -> None:
@@ -348,7 +350,7 @@ def test_what_cannot_be_planned_is_refused(asked: dict[str, object], message: st
         plan(BlockCosts.equal((2, 3)), **asked)  # type: ignore[arg-type]
 
 
-# --- iterations at wanted times -----------------------------------------------------------------------------------------
+# --- iterations at wanted times -------------------------------------------------------------------
 
 
 def test_iterations_placed_at_the_papers_times_are_the_papers() -> None:

@@ -55,7 +55,7 @@ def shape_of(layout: str) -> FeatureShape:
     return FeatureShape(SHAPES[layout], layout)
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 def block(*layers: nn.Module) -> nn.Module:
@@ -166,7 +166,7 @@ def test_layout_is_said_of_features_with_as_many_dimensions_only() -> None:
     ).layouts == ("NCHW", "ND")
 
 
-# --- heads ----------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 @every_layout
@@ -381,7 +381,7 @@ def test_unknown_head_is_refused_with_the_known_ones() -> None:
         build_head("conv", shape_of("ND"), CLASSES)
 
 
-# --- heads of one's own ---------------------------------------------------------------------------------------------
+# --- heads of one's own ---------------------------------------------------------------------------
 
 
 def attach(backbone: nn.Module, heads: Any, **more: Any) -> MultiExitNetwork:
@@ -499,7 +499,7 @@ def test_pooled_features_are_what_gates_look_at() -> None:
     torch.testing.assert_close(pooled[2], network.backbone(x))
 
 
-# --- classes --------------------------------------------------------------------------------------------------------
+# --- classes --------------------------------------------------------------------------------------
 
 
 def test_number_of_classes_is_the_backbones(toy: nn.Module) -> None:
@@ -528,11 +528,13 @@ def test_backbone_that_is_no_module_is_refused() -> None:
         attach_exits(lambda x: x, example=torch.ones(1, 8))
 
 
-# --- what it is made of ---------------------------------------------------------------------------------------------
+# --- what it is made of ---------------------------------------------------------------------------
 
 
 class Counted(nn.Module):
-    """Small enough to count by hand: 8x8 images, two convolutions (one of them in two groups), a linear layer."""
+    """Small enough to count by hand: 8x8 images, two convolutions (one of them in two groups), a
+    linear layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -606,7 +608,9 @@ def test_parameters_of_a_shared_block_count_once() -> None:
 
 
 class Features(nn.Module):
-    """A layer whose output has 6 channels in the layout asked for: maps of 80 places, 4 tokens, or a vector."""
+    """A layer whose output has 6 channels in the layout asked for: maps of 80 places, 4 tokens, or
+    a vector.
+    """
 
     def __init__(self, layout: str) -> None:
         super().__init__()

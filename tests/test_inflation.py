@@ -1,4 +1,6 @@
-"""Inflation of cost: the paper's closed forms, the general ones, and the schedule played out, against each other."""
+"""Inflation of cost: the paper's closed forms, the general ones, and the schedule played out,
+against each other.
+"""
 
 import math
 
@@ -27,7 +29,7 @@ shares = st.floats(0.02, 1.0)
 workers = st.integers(1, 4)
 
 
-# --- formulas ---------------------------------------------------------------------------------------------------------
+# --- formulas -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_the_best_base_has_the_known_values():
     assert best_base(0.2) == 5.0
 
 
-# --- against the schedule ---------------------------------------------------------------------------------------------
+# --- against the schedule -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -132,7 +134,8 @@ def test_sup_and_mean_of_a_schedule_are_those_of_its_curve(base, share, count, m
 
 
 def test_a_schedule_played_by_hand():
-    # depths 1 2 4 8 on two workers: A runs 0-1 the first, 1-5 the third; B runs 0-2 the second, 2-10 the fourth
+    # depths 1 2 4 8 on two workers: A runs 0-1 the first, 1-5 the third; B runs 0-2 the second,
+    # 2-10 the fourth
     schedule = simulate(2.0, 4, workers=2)
     assert schedule.begins.tolist() == [0.0, 0.0, 1.0, 2.0]
     assert (schedule.first, schedule.end) == (0.5, 5.0)
@@ -168,7 +171,7 @@ def test_few_networks_have_less_inflation_than_many(base, share, count):
         )
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [1.0, 0.5, -2.0, math.inf, math.nan])

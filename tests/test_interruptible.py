@@ -1,4 +1,6 @@
-"""Interruptible runs: whoever asks gets the latest answer at once, whatever the stage in flight is doing."""
+"""Interruptible runs: whoever asks gets the latest answer at once, whatever the stage in flight is
+doing.
+"""
 
 import contextlib
 import gc
@@ -43,7 +45,7 @@ def wait_for_waiters(run: Run, count: int) -> None:
     wait_until(lambda: len(run._changed._waiters) == count)  # type: ignore[attr-defined]
 
 
-# --- interrupt ------------------------------------------------------------------------------------------------------
+# --- interrupt ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reached", [1, 2, 3])
@@ -139,7 +141,7 @@ def test_an_interrupt_releases_who_waits_for_the_result(network: FakeNetwork) ->
     stuck.release()
 
 
-# --- result and latest ----------------------------------------------------------------------------------------------
+# --- result and latest ----------------------------------------------------------------------------
 
 
 def test_without_a_deadline_the_result_is_the_final_answer(network: FakeNetwork) -> None:
@@ -239,7 +241,7 @@ def test_latest_shows_what_is_there_and_stops_nothing(network: FakeNetwork) -> N
     assert run.result().exit == 3
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 def test_a_policy_stops_a_run(clock: FakeClock) -> None:
@@ -283,7 +285,7 @@ def test_an_interrupted_batch_has_the_latest_output_of_samples_that_go_on(clock:
     assert torch.equal(answer.output, torch.stack([outputs[0, 0], outputs[1, 1]]))
 
 
-# --- leaving, closing, queueing -------------------------------------------------------------------------------------
+# --- leaving, closing, queueing -------------------------------------------------------------------
 
 
 def test_leaving_the_block_abandons_the_run_at_its_next_exit(network: FakeNetwork) -> None:
@@ -411,7 +413,7 @@ def test_a_run_begun_while_a_closed_one_is_still_stuck_does_not_wait_for_it(
     stuck.release()
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def fail() -> None:
@@ -500,7 +502,7 @@ def test_a_posted_answer_stays_what_it_was_when_a_later_stage_writes_over_it(
     torch.testing.assert_close(answer.output, model.classifier(x), rtol=0, atol=0)
 
 
-# --- cancelling a stage in flight -----------------------------------------------------------------------------------
+# --- cancelling a stage in flight -----------------------------------------------------------------
 
 
 class Cancelled(Exception):
@@ -652,7 +654,7 @@ def test_a_cancellation_that_nobody_asked_for_is_an_error(engine: CancellableNet
         run.result()
 
 
-# --- threads and memory ---------------------------------------------------------------------------------------------
+# --- threads and memory ---------------------------------------------------------------------------
 
 
 def test_a_thousand_runs_take_one_thread(clock: FakeClock) -> None:
@@ -702,7 +704,7 @@ def test_an_idle_runner_keeps_no_input_alive(network: FakeNetwork) -> None:
     wait_until(lambda: gone() is None)
 
 
-# --- the real thing -------------------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 @pytest.fixture

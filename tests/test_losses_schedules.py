@@ -16,7 +16,7 @@ SURE = torch.tensor([[4.0, 0.0], [0.0, 4.0]])
 UNSURE = torch.zeros(2, 2)
 WRONG = -SURE
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def test_losses_are_mean_cross_entropies_per_exit():
@@ -71,7 +71,7 @@ def test_a_single_sample_and_a_single_exit_will_do():
     assert exit_losses([UNSURE[:1]], LABELS[:1]).tolist() == pytest.approx([math.log(2)])
 
 
-# --- schedules --------------------------------------------------------------------------------------------------------
+# --- schedules ------------------------------------------------------------------------------------
 
 
 def test_cosine_falls_from_one_to_zero_through_a_half():
@@ -113,7 +113,7 @@ def test_a_recipe_multiplies_rate_schedule_and_warm_up():
     assert Recipe(lr=0.2, warmup=0.0, schedule="step").learning_rate(0.6) == pytest.approx(0.02)
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def many_budgets(count, seed=0):
 
 
 def many_policies(recording, count, seed=0):
-    """Thresholds among the scores that occur, so that ties matter, with closed exits and exits that take all."""
+    """Thresholds among the scores that occur, so that ties matter, with closed exits and exits that
+    take all.
+    """
     draw = random.Random(seed)
     scores = {name: score(recording.outputs).tolist() for name, score in SCORES.items()}
     made = []
@@ -58,7 +60,7 @@ def many_policies(recording, count, seed=0):
     return made
 
 
-# --- budgets ----------------------------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("costs", [COSTS, OVERTAKEN], ids=["increasing", "overtaken"])
@@ -119,7 +121,7 @@ def test_costs_must_be_those_of_the_exits():
         expected_accuracies(drawn(10, seed=4), [0.0, 1.0, 2.0, 3.0], [budgets.point(1.0)])
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("statistic", ["mean", "p99"])
@@ -202,7 +204,7 @@ def test_no_policies_give_no_outcomes():
     assert outcomes.shares.shape == (0, 4)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_policy_is_not_judged_on_the_split_it_was_fitted_on_nor_on_other_weights():

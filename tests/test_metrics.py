@@ -22,7 +22,8 @@ def with_truth_at(probabilities: list[list[float]]) -> tuple[Tensor, Tensor]:
     return torch.stack([rest, true, rest], -1).log(), torch.ones(true.shape[1], dtype=torch.long)
 
 
-# falls by hand: never; 0.3 between neighbours; 0.2 and then 0.3, from first to last 0.5; up and down again 0.4
+# falls by hand: never; 0.3 between neighbours; 0.2 and then 0.3, from first to last 0.5; up and
+# down again 0.4
 FALLS = with_truth_at([[0.2, 0.8, 0.8, 0.1], [0.5, 0.5, 0.6, 0.5], [0.9, 0.6, 0.3, 0.1]])
 
 
@@ -50,7 +51,8 @@ def test_violations_and_falls_by_hand():
 
 
 def test_without_labels_the_last_exit_says_which_class():
-    # the last exit answers 0 for samples 2 and 3 (of 0 and 2, equal, the first): 0.1 to 0.35, and 0.45, 0.25, 0.45
+    # the last exit answers 0 for samples 2 and 3 (of 0 and 2, equal, the first): 0.1 to 0.35, and
+    # 0.45, 0.25, 0.45
     torch.testing.assert_close(largest_falls(FALLS[0]), torch.tensor([0.0, 0.3, 0.0, 0.2]))
     agreed = torch.tensor([1, 1, 0, 0])
     assert largest_falls(FALLS[0]).equal(largest_falls(FALLS[0], agreed))

@@ -26,7 +26,7 @@ curves = st.lists(
 ).map(sorted)
 places = st.lists(st.floats(0.0, 2e3), min_size=1, max_size=10)
 
-# --- errors at given costs --------------------------------------------------------------------------------------------
+# --- errors at given costs ------------------------------------------------------------------------
 
 
 def test_between_two_predictions_the_error_lies_on_the_line_between_them():
@@ -77,7 +77,7 @@ def test_a_curve_that_is_none_is_refused(costs, errors, complaint):
         milestones([5.0], [0.5], costs, errors, at=[1.0])
 
 
-# --- OPT+ -------------------------------------------------------------------------------------------------------------
+# --- OPT+ -----------------------------------------------------------------------------------------
 
 
 @quick
@@ -110,7 +110,7 @@ def test_opt_plus_of_no_networks_is_refused(collections):
         opt_plus(collections, [1.0])
 
 
-# --- milestones -------------------------------------------------------------------------------------------------------
+# --- milestones -----------------------------------------------------------------------------------
 
 
 def test_milestones_by_hand():
@@ -154,7 +154,7 @@ def test_against_a_reference_without_errors_any_error_is_infinitely_more():
     )
 
 
-# --- win rates --------------------------------------------------------------------------------------------------------
+# --- win rates ------------------------------------------------------------------------------------
 
 
 def test_a_win_rate_by_hand():
@@ -188,7 +188,9 @@ def test_what_one_wins_the_other_loses(pairs):
     ("pairs", "rate", "delta"), list(itertools.product([5, 30, 200], [0.2, 0.5, 0.8], [0.05, 0.3]))
 )
 def test_the_bound_is_wrong_no_more_often_than_it_says(pairs, rate, delta):
-    """Over all outcomes of a binomial law: P(low > true rate) <= delta, and P(p <= delta) <= delta for a coin."""
+    """Over all outcomes of a binomial law: P(low > true rate) <= delta, and P(p <= delta) <= delta
+    for a coin.
+    """
     law = stats.binom.pmf(np.arange(pairs + 1), pairs, rate)
     outcomes = [WinRate(wins=wins, ties=0, pairs=pairs, delta=delta) for wins in range(pairs + 1)]
     assert law[[outcome.low > rate for outcome in outcomes]].sum() <= delta

@@ -1,4 +1,6 @@
-"""What policies of every kind do to a recording, against a sample by sample account; and the same on real networks."""
+"""What policies of every kind do to a recording, against a sample by sample account; and the same
+on real networks.
+"""
 
 import math
 from dataclasses import replace
@@ -63,7 +65,9 @@ POLICIES = policies()
 def by_hand(
     policy: Any, recording: Recording, sample: int
 ) -> tuple[int, float, float, list[float]]:
-    """Exit, seconds and MACs of one sample, and seconds of each exit on the way where all are posted."""
+    """Exit, seconds and MACs of one sample, and seconds of each exit on the way where all are
+    posted.
+    """
     if isinstance(policy, MixedPolicy):
         policy = policy.dear if policy.drawn(len(recording.labels))[sample] else policy.cheap
     seconds = posted = macs = 0.0
@@ -178,7 +182,7 @@ def test_networks_that_take_no_time_cannot_be_selected_among() -> None:
         node_times_s(costs_of([1.0, 0.0], [0.0, 0.0]))
 
 
-# --- on real networks -------------------------------------------------------------------------------------------------
+# --- on real networks -----------------------------------------------------------------------------
 
 
 class Counted(nn.Module):

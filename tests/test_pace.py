@@ -1,7 +1,9 @@
-"""How a runner finds out that its machine has become slower: simulated loads, which must cost misses only while they are new.
+"""How a runner finds out that its machine has become slower: simulated loads, which must cost
+misses only while they are new.
 
-The noise is lognormal. A load multiplies every stage by 2.5, spreads four times as wide, and deschedules one stage in twenty
-for two to five times as long; none of it is known to the class under test. Seeds are fixed, limits were set with room to spare.
+The noise is lognormal. A load multiplies every stage by 2.5, spreads four times as wide, and
+deschedules one stage in twenty for two to five times as long; none of it is known to the class
+under test. Seeds are fixed, limits were set with room to spare.
 """
 
 import math
@@ -60,7 +62,9 @@ def test_a_lasting_load_is_late_as_often_as_the_quantile_says(quantile: float) -
 
 
 def test_a_load_is_late_only_while_it_is_new() -> None:
-    """Over 100 loads: after 20 stages one in ten is late, after 100 one in forty, after 200 as few as wanted."""
+    """Over 100 loads: after 20 stages one in ten is late, after 100 one in forty, after 200 as few
+    as wanted.
+    """
     late = np.zeros((100, 800))
     for seed in range(100):
         drift = Drift(0.99)
@@ -156,7 +160,7 @@ def test_a_quantile_that_is_none_is_an_error(quantile: float) -> None:
         Drift(quantile)
 
 
-# --- pace -----------------------------------------------------------------------------------------------------------
+# --- pace -----------------------------------------------------------------------------------------
 
 
 def test_what_fits_follows_the_drift_that_batch_sizes_share() -> None:

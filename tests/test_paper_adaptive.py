@@ -32,7 +32,7 @@ from papers.data import shared_folder
 from recordings import costs_of, drawn, recording_of
 from smoke_runs import app_of, read, run_smoke
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+# --- networks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_the_large_text_network_minds_the_order_of_words() -> None:
     assert not torch.allclose(one, other)
 
 
-# --- token ids --------------------------------------------------------------------------------------------------------
+# --- token ids ------------------------------------------------------------------------------------
 
 
 def test_digits_are_words_too(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_long_texts_are_cut_off_and_rare_words_are_one() -> None:
     assert rows[1, :3].tolist() == [data.WORDS, data.WORDS + 1, 0]
 
 
-# --- what is run ------------------------------------------------------------------------------------------------------
+# --- what is run ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", list(SCALES))
@@ -202,7 +202,7 @@ def test_images_that_run_for_real_are_those_that_were_judged() -> None:
     assert recipe.judged_places(5, fashion, 0).tolist() == [0, 1, 2, 3, 4]
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -282,7 +282,7 @@ def test_a_guarantee_is_broken_only_by_what_loses_more() -> None:
         assert rows[0]["none"] == 0 or exit == 1
 
 
-# --- selection and exits on one division --------------------------------------------------------------------------------
+# --- selection and exits on one division ----------------------------------------------------------
 
 CASE = recipe.Case(
     name="planted",
@@ -377,7 +377,7 @@ def test_gates_beat_what_does_not_look(exited) -> None:
     assert exited["full"]["s"] == 10.0
 
 
-# --- real runs ----------------------------------------------------------------------------------------------------------
+# --- real runs ------------------------------------------------------------------------------------
 
 
 def test_a_real_run_takes_what_its_networks_take() -> None:
@@ -427,7 +427,7 @@ def test_the_policy_that_runs_leaves_out_networks_that_do_not_pay() -> None:
     assert policy.target["mean_cost"] < 10.0
 
 
-# --- the page -----------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def planted(speed: float, broken: int) -> tables.Found:
@@ -524,7 +524,8 @@ def test_claims_follow_the_numbers() -> None:
     assert well[headline].verdict == "yes"
     assert badly[headline].verdict == "no"
     assert well[headline].ours == (
-        "4.00 ± 0.00 times; asked for on the part fitted on: 4.00 ± 0.00 times at +1.10 ± 0.00 points lost; knowing the labels "
+        "4.00 ± 0.00 times; asked for on the part fitted on: 4.00 ± 0.00 times at +1.10 ± 0.00 "
+        "points lost; knowing the labels "
         "would allow 5.00 ± 0.00"
     )
     assert all(claim.verdict == "yes" for name, claim in well.items() if "uniform" in name)
@@ -582,7 +583,7 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
     assert all(f"results/cpu/exits_{exits.name}.png" in card for exits in SCALES["cpu"].exits)
 
 
-# --- the smoke run, end to end ------------------------------------------------------------------------------------------
+# --- the smoke run, end to end --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,9 @@ def opt_error(share):
 
 
 def planted(worse, scale=SCALE):
-    """Results in which OPT's error falls along a known line and a method's is `worse(net, share, seed)` times it."""
+    """Results in which OPT's error falls along a known line and a method's is `worse(net, share,
+    seed)` times it.
+    """
     results = {}
     for job in recipe.jobs(scale):
         net = job.arguments["net"]
@@ -58,7 +60,7 @@ def planted(worse, scale=SCALE):
     return results
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_every_training_has_a_name_of_its_own_and_both_tables_together_are_all(s
     assert len(set(fingerprints)) == len(fingerprints)
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def test_an_anytime_curve_answers_with_its_latest_and_before_the_first_not_at_all():
@@ -142,7 +144,8 @@ def test_an_ensemble_answers_with_the_better_by_validation_and_leaves_the_other_
     small = result([10, 20], test=[0.5, 0.3], validation=[0.5, 0.35], head=1)
     large = result([10, 20, 30], test=[0.6, 0.35, 0.2], validation=[0.6, 0.34, 0.1], head=1)
     made = ensemble([small, large])
-    # the second's first exit is worse than the first's final one, its second is better by validation though not by test
+    # the second's first exit is worse than the first's final one, its second is better by
+    # validation though not by test
     assert made.errors == (0.5, 0.3, 0.3, 0.35, 0.2)
     assert made.costs == (11, 21, 31, 42, 52)
 
@@ -170,7 +173,7 @@ def test_inflation_divides_by_what_opt_plus_spends_to_do_better():
     assert inflation(curve, opt, [3.0, 5.0, 8.0]).tolist() == [1.5, 2.5, 2.0]
 
 
-# --- the tables, from known results -----------------------------------------------------------------------------------
+# --- the tables, from known results ---------------------------------------------------------------
 
 
 def test_the_milestone_table_finds_the_planted_increases():
@@ -200,7 +203,9 @@ def test_a_seed_with_a_missing_training_takes_no_part():
 
 
 def _factor(net, share, seed, *, wiggle=0.001):
-    """As the paper says: const and linear lose late, the proposed ones early, alternating wins late."""
+    """As the paper says: const and linear lose late, the proposed ones early, alternating wins
+    late.
+    """
     late = {
         "const": 0.2,
         "linear": 0.15,
@@ -324,7 +329,7 @@ def test_a_spread_is_two_columns_in_a_file_and_one_in_the_page():
     assert tables._spoken(row, "+.1f")["at 1"] == "+2.0 ± 1.4"
 
 
-# --- the smoke run, end to end ----------------------------------------------------------------------------------------
+# --- the smoke run, end to end --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

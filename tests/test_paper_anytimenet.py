@@ -24,7 +24,7 @@ CASES = {case.name: case for case in SCALE.cases}
 NAMES = SCALE.net.schedule.names
 
 
-# --- Table I ----------------------------------------------------------------------------------------------------------
+# --- Table I --------------------------------------------------------------------------------------
 
 
 def test_table_1_is_the_papers_and_the_traces() -> None:
@@ -62,7 +62,7 @@ def test_the_trace_leaves_no_hooks_and_the_network_as_it_was() -> None:
     assert not any(part._forward_hooks for part in network.backbone.parts().values())
 
 
-# --- Table II ---------------------------------------------------------------------------------------------------------
+# --- Table II -------------------------------------------------------------------------------------
 
 
 def scripted(seconds: float = 1.0) -> tuple[AnytimeNet, FakeClock]:
@@ -138,7 +138,7 @@ def test_the_middle_is_the_median_between_tenths() -> None:
     assert Middle.of([0.001, 0.002, 0.003]).text(1, 1e3) == "2.0 (1.2 to 2.8)"
 
 
-# --- what is trained --------------------------------------------------------------------------------------------------
+# --- what is trained ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_what_is_judged_of_a_known_recording() -> None:
     assert found["correlation"] == [None, None]
 
 
-# --- figures 3 and 4 --------------------------------------------------------------------------------------------------
+# --- figures 3 and 4 ------------------------------------------------------------------------------
 
 
 def planted(accuracy, plain: float = 0.5, scale: recipe.Scale = SCALE) -> dict[str, dict]:
@@ -367,7 +367,7 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
     assert all(f"results/cpu/classes_{name}.png" in card for name in CASES)
 
 
-# --- the smoke run, end to end ----------------------------------------------------------------------------------------
+# --- the smoke run, end to end --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

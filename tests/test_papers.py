@@ -340,7 +340,8 @@ def known_results(joint: float) -> dict[str, dict]:
 
 
 def test_table_1_from_known_results():
-    # one second per stage and per head: anytime 2 and 3 s, a priori 2 and 2 s, alone 1 s; budgets up to 3.75 s
+    # one second per stage and per head: anytime 2 and 3 s, a priori 2 and 2 s, alone 1 s; budgets
+    # up to 3.75 s
     rows = tables.per_seed([PAIR], known_results(0.6), [0])
     uniform = next(row for row in rows if row["budgets"] == "uniform")
     to_first = 1.0 / 3.75

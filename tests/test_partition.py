@@ -1,4 +1,6 @@
-"""Networks cut into parts by torch.export: outputs as those of the eager staged run, whatever crosses the cuts."""
+"""Networks cut into parts by torch.export: outputs as those of the eager staged run, whatever
+crosses the cuts.
+"""
 
 import dataclasses
 import random
@@ -192,7 +194,7 @@ def rows_of(x: Any, rows: list[int]) -> Any:
     return {name: value[rows] for name, value in x.items()}
 
 
-# --- equal to the eager run -----------------------------------------------------------------------------------------
+# --- equal to the eager run -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
@@ -316,7 +318,7 @@ def test_export_works_inside_inference_mode() -> None:
     assert parts.whole(vectors(3)).shape == (3, 3)
 
 
-# --- inputs ---------------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------
 
 
 def test_inputs_are_named() -> None:
@@ -343,7 +345,7 @@ def test_what_has_no_batch_is_carried_whole() -> None:
     assert wiring.batch_dims == {"x0": 0, "x2": None, "stage0_linear": 0, "stage1_linear_1": 0}
 
 
-# --- what cannot be cut ---------------------------------------------------------------------------------------------
+# --- what cannot be cut ---------------------------------------------------------------------------
 
 
 class Odd(nn.Module):

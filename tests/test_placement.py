@@ -88,7 +88,7 @@ def running_order(model: nn.Module, x: Any, cuts: list[Cut]) -> list[Cut]:
     return sorted(cuts, key=lambda cut: order.index((cut.module, cut.call)))
 
 
-# --- by themselves --------------------------------------------------------------------------------------------------
+# --- by themselves --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,9 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
 
 
 class Sideways(nn.Module):
-    """Blocks of which some are on a side path: what they give, or the first tensor of it, goes nowhere."""
+    """Blocks of which some are on a side path: what they give, or the first tensor of it, goes
+    nowhere.
+    """
 
     def __init__(
         self, idle: Sequence[int], *, tuples: bool = False, zero_head: bool = False
@@ -369,7 +371,9 @@ def test_model_without_blocks_is_refused() -> None:
 
 
 class Awkward(nn.Module):
-    """Blocks of which no head can read the features: integers, no tensor, another batch size, six dimensions."""
+    """Blocks of which no head can read the features: integers, no tensor, another batch size, six
+    dimensions.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -426,7 +430,7 @@ def test_finer_blocks_that_are_of_less_use_do_not_replace_coarser_ones() -> None
         choose(model, X, 5)
 
 
-# --- where a user says ----------------------------------------------------------------------------------------------
+# --- where a user says ----------------------------------------------------------------------------
 
 
 def cut_after(model: nn.Module, *after: str, x: Tensor = X) -> MultiExitNetwork:
@@ -541,7 +545,7 @@ def test_errors_can_be_caught_as_ours_and_as_value_errors() -> None:
         assert issubclass(kind, ValueError)
 
 
-# --- what placing leaves behind -------------------------------------------------------------------------------------
+# --- what placing leaves behind -------------------------------------------------------------------
 
 
 def hooks_and_modes(model: nn.Module) -> list[tuple[bool, int]]:
@@ -629,7 +633,7 @@ def test_resolve_gives_cuts_with_calls() -> None:
     assert resolve(Repeated(), X, []) == []
 
 
-# --- even shares ----------------------------------------------------------------------------------------------------
+# --- even shares ----------------------------------------------------------------------------------
 
 
 def distance(shares: list[float], chosen: tuple[int, ...], count: int) -> float:
@@ -674,7 +678,7 @@ def test_even_shares_of_known_cases(
     assert _even(shares, count) == chosen
 
 
-# --- a period apart -------------------------------------------------------------------------------------------------
+# --- a period apart -------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)

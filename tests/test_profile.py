@@ -1,4 +1,6 @@
-"""Measuring costs: what is counted how often, in which order, and what is left untouched. Times come from a fake clock."""
+"""Measuring costs: what is counted how often, in which order, and what is left untouched. Times
+come from a fake clock.
+"""
 
 import dataclasses
 import logging
@@ -49,14 +51,16 @@ def timed(network: MultiExitNetwork, clock: FakeClock) -> MultiExitNetwork:
 
 
 def begins(network: MultiExitNetwork) -> list[str]:
-    """Collects what each forward pass from now on was, as it begins: "whole", or "staged" once a head runs."""
+    """Collects what each forward pass from now on was, as it begins: "whole", or "staged" once a
+    head runs.
+    """
     seen: list[str] = []
     network.backbone.blocks[0].register_forward_pre_hook(lambda *_: seen.append("whole"))
     network.heads[0].register_forward_pre_hook(lambda *_: seen.__setitem__(-1, "staged"))
     return seen
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
+# --- what is measured -----------------------------------------------------------------------------
 
 
 def test_stages_heads_and_the_untouched_backbone_are_timed_apart(
@@ -149,7 +153,7 @@ def test_a_device_that_works_in_the_background_is_waited_for(
     assert costs.contract_s() == (1.5, 3.5, 4.25)
 
 
-# --- batch sizes, MACs, files ---------------------------------------------------------------------------------------
+# --- batch sizes, MACs, files ---------------------------------------------------------------------
 
 
 def test_each_batch_size_is_measured(network: MultiExitNetwork, clock: FakeClock) -> None:
@@ -205,7 +209,7 @@ def test_a_profile_comes_back_from_its_file(
     assert CostProfile.load(tmp_path / "costs.json") == costs
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def test_bytes_are_counted_by_operator(network: MultiExitNetwork, clock: FakeClock) -> None:
@@ -306,7 +310,7 @@ def test_counting_bytes_needs_an_example_that_comes_to_every_exit() -> None:
         stage_traffic(network, torch.zeros(2, 8))
 
 
-# --- noise ------------------------------------------------------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------------------
 
 
 def test_the_untouched_backbone_is_compared_with_itself_back_to_back(
@@ -367,11 +371,13 @@ def test_of_few_repeats_nothing_is_said_about_noise(
     assert profile(timed, EXAMPLE, repeats=11, clock=clock).at(1).noise is None
 
 
-# --- energy -----------------------------------------------------------------------------------------------------------
+# --- energy ---------------------------------------------------------------------------------------
 
 
 class Meter:
-    """Knows what the parts of a network draw: 1 J for a block, 0.25 J for a head, 0.5 J for the classifier."""
+    """Knows what the parts of a network draw: 1 J for a block, 0.25 J for a head, 0.5 J for the
+    classifier.
+    """
 
     name = "abacus"
 
@@ -440,11 +446,13 @@ def test_no_energy_is_measured_unless_asked_for(timed: MultiExitNetwork, clock: 
     assert not profile(timed, EXAMPLE, repeats=1, clock=clock).holds("energy")
 
 
-# --- engines ----------------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 
 class InEngine(nn.Module):
-    """A network as an engine runs it: no parameters, operators nobody sees, the structure of the original."""
+    """A network as an engine runs it: no parameters, operators nobody sees, the structure of the
+    original.
+    """
 
     def __init__(self, network: MultiExitNetwork, engine: str, threads: int | None = None) -> None:
         super().__init__()
@@ -521,7 +529,7 @@ def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(
         )
 
 
-# --- what is refused, and what is left as it was --------------------------------------------------------------------
+# --- what is refused, and what is left as it was --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -596,7 +604,7 @@ def test_a_progress_bar_changes_nothing(timed: MultiExitNetwork, clock: FakeCloc
     )
 
 
-# --- the machine's own clock ----------------------------------------------------------------------------------------
+# --- the machine's own clock ----------------------------------------------------------------------
 
 
 def test_real_times_are_positive_and_ordered(network: MultiExitNetwork) -> None:
@@ -607,7 +615,7 @@ def test_real_times_are_positive_and_ordered(network: MultiExitNetwork) -> None:
         assert 0.0 < part.p50 <= part.p90 <= part.p99 <= part.p999 <= part.max
 
 
-# --- several networks in turn -----------------------------------------------------------------------------------------
+# --- several networks in turn ---------------------------------------------------------------------
 
 
 def test_networks_in_turn_meet_a_slow_spell_alike(clock: FakeClock) -> None:

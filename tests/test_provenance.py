@@ -32,7 +32,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-# --- fingerprints -----------------------------------------------------------------------------------------------------
+# --- fingerprints ---------------------------------------------------------------------------------
 
 
 @both
@@ -104,7 +104,7 @@ def test_bytes_have_a_short_fingerprint():
     assert fingerprint_bytes(b"abd") != fingerprint_bytes(b"abc")
 
 
-# --- what made a file -------------------------------------------------------------------------------------------------
+# --- what made a file -----------------------------------------------------------------------------
 
 
 def test_provenance_says_what_is_known_and_when_and_with_what():
@@ -152,7 +152,10 @@ def test_a_file_of_another_schema_version_is_refused(schema):
     value = {**provenance().to_json(), "schema": schema}
     with pytest.raises(
         StorageError,
-        match=rf"schema version {schema!r}; this version of impatient reads {SCHEMA}\. Make it again",
+        match=(
+            rf"schema version {schema!r}; this version of impatient reads {SCHEMA}\. Make it "
+            rf"again"
+        ),
     ):
         Provenance.from_json(value)
 
@@ -166,7 +169,7 @@ def test_entries_that_a_newer_writer_added_are_passed_over():
     assert Provenance.from_json({**provenance(seed=1).to_json(), "mood": "good"}).seed == 1
 
 
-# --- stale files ------------------------------------------------------------------------------------------------------
+# --- stale files ----------------------------------------------------------------------------------
 
 
 def test_what_agrees_passes():
@@ -185,7 +188,11 @@ def test_what_agrees_passes():
     ],
 )
 def test_a_stale_file_says_what_differs_and_what_to_do(name, spoken):
-    message = f"the recording was made with another {spoken}: 'old', but here it is 'new'. To mend it, run `impatient record D`."
+    message = (
+        f"the recording was made with another {spoken}: 'old', but here it is 'new'. To "
+        f"mend "
+        f"it, run `impatient record D`."
+    )
     with pytest.raises(StaleInput) as caught:
         provenance(**{name: "old"}).require(
             "the recording", "run `impatient record D`", **{name: "new"}

@@ -46,7 +46,7 @@ def convolutional(images: Samples) -> MultiExitNetwork:
     return attach_exits(ConvNet(), after=["low", "high"], example=images.inputs)
 
 
-# --- recording --------------------------------------------------------------------------------------------------------
+# --- recording ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [5, 23, 100])
@@ -112,7 +112,7 @@ def test_provenance_changes_with_the_weights_and_names_the_data(network, samples
     assert before.weights != after.weights
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -162,7 +162,7 @@ def test_an_exit_that_some_inputs_never_reach_is_refused():
         record(network, Samples(inputs, torch.zeros(8, dtype=torch.long)), batch_size=4)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", [False, True])

@@ -140,7 +140,7 @@ class Page(HTMLParser):
         return " ".join("".join(self.text).replace("\N{NO-BREAK SPACE}", " ").split())
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page -------------------------------------------------------------------------------------
 
 
 def check_self_contained(text):
@@ -239,7 +239,7 @@ def test_a_network_with_one_exit_and_no_policy_has_a_page():
     assert "No policy was judged" in Page(text).words
 
 
-# --- the headline -----------------------------------------------------------------------------------------------------
+# --- the headline ---------------------------------------------------------------------------------
 
 
 def headline(exit_free_s, head_s=1e-4):
@@ -275,7 +275,7 @@ def test_the_headline_says_when_a_policy_saves_nothing(exit_free_s, verdict):
     assert "less time" not in words
 
 
-# --- examples ---------------------------------------------------------------------------------------------------------
+# --- examples -------------------------------------------------------------------------------------
 
 
 def test_examples_are_the_surest_of_the_first_and_the_least_sure_of_the_last():
@@ -294,7 +294,7 @@ def test_few_samples_are_shared_out_without_repeats():
         assert len(set(early) | set(late)) == len(early) + len(late) == min(16, samples)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def figures(**changes):

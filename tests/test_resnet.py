@@ -1,4 +1,6 @@
-"""The papers' residual networks: what they compute, what they weigh, and what is left of them when cut short."""
+"""The papers' residual networks: what they compute, what they weigh, and what is left of them when
+cut short.
+"""
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def macs_on_nothing(network: nn.Module, side: int) -> int:
     return counter.get_total_flops() // 2
 
 
-# --- blocks ---------------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", [8, 9, 11])
@@ -109,7 +111,7 @@ def test_projection_is_a_strided_convolution_with_a_norm_where_the_shape_changes
     assert torch.equal(same.shortcut(x), x)
 
 
-# --- (n, c) ---------------------------------------------------------------------------------------------------------
+# --- (n, c) ---------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_seed_and_their_names_are_those_of_the_first_version() -> None:
@@ -250,7 +252,7 @@ def test_unknown_variants_are_refused_with_the_known_ones(
         PreActResNet(**wrong)
 
 
-# --- cut short ------------------------------------------------------------------------------------------------------
+# --- cut short ------------------------------------------------------------------------------------
 
 
 def seeded(**options: object) -> PreActResNet:
@@ -310,7 +312,7 @@ def test_depth_that_is_not_there_is_refused_with_the_range(depth: object) -> Non
         PreActResNet(n=2, c=4, depth=depth)
 
 
-# --- for ImageNet ---------------------------------------------------------------------------------------------------
+# --- for ImageNet ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", IMAGENET_RESNETS)
@@ -378,7 +380,7 @@ def test_imagenet_networks_the_paper_does_not_have_are_refused(layers: object) -
         preact_resnet_imagenet(layers=layers)
 
 
-# --- the prediction period ------------------------------------------------------------------------------------------
+# --- the prediction period ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Runs that were stopped go on from where they were: nothing is computed twice, and answers given before stay as they were."""
+"""Runs that were stopped go on from where they were: nothing is computed twice, and answers given
+before stay as they were.
+"""
 
 import gc
 import math
@@ -47,7 +49,7 @@ def sure(*sureness: float) -> Tensor:
     return torch.tensor([[[math.log(p / (1 - p)), 0.0]] for p in sureness])
 
 
-# --- contract runs --------------------------------------------------------------------------------------------------
+# --- contract runs --------------------------------------------------------------------------------
 
 
 def test_an_answer_is_refined_without_computing_anything_twice(
@@ -253,13 +255,15 @@ def macs_up_to(runner: Runner, exit: int) -> dict[Any, float]:
     return {"macs": runner.costs.cumulative_macs("interruptible")[exit]}
 
 
-# --- interruptible runs ---------------------------------------------------------------------------------------------
+# --- interruptible runs ---------------------------------------------------------------------------
 
 
 def stopped_at(
     network: FakeNetwork, exit: int, runner: Runner | None = None, **options: Any
 ) -> tuple[Run, Answer]:
-    """A resumable run, interrupted while the stage after an exit was in flight, which has ended since."""
+    """A resumable run, interrupted while the stage after an exit was in flight, which has ended
+    since.
+    """
     stuck = hold(network, f"stage {exit + 1}")
     run = (runner or runner_of(network, **options)).start(X, resumable=True)
     stuck.wait_reached()
@@ -425,7 +429,7 @@ def test_what_cannot_be_refined_says_why(network: FakeNetwork) -> None:
         run.refine()
 
 
-# --- nothing is left behind -----------------------------------------------------------------------------------------
+# --- nothing is left behind -----------------------------------------------------------------------
 
 
 def test_closing_a_run_that_waits_throws_it_away(network: FakeNetwork) -> None:

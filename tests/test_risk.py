@@ -1,4 +1,6 @@
-"""Guarantees: tails and bounds against other ways to compute them, and how often certified policies break their word."""
+"""Guarantees: tails and bounds against other ways to compute them, and how often certified policies
+break their word.
+"""
 
 import dataclasses
 import functools
@@ -58,11 +60,13 @@ def random(seed):
     return torch.Generator().manual_seed(seed)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def test_losses_by_hand():
-    """Samples: both right, only the exit, only the full network, both wrong alike, both wrong differently."""
+    """Samples: both right, only the exit, only the full network, both wrong alike, both wrong
+    differently.
+    """
     answers = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 0, 1, 2]])
     outputs = torch.eye(3)[answers]
     labels = torch.zeros(5, dtype=torch.long)
@@ -104,7 +108,7 @@ def test_losses_are_each_below_the_next():
     assert gap.min() == -1.0
 
 
-# --- p-values and bounds against other ways to compute them ---------------------------------------------------------------
+# --- p-values and bounds against other ways to compute them ---------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,8 +136,9 @@ def test_hoeffding_bentkus_takes_losses_between_0_and_1():
     )
 
 
-# mapie 1.6.0: compute_hoeffding_bentkus_p_value(array(lost) / 200, 200, 0.1), with binary=True, and FWERFixedSequenceTesting.
-# It rounds 14 / 200 * 200 up to 15; there it differs from binom.cdf(14, 200, 0.1), and from us.
+# mapie 1.6.0: compute_hoeffding_bentkus_p_value(array(lost) / 200, 200, 0.1), with binary=True, and
+# FWERFixedSequenceTesting. It rounds 14 / 200 * 200 up to 15; there it differs from binom.cdf(14,
+# 200, 0.1), and from us.
 MAPIE = {
     "lost": [2, 5, 10, 12, 16, 17, 20, 15, 30],
     "hoeffding_bentkus": [
@@ -241,7 +246,9 @@ def test_many_at_once_are_as_one_by_one():
 @pytest.mark.parametrize("samples", [100, 1000])
 @pytest.mark.parametrize("values", [(0.02, 0.0), (0.12, 0.1)], ids=["rare", "signed"])
 def test_bounds_are_below_the_true_mean_no_more_often_than_delta(samples, values):
-    """1,000 samples of losses 1 with probability p and -1 with probability q; 0.1 plus three standard errors are 0.128."""
+    """1,000 samples of losses 1 with probability p and -1 with probability q; 0.1 plus three
+    standard errors are 0.128.
+    """
     plus, minus = values
     draws = torch.rand(TRIALS, samples, generator=random(samples), dtype=torch.float64)
     losses = (draws < plus).double() - (draws > 1 - minus).double()
@@ -251,14 +258,17 @@ def test_bounds_are_below_the_true_mean_no_more_often_than_delta(samples, values
     assert float(bounds.median()) <= plus - minus + 5 * math.sqrt((plus + minus) / samples)
 
 
-# --- which candidates pass: how often the word is broken ------------------------------------------------------------------
+# --- which candidates pass: how often the word is broken ------------------------------------------
 
-# true risks of candidates from safe to bold; the first that breaks epsilon = 0.05 breaks it by a hair, the worst case
+# true risks of candidates from safe to bold; the first that breaks epsilon = 0.05 breaks it by a
+# hair, the worst case
 RISKS = torch.tensor([0.0, 0.02, 0.0501, 0.06, 0.2])
 
 
 def trials(samples, seed=0):
-    """Losses [1000, 5, samples] of 0 and 1: whoever is lost at a candidate is lost at all bolder ones."""
+    """Losses [1000, 5, samples] of 0 and 1: whoever is lost at a candidate is lost at all bolder
+    ones.
+    """
     return (torch.rand(TRIALS, 1, samples, generator=random(seed)) < RISKS[:, None]).double()
 
 
@@ -297,7 +307,9 @@ def test_taking_the_mean_at_its_word_breaks_it_half_of_the_time():
 
 @pytest.mark.parametrize("samples", [100, 1000])
 def test_the_word_about_a_signed_gap_is_kept(samples):
-    """Losses of -1, 0 and 1: policies mend some answers of the full network. Mean gaps as RISKS, 0.05 is broken by a hair."""
+    """Losses of -1, 0 and 1: policies mend some answers of the full network. Mean gaps as RISKS,
+    0.05 is broken by a hair.
+    """
     mended = 0.04
     draws = torch.rand(TRIALS, 1, samples, generator=random(3))
     losses = (draws < RISKS[:, None] + mended).double() - (draws > 1 - mended).double()
@@ -320,7 +332,9 @@ def test_upper_confidence_is_betting_by_another_name():
 @pytest.mark.parametrize("samples", [100, 1000])
 @pytest.mark.parametrize("monotone", [True, False])
 def test_conformal_control_keeps_the_mean_over_splits(samples, monotone):
-    """40 candidates of true risk 0 to 0.1: the mean risk of those chosen is at most 0.05 plus three standard errors."""
+    """40 candidates of true risk 0 to 0.1: the mean risk of those chosen is at most 0.05 plus three
+    standard errors.
+    """
     risks = torch.linspace(0, 0.1, 40)
     shape = (TRIALS if samples == 100 else 200, 1 if monotone else 40, samples)
     losses = (torch.rand(shape, generator=random(samples)) < risks[:, None]).double()
@@ -373,7 +387,7 @@ def test_losses_that_a_method_is_not_valid_for_are_refused(function, loss):
         function(torch.tensor([0.0, loss]), 0.1)
 
 
-# --- control of policies --------------------------------------------------------------------------------------------------
+# --- control of policies --------------------------------------------------------------------------
 
 POPULATION = drawn(50_000, seed=100)
 FITTED = fit_thresholds(drawn(2000, seed=101, split="fit"), COSTS, max_accuracy_loss=0.02)
@@ -455,7 +469,9 @@ def test_the_bound_of_a_signed_gap_is_between_its_risk_and_epsilon():
 
 
 def test_the_order_of_the_recording_does_not_matter():
-    """Sorted so that losses come late, bets on samples as they are recorded are won before the first loss is seen."""
+    """Sorted so that losses come late, bets on samples as they are recorded are won before the
+    first loss is seen.
+    """
     recording = calibration(2)
     losses = policy_losses(FAMILY, recording, "positive_gap")
     order = losses.sum(0).argsort()
@@ -472,7 +488,8 @@ def test_the_order_of_the_recording_does_not_matter():
 def test_the_statement_says_how_sure_of_what():
     sure_of = functools.partial(control_risk, FAMILY, calibration(0))
     assert sure_of(epsilon=0.05).certificate.statement.startswith(
-        "With probability 95 %, at most 5 % of inputs are answered wrongly that the full network answers rightly "
+        "With probability 95 %, at most 5 % of inputs are answered wrongly that the full network "
+        "answers rightly "
         "(learn_then_test; 1000 samples of 'validation'"
     )
     assert (
@@ -531,7 +548,9 @@ def test_selections_among_networks_are_controlled_by_who_answers():
 
 
 def test_gates_on_features_are_controlled():
-    """Features that tell where exit 0 is right: gates fitted on one part stop there, and are certified on the other."""
+    """Features that tell where exit 0 is right: gates fitted on one part stop there, and are
+    certified on the other.
+    """
     outputs, labels = sure([[1, 0] * 400, [1] * 800], [[0.7] * 800, [0.9] * 800])
     told = torch.tensor([[1.0], [-1.0]] * 400)
     fit, held_out = split_recording(
@@ -548,7 +567,7 @@ def test_gates_on_features_are_controlled():
     assert controlled.policy.exits_on(held_out).equal((held_out.features[0][:, 0] < 0).long())
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["positive_gap", "accuracy_gap"])
@@ -625,7 +644,7 @@ def test_no_candidates_are_refused():
         control_risk([], calibration(0), epsilon=0.05)
 
 
-# --- what becomes of the chosen policy ------------------------------------------------------------------------------------
+# --- what becomes of the chosen policy ------------------------------------------------------------
 
 
 def test_the_chosen_policy_is_not_judged_on_what_it_was_controlled_on():
@@ -652,7 +671,7 @@ def test_certificates_come_back_from_files(tmp_path):
         Certificate.load(tmp_path / "policy.json")
 
 
-# --- candidates -----------------------------------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------
 
 
 def mean_exits(family, recording):
@@ -726,7 +745,7 @@ def test_an_empty_grid_is_an_empty_family():
     assert threshold_family(3, grid=[]) == ()
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def numbered(samples):

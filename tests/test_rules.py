@@ -40,7 +40,9 @@ def by_hand(*thresholds, score="max_probability"):
 
 
 def judged(policy, recording, costs, cost_of=None):
-    """Mean cost and accuracy per sample, straight from the definition: heads that are looked at on the way are paid."""
+    """Mean cost and accuracy per sample, straight from the definition: heads that are looked at on
+    the way are paid.
+    """
     exits = policy.exits_of(recording.outputs)
     cost = torch.tensor(
         (cost_of or costs.cumulative_s)("interruptible", heads=policy.open_exits()),
@@ -50,7 +52,7 @@ def judged(policy, recording, costs, cost_of=None):
     return cost[exits], right
 
 
-# --- what a policy does -----------------------------------------------------------------------------------------------
+# --- what a policy does ---------------------------------------------------------------------------
 
 
 def test_each_sample_stops_at_the_first_exit_that_is_sure_enough():
@@ -109,7 +111,7 @@ def test_an_unknown_score_is_refused():
         ThresholdPolicy.from_json({**by_hand(-INF).to_json(), "score": "gut feeling"})
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_a_saved_policy_comes_back_with_its_infinities(tmp_path):
@@ -148,7 +150,7 @@ def test_a_policy_of_another_schema_is_refused(tmp_path):
         ThresholdPolicy.load(tmp_path / "policy.json")
 
 
-# --- shares -----------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def shares_of(thresholds, scores):
@@ -179,7 +181,7 @@ def test_an_exit_without_a_share_is_closed():
     assert thresholds_for_shares(torch.rand(3, 10), [0.0, 0.5, 0.5])[0] == INF
 
 
-# --- fitting: targets are kept ----------------------------------------------------------------------------------------
+# --- fitting: targets are kept --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -261,7 +263,9 @@ def test_the_time_that_was_allowed_is_used(target, floor):
 
 
 def test_a_fitted_mean_time_is_met_on_fresh_data():
-    """In 12 repeats with N = 5000 the 95 % intervals of the fresh mean times miss the fitted ones 3 times at most."""
+    """In 12 repeats with N = 5000 the 95 % intervals of the fresh mean times miss the fitted ones 3
+    times at most.
+    """
     misses = 0
     over = 0
     for seed in range(12):
@@ -287,7 +291,9 @@ def test_a_fitted_accuracy_loss_is_met_on_fresh_data():
 
 
 def test_where_the_truth_is_known_the_fitted_policy_finds_it():
-    """Exit 0 is right exactly where it is surer than 0.8, exit 1 is never of use: the best policy is known."""
+    """Exit 0 is right exactly where it is surer than 0.8, exit 1 is never of use: the best policy
+    is known.
+    """
     random = torch.Generator().manual_seed(0)
     surety = torch.rand(3, 2000, generator=random) * 0.49 + 0.5
     right = [(surety[0] > 0.8).int().tolist(), [0] * 2000, [1] * 2000]
@@ -303,7 +309,9 @@ def test_where_the_truth_is_known_the_fitted_policy_finds_it():
 
 
 def test_a_closed_exit_pays_no_head():
-    """With a head that costs more than it can save, the exit is closed and the mean cost is that of the rest."""
+    """With a head that costs more than it can save, the exit is closed and the mean cost is that of
+    the rest.
+    """
     recording = drawn(500, seed=5, gains=(1.0, 2.0, 3.0))
     dear = costs_of([1.0, 1.0, 1.0], [0.1, 50.0, 0.0])
     policy = fit_thresholds(recording, dear, max_accuracy_loss=0.1)
@@ -326,11 +334,13 @@ def test_the_statistic_that_was_asked_for_is_counted():
         fit_thresholds(recording, costs, mean_time_s=2.0, statistic="p99")
 
 
-# --- fitting: ties ----------------------------------------------------------------------------------------------------
+# --- fitting: ties --------------------------------------------------------------------------------
 
 
 def test_equal_scores_leave_together():
-    """Splitting a tie would look better than any threshold can do; what the policy says it reached, it does."""
+    """Splitting a tie would look better than any threshold can do; what the policy says it reached,
+    it does.
+    """
     right = [[1, 1, 1, 0, 0, 0, 1, 1], [1] * 8]
     recording = recording_of(*sure(right, [[0.9, 0.8, 0.8, 0.8, 0.8, 0.7, 0.6, 0.6], [0.99] * 8]))
     costs = costs_of([1.0, 1.0], [0.1, 0.0])
@@ -345,7 +355,9 @@ def test_equal_scores_leave_together():
 
 
 def test_neighbouring_scores_are_told_apart_in_single_precision():
-    """The middle of two neighbours in float32 rounds to one of them; the lower one must not leave with the higher."""
+    """The middle of two neighbours in float32 rounds to one of them; the lower one must not leave
+    with the higher.
+    """
     logits = torch.linspace(0.5, 0.55, 100_001)
     scores, order = torch.stack([logits, torch.zeros_like(logits)], -1).softmax(-1).amax(-1).sort()
     bits = scores.numpy().view(np.int32)
@@ -361,7 +373,7 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
     assert policy.exits_of(outputs).tolist() == [0] * 10 + [1] * 10
 
 
-# --- fitting: against every combination of thresholds -----------------------------------------------------------------
+# --- fitting: against every combination of thresholds ---------------------------------------------
 
 
 def every_policy(recording, costs):
@@ -388,7 +400,9 @@ def tiny():
 
 @pytest.mark.filterwarnings("ignore::impatient.errors.NoEffectWarning")
 def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
-    """For losses that lie on the convex hull: the optimum in 4 of 5 cases, and 1 % above it on average."""
+    """For losses that lie on the convex hull: the optimum in 4 of 5 cases, and 1 % above it on
+    average.
+    """
     costs, cases = tiny
     gaps = []
     for recording, cost, accuracy in cases:
@@ -430,7 +444,7 @@ def test_off_the_hull_fitting_is_near_the_best_policy_there_is(tiny):
     assert np.mean(worse) <= 0.5 / 12
 
 
-# --- fitting: what cannot be --------------------------------------------------------------------------------------------
+# --- fitting: what cannot be ----------------------------------------------------------------------
 
 
 def test_a_time_below_the_first_exit_cannot_be_reached():
@@ -461,7 +475,10 @@ def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
 def test_exactly_one_target_is_needed(given):
     with pytest.raises(
         PolicyError,
-        match="exactly one target of mean_time_s, mean_macs, mean_bytes, mean_energy_j, max_accuracy_loss",
+        match=(
+            "exactly one target of mean_time_s, mean_macs, mean_bytes, mean_energy_j, "
+            "max_accuracy_loss"
+        ),
     ):
         fit_thresholds(drawn(10, seed=8), COSTS, **given)
 

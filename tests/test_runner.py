@@ -1,4 +1,6 @@
-"""Contract runs: how deep a deadline lets a run go, what it pays on the way, and how often it is late."""
+"""Contract runs: how deep a deadline lets a run go, what it pays on the way, and how often it is
+late.
+"""
 
 import dataclasses
 import math
@@ -39,7 +41,7 @@ def heads(network: FakeNetwork) -> list[str]:
     return [part for part in network.ran if part.startswith("head")]
 
 
-# --- how deep -------------------------------------------------------------------------------------------------------
+# --- how deep -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exit", range(4))
@@ -78,7 +80,7 @@ def test_without_a_deadline_the_last_exit_answers(network: FakeNetwork) -> None:
     assert runner_of(network).run(X).exit == 3
 
 
-# --- too late -------------------------------------------------------------------------------------------------------
+# --- too late -------------------------------------------------------------------------------------
 
 
 def test_a_budget_before_the_first_exit_is_answered_late_and_says_so(network: FakeNetwork) -> None:
@@ -134,7 +136,7 @@ def test_an_answer_at_the_very_deadline_is_in_time(network: FakeNetwork) -> None
     assert (answer.exit, answer.deadline_met) == (1, True)
 
 
-# --- the plan follows the time really spent -------------------------------------------------------------------------
+# --- the plan follows the time really spent -------------------------------------------------------
 
 
 def test_a_slow_stage_shortens_the_run(network: FakeNetwork) -> None:
@@ -181,7 +183,7 @@ def test_a_batch_size_that_was_not_profiled_is_an_error(network: FakeNetwork) ->
     assert network.ran == []
 
 
-# --- drift ----------------------------------------------------------------------------------------------------------
+# --- drift ----------------------------------------------------------------------------------------
 
 
 def test_drift_is_one_on_the_profiled_machine(network: FakeNetwork) -> None:
@@ -239,7 +241,9 @@ def test_a_load_that_is_over_is_forgotten_when_two_hundred_stages_have_passed(
 
 
 def test_what_is_observed_is_what_was_predicted(network: FakeNetwork) -> None:
-    """A stage that was passed is compared with its own profile, the one that answered together with its head."""
+    """A stage that was passed is compared with its own profile, the one that answered together with
+    its head.
+    """
     runner = runner_of(network)
     told = []
     runner._drift.observe = told.append  # type: ignore[method-assign]
@@ -295,7 +299,7 @@ def test_warming_up_runs_every_profiled_batch_size_in_both_ways(
     assert len(heads(network)) == 2 * 2 * (1 + 4)
 
 
-# --- policies -------------------------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 def policy_of(*thresholds: float) -> ThresholdPolicy:
@@ -374,7 +378,7 @@ def test_time_that_the_policy_takes_to_look_is_counted(clock: FakeClock) -> None
     assert (answer.exit, answer.deadline_met, answer.elapsed_s) == (2, True, 4.5)
 
 
-# --- what belongs together ------------------------------------------------------------------------------------------
+# --- what belongs together ------------------------------------------------------------------------
 
 
 def test_costs_of_another_number_of_exits_are_an_error(network: FakeNetwork) -> None:
@@ -485,7 +489,7 @@ def test_work_that_a_device_still_does_in_the_background_is_waited_for(
     assert (found.exit, found.elapsed_s, found.deadline_met) == (1, 2.5, True)
 
 
-# --- guarantees -----------------------------------------------------------------------------------------------------
+# --- guarantees -----------------------------------------------------------------------------------
 
 seconds = st.floats(1e-4, 10.0)
 share = st.floats(0.0, 1.0)
@@ -544,7 +548,9 @@ def lognormal(draw: random.Random) -> float:
 def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
     statistic: str, late: float
 ) -> None:
-    """The hardest case: what is left is the quantile itself. Late runs are binomial, so within 3 standard deviations."""
+    """The hardest case: what is left is the quantile itself. Late runs are binomial, so within 3
+    standard deviations.
+    """
     draw = random.Random(0)
     clock = FakeClock()
     begun = 4000
@@ -564,7 +570,9 @@ def test_a_stage_begun_at_the_last_moment_is_late_as_often_as_its_quantile_says(
 
 
 def test_random_stages_and_random_deadlines_are_late_no_more_often_than_the_p99_says() -> None:
-    """At most one stage of a run can be late, and each by 1 %: misses are at most binomial(4000, 0.01) plus 3 deviations."""
+    """At most one stage of a run can be late, and each by 1 %: misses are at most binomial(4000,
+    0.01) plus 3 deviations.
+    """
     draw = random.Random(1)
     runs = 4000
     profiled = [Quantiles.of([lognormal(draw) for _ in range(20_000)]) for _ in range(8)]
@@ -579,7 +587,9 @@ def test_random_stages_and_random_deadlines_are_late_no_more_often_than_the_p99_
 
 
 def test_under_a_load_that_nobody_profiled_misses_come_back_to_the_p99() -> None:
-    """Everything takes three times as long and varies twice as much: late while that is new, then as often as wanted."""
+    """Everything takes three times as long and varies twice as much: late while that is new, then
+    as often as wanted.
+    """
     draw = random.Random(2)
     runs = 3000
     slow = False

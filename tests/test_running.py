@@ -42,7 +42,7 @@ def inner(toy: nn.Module) -> MultiExitNetwork:
     return network_of(toy)
 
 
-# --- the same outputs by every way ------------------------------------------------------------------------------------
+# --- the same outputs by every way ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +84,7 @@ def test_what_the_inner_network_is_shows_through(inner, toy_input):
         assert ensemble.pooled(mine).equal(inner.pooled(exit))
 
 
-# --- staged runs ------------------------------------------------------------------------------------------------------
+# --- staged runs ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -226,7 +226,7 @@ def test_an_abandoned_run_leaves_nothing(inner, toy_input, abandon: Callable[...
     )
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,7 +267,7 @@ def test_options_reach_the_inner_forward(inner, toy_input):
     assert not torch.allclose(gradients(gradients=GradientFlow(equilibrium=True)), gradients())
 
 
-# --- the state it keeps -----------------------------------------------------------------------------------------------
+# --- the state it keeps ---------------------------------------------------------------------------
 
 
 def test_weights_are_the_inner_networks_own(inner):
@@ -331,7 +331,7 @@ def test_wrong_temperatures_are_refused(inner, temperatures):
         RunningEnsemble(inner, "poe", temperatures)
 
 
-# --- costs and runs against the clock ---------------------------------------------------------------------------------
+# --- costs and runs against the clock -------------------------------------------------------------
 
 
 def test_heads_are_counted_to_their_stages(inner, toy_input):

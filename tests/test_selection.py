@@ -1,4 +1,6 @@
-"""Selection among networks: graphs, the recursion against brute force, what a fitted policy does, curves and baselines."""
+"""Selection among networks: graphs, the recursion against brute force, what a fitted policy does,
+curves and baselines.
+"""
 
 import functools
 import itertools
@@ -50,7 +52,7 @@ def cost_of(policy, recording, price, reference="none"):
     return losses[route.answering, torch.arange(len(route.answering))] + price * route.time_s
 
 
-# --- graphs -----------------------------------------------------------------------------------------------------------
+# --- graphs ---------------------------------------------------------------------------------------
 
 
 def test_the_papers_topologies():
@@ -106,7 +108,7 @@ def test_a_topology_comes_back_from_json():
         Topology.from_json({"nodes": ["A"]})
 
 
-# --- what decisions see -----------------------------------------------------------------------------------------------
+# --- what decisions see ---------------------------------------------------------------------------
 
 
 def test_features_tell_the_probabilities_and_who_agrees():
@@ -127,12 +129,13 @@ def test_features_of_all_networks_on_a_chain_hold_those_before():
     assert deep >= {tuple(column) for column in selection_features(list(outputs[:2])).T.tolist()}
 
 
-# --- the recursion ----------------------------------------------------------------------------------------------------
+# --- the recursion --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reference", ["none", "full"])
 def test_the_second_decision_alone_follows_the_corrected_truth_table(reference):
-    # (L2, L3) = (1, 0): go. (0, 1), (0, 0), (1, 1): stop. The seed's labels have the first two the other way round.
+    # (L2, L3) = (1, 0): go. (0, 1), (0, 0), (1, 1): stop. The seed's labels have the first two the
+    # other way round.
     right = [[0, 1, 1, 0], [1, 0, 1, 0]]
     recording = problem(right, [[0.55, 0.9, 0.8, 0.7], [0.6, 0.6, 0.6, 0.6]], times=50)
     policy = fit_selection(
@@ -303,7 +306,8 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
 
 
 def test_sweeps_fit_to_the_samples_that_arrive():
-    # most samples stop at node 0, but would go on at node 1, where the others, which had better stop there, look like them
+    # most samples stop at node 0, but would go on at node 1, where the others, which had better
+    # stop there, look like them
     right = [[1, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 1]]
     recording = problem(right, [[0.9] * 4 + [0.6] * 3, [0.7] * 7, [0.7] * 7], times=20)
     fit = functools.partial(
@@ -325,7 +329,7 @@ def test_sweeps_never_cost_more_on_their_own_samples():
         )
 
 
-# --- pruning and the price of deciding --------------------------------------------------------------------------------
+# --- pruning and the price of deciding ------------------------------------------------------------
 
 
 def test_a_network_that_nobody_is_sent_to_is_pruned():
@@ -355,14 +359,16 @@ def test_where_all_go_on_nothing_is_decided_and_no_decision_is_paid():
 
 def test_a_decision_that_does_not_earn_its_time_is_left_out():
     recording = problem([[1, 0], [1, 1]], [[0.9, 0.6], [0.8, 0.8]], times=40)
-    # blind: 0.1 x 4 for all; with a decision 0.1 x 4 for half of them, and the decision: worth it below 2 seconds
+    # blind: 0.1 x 4 for all; with a decision 0.1 x 4 for half of them, and the decision: worth it
+    # below 2 seconds
     fit = functools.partial(fit_selection, recording, [1.0, 4.0], Topology.chain(2), time_price=0.1)
     assert fit(gate_s=1.9).decisions
     assert fit(gate_s=2.1).moves == ((1,), (STOP,))
 
 
 def test_the_time_of_later_decisions_counts_before_them():
-    # node 1 decides for 2 seconds; going there and on is worth 0.6 without them, and not worth 0.6 with them
+    # node 1 decides for 2 seconds; going there and on is worth 0.6 without them, and not worth 0.6
+    # with them
     recording = problem(
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0.9, 0.6, 0.6], [0.8, 0.9, 0.6], [0.8] * 3], times=40
     )
@@ -373,7 +379,7 @@ def test_the_time_of_later_decisions_counts_before_them():
     assert 2 not in fit(gate_s=2.0).visits
 
 
-# --- what a policy does -----------------------------------------------------------------------------------------------
+# --- what a policy does ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -512,7 +518,7 @@ def test_what_cannot_be_fitted_is_refused(changes, complaint):
         fit_selection(drawn(50, seed=8), **given)
 
 
-# --- targets and curves -----------------------------------------------------------------------------------------------
+# --- targets and curves ---------------------------------------------------------------------------
 
 FEW = drawn(500, seed=11)
 FEW_S = [1.0, 2.0, 4.0, 8.0]
@@ -568,7 +574,7 @@ def test_two_neighbours_mixed_meet_a_mean_time(tmp_path):
         MixedSelection.load(tmp_path / "one.safetensors")
 
 
-# --- baselines --------------------------------------------------------------------------------------------------------
+# --- baselines ------------------------------------------------------------------------------------
 
 
 def test_single_networks():

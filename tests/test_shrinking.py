@@ -19,7 +19,9 @@ CUTS = ["blocks.0", "blocks.1"]
 
 
 class Chain(nn.Module):
-    """Three blocks whose features are all that crosses a cut; writes down how many rows each block ran on."""
+    """Three blocks whose features are all that crosses a cut; writes down how many rows each block
+    ran on.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +65,9 @@ class Centred(Chain):
 
 
 class Ordered(Chain):
-    """Remembers the largest entry of every sample, and looks it up by place: right in number, wrong in row."""
+    """Remembers the largest entry of every sample, and looks it up by place: right in number, wrong
+    in row.
+    """
 
     from_end = False
 
@@ -116,7 +120,9 @@ class Wrapping(nn.Module):
 
 
 class Attending(nn.Module):
-    """Token ids and, if given, a mask that all blocks see; the mask is dropped where it masks nothing, as libraries do."""
+    """Token ids and, if given, a mask that all blocks see; the mask is dropped where it masks
+    nothing, as libraries do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +155,7 @@ def assert_rows(found: Tensor, whole: Tensor, rows: list[int]) -> None:
     torch.testing.assert_close(found, whole[rows])
 
 
-# --- keep -----------------------------------------------------------------------------------------------------------
+# --- keep -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [[4, 0], [3], [0, 1, 2, 3, 4], [2, 2, 1]])
@@ -280,7 +286,7 @@ def test_one_kept_row_that_is_broadcast_over_the_old_batch_is_noticed(
             next(run)
 
 
-# --- shrinks --------------------------------------------------------------------------------------------------------
+# --- shrinks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -380,7 +386,7 @@ def test_several_threads_may_ask_at_once() -> None:
     assert found == [True] * 4
 
 
-# --- made-up samples ------------------------------------------------------------------------------------------------
+# --- made-up samples ------------------------------------------------------------------------------
 
 
 def test_made_up_samples_differ_and_have_the_kind_of_the_input() -> None:

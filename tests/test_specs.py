@@ -47,7 +47,7 @@ def outputs(model: nn.Module, x: Any = IMAGE) -> Any:
     return getattr(output, "logits", output)
 
 
-# --- this library's own ---------------------------------------------------------------------------------------------
+# --- this library's own ---------------------------------------------------------------------------
 
 
 def test_own_network_takes_options() -> None:
@@ -118,7 +118,7 @@ def test_errors_of_our_own_networks_stay_as_they_are() -> None:
         load_model("impatient:resnet:n=0")
 
 
-# --- torchvision ----------------------------------------------------------------------------------------------------
+# --- torchvision ----------------------------------------------------------------------------------
 
 
 @needs_torchvision
@@ -173,7 +173,7 @@ def test_importing_torchvision_twice_gives_the_same_one() -> None:
     assert import_torchvision() is import_torchvision()
 
 
-# --- timm -----------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 @needs_timm
@@ -191,7 +191,7 @@ def test_misspelt_timm_model_is_refused_with_near_names() -> None:
         load_model("timm:tst_resnet")
 
 
-# --- transformers ---------------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 
 
 @needs_transformers
@@ -252,7 +252,7 @@ def test_configuration_file_that_is_not_there_is_refused_without_looking_elsewhe
         load_model("transformers:no_such_folder/config.json")
 
 
-# --- a user's own ---------------------------------------------------------------------------------------------------
+# --- a user's own ---------------------------------------------------------------------------------
 
 MODULE = """
 from torch import nn
@@ -352,14 +352,17 @@ def test_module_that_fails_on_import_is_refused_with_the_reason(own: str, tmp_pa
         load_model("wrong_for_tests:build")
 
 
-# --- specs that cannot be read --------------------------------------------------------------------------------------
+# --- specs that cannot be read --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "spec", ["", "resnet50", ":resnet50", "torchvision:", "torchvision", "::", "impatient::n=3"]
 )
 def test_spec_without_source_or_name_is_refused_with_examples(spec: str) -> None:
-    message = rf"cannot read the model spec '{re.escape(spec)}'; needed: SOURCE:NAME.*impatient:resnet.*mypackage"
+    message = (
+        rf"cannot read the model spec '{re.escape(spec)}'; needed: "
+        rf"SOURCE:NAME.*impatient:resnet.*mypackage"
+    )
     with pytest.raises(ModelSpecError, match=message):
         load_model(spec)
 

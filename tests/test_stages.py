@@ -69,7 +69,7 @@ def toy_network(toy: nn.Module, **options: Any) -> MultiExitNetwork:
     return attach(toy, "blocks.0", "blocks.2", **options)
 
 
-# --- the iterator ---------------------------------------------------------------------------------------------------
+# --- the iterator ---------------------------------------------------------------------------------
 
 
 class Logged(nn.Module):
@@ -175,7 +175,7 @@ def test_backbone_called_by_itself_is_not_disturbed_by_its_hooks(
     assert_same([toy(toy_input)], [before])
 
 
-# --- (a) modes ------------------------------------------------------------------------------------------------------
+# --- (a) modes ------------------------------------------------------------------------------------
 
 MODES: dict[str, Callable[[], Any]] = {
     "nothing": contextlib.nullcontext,
@@ -200,7 +200,9 @@ def modes() -> tuple[Any, ...]:
 
 
 class Modal(nn.Module):
-    """Runs two of its blocks in a mode of its own, and writes down in which modes each part found itself."""
+    """Runs two of its blocks in a mode of its own, and writes down in which modes each part found
+    itself.
+    """
 
     def __init__(self, mode: str) -> None:
         super().__init__()
@@ -377,7 +379,7 @@ def test_gradients_survive_a_step_taken_under_no_grad(
     assert toy.blocks[0][0].weight.grad.abs().sum() > 0
 
 
-# --- (b) abandoned runs ---------------------------------------------------------------------------------------------
+# --- (b) abandoned runs ---------------------------------------------------------------------------
 
 
 class Activation:
@@ -616,7 +618,7 @@ print("paused")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "paused\n", "")
 
 
-# --- (c) other threads ----------------------------------------------------------------------------------------------
+# --- (c) other threads ----------------------------------------------------------------------------
 
 
 def in_thread(work: Callable[[], Any]) -> Any:
@@ -729,7 +731,7 @@ def test_run_asked_for_here_may_be_advanced_elsewhere_in_the_modes_of_here(
     assert all(output.is_inference() for output in outputs)
 
 
-# --- (d) in-place operations after a cut ----------------------------------------------------------------------------
+# --- (d) in-place operations after a cut ----------------------------------------------------------
 
 
 def in_place(inplace: bool = True) -> nn.Module:
@@ -849,7 +851,7 @@ def test_output_after_a_later_stage_failed_is_refused_unless_kept() -> None:
                 exit.output()
 
 
-# --- (e) heads ------------------------------------------------------------------------------------------------------
+# --- (e) heads ------------------------------------------------------------------------------------
 
 
 class Counting(nn.Module):
@@ -953,7 +955,7 @@ def test_asking_a_head_leaves_the_callers_modes_alone(
         assert modes() == before
 
 
-# --- (f) context variables ------------------------------------------------------------------------------------------
+# --- (f) context variables ------------------------------------------------------------------------
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="nobody")
 
@@ -1014,7 +1016,7 @@ def test_context_variables_reach_a_network_inside_a_staged_model(request_of_call
     assert inner.backbone.seen == ["caller", "the model"]
 
 
-# --- (g) several runs at once ---------------------------------------------------------------------------------------
+# --- (g) several runs at once ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["0101010", "0011011", "1000111", "1110001"])
@@ -1070,7 +1072,7 @@ def test_threads_may_each_run_the_same_network() -> None:
         assert_same(outputs[which], [*expected[which], *expected[which]])
 
 
-# --- (h) exceptions -------------------------------------------------------------------------------------------------
+# --- (h) exceptions -------------------------------------------------------------------------------
 
 
 class Failing(Modal):
@@ -1146,7 +1148,7 @@ def test_exception_of_a_head_does_not_end_the_run(toy: nn.Module, toy_input: Ten
     assert_same([exit.output() for exit in walk], expected[1:])
 
 
-# --- (i) a network inside a model -----------------------------------------------------------------------------------
+# --- (i) a network inside a model -----------------------------------------------------------------
 
 
 class Containing(nn.Module):
@@ -1228,7 +1230,7 @@ def test_outer_run_may_pause_while_an_inner_one_is_paused(toy: nn.Module) -> Non
     assert paused_runs() == before
 
 
-# --- (j) copies -----------------------------------------------------------------------------------------------------
+# --- (j) copies -----------------------------------------------------------------------------------
 
 
 def test_copied_network_has_exits_of_its_own(toy: nn.Module, toy_input: Tensor) -> None:
@@ -1293,7 +1295,7 @@ def test_two_networks_may_share_one_backbone(toy: nn.Module, toy_input: Tensor) 
     assert len(toy.blocks[1]._forward_hooks) == 1
 
 
-# --- (k) control flow that depends on the data ----------------------------------------------------------------------
+# --- (k) control flow that depends on the data ----------------------------------------------------
 
 
 class Halting(nn.Module):
@@ -1387,7 +1389,7 @@ def test_cut_shows_the_call_only_when_it_is_not_the_first() -> None:
     assert [str(Cut("a")), str(Cut("a", 2))] == ["a", "a@2"]
 
 
-# --- (l) inputs and outputs that are not one tensor -----------------------------------------------------------------
+# --- (l) inputs and outputs that are not one tensor -----------------------------------------------
 
 
 @dataclass

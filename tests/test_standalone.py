@@ -1,4 +1,6 @@
-"""The runtime without torch: engine parts, exported directories, runs against the clock, the command line."""
+"""The runtime without torch: engine parts, exported directories, runs against the clock, the
+command line.
+"""
 
 import contextlib
 import json
@@ -272,7 +274,9 @@ def test_arrays_in_odd_memory_are_taken(export: Export, engine: str):
 
 
 def write_wide(path: Path, layers: int = 1) -> None:
-    """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs: tanh of x times w, repeated."""
+    """A part that takes a while (layers times 256 x 512 x 512 at 256 rows), with large outputs:
+    tanh of x times w, repeated.
+    """
     nodes = []
     for layer in range(layers):
         nodes += [

@@ -243,7 +243,7 @@ def test_samples_that_are_kept_are_those_given(run: StreamedRun, session: Sessio
     np.testing.assert_array_equal(next(run).output()[:, 0], [2.0])
 
 
-# --- in the engines -----------------------------------------------------------------------------------------------------
+# --- in the engines -------------------------------------------------------------------------------
 
 WIDTH = 256
 DEPTH = 24

@@ -1,4 +1,6 @@
-"""The training loop: what it learns, what moves, and that stopping and going on changes nothing, not one bit."""
+"""The training loop: what it learns, what moves, and that stopping and going on changes nothing,
+not one bit.
+"""
 
 import csv
 import dataclasses
@@ -107,7 +109,7 @@ def plain(history: History) -> list[dict[str, Any]]:
     return [{**dataclasses.asdict(entry), "seconds": None} for entry in history.epochs]
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_training_works_outside_the_main_thread():
     assert len(done[0].epochs) == 1
 
 
-# --- weights ----------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -290,7 +292,9 @@ def test_an_exit_that_no_budget_ends_at_is_not_trained():
 
 
 def test_weights_scale_the_step_as_they_are():
-    """One plain step of gradient descent on one batch moves the last layer in proportion to the last exit's weight."""
+    """One plain step of gradient descent on one batch moves the last layer in proportion to the
+    last exit's weight.
+    """
     recipe = Recipe(epochs=1, batch_size=88, lr=0.01, momentum=0.0, weight_decay=0.0, warmup=0.0)
     moves = []
     for weight in (1.0, 4.0):
@@ -304,7 +308,7 @@ def test_weights_scale_the_step_as_they_are():
     assert moves[0].abs().max() > 0
 
 
-# --- regimes: what moves ----------------------------------------------------------------------------------------------
+# --- regimes: what moves --------------------------------------------------------------------------
 
 
 def test_joint_training_moves_everything():
@@ -383,7 +387,7 @@ def test_flags_come_back_after_an_error_too():
     assert not network.training
 
 
-# --- stopping and going on --------------------------------------------------------------------------------------------
+# --- stopping and going on ------------------------------------------------------------------------
 
 
 class PowerCut(Exception):
@@ -439,7 +443,9 @@ def uninterrupted(recipe: Recipe) -> tuple[dict[str, Tensor], list[dict[str, Any
 
 
 def assert_goes_on_bit_for_bit(recipe: Recipe, checkpoint: Path) -> None:
-    """Another process, here another network, takes the checkpoint up and ends where an uninterrupted run ends."""
+    """Another process, here another network, takes the checkpoint up and ends where an
+    uninterrupted run ends.
+    """
     final, reported = uninterrupted(recipe)
     network = small(seed=99)
     # random state is another, too
@@ -559,7 +565,7 @@ def test_a_full_disk_stops_the_run_with_the_old_checkpoint(tmp_path, monkeypatch
     assert_goes_on_bit_for_bit(BRIEF, tmp_path / "checkpoint")
 
 
-# --- checkpoints of something else ------------------------------------------------------------------------------------
+# --- checkpoints of something else ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +640,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path, begun):
             train(small(), checkpoint=tmp_path / "checkpoint")
 
 
-# --- divergence -------------------------------------------------------------------------------------------------------
+# --- divergence -----------------------------------------------------------------------------------
 
 
 def test_weights_that_are_not_numbers_are_noticed_in_the_first_step():
@@ -643,7 +649,11 @@ def test_weights_that_are_not_numbers_are_noticed_in_the_first_step():
         network.backbone.classifier.weight[0, 0] = float("nan")
     with pytest.raises(
         TrainingDiverged,
-        match=r"the loss became NaN or infinite \(per exit: \[.*nan\].*Lower lr .*check inputs and weights for NaN",
+        match=(
+            r"the loss became NaN or infinite \(per exit: \[.*nan\].*Lower lr .*check inputs "
+            r"and "
+            r"weights for NaN"
+        ),
     ):
         train(network)
     assert not network.training
@@ -669,14 +679,16 @@ def test_a_rate_that_is_far_too_high_is_noticed():
 
 
 def test_a_last_step_that_spoils_the_weights_is_noticed_and_not_saved(tmp_path):
-    """The loss of the only step is fine; what it did to the weights shows on the validation split alone."""
+    """The loss of the only step is fine; what it did to the weights shows on the validation split
+    alone.
+    """
     recipe = Recipe(epochs=1, batch_size=88, lr=1e38, warmup=0.0)
     with pytest.raises(TrainingDiverged, match="validation"):
         train(small(), recipe=recipe, checkpoint=tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the table of metrics ---------------------------------------------------------------------------------------------
+# --- the table of metrics -------------------------------------------------------------------------
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -728,7 +740,7 @@ def test_a_table_that_was_lost_is_written_again_from_a_finished_run(tmp_path):
     assert_table_is(tmp_path / "metrics.csv", history)
 
 
-# --- augmentation -----------------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 def shifts(image: Tensor, most: int) -> list[Tensor]:
@@ -790,7 +802,7 @@ def test_what_is_no_image_cannot_be_augmented(shape):
         augmented(torch.zeros(shape), "crop")
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
+# --- several processes ----------------------------------------------------------------------------
 
 TWO = """
     import sys
@@ -841,7 +853,9 @@ MADE = """
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, monkeypatch):
-    """Without noise and batch norm, averaged gradients of two halves are the gradient of the whole batch."""
+    """Without noise and batch norm, averaged gradients of two halves are the gradient of the whole
+    batch.
+    """
     (tmp_path / "run.py").write_text(textwrap.dedent(TWO))
     (tmp_path / "two.py").write_text(textwrap.dedent(MADE))
     environment = {**os.environ, "PYTHONPATH": str(Path(loop.__file__).parents[2])}

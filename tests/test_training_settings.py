@@ -165,7 +165,7 @@ def test_what_was_trained_together_answers_the_same_exit_by_exit(setting: dict[s
     assert all(torch.equal(a, b) for a, b in zip(one_by_one, together, strict=True))
 
 
-# --- each option by itself --------------------------------------------------------------------------------------------
+# --- each option by itself ------------------------------------------------------------------------
 
 
 def one_step(**options: Any) -> tuple[MultiExitNetwork, dict[str, Tensor]]:
@@ -220,7 +220,9 @@ def test_weights_of_samples_cannot_be_sampled_from() -> None:
 
 
 def test_head_decay_follows_the_weights() -> None:
-    """With no gradient to speak of, weight decay alone shrinks the heads, each in proportion to its exit's weight."""
+    """With no gradient to speak of, weight decay alone shrinks the heads, each in proportion to its
+    exit's weight.
+    """
     kept = {}
     for head_decay in ("plain", "scaled"):
         network = small(dropout=0.0)

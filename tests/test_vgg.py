@@ -129,11 +129,13 @@ def test_sizes_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
         SmallVGG(**wrong)
 
 
-# --- the large ones -------------------------------------------------------------------------------------------------
+# --- the large ones -------------------------------------------------------------------------------
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """Torchvision's own, unchanged; its 130 million normal weights would take as long to draw as the rest of the test."""
+    """Torchvision's own, unchanged; its 130 million normal weights would take as long to draw as
+    the rest of the test.
+    """
     with torch.device("meta"):
         model = load_model(f"torchvision:{name}", num_classes=CLASSES)
     for layer in model.to_empty(device="cpu").modules():

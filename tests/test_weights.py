@@ -25,7 +25,8 @@ every_scheme = pytest.mark.parametrize(
     "scheme", [getattr(weights, name) for name in STATIC if name != "uniform"]
 )
 
-# early weights before scaling: counted by hand for 8, 12 and 16, in decimal arithmetic with ROUND_HALF_UP for 15 and 27
+# early weights before scaling: counted by hand for 8, 12 and 16, in decimal arithmetic with
+# ROUND_HALF_UP for 15 and 27
 SIEVE = {
     8: [1, 2, 1, 3, 1, 2, 1],
     12: [1, 3, 3, 1, 3, 4, 1, 3, 3, 1, 3],
@@ -33,7 +34,8 @@ SIEVE = {
     16: [1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1],
     27: [1, 2, 4, 1, 2, 1, 4, 3, 1, 3, 1, 2, 1, 6, 2, 1, 3, 1, 3, 4, 1, 2, 1, 4, 2, 1],
 }
-# what exp-lin's early weights have beyond 1, as {position from 1: weight}: L/2, L/4, ... and L/8 at three quarters
+# what exp-lin's early weights have beyond 1, as {position from 1: weight}: L/2, L/4, ... and L/8 at
+# three quarters
 EXP_LIN = {
     8: {4: 4, 2: 2, 1: 1, 6: 1},
     12: {6: 6, 3: 3, 2: 1.5, 1: 0.75, 9: 1.5},
@@ -61,7 +63,9 @@ def sieve_by_fractions(count: int) -> list[Fraction]:
 
 
 def exp_lin_by_steps(count: int) -> list[Fraction]:
-    """1 everywhere; L / 2**k at positions that halve from the last; L/8 at three quarters; the early ones scaled to 1."""
+    """1 everywhere; L / 2**k at positions that halve from the last; L/8 at three quarters; the
+    early ones scaled to 1.
+    """
     raw = [Fraction(1)] * count
     places = [count - 1]
     while places[-1]:
@@ -78,7 +82,7 @@ def shares(scheme: tuple[float, ...]) -> list[float]:
     return [sum(early[: len(scheme) * eighths // 8]) / sum(early) for eighths in (1, 2, 4, 6)]
 
 
-# --- the schemes ------------------------------------------------------------------------------------------------------
+# --- the schemes ----------------------------------------------------------------------------------
 
 
 @every_length
@@ -131,7 +135,9 @@ def test_sieve_of_twelve_peaks_at_the_middle():
 
 
 def test_sieve_of_twelve_counted_by_hand():
-    """p = 2: 6; p = 4: 3 6 9; p = 8: 1.5 3 4.5 6 7.5 9 10.5 go up to 2 3 5 6 8 9 11; p = 16: 0.75 k."""
+    """p = 2: 6; p = 4: 3 6 9; p = 8: 1.5 3 4.5 6 7.5 9 10.5 go up to 2 3 5 6 8 9 11; p = 16: 0.75
+    k.
+    """
     counted = {6: 1}
     for position in (3, 6, 9, 2, 3, 5, 6, 8, 9, 11, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11):
         counted[position] = counted.get(position, 0) + 1
@@ -151,9 +157,11 @@ def test_cumulative_shares_of_64_exits_are_those_of_the_papers():
 
 
 def test_cumulative_shares_of_64_exits_of_sieve_follow_from_counting():
-    """Position i of 2**m holds one more than the times 2 divides i, so the first n hold 2 n - (ones in binary n).
+    """Position i of 2**m holds one more than the times 2 divides i, so the first n hold 2 n - (ones
+    in binary n).
 
-    The reference quotes .100 .225 .483 .750; these are the authors' code, whose positions lie one deeper than the text's.
+    The reference quotes .100 .225 .483 .750; these are the authors' code, whose positions lie one
+    deeper than the text's.
     """
     counted = [2 * n - n.bit_count() for n in range(64)]
     assert shares(weights.sieve(64)) == pytest.approx(
@@ -179,7 +187,7 @@ def test_inverse_square_of_seven_is_the_vector_of_the_paper():
     )
 
 
-# --- what they share --------------------------------------------------------------------------------------------------
+# --- what they share ------------------------------------------------------------------------------
 
 
 @every_scheme
@@ -228,7 +236,7 @@ def test_every_scheme_has_a_name():
     }
 
 
-# --- other shares and sums --------------------------------------------------------------------------------------------
+# --- other shares and sums ------------------------------------------------------------------------
 
 
 @every_scheme
@@ -287,7 +295,7 @@ def test_an_unknown_total_is_refused_with_the_known_ones():
         rescaled([1.0, 1.0], total="half")
 
 
-# --- not every exit predicts ------------------------------------------------------------------------------------------
+# --- not every exit predicts ----------------------------------------------------------------------
 
 
 @given(st.integers(1, 60), st.integers(1, 70))
@@ -341,7 +349,7 @@ def test_opt_weighs_one_exit():
         only(0, 0)
 
 
-# --- weights as text --------------------------------------------------------------------------------------------------
+# --- weights as text ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STATIC)
@@ -399,7 +407,7 @@ def test_texts_that_give_no_weights_are_refused(text, message):
         parse_weights(text, 3)
 
 
-# --- weights as given -------------------------------------------------------------------------------------------------
+# --- weights as given -----------------------------------------------------------------------------
 
 
 def test_good_weights_pass_as_floats():

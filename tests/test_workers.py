@@ -1,4 +1,6 @@
-"""Networks of an ensemble side by side: who runs when, which answer counts, and that everything ends."""
+"""Networks of an ensemble side by side: who runs when, which answer counts, and that everything
+ends.
+"""
 
 import gc
 import threading
@@ -59,7 +61,7 @@ def all_ran(networks: Sequence[FakeNetwork]) -> list[list[str]]:
     return [network.ran for network in networks]
 
 
-# --- who runs when ----------------------------------------------------------------------------------------------------
+# --- who runs when --------------------------------------------------------------------------------
 
 
 def test_one_worker_runs_them_one_after_the_other(make, networks):
@@ -100,7 +102,7 @@ def test_more_workers_than_networks_do_no_harm(make):
     assert make(8).run(X).exit == 5
 
 
-# --- which answer counts ----------------------------------------------------------------------------------------------
+# --- which answer counts --------------------------------------------------------------------------
 
 
 def test_a_deeper_answer_displaces_a_worse_one_and_a_worse_one_does_not_come_back(make, networks):
@@ -133,7 +135,7 @@ def test_the_best_need_not_be_a_last_exit(make):
     assert (answer.exit, answer.stopped_by) == (2, "final")
 
 
-# --- deadlines and interrupts -----------------------------------------------------------------------------------------
+# --- deadlines and interrupts ---------------------------------------------------------------------
 
 
 def test_at_the_deadline_the_best_posted_answer_is_there_and_everybody_leaves(
@@ -221,7 +223,7 @@ def test_a_run_does_not_wait_for_a_worker_held_up_by_the_one_before(make, networ
         held.release()
 
 
-# --- failures and ends ------------------------------------------------------------------------------------------------
+# --- failures and ends ----------------------------------------------------------------------------
 
 
 def fail() -> None:
@@ -303,7 +305,7 @@ def test_a_run_outlives_the_name_of_its_workers(make, networks):
         assert run.result().exit == 5
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,7 @@ def test_impossible_settings_are_refused(make, wrong):
     assert torch.get_num_threads() == before
 
 
-# --- for real ---------------------------------------------------------------------------------------------------------
+# --- for real -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])

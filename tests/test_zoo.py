@@ -1,4 +1,6 @@
-"""Exits attached by themselves to a dozen of the architectures that benchmarks/coverage.py runs, by the same comparisons."""
+"""Exits attached by themselves to a dozen of the architectures that benchmarks/coverage.py runs, by
+the same comparisons.
+"""
 
 import csv
 import io
@@ -73,17 +75,20 @@ def test_last_exit_gradients_and_early_exits_are_exact(name: str) -> None:
 def test_time_first_features_are_named_as_the_reason() -> None:
     (row,) = findings(BY_NAME["transformers:XLNetConfig"], ["exactness"])
     assert (
-        "transformer.layer.0: its features, of shape (12, 2, 32), do not begin with the batch size 2"
-        in row["reason"]
-    )
+        "transformer.layer.0: its features, of shape (12, 2, 32), do not begin with the batch "
+        "size "
+        "2"
+    ) in row["reason"]
     assert not works(row)
 
 
-# --- the script sees what is wrong ------------------------------------------------------------------------------------
+# --- the script sees what is wrong ----------------------------------------------------------------
 
 
 class Backbone(nn.Module):
-    """Four blocks; in other hands it may answer nothing, ignore its blocks, or change once it has hooks."""
+    """Four blocks; in other hands it may answer nothing, ignore its blocks, or change once it has
+    hooks.
+    """
 
     def __init__(self, fault: str = "") -> None:
         super().__init__()
@@ -143,7 +148,7 @@ def test_weights_are_made_informative() -> None:
     assert output.std(0).min() > 0.01
 
 
-# --- rows and page --------------------------------------------------------------------------------------------------
+# --- rows and page --------------------------------------------------------------------------------
 
 
 def test_page_counts_what_works_and_gives_reasons() -> None:

@@ -1,7 +1,8 @@
 """beartype for jaxtyping's import hook (`--jaxtyping-packages=...,typecheck.checked`).
 
-The hook decorates functions one by one, and beartype refuses some whole: methods that speak of `Self`, and functions of
-protocols that cannot be checked at run time. Those stay unchecked; all others have their shapes and types checked.
+The hook decorates functions one by one, and beartype refuses some whole: methods that speak of
+`Self`, and functions of protocols that cannot be checked at run time. Those stay unchecked; all
+others have their shapes and types checked.
 """
 
 from collections.abc import Callable

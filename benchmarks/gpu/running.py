@@ -1,12 +1,17 @@
-"""Running ahead on a GPU: what staging costs there, what an early exit saves, and whether deadlines are met.
+"""Running ahead on a GPU: what staging costs there, what an early exit saves, and whether deadlines
+are met.
 
-    python benchmarks/gpu/running.py                    on a CUDA device, about 8 minutes; what is finished is kept
-    python benchmarks/gpu/running.py --smoke            seconds, on any machine, to see that it runs
+    python benchmarks/gpu/running.py                    on a CUDA device, about 8 minutes; what is
+    finished is kept python benchmarks/gpu/running.py --smoke            seconds, on any machine, to
+    see that it runs
 
-For resnet50 and vit_b_16 (224 pixels, random weights), batch sizes 1 and 32, eager and as CUDA graphs:
+For resnet50 and vit_b_16 (224 pixels, random weights), batch sizes 1 and 32, eager and as CUDA
+graphs:
 
-* staged over the exit-free network in the same engine, all exits without heads, waiting for each stage, and not;
-* a policy that stops half of the samples in the middle, on `Runner`, which waits for each stage, and on `GpuRunner` with 0, 1
+* staged over the exit-free network in the same engine, all exits without heads, waiting for each
+  stage, and not;
+* a policy that stops half of the samples in the middle, on `Runner`, which waits for each stage,
+  and on `GpuRunner` with 0, 1
   and 2 stages ahead: time over that of the exit-free network;
 * deadlines half way through the network: share met, and the mean exit.
 
@@ -68,7 +73,9 @@ def waited_for(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def ratios_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, str]:
-    """Of each call the median ratio of its time to that of the exit-free network in the same round, and its interval."""
+    """Of each call the median ratio of its time to that of the exit-free network in the same round,
+    and its interval.
+    """
     times = in_turn(
         {name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5
     )

@@ -1,1 +1,3 @@
-"""Adaptive Neural Networks (Bolukbasi et al.): learned early exit, learned selection among pretrained networks."""
+"""Adaptive Neural Networks (Bolukbasi et al.): learned early exit, learned selection among
+pretrained networks.
+"""

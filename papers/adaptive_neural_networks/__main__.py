@@ -1,4 +1,6 @@
-"""`python -m papers.adaptive_neural_networks`: every training, measurement and fit that is missing, then tables and figures."""
+"""`python -m papers.adaptive_neural_networks`: every training, measurement and fit that is missing,
+then tables and figures.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def main(
     table: Annotated[
         Table,
         typer.Option(
-            help="What to run: networks, trainings and recordings; time, the measurements and the real runs, when nothing else "
+            help="What to run: networks, trainings and recordings; time, the measurements and the "
+            "real runs, when nothing else "
             "runs; policies, all fits, which need both. Whatever is finished is written."
         ),
     ] = Table.all,
@@ -51,7 +54,9 @@ def main(
     ] = None,
     publish: Publish = False,
 ) -> None:
-    """Selection among networks, early exits, guarantees. Stop with Ctrl-C at any time; the same command goes on."""
+    """Selection among networks, early exits, guarantees. Stop with Ctrl-C at any time; the same
+    command goes on.
+    """
     settings = recipe.SCALES[scale.value]
     judging = dataclasses.replace(settings.judging, splits=seeds or settings.judging.splits)
     settings = dataclasses.replace(settings, judging=judging)

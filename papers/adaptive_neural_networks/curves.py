@@ -1,4 +1,6 @@
-"""Curves of accuracy over mean time: fitted on one part, judged on another, and what is read off them."""
+"""Curves of accuracy over mean time: fitted on one part, judged on another, and what is read off
+them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from papers.adaptive_neural_networks.recipe import Judging, taken
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
-    """A policy: mean seconds and accuracy on the part it was fitted on; seconds and hits of each sample it is judged on."""
+    """A policy: mean seconds and accuracy on the part it was fitted on; seconds and hits of each
+    sample it is judged on.
+    """
 
     fit_s: float
     fit_accuracy: float
@@ -51,7 +55,8 @@ def on_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def least_time(curve: Sequence[Point], accuracy: float, *, mixed: bool = True) -> float:
-    """Least mean seconds at which a curve has an accuracy where it is judged; infinite if it never has.
+    """Least mean seconds at which a curve has an accuracy where it is judged; infinite if it never
+    has.
 
     Args:
         curve: of `on_hull`; neighbours are mixed.
@@ -68,7 +73,8 @@ def least_time(curve: Sequence[Point], accuracy: float, *, mixed: bool = True) -
 
 
 def asked_for(curve: Sequence[Point], accuracy: float) -> tuple[Tensor, Tensor]:
-    """What comes of asking for an accuracy: the mixture that has it where it was fitted, as it is judged elsewhere.
+    """What comes of asking for an accuracy: the mixture that has it where it was fitted, as it is
+    judged elsewhere.
 
     Returns:
         Expected seconds and hits of each sample that is judged on.
@@ -96,7 +102,8 @@ def read_off(
     *,
     mixed: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per accuracy lost against the full network: least time, and what comes of asking for it on the part fitted on.
+    """One row per accuracy lost against the full network: least time, and what comes of asking for
+    it on the part fitted on.
 
     Args:
         points: of one method; the full network alone is always allowed, too.
@@ -145,10 +152,11 @@ def drawn_curve(method: str, points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> float:
-    """Least mean seconds with which anybody could have an accuracy who knows all labels: a limit, no policy.
+    """Least mean seconds with which anybody could have an accuracy who knows all labels: a limit,
+    no policy.
 
-    Everyone is answered as cheaply as can be; of those who could be answered rightly for more, as many as are needed are, the
-    cheapest first.
+    Everyone is answered as cheaply as can be; of those who could be answered rightly for more, as
+    many as are needed are, the cheapest first.
 
     Args:
         right: [K, N], which networks or exits are right.
@@ -181,7 +189,8 @@ def guarantees(
     seed: int,
     losses: Sequence[Loss] = ("positive_gap", "accuracy_gap"),
 ) -> list[dict[str, Any]]:
-    """How often a guarantee is broken. The truth is known: calibration samples are drawn with replacement from a population.
+    """How often a guarantee is broken. The truth is known: calibration samples are drawn with
+    replacement from a population.
 
     Args:
         policies: from safe to bold, not fitted on the population, each with its mean seconds there.

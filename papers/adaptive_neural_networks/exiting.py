@@ -1,4 +1,6 @@
-"""Early exits of one network on one division of the samples: learned gates, and what they are held against."""
+"""Early exits of one network on one division of the samples: learned gates, and what they are held
+against.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def judge_split(
         gate_s: measured seconds of asking a gate, by "INPUTS, LEARNER".
         seed: of the division.
     Returns:
-        Rows of `read_off` and `drawn_curve` per method, every exit's accuracy, the oracles, and rows of `guarantees`.
+        Rows of `read_off` and `drawn_curve` per method, every exit's accuracy, the oracles, and
+        rows of `guarantees`.
     """
     torch.manual_seed(seed)
     profile = CostProfile.from_json(costs)
@@ -107,7 +110,9 @@ def full_network(fit: Recording, judged: Recording, costs: CostProfile) -> Point
 
 
 def baselines(fit: Recording, judged: Recording, costs: CostProfile) -> dict[str, list[Point]]:
-    """Exits that do not look at the input, of which "uniform" is the mixture; one threshold for all; one for each."""
+    """Exits that do not look at the input, of which "uniform" is the mixture; one threshold for
+    all; one for each.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         fitted = [fit_thresholds(fit, costs, max_accuracy_loss=loss) for loss in ASKED]

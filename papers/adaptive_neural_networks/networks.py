@@ -1,4 +1,6 @@
-"""The networks selected among: CIFAR ResNets as the pretrained weights need them, two for text; and a head for exits."""
+"""The networks selected among: CIFAR ResNets as the pretrained weights need them, two for text; and
+a head for exits.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from torch import Tensor, nn
 from impatient.errors import DataError, ModelSpecError
 from impatient.networks.heads import FeatureShape, Pool
 
-# what the pretrained ResNets were trained with; those trained here take the same, so that all read one input
+# what the pretrained ResNets were trained with; those trained here take the same, so that all read
+# one input
 CIFAR_MEAN = (0.485, 0.456, 0.406)
 CIFAR_STD = (0.229, 0.224, 0.225)
 
 
 class BasicBlock(nn.Module):
-    """conv3x3-BN-ReLU-conv3x3-BN plus the input; where it down-samples, plus every second pixel, zero-padded in channels.
+    """conv3x3-BN-ReLU-conv3x3-BN plus the input; where it down-samples, plus every second pixel,
+    zero-padded in channels.
 
     Source:
         He et al. 2015, shortcut of option A.
@@ -96,7 +100,8 @@ def load_pretrained(network: nn.Module, name: str, path: Path) -> None:
     """
     if not path.is_file():
         raise DataError(
-            f"no weights at {path}; set IMPATIENT_DATA to the folder of the shared data that has them."
+            f"no weights at {path}; set IMPATIENT_DATA to the folder of the shared data that has "
+            f"them."
         )
     prefix = f"{name}."
     with np.load(path, allow_pickle=False) as archive:
@@ -117,12 +122,13 @@ def load_pretrained(network: nn.Module, name: str, path: Path) -> None:
     odd += [key for key in wanted.keys() & found.keys() if wanted[key].shape != found[key].shape]
     if odd:
         raise DataError(
-            f"{path} has {len(found)} arrays of {name!r}, which do not fit {type(network).__name__}: {odd[:5]}."
+            f"{path} has {len(found)} arrays of {name!r}, which do not fit "
+            f"{type(network).__name__}: {odd[:5]}."
         )
     network.load_state_dict(found, strict=False)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 class BagOfWords(nn.Module):
@@ -130,7 +136,8 @@ class BagOfWords(nn.Module):
 
     Args:
         num_classes: width of the output.
-        words: how many ids it knows, frequent words first; id 0 is padding, and from `words` on all are left out.
+        words: how many ids it knows, frequent words first; id 0 is padding, and from `words` on all
+            are left out.
         width: of an embedding.
     """
 
@@ -174,7 +181,8 @@ class TextBlock(nn.Module):
 
 
 class TextResNet(nn.Module):
-    """Residual blocks of convolutions along the text; of their channels the largest values, and the mean embedding, are read.
+    """Residual blocks of convolutions along the text; of their channels the largest values, and the
+    mean embedding, are read.
 
     Args:
         num_classes: width of the output.
@@ -198,14 +206,15 @@ class TextResNet(nn.Module):
         return torch.as_tensor(self.linear(torch.cat([features, mean], 1)))
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def strided_head(features: FeatureShape, num_classes: int, width: int = 64) -> nn.Module:
-    """A 3x3 convolution of stride 2 to 64 channels with BN and ReLU, the mean over space, a linear layer.
+    """A 3x3 convolution of stride 2 to 64 channels with BN and ReLU, the mean over space, a linear
+    layer.
 
-    The backbone is frozen, and its early channels were made for later blocks, not for a linear layer; this costs one or two
-    per cent of a ResNet-56.
+    The backbone is frozen, and its early channels were made for later blocks, not for a linear
+    layer; this costs one or two per cent of a ResNet-56.
     """
     convolution = nn.Conv2d(features.channels, width, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(

@@ -1,4 +1,6 @@
-"""What is trained and recorded at each scale, and how: one job is one network on one data set, or the heads of one network."""
+"""What is trained and recorded at each scale, and how: one job is one network on one data set, or
+the heads of one network.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,9 @@ class Case:
 
     Attributes:
         data, validation: see `papers.data.load`.
-        fitted_on: where policies are fitted. "validation": judged on the test split. "test": fitted on one part of it and
-            judged on the rest, since some networks were trained on all there is beside it.
+        fitted_on: where policies are fitted. "validation": judged on the test split. "test": fitted
+            on one part of it and judged on the rest, since some networks were trained on all there
+            is beside it.
         pixels: mean and deviation, if not those of the training split.
     """
 
@@ -355,7 +358,7 @@ SCALES = {
 }
 
 
-# --- jobs -------------------------------------------------------------------------------------------------------------
+# --- jobs -----------------------------------------------------------------------------------------
 
 
 def key(case: Case, net: Net) -> str:
@@ -409,7 +412,9 @@ def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
 
 
 def train_heads(exits: Exits, *, folder: Path) -> dict[str, Any]:
-    """Attach exits to a network that is there, train their heads alone, and record all exits with their features."""
+    """Attach exits to a network that is there, train their heads alone, and record all exits with
+    their features.
+    """
     data = data_of(exits.case, exits.training)
     network = with_exits(exits, built(exits.case, exits.net, folder.parent), data)
     result = _train(network, data, exits.training, "frozen", folder)
@@ -458,11 +463,13 @@ def _recorded(network: Any, data: Data, case: Case, folder: Path) -> dict[str, l
     return accuracy
 
 
-# --- what jobs have made ----------------------------------------------------------------------------------------------
+# --- what jobs have made --------------------------------------------------------------------------
 
 
 def data_of(case: Case, training: Training | None = None) -> Data:
-    """A case's data, with as many training examples as a training wants; the other splits are the same for all."""
+    """A case's data, with as many training examples as a training wants; the other splits are the
+    same for all.
+    """
     data = load(
         case.data, train=training.images if training else None, validation=case.validation, seed=0
     )
@@ -524,14 +531,18 @@ def recording_of(case: Case, split: str, runs: Path) -> Recording:
 
 
 def parts_of(recordings: Sequence[Recording], seed: int) -> tuple[Recording, Recording]:
-    """What policies are fitted on and what they are judged on: two recordings, or the halves of one."""
+    """What policies are fitted on and what they are judged on: two recordings, or the halves of
+    one.
+    """
     if len(recordings) == 2:
         return recordings[0], recordings[1]
     return split_recording(recordings[0], 0.5, seed=seed)
 
 
 def recordings_of(what: Case | Exits, runs: Path) -> list[Recording]:
-    """The recordings that policies are fitted and judged on: of validation and test, or of test alone."""
+    """The recordings that policies are fitted and judged on: of validation and test, or of test
+    alone.
+    """
     case = what if isinstance(what, Case) else what.case
     splits = ("test",) if case.fitted_on == "test" else ("validation", "test")
     if isinstance(what, Case):

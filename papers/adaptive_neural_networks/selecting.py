@@ -1,4 +1,6 @@
-"""Selection among networks on one division of the samples: learned policies on all topologies, and baselines."""
+"""Selection among networks on one division of the samples: learned policies on all topologies, and
+baselines.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +74,8 @@ def judge_split(
         gate_s: measured seconds of one decision, by learner.
         seed: of the division.
     Returns:
-        Rows of `read_off` and `drawn_curve` per method, of which "any, logistic" has all topologies' policies together; single
-        networks, oracles, and rows of `guarantees`.
+        Rows of `read_off` and `drawn_curve` per method, of which "any, logistic" has all
+        topologies' policies together; single networks, oracles, and rows of `guarantees`.
     """
     torch.manual_seed(seed)
     fit, judged = parts_of(recordings_of(case, folder.parent), seed)
@@ -169,7 +171,9 @@ def learned(
 
 
 def time_prices(node_s: Sequence[float], count: int) -> list[float]:
-    """Prices at which the full network is worth a thousandth of an error to one at which the first always answers."""
+    """Prices at which the full network is worth a thousandth of an error to one at which the first
+    always answers.
+    """
     return [float(price) for price in np.geomspace(1e-3 / max(node_s), 1.0 / min(node_s), count)]
 
 
@@ -202,7 +206,9 @@ def later_first(
     gate_s: Mapping[str, float],
     prices: int,
 ) -> list[Point]:
-    """All moves upward among all networks but the first one, two, ...: on a graph, what comes first is always paid."""
+    """All moves upward among all networks but the first one, two, ...: on a graph, what comes first
+    is always paid.
+    """
     found: list[Point] = []
     # two networks are a pair
     for first in range(1, len(node_s) - 2):
@@ -239,7 +245,9 @@ def _judged_point(entry: SelectionPoint, judged: Recording) -> Point:
 
 
 def oracles(judged: Recording, node_s: Sequence[float], full: Point) -> dict[str, Any]:
-    """What knowing the labels would allow: the soft oracle by both accountings, and the least time for each accuracy lost."""
+    """What knowing the labels would allow: the soft oracle by both accountings, and the least time
+    for each accuracy lost.
+    """
     topology = Topology.full(judged.exits)
     result: dict[str, Any] = {}
     right: Tensor = judged.hits()

@@ -34,7 +34,8 @@ PREDICTED_WITHIN = 0.1
 # which learned method the claims are about
 OURS = "any, logistic"
 OUR_GATES = "gates on both"
-# per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform mixture
+# per cent saved at 1, 2 and 5 points of top-5 accuracy lost (Table 1): its policy, its uniform
+# mixture
 PAPER = {"GoogLeNet": ((9, 22, 33), (2, 9, 20)), "ResNet-50": ((8, 18, 22), (1, 12, 10))}
 
 Result = Mapping[str, Any]
@@ -42,7 +43,9 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What is finished: results of trainings by job, of measurements by case or exits, of fits by the same, split by split."""
+    """What is finished: results of trainings by job, of measurements by case or exits, of fits by
+    the same, split by split.
+    """
 
     networks: Mapping[str, Result]
     times: Mapping[str, Result]
@@ -50,7 +53,9 @@ class Found:
 
 
 def write(scale: Scale, found: Found, folder: Path) -> str:
-    """Write every table and figure that the finished jobs allow; returns them as one page of markdown."""
+    """Write every table and figure that the finished jobs allow; returns them as one page of
+    markdown.
+    """
     cases = [case for case in scale.cases if found.splits[case.name]]
     made = [exits for exits in scale.exits if found.splits[exits.name]]
     said = [*claims(cases, made, found)]
@@ -70,7 +75,7 @@ def write(scale: Scale, found: Found, folder: Path) -> str:
     return page
 
 
-# --- selection ----------------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def methods(splits: Sequence[Result]) -> list[str]:
@@ -82,8 +87,9 @@ def values(splits: Sequence[Result], method: str, loss: float) -> list[dict[str,
     """What a method reached at an accuracy lost, split by split.
 
     Returns:
-        "speedup", "saved" (1 - T/T_full, per cent); likewise "asked_speedup" of what was asked for on the part fitted on, and
-        "asked_lost" in points, with halves of their 95 % intervals over samples.
+        "speedup", "saved" (1 - T/T_full, per cent); likewise "asked_speedup" of what was asked for
+        on the part fitted on, and "asked_lost" in points, with halves of their 95 % intervals over
+        samples.
     """
     rows = [
         row
@@ -110,7 +116,9 @@ def over(splits: Sequence[Result], method: str, loss: float, what: str) -> Sprea
 
 
 def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) -> Spread:
-    """Share of the soft oracle's saving that a method reaches, per cent; NaN where the oracle saves nothing."""
+    """Share of the soft oracle's saving that a method reaches, per cent; NaN where the oracle saves
+    nothing.
+    """
     shares = []
     for split in splits:
         row = next(row for row in split["rows"] if row["method"] == method and row["loss"] == loss)
@@ -121,7 +129,9 @@ def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) 
 
 
 def limits(splits: Sequence[Result], pays: str, place: int) -> Spread:
-    """Speed-up that knowing the labels would allow at one of `selecting.LOSSES`; the full network alone is allowed, too."""
+    """Speed-up that knowing the labels would allow at one of `selecting.LOSSES`; the full network
+    alone is allowed, too.
+    """
     full = [split["rows"][0]["full_s"] for split in splits]
     return spread(
         [
@@ -212,7 +222,7 @@ def _samples(splits: Sequence[Result]) -> str:
     )
 
 
-# --- early exits ----------------------------------------------------------------------------------------------------------
+# --- early exits ----------------------------------------------------------------------------------
 
 
 def _exits_part(made: Sequence[Exits], found: Found, folder: Path) -> list[str]:
@@ -267,7 +277,10 @@ def _exits_part(made: Sequence[Exits], found: Found, folder: Path) -> list[str]:
             folder / f"exits_{exits.name}.png",
         )
         parts += [
-            f"**Early exits, {exits.name}** ({_samples(splits)}; without exits {1e3 * full['s']:.3f} ms)",
+            (
+                f"**Early exits, {exits.name}** ({_samples(splits)}; without exits "
+                f"{1e3 * full['s']:.3f} ms)"
+            ),
             markdown(listed),
             markdown(rows),
             _soft_oracle(splits),
@@ -279,11 +292,13 @@ def _saved(loss: float) -> str:
     return f"% saved at {100.0 * loss:g} lost"
 
 
-# --- guarantees and times -------------------------------------------------------------------------------------------------
+# --- guarantees and times -------------------------------------------------------------------------
 
 
 def guarantee_rows(whats: Sequence[Case | Exits], found: Found) -> list[dict[str, Any]]:
-    """Control of risk over all divisions and draws of a case, kind of policy by kind of policy and loss by loss."""
+    """Control of risk over all divisions and draws of a case, kind of policy by kind of policy and
+    loss by loss.
+    """
     rows = []
     for what in whats:
         own = [row for split in found.splits[what.name] for row in split["guarantees"]]
@@ -362,7 +377,10 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
         for row in rows
     ]
     asked = "; ".join(
-        f"{what.name} {', '.join(f'{name} {1e6 * seconds:.0f}' for name, seconds in found.times[what.name]['gate_s'].items())}"
+        (
+            f"{what.name} "
+            f"{', '.join(f'{name} {1e6 * seconds:.0f}' for name, seconds in found.times[what.name]['gate_s'].items())}"
+        )
         for what in whats
     )
     threads = found.times[whats[0].name]["threads"]
@@ -371,7 +389,7 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
     return [title, markdown(told), f"Time of one decision, µs: {asked}."]
 
 
-# --- claims ---------------------------------------------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterator[Claim]:
@@ -382,10 +400,15 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
         asked = over(splits, OURS, 0.01, "asked_lost"), over(splits, OURS, 0.01, "asked_speedup")
         place = selecting.LOSSES.index(0.01)
         yield Claim(
-            f"selection: at most 1 point below the full network, at least {WANTED} times faster ({case.name}, {OURS})",
+            (
+                f"selection: at most 1 point below the full network, at least {WANTED} times faster "
+                f"({case.name}, {OURS})"
+            ),
             "up to 2.8, less than 1 point of top-5",
-            f"{own.text(2)} times; asked for on the part fitted on: {asked[1].text(2)} times at {asked[0].text(2, sign=True)} "
-            f"points lost; knowing the labels would allow {limits(splits, 'path', place).text(2)}{_better(case, splits)}",
+            f"{own.text(2)} times; asked for on the part fitted on: {asked[1].text(2)} times at "
+            f"{asked[0].text(2, sign=True)} "
+            f"points lost; knowing the labels would allow "
+            f"{limits(splits, 'path', place).text(2)}{_better(case, splits)}",
             "yes" if own.mean >= WANTED else "no",
         )
         for other in ("uniform", "myopic", "threshold per network", "agreement"):
@@ -411,7 +434,10 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
             )
     for row in guarantee_rows([*cases, *made], found):
         yield Claim(
-            f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, {row['loss']})",
+            (
+                f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, "
+                f"{row['loss']})"
+            ),
             f"at most {100 * row['delta']:g} %",
             f"{row['broken %']:.1f} % of {row['draws']} draws",
             "yes" if row["broken %"] <= 100.0 * row["delta"] else "no",
@@ -455,7 +481,7 @@ def _claim_rows(said: Sequence[Claim]) -> list[dict[str, object]]:
     ]
 
 
-# --- files and figures ----------------------------------------------------------------------------------------------------
+# --- files and figures ----------------------------------------------------------------------------
 
 
 def _write_raw(whats: Sequence[Case | Exits], found: Found, folder: Path) -> None:
@@ -506,7 +532,9 @@ LOOKS = {
 
 
 def draw(title: str, split: Result, singles: Sequence[Mapping[str, Any]]) -> Figure:
-    """Error over mean time as judged, one line per method, with the single networks and the soft oracles as points."""
+    """Error over mean time as judged, one line per method, with the single networks and the soft
+    oracles as points.
+    """
     with styled():
         figure = Figure(figsize=(7.2, 4.6), dpi=100, layout="constrained")
         figure.suptitle(title, x=0.012, ha="left", size=11.5, weight="bold")

@@ -1,4 +1,6 @@
-"""What networks, stages and decisions take, measured in turn; and policies run for real beside the full network."""
+"""What networks, stages and decisions take, measured in turn; and policies run for real beside the
+full network.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     """All networks of a case in turn, the time of a decision, and a cascade run for real.
 
     Returns:
-        "costs", a profile; "node_s"; "gate_s" by learner; the networks "used"; and what `really` says of them.
+        "costs", a profile; "node_s"; "gate_s" by learner; the networks "used"; and what `really`
+        says of them.
     """
     device = _device()
     data = recipe.data_of(case)
@@ -110,7 +113,8 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
 def fastest(
     fit: Recording, node_s: Sequence[float], loss: float, gate_s: float
 ) -> tuple[Sequence[int], SelectionPolicy]:
-    """Of policies on all networks, on all but the first, ..., and on pairs, that which is fastest where it was fitted.
+    """Of policies on all networks, on all but the first, ..., and on pairs, that which is fastest
+    where it was fitted.
 
     Returns:
         The networks it is for, and the policy.
@@ -139,7 +143,8 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
     """All stages and heads, the time of asking a gate, and gates on confidences run for real.
 
     Returns:
-        "costs", a profile; "gate_s" by what gates look at and learner; the exits "used"; and what `really` says.
+        "costs", a profile; "gate_s" by what gates look at and learner; the exits "used"; and what
+        `really` says.
     """
     device = _device()
     data = recipe.data_of(exits.case)
@@ -214,8 +219,9 @@ def really(
         recorded: the same samples.
         policy: as fitted, for the prediction.
     Returns:
-        Per image "policy_s" and "full_s", measured, "predicted_s", and whether the answers of the run and of the recording
-        are "right" and "recorded_right" and come the "same" way; "profiled_full_s", which predictions go by.
+        Per image "policy_s" and "full_s", measured, "predicted_s", and whether the answers of the
+        run and of the recording are "right" and "recorded_right" and come the "same" way;
+        "profiled_full_s", which predictions go by.
     """
     measured: dict[str, list[Any]] = {"policy_s": [], "full_s": [], "right": [], "way": []}
 
@@ -276,15 +282,15 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-# --- from measurements to the table -------------------------------------------------------------------------------------
+# --- from measurements to the table ---------------------------------------------------------------
 
 
 def real_row(told: str, result: Mapping[str, Any], draws: int = 2000) -> dict[str, Any]:
     """The real run against its prediction.
 
     Returns:
-        Mean milliseconds, measured and predicted, of the policy and of the full network; their ratios; and the interval of the
-        measured speed-up by bootstrap over images.
+        Mean milliseconds, measured and predicted, of the policy and of the full network; their
+        ratios; and the interval of the measured speed-up by bootstrap over images.
     """
     policy, full, predicted = (
         torch.tensor(result[what], dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""`python -m papers.anytime_neural_networks`: every training that is missing, then the tables and figures."""
+"""`python -m papers.anytime_neural_networks`: every training that is missing, then the tables and
+figures.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def main(
     ] = None,
     publish: Publish = False,
 ) -> None:
-    """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes on."""
+    """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes
+    on.
+    """
     settings = recipe.SCALES[scale.value]
     settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)
     folder = runs / scale.value
@@ -71,7 +75,9 @@ def summarise(scale: recipe.Scale, folder: Path, out: Path) -> str:
 def measured_times(
     scale: recipe.Scale, results: Mapping[str, Any], folder: Path
 ) -> dict[str, Sequence[float]]:
-    """Seconds until each exit, for networks of which a training is finished; measured alone, in this process."""
+    """Seconds until each exit, for networks of which a training is finished; measured alone, in
+    this process.
+    """
     jobs = [
         job
         for job in recipe.time_jobs(scale)
@@ -84,7 +90,8 @@ def measured_times(
 
 
 def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> float | None:
-    """Largest difference, in errors or as a share of costs, between an EANN's own recording and what was assembled.
+    """Largest difference, in errors or as a share of costs, between an EANN's own recording and
+    what was assembled.
 
     None if its members are not all trained yet.
     """

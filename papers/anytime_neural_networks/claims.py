@@ -1,4 +1,6 @@
-"""What becomes of the paper's claims: yes, no or not told apart, by intervals over pairs of network and seed."""
+"""What becomes of the paper's claims: yes, no or not told apart, by intervals over pairs of network
+and seed.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ def milestone_claims(table: Measured) -> Iterator[Claim]:
     won = win_rates(table)["0.75 and 1"]
     lost = WinRate(wins=won.pairs - won.wins - won.ties, ties=won.ties, pairs=won.pairs)
     verdict = "yes" if won.p_value < 0.05 else "no" if lost.p_value < 0.05 else "not told apart"
-    ours = f"wins {won.rate:.0%} of {won.pairs} (at least {won.low:.0%} by Hoeffding, p <= {won.p_value:.2g})"
+    ours = (
+        f"wins {won.rate:.0%} of {won.pairs} (at least {won.low:.0%} by Hoeffding, p <= "
+        f"{won.p_value:.2g})"
+    )
     yield Claim(
         "alternating improves the second half (3/4 and 1)", "almost every milestone", ours, verdict
     )
@@ -105,7 +110,9 @@ def ensemble_claims(figure: Comparison, growth: float) -> Iterator[Claim]:
 
 
 def analytic_inflation(growth: float) -> dict[str, tuple[float, float]]:
-    """Largest and mean cost inflation by the paper's proposition and its counterpart for plain networks."""
+    """Largest and mean cost inflation by the paper's proposition and its counterpart for plain
+    networks.
+    """
     return {
         "EANN": (analytic.ann_sup(growth), analytic.ann_mean(growth)),
         "plain ensemble": (analytic.plain_sup(growth), analytic.plain_mean(growth)),

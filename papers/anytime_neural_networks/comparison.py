@@ -50,7 +50,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Milestones:
-    """One method on one pair: error, and its per cent above OPT's of the same pair, at each milestone."""
+    """One method on one pair: error, and its per cent above OPT's of the same pair, at each
+    milestone.
+    """
 
     errors: tuple[float, ...]
     increases: tuple[float, ...]
@@ -96,7 +98,9 @@ def _opt(n: int, c: int, seed: int, results: Results) -> Curve:
 
 
 def milestone_rows(table: Measured) -> list[dict[str, object]]:
-    """The milestone table: mean and deviation, over pairs, of the relative increase of error over OPT in per cent."""
+    """The milestone table: mean and deviation, over pairs, of the relative increase of error over
+    OPT in per cent.
+    """
     rows = []
     for (weights, sampler), pairs in table.items():
         row: dict[str, object] = {"weights": weights, "kind": KIND[sampler], "pairs": len(pairs)}
@@ -108,7 +112,9 @@ def milestone_rows(table: Measured) -> list[dict[str, object]]:
 
 
 def win_rates(table: Measured) -> dict[str, WinRate]:
-    """Alternating against static weights, over weightings and pairs: at each milestone, and at the last two together."""
+    """Alternating against static weights, over weightings and pairs: at each milestone, and at the
+    last two together.
+    """
 
     def errors(sampler: Sampler, place: int) -> list[float]:
         return [
@@ -139,7 +145,9 @@ class Ensemble:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The EANN figure's numbers: for every seed, OPT+ and the ensembles by name, over the same budgets."""
+    """The EANN figure's numbers: for every seed, OPT+ and the ensembles by name, over the same
+    budgets.
+    """
 
     budgets: np.ndarray
     opt: tuple[Curve, ...]
@@ -147,7 +155,8 @@ class Comparison:
 
 
 def ensembles(scale: Scale, results: Results) -> Comparison | None:
-    """EANNs of each weighting and the plain ensemble against OPT+, for the seeds whose trainings are all done.
+    """EANNs of each weighting and the plain ensemble against OPT+, for the seeds whose trainings
+    are all done.
 
     Budgets are uniform from where the plain ensemble first answers to where its last network ends.
     """
@@ -194,7 +203,9 @@ def opt_plus_nets(scale: Scale, results: Results, seed: int) -> list[Net]:
 
 
 def ensemble_rows(figure: Comparison) -> list[dict[str, object]]:
-    """Over seeds: per cent above OPT+ on average over the budgets, mean and largest cost inflation, error at the end."""
+    """Over seeds: per cent above OPT+ on average over the budgets, mean and largest cost inflation,
+    error at the end.
+    """
     return [
         {
             "ensemble": name,

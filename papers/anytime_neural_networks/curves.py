@@ -1,4 +1,6 @@
-"""From the results of trainings to error over cost: anytime networks, ensembles of them, and what they are compared with."""
+"""From the results of trainings to error over cost: anytime networks, ensembles of them, and what
+they are compared with.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,17 @@ class Curve:
     errors: tuple[float, ...]
 
     def at(self, costs: Places) -> np.ndarray:
-        """Error of the latest answer at given costs; 1 before the first, as no answer is a wrong one."""
+        """Error of the latest answer at given costs; 1 before the first, as no answer is a wrong
+        one.
+        """
         known = np.concatenate([[1.0], self.errors])
         return np.asarray(known[np.searchsorted(self.costs, costs, side="right")])
 
 
 def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
-    """One network's exits, each with the cost of its own head only (the milestone table's axis), or of all on the way."""
+    """One network's exits, each with the cost of its own head only (the milestone table's axis), or
+    of all on the way.
+    """
     own = result["head_macs"]
     paid = own if heads == "own" else accumulate(own)
     costs = tuple(
@@ -45,10 +51,12 @@ def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
 
 
 def ensemble(members: Sequence[Result]) -> Curve:
-    """Networks run one after the other: an EANN, or of networks with one exit each the plain ensemble.
+    """Networks run one after the other: an EANN, or of networks with one exit each the plain
+    ensemble.
 
-    At every exit the better, by validation error, of the best final output so far and this exit's own is the answer; where
-    it is the former, the exit's head does not run. What `impatient.networks.EANN` does, from its members' results alone.
+    At every exit the better, by validation error, of the best final output so far and this exit's
+    own is the answer; where it is the former, the exit's head does not run. What
+    `impatient.networks.EANN` does, from its members' results alone.
     """
     costs: list[float] = []
     errors: list[float] = []
@@ -71,7 +79,9 @@ def ensemble(members: Sequence[Result]) -> Curve:
 
 
 def reference(opt: Sequence[Result]) -> Curve:
-    """OPT+ of separately trained networks without early exits: their costs in order, and the least error until each."""
+    """OPT+ of separately trained networks without early exits: their costs in order, and the least
+    error until each.
+    """
     points = [(costs.costs[-1:], costs.errors[-1:]) for costs in map(alone, opt)]
     costs = tuple(sorted({cost for (cost,), _ in points}))
     return Curve(costs, opt_plus(points, costs))
@@ -83,9 +93,11 @@ def excess(curve: Curve, opt: Curve, budgets: Places) -> float:
 
 
 def inflation(curve: Curve, opt: Curve, budgets: Places) -> np.ndarray:
-    """Cost inflation at each budget: what has been spent, over what OPT+ must spend before it makes fewer errors.
+    """Cost inflation at each budget: what has been spent, over what OPT+ must spend before it makes
+    fewer errors.
 
-    Where no network of OPT+ makes fewer errors, over the cost of its dearest: the true inflation may be smaller.
+    Where no network of OPT+ makes fewer errors, over the cost of its dearest: the true inflation
+    may be smaller.
     """
     # the first network with fewer errors than the answer; OPT+'s errors never rise
     better = np.searchsorted(-np.asarray(opt.errors), -curve.at(budgets), side="right")

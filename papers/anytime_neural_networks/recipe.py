@@ -1,4 +1,6 @@
-"""What is trained at each scale, and how: one job is one network with one seed; its result is costs and errors per exit."""
+"""What is trained at each scale, and how: one job is one network with one seed; its result is costs
+and errors per exit.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Training:
 
     Attributes:
         data, images, validation: see `papers.data.load`.
-        update_every: steps between AdaLoss's updates; the authors tried 1 and 100, and there are few steps at small scales.
+        update_every: steps between AdaLoss's updates; the authors tried 1 and 100, and there are
+            few steps at small scales.
         precision: of Lightning Fabric.
     """
 
@@ -83,7 +86,8 @@ class Scale:
     Attributes:
         networks: (n, c) of the milestone table.
         members: n of an EANN's networks, shallow to deep, of `channels` channels.
-        seeds: how many; a seed decides the training subset, the validation split, the initial weights and the order.
+        seeds: how many; a seed decides the training subset, the validation split, the initial
+            weights and the order.
     """
 
     training: Training
@@ -154,15 +158,17 @@ def opt_depths(n: int) -> tuple[int, ...]:
     """Numbers of blocks at which OPT is trained: about 1/4, 1/2, 3/4 and all of the depth.
 
     Source:
-        The authors' launch scripts: `opt_at` {1,4,6,8} for n=3, {6,13,19,26} for n=9, ... (0-based), which round to the
-        nearest. We differ: the first is rounded down where it would cost more than a quarter of the whole, so that every
-        milestone lies between two networks of OPT.
+        The authors' launch scripts: `opt_at` {1,4,6,8} for n=3, {6,13,19,26} for n=9, ...
+        (0-based), which round to the nearest. We differ: the first is rounded down where it would
+        cost more than a quarter of the whole, so that every milestone lies between two networks of
+        OPT.
     Example:
         >>> opt_depths(3)
         (2, 5, 7, 9)
     """
     nearest = [math.floor(3 * n * share + 0.5) for share in SHARES[1:]]
-    # the two blocks that down-sample cost 3/4 of the others; the stem's share decides between 0.125 and 0.2
+    # the two blocks that down-sample cost 3/4 of the others; the stem's share decides between 0.125
+    # and 0.2
     return tuple(sorted({max(1, math.floor(3 * n / 4 - 0.2)), *nearest}))
 
 
@@ -202,7 +208,8 @@ def ensemble_nets(scale: Scale) -> list[Net]:
 def jobs(scale: Scale, table: str = "all") -> list[Job]:
     """The trainings of a table ("milestones", "eann" or "all"), all of a seed before the next.
 
-    The first network and the EANN figure, with whose OPT+ its OPT belongs, come before the other networks.
+    The first network and the EANN figure, with whose OPT+ its OPT belongs, come before the other
+    networks.
     """
     n, c = scale.networks[0]
     figure = [*(Net(n=n, c=c, depth=depth) for depth in opt_depths(n)), *ensemble_nets(scale)]
@@ -244,7 +251,9 @@ def check_job(scale: Scale, validation_errors: Sequence[Sequence[float]], folder
 
 
 def time_jobs(scale: Scale) -> list[Job]:
-    """Measurements of the time until each exit, one per size of network, named as its trainings begin."""
+    """Measurements of the time until each exit, one per size of network, named as its trainings
+    begin.
+    """
     sizes = dict.fromkeys([*scale.networks, *((n, scale.channels) for n in scale.members)])
     shape = SHAPES[scale.training.data]
     return [
@@ -273,7 +282,8 @@ def train(training: Training, net: Net, seed: int, keep: bool, *, folder: Path) 
     Args:
         keep: write the weights to model.safetensors.
     Returns:
-        Per exit: MACs of its stage and its head, errors on validation and test; training seconds and last training loss.
+        Per exit: MACs of its stage and its head, errors on validation and test; training seconds
+            and last training loss.
     """
     data = load(training.data, train=training.images, validation=training.validation, seed=seed)
     torch.manual_seed(seed)
@@ -348,7 +358,8 @@ def check_ensemble(
     *,
     folder: Path,
 ) -> dict[str, Any]:
-    """Run trained members as one EANN, and return its MACs and test errors per exit as its own recording has them.
+    """Run trained members as one EANN, and return its MACs and test errors per exit as its own
+    recording has them.
 
     Args:
         folders: of the members' jobs, which kept their weights.
@@ -373,7 +384,9 @@ def check_ensemble(
 
 
 def measure(net: Net, shape: tuple[int, int, int], *, folder: Path) -> dict[str, Any]:
-    """Seconds (median, one sample) until each exit's answer when only its head runs; the weights do not matter."""
+    """Seconds (median, one sample) until each exit's answer when only its head runs; the weights do
+    not matter.
+    """
     del folder
     network = build(net, shape[0], shape[1:], num_classes=10)
     costs = profile(network, torch.randn(1, *shape), repeats=50, warm_up=5, max_seconds=5.0)

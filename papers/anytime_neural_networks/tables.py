@@ -71,12 +71,14 @@ def write(
     difference: float | None,
     folder: Path,
 ) -> str:
-    """Write every table and figure that the finished trainings allow; returns them as one page of markdown.
+    """Write every table and figure that the finished trainings allow; returns them as one page of
+    markdown.
 
     Args:
         results: of the trainings, by job name; some may be missing.
         times: seconds until each exit of a network, by `nNcC`.
-        difference: largest between an EANN's own recording and what was assembled from its members; None if not checked.
+        difference: largest between an EANN's own recording and what was assembled from its members;
+            None if not checked.
         folder: for the files.
     """
     parts = [
@@ -134,10 +136,14 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
         for name, rate in rates.items()
     ]
     return [
-        "**Error above OPT's, per cent, at shares of the cost** (mean ± standard deviation over network and seed; final error "
+        "**Error above OPT's, per cent, at shares of the cost** (mean ± standard deviation over "
+        "network and seed; final error "
         "in per cent)",
         markdown([_spoken(row, "+.1f") for row in rows]),
-        "**Alternating against static weights** (over weightings, networks and seeds; Hoeffding's bound)",
+        (
+            "**Alternating against static weights** (over weightings, networks and seeds; Hoeffding's "
+            "bound)"
+        ),
         markdown(wins),
         "**Claims**",
         markdown(_claim_rows(claims)),
@@ -165,14 +171,18 @@ def _ensemble_part(
         ""
         if difference is None
         else (
-            f" One EANN was run as a network: its errors differ from the assembled ones by {difference:.2g} at most."
+            f" One EANN was run as a network: its errors differ from the assembled ones by "
+            f"{difference:.2g} at most."
         )
     )
     return [
-        f"**Ensembles of networks n = {', '.join(map(str, scale.members))}, c = {scale.channels}, against OPT+** (budgets "
-        "uniform from the plain ensemble's first answer to its last; mean ± standard deviation over seeds)",
+        f"**Ensembles of networks n = {', '.join(map(str, scale.members))}, c = {scale.channels}, "
+        f"against OPT+** (budgets "
+        "uniform from the plain ensemble's first answer to its last; mean ± standard deviation "
+        "over seeds)",
         markdown([_spoken(row, ".2f") for row in rows]),
-        f"Cost inflation by formula, base {growth:.2g}, for members competitive from 1/{growth:.2g} of their depth on: "
+        f"Cost inflation by formula, base {growth:.2g}, for members competitive from "
+        f"1/{growth:.2g} of their depth on: "
         f"{formulas}.{checked}",
         "**Claims**",
         markdown(_claim_rows(claims)),
@@ -215,8 +225,10 @@ def _settings(scale: Scale, results: Results) -> str:
     hours = sum(result["seconds"] for result in results.values()) / 3600
     images = "all" if how.images is None else f"{how.images:,}"
     return (
-        f"{how.data}, {images} training images, {how.epochs} epochs, batch {how.batch_size}, learning rate {how.lr} "
-        f"({how.schedule}), augmentation {how.augment}, {len(results)} trainings, {hours:.2f} hours of training in all. "
+        f"{how.data}, {images} training images, {how.epochs} epochs, batch {how.batch_size}, "
+        f"learning rate {how.lr} "
+        f"({how.schedule}), augmentation {how.augment}, {len(results)} trainings, {hours:.2f} "
+        f"hours of training in all. "
         "Cost: multiply-accumulates. The test split is used for these tables alone."
     )
 
@@ -255,11 +267,13 @@ def _budget_rows(compared: Comparison) -> list[dict[str, object]]:
     ]
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def draw_milestones(scale: Scale, results: Results, table: Measured) -> Figure:
-    """Error over cost of every weighting, static and alternating, with OPT as points; a row of panels per network."""
+    """Error over cost of every weighting, static and alternating, with OPT as points; a row of
+    panels per network.
+    """
     networks = list(dict.fromkeys((pair.n, pair.c) for pair in table["sieve", "none"]))
     with styled():
         figure = Figure(figsize=(7.2, 3.2 * len(networks) + 0.9), dpi=100, layout="constrained")
@@ -310,7 +324,9 @@ def _draw_mean(axes: Axes, runs: Sequence[Mapping[str, Any]], **look: Any) -> No
 
 
 def draw_ensembles(compared: Comparison) -> Figure:
-    """Error of the latest answer over what has been spent, from the first answer on: EANNs, the plain ensemble and OPT+."""
+    """Error of the latest answer over what has been spent, from the first answer on: EANNs, the
+    plain ensemble and OPT+.
+    """
     curves = {name: [one.curve for one in own] for name, own in compared.ensembles.items()} | {
         "OPT+": list(compared.opt)
     }

@@ -1,4 +1,6 @@
-"""`python -m papers.anytimenet`: every training and measurement that is missing, then the tables and figures."""
+"""`python -m papers.anytimenet`: every training and measurement that is missing, then the tables
+and figures.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def main(
     table: Annotated[
         Table,
         typer.Option(
-            help="What to run: blocks, nothing; time, the measurements, when nothing else runs; accuracy, the "
+            help="What to run: blocks, nothing; time, the measurements, when nothing else runs; "
+            "accuracy, the "
             "trainings. Whatever is finished is written."
         ),
     ] = Table.all,

@@ -1,4 +1,6 @@
-"""Table I: which parts really run in which iteration, beside what the schedule says and what the paper prints."""
+"""Table I: which parts really run in which iteration, beside what the schedule says and what the
+paper prints.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
 
 
 def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
-    """One row per iteration of the default schedule: what ran, how often so far, what `growth.tally` and the paper say."""
+    """One row per iteration of the default schedule: what ran, how often so far, what
+    `growth.tally` and the paper say.
+    """
     counts = dict.fromkeys(PAPER_PARTS, 0)
     rows = []
     for index, (names, tallied) in enumerate(

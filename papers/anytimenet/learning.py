@@ -1,4 +1,6 @@
-"""Figures 3 and 4 as numbers: accuracy and confidence, iteration by iteration, over seeds; and what becomes of the claims."""
+"""Figures 3 and 4 as numbers: accuracy and confidence, iteration by iteration, over seeds; and what
+becomes of the claims.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def complete(case: Case, seeds: Sequence[int], results: Results) -> list[int]:
 def per_iteration(
     case: Case, norms: str, what: str, seeds: Sequence[int], results: Results
 ) -> np.ndarray:
-    """One of the values of `recipe.judged`, of AnytimeNet by seed and iteration; shares in per cent."""
+    """One of the values of `recipe.judged`, of AnytimeNet by seed and iteration; shares in per
+    cent.
+    """
     return _scale(what) * np.asarray(
         [results[key(case, "anytime", seed)][norms][what] for seed in seeds], dtype=float
     )
@@ -52,7 +56,8 @@ def _scale(what: str) -> float:
 def table(
     case: Case, norms: str, names: Sequence[str], seeds: Sequence[int], results: Results
 ) -> list[dict[str, Any]]:
-    """One row per iteration, and one of BASELINE: values over seeds, and whether they are higher than the row before.
+    """One row per iteration, and one of BASELINE: values over seeds, and whether they are higher
+    than the row before.
 
     A rise is the mean, over seeds, of the differences from the iteration before.
     """
@@ -98,14 +103,20 @@ def claims(
             for what, told in (("accuracy", "accuracy"), ("p_true", "confidence")):
                 values = per_iteration(case, norms, what, seeds[case.name], results).mean(0)
                 yield _monotone(
-                    f"{told} rises with every iteration on average ({case.name}, {norms} statistics)",
+                    (
+                        f"{told} rises with every iteration on average ({case.name}, {norms} "
+                        f"statistics)"
+                    ),
                     values,
                 )
     for norms in NORMS:
         for case in there:
             final = per_iteration(case, norms, "accuracy", seeds[case.name], results)[:, -1]
             yield judged(
-                f"the last iteration is more accurate than BASELINE ({case.name}, {norms} statistics)",
+                (
+                    f"the last iteration is more accurate than BASELINE ({case.name}, {norms} "
+                    f"statistics)"
+                ),
                 "far above" if case.name == "scarce" else "at least as accurate",
                 "points",
                 (final - baseline(case, "accuracy", seeds[case.name], results)).tolist(),
@@ -128,7 +139,11 @@ def claims(
         for case in there:
             values = per_iteration(case, norms, "correlation", seeds[case.name], results).mean(0)
             yield Claim(
-                f"classes of more confidence are answered better, in every iteration ({case.name}, {norms} statistics)",
+                (
+                    f"classes of more confidence are answered better, in every iteration "
+                    f"({case.name}, "
+                    f"{norms} statistics)"
+                ),
                 "yes",
                 f"correlation {values.min():.2f} to {values.max():.2f}",
                 "yes" if values.min() > 0.0 else "no",
@@ -138,7 +153,10 @@ def claims(
 def _monotone(claim: str, values: np.ndarray) -> Claim:
     rises = np.diff(values)
     worst = int(rises.argmin())
-    ours = f"in {int((rises > 0).sum())} of {len(rises)} iterations; {values[0]:.1f} to {values[-1]:.1f} %"
+    ours = (
+        f"in {int((rises > 0).sum())} of {len(rises)} iterations; {values[0]:.1f} to "
+        f"{values[-1]:.1f} %"
+    )
     if rises[worst] <= 0:
         ours += f"; most wrong in iteration {worst + 2} ({rises[worst]:+.2f} points)"
     return Claim(claim, "yes", ours, "yes" if (rises > 0).all() else "no")

@@ -1,4 +1,6 @@
-"""What is trained and timed at each scale, and how: one job is one network on one data set with one seed."""
+"""What is trained and timed at each scale, and how: one job is one network on one data set with one
+seed.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class Training:
     """How every network of one scale is trained, BASELINE like AnytimeNet.
 
     Attributes:
-        calibration: training images from which own batch-norm statistics are computed; None takes all.
+        calibration: training images from which own batch-norm statistics are computed; None takes
+            all.
         precision: of Lightning Fabric.
     """
 
@@ -81,7 +84,8 @@ class Net:
 class Timing:
     """Networks whose iterations are timed, each with so many images of this shape at a time.
 
-    A repeat with several images is as long as one with one image for as many repeats, so there are fewer.
+    A repeat with several images is as long as one with one image for as many repeats, so there are
+    fewer.
     """
 
     nets: tuple[Net, ...]
@@ -96,7 +100,8 @@ class Scale:
     """What is trained and timed.
 
     Attributes:
-        seeds: how many; a seed decides the training subset, the validation split, the initial weights and the order.
+        seeds: how many; a seed decides the training subset, the validation split, the initial
+            weights and the order.
     """
 
     cases: tuple[Case, ...]
@@ -139,7 +144,8 @@ SCALES = {
         timing=Timing(nets=(TINY,), shape=(1, 8, 8), repeats=20, warm_up=2),
         seeds=2,
     ),
-    # about 50,000 images come by in every training, since that is what 45 minutes hold; the larger sets therefore in few epochs
+    # about 50,000 images come by in every training, since that is what 45 minutes hold; the larger
+    # sets therefore in few epochs
     "cpu": Scale(
         cases=(
             Case(
@@ -249,7 +255,8 @@ def train(
     """Train one network; resumes from its checkpoint.
 
     Returns:
-        Per kind of batch-norm statistics what `judged` says of the test split; training seconds and last training loss.
+        Per kind of batch-norm statistics what `judged` says of the test split; training seconds and
+        last training loss.
     """
     data = load(case.data, train=case.images, validation=case.validation, seed=seed)
     torch.manual_seed(seed)
@@ -282,7 +289,9 @@ def train(
 
 
 def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
-    """An untrained network; both kinds have the same blocks, and of one random state the same weights."""
+    """An untrained network; both kinds have the same blocks, and of one random state the same
+    weights.
+    """
     channels = data.preprocess.channels
     if kind == "anytime":
         return AnytimeNet(
@@ -295,7 +304,9 @@ def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
 def with_own_norms(
     trained: AnytimeNet, net: Net, data: Data, batches: Iterator[Tensor]
 ) -> AnytimeNet:
-    """The same weights with batch-norm statistics for each iteration, computed from training images; nothing is trained."""
+    """The same weights with batch-norm statistics for each iteration, computed from training
+    images; nothing is trained.
+    """
     weight = next(trained.parameters())
     own = AnytimeNet(
         data.num_classes,
@@ -312,7 +323,8 @@ def with_own_norms(
 def calibration(data: Data, batch_size: int, most: int | None, seed: int) -> Iterator[Tensor]:
     """Training images as the network takes them, unchanged, in whole batches.
 
-    They are shuffled: batch norm goes by the batch meanwhile, and data sets may lie sorted by class.
+    They are shuffled: batch norm goes by the batch meanwhile, and data sets may lie sorted by
+        class.
     """
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(seed))[:most]
     for places in order[: max(batch_size, len(order) - len(order) % batch_size)].split(batch_size):
@@ -320,7 +332,9 @@ def calibration(data: Data, batch_size: int, most: int | None, seed: int) -> Ite
 
 
 def judged(recording: Recording) -> dict[str, Any]:
-    """Accuracy and confidence of every iteration, over all samples and class by class, and of the surest answer so far."""
+    """Accuracy and confidence of every iteration, over all samples and class by class, and of the
+    surest answer so far.
+    """
     cached = ensembled(recording, "caching")
     found = class_confidence(recording)
     surest = class_confidence(cached)

@@ -26,7 +26,8 @@ COLOURS = {"shared": BLUE, "own": ORANGE}
 
 
 def write(scale: Scale, results: Results, folder: Path) -> str:
-    """Write every table and figure that the finished jobs allow; returns them as one page of markdown.
+    """Write every table and figure that the finished jobs allow; returns them as one page of
+    markdown.
 
     Args:
         results: of trainings and measurements, by job name; some may be missing.
@@ -96,10 +97,13 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
         raw += list(_raw_times(name, result))
         plain, grown = times.per_part(net, result)
         parts += [
-            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of {len(result['plain'])} "
-            f"repeats, in brackets the quantiles 0.1 and 0.9; {_counted(result['threads'], 'thread')}, {result['processor']})",
+            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of "
+            f"{len(result['plain'])} "
+            f"repeats, in brackets the quantiles 0.1 and 0.9; "
+            f"{_counted(result['threads'], 'thread')}, {result['processor']})",
             markdown([_told_times(row) for row in rows]),
-            f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs for each part it executes; "
+            f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs "
+            f"for each part it executes; "
             f"AnytimeNet {1e6 * grown:.0f} µs for each of its.",
         ]
     if flat:
@@ -188,7 +192,10 @@ def _case_told(case: Case, results: Results) -> str:
         else case.images
     )
     how = f", augmentation {case.augment}" if case.augment != "none" else ""
-    return f"{case.name}: {images:,} training images, {_counted(case.epochs, 'epoch')}, batch {case.batch_size}{how}"
+    return (
+        f"{case.name}: {images:,} training images, {_counted(case.epochs, 'epoch')}, batch "
+        f"{case.batch_size}{how}"
+    )
 
 
 def _counted(count: int, what: str) -> str:
@@ -230,8 +237,10 @@ def _made(scale: Scale, results: Results) -> str:
     processors = sorted({str(result["processor"]) for result in results.values()})
     how = scale.training
     training = (
-        f"Learning rate {how.lr} ({how.schedule}), weights of the losses inverse_square, {scale.net.width} channels; "
-        f"{_counted(len(trained), 'training')}, {sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in "
+        f"Learning rate {how.lr} ({how.schedule}), weights of the losses inverse_square, "
+        f"{scale.net.width} channels; "
+        f"{_counted(len(trained), 'training')}, "
+        f"{sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in "
         "all. The test split is used for these tables alone. "
     )
     return (training if trained else "") + made_by(
@@ -239,7 +248,7 @@ def _made(scale: Scale, results: Results) -> str:
     )
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures --------------------------------------------------------------------------------------
 
 
 def draw_iterations(
@@ -248,11 +257,12 @@ def draw_iterations(
     results: Results,
     when: Sequence[float] | None,
 ) -> Figure:
-    """Figure 3: accuracy above, confidence below, over the time so far, one column per case; BASELINE as a point.
+    """Figure 3: accuracy above, confidence below, over the time so far, one column per case;
+    BASELINE as a point.
 
     Args:
-        when: time until each iteration's answer, over BASELINE's; None draws over the number of the iteration, and BASELINE as
-            a line.
+        when: time until each iteration's answer, over BASELINE's; None draws over the number of the
+            iteration, and BASELINE as a line.
     """
     with styled():
         figure = Figure(figsize=(2.5 * len(cases) + 1.2, 5.6), dpi=100, layout="constrained")
@@ -324,7 +334,9 @@ def _draw_baseline(axes: Axes, values: np.ndarray, *, timed: bool) -> None:
 def draw_classes(
     case: Case, seeds: Sequence[int], results: Results, names: Sequence[str]
 ) -> Figure:
-    """Figure 4: accuracy of each class over its confidence, means over seeds, one panel per iteration, with correlations."""
+    """Figure 4: accuracy of each class over its confidence, means over seeds, one panel per
+    iteration, with correlations.
+    """
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     with styled():

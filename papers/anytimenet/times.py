@@ -1,4 +1,6 @@
-"""Table II: what every iteration takes, measured in turn with BASELINE, the sub-networks alone and the parts one by one."""
+"""Table II: what every iteration takes, measured in turn with BASELINE, the sub-networks alone and
+the parts one by one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from papers.results import Claim
 # what caching is to save at least, what it may cost at most
 SAVED = 2.5
 OVERHEAD = 1.20
-# seconds a block over the test set, AnytimeNet and BASELINE (Table II); 38 blocks and 26 make a whole run
+# seconds a block over the test set, AnytimeNet and BASELINE (Table II); 38 blocks and 26 make a
+# whole run
 PAPER_BLOCKS = {"CIFAR-10": (0.063, 0.084), "GTSRB": (0.153, 0.212), "SFCARS": (0.098, 0.123)}
 
 
@@ -44,14 +47,18 @@ def name(net: Net, batch: int = 1) -> str:
 
 def told(net: Net, batch: int) -> str:
     """A network in words, and how many images it gets at a time."""
-    return f"{net.width} channels, blocks {net.schedule.names[-1]}, {batch} image{'s' if batch > 1 else ''} at a time"
+    return (
+        f"{net.width} channels, blocks {net.schedule.names[-1]}, {batch} "
+        f"image{'s' if batch > 1 else ''} at a time"
+    )
 
 
 def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, Any]:
     """Time one network; its weights do not matter.
 
     Returns:
-        What `timed` says, repeat by repeat, and the multiply-accumulates up to each iteration over those of BASELINE.
+        What `timed` says, repeat by repeat, and the multiply-accumulates up to each iteration over
+        those of BASELINE.
     """
     del folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,8 +83,9 @@ def timed(
     """Seconds in each repeat, all in turn, so that a change in the machine's speed meets all alike.
 
     Returns:
-        "plain": of BASELINE. Per iteration: "cumulative": until its answer, all those before being posted too; "alone": of
-        its sub-network run plainly; "predicted": what it adds by the cost model, from parts timed one by one.
+        "plain": of BASELINE. Per iteration: "cumulative": until its answer, all those before being
+        posted too; "alone": of its sub-network run plainly; "predicted": what it adds by the cost
+        model, from parts timed one by one.
     """
     alone = [*sub_networks(network)]
     ways: dict[str, Callable[[], Any]] = {
@@ -130,7 +138,7 @@ def _predicted(network: AnytimeNet, x: Tensor, clock: Clock) -> list[float]:
     return list(growth.costs(network.schedule, parts).per_iteration)
 
 
-# --- from measurements to the table -----------------------------------------------------------------------------------
+# --- from measurements to the table ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +162,9 @@ class Middle:
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per iteration: time so far against BASELINE's of the same repeat, own time against the prediction's."""
+    """One row per iteration: time so far against BASELINE's of the same repeat, own time against
+    the prediction's.
+    """
     plain, cumulative, predicted = (
         np.asarray(result[what]) for what in ("plain", "cumulative", "predicted")
     )
@@ -185,7 +195,9 @@ def over_baseline(result: Mapping[str, Any]) -> list[float]:
 
 
 def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
-    """Median seconds of BASELINE and of a whole run of AnytimeNet, over the parts that each executes."""
+    """Median seconds of BASELINE and of a whole run of AnytimeNet, over the parts that each
+    executes.
+    """
     whole = [row[-1] for row in result["cumulative"]]
     counts = sum(net.schedule.final) + 2, growth.tally(net.schedule)[-1][-1]
     return Middle.of(result["plain"]).median / counts[0], Middle.of(whole).median / counts[1]
@@ -205,7 +217,10 @@ def claims(net: Net, result: Mapping[str, Any]) -> Iterator[Claim]:
         for data, (ours, theirs) in PAPER_BLOCKS.items()
     )
     yield Claim(
-        f"the cached run is at least {SAVED} times cheaper than its sub-networks one after the other ({of})",
+        (
+            f"the cached run is at least {SAVED} times cheaper than its sub-networks one after the "
+            f"other ({of})"
+        ),
         "our aim",
         f"{saved.text()} times",
         "yes" if saved.median >= SAVED else "no",

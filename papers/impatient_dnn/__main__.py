@@ -48,7 +48,11 @@ def main(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of tables and figures; by default the paper folder's own, and its card is filled."
+            help=(
+                "Folder of tables and figures; by default the paper folder's own, and its card "
+                "is "
+                "filled."
+            )
         ),
     ] = None,
     runs: Annotated[

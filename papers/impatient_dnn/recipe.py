@@ -1,4 +1,6 @@
-"""What is trained for Table 1 of Impatient DNNs, and how: sizes per scale, and one function per kind of run."""
+"""What is trained for Table 1 of Impatient DNNs, and how: sizes per scale, and one function per
+kind of run.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +69,12 @@ class Settings:
     """Sizes of one scale; the same for every method that is compared.
 
     Attributes:
-        train, validation: how many examples of the target's splits are kept; None keeps all. Test splits stay whole.
+        train, validation: how many examples of the target's splits are kept; None keeps all. Test
+            splits stay whole.
         source_train: likewise for what is trained on beforehand.
         pretraining: recipe on the source.
-        training: recipe on the target, of FT and of joint training alike; its seed is replaced by the run's.
+        training: recipe on the target, of FT and of joint training alike; its seed is replaced by
+            the run's.
     """
 
     train: int | None
@@ -237,7 +241,9 @@ def _target_jobs(
 
 
 def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
-    """Times of the network with all exits, at batch size 1; they hold for every method, whose heads are alike."""
+    """Times of the network with all exits, at batch size 1; they hold for every method, whose heads
+    are alike.
+    """
     del folder
     examples = data.load(pair.target, train=100, validation=100, seed=0)
     network = with_exits(_backbone(pair, examples, seed=0), pair, examples)
@@ -268,7 +274,9 @@ def probe_pretrained(*, pair: Pair, settings: Settings, seed: int, folder: Path)
 
 
 def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
-    """FT: the network without exits is trained on the target, then probed; its own accuracy is the static comparison."""
+    """FT: the network without exits is trained on the target, then probed; its own accuracy is the
+    static comparison.
+    """
     target = _target(pair, settings, seed)
     network = _without_exits(_pretrained(pair, target, seed, folder), target)
     _fit(network, target, "const", settings.training, seed, folder)
@@ -280,7 +288,9 @@ def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dic
 def train_jointly(
     *, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path
 ) -> dict[str, Any]:
-    """All exits together, from the pretrained weights, weighted by how likely each exit's answer is the last in time."""
+    """All exits together, from the pretrained weights, weighted by how likely each exit's answer is
+    the last in time.
+    """
     target = _target(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
     _fit(network, target, weights, settings.training, seed, folder)
@@ -293,12 +303,14 @@ def with_exits(
     backbone: nn.Module, pair: Pair, examples: Data, heads: str | HeadFactory = "relu_linear"
 ) -> MultiExitNetwork:
     """Linear heads on pooled features after every block."""
-    # with a ReLU, as before the backbones' own classifiers: after a pre-activation block it matters, after VGG's it does not
+    # with a ReLU, as before the backbones' own classifiers: after a pre-activation block it
+    # matters, after VGG's it does not
     return attach_exits(backbone, example=examples.example(), after=pair.cuts(), heads=heads)
 
 
 def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
-    """ReLU, pool, standardise, linear: the same functions as "relu_linear", and as the SVMs, which are standardised too.
+    """ReLU, pool, standardise, linear: the same functions as "relu_linear", and as the SVMs, which
+    are standardised too.
 
     Its cost is that of "relu_linear": in use, the batch norm belongs into the linear layer.
     """
@@ -372,7 +384,9 @@ def _accuracies(recording: Recording) -> list[float]:
 
 
 def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
-    """Accuracy of a linear SVM per exit; the last exit's looks at the features that the network's own classifier sees."""
+    """Accuracy of a linear SVM per exit; the last exit's looks at the features that the network's
+    own classifier sees.
+    """
     splits: tuple[Split, ...] = ("train", "validation", "test")
     train, validation, test = (_features(backbone, pair, target, split) for split in splits)
     judged = linear_probes(train, validation, validation, test, C=STRENGTHS)
@@ -380,7 +394,9 @@ def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
 
 
 def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Recording:
-    """Features after every block as the heads of the other methods see them: ReLU, then the mean over space."""
+    """Features after every block as the heads of the other methods see them: ReLU, then the mean
+    over space.
+    """
     device = next(backbone.parameters()).device
     cuts = [f"blocks.{index}" for index in range(pair.blocks)]
     network = attach_exits(backbone, example=target.example().to(device), after=cuts).eval()

@@ -1,4 +1,6 @@
-"""From the runs' accuracies and costs to Table 1 of Impatient DNNs: CSV, markdown, figures and what to make of them."""
+"""From the runs' accuracies and costs to Table 1 of Impatient DNNs: CSV, markdown, figures and what
+to make of them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from papers.results import Spread, made_by, markdown, spread, write_csv
 
 Results = Mapping[str, Mapping[str, Any]]
 
-# Table 1 of the paper: VGG19 on MIT-67, expected accuracy in per cent (ORIG, FT, joint), and mean times in ms (t_B, t_A)
+# Table 1 of the paper: VGG19 on MIT-67, expected accuracy in per cent (ORIG, FT, joint), and mean
+# times in ms (t_B, t_A)
 PAPER = {
     "uniform": (46.65, 48.07, 53.93, 1.11, 1.19),
     "large_likely": (62.82, 67.07, 69.66, 1.72, 1.84),
@@ -42,7 +45,8 @@ METHODS = ("orig", "ft", "joint", "no_exits")
 def affordable(costs_s: Sequence[float]) -> list[int]:
     """Exits that some budget pays for and no deeper exit's as well, shallow to deep.
 
-    A priori, an exit with its head can cost as much as a deeper one; then it is never the deepest that fits.
+    A priori, an exit with its head can cost as much as a deeper one; then it is never the deepest
+    that fits.
     """
     return [
         index
@@ -62,10 +66,12 @@ def expected_percent(
 
 
 def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]) -> float:
-    """Mean cost of the answers that are given, ms, when each exit answers as often as it does anytime.
+    """Mean cost of the answers that are given, ms, when each exit answers as often as it does
+    anytime.
 
-    So both of the paper's columns are means over the same exits, and t_A - t_B is what the heads on the way cost. A priori,
-    the heads not run let some budgets pay for a deeper exit; that shows in the accuracy, not here.
+    So both of the paper's columns are means over the same exits, and t_A - t_B is what the heads on
+    the way cost. A priori, the heads not run let some budgets pay for a deeper exit; that shows in
+    the accuracy, not here.
     """
     weights = exit_weights(budget, anytime_s, normalise=True)
     return 1e3 * sum(weight * cost for weight, cost in zip(weights, costs_s, strict=True))
@@ -74,8 +80,9 @@ def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]
 def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Expected accuracy in per cent on the test split: one row per pair, budgets and seed.
 
-    All answer anytime (interruptible costs), except `joint_a_priori`, the same network whose budget is known in advance
-    (contract costs), and `no_exits`, the fine-tuned network alone, which answers if its one time fits.
+    All answer anytime (interruptible costs), except `joint_a_priori`, the same network whose budget
+    is known in advance (contract costs), and `no_exits`, the fine-tuned network alone, which
+    answers if its one time fits.
     """
     rows = []
     for pair in pairs:
@@ -107,7 +114,9 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `per_seed` over seeds: a `Spread` per method, and of the gain over that seed's better baseline."""
+    """Rows of `per_seed` over seeds: a `Spread` per method, and of the gain over that seed's better
+    baseline.
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["pair"], row["budgets"]), []).append(row)
@@ -180,17 +189,22 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
     )
     return "\n".join(
         [
-            f"- Joint training beats the better baseline in every row: **{'yes' if len(won) == len(summary) else 'no'}**. By the "
-            f"mean over seeds in {len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in {always}."
-            + (f" Not in: {losers}." if losers else ""),
-            f"- Most where small budgets are likely: **{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest "
-            f"gain, and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: {gains}.",
+            f"- Joint training beats the better baseline in every row: "
+            f"**{'yes' if len(won) == len(summary) else 'no'}**. By the "
+            f"mean over seeds in {len(won)} of {len(summary)} rows, in all of {seeds} "
+            f"seed{'s' * (seeds > 1)} in {always}." + (f" Not in: {losers}." if losers else ""),
+            f"- Most where small budgets are likely: "
+            f"**{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest "
+            f"gain, and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: "
+            f"{gains}.",
         ]
     )
 
 
 def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy in per cent of each exit of each method on validation and test split, with the exit's times."""
+    """Accuracy in per cent of each exit of each method on validation and test split, with the
+    exit's times.
+    """
     rows = []
     for pair in pairs:
         costs = _costs(pair, results)
@@ -227,7 +241,10 @@ def write(
     made = made_by(str(_costs(pairs[0], results).provenance.processor), "papers.impatient_dnn")
     rows = per_seed(pairs, results, seeds)
     summary = summarised(rows)
-    runs = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation over them; test split."
+    runs = (
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation over them; test "
+        f"split."
+    )
     page = f"{verdict(summary)}\n\n{table1(summary)}\n\n{runs} {made}"
     if table in ("table1", "all"):
         write_csv(out / "table1_seeds.csv", rows)
@@ -295,7 +312,9 @@ def draw_table1(summary: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_exits(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy of every exit over its time when all heads run, means over seeds, one panel per pair."""
+    """Accuracy of every exit over its time when all heads run, means over seeds, one panel per
+    pair.
+    """
 
     def panel(axes: Axes, pair: str) -> None:
         own = [row for row in rows if row["pair"] == pair]

@@ -1,4 +1,6 @@
-"""Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer by the deadline."""
+"""Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer by
+the deadline.
+"""
 
 from impatient import budgets, errors, networks, training
 from impatient.budgets import Budget, exit_weights, expected_accuracy

@@ -1,4 +1,6 @@
-"""Verbs that make networks of networks, as functions on run directories: ensembles, cascades, orders of growing."""
+"""Verbs that make networks of networks, as functions on run directories: ensembles, cascades,
+orders of growing.
+"""
 
 from __future__ import annotations
 
@@ -52,9 +54,11 @@ def ensemble_run(
     force: bool = False,
     say: Say,
 ) -> None:
-    """Make a run directory of trained ones: of several an ensemble of growing depth, of one a running ensemble of its exits.
+    """Make a run directory of trained ones: of several an ensemble of growing depth, of one a
+    running ensemble of its exits.
 
-    What is fitted, the errors to choose by and the temperatures, comes from the members' validation recordings.
+    What is fitted, the errors to choose by and the temperatures, comes from the members' validation
+    recordings.
 
     Raises:
         StorageError: if the directory is taken, or a member has no validation recording.
@@ -92,7 +96,8 @@ def _eann(
     for part, spec in zip(parts, specs, strict=True):
         if spec.data_fingerprint != specs[0].data_fingerprint:
             raise StaleInput(
-                f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} ({specs[0].data})."
+                f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} "
+                f"({specs[0].data})."
             )
     errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
     network = EANN(networks, errors)
@@ -120,7 +125,8 @@ def _running_ensemble(
         )
     named = Rule(name=rule)  # type: ignore[arg-type]
     before = fit_temperatures(recording)
-    # caching promises that the answer's confidence never falls; a temperature of each exit's own would break that
+    # caching promises that the answer's confidence never falls; a temperature of each exit's own
+    # would break that
     after = (
         None
         if rule == "caching"
@@ -154,10 +160,12 @@ def select_run(
     progress: bool = True,
     say: Say,
 ) -> Evaluation:
-    """Make a cascade of networks that are there already, learn which of them a sample needs, and say what that saves.
+    """Make a cascade of networks that are there already, learn which of them a sample needs, and
+    say what that saves.
 
     Args:
-        members: from cheap to dear: run directories, model specs with pretrained weights, or SPEC@FILE.safetensors.
+        members: from cheap to dear: run directories, model specs with pretrained weights, or
+            SPEC@FILE.safetensors.
         targets: one of max_accuracy_loss against the last network, mean_time_s and time_price.
         topology: "chain", "full" or "star".
 
@@ -178,7 +186,8 @@ def select_run(
         or (spec.data, spec.seed, spec.validation) != (data, seed, validation)
     ):
         raise StaleInput(
-            f"{run.path} holds {spec.model} on {spec.data}, not {_told(members)} on {data}; use another directory, or --force "
+            f"{run.path} holds {spec.model} on {spec.data}, not {_told(members)} on {data}; use "
+            f"another directory, or --force "
             "to throw it away."
         )
     costs = profile_run(run.path, repeats=repeats, progress=progress, say=say)
@@ -281,7 +290,9 @@ def _member(member: str, data: Data, seed: int, validation: float) -> tuple[Netw
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPlan:
-    """A schedule for a network that grows, and what it and the one the model came with cost here, in seconds."""
+    """A schedule for a network that grows, and what it and the one the model came with cost here,
+    in seconds.
+    """
 
     schedule: Schedule
     costs: GrowthCosts
@@ -300,12 +311,14 @@ def plan_growth(
     repeats: int = 200,
     seed: int = 0,
 ) -> GrowthPlan:
-    """Measure every block of a network that grows, and find the order of least overhead; see `growth.plan` and `place`.
+    """Measure every block of a network that grows, and find the order of least overhead; see
+    `growth.plan` and `place`.
 
     With neither iterations, sizes nor times, the model's own schedule is only costed.
 
     Raises:
-        ModelSpecError: if the model does not grow, or more than one wish is given, or none can be met.
+        ModelSpecError: if the model does not grow, or more than one wish is given, or none can be
+            met.
     """
     if sum(wish is not None for wish in (iterations, sizes, times_s)) > 1:
         raise ModelSpecError("needed: one of iterations, sizes and times, or none of them.")
@@ -313,7 +326,8 @@ def plan_growth(
     network = fresh_model(model, loaded.num_classes, loaded.preprocess, seed)
     if not isinstance(network, GrowingNetwork):
         raise ModelSpecError(
-            f"{model} is a {type(network).__name__}, which does not grow; needed: impatient:anytimenet, or a "
+            f"{model} is a {type(network).__name__}, which does not grow; needed: "
+            f"impatient:anytimenet, or a "
             "factory of your own that returns a GrowingNetwork."
         )
     parts = block_times(network.backbone, loaded.example(batch_size), repeats=repeats)

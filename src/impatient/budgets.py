@@ -1,9 +1,10 @@
 """Distributions p(t) over time budgets, and the two sides of one integral.
 
-`exit_weights` says how often each exit is the deepest one that a random budget can pay for. Training with these weights
-minimises the expected loss of the answer a caller receives; `expected_accuracy` is the same sum over accuracies.
-Budgets are times, or as well multiply-accumulates, bytes or joules: then costs of the same kind go with them.
-`exit_weights_many` does the first for thousands of budgets at once.
+`exit_weights` says how often each exit is the deepest one that a random budget can pay for.
+Training with these weights minimises the expected loss of the answer a caller receives;
+`expected_accuracy` is the same sum over accuracies. Budgets are times, or as well
+multiply-accumulates, bytes or joules: then costs of the same kind go with them. `exit_weights_many`
+does the first for thousands of budgets at once.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from impatient.costs import UNITS, Cost, check_increasing
 from impatient.errors import BudgetError
 from impatient.files import read_json, write_json
 
-# e-folds of the exponential across the range. Impatient DNNs give no parameters; their row means (0.26 T for small
-# budgets likely, 0.905 T for large) are far steeper than a linear ramp and lie near this.
+# e-folds of the exponential across the range. Impatient DNNs give no parameters; their row means
+# (0.26 T for small budgets likely, 0.905 T for large) are far steeper than a linear ramp and lie
+# near this.
 STEEPNESS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """A distribution over budgets: of time in seconds, or of another cost in its unit, wherever seconds are spoken of.
+    """A distribution over budgets: of time in seconds, or of another cost in its unit, wherever
+    seconds are spoken of.
 
-    Make one with a function of this module: `uniform`, `small_likely`, `large_likely`, `normal`, `log_uniform`, `point`,
-    `empirical`.
+    Make one with a function of this module: `uniform`, `small_likely`, `large_likely`, `normal`,
+    `log_uniform`, `point`, `empirical`.
     """
 
     shape: str
@@ -55,11 +58,13 @@ class Budget:
             )
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise BudgetError(
-                f"budget range {self.low} to {self.high} s is not finite; give seconds, such as 0.0 to 0.010."
+                f"budget range {self.low} to {self.high} s is not finite; give seconds, such as "
+                f"0.0 to 0.010."
             )
         if not 0.0 <= self.low <= self.high or self.high <= 0.0:
             raise BudgetError(
-                f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low < high, in seconds."
+                f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low "
+                f"< high, in seconds."
             )
         listed = self.shape in _LISTED
         ends = (self.samples_s[0], self.samples_s[-1]) if self.samples_s else None
@@ -69,13 +74,15 @@ class Budget:
             or self.low <= 0.0
         ):
             raise BudgetError(
-                f"a budget of shape {self.shape} needs its samples in order; use point() or empirical()."
+                f"a budget of shape {self.shape} needs its samples in order; use point() or "
+                f"empirical()."
             )
         if not listed and (
             ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0)
         ):
             raise BudgetError(
-                f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and samples {ends}."
+                f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and "
+                f"samples {ends}."
             )
 
     @overload
@@ -83,7 +90,8 @@ class Budget:
     @overload
     def probability_below(self, time_s: np.ndarray) -> np.ndarray: ...
     def probability_below(self, time_s: float | np.ndarray) -> float | np.ndarray:
-        """P(budget < time_s); strictly below, so that a budget of exactly an exit's cost pays for that exit.
+        """P(budget < time_s); strictly below, so that a budget of exactly an exit's cost pays for
+        that exit.
 
         Args:
             time_s: one time, or an array of any shape.
@@ -101,7 +109,9 @@ class Budget:
         )
 
     def density(self, times_s: np.ndarray) -> np.ndarray:
-        """Probability density at the given times, 1/s; for plots. Empirical and point budgets have none and give zeros."""
+        """Probability density at the given times, 1/s; for plots. Empirical and point budgets have
+        none and give zeros.
+        """
         if self.samples_s:
             return np.zeros_like(times_s)
         return np.asarray(self._distribution().pdf(times_s))
@@ -190,7 +200,8 @@ def _normal_below(times: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.nd
     )
 
 
-# P(budget < time) for times from low to high. Closed forms: scipy takes a millisecond to set up one distribution
+# P(budget < time) for times from low to high. Closed forms: scipy takes a millisecond to set up one
+# distribution
 _BELOW: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "uniform": _share,
     "small_likely": lambda times, low, high: (
@@ -208,7 +219,9 @@ _BELOW: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = 
 
 
 def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
-    """P(budget < time) of every budget [B] at every time [T], shape [B, T]; budgets of one shape are taken together."""
+    """P(budget < time) of every budget [B] at every time [T], shape [B, T]; budgets of one shape
+    are taken together.
+    """
     below = np.empty((len(budgets), len(times_s)))
     members: dict[str, list[int]] = defaultdict(list)
     for row, budget in enumerate(budgets):
@@ -233,7 +246,8 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
 def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budget:
     if not low_s < high_s:
         raise BudgetError(
-            f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in seconds."
+            f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in "
+            f"seconds."
         )
     return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
 
@@ -242,7 +256,8 @@ def uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Every budget between two times is equally likely.
 
     Args:
-        low_s, high_s: seconds, or with another `cost` its unit: multiply-accumulates, bytes, joules.
+        low_s, high_s: seconds, or with another `cost` its unit: multiply-accumulates, bytes,
+            joules.
         cost: what is limited; here and in the other shapes.
     """
     return _over("uniform", low_s, high_s, cost)
@@ -263,7 +278,9 @@ def large_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
 
 
 def normal(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Normal around the middle of the range, cut off at three standard deviations, which are its ends."""
+    """Normal around the middle of the range, cut off at three standard deviations, which are its
+    ends.
+    """
     return _over("normal", low_s, high_s, cost)
 
 
@@ -291,7 +308,9 @@ STANDARD = ("uniform", "small_likely", "large_likely", "normal")
 
 
 def standard(horizon_s: float) -> dict[str, Budget]:
-    """The four shapes of Impatient DNNs' Table 1 on [0, horizon]; by convention the time of the whole network."""
+    """The four shapes of Impatient DNNs' Table 1 on [0, horizon]; by convention the time of the
+    whole network.
+    """
     return {shape: _over(shape, 0.0, horizon_s) for shape in STANDARD}
 
 
@@ -300,22 +319,25 @@ def exit_weights(
 ) -> tuple[float, ...]:
     """Probability that each exit is the deepest one a random budget can pay for.
 
-    Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a caller receives.
+    Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a
+    caller receives.
 
     Args:
         budget: the distribution p(t).
-        costs_s: cumulative cost of each exit, seconds, strictly increasing, length K: `costs.interruptible_s()` when
-            the budget is not known in advance, `costs.contract_s()` when it is.
-        normalise: divide by the sum, so that weights add up to 1. Without it they add up to 1 - P(budget < costs_s[0]),
-            since a budget below the first exit buys no answer.
+        costs_s: cumulative cost of each exit, seconds, strictly increasing, length K:
+            `costs.interruptible_s()` when the budget is not known in advance, `costs.contract_s()`
+            when it is.
+        normalise: divide by the sum, so that weights add up to 1. Without it they add up to 1 -
+            P(budget < costs_s[0]), since a budget below the first exit buys no answer.
     Returns:
         K weights, shallowest exit first.
     Raises:
         CostOrderError: if costs_s does not increase strictly.
         BudgetError: if no budget can pay for any exit and the weights are to be normalised.
     Source:
-        Amthor, Rodner, Denzler 2016 (Impatient DNNs): the risk under p(t). With budgets independent of the input it
-        is the sum over exits of P(t[k] <= budget < t[k+1]) times the exit's expected loss.
+        Amthor, Rodner, Denzler 2016 (Impatient DNNs): the risk under p(t). With budgets independent
+        of the input it is the sum over exits of P(t[k] <= budget < t[k+1]) times the exit's
+        expected loss.
     Example:
         >>> exit_weights(uniform(0.0, 10.0), costs_s=[1.0, 2.0, 4.0, 8.0])
         (0.1, 0.2, 0.4, 0.2)
@@ -326,7 +348,8 @@ def exit_weights(
 def exit_weights_many(
     budgets: Sequence[Budget], costs_s: Sequence[float], *, normalise: bool = False
 ) -> np.ndarray:
-    """`exit_weights` of many budgets at once: a sweep over distributions, or one distribution per sample.
+    """`exit_weights` of many budgets at once: a sweep over distributions, or one distribution per
+    sample.
 
     Where the budget depends on the input, p(t | x), row i holds the weights of sample i's losses.
 
@@ -354,16 +377,19 @@ def exit_weights_many(
     for budget, total in zip(budgets, totals.tolist(), strict=True):
         if total <= 0.0:
             raise BudgetError(
-                f"no budget between {budget.low:g} and {budget.high:g} s pays for the first exit ({costs[0]:g} s); "
+                f"no budget between {budget.low:g} and {budget.high:g} s pays for the first exit "
+                f"({costs[0]:g} s); "
                 "use larger budgets or an earlier exit."
             )
     return np.asarray(weights / totals[:, None])
 
 
 def deepest_for_some(costs_s: Sequence[float]) -> tuple[int, ...]:
-    """The exits that are cheaper than every deeper one; no other is ever the deepest that a budget can pay for.
+    """The exits that are cheaper than every deeper one; no other is ever the deepest that a budget
+    can pay for.
 
-    In contract mode a costly head can make an exit dearer than a deeper one. Weights are then taken over these exits alone.
+    In contract mode a costly head can make an exit dearer than a deeper one. Weights are then taken
+    over these exits alone.
 
     Example:
         >>> deepest_for_some([1.5, 4.0, 3.2])
@@ -385,7 +411,8 @@ def expected_accuracy(
     Args:
         costs_s: as in `exit_weights`.
         accuracies: accuracy of each exit, in [0, 1], length K.
-        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as failures.
+        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as
+            failures.
     Source:
         Impatient DNNs, Table 1's metric.
     """
@@ -395,11 +422,13 @@ def expected_accuracy(
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget from one word: "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or "log:FILE".
+    """Read a budget from one word: "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or
+    "log:FILE".
 
-    A unit behind the last number says what is limited instead: millions of multiply-accumulates ("uniform:0:40mmacs"),
-    megabytes moved ("mb", 10^6 bytes) or millijoules ("mj"); "ms" may be said, too. A log is a text file with one budget in
-    milliseconds per line. Such units belong at the door: this is for command lines.
+    A unit behind the last number says what is limited instead: millions of multiply-accumulates
+    ("uniform:0:40mmacs"), megabytes moved ("mb", 10^6 bytes) or millijoules ("mj"); "ms" may be
+    said, too. A log is a text file with one budget in milliseconds per line. Such units belong at
+    the door: this is for command lines.
 
     Example:
         >>> parse_budget("uniform:0:10").high
@@ -432,7 +461,8 @@ def parse_budget(text: str) -> Budget:
             raise
         raise BudgetError(f"{text!r} holds something that is not a number ({error}).") from error
     raise BudgetError(
-        f"cannot read {text!r} as a budget; needed: one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH in milliseconds "
+        f"cannot read {text!r} as a budget; needed: one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH "
+        f"in milliseconds "
         "(uniform:0:10), point:T (point:8), or log:FILE."
     )
 
@@ -444,7 +474,8 @@ def _without_unit(text: str) -> tuple[str, Cost, float]:
         return text, *UNITS["ms"]
     if found[0].lower() not in UNITS:
         raise BudgetError(
-            f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none for ms."
+            f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none "
+            f"for ms."
         )
     return text[: found.start()], *UNITS[found[0].lower()]
 

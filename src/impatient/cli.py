@@ -14,7 +14,10 @@ from impatient.errors import ImpatientError, RunError
 
 app = typer.Typer(
     name="impatient",
-    help="Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer by the deadline.",
+    help=(
+        "Make any PyTorch network anytime: a crude answer early, better ones as time allows, an "
+        "answer by the deadline."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -292,7 +295,9 @@ def ensemble(
     ] = "geometric",
     force: Force = False,
 ) -> None:
-    """Make one network of several, run one after the other (EANN), or let the exits of one answer together."""
+    """Make one network of several, run one after the other (EANN), or let the exits of one answer
+    together.
+    """
     from impatient import assembly
 
     assembly.ensemble_run(directory, members, rule=rule, force=force, say=_say)
@@ -310,14 +315,16 @@ def profile(
         typer.Option(
             "--engine",
             "--engines",
-            help="Engines to measure, with commas between: eager, compile, or one that `impatient export` has made in "
+            help="Engines to measure, with commas between: eager, compile, or one that `impatient "
+            "export` has made in "
             "DIR/engines. Each has its own profile.json.",
         ),
     ] = "eager",
     threads: Annotated[
         str,
         typer.Option(
-            help="Thread counts to measure, with commas between; 0 leaves torch's own choice. The first is that of "
+            help="Thread counts to measure, with commas between; 0 leaves torch's own choice. The "
+            "first is that of "
             "profile.json, another that of profile-t2.json."
         ),
     ] = "0",
@@ -438,7 +445,11 @@ def fit(
     inputs: Annotated[
         str,
         typer.Option(
-            help="What gates look at: confidences; features, before the head is paid (needs record --features); or both."
+            help=(
+                "What gates look at: confidences; features, before the head is paid (needs "
+                "record "
+                "--features); or both."
+            )
         ),
     ] = "confidences",
     delta: Annotated[
@@ -454,7 +465,9 @@ def fit(
     any_profile: AnyProfile = False,
     threads: Threads = 0,
 ) -> None:
-    """Fit a policy to a target on the validation split; without a target, to lose at most 1 point of accuracy."""
+    """Fit a policy to a target on the validation split; without a target, to lose at most 1 point
+    of accuracy.
+    """
     from impatient import workflow
 
     _use_threads(threads)
@@ -593,7 +606,8 @@ def evaluate(
     real: Annotated[
         int,
         typer.Option(
-            help="Also answer so many test samples one by one under every policy, and show what that "
+            help="Also answer so many test samples one by one under every policy, and show what "
+            "that "
             "takes beside what was predicted."
         ),
     ] = 0,

@@ -1,4 +1,6 @@
-"""Time: a clock that can be replaced, and deadlines as instants on it. Seconds, as float, everywhere."""
+"""Time: a clock that can be replaced, and deadlines as instants on it. Seconds, as float,
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class SystemClock:
         return time.perf_counter()
 
     def wait(self, changed: threading.Condition, until: float) -> None:
-        # threading refuses timeouts above TIMEOUT_MAX; an endless deadline waits for the notification alone
+        # threading refuses timeouts above TIMEOUT_MAX; an endless deadline waits for the
+        # notification alone
         timeout = until - time.perf_counter()
         changed.wait(timeout if timeout < threading.TIMEOUT_MAX else None)
 
@@ -80,7 +83,8 @@ SYSTEM_CLOCK = SystemClock()
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """An instant on a monotonic clock, stamped once: time spent waiting in a queue counts against it.
+    """An instant on a monotonic clock, stamped once: time spent waiting in a queue counts against
+    it.
 
     Make one with `Deadline.after(seconds)` where the request comes in and hand it on.
 
@@ -95,7 +99,8 @@ class Deadline:
     def __post_init__(self) -> None:
         if math.isnan(self.instant):
             raise BudgetError(
-                "deadline is NaN; needed: an instant on the clock, in seconds. Use Deadline.after(0.008)."
+                "deadline is NaN; needed: an instant on the clock, in seconds. Use "
+                "Deadline.after(0.008)."
             )
 
     @classmethod
@@ -103,7 +108,8 @@ class Deadline:
         """The instant that lies `seconds` from now.
 
         Raises:
-            BudgetError: unless `seconds` is a positive number (infinity is allowed and means no limit).
+            BudgetError: unless `seconds` is a positive number (infinity is allowed and means no
+                limit).
         """
         return cls(clock.now() + positive_seconds(seconds, "the time until a deadline"))
 
@@ -129,7 +135,8 @@ def check_deadline(deadline: object) -> None:
     """Raise a BudgetError for what is no deadline, such as a number of seconds."""
     if not isinstance(deadline, Deadline):
         raise BudgetError(
-            f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms from now."
+            f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms "
+            f"from now."
         )
 
 

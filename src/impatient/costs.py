@@ -1,11 +1,13 @@
-"""What every stage and every head costs, measured on one device, and the two cumulative costs that follow.
+"""What every stage and every head costs, measured on one device, and the two cumulative costs that
+follow.
 
 An answer from exit k costs the stages up to k and
 
 * **interruptible**: every head on the way, since each posts its answer in case it is the last;
 * **contract**: head k alone, since the budget was known and the other heads were skipped.
 
-A cost is time, multiply-accumulates, bytes moved or energy; whatever takes a budget takes one in any of them.
+A cost is time, multiply-accumulates, bytes moved or energy; whatever takes a budget takes one in
+any of them.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Quantiles:
         times = (self.mean, self.p50, self.p90, self.p99, self.p999, self.max)
         if not all(math.isfinite(time) and time >= 0.0 for time in times):
             raise CostError(
-                f"measured times must be finite and not negative, got {times}. Measure again with profile()."
+                f"measured times must be finite and not negative, got {times}. Measure again with "
+                f"profile()."
             )
         if not self.p50 <= self.p90 <= self.p99 <= self.p999 <= self.max:
             raise CostError(
@@ -79,7 +82,9 @@ class Quantiles:
 
     @classmethod
     def of(cls, times_s: Sequence[float]) -> Self:
-        """Summarise measured times; quantiles are order statistics, rounded up, so p99 of few repeats is the maximum."""
+        """Summarise measured times; quantiles are order statistics, rounded up, so p99 of few
+        repeats is the maximum.
+        """
         if len(times_s) == 0:
             raise CostError("no measured times to summarise; needed: at least one repeat.")
         p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher")
@@ -96,12 +101,14 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """How well a machine repeats itself: the untouched backbone against itself, in pairs of adjacent runs (A/A).
+    """How well a machine repeats itself: the untouched backbone against itself, in pairs of
+    adjacent runs (A/A).
 
     Attributes:
         aa_ratio: median of the paired ratios; 1 but for noise.
         aa_low, aa_high: its 95 % interval.
-        spread: half the width of the range that holds nine in ten of the single ratios, as a factor: 0.03 is +-3 %.
+        spread: half the width of the range that holds nine in ten of the single ratios, as a
+            factor: 0.03 is +-3 %.
         n: number of pairs.
     """
 
@@ -119,22 +126,28 @@ class Noise:
             and self.spread >= 0.0
         ):
             raise CostError(
-                f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with profile()."
+                f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with "
+                f"profile()."
             )
 
     @property
     def too_noisy(self) -> bool:
-        """Whether the interval reaches beyond 1 +- 5 %: then the profile can say little about anything."""
+        """Whether the interval reaches beyond 1 +- 5 %: then the profile can say little about
+        anything.
+        """
         return self.aa_low < 1.0 - NOISE_LIMIT or self.aa_high > 1.0 + NOISE_LIMIT
 
     @classmethod
     def of(cls, times_s: Sequence[float]) -> Self | None:
-        """From times of one and the same thing, of which the first and second, third and fourth, ... ran back to back.
+        """From times of one and the same thing, of which the first and second, third and fourth,
+        ... ran back to back.
 
-        The interval is one of order statistics. Half of the pairs are turned round, so that running second is no advantage.
+        The interval is one of order statistics. Half of the pairs are turned round, so that running
+        second is no advantage.
 
         Returns:
-            None of fewer than six pairs, whose median has no 95 % interval, or where the clock shows no time at all.
+            None of fewer than six pairs, whose median has no 95 % interval, or where the clock
+            shows no time at all.
         """
         pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
         # of the lower end, counted from 1; 0: there is none
@@ -179,10 +192,10 @@ class Comparison:
         a_s, b_s: mean seconds until its answer.
         ratio: A's mean over B's, which is how many times as fast B is.
         p50_ratio, p99_ratio: likewise, of sums of these quantiles.
-        noise: by how much a ratio may differ from 1 and say nothing: the A/A spreads of both, added as squares; None where one
-            is not known.
-        verdict: what B is; "faster" and "slower" only where the ratios of the means and of the medians both say so beyond the
-            noise. One late run moves the mean and not the median.
+        noise: by how much a ratio may differ from 1 and say nothing: the A/A spreads of both, added
+            as squares; None where one is not known.
+        verdict: what B is; "faster" and "slower" only where the ratios of the means and of the
+            medians both say so beyond the noise. One late run moves the mean and not the median.
     """
 
     batch_size: int
@@ -206,10 +219,13 @@ class CostProfile:
         batches: measured times per batch size.
         stage_macs, head_macs: multiply-accumulates per sample (1 MAC = 2 FLOPs).
         stage_parameters, head_parameters: parameter counts.
-        stage_bytes, head_bytes: bytes that operators read and write per sample, at batch size 1; see
-            `networks.describe.count_traffic`. None where they were not counted, as in files made before they were.
-        stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not measured.
-        exit_free_macs, exit_free_bytes: of the untouched backbone; by default the sum of the stages.
+        stage_bytes, head_bytes: bytes that operators read and write per sample, at batch size 1;
+            see `networks.describe.count_traffic`. None where they were not counted, as in files
+            made before they were.
+        stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not
+            measured.
+        exit_free_macs, exit_free_bytes: of the untouched backbone; by default the sum of the
+            stages.
         exit_free_energy_j: likewise.
         energy_meter: what measured the joules, in words.
         provenance: machine, versions, network structure.
@@ -241,7 +257,8 @@ class CostProfile:
                 object.__setattr__(self, f"exit_free_{name}", sum(stages))
         if not self.exits or not self.batches:
             raise CostError(
-                "a cost profile needs at least one exit and one batch size. Make one with profile()."
+                "a cost profile needs at least one exit and one batch size. Make one with "
+                "profile()."
             )
         rows: list[tuple[str, Sequence[object]]] = [
             ("stage_macs", self.stage_macs),
@@ -259,7 +276,8 @@ class CostProfile:
         joules = (*(self.stage_energy_j or ()), *(self.head_energy_j or ()))
         if not all(math.isfinite(entry) and entry >= 0.0 for entry in joules):
             raise CostError(
-                f"joules must be finite and not negative, got {joules}. Measure again with profile()."
+                f"joules must be finite and not negative, got {joules}. Measure again with "
+                f"profile()."
             )
         for size, costs in self.batches.items():
             rows += [
@@ -269,7 +287,8 @@ class CostProfile:
         for name, row in rows:
             if len(row) != len(self.exits):
                 raise CostError(
-                    f"{name} has {len(row)} entries for {len(self.exits)} exits. Make the profile again."
+                    f"{name} has {len(row)} entries for {len(self.exits)} exits. Make the profile "
+                    f"again."
                 )
 
     @property
@@ -300,7 +319,8 @@ class CostProfile:
         """What every stage and every head costs by itself, shallow to deep.
 
         Args:
-            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample, at batch size 1.
+            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample,
+                at batch size 1.
             statistic, batch_size: of time alone; see `cumulative`.
         Raises:
             CostError: if the profile does not hold this cost.
@@ -335,11 +355,14 @@ class CostProfile:
         """Cost until the answer of each exit is there, shallow to deep.
 
         Args:
-            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample, at batch size 1.
+            cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample,
+                at batch size 1.
             mode: which heads are paid on the way; see the module's docstring.
-            statistic: of time, which number of each part is added. Means add up exactly; sums of quantiles are upper bounds.
+            statistic: of time, which number of each part is added. Means add up exactly; sums of
+                quantiles are upper bounds.
             batch_size: of time, a measured one.
-            heads: in interruptible mode, whether each exit's head runs when it is passed (default: all do).
+            heads: in interruptible mode, whether each exit's head runs when it is passed (default:
+                all do).
         Raises:
             CostError: if the profile does not hold this cost, or that batch size was not measured.
         """
@@ -376,13 +399,17 @@ class CostProfile:
     def interruptible_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[float, ...]:
-        """Seconds until each exit has answered when every exit on the way answers too (t_A in Impatient DNNs)."""
+        """Seconds until each exit has answered when every exit on the way answers too (t_A in
+        Impatient DNNs).
+        """
         return self.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size)
 
     def contract_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[float, ...]:
-        """Seconds until each exit has answered when only that exit's head runs (t_B in Impatient DNNs)."""
+        """Seconds until each exit has answered when only that exit's head runs (t_B in Impatient
+        DNNs).
+        """
         return self.cumulative_s("contract", statistic=statistic, batch_size=batch_size)
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
@@ -394,14 +421,17 @@ class CostProfile:
         return self.cumulative("macs", mode, heads=heads)
 
     def compare(self, other: CostProfile, *, any_network: bool = False) -> tuple[Comparison, ...]:
-        """How many times as fast another profile is, exit by exit, and whether the noise of the two lets one say so.
+        """How many times as fast another profile is, exit by exit, and whether the noise of the two
+        lets one say so.
 
-        Two profiles were measured one after the other, so a machine that was slower on the whole while one of them was made
-        shows up as a difference. For small differences measure both in turn: `impatient.runtime.time_in_turn`.
+        Two profiles were measured one after the other, so a machine that was slower on the whole
+        while one of them was made shows up as a difference. For small differences measure both in
+        turn: `impatient.runtime.time_in_turn`.
 
         Args:
             other: B; this one is A.
-            any_network: compare exits of the same number although they belong to different networks.
+            any_network: compare exits of the same number although they belong to different
+                networks.
         Returns:
             For each batch size in both: one row per exit, and one for the untouched backbone.
         Raises:
@@ -414,17 +444,20 @@ class CostProfile:
             )
             if self.exits != other.exits:
                 raise StaleInput(
-                    f"profile A has exits after {', '.join(self.exits)}, profile B after {', '.join(other.exits)}; compare "
+                    f"profile A has exits after {', '.join(self.exits)}, profile B after "
+                    f"{', '.join(other.exits)}; compare "
                     "profiles of one network, cut in the same places."
                 )
         if self.num_exits != other.num_exits:
             raise CostError(
-                f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as many."
+                f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as "
+                f"many."
             )
         sizes = sorted(self.batches.keys() & other.batches.keys())
         if not sizes:
             raise CostError(
-                f"profile A has batch sizes {sorted(self.batches)}, profile B {sorted(other.batches)}; needed: one in both."
+                f"profile A has batch sizes {sorted(self.batches)}, profile B "
+                f"{sorted(other.batches)}; needed: one in both."
             )
         return tuple(
             _compared(self, other, size, exit)
@@ -433,7 +466,9 @@ class CostProfile:
         )
 
     def differences(self, other: CostProfile) -> dict[str, tuple[str, str]]:
-        """What differs in where two profiles come from: engine, threads, processor, versions, ...; by name, A's and B's."""
+        """What differs in where two profiles come from: engine, threads, processor, versions, ...;
+        by name, A's and B's.
+        """
         mine, others = (_origin(costs.provenance) for costs in (self, other))
         pairs = {
             name: (mine.get(name, "none"), others.get(name, "none")) for name in {**mine, **others}
@@ -499,7 +534,8 @@ def _cumulative(
     paid = [True] * len(heads) if paid is None else paid
     if len(paid) != len(heads):
         raise CostError(
-            f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether its head runs."
+            f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether "
+            f"its head runs."
         )
     passed = itertools.accumulate(
         (head if run else 0.0 for head, run in zip(heads, paid, strict=True)), initial=0.0
@@ -525,9 +561,13 @@ def _row(value: Mapping[str, Any], name: str, number: type) -> tuple[Any, ...] |
 
 
 _MISSING = {
-    "bytes": "it was made by an older version, or in an engine whose operators cannot be seen. Profile the network in eager "
+    "bytes": "it was made by an older version, or in an engine whose operators cannot be seen. "
+    "Profile the network in eager "
     "mode with this version.",
-    "energy": "it was not measured. Where a machine can, profile again with energy=True, or `impatient profile DIR --energy`.",
+    "energy": (
+        "it was not measured. Where a machine can, profile again with energy=True, or "
+        "`impatient profile DIR --energy`."
+    ),
 }
 
 
@@ -583,12 +623,14 @@ def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
     costs = tuple(float(cost) for cost in costs_s)
     if not costs or not all(math.isfinite(cost) and cost > 0 for cost in costs):
         raise CostOrderError(
-            f"cumulative costs must be positive and finite, got {costs}. Take them from a CostProfile."
+            f"cumulative costs must be positive and finite, got {costs}. Take them from a "
+            f"CostProfile."
         )
     for index, (before, after) in enumerate(itertools.pairwise(costs)):
         if after <= before:
             raise CostOrderError(
-                f"cumulative costs must increase strictly, but exit {index + 1} costs {after:g} after {before:g} at "
+                f"cumulative costs must increase strictly, but exit {index + 1} costs {after:g} "
+                f"after {before:g} at "
                 f"exit {index}. Measure with more repeats, or drop an exit that costs nothing."
             )
     return costs

@@ -1,7 +1,8 @@
 """Ensembles over the exits: pure rules that make one output of those of all exits so far.
 
-An exit that answers alone throws away what the exits before it have found out. A rule keeps it, for the price of their heads,
-and mostly answers better, and takes back less often what an earlier exit had right.
+An exit that answers alone throws away what the exits before it have found out. A rule keeps it, for
+the price of their heads, and mostly answers better, and takes back less often what an earlier exit
+had right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from impatient.errors import PolicyError
 
 RuleName = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
 
-# Log-probability of a class that a product has ruled out: 2e-9, nothing as a probability and finite as a loss.
+# Log-probability of a class that a product has ruled out: 2e-9, nothing as a probability and finite
+# as a loss.
 RULED_OUT = -20.0
 
 
@@ -32,19 +34,22 @@ class Rule:
             "boosted": F_k = f_k + rate F_(k-1); for networks trained so. The result is logits.
             "arithmetic": mean of the probabilities.
             "geometric": mean of the log-probabilities, normalised.
-            "poe": product of experts, expert k being ReLU(f_k) ** ((k + 1) / K), normalised. A class that one exit holds
-            below zero is out for all deeper ones. Where no class is left, the exit's own probabilities.
-            "caching": the output of the surest exit so far, the earliest of equals: the largest probability never falls from
-            exit to exit, whatever the temperatures before. A recalibration after it may let it fall again.
-            All but "boosted" and "caching" give log-probabilities, which softmax leaves as they are.
+            "poe": product of experts, expert k being ReLU(f_k) ** ((k + 1) / K), normalised. A
+            class that one exit holds below zero is out for all deeper ones. Where no class is left,
+            the exit's own probabilities. "caching": the output of the surest exit so far, the
+            earliest of equals: the largest probability never falls from exit to exit, whatever the
+            temperatures before. A recalibration after it may let it fall again. All but "boosted"
+            and "caching" give log-probabilities, which softmax leaves as they are.
         rate: of "boosted".
-        detach: "boosted": no gradient into F_(k-1), so that each exit learns what those before it leave over.
+        detach: "boosted": no gradient into F_(k-1), so that each exit learns what those before it
+            leave over.
         weights: of "geometric": "equal", or "depth" for k + 1.
     Source:
-        "boosted": Yu et al. 2023 (BoostNet), rate 0.5. "geometric": Wolczyk et al. 2021 (ZTW); we differ: no learned
-        weights and bias. "poe", "caching": Jazbec et al. 2023; we differ: a ruled out class keeps 2e-9, so that losses and
-        recordings stay finite; and of exits that are equally sure their code takes the latest, but here an answer is taken
-        back only for a surer one.
+        "boosted": Yu et al. 2023 (BoostNet), rate 0.5. "geometric": Wolczyk et al. 2021 (ZTW); we
+        differ: no learned weights and bias. "poe", "caching": Jazbec et al. 2023; we differ: a
+        ruled out class keeps 2e-9, so that losses and recordings stay finite; and of exits that are
+        equally sure their code takes the latest, but here an answer is taken back only for a surer
+        one.
     """
 
     name: RuleName
@@ -55,7 +60,8 @@ class Rule:
     def __post_init__(self) -> None:
         if self.name not in get_args(RuleName):
             raise PolicyError(
-                f"unknown rule {self.name!r} to combine outputs; needed: one of {', '.join(get_args(RuleName))}."
+                f"unknown rule {self.name!r} to combine outputs; needed: one of "
+                f"{', '.join(get_args(RuleName))}."
             )
         if not math.isfinite(self.rate):
             raise PolicyError(f"rate={self.rate}; needed: a finite number, such as 0.5.")
@@ -136,7 +142,8 @@ class Running:
         index = self._next if exit is None else exit
         if not self._next <= index < self.count:
             raise PolicyError(
-                f"an output of exit {index} after {self._next} of {self.count}; add each once, shallow to deep."
+                f"an output of exit {index} after {self._next} of {self.count}; add each once, "
+                f"shallow to deep."
             )
         self._next = index + 1
         output = output if output.dtype == torch.float64 else output.float()
@@ -157,7 +164,9 @@ class Running:
 def as_temperatures(
     values: Sequence[float] | Tensor | None, count: int
 ) -> Float[Tensor, "K"] | None:
-    """Temperatures as a tensor, checked; a tensor is taken as it is, since looking into it would wait for its device."""
+    """Temperatures as a tensor, checked; a tensor is taken as it is, since looking into it would
+    wait for its device.
+    """
     if values is None or isinstance(values, Tensor):
         if values is not None and values.shape != (count,):
             raise PolicyError(
@@ -166,13 +175,14 @@ def as_temperatures(
         return values
     if len(values) != count or not all(math.isfinite(value) and value > 0 for value in values):
         raise PolicyError(
-            f"temperatures {tuple(values)} for {count} exits; needed: a positive finite number per exit."
+            f"temperatures {tuple(values)} for {count} exits; needed: a positive finite number per "
+            f"exit."
         )
     return torch.tensor(values, dtype=torch.float32)
 
 
-# One step of a rule: what is kept of the outputs before (None at first), the output, its exit and K -> what is kept now, and
-# the combined output.
+# One step of a rule: what is kept of the outputs before (None at first), the output, its exit and K
+# -> what is kept now, and the combined output.
 Step = Callable[[Rule, Any, Tensor, int, int], tuple[Any, Tensor]]
 
 

@@ -3,8 +3,8 @@
 ImpatientError
 ├── NetworkError                 a model cannot be cut, loaded or run as asked
 │   ├── ExitNotFound             no such module; the message names the candidates
-│   ├── AmbiguousCut             a module is called several times and the cut does not say which call
-│   ├── CutOrderError            the cuts are not in the order in which the model runs
+│   ├── AmbiguousCut             a module is called several times and the cut does not say which
+call │   ├── CutOrderError            the cuts are not in the order in which the model runs
 │   ├── HeadError                no head can be built for these features
 │   ├── ClassCountMismatch       two places disagree on the number of classes
 │   ├── ExitNotReached           this input never came to an exit that was asked for
@@ -27,8 +27,8 @@ ImpatientError
 ├── StaleInput                   a file was made by another model, data set, machine or version
 └── StorageError                 a file cannot be read or written
 
-Each message says what was given, what was needed and what to do. Errors that mean "bad value" are ValueErrors too,
-so that callers who know nothing of this library can catch them.
+Each message says what was given, what was needed and what to do. Errors that mean "bad value" are
+ValueErrors too, so that callers who know nothing of this library can catch them.
 """
 
 

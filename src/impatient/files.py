@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it into place if the block succeeds, remove it otherwise.
+    """Yield a temporary path beside `path`; rename it into place if the block succeeds, remove it
+    otherwise.
 
     Raises:
-        StorageError: if the disk is full or the folder cannot be written; the old file is untouched.
+        StorageError: if the disk is full or the folder cannot be written; the old file is
+            untouched.
     """
     path = Path(path)
     try:
@@ -53,7 +55,8 @@ def _flush_to_disk(path: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> StorageError:
     return StorageError(
-        f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or choose another "
+        f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or "
+        f"choose another "
         "folder, then run the same command again."
     )
 
@@ -65,7 +68,9 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file whole or not at all; infinities are written as Python's json does (Infinity)."""
+    """Write a JSON file whole or not at all; infinities are written as Python's json does
+    (Infinity).
+    """
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 

@@ -1,4 +1,6 @@
-"""Where a file comes from: enough to tell whether it still belongs to the model, data and machine at hand."""
+"""Where a file comes from: enough to tell whether it still belongs to the model, data and machine
+at hand.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class Provenance:
     """What produced a value; the parts that do not apply are None.
 
     Attributes:
-        network: fingerprint of the network's structure (modules, shapes, cuts), without the weights.
+        network: fingerprint of the network's structure (modules, shapes, cuts), without the
+            weights.
         weights: fingerprint of the weights.
         data: fingerprint of the data set.
         seed: the seed of whatever was random.
@@ -59,7 +62,8 @@ class Provenance:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         if value.get("schema") != SCHEMA:
             raise StorageError(
-                f"this file has schema version {value.get('schema')!r}; this version of impatient reads {SCHEMA}. "
+                f"this file has schema version {value.get('schema')!r}; this version of impatient "
+                f"reads {SCHEMA}. "
                 "Make it again with the installed version."
             )
         known = {field.name for field in dataclasses.fields(cls)}
@@ -75,7 +79,8 @@ class Provenance:
         for name, wanted in expected.items():
             if getattr(self, name) != wanted:
                 raise StaleInput(
-                    f"{what} was made with another {_SPOKEN.get(name, name)}: {getattr(self, name)!r}, "
+                    f"{what} was made with another {_SPOKEN.get(name, name)}: "
+                    f"{getattr(self, name)!r}, "
                     f"but here it is {wanted!r}. To mend it, {remedy}."
                 )
 
@@ -89,7 +94,9 @@ _SPOKEN = {
 
 
 def provenance(**known: Any) -> Provenance:
-    """Provenance of something made here and now; say what is known of network, weights, data, seed, device."""
+    """Provenance of something made here and now; say what is known of network, weights, data, seed,
+    device.
+    """
     return Provenance(
         versions=versions(), created=datetime.now(UTC).isoformat(timespec="seconds"), **known
     )

@@ -1,4 +1,5 @@
-"""A run directory: everything about one network, each file with its provenance, each written whole or not at all.
+"""A run directory: everything about one network, each file with its provenance, each written whole
+or not at all.
 
 network.json              model spec, cuts, heads, classes, preprocessing, data spec
 weights.safetensors       of the network with exits
@@ -11,7 +12,8 @@ certificates/NAME.json     what is guaranteed of a policy, and with what probabi
 evaluation.json           every exit and policy, judged on the test split
 report.html
 exit_free/                weights and recordings of the same backbone trained without exits
-engines/NAME/             the network in another engine (`impatient export`), with its own profile.json, recordings and
+engines/NAME/             the network in another engine (`impatient export`), with its own
+profile.json, recordings and
                           evaluation.json
 """
 
@@ -70,10 +72,12 @@ class NetworkSpec:
     Attributes:
         after: names of the cuts; of a model that has exits of its own, of those exits.
         heads: as for `attach_exits`, or "own".
-        ensembling: rule by which its exits answer together (`RunningEnsemble`); empty if each answers for itself.
-        members: of an ensemble of growing depth (`EANN`), shallow to deep, or the networks of a cascade; empty for one
-            network.
-        cascade: whether the members are the networks of a cascade, each without its exits; `after` then names them all.
+        ensembling: rule by which its exits answer together (`RunningEnsemble`); empty if each
+            answers for itself.
+        members: of an ensemble of growing depth (`EANN`), shallow to deep, or the networks of a
+            cascade; empty for one network.
+        cascade: whether the members are the networks of a cascade, each without its exits; `after`
+            then names them all.
         validation_errors: of every member's exits, by which the ensemble chooses.
     """
 
@@ -136,7 +140,8 @@ class NetworkSpec:
             )
         except (KeyError, TypeError) as error:
             raise StorageError(
-                f"network.json lacks {error}; it was damaged or written by another version. Train anew."
+                f"network.json lacks {error}; it was damaged or written by another version. Train "
+                f"anew."
             ) from error
 
     def example(self, batch_size: int = 1) -> torch.Tensor:
@@ -168,7 +173,9 @@ class NetworkSpec:
         return RunningEnsemble(network, Rule(name=self.ensembling)) if self.ensembling else network  # type: ignore[arg-type]
 
     def build_exit_free(self) -> MultiExitNetwork:
-        """The same backbone without early exits, from the same seed; of several networks, that of the last."""
+        """The same backbone without early exits, from the same seed; of several networks, that of
+        the last.
+        """
         if self.members:
             return self.members[-1].build_exit_free()
         model = self._model()
@@ -180,7 +187,9 @@ class NetworkSpec:
 
 
 def fresh_model(model: str, num_classes: int, preprocess: Preprocess, seed: int) -> nn.Module:
-    """A model for some data, its weights drawn from a seed: a backbone, or a network that has exits of its own."""
+    """A model for some data, its weights drawn from a seed: a backbone, or a network that has exits
+    of its own.
+    """
     torch.manual_seed(seed)
     return load_model(model, num_classes=num_classes, in_channels=preprocess.channels or None)
 
@@ -196,7 +205,8 @@ def new_spec(
     validation: float,
     ensembling: str = "",
 ) -> NetworkSpec:
-    """Place the exits of a model for some data and describe the result; a model may have exits of its own.
+    """Place the exits of a model for some data and describe the result; a model may have exits of
+    its own.
 
     Raises:
         ModelSpecError: if it has, and yet `after`, `count` or `heads` is given.
@@ -206,7 +216,8 @@ def new_spec(
     if isinstance(fresh, DescribedNetwork):
         if after or count is not None or heads is not None:
             raise ModelSpecError(
-                f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and --heads away."
+                f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and "
+                f"--heads away."
             )
         cut = fresh
         heads = OWN_HEADS
@@ -334,7 +345,8 @@ class RunDirectory:
         """
         if not self.spec_file.is_file():
             raise StorageError(
-                f"{self.path} is no run directory (no network.json); make one with `impatient train {self.path}`."
+                f"{self.path} is no run directory (no network.json); make one with `impatient "
+                f"train {self.path}`."
             )
         return NetworkSpec.from_json(read_json(self.spec_file))
 
@@ -354,7 +366,8 @@ class RunDirectory:
         spec = self.spec()
         if data.fingerprint != spec.data_fingerprint:
             raise StaleInput(
-                f"the data {spec.data!r} has changed since {self.spec_file} was written (fingerprint {data.fingerprint}, then "
+                f"the data {spec.data!r} has changed since {self.spec_file} was written "
+                f"(fingerprint {data.fingerprint}, then "
                 f"{spec.data_fingerprint}). Put the old files back, or train into a new directory."
             )
 
@@ -395,7 +408,8 @@ class RunDirectory:
         return fingerprint_tensors(read_tensors(weights)[0])
 
     def profile(self, *, any_machine: bool = False) -> CostProfile:
-        """The cost profile, checked to be of this network and, unless asked otherwise, of this machine.
+        """The cost profile, checked to be of this network and, unless asked otherwise, of this
+        machine.
 
         Raises:
             StaleInput: if it is of another network, machine, thread count or torch version.
@@ -403,10 +417,14 @@ class RunDirectory:
         spec = self.spec()
         if not self.profile_file.is_file():
             raise StorageError(
-                f"{self.here} has no cost profile; run `impatient profile {self.path}{self.arguments}`."
+                f"{self.here} has no cost profile; run `impatient profile "
+                f"{self.path}{self.arguments}`."
             )
         costs = CostProfile.load(self.profile_file)
-        remedy = f"run `impatient profile {self.path}{self.arguments}` again, with the --threads that you use"
+        remedy = (
+            f"run `impatient profile {self.path}{self.arguments}` again, with the --threads "
+            f"that you use"
+        )
         costs.provenance.require(
             "the cost profile", remedy, network=spec.provenance.network, engine=self.engine_name
         )
@@ -447,7 +465,8 @@ class RunDirectory:
         if name not in self.policy_names():
             known = ", ".join(self.policy_names()) or "none yet"
             raise StorageError(
-                f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit {self.path}`."
+                f"{self.path} has no policy {name!r} (there: {known}); run `impatient fit "
+                f"{self.path}`."
             )
         return self._checked(name, self._load_policy(name), self.weights_fingerprint())
 
@@ -476,12 +495,13 @@ class RunDirectory:
 
 
 class EngineDirectory(RunDirectory):
-    """A run directory as one engine sees it: the same data and policies, but what that engine answered and took.
+    """A run directory as one engine sees it: the same data and policies, but what that engine
+    answered and took.
 
     Args:
         path: the run directory.
-        name: of the engine, with the precision behind a hyphen if it is not fp32: a folder in `engines`, or "compile", which
-            needs none.
+        name: of the engine, with the precision behind a hyphen if it is not fp32: a folder in
+            `engines`, or "compile", which needs none.
     """
 
     def __init__(self, path: str | Path, name: str) -> None:
@@ -515,18 +535,21 @@ class EngineDirectory(RunDirectory):
                 or "none yet"
             )
             raise StorageError(
-                f"{self.path} has no engine {self.engine_name!r} (there: {there}; eager and compile need no export). To make "
+                f"{self.path} has no engine {self.engine_name!r} (there: {there}; eager and "
+                f"compile need no export). To make "
                 f"one, {remedy}; it knows {', '.join(WRITTEN)}."
             )
         made = load_engine(self.here, threads=threads)
         if made.facts.weights != self.weights_fingerprint():
             raise StaleInput(
-                f"{self.here} was exported with other weights than those of {self.path}; {remedy} with --force."
+                f"{self.here} was exported with other weights than those of {self.path}; {remedy} "
+                f"with --force."
             )
         return made, made.weights
 
     def recording(self, split: str) -> Recording:
-        """What the engine answered on one split, under the name of the weights that it was made from.
+        """What the engine answered on one split, under the name of the weights that it was made
+        from.
 
         So policies that were fitted on what torch answered may be judged on what the engine does.
         """
@@ -586,6 +609,7 @@ def check_finite(state: Mapping[str, torch.Tensor], where: str) -> None:
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelSpecError(
-                f"{where} holds NaN or infinite weights in {name!r}; such a network answers nothing. Train again with a "
+                f"{where} holds NaN or infinite weights in {name!r}; such a network answers "
+                f"nothing. Train again with a "
                 "lower learning rate, or load other weights."
             )

@@ -38,7 +38,8 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     """Measured times of one batch size."""
     batch = costs.at(batch_size)
     table = _table(
-        f"times in ms in {costs.provenance.engine or 'eager'}, batch size {batch_size}, n = {batch.exit_free.n}, "
+        f"times in ms in {costs.provenance.engine or 'eager'}, batch size {batch_size}, n = "
+        f"{batch.exit_free.n}, "
         f"{costs.provenance.processor}, threads: {costs.provenance.threads}",
         "exit",
         "after",
@@ -117,14 +118,18 @@ def _noise(noise: Noise | None) -> str:
         return "noise unknown"
     warning = ", TOO NOISY" if noise.too_noisy else ""
     interval = f"{noise.aa_low:.3f} to {noise.aa_high:.3f}"
-    return f"A/A {noise.aa_ratio:.3f} ({interval}), spread \N{PLUS-MINUS SIGN}{noise.spread:.0%}{warning}"
+    return (
+        f"A/A {noise.aa_ratio:.3f} ({interval}), spread "
+        f"\N{PLUS-MINUS SIGN}{noise.spread:.0%}{warning}"
+    )
 
 
 def comparison_table(rows: Sequence[Comparison], a: CostProfile, b: CostProfile) -> Table:
     """Two profiles at one batch size, exit by exit, and what their noise lets one say."""
     size = rows[0].batch_size
     table = _table(
-        f"contract times of B beside A at batch size {size}; ratios say how many times as fast B is\n"
+        f"contract times of B beside A at batch size {size}; ratios say how many times as fast B "
+        f"is\n"
         f"A: {_noise(a.at(size).noise)}\nB: {_noise(b.at(size).noise)}",
         "exit",
         "after",
@@ -162,7 +167,10 @@ def _judged(row: Comparison) -> str:
 def growth_table(name: str, costs: GrowthCosts, schedule: Schedule) -> Table:
     """What every iteration of a schedule costs."""
     table = _table(
-        f"{name}: all iterations take {costs.overhead:.3f} times a plain run ({_ms(costs.plain)} ms)",
+        (
+            f"{name}: all iterations take {costs.overhead:.3f} times a plain run ({_ms(costs.plain)} "
+            f"ms)"
+        ),
         "iteration",
         "blocks",
         "executions",
@@ -189,7 +197,11 @@ def growth_table(name: str, costs: GrowthCosts, schedule: Schedule) -> Table:
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Every exit, policy and network without exits."""
     table = _table(
-        f"judged on {evaluation.samples} samples of split {evaluation.split!r}; times are means in ms",
+        (
+            f"judged on {evaluation.samples} samples of split {evaluation.split!r}; times are means "
+            f"in "
+            f"ms"
+        ),
         "",
         "accuracy (95 % interval)",
         "contract",
@@ -217,14 +229,18 @@ def saving(evaluation: Evaluation, name: str) -> str:
     whole = evaluation["no exits, same weights"]
     points = (policy.accuracy.value - whole.accuracy.value) * 100
     return (
-        f"{name}: {whole.contract_s / policy.contract_s:.2f} times as fast as the last network alone "
-        f"({_ms(policy.contract_s)} instead of {_ms(whole.contract_s)} ms a sample), {abs(points):.1f} points of accuracy "
+        f"{name}: {whole.contract_s / policy.contract_s:.2f} times as fast as the last network "
+        f"alone "
+        f"({_ms(policy.contract_s)} instead of {_ms(whole.contract_s)} ms a sample), "
+        f"{abs(points):.1f} points of accuracy "
         f"{'lost' if points < 0 else 'gained'}"
     )
 
 
 def real_table(evaluation: Evaluation) -> Table:
-    """What policies took when samples were really answered, beside what was predicted of the same samples."""
+    """What policies took when samples were really answered, beside what was predicted of the same
+    samples.
+    """
     rows = [(row.name, row.real) for row in evaluation.rows if row.real is not None]
     samples = rows[0][1].samples if rows else 0
     table = _table(

@@ -1,4 +1,6 @@
-"""The steps of the command line as functions on a run directory; each does nothing if its result is up to date."""
+"""The steps of the command line as functions on a run directory; each does nothing if its result is
+up to date.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ class Plan:
 def train(
     directory: str | Path, plan: Plan, *, restart: bool = False, progress: bool = True, say: Say
 ) -> None:
-    """Train a network with exits into a run directory, and beside it the same backbone without exits."""
+    """Train a network with exits into a run directory, and beside it the same backbone without
+    exits.
+    """
     run = RunDirectory(directory)
     if restart and run.spec_file.is_file():
         shutil.rmtree(run.path)
@@ -151,7 +155,9 @@ def train(
 
 
 def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
-    """The network's description: that of the run if it was begun, and then the plan must agree; else a new one."""
+    """The network's description: that of the run if it was begun, and then the plan must agree;
+    else a new one.
+    """
     if not run.spec_file.is_file():
         spec = new_spec(
             plan.model,
@@ -168,7 +174,8 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
     spec = run.spec()
     if spec.members:
         raise RunError(
-            f"{run.path} is made of trained members; train those, and make it anew with `impatient ensemble` or `select`."
+            f"{run.path} is made of trained members; train those, and make it anew with `impatient "
+            f"ensemble` or `select`."
         )
     # of a model with exits of its own nothing need be said
     heads, exits = (
@@ -202,7 +209,8 @@ def _spec(run: RunDirectory, plan: Plan, data: Data) -> NetworkSpec:
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
-                f"{run.path} was begun with --{name} {_spoken(begun[name])}, not {_spoken(value)}. Say the old value, use "
+                f"{run.path} was begun with --{name} {_spoken(begun[name])}, not {_spoken(value)}. "
+                f"Say the old value, use "
                 "another directory, or --restart to throw the old run away."
             )
     run.check_data(data)
@@ -230,7 +238,9 @@ def _fabric(options: Mapping[str, Any]) -> Any:
 
 
 def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> ExitWeights:
-    """Weights by name, or from a budget distribution and this machine's costs; those of the run if it was begun."""
+    """Weights by name, or from a budget distribution and this machine's costs; those of the run if
+    it was begun.
+    """
     wanted = plan.weights or default_weights(network)
     file = run.path / "training.json"
     if file.is_file():
@@ -238,7 +248,8 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
         if (begun["weights"], begun["mode"]) == (wanted, plan.mode):
             return tuple(begun["numbers"]) if begun["numbers"] else wanted
         raise StaleInput(
-            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say so again, use another "
+            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say "
+            f"so again, use another "
             "directory, or --restart to throw the old run away."
         )
     if wanted == "adaloss":
@@ -284,7 +295,8 @@ def profile_run(
     progress: bool = True,
     say: Say,
 ) -> CostProfile:
-    """Measure stages and heads on this machine, unless a profile of this network, engine and machine is there.
+    """Measure stages and heads on this machine, unless a profile of this network, engine and
+    machine is there.
 
     Args:
         engine: "eager", "compile", or one that the run was exported to.
@@ -338,7 +350,8 @@ def profile_runs(
 ) -> dict[Path, CostProfile]:
     """Profile a run in several engines and with several thread counts, one file for each.
 
-    The first thread count's is the engine's profile.json, which the other steps read; others are called profile-t4.json.
+    The first thread count's is the engine's profile.json, which the other steps read; others are
+    called profile-t4.json.
 
     Args:
         threads: of torch, and of the engine; 0 leaves torch's own choice.
@@ -365,7 +378,8 @@ def load_profile(path: str | Path) -> CostProfile:
     file = given / "profile.json" if given.is_dir() else given
     if not file.is_file():
         raise StorageError(
-            f"no profile at {file}; make one with `impatient profile {given if given.is_dir() else 'DIR'}`."
+            f"no profile at {file}; make one with `impatient profile "
+            f"{given if given.is_dir() else 'DIR'}`."
         )
     return CostProfile.load(file)
 
@@ -380,7 +394,9 @@ def record_run(
     progress: bool = True,
     say: Say,
 ) -> None:
-    """Record the outputs of all exits on the splits; with torch, also of the network without exits if there is one."""
+    """Record the outputs of all exits on the splits; with torch, also of the network without exits
+    if there is one.
+    """
     run = RunDirectory(directory).engine(engine)
     data = run.data()
     network, weights = run.network()
@@ -435,10 +451,11 @@ def fit_run(
     any_profile: bool = False,
     say: Say,
 ) -> AnyPolicy:
-    """Fit a policy on the validation recording and keep it under a name: thresholds, or with a learner gates.
+    """Fit a policy on the validation recording and keep it under a name: thresholds, or with a
+    learner gates.
 
-    With delta, half of the recording is kept back to find the boldest policy that loses at most the target, with probability
-    1 - delta; the certificate is kept, too.
+    With delta, half of the recording is kept back to find the boldest policy that loses at most the
+    target, with probability 1 - delta; the certificate is kept, too.
     """
     run = RunDirectory(directory)
     if score not in SCORES:
@@ -534,16 +551,19 @@ def evaluate_run(
     any_profile: bool = False,
     say: Say,
 ) -> Evaluation:
-    """Judge every exit and every fitted policy on the test recording, beside the networks without exits of other runs.
+    """Judge every exit and every fitted policy on the test recording, beside the networks without
+    exits of other runs.
 
-    With `real`, so many test samples are also answered one by one under every policy, and what that takes is kept.
+    With `real`, so many test samples are also answered one by one under every policy, and what that
+    takes is kept.
     """
     run = RunDirectory(directory).engine(engine)
     if real < 0:
         raise RunError(f"--real {real}; needed: how many test samples to answer, or 0.")
     if against and engine != EAGER:
         raise RunError(
-            f"--against times other runs in torch, not in {engine}; leave out one of --against and --engine."
+            f"--against times other runs in torch, not in {engine}; leave out one of --against and "
+            f"--engine."
         )
     costs = run.profile(any_machine=any_profile)
     recording = run.recording("test")
@@ -589,9 +609,11 @@ def export_run(
     progress: bool = True,
     say: Say,
 ) -> tuple[EngineTimes, ...]:
-    """Export the trained network to an engine, measure it there, and compare it with torch, exit by exit.
+    """Export the trained network to an engine, measure it there, and compare it with torch, exit by
+    exit.
 
-    Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the first of the training split.
+    Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the
+    first of the training split.
     """
     run = RunDirectory(directory)
     seen = run.engine(engine_label(engine, precision))
@@ -599,7 +621,8 @@ def export_run(
     rule = run.policy(policy) if policy else None
     if rule is not None and not isinstance(rule, ThresholdPolicy):
         raise PolicyError(
-            f"policy {policy!r} is learned; an exported network takes thresholds: fit one without --learner."
+            f"policy {policy!r} is learned; an exported network takes thresholds: fit one without "
+            f"--learner."
         )
     samples = [
         x
@@ -622,7 +645,8 @@ def export_run(
     say(f"exported: {target}")
     if engine != "aoti":
         say(
-            f"to run it without torch: cd {target} && python run.py INPUT.npy --deadline-ms 5 (python run.py --help)"
+            f"to run it without torch: cd {target} && python run.py INPUT.npy --deadline-ms 5 "
+            f"(python run.py --help)"
         )
     made = load_engine(target)
     costs = profile(made, samples[0], repeats=repeats, progress=progress)
@@ -643,7 +667,9 @@ def _with_real_times(
     policies: Mapping[str, AnyPolicy],
     count: int,
 ) -> Evaluation:
-    """Answer the first test samples under every policy, in turn, so that all meet the machine's changes alike."""
+    """Answer the first test samples under every policy, in turn, so that all meet the machine's
+    changes alike.
+    """
     data = run.data()
     network = run.network()[0]
     recording = run.recording("test")
@@ -674,7 +700,9 @@ def _with_real_times(
 
 
 def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **options: Any) -> Runner:
-    """A runner for a network and a policy of any kind: a selection routes its cascade, all others are asked at exits."""
+    """A runner for a network and a policy of any kind: a selection routes its cascade, all others
+    are asked at exits.
+    """
     if isinstance(policy, SelectionPolicy):
         return Runner(network.routed(policy), costs, **options)
     return Runner(network, costs, policy, **options)  # type: ignore[arg-type]  # mixtures are drawn for each run
@@ -708,7 +736,9 @@ def _static(
 
 
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
-    """The budget asked for, or the one the network was trained for, by name; empty if there is none."""
+    """The budget asked for, or the one the network was trained for, by name; empty if there is
+    none.
+    """
     if text is not None:
         return {text: parse_budget(text)}
     training = run.path / "training.json"
@@ -849,7 +879,8 @@ def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
     raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
     if tuple(raw.shape[1:]) != spec.example_shape:
         raise DataError(
-            f"{file} has shape {tuple(raw.shape[1:])}; needed: one raw sample of shape {spec.example_shape}, without a batch "
+            f"{file} has shape {tuple(raw.shape[1:])}; needed: one raw sample of shape "
+            f"{spec.example_shape}, without a batch "
             "dimension."
         )
     if not torch.isfinite(raw).all():
@@ -879,7 +910,9 @@ class DeadlineRow:
 def deadline_table(
     runner: Runner, data: Data, split: Any, deadlines_s: Sequence[float]
 ) -> list[DeadlineRow]:
-    """Answer for every sample of a split under each deadline, on the real clock, one sample at a time."""
+    """Answer for every sample of a split under each deadline, on the real clock, one sample at a
+    time.
+    """
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]
     runner.warm_up(samples[0][0], times=20)
     rows = []

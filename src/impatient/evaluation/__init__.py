@@ -59,7 +59,8 @@ __all__ = [
     "where_time_goes",
 ]
 
-# imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a second slower
+# imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a
+# second slower
 _LATER = dict.fromkeys(
     ("accuracy_confidence", "accuracy_time", "exit_shares", "save_figure", "where_time_goes"),
     "plots",

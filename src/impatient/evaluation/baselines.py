@@ -1,4 +1,6 @@
-"""What exits are worth without training the network for them: linear SVMs on the features of a network without exits."""
+"""What exits are worth without training the network for them: linear SVMs on the features of a
+network without exits.
+"""
 
 from __future__ import annotations
 
@@ -34,29 +36,36 @@ def linear_probes(
     *judge: Recording,
     C: Sequence[float] = STRENGTHS,
 ) -> tuple[Recording, ...]:
-    """ORIG and FT of Impatient DNNs: one linear SVM per exit, one class against the rest, on the exit's pooled features.
+    """ORIG and FT of Impatient DNNs: one linear SVM per exit, one class against the rest, on the
+    exit's pooled features.
 
-    Which of the two it is, the network decides: as it was pretrained (ORIG), or fine-tuned without exits (FT). Record it
-    with `features=True`; its own heads are not looked at. The last exit's features are the backbone's *outputs*: for an SVM
-    on what comes before the classifier, cut after the last block too, and leave the last exit out of the table.
+    Which of the two it is, the network decides: as it was pretrained (ORIG), or fine-tuned without
+    exits (FT). Record it with `features=True`; its own heads are not looked at. The last exit's
+    features are the backbone's *outputs*: for an SVM on what comes before the classifier, cut after
+    the last block too, and leave the last exit out of the table.
 
     Args:
-        train: the SVMs, and the mean and deviation by which features are standardised, come from this recording alone.
-        validation: chooses C, exit by exit, by accuracy; the smallest wins a tie. Without it, the middle of C is taken.
+        train: the SVMs, and the mean and deviation by which features are standardised, come from
+            this recording alone.
+        validation: chooses C, exit by exit, by accuracy; the smallest wins a tie. Without it, the
+            middle of C is taken.
         judge: recordings to answer; give `validation` here too, for fitting policies on.
         C: strengths of the data against the regularisation, as in scikit-learn.
     Returns:
-        For each of `judge` a recording with the same labels, exits, features and split, whose outputs are the decision
-        functions: those of a class that `train` lacks lie 1 below the sample's least. Its fingerprint of the weights covers
-        the network's and the SVMs', so that policies of one are refused for the other. Softmax of decision functions ranks
-        samples, but is no probability. The same recordings give the same numbers.
+        For each of `judge` a recording with the same labels, exits, features and split, whose
+        outputs are the decision
+        functions: those of a class that `train` lacks lie 1 below the sample's least. Its
+        fingerprint of the weights covers the network's and the SVMs', so that policies of one are
+        refused for the other. Softmax of decision functions ranks samples, but is no probability.
+        The same recordings give the same numbers.
     Raises:
-        RecordingError: if a recording has no features, or they do not fit, or no C lets the SVMs converge.
+        RecordingError: if a recording has no features, or they do not fit, or no C lets the SVMs
+            converge.
         StaleInput: if a recording is of another network's weights.
         SplitReuseError: if `validation` or one of `judge` is the split of `train`.
     Source:
-        Amthor, Rodner, Denzler 2016 (Impatient DNNs), Table 1: SVMs on DeCAF features. We differ: features are standardised
-        and C is searched; the paper does not say.
+        Amthor, Rodner, Denzler 2016 (Impatient DNNs), Table 1: SVMs on DeCAF features. We differ:
+        features are standardised and C is searched; the paper does not say.
     """
     grid = sorted(float(strength) for strength in C)
     if not grid or not all(0.0 < strength < math.inf for strength in grid):
@@ -66,7 +75,8 @@ def linear_probes(
         _check(train, other)
         if (other.split, other.provenance.data) == (train.split, train.provenance.data):
             raise SplitReuseError(
-                f"split {train.split!r} trains the SVMs and can neither choose C nor judge them: the result would be too good. "
+                f"split {train.split!r} trains the SVMs and can neither choose C nor judge them: "
+                f"the result would be too good. "
                 "Give recordings of other splits."
             )
     tried = grid if validation is not None else grid[len(grid) // 2 : len(grid) // 2 + 1]
@@ -93,7 +103,9 @@ def linear_probes(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Probe:
-    """One exit's SVMs, one for each of the P classes that were there to learn; deviation 1 where a feature is constant."""
+    """One exit's SVMs, one for each of the P classes that were there to learn; deviation 1 where a
+    feature is constant.
+    """
 
     mean: Float[Tensor, "D"]
     deviation: Float[Tensor, "D"]
@@ -106,7 +118,8 @@ def _check(train: Recording, other: Recording) -> None:
     name = f"the recording of split {other.split!r}"
     if len(other.features) != len(other.exits):
         raise RecordingError(
-            f"{name} holds the features of {len(other.features)} of {len(other.exits)} exits; linear probes need them all. "
+            f"{name} holds the features of {len(other.features)} of {len(other.exits)} exits; "
+            f"linear probes need them all. "
             "Record it with record(..., features=True)."
         )
     other.provenance.require(
@@ -121,8 +134,10 @@ def _check(train: Recording, other: Recording) -> None:
         train.outputs.shape[2],
     ):
         raise RecordingError(
-            f"{name} has exits {other.exits} with features {widths} and {other.outputs.shape[2]} classes, but the SVMs are for "
-            f"{train.exits}, {wanted} and {train.outputs.shape[2]}; record both with the same network and features."
+            f"{name} has exits {other.exits} with features {widths} and {other.outputs.shape[2]} "
+            f"classes, but the SVMs are for "
+            f"{train.exits}, {wanted} and {train.outputs.shape[2]}; record both with the same "
+            f"network and features."
         )
     if not all(bool(torch.isfinite(entry).all()) for entry in other.features):
         raise RecordingError(
@@ -133,7 +148,9 @@ def _check(train: Recording, other: Recording) -> None:
 def _best(
     train: Recording, validation: Recording | None, exit: int, grid: Sequence[float]
 ) -> _Probe:
-    """The exit's SVMs of the strength that is most accurate on `validation`, among those that converge."""
+    """The exit's SVMs of the strength that is most accurate on `validation`, among those that
+    converge.
+    """
     features = train.features[exit].flatten(1).double().numpy()
     labels = train.labels.numpy()
     scaler = StandardScaler().fit(features)
@@ -185,7 +202,8 @@ def _machines(
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
         try:
-            # dual only where there are fewer samples than features: there the primal solver can run for minutes
+            # dual only where there are fewer samples than features: there the primal solver can run
+            # for minutes
             machine = LinearSVC(
                 C=strength, dual="auto", max_iter=MAX_ITERATIONS, random_state=0
             ).fit(features, labels)

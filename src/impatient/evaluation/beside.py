@@ -1,4 +1,6 @@
-"""Two recordings of one split side by side: what an engine, or 8 bits, does to the answers of every exit."""
+"""Two recordings of one split side by side: what an engine, or 8 bits, does to the answers of every
+exit.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ class Beside:
 
     Attributes:
         exit, name: which one.
-        accuracy, reference: shares of right answers, of the recording in question and of the one beside it.
-        difference: accuracy minus reference; its interval is that of paired samples, far narrower than either's own.
+        accuracy, reference: shares of right answers, of the recording in question and of the one
+            beside it.
+        difference: accuracy minus reference; its interval is that of paired samples, far narrower
+            than either's own.
         same: share of the samples that get the same answer from both.
     """
 
@@ -43,7 +47,8 @@ def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
     )
     if (recording.split, recording.exits) != (reference.split, reference.exits):
         raise RecordingError(
-            f"one recording is of split {recording.split!r} and exits {', '.join(recording.exits)}, the other of "
+            f"one recording is of split {recording.split!r} and exits "
+            f"{', '.join(recording.exits)}, the other of "
             f"{reference.split!r} and {', '.join(reference.exits)}; needed: the same of both."
         )
     hits = recording.hits()

@@ -1,7 +1,9 @@
-"""Confidence as AnytimeNet measures it: the probability of the true class, over all samples and class by class.
+"""Confidence as AnytimeNet measures it: the probability of the true class, over all samples and
+class by class.
 
-It needs the true labels, so it says how good a network is. What a run can look at is its largest class probability, the score
-`impatient.policies.scores.max_probability`. Both are here, side by side.
+It needs the true labels, so it says how good a network is. What a run can look at is its largest
+class probability, the score `impatient.policies.scores.max_probability`. Both are here, side by
+side.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def true_label_probabilities(
     """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
         raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs."
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
+            f"outputs."
         )
     return class_probabilities(outputs, labels.long())
 
@@ -54,8 +57,8 @@ def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estima
     """Pearson's correlation of pairs, with Fisher's 95 % interval for independent pairs.
 
     Returns:
-        None where there is none: fewer than three pairs, or one side that does not vary. Of three pairs, the interval is
-        everything.
+        None where there is none: fewer than three pairs, or one side that does not vary. Of three
+        pairs, the interval is everything.
     Example:
         >>> found = correlation(torch.tensor([0.1, 0.4, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.7, 0.8]))
         >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
@@ -80,20 +83,24 @@ def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estima
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClassConfidence:
-    """How sure the exits are of the truth, and whether they are surer of the classes that they answer better.
+    """How sure the exits are of the truth, and whether they are surer of the classes that they
+    answer better.
 
     Attributes:
         exits: their names, shallow to deep.
         split: what it was measured on.
         counts: samples of each class.
-        confidence: mean probability of the true class, per exit and true class; NaN for a class without samples.
+        confidence: mean probability of the true class, per exit and true class; NaN for a class
+            without samples.
         accuracy: share of right answers, likewise.
         overall: per exit, mean probability of the true class over all samples.
         max_probability: per exit, mean of the largest probability: what a run takes itself to be.
-        correlations: per exit, of confidence with accuracy over the classes that have samples, each counted once; None where
-            that is undefined. Its interval takes the classes for drawn independently.
-        sample_correlations: per exit, of the probability of the true class with being right, over single samples. As high a
-            correlation over classes comes from luck alone, where classes do not differ: both are means over the same samples.
+        correlations: per exit, of confidence with accuracy over the classes that have samples, each
+            counted once; None where that is undefined. Its interval takes the classes for drawn
+            independently.
+        sample_correlations: per exit, of the probability of the true class with being right, over
+            single samples. As high a correlation over classes comes from luck alone, where classes
+            do not differ: both are means over the same samples.
         provenance: of the recording.
     """
 
@@ -145,13 +152,14 @@ class ClassConfidence:
 
 
 def class_confidence(recording: Recording) -> ClassConfidence:
-    """Confidence and accuracy of every exit, over all samples and class by class, and how the two go together.
+    """Confidence and accuracy of every exit, over all samples and class by class, and how the two
+    go together.
 
     Args:
         recording: of the split to judge on, usually "test".
     Source:
-        AnytimeNet (Kim et al. 2020), equation 5 and figure 4. We differ: beside the correlation over classes stands that
-        over single samples, which is where it begins.
+        AnytimeNet (Kim et al. 2020), equation 5 and figure 4. We differ: beside the correlation
+        over classes stands that over single samples, which is where it begins.
     """
     labels = recording.labels.long()
     hits_KN = recording.hits()

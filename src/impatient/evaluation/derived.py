@@ -1,4 +1,6 @@
-"""Recordings of what a network would say if its exits answered together, made from what they said alone."""
+"""Recordings of what a network would say if its exits answered together, made from what they said
+alone.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,14 @@ def ensembled(
     temperatures: Sequence[float] | None = None,
     recalibration: Sequence[float] | None = None,
 ) -> Recording:
-    """A recording under a rule: the same outputs as one made with `RunningEnsemble`, without running anything.
+    """A recording under a rule: the same outputs as one made with `RunningEnsemble`, without
+    running anything.
 
-    Judge it with the cost profile of the `RunningEnsemble`, in which no head can be skipped. Its fingerprints of network and
-    weights are made from the old ones and the rule: a policy that was fitted on other outputs is refused. They are not those
-    of a recording made with `RunningEnsemble`, which knows every weight; fit and judge on recordings made the same way.
+    Judge it with the cost profile of the `RunningEnsemble`, in which no head can be skipped. Its
+    fingerprints of network and
+    weights are made from the old ones and the rule: a policy that was fitted on other outputs is
+    refused. They are not those of a recording made with `RunningEnsemble`, which knows every
+    weight; fit and judge on recordings made the same way.
 
     Args:
         recording: of the network alone.

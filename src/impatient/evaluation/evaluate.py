@@ -68,7 +68,8 @@ class Row:
         contract_s: mean seconds when only the heads that are looked at run.
         macs: mean multiply-accumulates per sample, in contract mode.
         calibration_error: expected calibration error of the largest class probability.
-        p_true: mean probability of the true class, AnytimeNet's overall confidence; None in evaluations made before it was.
+        p_true: mean probability of the true class, AnytimeNet's overall confidence; None in
+            evaluations made before it was.
         real: what it took when some samples were really answered; None where they were not.
         shares: share of the samples answered by each exit.
     """
@@ -87,7 +88,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetRow:
-    """Expected accuracy of one way to answer under one distribution of budgets; no answer in time counts as wrong."""
+    """Expected accuracy of one way to answer under one distribution of budgets; no answer in time
+    counts as wrong.
+    """
 
     budget: str
     name: str
@@ -100,7 +103,8 @@ class Static:
 
     Attributes:
         recording: of the same split of the same data; its last exit answers.
-        time_s: mean seconds per sample; measure it in turn with the network that is judged (`time_in_turn`).
+        time_s: mean seconds per sample; measure it in turn with the network that is judged
+            (`time_in_turn`).
         macs: multiply-accumulates per sample.
     """
 
@@ -237,19 +241,22 @@ def evaluate(
         costs: of the same network.
         policies: one, or several by name: thresholds, gates, mixtures, selections.
         exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
-        same_weights: whether the last exit's output is the untouched backbone's own, so that it stands for the network
-            without exits, too; say False where exits answer together.
+        same_weights: whether the last exit's output is the untouched backbone's own, so that it
+            stands for the network without exits, too; say False where exits answer together.
         static: other networks to compare with, by name: smaller ones, say.
-        budgets: distributions over budgets of time, or of any other cost that the profile holds, by name; by default the four
-            standard shapes of time from 0 to 1.25 times the interruptible cost of the last exit. Of `static` networks only time
-            and multiply-accumulates are known, so they are left out under budgets of bytes or energy.
+        budgets: distributions over budgets of time, or of any other cost that the profile holds, by
+            name; by default the four standard shapes of time from 0 to 1.25 times the interruptible
+            cost of the last exit. Of `static` networks only time and multiply-accumulates are
+            known, so they are left out under budgets of bytes or energy.
         statistic, batch_size: which measured times are used.
     Returns:
-        Accuracies with intervals, times, shares and calibration errors. The network without exits, with the same weights
-        and if given with its own, and the oracle (the cheapest exit that is right) are always among the rows.
+        Accuracies with intervals, times, shares and calibration errors. The network without exits,
+        with the same weights and if given with its own, and the oracle (the cheapest exit that is
+        right) are always among the rows.
     Raises:
         SplitReuseError: if a policy was fitted on this very split.
-        StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of other data.
+        StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of
+            other data.
     """
     named = (
         dict(policies or {})
@@ -260,7 +267,8 @@ def evaluate(
         check_policy(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
+            f"{costs.num_exits}."
         )
     others = dict(static or {})
     for other in (exit_free, *(entry.recording for entry in others.values())):
@@ -293,7 +301,9 @@ def evaluate(
 
 
 def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
-    """The four shapes from 0 to 1.25 times the interruptible cost of the last exit: every way to answer may finish."""
+    """The four shapes from 0 to 1.25 times the interruptible cost of the last exit: every way to
+    answer may finish.
+    """
     return standard(1.25 * interruptible_s[-1])
 
 
@@ -301,7 +311,8 @@ def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
     """Raise unless a policy belongs to the network of a recording and was fitted on another split."""
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(
-            f"policy {name!r} is for {policy.num_exits} exits, the recording has {recording.outputs.shape[0]}."
+            f"policy {name!r} is for {policy.num_exits} exits, the recording has "
+            f"{recording.outputs.shape[0]}."
         )
     if policy.provenance is None:
         return
@@ -311,7 +322,8 @@ def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
     reused = policy.split is not None and splits_overlap(policy.split, recording.split)
     if reused and policy.provenance.data == recording.provenance.data:
         raise SplitReuseError(
-            f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the result would be too good. "
+            f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the "
+            f"result would be too good. "
             "Judge it on a recording of another split, such as record(network, data, split='test')."
         )
 
@@ -321,7 +333,8 @@ def _check_same_split(other: Recording, recording: Recording) -> None:
     other.provenance.require(what, "record both on the same data", data=recording.provenance.data)
     if other.split != recording.split:
         raise RecordingError(
-            f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the same split."
+            f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the "
+            f"same split."
         )
 
 
@@ -442,7 +455,9 @@ class _Judge:
         ]
 
     def _ways(self, cost: Cost) -> dict[str, Callable[[Budget], Float[Tensor, "N"]]]:
-        """By name, what gives each sample's probability of a right answer under a budget of this cost."""
+        """By name, what gives each sample's probability of a right answer under a budget of this
+        cost.
+        """
         interruptible, contract = (
             self.costs.cumulative(cost, mode, **self.options)  # type: ignore[arg-type]
             for mode in get_args(Mode)
@@ -468,7 +483,9 @@ class _Judge:
         return self.costs.exit_free(cost, **self.options)  # type: ignore[arg-type]
 
     def _best_so_far(self, cost: Sequence[float]) -> list[int]:
-        """For each exit, the most accurate one that costs no more: what one who knows budget and accuracies picks."""
+        """For each exit, the most accurate one that costs no more: what one who knows budget and
+        accuracies picks.
+        """
         accuracy = self.hits.mean(1).tolist()
         affordable = [[k for k in range(self.count) if cost[k] <= most] for most in cost]
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
@@ -477,7 +494,9 @@ class _Judge:
 def _expected(
     budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]
 ) -> Float[Tensor, "N"]:
-    """Per sample, the probability of a right answer in time, which is that of the deepest exit that fits."""
+    """Per sample, the probability of a right answer in time, which is that of the deepest exit that
+    fits.
+    """
     kept = list(deepest_for_some(cost))
     weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)
     return (weights[:, None] * hits[kept].double()).sum(0)

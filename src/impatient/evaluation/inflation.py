@@ -1,15 +1,19 @@
-"""What an ensemble of growing depth (EANN) costs over the network made for the budget: by formula, and by playing it.
+"""What an ensemble of growing depth (EANN) costs over the network made for the budget: by formula,
+and by playing it.
 
-Networks of depth 1, b, b², ... run from a queue, shallow to deep, on M workers; an idle worker takes the next. A network of
-depth L answers, from a share r of its depth on, as well as the best network made for the depth it has come to. Whoever knew
-the budget B would spend all of it on one network of depth B; the ensemble's answer is that of a network of depth B / C(B).
-C is the **inflation** of cost.
+Networks of depth 1, b, b², ... run from a queue, shallow to deep, on M workers; an idle worker
+takes the next. A network of depth L answers, from a share r of its depth on, as well as the best
+network made for the depth it has come to. Whoever knew the budget B would spend all of it on one
+network of depth B; the ensemble's answer is that of a network of depth B / C(B). C is the
+**inflation** of cost.
 
-A budget is time on the wall, counted in the time one worker takes for one unit of depth. With M workers M times as much is
-computed in it, and the comparison is still with one network on one worker: C falls with M because the work of others is not
-counted. All workers are equally fast, whoever else works: true for M cores, not for M threads on one core or one GPU.
+A budget is time on the wall, counted in the time one worker takes for one unit of depth. With M
+workers M times as much is computed in it, and the comparison is still with one network on one
+worker: C falls with M because the work of others is not counted. All workers are equally fast,
+    whoever else works: true for M cores, not for M threads on one core or one GPU.
 
-All numbers are for the steady state, after many networks; the first few start earlier, and have less inflation.
+All numbers are for the steady state, after many networks; the first few start earlier, and have
+less inflation.
 """
 
 from __future__ import annotations
@@ -29,15 +33,17 @@ def sup(base: float, *, competitive_from: float | None = None, workers: int = 1)
 
     Args:
         base: b, the growth of depth from one network to the next, above 1.
-        competitive_from: r, the share of its depth from which on a network answers as well as one made for that depth, in
-            (0, 1]; a share below 1/b does no better than 1/b, because the network before has come further. By default 1/b.
+        competitive_from: r, the share of its depth from which on a network answers as well as one
+            made for that depth, in (0, 1]; a share below 1/b does no better than 1/b, because the
+            network before has come further. By default 1/b.
         workers: M.
     Returns:
         The supremum: reached in the limit just before a network becomes competitive.
     Raises:
         CostError: if there is no such ensemble.
     Source:
-        EANN (Hu et al.), proposition, for r = 1/b and M = 1. General r and M are ours: network k begins at b^k / (b^M - 1).
+        EANN (Hu et al.), proposition, for r = 1/b and M = 1. General r and M are ours: network k
+        begins at b^k / (b^M - 1).
     Example:
         >>> sup(2.0), sup(2.0, competitive_from=1.0), sup(2.0, workers=2)
         (3.0, 4.0, 1.6666666666666665)
@@ -47,9 +53,11 @@ def sup(base: float, *, competitive_from: float | None = None, workers: int = 1)
 
 
 def mean(base: float, *, competitive_from: float | None = None, workers: int = 1) -> float:
-    """Mean inflation over budgets that are uniform from 0 to the moment at which a worker takes a new network.
+    """Mean inflation over budgets that are uniform from 0 to the moment at which a worker takes a
+    new network.
 
-    Over budgets up to another moment it differs a little: C(B) repeats in every step from B to b B, and is not constant.
+    Over budgets up to another moment it differs a little: C(B) repeats in every step from B to b B,
+    and is not constant.
 
     Args:
         base, competitive_from, workers: as for `sup`.
@@ -65,8 +73,9 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
     """
     share = _share(base, competitive_from, workers)
     begin = _begin(base, workers)
-    # A cycle lasts from the moment at which the network of depth 1 becomes competitive to that of the next. The cycles before
-    # are the same but smaller, each by b, so all of them together are 1 / (b - 1) of one.
+    # A cycle lasts from the moment at which the network of depth 1 becomes competitive to that of
+    # the next. The cycles before are the same but smaller, each by b, so all of them together are 1
+    # / (b - 1) of one.
     first = begin + share
     before = _integral(first, base * first, begin) / (base - 1.0)
     # the moment within that cycle when one is taken
@@ -75,7 +84,9 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
 
 
 def ann_sup(base: float) -> float:
-    """Largest inflation of anytime networks that are competitive from 1/b of their depth on: 2 + 1 / (b - 1)."""
+    """Largest inflation of anytime networks that are competitive from 1/b of their depth on: 2 + 1
+    / (b - 1).
+    """
     return sup(base)
 
 
@@ -85,17 +96,22 @@ def ann_mean(base: float) -> float:
 
 
 def plain_sup(base: float) -> float:
-    """Largest inflation of networks that answer only at their end: b² / (b - 1), at least 4, with b = 2."""
+    """Largest inflation of networks that answer only at their end: b² / (b - 1), at least 4, with b
+    = 2.
+    """
     return sup(base, competitive_from=1.0)
 
 
 def plain_mean(base: float) -> float:
-    """Mean inflation of such networks: 1 + 1 / (b - 1) + b / 2, at least 1.5 + sqrt 2, with b = 1 + sqrt 2."""
+    """Mean inflation of such networks: 1 + 1 / (b - 1) + b / 2, at least 1.5 + sqrt 2, with b = 1 +
+    sqrt 2.
+    """
     return mean(base, competitive_from=1.0)
 
 
 def best_base(competitive_from: float) -> float:
-    """The growth of depth with the smallest largest inflation, for one worker: 1 + 1 / sqrt r, but 1 / r where r + sqrt r < 1.
+    """The growth of depth with the smallest largest inflation, for one worker: 1 + 1 / sqrt r, but
+    1 / r where r + sqrt r < 1.
 
     Args:
         competitive_from: r, as for `sup`.
@@ -111,13 +127,15 @@ def best_base(competitive_from: float) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Schedule:
-    """Networks on workers, played; what the formulas are checked against, and how they differ for few networks.
+    """Networks on workers, played; what the formulas are checked against, and how they differ for
+    few networks.
 
     Attributes:
         depths: of the networks, in units of time of one worker, in the order of the queue.
         begins: when each network begins.
         competitive_from: r, as for `sup`.
-        end: when a worker asks for one network more than there are. Nothing is said of budgets beyond.
+        end: when a worker asks for one network more than there are. Nothing is said of budgets
+            beyond.
     """
 
     depths: Float[np.ndarray, "K"]
@@ -131,7 +149,9 @@ class Schedule:
         return float((self.begins + self.competitive_from * self.depths).min())
 
     def depth(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        """Depth of the network whose answer the ensemble's equals, after each budget; 0 before the first answer."""
+        """Depth of the network whose answer the ensemble's equals, after each budget; 0 before the
+        first answer.
+        """
         come_to = np.minimum(budgets[:, None] - self.begins, self.depths)
         return np.asarray(
             np.where(come_to >= self.competitive_from * self.depths, come_to, 0.0).max(1)
@@ -164,7 +184,9 @@ class Schedule:
         return float(areas.sum() / (self.end - self.first))
 
     def _pieces(self) -> tuple[np.ndarray, ...]:
-        """Stretches of budgets in which one network answers: from, to, its begin and depth, and whether it is running."""
+        """Stretches of budgets in which one network answers: from, to, its begin and depth, and
+        whether it is running.
+        """
         # as deep as one before it
         overtakes = (self.begins[:, None] + self.depths)[np.tri(len(self.depths), dtype=bool)]
         moments = np.concatenate(
@@ -190,8 +212,8 @@ def simulate(
         base, workers, competitive_from: as for `sup`.
         members: number of networks, at least 2 per worker.
     Returns:
-        Who began when, with the inflation at any budget, its supremum and its mean. With more members both come nearer to
-        `sup` and `mean`.
+        Who began when, with the inflation at any budget, its supremum and its mean. With more
+        members both come nearer to `sup` and `mean`.
     Raises:
         CostError: if there is no such ensemble.
     Example:
@@ -203,7 +225,8 @@ def simulate(
     share = 1.0 / base if competitive_from is None else _checked_share(competitive_from)
     if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
         raise CostError(
-            f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per worker, and a depth "
+            f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per "
+            f"worker, and a depth "
             "of the last, base ** (members - 1), that is a number."
         )
     depths = base ** np.arange(float(members))
@@ -228,7 +251,8 @@ def _share(base: float, competitive_from: float | None, workers: int) -> float:
 def _checked_base(base: float, workers: int) -> None:
     if not 1.0 < base < math.inf or workers < 1:
         raise CostError(
-            f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least 1 worker."
+            f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least "
+            f"1 worker."
         )
 
 
@@ -246,7 +270,9 @@ def _begin(base: float, workers: int) -> float:
 
 
 def _integral(since: float, until: float, begin: float) -> float:
-    """Integral of the inflation within the cycle of the network of depth 1, from when it becomes competitive."""
+    """Integral of the inflation within the cycle of the network of depth 1, from when it becomes
+    competitive.
+    """
     running_until = min(until, begin + 1.0)
     running = running_until - since + begin * math.log((running_until - begin) / (since - begin))
     return running + max(0.0, until**2 - (begin + 1.0) ** 2) / 2.0

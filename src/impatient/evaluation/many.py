@@ -1,4 +1,6 @@
-"""Thousands of budgets or policies on one recording: the numbers of `evaluate`, without its intervals, in under a second."""
+"""Thousands of budgets or policies on one recording: the numbers of `evaluate`, without its
+intervals, in under a second.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,13 @@ def expected_accuracies(
     """Accuracy of the answer a caller receives, under each of many distributions of budgets.
 
     Args:
-        recording: of the split to judge on; or `recording.hits()`, or any other right (1) or wrong (0) per exit and sample.
-        costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` or `costs.contract_s()`. An exit
-            that costs as much as a deeper one is never the answer.
+        recording: of the split to judge on; or `recording.hits()`, or any other right (1) or wrong
+            (0) per exit and sample.
+        costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` or
+            `costs.contract_s()`. An exit that costs as much as a deeper one is never the answer.
         budgets: B distributions.
-        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as failures.
+        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as
+            failures.
     Returns:
         B accuracies, float64; those of the rows "interruptible" and "contract" of `evaluate`.
     Raises:
@@ -72,7 +76,8 @@ def expected_accuracies(
     hits = recording.hits() if isinstance(recording, Recording) else recording
     if len(hits) != len(costs_s):
         raise RecordingError(
-            f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost per exit."
+            f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost "
+            f"per exit."
         )
     kept = list(deepest_for_some(costs_s))
     weights = torch.from_numpy(exit_weights_many(budgets, [costs_s[exit] for exit in kept]))
@@ -103,7 +108,8 @@ def judge_policies(
     """
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
+            f"{costs.num_exits}."
         )
     for index, policy in enumerate(policies):
         check_policy(str(index), policy, recording)

@@ -67,14 +67,16 @@ def class_probabilities(
 ) -> Float[Tensor, "K N"]:
     """Probability that each exit gives to one class of each sample."""
     places = classes.expand(outputs.shape[:2])[..., None]
-    # only the class in question is divided by the sum: a softmax over all would write everything once more
+    # only the class in question is divided by the sum: a softmax over all would write everything
+    # once more
     return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
 
 
 def expected_calibration_error(
     confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15
 ) -> float:
-    """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted by their size.
+    """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted
+    by their size.
 
     Source:
         Guo et al. 2017, with their 15 bins.
@@ -110,7 +112,8 @@ class Monotonicity:
 def largest_falls(
     outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | None = None
 ) -> Float[Tensor, "N"]:
-    """Per sample, how far the probability of its class falls at most between two exits, the shallower one first.
+    """Per sample, how far the probability of its class falls at most between two exits, the
+    shallower one first.
 
     Args:
         outputs: of all exits, before softmax.
@@ -125,7 +128,8 @@ def largest_falls(
     classes_N = outputs[-1].argmax(-1) if labels is None else labels.long()
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
         raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} outputs."
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
+            f"outputs."
         )
     probabilities_KN = class_probabilities(outputs, classes_N)
     return (probabilities_KN.cummax(0).values - probabilities_KN).amax(0)
@@ -142,10 +146,11 @@ def conditional_monotonicity(
     Args:
         outputs: of all exits, before softmax.
         labels: the true classes; by default what the last exit answers.
-        tolerances: a sample is counted if the probability of its class falls by more than this between any two exits.
+        tolerances: a sample is counted if the probability of its class falls by more than this
+            between any two exits.
     Source:
-        Jazbec et al. 2023, conditional monotonicity, with their tolerances. Look at the accuracies, too: exits that all
-        give the same never lower a probability either.
+        Jazbec et al. 2023, conditional monotonicity, with their tolerances. Look at the accuracies,
+        too: exits that all give the same never lower a probability either.
     """
     falls_N = largest_falls(outputs, labels).double()
     limits_T = torch.tensor(list(tolerances), dtype=torch.float64, device=falls_N.device)

@@ -1,4 +1,6 @@
-"""The metrics of Anytime Neural Networks: errors at shares of the cost against OPT, and how often one scheme wins."""
+"""The metrics of Anytime Neural Networks: errors at shares of the cost against OPT, and how often
+one scheme wins.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,23 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 def error_at(
     costs: Sequence[float], errors: Sequence[float], at: Sequence[float]
 ) -> tuple[float, ...]:
-    """Error of an anytime curve at given costs, on the straight line between the two neighbouring predictions.
+    """Error of an anytime curve at given costs, on the straight line between the two neighbouring
+    predictions.
 
     Args:
         costs: cumulative cost of each prediction, in any one unit, strictly increasing, length K.
         errors: share of wrong answers of each prediction, in [0, 1].
         at: costs in the same unit, length M.
     Returns:
-        M errors. Before the first prediction there is no answer, which counts as wrong: 1. After the last, its error.
+        M errors. Before the first prediction there is no answer, which counts as wrong: 1. After
+        the last, its error.
     Raises:
         CostOrderError: if the costs do not increase strictly.
         RecordingError: if the errors are not as many shares.
     Source:
-        Anytime Neural Networks, sec. 4 ("bi-linearly interpolated"). We differ: the paper's milestones never lie before
-        the first prediction, so what to do there is our choice; it is that of `expected_accuracy`.
+        Anytime Neural Networks, sec. 4 ("bi-linearly interpolated"). We differ: the paper's
+        milestones never lie before the first prediction, so what to do there is our choice; it is
+        that of `expected_accuracy`.
     Example:
         >>> error_at([1.0, 2.0, 4.0], [0.5, 0.25, 0.125], at=[0.5, 1.5, 3.0, 9.0])
         (1.0, 0.375, 0.1875, 0.125)
@@ -44,13 +49,16 @@ def opt_plus(
 ) -> tuple[float, ...]:
     """OPT+: at each cost, the least error of any separately trained network that costs no more.
 
-    What an ensemble of anytime networks is compared with: networks of several widths and depths, each trained for itself.
+    What an ensemble of anytime networks is compared with: networks of several widths and depths,
+    each trained for itself.
 
     Args:
-        collections: pairs of costs and errors, in any order of cost; one pair per family of networks.
+        collections: pairs of costs and errors, in any order of cost; one pair per family of
+            networks.
         at: costs in the same unit, length M.
     Returns:
-        M errors, never rising with cost; 1 where no network is cheap enough. Networks cannot be interpolated: steps.
+        M errors, never rising with cost; 1 where no network is cheap enough. Networks cannot be
+        interpolated: steps.
     Raises:
         RecordingError: if there is no network, or errors and costs do not fit.
     Source:
@@ -97,22 +105,27 @@ def milestones(
     *,
     at: Sequence[float] = QUARTERS,
 ) -> tuple[float, ...]:
-    """Relative increase of an anytime network's error over OPT, per cent, at shares of its whole cost.
+    """Relative increase of an anytime network's error over OPT, per cent, at shares of its whole
+    cost.
 
-    OPT are networks trained separately, each for one depth alone: what an anytime network would be if its losses did not
-    get into each other's way. Average over networks and data sets for the paper's table.
+    OPT are networks trained separately, each for one depth alone: what an anytime network would be
+    if its losses did not get into each other's way. Average over networks and data sets for the
+    paper's table.
 
     Args:
         costs, errors: of the anytime network's predictions, as in `error_at`.
-        opt_costs, opt_errors: of the separately trained networks, shallow to deep; interpolated likewise.
+        opt_costs, opt_errors: of the separately trained networks, shallow to deep; interpolated
+            likewise.
         at: shares of the last prediction's cost.
     Returns:
         One number per share.
     Raises:
         CostOrderError: if costs do not increase strictly.
-        RecordingError: if a milestone lies before OPT's first network, so that there is nothing to compare with.
+        RecordingError: if a milestone lies before OPT's first network, so that there is nothing to
+            compare with.
     Source:
-        Anytime Neural Networks, the table of relative increases over OPT; 1/4, 1/2, 3/4 and 1 of the cost.
+        Anytime Neural Networks, the table of relative increases over OPT; 1/4, 1/2, 3/4 and 1 of
+        the cost.
     Example:
         >>> milestones([1, 2, 3, 4], [0.5, 0.5, 0.25, 0.25], opt_costs=[1, 2, 4], opt_errors=[0.5, 0.25, 0.25])
         (0.0, 100.0, 0.0, 0.0)
@@ -123,7 +136,8 @@ def milestones(
     early = [place for place in places if place < first]
     if early:
         raise RecordingError(
-            f"the milestone at cost {early[0]:g} lies before OPT's first network ({first:g}); train a network for that depth "
+            f"the milestone at cost {early[0]:g} lies before OPT's first network ({first:g}); "
+            f"train a network for that depth "
             "or a smaller one, or ask for later milestones."
         )
     return relative_increase(
@@ -135,8 +149,8 @@ def milestones(
 class WinRate:
     """How often one scheme beats another, and how sure that is, by Hoeffding's inequality.
 
-    The bounds hold for independent pairs. Milestones of one network, or seeds of one data set, are not quite that: with
-    such pairs read them as too confident.
+    The bounds hold for independent pairs. Milestones of one network, or seeds of one data set, are
+    not quite that: with such pairs read them as too confident.
 
     Attributes:
         wins: pairs with the smaller error.
@@ -153,11 +167,13 @@ class WinRate:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.wins < 0 or self.ties < 0 or self.wins + self.ties > self.pairs:
             raise RecordingError(
-                f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; needed: at least one pair."
+                f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; needed: at least "
+                f"one pair."
             )
         if not 0.0 < self.delta < 1.0:
             raise RecordingError(
-                f"delta={self.delta}; needed: the chance of an error, between 0 and 1, such as 0.05."
+                f"delta={self.delta}; needed: the chance of an error, between 0 and 1, such as "
+                f"0.05."
             )
 
     @property
@@ -172,21 +188,25 @@ class WinRate:
 
     @property
     def p_value(self) -> float:
-        """Bound on the chance of winning this often if each pair were a fair coin; 1 for half of the pairs or fewer."""
+        """Bound on the chance of winning this often if each pair were a fair coin; 1 for half of
+        the pairs or fewer.
+        """
         return math.exp(-2 * self.pairs * max(0.0, self.rate - 0.5) ** 2)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0.05) -> WinRate:
-    """Compare two schemes over (network, data set, milestone) pairs, such as alternating against static weights.
+    """Compare two schemes over (network, data set, milestone) pairs, such as alternating against
+    static weights.
 
     Args:
-        ours, theirs: errors, or relative increases of errors, of the same pairs in the same order; lower wins.
+        ours, theirs: errors, or relative increases of errors, of the same pairs in the same order;
+            lower wins.
         delta: chance of error of the lower confidence bound.
     Raises:
         RecordingError: if there is no pair, or one without a partner, or one that is not a number.
     Source:
-        Anytime Neural Networks, the comparison of AANN with static weights. We differ: the paper does not say what it
-        does with ties.
+        Anytime Neural Networks, the comparison of AANN with static weights. We differ: the paper
+        does not say what it does with ties.
     Example:
         >>> won = win_rate([0.10, 0.20, 0.30, 0.40], [0.11, 0.21, 0.30, 0.39])
         >>> won.rate, round(won.low, 3), round(won.p_value, 3)
@@ -198,7 +218,8 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0
         or any(math.isnan(error) for error in (*ours, *theirs))
     ):
         raise RecordingError(
-            f"{len(ours)} errors against {len(theirs)}; needed: pairs, at least one, in the same order and without NaN."
+            f"{len(ours)} errors against {len(theirs)}; needed: pairs, at least one, in the same "
+            f"order and without NaN."
         )
     wins = sum(own < other for own, other in zip(ours, theirs, strict=True))
     ties = sum(own == other for own, other in zip(ours, theirs, strict=True))
@@ -210,6 +231,7 @@ def _checked(errors: Sequence[float], count: int) -> tuple[float, ...]:
     known = tuple(float(error) for error in errors)
     if len(known) != count or not all(0.0 <= error <= 1.0 for error in known):
         raise RecordingError(
-            f"errors {known} for {count} costs; needed: one share of wrong answers, in [0, 1], for each."
+            f"errors {known} for {count} costs; needed: one share of wrong answers, in [0, 1], for "
+            f"each."
         )
     return known

@@ -27,9 +27,12 @@ class Outcome:
 
     Attributes:
         exits: the exit that answered.
-        visited: the exits that could have been its answer had time been up earlier: those on its way.
-        contract_s: seconds (or what was asked for instead) until the answer when only the heads that are looked at run.
-        interruptible_s: per exit on the way, likewise until its answer when every one on the way is posted.
+        visited: the exits that could have been its answer had time been up earlier: those on its
+            way.
+        contract_s: seconds (or what was asked for instead) until the answer when only the heads
+            that are looked at run.
+        interruptible_s: per exit on the way, likewise until its answer when every one on the way is
+            posted.
         macs: multiply-accumulates, as for `contract_s`.
     """
 
@@ -44,7 +47,9 @@ class Outcome:
         return self.interruptible_s.gather(1, self.exits[:, None])[:, 0]
 
     def expected(self, budget: Budget, hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
-        """Per sample, the probability of a right answer in time, which is that of the last exit on its way that fits."""
+        """Per sample, the probability of a right answer in time, which is that of the last exit on
+        its way that fits.
+        """
         right = torch.zeros(len(self.exits), dtype=torch.float64)
         ways, which = self.visited.unique(dim=0, return_inverse=True)
         for number, way in enumerate(ways):
@@ -88,8 +93,8 @@ def outcome(
         policy: of any kind.
         recording: with pooled features, if the policy looks at them.
         costs: of the same network.
-        cost: what is spent, instead of time: multiply-accumulates, bytes or joules. What learned gates take to ask is known in
-            seconds only, and counts as nothing in these.
+        cost: what is spent, instead of time: multiply-accumulates, bytes or joules. What learned
+            gates take to ask is known in seconds only, and counts as nothing in these.
         statistic, batch_size: which measured times are used.
     Raises:
         PolicyError: if the policy looks at what the recording lacks.
@@ -167,7 +172,8 @@ def _merged(one: Outcome, other: Outcome, is_one: Bool[Tensor, "N"]) -> Outcome:
 def node_times_s(
     costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
 ) -> tuple[float, ...]:
-    """Seconds of each network of a cascade that was profiled without a router: what `fit_selection` asks for.
+    """Seconds of each network of a cascade that was profiled without a router: what `fit_selection`
+    asks for.
 
     Raises:
         PolicyError: if one takes no time.

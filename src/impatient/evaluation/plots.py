@@ -1,4 +1,6 @@
-"""Figures of an evaluation and of a cost profile. Each function returns a `Figure`; nothing is shown and no state is kept."""
+"""Figures of an evaluation and of a cost profile. Each function returns a `Figure`; nothing is
+shown and no state is kept.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from impatient.evaluation.confidence import ClassConfidence
 from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.files import written_whole
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on white and on black
+# Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on
+# white and on black
 BLUE = "#0072b2"
 ORANGE = "#e69f00"
 GREEN = "#009e73"
@@ -85,7 +88,9 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """This module's look while figures are made or written; the caller's own settings come back afterwards."""
+    """This module's look while figures are made or written; the caller's own settings come back
+    afterwards.
+    """
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         # names may be in any script
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -93,7 +98,8 @@ def styled() -> Iterator[None]:
 
 
 def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = None) -> Figure:
-    """Accuracy over time: exits as steps, policies, networks without exits and the oracle as points, with 95 % intervals.
+    """Accuracy over time: exits as steps, policies, networks without exits and the oracle as
+    points, with 95 % intervals.
 
     Args:
         budget: name and distribution of the time budgets to draw along the bottom.
@@ -167,7 +173,9 @@ def exit_shares(evaluation: Evaluation) -> Figure:
 
 
 def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
-    """When each stage and each head runs if all of them do, one row per exit, beside the time of the untouched backbone."""
+    """When each stage and each head runs if all of them do, one row per exit, beside the time of
+    the untouched backbone.
+    """
     batch = costs.at(batch_size)
     with styled():
         figure, axes = _figure(_costs_title(costs, batch_size), 1.9 + 0.36 * costs.num_exits)
@@ -213,11 +221,12 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
 
 
 def accuracy_confidence(found: ClassConfidence) -> Figure:
-    """Accuracy of each class over the mean probability of the truth among its samples, one panel per exit.
+    """Accuracy of each class over the mean probability of the truth among its samples, one panel
+    per exit.
 
-    Of more than eight exits, eight from the first to the last. Each panel says the correlation over classes, with its 95 %
-    interval, and what single samples alone would bring it to. A class above the diagonal is answered better than the exit is
-    sure of it.
+    Of more than eight exits, eight from the first to the last. Each panel says the correlation over
+    classes, with its 95 % interval, and what single samples alone would bring it to. A class above
+    the diagonal is answered better than the exit is sure of it.
     """
     shown = np.unique(
         np.linspace(0, len(found.exits) - 1, MOST_PANELS).round().astype(int)
@@ -274,7 +283,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise StorageError(
-            f"cannot write a figure as {Path(path).name!r}; needed: a name that ends in .png or .svg."
+            f"cannot write a figure as {Path(path).name!r}; needed: a name that ends in .png or "
+            f".svg."
         )
     # dates and versions inside would make equal figures differ
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -294,7 +304,9 @@ def _blank(title: str, height: float) -> Figure:
 
 
 def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
-    """A legend below the axes, where it hides nothing; labels that begin with a word of `first` lead."""
+    """A legend below the axes, where it hides nothing; labels that begin with a word of `first`
+    lead.
+    """
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     rank = {word: place for place, word in enumerate(first)}
     handles, labels = zip(
@@ -312,7 +324,9 @@ def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
 
 
 def _clip(axes: Axes, slow_ends: np.ndarray, longest: float) -> None:
-    """End the axis soon after the longest mean: one slow run in a hundred must not squeeze all else to the left."""
+    """End the axis soon after the longest mean: one slow run in a hundred must not squeeze all else
+    to the left.
+    """
     right = min(1.04 * max(float(slow_ends.max()), longest), 1.35 * longest)
     axes.set_xlim(0.0, right)
     for row, end in enumerate(slow_ends):
@@ -459,7 +473,8 @@ def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
         edges = edges[::6]
         heights = np.histogram(np.asarray(budget.samples_s) * 1e3, bins=edges)[0].astype(float)
     else:
-        # on a logarithmic axis the density per logarithm, so that equal areas stay equal probabilities
+        # on a logarithmic axis the density per logarithm, so that equal areas stay equal
+        # probabilities
         middle = (edges[1:] + edges[:-1]) / 2
         heights = budget.density(middle / 1e3) * (middle if logarithmic else 1.0)
     bottom.stairs(heights, edges, fill=True, color=MUTED, alpha=0.3, linewidth=0.0)
@@ -477,7 +492,10 @@ def _curve_title(evaluation: Evaluation) -> str:
     )
     if not alone:
         return title
-    return f"{title};\nwithout exits {percent(alone[-1].accuracy.value)} after {milliseconds(alone[-1].contract_s)}"
+    return (
+        f"{title};\nwithout exits {percent(alone[-1].accuracy.value)} after "
+        f"{milliseconds(alone[-1].contract_s)}"
+    )
 
 
 def _shares_title(evaluation: Evaluation) -> str:
@@ -492,7 +510,10 @@ def _costs_title(costs: CostProfile, batch_size: int) -> str:
     staged = costs.interruptible_s(batch_size=batch_size)[-1]
     more = staged / whole - 1.0
     change = f"{percent(more, 0)} more than" if more >= 0.005 else "no more than"
-    return f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched backbone's {milliseconds(whole)}"
+    return (
+        f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched "
+        f"backbone's {milliseconds(whole)}"
+    )
 
 
 def _classes_title(found: ClassConfidence) -> str:
@@ -500,7 +521,10 @@ def _classes_title(found: ClassConfidence) -> str:
     last = percent(found.overall[-1].value)
     sure = f"{first} at the first exit, {last} at the last" if len(found.exits) > 1 else first
     missing = f", {len(found.absent)} more without samples" if found.absent else ""
-    return f"Mean probability of the truth: {sure};\n{len(found.classes)} classes of split {_short(found.split, 30)}{missing}"
+    return (
+        f"Mean probability of the truth: {sure};\n{len(found.classes)} classes of split "
+        f"{_short(found.split, 30)}{missing}"
+    )
 
 
 def _correlations(found: ClassConfidence, exit: int) -> str:

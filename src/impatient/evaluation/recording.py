@@ -1,4 +1,6 @@
-"""Recordings: the outputs of all exits on one named split, so that policies are fitted and judged without the network."""
+"""Recordings: the outputs of all exits on one named split, so that policies are fitted and judged
+without the network.
+"""
 
 from __future__ import annotations
 
@@ -71,19 +73,22 @@ class Recording:
         expected = (len(self.exits), len(self.labels))
         if self.outputs.dim() != 3 or self.outputs.shape[:2] != expected or len(self.labels) == 0:
             raise RecordingError(
-                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits and {len(self.labels)} "
+                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits "
+                f"and {len(self.labels)} "
                 "labels; needed: [K, N, C] with at least one sample."
             )
         for index, output in enumerate(self.outputs):
             if not torch.isfinite(output).all():
                 raise RecordingError(
-                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the weights, or train again "
+                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the "
+                    f"weights, or train again "
                     "with a lower learning rate."
                 )
         classes = self.outputs.shape[2]
         if int(self.labels.min()) < 0 or int(self.labels.max()) >= classes:
             raise RecordingError(
-                f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for {classes} outputs."
+                f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for "
+                f"{classes} outputs."
             )
 
     def hits(self) -> Float[Tensor, "K N"]:
@@ -167,7 +172,8 @@ def record(
     answered = [sum(map(len, parts)) for parts in outputs]
     if len(set(answered)) > 1:
         raise RecordingError(
-            f"of {data.size(split)} samples the exits answered {answered}; record a network whose inputs all "
+            f"of {data.size(split)} samples the exits answered {answered}; record a network whose "
+            f"inputs all "
             "come to every exit."
         )
     engine = getattr(network, "engine", "eager")

@@ -1,4 +1,6 @@
-"""One page about one network: self-contained HTML with the figures, the tables and what they were made from."""
+"""One page about one network: self-contained HTML with the figures, the tables and what they were
+made from.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ class Example:
 def select_examples(
     recording: Recording, policy: AnyPolicy, count: int = 8
 ) -> tuple[list[int], list[int]]:
-    """Samples that left first, the surest ahead, and samples that stayed longest, the least sure ahead; none is in both.
+    """Samples that left first, the surest ahead, and samples that stayed longest, the least sure
+    ahead; none is in both.
 
     Returns:
         Two lists of at most `count` indices into the recording.
@@ -80,7 +83,9 @@ def score_of(policy: AnyPolicy) -> ScoreName:
 
 
 def figure_svg(figure: Figure) -> str:
-    """A figure as inline SVG for a page: text stays text, ink and paper follow the page, equal figures give equal text."""
+    """A figure as inline SVG for a page: text stays text, ink and paper follow the page, equal
+    figures give equal text.
+    """
     stream = io.StringIO()
     with styled():
         figure.savefig(
@@ -120,11 +125,13 @@ def report_html(
     engines: Mapping[str, tuple[Sequence[Beside], Evaluation]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> str:
-    """One self-contained page; the same values give the same bytes, and opening it loads nothing from anywhere.
+    """One self-contained page; the same values give the same bytes, and opening it loads nothing
+    from anywhere.
 
     Args:
         title: of the page.
-        evaluation, costs, policies: what the page is about; policies by the names they have in the evaluation.
+        evaluation, costs, policies: what the page is about; policies by the names they have in the
+            evaluation.
         chosen_budget: name and distribution of the budgets this network was made for.
         early, late: samples that the first policy let go early and kept late.
         engines: what other engines answered beside torch, and their evaluations, by name.
@@ -177,27 +184,42 @@ def report_html(
 
 
 _CURVE = (
-    "The line is what an interruptible run holds at each moment: every head on the way runs, in case it is the last. A hollow "
-    "circle is the same exit when the time was known and only its head ran. Policies, and the networks without exits, stand "
-    "at their mean time. Bars are 95 % intervals. The oracle knows the truth and takes the cheapest exit that is right: no "
+    "The line is what an interruptible run holds at each moment: every head on the way runs, in "
+    "case it is the last. A hollow "
+    "circle is the same exit when the time was known and only its head ran. Policies, and the "
+    "networks without exits, stand "
+    "at their mean time. Bars are 95 % intervals. The oracle knows the truth and takes the "
+    "cheapest exit that is right: no "
     "policy gets there."
 )
 _BUDGETS = (
-    "Share of right answers when the time allowed is drawn from a distribution; no answer in time counts as wrong. Below "
-    "each, its 95 % interval. Bold: the best of a column, but for the static oracle, which knows each budget and the accuracy "
+    "Share of right answers when the time allowed is drawn from a distribution; no answer in time "
+    "counts as wrong. Below "
+    "each, its 95 % interval. Bold: the best of a column, but for the static oracle, which knows "
+    "each budget and the accuracy "
     "of every exit."
 )
-_SHARES = "An exit answers when its score reaches the threshold; a closed exit is passed without running its head."
+_SHARES = (
+    "An exit answers when its score reaches the threshold; a closed exit is passed without "
+    "running its head."
+)
 _COSTS = (
-    "Each row is one stage and its head, in the order in which they run. Times are measured, not counted: MACs "
+    "Each row is one stage and its head, in the order in which they run. Times are measured, not "
+    "counted: MACs "
     "(multiply-accumulates) are beside them. p99 means that one run in a hundred took longer."
 )
-_EXAMPLES = "Samples that the first policy let go at once because it was sure, and samples it kept for the deeper exits."
+_EXAMPLES = (
+    "Samples that the first policy let go at once because it was sure, and samples it "
+    "kept "
+    "for the deeper exits."
+)
 
 
 _ENGINES = (
-    "The same weights run by another engine. In full precision its answers differ by rounding; in 8 bits they are others, and "
-    "what that costs stands here. The difference is one of paired samples, so its interval is narrower than either accuracy's."
+    "The same weights run by another engine. In full precision its answers differ by rounding; in "
+    "8 bits they are others, and "
+    "what that costs stands here. The difference is one of paired samples, so its interval is "
+    "narrower than either accuracy's."
 )
 
 
@@ -231,8 +253,10 @@ def _headline(evaluation: Evaluation) -> str:
     last = evaluation.of("exit")[-1]
     free = evaluation.of("exit_free")
     text = (
-        f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of {evaluation.samples} samples of split "
-        f"“{_e(evaluation.split)}” (95 % interval {_interval(last.accuracy)}), after {milliseconds(last.interruptible_s)} if "
+        f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of "
+        f"{evaluation.samples} samples of split "
+        f"“{_e(evaluation.split)}” (95 % interval {_interval(last.accuracy)}), after "
+        f"{milliseconds(last.interruptible_s)} if "
         "every exit on the way answers too."
     )
     if free:
@@ -257,7 +281,8 @@ def _policy_line(row: Row, last: Row, free: Row | None) -> str:
         else "as often as"
     )
     judged = (
-        f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} ({_interval(row.accuracy)}), "
+        f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} "
+        f"({_interval(row.accuracy)}), "
         f"{accuracy} the last exit, in {milliseconds(row.contract_s)} a sample on average"
     )
     if free is None:
@@ -267,7 +292,10 @@ def _policy_line(row: Row, last: Row, free: Row | None) -> str:
     if row.contract_s < 0.995 * free.contract_s:
         verdict = f"<strong>{time} time</strong> than without exits, with {_than(macs, 'MACs')}"
     else:
-        verdict = f"which <strong>saves no time</strong>: {_than(time, 'time')} without exits, with {_than(macs, 'MACs')}"
+        verdict = (
+            f"which <strong>saves no time</strong>: {_than(time, 'time')} without exits, "
+            f"with {_than(macs, 'MACs')}"
+        )
     return f"{judged}, {verdict}."
 
 
@@ -346,7 +374,8 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
         for name, row in zip(names, evaluation.rows, strict=True)
     ]
     caption = (
-        f"Every way to answer, judged on {evaluation.samples} samples. Contract: only heads that are looked at run; "
+        f"Every way to answer, judged on {evaluation.samples} samples. Contract: only heads that "
+        f"are looked at run; "
         "“against no exits” compares this time with the untouched backbone's."
     )
     return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(
@@ -471,7 +500,10 @@ def _spoken(budget: Budget) -> str:
         return f"always {_amount(budget.high, budget.cost)}"
     count = f", n = {len(budget.samples_s)}" if budget.samples_s else ""
     low = _ms(budget.low) if budget.cost == "time" else _amount(budget.low, budget.cost)
-    return f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to {_amount(budget.high, budget.cost)}{count}"
+    return (
+        f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to "
+        f"{_amount(budget.high, budget.cost)}{count}"
+    )
 
 
 def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> str:
@@ -491,7 +523,10 @@ def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> 
     return _table(["", *map(_e, policies)], rows, _RULES)
 
 
-_RULES = "A number is a threshold: an exit answers if its score is at least this. A gate decides by what it has learned."
+_RULES = (
+    "A number is a threshold: an exit answers if its score is at least this. A gate decides "
+    "by what it has learned."
+)
 
 
 def _looks_at(policy: AnyPolicy) -> str:

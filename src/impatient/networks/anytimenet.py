@@ -1,8 +1,9 @@
-"""AnytimeNet: a network of sections, grown in iterations over cached tensors; each iteration is an exit.
+"""AnytimeNet: a network of sections, grown in iterations over cached tensors; each iteration is an
+exit.
 
-The first iteration runs a few blocks of every section. Each later one adds blocks above those that have run: it goes on from
-the tensor cached there, and runs only the sections behind it again, since their input has changed. `growth` says in which
-order to grow, and what it costs.
+The first iteration runs a few blocks of every section. Each later one adds blocks above those that
+have run: it goes on from the tensor cached there, and runs only the sections behind it again, since
+their input has changed. `growth` says in which order to grow, and what it costs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Sharing = Literal["shared", "own"]
 EPSILON = 0.001
 
 
-# --- the network that grows, whole --------------------------------------------------------------------------------------
+# --- the network that grows, whole ----------------------------------------------------------------
 
 
 class SectionedNetwork(nn.Module):
@@ -47,7 +48,8 @@ class SectionedNetwork(nn.Module):
 
     Attributes:
         stem: IN, from the input to the features of the first section.
-        sections: lists of blocks; what changes the shape of the features is the first block of a section.
+        sections: lists of blocks; what changes the shape of the features is the first block of a
+            section.
         out: OUT, from the last section's features to the output.
     """
 
@@ -86,12 +88,12 @@ class SectionedNetwork(nn.Module):
 class BaseBlock(nn.Module):
     """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus the input.
 
-    Where the block halves the resolution and widens, the input is every second pixel, with zeros for the new channels behind
-    the old ones.
+    Where the block halves the resolution and widens, the input is every second pixel, with zeros
+    for the new channels behind the old ones.
 
     Source:
-        AnytimeNet, figure 1; He et al. 2016 (full pre-activation). The paper says zero-padded and no more; every second
-        pixel, and the zeros behind, are as in He et al. 2015 (option A).
+        AnytimeNet, figure 1; He et al. 2016 (full pre-activation). The paper says zero-padded and
+        no more; every second pixel, and the zeros behind, are as in He et al. 2015 (option A).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -116,15 +118,16 @@ class BaseResNet(SectionedNetwork):
 
     Args:
         num_classes: width of the output.
-        blocks: of each section; each section after the first halves the resolution and doubles the channels.
+        blocks: of each section; each section after the first halves the resolution and doubles the
+            channels.
         width: channels of the first section; the paper's 16, 32 and 64.
         in_channels: of the image.
     Raises:
         ModelSpecError: if a size is no whole number of at least 1.
     Source:
-        AnytimeNet (Kim et al. 2020), section II.A: three sections, 64 filters at the end, full pre-activation, epsilon of
-        batch norm 0.001. Not in the paper, and as in He et al. 2016: IN is a 3x3 convolution, OUT is batch norm, ReLU, mean
-        over space, and a linear layer.
+        AnytimeNet (Kim et al. 2020), section II.A: three sections, 64 filters at the end, full
+        pre-activation, epsilon of batch norm 0.001. Not in the paper, and as in He et al. 2016: IN
+        is a 3x3 convolution, OUT is batch norm, ReLU, mean over space, and a linear layer.
     Example:
         >>> BaseResNet(blocks=(1, 1, 1), width=4)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
@@ -164,15 +167,18 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
             f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
         )
         raise ModelSpecError(
-            f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one per section."
+            f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one "
+            f"per section."
         )
 
 
-# --- what its parts cost ------------------------------------------------------------------------------------------------
+# --- what its parts cost --------------------------------------------------------------------------
 
 
 def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
-    """Multiply-accumulates of each part, per sample of an example input, counted as in `describe.stage_facts`."""
+    """Multiply-accumulates of each part, per sample of an example input, counted as in
+    `describe.stage_facts`.
+    """
     macs = {}
     with evaluating(network), torch.no_grad():
         for name, part in network.parts().items():
@@ -189,10 +195,12 @@ def block_times(
     warm_up: int = 5,
     clock: Clock = SYSTEM_CLOCK,
 ) -> BlockCosts:
-    """Seconds that each part takes in eval and inference mode: the median of each, so that one hold-up does not count.
+    """Seconds that each part takes in eval and inference mode: the median of each, so that one
+    hold-up does not count.
 
     Args:
-        network: any with these blocks, such as the backbone of a `GrowingNetwork`, on the device that matters.
+        network: any with these blocks, such as the backbone of a `GrowingNetwork`, on the device
+            that matters.
         x: an input of the batch size that matters.
         repeats: runs through all parts, after `warm_up` runs that are not counted.
 
@@ -225,9 +233,10 @@ def _by_section(costs: dict[str, float], counts: growth.Counts) -> BlockCosts:
     )
 
 
-# --- batch norm that knows the iteration --------------------------------------------------------------------------------
+# --- batch norm that knows the iteration ----------------------------------------------------------
 
-# The iteration that is running; None outside of one. A context variable, since threads may share a network.
+# The iteration that is running; None outside of one. A context variable, since threads may share a
+# network.
 _iteration: ContextVar[int | None] = ContextVar("iteration", default=None)
 
 
@@ -241,13 +250,15 @@ def _in_iteration(index: int) -> Iterator[None]:
 
 
 class IterationBatchNorm(_BatchNorm):
-    """Batch norm with running statistics for each iteration that comes by, and one weight and bias for all.
+    """Batch norm with running statistics for each iteration that comes by, and one weight and bias
+    for all.
 
     Outside an iteration, in a plain run of the backbone, it goes by the statistics of the last one.
 
     Args:
-        norm: the batch norm in whose place it stands: its weight and bias are kept, and its statistics are where each
-            iteration begins. The state_dict of such a plain one may be loaded, too.
+        norm: the batch norm in whose place it stands: its weight and bias are kept, and its
+            statistics are where each iteration begins. The state_dict of such a plain one may be
+            loaded, too.
         iterations: those that come by, in order.
     """
 
@@ -301,7 +312,9 @@ def _per_row(statistic: Tensor, rows: int) -> Tensor:
 
 
 def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
-    """The module, with an `IterationBatchNorm` in the place of every batch norm that keeps statistics."""
+    """The module, with an `IterationBatchNorm` in the place of every batch norm that keeps
+    statistics.
+    """
     if (
         isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
         and module.track_running_stats
@@ -312,16 +325,18 @@ def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
     return module
 
 
-# --- the network in iterations ------------------------------------------------------------------------------------------
+# --- the network in iterations --------------------------------------------------------------------
 
 
 class GrowthRun(Iterator[Exit]):
     """One run, iteration by iteration: nothing of an iteration is computed before it is asked for.
 
-    Stop asking and call `close()`, leave the `with` block, or drop it, to throw the cached tensors away.
+    Stop asking and call `close()`, leave the `with` block, or drop it, to throw the cached tensors
+    away.
 
     Thread:
-        May be advanced from any thread, by one at a time. It runs in the modes in which it was asked for.
+        May be advanced from any thread, by one at a time. It runs in the modes in which it was
+        asked for.
     """
 
     def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
@@ -347,7 +362,8 @@ class GrowthRun(Iterator[Exit]):
                 index, features, partial(self._network._answer, index), self._run, self._keep
             )
             if last:
-                # at once: everywhere in this library the last exit's output costs nothing when asked for
+                # at once: everywhere in this library the last exit's output costs nothing when
+                # asked for
                 exit.output()
                 self.close()
         except BaseException:
@@ -358,7 +374,9 @@ class GrowthRun(Iterator[Exit]):
         return exit
 
     def close(self) -> None:
-        """Throw away what is cached and has not been computed; harmless when there is nothing to throw away."""
+        """Throw away what is cached and has not been computed; harmless when there is nothing to
+        throw away.
+        """
         self._iterations = iter(range(0))
         self._cached.clear()
         self._x = None
@@ -371,20 +389,24 @@ class GrowthRun(Iterator[Exit]):
 
 
 class GrowingNetwork(nn.Module):
-    """A network of sections, run in iterations that each add blocks: an iterator of exits with the protocol of all networks.
+    """A network of sections, run in iterations that each add blocks: an iterator of exits with the
+    protocol of all networks.
 
-    Growing a section leaves the input of its new blocks as it was, so they go on from the tensor cached there; later sections
-    run again, whole. Weights belong to a block, whichever iteration runs it. What no later iteration goes on from is not
-    cached, and what is cached is copied before anything else reads it, since that may write in place. The outputs, and in
-    training the gradients, are those of the sub-networks run one by one.
+    Growing a section leaves the input of its new blocks as it was, so they go on from the tensor
+    cached there; later sections run again, whole. Weights belong to a block, whichever iteration
+    runs it. What no later iteration goes on from is not cached, and what is cached is copied before
+    anything else reads it, since that may write in place. The outputs, and in training the
+    gradients, are those of the sub-networks run one by one.
 
-    **Batch norm.** In train mode it normalises each batch by itself: iterations give what the sub-networks would. Its running
-    statistics, which eval mode goes by, are another matter. A block that one iteration runs sees one kind of input, and its
-    statistics one update a step (the sub-networks would update it once each, with the same values, and so only come there
-    faster). A block that several iterations run sees inputs of several depths. With `norms="shared"`, which is how we read the
-    paper, its statistics are a mixture of them in nearly equal parts, which is right for none: in papers/anytimenet that costs
-    11 to 30 points of accuracy. With `norms="own"`, the default, each iteration has its
-    own. Weights trained with shared ones may be loaded into a network with own ones, and `recalibrate` computes them anew.
+    **Batch norm.** In train mode it normalises each batch by itself: iterations give what the
+    sub-networks would. Its running statistics, which eval mode goes by, are another matter. A block
+    that one iteration runs sees one kind of input, and its statistics one update a step (the
+    sub-networks would update it once each, with the same values, and so only come there faster). A
+    block that several iterations run sees inputs of several depths. With `norms="shared"`, which is
+    how we read the paper, its statistics are a mixture of them in nearly equal parts, which is
+    right for none: in papers/anytimenet that costs 11 to 30 points of accuracy. With `norms="own"`,
+        the default, each iteration has its own. Weights trained with shared ones may be loaded into
+        a network with own ones, and `recalibrate` computes them anew.
 
     Args:
         stem: IN, from the input to the features of the first section.
@@ -392,12 +414,14 @@ class GrowingNetwork(nn.Module):
         out: OUT, from the last section's features to [B, num_classes].
         schedule: block counts of each section per iteration; the last are all blocks there are.
         outs: "shared", or "own" for an OUT per iteration, all the same in the beginning.
-        norms: "own" (the default) for batch-norm statistics per iteration, where blocks run in several iterations: the batch
-            norms (`nn.BatchNorm1d` to `3d`) of the given modules are then replaced; or "shared".
+        norms: "own" (the default) for batch-norm statistics per iteration, where blocks run in
+            several iterations: the batch norms (`nn.BatchNorm1d` to `3d`) of the given modules are
+                then replaced; or "shared".
         layout: what the dimensions of the last features mean.
         num_classes: width of the output; by default that of the last layer of `out`.
     Attributes:
-        backbone: the whole network run plainly, of the same modules; the last exit's output is its output.
+        backbone: the whole network run plainly, of the same modules; the last exit's output is its
+            output.
         schedule: block counts per iteration.
         heads: the OUTs of all iterations but the last, where they have their own; else empty.
         default_weights: of the exits' losses, unless `fit` is told otherwise: the paper's (eq. 3).
@@ -405,8 +429,9 @@ class GrowingNetwork(nn.Module):
         ModelSpecError: if the schedule is malformed, or does not end with all blocks.
         NetworkError: if an option is unknown, or the number of classes cannot be seen.
     Source:
-        AnytimeNet (Kim et al. 2020), section II.B; own OUTs are mentioned there. Own statistics: switchable batch norm, Yu et
-        al. 2019 (slimmable networks), with weight and bias shared here.
+        AnytimeNet (Kim et al. 2020), section II.B; own OUTs are mentioned there. Own statistics:
+        switchable batch norm, Yu et al. 2019 (slimmable networks), with weight and bias shared
+        here.
     Example:
         >>> sections = [[nn.Linear(4, 4) for _ in range(2)] for _ in range(2)]
         >>> network = GrowingNetwork(nn.Identity(), sections, nn.Linear(4, 3), [(1, 1), (2, 1), (2, 2)], layout="ND")
@@ -437,7 +462,8 @@ class GrowingNetwork(nn.Module):
         self.schedule = Schedule.of(schedule)
         if self.backbone.counts != self.schedule.final:
             raise ModelSpecError(
-                f"sections of {self.backbone.counts} blocks, but the schedule ends with {self.schedule.final}; needed: every "
+                f"sections of {self.backbone.counts} blocks, but the schedule ends with "
+                f"{self.schedule.final}; needed: every "
                 "block in the last iteration."
             )
         self.num_classes = num_classes or _classes(out)
@@ -452,7 +478,10 @@ class GrowingNetwork(nn.Module):
                 isinstance(module, IterationBatchNorm) for module in self.modules()
             ):
                 warnings.warn(
-                    "norms='own' changed nothing: no batch norm with running statistics runs in several iterations.",
+                    (
+                        "norms='own' changed nothing: no batch norm with running statistics runs in "
+                        "several iterations."
+                    ),
                     NoEffectWarning,
                     stacklevel=2,
                 )
@@ -469,14 +498,18 @@ class GrowingNetwork(nn.Module):
     @property
     def mechanism(self) -> str:
         """How it is staged, in words."""
-        return f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going on from cached tensors"
+        return (
+            f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going "
+            f"on from cached tensors"
+        )
 
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
         """Outputs of all iterations, for training; cached tensors pass gradients on.
 
         Args:
             x: what the stem takes.
-            gradients: what happens to gradients at the exits, the way on being the cached tensors; changes no value.
+            gradients: what happens to gradients at the exits, the way on being the cached tensors;
+                changes no value.
         Returns:
             K outputs of shape [B, num_classes], first iteration to last.
         """
@@ -493,7 +526,8 @@ class GrowingNetwork(nn.Module):
         return tuple(outputs)
 
     def exits(self, x: Any, *, keep: bool = False) -> GrowthRun:
-        """Run iteration by iteration: `for exit in network.exits(x)`; stop asking, and nothing more is computed.
+        """Run iteration by iteration: `for exit in network.exits(x)`; stop asking, and nothing more
+        is computed.
 
         OUT runs when an exit is asked for its output; the last iteration's runs with it.
 
@@ -508,7 +542,9 @@ class GrowingNetwork(nn.Module):
         return torch.as_tensor(Pool(self.layout)(exit.features))
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each iteration and its OUT; the last iteration contains its OUT."""
+        """Shape, MACs and parameters of each iteration and its OUT; the last iteration contains its
+        OUT.
+        """
         parts = block_macs(self.backbone, x)
         counted = growth.costs(self.schedule, parts)
         with evaluating(self), torch.no_grad(), self.exits(x) as run:
@@ -532,7 +568,8 @@ class GrowingNetwork(nn.Module):
         return _with_parameters(facts, self._modules_by_use())
 
     def describe(self, x: Any) -> str:
-        """A table of iterations, their MACs and parameters, and what all of them cost beside a plain run.
+        """A table of iterations, their MACs and parameters, and what all of them cost beside a
+        plain run.
 
         Args:
             x: an example input; MACs are per sample.
@@ -540,14 +577,17 @@ class GrowingNetwork(nn.Module):
         *table, _, mechanism = describe(self, x).splitlines()
         counted = growth.costs(self.schedule, block_macs(self.backbone, x))
         compared = (
-            f"all iterations: {round(counted.cumulative[-1]):,} MACs per sample, {counted.overhead:.3f} times the "
+            f"all iterations: {round(counted.cumulative[-1]):,} MACs per sample, "
+            f"{counted.overhead:.3f} times the "
             f"{round(counted.plain):,} of a plain {type(self.backbone).__name__}; "
             f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters."
         )
         return "\n".join([*table, compared, mechanism])
 
     def _grow(self, index: int, cached: dict[int, Tensor], x: Any) -> Tensor:
-        """Run one iteration up to its OUT: from the cached tensor of the section that grows, or for the first from `x`."""
+        """Run one iteration up to its OUT: from the cached tensor of the section that grows, or for
+        the first from `x`.
+        """
         first, old = self._starts[index]
         with _in_iteration(index):
             features = cached.pop(first) if index else call_model(self.backbone.stem, x)
@@ -588,7 +628,9 @@ class GrowingNetwork(nn.Module):
             self.backbone.out = _with_own_norms(self.backbone.out, iterations["OUT"])
 
     def _modules_by_use(self) -> list[tuple[list[nn.Module], nn.Module | None]]:
-        """Per iteration, the modules that its stage and its OUT (the last one's belongs to its stage) run."""
+        """Per iteration, the modules that its stage and its OUT (the last one's belongs to its
+        stage) run.
+        """
         parts = self.backbone.parts()
         stages = [[parts[name] for name in names[:-1]] for names in growth.trace(self.schedule)]
         last = [*stages[-1], self.backbone.out]
@@ -602,7 +644,8 @@ def _classes(out: nn.Module) -> int:
     width, _ = _last_width(out)
     if width is None:
         raise NetworkError(
-            f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give num_classes."
+            f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give "
+            f"num_classes."
         )
     return width
 
@@ -632,9 +675,10 @@ class AnytimeNet(GrowingNetwork):
 
     Args:
         num_classes: width of the output.
-        schedule: block counts of each section per iteration, which also say how many blocks there are; in text
-            "1-1-1/5-1-1/8-1-1/...". See
-            `growth.in_turn` for a smaller one like the paper's, and `growth.plan` and `growth.place` for better ones.
+        schedule: block counts of each section per iteration, which also say how many blocks there
+            are; in text "1-1-1/5-1-1/8-1-1/...". See
+            `growth.in_turn` for a smaller one like the paper's, and `growth.plan` and
+            `growth.place` for better ones.
         width: channels of the first section.
         in_channels: of the image.
         outs, norms: as for `GrowingNetwork`.
@@ -678,14 +722,17 @@ class AnytimeNet(GrowingNetwork):
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
-    """Compute the batch-norm statistics anew, from data, without touching a weight: in place, after training.
+    """Compute the batch-norm statistics anew, from data, without touching a weight: in place, after
+    training.
 
-    Each statistic becomes the mean over all batches, and over all iterations that share it: with `norms="own"` an iteration's
-    statistics are those of its own inputs. While this runs, batch norm normalises by the batch, as in training; dropout is off.
+    Each statistic becomes the mean over all batches, and over all iterations that share it: with
+    `norms="own"` an iteration's statistics are those of its own inputs. While this runs, batch norm
+    normalises by the batch, as in training; dropout is off.
 
     Args:
         network: one whose forward runs all iterations.
-        batches: inputs of training data, without augmentation, in batches as large as those of training.
+        batches: inputs of training data, without augmentation, in batches as large as those of
+            training.
     Raises:
         NetworkError: if there are no batches.
     Source:

@@ -1,4 +1,6 @@
-"""Cascades: networks that were made apart, run as one anytime network; a router may say which comes next, sample by sample."""
+"""Cascades: networks that were made apart, run as one anytime network; a router may say which comes
+next, sample by sample.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from impatient.networks.stages import (
 
 
 class Router(Protocol):
-    """What a cascade asks where samples go: `impatient.policies.selection.SelectionPolicy`, or one of your own."""
+    """What a cascade asks where samples go: `impatient.policies.selection.SelectionPolicy`, or one
+    of your own.
+    """
 
     def sees(self, node: int) -> tuple[int, ...]:
         """The networks whose outputs are needed to decide at this one."""
@@ -31,7 +35,9 @@ class Router(Protocol):
     def next_node(
         self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None
     ) -> Tensor:
-        """For samples that have run a network, the number of the next, a larger one; negative where this one answers."""
+        """For samples that have run a network, the number of the next, a larger one; negative where
+        this one answers.
+        """
         ...
 
 
@@ -40,7 +46,8 @@ class CascadeExit:
 
     Attributes:
         index: the network's number.
-        features: what its last linear layer read, for the samples that came to it; None if it has no such layer.
+        features: what its last linear layer read, for the samples that came to it; None if it has
+            no such layer.
         exits: per sample of the batch, the network whose output is its answer so far.
         upcoming: number of the network that would run next; None when every sample has its answer.
         whole: whether all samples came here.
@@ -65,17 +72,21 @@ class CascadeExit:
         self._answer = answer
 
     def output(self) -> Tensor:
-        """Of each sample the output of the network it has run last, shape [B, num_classes]; costs nothing."""
+        """Of each sample the output of the network it has run last, shape [B, num_classes]; costs
+        nothing.
+        """
         return self._answer
 
 
 class CascadeWalk(Iterator[CascadeExit]):
-    """One run, network by network; each runs the samples that are sent to it, in their old order, and nothing else.
+    """One run, network by network; each runs the samples that are sent to it, in their old order,
+    and nothing else.
 
     Stop asking, or call `close()`, and no further network runs.
 
     Thread:
-        May be advanced from any thread, by one at a time. It runs in the modes in which it was asked for.
+        May be advanced from any thread, by one at a time. It runs in the modes in which it was
+        asked for.
     """
 
     def __init__(self, cascade: Cascade, x: Any) -> None:
@@ -128,7 +139,8 @@ class CascadeWalk(Iterator[CascadeExit]):
     def _keep(self, node: int, rows: Tensor, output: Tensor, whole: bool) -> None:
         if self._answer is not None and output.shape[1:] != self._answer.shape[1:]:
             raise ClassCountMismatch(
-                f"network {self._cascade.exit_names[node]} gives {tuple(output.shape[1:])}, those before it "
+                f"network {self._cascade.exit_names[node]} gives {tuple(output.shape[1:])}, those "
+                f"before it "
                 f"{tuple(self._answer.shape[1:])}; needed: the same classes in the same order."
             )
         everyone = (
@@ -158,7 +170,8 @@ class CascadeWalk(Iterator[CascadeExit]):
                 continue
             if not node < following <= last:
                 raise NetworkError(
-                    f"the router sends samples from network {node} to {following}; needed: a larger number, at "
+                    f"the router sends samples from network {node} to {following}; needed: a "
+                    f"larger number, at "
                     f"most {last}. Order the networks so that every move goes up."
                 )
             sent = rows[going == following]
@@ -169,13 +182,17 @@ class CascadeWalk(Iterator[CascadeExit]):
 
 
 class Cascade(nn.Module):
-    """Networks that were made apart, the cheap ones first, as one anytime network: exit k is the answer of network k.
+    """Networks that were made apart, the cheap ones first, as one anytime network: exit k is the
+    answer of network k.
 
-    Without a router every sample runs every network, which is how it is profiled and recorded. With one (`routed`) each
-    sample goes its own way: a network runs the samples that are sent to it, and `output()` gives all samples' answers so far.
+    Without a router every sample runs every network, which is how it is profiled and recorded. With
+    one (`routed`) each
+    sample goes its own way: a network runs the samples that are sent to it, and `output()` gives
+        all samples' answers so far.
 
     Args:
-        networks: any callables from an input to [B, num_classes], or to what holds it (`logits`); modules, engines, functions.
+        networks: any callables from an input to [B, num_classes], or to what holds it (`logits`);
+            modules, engines, functions.
         names: of the networks; by default their numbers.
         router: where samples go; None: to the next network.
     Attributes:
@@ -210,7 +227,8 @@ class Cascade(nn.Module):
         )
         if len(self.exit_names) != len(networks) or len(set(self.exit_names)) < len(networks):
             raise NetworkError(
-                f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all different."
+                f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all "
+                f"different."
             )
         self.router = router
         self.heads = nn.ModuleList()
@@ -229,7 +247,10 @@ class Cascade(nn.Module):
     @property
     def mechanism(self) -> str:
         """How it is staged, in words."""
-        return f"{self.num_exits} networks, {'one after the other' if self.router is None else 'each sample on its own way'}"
+        return (
+            f"{self.num_exits} networks, "
+            f"{'one after the other' if self.router is None else 'each sample on its own way'}"
+        )
 
     def routed(self, router: Router | None) -> Cascade:
         """The same networks under a router."""
@@ -243,7 +264,8 @@ class Cascade(nn.Module):
         """Run network by network; stop asking, and no further one runs.
 
         Args:
-            x: as every network takes it: a tensor, or a tuple, list or mapping of tensors with the samples first.
+            x: as every network takes it: a tensor, or a tuple, list or mapping of tensors with the
+                samples first.
         """
         return CascadeWalk(self, x)
 
@@ -255,7 +277,8 @@ class Cascade(nn.Module):
         """
         if exit.features is None:
             raise NetworkError(
-                f"network {self.exit_names[exit.index]} has no linear layer whose input could serve as features."
+                f"network {self.exit_names[exit.index]} has no linear layer whose input could "
+                f"serve as features."
             )
         return exit.features if exit.features.dim() == 2 else exit.features.flatten(1, -2).mean(1)
 

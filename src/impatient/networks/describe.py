@@ -1,4 +1,6 @@
-"""What a network with exits is made of: per stage and head the shapes, multiply-accumulates and parameters."""
+"""What a network with exits is made of: per stage and head the shapes, multiply-accumulates and
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _ALSO_COUNTED: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFacts:
-    """One stage and its head. MACs are per sample; a parameter belongs to the stage that first uses its module."""
+    """One stage and its head. MACs are per sample; a parameter belongs to the stage that first uses
+    its module.
+    """
 
     exit: str
     features: tuple[int, ...]
@@ -45,13 +49,15 @@ class StageFacts:
 
 @runtime_checkable
 class DescribedNetwork(Protocol):
-    """What a network has to offer to be profiled: its exits, what is known of its parts, and what would run without exits.
+    """What a network has to offer to be profiled: its exits, what is known of its parts, and what
+    would run without exits.
 
-    `MultiExitNetwork`, `RunningEnsemble`, `EANN` and `GrowingNetwork` are such networks; one of your own is an `nn.Module` with
-    these.
+    `MultiExitNetwork`, `RunningEnsemble`, `EANN` and `GrowingNetwork` are such networks; one of
+    your own is an `nn.Module` with these.
 
     Attributes:
-        backbone: what runs where nobody wants exits; its time stands beside the staged one in every profile.
+        backbone: what runs where nobody wants exits; its time stands beside the staged one in every
+            profile.
         mechanism: how it is staged, in words.
     """
 
@@ -81,9 +87,11 @@ class DescribedNetwork(Protocol):
 
 
 def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
-    """Shapes, MACs and parameters of each stage and head, found by running the network once on `x` in eval mode.
+    """Shapes, MACs and parameters of each stage and head, found by running the network once on `x`
+    in eval mode.
 
-    MACs count matrix products, convolutions and attention (torch.utils.flop_counter, halved); element-wise work is 0.
+    MACs count matrix products, convolutions and attention (torch.utils.flop_counter, halved);
+    element-wise work is 0.
     """
     batch = batch_size_of(x)
     first_use = _ParameterUse(network.backbone)
@@ -137,9 +145,11 @@ def count_macs(model: nn.Module, x: Any) -> int:
 
 
 def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Bytes that each stage and each head read and write, found by running the network once on `x` in eval mode.
+    """Bytes that each stage and each head read and write, found by running the network once on `x`
+    in eval mode.
 
-    Counted as in `count_traffic`. Weights are read once per run, so that of a batch of n samples a sample's share is smaller.
+    Counted as in `count_traffic`. Weights are read once per run, so that of a batch of n samples a
+    sample's share is smaller.
 
     Returns:
         Bytes of each stage and of each head, for the whole of `x`; use one sample.
@@ -170,11 +180,12 @@ def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], t
 def count_traffic(model: nn.Module, x: Any) -> int:
     """Bytes that the operators of a plain run on `x` read and write in eval mode.
 
-    Every operator that torch calls reads each of its tensors once (activations, parameters, buffers) and writes each of its
-    results once, as if there were no caches; an in-place operator does both. Views, and results that lie in the memory of an
-    argument, move nothing, nor does allocating. Picking rows (embedding, index_select, gather, indexing) reads the index and
-    what is picked. What an operator moves inside, or saves by being fused with its neighbours, is not seen: an engine that
-    fuses moves less.
+    Every operator that torch calls reads each of its tensors once (activations, parameters,
+    buffers) and writes each of its results once, as if there were no caches; an in-place operator
+    does both. Views, and results that lie in the memory of an argument, move nothing, nor does
+    allocating. Picking rows (embedding, index_select, gather, indexing) reads the index and what is
+    picked. What an operator moves inside, or saves by being fused with its neighbours, is not seen:
+    an engine that fuses moves less.
     """
     counter = TrafficCounter()
     with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
@@ -247,7 +258,9 @@ def without_fused_attention() -> Iterator[None]:
 
 
 class _ParameterUse:
-    """Counts parameters by the stage in which their module is first called; those of modules never called go to stage 0."""
+    """Counts parameters by the stage in which their module is first called; those of modules never
+    called go to stage 0.
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
         self._backbone = backbone
@@ -328,7 +341,8 @@ def describe(network: DescribedNetwork, x: Any) -> str:
     heads = sum(f.head_macs for f in facts)
     lines += [
         f"stages, to the end of {type(network.backbone).__name__}: {stages:,} MACs per sample, "
-        f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs ({heads / max(stages, 1):.1%}).",
+        f"{sum(f.stage_parameters for f in facts):,} parameters; all heads {heads:,} MACs "
+        f"({heads / max(stages, 1):.1%}).",
         f"mechanism: {network.mechanism}.",
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,4 +1,6 @@
-"""EANN: anytime networks of exponentially growing depth, one after the other, as one anytime network."""
+"""EANN: anytime networks of exponentially growing depth, one after the other, as one anytime
+network.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,20 @@ Errors = tuple[tuple[float, ...], ...]
 
 
 def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """Which exit's output each exit of an ensemble gives: its own, or that of the best member finished before.
+    """Which exit's output each exit of an ensemble gives: its own, or that of the best member
+    finished before.
 
-    Exits are numbered through all members. An exit answers itself where its error is at most that of the best last exit
-    before it; early exits of members that have finished do not come back.
+    Exits are numbered through all members. An exit answers itself where its error is at most that
+    of the best last exit before it; early exits of members that have finished do not come back.
 
     Args:
         validation_errors: per member, the error of each of its exits.
     Returns:
         One exit per exit, never a deeper one.
     Source:
-        EANN (Hu et al.): the better by validation of the last finished network's output and the running one's. We differ:
-        the best finished network instead of the last, should a deeper one be the worse.
+        EANN (Hu et al.): the better by validation of the last finished network's output and the
+        running one's. We differ: the best finished network instead of the last, should a deeper one
+        be the worse.
     Example:
         >>> answering_exits([[0.5, 0.3], [0.4, 0.3, 0.2]])  # the first exit of the second network is no match for the first
         (0, 1, 1, 3, 4)
@@ -72,12 +76,15 @@ class EnsembleExit:
         self._answer = answer
 
     def output(self) -> Tensor:
-        """The answer at this exit, shape [B, num_classes]; runs the member's head only where that head is the answer."""
+        """The answer at this exit, shape [B, num_classes]; runs the member's head only where that
+        head is the answer.
+        """
         return torch.as_tensor(self.inner.output() if self._answer is None else self._answer)
 
 
 class EnsembleWalk(Iterator[EnsembleExit]):
-    """One staged run through the members; a member begins when the one before it has given its last exit.
+    """One staged run through the members; a member begins when the one before it has given its last
+    exit.
 
     Stop asking and call `close()`, or leave the `with` block, to throw the rest away.
 
@@ -136,18 +143,21 @@ class EnsembleWalk(Iterator[EnsembleExit]):
 
 
 class EANN(nn.Module):
-    """An ensemble of independently trained anytime networks of growing depth, itself an anytime network.
+    """An ensemble of independently trained anytime networks of growing depth, itself an anytime
+    network.
 
-    A network with exits is good at its deeper exits; what it answers at a small part of its depth is worse than what a
-    network made for that depth answers. So run a small one first, then a larger one, and take the larger one's answers as
-    soon as they are the better. `impatient.evaluation.inflation` says what the repeated beginnings cost.
+    A network with exits is good at its deeper exits; what it answers at a small part of its depth
+    is worse than what a network made for that depth answers. So run a small one first, then a
+    larger one, and take the larger one's answers as soon as they are the better.
+    `impatient.evaluation.inflation` says what the repeated beginnings cost.
 
     All members see the same input; none may change it. Train each by itself, before.
 
     Args:
         networks: from `attach_exits`, shallow to deep; or any with the same protocol.
-        validation_errors: per network, the error of each of its exits on a validation split, in [0, 1]:
-            `1 - record(network, data).hits().mean(1)`. It is kept in single precision in the state_dict.
+        validation_errors: per network, the error of each of its exits on a validation split, in [0,
+            1]: `1 - record(network, data).hits().mean(1)`. It is kept in single precision in the
+            state_dict.
     Attributes:
         networks: the members.
         num_classes: width of every output.
@@ -214,7 +224,10 @@ class EANN(nn.Module):
     @property
     def mechanism(self) -> str:
         """How it is staged, in words."""
-        return f"{len(self.networks)} networks one after the other, the last by {self._members()[-1].mechanism}"
+        return (
+            f"{len(self.networks)} networks one after the other, the last by "
+            f"{self._members()[-1].mechanism}"
+        )
 
     @property
     def validation_errors(self) -> Errors:
@@ -223,12 +236,16 @@ class EANN(nn.Module):
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """For every exit, the exit whose output it gives: itself, or the last of a member that has finished."""
+        """For every exit, the exit whose output it gives: itself, or the last of a member that has
+        finished.
+        """
         return self._answers
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """Per member, the first of its exits that answers itself; as many as it has exits, where none does."""
+        """Per member, the first of its exits that answers itself; as many as it has exits, where
+        none does.
+        """
         return tuple(
             next(
                 (exit - begin for exit in range(begin, end) if self._answers[exit] == exit),
@@ -243,7 +260,8 @@ class EANN(nn.Module):
         Args:
             x: what every member takes.
         Returns:
-            Outputs of shape [B, num_classes], one per exit of each member; one tensor may stand in several places.
+            Outputs of shape [B, num_classes], one per exit of each member; one tensor may stand in
+            several places.
         """
         outputs = [output for network in self._members() for output in network(x)]
         return tuple(outputs[answer] for answer in self._answers)
@@ -256,9 +274,11 @@ class EANN(nn.Module):
             keep: copy the features of each exit, so that `output()` may be asked for later.
 
         Thread:
-            A run belongs to the thread that advances it. Several threads may each run the same ensemble.
+            A run belongs to the thread that advances it. Several threads may each run the same
+            ensemble.
         """
-        # all made now, begun when their turn comes: each runs in the modes in which this run was asked for
+        # all made now, begun when their turn comes: each runs in the modes in which this run was
+        # asked for
         return EnsembleWalk(
             [network.exits(x, keep=keep) for network in self._members()], self._first, self._answers
         )
@@ -268,8 +288,8 @@ class EANN(nn.Module):
         return torch.as_tensor(self._members()[exit.member].pooled(exit.inner))
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each stage and head, as the members know them; a head that never answers never
-        runs and has no MACs.
+        """Shape, MACs and parameters of each stage and head, as the members know them; a head that
+        never answers never runs and has no MACs.
         """
         facts = [fact for network in self._members() for fact in network.stage_facts(x)]
         named = [
@@ -316,11 +336,13 @@ def _common_classes(networks: Sequence[nn.Module]) -> int:
         )
     if not all(isinstance(count, int) for count in classes):
         raise NetworkError(
-            f"networks with num_classes {classes}; needed: networks with exits, made with attach_exits."
+            f"networks with num_classes {classes}; needed: networks with exits, made with "
+            f"attach_exits."
         )
     if len(set(classes)) > 1:
         raise ClassCountMismatch(
-            f"networks with {classes} classes; needed: the same classes in all, trained on the same data."
+            f"networks with {classes} classes; needed: the same classes in all, trained on the "
+            f"same data."
         )
     return int(classes[0])  # type: ignore[arg-type]  # checked above
 
@@ -330,14 +352,16 @@ def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]
     errors = tuple(tuple(float(error) for error in member) for member in validation_errors)
     if [len(member) for member in errors] != list(counts):
         raise PolicyError(
-            f"validation errors for networks of {[len(member) for member in errors]} exits; the networks have {list(counts)}. "
+            f"validation errors for networks of {[len(member) for member in errors]} exits; the "
+            f"networks have {list(counts)}. "
             "Give one error per exit of each network: 1 - recording.hits().mean(1)."
         )
     for number, member in enumerate(errors):
         wrong = [error for error in member if not 0.0 <= error <= 1.0]
         if wrong:
             raise PolicyError(
-                f"validation errors {wrong} of network {number}; needed: shares of wrong answers, in [0, 1]."
+                f"validation errors {wrong} of network {number}; needed: shares of wrong answers, "
+                f"in [0, 1]."
             )
     return errors
 

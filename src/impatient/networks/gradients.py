@@ -1,4 +1,6 @@
-"""What training with exits may do to gradients where an exit branches off; values stay the same to the last bit."""
+"""What training with exits may do to gradients where an exit branches off; values stay the same to
+the last bit.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,16 @@ class GradientFlow:
     """How the gradients of early exits and of what is deeper meet in the backbone.
 
     Attributes:
-        equilibrium: at exit k of K (0-based), weigh the head's gradient 1 / (K - k) and that of everything deeper
-            (K - k - 1) / (K - k), so that their sum does not grow with the number of exits.
-        detach: share of the channels, the last ones, whose gradient from everything deeper is dropped, so that a part of
-            the features is the early exits' own.
+        equilibrium: at exit k of K (0-based), weigh the head's gradient 1 / (K - k) and that of
+            everything deeper (K - k - 1) / (K - k), so that their sum does not grow with the number
+            of exits.
+        detach: share of the channels, the last ones, whose gradient from everything deeper is
+            dropped, so that a part of the features is the early exits' own.
     Raises:
         NetworkError: if `detach` is no share below 1.
     Source:
-        `equilibrium`: Li et al. 2019 (Improved techniques for training adaptive deep networks). `detach`: deep feature
-        surgery (DFS), which keeps a ratio of 1 - detach, one half.
+        `equilibrium`: Li et al. 2019 (Improved techniques for training adaptive deep networks).
+        `detach`: deep feature surgery (DFS), which keeps a ratio of 1 - detach, one half.
     """
 
     equilibrium: bool = False

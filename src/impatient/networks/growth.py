@@ -1,6 +1,8 @@
-"""Growing a network of sections in iterations: what each executes, what that costs, and which order costs least. No tensors.
+"""Growing a network of sections in iterations: what each executes, what that costs, and which order
+costs least. No tensors.
 
-Sections, positions and iterations are counted from 0; in the names of executions from 1, as in the paper.
+Sections, positions and iterations are counted from 0; in the names of executions from 1, as in the
+paper.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Schedule:
     Attributes:
         counts: one row per iteration with the number of blocks of each section.
     Raises:
-        ModelSpecError: if a section shrinks, an iteration grows nothing, or a section begins without a block.
+        ModelSpecError: if a section shrinks, an iteration grows nothing, or a section begins
+            without a block.
     Example:
         >>> schedule = Schedule(((1, 1), (3, 1), (3, 2)))
         >>> schedule.final, schedule.starts, schedule.names
@@ -43,20 +46,23 @@ class Schedule:
         object.__setattr__(self, "counts", rows)
         if not rows or not rows[0]:
             raise ModelSpecError(
-                f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, 1, 1)."
+                f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, "
+                f"1, 1)."
             )
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]) or any(
                 type(count) is not int or count < 1 for count in row
             ):
                 raise ModelSpecError(
-                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole numbers, one per section, "
+                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole "
+                    f"numbers, one per section, "
                     "each at least 1 from the first iteration on."
                 )
         for number, (before, after) in enumerate(itertools.pairwise(rows), start=2):
             if before == after or not _within(before, after):
                 raise ModelSpecError(
-                    f"iteration {number} goes from {before} to {after} blocks; needed: no section shrinks and at "
+                    f"iteration {number} goes from {before} to {after} blocks; needed: no section "
+                    f"shrinks and at "
                     "least one grows."
                 )
 
@@ -90,7 +96,8 @@ class Schedule:
     def starts(self) -> tuple[tuple[int, int], ...]:
         """Per iteration, the earliest section that grows and the position of its first new block.
 
-        The iteration runs the new blocks of that section, on the tensor cached there, and all blocks of all later sections.
+        The iteration runs the new blocks of that section, on the tensor cached there, and all
+        blocks of all later sections.
         """
         return (
             (0, 0),
@@ -99,7 +106,9 @@ class Schedule:
 
     @property
     def kept(self) -> tuple[frozenset[int], ...]:
-        """Per iteration, the sections whose tensors a later iteration continues from; the others need not be cached."""
+        """Per iteration, the sections whose tensors a later iteration continues from; the others
+        need not be cached.
+        """
         return tuple(
             _needed([section for section, _ in self.starts[done:]])
             for done in range(1, len(self.counts) + 1)
@@ -111,13 +120,15 @@ def _read(text: str) -> tuple[Counts, ...]:
         return tuple(tuple(int(count) for count in row.split("-")) for row in text.split("/"))
     except ValueError:
         raise ModelSpecError(
-            f"cannot read the schedule {text!r}; needed: block counts of each section, iteration by iteration, such as "
+            f"cannot read the schedule {text!r}; needed: block counts of each section, iteration "
+            f"by iteration, such as "
             "1-1-1/5-1-1/8-1-1/8-8-8."
         ) from None
 
 
 def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
-    """From one block of each section, fill the sections one after the other, each in so many parts, the larger ones first.
+    """From one block of each section, fill the sections one after the other, each in so many parts,
+    the larger ones first.
 
     Example:
         >>> in_turn((3, 3)).counts
@@ -125,7 +136,8 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     """
     if parts < 1 or not final or any(type(count) is not int or count < 1 for count in final):
         raise ModelSpecError(
-            f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and one part."
+            f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and "
+            f"one part."
         )
     rows = [(1,) * len(final)]
     for section, count in enumerate(final):
@@ -141,20 +153,22 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
 PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8)))
 
 
-# --- what is executed -------------------------------------------------------------------------------------------------
+# --- what is executed -----------------------------------------------------------------------------
 
 
 def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
     """The executions of each iteration, in order, where growing goes on from cached tensors.
 
-    IN runs once and OUT every time. Blocks are added above the old ones of their section, whose input stays the same: the
-    earliest section that grows goes on from its cached tensor with its new blocks only. The input of every later section has
+    IN runs once and OUT every time. Blocks are added above the old ones of their section, whose
+    input stays the same: the earliest section that grows goes on from its cached tensor with its
+        new blocks only. The input of every later section has
     changed: all their blocks run, old and new.
 
     Returns:
         Per iteration "IN", "S1.1" (section 1, block 1), ..., "OUT".
     Source:
-        AnytimeNet (Kim et al. 2020), figure 2 and table I. There one section grows at a time; the rule for several is ours.
+        AnytimeNet (Kim et al. 2020), figure 2 and table I. There one section grows at a time; the
+        rule for several is ours.
     Example:
         >>> trace(Schedule(((1, 1), (1, 2), (2, 3))))[1:]  # the third iteration grows both
         (('S2.2', 'OUT'), ('S1.2', 'S2.1', 'S2.2', 'S2.3', 'OUT'))
@@ -171,7 +185,8 @@ def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
 
 
 def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
-    """Executions up to and including each iteration: of IN, of each section's blocks, of OUT, and all together.
+    """Executions up to and including each iteration: of IN, of each section's blocks, of OUT, and
+    all together.
 
     Source:
         AnytimeNet, table I.
@@ -190,7 +205,7 @@ def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     return tuple((*row, sum(row)) for row in totals)
 
 
-# --- what it costs ----------------------------------------------------------------------------------------------------
+# --- what it costs --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +233,8 @@ class BlockCosts:
         costs = [self.stem, self.out, *itertools.chain.from_iterable(self.sections)]
         if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
             raise CostError(
-                f"costs of parts must be finite and not negative, and not all 0; given: {costs}. Measure again."
+                f"costs of parts must be finite and not negative, and not all 0; given: {costs}. "
+                f"Measure again."
             )
 
     @classmethod
@@ -236,7 +252,9 @@ class BlockCosts:
         return self.stem + sum(map(sum, self.sections)) + self.out
 
     def step(self, before: Counts | None, after: Counts) -> float:
-        """Of the iteration that grows from some block counts to others; from None, of the first one."""
+        """Of the iteration that grows from some block counts to others; from None, of the first
+        one.
+        """
         first, old = (0, 0) if before is None else _start(before, after)
         inner = sum(self.sections[first][old : after[first]])
         inner += sum(
@@ -280,7 +298,8 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
     """
     if parts.counts != schedule.final:
         raise CostError(
-            f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; needed: one per block."
+            f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; "
+            f"needed: one per block."
         )
     befores = (None, *schedule.counts)
     steps = tuple(
@@ -291,7 +310,7 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
     )
 
 
-# --- which schedule to choose -----------------------------------------------------------------------------------------
+# --- which schedule to choose ---------------------------------------------------------------------
 
 
 def plan(
@@ -301,16 +320,21 @@ def plan(
     sizes: Sequence[int] | None = None,
     through: Sequence[Sequence[int]] = (),
 ) -> Schedule:
-    """The schedule to the whole network that costs least, and so has the least overhead; of equals, the one that is early.
+    """The schedule to the whole network that costs least, and so has the least overhead; of equals,
+    the one that is early.
 
-    What an iteration costs depends on the block counts before and after it alone. So a schedule is a path through the graph
-    of all block counts, and the shortest path, iteration by iteration, is the optimum: nothing is guessed.
+    What an iteration costs depends on the block counts before and after it alone. So a schedule is
+    a path through the graph of all block counts, and the shortest path, iteration by iteration, is
+    the optimum: nothing is guessed.
 
     Args:
         parts: measured cost of each part (`block_times`).
-        iterations: how many, from one block of each section. Least overhead alone crowds the others near the end, since
-            blocks that run once are the cheapest: say with `sizes` or `through` what the answers in between are to be worth.
-        sizes: instead of `iterations`, the number of blocks, all sections together, that each iteration is to have.
+        iterations: how many, from one block of each section. Least overhead alone crowds the others
+            near the end, since
+            blocks that run once are the cheapest: say with `sizes` or `through` what the answers in
+                between are to be worth.
+        sizes: instead of `iterations`, the number of blocks, all sections together, that each
+            iteration is to have.
         through: block counts that must be among the iterations.
     Raises:
         ModelSpecError: if no schedule is like that.
@@ -322,12 +346,16 @@ def plan(
         raise ModelSpecError(f"iterations={iterations}, sizes={sizes}; needed: one of the two.")
     points = [tuple(point) for point in through]
     layers = _layers(parts.counts, iterations, sizes)
-    missing = f"no schedule to {parts.counts} blocks has iterations={iterations}, sizes={sizes}, through={points}"
+    missing = (
+        f"no schedule to {parts.counts} blocks has iterations={iterations}, sizes={sizes}, "
+        f"through={points}"
+    )
     if not layers or any(not _within((1,) * len(parts.counts), point) for point in points):
         raise ModelSpecError(
             f"{missing}; needed: at least one iteration, and at least one block per section."
         )
-    # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each iteration still to come.
+    # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each
+    # iteration still to come.
     labels: dict[Counts, _Label] = {}
     for counts in layers[0]:
         if _visits(None, counts, points):
@@ -337,25 +365,30 @@ def plan(
         labels = _next_labels(labels, layer, left, parts, points)
     if not labels:
         raise ModelSpecError(
-            f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that only grow, "
+            f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that "
+            f"only grow, "
             "and an iteration for each."
         )
     return Schedule(labels[parts.counts][2])
 
 
 def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
-    """The schedule whose iterations, filling one section after the other, end nearest to wanted times.
+    """The schedule whose iterations, filling one section after the other, end nearest to wanted
+    times.
 
-    Filling in turn keeps later sections at one block while earlier ones grow, so that little is run again; a schedule that
-    ran more again only to be on time would answer no better. The last iteration is the whole network, whatever its time.
+    Filling in turn keeps later sections at one block while earlier ones grow, so that little is run
+    again; a schedule that ran more again only to be on time would answer no better. The last
+    iteration is the whole network, whatever its time.
 
     Args:
         parts: measured cost of each part (`block_times`).
         times: one per iteration, increasing, in the unit of the costs.
     Returns:
-        Of all schedules that fill in turn, the one with the least sum of squared distances from the times.
+        Of all schedules that fill in turn, the one with the least sum of squared distances from the
+        times.
     Raises:
-        ModelSpecError: if the times do not increase, or are more than there are blocks to add, and one.
+        ModelSpecError: if the times do not increase, or are more than there are blocks to add, and
+            one.
     Example:
         >>> place(BlockCosts.equal((3, 3)), [4.0, 7.0, 20.0]).counts
         ((1, 1), (2, 1), (3, 3))
@@ -370,7 +403,8 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
         raise ModelSpecError(
             f"times {tuple(times)}; needed: 1 to {len(line)} of them, increasing and finite."
         )
-    # state: where on the line, and how often each section was the one that grew first: the time so far follows from these
+    # state: where on the line, and how often each section was the one that grew first: the time so
+    # far follows from these
     states: dict[tuple[int, Counts], _Label] = {(-1, (0,) * len(parts.counts)): (0.0, 0.0, ())}
     for index, time in enumerate(times):
         last = index == len(times) - 1
@@ -414,7 +448,9 @@ def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
 
 
 def _needed(starts: Sequence[int]) -> frozenset[int]:
-    """Sections that iterations to come start from, before an iteration that starts earlier has replaced their tensors."""
+    """Sections that iterations to come start from, before an iteration that starts earlier has
+    replaced their tensors.
+    """
     return frozenset(
         section
         for index, section in enumerate(starts)
@@ -439,7 +475,9 @@ def _layers(
 
 
 def _visits(before: Counts | None, after: Counts, points: Sequence[Counts]) -> bool:
-    """Whether a step passes by none of the points: what it has not come to yet still lies ahead, or is reached now."""
+    """Whether a step passes by none of the points: what it has not come to yet still lies ahead, or
+    is reached now.
+    """
     return all(
         _within(after, point) or (before is not None and _within(point, before)) for point in points
     )
@@ -469,7 +507,9 @@ def _next_labels(
 
 
 def _line(final: Counts) -> Iterator[Counts]:
-    """Block counts on the way from one block of each section to all of them, block by block, section after section."""
+    """Block counts on the way from one block of each section to all of them, block by block,
+    section after section.
+    """
     counts = [1] * len(final)
     yield tuple(counts)
     for section, count in enumerate(final):

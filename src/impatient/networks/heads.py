@@ -26,7 +26,8 @@ class FeatureShape:
 
     Attributes:
         shape: as seen on the example, batch first.
-        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens or time.
+        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens or
+            time.
         channels: number of features per place.
     """
 
@@ -35,7 +36,8 @@ class FeatureShape:
     def __init__(self, shape: tuple[int, ...], layout: Layout) -> None:
         if len(layout) != len(shape):
             raise HeadError(
-                f"layout {layout} needs {len(layout)} dimensions, but the features have shape {shape}."
+                f"layout {layout} needs {len(layout)} dimensions, but the features have shape "
+                f"{shape}."
             )
         self.shape = shape
         self.layout = layout
@@ -53,25 +55,29 @@ def channel_dim(layout: Layout) -> int:
 def guess_layout(features: Tensor, module: nn.Module) -> Layout:
     """Tell what the dimensions of a module's output mean.
 
-    The width of the module's last normalisation, linear or convolution is the number of channels, and tells whether they come
-    first or last. Where it tells nothing, three dimensions are channels-last (tokens), four and five channels-first (maps,
-    video).
+    The width of the module's last normalisation, linear or convolution is the number of channels,
+    and tells whether they come first or last. Where it tells nothing, three dimensions are
+    channels-last (tokens), four and five channels-first (maps, video).
 
     Raises:
-        HeadError: for features of fewer than 2 or more than 5 dimensions, or that are not floating point.
+        HeadError: for features of fewer than 2 or more than 5 dimensions, or that are not floating
+            point.
     """
     shape = tuple(features.shape)
     if not features.is_floating_point():
         raise HeadError(
-            f"features of type {features.dtype} and shape {shape} are not floating point; cut somewhere else."
+            f"features of type {features.dtype} and shape {shape} are not floating point; cut "
+            f"somewhere else."
         )
     if len(shape) == 2:
         return "ND"
     if len(shape) not in _BY_DIMENSIONS:
         raise HeadError(
-            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], [B,C,T], [B,C,H,W], [B,H,W,C], "
+            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], "
+            f"[B,C,T], [B,C,H,W], [B,H,W,C], "
             "[B,C,T,H,W] or [B,T,H,W,C]. "
-            "Cut somewhere else, or give a head of your own as a callable (FeatureShape, num_classes) -> nn.Module."
+            "Cut somewhere else, or give a head of your own as a callable (FeatureShape, "
+            "num_classes) -> nn.Module."
         )
     first, last = _BY_DIMENSIONS[len(shape)]
     width, channels_last = _last_width(module)
@@ -85,7 +91,9 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
 
 
 def _last_width(module: nn.Module) -> tuple[int | None, bool]:
-    """Output width of the last layer with parameters, and whether such layers work on the last dimension."""
+    """Output width of the last layer with parameters, and whether such layers work on the last
+    dimension.
+    """
     width = None
     channels_last = False
     for layer in module.modules():
@@ -155,16 +163,20 @@ def mlp_dropout(features: FeatureShape, num_classes: int) -> nn.Module:
 def flatten(features: FeatureShape, num_classes: int) -> nn.Module:
     """A linear layer on every single feature: C x H x W x num_classes MACs, and as many weights.
 
-    It reads features of the example's size only; torch refuses others ("shapes cannot be multiplied").
+    It reads features of the example's size only; torch refuses others ("shapes cannot be
+    multiplied").
 
     Source:
-        Impatient DNNs (Amthor et al.), whose figure of the layers is lost: fully connected on the feature map.
+        Impatient DNNs (Amthor et al.), whose figure of the layers is lost: fully connected on the
+        feature map.
     """
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(features.shape[1:]), num_classes))
 
 
 def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Module:
-    """Average pooling to size x size places (or the map's size, where that is less) and a linear layer on all of them."""
+    """Average pooling to size x size places (or the map's size, where that is less) and a linear
+    layer on all of them.
+    """
     _check_map("adaptive", features)
     height, width = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
     height = min(size, height)
@@ -178,7 +190,8 @@ def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Modu
 
 
 def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Module:
-    """A 1x1 convolution to widen x C channels with batch norm and ReLU, pool, a linear layer; places are tokens too.
+    """A 1x1 convolution to widen x C channels with batch norm and ReLU, pool, a linear layer;
+    places are tokens too.
 
     Source:
         Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
@@ -189,10 +202,12 @@ def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Modu
 
 
 def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int = 2) -> nn.Module:
-    """The map brought to size x size places (bilinear), then the conv1x1 head: the same cost at every resolution.
+    """The map brought to size x size places (bilinear), then the conv1x1 head: the same cost at
+    every resolution.
 
     Source:
-        Anytime Neural Networks' code, `prediction_feature=rescale`: bilinear to 7x7 and a 1x1 convolution; the rest is ours.
+        Anytime Neural Networks' code, `prediction_feature=rescale`: bilinear to 7x7 and a 1x1
+        convolution; the rest is ours.
     """
     _check_map("rescale", features)
     resize = nn.Upsample((size, size), mode="bilinear", align_corners=False)
@@ -214,7 +229,9 @@ def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Modul
 
 
 class ChannelsFirst(nn.Module):
-    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1], video [B,C,T,HW]."""
+    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1], video
+    [B,C,T,HW].
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -237,13 +254,15 @@ def _channels_first(features: FeatureShape) -> tuple[nn.Module, ...]:
 def _check_map(head: str, features: FeatureShape) -> None:
     if len(features.layout) != 4:
         raise HeadError(
-            f"the {head} head reads maps and needs [B,C,H,W] or [B,H,W,C] features; these are {features!r}. "
+            f"the {head} head reads maps and needs [B,C,H,W] or [B,H,W,C] features; these are "
+            f"{features!r}. "
             "Use heads='linear' or heads='mlp'."
         )
 
 
 class MSDNetHead(nn.Module):
-    """Two 3x3 convolutions of stride 2 to 128 channels, each with batch norm and ReLU, average pooling, a linear layer.
+    """Two 3x3 convolutions of stride 2 to 128 channels, each with batch norm and ReLU, average
+    pooling, a linear layer.
 
     Source:
         Huang et al. 2018 (MSDNet). We differ: the pooling is global, so that any resolution fits.
@@ -290,7 +309,8 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
     """Build one head, by name or by a callable (FeatureShape, num_classes) -> nn.Module.
 
     Raises:
-        HeadError: if the name is unknown, the features do not suit the head, or a callable returns no module.
+        HeadError: if the name is unknown, the features do not suit the head, or a callable returns
+            no module.
     """
     if callable(head):
         built = head(features, num_classes)

@@ -59,7 +59,8 @@ class MultiExitNetwork(nn.Module):
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
             raise HeadError(
-                f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per early exit."
+                f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per "
+                f"early exit."
             )
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
@@ -88,7 +89,8 @@ class MultiExitNetwork(nn.Module):
         """Outputs of all exits, for training.
 
         Args:
-            x: what the backbone takes; a mapping is passed as keywords, a tuple or list as positions.
+            x: what the backbone takes; a mapping is passed as keywords, a tuple or list as
+                positions.
             gradients: what happens to gradients at the exits; changes no value.
         Returns:
             K outputs of shape [B, num_classes], shallow to deep.
@@ -108,12 +110,14 @@ class MultiExitNetwork(nn.Module):
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
         if missing:
             raise ExitNotReached(
-                f"this input never came to {', '.join(missing)}; cut at modules that every input calls."
+                f"this input never came to {', '.join(missing)}; cut at modules that every input "
+                f"calls."
             )
         return (*(early[index] for index in range(len(early))), last)
 
     def exits(self, x: Any, *, keep: bool = False) -> Walk:
-        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is computed.
+        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
+        computed.
 
         Args:
             x: as for `forward`.
@@ -122,16 +126,18 @@ class MultiExitNetwork(nn.Module):
             An iterator of `Exit`; close it, or use it in a `with` block, to stop early.
 
         Thread:
-            A run belongs to the thread that advances it. Several threads may each run the same network.
+            A run belongs to the thread that advances it. Several threads may each run the same
+            network.
         """
         return self._walk(x, keep=keep, shrinks=self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
         """Whether a run may go on with some samples of its batch: `exits(x)` then has `keep(rows)`.
 
-        Tried out on made-up samples, once per kind of input (two forward passes of K + 1 samples), and remembered. False where
-        more than the features crosses a cut, such as attention masks; where samples depend on each other; in training mode;
-        and, until it is asked again, where the trial could not tell since all outputs were equal.
+        Tried out on made-up samples, once per kind of input (two forward passes of K + 1 samples),
+        and remembered. False where more than the features crosses a cut, such as attention masks;
+        where samples depend on each other; in training mode; and, until it is asked again, where
+        the trial could not tell since all outputs were equal.
 
         Args:
             x: an input of the kind in question, of any batch size.
@@ -149,7 +155,9 @@ class MultiExitNetwork(nn.Module):
         return self._shrinks[kind]
 
     def pooled(self, exit: Exit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
+        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look
+        at.
+        """
         if exit.index == len(self.cuts):
             return exit.features
         return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
@@ -171,7 +179,8 @@ class MultiExitNetwork(nn.Module):
         return stage_facts(self, x)
 
     def describe(self, x: Any) -> str:
-        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that stages them.
+        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that
+        stages them.
 
         Args:
             x: an example input; MACs are per sample.
@@ -194,16 +203,20 @@ def attach_exits(
     """Give a model exits without changing it.
 
     Args:
-        backbone: any `nn.Module` whose output is [B, num_classes], or holds such a tensor (`logits`).
-        example: an input of the kind the model will see; batch size 1 is enough. A mapping is passed as keywords.
-        after: modules after which to exit, in running order; "block@2" is after the third call of a module called
-            several times. "auto" places the exits at even shares of measured time and logs where. "every:2" exits after
-            every second block, counted back from the last, whose exit is the output (the prediction period of ANN).
+        backbone: any `nn.Module` whose output is [B, num_classes], or holds such a tensor
+            (`logits`).
+        example: an input of the kind the model will see; batch size 1 is enough. A mapping is
+            passed as keywords.
+        after: modules after which to exit, in running order; "block@2" is after the third call of a
+            module called several times. "auto" places the exits at even shares of measured time and
+            logs where. "every:2" exits after every second block, counted back from the last, whose
+            exit is the output (the prediction period of ANN).
         count: with "auto", the number K of exits, the backbone's own output included.
-        heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable (FeatureShape,
-            num_classes) -> nn.Module; or a sequence of these, one per early exit.
+        heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable
+            (FeatureShape, num_classes) -> nn.Module; or a sequence of these, one per early exit.
         num_classes: width of the output; by default what the backbone gives on the example.
-        layout: of features with as many dimensions, such as "NHWC" or "NCT", where the guess is wrong.
+        layout: of features with as many dimensions, such as "NHWC" or "NCT", where the guess is
+            wrong.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -221,7 +234,8 @@ def attach_exits(
         raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
     if isinstance(backbone, MultiExitNetwork):
         raise NetworkError(
-            "this network has exits already; give its backbone: attach_exits(network.backbone, ...)."
+            "this network has exits already; give its backbone: attach_exits(network.backbone, "
+            "...)."
         )
     classes = _check_classes(backbone, example, num_classes)
     cuts = _place(backbone, example, after, count)
@@ -239,7 +253,8 @@ def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count:
         cuts = placement.every(backbone, example, int(period))
     else:
         raise ExitNotFound(
-            f"after={after!r} is one string; needed: 'auto', 'every:2' or a list of module names: after=[{after!r}]."
+            f"after={after!r} is one string; needed: 'auto', 'every:2' or a list of module names: "
+            f"after=[{after!r}]."
         )
     log.info(
         "exits placed after %s, and at the output",
@@ -253,13 +268,16 @@ def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -
         output = output_tensor(call_model(backbone, example))
     if output.dim() != 2:
         raise ClassCountMismatch(
-            f"the backbone gives an output of shape {tuple(output.shape)}; needed: [B, num_classes]. Wrap it in a module "
+            f"the backbone gives an output of shape {tuple(output.shape)}; needed: [B, "
+            f"num_classes]. Wrap it in a module "
             "that pools or picks what you classify."
         )
     if num_classes is not None and output.shape[1] != num_classes:
         raise ClassCountMismatch(
-            f"the backbone gives {output.shape[1]} classes, but num_classes={num_classes} was asked for. Build the backbone "
-            f"with {num_classes} classes, or replace its last layer; its weights for {output.shape[1]} classes do not fit."
+            f"the backbone gives {output.shape[1]} classes, but num_classes={num_classes} was "
+            f"asked for. Build the backbone "
+            f"with {num_classes} classes, or replace its last layer; its weights for "
+            f"{output.shape[1]} classes do not fit."
         )
     return int(output.shape[1])
 
@@ -277,7 +295,8 @@ def _build_heads(
     )
     if len(kinds) != len(cuts):
         raise HeadError(
-            f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give one per exit."
+            f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give "
+            f"one per exit."
         )
     traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
     built = []

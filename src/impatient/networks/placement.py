@@ -1,4 +1,6 @@
-"""Where exits may go and where they go by themselves: by structure and measured cost, never by a library's module names."""
+"""Where exits may go and where they go by themselves: by structure and measured cost, never by a
+library's module names.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _SILENT = (
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one forward pass on the example called, in order: names with call numbers, when each ended, what it gave."""
+    """What one forward pass on the example called, in order: names with call numbers, when each
+    ended, what it gave.
+    """
 
     ended_s: Mapping[tuple[str, int], float]
     features: Mapping[tuple[str, int], Tensor]
@@ -49,7 +53,8 @@ class Trace:
 
 
 def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = True) -> Trace:
-    """Run the model once in eval mode without gradients and note the named modules' calls, end times and outputs.
+    """Run the model once in eval mode without gradients and note the named modules' calls, end
+    times and outputs.
 
     Args:
         features: keep a copy of each output; leave it out when the times matter.
@@ -119,7 +124,8 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     for name, _ in wanted:
         if name not in modules or name == "":
             raise ExitNotFound(
-                f"no module {name!r} in {type(model).__name__}; candidates: {', '.join(_similar(name, model)) or 'none'}."
+                f"no module {name!r} in {type(model).__name__}; candidates: "
+                f"{', '.join(_similar(name, model)) or 'none'}."
             )
     traced = trace(model, x, sorted({name for name, _ in wanted}))
     cuts = [_one_cut(name, call, traced) for name, call in wanted]
@@ -128,7 +134,8 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     if cuts != running or len(set(cuts)) < len(cuts):
         right = list(dict.fromkeys(str(cut) for cut in running))
         raise CutOrderError(
-            f"exits go from shallow to deep, each once; given: {list(after)}; in running order: {right}."
+            f"exits go from shallow to deep, each once; given: {list(after)}; in running order: "
+            f"{right}."
         )
     return cuts
 
@@ -137,7 +144,8 @@ def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
     calls = traced.calls(name)
     if calls == 0:
         raise ExitNotFound(
-            f"module {name!r} exists, but the example never calls it; choose one that every input calls."
+            f"module {name!r} exists, but the example never calls it; choose one that every input "
+            f"calls."
         )
     if call is None and calls > 1:
         choices = ", ".join(f"{name}@{index}" for index in range(calls))
@@ -152,7 +160,9 @@ def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
 
 
 def _similar(name: str, model: nn.Module) -> list[str]:
-    """Names a user may have meant: close in spelling, or else the blocks an exit would go to by itself."""
+    """Names a user may have meant: close in spelling, or else the blocks an exit would go to by
+    itself.
+    """
     import difflib
 
     names = [entry for entry, _ in model.named_modules() if entry]
@@ -162,11 +172,13 @@ def _similar(name: str, model: nn.Module) -> list[str]:
 
 
 def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
-    """Place count - 1 cuts at even shares of measured time among the blocks of the model's repeated structure.
+    """Place count - 1 cuts at even shares of measured time among the blocks of the model's repeated
+    structure.
 
-    Among the outermost blocks, if there are enough and no share is missed by more than a fifth of the time; otherwise among the
-    blocks inside them, if those come at least twice as near. Blocks on whose features the output does not hang, on a side path
-    or after the last use of what they give, are left out.
+    Among the outermost blocks, if there are enough and no share is missed by more than a fifth of
+    the time; otherwise among the blocks inside them, if those come at least twice as near. Blocks
+    on whose features the output does not hang, on a side path or after the last use of what they
+    give, are left out.
 
     Raises:
         ExitNotFound: if the model has fewer places than that.
@@ -193,18 +205,22 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
             break
     if not chosen:
         raise ExitNotFound(
-            f"{type(model).__name__} has {len(most)} places for early exits that could be found by structure "
-            f"({', '.join(map(str, most)) or 'none'}); asked for {count - 1}. Lower count, or name modules with "
+            f"{type(model).__name__} has {len(most)} places for early exits that could be found by "
+            f"structure "
+            f"({', '.join(map(str, most)) or 'none'}); asked for {count - 1}. Lower count, or name "
+            f"modules with "
             f"after=[...].{_passed_over(model, x)}"
         )
     return chosen
 
 
 def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
-    """Place exits a fixed number of blocks apart, counted back from the last block, which the backbone's own output follows.
+    """Place exits a fixed number of blocks apart, counted back from the last block, which the
+    backbone's own output follows.
 
-    Of L blocks (calls of the outermost repeated blocks whose features a head can read) those of index (L - 1) mod period,
-    + period, ... are cut; not L - 1, the last. With the output that makes 1 + (L - 1) // period exits, placed without timing.
+    Of L blocks (calls of the outermost repeated blocks whose features a head can read) those of
+    index (L - 1) mod period, + period, ... are cut; not L - 1, the last. With the output that makes
+    1 + (L - 1) // period exits, placed without timing.
 
     Args:
         x: an example input.
@@ -222,10 +238,15 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
     blocks = next((level for level in levels if len(level) > 1), [])
     if not 1 <= period < len(blocks):
         raise ExitNotFound(
-            f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be found by structure "
-            f"({', '.join(map(str, blocks)) or 'none'}); needed: 1 to {len(blocks) - 1}, or modules named with after=[...]."
+            f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be "
+            f"found by structure "
+            f"({', '.join(map(str, blocks)) or 'none'}); needed: 1 to {len(blocks) - 1}, or "
+            f"modules named with after=[...]."
             if len(blocks) > 1
-            else f"{type(model).__name__} has no repeated blocks to count a period in; name modules with after=[...]."
+            else (
+                f"{type(model).__name__} has no repeated blocks to count a period in; name "
+                f"modules with after=[...]."
+            )
         )
     return blocks[(len(blocks) - 1) % period : -1 : period]
 
@@ -248,12 +269,17 @@ def _obstacle(features: Tensor, module: nn.Module, batch: int) -> str:
     except HeadError as error:
         return str(error)
     if features.shape[0] != batch:
-        return f"its features, of shape {tuple(features.shape)}, do not begin with the batch size {batch}."
+        return (
+            f"its features, of shape {tuple(features.shape)}, do not begin with the batch size "
+            f"{batch}."
+        )
     return ""
 
 
 def _passed_over(model: nn.Module, x: Any) -> str:
-    """The first block that no head can read and why, as a sentence to follow others; empty where there is none."""
+    """The first block that no head can read and why, as a sentence to follow others; empty where
+    there is none.
+    """
     modules = dict(model.named_modules())
     for level in _levels(model):
         for (name, call), features in trace(model, x, level).features.items():
@@ -264,7 +290,9 @@ def _passed_over(model: nn.Module, x: Any) -> str:
 
 
 def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
-    """Calls of blocks whose features a head can read and that are not the last thing the model does, in running order."""
+    """Calls of blocks whose features a head can read and that are not the last thing the model
+    does, in running order.
+    """
     traced = trace(model, x, names)
     runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
 
@@ -276,7 +304,9 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
 
 
 def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:
-    """Share of the whole time that has passed at each cut; the least of several runs, the first left out."""
+    """Share of the whole time that has passed at each cut; the least of several runs, the first
+    left out.
+    """
     names = sorted({cut.module for cut in cuts})
     runs = [trace(model, x, names, features=False) for _ in range(repeats + 1)][1:]
     total = min(run.total_s for run in runs)
@@ -286,7 +316,9 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
 def _evenly(
     model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int
 ) -> tuple[list[Cut], float]:
-    """Cuts nearest to even shares without those that do not matter, and how far the farthest is; none, infinity if too few."""
+    """Cuts nearest to even shares without those that do not matter, and how far the farthest is;
+    none, infinity if too few.
+    """
     left = list(zip(cuts, shares, strict=True))
     while len(left) >= count - 1:
         picked = [left[index] for index in _even([share for _, share in left], count)]
@@ -301,7 +333,9 @@ def _evenly(
 
 
 def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:
-    """Those picked on whose features the output does not hang; none where it hangs on no cut at all (a head of zeros)."""
+    """Those picked on whose features the output does not hang; none where it hangs on no cut at all
+    (a head of zeros).
+    """
     with evaluating(model), torch.no_grad():
         untouched = output_tensor(call_model(model, x))
         idle = [cut for cut in picked if not _matters(model, x, [cut], untouched)]
@@ -309,7 +343,9 @@ def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) 
 
 
 def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -> bool:
-    """Whether the output changes when the features at these cuts do; true where they cannot be replaced."""
+    """Whether the output changes when the features at these cuts do; true where they cannot be
+    replaced.
+    """
     calls: Counter[str] = Counter()
     replaced: list[Tensor] = []
 
@@ -346,9 +382,12 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
 
 
 def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
-    """Indices of the shares that lie nearest to 1/count, 2/count, ..., in order and without repeats."""
+    """Indices of the shares that lie nearest to 1/count, 2/count, ..., in order and without
+    repeats.
+    """
     targets = [index / count for index in range(1, count)]
-    # dynamic programme over (targets, shares): least sum of squared distances of an increasing assignment
+    # dynamic programme over (targets, shares): least sum of squared distances of an increasing
+    # assignment
     best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] * (len(shares) + 1)]
     for row, target in enumerate(targets, start=1):
         line: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
@@ -361,7 +400,9 @@ def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
 
 
 def _levels(model: nn.Module) -> Iterator[list[str]]:
-    """Lists of block names, coarse to fine: outermost repeated blocks first, then the blocks inside them, ..."""
+    """Lists of block names, coarse to fine: outermost repeated blocks first, then the blocks inside
+    them, ...
+    """
     blocks = list(_blocks("", model))
     while blocks:
         yield [name for name, _ in blocks]

@@ -1,4 +1,6 @@
-"""The pre-activation ResNets of Anytime Neural Networks: (n, c) for small images, ANN-14 to ANN-152 for large ones."""
+"""The pre-activation ResNets of Anytime Neural Networks: (n, c) for small images, ANN-14 to ANN-152
+for large ones.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ ShortcutKind = Literal["pooled", "projection"]
 
 
 class PooledShortcut(nn.Module):
-    """The input, averaged over stride x stride where a block down-samples, and zero-padded where it widens; no parameters."""
+    """The input, averaged over stride x stride where a block down-samples, and zero-padded where it
+    widens; no parameters.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -42,10 +46,12 @@ def _shortcut(kind: ShortcutKind, inputs: int, outputs: int, stride: int) -> nn.
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus the input; when down-sampling, plus its 2x2 average, zero-padded in channels.
+    """BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus the input; when down-sampling, plus its 2x2 average,
+    zero-padded in channels.
 
     Args:
-        shortcut: "pooled" as above; "projection": a strided 1x1 convolution with BN where the shape changes.
+        shortcut: "pooled" as above; "projection": a strided 1x1 convolution with BN where the shape
+            changes.
     Source:
         Anytime Neural Networks (Hu et al.), the basic unit as in the authors' code.
     """
@@ -68,11 +74,13 @@ class PreActBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """BN-ReLU-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN plus the shortcut; a quarter of the outputs inside, stride in the 3x3.
+    """BN-ReLU-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN plus the shortcut; a quarter of the
+    outputs inside, stride in the 3x3.
 
     Args:
-        shortcut: "pooled" (average and zeros) as in the paper's appendix; "projection" (1x1 convolution and BN on the block's
-            input, where the shape changes) as in the authors' code.
+        shortcut: "pooled" (average and zeros) as in the paper's appendix; "projection" (1x1
+            convolution and BN on the block's input, where the shape changes) as in the authors'
+            code.
     Source:
         Anytime Neural Networks (Hu et al.), the unit of the ImageNet networks.
     """
@@ -106,23 +114,28 @@ _BLOCKS: Mapping[str, tuple[type[PreActBlock] | type[PreActBottleneck], int]] = 
 
 
 class PreActResNet(nn.Module):
-    """Stages of blocks; c channels in the first, doubled at each stage; by default three stages of n, 6n + 2 layers.
+    """Stages of blocks; c channels in the first, doubled at each stage; by default three stages of
+    n, 6n + 2 layers.
 
     Args:
         num_classes: width of the output.
-        n: blocks per stage: one number for each of three stages, or a sequence with a number per stage.
+        n: blocks per stage: one number for each of three stages, or a sequence with a number per
+            stage.
         c: channels of the first stage; a bottleneck gives four times as many.
         in_channels: of the image.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
-        stem: "cifar" (3x3 convolution) or "imagenet" (7x7 of stride 2, BN, ReLU, 3x3 max pooling of stride 2).
+        stem: "cifar" (3x3 convolution) or "imagenet" (7x7 of stride 2, BN, ReLU, 3x3 max pooling of
+            stride 2).
         shortcut: "pooled" or "projection"; see the blocks.
-        depth: keep only the first `depth` blocks, and classify what they give: the network that OPT trains for one exit.
-            The same seed gives the blocks that remain the weights that they have in the whole network.
+        depth: keep only the first `depth` blocks, and classify what they give: the network that OPT
+            trains for one exit. The same seed gives the blocks that remain the weights that they
+            have in the whole network.
     Raises:
-        ModelSpecError: if a size is no whole number of at least 1, a name is unknown, or depth exceeds the blocks.
+        ModelSpecError: if a size is no whole number of at least 1, a name is unknown, or depth
+            exceeds the blocks.
     Source:
-        He et al. 2016 (identity mappings), with the choices of Anytime Neural Networks: no norm after the small stem, a norm
-        at the end of each block, ReLU before pooling.
+        He et al. 2016 (identity mappings), with the choices of Anytime Neural Networks: no norm
+        after the small stem, a norm at the end of each block, ReLU before pooling.
     Example:
         >>> whole, truncated = PreActResNet(n=[1, 2], c=4), PreActResNet(n=[1, 2], c=4, depth=1)
         >>> len(whole.blocks), len(truncated.blocks), truncated.classifier.in_features
@@ -203,7 +216,8 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
     if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
         given = ", ".join(f"{name}={size!r}" for name, size in {"n": n, **sizes}.items())
         raise ModelSpecError(
-            f"PreActResNet({given}): all must be at least 1, and whole; n may be a list with a number per stage."
+            f"PreActResNet({given}): all must be at least 1, and whole; n may be a list with a "
+            f"number per stage."
         )
 
 
@@ -217,12 +231,15 @@ def _check_name(option: str, given: object, known: Collection[str]) -> None:
 def _check_depth(depth: object, blocks: int) -> None:
     if type(depth) is not int or not 1 <= depth <= blocks:
         raise ModelSpecError(
-            f"PreActResNet(depth={depth!r}): needed: a whole number of blocks from 1 to {blocks}, or None for all of them."
+            f"PreActResNet(depth={depth!r}): needed: a whole number of blocks from 1 to {blocks}, "
+            f"or None for all of them."
         )
 
 
 class ImageNetResNet(NamedTuple):
-    """Blocks per stage of one of the paper's ImageNet networks, and its prediction period (see `placement.every`)."""
+    """Blocks per stage of one of the paper's ImageNet networks, and its prediction period (see
+    `placement.every`).
+    """
 
     n: tuple[int, ...]
     period: int
@@ -249,8 +266,8 @@ def preact_resnet_imagenet(
     """The paper's bottleneck network of 14, 26, 50, 101 or 152 layers for 224-pixel images.
 
     Args:
-        layers: counts the stem, three convolutions per block and the classifier; `IMAGENET_RESNETS` has the blocks of each
-            and the paper's prediction period.
+        layers: counts the stem, three convolutions per block and the classifier; `IMAGENET_RESNETS`
+            has the blocks of each and the paper's prediction period.
         c: channels of the stem; 64 in the paper.
         num_classes, in_channels, shortcut, depth: as for `PreActResNet`.
     Raises:
@@ -264,7 +281,8 @@ def preact_resnet_imagenet(
     if layers not in IMAGENET_RESNETS:
         known = ", ".join(map(str, IMAGENET_RESNETS))
         raise ModelSpecError(
-            f"no ImageNet network of layers={layers!r}; needed: one of {known}, or PreActResNet(n=[...], block='bottleneck', "
+            f"no ImageNet network of layers={layers!r}; needed: one of {known}, or "
+            f"PreActResNet(n=[...], block='bottleneck', "
             "stem='imagenet') for another."
         )
     return PreActResNet(

@@ -1,4 +1,6 @@
-"""A network whose exits answer together: every exit's output is an ensemble of its own and those before."""
+"""A network whose exits answer together: every exit's output is an ensemble of its own and those
+before.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class CombinedExit:
         self._output = output
 
     def output(self) -> Tensor:
-        """The combined output of this exit and those before, shape [B, num_classes]; before softmax."""
+        """The combined output of this exit and those before, shape [B, num_classes]; before
+        softmax.
+        """
         return self._output
 
     def __repr__(self) -> str:
@@ -76,23 +80,27 @@ class CombinedWalk(Iterator[CombinedExit]):
 
 
 class RunningEnsemble(nn.Module):
-    """A network with exits, each of which answers for all exits so far. Same protocol as the network inside it.
+    """A network with exits, each of which answers for all exits so far. Same protocol as the
+    network inside it.
 
-    An exit needs the outputs of all before it, so its head runs, and its output is combined, when the run reaches it: heads
-    belong to their stages, and `output()` costs nothing. So the stages of a cost profile contain the heads, contract and
-    interruptible costs are equal, and profile, record, policies, runner and fit need not know. The price: no head can be
-    skipped.
+    An exit needs the outputs of all before it, so its head runs, and its output is combined, when
+    the run reaches it: heads belong to their stages, and `output()` costs nothing. So the stages of
+    a cost profile contain the heads, contract and interruptible costs are equal, and profile,
+    record, policies, runner and fit need not know. The price: no head can be skipped.
 
-    Its weights are those of the network inside, the same tensors; their names begin with "network.". The rule and the
-    temperatures are part of the state_dict, so that no policy or profile of another rule is taken for its own.
+    Its weights are those of the network inside, the same tensors; their names begin with
+    "network.". The rule and the temperatures are part of the state_dict, so that no policy or
+    profile of another rule is taken for its own.
 
     Args:
         network: from `attach_exits`, or anything with the same protocol.
-        rule: how outputs are combined: "boosted", "arithmetic", "geometric", "poe", "caching", or a `Rule`. "boosted" is for
-            training, too; the others are meant for a network that is trained already.
-        temperatures: one per exit, its output is divided by it before it is combined (`fit_temperatures` on a recording of
-            the network).
-        recalibration: one per exit, its combined output is divided by it (`fit_temperatures` on a recording of the ensemble).
+        rule: how outputs are combined: "boosted", "arithmetic", "geometric", "poe", "caching", or a
+            `Rule`. "boosted" is for training, too; the others are meant for a network that is
+            trained already.
+        temperatures: one per exit, its output is divided by it before it is combined
+            (`fit_temperatures` on a recording of the network).
+        recalibration: one per exit, its combined output is divided by it (`fit_temperatures` on a
+            recording of the ensemble).
     Attributes:
         network: the network inside.
         rule: how outputs are combined.
@@ -161,7 +169,10 @@ class RunningEnsemble(nn.Module):
     @property
     def mechanism(self) -> str:
         """How it is staged, in words."""
-        return f"{self.network.mechanism}; heads run with their stages, outputs combined: {self.rule.name}"
+        return (
+            f"{self.network.mechanism}; heads run with their stages, outputs combined: "
+            f"{self.rule.name}"
+        )
 
     def forward(self, x: Any, **options: Any) -> tuple[Tensor, ...]:
         """Combined outputs of all exits, for training.
@@ -215,7 +226,8 @@ class RunningEnsemble(nn.Module):
         saved = bytes(state.tolist()).decode()
         if saved != _spelled(self.rule):
             raise StaleInput(
-                f"these weights were saved with the rule {saved}, but here it is {_spelled(self.rule)}. Make the ensemble "
+                f"these weights were saved with the rule {saved}, but here it is "
+                f"{_spelled(self.rule)}. Make the ensemble "
                 "with that rule, or load the weights of the network inside alone."
             )
 

@@ -1,8 +1,10 @@
-"""Whether a staged run may go on with some samples of its batch: tried out, since nobody can see what crosses a cut.
+"""Whether a staged run may go on with some samples of its batch: tried out, since nobody can see
+what crosses a cut.
 
-The reduced features take the place of the old ones; an attention mask, a skip connection or a shape that the model took from
-its input do not. So a batch of made-up samples is run twice, whole and with one sample less after every cut, in another order;
-every output of the second run must be that of the same sample in the first.
+The reduced features take the place of the old ones; an attention mask, a skip connection or a shape
+that the model took from its input do not. So a batch of made-up samples is run twice, whole and
+with one sample less after every cut, in another order; every output of the second run must be that
+of the same sample in the first.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ from torch import Tensor
 
 from impatient.networks.stages import Walk, batch_size_of
 
-# Differences in rounding stay far below this share of the distance between two samples' outputs; a wrong sample is at 1.
+# Differences in rounding stay far below this share of the distance between two samples' outputs; a
+# wrong sample is at 1.
 TOLERANCE = {torch.float16: 0.2, torch.bfloat16: 0.2}
 USUAL_TOLERANCE = 0.02
 
 
 class Verdict(NamedTuple):
-    """Whether a network shrinks, None where the trial could not tell, and what went wrong otherwise."""
+    """Whether a network shrinks, None where the trial could not tell, and what went wrong
+    otherwise.
+    """
 
     shrinks: bool | None
     reason: str = ""
@@ -33,7 +38,8 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
     Args:
         walk: begins a run of the network on an input, in eval mode.
         num_exits: of the network.
-        x: an example input. Its shapes, types and masks count; samples are made up from its first one.
+        x: an example input. Its shapes, types and masks count; samples are made up from its first
+            one.
     """
     samples = probe(x, num_exits + 1)
     kept = kept_rows(num_exits)
@@ -53,7 +59,8 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
 
 
 def kept_rows(num_exits: int) -> list[list[int]]:
-    """Which of K + 1 samples an exit of the trial has: one less and in reverse order after every cut, 2 at the last exit.
+    """Which of K + 1 samples an exit of the trial has: one less and in reverse order after every
+    cut, 2 at the last exit.
 
     Example:
         >>> kept_rows(3)
@@ -66,7 +73,9 @@ def kept_rows(num_exits: int) -> list[list[int]]:
 
 
 def _outputs(run: Walk, kept: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Outputs of all exits of a run; `kept` says which samples, by their places in the whole batch, each exit is to have."""
+    """Outputs of all exits of a run; `kept` says which samples, by their places in the whole batch,
+    each exit is to have.
+    """
     outputs = []
     with run:
         for exit in run:
@@ -91,7 +100,9 @@ def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
 
 
 def kind_of(x: Any) -> Hashable:
-    """What inputs have in common that a model treats alike: their structure, the shapes of one sample, types, device."""
+    """What inputs have in common that a model treats alike: their structure, the shapes of one
+    sample, types, device.
+    """
     if isinstance(x, Tensor):
         return (x.shape[1:], x.dtype, x.device)
     if isinstance(x, Mapping):
@@ -102,8 +113,8 @@ def kind_of(x: Any) -> Hashable:
 
 
 def probe(x: Any, count: int) -> Any:
-    """An input of several samples that differ, of the kind of another one: noise for numbers; masks that differ in length;
-    token ids turned round.
+    """An input of several samples that differ, of the kind of another one: noise for numbers; masks
+    that differ in length; token ids turned round.
     """
     return _probe(x, count, batch_size_of(x))
 
@@ -122,7 +133,9 @@ def _probe(x: Any, count: int, size: int) -> Any:
 
 
 def _noise(first: Tensor, count: int) -> Tensor:
-    """Random samples of the same mean and spread; a sample with infinities is a mask and stays as it is."""
+    """Random samples of the same mean and spread; a sample with infinities is a mask and stays as
+    it is.
+    """
     spread, mean = torch.std_mean(first.float(), correction=0)
     if not bool(torch.isfinite(mean)):
         return torch.stack([first] * count)
@@ -131,7 +144,9 @@ def _noise(first: Tensor, count: int) -> Tensor:
 
 
 def _turned(first: Tensor, number: int) -> Tensor:
-    """A row of whole numbers, another one for each number, with values that are in it anyway; of a row of ones a mask."""
+    """A row of whole numbers, another one for each number, with values that are in it anyway; of a
+    row of ones a mask.
+    """
     if not first.dim() or first.shape[-1] < 2:
         return first
     if not bool((first == 1).all()):

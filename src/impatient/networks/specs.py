@@ -1,9 +1,11 @@
-"""Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet", "package.module:factory".
+"""Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet",
+"package.module:factory".
 
-Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG` ("vgg"), `BaseResNet`
-("base_resnet") and, with exits of its own, `AnytimeNet` ("anytimenet"). Options follow a second colon:
-"torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16"; a value may be a list,
-"impatient:resnet:n=[3,4,6,3],block=bottleneck". Weights are loaded by those libraries' own loaders.
+Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG`
+("vgg"), `BaseResNet` ("base_resnet") and, with exits of its own, `AnytimeNet` ("anytimenet").
+Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16";
+a value may be a list, "impatient:resnet:n=[3,4,6,3],block=bottleneck". Weights are loaded by those
+libraries' own loaders.
 """
 
 from __future__ import annotations
@@ -42,8 +44,9 @@ def load_model(
     """Build the model a spec string names.
 
     Args:
-        spec: "SOURCE:NAME" or "SOURCE:NAME:key=value,key=value". SOURCE is torchvision, timm, transformers, impatient, or a
-            Python module whose attribute NAME is a factory that returns an `nn.Module`.
+        spec: "SOURCE:NAME" or "SOURCE:NAME:key=value,key=value". SOURCE is torchvision, timm,
+            transformers, impatient, or a Python module whose attribute NAME is a factory that
+            returns an `nn.Module`.
         num_classes: passed on where the source knows the option and the spec does not set it.
         in_channels: likewise, for image models that take it.
     Raises:
@@ -79,7 +82,8 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     name, _, options = rest.partition(":")
     if not (source and colon and name):
         raise ModelSpecError(
-            f"cannot read the model spec {spec!r}; needed: SOURCE:NAME, such as impatient:resnet, torchvision:resnet50, "
+            f"cannot read the model spec {spec!r}; needed: SOURCE:NAME, such as impatient:resnet, "
+            f"torchvision:resnet50, "
             "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
         )
     parsed: dict[str, Any] = {}
@@ -175,8 +179,8 @@ def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]
 
 
 def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
-    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration class
-    ("transformers:BertConfig") or a local config file ("transformers:path/config.json").
+    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration
+    class ("transformers:BertConfig") or a local config file ("transformers:path/config.json").
     """
     with contextlib.suppress(ImportError):
         # transformers imports it where it is installed, and would fail where only the repair helps
@@ -228,7 +232,8 @@ def _from_module(source: str, name: str, options: dict[str, Any], known: dict[st
             if not entry.startswith("_") and callable(getattr(module, entry))
         ]
         raise ModelSpecError(
-            f"{source} has no factory {name!r}; callable there: {', '.join(public[:12]) or 'nothing'}."
+            f"{source} has no factory {name!r}; callable there: "
+            f"{', '.join(public[:12]) or 'nothing'}."
         )
     return factory(**_accepted(factory, options, known))
 
@@ -251,8 +256,9 @@ _SOURCES: dict[str, Callable[..., Any]] = {
 def import_torchvision() -> Any:
     """Import torchvision, and where its compiled operators do not match this torch, without them.
 
-    PyPI's torchvision is built for CUDA torch; beside a CPU-only torch its import fails because torchvision::nms is not
-    registered. Declaring the two operators that import needs makes every classification model work.
+    PyPI's torchvision is built for CUDA torch; beside a CPU-only torch its import fails because
+    torchvision::nms is not registered. Declaring the two operators that import needs makes every
+    classification model work.
     """
     try:
         return importlib.import_module("torchvision")
@@ -262,7 +268,8 @@ def import_torchvision() -> Any:
     import torch
 
     log.info(
-        "torchvision was built for another torch; using it without its compiled operators (no detection models)"
+        "torchvision was built for another torch; using it without its compiled operators (no "
+        "detection models)"
     )
     for operator in ("nms", "qnms"):
         torch.library.define(

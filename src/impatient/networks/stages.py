@@ -1,15 +1,19 @@
-"""Cutting a model nobody rewrote: its untouched forward runs in a greenlet that pauses in a hook at every cut.
+"""Cutting a model nobody rewrote: its untouched forward runs in a greenlet that pauses in a hook at
+every cut.
 
-Nothing of the model is copied, traced or replaced. A paused run can be resumed or thrown away; it must stay on the thread
-that started it. What a pause would leak is put right here:
+Nothing of the model is copied, traced or replaced. A paused run can be resumed or thrown away; it
+must stay on the thread that started it. What a pause would leak is put right here:
 
-* grad, inference and autocast state that the model's forward has entered is kept out of the caller, and the caller's out
+* grad, inference and autocast state that the model's forward has entered is kept out of the caller,
+  and the caller's out
   of the model, at every switch (`_Ambient`);
 * an abandoned run unwinds (`Walk.close`), so that its activations are freed;
-* an operation after a cut may overwrite the features in place, so they are used before the run goes on, or copied
+* an operation after a cut may overwrite the features in place, so they are used before the run goes
+  on, or copied
   (`keep=True`).
 
-A paused run can also go on with some samples of its batch only (`Walk.keep`): the module at the cut then gives these.
+A paused run can also go on with some samples of its batch only (`Walk.keep`): the module at the cut
+then gives these.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ T = TypeVar("T")
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
-    """Call a model on one input: a mapping as keywords, a tuple or list as positions, anything else as it is."""
+    """Call a model on one input: a mapping as keywords, a tuple or list as positions, anything else
+    as it is.
+    """
     if isinstance(x, Mapping):
         return model(**x)
     if isinstance(x, (tuple, list)):
@@ -65,7 +71,8 @@ def call_model(model: Callable[..., Any], x: Any) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The tensor a module's output stands for: itself, or the first one of a tuple, list, mapping or dataclass.
+    """The tensor a module's output stands for: itself, or the first one of a tuple, list, mapping
+    or dataclass.
 
     Raises:
         NetworkError: if there is none.
@@ -76,7 +83,8 @@ def first_tensor(value: Any) -> Tensor:
         if isinstance(entry, Tensor):
             return entry
     raise NetworkError(
-        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a tensor, or a tuple, list, "
+        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a "
+        f"tensor, or a tuple, list, "
         "mapping or dataclass that holds one. Cut somewhere else."
     )
 
@@ -99,8 +107,8 @@ def batch_size_of(x: Any) -> int:
 
 
 def output_tensor(value: Any) -> Tensor:
-    """The backbone's output as one tensor: itself, its `logits` (Hugging Face, torchvision's auxiliary outputs), or the
-    first tensor in it.
+    """The backbone's output as one tensor: itself, its `logits` (Hugging Face, torchvision's
+    auxiliary outputs), or the first tensor in it.
     """
     logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
     return logits if isinstance(logits, Tensor) else first_tensor(value)
@@ -110,7 +118,9 @@ _AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu
 
 
 class _Autocast(NamedTuple):
-    """Autocast settings of this thread: whether casts are cached, and by device whether they are on and to what."""
+    """Autocast settings of this thread: whether casts are cached, and by device whether they are on
+    and to what.
+    """
 
     cache: bool
     devices: list[tuple[bool, torch.dtype]]
@@ -135,11 +145,13 @@ class _Autocast(NamedTuple):
 
 
 class _Ambient:
-    """The modes a run was asked for in; it begins, pauses and its heads run in them, whatever model or caller enters.
+    """The modes a run was asked for in; it begins, pauses and its heads run in them, whatever model
+    or caller enters.
 
-    Model and caller meet in these modes at every switch, and each puts its own back behind it. Mostly both are in them
-    already. Then asking so is all there is to do, and the price of a cut: after a stage the caches are cold, and the first
-    line of Python to run takes ten times as long as in a loop.
+    Model and caller meet in these modes at every switch, and each puts its own back behind it.
+    Mostly both are in them already. Then asking so is all there is to do, and the price of a cut:
+    after a stage the caches are cold, and the first line of Python to run takes ten times as long
+    as in a loop.
     """
 
     __slots__ = ("_autocast", "_casts", "_grad", "_inference")
@@ -155,7 +167,9 @@ class _Ambient:
         return cls()
 
     def here(self) -> bool:
-        """Whether this thread is in these modes; where no autocast is on, its other settings make no difference."""
+        """Whether this thread is in these modes; where no autocast is on, its other settings make
+        no difference.
+        """
         if (
             is_grad_enabled() is not self._grad
             or is_inference_mode_enabled() is not self._inference
@@ -174,7 +188,8 @@ class _Ambient:
     def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
         """The same, putting back also what the function itself leaves changed."""
         outside = _Autocast.now()
-        # the guard remembers the thread's whole autograd state and puts exactly that back, in whatever order guards are left
+        # the guard remembers the thread's whole autograd state and puts exactly that back, in
+        # whatever order guards are left
         with torch.inference_mode(self._inference):
             torch.set_grad_enabled(self._grad)
             self._autocast.restore()
@@ -186,13 +201,17 @@ class _Ambient:
 
 
 def _trainable(features: Tensor) -> Tensor:
-    """A copy, where the model has made these features in an inference mode of its own and a head is to learn from them."""
+    """A copy, where the model has made these features in an inference mode of its own and a head is
+    to learn from them.
+    """
     return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
 
 
 @dataclass(slots=True)
 class _Run:
-    """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not keep the run alive."""
+    """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not
+    keep the run alive.
+    """
 
     ambient: _Ambient
     # the exit whose features are intact; None once the run has failed in a later stage
@@ -204,8 +223,8 @@ class Exit:
 
     Attributes:
         index: 0-based, shallow to deep.
-        features: what the head sees, and what a gate may look at before the head is paid; at the last exit the
-            backbone's own output.
+        features: what the head sees, and what a gate may look at before the head is paid; at the
+            last exit the backbone's own output.
     """
 
     __slots__ = ("_head", "_kept", "_output", "_run", "features", "index")
@@ -226,8 +245,8 @@ class Exit:
         Returns:
             Output of this exit, shape [B, num_classes]; before softmax.
         Raises:
-            ExitPassed: if the run has moved on, since the features may have been overwritten in place. Use
-                `network.exits(x, keep=True)` to ask later.
+            ExitPassed: if the run has moved on, since the features may have been overwritten in
+                place. Use `network.exits(x, keep=True)` to ask later.
         """
         if self._output is None:
             if self._run.position != self.index and not self._kept:
@@ -237,7 +256,8 @@ class Exit:
                     else f"is at exit {self._run.position}"
                 )
                 raise ExitPassed(
-                    f"exit {self.index} was passed (the run {now}), and its features may have been overwritten. "
+                    f"exit {self.index} was passed (the run {now}), and its features may have been "
+                    f"overwritten. "
                     "Call output() before the next exit, or start with network.exits(x, keep=True)."
                 )
             assert self._head is not None
@@ -258,7 +278,9 @@ def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int |
 
 
 class _Forward(greenlet.greenlet):
-    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that owns it."""
+    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that
+    owns it.
+    """
 
     ambient: _Ambient
     cuts: CutMap
@@ -266,7 +288,9 @@ class _Forward(greenlet.greenlet):
     closing: bool
 
     def reached(self, module: nn.Module, output: Any) -> Any:
-        """Pause after a module that is cut; what its caller gets instead of its output, None for that output itself."""
+        """Pause after a module that is cut; what its caller gets instead of its output, None for
+        that output itself.
+        """
         index = _exit_after(module, self.cuts, self.calls)
         if index is None:
             return None
@@ -281,7 +305,9 @@ class _Forward(greenlet.greenlet):
 
 
 class _Taps(threading.local):
-    """What a plain forward does at the cuts, on this thread; empty when no such forward is under way."""
+    """What a plain forward does at the cuts, on this thread; empty when no such forward is under
+    way.
+    """
 
     def __init__(self) -> None:
         self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], Tensor | None]]] = []
@@ -291,7 +317,9 @@ _taps = _Taps()
 
 
 def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  the signature of a forward hook
-    """The one forward hook this library installs; stateless, so that networks can be copied and shared by threads."""
+    """The one forward hook this library installs; stateless, so that networks can be copied and
+    shared by threads.
+    """
     current = greenlet.getcurrent()
     if isinstance(current, _Forward):
         return current.reached(module, output)
@@ -334,10 +362,11 @@ def install(modules: Sequence[nn.Module]) -> None:
 def tapped(
     model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]
 ) -> Any:
-    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features are still intact.
+    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features
+    are still intact.
 
-    It is called in the caller's modes: a head trains even after a part of the model that runs without gradients. A tensor
-    that it returns takes the place of the features in what is deeper.
+    It is called in the caller's modes: a head trains even after a part of the model that runs
+    without gradients. A tensor that it returns takes the place of the features in what is deeper.
     """
     ambient = _Ambient.now()
     current = greenlet.getcurrent()
@@ -347,7 +376,8 @@ def tapped(
     try:
         if not isinstance(current, _Forward):
             return call_model(model, x)
-        # a forward started inside another network's staged run must reach its own taps, not that run
+        # a forward started inside another network's staged run must reach its own taps, not that
+        # run
         apart = greenlet.greenlet(call_model)
         apart.gr_context = current.gr_context
         return apart.switch(model, x)
@@ -358,13 +388,15 @@ def tapped(
 class Walk(Iterator[Exit]):
     """One staged run: an iterator of exits that computes a stage when asked for the next one.
 
-    Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is dropped closes itself.
-    An exit that this input never comes to (control flow that depends on the data) is left out.
+    Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is
+    dropped closes itself. An exit that this input never comes to (control flow that depends on the
+    data) is left out.
 
     Args:
         model, x, cuts, heads: what runs, on what, where it pauses, and what answers there.
         keep: copy the features of each exit, so that its output may be asked for later.
-        shrinks: whether this model can go on with some samples of an input; asked by the method `keep`.
+        shrinks: whether this model can go on with some samples of an input; asked by the method
+            `keep`.
 
     Thread:
         Must be advanced and closed on the thread that first advanced it.
@@ -423,22 +455,26 @@ class Walk(Iterator[Exit]):
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only: later exits have len(rows) rows, in this order.
 
-        Works where the features are all that crosses the cut of what belongs to single samples. They are copied when the
-        next exit is asked for. The exit at hand keeps all its rows.
+        Works where the features are all that crosses the cut of what belongs to single samples.
+        They are copied when the next exit is asked for. The exit at hand keeps all its rows.
 
         Args:
             rows: places in the present batch.
         Raises:
-            NetworkError: if other values that carry the batch cross a cut of this network, or the run is not at an exit.
+            NetworkError: if other values that carry the batch cross a cut of this network, or the
+                run is not at an exit.
         """
         if self._runner is None or self._shrinks is None:
             raise NetworkError(
-                "a run can be reduced to some of its samples only between two exits. Call keep() after an exit."
+                "a run can be reduced to some of its samples only between two exits. Call keep() "
+                "after an exit."
             )
         if not self._shrinks(self._x):
             raise NetworkError(
-                "this network cannot go on with some samples of a batch: more than the features crosses its cuts, or its "
-                "samples depend on each other. Go on with the whole batch, or use an engine whose stages carry every value: "
+                "this network cannot go on with some samples of a batch: more than the features "
+                "crosses its cuts, or its "
+                "samples depend on each other. Go on with the whole batch, or use an engine whose "
+                "stages carry every value: "
                 'to_engine(network, "onnxruntime", example=x).'
             )
         rows = torch.as_tensor(rows, dtype=torch.long)
@@ -449,12 +485,15 @@ class Walk(Iterator[Exit]):
         """A value with the old batch that is broadcast over one kept row would go unnoticed."""
         if self._size is not None and (not value.dim() or value.shape[0] != self._size):
             raise NetworkError(
-                f"after keep() of {self._size} samples, exit {index} has shape {tuple(value.shape)}: more than the features "
+                f"after keep() of {self._size} samples, exit {index} has shape "
+                f"{tuple(value.shape)}: more than the features "
                 "crosses a cut of this network. Go on with the whole batch (compaction='never')."
             )
 
     def _check_thread(self) -> None:
-        """Refuse before anything is touched: greenlet itself crashes where the other thread has ended."""
+        """Refuse before anything is touched: greenlet itself crashes where the other thread has
+        ended.
+        """
         if self._runner is not None and self._owner is not threading.current_thread():
             raise greenlet.error(
                 "a staged run can only be advanced and closed on the thread that first advanced it."
@@ -510,7 +549,10 @@ class Walk(Iterator[Exit]):
             import warnings
 
             warnings.warn(
-                "a staged run was dropped on another thread than its own and keeps its memory; close() it there.",
+                (
+                    "a staged run was dropped on another thread than its own and keeps its memory; "
+                    "close() it there."
+                ),
                 ResourceWarning,
                 stacklevel=2,
             )

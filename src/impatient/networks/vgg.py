@@ -11,21 +11,25 @@ from impatient.errors import ModelSpecError
 
 
 class SmallVGG(nn.Module):
-    """Stages of conv3x3-BN-ReLU layers with 2x2 max pooling between them, the mean over what is left, a linear classifier.
+    """Stages of conv3x3-BN-ReLU layers with 2x2 max pooling between them, the mean over what is
+    left, a linear classifier.
 
-    Each member of `blocks` is one layer; the last of each stage but the last stage also pools. So `attach_exits` finds as many
-    places as there are layers, and a head after a pooling layer reads the smaller map.
+    Each member of `blocks` is one layer; the last of each stage but the last stage also pools. So
+    `attach_exits` finds as many places as there are layers, and a head after a pooling layer reads
+    the smaller map.
 
     Args:
         num_classes: width of the output.
         width: channels of the first stage, doubled at each stage up to 8 times, as in VGG.
-        blocks: layers per stage; (1, 1, 2, 2, 2) is VGG-11's. Images need 2 ** (stages - 1) pixels a side.
+        blocks: layers per stage; (1, 1, 2, 2, 2) is VGG-11's. Images need 2 ** (stages - 1) pixels
+            a side.
         in_channels: of the image.
     Raises:
         ModelSpecError: if a size is no whole number of at least 1.
     Source:
-        Simonyan and Zisserman 2015. We differ: batch norm, a global mean in place of the fully connected layers, and by
-        default VGG-11 without its last stage, which would see a single pixel of a 28-pixel image.
+        Simonyan and Zisserman 2015. We differ: batch norm, a global mean in place of the fully
+        connected layers, and by default VGG-11 without its last stage, which would see a single
+        pixel of a 28-pixel image.
     Example:
         >>> SmallVGG(in_channels=1)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
@@ -76,5 +80,6 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
             f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
         )
         raise ModelSpecError(
-            f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number per stage."
+            f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number "
+            f"per stage."
         )

@@ -1,4 +1,6 @@
-"""When to stop, or which network comes next: scores, rules, learned policies and their fitting, on recordings alone."""
+"""When to stop, or which network comes next: scores, rules, learned policies and their fitting, on
+recordings alone.
+"""
 
 from impatient.policies import baselines, bounds, scores, selection_baselines
 from impatient.policies.calibration import fit_temperatures

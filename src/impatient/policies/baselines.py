@@ -1,4 +1,6 @@
-"""What learned policies are held against: rules that see no input, one threshold for all exits, and what labels would allow."""
+"""What learned policies are held against: rules that see no input, one threshold for all exits, and
+what labels would allow.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def uniform(
     statistic: Statistic = "mean",
     batch_size: int = 1,
 ) -> MixedPolicy:
-    """The best random choice of exits that does not look at the input: two exits, mixed to meet the mean time.
+    """The best random choice of exits that does not look at the input: two exits, mixed to meet the
+    mean time.
 
     Args:
         recording: whose accuracies tell which exits are worth mixing.
@@ -83,14 +86,16 @@ def myopic(
         costs: of the same network.
         time_price: threshold with the least errors plus price times mean seconds; or
         mean_time_s: most accurate threshold whose mean time is at most this; or
-        max_accuracy_loss: fastest threshold that loses at most this much accuracy against the last exit.
+        max_accuracy_loss: fastest threshold that loses at most this much accuracy against the last
+            exit.
         score: how sure an output is.
         statistic, batch_size: which measured times are used.
     Raises:
         PolicyError: unless exactly one target is given.
         InfeasibleTarget: if no threshold reaches it.
     Source:
-        "myopic" in Bolukbasi et al. 2017. We differ: 1,000 quantiles of the scores are tried, and never to stop early.
+        "myopic" in Bolukbasi et al. 2017. We differ: 1,000 quantiles of the scores are tried, and
+        never to stop early.
     """
     targets = {
         "time_price": time_price,
@@ -100,7 +105,8 @@ def myopic(
     given = {name: float(value) for name, value in targets.items() if value is not None}
     if len(given) != 1 or not all(value >= 0.0 for value in given.values()):
         raise PolicyError(
-            f"give exactly one target of {', '.join(targets)}, not negative; given: {given or 'none'}."
+            f"give exactly one target of {', '.join(targets)}, not negative; given: "
+            f"{given or 'none'}."
         )
     (name, wanted), *_ = given.items()
     scores = SCORES[score](recording.outputs).numpy()
@@ -136,7 +142,8 @@ def myopic(
         if not feasible:
             least = min(entry[1] for entry in tried)
             raise InfeasibleTarget(
-                f"mean_time_s={wanted:g} cannot be reached: the first exit takes {least:g} s. Ask for more."
+                f"mean_time_s={wanted:g} cannot be reached: the first exit takes {least:g} s. Ask "
+                f"for more."
             )
         best = max(feasible, key=lambda entry: (entry[0], -entry[1]))
     else:
@@ -169,8 +176,10 @@ def soft_oracle(
     Args:
         recording: of the split to judge on.
         costs: of the same network.
-        when_none_is_right: which exit answers then: the cheapest, or the last, as the full network would.
-        pays: what an answer costs: the "chosen" exit alone, as if known beforehand, or the "path" with all heads on the way.
+        when_none_is_right: which exit answers then: the cheapest, or the last, as the full network
+            would.
+        pays: what an answer costs: the "chosen" exit alone, as if known beforehand, or the "path"
+            with all heads on the way.
         statistic, batch_size: which measured times are used.
     Returns:
         The exit of each sample, and its seconds.

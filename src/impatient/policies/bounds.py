@@ -1,6 +1,8 @@
-"""Bounds on mean losses and tests of them: pure functions on losses of candidates, from safe to bold, over samples.
+"""Bounds on mean losses and tests of them: pure functions on losses of candidates, from safe to
+bold, over samples.
 
-`impatient.policies.risk` is what they are for. All work on leading dimensions, so that a thousand splits are one call.
+`impatient.policies.risk` is what they are for. All work on leading dimensions, so that a thousand
+splits are one call.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from impatient.errors import PolicyError
 PValues = Callable[[Tensor, float], Tensor]
 
 
-# --- p-values of "the mean loss is above epsilon" -----------------------------------------------------------------------
+# --- p-values of "the mean loss is above epsilon" -------------------------------------------------
 
 
 def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Float[Tensor, "*batch"]:
     """Exact p-values for losses that are 0 or 1: P(Binomial(N, epsilon) <= number of losses).
 
     Source:
-        Learn then Test (Angelopoulos et al. 2021). For such losses this is below Hoeffding's tail, and below Bentkus' by a
-        factor of e.
+        Learn then Test (Angelopoulos et al. 2021). For such losses this is below Hoeffding's tail,
+        and below Bentkus' by a factor of e.
     Example:
         >>> round(float(binomial_p_values(torch.tensor([0.0] * 9 + [1.0]), 0.5)), 6)  # 11 / 1024
         0.010742
@@ -42,7 +44,8 @@ def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Floa
 def hoeffding_bentkus_p_values(
     losses: Float[Tensor, "*batch N"], epsilon: float
 ) -> Float[Tensor, "*batch"]:
-    """P-values for any losses between 0 and 1, from their mean alone: the smaller of Hoeffding's and Bentkus' tails.
+    """P-values for any losses between 0 and 1, from their mean alone: the smaller of Hoeffding's
+    and Bentkus' tails.
 
     Source:
         Learn then Test (Angelopoulos et al. 2021), after Bates et al. 2021 (RCPS).
@@ -66,19 +69,21 @@ def hoeffding_bentkus_p_values(
 def betting_p_values(
     losses: Float[Tensor, "*batch N"], epsilon: float, delta: float = 0.05
 ) -> Float[Tensor, "*batch"]:
-    """P-values for any losses of at most 1, signed ones too: one over the greatest wealth of a bettor against the mean.
+    """P-values for any losses of at most 1, signed ones too: one over the greatest wealth of a
+    bettor against the mean.
 
-    With stakes s in [0, 1] set from earlier losses, wealth grows by 1 - s (loss - epsilon). This is at least 0, since
-    loss - epsilon <= 1, and 1 on average or less where the mean loss is epsilon or more: there, wealth reaches 1 / p with a
-    probability of at most p (Ville). No lower end of the losses is needed, so signed gaps are not rescaled to [0, 1], which
-    would halve all stakes.
+    With stakes s in [0, 1] set from earlier losses, wealth grows by 1 - s (loss - epsilon). This is
+    at least 0, since loss - epsilon <= 1, and 1 on average or less where the mean loss is epsilon
+    or more: there, wealth reaches 1 / p with a probability of at most p (Ville). No lower end of
+    the losses is needed, so signed gaps are not rescaled to [0, 1], which would halve all stakes.
 
     Args:
         losses: independent, in an order that says nothing about them.
         epsilon: from 0 to 1.
         delta: level for which the stakes are set; p-values are valid at any other too.
     Source:
-        Waudby-Smith and Ramdas 2024; stakes as in Bates et al. 2021 (RCPS). We differ: there losses are from 0 to 1.
+        Waudby-Smith and Ramdas 2024; stakes as in Bates et al. 2021 (RCPS). We differ: there losses
+        are from 0 to 1.
     Example:
         >>> round(float(betting_p_values(torch.zeros(100), 0.05)), 4)  # with full stakes from the start, 1.05 ** -100 = 0.0076
         0.0082
@@ -93,9 +98,11 @@ def betting_p_values(
 def waudby_smith_ramdas_bound(
     losses: Float[Tensor, "*batch N"], delta: float = 0.05
 ) -> Float[Tensor, "*batch"]:
-    """Upper confidence bounds on mean losses: the least mean in [0, 1] against which betting wins 1 / delta.
+    """Upper confidence bounds on mean losses: the least mean in [0, 1] against which betting wins 1
+    / delta.
 
-    Each holds with probability 1 - delta. It adapts to the variance of the losses, and may be far below Hoeffding's.
+    Each holds with probability 1 - delta. It adapts to the variance of the losses, and may be far
+    below Hoeffding's.
 
     Args:
         losses: at most 1, signed ones too; independent, in an order that says nothing about them.
@@ -103,7 +110,8 @@ def waudby_smith_ramdas_bound(
     Returns:
         Bounds from 0 to 1, to within 1e-12 above the root.
     Source:
-        Waudby-Smith and Ramdas 2024, as in Bates et al. 2021 (RCPS). We differ: see `betting_p_values`.
+        Waudby-Smith and Ramdas 2024, as in Bates et al. 2021 (RCPS). We differ: see
+        `betting_p_values`.
     Example:
         >>> round(float(waudby_smith_ramdas_bound(torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(100))), 3)
         0.306
@@ -141,7 +149,7 @@ def _log_wealth(
     return torch.log1p(-stakes * (losses.double() - mean[..., None])).cumsum(-1).amax(-1)
 
 
-# --- which candidates pass ----------------------------------------------------------------------------------------------
+# --- which candidates pass ------------------------------------------------------------------------
 
 
 def learn_then_test(
@@ -151,14 +159,16 @@ def learn_then_test(
     delta: float = 0.05,
     p_values: PValues = hoeffding_bentkus_p_values,
 ) -> Bool[Tensor, "*batch J"]:
-    """Candidates, tested in their order until the first failure, whose mean losses are all at most epsilon: P >= 1 - delta.
+    """Candidates, tested in their order until the first failure, whose mean losses are all at most
+    epsilon: P >= 1 - delta.
 
     Args:
-        losses: of J candidates from safe to bold, in an order that these losses had no part in. Need not be monotone.
+        losses: of J candidates from safe to bold, in an order that these losses had no part in.
+            Need not be monotone.
         epsilon: most mean loss allowed.
         delta: probability that any that passes loses more.
-        p_values: valid for these losses: `binomial_p_values` (0 or 1), `hoeffding_bentkus_p_values` (from 0 to 1) or
-            `betting_p_values` (at most 1, signed too).
+        p_values: valid for these losses: `binomial_p_values` (0 or 1), `hoeffding_bentkus_p_values`
+            (from 0 to 1) or `betting_p_values` (at most 1, signed too).
     Returns:
         True for those that pass, which are the first ones.
     Source:
@@ -175,18 +185,22 @@ def learn_then_test(
 def upper_confidence(
     losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05
 ) -> Bool[Tensor, "*batch J"]:
-    """Candidates up to the first whose Waudby-Smith-Ramdas bound exceeds epsilon: P(none loses more) >= 1 - delta.
+    """Candidates up to the first whose Waudby-Smith-Ramdas bound exceeds epsilon: P(none loses
+    more) >= 1 - delta.
 
-    The same as `learn_then_test` with `betting_p_values`. For 0-1 losses the binomial tail is sharper.
+    The same as `learn_then_test` with `betting_p_values`. For 0-1 losses the binomial tail is
+    sharper.
 
     Args:
-        losses: of at most 1, of J candidates from safe to bold; independent samples, in an order that says nothing of them.
+        losses: of at most 1, of J candidates from safe to bold; independent samples, in an order
+            that says nothing of them.
         epsilon: most mean loss allowed.
         delta: probability that any that passes loses more.
     Returns:
         True for those that pass, which are the first ones.
     Source:
-        Bates et al. 2021 (RCPS). We differ: by fixed sequence testing, mean losses need not be monotone.
+        Bates et al. 2021 (RCPS). We differ: by fixed sequence testing, mean losses need not be
+        monotone.
     """
     check_levels(epsilon, delta)
     return _until_failure(waudby_smith_ramdas_bound(losses, delta) <= epsilon)
@@ -195,13 +209,16 @@ def upper_confidence(
 def conformal_risk_control(
     losses: Float[Tensor, "*batch J N"], *, epsilon: float
 ) -> Bool[Tensor, "*batch J"]:
-    """Candidates of which the last has a mean loss of at most epsilon *in expectation over calibration splits*.
+    """Candidates of which the last has a mean loss of at most epsilon *in expectation over
+    calibration splits*.
 
-    No statement with probability 1 - delta: on many splits, up to about half, the one chosen loses more than epsilon.
+    No statement with probability 1 - delta: on many splits, up to about half, the one chosen loses
+    more than epsilon.
 
     Args:
-        losses: at most 1, of J candidates from safe to bold. A candidate is charged, sample by sample, the greatest loss of
-            those up to it, and at least 0, that of the full network: what comes of it is monotone, as the proof needs it.
+        losses: at most 1, of J candidates from safe to bold. A candidate is charged, sample by
+            sample, the greatest loss of those up to it, and at least 0, that of the full network:
+            what comes of it is monotone, as the proof needs it.
         epsilon: most expected mean loss.
     Returns:
         True for those that pass, which are the first ones.
@@ -217,7 +234,9 @@ def conformal_risk_control(
 
 
 def expected_bound(losses: Float[Tensor, "*batch J N"]) -> Float[Tensor, "*batch J"]:
-    """Upper bounds on mean losses in expectation: what `conformal_risk_control` compares with epsilon."""
+    """Upper bounds on mean losses in expectation: what `conformal_risk_control` compares with
+    epsilon.
+    """
     require(bool((losses <= 1).all()), "conformal risk control needs losses of at most 1")
     charged = losses.double().cummax(-2).values.clamp(min=0.0)
     return (charged.sum(-1) + 1) / (losses.shape[-1] + 1)
@@ -237,5 +256,6 @@ def check_levels(epsilon: float, delta: float) -> None:
     """Raise PolicyError unless both are between 0 and 1."""
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise PolicyError(
-            f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and 0.05."
+            f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and "
+            f"0.05."
         )

@@ -1,15 +1,17 @@
 """Temperatures: how sure the exits of a recording should be.
 
-They change no answer of an exit alone, so they help what *reports* probabilities or *combines* exits, and hardly what routes
-by raw thresholds. Before combining, fit them on the recording of the network; after it, on the recording of the ensemble:
+They change no answer of an exit alone, so they help what *reports* probabilities or *combines*
+exits, and hardly what routes by raw thresholds. Before combining, fit them on the recording of the
+network; after it, on the recording of the ensemble:
 
     before = fit_temperatures(recording)
     combined = ensembled(recording, "geometric", temperatures=before)
     after = fit_temperatures(combined)          # a running product is too sure, or not sure enough
     network = RunningEnsemble(network, "geometric", before, recalibration=after)
 
-"poe" does not change with temperatures before it (a constant factor of an expert is normalised away): there, only after. And
-where it rules out many true classes (few classes, weak exits), no temperature makes it honest; take "geometric" there.
+"poe" does not change with temperatures before it (a constant factor of an expert is normalised
+away): there, only after. And where it rules out many true classes (few classes, weak exits), no
+temperature makes it honest; take "geometric" there.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ RANGE = (1e-3, 1e3)
 
 
 def fit_temperatures(recording: Recorded) -> tuple[float, ...]:
-    """One temperature per exit under which its outputs, divided by it, have the least negative log-likelihood.
+    """One temperature per exit under which its outputs, divided by it, have the least negative
+    log-likelihood.
 
     Args:
         recording: of a split that the network was not trained on; usually "validation".
     Returns:
         K temperatures; above 1 where an exit is too sure, below 1 where it is not sure enough.
     Source:
-        Guo et al. 2017, per exit. We differ: samples whose true class a product of experts has ruled out are left out,
-        since no temperature can repair them and each would count as much as thousands of others.
+        Guo et al. 2017, per exit. We differ: samples whose true class a product of experts has
+        ruled out are left out, since no temperature can repair them and each would count as much as
+        thousands of others.
     """
     return tuple(_fit(outputs, recording.labels) for outputs in recording.outputs)
 

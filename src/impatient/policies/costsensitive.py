@@ -1,7 +1,9 @@
-"""Cost-sensitive learning: choose one of a few actions from features, when every wrong choice has its own price.
+"""Cost-sensitive learning: choose one of a few actions from features, when every wrong choice has
+its own price.
 
-A choice between two actions is an importance-weighted binary problem: the label is the cheaper action, the weight what the
-dearer one costs more. More actions are a filter tree of such problems, or a regression of each action's cost.
+A choice between two actions is an importance-weighted binary problem: the label is the cheaper
+action, the weight what the dearer one costs more. More actions are a filter tree of such problems,
+or a regression of each action's cost.
 """
 
 from __future__ import annotations
@@ -39,15 +41,18 @@ REGRESSION = -1
 class Decision:
     """A learned choice among A actions, as plain arrays; made by `fit_decision`.
 
-    Items 0 to A - 1 are the actions; item A + m is the winner of comparison m, whose score is positive where the second of
-    its two children wins. Comparisons that one side always wins are left out, so a constant choice has none.
+    Items 0 to A - 1 are the actions; item A + m is the winner of comparison m, whose score is
+    positive where the second of its two children wins. Comparisons that one side always wins are
+    left out, so a constant choice has none.
 
     Attributes:
         num_actions: A.
         mean, scale: by which features are standardised.
-        machines: the scoring functions' arrays, M rows each: of linear functions, of networks with a hidden layer, or of trees.
+        machines: the scoring functions' arrays, M rows each: of linear functions, of networks with
+            a hidden layer, or of trees.
         children: the two items that each comparison is between.
-        root: the item that is chosen; -1: no comparisons, the scores are A predicted costs and the least is chosen.
+        root: the item that is chosen; -1: no comparisons, the scores are A predicted costs and the
+            least is chosen.
     """
 
     num_actions: int
@@ -65,11 +70,13 @@ class Decision:
             or bool((self.children >= items).any())
         ):
             raise PolicyError(
-                f"root {self.root} and comparisons {self.children.tolist()} make no choice of {self.num_actions}."
+                f"root {self.root} and comparisons {self.children.tolist()} make no choice of "
+                f"{self.num_actions}."
             )
         if self.constant is None and not any(set(self.machines) == set(names) for names in _SCORES):
             raise PolicyError(
-                f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of learner."
+                f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of "
+                f"learner."
             )
 
     @property
@@ -78,7 +85,9 @@ class Decision:
         return self.root if 0 <= self.root < self.num_actions else None
 
     def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
-        """What the scoring functions say, in double precision: predicted costs, or where the second child wins."""
+        """What the scoring functions say, in double precision: predicted costs, or where the second
+        child wins.
+        """
         standard = (features.detach().cpu().double() - self.mean) / self.scale
         return _SCORES[tuple(sorted(self.machines))](self.machines, standard)
 
@@ -86,7 +95,8 @@ class Decision:
         """The action for each sample, on the device of the features."""
         if features.shape[1] != len(self.mean):
             raise PolicyError(
-                f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit it anew."
+                f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit "
+                f"it anew."
             )
         if self.constant is not None:
             return torch.full((len(features),), self.constant, device=features.device)
@@ -139,7 +149,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Standardised:
-    """Features of mean 0 and deviation 1, and what made them so; worth keeping where many decisions look at the same."""
+    """Features of mean 0 and deviation 1, and what made them so; worth keeping where many decisions
+    look at the same.
+    """
 
     values: np.ndarray
     mean: np.ndarray
@@ -152,7 +164,8 @@ class Standardised:
             raise PolicyError("features are NaN or infinite; check the network's outputs.")
         mean = values.mean(0)
         scale = values.std(0)
-        # a constant feature's deviation is rounding error, and would blow up what new samples have there
+        # a constant feature's deviation is rounding error, and would blow up what new samples have
+        # there
         scale[scale <= 1e-9 * np.maximum(np.abs(mean), 1.0)] = 1.0
         return cls((values - mean) / scale, mean, scale)
 
@@ -171,18 +184,21 @@ def fit_decision(
     Args:
         features: what the choice may depend on; standardised inside, unless they are already.
         costs: of each action for each sample, in any unit; only differences matter.
-        learner: of the binary problems or of the regressions: "logistic" (or ridge regression), "svm" (linear, squared
-            hinge or squared error), "mlp" (8 hidden units) or "boosting" (50 trees of depth 3).
-        method: "filter_tree", which with two actions is the weighted binary problem itself; or "regression" of each action's
-            cost, of which the least is chosen.
-        weights: how much each sample counts, such as how often it comes here; by default all count alike.
+        learner: of the binary problems or of the regressions: "logistic" (or ridge regression),
+            "svm" (linear, squared hinge or squared error), "mlp" (8 hidden units) or "boosting" (50
+            trees of depth 3).
+        method: "filter_tree", which with two actions is the weighted binary problem itself; or
+            "regression" of each action's cost, of which the least is chosen.
+        weights: how much each sample counts, such as how often it comes here; by default all count
+            alike.
         seed: of what a learner draws ("mlp", "svm").
     Returns:
         A decision. Where nothing tells two actions apart, it takes the first.
     Raises:
         PolicyError: if shapes do not fit, or a number is NaN or infinite.
     Source:
-        Beygelzimer, Langford, Ravikumar 2007 (filter tree). We differ: actions of neighbouring mean cost meet first.
+        Beygelzimer, Langford, Ravikumar 2007 (filter tree). We differ: actions of neighbouring mean
+        cost meet first.
     Example:
         >>> features = torch.linspace(-1, 1, 101)[:, None]
         >>> decision = fit_decision(features, torch.cat([features, -features], 1))
@@ -191,7 +207,8 @@ def fit_decision(
     """
     if learner not in get_args(Learner) or method not in get_args(Method):
         raise PolicyError(
-            f"learner={learner!r}, method={method!r}; needed: one of {', '.join(get_args(Learner))}, and one of "
+            f"learner={learner!r}, method={method!r}; needed: one of "
+            f"{', '.join(get_args(Learner))}, and one of "
             f"{', '.join(get_args(Method))}."
         )
     price = costs.detach().cpu().double().numpy()
@@ -199,7 +216,8 @@ def fit_decision(
     given = features.values if isinstance(features, Standardised) else features
     if not len(given) == len(price) == len(counts) > 0 or price.shape[1] == 0:
         raise PolicyError(
-            f"features of {tuple(given.shape)}, costs of {price.shape}, {len(counts)} weights; needed: [N, D], [N, A] and N."
+            f"features of {tuple(given.shape)}, costs of {price.shape}, {len(counts)} weights; "
+            f"needed: [N, D], [N, A] and N."
         )
     if not np.isfinite(price).all() or not np.isfinite(counts).all() or (counts < 0).any():
         raise PolicyError("costs and weights must be finite, and weights not negative.")
@@ -235,7 +253,9 @@ Found = tuple[list[Arrays], list[tuple[int, int]], int]
 
 
 def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
-    """From the leaves up: each comparison is learned on all samples, with what the winners below cost them."""
+    """From the leaves up: each comparison is learned on all samples, with what the winners below
+    cost them.
+    """
     machines: list[Arrays] = []
     children: list[tuple[int, int]] = []
     actions = costs.shape[1]
@@ -263,7 +283,9 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
 
 
 def _waiting(row: Sequence[tuple[int, np.ndarray]], counts: np.ndarray) -> tuple[int, int]:
-    """The slice that is paired; of an odd number, the end farther from its neighbour in mean cost waits a round."""
+    """The slice that is paired; of an odd number, the end farther from its neighbour in mean cost
+    waits a round.
+    """
     if len(row) % 2 == 0:
         return 0, len(row)
     means = [float((counts * cost).sum()) for _, cost in row]
@@ -291,7 +313,7 @@ _METHODS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, _Fit], Found]]
 }
 
 
-# --- scoring functions: arrays with one row per function, evaluated at once ---------------------------------------------
+# --- scoring functions: arrays with one row per function, evaluated at once -----------------------
 
 
 def _linear(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
@@ -338,12 +360,14 @@ def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
     return _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features)).numpy()
 
 
-# --- learners: features [N, D], label or target [N], weights [N] of mean 1 -> arrays ------------------------------------
+# --- learners: features [N, D], label or target [N], weights [N] of mean 1 -> arrays --------------
 
 
 @contextmanager
 def _quick() -> Iterator[None]:
-    """A learner that stops at its last iteration is good enough: what it is worth is judged by what it decides."""
+    """A learner that stops at its last iteration is good enough: what it is worth is judged by what
+    it decides.
+    """
     from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
 
@@ -353,7 +377,9 @@ def _quick() -> Iterator[None]:
 
 
 def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems."""
+    """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands
+    of these problems.
+    """
     columns = np.hstack([features, np.ones((len(features), 1))])
     # the offset is free
     ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)
@@ -475,7 +501,9 @@ def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.nd
 
 
 def _of_trees(model: Any, offset: float) -> Arrays:
-    """Grown trees as complete ones; a leaf higher up is repeated below itself, where all bounds are infinite."""
+    """Grown trees as complete ones; a leaf higher up is repeated below itself, where all bounds are
+    infinite.
+    """
     inner = 2**DEPTH - 1
     columns = np.zeros((TREES, inner), dtype=np.int64)
     bounds = np.full((TREES, inner), np.inf)

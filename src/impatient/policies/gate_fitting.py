@@ -1,4 +1,6 @@
-"""Fitting gates: the recursion from the deepest exit to the shallowest, sweeps over prices of time, and targets."""
+"""Fitting gates: the recursion from the deepest exit to the shallowest, sweeps over prices of time,
+and targets.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from impatient.policies.gates import (
     per_gate,
 )
 
-# --- the recursion ------------------------------------------------------------------------------------------------------
+# --- the recursion --------------------------------------------------------------------------------
 
 
 def stop_gain(
@@ -41,7 +43,8 @@ def stop_gain(
     time_price: float,
     reference: Reference = "full",
 ) -> Float[Tensor, "N"]:
-    """How much better it is to stop at an exit than to go on: its sign is a gate's label, its size the label's weight.
+    """How much better it is to stop at an exit than to go on: its sign is a gate's label, its size
+    the label's weight.
 
     Args:
         loss: of the exit's own answer.
@@ -51,13 +54,15 @@ def stop_gain(
         time_price: loss units per second; infinite: time is all that counts.
         reference: what the loss is held against:
             "full": only errors that the last exit does not make count.
-            "none": all errors count, so that an exit that is right where the last one is wrong gains by stopping.
-            "downstream": only errors that going on would not make count, as the paper has it. A heuristic: it solves no
-            global problem, and sees no gain in stopping while the answer is right.
+            "none": all errors count, so that an exit that is right where the last one is wrong
+            gains by stopping. "downstream": only errors that going on would not make count, as the
+            paper has it. A heuristic: it solves no global problem, and sees no gain in stopping
+            while the answer is right.
     Returns:
         In loss units; in seconds if the price is infinite.
     Source:
-        Bolukbasi et al. 2017, eq. 4 to 6. We differ: the price multiplies time, and is finite at both ends.
+        Bolukbasi et al. 2017, eq. 4 to 6. We differ: the price multiplies time, and is finite at
+        both ends.
     Example:
         >>> one, zero = torch.ones(1), torch.zeros(1)
         >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="full").item()  # the last exit errs here, too
@@ -80,7 +85,9 @@ def stop_gain(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateTimes:
-    """Seconds of K stages, K heads and K - 1 gates; `heads_first`: an open gate's head is paid before it is asked."""
+    """Seconds of K stages, K heads and K - 1 gates; `heads_first`: an open gate's head is paid
+    before it is asked.
+    """
 
     stages: tuple[float, ...]
     heads: tuple[float, ...]
@@ -111,19 +118,22 @@ def backward(
 ) -> Bool[Tensor, "E N"]:
     """Decide gate by gate, from the deepest to the shallowest, each with the later ones fixed.
 
-    If `decide` stops exactly where the gain is positive, no table of decisions has a smaller mean of loss (against the
-    reference) plus price times time, for "none" and "full", as long as all gates are open or looking costs nothing.
+    If `decide` stops exactly where the gain is positive, no table of decisions has a smaller mean
+    of loss (against the reference) plus price times time, for "none" and "full", as long as all
+    gates are open or looking costs nothing.
 
     Args:
         losses: of each exit's answer.
         times: what is paid where.
         decide: learns a gate from the gains, and says what it does.
         time_price, reference: as for `stop_gain`.
-        close: close gates that gain no more than looking costs; else all are paid by everyone who comes by.
+        close: close gates that gain no more than looking costs; else all are paid by everyone who
+            comes by.
     Returns:
         Which samples each of the E = K - 1 gates stops, if they come to it.
     Source:
-        Bolukbasi et al. 2017, eq. 4 to 6; looking costs the same on both branches, so it matters only to the gates before.
+        Bolukbasi et al. 2017, eq. 4 to 6; looking costs the same on both branches, so it matters
+        only to the gates before.
     """
     last = len(losses) - 1
     ahead_N = losses[last]
@@ -147,7 +157,7 @@ def backward(
     return stops
 
 
-# --- fitting ------------------------------------------------------------------------------------------------------------
+# --- fitting --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -178,15 +188,18 @@ def fit_gates(
     """Learn one gate per early exit.
 
     Args:
-        recording: of a split that trained neither the network nor will judge the policy; usually "validation".
+        recording: of a split that trained neither the network nor will judge the policy; usually
+            "validation".
         costs: of the same network.
-        time_price: what a second is worth, in loss units (errors): 10 spends 1 ms to spare 1 error in 100; or
+        time_price: what a second is worth, in loss units (errors): 10 spends 1 ms to spare 1 error
+            in 100; or
         mean_time_s: most accurate policy whose mean time is at most this; or
-        max_accuracy_loss: fastest policy that loses at most this much accuracy against the last exit (0.01: one point).
+        max_accuracy_loss: fastest policy that loses at most this much accuracy against the last
+            exit (0.01: one point).
         reference: what an error is held against; see `stop_gain`.
         learner: of the gates; see `fit_decision`.
-        inputs: what gates look at, which decides whether heads are paid in passing. "features" and "both" need a recording
-            with features.
+        inputs: what gates look at, which decides whether heads are paid in passing. "features" and
+            "both" need a recording with features.
         gate_s: seconds that asking a gate takes, or one time per early exit (`gate_time_s`).
         seed: of what a learner draws.
         statistic: which measured number of each stage and head is added up.
@@ -194,10 +207,12 @@ def fit_gates(
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
     Raises:
-        PolicyError: unless exactly one target is given, or if the recording lacks what gates look at.
+        PolicyError: unless exactly one target is given, or if the recording lacks what gates look
+            at.
         InfeasibleTarget: if no policy reaches it.
     Source:
-        Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are searched for a target.
+        Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are
+        searched for a target.
     """
     targets = {
         "time_price": time_price,
@@ -223,7 +238,8 @@ def fit_gates(
         best = problem.fastest(wanted)
     if all(gate is None for gate in best.policy.gates):
         warnings.warn(
-            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Give time a higher price, or allow a "
+            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Give "
+            f"time a higher price, or allow a "
             "larger loss or less time.",
             NoEffectWarning,
             stacklevel=2,
@@ -248,9 +264,11 @@ def sweep_gates(
 
     Args:
         time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
-        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size: as for `fit_gates`.
+        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size: as for
+        `fit_gates`.
     Returns:
-        One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a mean time between two.
+        One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a
+        mean time between two.
     """
     problem = _Problem(
         recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
@@ -381,7 +399,8 @@ class _Problem:
         if not feasible:
             least = min(point.mean_time_s for point in points)
             raise InfeasibleTarget(
-                f"mean_time_s={most_s:g} cannot be reached: leaving always at the cheapest exit already takes {least:g} s. "
+                f"mean_time_s={most_s:g} cannot be reached: leaving always at the cheapest exit "
+                f"already takes {least:g} s. "
                 "Ask for at least that, or attach an earlier exit."
             )
         return max(feasible, key=lambda point: (point.accuracy, -point.mean_time_s))
@@ -395,7 +414,9 @@ class _Problem:
         )
 
     def _search(self, dear_enough: Callable[[SweepPoint], bool]) -> list[SweepPoint]:
-        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns true; and constants."""
+        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns
+        true; and constants.
+        """
         found = [self.solve(price) for price in self.prices(24)]
         finite = found[:-1]
         below = max(

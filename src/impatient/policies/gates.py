@@ -1,12 +1,16 @@
-"""Gates: a learned rule per early exit that says, sample by sample, whether going on is worth its time.
+"""Gates: a learned rule per early exit that says, sample by sample, whether going on is worth its
+time.
 
-Each gate is an importance-weighted binary problem, solved from the deepest exit to the shallowest with the later gates fixed.
+Each gate is an importance-weighted binary problem, solved from the deepest exit to the shallowest
+with the later gates fixed.
 What a gate may look at decides which time is paid:
 
-* **confidences** of the output, or **both**: the head of every open exit runs, whether or not the sample leaves there;
+* **confidences** of the output, or **both**: the head of every open exit runs, whether or not the
+  sample leaves there;
 * **features**, pooled before the head: the head runs only where the sample leaves.
 
-A gate at which nobody stops, or that saves less than looking costs, is closed: neither it nor its head is paid.
+A gate at which nobody stops, or that saves less than looking costs, is closed: neither it nor its
+head is paid.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class RecordedFeatures(Recorded, Protocol):
     def features(self) -> tuple[Tensor, ...]: ...
 
 
-# --- what a gate sees ---------------------------------------------------------------------------------------------------
+# --- what a gate sees -----------------------------------------------------------------------------
 
 
 def gate_inputs(
@@ -65,7 +69,8 @@ def gate_inputs(
             if value is not None
         ]
         raise PolicyError(
-            f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops_on the pooled features of the "
+            f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops_on the "
+            f"pooled features of the "
             "exit, and its outputs for 'confidences' and 'both'."
         )
     parts = [] if pooled is None or inputs == "confidences" else [pooled.flatten(1).float()]
@@ -74,7 +79,7 @@ def gate_inputs(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-# --- the policy ---------------------------------------------------------------------------------------------------------
+# --- the policy -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -82,9 +87,11 @@ class GatePolicy:
     """Stop at the first exit whose gate says so; the last exit always stops.
 
     Attributes:
-        gates: one per early exit, choosing between 0 (stop) and 1 (go on); None where the exit is closed.
+        gates: one per early exit, choosing between 0 (stop) and 1 (go on); None where the exit is
+            closed.
         inputs: what the gates look at.
-        gate_s: seconds that each early exit's gate takes, as counted when fitting; closed and constant gates take none.
+        gate_s: seconds that each early exit's gate takes, as counted when fitting; closed and
+            constant gates take none.
         time_price: loss units per second for which it was fitted.
         reference, learner: how it was fitted.
         split: on which it was fitted, None if by hand.
@@ -109,7 +116,8 @@ class GatePolicy:
             )
         if any(gate is not None and gate.num_actions != 2 for gate in self.gates):
             raise PolicyError(
-                "a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, 2]."
+                "a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, "
+                "2]."
             )
         object.__setattr__(self, "gate_s", per_gate(self.gate_s or 0.0, len(self.gates)))
 
@@ -118,11 +126,15 @@ class GatePolicy:
         return len(self.gates) + 1
 
     def looks_at(self, exit: int) -> bool:
-        """Whether the policy is asked at this exit: its gate is open. The last one's output is there anyway."""
+        """Whether the policy is asked at this exit: its gate is open. The last one's output is
+        there anyway.
+        """
         return exit == len(self.gates) or self.gates[exit] is not None
 
     def open_exits(self) -> tuple[bool, ...]:
-        """Per exit, whether its head runs when it is passed: never for gates on features, which come before the head."""
+        """Per exit, whether its head runs when it is passed: never for gates on features, which
+        come before the head.
+        """
         passed = self.inputs != "features"
         return (*(passed and self.looks_at(exit) for exit in range(len(self.gates))), True)
 
@@ -146,7 +158,8 @@ class GatePolicy:
 
         Args:
             exit: its index.
-            pooled: features before the head, `network.pooled(exit)`; needed unless the gates look at confidences alone.
+            pooled: features before the head, `network.pooled(exit)`; needed unless the gates look
+                at confidences alone.
             outputs: of the head; needed unless the gates look at features alone.
         Raises:
             PolicyError: if what the gates look at is missing.
@@ -238,7 +251,8 @@ class GatePolicy:
 def exits_of_many(
     policies: Sequence[GatePolicy], recording: RecordedFeatures
 ) -> Int[Tensor, "P N"]:
-    """The exits at which each recorded sample stops under each policy; what the gates look at is worked out once for all.
+    """The exits at which each recorded sample stops under each policy; what the gates look at is
+    worked out once for all.
 
     Raises:
         PolicyError: if gates look at features and the recording has none.
@@ -283,7 +297,8 @@ def features_of(recording: RecordedFeatures) -> tuple[Tensor, ...]:
     """
     if len(recording.features) != len(recording.outputs):
         raise PolicyError(
-            f"the recording holds the features of {len(recording.features)} of {len(recording.outputs)} exits; gates on "
+            f"the recording holds the features of {len(recording.features)} of "
+            f"{len(recording.outputs)} exits; gates on "
             "features need them all. Record it with record(..., features=True)."
         )
     return recording.features
@@ -296,7 +311,8 @@ def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
     )
     if len(seconds) != count or not all(math.isfinite(entry) and entry >= 0.0 for entry in seconds):
         raise PolicyError(
-            f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not negative."
+            f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not "
+            f"negative."
         )
     return seconds
 
@@ -313,8 +329,8 @@ def gate_time_s(
 ) -> tuple[float, ...]:
     """Measure what asking each gate takes on this machine, without the head.
 
-    Gates of one learner and one kind of inputs take the same time whatever they have learned: fit once, measure, and fit
-    again with these times as `gate_s`.
+    Gates of one learner and one kind of inputs take the same time whatever they have learned: fit
+    once, measure, and fit again with these times as `gate_s`.
 
     Args:
         policy: as fitted.
@@ -324,7 +340,8 @@ def gate_time_s(
         statistic: of the repeats.
         clock: where time comes from.
     Returns:
-        Seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed exits, constant gates.
+        Seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed exits,
+        constant gates.
     """
     pooled: Sequence[Tensor | None] = [None] * policy.num_exits
     if policy.inputs != "confidences":
@@ -351,7 +368,9 @@ def gate_time_s(
 def exit_times_s(
     policy: GatePolicy, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
 ) -> Float[Tensor, "K"]:
-    """Seconds until each exit has answered under a policy: stages, the heads that run, and the gates."""
+    """Seconds until each exit has answered under a policy: stages, the heads that run, and the
+    gates.
+    """
     run = costs.cumulative_s(
         "interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits()
     )

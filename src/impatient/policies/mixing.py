@@ -26,7 +26,8 @@ Pure = GatePolicy | ThresholdPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedPolicy:
-    """For each sample, one of two policies, drawn by a seeded coin before its run and kept through all exits.
+    """For each sample, one of two policies, drawn by a seeded coin before its run and kept through
+    all exits.
 
     Attributes:
         cheap, dear: the two.
@@ -44,7 +45,8 @@ class MixedPolicy:
             raise PolicyError(f"share={self.share}; needed: a probability.")
         if self.cheap.num_exits != self.dear.num_exits:
             raise PolicyError(
-                f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be mixed."
+                f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be "
+                f"mixed."
             )
 
     @property
@@ -60,7 +62,9 @@ class MixedPolicy:
         return self.dear.provenance or self.cheap.provenance
 
     def drawn(self, samples: int, run: int = 0) -> Bool[Tensor, "N"]:
-        """Which samples of a run follow `dear`; the same for the same seed, run and number of samples."""
+        """Which samples of a run follow `dear`; the same for the same seed, run and number of
+        samples.
+        """
         coin = torch.Generator().manual_seed(self.seed * 1_000_003 + run)
         return torch.rand(samples, generator=coin) < self.share
 
@@ -176,13 +180,15 @@ def _of_parts(arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Pure:
     )
 
 
-# --- curves -------------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 def hull_of(times_s: Sequence[float], accuracies: Sequence[float]) -> tuple[int, ...]:
-    """Which points are on the upper hull of accuracy over time, from the fastest to the first of the most accurate.
+    """Which points are on the upper hull of accuracy over time, from the fastest to the first of
+    the most accurate.
 
-    Mixing two of them at random reaches every point between, and no mixture of all the points is better.
+    Mixing two of them at random reaches every point between, and no mixture of all the points is
+    better.
 
     Example:
         >>> hull_of([1.0, 2.0, 3.0, 4.0], [0.5, 0.6, 0.9, 0.9])
@@ -210,7 +216,9 @@ def _below_line(
 
 
 def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
-    """The points of a sweep worth having: the lower hull of error over mean time, the fastest first."""
+    """The points of a sweep worth having: the lower hull of error over mean time, the fastest
+    first.
+    """
     kept = hull_of([point.mean_time_s for point in points], [point.accuracy for point in points])
     return tuple(points[index] for index in kept)
 
@@ -218,7 +226,8 @@ def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
 def neighbours(
     times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float
 ) -> tuple[int, int, float]:
-    """The two neighbours on the hull around a mean time, and the share of the slower with which it is met in expectation.
+    """The two neighbours on the hull around a mean time, and the share of the slower with which it
+    is met in expectation.
 
     More time than the most accurate one needs is not used.
 
@@ -229,7 +238,8 @@ def neighbours(
     if not hull or not mean_time_s >= times_s[hull[0]]:
         least = f"{times_s[hull[0]]:g} s" if hull else "unknown: there is no policy"
         raise InfeasibleTarget(
-            f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for more."
+            f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for "
+            f"more."
         )
     for fast, slow in itertools.pairwise(hull):
         if mean_time_s < times_s[slow]:
@@ -238,11 +248,13 @@ def neighbours(
 
 
 def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> MixedPolicy:
-    """The best mixture of a sweep's policies whose mean time is, in expectation, exactly what is allowed.
+    """The best mixture of a sweep's policies whose mean time is, in expectation, exactly what is
+    allowed.
 
     Args:
         points: of `sweep_gates`.
-        mean_time_s: allowed. If it is more than the most accurate policy takes, that policy is given alone.
+        mean_time_s: allowed. If it is more than the most accurate policy takes, that policy is
+            given alone.
         seed: of the mixture's coin.
     Raises:
         InfeasibleTarget: if even the fastest takes longer.

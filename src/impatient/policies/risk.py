@@ -1,13 +1,15 @@
-"""Guarantees: the boldest of some candidate policies that a calibration split shows to lose little against the full network.
+"""Guarantees: the boldest of some candidate policies that a calibration split shows to lose little
+against the full network.
 
     fit, calibration = split_recording(validation)
     candidates = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=0.01))
     controlled = control_risk(candidates, calibration, epsilon=0.01, delta=0.05)
     print(controlled.certificate.statement)
 
-Candidates go from safe to bold, in an order that the calibration split had no part in. They are tested in this order until the
-first fails, so that any number of them shares one probability of error. Before the first stands the full network, which loses
-nothing. The guarantee is for new inputs drawn like those of the calibration split, and for no others.
+Candidates go from safe to bold, in an order that the calibration split had no part in. They are
+tested in this order until the first fails, so that any number of them shares one probability of
+error. Before the first stands the full network, which loses nothing. The guarantee is for new
+inputs drawn like those of the calibration split, and for no others.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ Candidate = Stopping | Routing
 """What control needs of a policy; its `split`, `provenance` and `exits_on(recording)` are heeded where it has them."""
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def exit_losses(
@@ -80,8 +82,9 @@ def exit_losses(
     Args:
         outputs: of all exits.
         labels: true classes; "disagreement" does not look at them.
-        loss: "accuracy_gap", 1[full right] - 1[exit right] in {-1, 0, 1}; "positive_gap", its positive part, in {0, 1} and
-            never below it; or "disagreement", 1[another answer than the full network's], never below either.
+        loss: "accuracy_gap", 1[full right] - 1[exit right] in {-1, 0, 1}; "positive_gap", its
+            positive part, in {0, 1} and never below it; or "disagreement", 1[another answer than
+            the full network's], never below either.
     Example:
         >>> outputs = torch.eye(3)[torch.tensor([[0, 1, 2], [0, 0, 1]])]  # answers of two exits
         >>> exit_losses(outputs, torch.tensor([0, 1, 1]), "accuracy_gap")[0].tolist()
@@ -129,7 +132,7 @@ def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tens
     return torch.stack([of(policy) for policy in candidates])
 
 
-# --- control ------------------------------------------------------------------------------------------------------------
+# --- control --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +141,17 @@ class Certificate:
 
     Attributes:
         epsilon: the mean loss that is not exceeded: the guarantee.
-        delta: with which probability it may be, over calibration splits; None where it holds on average over them.
+        delta: with which probability it may be, over calibration splits; None where it holds on
+            average over them.
         method, loss: how it was shown, and of what.
         samples: of the calibration split.
         split: its name.
         candidates: how many were given.
-        chosen: the index of the one chosen, the boldest that passed; None for the full network, when none did.
+        chosen: the index of the one chosen, the boldest that passed; None for the full network,
+            when none did.
         risk: mean loss of the chosen one on the calibration split.
-        bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a guarantee: of many
-            candidates, one was chosen for it.
+        bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a
+            guarantee: of many candidates, one was chosen for it.
         provenance: of the recording.
     """
 
@@ -167,8 +172,10 @@ class Certificate:
         """The guarantee in words."""
         if self.chosen is None:
             return (
-                f"None of {self.candidates} candidates could be shown on {self.samples} samples of {self.split!r} to keep "
-                f"epsilon={self.epsilon:g}: this is the full network, which loses nothing and saves no time."
+                f"None of {self.candidates} candidates could be shown on {self.samples} samples of "
+                f"{self.split!r} to keep "
+                f"epsilon={self.epsilon:g}: this is the full network, which loses nothing and "
+                f"saves no time."
             )
         sure = (
             "On average over calibration splits"
@@ -176,7 +183,8 @@ class Certificate:
             else f"With probability {100 * (1 - self.delta):g} %"
         )
         return (
-            f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} samples of {self.split!r}, "
+            f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} "
+            f"samples of {self.split!r}, "
             f"on which it was {100 * self.risk:.3g} %)."
         )
 
@@ -209,7 +217,9 @@ class Certificate:
 
 _SAID: Mapping[Loss, str] = {
     "accuracy_gap": "accuracy is at most {:g} points below the full network's",
-    "positive_gap": "at most {:g} % of inputs are answered wrongly that the full network answers rightly",
+    "positive_gap": (
+        "at most {:g} % of inputs are answered wrongly that the full network answers rightly"
+    ),
     "disagreement": "at most {:g} % of inputs are answered otherwise than by the full network",
 }
 
@@ -219,8 +229,9 @@ class ControlledPolicy:
     """A policy, to be run, judged and saved as any other, and what is known of it.
 
     Attributes:
-        policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds all they were fitted and
-            controlled on, so that it is not judged there. If none passed, a policy that stops at the last exit alone; None
+        policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds
+            all they were fitted and controlled on, so that it is not judged there. If none passed,
+            a policy that stops at the last exit alone; None
             where candidates select among networks: run the last one.
         certificate: what it keeps.
     """
@@ -241,22 +252,28 @@ def control_risk(
     """Choose the boldest candidate that is shown to lose at most epsilon against the full network.
 
     Args:
-        candidates: policies from safe to bold: `threshold_family`, `scaled_family`, or gates or selections fitted to rising
-            prices of time.
-        recording: of the calibration split, on which neither the network nor a candidate was fitted; see `split_recording`.
+        candidates: policies from safe to bold: `threshold_family`, `scaled_family`, or gates or
+            selections fitted to rising prices of time.
+        recording: of the calibration split, on which neither the network nor a candidate was
+            fitted; see `split_recording`.
         epsilon: most mean loss, 0.01 for one point or one per cent.
         delta: probability that it is exceeded nevertheless; not heeded by "conformal_risk_control".
-        method: "learn_then_test", exact binomial tails for losses of 0 and 1 and betting for "accuracy_gap";
-            "upper_confidence", betting for all; or "conformal_risk_control", which holds on average over splits only.
-        loss: what is kept: "accuracy_gap", "positive_gap" or "disagreement", each below the next; see `exit_losses`.
+        method: "learn_then_test", exact binomial tails for losses of 0 and 1 and betting for
+            "accuracy_gap"; "upper_confidence", betting for all; or "conformal_risk_control", which
+            holds on average over splits only.
+        loss: what is kept: "accuracy_gap", "positive_gap" or "disagreement", each below the next;
+            see `exit_losses`.
     Returns:
-        The policy and its certificate. Where no candidate passes, the full network, with a NoEffectWarning.
+        The policy and its certificate. Where no candidate passes, the full network, with a
+        NoEffectWarning.
     Raises:
         InfeasibleTarget: if the split is too small for any candidate to pass, with the size needed.
-        PolicyError: if a candidate was fitted on this split, or the candidates go from bold to safe.
+        PolicyError: if a candidate was fitted on this split, or the candidates go from bold to
+            safe.
         StaleInput: if a candidate belongs to other weights.
     Source:
-        Risk control for early exits: Jazbec et al. 2024 (Fast yet Safe); Schuster et al. 2022 (CALM).
+        Risk control for early exits: Jazbec et al. 2024 (Fast yet Safe); Schuster et al. 2022
+            (CALM).
     """
     check_levels(epsilon, delta)
     _check_names(method, loss)
@@ -269,8 +286,10 @@ def control_risk(
     if not certify(torch.zeros(1, samples, dtype=torch.float64)).all():
         needed = samples_needed(epsilon=epsilon, delta=delta, method=method, loss=loss)
         raise InfeasibleTarget(
-            f"{samples} samples of {recording.split!r} are too few: even a policy that never loses could not be shown to keep "
-            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a larger epsilon."
+            f"{samples} samples of {recording.split!r} are too few: even a policy that never loses "
+            f"could not be shown to keep "
+            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a "
+            f"larger epsilon."
         )
     _check_order(candidates, recording)
     # bets need an order that says nothing
@@ -308,7 +327,8 @@ def samples_needed(
     method: Method = "learn_then_test",
     loss: Loss = "positive_gap",
 ) -> int:
-    """The smallest calibration split on which a candidate that never loses passes; one that loses needs more.
+    """The smallest calibration split on which a candidate that never loses passes; one that loses
+    needs more.
 
     Example:
         >>> samples_needed(epsilon=0.01, delta=0.05), samples_needed(epsilon=0.01, method="conformal_risk_control")
@@ -371,8 +391,10 @@ def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) 
         return
     if made is None or made.data == recording.provenance.data:
         raise PolicyError(
-            f"candidate {index} was fitted on {split!r}, which shares samples with the calibration split {recording.split!r}: "
-            "nothing could be guaranteed. Fit on one part of split_recording(recording), and control on the other."
+            f"candidate {index} was fitted on {split!r}, which shares samples with the calibration "
+            f"split {recording.split!r}: "
+            "nothing could be guaranteed. Fit on one part of split_recording(recording), and "
+            "control on the other."
         )
 
 
@@ -381,7 +403,8 @@ def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
     # networks need not be in an order of their own
     if first < last and not hasattr(candidates[0], "route"):
         raise PolicyError(
-            f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: they go from bold to safe. "
+            f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: "
+            f"they go from bold to safe. "
             "Give them from safe to bold, such as candidates[::-1]."
         )
 
@@ -409,7 +432,7 @@ def _marked(policy: Any, recording: Recorded) -> Any:
     )
 
 
-# --- candidates ---------------------------------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------
 
 
 def threshold_family(
@@ -418,15 +441,19 @@ def threshold_family(
     score: ScoreName = "max_probability",
     grid: Sequence[float] | None = None,
 ) -> tuple[ThresholdPolicy, ...]:
-    """One threshold for all exits, in many policies from safe to bold, which is from high to low thresholds.
+    """One threshold for all exits, in many policies from safe to bold, which is from high to low
+    thresholds.
 
     Args:
-        base: the number of exits; or a recording, not the calibration split, whose scores give the grid.
+        base: the number of exits; or a recording, not the calibration split, whose scores give the
+            grid.
         score: how sure an output is.
-        grid: thresholds, in any order; by default 1, 0.99 ... 0, or the percentiles of the recording's scores before the last
+        grid: thresholds, in any order; by default 1, 0.99 ... 0, or the percentiles of the
+            recording's scores before the last
             exit, which are finer where scores crowd: near 1, in most networks.
     Returns:
-        Policies without repeated thresholds; fitted on the recording's split if the grid came from it.
+        Policies without repeated thresholds; fitted on the recording's split if the grid came from
+        it.
     Example:
         >>> [policy.thresholds for policy in threshold_family(2, grid=[0.5, 0.9])]
         [(0.9, -inf), (0.5, -inf)]
@@ -461,12 +488,13 @@ def threshold_family(
 def scaled_family(
     policy: ThresholdPolicy, grid: Sequence[float] | None = None
 ) -> tuple[ThresholdPolicy, ...]:
-    """A fitted policy, made safer and bolder: the distance of its thresholds to certainty, times many factors.
+    """A fitted policy, made safer and bolder: the distance of its thresholds to certainty, times
+    many factors.
 
     Args:
         policy: fitted on another split than the one to control on. Closed exits stay closed.
-        grid: factors, at least 0, in any order; 1 is the policy itself, 0 lets out only samples of score 1. By default 0 and
-            64 from 1/64 to 4, 1 among them.
+        grid: factors, at least 0, in any order; 1 is the policy itself, 0 lets out only samples of
+            score 1. By default 0 and 64 from 1/64 to 4, 1 among them.
     Returns:
         Policies from safe to bold, which is from small to large factors.
     Example:

@@ -1,8 +1,10 @@
-"""Policies that say which of several networks a sample runs next, and what recorded samples do under them.
+"""Policies that say which of several networks a sample runs next, and what recorded samples do
+under them.
 
-A recording of several networks has one "exit" per node: the outputs of network k alone, on the same samples, in the order of
-the topology's nodes; the last node is the full network, which accuracy lost is counted against. At every node a sample
-stops, and is answered by that node's network, or moves along an edge, and pays the next network in full.
+A recording of several networks has one "exit" per node: the outputs of network k alone, on the same
+samples, in the order of the topology's nodes; the last node is the full network, which accuracy
+lost is counted against. At every node a sample stops, and is answered by that node's network, or
+moves along an edge, and pays the next network in full.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def selection_features(
 ) -> Float[Tensor, "B F"]:
     """What a decision at a node sees of the networks that have run.
 
-    Of each network how sure it is (`confidence_features`); of each two networks whether they agree, and the probability that
-    the later one gives to the earlier one's answer.
+    Of each network how sure it is (`confidence_features`); of each two networks whether they agree,
+    and the probability that the later one gives to the earlier one's answer.
 
     Args:
         outputs: before softmax, of the networks known, that of the node itself last.
@@ -104,12 +106,13 @@ class SelectionPolicy:
 
     Attributes:
         topology: as it was given.
-        moves: per node the moves that are left, `STOP` (-1) or the next node; one alone needs no decision, and a node that
-            nobody is sent to has none.
+        moves: per node the moves that are left, `STOP` (-1) or the next node; one alone needs no
+            decision, and a node that nobody is sent to has none.
         decisions: of the nodes with several moves: which of `moves`.
         node_s: seconds of each network.
         gate_s: seconds of one decision, paid at nodes with several moves.
-        inputs: "path": decisions see all that is known on every path to their node; "node": their own network alone.
+        inputs: "path": decisions see all that is known on every path to their node; "node": their
+            own network alone.
         pooled: whether they see its pooled features too.
         time_price: loss units per second it was fitted for; None where nothing was learned.
         split: on which it was fitted, None for one set by hand.
@@ -137,7 +140,8 @@ class SelectionPolicy:
             )
         if len(self.moves) != len(self.topology.nodes) or not self.moves[self.topology.source]:
             raise PolicyError(
-                f"moves {self.moves}; needed: a row per node, and some moves at node {self.topology.source}."
+                f"moves {self.moves}; needed: a row per node, and some moves at node "
+                f"{self.topology.source}."
             )
         for node, moves in enumerate(self.moves):
             allowed = {STOP, *(after for after in self.topology.moves(node) if self.moves[after])}
@@ -148,7 +152,8 @@ class SelectionPolicy:
         several = {node for node, moves in enumerate(self.moves) if len(moves) > 1}
         if set(self.decisions) != several:
             raise PolicyError(
-                f"decisions at nodes {sorted(self.decisions)}; several moves are left at {sorted(several)}."
+                f"decisions at nodes {sorted(self.decisions)}; several moves are left at "
+                f"{sorted(several)}."
             )
 
     @property
@@ -162,7 +167,9 @@ class SelectionPolicy:
         return tuple(node for node, moves in enumerate(self.moves) if moves)
 
     def sees(self, node: int) -> tuple[int, ...]:
-        """The nodes whose outputs the decision at a node needs, itself last; none where there is nothing to decide."""
+        """The nodes whose outputs the decision at a node needs, itself last; none where there is
+        nothing to decide.
+        """
         if node not in self.decisions:
             return ()
         return self.topology.known(node) if self.inputs == "path" else (node,)
@@ -187,7 +194,8 @@ class SelectionPolicy:
         moves = self.moves[node]
         if not moves:
             raise PolicyError(
-                f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the policy again."
+                f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the "
+                f"policy again."
             )
         if len(moves) == 1:
             some = next(iter(outputs.values()))
@@ -197,7 +205,8 @@ class SelectionPolicy:
         if missing or (self.pooled and pooled is None):
             what = f"outputs of nodes {sorted(missing)}" if missing else "its pooled features"
             raise PolicyError(
-                f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples have run."
+                f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples "
+                f"have run."
             )
         features = selection_features(
             [outputs[known] for known in seen], pooled if self.pooled else None
@@ -219,7 +228,8 @@ class SelectionPolicy:
         count = len(self.topology.nodes)
         if outputs.shape[0] != count or (self.pooled and len(features) != count):
             raise PolicyError(
-                f"the policy is for {count} networks{' and their pooled features' if self.pooled else ''}, the recording has "
+                f"the policy is for {count} "
+                f"networks{' and their pooled features' if self.pooled else ''}, the recording has "
                 f"{outputs.shape[0]} and {len(features)}."
             )
         visited = torch.zeros(outputs.shape[1], count, dtype=torch.bool)
@@ -311,7 +321,8 @@ def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> N
         math.isfinite(time) and time > 0 for time in node_s
     ):
         raise PolicyError(
-            f"node_s={tuple(node_s)}; needed: positive finite seconds of each of {len(topology.nodes)} networks."
+            f"node_s={tuple(node_s)}; needed: positive finite seconds of each of "
+            f"{len(topology.nodes)} networks."
         )
     if not (math.isfinite(gate_s) and gate_s >= 0):
         raise PolicyError(f"gate_s={gate_s}; needed: finite seconds, not negative.")

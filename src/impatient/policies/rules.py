@@ -1,7 +1,8 @@
 """When to stop: pure rules from what has been computed so far, and thresholds fitted to a target.
 
-One raw threshold per exit. A common threshold, or one on calibrated probabilities, costs more for the same accuracy, since
-calibration hardly re-ranks the samples of one exit but exits differ in what a score is worth.
+One raw threshold per exit. A common threshold, or one on calibrated probabilities, costs more for
+the same accuracy, since calibration hardly re-ranks the samples of one exit but exits differ in
+what a score is worth.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class ThresholdPolicy:
 
     Attributes:
         score: "max_probability", "margin" or "entropy".
-        thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is `-inf`.
+        thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is
+            `-inf`.
         split: on which it was fitted, None for thresholds set by hand.
         target: what was asked for, and what was reached on that split.
         cost: what the target's `mean_cost` is in: seconds, multiply-accumulates, bytes or joules.
@@ -81,7 +83,8 @@ class ThresholdPolicy:
             raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
         if self.thresholds[-1] != -math.inf:
             raise PolicyError(
-                f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit always stops."
+                f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit "
+                f"always stops."
             )
 
     @property
@@ -153,7 +156,8 @@ class ThresholdPolicy:
 def thresholds_for_shares(
     scores_KN: Float[Tensor, "K N"], share_K: Sequence[float]
 ) -> tuple[float, ...]:
-    """Score bounds that let a given share of all samples leave at each exit; `inf` where an exit gets none.
+    """Score bounds that let a given share of all samples leave at each exit; `inf` where an exit
+    gets none.
 
     Source:
         MSDNet (Huang et al. 2018), budgeted batch classification.
@@ -192,17 +196,20 @@ def fit_thresholds(
 ) -> ThresholdPolicy:
     """Fit one threshold per exit to a target on a recording.
 
-    For a range of prices of time (or another cost), thresholds are chosen from the deepest exit to the shallowest so that
-    errors plus price times cost are least; MSDNet's geometric exit shares are tried beside them. Of all these policies the
-    best that keeps the target on this recording is returned.
+    For a range of prices of time (or another cost), thresholds are chosen from the deepest exit to
+    the shallowest so that errors plus price times cost are least; MSDNet's geometric exit shares
+    are tried beside them. Of all these policies the best that keeps the target on this recording is
+    returned.
 
     Args:
         recording: of a split that will not be used to judge the policy; usually "validation".
         costs: of the same network.
         mean_time_s: most accurate policy whose mean time is at most this; or
         mean_macs, mean_bytes, mean_energy_j: likewise in multiply-accumulates, bytes or joules; or
-        max_accuracy_loss: cheapest policy that loses at most this much accuracy against the last exit (0.01: one point).
-        cost: what the cheapest policy is to save: "time" unless said otherwise, "macs", "bytes" or "energy".
+        max_accuracy_loss: cheapest policy that loses at most this much accuracy against the last
+            exit (0.01: one point).
+        cost: what the cheapest policy is to save: "time" unless said otherwise, "macs", "bytes" or
+            "energy".
         score: how sure an output is.
         statistic: which measured number of each stage and head is added up.
         batch_size: at which the costs were measured.
@@ -213,7 +220,8 @@ def fit_thresholds(
         CostError: if the profile does not hold the cost that is asked for.
         InfeasibleTarget: if no policy reaches it, with the reachable range.
     Source:
-        The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We differ: prices are searched.
+        The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We
+        differ: prices are searched.
     """
     targets = {
         "mean_time_s": mean_time_s,
@@ -234,13 +242,15 @@ def fit_thresholds(
         raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
     if recording.outputs.shape[0] != costs.num_exits:
         raise PolicyError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile {costs.num_exits}."
+            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
+            f"{costs.num_exits}."
         )
 
     saved = _TARGETS.get(name, cost or "time")
     if cost not in (None, saved):
         raise PolicyError(
-            f"{name} limits {saved}, but cost={cost!r} was given, which goes with max_accuracy_loss alone."
+            f"{name} limits {saved}, but cost={cost!r} was given, which goes with "
+            f"max_accuracy_loss alone."
         )
 
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
@@ -256,7 +266,10 @@ def fit_thresholds(
     )
     if not any(best.exits < costs.num_exits - 1):
         warnings.warn(
-            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Allow a larger loss or less time.",
+            (
+                f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Allow a "
+                f"larger loss or less time."
+            ),
             NoEffectWarning,
             stacklevel=2,
         )
@@ -307,7 +320,8 @@ class _Search:
         if not feasible:
             least = min(candidate.mean_cost for candidate in candidates)
             raise InfeasibleTarget(
-                f"{name}={most:g} cannot be reached: leaving always at the cheapest exit already costs {least:g}. "
+                f"{name}={most:g} cannot be reached: leaving always at the cheapest exit already "
+                f"costs {least:g}. "
                 f"Ask for at least that, or attach an earlier exit."
             )
         return max(feasible, key=lambda candidate: (candidate.accuracy, -candidate.mean_cost))
@@ -322,7 +336,9 @@ class _Search:
         return min(feasible, key=lambda candidate: (candidate.mean_cost, -candidate.accuracy))
 
     def _candidates(self, dear_enough: Callable[[_Candidate], bool]) -> list[_Candidate]:
-        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns true; and by shares."""
+        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns
+        true; and by shares.
+        """
         whole = self.cost_of([True] * self.count)[-1]
         grid = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
         found = [(price, self._solve(price)) for price in grid]
@@ -346,7 +362,9 @@ class _Search:
         return candidates + always
 
     def _solve(self, price: float, sweeps: int = 3) -> _Candidate:
-        """Thresholds that make errors plus price x cost least, found backwards, then again for the samples that arrive."""
+        """Thresholds that make errors plus price x cost least, found backwards, then again for the
+        samples that arrive.
+        """
         heads = [True] * self.count
         arrives = np.ones((self.count, self.samples))
         thresholds = np.full(self.count, math.inf)
@@ -363,7 +381,9 @@ class _Search:
         return self._judge(tuple(float(entry) for entry in thresholds))
 
     def _threshold(self, exit: int, gain: np.ndarray) -> float:
-        """The threshold above which the summed gain of stopping is largest; inf if stopping never gains."""
+        """The threshold above which the summed gain of stopping is largest; inf if stopping never
+        gains.
+        """
         order = self.order[exit]
         scores = self.scores[exit][order]
         total = np.cumsum(gain[order])
@@ -374,7 +394,8 @@ class _Search:
         if total[best] <= 0.0:
             return math.inf
         below = scores[best + 1] if best + 1 < len(scores) else -math.inf
-        # half way to the next score: the least surprising choice for new samples; in float32, as scores are compared in it
+        # half way to the next score: the least surprising choice for new samples; in float32, as
+        # scores are compared in it
         middle = float(np.float32((scores[best] + below) / 2)) if math.isfinite(below) else below
         return middle if middle > below else float(scores[best])
 

@@ -27,7 +27,9 @@ def margin(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
 
 
 def entropy(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
-    """One minus the entropy of the class probabilities over its maximum, in [0, 1]: a score, so surer is higher."""
+    """One minus the entropy of the class probabilities over its maximum, in [0, 1]: a score, so
+    surer is higher.
+    """
     if outputs.shape[-1] < 2:
         return torch.ones(outputs.shape[:-1], device=outputs.device)
     logs = outputs.float().log_softmax(-1)
@@ -48,8 +50,9 @@ def confidence_features(outputs: Float[Tensor, "B C"]) -> Float[Tensor, "B 6"]:
     """How sure an output is, in six numbers.
 
     Returns:
-        The three largest probabilities, the margin between the first two, the entropy score, and the margin of their
-        logarithms, which still tells sure from very sure where probabilities are all but 1.
+        The three largest probabilities, the margin between the first two, the entropy score, and
+        the margin of their logarithms, which still tells sure from very sure where probabilities
+        are all but 1.
     Example:
         >>> confidence_features(torch.tensor([[0.5, 0.25, 0.25]]).log()).round(decimals=2).tolist()
         [[0.5, 0.25, 0.25, 0.25, 0.05000000074505806, 0.6899999976158142]]

@@ -1,4 +1,6 @@
-"""Learned selection among networks: decisions on a graph, fitted from its ends back to its source (`routing` runs them)."""
+"""Learned selection among networks: decisions on a graph, fitted from its ends back to its source
+(`routing` runs them).
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,15 @@ class SelectionSettings(TypedDict, total=False):
     """How decisions are learned; all may be left out.
 
     Attributes:
-        reference: "none" (default): each wrong answer costs 1; "full": only one that the full network has right.
+        reference: "none" (default): each wrong answer costs 1; "full": only one that the full
+            network has right.
         losses: [K, N] of your own in place of 0 and 1.
         learner: "logistic" (default), "svm", "mlp" or "boosting".
-        method: "filter_tree" (default) or "regression", where they differ: at nodes with more than two moves.
+        method: "filter_tree" (default) or "regression", where they differ: at nodes with more than
+            two moves.
         gate_s: seconds of one decision (default 0); one that does not earn them is left out.
-        sweeps: how often (default 0) all is fitted once more on the samples that arrive at each node; the best is kept.
+        sweeps: how often (default 0) all is fitted once more on the samples that arrive at each
+            node; the best is kept.
         inputs: "path" (default) or "node": what a decision sees.
         pooled: whether it sees pooled features (default: no).
         seed: of the learner.
@@ -82,26 +87,32 @@ def fit_selection(
 ) -> SelectionPolicy:
     """Learn at every node whether to stop or which network to run next.
 
-    From the ends of the graph to its source each node's decision is fitted with those after it fixed: a cost-sensitive
-    problem whose costs are the loss of stopping, or the price of the time and the loss that lie ahead. All samples train
-    all decisions. Moves that none of them takes are pruned, and nodes that nobody is sent to.
+    From the ends of the graph to its source each node's decision is fitted with those after it
+    fixed: a cost-sensitive problem whose costs are the loss of stopping, or the price of the time
+    and the loss that lie ahead. All samples train all decisions. Moves that none of them takes are
+    pruned, and nodes that nobody is sent to.
 
     Args:
-        recording: of the networks, on data that none of them was trained on: networks are too sure of their training data.
+        recording: of the networks, on data that none of them was trained on: networks are too sure
+            of their training data.
         node_s: measured seconds of each network alone.
         topology: the allowed moves.
         time_price: loss units per second; cost = loss + time_price x time. Or
-        mean_time_s: the most accurate policy found whose mean time is at most this (`mix_selections` meets it exactly); or
-        max_accuracy_loss: the fastest found that loses at most this much accuracy against the last network (0.01: one point).
+        mean_time_s: the most accurate policy found whose mean time is at most this
+            (`mix_selections` meets it exactly); or
+        max_accuracy_loss: the fastest found that loses at most this much accuracy against the last
+            network (0.01: one point).
         **settings: see `SelectionSettings`.
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
     Raises:
-        PolicyError: unless exactly one target is given, or if recording, times and topology do not fit.
+        PolicyError: unless exactly one target is given, or if recording, times and topology do not
+            fit.
         InfeasibleTarget: if the source alone takes longer than `mean_time_s`.
     Source:
-        Bolukbasi et al. 2017, algorithm 1. We differ: the price multiplies time, so that both ends are finite; stopping at a
-        network later on is charged with the loss and the time of the *routed* answer; a decision sees all that is known.
+        Bolukbasi et al. 2017, algorithm 1. We differ: the price multiplies time, so that both ends
+        are finite; stopping at a network later on is charged with the loss and the time of the
+        *routed* answer; a decision sees all that is known.
     """
     problem = _Problem(recording, node_s, topology, **settings)
     targets = {
@@ -120,7 +131,10 @@ def fit_selection(
     best = problem.solve(wanted) if name == "time_price" else _search(problem, name, wanted)
     if name != "time_price" and not best.policy.decisions:
         warnings.warn(
-            f"with {name}={wanted:g} nothing is decided: all samples take one way. Allow a larger loss, or other networks.",
+            (
+                f"with {name}={wanted:g} nothing is decided: all samples take one way. Allow a larger "
+                f"loss, or other networks."
+            ),
             NoEffectWarning,
             stacklevel=2,
         )
@@ -139,8 +153,8 @@ def sweep_selection(
 
     Args:
         recording, node_s, topology, **settings: as for `fit_selection`.
-        time_prices: loss units per second; by default 0 and 30 from one at which time is next to nothing to one at which
-            the source always answers.
+        time_prices: loss units per second; by default 0 and 30 from one at which time is next to
+            nothing to one at which the source always answers.
     Returns:
         One point per price, in their order; `hull_of` and `mix_selections` take it from there.
     """
@@ -159,13 +173,15 @@ def decision_time_s(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> float:
-    """Measure what one decision takes on this machine, at batch size 1: the mean of the nodes that decide; 0 if none does.
+    """Measure what one decision takes on this machine, at batch size 1: the mean of the nodes that
+    decide; 0 if none does.
 
     Fit once, measure, and fit again with this as `gate_s`.
 
     Args:
         recording: whose first sample is decided on.
-        repeats, warm_up: how often each decision is made, and how often before that without counting.
+        repeats, warm_up: how often each decision is made, and how often before that without
+            counting.
         clock: where time comes from.
     """
     first = recording.outputs[:, :1]
@@ -183,7 +199,9 @@ def decision_time_s(
 
 
 def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> SelectionPoint:
-    """Policies over a grid of prices, then by bisection at the price where the target is crossed; and one way for all."""
+    """Policies over a grid of prices, then by bisection at the price where the target is crossed;
+    and one way for all.
+    """
     floor = problem.accuracy(len(problem.node_s) - 1) - wanted - 1e-12
 
     def dear_enough(point: SelectionPoint) -> bool:
@@ -208,7 +226,8 @@ def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> Sele
     within = [point for point in points if point.mean_time_s <= wanted]
     if not within:
         raise InfeasibleTarget(
-            f"mean_time_s={wanted:g} cannot be reached: the first network alone takes {problem.node_s[problem.order[0]]:g}. "
+            f"mean_time_s={wanted:g} cannot be reached: the first network alone takes "
+            f"{problem.node_s[problem.order[0]]:g}. "
             "Ask for at least that, or put a faster network first."
         )
     return max(within, key=lambda point: (point.accuracy, -point.mean_time_s))
@@ -310,7 +329,8 @@ class _Problem:
         """The policy for a price; of several sweeps the one of least cost."""
         if not (math.isfinite(price) and price >= 0):
             raise PolicyError(
-                f"time_price={price}; needed: a finite number of loss units per second, not negative."
+                f"time_price={price}; needed: a finite number of loss units per second, not "
+                f"negative."
             )
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
         found = []
@@ -318,7 +338,8 @@ class _Problem:
             fitted, visited = self._pruned(price, arrives)
             route = self._route(fitted)
             found.append((self._mean(self.losses, route) + price * route.mean_time_s, fitted))
-            # a node that nobody comes to yet keeps all samples, so that it can be found worth a visit
+            # a node that nobody comes to yet keeps all samples, so that it can be found worth a
+            # visit
             arrives = torch.where(visited.any(1, keepdim=True), visited.double(), 1.0)
         return self._point(min(found, key=lambda entry: entry[0])[1], price)
 
@@ -337,7 +358,9 @@ class _Problem:
     def _pruned(
         self, price: float, arrives: Float[Tensor, "K N"]
     ) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
-        """Fit, leave out the moves that nobody takes, fit again what that touches, until every move is taken."""
+        """Fit, leave out the moves that nobody takes, fit again what that touches, until every move
+        is taken.
+        """
         offered = {node: (STOP, *self.topology.moves(node)) for node in self.order}
         fitted: dict[int, _Fitted] = {}
         while True:
@@ -438,7 +461,8 @@ class _Problem:
 
 
 def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Float[Tensor, "K N"]:
-    """What stopping at each node loses: all of it, or only what the last network does not lose as well.
+    """What stopping at each node loses: all of it, or only what the last network does not lose as
+    well.
 
     Example:
         >>> reference_losses(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]), "full").tolist()
@@ -455,13 +479,14 @@ def _pooled_of(recording: Any) -> tuple[Tensor, ...]:
     features = tuple(getattr(recording, "features", ()))
     if len(features) != len(recording.outputs):
         raise PolicyError(
-            f"the recording holds pooled features of {len(features)} of {len(recording.outputs)} networks; record it with "
+            f"the recording holds pooled features of {len(features)} of {len(recording.outputs)} "
+            f"networks; record it with "
             "features, or fit with pooled=False."
         )
     return features
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -484,7 +509,9 @@ class MixedSelection:
             raise PolicyError(f"share={self.share}; needed: a number from 0 to 1.")
 
     def follows_slow(self, count: int) -> Bool[Tensor, "N"]:
-        """Which of the first `count` samples follow `slow`; the draw of a sample depends on its place alone."""
+        """Which of the first `count` samples follow `slow`; the draw of a sample depends on its
+        place alone.
+        """
         return torch.from_numpy(np.random.default_rng(self.seed).random(count) < self.share)
 
     def route(
@@ -525,7 +552,8 @@ class MixedSelection:
         tensors, header = read_tensors(path)
         if header.get("kind") != "mixed_selection":
             raise PolicyError(
-                f"{path} is no mixture of policies but {header.get('kind')!r}; make one with mix_selections."
+                f"{path} is no mixture of policies but {header.get('kind')!r}; make one with "
+                f"mix_selections."
             )
         fast, slow = (
             SelectionPolicy.from_tensors(entries_under(f"{name}/", tensors), header[name])
@@ -541,7 +569,8 @@ def mix_selections(
 
     Args:
         points: from `sweep_selection`.
-        mean_time_s: expected mean seconds per sample; if it is more than the most accurate one takes, that one alone.
+        mean_time_s: expected mean seconds per sample; if it is more than the most accurate one
+            takes, that one alone.
         seed: of the draw.
     Raises:
         InfeasibleTarget: if even the fastest takes longer.

@@ -1,4 +1,6 @@
-"""What selection among networks is compared with, on the same recordings and times: rules that nobody had to learn, or few."""
+"""What selection among networks is compared with, on the same recordings and times: rules that
+nobody had to learn, or few.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
 def uniform_shares(
     recording: Answered, node_s: Sequence[float], mean_time_s: float
 ) -> tuple[float, ...]:
-    """The best mixture of single networks that does not look at the input: the share of the samples that each one answers.
+    """The best mixture of single networks that does not look at the input: the share of the samples
+    that each one answers.
 
     Args:
         recording: to choose on; the shares times `hits` of another recording judge them.
@@ -48,9 +51,11 @@ def uniform_shares(
 
 
 def chain_costs(node_s: Sequence[float]) -> CostProfile:
-    """Times of a cascade 0 -> 1 -> 2 ... as a cost profile, so that thresholds are fitted and judged like those of exits.
+    """Times of a cascade 0 -> 1 -> 2 ... as a cost profile, so that thresholds are fitted and
+    judged like those of exits.
 
-    A network is the head of an exit without a stage: one that no threshold looks at is left out, and costs nothing.
+    A network is the head of an exit without a stage: one that no threshold looks at is left out,
+        and costs nothing.
     """
     zeros = (0,) * len(node_s)
     count = len(node_s)
@@ -101,7 +106,8 @@ def fit_myopic(
     Args:
         recording, node_s: as for `fit_selection`.
         mean_time_s: the most accurate policy whose mean time is at most this; or
-        max_accuracy_loss: the fastest that loses at most this much accuracy against the last network.
+        max_accuracy_loss: the fastest that loses at most this much accuracy against the last
+            network.
         score: how sure an output is.
     Returns:
         A policy for `chain_route`. Where no threshold reaches the accuracy, the last network alone.
@@ -122,7 +128,8 @@ def fit_myopic(
     feasible = order[allowed[order]]
     if not len(feasible):
         raise InfeasibleTarget(
-            f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or more."
+            f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or "
+            f"more."
         )
     best = int(feasible[0])
     reached = {
@@ -142,7 +149,9 @@ def fit_myopic(
 def _myopic_curve(
     recording: Recorded, node_s: Sequence[float], scores_KN: Float[Tensor, "K N"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every threshold that differs from the others on this recording, inf first, with its mean time and error."""
+    """Every threshold that differs from the others on this recording, inf first, with its mean time
+    and error.
+    """
     errors = (recording.outputs.argmax(-1) != recording.labels).double().numpy()
     times = np.broadcast_to(np.cumsum(node_s)[:, None], errors.shape)
     # a sample has left by network k if its surest score so far is above the threshold
@@ -167,7 +176,9 @@ def _myopic_curve(
 def chain_route(
     policy: ThresholdPolicy, outputs: Float[Tensor, "K N C"], node_s: Sequence[float]
 ) -> Route:
-    """What thresholds make of a cascade 0 -> 1 -> 2 ...; a network whose threshold is `inf` is left out."""
+    """What thresholds make of a cascade 0 -> 1 -> 2 ...; a network whose threshold is `inf` is left
+    out.
+    """
     answering = policy.exits_of(outputs)
     places = torch.arange(len(node_s))
     passed = (places < answering[:, None]) & torch.tensor(policy.open_exits())
@@ -177,10 +188,12 @@ def chain_route(
 def agreement_route(
     outputs: Float[Tensor, "K N C"], node_s: Sequence[float], *, needed: int = 2
 ) -> Route:
-    """Run networks in order until `needed` of them give the same answer; if none do, the last one's.
+    """Run networks in order until `needed` of them give the same answer; if none do, the last
+    one's.
 
     Source:
-        Agreement-Based Cascading (Kolawole et al. 2025), with single networks for their ensembles, so without thresholds.
+        Agreement-Based Cascading (Kolawole et al. 2025), with single networks for their ensembles,
+        so without thresholds.
     """
     if needed < 2:
         raise PolicyError(f"needed={needed}; one network always agrees with itself: at least 2.")
@@ -206,15 +219,16 @@ def oracle_route(
         recording: to be answered.
         node_s: seconds of each network.
         topology: for "path"; by default the chain.
-        pays: "path": for all networks on the cheapest way to the one that answers; "chosen": for that one alone, as if it
-            were known without running any.
+        pays: "path": for all networks on the cheapest way to the one that answers; "chosen": for
+            that one alone, as if it were known without running any.
         when_none_is_right: what answers then: "cheapest", since all are wrong anyway, or "last".
     """
     topology = topology or Topology.chain(len(node_s))
     check_costs(node_s, topology, 0.0)
     if pays not in ("path", "chosen") or when_none_is_right not in ("cheapest", "last"):
         raise PolicyError(
-            f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; needed: path or chosen, cheapest or last."
+            f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; needed: path or chosen, "
+            f"cheapest or last."
         )
     paths = (
         topology.cheapest_paths(node_s)

@@ -1,4 +1,6 @@
-"""Parts of a split: one to fit policies on, one to calibrate guarantees on; and which splits share samples."""
+"""Parts of a split: one to fit policies on, one to calibrate guarantees on; and which splits share
+samples.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ def split_recording(
         share: of the samples that go into the first part.
         seed: of the division.
     Returns:
-        Parts named like "validation/fit(0.5,0)" and "validation/calibration(0.5,0)": share and seed are in the name, so that
-        parts of different divisions, which share samples, are not mistaken for disjoint ones.
+        Parts named like "validation/fit(0.5,0)" and "validation/calibration(0.5,0)": share and seed
+        are in the name, so that parts of different divisions, which share samples, are not mistaken
+        for disjoint ones.
     Raises:
         RecordingError: if a part would be empty.
     """
@@ -35,7 +38,8 @@ def split_recording(
     first = round(share * samples) if math.isfinite(share) else 0
     if not 0 < first < samples:
         raise RecordingError(
-            f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 and 1."
+            f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 "
+            f"and 1."
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 

@@ -14,7 +14,8 @@ from impatient.errors import PolicyError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The moves that are allowed between networks: a graph without cycles, in which one node comes first.
+    """The moves that are allowed between networks: a graph without cycles, in which one node comes
+    first.
 
     Attributes:
         nodes: names, in the order of the recording; the last is the full network.
@@ -36,7 +37,8 @@ class Topology:
         for edge in self.edges:
             if not all(0 <= node < count for node in edge) or edge[0] == edge[1]:
                 raise PolicyError(
-                    f"edge {edge} does not lead from one of the {count} nodes to another; count them from 0."
+                    f"edge {edge} does not lead from one of the {count} nodes to another; count "
+                    f"them from 0."
                 )
         if len(set(self.edges)) < len(self.edges):
             raise PolicyError(f"edges {self.edges}; needed: each at most once.")
@@ -45,23 +47,29 @@ class Topology:
         except graphlib.CycleError as error:
             names = " -> ".join(self.nodes[node] for node in reversed(error.args[1]))
             raise PolicyError(
-                f"the moves {names} are a cycle, on which a sample could go for ever; leave one out."
+                f"the moves {names} are a cycle, on which a sample could go for ever; leave one "
+                f"out."
             ) from error
         sources = [node for node in range(count) if not self._before(node)]
         if len(sources) > 1:
             raise PolicyError(
-                f"no move leads to any of {', '.join(self.nodes[node] for node in sources)}; needed: one, where every "
-                "sample begins. Add moves to the others, or leave them out of topology and recording."
+                f"no move leads to any of {', '.join(self.nodes[node] for node in sources)}; "
+                f"needed: one, where every "
+                "sample begins. Add moves to the others, or leave them out of topology and "
+                "recording."
             )
 
     @classmethod
     def of(cls, moves: Mapping[str, Sequence[str]]) -> Self:
-        """From the nodes that may follow each node, with an entry for every node, in the order of the recording."""
+        """From the nodes that may follow each node, with an entry for every node, in the order of
+        the recording.
+        """
         places = {name: place for place, name in enumerate(moves)}
         unknown = {name for after in moves.values() for name in after} - set(places)
         if unknown:
             raise PolicyError(
-                f"moves lead to {', '.join(sorted(unknown))} without an entry; give one, [] if it only stops."
+                f"moves lead to {', '.join(sorted(unknown))} without an entry; give one, [] if it "
+                f"only stops."
             )
         return cls(
             nodes=tuple(moves),
@@ -76,7 +84,9 @@ class Topology:
 
     @classmethod
     def full(cls, nodes: int | Sequence[str]) -> Self:
-        """Every later node from every earlier one; the paper's tree A -> {stop, G -> R, R} with three."""
+        """Every later node from every earlier one; the paper's tree A -> {stop, G -> R, R} with
+        three.
+        """
         names = _names(nodes)
         return cls(nodes=names, edges=tuple(itertools.combinations(range(len(names)), 2)))
 
@@ -104,7 +114,8 @@ class Topology:
         return tuple(after for before, after in self.edges if before == node)
 
     def known(self, node: int) -> tuple[int, ...]:
-        """The nodes that every path to a node has run, itself last: the outputs that are there however a sample came.
+        """The nodes that every path to a node has run, itself last: the outputs that are there
+        however a sample came.
 
         Example:
             >>> Topology.chain(3).known(2), Topology.full(3).known(2)

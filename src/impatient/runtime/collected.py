@@ -24,13 +24,17 @@ class ExitLike(Protocol):
 
 
 def upcoming(exit: ExitLike) -> int | None:
-    """The exit that would come next; None where the network itself, a routed cascade, has sent all samples to their answers."""
+    """The exit that would come next; None where the network itself, a routed cascade, has sent all
+    samples to their answers.
+    """
     following: int | None = getattr(exit, "upcoming", exit.index + 1)
     return following
 
 
 def answering(exit: ExitLike, count: int) -> tuple[int, ...]:
-    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different ways."""
+    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different
+    ways.
+    """
     exits: tuple[int, ...] = getattr(exit, "exits", (exit.index,) * count)
     return exits
 
@@ -45,15 +49,18 @@ class StagedNetwork(Protocol):
 
 
 class Collected:
-    """Outputs of a batch whose samples may stop at different exits; those that go on run in a smaller batch where it pays.
+    """Outputs of a batch whose samples may stop at different exits; those that go on run in a
+    smaller batch where it pays.
 
-    After each exit: `add` it, then, if the run is to go on, `go_on` before the next one is asked for.
+    After each exit: `add` it, then, if the run is to go on, `go_on` before the next one is asked
+        for.
 
     Args:
         policy: says which samples stop; None: none does.
         network: whose run it is.
         x: its input.
-        walk: the run; can its batch not be reduced (no `keep`, or the network says so), it goes on with all samples.
+        walk: the run; can its batch not be reduced (no `keep`, or the network says so), it goes on
+            with all samples.
         compaction: when to go on with fewer rows; None: never.
     Attributes:
         size: number of rows the next stage runs.
@@ -95,10 +102,12 @@ class Collected:
         self._keep: Tensor | None = None
 
     def add(self, exit: ExitLike) -> bool:
-        """Ask the policy, and take the output of an exit for the samples that stop there; True when all have stopped.
+        """Ask the policy, and take the output of an exit for the samples that stop there; True when
+        all have stopped.
 
         Sync:
-            Waits for the device once, to learn how many go on; not where the policy does not look at this exit.
+            Waits for the device once, to learn how many go on; not where the policy does not look
+            at this exit.
         """
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
@@ -118,7 +127,9 @@ class Collected:
         return not self._left
 
     def go_on(self) -> None:
-        """Take the finished samples out of the run, where that was found to pay; call it before the next exit."""
+        """Take the finished samples out of the run, where that was found to pay; call it before the
+        next exit.
+        """
         keep = self._keep
         self._keep = None
         if keep is None:
@@ -132,8 +143,8 @@ class Collected:
         self._policy = for_rows(self._policy, rows)
 
     def override(self, policy: Policy | None) -> None:
-        """From here on, another policy; samples that have stopped but are still in the batch go on, the others keep their
-        outputs.
+        """From here on, another policy; samples that have stopped but are still in the batch go on,
+        the others keep their outputs.
         """
         # those that were to be taken out are still there
         self._keep = None
@@ -145,7 +156,9 @@ class Collected:
             self._going, self._left = None, len(self._exits[here])
 
     def finish(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
-        """The outputs in the original order, with this exit's for all samples that have not stopped, and their exits."""
+        """The outputs in the original order, with this exit's for all samples that have not
+        stopped, and their exits.
+        """
         if self._exits is None:
             output = exit.output()
             return output, answering(exit, output.shape[0])
@@ -176,7 +189,9 @@ class Collected:
         return value if self._count is None else value[: self._count]
 
     def _merged(self, exit: ExitLike, now: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All samples' outputs and exits with those of this exit for some of the present rows; None: for all of these."""
+        """All samples' outputs and exits with those of this exit for some of the present rows;
+        None: for all of these.
+        """
         output = self._real(exit.output())
         if now is None:
             now = torch.ones(output.shape[0], dtype=torch.bool, device=output.device)
@@ -200,14 +215,18 @@ class Collected:
 
 
 def can_shrink(network: Any, walk: Any, x: Any) -> bool:
-    """Whether a run can go on with some of its samples; a network that does not know lets its runs decide."""
+    """Whether a run can go on with some of its samples; a network that does not know lets its runs
+    decide.
+    """
     return hasattr(walk, "keep") and bool(getattr(network, "shrinks", lambda _: True)(x))
 
 
 def asked(
     policy: Any, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]
 ) -> Tensor:
-    """Which rows a policy of any kind stops at an exit; gates on features alone are asked before the head is paid."""
+    """Which rows a policy of any kind stops at an exit; gates on features alone are asked before
+    the head is paid.
+    """
     inputs = getattr(policy, "inputs", "confidences")
     if inputs == "confidences":
         return torch.as_tensor(policy.stops(exit, outputs()))

@@ -1,4 +1,6 @@
-"""When to take the finished samples out of a batch: where the stages ahead save more time than copying the others costs."""
+"""When to take the finished samples out of a batch: where the stages ahead save more time than
+copying the others costs.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,17 @@ from impatient.errors import RunError
 
 When = Literal["auto", "never", "always"]
 
-# What copying is assumed to cost. One thread copied 8e9 bytes/s (index_select of 32 feature maps of resnet50): a quarter of
-# that is the safe side, and a stage takes a hundred times as long as the copying all the same.
+# What copying is assumed to cost. One thread copied 8e9 bytes/s (index_select of 32 feature maps of
+# resnet50): a quarter of that is the safe side, and a stage takes a hundred times as long as the
+# copying all the same.
 COPY_BYTES_PER_S = 2e9
 # choosing the rows and handing them over, whatever their number
 KEEP_S = 50e-6
 
 
 def covering(sizes: Iterable[int], rows: int) -> int | None:
-    """The least of these batch sizes that is at least as large: its cost is an upper bound. None if there is none.
+    """The least of these batch sizes that is at least as large: its cost is an upper bound. None if
+    there is none.
 
     Example:
         >>> covering([1, 8, 32], 5), covering([1, 8, 32], 33)
@@ -35,20 +39,24 @@ def covering(sizes: Iterable[int], rows: int) -> int | None:
 class Compaction:
     """The rule that says with how many rows a batch goes on when some of its samples have finished.
 
-    "auto" compares the time of all stages ahead at the present number of rows and at the reduced one, each the sum of the
-    stages' medians, and goes on with fewer rows if the difference is more than copying them costs. (Means would let a few
-    disturbed repeats at one size decide.) It takes it that the samples still going go on to the last
-    exit, and counts no heads. Between two profiled batch sizes times are interpolated. Below the smallest one the line
-    through the two smallest goes on, but never faster than in proportion to the rows. A single profiled size says nothing of
-    fewer rows: on a CPU they are taken to cost in proportion (measured, resnet50 at 32 rows: 0.94 to 1.19 times that), on any
-    other device as much as all of them; profile more batch sizes there.
+    "auto" compares the time of all stages ahead at the present number of rows and at the reduced
+    one, each the sum of the stages' medians, and goes on with fewer rows if the difference is more
+    than copying them costs. (Means would let a few disturbed repeats at one size decide.) It takes
+    it that the samples still going go on to the last exit, and counts no heads. Between two
+    profiled batch sizes times are interpolated. Below the smallest one the line through the two
+    smallest goes on, but never faster than in proportion to the rows. A single profiled size says
+    nothing of
+    fewer rows: on a CPU they are taken to cost in proportion (measured, resnet50 at 32 rows: 0.94
+    to 1.19 times that), on any other device as much as all of them; profile more batch sizes there.
 
     Attributes:
         costs: measured on this machine, at several batch sizes where possible.
         when: "auto"; "always" and "never" leave the rule out.
-        buckets: the only numbers of rows that may run, for engines that want fixed shapes; a batch goes on with the next
-            larger one, filled up with copies of a row whose outputs are dropped. Empty: any number.
-        copy_bytes_per_s, keep_s: assumed speed of copying the features, and time of doing so at all.
+        buckets: the only numbers of rows that may run, for engines that want fixed shapes; a batch
+            goes on with the next larger one, filled up with copies of a row whose outputs are
+            dropped. Empty: any number.
+        copy_bytes_per_s, keep_s: assumed speed of copying the features, and time of doing so at
+            all.
     Raises:
         RunError: if `when` or a bucket is not possible.
     """

@@ -31,7 +31,8 @@ class Course:
         spent: the exits it came to, and whether the head of each has run.
 
     Thread:
-        To be advanced, asked and closed on one thread, in inference mode; `cancel` may be called from any.
+        To be advanced, asked and closed on one thread, in inference mode; `cancel` may be called
+        from any.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Course:
         exit: ExitLike | None = next(self._exits, None)
         if exit is None:
             raise RunError(
-                f"the network's run ended before exit {self._network.num_exits - 1}; its last exit must always come."
+                f"the network's run ended before exit {self._network.num_exits - 1}; its last exit "
+                f"must always come."
             )
         synchronise(self._device)
         self.exit = exit
@@ -103,7 +105,9 @@ class Course:
         return exit
 
     def stops(self) -> Literal["final", "policy"] | None:
-        """Why to stop at this exit, whatever time there is: nothing comes after it, or the policy says so; asked once."""
+        """Why to stop at this exit, whatever time there is: nothing comes after it, or the policy
+        says so; asked once.
+        """
         assert self.exit is not None
         assert self._collected is not None
         if self.exit.index == self._network.num_exits - 1:
@@ -117,7 +121,9 @@ class Course:
         return "policy" if self._stopped else None
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The outputs here, with this exit's for all samples that have not stopped, and the exit of each."""
+        """The outputs here, with this exit's for all samples that have not stopped, and the exit of
+        each.
+        """
         assert self.exit is not None
         assert self._collected is not None
         self.spent[-1] = (self.exit.index, True)

@@ -1,6 +1,8 @@
-"""Joules, where the machine can measure them: RAPL through Linux's powercap, GPUs and systems on a chip through zeus.
+"""Joules, where the machine can measure them: RAPL through Linux's powercap, GPUs and systems on a
+chip through zeus.
 
-A meter sees the whole package or board, whoever uses it, idle power included: measure on a machine that does nothing else.
+A meter sees the whole package or board, whoever uses it, idle power included: measure on a machine
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class RaplMeter:
         self._before = self._read()
 
     def end(self) -> float:
-        """Joules since `begin`; a counter that wrapped round more than once meanwhile, after minutes, cannot be told."""
+        """Joules since `begin`; a counter that wrapped round more than once meanwhile, after
+        minutes, cannot be told.
+        """
         passed = zip(self._before, self._read(), self._ranges, strict=True)
         return (
             sum(
@@ -88,14 +92,16 @@ def _number(file: Path) -> int:
         return int(file.read_text(encoding="ascii"))
     except PermissionError as error:
         raise EnergyUnavailable(
-            f"{file} may not be read. Run as root, or let everybody read it: sudo chmod a+r {file.parent.parent}/*/energy_uj."
+            f"{file} may not be read. Run as root, or let everybody read it: sudo chmod a+r "
+            f"{file.parent.parent}/*/energy_uj."
         ) from error
     except (OSError, ValueError) as error:
         raise EnergyUnavailable(f"{file} holds no energy counter ({error}).") from error
 
 
 class ZeusMeter:
-    """Energy of one GPU, or of a whole system on a chip (Jetson, Apple silicon), from the zeus package.
+    """Energy of one GPU, or of a whole system on a chip (Jetson, Apple silicon), from the zeus
+    package.
 
     Args:
         device: "cuda", "cuda:1"; "cpu" or "mps" on a system on a chip, of which all is measured.
@@ -114,7 +120,8 @@ class ZeusMeter:
             ) from error
         self._gpu = int(index or 0)
         try:
-            # cpu_indices=[]: what zeus knows of processors is RAPL, and it starts a process to watch that
+            # cpu_indices=[]: what zeus knows of processors is RAPL, and it starts a process to
+            # watch that
             self._monitor: Any = ZeusMonitor(gpu_indices=[], cpu_indices=[])
             self._on_chip = bool(getattr(self._monitor, "soc_is_present", False))
             if kind == "cuda" and not self._on_chip:
@@ -144,7 +151,9 @@ class ZeusMeter:
 
 
 def _on_chip_joules(measured: Any) -> float:
-    """The board's total where there is one (Jetson), else the sum of the parts (Apple silicon); zeus gives millijoules."""
+    """The board's total where there is one (Jetson), else the sum of the parts (Apple silicon);
+    zeus gives millijoules.
+    """
     total = getattr(measured, "total_energy_mj", None)
     parts = [
         getattr(measured, name, None) for name in ("cpu_total_mj", "gpu_mj", "dram_mj", "ane_mj")
@@ -189,7 +198,8 @@ def joules_per_run(
     rounds: int = ROUNDS,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
-    """Joules of one run of each of several jobs: each is run over and over for a window, in turn with the others.
+    """Joules of one run of each of several jobs: each is run over and over for a window, in turn
+    with the others.
 
     Args:
         jobs: each waits for the device before it returns.
@@ -217,6 +227,7 @@ def _in_window(
     joules = meter.end()
     if not joules > 0.0:
         raise EnergyUnavailable(
-            f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move here."
+            f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move "
+            f"here."
         )
     return joules / runs

@@ -1,11 +1,14 @@
 """Running against the clock on a GPU without waiting for it.
 
-A GPU is given work and does it in order, later; waiting for each stage before the next is given would leave it idle in between.
-So the host gives it a bounded number of stages ahead, and looks at events:
+A GPU is given work and does it in order, later; waiting for each stage before the next is given
+would leave it idle in between. So the host gives it a bounded number of stages ahead, and looks at
+events:
 
-* what a stage answers is copied to the host behind it, on a stream of its own, while the next stage already runs;
+* what a stage answers is copied to the host behind it, on a stream of its own, while the next stage
+  already runs;
 * an answer is one whose copy has arrived, never one that is still on its way;
-* a policy is asked about copies on the host, so that an early exit stalls nothing; what was given ahead of its decision cannot
+* a policy is asked about copies on the host, so that an early exit stalls nothing; what was given
+  ahead of its decision cannot
   be taken back, and is the price: at most `ahead` stages.
 """
 
@@ -94,12 +97,14 @@ class CudaQueue:
 class GpuRunner(Runner):
     """A `Runner` whose contract runs give a GPU stages ahead of what is decided.
 
-    `run` differs from `Runner.run` in this: the head of every exit runs; the answer lies on the host; and the policy may be one
-    or more stages behind. `open` and `start` are those of `Runner`, which wait for every stage.
+    `run` differs from `Runner.run` in this: the head of every exit runs; the answer lies on the
+    host; and the policy may be one or more stages behind. `open` and `start` are those of `Runner`,
+    which wait for every stage.
 
     Args:
         network, costs, policy, options: as for `Runner`; the network is on a CUDA device.
-        ahead: how many stages may be given to the device beyond the one whose answer is awaited; 0 waits for each.
+        ahead: how many stages may be given to the device beyond the one whose answer is awaited; 0
+            waits for each.
         queue: the device; by default the one of the network's input.
     Raises:
         RunError: if `ahead` is negative, or the network routes its samples itself.
@@ -123,7 +128,8 @@ class GpuRunner(Runner):
             raise RunError(f"ahead={ahead}; needed: 0 or more stages.")
         if getattr(network, "router", None) is not None:
             raise RunError(
-                "a routed cascade waits for each of its networks to send the samples on; run it with Runner."
+                "a routed cascade waits for each of its networks to send the samples on; run it "
+                "with Runner."
             )
         super().__init__(network, costs, policy, **options)
         self._ahead = ahead
@@ -138,12 +144,15 @@ class GpuRunner(Runner):
             x: on the device; its batch size, or a larger one, must have been profiled.
             deadline, limits: as for `Runner.run`.
         Returns:
-            The answer of the deepest exit that has arrived, or of the exits at which the policy stopped; on the host.
+            The answer of the deepest exit that has arrived, or of the exits at which the policy
+            stopped; on the host.
         Raises:
-            NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
+            NoAnswerInTime: if not even the first exit fits and the runner was made with
+                when_late="raise".
 
         Sync:
-            Waits for copies of outputs alone, and never longer than till the deadline once there is an answer.
+            Waits for copies of outputs alone, and never longer than till the deadline once there is
+            an answer.
         """
         begin = self.clock.now()
         bounds = limits_of(self.costs, limits)
@@ -158,7 +167,9 @@ class GpuRunner(Runner):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A stage that was given to the device: its exit, its rows' places in the batch, and its answer on the way."""
+    """A stage that was given to the device: its exit, its rows' places in the batch, and its answer
+    on the way.
+    """
 
     index: int
     places: Tensor
@@ -262,7 +273,8 @@ class _RunAhead:
         exit = next(self._exits, None)
         if exit is None:
             raise RunError(
-                f"the network's run ended before exit {self._next}; give it an input that comes to all exits."
+                f"the network's run ended before exit {self._next}; give it an input that comes to "
+                f"all exits."
             )
         wanted = [exit.output()]
         if getattr(self._policy, "inputs", "confidences") != "confidences":

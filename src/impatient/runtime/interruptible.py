@@ -1,4 +1,6 @@
-"""Interruptible runs: a worker posts the answer of every exit, and whoever started the run takes the latest one."""
+"""Interruptible runs: a worker posts the answer of every exit, and whoever started the run takes
+the latest one.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.course import Course
 from impatient.runtime.limits import Limit, Unit, limits_of
 
-# How long the interpreter's end waits for the stage in flight. Torch aborts the process when its thread is cut short.
+# How long the interpreter's end waits for the stage in flight. Torch aborts the process when its
+# thread is cut short.
 END_S = 10.0
 
 
 class InterruptibleRun:
-    """What somebody holds who has started a run on another thread: how to look at its answers, and how to stop it.
+    """What somebody holds who has started a run on another thread: how to look at its answers, and
+    how to stop it.
 
     Thread:
         All methods may be called from any thread.
@@ -60,7 +64,8 @@ class InterruptibleRun:
         At the deadline the latest answer is returned at once; the stage in flight is abandoned.
 
         Raises:
-            NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with when_late="raise".
+            NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with
+                when_late="raise".
             RunError: if the run was closed before its first exit.
         """
         with self._changed:
@@ -77,7 +82,8 @@ class InterruptibleRun:
         Before the first exit it waits for that exit, or raises, as the runner was told.
 
         Raises:
-            NoAnswerInTime: if there is no answer yet and the runner was made with when_late="raise".
+            NoAnswerInTime: if there is no answer yet and the runner was made with
+                when_late="raise".
             RunError: if the run was closed before its first exit.
         """
         with self._changed:
@@ -104,7 +110,8 @@ class InterruptibleRun:
         if self._when_late == "raise" and self._latest is None and self._error is None:
             self._abandon()
             raise NoAnswerInTime(
-                f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. Allow more time, attach an "
+                f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. "
+                f"Allow more time, attach an "
                 "earlier exit, or use when_late='answer'."
             )
         while self._latest is None and not self._finished:
@@ -121,7 +128,8 @@ class InterruptibleRun:
             raise self._error
         if self._latest is None:
             raise RunError(
-                "the run was closed before its first exit. Ask for the answer first, then leave the with block."
+                "the run was closed before its first exit. Ask for the answer first, then leave "
+                "the with block."
             )
         if self._latest.stopped_by in ("final", "policy", "limit"):
             return self._latest
@@ -182,17 +190,19 @@ class Run(InterruptibleRun):
         policy: Policy | Literal["same"] | None = "same",
         limits: Mapping[Unit, float] | None = None,
     ) -> Self:
-        """Go on from where the run was stopped, without computing anything twice; then ask for the answer as at first.
+        """Go on from where the run was stopped, without computing anything twice; then ask for the
+        answer as at first.
 
         Until a deeper exit has answered, `interrupt` and `latest` give the answer there was.
 
         Args:
             deadline: of the answer to come; its `elapsed_s` counts from this call.
-            policy: another one from here on, or None. With the one there was, a run that it has stopped stays stopped. Samples
-                that were taken out of the batch keep their outputs.
+            policy: another one from here on, or None. With the one there was, a run that it has
+                stopped stays stopped. Samples that were taken out of the batch keep their outputs.
             limits: as for `Runner.start`, of all that was spent since the run began.
         Raises:
-            RunError: if the run was not started with resumable=True, has not been stopped, or was closed.
+            RunError: if the run was not started with resumable=True, has not been stopped, or was
+                closed.
         """
         check_deadline(deadline)
         with self._changed:
@@ -329,7 +339,9 @@ class Run(InterruptibleRun):
 
 
 class Worker:
-    """One thread, begun when needed, that does what it is given, in order. It holds no runner: runners can be forgotten."""
+    """One thread, begun when needed, that does what it is given, in order. It holds no runner:
+    runners can be forgotten.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -345,7 +357,9 @@ class Worker:
     def do(
         self, run: InterruptibleRun, job: Callable[[], None], course: Course | None = None
     ) -> None:
-        """Do a job of a run; a course that it may leave unfinished is closed on the same thread in the end."""
+        """Do a job of a run; a course that it may leave unfinished is closed on the same thread in
+        the end.
+        """
         with self._lock:
             if not self._threads:
                 atexit.register(self.end)
@@ -388,7 +402,9 @@ class Worker:
             thread.join(END_S)
 
     def forget(self) -> None:
-        """Stop, when nobody knows the runner any more, and so no run is in flight. May be called on any thread."""
+        """Stop, when nobody knows the runner any more, and so no run is in flight. May be called on
+        any thread.
+        """
         self.stop()
         atexit.unregister(self.end)
 

@@ -42,7 +42,9 @@ class Limit:
         return passed + self.stages[exit] + self.heads[exit]
 
     def allows(self, spent: Sequence[tuple[int, bool]], exit: int) -> bool:
-        """Whether going on to this exit stays within the limit; beyond the last one there is nothing to pay."""
+        """Whether going on to this exit stays within the limit; beyond the last one there is
+        nothing to pay.
+        """
         return exit >= len(self.stages) or self.needs(spent, exit) <= self.most
 
 
@@ -57,7 +59,8 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
     for unit, most in (limits or {}).items():
         if unit not in _COSTS:
             raise BudgetError(
-                f"unknown limit {unit!r}; needed: one of {', '.join(_COSTS)}. Time is what the deadline is for."
+                f"unknown limit {unit!r}; needed: one of {', '.join(_COSTS)}. Time is what the "
+                f"deadline is for."
             )
         if not most > 0.0:
             raise BudgetError(f"the limit of {unit} is {most!r}; needed: a positive number.")

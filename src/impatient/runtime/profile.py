@@ -39,22 +39,26 @@ def profile(
     progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> CostProfile:
-    """Measure every stage, every head and the untouched backbone, and count multiply-accumulates and bytes.
+    """Measure every stage, every head and the untouched backbone, and count multiply-accumulates
+    and bytes.
 
-    Each repeat runs the untouched backbone and then, or before, the staged network with all heads, so that a change in the
-    machine's speed meets both alike. The order alternates, so every second time the untouched backbone runs twice on end: from
-    these pairs (A/A) comes the noise of the profile. Where their median ratio may be further than 5 % from 1, a warning is
+    Each repeat runs the untouched backbone and then, or before, the staged network with all heads,
+    so that a change in the machine's speed meets both alike. The order alternates, so every second
+    time the untouched backbone runs twice on end: from these pairs (A/A) comes the noise of the
+        profile. Where their median ratio may be further than 5 % from 1, a warning is
     logged: the machine was too noisy to say anything. The times include what staging itself costs.
 
     Args:
-        network: from `attach_exits` or `to_engine`; measured in eval mode, in inference mode, on the device its parameters are
-            on. In an engine, operators are not seen: bytes are left out, and the whole is taken to be the sum of its stages.
+        network: from `attach_exits` or `to_engine`; measured in eval mode, in inference mode, on
+            the device its parameters are on. In an engine, operators are not seen: bytes are left
+            out, and the whole is taken to be the sum of its stages.
         x: an example input; its first sample is repeated to the batch sizes asked for.
         batch_sizes: each is measured by itself.
         repeats: at each batch size; the p99 of fewer than 100 is their maximum.
         warm_up: repeats that are not counted.
         max_seconds: stop measuring a batch size after this long, with at least 20 repeats.
-        energy: also measure joules at batch size 1, 3 s for each exit; True finds the machine's meter, or bring your own.
+        energy: also measure joules at batch size 1, 3 s for each exit; True finds the machine's
+            meter, or bring your own.
         progress: show a bar.
     Returns:
         Means and quantiles with the machine they belong to.
@@ -66,7 +70,8 @@ def profile(
     """
     if min((repeats, *batch_sizes)) < 1 or not batch_sizes or warm_up < 0:
         raise CostError(
-            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; needed: at least 1 repeat, at least one "
+            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; needed: at "
+            f"least 1 repeat, at least one "
             "batch size, each at least 1, and a warm-up of 0 or more."
         )
     device = _device_of(network, x)
@@ -120,8 +125,10 @@ def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
 def _warn_if_noisy(noise: Noise | None, size: int) -> None:
     if noise is not None and noise.too_noisy:
         log.warning(
-            "the machine was too noisy to say anything at batch size %d: the same network against itself took %.3f times as "
-            "long (95 %% interval %.3f to %.3f; within 1 +- %g is needed). Stop what else is running, or allow more repeats, "
+            "the machine was too noisy to say anything at batch size %d: the same network against "
+            "itself took %.3f times as "
+            "long (95 %% interval %.3f to %.3f; within 1 +- %g is needed). Stop what else is "
+            "running, or allow more repeats, "
             "and profile again (on the command line with --force).",
             size,
             noise.aa_ratio,
@@ -134,7 +141,8 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
 def _measure_energy(
     network: DescribedNetwork, x: Any, device: torch.device, meter: EnergyMeter, clock: Clock
 ) -> dict[str, Any]:
-    """Joules of stages and heads, by their names in a profile: differences between runs that go so far and no further.
+    """Joules of stages and heads, by their names in a profile: differences between runs that go so
+    far and no further.
 
     Differences of measured numbers may come out below 0; they count as 0.
     """
@@ -242,8 +250,9 @@ def _measure(
             for times in (*stages, *heads, whole):
                 times.clear()
             begin = clock.now()
-        # alternate the order: whatever ran last has warmed the caches for the next. So the first and second run of the whole,
-        # the third and fourth, ... are back to back, as Noise.of wants them
+        # alternate the order: whatever ran last has warmed the caches for the next. So the first
+        # and second run of the whole, the third and fourth, ... are back to back, as Noise.of wants
+        # them
         for part in ("whole", "staged") if repeat % 2 else ("staged", "whole"):
             if part == "whole":
                 whole.append(_time_whole(network.backbone, x, device, clock))
@@ -269,7 +278,8 @@ def time_in_turn(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
-    """Mean seconds of each of several models on one input, run in turn, so that all meet the machine's changes alike.
+    """Mean seconds of each of several models on one input, run in turn, so that all meet the
+    machine's changes alike.
 
     Args:
         models: on one device; run in eval mode.
@@ -280,7 +290,8 @@ def time_in_turn(
     """
     if repeats < 1 or warm_up < 0:
         raise CostError(
-            f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 or more."
+            f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 "
+            f"or more."
         )
     device = first_tensor(x).device
     times: list[list[float]] = [[] for _ in models]
@@ -329,7 +340,8 @@ def _time_staged(
             reached = reached + 1
     if reached != network.num_exits:
         raise ExitNotReached(
-            f"the example came to {reached} of {network.num_exits} exits; profile with an input that comes to all of them."
+            f"the example came to {reached} of {network.num_exits} exits; profile with an input "
+            f"that comes to all of them."
         )
 
 
@@ -340,7 +352,9 @@ def synchronise(device: torch.device) -> None:
 
 
 def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
-    """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and these versions."""
+    """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and
+    these versions.
+    """
     made = costs.provenance
     device = next((str(tensor.device) for tensor in network.state_dict().values()), made.device)
     made.require(
@@ -354,14 +368,16 @@ def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
     names = getattr(network, "exit_names", costs.exits)
     if names != costs.exits:
         raise StaleInput(
-            f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they are after "
+            f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they "
+            f"are after "
             f"{', '.join(names)}. To mend it, {remedy}."
         )
     check_machine(costs, remedy, network)
 
 
 def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
-    """Raise StaleInput unless a profile was measured on this machine, with this thread count and these versions.
+    """Raise StaleInput unless a profile was measured on this machine, with this thread count and
+    these versions.
 
     Args:
         network: in an engine with a thread count of its own, that one; else torch's.
@@ -370,7 +386,8 @@ def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
     made = costs.provenance
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise StaleInput(
-            f"the cost profile was made on {device}, which this machine does not have. To mend it, {remedy}."
+            f"the cost profile was made on {device}, which this machine does not have. To mend it, "
+            f"{remedy}."
         )
     here = _machine(device, network)
     made.require(

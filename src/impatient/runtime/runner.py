@@ -1,9 +1,10 @@
 """Running against the clock: contract runs, interruptible runs, and policies in both.
 
-A **contract** run knows its deadline: it goes on to the next exit only if a high quantile of what that costs still fits, and
-skips the heads that will not be the answer. An **interruptible** run posts the answer of every exit; whoever started it gets
-the latest one when the deadline comes or when they interrupt, whatever the stage in flight is doing. A **policy** stops
-either when going on is not worth it. Both can be stopped and go on later from where they were.
+A **contract** run knows its deadline: it goes on to the next exit only if a high quantile of what
+that costs still fits, and skips the heads that will not be the answer. An **interruptible** run
+posts the answer of every exit; whoever started it gets the latest one when the deadline comes or
+when they interrupt, whatever the stage in flight is doing. A **policy** stops either when going on
+is not worth it. Both can be stopped and go on later from where they were.
 """
 
 from __future__ import annotations
@@ -39,13 +40,16 @@ class Runner:
     """Answers by a deadline, as well as the time allows.
 
     Args:
-        network: from `attach_exits`, or anything with the same protocol. Put it in eval mode yourself.
+        network: from `attach_exits`, or anything with the same protocol. Put it in eval mode
+            yourself.
         costs: measured on this machine with `profile`; another machine's profile is refused.
         policy: when going on is not worth it; None goes on as long as time allows.
-        statistic: the quantile of a stage's cost that must fit before it is begun. The lower, the deeper and the later.
-        when_late: what to do when not even the first exit fits: "answer" late and say so, or "raise".
-        compaction: whether samples that have stopped are taken out of their batch: "auto", where it pays by the profile,
-            "never", "always", or a `Compaction` of your own.
+        statistic: the quantile of a stage's cost that must fit before it is begun. The lower, the
+            deeper and the later.
+        when_late: what to do when not even the first exit fits: "answer" late and say so, or
+            "raise".
+        compaction: whether samples that have stopped are taken out of their batch: "auto", where it
+            pays by the profile, "never", "always", or a `Compaction` of your own.
         any_profile: use a profile of another machine, thread count or version all the same.
         clock: where time comes from.
     Raises:
@@ -53,8 +57,8 @@ class Runner:
         PolicyError, CostError: if policy, profile and network have different numbers of exits.
 
     Thread:
-        `run` may be called from several threads; runs that were started (`start`) share one worker and queue behind
-        each other, with their deadlines ticking.
+        `run` may be called from several threads; runs that were started (`start`) share one worker
+        and queue behind each other, with their deadlines ticking.
     """
 
     def __init__(
@@ -71,12 +75,14 @@ class Runner:
     ) -> None:
         if costs.num_exits != network.num_exits:
             raise CostError(
-                f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; profile it anew."
+                f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; "
+                f"profile it anew."
             )
         policy_exits = getattr(policy, "num_exits", network.num_exits)
         if policy_exits != network.num_exits:
             raise PolicyError(
-                f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit it anew."
+                f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit "
+                f"it anew."
             )
         if when_late not in ("answer", "raise"):
             raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
@@ -113,10 +119,12 @@ class Runner:
 
     @property
     def drift(self) -> float:
-        """How many times as long as profiled a stage may take now, as every prediction assumes; at least 1.
+        """How many times as long as profiled a stage may take now, as every prediction assumes; at
+        least 1.
 
-        It is a quantile, the same as `statistic`, of what the latest stages took over what the profile says that they take:
-        of 200 stages at p99, of 2000 at p999. There a load shows at its second stage, and is forgotten when those have passed.
+        It is a quantile, the same as `statistic`, of what the latest stages took over what the
+        profile says that they take: of 200 stages at p99, of 2000 at p999. There a load shows at
+            its second stage, and is forgotten when those have passed.
         """
         return self._drift.scale
 
@@ -126,20 +134,24 @@ class Runner:
         """Answer by a deadline that is known now (a contract run).
 
         Args:
-            x: as the network takes it; the next larger batch size that was profiled is an upper bound of its costs.
+            x: as the network takes it; the next larger batch size that was profiled is an upper
+                bound of its costs.
             deadline: `Deadline.after(0.008)`; stamp it where the request comes in.
             limits: the most to spend of "macs", "bytes" or "energy_j", per sample.
         Returns:
             The answer of the deepest exit that fits, or of the exit at which the policy stopped.
         Raises:
-            NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
-            CostError: if the batch is larger than all that were profiled, or the profile does not hold what is limited.
+            NoAnswerInTime: if not even the first exit fits and the runner was made with
+                when_late="raise".
+            CostError: if the batch is larger than all that were profiled, or the profile does not
+                hold what is limited.
         """
         with self.open(x) as opened:
             return opened.run(deadline=deadline, limits=limits)
 
     def open(self, x: Any) -> OpenRun:
-        """A contract run that can go on after it has answered: `run` it again with a later deadline.
+        """A contract run that can go on after it has answered: `run` it again with a later
+        deadline.
 
         Use it in a `with` block, on one thread.
 
@@ -164,10 +176,12 @@ class Runner:
             x: as the network takes it.
             deadline: when `Run.result` comes back at the latest.
             limits: the most to spend of "macs", "bytes" or "energy_j", per sample.
-            resumable: let `Run.refine` go on after the run was stopped; until it is closed it then keeps its features. The
-                stage in flight ends where it would, while that of other runs is cancelled if the network's engine can.
+            resumable: let `Run.refine` go on after the run was stopped; until it is closed it then
+                keeps its features. The stage in flight ends where it would, while that of other
+                runs is cancelled if the network's engine can.
         Raises:
-            NoAnswerInTime: if the limits do not allow the first exit and the runner was made with when_late="raise".
+            NoAnswerInTime: if the limits do not allow the first exit and the runner was made with
+                when_late="raise".
         """
         check_deadline(deadline)
         bounds = limits_of(self.costs, limits)
@@ -180,7 +194,8 @@ class Runner:
         return run
 
     def warm_up(self, x: Any, times: int = 3) -> None:
-        """Run a few times in both ways, so that the first answer that counts finds threads and memory ready.
+        """Run a few times in both ways, so that the first answer that counts finds threads and
+        memory ready.
 
         Args:
             x: an example; its first sample is repeated to each batch size that was profiled.
@@ -196,7 +211,8 @@ class Runner:
                     run.result()
 
     def close(self) -> None:
-        """End the worker thread: a run in flight ends at its next exit, a run in the queue never begins.
+        """End the worker thread: a run in flight ends at its next exit, a run in the queue never
+        begins.
 
         Does not wait for it. `start` begins a new thread.
         """
@@ -231,7 +247,8 @@ class Runner:
         for limit in limits:
             if self._when_late == "raise" and not limit.allows((), 0):
                 raise NoAnswerInTime(
-                    f"the first exit takes {limit.needs((), 0):g} {limit.unit}, the limit is {limit.most:g}. Allow more, "
+                    f"the first exit takes {limit.needs((), 0):g} {limit.unit}, the limit is "
+                    f"{limit.most:g}. Allow more, "
                     "attach an earlier exit, or use when_late='answer'."
                 )
 
@@ -241,7 +258,8 @@ class Runner:
             # in time, or a slow minute would refuse runs for ever
             self._drift.forget()
             raise NoAnswerInTime(
-                f"{(deadline.instant - now) * 1e3:.3f} ms are left, but the first exit needs {needed_s * 1e3:.3f} ms. "
+                f"{(deadline.instant - now) * 1e3:.3f} ms are left, but the first exit needs "
+                f"{needed_s * 1e3:.3f} ms. "
                 "Allow more time, attach an earlier exit, or use when_late='answer'."
             )
 
@@ -277,12 +295,13 @@ class OpenRun:
         Args:
             deadline: when the answer must be there; `elapsed_s` counts from this call.
             limits: as for `Runner.run`, of all that was spent since the run was opened.
-            policy: another one from here on, or None. With the one there was, a run that it has stopped stays stopped. Samples
-                that were taken out of the batch keep their outputs.
+            policy: another one from here on, or None. With the one there was, a run that it has
+                stopped stays stopped. Samples that were taken out of the batch keep their outputs.
         Returns:
             The deepest answer, which is the last one again if nothing more fits or is left.
         Raises:
-            NoAnswerInTime: if not even the first exit fits and the runner was made with when_late="raise".
+            NoAnswerInTime: if not even the first exit fits and the runner was made with
+                when_late="raise".
             RunError: if it was closed.
         """
         begin = self._runner.clock.now()
@@ -329,7 +348,8 @@ class OpenRun:
         self._pace = self._runner._pace(self._course.size)
         self._began = now
         exit = self._course.advance()
-        # part of a batch, or of a batch larger than itself, says nothing about the profile of all of it
+        # part of a batch, or of a batch larger than itself, says nothing about the profile of all
+        # of it
         known = getattr(exit, "whole", True) and self._course.size in self._runner._paces
         self._stage_s = self._runner.clock.now() - now if known else None
 
@@ -340,7 +360,9 @@ class OpenRun:
         return answer
 
     def _observe(self, taken_s: float | None, *, answered: bool) -> None:
-        """Tell the drift what was predicted and what it took: of a head that answered, with its stage."""
+        """Tell the drift what was predicted and what it took: of a head that answered, with its
+        stage.
+        """
         if taken_s is not None and self._observes:
             assert self._course.exit is not None
             self._pace.observe(self._course.exit.index, taken_s, answered=answered)
@@ -351,7 +373,8 @@ def _pace(
     costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: Drift
 ) -> Pace:
     """What the runner looks up at a boundary, for one batch size."""
-    # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the safe side
+    # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the
+    # safe side
     gate_s = [later - before for before, later in itertools.pairwise((0.0, *gates_s))]
     stage_s = [stage.of_statistic(statistic) for stage in costs.stages]
     head_s = [head.of_statistic(statistic) for head in costs.heads]

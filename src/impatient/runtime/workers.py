@@ -1,7 +1,9 @@
-"""The networks of an ensemble of growing depth side by side: M workers take them from one queue, shallow to deep.
+"""The networks of an ensemble of growing depth side by side: M workers take them from one queue,
+shallow to deep.
 
-The workers are threads, since torch works outside the interpreter's lock: networks that spend their time in torch's operators
-gain, tiny ones, which spend it in Python, do not (benchmarks/workers.py). Processes would have to be handed every input.
+The workers are threads, since torch works outside the interpreter's lock: networks that spend their
+time in torch's operators gain, tiny ones, which spend it in Python, do not (benchmarks/workers.py).
+Processes would have to be handed every input.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from impatient.runtime.interruptible import InterruptibleRun, Worker
 
 
 class Ensemble(Protocol):
-    """What the workers need of an ensemble: its networks, shallow to deep, and how good each of their exits is."""
+    """What the workers need of an ensemble: its networks, shallow to deep, and how good each of
+    their exits is.
+    """
 
     @property
     def networks(self) -> Iterable[Any]: ...
@@ -35,31 +39,35 @@ class Ensemble(Protocol):
 class ParallelEANN:
     """Answers of an ensemble whose networks run on M workers at a time.
 
-    A worker takes the next deeper network from the queue when it has ended one. Every exit posts its answer, and the answer
-    of a run is the best by validation error of all that were posted, whichever network it comes from; of equals, the deeper.
-    A head whose exit is no match for what has been posted does not run. At the deadline every worker leaves its network at
-    the next boundary; whoever asked has the answer by then.
+    A worker takes the next deeper network from the queue when it has ended one. Every exit posts
+    its answer, and the answer of a run is the best by validation error of all that were posted,
+    whichever network it comes from; of equals, the deeper. A head whose exit is no match for what
+    has been posted does not run. At the deadline every worker leaves its network at the next
+    boundary; whoever asked has the answer by then.
 
-    More workers than free cores, or any number on one GPU, take turns: then each network takes longer in proportion, and the
-    first answers come later than with one worker. The formulas of `impatient.evaluation.inflation` hold for workers that do
-    not slow each other down.
+    More workers than free cores, or any number on one GPU, take turns: then each network takes
+    longer in proportion, and the first answers come later than with one worker. The formulas of
+    `impatient.evaluation.inflation` hold for workers that do not slow each other down.
 
     Args:
         ensemble: an `EANN`, in eval mode.
         workers: M; more than there are networks are of no use.
-        threads: of torch, per operator. By default what torch uses now, shared out among the workers. Torch has one such
+        threads: of torch, per operator. By default what torch uses now, shared out among the
+            workers. Torch has one such
             setting for the whole process: it is changed here, and put back by `close`.
-        when_late: what to do when there is no answer at the deadline: wait for the first and say so ("answer"), or "raise".
+        when_late: what to do when there is no answer at the deadline: wait for the first and say so
+            ("answer"), or "raise".
         clock: where time comes from.
     Raises:
         RunError: if a number or `when_late` is not possible.
 
     Thread:
-        `run` and `start` may be called from several threads; runs queue behind each other, with their deadlines ticking. A
-        worker goes on to the next run when no network of the present one is left in the queue.
+        `run` and `start` may be called from several threads; runs queue behind each other, with
+        their deadlines ticking. A worker goes on to the next run when no network of the present one
+        is left in the queue.
     Source:
-        EANN (Hu et al.), "parallel workers". We differ: the best answer of all posted, not only of the last finished and the
-        running network.
+        EANN (Hu et al.), "parallel workers". We differ: the best answer of all posted, not only of
+        the last finished and the running network.
     Example:
         >>> from torch import nn
         >>> from impatient.networks import attach_exits
@@ -131,7 +139,9 @@ class ParallelEANN:
         return run
 
     def close(self) -> None:
-        """End the workers, each at its next boundary, and give torch its threads back; does not wait."""
+        """End the workers, each at its next boundary, and give torch its threads back; does not
+        wait.
+        """
         with self._lock:
             closed = self._closed
             self._closed = True
@@ -217,7 +227,8 @@ class ParallelRun(InterruptibleRun):
         """Run one network and post its answers; False when it was left before its end."""
         with torch.inference_mode(), network.exits(x) as run:
             for exit in run:
-                # asked before the head and again before the next stage: each is paid only if somebody wants it
+                # asked before the head and again before the next stage: each is paid only if
+                # somebody wants it
                 if self._over() or not self._post(self._plan.first[number] + exit.index, exit):
                     return False
                 if exit.index == network.num_exits - 1:

@@ -1,7 +1,8 @@
-"""Exit weights that change while a network trains: AANN's alternating weights, no-regret samplers and AdaLoss.
+"""Exit weights that change while a network trains: AANN's alternating weights, no-regret samplers
+and AdaLoss.
 
-Two layers: a base, given or adapted to the losses (AdaLoss), and a sampler that gives one exit, drawn anew for every step,
-a bonus on top of it. Every loop can use them:
+Two layers: a base, given or adapted to the losses (AdaLoss), and a sampler that gives one exit,
+drawn anew for every step, a bonus on top of it. Every loop can use them:
 
     weights = balancer(sieve(9), "alternating", count=9, seed=0)
     for epoch in range(epochs):
@@ -36,17 +37,21 @@ EPS = 1e-8
 class AdaLoss:
     """Base weights inversely proportional to the running average of each exit's loss.
 
-    They minimise the sum of the logarithms of the losses, so that no exit counts more because its loss is larger.
+    They minimise the sum of the logarithms of the losses, so that no exit counts more because its
+    loss is larger.
 
     Attributes:
         momentum: of the running average; 0 takes the last step alone.
-        update_every: steps from one update of the weights to the next; before the first one every exit weighs 1.
+        update_every: steps from one update of the weights to the next; before the first one every
+            exit weighs 1.
         final_extra: added to the last exit's weight after the largest has been scaled to 1.
         gamma: smallest weight, the largest being 1.
 
     Source:
-        AdaLoss (Hu et al. 2019, Learning anytime predictions), the authors' code, with the constants of its CIFAR scripts.
-        We differ: 1 / (average + 1e-8), where the code has 1 / average + 1e-8, which does not protect against 0.
+        AdaLoss (Hu et al. 2019, Learning anytime predictions), the authors' code, with the
+        constants of its CIFAR scripts.
+        We differ: 1 / (average + 1e-8), where the code has 1 / average + 1e-8, which does not
+            protect against 0.
     """
 
     momentum: float = 0.99
@@ -75,8 +80,10 @@ class Learner:
     """How the samplers "exp3", "rwm" and "avgl" learn which exit to draw.
 
     Attributes:
-        gamma: share of equal probabilities in what they draw from, and the learning rate of "exp3" and "rwm".
-        last_reward_rate: reward of the last exit, which has no next one, over the best reward of the others.
+        gamma: share of equal probabilities in what they draw from, and the learning rate of "exp3"
+            and "rwm".
+        last_reward_rate: reward of the last exit, which has no next one, over the best reward of
+            the others.
 
     Source:
         Anytime Neural Networks, appendix, with the authors' constants.
@@ -91,14 +98,17 @@ class Learner:
 
 
 class Balancer(Protocol):
-    """Exit weights that change while training; one call of `weights`, then one of `observe`, per step."""
+    """Exit weights that change while training; one call of `weights`, then one of `observe`, per
+    step.
+    """
 
     def weights(self) -> Float[Tensor, "K"]:
         """Weights for the next step, float32 on the CPU. A sampler draws anew at every call."""
         ...
 
     def observe(self, losses_K: Float[Tensor, "K"]) -> None:
-        """Learn from a step's mean loss per exit; with several processes, the mean over all, or their weights part ways.
+        """Learn from a step's mean loss per exit; with several processes, the mean over all, or
+        their weights part ways.
 
         A step whose losses are not all finite changes nothing.
         """
@@ -134,8 +144,9 @@ def balancer(
 
     Args:
         base: weights of the exits, such as `sieve(count)`, or AdaLoss.
-        sampler: which exit gets a bonus in a step. "none"; "alternating" draws in proportion to the base weights; "exp3",
-            "rwm" and "avgl" learn, from the second epoch on, to draw the exits that the next one improves on most.
+        sampler: which exit gets a bonus in a step. "none"; "alternating" draws in proportion to the
+            base weights; "exp3", "rwm" and "avgl" learn, from the second epoch on, to draw the
+            exits that the next one improves on most.
         count: of the exits.
         gamma: the bonus, as a share of the sum of the base weights.
         learner: constants of "exp3", "rwm" and "avgl".
@@ -143,8 +154,9 @@ def balancer(
     Raises:
         TrainingError: if the base does not fit the number of exits or the sampler is unknown.
     Source:
-        Anytime Neural Networks, section 4 (alternating weights, AANN) and appendix (the learners, which the paper found
-        not better). The mean of alternating weights is the base times 1 + gamma.
+        Anytime Neural Networks, section 4 (alternating weights, AANN) and appendix (the learners,
+        which the paper found not better). The mean of alternating weights is the base times 1 +
+        gamma.
     Example:
         >>> alternating = balancer([0.5, 0.5, 1.0], "alternating", count=3)
         >>> alternating.weights().tolist()  # half of the sum, 1, goes to one exit
@@ -164,7 +176,7 @@ def balancer(
     )
 
 
-# --- the rules, as plain functions ------------------------------------------------------------------------------------
+# --- the rules, as plain functions ----------------------------------------------------------------
 
 
 def adaloss_weights(averages_K: Float[Tensor, "K"], settings: AdaLoss) -> Float[Tensor, "K"]:
@@ -183,8 +195,9 @@ def adaloss_weights(averages_K: Float[Tensor, "K"], settings: AdaLoss) -> Float[
 def rewards(losses_K: Float[Tensor, "K"], last_reward_rate: float) -> Float[Tensor, "K"]:
     """By which share the next exit's loss is lower than each exit's; at most 1.
 
-    The last exit's is `last_reward_rate` times the best of the others', and 0 if there are none. A loss of 0 is divided
-    by 1e-8 instead: no reward if the next one is 0, too, and a very negative one if it is not.
+    The last exit's is `last_reward_rate` times the best of the others', and 0 if there are none. A
+    loss of 0 is divided by 1e-8 instead: no reward if the next one is 0, too, and a very negative
+    one if it is not.
 
     Source:
         Anytime Neural Networks, appendix: r[i] = 1 - loss[i + 1] / loss[i], r[L] = C max r.
@@ -196,14 +209,18 @@ def rewards(losses_K: Float[Tensor, "K"], last_reward_rate: float) -> Float[Tens
 
 
 def mixed(values_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
-    """Probabilities proportional to the values, of which a share `gamma` is spread evenly; all even if all values are 0."""
+    """Probabilities proportional to the values, of which a share `gamma` is spread evenly; all even
+    if all values are 0.
+    """
     even = torch.full_like(values_K, 1.0 / len(values_K))
     total = values_K.sum()
     return (1.0 - gamma) * (values_K / total if total > 0.0 else even) + gamma * even
 
 
 def draw(probabilities_K: Float[Tensor, "K"], uniform: float) -> int:
-    """The exit at which the running sum of the probabilities passes a number from [0, 1); never one of probability 0."""
+    """The exit at which the running sum of the probabilities passes a number from [0, 1); never one
+    of probability 0.
+    """
     ends = probabilities_K.cumsum(0)
     return int(
         torch.searchsorted(ends / ends[-1], torch.tensor(uniform, dtype=ends.dtype), right=True)
@@ -217,7 +234,9 @@ def exp3(
     probability: float,
     gamma: float,
 ) -> Float[Tensor, "K"]:
-    """EXP3's values after a step: that of the exit drawn with this probability times exp(gamma reward / (probability K))."""
+    """EXP3's values after a step: that of the exit drawn with this probability times exp(gamma
+    reward / (probability K)).
+    """
     gains = torch.zeros_like(values_K)
     gains[drawn] = gamma * rewards_K[drawn] / (probability * len(values_K))
     return _grown(values_K, gains, gamma)
@@ -226,7 +245,9 @@ def exp3(
 def rwm(
     values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], gamma: float
 ) -> Float[Tensor, "K"]:
-    """The values of randomised weighted majority after a step: all of them times exp(gamma reward / 2)."""
+    """The values of randomised weighted majority after a step: all of them times exp(gamma reward /
+    2).
+    """
     return _grown(values_K, 0.5 * gamma * rewards_K, gamma)
 
 
@@ -236,11 +257,12 @@ def avgl(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"]) -> Float[T
 
 
 def _grown(values_K: Tensor, gains_K: Tensor, gamma: float) -> Tensor:
-    # softmax of the logarithms: where all rewards are very negative, exp would be 0 for all and what was learned be lost
+    # softmax of the logarithms: where all rewards are very negative, exp would be 0 for all and
+    # what was learned be lost
     return mixed(torch.softmax(values_K.log() + gains_K, 0), 0.001 * gamma)
 
 
-# --- what lives -------------------------------------------------------------------------------------------------------
+# --- what lives -----------------------------------------------------------------------------------
 
 
 class _Static:
@@ -377,7 +399,8 @@ def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
     """The losses for arithmetic of small vectors, or None if they teach nothing."""
     if losses_K.shape != (count,):
         raise TrainingError(
-            f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} exits."
+            f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} "
+            f"exits."
         )
     losses = losses_K.detach().to("cpu", torch.float64)
     return losses if bool(torch.isfinite(losses).all()) else None
@@ -391,7 +414,8 @@ def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
 
     if sizes(state) != sizes(like):
         raise StaleInput(
-            f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), needed: {sizes(like)}. "
+            f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), "
+            f"needed: {sizes(like)}. "
             "Go on with the weights and the sampler it was made with, or start anew."
         )
 

@@ -44,7 +44,8 @@ def load_checkpoint(
     tensors, header = read_tensors(path)
     if "random/cpu" not in tensors:
         raise StorageError(
-            f"{path} is no checkpoint of training; it lacks the random state. Delete it to start anew."
+            f"{path} is no checkpoint of training; it lacks the random state. Delete it to start "
+            f"anew."
         )
     try:
         model.load_state_dict(entries_under("model/", tensors))

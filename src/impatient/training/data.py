@@ -23,7 +23,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """From raw inputs to what the network takes: scale bytes to [0, 1], subtract the mean, divide by the deviation.
+    """From raw inputs to what the network takes: scale bytes to [0, 1], subtract the mean, divide
+    by the deviation.
 
     Attributes:
         mean, std: per channel; empty for token ids, which pass as they are.
@@ -167,9 +168,10 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     """Load a data set by name.
 
     Args:
-        spec: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE" with x_train, y_train, x_test, y_test;
-            "imagefolder:DIR" with DIR/train/CLASS/* and DIR/test/CLASS/*; "hf:NAME-OR-PATH" (Hugging Face datasets with
-            an image column). Options follow: "imagefolder:DIR:size=64".
+        spec: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE" with x_train,
+            y_train, x_test, y_test; "imagefolder:DIR" with DIR/train/CLASS/* and DIR/test/CLASS/*;
+            "hf:NAME-OR-PATH" (Hugging Face datasets with an image column). Options follow:
+            "imagefolder:DIR:size=64".
         seed: of the validation split.
         validation: share of the training examples held out for validation, stratified by class.
     Raises:
@@ -186,7 +188,8 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     }
     if source not in loaders or (source != "digits" and not rest):
         raise DataError(
-            f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH."
+            f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or "
+            f"hf:NAME-OR-PATH."
         )
     return _finish(spec, loaders[source](rest, seed), seed, validation)
 
@@ -230,7 +233,8 @@ def _check_labels(name: str, raw: _Raw) -> None:
     train, test = (set(part.labels.tolist()) for part in (raw.train, raw.test))
     if min(train | test) < 0:
         raise DataError(
-            f"{name}: labels must be integers from 0, but {min(train | test)} is among them; hidden labels will not do."
+            f"{name}: labels must be integers from 0, but {min(train | test)} is among them; "
+            f"hidden labels will not do."
         )
     if max(train | test) >= len(raw.class_names):
         raise DataError(
@@ -239,14 +243,17 @@ def _check_labels(name: str, raw: _Raw) -> None:
     unseen = [raw.class_names[label] for label in sorted(test - train)]
     if unseen:
         raise DataError(
-            f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the training split."
+            f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the "
+            f"training split."
         )
 
 
 def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -> np.ndarray:
-    """Mask of the examples held out: a share of each class, or of each class's groups where groups are given.
+    """Mask of the examples held out: a share of each class, or of each class's groups where groups
+    are given.
 
-    Every class keeps something to train on; a group is held out whole, even where it has examples of several classes.
+    Every class keeps something to train on; a group is held out whole, even where it has examples
+    of several classes.
     """
     random = np.random.default_rng(seed)
     mask = np.zeros(len(labels), dtype=bool)
@@ -262,7 +269,8 @@ def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -
             mask = _with_groups(mask, kinds, wanted, groups, labels)
     if not mask.any() or mask.all():
         raise DataError(
-            f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; add data."
+            f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; "
+            f"add data."
         )
     return mask
 
@@ -274,7 +282,9 @@ def _held_out_count(count: int, share: float) -> int:
 def _with_groups(
     mask: np.ndarray, kinds: np.ndarray, wanted: int, groups: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """The mask with as many more groups as wanted; one that would leave a class without training examples stays."""
+    """The mask with as many more groups as wanted; one that would leave a class without training
+    examples stays.
+    """
     classes = len(np.unique(labels))
     for kind in kinds:
         if wanted <= 0:
@@ -300,7 +310,9 @@ def _subset(examples: Examples, places: np.ndarray) -> Examples:
 
 
 def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
-    """Mean and deviation of up to `most` training inputs, per channel for images, over all for vectors."""
+    """Mean and deviation of up to `most` training inputs, per channel for images, over all for
+    vectors.
+    """
     count = len(train.labels)
     sample = train.take(range(0, count, max(1, count // most)))
     if sample.dtype in (torch.int64, torch.int32):
@@ -382,7 +394,8 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
     groups = arrays.get("groups_train")
     if groups is not None and groups.shape != train.labels.shape:
         raise DataError(
-            f"{where}: groups_train has shape {groups.shape}; needed: one group per training example, "
+            f"{where}: groups_train has shape {groups.shape}; needed: one group per training "
+            f"example, "
             f"{tuple(train.labels.shape)}."
         )
     content = [
@@ -401,26 +414,31 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
 def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExamples:
     if inputs.ndim < 2 or labels.ndim < 1:
         raise DataError(
-            f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, ...] and [N]."
+            f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, "
+            f"...] and [N]."
         )
     if len(inputs) == 0 or len(inputs) != len(labels):
         raise DataError(
-            f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and some."
+            f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and "
+            f"some."
         )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise DataError(
-            f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape {labels.shape}."
+            f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape "
+            f"{labels.shape}."
         )
     if np.issubdtype(inputs.dtype, np.floating):
         with np.errstate(over="ignore"):
             inputs = inputs.astype(np.float32)
         if not np.isfinite(inputs).all():
             raise DataError(
-                f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; clean them first."
+                f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; "
+                f"clean them first."
             )
     elif inputs.dtype.kind not in "iub":
         raise DataError(
-            f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids (integers)."
+            f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids "
+            f"(integers)."
         )
     elif inputs.dtype != np.uint8:
         # token ids
@@ -604,7 +622,8 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
     if "train" not in loaded:
         raise DataError(
-            f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or validation."
+            f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or "
+            f"validation."
         )
     train = loaded["train"]
     test_name = next((split for split in ("test", "validation") if split in loaded), None)
@@ -622,7 +641,8 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
     odd = [value for values in numbers.values() for value in values if not isinstance(value, int)]
     if odd:
         raise DataError(
-            f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a ClassLabel."
+            f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a "
+            f"ClassLabel."
         )
     names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
     return _lazy(
@@ -678,7 +698,8 @@ def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
     labels = labels or [column for column in ("label", "labels") if column in table.features]
     if not images or not labels:
         raise DataError(
-            f"{name} has columns {dict(table.features)}; needed: an image column and a class label. Text must be turned into "
+            f"{name} has columns {dict(table.features)}; needed: an image column and a class "
+            f"label. Text must be turned into "
             "token ids first and saved as npz (x_train: int64 [N, T])."
         )
     return images[0], labels[0]

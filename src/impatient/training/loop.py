@@ -1,6 +1,8 @@
-"""The training loop, on Lightning Fabric: exits trained jointly, alone, or after the backbone; stopped and resumed at will.
+"""The training loop, on Lightning Fabric: exits trained jointly, alone, or after the backbone;
+stopped and resumed at will.
 
-Its pieces are plain functions (`losses`, `schedules`, `weights`); nothing here is needed to train in a loop of one's own.
+Its pieces are plain functions (`losses`, `schedules`, `weights`); nothing here is needed to train
+in a loop of one's own.
 """
 
 from __future__ import annotations
@@ -70,13 +72,16 @@ class Recipe:
         lr, momentum, weight_decay: of SGD with Nesterov momentum.
         schedule: "cosine", or "step" (a tenth after 1/2 and 3/4), of each phase.
         warmup: share of each phase during which the learning rate grows.
-        regime: "joint" trains everything, "frozen" only the heads, "mixed" the backbone first and then everything.
+        regime: "joint" trains everything, "frozen" only the heads, "mixed" the backbone first and
+            then everything.
         backbone_share: of the epochs, in the mixed regime, for the backbone alone.
         label_smoothing: of the cross-entropy.
-        augment: "none", "crop" (random shift by an eighth) or "crop-flip" (and mirrored), for images.
+        augment: "none", "crop" (random shift by an eighth) or "crop-flip" (and mirrored), for
+            images.
         clip_norm: largest gradient norm, or None.
         channels_last: memory format of convolutions; faster on most CPUs and GPUs.
-        sampler: "none", or how one exit is drawn in each step to weigh more: "alternating" (AANN), "exp3", "rwm", "avgl".
+        sampler: "none", or how one exit is drawn in each step to weigh more: "alternating" (AANN),
+            "exp3", "rwm", "avgl".
         sampler_gamma: the drawn exit's bonus as a share of the weights' sum.
         equilibrium: balance the gradients of early and deeper exits (`GradientFlow`).
         detach: share of an early exit's channels that deeper exits do not train (`GradientFlow`).
@@ -153,7 +158,8 @@ class Recipe:
             )
         if self.regime == "mixed" and self.epochs < 2:
             raise TrainingError(
-                "the mixed regime needs at least 2 epochs: one for the backbone, one for everything."
+                "the mixed regime needs at least 2 epochs: one for the backbone, one for "
+                "everything."
             )
 
     def phases(self) -> list[tuple[str, int, int]]:
@@ -176,7 +182,9 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochMetrics:
-    """One epoch: per exit, loss and accuracy on the training batches as they came and on the validation split."""
+    """One epoch: per exit, loss and accuracy on the training batches as they came and on the
+    validation split.
+    """
 
     epoch: int
     phase: str
@@ -242,17 +250,19 @@ def fit(
     """Train a network with exits, in place.
 
     Args:
-        network: from `attach_exits`, an `AnytimeNet`, or anything whose forward gives K outputs and that has `heads` and
-            `backbone`.
+        network: from `attach_exits`, an `AnytimeNet`, or anything whose forward gives K outputs and
+            that has `heads` and `backbone`.
         data: from `load_data`; validation is only reported, never trained on.
-        weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
-            text of a static scheme for `parse_weights`, where "uniform" weighs every exit 1; or "adaloss" or an `AdaLoss`,
-            which follow the losses; or a tensor [N, K] with weights for each training sample. By default the network's own
+        weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs),
+            used as they are; or the text of a static scheme for `parse_weights`, where "uniform"
+            weighs every exit 1; or "adaloss" or an `AdaLoss`, which follow the losses; or a tensor
+            [N, K] with weights for each training sample. By default the network's own
             (`default_weights`).
         recipe: how to train.
-        fabric: a Lightning Fabric for another device, several processes or mixed precision; by default one device, the
-            accelerator if there is one.
-        checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it is there.
+        fabric: a Lightning Fabric for another device, several processes or mixed precision; by
+            default one device, the accelerator if there is one.
+        checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it is
+            there.
         metrics_csv: file for loss and accuracy per epoch, split and exit.
         progress: show a progress bar.
     Returns:
@@ -262,8 +272,8 @@ def fit(
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
     Source:
-        Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights, AdaLoss); Kubaty et al.
-        2025 (mixed regime).
+        Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights,
+        AdaLoss); Kubaty et al. 2025 (mixed regime).
     """
     recipe = recipe or Recipe()
     checked = checked_weights(
@@ -285,14 +295,17 @@ def fit(
 
 
 def default_weights(network: object) -> str:
-    """The scheme of weights a network is trained with if nothing else is said: its own `default_weights`, or "uniform"."""
+    """The scheme of weights a network is trained with if nothing else is said: its own
+    `default_weights`, or "uniform".
+    """
     return getattr(network, "default_weights", "uniform")
 
 
 def checked_weights(
     weights: ExitWeights, count: int, samples: int, sampler: str = "none"
 ) -> tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]:
-    """Exit weights as given or as their text says, checked against the network, the data and the sampler.
+    """Exit weights as given or as their text says, checked against the network, the data and the
+    sampler.
 
     Raises:
         TrainingError: if they do not fit.
@@ -305,7 +318,8 @@ def checked_weights(
         return check_weights([float(weight) for weight in weights], count)
     if weights.shape != (samples, count):
         raise TrainingError(
-            f"weights of shape {tuple(weights.shape)} for {samples} training samples and {count} exits; needed: one row per "
+            f"weights of shape {tuple(weights.shape)} for {samples} training samples and {count} "
+            f"exits; needed: one row per "
             "sample, one column per exit."
         )
     if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():
@@ -314,7 +328,8 @@ def checked_weights(
         )
     if sampler != "none":
         raise TrainingError(
-            f"sampler={sampler!r} draws from one set of weights; with weights per sample use sampler='none'."
+            f"sampler={sampler!r} draws from one set of weights; with weights per sample use "
+            f"sampler='none'."
         )
     return weights.float()
 
@@ -409,13 +424,15 @@ class _Training:
     ) -> None:
         backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
         for name, parameter in self.network.named_parameters():
-            # without a gradient, momentum and weight decay would still move what is not to be trained
+            # without a gradient, momentum and weight decay would still move what is not to be
+            # trained
             taking_part = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
             parameter.requires_grad_(taking_part and self.trainable[name])
         groups = self._parameter_groups()
         if not groups:
             raise TrainingError(
-                f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: the network has no such "
+                f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: "
+                f"the network has no such "
                 "parameters, or all of them are frozen. Attach exits, or set requires_grad."
             )
         optimizer: Any = torch.optim.SGD(
@@ -500,7 +517,9 @@ class _Training:
     def _update(
         self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float
     ) -> Tensor:
-        """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on the CPU."""
+        """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on
+        the CPU.
+        """
         for group in optimizer.param_groups:
             group["lr"] = lr
         examples = self.data.examples("train")
@@ -547,7 +566,9 @@ class _Training:
         return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
 
     def _order(self, count: int, epoch: int) -> list[Tensor]:
-        """This process's batches of one epoch, as indices; the same whether or not the run was interrupted."""
+        """This process's batches of one epoch, as indices; the same whether or not the run was
+        interrupted.
+        """
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
         world = self.fabric.world_size
@@ -567,7 +588,9 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self, split: Split) -> Tensor:
-        """Mean loss and accuracy per exit on a split, shape [2, K]; every process computes the whole of it."""
+        """Mean loss and accuracy per exit on a split, shape [2, K]; every process computes the
+        whole of it.
+        """
         self.network.eval()
         sums = torch.zeros_like(self.sums)
         for inputs, labels in self.data.batches(split, 512):
@@ -615,8 +638,10 @@ class _Training:
             if header.get(name) != wanted:
                 was, now = _where_apart(header.get(name), wanted)
                 raise StaleInput(
-                    f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but here it is {now}. Go on with "
-                    "the old settings, or delete the checkpoint to start anew (`impatient train --restart`)."
+                    f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but "
+                    f"here it is {now}. Go on with "
+                    "the old settings, or delete the checkpoint to start anew (`impatient train "
+                    "--restart`)."
                 )
 
 
@@ -639,8 +664,10 @@ def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
 
 def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
     return TrainingDiverged(
-        f"the {what} became NaN or infinite (per exit: {[round(value, 3) for value in losses.tolist()]}). The last checkpoint "
-        f"is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
+        f"the {what} became NaN or infinite (per exit: "
+        f"{[round(value, 3) for value in losses.tolist()]}). The last checkpoint "
+        f"is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights "
+        f"for NaN."
     )
 
 
@@ -677,7 +704,8 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Turn the first Ctrl-C into a flag, so that a step can end and be saved; the second one interrupts at once.
+    """Turn the first Ctrl-C into a flag, so that a step can end and be saved; the second one
+    interrupts at once.
 
     Outside the main thread, where Python takes no signals, the flag never rises.
     """

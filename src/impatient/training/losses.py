@@ -37,7 +37,8 @@ def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -
     """Sum over exits of weight times loss.
 
     Source:
-        Impatient DNNs: with weights from `impatient.exit_weights`, the expected loss under the budget distribution.
+        Impatient DNNs: with weights from `impatient.exit_weights`, the expected loss under the
+            budget distribution.
     """
     return (losses_K * weights_K).sum()
 
@@ -45,7 +46,8 @@ def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -
 def weighted_sample_loss(
     losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tensor, "B K"]
 ) -> Float[Tensor, ""]:
-    """Sum over exits of weight times loss, where every sample has weights of its own; mean over the samples.
+    """Sum over exits of weight times loss, where every sample has weights of its own; mean over the
+    samples.
 
     Source:
         Impatient DNNs, budgets that depend on the input: p(t | x) in place of p(t).
@@ -56,13 +58,15 @@ def weighted_sample_loss(
 def distillation_losses(
     outputs_K: Sequence[Float[Tensor, "B C"]], temperature: float = 1.0
 ) -> Float[Tensor, "K B"]:
-    """Divergence of every exit's class probabilities from the last exit's, which learns nothing from it; shape [K, B].
+    """Divergence of every exit's class probabilities from the last exit's, which learns nothing
+    from it; shape [K, B].
 
-    Kullback-Leibler divergence of the probabilities at a temperature, times its square, so that gradients keep their size;
-    0 for the last exit.
+    Kullback-Leibler divergence of the probabilities at a temperature, times its square, so that
+    gradients keep their size; 0 for the last exit.
 
     Source:
-        Hinton et al. 2015; from the last exit to the earlier ones as in Zhang et al. 2019 (Be your own teacher).
+        Hinton et al. 2015; from the last exit to the earlier ones as in Zhang et al. 2019 (Be your
+        own teacher).
     """
     outputs = torch.stack([output.float() for output in outputs_K])
     teacher = F.log_softmax(outputs[-1].detach() / temperature, -1)

@@ -38,7 +38,9 @@ class TrainingProgress:
         self._bar.__exit__(None, None, None)
 
     def step(self, epoch: int, phase: str, share: float, means: Tensor) -> None:
-        """One batch is done: `share` of the epoch; means of loss and accuracy per exit so far, shape [2, K]."""
+        """One batch is done: `share` of the epoch; means of loss and accuracy per exit so far,
+        shape [2, K].
+        """
         if self._wanted:
             loss, accuracy = means.tolist()
             text = f"loss {_row(loss, '.2f')}  accuracy % {_row(accuracy, '.0%')}"

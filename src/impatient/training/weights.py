@@ -1,8 +1,9 @@
-"""Static exit weights: L exits to L loss weights, shallowest first, the last exit's weight always 1.
+"""Static exit weights: L exits to L loss weights, shallowest first, the last exit's weight always
+1.
 
-`rescaled` gives any of them another sum or another share of the last exit; `every` and `spread` are for networks of which
-only some exits predict. Weights that follow from time budgets come from `impatient.exit_weights`, weights that change
-while training from `impatient.training.balancing`.
+`rescaled` gives any of them another sum or another share of the last exit; `every` and `spread` are
+for networks of which only some exits predict. Weights that follow from time budgets come from
+`impatient.exit_weights`, weights that change while training from `impatient.training.balancing`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def const(count: int) -> tuple[float, ...]:
 
 
 def linear(count: int) -> tuple[float, ...]:
-    """From 1/4 at the first exit to 1 at the last, in equal steps. Source: LINEAR of ANN, as in the authors' code."""
+    """From 1/4 at the first exit to 1 at the last, in equal steps. Source: LINEAR of ANN, as in the
+    authors' code.
+    """
     if _positive(count) == 1:
         return (1.0,)
     return tuple(0.25 + 0.75 * index / (count - 1) for index in range(count))
@@ -37,14 +40,15 @@ def half_end(count: int) -> tuple[float, ...]:
 
 
 def sieve(count: int) -> tuple[float, ...]:
-    """Heavier at the halves, then the quarters, then the eighths, ... of the depth; half of the total on the last exit.
+    """Heavier at the halves, then the quarters, then the eighths, ... of the depth; half of the
+    total on the last exit.
 
-    Starting from zeros, for p = 2, 4, 8, ... add 1 at every position round(k L / p), 0 < k < p (1-based, halves rounded
-    up), until all early positions are positive.
+    Starting from zeros, for p = 2, 4, 8, ... add 1 at every position round(k L / p), 0 < k < p
+    (1-based, halves rounded up), until all early positions are positive.
 
     Source:
-        SIEVE of ANN, section 3; the text's formula, not the authors' code, whose two variants differ from it off powers
-        of two.
+        SIEVE of ANN, section 3; the text's formula, not the authors' code, whose two variants
+        differ from it off powers of two.
     Example:
         >>> [round(26 * weight) for weight in sieve(16)[:-1]]
         [1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1]
@@ -65,7 +69,8 @@ def sieve(count: int) -> tuple[float, ...]:
 def exp_lin(count: int) -> tuple[float, ...]:
     """One everywhere plus L, L/2, L/4, ... at L, L/2, L/4, ...; half of the total on the last exit.
 
-    Where L is a power of two, the first L / 2**k exits, two at least, hold at least 2**-k of the early weight.
+    Where L is a power of two, the first L / 2**k exits, two at least, hold at least 2**-k of the
+    early weight.
 
     Source:
         EXP-LIN of ANN, identified with `recursive_heavy_end` of the authors' code.
@@ -87,7 +92,9 @@ def exp_lin(count: int) -> tuple[float, ...]:
 
 
 def inverse_square(count: int) -> tuple[float, ...]:
-    """1 / (L - j + 1)**2 for the j-th exit. Source: AnytimeNet, equation 3, whose lower summation index is 1."""
+    """1 / (L - j + 1)**2 for the j-th exit. Source: AnytimeNet, equation 3, whose lower summation
+    index is 1.
+    """
     _positive(count)
     return tuple(1.0 / (count - index) ** 2 for index in range(count))
 
@@ -101,15 +108,15 @@ def rescaled(
 
     Args:
         weights: of any scheme, length L.
-        last_to_early: the last exit's weight over the sum of all others, positive; None leaves it. A single exit has no
-            others and stays as it is.
-        total: "as_is"; "last", so that the last exit weighs 1; "all", so that the sum is 1; "log", so that it is
-            log2(L + 1).
+        last_to_early: the last exit's weight over the sum of all others, positive; None leaves it.
+            A single exit has no others and stays as it is.
+        total: "as_is"; "last", so that the last exit weighs 1; "all", so that the sum is 1; "log",
+            so that it is log2(L + 1).
     Raises:
         TrainingError: if that is impossible, because what is to be scaled weighs nothing.
     Source:
-        Anytime Neural Networks, the authors' `last_weight_to_early_sum` and normalisations, of which "last" "seems to work
-        the best".
+        Anytime Neural Networks, the authors' `last_weight_to_early_sum` and normalisations, of
+        which "last" "seems to work the best".
     Example:
         >>> rescaled(sieve(4), last_to_early=2.0)
         (0.25, 0.5, 0.25, 2.0)
@@ -171,7 +178,8 @@ def only(exit: int, count: int) -> tuple[float, ...]:
 
 
 def parse_weights(text: str, count: int) -> tuple[float, ...]:
-    """Read exit weights from one word: a static scheme or numbers, and after a colon what `rescaled` takes.
+    """Read exit weights from one word: a static scheme or numbers, and after a colon what
+    `rescaled` takes.
 
     Args:
         text: such as "sieve", "1,0.5,1" or "sieve:last_to_early=2,total=all".
@@ -190,7 +198,8 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
         len(options) != len(rest.split(",")) or not set(options) <= {"last_to_early", "total"}
     ):
         raise TrainingError(
-            f"cannot read the options of the exit weights {text!r}; needed: last_to_early=NUMBER and total=one of "
+            f"cannot read the options of the exit weights {text!r}; needed: last_to_early=NUMBER "
+            f"and total=one of "
             f"{', '.join(TOTALS)}, separated by commas, such as sieve:last_to_early=2,total=all."
         )
     try:
@@ -202,7 +211,8 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
         ratio = float(options["last_to_early"]) if "last_to_early" in options else None
     except ValueError as error:
         raise TrainingError(
-            f"cannot read {text!r} as exit weights ({error}); needed: one of {', '.join(STATIC)}, or {count} numbers "
+            f"cannot read {text!r} as exit weights ({error}); needed: one of {', '.join(STATIC)}, "
+            f"or {count} numbers "
             "separated by commas, such as 1,0.5,1."
         ) from error
     return rescaled(
@@ -237,7 +247,8 @@ def _positive(count: int) -> int:
 def _not_zero(weight: float, whose: str, weights: tuple[float, ...]) -> float:
     if weight <= 0.0:
         raise TrainingError(
-            f"cannot rescale the exit weights {weights}: the weight of {whose} is 0; leave this option out."
+            f"cannot rescale the exit weights {weights}: the weight of {whose} is 0; leave this "
+            f"option out."
         )
     return weight
 

@@ -64,17 +64,23 @@ def to_engine(
 
     Args:
         network: from `attach_exits`.
-        engine: "eager" (the network itself), "compile" (every stage by torch.compile), "cuda-graphs" (every stage recorded on
-            the network's CUDA device), "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino" (a session
-            per stage), "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers are read while
+        engine: "eager" (the network itself), "compile" (every stage by torch.compile),
+            "cuda-graphs" (every stage recorded on the network's CUDA device), "aoti" (every stage
+            compiled ahead of time), "onnxruntime" or "openvino" (a session per stage),
+            "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers
+            are read while
             it runs: faster with many exits, but every head runs and batches do not shrink).
-        example: a real input; of a batch of 2 or more, the check of agreement uses all of its samples.
-        threads: within an operation. "eager", "compile" and "cuda-graphs" use torch's; with "aoti" it must be torch's.
+        example: a real input; of a batch of 2 or more, the check of agreement uses all of its
+            samples.
+        threads: within an operation. "eager", "compile" and "cuda-graphs" use torch's; with "aoti"
+            it must be torch's.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
-        calibration: for "int8-static", inputs in batches, such as those of `data.batches("train", 16)`.
+        calibration: for "int8-static", inputs in batches, such as those of `data.batches("train",
+            16)`.
         directory: keep the files there, for `load_engine`; by default they are thrown away.
     Returns:
-        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the given one's.
+        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the
+        given one's.
     Raises:
         ExportFailed: if the network cannot be exported, or its outputs differ.
     """
@@ -121,18 +127,22 @@ def export(
     lean: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a network to a directory that an engine runs; of ONNX Runtime and OpenVINO, without torch.
+    """Write a network to a directory that an engine runs; of ONNX Runtime and OpenVINO, without
+    torch.
 
-    Nothing is written if the outputs of any exit differ from the network's own: with batches of 1, of 3 and of the example's
-    size, on the example's samples with noise. In 8 bits they do differ; how far (without noise) is written down, and what it
-    does to the accuracy only a recording tells.
+    Nothing is written if the outputs of any exit differ from the network's own: with batches of 1,
+    of 3 and of the example's size, on the example's samples with noise. In 8 bits they do differ;
+    how far (without noise) is written down, and what it does to the accuracy only a recording
+    tells.
 
     Args:
-        network, engine, example, threads, precision, calibration: as for `to_engine`; "eager" and "compile" have no files.
+        network, engine, example, threads, precision, calibration: as for `to_engine`; "eager" and
+        "compile" have no files.
         directory: made new.
         costs: a profile of this network in this engine (see `add_costs`).
         policy: to go with it.
-        lean: leave out the backbone without exits, which is there to compare with: half of the size.
+        lean: leave out the backbone without exits, which is there to compare with: half of the
+            size.
         force: replace an exported network in `directory`.
     Returns:
         The directory.
@@ -182,7 +192,8 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     """Load what `export` wrote.
 
     Args:
-        threads: within an operation; by default as many as it was exported for. Packages of "aoti" run with no other number.
+        threads: within an operation; by default as many as it was exported for. Packages of "aoti"
+            run with no other number.
     Raises:
         StorageError: if the directory is no exported network, or is damaged.
         StaleInput: if it was built for another torch or thread count, where that matters.
@@ -210,7 +221,9 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
 
 
 class _Whole:
-    """The network without exits, inputs as positions; where it was left out, a run to the last exit."""
+    """The network without exits, inputs as positions; where it was left out, a run to the last
+    exit.
+    """
 
     def __init__(self, bundle: standalone.Bundle) -> None:
         self._bundle = bundle
@@ -261,7 +274,8 @@ class EngineTimes:
     Attributes:
         name: of the exit; "no exits" for the whole network without exits.
         agreement: largest difference of the outputs, in shares of the largest output.
-        engine_s, eager_s: medians of runs in turn, in seconds: of its stage and head, or of the whole.
+        engine_s, eager_s: medians of runs in turn, in seconds: of its stage and head, or of the
+            whole.
     """
 
     name: str
@@ -280,7 +294,8 @@ def engine_times(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[EngineTimes, ...]:
-    """Measure a network and itself in another engine in turn, so that all meet the machine's changes alike.
+    """Measure a network and itself in another engine in turn, so that all meet the machine's
+    changes alike.
 
     Args:
         network: on the CPU.
@@ -314,7 +329,9 @@ def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
 
 
 def engine_label(engine: str, precision: str) -> str:
-    """One name for an engine and a precision: that of the engine, with the precision behind it if it is not fp32."""
+    """One name for an engine and a precision: that of the engine, with the precision behind it if
+    it is not fp32.
+    """
     return engine if precision == "fp32" else f"{engine}-{precision}"
 
 
@@ -328,7 +345,8 @@ def engine_and_precision(label: str) -> tuple[str, str]:
 
 def _damaged(directory: str | Path, what: str) -> StorageError:
     return StorageError(
-        f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export it again."
+        f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export "
+        f"it again."
     )
 
 
@@ -354,7 +372,8 @@ def _check_place(directory: Path, force: bool) -> None:
         )
     if not force:
         raise StorageError(
-            f"{directory} holds an exported network already; choose another place, or force=True (--force)."
+            f"{directory} holds an exported network already; choose another place, or force=True "
+            f"(--force)."
         )
 
 
@@ -379,7 +398,8 @@ def _written_whole(directory: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise StorageError(
-            f"cannot write {directory}: {error.strerror or error}. Nothing was changed; free some space or choose another "
+            f"cannot write {directory}: {error.strerror or error}. Nothing was changed; free some "
+            f"space or choose another "
             "place."
         ) from error
 
@@ -509,15 +529,19 @@ def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
 def _check_agreement(
     network: MultiExitNetwork, made: EngineNetwork, example: Any, precision: str
 ) -> list[float]:
-    """The largest differences per exit, in shares of the largest output; raise if they are no rounding."""
+    """The largest differences per exit, in shares of the largest output; raise if they are no
+    rounding.
+    """
     # noise goes beyond the ranges that 8 bits were given
     agreement = differences(network, made, example, noise=precision == "fp32")
     for index, found in enumerate(agreement):
         # NaN, too
         if not found <= (TOLERANCE if precision == "fp32" else float("inf")):
             raise ExportFailed(
-                f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the network by {found:.2g} of its "
-                f'largest output; needed: at most {TOLERANCE:g}. Use engine="eager", and please report the model.'
+                f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the "
+                f"network by {found:.2g} of its "
+                f'largest output; needed: at most {TOLERANCE:g}. Use engine="eager", and please '
+                f"report the model."
             )
     return agreement
 
@@ -525,7 +549,8 @@ def _check_agreement(
 def differences(
     network: MultiExitNetwork, made: EngineNetwork, example: Any, *, noise: bool = True
 ) -> list[float]:
-    """Per exit, the largest difference between two networks' outputs, in shares of the largest output.
+    """Per exit, the largest difference between two networks' outputs, in shares of the largest
+    output.
 
     The network without exits is judged with the last exit.
     """
@@ -545,7 +570,10 @@ def differences(
     for index, name in enumerate(network.exit_names):
         if spread[index] == 0.0:
             warnings.warn(
-                f"exit {index} ({name}) answers the same to every input, so that its agreement says nothing: is it trained?",
+                (
+                    f"exit {index} ({name}) answers the same to every input, so that its agreement "
+                    f"says nothing: is it trained?"
+                ),
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -556,7 +584,9 @@ def differences(
 
 
 def varied(x: Any, size: int, noise: bool = True) -> Any:
-    """An input of another batch size; with noise, of other samples: whole numbers (tokens) are put in another order."""
+    """An input of another batch size; with noise, of other samples: whole numbers (tokens) are put
+    in another order.
+    """
     generator = torch.Generator().manual_seed(size)
     batch = batch_size_of(x)
 

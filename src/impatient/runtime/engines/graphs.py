@@ -1,7 +1,10 @@
-"""Engine "cuda-graphs": every stage and head recorded once per batch size as a CUDA graph, and replayed.
+"""Engine "cuda-graphs": every stage and head recorded once per batch size as a CUDA graph, and
+replayed.
 
-A replay costs one launch where the stage itself would cost one per kernel, which at batch size 1 is most of the time. A graph
-has fixed shapes: a batch runs in the next larger bucket, and what the other rows compute is dropped.
+A replay costs one launch where the stage itself would cost one per kernel, which at batch size 1 is
+most of the time. A graph
+has fixed shapes: a batch runs in the next larger bucket, and what the other rows compute is
+    dropped.
 """
 
 from __future__ import annotations
@@ -87,7 +90,8 @@ class Graphed:
         place = bisect.bisect_left(self._buckets, rows)
         if place == len(self._buckets):
             raise NetworkError(
-                f"{rows} rows are more than the largest bucket, {self._buckets[-1]}; make the network with larger buckets."
+                f"{rows} rows are more than the largest bucket, {self._buckets[-1]}; make the "
+                f"network with larger buckets."
             )
         recorded = self._at(self._buckets[place], values)
         for static, value, dim in zip(recorded.inputs, values, self._takes, strict=True):
@@ -114,7 +118,8 @@ def cuda_graphs(
     buckets: Sequence[int] = BUCKETS,
     record: Recorder = record_cuda,
 ) -> EngineNetwork:
-    """Every part as CUDA graphs; the network must lie on a CUDA device in eval mode. Changed weights show, other shapes do not.
+    """Every part as CUDA graphs; the network must lie on a CUDA device in eval mode. Changed
+    weights show, other shapes do not.
 
     Warm it up with every batch size that counts: the first call of each bucket records.
 
@@ -130,11 +135,13 @@ def cuda_graphs(
         or any(after <= before for before, after in itertools.pairwise(buckets))
     ):
         raise NetworkError(
-            f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as {BUCKETS}."
+            f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as "
+            f"{BUCKETS}."
         )
     if record is record_cuda and not next(iter(parts.examples.values())).is_cuda:
         raise NetworkError(
-            "the network is not on a CUDA device, which records the graphs; move it and the example there."
+            "the network is not on a CUDA device, which records the graphs; move it and the "
+            "example there."
         )
     dims: Mapping[str, int | None] = parts.wiring.batch_dims
 
@@ -157,7 +164,9 @@ def cuda_graphs(
         whole,
         engine="cuda-graphs",
         buckets=buckets,
-        mechanism=f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows",
+        mechanism=(
+            f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows"
+        ),
     )
 
 

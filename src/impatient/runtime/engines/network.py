@@ -1,8 +1,10 @@
 """Networks that an engine runs: the same exits, in torch tensors, whatever computes the stages.
 
-`EngineNetwork` has the protocol that `Runner`, `profile`, `record` and `describe` ask for. It is made of a wiring and of
-callables, so that an engine is what it calls: exported graphs as they are (`exported`, the reference), compiled by torch
-(`compiled`), packages of AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
+`EngineNetwork` has the protocol that `Runner`, `profile`, `record` and `describe` ask for. It is
+made of a wiring and of
+callables, so that an engine is what it calls: exported graphs as they are (`exported`, the
+reference), compiled by torch (`compiled`), packages of AOTInductor (`aoti`), or sessions of an
+engine on numpy arrays.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class EngineExit:
 
     Attributes:
         index: 0-based, shallow to deep.
-        whole: whether the time it took was its own; not if the engine was busy with something else at first.
+        whole: whether the time it took was its own; not if the engine was busy with something else
+            at first.
     """
 
     __slots__ = ("_arrays", "_exit", "index", "whole")
@@ -107,7 +110,8 @@ class EngineExit:
         """
         if self._exit.features is None:
             raise RunError(
-                "an engine with one session of all exits gives no features; use one with a session per stage."
+                "an engine with one session of all exits gives no features; use one with a session "
+                "per stage."
             )
         return _to_torch(self._exit.features, self._arrays)
 
@@ -129,7 +133,8 @@ class EngineExit:
 
 
 class EngineRun(Iterator[EngineExit]):
-    """One run: computes a stage when asked for the next exit, in inference mode whatever the caller is in.
+    """One run: computes a stage when asked for the next exit, in inference mode whatever the caller
+    is in.
 
     Thread:
         `cancel` may be called from any thread, everything else from one at a time.
@@ -178,7 +183,9 @@ def _to_torch(value: Any, arrays: Arrays) -> Tensor:
 
 
 class Whole(nn.Module):
-    """The backbone without exits in an engine: called as the backbone is, gives its output, shape [B, num_classes]."""
+    """The backbone without exits in an engine: called as the backbone is, gives its output, shape
+    [B, num_classes].
+    """
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
         super().__init__()
@@ -205,7 +212,8 @@ class EngineNetwork:
         facts: of the eager network.
         parts: what begins a run: `Staged`, or `Streamed` where all exits are in one session.
         whole: a callable, the inputs as positions, the output back.
-        engine: "compile", "aoti", "onnxruntime", "openvino", "onnxruntime-session", ... or "exported".
+        engine: "compile", "aoti", "onnxruntime", "openvino", "onnxruntime-session", ... or
+            "exported".
         precision: "fp32", "int8-dynamic", ...
         threads: intra-op threads of the engine; None where they are torch's.
         arrays: what parts and whole take and give.
@@ -213,11 +221,14 @@ class EngineNetwork:
         mechanism: how it is staged, in words.
 
     Attributes:
-        backbone: the exit-free network in the same engine, a module that is called as the backbone is.
-        structure, weights: fingerprints of the eager network; of the weights with the precision, where that changes them.
+        backbone: the exit-free network in the same engine, a module that is called as the backbone
+            is.
+        structure, weights: fingerprints of the eager network; of the weights with the precision,
+            where that changes them.
 
     Thread:
-        As the engine's callables. Runs of one network in several threads at once are right if those allow it.
+        As the engine's callables. Runs of one network in several threads at once are right if those
+        allow it.
     """
 
     def __init__(
@@ -235,7 +246,8 @@ class EngineNetwork:
     ) -> None:
         if parts.num_exits != len(facts.exit_names):
             raise NetworkError(
-                f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; needed: as many."
+                f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; "
+                f"needed: as many."
             )
         self.facts = facts
         self.engine = engine
@@ -262,7 +274,8 @@ class EngineNetwork:
         return len(self.exit_names)
 
     def exits(self, x: Any, *, keep: bool = False) -> EngineRun:  # noqa: ARG002  features are never overwritten here
-        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is computed.
+        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
+        computed.
 
         Args:
             x: as the eager network takes it; any batch size, all other sizes as exported.
@@ -279,21 +292,29 @@ class EngineNetwork:
         return EngineRun(self._parts(values), self._arrays)
 
     def shrinks(self, x: Any) -> bool:  # noqa: ARG002
-        """Whether it pays to take samples out of a run: not out of one session of all exits, which computes them all."""
+        """Whether it pays to take samples out of a run: not out of one session of all exits, which
+        computes them all.
+        """
         return self._parts.shrinks
 
     def pooled(self, exit: EngineExit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look at."""
+        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look
+        at.
+        """
         if exit.index == len(self.layouts):
             return exit.features
         return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
 
     def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine's stages cannot be looked into
-        """Shape, MACs and parameters of each stage and head, per sample, as found in the eager network."""
+        """Shape, MACs and parameters of each stage and head, per sample, as found in the eager
+        network.
+        """
         return list(self.facts.stages)
 
     def describe(self, x: Any) -> str:
-        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that stages them."""
+        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that
+        stages them.
+        """
         return describe(self, x)
 
     def eval(self) -> Self:
@@ -321,10 +342,12 @@ def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
 
 
 def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
-    """Every part compiled by torch.compile, with the weights as constants; changes to them afterwards have no effect.
+    """Every part compiled by torch.compile, with the weights as constants; changes to them
+    afterwards have no effect.
 
-    The first run compiles, which takes seconds a stage; so does the first with another batch size, until torch makes the size
-    a variable (from the second or third size on). Warm it up with every batch size before anything has a deadline.
+    The first run compiles, which takes seconds a stage; so does the first with another batch size,
+    until torch makes the size a variable (from the second or third size on). Warm it up with every
+    batch size before anything has a deadline.
 
     Raises:
         NetworkError: if there is no C++ compiler, which torch needs on CPUs.
@@ -344,11 +367,13 @@ def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
 def aoti(
     parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1
 ) -> EngineNetwork:
-    """Every part compiled ahead of time by AOTInductor, written to a directory, and loaded from there.
+    """Every part compiled ahead of time by AOTInductor, written to a directory, and loaded from
+    there.
 
     Args:
         directory: where the packages go; made if it is not there.
-        threads: intra-op threads, which must be torch's. They are built into the packages, and another number is refused
+        threads: intra-op threads, which must be torch's. They are built into the packages, and
+            another number is refused
             at loading: run with it, they may be several times slower.
     Raises:
         NetworkError: if there is no C++ compiler.
@@ -357,7 +382,8 @@ def aoti(
     _require_compiler()
     if torch.get_num_threads() != threads:
         raise StaleInput(
-            f"packages for {threads} threads were asked for, but torch uses {torch.get_num_threads()} here, which is what it "
+            f"packages for {threads} threads were asked for, but torch uses "
+            f"{torch.get_num_threads()} here, which is what it "
             f"builds into them; call torch.set_num_threads({threads}) first."
         )
     directory = Path(directory)
@@ -386,11 +412,13 @@ def aoti(
 
 
 def load_aoti(directory: str | Path) -> EngineNetwork:
-    """Load what `aoti` wrote. The packages are machine code and run as such: load only what you have built.
+    """Load what `aoti` wrote. The packages are machine code and run as such: load only what you
+    have built.
 
     Raises:
         StorageError: if there is no such directory, or it was not finished.
-        StaleInput: if it was built with another thread count than torch's here, or another version of torch.
+        StaleInput: if it was built with another thread count than torch's here, or another version
+            of torch.
     """
     directory = Path(directory)
     try:
@@ -403,8 +431,10 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
     for name, value in here.items():
         if made[name] != value:
             raise StaleInput(
-                f"the packages in {directory} were built with {name} {made[name]}, but here it is {value}; they would be slow "
-                f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) with torch {made['torch']}."
+                f"the packages in {directory} were built with {name} {made[name]}, but here it is "
+                f"{value}; they would be slow "
+                f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) "
+                f"with torch {made['torch']}."
             )
     wiring = wiring_of(made["wiring"])
     facts = NetworkFacts.from_json(made["facts"])
@@ -423,7 +453,8 @@ def _require_compiler() -> None:
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
         raise NetworkError(
-            f"torch compiles with {name}, and there is none here. Install a C++ compiler (apt install g++), set CXX, or use "
+            f"torch compiles with {name}, and there is none here. Install a C++ compiler (apt "
+            f"install g++), set CXX, or use "
             'engine="onnxruntime", "openvino" or "eager".'
         )
 

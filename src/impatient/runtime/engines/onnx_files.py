@@ -42,7 +42,8 @@ def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ExportFailed(
-                f"writing ONNX needs {package}, which is not installed: pip install 'impatient[onnx]'."
+                f"writing ONNX needs {package}, which is not installed: pip install "
+                f"'impatient[onnx]'."
             )
     for name, part, takes, gives in _named_parts(parts, engine):
         if whole or name != "whole":
@@ -74,15 +75,17 @@ def _named_parts(
 
 
 class _AllExits(nn.Module):
-    """All stages and heads in one, with outputs that can be read while it computes (see standalone/streamed.py).
+    """All stages and heads in one, with outputs that can be read while it computes (see
+    standalone/streamed.py).
 
-    Each is made by a gather, which copies values that are final. Its first column stands twice, or engines would take the
-    gather for nothing and leave it out.
+    Each is made by a gather, which copies values that are final. Its first column stands twice, or
+    engines would take the gather for nothing and leave it out.
 
     Args:
-        late: write the gathers at the end of the file, the deepest exit's first. ONNX Runtime (1.31) computes depth first,
-            from the last node that nobody takes from, so that every output then comes as soon as it can; OpenVINO (2026.4)
-            computes in the order of the file.
+        late: write the gathers at the end of the file, the deepest exit's first. ONNX Runtime
+            (1.31) computes depth first, from the last node that nobody takes from, so that every
+            output then comes as soon as it can; OpenVINO (2026.4) computes in the order of the
+            file.
     """
 
     def __init__(self, parts: Parts, *, late: bool) -> None:
@@ -132,7 +135,8 @@ def _write(
         # the exporter raises whatever its passes meet
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportFailed(
-            f'{file.stem} of this network cannot be written as ONNX: {reason} engine="eager" and "compile" need no such file.'
+            f'{file.stem} of this network cannot be written as ONNX: {reason} engine="eager" and '
+            f'"compile" need no such file.'
         ) from error
 
 
@@ -154,11 +158,14 @@ def quantise(
     precision: str,
     calibration: Sequence[tuple[Tensor, ...]],
 ) -> None:
-    """Replace every file in a folder that `write_parts` has written by one that computes with 8 bits.
+    """Replace every file in a folder that `write_parts` has written by one that computes with 8
+    bits.
 
     Args:
-        precision: "int8-dynamic" finds the range of every part's features as it runs; "int8-static" fixes the ranges now.
-        calibration: for "int8-static", inputs to find the ranges with, in batches: tuples as in `wiring.inputs`.
+        precision: "int8-dynamic" finds the range of every part's features as it runs; "int8-static"
+            fixes the ranges now.
+        calibration: for "int8-static", inputs to find the ranges with, in batches: tuples as in
+            `wiring.inputs`.
     """
     seen = _values_seen(parts, calibration) if precision == "int8-static" else []
     for name, _, takes, _ in _named_parts(parts, engine):

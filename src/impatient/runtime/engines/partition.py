@@ -1,8 +1,10 @@
-"""A network with exits cut into parts by torch.export: one graph per stage, heads apart, and how they hang together.
+"""A network with exits cut into parts by torch.export: one graph per stage, heads apart, and how
+they hang together.
 
-The untouched backbone is exported once, in eval mode and with a batch of any size; what it computes at the exits is marked
-on the way. The graph has no in-place operations left (torch functionalises it), so cutting it is a matter of lists: the
-nodes up to a mark are a stage, and what is made before a mark and used after it is carried across.
+The untouched backbone is exported once, in eval mode and with a batch of any size; what it computes
+at the exits is marked on the way. The graph has no in-place operations left (torch functionalises
+it), so cutting it is a matter of lists: the nodes up to a mark are a stage, and what is made before
+a mark and used after it is carried across.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ class Parts:
 
     Attributes:
         wiring: how the values go through the parts.
-        stages: one module per stage: positional tensors in (`wiring.takes`), a tuple of tensors out (`wiring.gives`).
-        heads: one per exit, features in, output out; None at the last, whose features are the output.
-        whole: the backbone without exits as one exported module, inputs as `wiring.inputs`, one tensor out.
+        stages: one module per stage: positional tensors in (`wiring.takes`), a tuple of tensors out
+            (`wiring.gives`).
+        heads: one per exit, features in, output out; None at the last, whose features are the
+            output.
+        whole: the backbone without exits as one exported module, inputs as `wiring.inputs`, one
+            tensor out.
         examples: per value name, an example tensor (batch size 2).
         exit_names, num_classes: as of the network.
     """
@@ -54,19 +59,21 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
 
     Args:
         network: from `attach_exits`; left as it is, in whatever mode it is in.
-        x: an example input. Tensors as long as its batch get a dynamic batch; all other sizes, and what is no tensor, are
-            fixed as they are in it.
+        x: an example input. Tensors as long as its batch get a dynamic batch; all other sizes, and
+            what is no tensor, are fixed as they are in it.
     Returns:
-        Parts whose outputs are the network's own. Where torch's attention has an eager fast path that cannot be exported,
-        they differ by rounding.
+        Parts whose outputs are the network's own. Where torch's attention has an eager fast path
+        that cannot be exported, they differ by rounding.
     Raises:
-        NetworkError: if this kind of network has no graph to cut, or two exits are at the same place of it.
+        NetworkError: if this kind of network has no graph to cut, or two exits are at the same
+            place of it.
         ExitNotReached: if the example does not come to all exits.
         ExportFailed: if torch.export cannot trace the model.
     """
     if not isinstance(network, MultiExitNetwork):
         raise NetworkError(
-            f"{type(network).__name__} cannot be cut into parts; needed: a MultiExitNetwork, from attach_exits. "
+            f"{type(network).__name__} cannot be cut into parts; needed: a MultiExitNetwork, from "
+            f"attach_exits. "
             'Run this one with engine="eager".'
         )
     names = input_names(x)
@@ -107,7 +114,9 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
 
 
 def input_names(x: Any) -> tuple[str, ...]:
-    """Names of the tensors in an input, in order: "x" for a tensor, the keywords of a mapping, "x0", "x1", ... of a tuple."""
+    """Names of the tensors in an input, in order: "x" for a tensor, the keywords of a mapping,
+    "x0", "x1", ... of a tuple.
+    """
     if isinstance(x, Tensor):
         return ("x",)
     return tuple(name for name, value in _entries(x) if isinstance(value, Tensor))
@@ -122,7 +131,8 @@ def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
     given = input_names(x)
     if set(given) != set(names):
         raise NetworkError(
-            f"the input has the tensors {', '.join(given) or '(none)'}; needed: {', '.join(names)}, as in the example with "
+            f"the input has the tensors {', '.join(given) or '(none)'}; needed: "
+            f"{', '.join(names)}, as in the example with "
             "which the network was exported."
         )
     values = {"x": x} if isinstance(x, Tensor) else dict(_entries(x))
@@ -135,7 +145,8 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
     if isinstance(x, (tuple, list)):
         return [(f"x{index}", value) for index, value in enumerate(x)]
     raise NetworkError(
-        f"an input of type {type(x).__name__}; needed: a tensor, or a mapping, tuple or list with tensors in it."
+        f"an input of type {type(x).__name__}; needed: a tensor, or a mapping, tuple or list with "
+        f"tensors in it."
     )
 
 
@@ -149,7 +160,9 @@ def _batch_dims(x: Any) -> list[int | None]:
 
 
 def _two_samples(x: Any) -> list[Tensor]:
-    """The input's tensors with a batch of exactly two: of one, torch.export would take the 1 for a constant."""
+    """The input's tensors with a batch of exactly two: of one, torch.export would take the 1 for a
+    constant.
+    """
     rows = torch.arange(2) % batch_size_of(x)
     tensors = (value.detach() for value in input_tensors(x, input_names(x)))
     return [
@@ -167,8 +180,10 @@ def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Te
         given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True
     ):
         raise ExportFailed(
-            "with one sample, the exported model gives another output than the model (the largest difference is "
-            f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one in a way of its own. "
+            "with one sample, the exported model gives another output than the model (the largest "
+            "difference is "
+            f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one in a "
+            f"way of its own. "
             'engine="eager" runs it.'
         )
 
@@ -188,7 +203,9 @@ _MARK = torch.ops.impatient.mark.default
 
 
 class _Traced(nn.Module):
-    """The backbone with tensors as positions; returns its output and the marks, which keeps torch from dropping them."""
+    """The backbone with tensors as positions; returns its output and the marks, which keeps torch
+    from dropping them.
+    """
 
     def __init__(self, backbone: nn.Module, x: Any, names: Sequence[str], cuts: CutMap) -> None:
         super().__init__()
@@ -227,7 +244,8 @@ class _Alone(nn.Module):
 
 @contextlib.contextmanager
 def exporting(name: str) -> Iterator[None]:
-    """What torch.export needs around it: no gradients, attention in parts, and its errors said in this library's way.
+    """What torch.export needs around it: no gradients, attention in parts, and its errors said in
+    this library's way.
 
     Raises:
         ExportFailed: if what is done inside fails.
@@ -245,8 +263,10 @@ def exporting(name: str) -> Iterator[None]:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportFailed(
-                f"torch.export cannot trace {name}: {reason} Where control flow depends on the data, or the batch's size "
-                'does not stay a variable, there is no graph to cut; engine="eager" runs every model.'
+                f"torch.export cannot trace {name}: {reason} Where control flow depends on the "
+                f"data, or the batch's size "
+                'does not stay a variable, there is no graph to cut; engine="eager" runs every '
+                "model."
             ) from error
 
 
@@ -259,7 +279,9 @@ def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], 
 def _export(
     model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
 ) -> fx.GraphModule:
-    """A graph of a model in eval mode, functional, for batches of any size, without what only checks its inputs."""
+    """A graph of a model in eval mode, functional, for batches of any size, without what only
+    checks its inputs.
+    """
     # one entry: the forward takes *tensors
     shapes = (any_batch(dims),)
     with evaluating(model), exporting(name):
@@ -268,7 +290,8 @@ def _export(
         ).run_decompositions({})
     if exported.graph_signature.buffers_to_mutate:
         raise ExportFailed(
-            f"{name} writes to its buffers ({', '.join(exported.graph_signature.buffers_to_mutate.values())}) in eval mode, "
+            f"{name} writes to its buffers "
+            f"({', '.join(exported.graph_signature.buffers_to_mutate.values())}) in eval mode, "
             'which an exported stage cannot do; engine="eager" runs it.'
         )
     graph: fx.GraphModule = exported.module()
@@ -277,7 +300,9 @@ def _export(
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Take out what changes no value: copies, which a functional graph does not need, guards and assertions."""
+    """Take out what changes no value: copies, which a functional graph does not need, guards and
+    assertions.
+    """
     for node in reversed(graph.nodes):
         if node.target is torch.ops.aten.clone.default and not node.kwargs:
             node.replace_all_uses_with(node.args[0])
@@ -349,13 +374,15 @@ class _Cutting:
     def _check(self, exit_names: Sequence[str]) -> None:
         if len(self._features) != len(exit_names):
             raise ExitNotReached(
-                f"the exported model comes to {len(self._features) - 1} of {len(exit_names) - 1} early exits; export with an "
+                f"the exported model comes to {len(self._features) - 1} of {len(exit_names) - 1} "
+                f"early exits; export with an "
                 "example that comes to all of them, or cut at modules that every input calls."
             )
         for name, nodes in zip(exit_names, self._stages, strict=True):
             if not nodes:
                 raise NetworkError(
-                    f"nothing is computed between the exit at {name} and the one before it; attach only one of them."
+                    f"nothing is computed between the exit at {name} and the one before it; attach "
+                    f"only one of them."
                 )
 
     def _name(self, node: fx.Node) -> str:
@@ -379,7 +406,8 @@ class _Cutting:
             return sizes.index(self._batch)
         if any(size is not None for size in sizes):
             raise NetworkError(
-                f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit with samples and places mixed "
+                f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit "
+                f"with samples and places mixed "
                 "in one dimension, so that no sample could be taken out; attach the exit elsewhere."
             )
         return None

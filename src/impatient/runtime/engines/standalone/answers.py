@@ -24,8 +24,8 @@ class Answer(Generic[Output]):
         exit: the deepest exit that answered.
         exits: per sample, the exit its output comes from.
         elapsed_s: from the call to the moment this answer was there.
-        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline", "limit" (of MACs, bytes or joules, which
-            only the library knows) or "interrupt".
+        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline", "limit" (of
+            MACs, bytes or joules, which only the library knows) or "interrupt".
         deadline_met: whether the answer was there by the deadline; True when there was none.
     """
 

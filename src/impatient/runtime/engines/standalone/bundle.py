@@ -37,14 +37,17 @@ class Bundle:
         threads: that one stage may use; by default those it was exported for.
         clock: where time comes from, in seconds.
     Attributes:
-        costs: per batch size as text, the measured seconds of stages and heads; those of costs.json, if there.
+        costs: per batch size as text, the measured seconds of stages and heads; those of
+            costs.json, if there.
         policy: when to stop early; None if none was exported.
-        parts: what is called to begin a run: `Staged`, or `Streamed` where all exits are in one session.
+        parts: what is called to begin a run: `Staged`, or `Streamed` where all exits are in one
+            session.
     Raises:
         BundleError: if the directory is incomplete or damaged, or its engine not installed.
 
     Thread:
-        May be used from several threads at once; runs that were started (`start`) queue behind each other.
+        May be used from several threads at once; runs that were started (`start`) queue behind each
+        other.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class Bundle:
         return len(self.exit_names)
 
     def exits(self, x: Inputs) -> Run:
-        """Run stage by stage: `for exit in bundle.exits(x)`; stop asking, and nothing deeper is computed.
+        """Run stage by stage: `for exit in bundle.exits(x)`; stop asking, and nothing deeper is
+        computed.
 
         Args:
             x: an array, or a mapping of the inputs' names to arrays; any batch size.
@@ -92,7 +96,8 @@ class Bundle:
         if self._whole is None:
             if self.description["whole"] is None:
                 raise BundleError(
-                    f"{self.directory} was exported without the whole network; export again with it."
+                    f"{self.directory} was exported without the whole network; export again with "
+                    f"it."
                 )
             self._whole = self._part(self.description["whole"])
         return self._whole.one(*self._inputs(x))
@@ -106,18 +111,22 @@ class Bundle:
         policy: bool = True,
         any_profile: bool = False,
     ) -> Answer[Array]:
-        """Answer by a deadline that is known now: of the deepest exit that fits, or where the policy stops.
+        """Answer by a deadline that is known now: of the deepest exit that fits, or where the
+        policy stops.
 
         Args:
             x: an array, or a mapping of the inputs' names to arrays.
             deadline_s: seconds from now; None goes on as long as the policy wants.
-            statistic: the quantile of the next stage's and head's cost that must fit before they are begun.
+            statistic: the quantile of the next stage's and head's cost that must fit before they
+                are begun.
             policy: whether to stop early where the exported policy says so.
-            any_profile: believe costs that were measured on another machine or with another number of threads.
+            any_profile: believe costs that were measured on another machine or with another number
+                of threads.
         Returns:
             The answer; of the first exit, and late, where not even that one fits.
         Raises:
-            BundleError: if the input is of the wrong kind, or the deadline needs costs that were not measured here.
+            BundleError: if the input is of the wrong kind, or the deadline needs costs that were
+                not measured here.
         """
         begin = self._clock()
         run, gathered = self._begin(x, begin, deadline_s)
@@ -145,7 +154,8 @@ class Bundle:
     def start(self, x: Inputs, deadline_s: float | None = None, *, policy: bool = True) -> Started:
         """Start an interruptible run on the bundle's own thread and return at once.
 
-        Every exit on the way posts its answer. Arguments as for `run`; no measured costs are needed.
+        Every exit on the way posts its answer. Arguments as for `run`; no measured costs are
+        needed.
         """
         run, gathered = self._begin(x, self._clock(), deadline_s)
         started = Started(run, gathered, self.policy if policy else None)
@@ -153,7 +163,9 @@ class Bundle:
         return started
 
     def warm_up(self, x: Inputs, times: int = 3) -> None:
-        """Run to the end a few times, so that the first answer that counts finds threads and memory ready."""
+        """Run to the end a few times, so that the first answer that counts finds threads and memory
+        ready.
+        """
         for _ in range(times):
             for exit in self.exits(x):
                 exit.output()
@@ -162,7 +174,8 @@ class Bundle:
         """Measure every stage and head here, at the batch size of `x`.
 
         Returns:
-            Per batch size as text, the "stages" and "heads": for each, mean, quantiles and largest of the seconds it took.
+            Per batch size as text, the "stages" and "heads": for each, mean, quantiles and largest
+            of the seconds it took.
         """
         if repeats < 1:
             raise BundleError(
@@ -184,7 +197,8 @@ class Bundle:
         return {str(self.wiring.batch_size(self._inputs(x))): {"stages": stages, "heads": heads}}
 
     def save_costs(self, costs: Mapping[str, Any]) -> None:
-        """Write what `profile` measured to costs.json in the directory, whole or not at all, and use it from now on.
+        """Write what `profile` measured to costs.json in the directory, whole or not at all, and
+        use it from now on.
 
         Other batch sizes that were measured here, in the same way, are kept.
         """
@@ -275,7 +289,8 @@ class Bundle:
         if costs is None:
             measured = ", ".join(self.costs) or "none"
             raise BundleError(
-                f"no costs for batch size {batch} (measured: {measured}). To meet a deadline, run `{PROFILE}`."
+                f"no costs for batch size {batch} (measured: {measured}). To meet a deadline, run "
+                f"`{PROFILE}`."
             )
         if self._measured_on != here and not any_profile:
             raise BundleError(
@@ -324,7 +339,9 @@ class Started:
             return self._answer or self._latest
 
     def result(self) -> Answer[Array]:
-        """Wait for the last exit, the policy or the deadline, whichever comes first; then as `interrupt`."""
+        """Wait for the last exit, the policy or the deadline, whichever comes first; then as
+        `interrupt`.
+        """
         left_s = self._gathered.left_s()
         with self._changed:
             self._changed.wait_for(
@@ -334,7 +351,8 @@ class Started:
             return self._stop("deadline")
 
     def interrupt(self) -> Answer[Array]:
-        """Stop now and return the latest answer, at once; the stage in flight is ended early. Before the first exit it waits.
+        """Stop now and return the latest answer, at once; the stage in flight is ended early.
+        Before the first exit it waits.
 
         A second call returns the same answer. What went wrong in the run is raised here.
         """

@@ -62,7 +62,10 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
             + sorted({*gives} - {*wiring.batch_dims})
         )
         if lacking:
-            return f"nothing gives the value {lacking[0]!r} before it is taken, or its batch dimension is not said"
+            return (
+                f"nothing gives the value {lacking[0]!r} before it is taken, or its batch "
+                f"dimension is not said"
+            )
         known |= {*gives}
     files = [
         *([value["session"]] if streamed else [*value["stages"], *value["heads"]]),
@@ -85,7 +88,10 @@ def wiring_of(value: Mapping[str, Any]) -> Wiring:
 
 def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
     """Refuse an input that is not what was exported."""
-    needed = f"needed: a numpy array, {spec['dtype']}, shape {['any' if size is None else size for size in spec['shape']]}"
+    needed = (
+        f"needed: a numpy array, {spec['dtype']}, shape "
+        f"{['any' if size is None else size for size in spec['shape']]}"
+    )
     if not isinstance(array, np.ndarray):
         raise BundleError(f"input {name!r} is a {type(array).__name__}; {needed}.")
     fits = len(array.shape) == len(spec["shape"]) and all(
@@ -93,7 +99,8 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
     )
     if array.dtype.name != spec["dtype"] or not fits:
         raise BundleError(
-            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert it first."
+            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert "
+            f"it first."
         )
 
 
@@ -128,7 +135,8 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise BundleError(
-            f"cannot write {path}: {error}. Nothing was changed; free some space or copy the directory."
+            f"cannot write {path}: {error}. Nothing was changed; free some space or copy the "
+            f"directory."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,25 +11,30 @@ from collections.abc import Sequence
 # Time kept back from every deadline for handing the answer over.
 RESERVE_S = 100e-6
 
-# The quantile that a statistic of measured times stands for; the largest of n is taken for the last that n could tell.
+# The quantile that a statistic of measured times stands for; the largest of n is taken for the last
+# that n could tell.
 QUANTILES = {"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 0.999}
 
 
 class Drift:
-    """How many times as long as profiled a stage may take now: a quantile of what the latest stages took, at least 1.
+    """How many times as long as profiled a stage may take now: a quantile of what the latest stages
+    took, at least 1.
 
-    The scale is the quantile of the ratios measured / profiled over the latest 2 / (1 - quantile) stages (at least 50), their
-    second largest at most. A stage as drawn at random as those before it takes longer than that with the wanted probability,
-    whatever the distribution; only a change must be waited for. A load shows at its second stage (at 0.9 the fifth), since the
-    largest ratios count, and is forgotten when the window has passed: 200 stages at the 0.99 quantile, 2000 at 0.999. One
-    descheduled stage alone moves nothing. To begin with, the window is full of 1: the profile is believed until it is wrong.
+    The scale is the quantile of the ratios measured / profiled over the latest 2 / (1 - quantile)
+    stages (at least 50), their second largest at most. A stage as drawn at random as those before
+    it takes longer than that with the wanted probability, whatever the distribution; only a change
+    must be waited for. A load shows at its second stage (at 0.9 the fifth), since the largest
+    ratios count, and is forgotten when the window has passed: 200 stages at the 0.99 quantile, 2000
+    at 0.999. One descheduled stage alone moves nothing. To begin with, the window is full of 1: the
+    profile is believed until it is wrong.
 
     Args:
         quantile: which one, above 0 and below 1: that of the profiled times.
     Source:
-        The order statistic of split conformal prediction (Vovk et al. 2005), over a moving window. It was chosen by simulation
-        over steps in the direction of each error (adaptive conformal inference, Gibbs and Candes 2021), which are either
-        slow to fall after a load or high without one.
+        The order statistic of split conformal prediction (Vovk et al. 2005), over a moving window.
+        It was chosen by simulation over steps in the direction of each error (adaptive conformal
+        inference, Gibbs and Candes 2021), which are either slow to fall after a load or high
+        without one.
     Thread:
         May be used from any thread.
     """
@@ -50,7 +55,9 @@ class Drift:
 
     @property
     def scale(self) -> float:
-        """What profiled costs are to be multiplied by; at least 1, since a quicker machine has time left."""
+        """What profiled costs are to be multiplied by; at least 1, since a quicker machine has time
+        left.
+        """
         return self._sorted[self._place]
 
     def observe(self, ratio: float) -> None:
@@ -65,14 +72,17 @@ class Drift:
                 del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:
-        """Believe a little less in what was seen: for when a slow machine is given nothing to do, and so shows nothing."""
+        """Believe a little less in what was seen: for when a slow machine is given nothing to do,
+        and so shows nothing.
+        """
         with self._lock:
             self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
             self._sorted = sorted(self._latest)
 
 
 class Pace:
-    """Whether the next exit still fits, on a machine that may have become slower than its profile says.
+    """Whether the next exit still fits, on a machine that may have become slower than its profile
+    says.
 
     Args:
         next_s: per exit, the quantile of the cost of its stage and head, from the exit before.
@@ -102,11 +112,15 @@ class Pace:
         return self._next_s[exit] * self.scale if exit < len(self._next_s) else 0.0
 
     def fits(self, exit: int, now: float, deadline: float, reserve_s: float) -> bool:
-        """Whether this exit's answer is there, with the reserve left, by the instant `deadline`; one beyond the last is."""
+        """Whether this exit's answer is there, with the reserve left, by the instant `deadline`;
+        one beyond the last is.
+        """
         return exit >= len(self._next_s) or now + self.needs_s(exit) + reserve_s <= deadline
 
     def observe(self, exit: int, measured_s: float, *, answered: bool = False) -> None:
-        """Take note of what the stage of an exit has just taken, or its stage and head where it `answered`."""
+        """Take note of what the stage of an exit has just taken, or its stage and head where it
+        `answered`.
+        """
         expected = (self._next_s if answered else self._stage_s)[exit]
         if expected > 0.0:
             self.drift.observe(measured_s / expected)

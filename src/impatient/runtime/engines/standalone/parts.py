@@ -33,11 +33,13 @@ class EngineFile:
             self._load(Path(path), threads)
         except ImportError as error:
             raise BundleError(
-                f"{path} runs in {self.package}, which is not installed: pip install {self.package}."
+                f"{path} runs in {self.package}, which is not installed: pip install "
+                f"{self.package}."
             ) from error
         except Exception as error:
             raise BundleError(
-                f"{self.package} cannot load {path}: {error} Needed: an ONNX file that it knows; export again."
+                f"{self.package} cannot load {path}: {error} Needed: an ONNX file that it knows; "
+                f"export again."
             ) from error
 
     package = ""
@@ -60,7 +62,8 @@ class EnginePart(EngineFile):
         super().__init__(path, threads=threads)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        """Compute the outputs, in the order of the file. They stay as they are, whatever is called later.
+        """Compute the outputs, in the order of the file. They stay as they are, whatever is called
+        later.
 
         Raises:
             Cancelled: if `cancel` came before the call was done.
@@ -73,7 +76,9 @@ class EnginePart(EngineFile):
         return output
 
     def cancel(self, thread: int | None = None) -> None:
-        """End the call in flight on the thread of this number (`threading.get_ident()`), or on all threads."""
+        """End the call in flight on the thread of this number (`threading.get_ident()`), or on all
+        threads.
+        """
         with self._lock:
             for number, end in self._in_flight.items():
                 if thread in (None, number):
@@ -94,9 +99,10 @@ class EnginePart(EngineFile):
 class OnnxRuntimePart(EnginePart):
     """One ONNX file as a session of ONNX Runtime, on the CPU.
 
-    Each session has threads of its own, which sleep when there is nothing to do; one thread needs none. The pool that all
-    sessions can share is not used: set from Python (1.31) its threads always spin, which takes the processor from everything
-    else in the process, and its size cannot be changed once set.
+    Each session has threads of its own, which sleep when there is nothing to do; one thread needs
+    none. The pool that all
+    sessions can share is not used: set from Python (1.31) its threads always spin, which takes the
+    processor from everything else in the process, and its size cannot be changed once set.
     """
 
     package = "onnxruntime"
@@ -137,8 +143,8 @@ def onnxruntime_session(path: Path, threads: int) -> Any:
 class OpenVinoPart(EnginePart):
     """One ONNX file compiled by OpenVINO, on the CPU.
 
-    Outputs are lent, not copied, where that pays: they are the memory of an infer request, which computes nothing else until
-    they are gone. Calls in flight at once have a request each.
+    Outputs are lent, not copied, where that pays: they are the memory of an infer request, which
+    computes nothing else until they are gone. Calls in flight at once have a request each.
     """
 
     package = "openvino"
@@ -157,7 +163,8 @@ class OpenVinoPart(EnginePart):
         self._made = 0
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
+        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece,
+        # and writable
         arrays = [np.require(value, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for value in inputs]
         loan = _Loan(self._request(), self._idle)
         self._compute(loan.request, arrays)

@@ -1,4 +1,6 @@
-"""One session with all exits in the engines that run it, computing in the background into memory that is given."""
+"""One session with all exits in the engines that run it, computing in the background into memory
+that is given.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .streamed import Flight, unwritten
 
 
 class OnnxRuntimeSession(EngineFile):
-    """All exits in one session of ONNX Runtime. Flights follow each other, each on a thread of its own."""
+    """All exits in one session of ONNX Runtime. Flights follow each other, each on a thread of its
+    own.
+    """
 
     package = "onnxruntime"
 
@@ -88,7 +92,8 @@ class _OnnxRuntimeFlight:
 class OpenVinoSession(EngineFile):
     """All exits in one model of OpenVINO, compiled for each batch size when that first comes.
 
-    With a batch of any size, OpenVINO would compute the outputs somewhere else and copy them when everything is done.
+    With a batch of any size, OpenVINO would compute the outputs somewhere else and copy them when
+    everything is done.
     """
 
     package = "openvino"
@@ -143,7 +148,8 @@ class OpenVinoSession(EngineFile):
             return openvino_core().compile_model(model, "CPU", self._settings)
         except Exception as error:
             raise BundleError(
-                f"openvino cannot compile {self._path} for inputs of {', '.join(map(str, shapes))}: {error} Export with a "
+                f"openvino cannot compile {self._path} for inputs of "
+                f"{', '.join(map(str, shapes))}: {error} Export with a "
                 "session per stage (engine 'openvino')."
             ) from error
 
@@ -168,7 +174,8 @@ class _OpenVinoFlight:
         self._settling = threading.RLock()
         self._cancelled = self._settled = False
         self._error: Exception | None = None
-        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece, and writable
+        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece,
+        # and writable
         arrays = [np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for array in inputs]
         self._held = [*arrays, *outputs]
         for index, array in enumerate(arrays):

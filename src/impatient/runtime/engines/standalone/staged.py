@@ -14,7 +14,8 @@ from .errors import BundleError
 Array = NDArray[Any]
 Inputs = Array | Mapping[str, Array]
 
-# a stage: values in, values out; may have a method cancel(thread) that ends the call in flight on the thread of that number
+# a stage: values in, values out; may have a method cancel(thread) that ends the call in flight on
+# the thread of that number
 Part = Callable[..., Sequence[Any]]
 # features in, output out
 Head = Callable[[Any], Any]
@@ -26,7 +27,8 @@ class Wiring:
 
     Attributes:
         inputs: the network's inputs, in order.
-        takes, gives: per stage, the values it takes and gives, in order. Whatever a later stage needs is given by an earlier
+        takes, gives: per stage, the values it takes and gives, in order. Whatever a later stage
+            needs is given by an earlier
             one or is an input: residual branches and masks are values like any other.
         features: per exit, the value its head takes; of the last exit, the output itself.
         batch_dims: per value, its dimension that is the batch; None where it has none.
@@ -53,8 +55,10 @@ class PartExit:
 
     Attributes:
         index: 0-based, shallow to deep.
-        features: what its head takes; of the last exit, the output itself; None where they stay inside a session.
-        whole: whether the time it took was its own; not if the engine was busy with something else at first.
+        features: what its head takes; of the last exit, the output itself; None where they stay
+            inside a session.
+        whole: whether the time it took was its own; not if the engine was busy with something else
+            at first.
     """
 
     __slots__ = ("_head", "_output", "features", "index", "whole")
@@ -86,14 +90,17 @@ class Run(Iterator[PartExit]):
     """One run through a network in parts, exit by exit, to be used in a `with` block."""
 
     def keep(self, rows: Any) -> None:
-        """Go on with these samples only, in this order: an array of their places in the present batch."""
+        """Go on with these samples only, in this order: an array of their places in the present
+        batch.
+        """
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """From any thread: end what `__next__` waits for early, where the engine can; it then raises.
+        """From any thread: end what `__next__` waits for early, where the engine can; it then
+        raises.
 
-        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage is computed anew, or, in one
-        session, all of it.
+        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage
+        is computed anew, or, in one session, all of it.
         """
         raise NotImplementedError
 
@@ -113,8 +120,9 @@ class Staged:
 
     Args:
         wiring: how the values go through the stages.
-        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives` back; it may have a method
-            cancel(thread). It must not write to what it takes, nor later to what it gave, but for what the run is done with.
+        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives`
+            back; it may have a method cancel(thread). It must not write to what it takes, nor later
+            to what it gave, but for what the run is done with.
         heads: per exit, a callable, features to output; None at the last.
     """
 
@@ -126,7 +134,8 @@ class Staged:
     ) -> None:
         if not len(stages) == len(heads) == len(wiring.features):
             raise BundleError(
-                f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} exits; needed: one of each "
+                f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} "
+                f"exits; needed: one of each "
                 "per exit."
             )
         self.wiring = wiring
@@ -142,7 +151,9 @@ class Staged:
 
 
 class StagedRun(Run):
-    """One run: computes a stage when asked for the next exit. Values are arrays of any one kind (numpy, torch)."""
+    """One run: computes a stage when asked for the next exit. Values are arrays of any one kind
+    (numpy, torch).
+    """
 
     def __init__(
         self,

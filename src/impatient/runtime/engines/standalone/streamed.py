@@ -1,11 +1,12 @@
-"""A network in one session whose exits are read while it runs, and which is ended when nobody wants more.
+"""A network in one session whose exits are read while it runs, and which is ended when nobody wants
+more.
 
-Nothing is cut, so nothing is lost at cuts: with many exits this is faster than a session per stage. In return every head runs,
-and a batch stays as large as it was.
+Nothing is cut, so nothing is lost at cuts: with many exits this is faster than a session per stage.
+In return every head runs, and a batch stays as large as it was.
 
-The outputs lie in memory of ours, filled with a NaN that no computation makes when a run begins. The session's file makes each
-with an operator of its own that only copies, so that a number in it is final: an exit has answered when none of these NaNs is
-left.
+The outputs lie in memory of ours, filled with a NaN that no computation makes when a run begins.
+The session's file makes each with an operator of its own that only copies, so that a number in it
+is final: an exit has answered when none of these NaNs is left.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import numpy as np
 
 from .staged import Array, PartExit, Run, Wiring
 
-# Every look at an output takes time from the session, which has all the processor where its threads do: the first comes shortly
-# before the exit does by experience, the others at a share of what has been waited, within bounds.
+# Every look at an output takes time from the session, which has all the processor where its threads
+# do: the first comes shortly before the exit does by experience, the others at a share of what has
+# been waited, within bounds.
 FIRST_LOOK = 0.95
 LOOK_SHARE = 0.1
 SHORTEST_LOOK_S = 100e-6
@@ -58,7 +60,8 @@ class Flight(Protocol):
         """Whether it computes no more.
 
         Raises:
-            Cancelled: if `cancel` came before it was done. Everything else that went wrong is raised as it is.
+            Cancelled: if `cancel` came before it was done. Everything else that went wrong is
+                raised as it is.
         """
 
     def cancel(self) -> None:
@@ -69,13 +72,17 @@ class Session(Protocol):
     """All exits of a network in an engine."""
 
     def memory(self, rows: int) -> list[Array]:
-        """New, unwritten memory for the outputs of so many samples: per exit, shape [B, num_classes + 1]."""
+        """New, unwritten memory for the outputs of so many samples: per exit, shape [B, num_classes
+        + 1].
+        """
 
     def busy(self) -> bool:
         """Whether a flight has not ended."""
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
-        """Compute on threads of its own, into this memory; at once, or when the flight before has ended."""
+        """Compute on threads of its own, into this memory; at once, or when the flight before has
+        ended.
+        """
 
 
 class Streamed:
@@ -113,7 +120,8 @@ class Steps:
 
 
 class StreamedRun(Run):
-    """One run: the session begins when the first exit is asked for, and goes on whether or not the next one is.
+    """One run: the session begins when the first exit is asked for, and goes on whether or not the
+    next one is.
 
     Exits have no features, only outputs, and these are there when the exit is.
     """

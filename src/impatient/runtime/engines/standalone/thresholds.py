@@ -56,7 +56,9 @@ SCORES: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Stop at the first exit whose score reaches its threshold; `inf` closes an exit, so that its head never runs."""
+    """Stop at the first exit whose score reaches its threshold; `inf` closes an exit, so that its
+    head never runs.
+    """
 
     score: str
     thresholds: tuple[float, ...]
