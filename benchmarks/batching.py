@@ -93,8 +93,8 @@ def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
             when: Batches(Runner(made, costs, policy, compaction=when), batches, depth)
             for when in whens
         }
-        whole = Whole(made.backbone, batches)
-        calls = {"whole": whole, "whole again": Whole(made.backbone, batches), **ran}
+        whole = ExitFreeNetwork(made.backbone, batches)
+        calls = {"whole": whole, "whole again": ExitFreeNetwork(made.backbone, batches), **ran}
         with torch.inference_mode():
             times = in_turn(calls, rounds=3 if smoke else 500, most_s=SECONDS / len(SHARES))
         rows += [row(times, when, np.array(ran[when].depths)) for when in whens]
@@ -109,7 +109,7 @@ def measure(name: str, engine: str, threads: int, *, smoke: bool) -> list[Row]:
     return rows
 
 
-class Whole:
+class ExitFreeNetwork:
     """The network without exits, on one batch after the other."""
 
     def __init__(self, backbone: Any, batches: Sequence[Tensor]) -> None:

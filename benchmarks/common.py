@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from impatient.engines.export import export, load_engine, to_engine
+from impatient.engines.network import EngineNetwork
 from impatient.files import read_json, write_json, write_text
 from impatient.networks import MultiExitNetwork
 from impatient.provenance import fingerprint_tensors, machine, versions
-from impatient.runtime.engines.export import export, load_engine, to_engine
-from impatient.runtime.engines.network import EngineNetwork
 
 RESULTS = Path(__file__).parent / "results"
 # git-ignored: exported networks, trained weights, finished cases

@@ -221,8 +221,8 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
     """Export the parts of a network and run them one after the other; the largest difference of any
     exit.
     """
-    from impatient.runtime.engines.partition import input_tensors, partition
-    from impatient.runtime.engines.standalone import StagedRun
+    from impatient.engines.partition import input_tensors, partition
+    from impatient.portable import StagedRun
 
     try:
         parts = partition(network, example)

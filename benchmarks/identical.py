@@ -168,10 +168,18 @@ def values() -> dict[str, Any]:
     found["budget weights"] = plain(
         [
             training.weights.sieve(16),
-            impatient.exit_weights(impatient.budgets.uniform(0.0, 0.02), costs.cumulative_s("interruptible")),
-            impatient.exit_weights(impatient.budgets.small_likely(0.0, 0.02), costs.cumulative_s("interruptible")),
-            impatient.exit_weights(impatient.budgets.normal(0.003, 0.02), costs.cumulative_s("interruptible")),
-            impatient.exit_weights(impatient.budgets.log_uniform(0.001, 0.02), costs.cumulative_s("interruptible")),
+            impatient.exit_weights(
+                impatient.budgets.uniform(0.0, 0.02), costs.cumulative_s("interruptible")
+            ),
+            impatient.exit_weights(
+                impatient.budgets.small_likely(0.0, 0.02), costs.cumulative_s("interruptible")
+            ),
+            impatient.exit_weights(
+                impatient.budgets.normal(0.003, 0.02), costs.cumulative_s("interruptible")
+            ),
+            impatient.exit_weights(
+                impatient.budgets.log_uniform(0.001, 0.02), costs.cumulative_s("interruptible")
+            ),
         ]
     )
     return found

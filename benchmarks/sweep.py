@@ -19,7 +19,7 @@ from impatient import ThresholdPolicy, budgets, evaluate
 from impatient.budgets import Budget, exit_weights_many
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.evaluation import Recording
-from impatient.evaluation.many import expected_accuracies, judge_policies
+from impatient.evaluation.vectorised import expected_accuracies, judge_policies
 from impatient.policies.scores import SCORES
 from impatient.provenance import provenance
 

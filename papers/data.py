@@ -181,7 +181,7 @@ def _part(examples: Examples, count: int | None, seed: int) -> Examples:
     if count is None or count >= len(examples.labels):
         return examples
     if count < 1:
-        raise DataError(f"{count} examples wanted of {len(examples.labels)}; needed: at least 1.")
+        raise DataError(f"{count} examples wanted of {len(examples.labels)}; expected at least 1.")
     chosen = _balanced(examples.labels.numpy(), count, seed)
     places = torch.from_numpy(chosen)
     if isinstance(examples, ArrayExamples):

@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(
-        f"a job's argument is a {type(value).__name__}; needed: JSON values, paths or dataclasses "
+        f"a job's argument is a {type(value).__name__}; expected JSON values, paths or dataclasses "
         f"of them."
     )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_running import Samples
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,16 +35,15 @@ from impatient.networks.anytimenet import (
     block_times,
     recalibrate,
 )
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
 from impatient.networks.gradients import GradientFlow
 from impatient.networks.growth import PAPER, Schedule, in_turn, trace
 from impatient.networks.resnet import PreActBlock, PreActBottleneck
-from impatient.networks.running import RunningEnsemble
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
 from impatient.training import Recipe, fit, load_data
 from test_growth import schedules
-from test_running import Samples
 
 SMALL = Schedule(((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)))
 CLASSES = 3
@@ -768,7 +768,7 @@ def test_networks_that_cannot_be_are_refused() -> None:
         == 4
     )
     for option in ("outs", "norms"):
-        with pytest.raises(NetworkError, match=f"{option}='mine'; needed: 'shared' or 'own'"):
+        with pytest.raises(NetworkError, match=f"{option}='mine'; expected 'shared' or 'own'"):
             AnytimeNet(**{option: "mine"})
 
 

@@ -508,7 +508,7 @@ def test_the_state_of_another_number_of_exits_is_refused(base, sampler):
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones():
     with pytest.raises(
-        TrainingError, match="'ucb'; needed: one of none, alternating, exp3, rwm, avgl"
+        TrainingError, match="'ucb'; expected one of none, alternating, exp3, rwm, avgl"
     ):
         balancer(BASE, "ucb", count=4)
 
@@ -524,7 +524,7 @@ def test_a_base_of_another_number_of_exits_is_refused():
 def test_losses_of_another_number_of_exits_are_refused(sampler):
     made = balancer(PROMPT, sampler, count=4)
     with pytest.raises(
-        TrainingError, match=r"losses of shape \(3,\); needed: the mean loss of each of 4 exits"
+        TrainingError, match=r"losses of shape \(3,\); expected the mean loss of each of 4 exits"
     ):
         made.observe(losses(1, 1, 1))
 
@@ -550,7 +550,7 @@ def test_a_bonus_that_is_no_share_is_refused(gamma):
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(value, options):
-    with pytest.raises(TrainingError, match=f"{next(iter(options))}=.*; needed:"):
+    with pytest.raises(TrainingError, match=f"{next(iter(options))}=.*; expected"):
         value(**options)
 
 

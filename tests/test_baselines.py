@@ -13,9 +13,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
 from impatient.errors import RecordingError, SplitReuseError, StaleInput
-from impatient.evaluation import Recording, baselines, evaluate
-from impatient.evaluation.baselines import linear_probes
+from impatient.evaluation import Recording, evaluate
 from impatient.policies import fit_thresholds
+from papers.impatient_dnn import probes as baselines
+from papers.impatient_dnn.probes import linear_probes
 from recordings import costs_of, recording_of
 
 # of the features of two exits: the deeper one tells classes better apart
@@ -189,7 +190,7 @@ def test_constant_features_change_nothing_even_where_they_are_not_constant_later
 def test_validation_chooses_the_strength_of_each_exit_and_the_smallest_of_equals(splits, caplog):
     train, validation, test = splits
     grid = (1e-6, 1e-4, 1e-2, 1.0)
-    with caplog.at_level(logging.INFO, logger="impatient.evaluation.baselines"):
+    with caplog.at_level(logging.INFO, logger="papers.impatient_dnn.probes"):
         (chosen,) = linear_probes(train, validation, test, C=grid[::-1])
     alone = [linear_probes(train, None, validation, test, C=[strength]) for strength in grid]
     for exit in range(2):

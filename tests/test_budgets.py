@@ -535,7 +535,7 @@ def test_an_unknown_unit_is_told_the_known_ones():
     with pytest.raises(
         BudgetError,
         match=(
-            "unknown unit 'parsecs' in '0:10parsecs'; needed: one of ms, mmacs, mb, mj, or none "
+            "unknown unit 'parsecs' in '0:10parsecs'; expected one of ms, mmacs, mb, mj, or none "
             "for ms"
         ),
     ):
@@ -554,7 +554,7 @@ def test_a_budget_of_another_cost_comes_back_from_its_file(tmp_path):
     # from before budgets had costs
     assert Budget.from_json(value).cost == "time"
     with pytest.raises(
-        BudgetError, match="a budget of 'money'; needed: one of time, macs, bytes, energy"
+        BudgetError, match="a budget of 'money'; expected one of time, macs, bytes, energy"
     ):
         budgets.point(1.0, cost="money")
 

@@ -156,7 +156,7 @@ def test_a_router_that_goes_back_is_refused() -> None:
         with (
             pytest.raises(
                 NetworkError,
-                match=f"from network 1 to {target}; needed: a larger number, at most 2",
+                match=f"from network 1 to {target}; expected a larger number, at most 2",
             ),
             Cascade([Told(0), Told(1), Told(2)], router=Table({0: [1], 1: [target]})).exits(
                 samples(1)

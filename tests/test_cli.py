@@ -129,7 +129,7 @@ def test_a_deadline_that_is_no_time_is_refused(
     code, text = call("run", finished, picture, f"--deadline-ms={deadline}")
 
     assert code == 1
-    assert "needed: a positive number of milliseconds" in text
+    assert "expected a positive number of milliseconds" in text
 
 
 def test_doing_it_again_does_nothing(call: Call, run_dir: Path) -> None:

@@ -83,7 +83,7 @@ def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) 
 def test_energy_without_a_meter_says_why(
     call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("impatient.runtime.energy.POWERCAP", Path("/nowhere"))
+    monkeypatch.setattr("impatient.experimental.energy.POWERCAP", Path("/nowhere"))
     monkeypatch.setitem(sys.modules, "zeus.exception", None)
     code, text = call("profile", run_dir, "--energy", "--repeats", "20", "--quiet")
     assert code == 1

@@ -207,7 +207,7 @@ def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) ->
     assert "1-1-1/3-3-3" in text, text
     for options, complaint in (
         (["--model", "impatient:resnet"], "which does not grow"),
-        (["--iterations", "2", "--sizes", "3,5"], "needed: one of"),
+        (["--iterations", "2", "--sizes", "3,5"], "expected one of"),
         (["--iterations", "90"], "no schedule to"),
         (["--times-ms", "soon"], "--times-ms 'soon'"),
     ):

@@ -72,14 +72,14 @@ class Sleeper:
 
 @pytest.mark.parametrize("seconds", [0.0, -0.0, -1.0, -math.inf, math.nan, "soon", None, [1.0]])
 def test_a_budget_that_is_no_positive_time_is_refused(seconds):
-    with pytest.raises(BudgetError, match=r"needed: a positive number of seconds, such as 0\.008"):
+    with pytest.raises(BudgetError, match=r"expected a positive number of seconds, such as 0\.008"):
         Deadline.after(seconds, FakeClock())
 
 
 def test_a_number_is_no_deadline():
     check_deadline(Deadline.after(1.0))
     with pytest.raises(
-        BudgetError, match=r"deadline=0\.008; needed: a Deadline, such as Deadline\.after"
+        BudgetError, match=r"deadline=0\.008; expected a Deadline, such as Deadline\.after"
     ):
         check_deadline(0.008)
 

@@ -168,7 +168,7 @@ def test_a_cost_that_a_profile_does_not_hold_is_refused_with_what_to_do(cost, re
 
 def test_an_unknown_cost_is_refused():
     with pytest.raises(
-        CostError, match="unknown cost 'money'; needed: one of time, macs, bytes, energy"
+        CostError, match="unknown cost 'money'; expected one of time, macs, bytes, energy"
     ):
         made().cumulative("money", "contract")
 
@@ -221,7 +221,7 @@ def test_a_batch_size_that_was_not_measured_is_refused_with_those_that_were():
     ("mode", "statistic"), [("anytime", "mean"), ("contract", "p95"), ("contract", "n")]
 )
 def test_an_unknown_mode_or_statistic_is_refused(mode, statistic):
-    with pytest.raises(CostError, match=r"unknown .*; needed: "):
+    with pytest.raises(CostError, match=r"unknown .*; expected "):
         made().cumulative_s(mode, statistic=statistic)
 
 
@@ -409,7 +409,7 @@ def test_only_batch_sizes_of_both_are_compared():
     eight = made(batches={8: made().at(8), 16: made().at(8)})
     assert {row.batch_size for row in one.compare(eight)} == {8}
     with pytest.raises(
-        CostError, match=r"batch sizes \[1\], profile B \[16\]; needed: one in both"
+        CostError, match=r"batch sizes \[1\], profile B \[16\]; expected one in both"
     ):
         made(batches={1: made().at(1)}).compare(made(batches={16: made().at(8)}))
 

@@ -117,7 +117,7 @@ def test_an_unknown_split_is_refused(digits):
 )
 def test_an_unknown_spec_is_refused_with_those_that_are_known(spec):
     with pytest.raises(
-        DataError, match="needed: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH"
+        DataError, match="expected digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH"
     ):
         load_data(spec)
 
@@ -129,7 +129,7 @@ def test_digits_take_no_options():
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_validation_share_that_is_no_share_is_refused(share):
-    with pytest.raises(DataError, match="needed: a share between 0 and 1"):
+    with pytest.raises(DataError, match="expected a share between 0 and 1"):
         load_data("digits", validation=share)
 
 

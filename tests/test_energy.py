@@ -11,7 +11,7 @@ import pytest
 
 from impatient.clock import FakeClock
 from impatient.errors import EnergyUnavailable
-from impatient.runtime.energy import (
+from impatient.experimental.energy import (
     RaplMeter,
     ZeusMeter,
     energy_meter,

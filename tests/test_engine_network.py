@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
-from impatient.errors import NetworkError, StaleInput, StorageError
-from impatient.evaluation import record
-from impatient.networks import MultiExitNetwork, attach_exits
-from impatient.networks.describe import DescribedNetwork
-from impatient.policies import ThresholdPolicy
-from impatient.runtime import Runner, profile
-from impatient.runtime.engines.network import (
+from impatient.engines.network import (
     EngineNetwork,
     NetworkFacts,
     aoti,
@@ -29,8 +23,14 @@ from impatient.runtime.engines.network import (
     exported,
     load_aoti,
 )
-from impatient.runtime.engines.partition import Parts, partition
-from impatient.runtime.engines.standalone import BundleError, Staged
+from impatient.engines.partition import Parts, partition
+from impatient.errors import NetworkError, StaleInput, StorageError
+from impatient.evaluation import record
+from impatient.networks import MultiExitNetwork, attach_exits
+from impatient.networks.describe import DescribedNetwork
+from impatient.policies import ThresholdPolicy
+from impatient.portable import BundleError, Staged
+from impatient.runtime import Runner, profile
 from recordings import Samples
 
 EXAMPLE = torch.zeros(1, 8)
@@ -185,7 +185,7 @@ def test_values_carry_no_gradients(network: EngineNetwork) -> None:
 
 
 def test_other_inputs_than_exported_are_refused(network: EngineNetwork) -> None:
-    with pytest.raises(NetworkError, match="the tensors input; needed: x"):
+    with pytest.raises(NetworkError, match="the tensors input; expected x"):
         network.exits({"input": EXAMPLE})
 
 

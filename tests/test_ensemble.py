@@ -11,19 +11,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_running import Samples
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
 from impatient.errors import ClassCountMismatch, ExitPassed, NetworkError, PolicyError
 from impatient.evaluation import record
 from impatient.networks import MultiExitNetwork, attach_exits
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN, answering_exits
-from impatient.networks.running import RunningEnsemble
 from impatient.networks.stages import _Forward
 from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_tensors
 from impatient.runtime import Runner, profile
-from test_running import Samples
 
 X = torch.zeros(1, 8)
 ERRORS = [[0.5, 0.3], [0.4, 0.25, 0.2], [0.6, 0.5, 0.2, 0.15]]

@@ -314,7 +314,7 @@ def test_there_is_one_positive_temperature_per_exit(temperatures):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "majority"}, "majority.*needed: one of boosted"),
+        ({"name": "majority"}, "majority.*expected one of boosted"),
         ({"name": "boosted", "rate": math.nan}, "rate=nan"),
         ({"name": "geometric", "weights": "late"}, "weights='late'"),
     ],

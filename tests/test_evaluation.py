@@ -19,7 +19,7 @@ from impatient.errors import (
 )
 from impatient.evaluation import (
     Evaluation,
-    Static,
+    StaticBaseline,
     class_confidence,
     evaluate,
     true_label_probabilities,
@@ -423,7 +423,7 @@ def test_calibration_error_counts_certainty_and_its_opposite():
 
 
 def test_another_network_is_judged_by_its_last_exit_and_its_own_cost():
-    other = Static(recording=trained_alone(), time_s=1.25, macs=7.0)
+    other = StaticBaseline(recording=trained_alone(), time_s=1.25, macs=7.0)
     evaluation = evaluate(
         hand_made(),
         COSTS,
@@ -453,7 +453,7 @@ def test_where_exits_answer_together_the_last_one_does_not_stand_for_the_backbon
 
 
 def test_another_network_must_have_been_recorded_on_the_same_split():
-    other = Static(recording=trained_alone(split="validation"), time_s=1.0, macs=1.0)
+    other = StaticBaseline(recording=trained_alone(split="validation"), time_s=1.0, macs=1.0)
     with pytest.raises(RecordingError, match="record the same split"):
         evaluate(hand_made(), COSTS, static={"small": other})
 
@@ -506,7 +506,7 @@ def test_budgets_of_another_cost_give_what_budgets_of_time_do_where_costs_are_in
 
 def test_of_another_network_bytes_are_not_known(tmp_path):
     named = {cost: budgets.uniform(0.0, 1e9, cost=cost) for cost in ("macs", "bytes")}
-    other = Static(recording=trained_alone(), time_s=1.0, macs=10.0)
+    other = StaticBaseline(recording=trained_alone(), time_s=1.0, macs=10.0)
     judged = evaluate(hand_made(), ALL_COSTS, static={"small": other}, budgets=named)
     assert {row.budget for row in judged.under_budgets if row.name == "small"} == {"macs"}
     judged.save(tmp_path / "evaluation.json")

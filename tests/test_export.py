@@ -29,11 +29,11 @@ from impatient import (
     profile,
     to_engine,
 )
+from impatient.engines.export import add_costs, differences, varied
 from impatient.errors import ExportFailed, NetworkError, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.runtime import EngineNetwork
-from impatient.runtime.engines.export import add_costs, differences, varied
 
 # of the largest output; that samples differ by less than 1 % of it would make agreement say little
 EXACT = 1e-5
@@ -130,7 +130,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
                 shutil.copy(file, folder)
 
         # by its name: the package has a function of the name of this module
-        monkeypatch.setattr(sys.modules["impatient.runtime.engines.export"], "write_parts", copy)
+        monkeypatch.setattr(sys.modules["impatient.engines.export"], "write_parts", copy)
 
     return take
 
@@ -402,15 +402,15 @@ def test_answers_that_are_always_the_same_show_no_agreement() -> None:
     [
         (
             {"engine": "tensorrt"},
-            "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
+            "expected one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
         ),
         (
             {"engine": "eager"},
-            "needed: one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
+            "expected one of onnxruntime, openvino, onnxruntime-session, openvino-session, aoti",
         ),
-        ({"precision": "int4"}, "needed: one of fp32"),
+        ({"precision": "int4"}, "expected one of fp32"),
         ({"engine": "aoti", "precision": "int8-dynamic"}, "runs in fp32 only"),
-        ({"threads": 0}, "needed: 1 or more"),
+        ({"threads": 0}, "expected 1 or more"),
     ],
 )
 def test_what_no_engine_offers_is_refused(

@@ -183,7 +183,7 @@ def test_json_comes_back_as_it_went_infinities_included(tmp_path):
         (b'{"a": [1, 2', "not valid JSON"),
         (b"hello", "not valid JSON"),
         (b"\xff\xfe\x00\x01", "not valid JSON"),
-        (b"[1, 2]", "holds a JSON list; needed: an object"),
+        (b"[1, 2]", "holds a JSON list; expected an object"),
         (b'"text"', "holds a JSON str"),
     ],
 )

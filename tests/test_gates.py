@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.evaluation.outcomes import outcome
 from impatient.files import write_tensors
-from impatient.policies.baselines import always, myopic, soft_oracle, uniform
 from impatient.policies.gate_fitting import GateTimes, backward, fit_gates, stop_gain, sweep_gates
 from impatient.policies.gates import GatePolicy, exits_of_many, gate_time_s
 from impatient.policies.mixing import MixedPolicy, hull_of, lower_hull, mix
 from impatient.policies.scores import confidence_features
+from papers.adaptive_neural_networks.exit_baselines import always, myopic, soft_oracle, uniform
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf

@@ -9,21 +9,21 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_collected import NETWORK, x_of
 from torch import Tensor
 
 from fakes import costs_of
 from impatient.clock import NEVER, Deadline, FakeClock
+from impatient.engines.network import NetworkFacts
+from impatient.engines.partition import partition
 from impatient.errors import NetworkError, NoAnswerInTime, RunError
+from impatient.experimental.gpu import Fetched, GpuRunner
+from impatient.experimental.graphs import Recorded, cuda_graphs
 from impatient.networks import attach_exits, load_model
 from impatient.networks.cascade import Cascade
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
-from impatient.runtime.engines.graphs import Recorded, cuda_graphs
-from impatient.runtime.engines.network import NetworkFacts
-from impatient.runtime.engines.partition import partition
-from impatient.runtime.gpu import Fetched, GpuRunner
 from impatient.runtime.runner import RESERVE_S
-from test_collected import NETWORK, x_of
 
 # between two looks at an event
 LOOK_S = 1e-6

@@ -376,7 +376,7 @@ def test_msdnet_head_on_a_token_model_is_refused_on_attaching(toy: nn.Module) ->
 
 def test_unknown_head_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        HeadError, match=rf"unknown head 'conv'; needed: one of {', '.join(HEADS)}, or a callable"
+        HeadError, match=rf"unknown head 'conv'; expected one of {', '.join(HEADS)}, or a callable"
     ):
         build_head("conv", shape_of("ND"), CLASSES)
 
@@ -434,13 +434,13 @@ def test_network_built_by_hand_needs_a_head_and_a_layout_per_cut(toy: nn.Module)
         ),
         (
             lambda features, classes: nn.Linear(8, classes + 1),
-            r"head at blocks\.0 gives \(2, 4\); needed: shape \(2, 3\)",
+            r"head at blocks\.0 gives \(2, 4\); expected shape \(2, 3\)",
         ),
         (lambda features, classes: nn.Flatten(0), r"gives \(16,\); needed"),
         (lambda features, classes: nn.LSTM(8, classes), r"gives tuple; needed"),
         (
             lambda features, classes: lambda x: x[:, :classes],
-            r"factory returned a function; needed: a torch\.nn\.Module",
+            r"factory returned a function; expected a torch\.nn\.Module",
         ),
     ],
     ids=["wrong input", "wrong width", "wrong shape", "no tensor", "no module"],
@@ -517,13 +517,13 @@ def test_another_number_of_classes_is_refused_with_what_to_do(toy: nn.Module) ->
 
 @pytest.mark.parametrize("last", [nn.Flatten(0), nn.Unflatten(1, (1, 3))])
 def test_output_that_is_not_two_dimensional_is_refused(last: nn.Module) -> None:
-    with pytest.raises(ClassCountMismatch, match=r"shape \(.*needed: \[B, num_classes\]"):
+    with pytest.raises(ClassCountMismatch, match=r"shape \(.*expected \[B, num_classes\]"):
         attach_exits(nn.Sequential(nn.Linear(8, 3), last), after=[], example=torch.ones(2, 8))
 
 
 def test_backbone_that_is_no_module_is_refused() -> None:
     with pytest.raises(
-        ImpatientError, match=r"backbone is a function; needed: a torch\.nn\.Module"
+        ImpatientError, match=r"backbone is a function; expected a torch\.nn\.Module"
     ):
         attach_exits(lambda x: x, example=torch.ones(1, 8))
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from impatient.errors import CostError
-from impatient.evaluation import inflation
-from impatient.evaluation.inflation import best_base, mean, simulate, sup
+from papers.anytime_neural_networks import inflation
+from papers.anytime_neural_networks.inflation import best_base, mean, simulate, sup
 
 BASES = (1.5, 2.0, 3.0, 4.0)
 # the last is so deep that the first few make no difference

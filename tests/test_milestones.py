@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from impatient.errors import CostOrderError, RecordingError
-from impatient.evaluation.milestones import (
+from papers.anytime_neural_networks.milestones import (
     WinRate,
     error_at,
     milestones,

@@ -13,12 +13,12 @@ from impatient.clock import FakeClock
 from impatient.errors import DataError, ModelSpecError
 from impatient.networks.cascade import Cascade
 from impatient.policies import Topology, fit_selection, split_recording
-from impatient.policies.baselines import always
 from impatient.runtime import Runner
 from papers import data
 from papers.adaptive_neural_networks import __main__ as command
 from papers.adaptive_neural_networks import curves, exiting, recipe, selecting, tables, times
 from papers.adaptive_neural_networks.curves import Point, least_knowing, read_off
+from papers.adaptive_neural_networks.exit_baselines import always
 from papers.adaptive_neural_networks.networks import (
     BagOfWords,
     BasicBlock,

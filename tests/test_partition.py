@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from conftest import ToyBackbone
+from impatient.engines.partition import Parts, input_names, input_tensors, partition
 from impatient.errors import ExitNotReached, ExportFailed, NetworkError
 from impatient.networks import MultiExitNetwork, attach_exits, load_model
-from impatient.networks.running import RunningEnsemble
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.specs import import_torchvision
-from impatient.runtime.engines.partition import Parts, input_names, input_tensors, partition
-from impatient.runtime.engines.standalone import StagedRun
+from impatient.portable import StagedRun
 
 Batch = Callable[[int], Any]
 
@@ -332,7 +332,7 @@ def test_inputs_are_named() -> None:
         float(value)
         for value in input_tensors({"b": torch.tensor(2.0), "a": torch.tensor(1.0)}, ["a", "b"])
     ] == [1, 2]
-    with pytest.raises(NetworkError, match=r"the tensors ids; needed: ids, mask"):
+    with pytest.raises(NetworkError, match=r"the tensors ids; expected ids, mask"):
         input_tensors({"ids": torch.zeros(1)}, ["ids", "mask"])
     with pytest.raises(NetworkError, match="type str"):
         input_names("image.png")
@@ -427,6 +427,6 @@ def test_value_that_mixes_samples_and_places_may_not_cross() -> None:
 def test_networks_without_one_backbone_are_refused() -> None:
     network = attach_exits(ToyBackbone(), after=["blocks.0"], example=vectors(1)).eval()
     with pytest.raises(
-        NetworkError, match="RunningEnsemble cannot be cut into parts; needed: a MultiExitNetwork"
+        NetworkError, match="RunningEnsemble cannot be cut into parts; expected a MultiExitNetwork"
     ):
         partition(RunningEnsemble(network, "poe"), vectors(1))  # type: ignore[arg-type]

@@ -351,7 +351,7 @@ def test_one_exit_is_the_backbones_own(toy: nn.Module, toy_input: Tensor) -> Non
 
 @pytest.mark.parametrize("count", [0, -2])
 def test_fewer_than_one_exit_is_refused(toy: nn.Module, toy_input: Tensor, count: int) -> None:
-    with pytest.raises(ExitNotFound, match=f"count={count}; needed: at least 1"):
+    with pytest.raises(ExitNotFound, match=f"count={count}; expected at least 1"):
         attach_exits(toy, example=toy_input, count=count)
 
 
@@ -724,7 +724,7 @@ def test_a_period_passes_over_blocks_whose_features_no_head_can_read() -> None:
 def test_a_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
     with pytest.raises(
         ExitNotFound,
-        match=rf"a period of {period} blocks; Nested has 6 .*layer1\.0.*needed: 1 to 5.*after=",
+        match=rf"a period of {period} blocks; Nested has 6 .*layer1\.0.*expected 1 to 5.*after=",
     ):
         every(Nested(), X, period)
 

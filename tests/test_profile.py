@@ -15,10 +15,11 @@ from conftest import ToyBackbone
 from impatient.clock import FakeClock
 from impatient.costs import CostProfile
 from impatient.errors import CostError, EnergyUnavailable, ExitNotReached, StaleInput
+from impatient.experimental import energy
 from impatient.networks import AnytimeNet, Cascade, MultiExitNetwork, attach_exits
 from impatient.networks.describe import count_traffic, stage_traffic
 from impatient.provenance import fingerprint_structure
-from impatient.runtime import energy, profile
+from impatient.runtime import profile
 from impatient.runtime.profile import check_profile, resized, time_in_turn
 
 EXAMPLE = torch.zeros(1, 8)

@@ -14,7 +14,7 @@ FACES = [
     "impatient.policies",
     "impatient.evaluation",
     "impatient.runtime",
-    "impatient.runtime.engines",
+    "impatient.engines",
 ]
 
 

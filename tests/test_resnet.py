@@ -248,7 +248,7 @@ def test_sizes_that_are_no_whole_numbers_are_refused(wrong: dict[str, object]) -
 def test_unknown_variants_are_refused_with_the_known_ones(
     wrong: dict[str, str], known: str
 ) -> None:
-    with pytest.raises(ModelSpecError, match=rf"{next(iter(wrong))}='.*needed: one of {known}\."):
+    with pytest.raises(ModelSpecError, match=rf"{next(iter(wrong))}='.*expected one of {known}\."):
         PreActResNet(**wrong)
 
 
@@ -415,6 +415,6 @@ def test_papers_periods_of_the_imagenet_networks(layers: int, exits: int) -> Non
 @pytest.mark.parametrize("period", [0, -1, 6, 100])
 def test_period_that_leaves_no_early_exit_is_refused(period: int) -> None:
     with pytest.raises(
-        ExitNotFound, match=rf"a period of {period} blocks; PreActResNet has 6 .*needed: 1 to 5"
+        ExitNotFound, match=rf"a period of {period} blocks; PreActResNet has 6 .*expected 1 to 5"
     ):
         every(PreActResNet(n=2, c=2), torch.ones(1, 3, 4, 4), period)

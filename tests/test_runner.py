@@ -21,7 +21,8 @@ from impatient.costs import CostProfile, Quantiles
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError, StaleInput
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy
-from impatient.runtime import Answer, Runner, answer, course, profile
+from impatient.runtime import Answer, Runner, answer, profile
+from impatient.runtime import run_state as course
 from impatient.runtime.runner import RESERVE_S
 
 # exit k answers at k + 1.5

@@ -23,7 +23,8 @@ from impatient.policies.selection import (
     reference_losses,
     sweep_selection,
 )
-from impatient.policies.selection_baselines import (
+from impatient.policies.topology import Topology
+from papers.adaptive_neural_networks.selection_baselines import (
     agreement_route,
     chain_costs,
     chain_route,
@@ -33,7 +34,6 @@ from impatient.policies.selection_baselines import (
     single_route,
     uniform_shares,
 )
-from impatient.policies.topology import Topology
 from recordings import drawn, recording_of, sure
 
 DIAMOND = Topology.of({"A": ["B", "C"], "B": ["D"], "C": ["D"], "D": []})
@@ -89,7 +89,7 @@ def test_cheapest_paths():
         (("A",), ((0, 0),), "to another"),
         (("A", "B"), ((0, 1), (0, 1)), "at most once"),
         (("A", "B", "C"), ((0, 1), (1, 2), (2, 1)), "B -> C -> B|C -> B -> C"),
-        (("A", "B", "C"), ((0, 2), (1, 2)), "A, B; needed: one"),
+        (("A", "B", "C"), ((0, 2), (1, 2)), "A, B; expected one"),
     ],
 )
 def test_graphs_that_are_no_topology_are_refused(nodes, edges, complaint):

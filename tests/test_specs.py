@@ -86,7 +86,7 @@ def test_own_networks_of_the_papers_have_names() -> None:
 def test_unknown_own_network_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ModelSpecError,
-        match=r"no network 'lenet' in impatient; needed: one of anytimenet, .*, resnet, .*vgg\.",
+        match=r"no network 'lenet' in impatient; expected one of anytimenet, .*, resnet, .*vgg\.",
     ):
         load_model("impatient:lenet")
 
@@ -328,7 +328,7 @@ def test_loaded_model_can_be_given_exits(own: str) -> None:
         ("Modell", r"has no factory 'Modell'; callable there: .*Model.*build"),
         ("WIDTH", r"has no factory 'WIDTH'; callable there"),
         ("failing", r"could not be built: RuntimeError: no licence"),
-        ("text", r"returned a str; needed: a torch\.nn\.Module"),
+        ("text", r"returned a str; expected a torch\.nn\.Module"),
         ("build", r"could not be built: TypeError: .*depth"),
         ("build:depth=2,height=3", r"could not be built: TypeError: .*height"),
         ("build:depth=two", r"could not be built: TypeError"),
@@ -360,7 +360,7 @@ def test_module_that_fails_on_import_is_refused_with_the_reason(own: str, tmp_pa
 )
 def test_spec_without_source_or_name_is_refused_with_examples(spec: str) -> None:
     message = (
-        rf"cannot read the model spec '{re.escape(spec)}'; needed: "
+        rf"cannot read the model spec '{re.escape(spec)}'; expected "
         rf"SOURCE:NAME.*impatient:resnet.*mypackage"
     )
     with pytest.raises(ModelSpecError, match=message):

@@ -25,11 +25,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from impatient.clock import FakeClock
 from impatient.costs import Quantiles
+from impatient.engines.export import copy_standalone
 from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.scores import SCORES as TORCH_SCORES
-from impatient.provenance import machine
-from impatient.runtime.engines.export import copy_standalone
-from impatient.runtime.engines.standalone import (
+from impatient.portable import (
     ENGINES,
     Answer,
     Bundle,
@@ -37,14 +36,15 @@ from impatient.runtime.engines.standalone import (
     Cancelled,
     EnginePart,
     OpenVinoPart,
-    Pace,
     StagedRun,
     Thresholds,
+    TimePredictor,
     Wiring,
 )
-from impatient.runtime.engines.standalone.bundle import _quantiles, processor_name
-from impatient.runtime.engines.standalone.command import _load, main
-from impatient.runtime.engines.standalone.thresholds import SCORES, probabilities
+from impatient.portable.bundle import _quantiles, processor_name
+from impatient.portable.command import _load, main
+from impatient.portable.thresholds import SCORES, probabilities
+from impatient.provenance import machine
 
 BOTH = pytest.mark.parametrize("engine", ENGINES)
 INF = math.inf
@@ -515,7 +515,7 @@ def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
     assert Bundle(here).run(X, deadline_s=0.01).exit == 0
     with pytest.raises(BundleError, match="'threads': 2"):
         Bundle(here, threads=2).run(X, deadline_s=0.01)
-    with pytest.raises(BundleError, match="statistic='p95'; needed: one of"):
+    with pytest.raises(BundleError, match="statistic='p95'; expected one of"):
         Bundle(here).run(X, deadline_s=0.01, statistic="p95")
     with pytest.raises(BundleError, match=r"deadline_s=0\.0; needed"):
         Bundle(here).run(X, deadline_s=0.0)
@@ -714,13 +714,13 @@ DAMAGES = {
     "no bundle": ("", r"cannot read .*bundle.json.*impatient export"),
     "another kind": (
         {"kind": "recording", "schema": 1},
-        r"holds \('recording', 1\); needed: \('impatient_bundle', 1\)",
+        r"holds \('recording', 1\); expected \('impatient_bundle', 1\)",
     ),
     "another schema": (description("onnxruntime") | {"schema": 2}, "'impatient_bundle', 2"),
     "a list": ([1], "holds list"),
     "an unknown engine": (
         description("tensorrt"),
-        "engine 'tensorrt'; needed: one of onnxruntime, openvino",
+        "engine 'tensorrt'; expected one of onnxruntime, openvino",
     ),
     "no wiring": (without("wiring"), r"an entry is missing .*wiring"),
     "a head too few": (
@@ -804,13 +804,13 @@ def test_an_export_without_the_whole_network_says_so(export: Export):
     [
         (
             X.astype(np.float64),
-            r"'x' is float64, shape \[4, 6\]; needed: .*float32, shape \['any', 6\]",
+            r"'x' is float64, shape \[4, 6\]; expected .*float32, shape \['any', 6\]",
         ),
         (X[0], r"shape \[6\]; needed"),
         (X[:, :5], r"shape \[4, 5\]; needed"),
         (X[:0], "at least 1"),
-        ([[1.0]], "'x' is a list; needed: a numpy array"),
-        ({"y": X}, r"inputs \['y'\]; needed: \['x'\]"),
+        ([[1.0]], "'x' is a list; expected a numpy array"),
+        ({"y": X}, r"inputs \['y'\]; expected \['x'\]"),
     ],
 )
 def test_an_input_of_the_wrong_kind_is_refused(export: Export, x: Any, message: str):
@@ -865,7 +865,7 @@ def test_a_threshold_is_compared_in_single_precision():
 @given(st.lists(st.floats(0.0, 200.0), max_size=60), st.sampled_from([0.5, 0.9, 0.99, 0.999]))
 @settings(max_examples=50)
 def test_the_pace_allows_at_least_what_was_profiled(ratios: list[float], quantile: float):
-    pace = Pace([0.012, 0.012], quantile, [0.010, 0.010])
+    pace = TimePredictor([0.012, 0.012], quantile, [0.010, 0.010])
     for ratio in ratios:
         pace.observe(0, 0.010 * ratio)
     assert pace.scale >= 1.0

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from impatient import Deadline
+from impatient.engines import ENGINES, EngineNetwork, export, load_engine
+from impatient.engines.export import engine_and_precision, engine_label
+from impatient.engines.onnx_files import PRECISIONS
 from impatient.errors import ExportFailed, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy
+from impatient.portable import SESSIONS, Cancelled, Streamed, Wiring
+from impatient.portable.streamed import StreamedRun, unwritten
 from impatient.runtime import Runner, profile
-from impatient.runtime.engines import ENGINES, EngineNetwork, export, load_engine
-from impatient.runtime.engines.export import engine_and_precision, engine_label
-from impatient.runtime.engines.onnx_files import PRECISIONS
-from impatient.runtime.engines.standalone import SESSIONS, Cancelled, Streamed, Wiring
-from impatient.runtime.engines.standalone.streamed import StreamedRun, unwritten
 
 ROWS = 2
 CLASSES = 3
@@ -472,9 +472,7 @@ def test_it_has_no_features_and_no_smaller_batches(made: EngineNetwork) -> None:
 def test_what_the_engine_cannot_compile_is_said_before_anything_is_written(
     tower: MultiExitNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "impatient.runtime.engines.standalone.sessions.openvino_settings", lambda _: {"NO_SUCH": 1}
-    )
+    monkeypatch.setattr("impatient.portable.sessions.openvino_settings", lambda _: {"NO_SUCH": 1})
     with pytest.raises(ExportFailed, match=r"cannot compile .* for inputs of"):
         export(tower, tmp_path / "tower", engine="openvino-session", example=inputs(2), lean=True)
     assert not list(tmp_path.iterdir())

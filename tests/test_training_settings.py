@@ -310,7 +310,7 @@ def test_a_checkpoint_of_other_settings_is_refused(other: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"sampler": "ucb"}, "sampler='ucb'; needed: one of none, alternating"),
+        ({"sampler": "ucb"}, "sampler='ucb'; expected one of none, alternating"),
         ({"detach": 1.0}, "detach=1.0"),
         ({"distillation": 1.5}, "distillation=1.5"),
         ({"temperature": 0.0}, "temperature=0.0"),

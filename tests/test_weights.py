@@ -219,7 +219,7 @@ def test_two_exits():
 @every_scheme
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_exits_are_refused(scheme, count):
-    with pytest.raises(TrainingError, match=f"{count} exits; needed: at least 1"):
+    with pytest.raises(TrainingError, match=f"{count} exits; expected at least 1"):
         scheme(count)
 
 
@@ -286,12 +286,12 @@ def test_what_weighs_nothing_cannot_be_scaled():
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, math.inf, math.nan])
 def test_a_ratio_that_is_not_positive_is_refused(ratio):
-    with pytest.raises(TrainingError, match="needed: a positive number"):
+    with pytest.raises(TrainingError, match="expected a positive number"):
         rescaled([1.0, 1.0], last_to_early=ratio)
 
 
 def test_an_unknown_total_is_refused_with_the_known_ones():
-    with pytest.raises(TrainingError, match="total='half'; needed: one of as_is, last, all, log"):
+    with pytest.raises(TrainingError, match="total='half'; expected one of as_is, last, all, log"):
         rescaled([1.0, 1.0], total="half")
 
 
@@ -325,7 +325,7 @@ def test_weights_follow_their_exits_in_any_order():
 
 @pytest.mark.parametrize("exits", [[0, 0], [0, 3], [-1, 0]])
 def test_exits_that_do_not_exist_or_come_twice_are_refused(exits):
-    with pytest.raises(TrainingError, match="needed: different ones from 0 to 2"):
+    with pytest.raises(TrainingError, match="expected different ones from 0 to 2"):
         spread([1.0, 1.0], exits, 3)
 
 
@@ -336,7 +336,7 @@ def test_more_weights_than_exits_are_refused():
 
 @pytest.mark.parametrize("period", [0, -2])
 def test_a_period_below_one_is_refused(period):
-    with pytest.raises(TrainingError, match="needed: a period of at least 1"):
+    with pytest.raises(TrainingError, match="expected a period of at least 1"):
         every(4, period)
 
 
@@ -375,7 +375,7 @@ def test_plain_numbers_are_weights():
 @pytest.mark.parametrize("text", ["", "seive", "1;2", "1,,2", "sieve,const", "log", "0.1,x"])
 def test_a_text_that_is_neither_is_refused_with_what_is_known(text):
     with pytest.raises(
-        TrainingError, match=r"needed: one of uniform, const, .*, or 3 numbers separated by commas"
+        TrainingError, match=r"expected one of uniform, const, .*, or 3 numbers separated by commas"
     ):
         parse_weights(text, 3)
 
@@ -397,9 +397,9 @@ def test_unknown_options_are_refused_with_an_example(text):
         ("1,-1,1", "not negative"),
         ("0,0,0", "one must be positive"),
         ("1,nan,1", "finite"),
-        ("const:total=half", "needed: one of as_is"),
+        ("const:total=half", "expected one of as_is"),
         ("const:last_to_early=x", "could not convert"),
-        ("const:last_to_early=0", "needed: a positive number"),
+        ("const:last_to_early=0", "expected a positive number"),
     ],
 )
 def test_texts_that_give_no_weights_are_refused(text, message):

@@ -16,9 +16,9 @@ from conftest import ToyBackbone
 from fakes import FakeNetwork, X, elsewhere, hold, wait_until
 from impatient.clock import NEVER, Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
+from impatient.experimental.workers import ParallelEANN
 from impatient.networks import attach_exits
 from impatient.networks.ensemble import EANN
-from impatient.runtime.workers import ParallelEANN
 
 ERRORS = [[0.5, 0.3], [0.4, 0.2], [0.25, 0.1]]
 

@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import in_turn, spoken, write_results
 
 from impatient import Deadline, Runner, attach_exits, load_model, profile
+from impatient.engines.network import NetworkFacts
+from impatient.engines.partition import partition
+from impatient.experimental.gpu import Fetched, GpuRunner
+from impatient.experimental.graphs import cuda_graphs
 from impatient.files import read_json, write_json
 from impatient.policies import ThresholdPolicy
 from impatient.policies.rules import thresholds_for_shares
 from impatient.policies.scores import SCORES
-from impatient.runtime.engines.graphs import cuda_graphs
-from impatient.runtime.engines.network import NetworkFacts
-from impatient.runtime.engines.partition import partition
-from impatient.runtime.gpu import Fetched, GpuRunner
 
 KEPT = Path("runs/gpu/running")
 

@@ -16,7 +16,6 @@ from impatient import CostProfile, Recording, ThresholdPolicy, fit_thresholds
 from impatient.errors import NoEffectWarning
 from impatient.evaluation.outcomes import outcome
 from impatient.policies import scaled_family, sweep_gates, threshold_family
-from impatient.policies.baselines import always, soft_oracle
 from impatient.policies.costsensitive import Learner
 from impatient.policies.gates import GatePolicy, Inputs, exit_times_s, exits_of_many
 from papers.adaptive_neural_networks.curves import (
@@ -26,6 +25,7 @@ from papers.adaptive_neural_networks.curves import (
     point_of,
     read_off,
 )
+from papers.adaptive_neural_networks.exit_baselines import always, soft_oracle
 from papers.adaptive_neural_networks.recipe import Exits, Judging, parts_of, recordings_of
 
 # the paper's, and none at all

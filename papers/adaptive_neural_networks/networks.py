@@ -65,7 +65,9 @@ class CifarResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ModelSpecError(f"depth={depth}; needed: 6n + 2, such as 8, 14, 20, 32, 44 or 56.")
+            raise ModelSpecError(
+                f"depth={depth}; expected 6n + 2, such as 8, 14, 20, 32, 44 or 56."
+            )
         count = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

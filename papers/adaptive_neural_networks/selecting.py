@@ -19,13 +19,6 @@ from impatient.errors import NoEffectWarning
 from impatient.policies import Route, Topology, sweep_selection, threshold_family
 from impatient.policies.costsensitive import Learner
 from impatient.policies.selection import SelectionPoint
-from impatient.policies.selection_baselines import (
-    agreement_route,
-    chain_route,
-    fit_chain_thresholds,
-    oracle_route,
-    single_route,
-)
 from papers.adaptive_neural_networks.curves import (
     Point,
     drawn_curve,
@@ -35,6 +28,13 @@ from papers.adaptive_neural_networks.curves import (
     read_off,
 )
 from papers.adaptive_neural_networks.recipe import Case, Judging, parts_of, recordings_of
+from papers.adaptive_neural_networks.selection_baselines import (
+    agreement_route,
+    chain_route,
+    fit_chain_thresholds,
+    oracle_route,
+    single_route,
+)
 
 # points of accuracy lost at which curves are read off
 LOSSES = (0.0, 0.005, 0.01, 0.02)

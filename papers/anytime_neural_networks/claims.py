@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from impatient.evaluation import inflation as analytic
-from impatient.evaluation.milestones import WinRate
 from papers.anytime_neural_networks.comparison import KIND, Comparison, Measured, win_rates
+from papers.anytime_neural_networks.milestones import WinRate
 from papers.anytime_neural_networks.recipe import SAMPLERS, Sampler, Scale
 from papers.results import Claim, interval, judged
 

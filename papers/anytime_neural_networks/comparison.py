@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from impatient.evaluation.milestones import WinRate, error_at, milestones, win_rate
 from papers.anytime_neural_networks.curves import (
     Curve,
     Result,
@@ -18,6 +17,7 @@ from papers.anytime_neural_networks.curves import (
     inflation,
     reference,
 )
+from papers.anytime_neural_networks.milestones import WinRate, error_at, milestones, win_rate
 from papers.anytime_neural_networks.recipe import (
     ENSEMBLES,
     SAMPLERS,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from impatient.evaluation.milestones import opt_plus, relative_increase
+from papers.anytime_neural_networks.milestones import opt_plus, relative_increase
 
 Result = Mapping[str, Any]
 Places = Sequence[float] | np.ndarray

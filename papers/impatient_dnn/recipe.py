@@ -28,13 +28,13 @@ from impatient import (
     record,
 )
 from impatient.budgets import STANDARD
-from impatient.evaluation.baselines import linear_probes
 from impatient.evaluation.evaluate import standard_budgets
 from impatient.files import read_tensors, write_tensors
 from impatient.networks.heads import FeatureShape, HeadFactory, build_head
 from impatient.provenance import fingerprint_structure, fingerprint_tensors, provenance
 from impatient.training.data import Split
 from papers import data
+from papers.impatient_dnn.probes import linear_probes
 from papers.jobs import Job, run_jobs
 
 # the order of the paper's table

@@ -28,9 +28,9 @@ from impatient.files import write_json
 from impatient.networks import growth
 from impatient.networks.anytimenet import GrowingNetwork, block_times
 from impatient.networks.cascade import Cascade
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
 from impatient.networks.growth import GrowthCosts, Schedule
-from impatient.networks.running import RunningEnsemble
 from impatient.policies.calibration import fit_temperatures
 from impatient.policies.selection import decision_time_s, fit_selection
 from impatient.policies.topology import Topology
@@ -175,7 +175,7 @@ def select_run(
     """
     graphs = {"chain": Topology.chain, "full": Topology.full, "star": Topology.star}
     if topology not in graphs:
-        raise PolicyError(f"unknown topology {topology!r}; needed: one of {', '.join(graphs)}.")
+        raise PolicyError(f"unknown topology {topology!r}; expected one of {', '.join(graphs)}.")
     run = RunDirectory(directory)
     if force or not run.spec_file.is_file():
         _begin_cascade(run, members, data, validation, seed)
@@ -321,12 +321,12 @@ def plan_growth(
             met.
     """
     if sum(wish is not None for wish in (iterations, sizes, times_s)) > 1:
-        raise ModelSpecError("needed: one of iterations, sizes and times, or none of them.")
+        raise ModelSpecError("expected one of iterations, sizes and times, or none of them.")
     loaded = load_data(data, seed=seed)
     network = fresh_model(model, loaded.num_classes, loaded.preprocess, seed)
     if not isinstance(network, GrowingNetwork):
         raise ModelSpecError(
-            f"{model} is a {type(network).__name__}, which does not grow; needed: "
+            f"{model} is a {type(network).__name__}, which does not grow; expected "
             f"impatient:anytimenet, or a "
             "factory of your own that returns a GrowingNetwork."
         )

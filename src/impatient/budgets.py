@@ -50,11 +50,11 @@ class Budget:
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES:
             raise BudgetError(
-                f"unknown budget shape {self.shape!r}; needed: one of {', '.join(_SHAPES)}."
+                f"unknown budget shape {self.shape!r}; expected one of {', '.join(_SHAPES)}."
             )
         if self.cost not in get_args(Cost):
             raise BudgetError(
-                f"a budget of {self.cost!r}; needed: one of {', '.join(get_args(Cost))}."
+                f"a budget of {self.cost!r}; expected one of {', '.join(get_args(Cost))}."
             )
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise BudgetError(
@@ -63,7 +63,7 @@ class Budget:
             )
         if not 0.0 <= self.low <= self.high or self.high <= 0.0:
             raise BudgetError(
-                f"budget range {self.low} to {self.high} s is empty or negative; needed: 0 <= low "
+                f"budget range {self.low} to {self.high} s is empty or negative; expected 0 <= low "
                 f"< high, in seconds."
             )
         listed = self.shape in _LISTED
@@ -246,7 +246,7 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
 def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budget:
     if not low_s < high_s:
         raise BudgetError(
-            f"budget range {low_s} to {high_s} s is empty or not a number; needed: low < high, in "
+            f"budget range {low_s} to {high_s} s is empty or not a number; expected low < high, in "
             f"seconds."
         )
     return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
@@ -300,7 +300,7 @@ def empirical(budgets_s: Sequence[float], *, cost: Cost = "time") -> Budget:
     """The budgets of a log, each as likely as it was frequent."""
     samples = tuple(sorted(positive_seconds(value, "a logged budget") for value in budgets_s))
     if not samples:
-        raise BudgetError("the log of budgets is empty; needed: at least one time in seconds.")
+        raise BudgetError("the log of budgets is empty; expected at least one time in seconds.")
     return Budget(shape="empirical", low=samples[0], high=samples[-1], samples_s=samples, cost=cost)
 
 
@@ -461,7 +461,7 @@ def parse_budget(text: str) -> Budget:
             raise
         raise BudgetError(f"{text!r} holds something that is not a number ({error}).") from error
     raise BudgetError(
-        f"cannot read {text!r} as a budget; needed: one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH "
+        f"cannot read {text!r} as a budget; expected one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH "
         f"in milliseconds "
         "(uniform:0:10), point:T (point:8), or log:FILE."
     )
@@ -474,7 +474,7 @@ def _without_unit(text: str) -> tuple[str, Cost, float]:
         return text, *UNITS["ms"]
     if found[0].lower() not in UNITS:
         raise BudgetError(
-            f"unknown unit {found[0]!r} in {text!r}; needed: one of {', '.join(UNITS)}, or none "
+            f"unknown unit {found[0]!r} in {text!r}; expected one of {', '.join(UNITS)}, or none "
             f"for ms."
         )
     return text[: found.start()], *UNITS[found[0].lower()]

@@ -191,12 +191,12 @@ def train(
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,
-        schedule=schedule,
+        schedule=schedule,  # type: ignore[arg-type]
         regime=regime,  # type: ignore[arg-type]
-        augment=augment,
+        augment=augment,  # type: ignore[arg-type]
         label_smoothing=label_smoothing,
         channels_last=channels_last,
-        seed=seed,  # type: ignore[arg-type]
+        seed=seed,
         sampler=sampler,
         equilibrium=equilibrium,
         detach=detach,
@@ -211,10 +211,10 @@ def train(
         after=tuple(name for name in after.split(",") if name),
         heads=heads,
         weights=weights,
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]
         recipe=recipe,
         exit_free=exit_free,
-        validation=validation,  # type: ignore[arg-type]
+        validation=validation,
         ensembling=ensembling,
         fabric={
             "accelerator": accelerator,
@@ -486,10 +486,10 @@ def fit(
         directory,
         targets=targets,
         score=score,
-        cost=cost,
+        cost=cost,  # type: ignore[arg-type]
         learner=learner,
         inputs=inputs,
-        delta=delta,  # type: ignore[arg-type]
+        delta=delta,
         name=name or given + kind + ("" if delta is None else "-sure"),
         any_profile=any_profile,
         say=_say,
@@ -763,7 +763,7 @@ def demo(
 
 def _check_threads(threads: int) -> None:
     if threads < 0:
-        raise RunError(f"--threads {threads}; needed: 1 or more, or 0 for torch's own choice.")
+        raise RunError(f"--threads {threads}; expected 1 or more, or 0 for torch's own choice.")
 
 
 def _use_threads(threads: int) -> None:
@@ -784,7 +784,7 @@ def _integers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise RunError(
-            f"{option} {text!r}; needed: whole numbers with commas between, such as 1,8."
+            f"{option} {text!r}; expected whole numbers with commas between, such as 1,8."
         ) from None
 
 
@@ -793,7 +793,7 @@ def _numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",") if part]
     except ValueError:
         raise RunError(
-            f"{option} {text!r}; needed: numbers with commas between, such as 1,2.5."
+            f"{option} {text!r}; expected numbers with commas between, such as 1,2.5."
         ) from None
 
 

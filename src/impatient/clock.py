@@ -99,7 +99,7 @@ class Deadline:
     def __post_init__(self) -> None:
         if math.isnan(self.instant):
             raise BudgetError(
-                "deadline is NaN; needed: an instant on the clock, in seconds. Use "
+                "deadline is NaN; expected an instant on the clock, in seconds. Use "
                 "Deadline.after(0.008)."
             )
 
@@ -135,7 +135,7 @@ def check_deadline(deadline: object) -> None:
     """Raise a BudgetError for what is no deadline, such as a number of seconds."""
     if not isinstance(deadline, Deadline):
         raise BudgetError(
-            f"deadline={deadline!r}; needed: a Deadline, such as Deadline.after(0.008) for 8 ms "
+            f"deadline={deadline!r}; expected a Deadline, such as Deadline.after(0.008) for 8 ms "
             f"from now."
         )
 
@@ -146,5 +146,5 @@ def _positive(value: float, what: str, needed: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not number > 0.0:
-        raise BudgetError(f"{what} is {value!r}; needed: {needed}.")
+        raise BudgetError(f"{what} is {value!r}; expected {needed}.")
     return number

@@ -76,7 +76,7 @@ class Quantiles:
         """
         if statistic not in get_args(Statistic):
             raise CostError(
-                f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}."
+                f"unknown statistic {statistic!r}; expected one of {', '.join(get_args(Statistic))}."
             )
         return float(getattr(self, statistic))
 
@@ -86,7 +86,7 @@ class Quantiles:
         repeats is the maximum.
         """
         if len(times_s) == 0:
-            raise CostError("no measured times to summarise; needed: at least one repeat.")
+            raise CostError("no measured times to summarise; expected at least one repeat.")
         p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher")
         return cls(
             mean=float(np.mean(times_s)),
@@ -337,7 +337,7 @@ class CostProfile:
             "energy": (self.stage_energy_j, self.head_energy_j),
         }
         if cost not in known:
-            raise CostError(f"unknown cost {cost!r}; needed: one of {', '.join(get_args(Cost))}.")
+            raise CostError(f"unknown cost {cost!r}; expected one of {', '.join(get_args(Cost))}.")
         stages, heads = known[cost]
         if stages is None or heads is None:
             raise CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")
@@ -450,14 +450,14 @@ class CostProfile:
                 )
         if self.num_exits != other.num_exits:
             raise CostError(
-                f"profile A has {self.num_exits} exits, profile B {other.num_exits}; needed: as "
+                f"profile A has {self.num_exits} exits, profile B {other.num_exits}; expected as "
                 f"many."
             )
         sizes = sorted(self.batches.keys() & other.batches.keys())
         if not sizes:
             raise CostError(
                 f"profile A has batch sizes {sorted(self.batches)}, profile B "
-                f"{sorted(other.batches)}; needed: one in both."
+                f"{sorted(other.batches)}; expected one in both."
             )
         return tuple(
             _compared(self, other, size, exit)
@@ -530,7 +530,7 @@ def _cumulative(
     if mode == "contract":
         return tuple(stage + head for stage, head in zip(reached, heads, strict=True))
     if mode != "interruptible":
-        raise CostError(f"unknown mode {mode!r}; needed: 'interruptible' or 'contract'.")
+        raise CostError(f"unknown mode {mode!r}; expected 'interruptible' or 'contract'.")
     paid = [True] * len(heads) if paid is None else paid
     if len(paid) != len(heads):
         raise CostError(

@@ -60,13 +60,13 @@ class Rule:
     def __post_init__(self) -> None:
         if self.name not in get_args(RuleName):
             raise PolicyError(
-                f"unknown rule {self.name!r} to combine outputs; needed: one of "
+                f"unknown rule {self.name!r} to combine outputs; expected one of "
                 f"{', '.join(get_args(RuleName))}."
             )
         if not math.isfinite(self.rate):
-            raise PolicyError(f"rate={self.rate}; needed: a finite number, such as 0.5.")
+            raise PolicyError(f"rate={self.rate}; expected a finite number, such as 0.5.")
         if self.weights not in ("equal", "depth"):
-            raise PolicyError(f"weights={self.weights!r}; needed: 'equal' or 'depth'.")
+            raise PolicyError(f"weights={self.weights!r}; expected 'equal' or 'depth'.")
 
     @classmethod
     def of(cls, rule: RuleName | Rule) -> Rule:
@@ -175,7 +175,7 @@ def as_temperatures(
         return values
     if len(values) != count or not all(math.isfinite(value) and value > 0 for value in values):
         raise PolicyError(
-            f"temperatures {tuple(values)} for {count} exits; needed: a positive finite number per "
+            f"temperatures {tuple(values)} for {count} exits; expected a positive finite number per "
             f"exit."
         )
     return torch.tensor(values, dtype=torch.float32)

@@ -91,7 +91,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise StorageError(
-            f"{path} holds a JSON {type(value).__name__}; needed: an object. Make it again."
+            f"{path} holds a JSON {type(value).__name__}; expected an object. Make it again."
         )
     return value
 

@@ -29,6 +29,13 @@ import torch
 from torch import nn
 
 from impatient.costs import CostProfile
+from impatient.engines.export import (
+    WRITTEN,
+    bundle_file,
+    engine_and_precision,
+    load_engine,
+    to_engine,
+)
 from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.outcomes import AnyPolicy
@@ -36,23 +43,16 @@ from impatient.evaluation.recording import Recording
 from impatient.files import read_json, read_tensors, write_tensors
 from impatient.networks.anytimenet import GrowingNetwork
 from impatient.networks.cascade import Cascade
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.describe import DescribedNetwork
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
-from impatient.networks.running import RunningEnsemble
 from impatient.networks.specs import load_model
 from impatient.policies.gates import GatePolicy
 from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
-from impatient.runtime.engines.export import (
-    WRITTEN,
-    bundle_file,
-    engine_and_precision,
-    load_engine,
-    to_engine,
-)
 from impatient.runtime.profile import check_machine
 from impatient.training.data import Data, Preprocess, load_data
 
@@ -525,8 +525,11 @@ class EngineDirectory(RunDirectory):
         if self.engine_name == "compile":
             network, weights = RunDirectory(self.path).network()
             return to_engine(
-                network, "compile", example=self.spec().example(), threads=threads
-            ), weights  # type: ignore[arg-type]
+                network,  # type: ignore[arg-type]
+                "compile",
+                example=self.spec().example(),
+                threads=threads,
+            ), weights
         if not bundle_file(self.here).is_file():
             there = (
                 ", ".join(

@@ -9,13 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from impatient.costs import Comparison, CostProfile, Noise
-from impatient.evaluation.beside import Beside
+from impatient.engines.export import EngineTimes
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.metrics import Estimate
+from impatient.evaluation.paired import PairedComparison
 from impatient.networks import growth
 from impatient.networks.growth import GrowthCosts, Schedule
 from impatient.runtime.answer import Answer
-from impatient.runtime.engines.export import EngineTimes
 from impatient.workflow import DeadlineRow
 
 
@@ -86,7 +86,7 @@ def engine_times_table(rows: Sequence[EngineTimes]) -> Table:
     return table
 
 
-def engine_accuracy_table(rows: Sequence[Beside]) -> Table:
+def engine_accuracy_table(rows: Sequence[PairedComparison]) -> Table:
     """What an engine's answers are worth beside torch's."""
     table = _table(
         "right answers in the engine and in torch, on the same samples, with 95 % intervals",

@@ -21,6 +21,15 @@ from torch import Tensor
 from impatient.budgets import Budget, exit_weights, parse_budget
 from impatient.clock import NEVER, Deadline
 from impatient.costs import Cost, CostProfile, Mode
+from impatient.engines.export import (
+    EngineTimes,
+    add_costs,
+    engine_label,
+    engine_times,
+    export,
+    load_engine,
+    read_bundle,
+)
 from impatient.errors import (
     DataError,
     ImpatientError,
@@ -29,10 +38,16 @@ from impatient.errors import (
     StaleInput,
     StorageError,
 )
-from impatient.evaluation.beside import Beside, beside
-from impatient.evaluation.evaluate import Evaluation, RealTime, Static, evaluate, standard_budgets
+from impatient.evaluation.evaluate import (
+    Evaluation,
+    RealTime,
+    StaticBaseline,
+    evaluate,
+    standard_budgets,
+)
 from impatient.evaluation.metrics import mean
 from impatient.evaluation.outcomes import AnyPolicy, exits_under, outcome
+from impatient.evaluation.paired import PairedComparison, beside
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.report import Example, report_html, score_of, select_examples
 from impatient.files import read_json, write_json, write_text
@@ -58,15 +73,6 @@ from impatient.run_directory import (
     save_weights,
 )
 from impatient.runtime.answer import Answer
-from impatient.runtime.engines.export import (
-    EngineTimes,
-    add_costs,
-    engine_label,
-    engine_times,
-    export,
-    load_engine,
-    read_bundle,
-)
 from impatient.runtime.profile import check_profile, profile, time_in_turn
 from impatient.runtime.runner import RESERVE_S, Runner
 from impatient.training.data import Data, load_data
@@ -459,7 +465,7 @@ def fit_run(
     """
     run = RunDirectory(directory)
     if score not in SCORES:
-        raise PolicyError(f"unknown score {score!r}; needed: one of {', '.join(SCORES)}.")
+        raise PolicyError(f"unknown score {score!r}; expected one of {', '.join(SCORES)}.")
     if cost not in (None, "time") and (learner is not None or delta is not None):
         raise PolicyError(
             f"--cost {cost} goes with plain thresholds; leave --learner and --delta away."
@@ -559,7 +565,7 @@ def evaluate_run(
     """
     run = RunDirectory(directory).engine(engine)
     if real < 0:
-        raise RunError(f"--real {real}; needed: how many test samples to answer, or 0.")
+        raise RunError(f"--real {real}; expected how many test samples to answer, or 0.")
     if against and engine != EAGER:
         raise RunError(
             f"--against times other runs in torch, not in {engine}; leave out one of --against and "
@@ -590,7 +596,7 @@ def evaluate_run(
     return evaluation
 
 
-def beside_eager(directory: str | Path, engine: str) -> tuple[Beside, ...]:
+def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, ...]:
     """What an engine answered on the test split, exit by exit, beside what torch answered."""
     run = RunDirectory(directory)
     return beside(run.engine(engine).recording("test"), run.recording("test"))
@@ -631,11 +637,11 @@ def export_run(
         )
     ]
     target = export(
-        network,
+        network,  # type: ignore[arg-type]
         place or seen.here,
         engine=engine,
         precision=precision,
-        example=samples[0][:4],  # type: ignore[arg-type]
+        example=samples[0][:4],
         threads=torch.get_num_threads(),
         calibration=samples,
         policy=rule,
@@ -710,7 +716,7 @@ def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **opti
 
 def _static(
     run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]
-) -> dict[str, Static]:
+) -> dict[str, StaticBaseline]:
     """Other runs' networks without exits, with their times in the terms of this run's profile."""
     if not others:
         return {}
@@ -726,7 +732,7 @@ def _static(
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {
-        f"static {other.path.resolve().name}": Static(
+        f"static {other.path.resolve().name}": StaticBaseline(
             recording=recording, time_s=time_s * scale, macs=count_macs(network.backbone, x)
         )
         for other, recording, network, time_s in zip(
@@ -860,7 +866,7 @@ def answer_files(
     rule = run.policy(policy) if policy else None
     runner = runner_of(network, costs, rule, any_profile=any_profile, when_late=when_late)
     if not inputs:
-        raise RunError("no input files; needed: at least one image (or .npy array) to answer for.")
+        raise RunError("no input files; expected at least one image (or .npy array) to answer for.")
     runner.warm_up(inputs[0])
     answers = []
     for file, x in zip(files, inputs, strict=True):
@@ -879,12 +885,12 @@ def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
     raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
     if tuple(raw.shape[1:]) != spec.example_shape:
         raise DataError(
-            f"{file} has shape {tuple(raw.shape[1:])}; needed: one raw sample of shape "
+            f"{file} has shape {tuple(raw.shape[1:])}; expected one raw sample of shape "
             f"{spec.example_shape}, without a batch "
             "dimension."
         )
     if not torch.isfinite(raw).all():
-        raise DataError(f"{file} holds NaN or infinite values; needed: finite numbers.")
+        raise DataError(f"{file} holds NaN or infinite values; expected finite numbers.")
     return spec.preprocess(raw)
 
 

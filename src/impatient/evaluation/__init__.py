@@ -3,20 +3,19 @@
 import importlib
 import typing
 
-from impatient.evaluation import inflation, milestones
 from impatient.evaluation.confidence import (
     ClassConfidence,
     class_confidence,
     true_label_probabilities,
 )
 from impatient.evaluation.derived import calibrated, ensembled
-from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, Static, evaluate
-from impatient.evaluation.many import PolicyOutcomes, expected_accuracies, judge_policies
+from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, StaticBaseline, evaluate
 from impatient.evaluation.metrics import Estimate, Monotonicity, conditional_monotonicity
 from impatient.evaluation.recording import Recording, record
+from impatient.evaluation.vectorised import PolicyOutcomes, expected_accuracies, judge_policies
+from papers.anytime_neural_networks import inflation, milestones
 
 if typing.TYPE_CHECKING:
-    from impatient.evaluation.baselines import linear_probes
     from impatient.evaluation.plots import (
         accuracy_confidence,
         accuracy_time,
@@ -25,6 +24,7 @@ if typing.TYPE_CHECKING:
         where_time_goes,
     )
     from impatient.evaluation.report import Example, figure_svg, report_html, select_examples
+    from papers.impatient_dnn.probes import linear_probes
 
 __all__ = [
     "BudgetRow",
@@ -36,7 +36,7 @@ __all__ = [
     "PolicyOutcomes",
     "Recording",
     "Row",
-    "Static",
+    "StaticBaseline",
     "accuracy_confidence",
     "accuracy_time",
     "calibrated",

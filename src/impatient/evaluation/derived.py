@@ -54,7 +54,7 @@ def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording
     """
     checked = as_temperatures(temperatures, len(recording.exits))
     if checked is None:
-        raise PolicyError("no temperatures; needed: one per exit, from fit_temperatures.")
+        raise PolicyError("no temperatures; expected one per exit, from fit_temperatures.")
     return _derived(
         recording, recording.outputs / checked[:, None, None], f"calibrated {_told(temperatures)}"
     )

@@ -98,7 +98,7 @@ class BudgetRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Static:
+class StaticBaseline:
     """Another network, which answers once: what one could run instead.
 
     Attributes:
@@ -229,7 +229,7 @@ def evaluate(
     *,
     exit_free: Recording | None = None,
     same_weights: bool = True,
-    static: Mapping[str, Static] | None = None,
+    static: Mapping[str, StaticBaseline] | None = None,
     budgets: Mapping[str, Budget] | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
@@ -349,7 +349,7 @@ class _Judge:
         batch_size: int,
         exit_free: Recording | None,
         same_weights: bool,
-        static: Mapping[str, Static],
+        static: Mapping[str, StaticBaseline],
     ) -> None:
         self.costs = costs
         self.options = {"statistic": statistic, "batch_size": batch_size}

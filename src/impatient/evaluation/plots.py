@@ -283,7 +283,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise StorageError(
-            f"cannot write a figure as {Path(path).name!r}; needed: a name that ends in .png or "
+            f"cannot write a figure as {Path(path).name!r}; expected a name that ends in .png or "
             f".svg."
         )
     # dates and versions inside would make equal figures differ

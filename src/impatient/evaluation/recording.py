@@ -75,7 +75,7 @@ class Recording:
             raise RecordingError(
                 f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits "
                 f"and {len(self.labels)} "
-                "labels; needed: [K, N, C] with at least one sample."
+                "labels; expected [K, N, C] with at least one sample."
             )
         for index, output in enumerate(self.outputs):
             if not torch.isfinite(output).all():

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile, Quantiles
-from impatient.evaluation.beside import Beside
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row
 from impatient.evaluation.metrics import Estimate
 from impatient.evaluation.outcomes import AnyPolicy, exits_under
+from impatient.evaluation.paired import PairedComparison
 from impatient.evaluation.plots import (
     BLUE,
     INK,
@@ -122,7 +122,7 @@ def report_html(
     chosen_budget: tuple[str, Budget] | None = None,
     early: Sequence[Example] = (),
     late: Sequence[Example] = (),
-    engines: Mapping[str, tuple[Sequence[Beside], Evaluation]] | None = None,
+    engines: Mapping[str, tuple[Sequence[PairedComparison], Evaluation]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> str:
     """One self-contained page; the same values give the same bytes, and opening it loads nothing
@@ -383,7 +383,7 @@ def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
     )
 
 
-def _engine_table(name: str, rows: Sequence[Beside], evaluation: Evaluation) -> str:
+def _engine_table(name: str, rows: Sequence[PairedComparison], evaluation: Evaluation) -> str:
     columns = [
         "",
         "accuracy",

@@ -2,12 +2,12 @@
 
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet, GrowingNetwork, recalibrate
 from impatient.networks.cascade import Cascade
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
 from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
-from impatient.networks.running import RunningEnsemble
 from impatient.networks.specs import load_model
 from impatient.networks.stages import Exit, Walk
 from impatient.networks.vgg import SmallVGG

@@ -457,13 +457,13 @@ class GrowingNetwork(nn.Module):
         super().__init__()
         for option, given in (("outs", outs), ("norms", norms or "own")):
             if given not in ("shared", "own"):
-                raise NetworkError(f"{option}={given!r}; needed: 'shared' or 'own'.")
+                raise NetworkError(f"{option}={given!r}; expected 'shared' or 'own'.")
         self.backbone = SectionedNetwork(stem, sections, out)
         self.schedule = Schedule.of(schedule)
         if self.backbone.counts != self.schedule.final:
             raise ModelSpecError(
                 f"sections of {self.backbone.counts} blocks, but the schedule ends with "
-                f"{self.schedule.final}; needed: every "
+                f"{self.schedule.final}; expected every "
                 "block in the last iteration."
             )
         self.num_classes = num_classes or _classes(out)
@@ -710,13 +710,13 @@ class AnytimeNet(GrowingNetwork):
         whole = BaseResNet(num_classes, schedule.final, width, in_channels)
         super().__init__(
             whole.stem,
-            whole.sections,
+            whole.sections,  # type: ignore[arg-type]
             whole.out,
             schedule,
             outs=outs,
             norms=norms,
             num_classes=num_classes,
-        )  # type: ignore[arg-type]  # a list of ModuleLists
+        )  # a list of ModuleLists
         # of the same modules
         self.backbone = whole
 
@@ -751,7 +751,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
     inputs = iter(batches)
     first = next(inputs, None)
     if first is None:
-        raise NetworkError("no batches to recalibrate with; needed: at least one batch of inputs.")
+        raise NetworkError("no batches to recalibrate with; expected at least one batch of inputs.")
     with evaluating(network), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()

@@ -141,7 +141,7 @@ class CascadeWalk(Iterator[CascadeExit]):
             raise ClassCountMismatch(
                 f"network {self._cascade.exit_names[node]} gives {tuple(output.shape[1:])}, those "
                 f"before it "
-                f"{tuple(self._answer.shape[1:])}; needed: the same classes in the same order."
+                f"{tuple(self._answer.shape[1:])}; expected the same classes in the same order."
             )
         everyone = (
             output
@@ -170,7 +170,7 @@ class CascadeWalk(Iterator[CascadeExit]):
                 continue
             if not node < following <= last:
                 raise NetworkError(
-                    f"the router sends samples from network {node} to {following}; needed: a "
+                    f"the router sends samples from network {node} to {following}; expected a "
                     f"larger number, at "
                     f"most {last}. Order the networks so that every move goes up."
                 )
@@ -218,7 +218,7 @@ class Cascade(nn.Module):
     ) -> None:
         super().__init__()
         if not networks:
-            raise NetworkError("a cascade of no networks; needed: at least one.")
+            raise NetworkError("a cascade of no networks; expected at least one.")
         self.networks = nn.ModuleList(
             net if isinstance(net, nn.Module) else _Called(net) for net in networks
         )
@@ -227,7 +227,7 @@ class Cascade(nn.Module):
         )
         if len(self.exit_names) != len(networks) or len(set(self.exit_names)) < len(networks):
             raise NetworkError(
-                f"names {self.exit_names} for {len(networks)} networks; needed: one for each, all "
+                f"names {self.exit_names} for {len(networks)} networks; expected one for each, all "
                 f"different."
             )
         self.router = router

@@ -112,7 +112,7 @@ def stage_facts(network: MultiExitNetwork, x: Any) -> list[StageFacts]:
         end = counter.get_total_flops()
     if len(shapes) < len(network.heads):
         raise ExitNotReached(
-            f"the example came to {len(shapes)} of {len(network.heads)} early exits; needed: all."
+            f"the example came to {len(shapes)} of {len(network.heads)} early exits; expected all."
         )
     totals.append((end, end))
     shapes.append(tuple(output.shape))
@@ -172,7 +172,7 @@ def stage_traffic(network: DescribedNetwork, x: Any) -> tuple[tuple[int, ...], t
             heads.append(counter.take())
     if len(stages) != network.num_exits:
         raise ExitNotReached(
-            f"the example came to {len(stages)} of {network.num_exits} exits; needed: all."
+            f"the example came to {len(stages)} of {network.num_exits} exits; expected all."
         )
     return tuple(stages), tuple(heads)
 

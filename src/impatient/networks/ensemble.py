@@ -149,7 +149,7 @@ class EANN(nn.Module):
     A network with exits is good at its deeper exits; what it answers at a small part of its depth
     is worse than what a network made for that depth answers. So run a small one first, then a
     larger one, and take the larger one's answers as soon as they are the better.
-    `impatient.evaluation.inflation` says what the repeated beginnings cost.
+    `papers.anytime_neural_networks.inflation` says what the repeated beginnings cost.
 
     All members see the same input; none may change it. Train each by itself, before.
 
@@ -332,16 +332,16 @@ def _common_classes(networks: Sequence[nn.Module]) -> int:
     classes = [getattr(network, "num_classes", None) for network in networks]
     if not classes:
         raise NetworkError(
-            "an ensemble of no networks; needed: at least one, made with attach_exits."
+            "an ensemble of no networks; expected at least one, made with attach_exits."
         )
     if not all(isinstance(count, int) for count in classes):
         raise NetworkError(
-            f"networks with num_classes {classes}; needed: networks with exits, made with "
+            f"networks with num_classes {classes}; expected networks with exits, made with "
             f"attach_exits."
         )
     if len(set(classes)) > 1:
         raise ClassCountMismatch(
-            f"networks with {classes} classes; needed: the same classes in all, trained on the "
+            f"networks with {classes} classes; expected the same classes in all, trained on the "
             f"same data."
         )
     return int(classes[0])  # type: ignore[arg-type]  # checked above
@@ -360,7 +360,7 @@ def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]
         wrong = [error for error in member if not 0.0 <= error <= 1.0]
         if wrong:
             raise PolicyError(
-                f"validation errors {wrong} of network {number}; needed: shares of wrong answers, "
+                f"validation errors {wrong} of network {number}; expected shares of wrong answers, "
                 f"in [0, 1]."
             )
     return errors

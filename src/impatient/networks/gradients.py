@@ -36,7 +36,7 @@ class GradientFlow:
     def __post_init__(self) -> None:
         if not 0.0 <= self.detach < 1.0:
             raise NetworkError(
-                f"detach={self.detach}; needed: 0 or a share of the channels below 1, such as 0.5."
+                f"detach={self.detach}; expected 0 or a share of the channels below 1, such as 0.5."
             )
 
     def into_head(self, features: Tensor, exit: int, count: int) -> Tensor:

@@ -46,7 +46,7 @@ class Schedule:
         object.__setattr__(self, "counts", rows)
         if not rows or not rows[0]:
             raise ModelSpecError(
-                f"a schedule of {rows}; needed: one row of block counts per iteration, such as (1, "
+                f"a schedule of {rows}; expected one row of block counts per iteration, such as (1, "
                 f"1, 1)."
             )
         for number, row in enumerate(rows):
@@ -54,14 +54,14 @@ class Schedule:
                 type(count) is not int or count < 1 for count in row
             ):
                 raise ModelSpecError(
-                    f"iteration {number + 1} has block counts {row}; needed: {len(rows[0])} whole "
+                    f"iteration {number + 1} has block counts {row}; expected {len(rows[0])} whole "
                     f"numbers, one per section, "
                     "each at least 1 from the first iteration on."
                 )
         for number, (before, after) in enumerate(itertools.pairwise(rows), start=2):
             if before == after or not _within(before, after):
                 raise ModelSpecError(
-                    f"iteration {number} goes from {before} to {after} blocks; needed: no section "
+                    f"iteration {number} goes from {before} to {after} blocks; expected no section "
                     f"shrinks and at "
                     "least one grows."
                 )
@@ -120,7 +120,7 @@ def _read(text: str) -> tuple[Counts, ...]:
         return tuple(tuple(int(count) for count in row.split("-")) for row in text.split("/"))
     except ValueError:
         raise ModelSpecError(
-            f"cannot read the schedule {text!r}; needed: block counts of each section, iteration "
+            f"cannot read the schedule {text!r}; expected block counts of each section, iteration "
             f"by iteration, such as "
             "1-1-1/5-1-1/8-1-1/8-8-8."
         ) from None
@@ -136,7 +136,7 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     """
     if parts < 1 or not final or any(type(count) is not int or count < 1 for count in final):
         raise ModelSpecError(
-            f"in_turn({tuple(final)}, parts={parts}); needed: at least one block per section and "
+            f"in_turn({tuple(final)}, parts={parts}); expected at least one block per section and "
             f"one part."
         )
     rows = [(1,) * len(final)]
@@ -228,7 +228,7 @@ class BlockCosts:
         object.__setattr__(self, "sections", tuple(tuple(section) for section in self.sections))
         if not self.sections or not all(self.sections):
             raise CostError(
-                f"block costs {self.sections}; needed: at least one section, and one block in each."
+                f"block costs {self.sections}; expected at least one section, and one block in each."
             )
         costs = [self.stem, self.out, *itertools.chain.from_iterable(self.sections)]
         if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
@@ -299,7 +299,7 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
     if parts.counts != schedule.final:
         raise CostError(
             f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; "
-            f"needed: one per block."
+            f"expected one per block."
         )
     befores = (None, *schedule.counts)
     steps = tuple(
@@ -343,7 +343,7 @@ def plan(
         True
     """
     if (iterations is None) == (sizes is None):
-        raise ModelSpecError(f"iterations={iterations}, sizes={sizes}; needed: one of the two.")
+        raise ModelSpecError(f"iterations={iterations}, sizes={sizes}; expected one of the two.")
     points = [tuple(point) for point in through]
     layers = _layers(parts.counts, iterations, sizes)
     missing = (
@@ -352,7 +352,7 @@ def plan(
     )
     if not layers or any(not _within((1,) * len(parts.counts), point) for point in points):
         raise ModelSpecError(
-            f"{missing}; needed: at least one iteration, and at least one block per section."
+            f"{missing}; expected at least one iteration, and at least one block per section."
         )
     # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each
     # iteration still to come.
@@ -365,7 +365,7 @@ def plan(
         labels = _next_labels(labels, layer, left, parts, points)
     if not labels:
         raise ModelSpecError(
-            f"{missing}; needed: sizes that grow up to all {sum(parts.counts)} blocks, points that "
+            f"{missing}; expected sizes that grow up to all {sum(parts.counts)} blocks, points that "
             f"only grow, "
             "and an iteration for each."
         )
@@ -401,7 +401,7 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
         or not all(math.isfinite(time) for time in times)
     ):
         raise ModelSpecError(
-            f"times {tuple(times)}; needed: 1 to {len(line)} of them, increasing and finite."
+            f"times {tuple(times)}; expected 1 to {len(line)} of them, increasing and finite."
         )
     # state: where on the line, and how often each section was the one that grew first: the time so
     # far follows from these

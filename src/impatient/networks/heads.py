@@ -73,7 +73,7 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
         return "ND"
     if len(shape) not in _BY_DIMENSIONS:
         raise HeadError(
-            f"features of shape {shape} have {len(shape)} dimensions; needed: [B,D], [B,T,D], "
+            f"features of shape {shape} have {len(shape)} dimensions; expected [B,D], [B,T,D], "
             f"[B,C,T], [B,C,H,W], [B,H,W,C], "
             "[B,C,T,H,W] or [B,T,H,W,C]. "
             "Cut somewhere else, or give a head of your own as a callable (FeatureShape, "
@@ -316,11 +316,13 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
         built = head(features, num_classes)
         if not isinstance(built, nn.Module):
             raise HeadError(
-                f"the head's factory returned a {type(built).__name__}; needed: a torch.nn.Module."
+                f"the head's factory returned a {type(built).__name__}; expected a torch.nn.Module."
             )
         return built
     if head not in HEADS:
-        raise HeadError(f"unknown head {head!r}; needed: one of {', '.join(HEADS)}, or a callable.")
+        raise HeadError(
+            f"unknown head {head!r}; expected one of {', '.join(HEADS)}, or a callable."
+        )
     return HEADS[head](features, num_classes)
 
 
@@ -344,5 +346,5 @@ def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) 
     if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise HeadError(
-            f"the head at {where} gives {got}; needed: shape {(features.shape[0], num_classes)}."
+            f"the head at {where} gives {got}; expected shape {(features.shape[0], num_classes)}."
         )

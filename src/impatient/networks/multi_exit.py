@@ -59,7 +59,7 @@ class MultiExitNetwork(nn.Module):
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
             raise HeadError(
-                f"{len(heads)} heads for {len(cuts)} cuts; needed: one head and one layout per "
+                f"{len(heads)} heads for {len(cuts)} cuts; expected one head and one layout per "
                 f"early exit."
             )
         self.backbone = backbone
@@ -231,7 +231,7 @@ def attach_exits(
         [(5, 3), (5, 3), (5, 3)]
     """
     if not isinstance(backbone, nn.Module):
-        raise HeadError(f"backbone is a {type(backbone).__name__}; needed: a torch.nn.Module.")
+        raise HeadError(f"backbone is a {type(backbone).__name__}; expected a torch.nn.Module.")
     if isinstance(backbone, MultiExitNetwork):
         raise NetworkError(
             "this network has exits already; give its backbone: attach_exits(network.backbone, "
@@ -253,7 +253,7 @@ def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count:
         cuts = placement.every(backbone, example, int(period))
     else:
         raise ExitNotFound(
-            f"after={after!r} is one string; needed: 'auto', 'every:2' or a list of module names: "
+            f"after={after!r} is one string; expected 'auto', 'every:2' or a list of module names: "
             f"after=[{after!r}]."
         )
     log.info(
@@ -268,7 +268,7 @@ def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -
         output = output_tensor(call_model(backbone, example))
     if output.dim() != 2:
         raise ClassCountMismatch(
-            f"the backbone gives an output of shape {tuple(output.shape)}; needed: [B, "
+            f"the backbone gives an output of shape {tuple(output.shape)}; expected [B, "
             f"num_classes]. Wrap it in a module "
             "that pools or picks what you classify."
         )

@@ -185,7 +185,7 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
     """
     if count < 1:
         raise ExitNotFound(
-            f"count={count}; needed: at least 1 exit (the last exit is the backbone's own output)."
+            f"count={count}; expected at least 1 exit (the last exit is the backbone's own output)."
         )
     if count == 1:
         return []
@@ -240,7 +240,7 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
         raise ExitNotFound(
             f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be "
             f"found by structure "
-            f"({', '.join(map(str, blocks)) or 'none'}); needed: 1 to {len(blocks) - 1}, or "
+            f"({', '.join(map(str, blocks)) or 'none'}); expected 1 to {len(blocks) - 1}, or "
             f"modules named with after=[...]."
             if len(blocks) > 1
             else (

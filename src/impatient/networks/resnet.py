@@ -224,14 +224,14 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
 def _check_name(option: str, given: object, known: Collection[str]) -> None:
     if given not in known:
         raise ModelSpecError(
-            f"PreActResNet({option}={given!r}): unknown; needed: one of {', '.join(known)}."
+            f"PreActResNet({option}={given!r}): unknown; expected one of {', '.join(known)}."
         )
 
 
 def _check_depth(depth: object, blocks: int) -> None:
     if type(depth) is not int or not 1 <= depth <= blocks:
         raise ModelSpecError(
-            f"PreActResNet(depth={depth!r}): needed: a whole number of blocks from 1 to {blocks}, "
+            f"PreActResNet(depth={depth!r}): expected a whole number of blocks from 1 to {blocks}, "
             f"or None for all of them."
         )
 
@@ -281,7 +281,7 @@ def preact_resnet_imagenet(
     if layers not in IMAGENET_RESNETS:
         known = ", ".join(map(str, IMAGENET_RESNETS))
         raise ModelSpecError(
-            f"no ImageNet network of layers={layers!r}; needed: one of {known}, or "
+            f"no ImageNet network of layers={layers!r}; expected one of {known}, or "
             f"PreActResNet(n=[...], block='bottleneck', "
             "stem='imagenet') for another."
         )

@@ -72,7 +72,7 @@ def load_model(
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
-            f"{spec!r} returned a {type(model).__name__}; needed: a torch.nn.Module."
+            f"{spec!r} returned a {type(model).__name__}; expected a torch.nn.Module."
         )
     return model
 
@@ -82,7 +82,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     name, _, options = rest.partition(":")
     if not (source and colon and name):
         raise ModelSpecError(
-            f"cannot read the model spec {spec!r}; needed: SOURCE:NAME, such as impatient:resnet, "
+            f"cannot read the model spec {spec!r}; expected SOURCE:NAME, such as impatient:resnet, "
             f"torchvision:resnet50, "
             "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
         )
@@ -91,7 +91,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
         key, equals, value = entry.partition("=")
         if not equals or not key.isidentifier():
             raise ModelSpecError(
-                f"cannot read the option {entry!r} of {spec!r}; needed: key=value, such as n=5."
+                f"cannot read the option {entry!r} of {spec!r}; expected key=value, such as n=5."
             )
         parsed[key] = _literal(value)
     return source, name, parsed
@@ -138,7 +138,7 @@ def _accepted(
 def _own(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     if name not in OWN:
         raise ModelSpecError(
-            f"no network {name!r} in {source}; needed: one of {', '.join(sorted(OWN))}."
+            f"no network {name!r} in {source}; expected one of {', '.join(sorted(OWN))}."
         )
     return OWN[name](**_accepted(OWN[name], options, known))
 

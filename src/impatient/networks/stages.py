@@ -83,7 +83,7 @@ def first_tensor(value: Any) -> Tensor:
         if isinstance(entry, Tensor):
             return entry
     raise NetworkError(
-        f"a module at a cut returned {type(value).__name__} without a tensor in it; needed: a "
+        f"a module at a cut returned {type(value).__name__} without a tensor in it; expected a "
         f"tensor, or a tuple, list, "
         "mapping or dataclass that holds one. Cut somewhere else."
     )

@@ -2,7 +2,7 @@
 recordings alone.
 """
 
-from impatient.policies import baselines, bounds, scores, selection_baselines
+from impatient.policies import bounds, scores
 from impatient.policies.calibration import fit_temperatures
 from impatient.policies.costsensitive import Decision, fit_decision
 from impatient.policies.gate_fitting import SweepPoint, fit_gates, sweep_gates
@@ -27,6 +27,8 @@ from impatient.policies.selection import (
 )
 from impatient.policies.splits import split_recording
 from impatient.policies.topology import Topology
+from papers.adaptive_neural_networks import exit_baselines as baselines
+from papers.adaptive_neural_networks import selection_baselines
 
 __all__ = [
     "STOP",

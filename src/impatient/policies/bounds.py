@@ -256,6 +256,6 @@ def check_levels(epsilon: float, delta: float) -> None:
     """Raise PolicyError unless both are between 0 and 1."""
     if not (0 < epsilon < 1 and 0 < delta < 1):
         raise PolicyError(
-            f"epsilon={epsilon}, delta={delta}; needed: both between 0 and 1, such as 0.01 and "
+            f"epsilon={epsilon}, delta={delta}; expected both between 0 and 1, such as 0.01 and "
             f"0.05."
         )

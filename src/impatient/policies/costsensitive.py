@@ -75,7 +75,7 @@ class Decision:
             )
         if self.constant is None and not any(set(self.machines) == set(names) for names in _SCORES):
             raise PolicyError(
-                f"scoring functions of {sorted(self.machines)}; needed: the arrays of one kind of "
+                f"scoring functions of {sorted(self.machines)}; expected the arrays of one kind of "
                 f"learner."
             )
 
@@ -207,7 +207,7 @@ def fit_decision(
     """
     if learner not in get_args(Learner) or method not in get_args(Method):
         raise PolicyError(
-            f"learner={learner!r}, method={method!r}; needed: one of "
+            f"learner={learner!r}, method={method!r}; expected one of "
             f"{', '.join(get_args(Learner))}, and one of "
             f"{', '.join(get_args(Method))}."
         )
@@ -217,7 +217,7 @@ def fit_decision(
     if not len(given) == len(price) == len(counts) > 0 or price.shape[1] == 0:
         raise PolicyError(
             f"features of {tuple(given.shape)}, costs of {price.shape}, {len(counts)} weights; "
-            f"needed: [N, D], [N, A] and N."
+            f"expected [N, D], [N, A] and N."
         )
     if not np.isfinite(price).all() or not np.isfinite(counts).all() or (counts < 0).any():
         raise PolicyError("costs and weights must be finite, and weights not negative.")

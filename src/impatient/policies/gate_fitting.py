@@ -78,7 +78,7 @@ def stop_gain(
         lost = (loss - ahead).clamp(min=0.0)
     else:
         raise PolicyError(
-            f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}."
+            f"reference={reference!r}; expected one of {', '.join(get_args(Reference))}."
         )
     return saved_s + 0.0 * lost if math.isinf(time_price) else time_price * saved_s - lost
 
@@ -226,7 +226,7 @@ def fit_gates(
         )
     (name, wanted), *_ = given.items()
     if math.isnan(wanted) or wanted < 0.0 or (name == "mean_time_s" and wanted == 0.0):
-        raise PolicyError(f"{name}={wanted}; needed: a number that is not negative.")
+        raise PolicyError(f"{name}={wanted}; expected a number that is not negative.")
     problem = _Problem(
         recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
     )
@@ -275,7 +275,7 @@ def sweep_gates(
     )
     prices = problem.prices(100) if time_prices is None else [float(price) for price in time_prices]
     if any(math.isnan(price) or price < 0.0 for price in prices):
-        raise PolicyError(f"time_prices={prices}; needed: numbers that are not negative.")
+        raise PolicyError(f"time_prices={prices}; expected numbers that are not negative.")
     return tuple(problem.solve(price) for price in prices)
 
 
@@ -300,7 +300,7 @@ class _Problem:
                 f"the recording has {count} exits, the cost profile {costs.num_exits}."
             )
         if inputs not in get_args(Inputs):
-            raise PolicyError(f"inputs={inputs!r}; needed: one of {', '.join(get_args(Inputs))}.")
+            raise PolicyError(f"inputs={inputs!r}; expected one of {', '.join(get_args(Inputs))}.")
         self.recording = recording
         self.costs = costs
         self.options = (statistic, batch_size)

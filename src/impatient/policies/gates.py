@@ -112,7 +112,7 @@ class GatePolicy:
     def __post_init__(self) -> None:
         if self.inputs not in get_args(Inputs):
             raise PolicyError(
-                f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}."
+                f"inputs={self.inputs!r}; expected one of {', '.join(get_args(Inputs))}."
             )
         if any(gate is not None and gate.num_actions != 2 for gate in self.gates):
             raise PolicyError(
@@ -311,7 +311,7 @@ def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
     )
     if len(seconds) != count or not all(math.isfinite(entry) and entry >= 0.0 for entry in seconds):
         raise PolicyError(
-            f"gate_s={gate_s}; needed: one time in seconds, or one per early exit ({count}), not "
+            f"gate_s={gate_s}; expected one time in seconds, or one per early exit ({count}), not "
             f"negative."
         )
     return seconds

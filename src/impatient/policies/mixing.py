@@ -42,7 +42,7 @@ class MixedPolicy:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
-            raise PolicyError(f"share={self.share}; needed: a probability.")
+            raise PolicyError(f"share={self.share}; expected a probability.")
         if self.cheap.num_exits != self.dear.num_exits:
             raise PolicyError(
                 f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be "

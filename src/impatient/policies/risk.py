@@ -278,7 +278,9 @@ def control_risk(
     check_levels(epsilon, delta)
     _check_names(method, loss)
     if not candidates:
-        raise PolicyError("no candidates; needed: at least one, such as those of threshold_family.")
+        raise PolicyError(
+            "no candidates; expected at least one, such as those of threshold_family."
+        )
     for index, policy in enumerate(candidates):
         _check_fitted_elsewhere(index, policy, recording)
     samples = len(recording.labels)
@@ -288,7 +290,7 @@ def control_risk(
         raise InfeasibleTarget(
             f"{samples} samples of {recording.split!r} are too few: even a policy that never loses "
             f"could not be shown to keep "
-            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Needed: {needed} samples, or a "
+            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Expected at least {needed} samples, or a "
             f"larger epsilon."
         )
     _check_order(candidates, recording)
@@ -379,7 +381,7 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
 def _check_names(method: str, loss: str) -> None:
     for what, name, known in (("method", method, get_args(Method)), ("loss", loss, get_args(Loss))):
         if name not in known:
-            raise PolicyError(f"unknown {what} {name!r}; needed: one of {', '.join(known)}.")
+            raise PolicyError(f"unknown {what} {name!r}; expected one of {', '.join(known)}.")
 
 
 def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) -> None:
@@ -507,7 +509,7 @@ def scaled_family(
     factors = sorted({float(value) for value in (default if grid is None else grid)})
     if not all(0 <= factor < math.inf for factor in factors):
         raise PolicyError(
-            f"factors from {factors[0]} to {factors[-1]}; needed: finite ones, at least 0."
+            f"factors from {factors[0]} to {factors[-1]}; expected finite ones, at least 0."
         )
 
     def scaled(bound: float, factor: float) -> float:

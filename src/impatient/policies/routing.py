@@ -136,18 +136,18 @@ class SelectionPolicy:
         check_costs(self.node_s, self.topology, self.gate_s)
         if self.inputs not in get_args(Inputs):
             raise PolicyError(
-                f"inputs={self.inputs!r}; needed: one of {', '.join(get_args(Inputs))}."
+                f"inputs={self.inputs!r}; expected one of {', '.join(get_args(Inputs))}."
             )
         if len(self.moves) != len(self.topology.nodes) or not self.moves[self.topology.source]:
             raise PolicyError(
-                f"moves {self.moves}; needed: a row per node, and some moves at node "
+                f"moves {self.moves}; expected a row per node, and some moves at node "
                 f"{self.topology.source}."
             )
         for node, moves in enumerate(self.moves):
             allowed = {STOP, *(after for after in self.topology.moves(node) if self.moves[after])}
             if not set(moves) <= allowed or len(set(moves)) < len(moves):
                 raise PolicyError(
-                    f"moves {moves} of node {node}; needed: some of {sorted(allowed)}, each once."
+                    f"moves {moves} of node {node}; expected some of {sorted(allowed)}, each once."
                 )
         several = {node for node, moves in enumerate(self.moves) if len(moves) > 1}
         if set(self.decisions) != several:
@@ -321,8 +321,8 @@ def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> N
         math.isfinite(time) and time > 0 for time in node_s
     ):
         raise PolicyError(
-            f"node_s={tuple(node_s)}; needed: positive finite seconds of each of "
+            f"node_s={tuple(node_s)}; expected positive finite seconds of each of "
             f"{len(topology.nodes)} networks."
         )
     if not (math.isfinite(gate_s) and gate_s >= 0):
-        raise PolicyError(f"gate_s={gate_s}; needed: finite seconds, not negative.")
+        raise PolicyError(f"gate_s={gate_s}; expected finite seconds, not negative.")

@@ -78,12 +78,12 @@ class ThresholdPolicy:
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
-            raise PolicyError(f"unknown score {self.score!r}; needed: one of {', '.join(SCORES)}.")
+            raise PolicyError(f"unknown score {self.score!r}; expected one of {', '.join(SCORES)}.")
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
         if self.thresholds[-1] != -math.inf:
             raise PolicyError(
-                f"the last threshold is {self.thresholds[-1]}; needed: -inf, since the last exit "
+                f"the last threshold is {self.thresholds[-1]}; expected -inf, since the last exit "
                 f"always stops."
             )
 
@@ -239,7 +239,7 @@ def fit_thresholds(
     if not (
         math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))
     ):
-        raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
+        raise PolicyError(f"{name}={wanted}; expected a positive finite number.")
     if recording.outputs.shape[0] != costs.num_exits:
         raise PolicyError(
             f"the recording has {recording.outputs.shape[0]} exits, the cost profile "

@@ -127,7 +127,7 @@ def fit_selection(
         )
     (name, wanted), *_ = given.items()
     if not (math.isfinite(wanted) and (wanted > 0 or (name != "mean_time_s" and wanted == 0))):
-        raise PolicyError(f"{name}={wanted}; needed: a positive finite number.")
+        raise PolicyError(f"{name}={wanted}; expected a positive finite number.")
     best = problem.solve(wanted) if name == "time_price" else _search(problem, name, wanted)
     if name != "time_price" and not best.policy.decisions:
         warnings.warn(
@@ -271,7 +271,7 @@ class _Problem:
             )
         check_costs(node_s, topology, gate_s)
         if sweeps < 0:
-            raise PolicyError(f"sweeps={sweeps}; needed: how often to fit again, 0 or more.")
+            raise PolicyError(f"sweeps={sweeps}; expected how often to fit again, 0 or more.")
         self.blank = SelectionPolicy(
             topology=topology,
             moves=((STOP,),) * self.count,
@@ -297,7 +297,7 @@ class _Problem:
         )
         if self.losses.shape != self.errors.shape:
             raise PolicyError(
-                f"losses of shape {tuple(self.losses.shape)}; needed: {tuple(self.errors.shape)}."
+                f"losses of shape {tuple(self.losses.shape)}; expected {tuple(self.errors.shape)}."
             )
         own = _pooled_of(recording) if pooled else (None,) * self.count
         self.features = {
@@ -329,7 +329,7 @@ class _Problem:
         """The policy for a price; of several sweeps the one of least cost."""
         if not (math.isfinite(price) and price >= 0):
             raise PolicyError(
-                f"time_price={price}; needed: a finite number of loss units per second, not "
+                f"time_price={price}; expected a finite number of loss units per second, not "
                 f"negative."
             )
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
@@ -470,7 +470,7 @@ def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Floa
     """
     if reference not in get_args(Reference):
         raise PolicyError(
-            f"reference={reference!r}; needed: one of {', '.join(get_args(Reference))}."
+            f"reference={reference!r}; expected one of {', '.join(get_args(Reference))}."
         )
     return losses if reference == "none" else (losses - losses[-1]).clamp(min=0.0)
 
@@ -506,7 +506,7 @@ class MixedSelection:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
-            raise PolicyError(f"share={self.share}; needed: a number from 0 to 1.")
+            raise PolicyError(f"share={self.share}; expected a number from 0 to 1.")
 
     def follows_slow(self, count: int) -> Bool[Tensor, "N"]:
         """Which of the first `count` samples follow `slow`; the draw of a sample depends on its

@@ -38,7 +38,7 @@ def split_recording(
     first = round(share * samples) if math.isfinite(share) else 0
     if not 0 < first < samples:
         raise RecordingError(
-            f"share={share} of {samples} samples leaves an empty part; needed: a share between 0 "
+            f"share={share} of {samples} samples leaves an empty part; expected a share between 0 "
             f"and 1."
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))

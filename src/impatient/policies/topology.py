@@ -32,7 +32,7 @@ class Topology:
         count = len(self.nodes)
         if not count or len(set(self.nodes)) < count:
             raise PolicyError(
-                f"nodes {self.nodes}; needed: at least one, each with a name of its own."
+                f"nodes {self.nodes}; expected at least one, each with a name of its own."
             )
         for edge in self.edges:
             if not all(0 <= node < count for node in edge) or edge[0] == edge[1]:
@@ -41,7 +41,7 @@ class Topology:
                     f"them from 0."
                 )
         if len(set(self.edges)) < len(self.edges):
-            raise PolicyError(f"edges {self.edges}; needed: each at most once.")
+            raise PolicyError(f"edges {self.edges}; expected each at most once.")
         try:
             self.order()
         except graphlib.CycleError as error:
@@ -54,7 +54,7 @@ class Topology:
         if len(sources) > 1:
             raise PolicyError(
                 f"no move leads to any of {', '.join(self.nodes[node] for node in sources)}; "
-                f"needed: one, where every "
+                f"expected one, where every "
                 "sample begins. Add moves to the others, or leave them out of topology and "
                 "recording."
             )

@@ -1,11 +1,11 @@
 """Running against the clock: measured costs, contract and interruptible runs, several workers."""
 
+from impatient.engines import EngineNetwork, export, load_engine, to_engine
+from impatient.experimental.workers import ParallelEANN, ParallelRun
 from impatient.runtime.answer import Answer
-from impatient.runtime.engines import EngineNetwork, export, load_engine, to_engine
 from impatient.runtime.interruptible import Run
 from impatient.runtime.profile import profile, time_in_turn
 from impatient.runtime.runner import OpenRun, Runner
-from impatient.runtime.workers import ParallelEANN, ParallelRun
 
 __all__ = [
     "Answer",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from impatient.clock import Clock, Deadline
-from impatient.runtime.engines.standalone.answers import Answer as AnyAnswer
-from impatient.runtime.engines.standalone.answers import StoppedBy as StoppedBy
+from impatient.portable.answers import Answer as AnyAnswer
+from impatient.portable.answers import StoppedBy as StoppedBy
 from impatient.runtime.profile import synchronise
 
 

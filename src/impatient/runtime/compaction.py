@@ -72,9 +72,11 @@ class Compaction:
 
     def __post_init__(self) -> None:
         if self.when not in get_args(When):
-            raise RunError(f"compaction={self.when!r}; needed: one of {', '.join(get_args(When))}.")
+            raise RunError(
+                f"compaction={self.when!r}; expected one of {', '.join(get_args(When))}."
+            )
         if any(bucket < 1 for bucket in self.buckets):
-            raise RunError(f"buckets={self.buckets}; needed: numbers of rows, each at least 1.")
+            raise RunError(f"buckets={self.buckets}; expected numbers of rows, each at least 1.")
         object.__setattr__(
             self,
             "_ahead_s",

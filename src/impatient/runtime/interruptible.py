@@ -18,8 +18,8 @@ from impatient.clock import NEVER, Clock, Deadline, check_deadline
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.policies.rules import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.course import Course
 from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.run_state import RunState
 
 # How long the interpreter's end waits for the stage in flight. Torch aborts the process when its
 # thread is cut short.
@@ -151,7 +151,7 @@ class Run(InterruptibleRun):
 
     def __init__(
         self,
-        course: Course,
+        course: RunState,
         clock: Clock,
         deadline: Deadline,
         when_late: str,
@@ -352,10 +352,10 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._runs: weakref.WeakSet[InterruptibleRun] = weakref.WeakSet()
         # that may be paused on the thread, and must be closed there
-        self._waiting: weakref.WeakSet[Course] = weakref.WeakSet()
+        self._waiting: weakref.WeakSet[RunState] = weakref.WeakSet()
 
     def do(
-        self, run: InterruptibleRun, job: Callable[[], None], course: Course | None = None
+        self, run: InterruptibleRun, job: Callable[[], None], course: RunState | None = None
     ) -> None:
         """Do a job of a run; a course that it may leave unfinished is closed on the same thread in
         the end.

@@ -59,11 +59,11 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
     for unit, most in (limits or {}).items():
         if unit not in _COSTS:
             raise BudgetError(
-                f"unknown limit {unit!r}; needed: one of {', '.join(_COSTS)}. Time is what the "
+                f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Time is what the "
                 f"deadline is for."
             )
         if not most > 0.0:
-            raise BudgetError(f"the limit of {unit} is {most!r}; needed: a positive number.")
+            raise BudgetError(f"the limit of {unit} is {most!r}; expected a positive number.")
         stages, heads = costs.parts(_COSTS[unit])
         made.append(Limit(unit=unit, most=most, stages=stages, heads=heads))
     return tuple(made)

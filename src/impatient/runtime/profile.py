@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
 from impatient.errors import CostError, ExitNotReached, StaleInput
+from impatient.experimental.energy import EnergyMeter, joules_per_run, require_meter
 from impatient.networks.describe import DescribedNetwork, count_macs, count_traffic, stage_traffic
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import call_model, first_tensor
 from impatient.provenance import Provenance, fingerprint_structure, machine, provenance, versions
-from impatient.runtime.energy import EnergyMeter, joules_per_run, require_meter
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def profile(
     """
     if min((repeats, *batch_sizes)) < 1 or not batch_sizes or warm_up < 0:
         raise CostError(
-            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; needed: at "
+            f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; expected at "
             f"least 1 repeat, at least one "
             "batch size, each at least 1, and a warm-up of 0 or more."
         )
@@ -290,7 +290,7 @@ def time_in_turn(
     """
     if repeats < 1 or warm_up < 0:
         raise CostError(
-            f"repeats={repeats}, warm_up={warm_up}; needed: at least 1 repeat and a warm-up of 0 "
+            f"repeats={repeats}, warm_up={warm_up}; expected at least 1 repeat and a warm-up of 0 "
             f"or more."
         )
     device = first_tensor(x).device

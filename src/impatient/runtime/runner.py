@@ -21,19 +21,19 @@ from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
 from impatient.networks.stages import batch_size_of
 from impatient.policies.rules import Policy
-from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.collected import StagedNetwork
-from impatient.runtime.compaction import Compaction, When, covering
-from impatient.runtime.course import Course
-from impatient.runtime.engines.standalone.pace import QUANTILES, Drift, Pace
+from impatient.portable.timing import QUANTILES, SlowdownEstimator, TimePredictor
 
 # here, too, for who plans deadlines
-from impatient.runtime.engines.standalone.pace import (
+from impatient.portable.timing import (
     RESERVE_S as RESERVE_S,
 )
+from impatient.runtime.answer import Answer, StoppedBy, answered
+from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.interruptible import Run, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.profile import check_profile, resized
+from impatient.runtime.progress import StagedNetwork
+from impatient.runtime.run_state import RunState
 
 
 class Runner:
@@ -85,10 +85,10 @@ class Runner:
                 f"it anew."
             )
         if when_late not in ("answer", "raise"):
-            raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
+            raise RunError(f"when_late={when_late!r}; expected 'answer' or 'raise'.")
         if statistic not in QUANTILES:
             raise CostError(
-                f"unknown statistic {statistic!r}; needed: one of {', '.join(get_args(Statistic))}."
+                f"unknown statistic {statistic!r}; expected one of {', '.join(get_args(Statistic))}."
             )
         if not any_profile:
             check_profile(
@@ -106,7 +106,7 @@ class Runner:
             buckets = tuple(getattr(network, "buckets", ()))
             compaction = Compaction(costs=costs, when=compaction, buckets=buckets)
         self._compaction = compaction
-        self._drift = Drift(QUANTILES[statistic])
+        self._drift = SlowdownEstimator(QUANTILES[statistic])
         # learned gates take time, too
         gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()
         self._paces = {
@@ -229,10 +229,12 @@ class Runner:
         draw = getattr(policy, "for_run", None)
         return policy if draw is None else draw(samples, next(self._runs))
 
-    def _course(self, x: Any) -> Course:
-        return Course(self.network, x, self.drawn(self.policy, batch_size_of(x)), self._compaction)
+    def _course(self, x: Any) -> RunState:
+        return RunState(
+            self.network, x, self.drawn(self.policy, batch_size_of(x)), self._compaction
+        )
 
-    def _pace(self, size: int) -> Pace:
+    def _pace(self, size: int) -> TimePredictor:
         if size in self._paces:
             return self._paces[size]
         profiled = covering(self._paces, size)
@@ -252,7 +254,7 @@ class Runner:
                     "attach an earlier exit, or use when_late='answer'."
                 )
 
-    def _check_first(self, pace: Pace, now: float, deadline: Deadline) -> None:
+    def _check_first(self, pace: TimePredictor, now: float, deadline: Deadline) -> None:
         if self._when_late == "raise" and not pace.fits(0, now, deadline.instant, RESERVE_S):
             needed_s = pace.needs_s(0)
             # in time, or a slow minute would refuse runs for ever
@@ -370,8 +372,8 @@ class OpenRun:
 
 
 def _pace(
-    costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: Drift
-) -> Pace:
+    costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: SlowdownEstimator
+) -> TimePredictor:
     """What the runner looks up at a boundary, for one batch size."""
     # a sum of quantiles is at least the quantile of the sum, for such nearly independent parts: the
     # safe side
@@ -379,4 +381,4 @@ def _pace(
     stage_s = [stage.of_statistic(statistic) for stage in costs.stages]
     head_s = [head.of_statistic(statistic) for head in costs.heads]
     next_s = [sum(parts) for parts in zip(stage_s, head_s, gate_s, strict=True)]
-    return Pace(next_s, QUANTILES[statistic], stage_s, drift)
+    return TimePredictor(next_s, QUANTILES[statistic], stage_s, drift)

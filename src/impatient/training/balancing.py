@@ -62,15 +62,15 @@ class AdaLoss:
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise TrainingError(
-                f"momentum={self.momentum} of AdaLoss; needed: 0 or a share below 1."
+                f"momentum={self.momentum} of AdaLoss; expected 0 or a share below 1."
             )
         if self.update_every < 1:
             raise TrainingError(
-                f"update_every={self.update_every} of AdaLoss; needed: at least 1 step."
+                f"update_every={self.update_every} of AdaLoss; expected at least 1 step."
             )
         if not 0.0 <= self.final_extra < math.inf:
             raise TrainingError(
-                f"final_extra={self.final_extra} of AdaLoss; needed: 0 or a positive number."
+                f"final_extra={self.final_extra} of AdaLoss; expected 0 or a positive number."
             )
         _share("gamma", self.gamma, "AdaLoss")
 
@@ -163,9 +163,9 @@ def balancer(
         [0.5, 0.5, 2.0]
     """
     if sampler not in SAMPLERS:
-        raise TrainingError(f"unknown sampler {sampler!r}; needed: one of {', '.join(SAMPLERS)}.")
+        raise TrainingError(f"unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}.")
     if not 0.0 <= gamma < math.inf:
-        raise TrainingError(f"gamma={gamma} of the sampler; needed: 0 or a positive number.")
+        raise TrainingError(f"gamma={gamma} of the sampler; expected 0 or a positive number.")
     inner: Balancer = (
         _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
     )
@@ -399,7 +399,7 @@ def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
     """The losses for arithmetic of small vectors, or None if they teach nothing."""
     if losses_K.shape != (count,):
         raise TrainingError(
-            f"losses of shape {tuple(losses_K.shape)}; needed: the mean loss of each of {count} "
+            f"losses of shape {tuple(losses_K.shape)}; expected the mean loss of each of {count} "
             f"exits."
         )
     losses = losses_K.detach().to("cpu", torch.float64)
@@ -415,11 +415,11 @@ def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     if sizes(state) != sizes(like):
         raise StaleInput(
             f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), "
-            f"needed: {sizes(like)}. "
+            f"expected {sizes(like)}. "
             "Go on with the weights and the sampler it was made with, or start anew."
         )
 
 
 def _share(name: str, value: float, whose: str) -> None:
     if not 0.0 <= value <= 1.0:
-        raise TrainingError(f"{name}={value} of {whose}; needed: a share from 0 to 1.")
+        raise TrainingError(f"{name}={value} of {whose}; expected a share from 0 to 1.")

@@ -178,7 +178,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
         DataError: if it is missing, empty or malformed.
     """
     if not 0.0 < validation < 1.0:
-        raise DataError(f"validation={validation}; needed: a share between 0 and 1, such as 0.1.")
+        raise DataError(f"validation={validation}; expected a share between 0 and 1, such as 0.1.")
     source, _, rest = spec.partition(":")
     loaders: dict[str, Callable[[str, int], _Raw]] = {
         "digits": _digits,
@@ -188,7 +188,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     }
     if source not in loaders or (source != "digits" and not rest):
         raise DataError(
-            f"cannot read the data spec {spec!r}; needed: digits, npz:FILE, imagefolder:DIR or "
+            f"cannot read the data spec {spec!r}; expected digits, npz:FILE, imagefolder:DIR or "
             f"hf:NAME-OR-PATH."
         )
     return _finish(spec, loaders[source](rest, seed), seed, validation)
@@ -355,7 +355,7 @@ def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
     path = Path(rest).expanduser()
     if not path.is_file():
         raise DataError(
-            f"no data file {path}; needed: an npz file with x_train, y_train, x_test and y_test."
+            f"no data file {path}; expected an npz file with x_train, y_train, x_test and y_test."
         )
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -394,7 +394,7 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
     groups = arrays.get("groups_train")
     if groups is not None and groups.shape != train.labels.shape:
         raise DataError(
-            f"{where}: groups_train has shape {groups.shape}; needed: one group per training "
+            f"{where}: groups_train has shape {groups.shape}; expected one group per training "
             f"example, "
             f"{tuple(train.labels.shape)}."
         )
@@ -414,12 +414,12 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
 def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExamples:
     if inputs.ndim < 2 or labels.ndim < 1:
         raise DataError(
-            f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; needed: [N, "
+            f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; expected [N, "
             f"...] and [N]."
         )
     if len(inputs) == 0 or len(inputs) != len(labels):
         raise DataError(
-            f"{where}: {len(inputs)} inputs and {len(labels)} labels; needed: as many of each, and "
+            f"{where}: {len(inputs)} inputs and {len(labels)} labels; expected as many of each, and "
             f"some."
         )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
@@ -437,7 +437,7 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
             )
     elif inputs.dtype.kind not in "iub":
         raise DataError(
-            f"{where}: inputs are {inputs.dtype}; needed: floats, bytes (uint8) or token ids "
+            f"{where}: inputs are {inputs.dtype}; expected floats, bytes (uint8) or token ids "
             f"(integers)."
         )
     elif inputs.dtype != np.uint8:
@@ -465,12 +465,12 @@ def _imagefolder(rest: str, seed: int) -> _Raw:
     root = Path(name).expanduser()
     if not root.is_dir():
         raise DataError(
-            f"no folder {root}; needed: one with train/CLASS/*.png and test/CLASS/*.png."
+            f"no folder {root}; expected one with train/CLASS/*.png and test/CLASS/*.png."
         )
     folders = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
     classes = tuple(sorted({label for files in folders.values() for _, label in files}))
     if not classes:
-        raise DataError(f"{root} holds no images; needed: train/CLASS/*.png and test/CLASS/*.png.")
+        raise DataError(f"{root} holds no images; expected train/CLASS/*.png and test/CLASS/*.png.")
     if "test" not in folders:
         folders = _carve_test(folders["train"], seed)
     size = options.get("size") or _common_size([path for path, _ in folders["train"]])
@@ -559,7 +559,7 @@ def _options(rest: str) -> tuple[str, dict[str, tuple[int, int]]]:
     key, _, value = options.partition("=")
     if key != "size" or not value.isdecimal() or int(value) == 0:
         raise DataError(
-            f"cannot read the options {options!r}; needed: a size in pixels, such as size=64."
+            f"cannot read the options {options!r}; expected a size in pixels, such as size=64."
         )
     return path, {"size": (int(value), int(value))}
 
@@ -622,7 +622,7 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
     if "train" not in loaded:
         raise DataError(
-            f"{name} has the splits {', '.join(loaded) or 'none'}; needed: train, and test or "
+            f"{name} has the splits {', '.join(loaded) or 'none'}; expected train, and test or "
             f"validation."
         )
     train = loaded["train"]
@@ -698,7 +698,7 @@ def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
     labels = labels or [column for column in ("label", "labels") if column in table.features]
     if not images or not labels:
         raise DataError(
-            f"{name} has columns {dict(table.features)}; needed: an image column and a class "
+            f"{name} has columns {dict(table.features)}; expected an image column and a class "
             f"label. Text must be turned into "
             "token ids first and saved as npz (x_train: int64 [N, T])."
         )

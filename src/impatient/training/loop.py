@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
     from impatient.networks.anytimenet import GrowingNetwork
+    from impatient.networks.combined_exits import RunningEnsemble
     from impatient.networks.multi_exit import MultiExitNetwork
-    from impatient.networks.running import RunningEnsemble
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
 Regime = Literal["joint", "frozen", "mixed"]
@@ -124,7 +124,7 @@ class Recipe:
         positive |= {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"{name}={value}; needed: a positive number.")
+                raise TrainingError(f"{name}={value}; expected a positive number.")
         shares = {
             "momentum": self.momentum,
             "label_smoothing": self.label_smoothing,
@@ -133,10 +133,10 @@ class Recipe:
         }
         for name, value in shares.items():
             if not 0.0 <= value < 1.0:
-                raise TrainingError(f"{name}={value}; needed: 0 or a share below 1.")
+                raise TrainingError(f"{name}={value}; expected 0 or a share below 1.")
         if not 0.0 <= self.weight_decay < math.inf:
             raise TrainingError(
-                f"weight_decay={self.weight_decay}; needed: 0 or a positive number."
+                f"weight_decay={self.weight_decay}; expected 0 or a positive number."
             )
         choices: dict[str, tuple[str, tuple[str, ...]]] = {
             "schedule": (self.schedule, ("cosine", "step")),
@@ -147,14 +147,14 @@ class Recipe:
         }
         for name, (choice, known) in choices.items():
             if choice not in known:
-                raise TrainingError(f"{name}={choice!r}; needed: one of {', '.join(known)}.")
+                raise TrainingError(f"{name}={choice!r}; expected one of {', '.join(known)}.")
         if not 0.0 <= self.distillation <= 1.0:
             raise TrainingError(
-                f"distillation={self.distillation}; needed: a share between 0 and 1."
+                f"distillation={self.distillation}; expected a share between 0 and 1."
             )
         if not 0.0 < self.backbone_share < 1.0:
             raise TrainingError(
-                f"backbone_share={self.backbone_share}; needed: a share between 0 and 1."
+                f"backbone_share={self.backbone_share}; expected a share between 0 and 1."
             )
         if self.regime == "mixed" and self.epochs < 2:
             raise TrainingError(
@@ -319,7 +319,7 @@ def checked_weights(
     if weights.shape != (samples, count):
         raise TrainingError(
             f"weights of shape {tuple(weights.shape)} for {samples} training samples and {count} "
-            f"exits; needed: one row per "
+            f"exits; expected one row per "
             "sample, one column per exit."
         )
     if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():

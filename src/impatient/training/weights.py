@@ -125,11 +125,11 @@ def rescaled(
     """
     made = check_weights(weights, len(weights))
     if total not in TOTALS:
-        raise TrainingError(f"total={total!r}; needed: one of {', '.join(TOTALS)}.")
+        raise TrainingError(f"total={total!r}; expected one of {', '.join(TOTALS)}.")
     if last_to_early is not None and len(made) > 1:
         if not 0.0 < last_to_early < math.inf:
             raise TrainingError(
-                f"last_to_early={last_to_early}; needed: a positive number, such as 1."
+                f"last_to_early={last_to_early}; expected a positive number, such as 1."
             )
         made = (*made[:-1], last_to_early * _not_zero(sum(made[:-1]), "the early exits", made))
     if total == "as_is":
@@ -149,7 +149,7 @@ def every(count: int, period: int) -> tuple[int, ...]:
         (1, 4, 7)
     """
     if period < 1:
-        raise TrainingError(f"one exit in {period} is to predict; needed: a period of at least 1.")
+        raise TrainingError(f"one exit in {period} is to predict; expected a period of at least 1.")
     return tuple(range((_positive(count) - 1) % period, count, period))
 
 
@@ -167,7 +167,7 @@ def spread(weights: Sequence[float], exits: Sequence[int], count: int) -> tuple[
         (0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 0.0, 1.0)
     """
     if len(set(exits)) != len(exits) or not all(0 <= exit < count for exit in exits):
-        raise TrainingError(f"exits {tuple(exits)}; needed: different ones from 0 to {count - 1}.")
+        raise TrainingError(f"exits {tuple(exits)}; expected different ones from 0 to {count - 1}.")
     given = dict(zip(exits, check_weights(weights, len(exits)), strict=True))
     return tuple(given.get(index, 0.0) for index in range(count))
 
@@ -198,7 +198,7 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
         len(options) != len(rest.split(",")) or not set(options) <= {"last_to_early", "total"}
     ):
         raise TrainingError(
-            f"cannot read the options of the exit weights {text!r}; needed: last_to_early=NUMBER "
+            f"cannot read the options of the exit weights {text!r}; expected last_to_early=NUMBER "
             f"and total=one of "
             f"{', '.join(TOTALS)}, separated by commas, such as sieve:last_to_early=2,total=all."
         )
@@ -211,13 +211,15 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
         ratio = float(options["last_to_early"]) if "last_to_early" in options else None
     except ValueError as error:
         raise TrainingError(
-            f"cannot read {text!r} as exit weights ({error}); needed: one of {', '.join(STATIC)}, "
+            f"cannot read {text!r} as exit weights ({error}); expected one of {', '.join(STATIC)}, "
             f"or {count} numbers "
             "separated by commas, such as 1,0.5,1."
         ) from error
     return rescaled(
-        check_weights(made, count), last_to_early=ratio, total=options.get("total", "as_is")
-    )  # type: ignore[arg-type]
+        check_weights(made, count),
+        last_to_early=ratio,
+        total=options.get("total", "as_is"),  # type: ignore[arg-type]
+    )
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
@@ -240,7 +242,7 @@ def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
 
 def _positive(count: int) -> int:
     if count < 1:
-        raise TrainingError(f"{count} exits; needed: at least 1.")
+        raise TrainingError(f"{count} exits; expected at least 1.")
     return count
 
 

@@ -16,7 +16,7 @@ RESERVE_S = 100e-6
 QUANTILES = {"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 0.999}
 
 
-class Drift:
+class SlowdownEstimator:
     """How many times as long as profiled a stage may take now: a quantile of what the latest stages
     took, at least 1.
 
@@ -45,7 +45,7 @@ class Drift:
     def __init__(self, quantile: float) -> None:
         if not 0.0 < quantile < 1.0:
             raise ValueError(
-                f"quantile={quantile!r}; needed: a number above 0 and below 1, such as 0.99."
+                f"quantile={quantile!r}; expected a number above 0 and below 1, such as 0.99."
             )
         count = max(50, round(2.0 / (1.0 - quantile)))
         self._place = min(count, math.ceil((count + 1) * quantile)) - 1
@@ -80,7 +80,7 @@ class Drift:
             self._sorted = sorted(self._latest)
 
 
-class Pace:
+class TimePredictor:
     """Whether the next exit still fits, on a machine that may have become slower than its profile
     says.
 
@@ -96,11 +96,11 @@ class Pace:
         next_s: Sequence[float],
         quantile: float,
         stage_s: Sequence[float] | None = None,
-        drift: Drift | None = None,
+        drift: SlowdownEstimator | None = None,
     ) -> None:
         self._next_s = tuple(next_s)
         self._stage_s = self._next_s if stage_s is None else tuple(stage_s)
-        self.drift = Drift(quantile) if drift is None else drift
+        self.drift = SlowdownEstimator(quantile) if drift is None else drift
 
     @property
     def scale(self) -> float:

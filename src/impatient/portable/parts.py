@@ -28,7 +28,7 @@ class EngineFile:
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         if threads < 1:
-            raise BundleError(f"threads={threads!r}; needed: a whole number, at least 1.")
+            raise BundleError(f"threads={threads!r}; expected a whole number, at least 1.")
         try:
             self._load(Path(path), threads)
         except ImportError as error:
@@ -38,7 +38,7 @@ class EngineFile:
             ) from error
         except Exception as error:
             raise BundleError(
-                f"{self.package} cannot load {path}: {error} Needed: an ONNX file that it knows; "
+                f"{self.package} cannot load {path}: {error} Expected an ONNX file that it knows; "
                 f"export again."
             ) from error
 

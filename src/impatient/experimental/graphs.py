@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from impatient.engines.network import EngineNetwork, NetworkFacts
+from impatient.engines.partition import Parts
 from impatient.errors import NetworkError
-from impatient.runtime.engines.network import EngineNetwork, NetworkFacts
-from impatient.runtime.engines.partition import Parts
-from impatient.runtime.engines.standalone import Staged
+from impatient.portable import Staged
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 
@@ -135,7 +135,7 @@ def cuda_graphs(
         or any(after <= before for before, after in itertools.pairwise(buckets))
     ):
         raise NetworkError(
-            f"buckets={tuple(buckets)}; needed: numbers of rows, at least 1 and rising, such as "
+            f"buckets={tuple(buckets)}; expected numbers of rows, at least 1 and rising, such as "
             f"{BUCKETS}."
         )
     if record is record_cuda and not next(iter(parts.examples.values())).is_cuda:

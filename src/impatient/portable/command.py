@@ -13,9 +13,9 @@ import numpy as np
 from .answers import Answer
 from .bundle import Bundle
 from .errors import BundleError
-from .pace import QUANTILES
 from .staged import Array, Inputs
 from .thresholds import probabilities
+from .timing import QUANTILES
 
 
 def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
@@ -72,7 +72,7 @@ def _load(path: str) -> Inputs:
         loaded = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}. Needed: a file written by numpy.save or numpy.savez."
+            f"cannot read {path}: {error}. Expected a file written by numpy.save or numpy.savez."
         ) from error
     return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 

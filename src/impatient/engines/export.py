@@ -18,9 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from impatient import portable
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import CostProfile
+from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
+from impatient.engines.onnx_files import PRECISIONS, quantise, write_parts
+from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
+from impatient.experimental.graphs import cuda_graphs
 from impatient.files import read_json, write_json, write_text
 from impatient.networks.describe import StageFacts
 from impatient.networks.multi_exit import MultiExitNetwork
@@ -28,11 +33,6 @@ from impatient.networks.placement import evaluating
 from impatient.networks.stages import batch_size_of, call_model
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import machine, provenance
-from impatient.runtime.engines import standalone
-from impatient.runtime.engines.graphs import cuda_graphs
-from impatient.runtime.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
-from impatient.runtime.engines.onnx_files import PRECISIONS, quantise, write_parts
-from impatient.runtime.engines.partition import Parts, input_tensors, partition
 
 # these have files
 WRITTEN = (
@@ -170,7 +170,7 @@ def export(
         write_json(folder / BUNDLE, bundle)
         try:
             agreement = _check_agreement(network, load_engine(folder), example, precision)
-        except standalone.BundleError as error:
+        except portable.BundleError as error:
             raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
         write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
         if engine != "aoti":
@@ -181,7 +181,7 @@ def export(
 
 def copy_standalone(folder: Path) -> None:
     """Put into a folder what runs it without torch and without this package."""
-    source = Path(standalone.__file__).parent
+    source = Path(portable.__file__).parent
     (folder / source.name).mkdir()
     for file in source.glob("*.py"):
         shutil.copyfile(file, folder / source.name / file.name)
@@ -204,10 +204,10 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
         return load_aoti(directory)
     try:
         facts = _facts(bundle)
-        made = standalone.Bundle(directory, threads)
+        made = portable.Bundle(directory, threads)
     except (KeyError, TypeError) as error:
         raise _damaged(directory, f"{BUNDLE} lacks {error}") from error
-    except standalone.BundleError as error:
+    except portable.BundleError as error:
         raise StorageError(str(error)) from error
     return EngineNetwork(
         facts,
@@ -225,7 +225,7 @@ class _Whole:
     exit.
     """
 
-    def __init__(self, bundle: standalone.Bundle) -> None:
+    def __init__(self, bundle: portable.Bundle) -> None:
         self._bundle = bundle
 
     def __call__(self, *inputs: Any) -> Any:
@@ -352,15 +352,15 @@ def _damaged(directory: str | Path, what: str) -> StorageError:
 
 def _check(engine: str, engines: Sequence[str], precision: str, threads: int) -> None:
     if engine not in engines:
-        raise RunError(f"engine {engine!r}; needed: one of {', '.join(engines)}.")
+        raise RunError(f"engine {engine!r}; expected one of {', '.join(engines)}.")
     if precision not in PRECISIONS:
-        raise RunError(f"precision {precision!r}; needed: one of {', '.join(PRECISIONS)}.")
-    if precision != "fp32" and engine not in (*standalone.ENGINES, *standalone.SESSIONS):
+        raise RunError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if precision != "fp32" and engine not in (*portable.ENGINES, *portable.SESSIONS):
         raise RunError(
             f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'."
         )
     if threads < 1:
-        raise RunError(f"threads={threads}; needed: 1 or more.")
+        raise RunError(f"threads={threads}; expected 1 or more.")
 
 
 def _check_place(directory: Path, force: bool) -> None:
@@ -483,7 +483,7 @@ def _bundle(
 
 def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
     """Names of the files that hold the exits."""
-    if engine in standalone.SESSIONS:
+    if engine in portable.SESSIONS:
         return {"session": f"session.{ending}"}
     stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
     return {
@@ -540,7 +540,7 @@ def _check_agreement(
             raise ExportFailed(
                 f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the "
                 f"network by {found:.2g} of its "
-                f'largest output; needed: at most {TOLERANCE:g}. Use engine="eager", and please '
+                f'largest output; expected at most {TOLERANCE:g}. Use engine="eager", and please '
                 f"report the model."
             )
     return agreement
@@ -651,5 +651,5 @@ The packages are machine code and run as such: load only what you have built.
 def _readme(engine: str, threads: int) -> str:
     if engine == "aoti":
         return _AOTI_README.format(threads=threads)
-    files = _SESSION if engine in standalone.SESSIONS else _STAGES
+    files = _SESSION if engine in portable.SESSIONS else _STAGES
     return _PLAIN_README.replace("FILES", files).format(package=engine.partition("-")[0])

@@ -18,8 +18,8 @@ from impatient.errors import ExitPassed, PolicyError, StaleInput
 from impatient.evaluation import record
 from impatient.evaluation.derived import ensembled
 from impatient.networks import MultiExitNetwork, attach_exits
+from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.gradients import GradientFlow
-from impatient.networks.running import RunningEnsemble
 from impatient.networks.stages import _Forward
 from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_structure, fingerprint_tensors

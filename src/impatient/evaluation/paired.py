@@ -12,7 +12,7 @@ from impatient.evaluation.recording import Recording
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class PairedComparison:
     """One exit in two recordings of the same samples.
 
     Attributes:
@@ -32,7 +32,7 @@ class Beside:
     same: Estimate
 
 
-def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
+def beside(recording: Recording, reference: Recording) -> tuple[PairedComparison, ...]:
     """Compare the exits of two recordings of one split.
 
     Args:
@@ -49,14 +49,14 @@ def beside(recording: Recording, reference: Recording) -> tuple[Beside, ...]:
         raise RecordingError(
             f"one recording is of split {recording.split!r} and exits "
             f"{', '.join(recording.exits)}, the other of "
-            f"{reference.split!r} and {', '.join(reference.exits)}; needed: the same of both."
+            f"{reference.split!r} and {', '.join(reference.exits)}; expected the same of both."
         )
     hits = recording.hits()
     wanted = reference.hits()
     same = recording.outputs.argmax(-1) == reference.outputs.argmax(-1)
     count = len(recording.labels)
     return tuple(
-        Beside(
+        PairedComparison(
             exit=exit,
             name=name,
             accuracy=proportion(float(hits[exit].sum()), count),

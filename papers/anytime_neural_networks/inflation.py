@@ -225,7 +225,7 @@ def simulate(
     share = 1.0 / base if competitive_from is None else _checked_share(competitive_from)
     if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
         raise CostError(
-            f"{members} networks on {workers} workers, of base {base}; needed: at least 2 per "
+            f"{members} networks on {workers} workers, of base {base}; expected at least 2 per "
             f"worker, and a depth "
             "of the last, base ** (members - 1), that is a number."
         )
@@ -251,7 +251,7 @@ def _share(base: float, competitive_from: float | None, workers: int) -> float:
 def _checked_base(base: float, workers: int) -> None:
     if not 1.0 < base < math.inf or workers < 1:
         raise CostError(
-            f"base {base} and {workers} workers; needed: a base above 1, such as 2.0, and at least "
+            f"base {base} and {workers} workers; expected a base above 1, such as 2.0, and at least "
             f"1 worker."
         )
 
@@ -259,7 +259,7 @@ def _checked_base(base: float, workers: int) -> None:
 def _checked_share(competitive_from: float) -> float:
     if not 0.0 < competitive_from <= 1.0:
         raise CostError(
-            f"competitive_from={competitive_from}; needed: a share of a network's depth, in (0, 1]."
+            f"competitive_from={competitive_from}; expected a share of a network's depth, in (0, 1]."
         )
     return competitive_from
 

@@ -48,7 +48,7 @@ class StagedNetwork(Protocol):
     def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
 
 
-class Collected:
+class BatchProgress:
     """Outputs of a batch whose samples may stop at different exits; those that go on run in a
     smaller batch where it pays.
 

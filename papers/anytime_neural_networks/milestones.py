@@ -167,12 +167,12 @@ class WinRate:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.wins < 0 or self.ties < 0 or self.wins + self.ties > self.pairs:
             raise RecordingError(
-                f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; needed: at least "
+                f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; expected at least "
                 f"one pair."
             )
         if not 0.0 < self.delta < 1.0:
             raise RecordingError(
-                f"delta={self.delta}; needed: the chance of an error, between 0 and 1, such as "
+                f"delta={self.delta}; expected the chance of an error, between 0 and 1, such as "
                 f"0.05."
             )
 
@@ -218,7 +218,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0
         or any(math.isnan(error) for error in (*ours, *theirs))
     ):
         raise RecordingError(
-            f"{len(ours)} errors against {len(theirs)}; needed: pairs, at least one, in the same "
+            f"{len(ours)} errors against {len(theirs)}; expected pairs, at least one, in the same "
             f"order and without NaN."
         )
     wins = sum(own < other for own, other in zip(ours, theirs, strict=True))
@@ -231,7 +231,7 @@ def _checked(errors: Sequence[float], count: int) -> tuple[float, ...]:
     known = tuple(float(error) for error in errors)
     if len(known) != count or not all(0.0 <= error <= 1.0 for error in known):
         raise RecordingError(
-            f"errors {known} for {count} costs; needed: one share of wrong answers, in [0, 1], for "
+            f"errors {known} for {count} costs; expected one share of wrong answers, in [0, 1], for "
             f"each."
         )
     return known

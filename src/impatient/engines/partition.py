@@ -24,7 +24,7 @@ from impatient.networks.describe import without_fused_attention
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import CutMap, batch_size_of, output_tensor, tapped
-from impatient.runtime.engines.standalone import Wiring
+from impatient.portable import Wiring
 
 _SIZE = torch.ops.aten.sym_size.int
 
@@ -72,7 +72,7 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     """
     if not isinstance(network, MultiExitNetwork):
         raise NetworkError(
-            f"{type(network).__name__} cannot be cut into parts; needed: a MultiExitNetwork, from "
+            f"{type(network).__name__} cannot be cut into parts; expected a MultiExitNetwork, from "
             f"attach_exits. "
             'Run this one with engine="eager".'
         )
@@ -131,7 +131,7 @@ def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
     given = input_names(x)
     if set(given) != set(names):
         raise NetworkError(
-            f"the input has the tensors {', '.join(given) or '(none)'}; needed: "
+            f"the input has the tensors {', '.join(given) or '(none)'}; expected "
             f"{', '.join(names)}, as in the example with "
             "which the network was exported."
         )
@@ -145,7 +145,7 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
     if isinstance(x, (tuple, list)):
         return [(f"x{index}", value) for index, value in enumerate(x)]
     raise NetworkError(
-        f"an input of type {type(x).__name__}; needed: a tensor, or a mapping, tuple or list with "
+        f"an input of type {type(x).__name__}; expected a tensor, or a mapping, tuple or list with "
         f"tensors in it."
     )
 

@@ -69,7 +69,7 @@ def linear_probes(
     """
     grid = sorted(float(strength) for strength in C)
     if not grid or not all(0.0 < strength < math.inf for strength in grid):
-        raise RecordingError(f"C={tuple(C)}; needed: at least one positive finite strength.")
+        raise RecordingError(f"C={tuple(C)}; expected at least one positive finite strength.")
     _check(train, train)
     for other in judge if validation is None else (validation, *judge):
         _check(train, other)

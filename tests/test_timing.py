@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from impatient.runtime.engines.standalone import Drift, Pace
+from impatient.portable import SlowdownEstimator, TimePredictor
 
 NORMAL = {0.5: 0.0, 0.9: 1.2816, 0.99: 2.3263, 0.999: 3.0902}
 SIGMA = 0.1
@@ -34,7 +34,7 @@ def loaded(random: np.random.Generator, count: int, quantile: float) -> np.ndarr
     )
 
 
-def followed(drift: Drift, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def followed(drift: SlowdownEstimator, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale before each stage, and whether the stage took longer than that."""
     scales = np.empty(len(ratios))
     for place, ratio in enumerate(ratios):
@@ -45,7 +45,9 @@ def followed(drift: Drift, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("quantile", [0.9, 0.99, 0.999])
 def test_without_a_load_the_scale_stays_near_one(quantile: float) -> None:
-    scales, late = followed(Drift(quantile), idle(np.random.default_rng(0), 20_000, quantile))
+    scales, late = followed(
+        SlowdownEstimator(quantile), idle(np.random.default_rng(0), 20_000, quantile)
+    )
     assert scales.mean() < 1.03
     assert np.quantile(scales, 0.95) < 1.1
     assert late.mean() < 1.1 * (1.0 - quantile)
@@ -53,7 +55,7 @@ def test_without_a_load_the_scale_stays_near_one(quantile: float) -> None:
 
 @pytest.mark.parametrize("quantile", [0.9, 0.99, 0.999])
 def test_a_lasting_load_is_late_as_often_as_the_quantile_says(quantile: float) -> None:
-    drift = Drift(quantile)
+    drift = SlowdownEstimator(quantile)
     random = np.random.default_rng(1)
     followed(drift, loaded(random, 4000, quantile))
     _, late = followed(drift, loaded(random, 40_000, quantile))
@@ -67,7 +69,7 @@ def test_a_load_is_late_only_while_it_is_new() -> None:
     """
     late = np.zeros((100, 800))
     for seed in range(100):
-        drift = Drift(0.99)
+        drift = SlowdownEstimator(0.99)
         random = np.random.default_rng(seed)
         followed(drift, idle(random, 300, 0.99))
         _, late[seed] = followed(drift, loaded(random, 800, 0.99))
@@ -81,7 +83,7 @@ def test_a_load_is_late_only_while_it_is_new() -> None:
 def test_a_load_that_is_over_is_forgotten_when_the_window_has_passed(
     quantile: float, stages: int
 ) -> None:
-    drift = Drift(quantile)
+    drift = SlowdownEstimator(quantile)
     random = np.random.default_rng(2)
     followed(drift, loaded(random, 3000, quantile))
     scales, _ = followed(drift, idle(random, 2 * stages, quantile))
@@ -92,19 +94,19 @@ def test_a_load_that_is_over_is_forgotten_when_the_window_has_passed(
 def test_one_stage_in_a_thousand_descheduled_hardly_costs_depth() -> None:
     random = np.random.default_rng(3)
     ratios = idle(random, 50_000, 0.99) * np.where(random.random(50_000) < 0.001, 10.0, 1.0)
-    scales, late = followed(Drift(0.99), ratios)
+    scales, late = followed(SlowdownEstimator(0.99), ratios)
     assert np.mean(scales > 1.5) < 0.03
     assert late.mean() < 0.011
 
 
 def test_one_descheduled_stage_alone_moves_nothing() -> None:
-    drift = Drift(0.99)
+    drift = SlowdownEstimator(0.99)
     drift.observe(1e9)
     assert drift.scale == 1.0
     drift.observe(3.0)
     assert drift.scale == 3.0
     drift.observe(1e9)
-    assert drift.scale == Drift.LARGEST
+    assert drift.scale == SlowdownEstimator.LARGEST
 
 
 @given(
@@ -116,7 +118,7 @@ def test_the_scale_is_the_order_statistic_of_the_window(
     ratios: list[float], quantile: float, forgets: list[bool]
 ) -> None:
     count = {0.5: 50, 0.9: 50, 0.99: 200}[quantile]
-    drift = Drift(quantile)
+    drift = SlowdownEstimator(quantile)
     window = [1.0] * count
     for ratio, forget in zip(ratios, forgets, strict=False):
         if forget:
@@ -128,7 +130,7 @@ def test_the_scale_is_the_order_statistic_of_the_window(
 
 
 def test_a_machine_that_is_given_nothing_to_do_is_believed_again_in_time() -> None:
-    drift = Drift(0.99)
+    drift = SlowdownEstimator(0.99)
     for _ in range(200):
         drift.observe(9.0)
     for _ in range(100):
@@ -137,7 +139,7 @@ def test_a_machine_that_is_given_nothing_to_do_is_believed_again_in_time() -> No
 
 
 def test_stages_seen_by_several_threads_are_each_counted_once() -> None:
-    drift = Drift(0.99)
+    drift = SlowdownEstimator(0.99)
     quantile = 0.99
     values = idle(np.random.default_rng(4), 4000, quantile) * 5.0
 
@@ -157,16 +159,16 @@ def test_stages_seen_by_several_threads_are_each_counted_once() -> None:
 @pytest.mark.parametrize("quantile", [-0.1, 0.0, 1.0, math.nan])
 def test_a_quantile_that_is_none_is_an_error(quantile: float) -> None:
     with pytest.raises(ValueError, match="above 0 and below 1"):
-        Drift(quantile)
+        SlowdownEstimator(quantile)
 
 
 # --- pace -----------------------------------------------------------------------------------------
 
 
 def test_what_fits_follows_the_drift_that_batch_sizes_share() -> None:
-    drift = Drift(0.99)
-    one = Pace([1.0, 2.0], 0.99, [0.5, 2.0], drift)
-    many = Pace([8.0, 16.0], 0.99, drift=drift)
+    drift = SlowdownEstimator(0.99)
+    one = TimePredictor([1.0, 2.0], 0.99, [0.5, 2.0], drift)
+    many = TimePredictor([8.0, 16.0], 0.99, drift=drift)
     assert one.fits(1, now=1.0, deadline=3.5, reserve_s=0.5)
     assert not one.fits(1, now=1.0, deadline=3.4, reserve_s=0.5)
     for _ in range(2):
@@ -179,13 +181,13 @@ def test_what_fits_follows_the_drift_that_batch_sizes_share() -> None:
 
 
 def test_beyond_the_last_exit_everything_fits() -> None:
-    pace = Pace([1.0], 0.99)
+    pace = TimePredictor([1.0], 0.99)
     assert pace.fits(1, now=5.0, deadline=0.0, reserve_s=0.0)
     assert pace.needs_s(1) == 0.0
 
 
 def test_a_stage_whose_profile_is_nothing_says_nothing() -> None:
-    pace = Pace([0.0], 0.99)
+    pace = TimePredictor([0.0], 0.99)
     for _ in range(10):
         pace.observe(0, 5.0)
     assert pace.scale == 1.0

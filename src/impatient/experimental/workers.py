@@ -20,8 +20,8 @@ import torch
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
 from impatient.errors import RunError
 from impatient.runtime.answer import Answer, answered
-from impatient.runtime.collected import ExitLike
 from impatient.runtime.interruptible import InterruptibleRun, Worker
+from impatient.runtime.progress import ExitLike
 
 
 class Ensemble(Protocol):
@@ -47,7 +47,7 @@ class ParallelEANN:
 
     More workers than free cores, or any number on one GPU, take turns: then each network takes
     longer in proportion, and the first answers come later than with one worker. The formulas of
-    `impatient.evaluation.inflation` hold for workers that do not slow each other down.
+    `papers.anytime_neural_networks.inflation` hold for workers that do not slow each other down.
 
     Args:
         ensemble: an `EANN`, in eval mode.
@@ -91,9 +91,9 @@ class ParallelEANN:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         if workers < 1 or (threads is not None and threads < 1):
-            raise RunError(f"workers={workers}, threads={threads}; needed: at least 1 of each.")
+            raise RunError(f"workers={workers}, threads={threads}; expected at least 1 of each.")
         if when_late not in ("answer", "raise"):
-            raise RunError(f"when_late={when_late!r}; needed: 'answer' or 'raise'.")
+            raise RunError(f"when_late={when_late!r}; expected 'answer' or 'raise'.")
         self.ensemble = ensemble
         self.clock = clock
         self._when_late = when_late
@@ -171,7 +171,7 @@ class _Plan:
         errors = [error for member in validation_errors for error in member]
         if not networks or len(errors) != self.first[-1]:
             raise RunError(
-                f"{len(errors)} validation errors for {self.first[-1]} exits; needed: one per exit."
+                f"{len(errors)} validation errors for {self.first[-1]} exits; expected one per exit."
             )
         # the smaller, the better
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from impatient.engines.partition import Parts, any_batch
 from impatient.errors import ExportFailed
-from impatient.runtime.engines.partition import Parts, any_batch
-from impatient.runtime.engines.standalone import SESSIONS
+from impatient.portable import SESSIONS
 
 # bytes: what protobuf can hold, less some room for the graph
 LARGEST_FILE = 2**31 - 2**24

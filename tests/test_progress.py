@@ -20,10 +20,10 @@ from impatient.costs import CostProfile
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy
 from impatient.policies.mixing import MixedPolicy
+from impatient.portable import StagedRun, Wiring
 from impatient.runtime import Runner
-from impatient.runtime.collected import Collected
 from impatient.runtime.compaction import Compaction
-from impatient.runtime.engines.standalone import StagedRun, Wiring
+from impatient.runtime.progress import BatchProgress
 from impatient.runtime.runner import RESERVE_S
 
 WIDTH = 6
@@ -98,7 +98,7 @@ def driven(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """A run to its end."""
     with torch.inference_mode(), network.exits(x) as run:
-        collected = Collected(policy, network, x, run, compaction)
+        collected = BatchProgress(policy, network, x, run, compaction)
         for exit in run:
             if collected.add(exit):
                 break
@@ -111,7 +111,7 @@ def snapshots(
 ) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
     """What is there after each exit of a run, and what it finishes with."""
     with torch.inference_mode(), network.exits(x) as run:
-        collected = Collected(policy, network, x, run, compaction)
+        collected = BatchProgress(policy, network, x, run, compaction)
         for exit in run:
             done = collected.add(exit)
             yield collected.snapshot(exit)
@@ -430,7 +430,9 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(
     outputs = torch.stack(NETWORK(x)).detach()
     stopped = policy.exits_of(outputs)
     with torch.inference_mode(), NETWORK.exits(x) as run:
-        collected = Collected(policy, NETWORK, x, run, dataclasses.replace(ALWAYS, buckets=buckets))
+        collected = BatchProgress(
+            policy, NETWORK, x, run, dataclasses.replace(ALWAYS, buckets=buckets)
+        )
         for exit in run:
             done = collected.add(exit)
             if exit.index == at:

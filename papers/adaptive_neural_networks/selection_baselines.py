@@ -227,7 +227,7 @@ def oracle_route(
     check_costs(node_s, topology, 0.0)
     if pays not in ("path", "chosen") or when_none_is_right not in ("cheapest", "last"):
         raise PolicyError(
-            f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; needed: path or chosen, "
+            f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; expected path or chosen, "
             f"cheapest or last."
         )
     paths = (

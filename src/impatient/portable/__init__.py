@@ -7,12 +7,12 @@ These files import neither torch nor impatient: `impatient export` copies them i
 from .answers import Answer
 from .bundle import Bundle, Started
 from .errors import BundleError, Cancelled
-from .pace import Drift, Pace
 from .parts import ENGINES, EnginePart, OnnxRuntimePart, OpenVinoPart
 from .sessions import SESSIONS
 from .staged import Head, Part, PartExit, Run, Staged, StagedRun, Wiring
 from .streamed import Streamed, StreamedRun
 from .thresholds import Thresholds
+from .timing import SlowdownEstimator, TimePredictor
 
 __all__ = [
     "ENGINES",
@@ -21,20 +21,20 @@ __all__ = [
     "Bundle",
     "BundleError",
     "Cancelled",
-    "Drift",
     "EnginePart",
     "Head",
     "OnnxRuntimePart",
     "OpenVinoPart",
-    "Pace",
     "Part",
     "PartExit",
     "Run",
+    "SlowdownEstimator",
     "Staged",
     "StagedRun",
     "Started",
     "Streamed",
     "StreamedRun",
     "Thresholds",
+    "TimePredictor",
     "Wiring",
 ]

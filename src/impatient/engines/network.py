@@ -21,15 +21,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from impatient.engines.partition import Parts, any_batch, exporting, input_tensors
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
 from impatient.files import write_json
 from impatient.networks.describe import StageFacts, describe, stage_facts
 from impatient.networks.heads import Layout, Pool
 from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.portable import PartExit, Run, Staged, Streamed
+from impatient.portable.description import wiring_of
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
-from impatient.runtime.engines.partition import Parts, any_batch, exporting, input_tensors
-from impatient.runtime.engines.standalone import PartExit, Run, Staged, Streamed
-from impatient.runtime.engines.standalone.description import wiring_of
 from impatient.runtime.profile import resized
 
 Arrays = Literal["torch", "numpy"]
@@ -182,7 +182,7 @@ def _to_torch(value: Any, arrays: Arrays) -> Tensor:
     return value if arrays == "torch" else torch.tensor(value)
 
 
-class Whole(nn.Module):
+class ExitFreeNetwork(nn.Module):
     """The backbone without exits in an engine: called as the backbone is, gives its output, shape
     [B, num_classes].
     """
@@ -247,7 +247,7 @@ class EngineNetwork:
         if parts.num_exits != len(facts.exit_names):
             raise NetworkError(
                 f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; "
-                f"needed: as many."
+                f"expected as many."
             )
         self.facts = facts
         self.engine = engine
@@ -265,7 +265,7 @@ class EngineNetwork:
             else "one session with all exits"
         )
         self.mechanism = mechanism or f"{engine}, {how}"
-        self.backbone = Whole(whole, parts.wiring.inputs, arrays)
+        self.backbone = ExitFreeNetwork(whole, parts.wiring.inputs, arrays)
         self._parts = parts
         self._arrays = arrays
 

@@ -28,7 +28,8 @@ from impatient.errors import RunError
 from impatient.networks.stages import batch_size_of, first_tensor
 from impatient.policies.rules import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.collected import (
+from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.progress import (
     StagedNetwork,
     asked,
     can_shrink,
@@ -36,7 +37,6 @@ from impatient.runtime.collected import (
     for_rows,
     row_bytes,
 )
-from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.runner import RESERVE_S, Runner
 
 
@@ -125,7 +125,7 @@ class GpuRunner(Runner):
         **options: Any,
     ) -> None:
         if ahead < 0:
-            raise RunError(f"ahead={ahead}; needed: 0 or more stages.")
+            raise RunError(f"ahead={ahead}; expected 0 or more stages.")
         if getattr(network, "router", None) is not None:
             raise RunError(
                 "a routed cascade waits for each of its networks to send the samples on; run it "

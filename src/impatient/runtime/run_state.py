@@ -12,13 +12,13 @@ from torch import Tensor
 from impatient.errors import RunError
 from impatient.networks.stages import batch_size_of, first_tensor
 from impatient.policies.rules import Policy
-from impatient.runtime.collected import Collected, ExitLike, StagedNetwork, upcoming
 from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
 from impatient.runtime.profile import synchronise
+from impatient.runtime.progress import BatchProgress, ExitLike, StagedNetwork, upcoming
 
 
-class Course:
+class RunState:
     """A run that waits at each exit until it is told to go on.
 
     Args:
@@ -52,7 +52,7 @@ class Course:
         # None before the first stage and when closed
         self._walk: Any = None
         self._exits: Iterator[Any] = iter(())
-        self._collected: Collected | None = None
+        self._collected: BatchProgress | None = None
         self._closed = False
         # by the policy at this exit; None: not asked
         self._stopped: bool | None = None
@@ -168,6 +168,6 @@ class Course:
         self._walk = held.__enter__()
         self._held = held
         self._exits = iter(self._walk)
-        self._collected = Collected(
+        self._collected = BatchProgress(
             self._policy, self._network, self._x, self._walk, self._compaction
         )

@@ -27,7 +27,7 @@ def always(exit: int, num_exits: int, recording: Recorded | None = None) -> Thre
         (inf, -inf, -inf)
     """
     if not 0 <= exit < num_exits:
-        raise PolicyError(f"exit {exit} of {num_exits}; needed: 0 to {num_exits - 1}.")
+        raise PolicyError(f"exit {exit} of {num_exits}; expected 0 to {num_exits - 1}.")
     thresholds = [math.inf] * num_exits
     thresholds[exit] = thresholds[-1] = -math.inf
     return ThresholdPolicy(

@@ -135,7 +135,7 @@ class Staged:
         if not len(stages) == len(heads) == len(wiring.features):
             raise BundleError(
                 f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} "
-                f"exits; needed: one of each "
+                f"exits; expected one of each "
                 "per exit."
             )
         self.wiring = wiring

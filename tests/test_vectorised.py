@@ -16,7 +16,7 @@ from impatient.errors import (
     StaleInput,
 )
 from impatient.evaluation import evaluate
-from impatient.evaluation.many import expected_accuracies, judge_policies
+from impatient.evaluation.vectorised import expected_accuracies, judge_policies
 from impatient.policies import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import SCORES
 from recordings import costs_of, drawn, recording_of, sure

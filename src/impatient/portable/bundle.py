@@ -18,12 +18,12 @@ import numpy as np
 from .answers import Answer, Gathered, StoppedBy
 from .description import SCHEMA, check_input, read, read_description, wiring_of, write
 from .errors import BundleError, Cancelled
-from .pace import QUANTILES, RESERVE_S, Drift, Pace
 from .parts import ENGINES, EnginePart
 from .sessions import SESSIONS
 from .staged import Array, Inputs, PartExit, Run, Staged
 from .streamed import Streamed
 from .thresholds import Thresholds
+from .timing import QUANTILES, RESERVE_S, SlowdownEstimator, TimePredictor
 
 COSTS_FILE = "costs.json"
 PROFILE = "python run.py INPUT.npy --profile"
@@ -71,8 +71,10 @@ class Bundle:
             score=policy["score"], thresholds=tuple(map(float, policy["thresholds"]))
         )
         self._whole: EnginePart | None = None
-        self._drifts = {statistic: Drift(quantile) for statistic, quantile in QUANTILES.items()}
-        self._paces: dict[tuple[int, str], Pace] = {}
+        self._drifts = {
+            statistic: SlowdownEstimator(quantile) for statistic, quantile in QUANTILES.items()
+        }
+        self._paces: dict[tuple[int, str], TimePredictor] = {}
         self._worker = ThreadPoolExecutor(1, "impatient")
         self.costs, self._measured_on = self._read_costs()
 
@@ -179,7 +181,7 @@ class Bundle:
         """
         if repeats < 1:
             raise BundleError(
-                f"repeats={repeats!r}; needed: at least 1, and 300 for a p99 that means something."
+                f"repeats={repeats!r}; expected at least 1, and 300 for a p99 that means something."
             )
         self.warm_up(x, warm_up)
         times_s = np.zeros((2, self.num_exits, repeats))
@@ -218,7 +220,7 @@ class Bundle:
     def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
         if deadline_s is not None and not deadline_s > 0.0:
             raise BundleError(
-                f"deadline_s={deadline_s!r}; needed: a positive number of seconds, such as 0.008."
+                f"deadline_s={deadline_s!r}; expected a positive number of seconds, such as 0.008."
             )
         inputs = self._inputs(x)
         deadline = math.inf if deadline_s is None else begin + deadline_s
@@ -249,14 +251,14 @@ class Bundle:
         given = x if isinstance(x, Mapping) else {self.wiring.inputs[0]: x}
         if set(given) != set(specs):
             raise BundleError(
-                f"inputs {sorted(given)}; needed: {sorted(specs)}, as a mapping of names to arrays."
+                f"inputs {sorted(given)}; expected {sorted(specs)}, as a mapping of names to arrays."
             )
         for name, spec in specs.items():
             check_input(name, given[name], spec)
         sizes = {given[name].shape[dim] for name, dim in self._input_dims()}
         if len(sizes) > 1 or 0 in sizes:
             raise BundleError(
-                f"inputs of {sorted(sizes)} samples; needed: the same number in each, at least 1."
+                f"inputs of {sorted(sizes)} samples; expected the same number in each, at least 1."
             )
         return [given[name] for name in self.wiring.inputs]
 
@@ -281,9 +283,9 @@ class Bundle:
         }
         return self.description.get("costs") or {}, exported
 
-    def _pace(self, batch: int, statistic: str, any_profile: bool) -> Pace:
+    def _pace(self, batch: int, statistic: str, any_profile: bool) -> TimePredictor:
         if statistic not in QUANTILES:
-            raise BundleError(f"statistic={statistic!r}; needed: one of {', '.join(QUANTILES)}.")
+            raise BundleError(f"statistic={statistic!r}; expected one of {', '.join(QUANTILES)}.")
         costs = self.costs.get(str(batch))
         here = self._here()
         if costs is None:
@@ -309,7 +311,7 @@ class Bundle:
                     f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`."
                 ) from error
             stages_s, next_s = zip(*times_s, strict=True)
-            self._paces[batch, statistic] = Pace(
+            self._paces[batch, statistic] = TimePredictor(
                 next_s, QUANTILES[statistic], stages_s, self._drifts[statistic]
             )
         return self._paces[batch, statistic]

@@ -36,7 +36,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     """What is wrong with a description, in words; None if nothing is."""
     if value["engine"] not in (*ENGINES, *SESSIONS):
-        return f"engine {value['engine']!r}; needed: one of {', '.join((*ENGINES, *SESSIONS))}"
+        return f"engine {value['engine']!r}; expected one of {', '.join((*ENGINES, *SESSIONS))}"
     wiring = wiring_of(value["wiring"])
     policy = value["policy"]
     streamed = value["engine"] in SESSIONS
@@ -46,14 +46,14 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     for name, row in rows.items():
         if len(row) != len(value["exits"]):
             return (
-                f"{len(row)} {name} for {len(value['exits'])} exits; needed: one of each per exit"
+                f"{len(row)} {name} for {len(value['exits'])} exits; expected one of each per exit"
             )
     if policy and policy["score"] not in SCORES:
-        return f"score {policy['score']!r}; needed: one of {', '.join(SCORES)}"
+        return f"score {policy['score']!r}; expected one of {', '.join(SCORES)}"
     if sorted(spec["name"] for spec in value["inputs"]) != sorted(wiring.inputs):
         return f"the inputs are not those of the wiring, {list(wiring.inputs)}"
     if all(wiring.batch_dims[name] is None for name in wiring.inputs):
-        return "no input has a batch dimension; needed: at least one"
+        return "no input has a batch dimension; expected at least one"
     known = set(wiring.inputs)
     for takes, gives, features in zip(wiring.takes, wiring.gives, wiring.features, strict=True):
         lacking = (
@@ -89,7 +89,7 @@ def wiring_of(value: Mapping[str, Any]) -> Wiring:
 def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
     """Refuse an input that is not what was exported."""
     needed = (
-        f"needed: a numpy array, {spec['dtype']}, shape "
+        f"expected a numpy array, {spec['dtype']}, shape "
         f"{['any' if size is None else size for size in spec['shape']]}"
     )
     if not isinstance(array, np.ndarray):
@@ -114,7 +114,7 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}. Needed: a whole file of JSON; {remedy}."
+            f"cannot read {path}: {error}. Expected a whole file of JSON; {remedy}."
         ) from error
     found = (
         (value.get("kind"), value.get("schema"))
@@ -122,7 +122,7 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         else type(value).__name__
     )
     if found != (kind, SCHEMA):
-        raise BundleError(f"{path} holds {found}; needed: {(kind, SCHEMA)}; {remedy}.")
+        raise BundleError(f"{path} holds {found}; expected {(kind, SCHEMA)}; {remedy}.")
     assert isinstance(value, dict)
     return value
 
