@@ -416,7 +416,7 @@ def agree(answers: list[dict[str, Answer]]) -> None:
             if given[way][1] != exits or not torch.allclose(given[way][0], output, atol=1e-4):
                 raise RuntimeError(
                     f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs "
-                    f"differ."
+                    "differ."
                 )
 
 

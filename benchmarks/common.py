@@ -63,8 +63,7 @@ def facts() -> str:
         f"{here['processor']}, {torch.get_num_threads()} torch threads at the end; "
         f"{platform.system()} {platform.release()}; "
         f"{', '.join(f'{name} {version}' for name, version in (versions() | engines).items())}; "
-        f"commit {commit()}; "
-        f"{datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
+        f"commit {commit()}; {datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
 
 

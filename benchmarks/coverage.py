@@ -400,9 +400,8 @@ def page(rows: Mapping[str, Row]) -> str:
     parts = [row for row in listed if row.get("exported parts")]
     exported = sum(not row["exported parts"].startswith("no") for row in parts)
     count = (
-        f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits "
-        f"found, "
-        f"and the rest as it should be."
+        f"**{sum(map(works, listed))} of {len(listed)} architectures work**: four exits found, and "
+        "the rest as it should be."
     )
     if parts:
         count += f" **{exported} of {len(parts)}** can be exported as parts."

@@ -98,11 +98,9 @@ def main() -> None:
     if not smoke:
         text = (
             f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each "
-            f"after one that does not "
-            "count; logistic gates on confidences, everything from the recording on. Judged are "
-            "policies fitted for 20 prices "
-            "on a tenth as many other samples, over and over, by accuracy and mean time. "
-            "Selection: six of the exits as "
+            "after one that does not count; logistic gates on confidences, everything from the "
+            "recording on. Judged are policies fitted for 20 prices on a tenth as many other "
+            "samples, over and over, by accuracy and mean time. Selection: six of the exits as "
             "networks of a chain."
         )
         write_results("policies", "Fitting and judging learned policies", text, rows)

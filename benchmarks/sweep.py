@@ -127,11 +127,10 @@ def main() -> None:
     if not smoke:
         text = (
             f"{__doc__.splitlines()[0]} Random recordings of {seeds} seeds, {repeats} repeats each "
-            f"after one that does not "
-            "count; all from the recording on, scores and hits included. The three scores in turn, "
-            "one exit in five closed; "
-            "seven shapes of budgets. `evaluate` with one policy, which gives intervals and "
-            "calibration too, to compare with."
+            "after one that does not count; all from the recording on, scores and hits included. "
+            "The three scores in turn, one exit in five closed; seven shapes of budgets. "
+            "`evaluate` with one policy, which gives intervals and calibration too, to compare "
+            "with."
         )
         write_results("sweep", "Many policies and budgets at once", text, rows)
 

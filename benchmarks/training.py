@@ -90,8 +90,7 @@ def main() -> None:
     if not smoke:
         text = (
             "PreActResNet n=5, c=16 at 32x32 pixels, 5 exits, batch 128, channels-last, 4 steps an "
-            "epoch, whole `fit` calls in "
-            "turn, two threads; asked for: at most 1.25."
+            "epoch, whole `fit` calls in turn, two threads; asked for: at most 1.25."
         )
         write_results("training", "Cost of joint training", text, rows)
 

@@ -90,8 +90,7 @@ def main() -> None:
     if not smoke:
         text = (
             f"EANN of plain networks of {', '.join(map(str, DEPTHS))} layers, one torch thread per "
-            f"worker, two cores; 0.5 "
-            "would be a perfect gain."
+            "worker, two cores; 0.5 would be a perfect gain."
         )
         write_results("workers", "Two workers for networks of growing depth", text, rows)
 

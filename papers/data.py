@@ -39,8 +39,7 @@ def shared_folder() -> Path:
     if not (folder / "load.py").is_file():
         raise DataError(
             f"no shared data: {folder} has no load.py. Set IMPATIENT_DATA to the folder that has "
-            f"it, or run --scale smoke, "
-            "which needs only scikit-learn's digits."
+            "it, or run --scale smoke, which needs only scikit-learn's digits."
         )
     return folder
 

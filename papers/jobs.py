@@ -69,7 +69,7 @@ def _plain(value: Any) -> Any:
         return dict(value)
     raise TypeError(
         f"a job's argument is a {type(value).__name__}; expected JSON values, paths or dataclasses "
-        f"of them."
+        "of them."
     )
 
 
@@ -233,8 +233,8 @@ def _error_of(job: Job, process: SpawnProcess, folder: Path) -> str | None:
     if process.exitcode == 1 and path.is_file():
         return path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
     return (
-        f"its process ended with code {process.exitcode} (negative: killed by that signal; out "
-        f"of memory?)"
+        f"its process ended with code {process.exitcode} (negative: killed by that signal; out of "
+        "memory?)"
     )
 
 
@@ -284,8 +284,9 @@ def _report(failed: Mapping[str, str], count: int, folder: Path) -> str:
         for name, error in failed.items()
     )
     return (
-        f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same "
-        f"command runs these again:\n{lines}"
+        f"{len(failed)} of {count} jobs failed; the others' results are kept, and the same command "
+        "runs these again:\n"
+        f"{lines}"
     )
 
 

@@ -104,8 +104,7 @@ def made_by(processor: str, module: str) -> str:
     return (
         f"{processor}; {platform.system()} {platform.release()}; "
         f"{', '.join(f'{name} {version}' for name, version in versions().items())}; commit "
-        f"{commit or 'unknown'}; "
-        f"{datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
+        f"{commit or 'unknown'}; {datetime.now(UTC):%Y-%m-%d}. Command: `{command}`"
     )
 
 

@@ -143,7 +143,7 @@ def myopic(
             least = min(entry[1] for entry in tried)
             raise InfeasibleTarget(
                 f"mean_time_s={wanted:g} cannot be reached: the first exit takes {least:g} s. Ask "
-                f"for more."
+                "for more."
             )
         best = max(feasible, key=lambda entry: (entry[0], -entry[1]))
     else:

@@ -103,7 +103,7 @@ def load_pretrained(network: nn.Module, name: str, path: Path) -> None:
     if not path.is_file():
         raise DataError(
             f"no weights at {path}; set IMPATIENT_DATA to the folder of the shared data that has "
-            f"them."
+            "them."
         )
     prefix = f"{name}."
     with np.load(path, allow_pickle=False) as archive:

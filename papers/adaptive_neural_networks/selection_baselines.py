@@ -129,7 +129,7 @@ def fit_myopic(
     if not len(feasible):
         raise InfeasibleTarget(
             f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or "
-            f"more."
+            "more."
         )
     best = int(feasible[0])
     reached = {
@@ -228,7 +228,7 @@ def oracle_route(
     if pays not in ("path", "chosen") or when_none_is_right not in ("cheapest", "last"):
         raise PolicyError(
             f"pays={pays!r}, when_none_is_right={when_none_is_right!r}; expected path or chosen, "
-            f"cheapest or last."
+            "cheapest or last."
         )
     paths = (
         topology.cheapest_paths(node_s)

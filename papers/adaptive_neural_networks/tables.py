@@ -401,13 +401,12 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
         place = selecting.LOSSES.index(0.01)
         yield Claim(
             (
-                f"selection: at most 1 point below the full network, at least {WANTED} times faster "
-                f"({case.name}, {OURS})"
+                f"selection: at most 1 point below the full network, at least {WANTED} times "
+                f"faster ({case.name}, {OURS})"
             ),
             "up to 2.8, less than 1 point of top-5",
             f"{own.text(2)} times; asked for on the part fitted on: {asked[1].text(2)} times at "
-            f"{asked[0].text(2, sign=True)} "
-            f"points lost; knowing the labels would allow "
+            f"{asked[0].text(2, sign=True)} points lost; knowing the labels would allow "
             f"{limits(splits, 'path', place).text(2)}{_better(case, splits)}",
             "yes" if own.mean >= WANTED else "no",
         )
@@ -435,8 +434,8 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
     for row in guarantee_rows([*cases, *made], found):
         yield Claim(
             (
-                f"guarantees are broken at most as often as said ({row['case']}, {row['policies']}, "
-                f"{row['loss']})"
+                f"guarantees are broken at most as often as said ({row['case']}, "
+                f"{row['policies']}, {row['loss']})"
             ),
             f"at most {100 * row['delta']:g} %",
             f"{row['broken %']:.1f} % of {row['draws']} draws",

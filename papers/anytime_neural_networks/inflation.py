@@ -226,8 +226,7 @@ def simulate(
     if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
         raise CostError(
             f"{members} networks on {workers} workers, of base {base}; expected at least 2 per "
-            f"worker, and a depth "
-            "of the last, base ** (members - 1), that is a number."
+            "worker, and a depth of the last, base ** (members - 1), that is a number."
         )
     depths = base ** np.arange(float(members))
     begins = []
@@ -251,8 +250,8 @@ def _share(base: float, competitive_from: float | None, workers: int) -> float:
 def _checked_base(base: float, workers: int) -> None:
     if not 1.0 < base < math.inf or workers < 1:
         raise CostError(
-            f"base {base} and {workers} workers; expected a base above 1, such as 2.0, and at least "
-            f"1 worker."
+            f"base {base} and {workers} workers; expected a base above 1, such as 2.0, and at "
+            "least 1 worker."
         )
 
 

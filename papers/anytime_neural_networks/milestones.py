@@ -137,8 +137,7 @@ def milestones(
     if early:
         raise RecordingError(
             f"the milestone at cost {early[0]:g} lies before OPT's first network ({first:g}); "
-            f"train a network for that depth "
-            "or a smaller one, or ask for later milestones."
+            "train a network for that depth or a smaller one, or ask for later milestones."
         )
     return relative_increase(
         error_at(costs, errors, places), error_at(opt_costs, opt_errors, places)
@@ -168,12 +167,12 @@ class WinRate:
         if self.pairs < 1 or self.wins < 0 or self.ties < 0 or self.wins + self.ties > self.pairs:
             raise RecordingError(
                 f"{self.wins} wins and {self.ties} ties of {self.pairs} pairs; expected at least "
-                f"one pair."
+                "one pair."
             )
         if not 0.0 < self.delta < 1.0:
             raise RecordingError(
                 f"delta={self.delta}; expected the chance of an error, between 0 and 1, such as "
-                f"0.05."
+                "0.05."
             )
 
     @property
@@ -219,7 +218,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0
     ):
         raise RecordingError(
             f"{len(ours)} errors against {len(theirs)}; expected pairs, at least one, in the same "
-            f"order and without NaN."
+            "order and without NaN."
         )
     wins = sum(own < other for own, other in zip(ours, theirs, strict=True))
     ties = sum(own == other for own, other in zip(ours, theirs, strict=True))
@@ -231,7 +230,7 @@ def _checked(errors: Sequence[float], count: int) -> tuple[float, ...]:
     known = tuple(float(error) for error in errors)
     if len(known) != count or not all(0.0 <= error <= 1.0 for error in known):
         raise RecordingError(
-            f"errors {known} for {count} costs; expected one share of wrong answers, in [0, 1], for "
-            f"each."
+            f"errors {known} for {count} costs; expected one share of wrong answers, in [0, 1], "
+            "for each."
         )
     return known

@@ -137,12 +137,11 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
     ]
     return [
         "**Error above OPT's, per cent, at shares of the cost** (mean ± standard deviation over "
-        "network and seed; final error "
-        "in per cent)",
+        "network and seed; final error in per cent)",
         markdown([_spoken(row, "+.1f") for row in rows]),
         (
-            "**Alternating against static weights** (over weightings, networks and seeds; Hoeffding's "
-            "bound)"
+            "**Alternating against static weights** (over weightings, networks and seeds; "
+            "Hoeffding's bound)"
         ),
         markdown(wins),
         "**Claims**",
@@ -171,19 +170,17 @@ def _ensemble_part(
         ""
         if difference is None
         else (
-            f" One EANN was run as a network: its errors differ from the assembled ones by "
+            " One EANN was run as a network: its errors differ from the assembled ones by "
             f"{difference:.2g} at most."
         )
     )
     return [
         f"**Ensembles of networks n = {', '.join(map(str, scale.members))}, c = {scale.channels}, "
-        f"against OPT+** (budgets "
-        "uniform from the plain ensemble's first answer to its last; mean ± standard deviation "
-        "over seeds)",
+        "against OPT+** (budgets uniform from the plain ensemble's first answer to its last; mean "
+        "± standard deviation over seeds)",
         markdown([_spoken(row, ".2f") for row in rows]),
         f"Cost inflation by formula, base {growth:.2g}, for members competitive from "
-        f"1/{growth:.2g} of their depth on: "
-        f"{formulas}.{checked}",
+        f"1/{growth:.2g} of their depth on: {formulas}.{checked}",
         "**Claims**",
         markdown(_claim_rows(claims)),
     ]
@@ -226,10 +223,9 @@ def _settings(scale: Scale, results: Results) -> str:
     images = "all" if how.images is None else f"{how.images:,}"
     return (
         f"{how.data}, {images} training images, {how.epochs} epochs, batch {how.batch_size}, "
-        f"learning rate {how.lr} "
-        f"({how.schedule}), augmentation {how.augment}, {len(results)} trainings, {hours:.2f} "
-        f"hours of training in all. "
-        "Cost: multiply-accumulates. The test split is used for these tables alone."
+        f"learning rate {how.lr} ({how.schedule}), augmentation {how.augment}, {len(results)} "
+        f"trainings, {hours:.2f} hours of training in all. Cost: multiply-accumulates. The test "
+        "split is used for these tables alone."
     )
 
 

@@ -105,7 +105,7 @@ def claims(
                 yield _monotone(
                     (
                         f"{told} rises with every iteration on average ({case.name}, {norms} "
-                        f"statistics)"
+                        "statistics)"
                     ),
                     values,
                 )
@@ -115,7 +115,7 @@ def claims(
             yield judged(
                 (
                     f"the last iteration is more accurate than BASELINE ({case.name}, {norms} "
-                    f"statistics)"
+                    "statistics)"
                 ),
                 "far above" if case.name == "scarce" else "at least as accurate",
                 "points",
@@ -140,9 +140,8 @@ def claims(
             values = per_iteration(case, norms, "correlation", seeds[case.name], results).mean(0)
             yield Claim(
                 (
-                    f"classes of more confidence are answered better, in every iteration "
-                    f"({case.name}, "
-                    f"{norms} statistics)"
+                    "classes of more confidence are answered better, in every iteration "
+                    f"({case.name}, {norms} statistics)"
                 ),
                 "yes",
                 f"correlation {values.min():.2f} to {values.max():.2f}",

@@ -98,13 +98,11 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
         plain, grown = times.per_part(net, result)
         parts += [
             f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of "
-            f"{len(result['plain'])} "
-            f"repeats, in brackets the quantiles 0.1 and 0.9; "
+            f"{len(result['plain'])} repeats, in brackets the quantiles 0.1 and 0.9; "
             f"{_counted(result['threads'], 'thread')}, {result['processor']})",
             markdown([_told_times(row) for row in rows]),
             f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs "
-            f"for each part it executes; "
-            f"AnytimeNet {1e6 * grown:.0f} µs for each of its.",
+            f"for each part it executes; AnytimeNet {1e6 * grown:.0f} µs for each of its.",
         ]
     if flat:
         write_csv(folder / "times.csv", flat)
@@ -238,10 +236,9 @@ def _made(scale: Scale, results: Results) -> str:
     how = scale.training
     training = (
         f"Learning rate {how.lr} ({how.schedule}), weights of the losses inverse_square, "
-        f"{scale.net.width} channels; "
-        f"{_counted(len(trained), 'training')}, "
-        f"{sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in "
-        "all. The test split is used for these tables alone. "
+        f"{scale.net.width} channels; {_counted(len(trained), 'training')}, "
+        f"{sum(result['seconds'] for result in trained) / 3600:.2f} hours of training in all. The "
+        "test split is used for these tables alone. "
     )
     return (training if trained else "") + made_by(
         ", ".join(processors) or "no runs", "papers.anytimenet"

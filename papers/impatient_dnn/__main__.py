@@ -49,8 +49,7 @@ def main(
         Path | None,
         typer.Option(
             help=(
-                "Folder of tables and figures; by default the paper folder's own, and its card "
-                "is "
+                "Folder of tables and figures; by default the paper folder's own, and its card is "
                 "filled."
             )
         ),

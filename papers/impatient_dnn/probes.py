@@ -76,8 +76,7 @@ def linear_probes(
         if (other.split, other.provenance.data) == (train.split, train.provenance.data):
             raise SplitReuseError(
                 f"split {train.split!r} trains the SVMs and can neither choose C nor judge them: "
-                f"the result would be too good. "
-                "Give recordings of other splits."
+                "the result would be too good. Give recordings of other splits."
             )
     tried = grid if validation is not None else grid[len(grid) // 2 : len(grid) // 2 + 1]
     probes = [_best(train, validation, exit, tried) for exit in range(len(train.exits))]
@@ -119,8 +118,7 @@ def _check(train: Recording, other: Recording) -> None:
     if len(other.features) != len(other.exits):
         raise RecordingError(
             f"{name} holds the features of {len(other.features)} of {len(other.exits)} exits; "
-            f"linear probes need them all. "
-            "Record it with record(..., features=True)."
+            "linear probes need them all. Record it with record(..., features=True)."
         )
     other.provenance.require(
         name, "record both with the same network", weights=train.provenance.weights
@@ -135,9 +133,8 @@ def _check(train: Recording, other: Recording) -> None:
     ):
         raise RecordingError(
             f"{name} has exits {other.exits} with features {widths} and {other.outputs.shape[2]} "
-            f"classes, but the SVMs are for "
-            f"{train.exits}, {wanted} and {train.outputs.shape[2]}; record both with the same "
-            f"network and features."
+            f"classes, but the SVMs are for {train.exits}, {wanted} and {train.outputs.shape[2]}; "
+            "record both with the same network and features."
         )
     if not all(bool(torch.isfinite(entry).all()) for entry in other.features):
         raise RecordingError(

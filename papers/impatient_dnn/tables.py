@@ -189,14 +189,13 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
     )
     return "\n".join(
         [
-            f"- Joint training beats the better baseline in every row: "
-            f"**{'yes' if len(won) == len(summary) else 'no'}**. By the "
-            f"mean over seeds in {len(won)} of {len(summary)} rows, in all of {seeds} "
-            f"seed{'s' * (seeds > 1)} in {always}." + (f" Not in: {losers}." if losers else ""),
-            f"- Most where small budgets are likely: "
-            f"**{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest "
-            f"gain, and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: "
-            f"{gains}.",
+            "- Joint training beats the better baseline in every row: "
+            f"**{'yes' if len(won) == len(summary) else 'no'}**. By the mean over seeds in "
+            f"{len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in "
+            f"{always}." + (f" Not in: {losers}." if losers else ""),
+            "- Most where small budgets are likely: "
+            f"**{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest gain, "
+            f"and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: {gains}.",
         ]
     )
 
@@ -243,7 +242,7 @@ def write(
     summary = summarised(rows)
     runs = (
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation over them; test "
-        f"split."
+        "split."
     )
     page = f"{verdict(summary)}\n\n{table1(summary)}\n\n{runs} {made}"
     if table in ("table1", "all"):

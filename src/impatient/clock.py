@@ -136,7 +136,7 @@ def check_deadline(deadline: object) -> None:
     if not isinstance(deadline, Deadline):
         raise BudgetError(
             f"deadline={deadline!r}; expected a Deadline, such as Deadline.after(0.008) for 8 ms "
-            f"from now."
+            "from now."
         )
 
 

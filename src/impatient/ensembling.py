@@ -143,7 +143,7 @@ class Running:
         if not self._next <= index < self.count:
             raise PolicyError(
                 f"an output of exit {index} after {self._next} of {self.count}; add each once, "
-                f"shallow to deep."
+                "shallow to deep."
             )
         self._next = index + 1
         output = output if output.dtype == torch.float64 else output.float()
@@ -175,8 +175,8 @@ def as_temperatures(
         return values
     if len(values) != count or not all(math.isfinite(value) and value > 0 for value in values):
         raise PolicyError(
-            f"temperatures {tuple(values)} for {count} exits; expected a positive finite number per "
-            f"exit."
+            f"temperatures {tuple(values)} for {count} exits; expected a positive finite number "
+            "per exit."
         )
     return torch.tensor(values, dtype=torch.float32)
 

@@ -346,7 +346,7 @@ def engine_and_precision(label: str) -> tuple[str, str]:
 def _damaged(directory: str | Path, what: str) -> StorageError:
     return StorageError(
         f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export "
-        f"it again."
+        "it again."
     )
 
 
@@ -373,7 +373,7 @@ def _check_place(directory: Path, force: bool) -> None:
     if not force:
         raise StorageError(
             f"{directory} holds an exported network already; choose another place, or force=True "
-            f"(--force)."
+            "(--force)."
         )
 
 
@@ -399,8 +399,7 @@ def _written_whole(directory: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(
             f"cannot write {directory}: {error.strerror or error}. Nothing was changed; free some "
-            f"space or choose another "
-            "place."
+            "space or choose another place."
         ) from error
 
 
@@ -572,7 +571,7 @@ def differences(
             warnings.warn(
                 (
                     f"exit {index} ({name}) answers the same to every input, so that its agreement "
-                    f"says nothing: is it trained?"
+                    "says nothing: is it trained?"
                 ),
                 NoEffectWarning,
                 stacklevel=2,

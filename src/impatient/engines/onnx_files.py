@@ -43,7 +43,7 @@ def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None
         if importlib.util.find_spec(package) is None:
             raise ExportFailed(
                 f"writing ONNX needs {package}, which is not installed: pip install "
-                f"'impatient[onnx]'."
+                "'impatient[onnx]'."
             )
     for name, part, takes, gives in _named_parts(parts, engine):
         if whole or name != "whole":

@@ -132,8 +132,7 @@ def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
     if set(given) != set(names):
         raise NetworkError(
             f"the input has the tensors {', '.join(given) or '(none)'}; expected "
-            f"{', '.join(names)}, as in the example with "
-            "which the network was exported."
+            f"{', '.join(names)}, as in the example with which the network was exported."
         )
     values = {"x": x} if isinstance(x, Tensor) else dict(_entries(x))
     return [values[name] for name in names]
@@ -146,7 +145,7 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
         return [(f"x{index}", value) for index, value in enumerate(x)]
     raise NetworkError(
         f"an input of type {type(x).__name__}; expected a tensor, or a mapping, tuple or list with "
-        f"tensors in it."
+        "tensors in it."
     )
 
 
@@ -375,14 +374,14 @@ class _Cutting:
         if len(self._features) != len(exit_names):
             raise ExitNotReached(
                 f"the exported model comes to {len(self._features) - 1} of {len(exit_names) - 1} "
-                f"early exits; export with an "
-                "example that comes to all of them, or cut at modules that every input calls."
+                "early exits; export with an example that comes to all of them, or cut at modules "
+                "that every input calls."
             )
         for name, nodes in zip(exit_names, self._stages, strict=True):
             if not nodes:
                 raise NetworkError(
                     f"nothing is computed between the exit at {name} and the one before it; attach "
-                    f"only one of them."
+                    "only one of them."
                 )
 
     def _name(self, node: fx.Node) -> str:
@@ -407,8 +406,8 @@ class _Cutting:
         if any(size is not None for size in sizes):
             raise NetworkError(
                 f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit "
-                f"with samples and places mixed "
-                "in one dimension, so that no sample could be taken out; attach the exit elsewhere."
+                "with samples and places mixed in one dimension, so that no sample could be taken "
+                "out; attach the exit elsewhere."
             )
         return None
 

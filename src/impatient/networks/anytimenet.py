@@ -168,7 +168,7 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
         )
         raise ModelSpecError(
             f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one "
-            f"per section."
+            "per section."
         )
 
 
@@ -463,8 +463,7 @@ class GrowingNetwork(nn.Module):
         if self.backbone.counts != self.schedule.final:
             raise ModelSpecError(
                 f"sections of {self.backbone.counts} blocks, but the schedule ends with "
-                f"{self.schedule.final}; expected every "
-                "block in the last iteration."
+                f"{self.schedule.final}; expected every block in the last iteration."
             )
         self.num_classes = num_classes or _classes(out)
         self.layout = layout
@@ -479,8 +478,8 @@ class GrowingNetwork(nn.Module):
             ):
                 warnings.warn(
                     (
-                        "norms='own' changed nothing: no batch norm with running statistics runs in "
-                        "several iterations."
+                        "norms='own' changed nothing: no batch norm with running statistics runs "
+                        "in several iterations."
                     ),
                     NoEffectWarning,
                     stacklevel=2,
@@ -499,8 +498,8 @@ class GrowingNetwork(nn.Module):
     def mechanism(self) -> str:
         """How it is staged, in words."""
         return (
-            f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going "
-            f"on from cached tensors"
+            f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going on "
+            "from cached tensors"
         )
 
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
@@ -578,8 +577,8 @@ class GrowingNetwork(nn.Module):
         counted = growth.costs(self.schedule, block_macs(self.backbone, x))
         compared = (
             f"all iterations: {round(counted.cumulative[-1]):,} MACs per sample, "
-            f"{counted.overhead:.3f} times the "
-            f"{round(counted.plain):,} of a plain {type(self.backbone).__name__}; "
+            f"{counted.overhead:.3f} times the {round(counted.plain):,} of a plain "
+            f"{type(self.backbone).__name__}; "
             f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters."
         )
         return "\n".join([*table, compared, mechanism])
@@ -645,7 +644,7 @@ def _classes(out: nn.Module) -> int:
     if width is None:
         raise NetworkError(
             f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give "
-            f"num_classes."
+            "num_classes."
         )
     return width
 

@@ -46,8 +46,8 @@ class Schedule:
         object.__setattr__(self, "counts", rows)
         if not rows or not rows[0]:
             raise ModelSpecError(
-                f"a schedule of {rows}; expected one row of block counts per iteration, such as (1, "
-                f"1, 1)."
+                f"a schedule of {rows}; expected one row of block counts per iteration, such as "
+                "(1, 1, 1)."
             )
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]) or any(
@@ -55,15 +55,13 @@ class Schedule:
             ):
                 raise ModelSpecError(
                     f"iteration {number + 1} has block counts {row}; expected {len(rows[0])} whole "
-                    f"numbers, one per section, "
-                    "each at least 1 from the first iteration on."
+                    "numbers, one per section, each at least 1 from the first iteration on."
                 )
         for number, (before, after) in enumerate(itertools.pairwise(rows), start=2):
             if before == after or not _within(before, after):
                 raise ModelSpecError(
                     f"iteration {number} goes from {before} to {after} blocks; expected no section "
-                    f"shrinks and at "
-                    "least one grows."
+                    "shrinks and at least one grows."
                 )
 
     @classmethod
@@ -121,8 +119,7 @@ def _read(text: str) -> tuple[Counts, ...]:
     except ValueError:
         raise ModelSpecError(
             f"cannot read the schedule {text!r}; expected block counts of each section, iteration "
-            f"by iteration, such as "
-            "1-1-1/5-1-1/8-1-1/8-8-8."
+            "by iteration, such as 1-1-1/5-1-1/8-1-1/8-8-8."
         ) from None
 
 
@@ -137,7 +134,7 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     if parts < 1 or not final or any(type(count) is not int or count < 1 for count in final):
         raise ModelSpecError(
             f"in_turn({tuple(final)}, parts={parts}); expected at least one block per section and "
-            f"one part."
+            "one part."
         )
     rows = [(1,) * len(final)]
     for section, count in enumerate(final):
@@ -234,7 +231,7 @@ class BlockCosts:
         if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
             raise CostError(
                 f"costs of parts must be finite and not negative, and not all 0; given: {costs}. "
-                f"Measure again."
+                "Measure again."
             )
 
     @classmethod
@@ -299,7 +296,7 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
     if parts.counts != schedule.final:
         raise CostError(
             f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; "
-            f"expected one per block."
+            "expected one per block."
         )
     befores = (None, *schedule.counts)
     steps = tuple(
@@ -365,9 +362,8 @@ def plan(
         labels = _next_labels(labels, layer, left, parts, points)
     if not labels:
         raise ModelSpecError(
-            f"{missing}; expected sizes that grow up to all {sum(parts.counts)} blocks, points that "
-            f"only grow, "
-            "and an iteration for each."
+            f"{missing}; expected sizes that grow up to all {sum(parts.counts)} blocks, points "
+            "that only grow, and an iteration for each."
         )
     return Schedule(labels[parts.counts][2])
 

@@ -67,17 +67,15 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
     if not features.is_floating_point():
         raise HeadError(
             f"features of type {features.dtype} and shape {shape} are not floating point; cut "
-            f"somewhere else."
+            "somewhere else."
         )
     if len(shape) == 2:
         return "ND"
     if len(shape) not in _BY_DIMENSIONS:
         raise HeadError(
             f"features of shape {shape} have {len(shape)} dimensions; expected [B,D], [B,T,D], "
-            f"[B,C,T], [B,C,H,W], [B,H,W,C], "
-            "[B,C,T,H,W] or [B,T,H,W,C]. "
-            "Cut somewhere else, or give a head of your own as a callable (FeatureShape, "
-            "num_classes) -> nn.Module."
+            "[B,C,T], [B,C,H,W], [B,H,W,C], [B,C,T,H,W] or [B,T,H,W,C]. Cut somewhere else, or "
+            "give a head of your own as a callable (FeatureShape, num_classes) -> nn.Module."
         )
     first, last = _BY_DIMENSIONS[len(shape)]
     width, channels_last = _last_width(module)
@@ -255,8 +253,7 @@ def _check_map(head: str, features: FeatureShape) -> None:
     if len(features.layout) != 4:
         raise HeadError(
             f"the {head} head reads maps and needs [B,C,H,W] or [B,H,W,C] features; these are "
-            f"{features!r}. "
-            "Use heads='linear' or heads='mlp'."
+            f"{features!r}. Use heads='linear' or heads='mlp'."
         )
 
 

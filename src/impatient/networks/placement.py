@@ -145,7 +145,7 @@ def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
     if calls == 0:
         raise ExitNotFound(
             f"module {name!r} exists, but the example never calls it; choose one that every input "
-            f"calls."
+            "calls."
         )
     if call is None and calls > 1:
         choices = ", ".join(f"{name}@{index}" for index in range(calls))
@@ -206,10 +206,8 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
     if not chosen:
         raise ExitNotFound(
             f"{type(model).__name__} has {len(most)} places for early exits that could be found by "
-            f"structure "
-            f"({', '.join(map(str, most)) or 'none'}); asked for {count - 1}. Lower count, or name "
-            f"modules with "
-            f"after=[...].{_passed_over(model, x)}"
+            f"structure ({', '.join(map(str, most)) or 'none'}); asked for {count - 1}. Lower "
+            f"count, or name modules with after=[...].{_passed_over(model, x)}"
         )
     return chosen
 
@@ -239,13 +237,12 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
     if not 1 <= period < len(blocks):
         raise ExitNotFound(
             f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be "
-            f"found by structure "
-            f"({', '.join(map(str, blocks)) or 'none'}); expected 1 to {len(blocks) - 1}, or "
-            f"modules named with after=[...]."
+            f"found by structure ({', '.join(map(str, blocks)) or 'none'}); expected 1 to "
+            f"{len(blocks) - 1}, or modules named with after=[...]."
             if len(blocks) > 1
             else (
-                f"{type(model).__name__} has no repeated blocks to count a period in; name "
-                f"modules with after=[...]."
+                f"{type(model).__name__} has no repeated blocks to count a period in; name modules "
+                "with after=[...]."
             )
         )
     return blocks[(len(blocks) - 1) % period : -1 : period]

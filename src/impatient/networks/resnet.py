@@ -217,7 +217,7 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
         given = ", ".join(f"{name}={size!r}" for name, size in {"n": n, **sizes}.items())
         raise ModelSpecError(
             f"PreActResNet({given}): all must be at least 1, and whole; n may be a list with a "
-            f"number per stage."
+            "number per stage."
         )
 
 
@@ -232,7 +232,7 @@ def _check_depth(depth: object, blocks: int) -> None:
     if type(depth) is not int or not 1 <= depth <= blocks:
         raise ModelSpecError(
             f"PreActResNet(depth={depth!r}): expected a whole number of blocks from 1 to {blocks}, "
-            f"or None for all of them."
+            "or None for all of them."
         )
 
 
@@ -282,8 +282,7 @@ def preact_resnet_imagenet(
         known = ", ".join(map(str, IMAGENET_RESNETS))
         raise ModelSpecError(
             f"no ImageNet network of layers={layers!r}; expected one of {known}, or "
-            f"PreActResNet(n=[...], block='bottleneck', "
-            "stem='imagenet') for another."
+            "PreActResNet(n=[...], block='bottleneck', stem='imagenet') for another."
         )
     return PreActResNet(
         num_classes,

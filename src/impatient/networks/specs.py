@@ -83,8 +83,8 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     if not (source and colon and name):
         raise ModelSpecError(
             f"cannot read the model spec {spec!r}; expected SOURCE:NAME, such as impatient:resnet, "
-            f"torchvision:resnet50, "
-            "timm:vit_tiny_patch16_224, transformers:org/name or mypackage.mymodule:factory."
+            "torchvision:resnet50, timm:vit_tiny_patch16_224, transformers:org/name or "
+            "mypackage.mymodule:factory."
         )
     parsed: dict[str, Any] = {}
     for entry in filter(None, _outer_commas(options)):

@@ -81,5 +81,5 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
         )
         raise ModelSpecError(
             f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number "
-            f"per stage."
+            "per stage."
         )

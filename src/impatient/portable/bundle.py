@@ -99,7 +99,7 @@ class Bundle:
             if self.description["whole"] is None:
                 raise BundleError(
                     f"{self.directory} was exported without the whole network; export again with "
-                    f"it."
+                    "it."
                 )
             self._whole = self._part(self.description["whole"])
         return self._whole.one(*self._inputs(x))
@@ -296,8 +296,8 @@ class Bundle:
             )
         if self._measured_on != here and not any_profile:
             raise BundleError(
-                f"the costs were measured on {self._measured_on}, but here it is {here}. "
-                f"Run `{PROFILE}`, or pass any_profile=True."
+                f"the costs were measured on {self._measured_on}, but here it is {here}. Run "
+                f"`{PROFILE}`, or pass any_profile=True."
             )
         if (batch, statistic) not in self._paces:
             try:

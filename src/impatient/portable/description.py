@@ -64,7 +64,7 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
         if lacking:
             return (
                 f"nothing gives the value {lacking[0]!r} before it is taken, or its batch "
-                f"dimension is not said"
+                "dimension is not said"
             )
         known |= {*gives}
     files = [
@@ -100,7 +100,7 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
     if array.dtype.name != spec["dtype"] or not fits:
         raise BundleError(
             f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert "
-            f"it first."
+            "it first."
         )
 
 
@@ -136,7 +136,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     except OSError as error:
         raise BundleError(
             f"cannot write {path}: {error}. Nothing was changed; free some space or copy the "
-            f"directory."
+            "directory."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

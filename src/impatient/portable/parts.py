@@ -39,7 +39,7 @@ class EngineFile:
         except Exception as error:
             raise BundleError(
                 f"{self.package} cannot load {path}: {error} Expected an ONNX file that it knows; "
-                f"export again."
+                "export again."
             ) from error
 
     package = ""

@@ -149,8 +149,8 @@ class OpenVinoSession(EngineFile):
         except Exception as error:
             raise BundleError(
                 f"openvino cannot compile {self._path} for inputs of "
-                f"{', '.join(map(str, shapes))}: {error} Export with a "
-                "session per stage (engine 'openvino')."
+                f"{', '.join(map(str, shapes))}: {error} Export with a session per stage (engine "
+                "'openvino')."
             ) from error
 
 

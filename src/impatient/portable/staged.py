@@ -135,8 +135,7 @@ class Staged:
         if not len(stages) == len(heads) == len(wiring.features):
             raise BundleError(
                 f"{len(stages)} stages, {len(heads)} heads and a wiring of {len(wiring.features)} "
-                f"exits; expected one of each "
-                "per exit."
+                "exits; expected one of each per exit."
             )
         self.wiring = wiring
         self.stages = stages

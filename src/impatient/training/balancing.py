@@ -400,7 +400,7 @@ def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
     if losses_K.shape != (count,):
         raise TrainingError(
             f"losses of shape {tuple(losses_K.shape)}; expected the mean loss of each of {count} "
-            f"exits."
+            "exits."
         )
     losses = losses_K.detach().to("cpu", torch.float64)
     return losses if bool(torch.isfinite(losses).all()) else None
@@ -415,8 +415,8 @@ def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
     if sizes(state) != sizes(like):
         raise StaleInput(
             f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), "
-            f"expected {sizes(like)}. "
-            "Go on with the weights and the sampler it was made with, or start anew."
+            f"expected {sizes(like)}. Go on with the weights and the sampler it was made with, or "
+            "start anew."
         )
 
 

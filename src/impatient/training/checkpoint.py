@@ -45,7 +45,7 @@ def load_checkpoint(
     if "random/cpu" not in tensors:
         raise StorageError(
             f"{path} is no checkpoint of training; it lacks the random state. Delete it to start "
-            f"anew."
+            "anew."
         )
     try:
         model.load_state_dict(entries_under("model/", tensors))

@@ -189,7 +189,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     if source not in loaders or (source != "digits" and not rest):
         raise DataError(
             f"cannot read the data spec {spec!r}; expected digits, npz:FILE, imagefolder:DIR or "
-            f"hf:NAME-OR-PATH."
+            "hf:NAME-OR-PATH."
         )
     return _finish(spec, loaders[source](rest, seed), seed, validation)
 
@@ -234,7 +234,7 @@ def _check_labels(name: str, raw: _Raw) -> None:
     if min(train | test) < 0:
         raise DataError(
             f"{name}: labels must be integers from 0, but {min(train | test)} is among them; "
-            f"hidden labels will not do."
+            "hidden labels will not do."
         )
     if max(train | test) >= len(raw.class_names):
         raise DataError(
@@ -244,7 +244,7 @@ def _check_labels(name: str, raw: _Raw) -> None:
     if unseen:
         raise DataError(
             f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the "
-            f"training split."
+            "training split."
         )
 
 
@@ -270,7 +270,7 @@ def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -
     if not mask.any() or mask.all():
         raise DataError(
             f"{len(labels)} training examples are too few to hold out {share:.0%} for validation; "
-            f"add data."
+            "add data."
         )
     return mask
 
@@ -395,8 +395,7 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
     if groups is not None and groups.shape != train.labels.shape:
         raise DataError(
             f"{where}: groups_train has shape {groups.shape}; expected one group per training "
-            f"example, "
-            f"{tuple(train.labels.shape)}."
+            f"example, {tuple(train.labels.shape)}."
         )
     content = [
         part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)
@@ -415,12 +414,12 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
     if inputs.ndim < 2 or labels.ndim < 1:
         raise DataError(
             f"{where}: inputs have shape {inputs.shape} and labels {labels.shape}; expected [N, "
-            f"...] and [N]."
+            "...] and [N]."
         )
     if len(inputs) == 0 or len(inputs) != len(labels):
         raise DataError(
-            f"{where}: {len(inputs)} inputs and {len(labels)} labels; expected as many of each, and "
-            f"some."
+            f"{where}: {len(inputs)} inputs and {len(labels)} labels; expected as many of each, "
+            "and some."
         )
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise DataError(
@@ -433,12 +432,12 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
         if not np.isfinite(inputs).all():
             raise DataError(
                 f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; "
-                f"clean them first."
+                "clean them first."
             )
     elif inputs.dtype.kind not in "iub":
         raise DataError(
             f"{where}: inputs are {inputs.dtype}; expected floats, bytes (uint8) or token ids "
-            f"(integers)."
+            "(integers)."
         )
     elif inputs.dtype != np.uint8:
         # token ids
@@ -623,7 +622,7 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
     if "train" not in loaded:
         raise DataError(
             f"{name} has the splits {', '.join(loaded) or 'none'}; expected train, and test or "
-            f"validation."
+            "validation."
         )
     train = loaded["train"]
     test_name = next((split for split in ("test", "validation") if split in loaded), None)
@@ -642,7 +641,7 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
     if odd:
         raise DataError(
             f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a "
-            f"ClassLabel."
+            "ClassLabel."
         )
     names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
     return _lazy(
@@ -699,8 +698,8 @@ def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
     if not images or not labels:
         raise DataError(
             f"{name} has columns {dict(table.features)}; expected an image column and a class "
-            f"label. Text must be turned into "
-            "token ids first and saved as npz (x_train: int64 [N, T])."
+            "label. Text must be turned into token ids first and saved as npz (x_train: int64 [N, "
+            "T])."
         )
     return images[0], labels[0]
 

@@ -319,8 +319,7 @@ def checked_weights(
     if weights.shape != (samples, count):
         raise TrainingError(
             f"weights of shape {tuple(weights.shape)} for {samples} training samples and {count} "
-            f"exits; expected one row per "
-            "sample, one column per exit."
+            "exits; expected one row per sample, one column per exit."
         )
     if not torch.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise TrainingError(
@@ -329,7 +328,7 @@ def checked_weights(
     if sampler != "none":
         raise TrainingError(
             f"sampler={sampler!r} draws from one set of weights; with weights per sample use "
-            f"sampler='none'."
+            "sampler='none'."
         )
     return weights.float()
 
@@ -432,8 +431,8 @@ class _Training:
         if not groups:
             raise TrainingError(
                 f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: "
-                f"the network has no such "
-                "parameters, or all of them are frozen. Attach exits, or set requires_grad."
+                "the network has no such parameters, or all of them are frozen. Attach exits, or "
+                "set requires_grad."
             )
         optimizer: Any = torch.optim.SGD(
             groups,
@@ -639,9 +638,8 @@ class _Training:
                 was, now = _where_apart(header.get(name), wanted)
                 raise StaleInput(
                     f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but "
-                    f"here it is {now}. Go on with "
-                    "the old settings, or delete the checkpoint to start anew (`impatient train "
-                    "--restart`)."
+                    f"here it is {now}. Go on with the old settings, or delete the checkpoint to "
+                    "start anew (`impatient train --restart`)."
                 )
 
 
@@ -665,9 +663,8 @@ def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
 def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
     return TrainingDiverged(
         f"the {what} became NaN or infinite (per exit: "
-        f"{[round(value, 3) for value in losses.tolist()]}). The last checkpoint "
-        f"is intact. Lower lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights "
-        f"for NaN."
+        f"{[round(value, 3) for value in losses.tolist()]}). The last checkpoint is intact. Lower "
+        f"lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
     )
 
 

@@ -55,8 +55,8 @@ class TrainingProgress:
         """One epoch is done."""
         if self._wanted:
             self._console.print(
-                f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} s  "
-                f"train loss {_row(metrics.train_loss, '.2f')}  validation accuracy % "
+                f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} "
+                f"s  train loss {_row(metrics.train_loss, '.2f')}  validation accuracy % "
                 f"{_row(metrics.validation_accuracy, '.1%')}",
                 highlight=False,
                 soft_wrap=True,

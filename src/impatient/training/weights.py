@@ -199,8 +199,8 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     ):
         raise TrainingError(
             f"cannot read the options of the exit weights {text!r}; expected last_to_early=NUMBER "
-            f"and total=one of "
-            f"{', '.join(TOTALS)}, separated by commas, such as sieve:last_to_early=2,total=all."
+            f"and total=one of {', '.join(TOTALS)}, separated by commas, such as "
+            "sieve:last_to_early=2,total=all."
         )
     try:
         made = (
@@ -212,8 +212,7 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     except ValueError as error:
         raise TrainingError(
             f"cannot read {text!r} as exit weights ({error}); expected one of {', '.join(STATIC)}, "
-            f"or {count} numbers "
-            "separated by commas, such as 1,0.5,1."
+            f"or {count} numbers separated by commas, such as 1,0.5,1."
         ) from error
     return rescaled(
         check_weights(made, count),
@@ -250,7 +249,7 @@ def _not_zero(weight: float, whose: str, weights: tuple[float, ...]) -> float:
     if weight <= 0.0:
         raise TrainingError(
             f"cannot rescale the exit weights {weights}: the weight of {whose} is 0; leave this "
-            f"option out."
+            "option out."
         )
     return weight
 
