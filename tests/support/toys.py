@@ -1,0 +1,19 @@
+"""A backbone that is quick enough for thousands of runs."""
+
+from torch import Tensor, nn
+
+
+class ToyBackbone(nn.Module):
+    """Four small blocks and a classifier on [B, 8]; quick enough for thousands of runs."""
+
+    def __init__(self, num_classes: int = 3, width: int = 8) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(4)
+        )
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(x)

@@ -1,0 +1,246 @@
+"""The command line of costs: profiles by thread count, comparisons, targets and budgets in other
+units than time.
+"""
+
+import dataclasses
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import TINY, Call
+from impatient import workflow
+from impatient.costs import CostProfile
+from impatient.evaluation import Evaluation
+from impatient.files import read_json
+from impatient.policies import ThresholdPolicy
+from impatient.run_directory import RunDirectory
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def with_joules(run_dir: Path) -> None:
+    """As if the joules of the profile had been measured: this machine may have no meter."""
+    file = RunDirectory(run_dir).profile_file
+    costs = CostProfile.load(file)
+    joules = {
+        "stage_energy_j": (0.001,) * costs.num_exits,
+        "head_energy_j": (0.0001,) * costs.num_exits,
+    }
+    dataclasses.replace(costs, exit_free_energy_j=-1.0, **joules).save(file)
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+def test_every_thread_count_has_its_file_and_the_first_is_the_one_that_counts(
+    call: Call, run_dir: Path
+) -> None:
+    code, text = call("profile", run_dir, "--threads", "1,2", "--repeats", "20", "--quiet")
+    assert code == 0, text
+    # of one thread, it was there
+    assert "up to date" in text
+    assert "profile-t2.json" in text
+    one, two = (CostProfile.load(run_dir / name) for name in ("profile.json", "profile-t2.json"))
+    assert (one.provenance.threads, two.provenance.threads) == (1, 2)
+    # as before
+    assert torch.get_num_threads() == 1
+    code, text = call("profile", run_dir, "--threads", "2,1", "--repeats", "20", "--quiet")
+    assert code == 0, text
+    assert CostProfile.load(run_dir / "profile.json").provenance.threads == 2
+    assert CostProfile.load(run_dir / "profile-t1.json").provenance.threads == 1
+
+
+def test_the_table_of_a_profile_says_how_noisy_the_machine_was(call: Call, run_dir: Path) -> None:
+    code, text = call("profile", run_dir, "--repeats", "30", "--quiet", "--force")
+    assert code == 0, text
+    assert "A/A " in text
+    assert "spread" in text
+    assert CostProfile.load(run_dir / "profile.json").holds("bytes")
+
+
+@pytest.mark.parametrize("threads", ["-1", "1,-2", "two", ""])
+def test_thread_counts_that_are_none_are_refused(call: Call, run_dir: Path, threads: str) -> None:
+    code, text = call("profile", run_dir, f"--threads={threads}")
+    assert code == 1
+    assert "--threads" in text
+
+
+def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) -> None:
+    code, text = call(
+        "profile", run_dir, "--engines", "eager,onnxruntime", "--repeats", "20", "--quiet"
+    )
+    assert code == 1
+    assert f"impatient export {run_dir} --engine onnxruntime" in text
+
+
+def test_energy_without_a_meter_says_why(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("impatient.experimental.energy.POWERCAP", Path("/nowhere"))
+    monkeypatch.setitem(sys.modules, "zeus.exception", None)
+    code, text = call("profile", run_dir, "--energy", "--repeats", "20", "--quiet")
+    assert code == 1
+    assert "measuring again: energy is asked for." in text
+    assert (
+        "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no "
+        "energy counter"
+    ) in text
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> None:
+    costs = CostProfile.load(run_dir / "profile.json")
+    assert costs.at(1).noise is not None
+    quiet = dataclasses.replace(costs.at(1).noise, spread=0.01)
+    half = {
+        name: tuple(
+            dataclasses.replace(
+                part, **{f.name: getattr(part, f.name) / 2 for f in dataclasses.fields(part)[:-1]}
+            )
+            for part in getattr(costs.at(1), name)
+        )
+        for name in ("stages", "heads")
+    }
+    made = dataclasses.replace(costs.provenance, threads=99)
+    a = dataclasses.replace(costs, batches={1: dataclasses.replace(costs.at(1), noise=quiet)})
+    b = dataclasses.replace(
+        costs, batches={1: dataclasses.replace(costs.at(1), noise=quiet, **half)}, provenance=made
+    )
+    a.save(run_dir / "profile.json")
+    b.save(run_dir / "fast.json")
+    code, text = call("compare", run_dir, run_dir / "fast.json")
+    assert code == 0, text
+    assert "threads: 1 (A), 99 (B)" in text
+    assert text.count("2.00 times faster") == costs.num_exits
+    # the untouched backbone, which was left as it was
+    assert text.count("cannot tell apart") == 1
+    code, text = call("compare", run_dir / "fast.json", run_dir)
+    assert text.count("2.00 times slower") == costs.num_exits
+
+
+def test_profiles_of_different_networks_are_compared_only_when_asked_to(
+    call: Call, run_dir: Path
+) -> None:
+    costs = CostProfile.load(run_dir / "profile.json")
+    other = dataclasses.replace(
+        costs, provenance=dataclasses.replace(costs.provenance, network="another")
+    )
+    other.save(run_dir / "other.json")
+    code, text = call("compare", run_dir, run_dir / "other.json")
+    assert (code, "another network structure" in text) == (1, True)
+    assert call("compare", run_dir, run_dir / "other.json", "--any")[0] == 0
+
+
+def test_a_profile_that_is_not_there_is_named(call: Call, run_dir: Path, tmp_path: Path) -> None:
+    code, text = call("compare", run_dir, tmp_path)
+    assert (
+        code,
+        f"no profile at {tmp_path / 'profile.json'}; make one with `impatient profile {tmp_path}`"
+        in text,
+    ) == (
+        1,
+        True,
+    )
+    code, text = call("compare", run_dir, tmp_path / "none.json")
+    assert (code, "impatient profile DIR" in text) == (1, True)
+
+
+# --- targets and budgets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "cost"),
+    [("--mean-mmacs", 1000, "macs"), ("--mean-mb", 1000, "bytes"), ("--mean-mj", 2.5, "energy")],
+)
+def test_a_target_may_be_in_any_cost(
+    call: Call, run_dir: Path, option: str, value: float, cost: str
+) -> None:
+    with_joules(run_dir)
+    code, text = call("fit", run_dir, option, value)
+    assert code == 0, text
+    policy = RunDirectory(run_dir).policy(f"{option.removeprefix('--mean-')}-{value:g}")
+    assert isinstance(policy, ThresholdPolicy)
+    assert policy.cost == cost
+    scale = {"macs": 1e6, "bytes": 1e6, "energy": 1e-3}[cost]
+    assert (
+        policy.target["mean_cost"]
+        <= next(iter(policy.target.values()))
+        == pytest.approx(value * scale)
+    )
+    for verb in ("evaluate", "report"):
+        code, text = call(verb, run_dir)
+        assert code == 0, text
+    unit = {
+        "macs": "MACs at most",
+        "bytes": "1.00\N{NO-BREAK SPACE}GB at most",
+        "energy": "2.5\N{NO-BREAK SPACE}mJ at most",
+    }[cost]
+    assert unit in RunDirectory(run_dir).report_file.read_text()
+
+
+def test_what_a_loss_is_to_save_may_be_any_cost(call: Call, run_dir: Path) -> None:
+    code, text = call("fit", run_dir, "--max-loss", "30", "--cost", "bytes")
+    assert code == 0, text
+    assert RunDirectory(run_dir).policy("loss-30-bytes").cost == "bytes"  # type: ignore[union-attr]
+    code, text = call("fit", run_dir, "--max-loss", "30", "--cost", "energy")
+    assert (code, "says nothing about energy" in text) == (1, True)
+    code, text = call("fit", run_dir, "--max-loss", "30", "--cost", "macs", "--learner", "logistic")
+    assert (code, "--cost macs goes with plain thresholds" in text) == (1, True)
+    code, text = call("fit", run_dir, "--max-loss", "30", "--cost", "money")
+    assert (code, "unknown cost 'money'" in text) == (1, True)
+    code, text = call("fit", run_dir, "--mean-mb", "1", "--learner", "logistic")
+    assert (code, "gates are fitted to time" in text) == (1, True)
+
+
+def test_budgets_of_every_cost_are_judged_and_shown(call: Call, run_dir: Path) -> None:
+    with_joules(run_dir)
+    for budget in ("uniform:0:40mmacs", "point:100mb", "uniform:0:5mj"):
+        for command in (["evaluate", run_dir, "--budget", budget], ["report", run_dir]):
+            code, text = call(*command)
+            assert code == 0, text
+        assert budget in RunDirectory(run_dir).report_file.read_text()
+        evaluation = Evaluation.load(RunDirectory(run_dir).evaluation_file)
+        names = {row.name for row in evaluation.under_budgets if row.budget == budget}
+        assert {"contract", "interruptible", "loss-2", "no exits, same weights"} <= names
+
+
+@pytest.mark.parametrize(("unit", "high"), [("mmacs", 100.0), ("mb", 1000.0)])
+def test_weights_may_come_from_a_budget_of_another_cost(
+    tmp_path: Path, unit: str, high: float
+) -> None:
+    budget = f"uniform:0:{high:g}{unit}"
+    run = RunDirectory(tmp_path / "run")
+    plan = workflow.Plan(
+        model="impatient:resnet:n=1,c=8",
+        data="digits",
+        exits=3,
+        weights=budget,
+        exit_free=False,
+        recipe=workflow.Recipe(epochs=1),
+    )
+    workflow.train(run.path, plan, progress=False, say=lambda _: None)
+    cost = {"mmacs": "macs", "mb": "bytes"}[unit]
+    reached = run.profile(any_machine=True).cumulative(cost, "interruptible")  # type: ignore[arg-type]
+    ends = [*(amount / (high * 1e6) for amount in reached), 1.0]
+    wanted = [after - before for before, after in itertools.pairwise(ends)]
+    numbers = read_json(run.path / "training.json")["numbers"]
+    assert numbers == pytest.approx([part / sum(wanted) for part in wanted])
+    assert len(set(numbers)) == 3
+
+
+def test_a_unit_that_is_none_is_refused(call: Call, tmp_path: Path, run_dir: Path) -> None:
+    code, text = call("train", tmp_path / "new", *TINY, "--weights", "uniform:0:40miles")
+    assert (code, "unknown unit 'miles'" in text) == (1, True)
+    code, text = call("evaluate", run_dir, "--budget", "uniform:0:40miles")
+    assert (code, "unknown unit 'miles'" in text) == (1, True)
+    code, text = call("evaluate", run_dir, "--budget", "uniform")
+    assert (code, "cannot read 'uniform' as a budget" in text) == (1, True)

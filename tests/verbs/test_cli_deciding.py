@@ -1,0 +1,164 @@
+"""The command line of deciding: cascades, learned gates, guarantees."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from command_line import Call
+from impatient import Recipe, load_data, workflow
+from impatient.evaluation import Evaluation
+from impatient.evaluation.outcomes import outcome
+from impatient.files import read_json, write_tensors
+from impatient.networks import Cascade
+from impatient.policies import GatePolicy, SelectionPolicy
+from impatient.run_directory import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def small_networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("networks")
+    for name, size, epochs in (("small", "n=1,c=2", 2), ("large", "n=1,c=8", 4)):
+        plan = workflow.Plan(
+            model=f"impatient:resnet:{size}",
+            data="digits",
+            exits=1,
+            exit_free=False,
+            recipe=Recipe(epochs=epochs),
+        )
+        workflow.train(folder / name, plan, progress=False, say=lambda _: None)
+    return [folder / "small", folder / "large"]
+
+
+def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
+    call: Call,
+    small_networks: list[Path],
+    tmp_path: Path,
+) -> None:
+    small, large = small_networks
+    weights = tmp_path / "own.safetensors"
+    state = RunDirectory(small).network()[0].backbone.state_dict()
+    write_tensors(weights, state, {})
+    members = [f"impatient:resnet:n=1,c=2@{weights}", small, large]
+    command = [
+        "select",
+        tmp_path / "cascade",
+        *members,
+        "--repeats",
+        "20",
+        "--price",
+        "0.01",
+        "--quiet",
+    ]
+    code, text = call(*command)
+    assert code == 0, text
+    assert "times as fast as the last network alone" in text
+    run = RunDirectory(tmp_path / "cascade")
+    cascade = run.network()[0]
+    policy = run.policy("price-0.01")
+    assert isinstance(cascade, Cascade)
+    assert isinstance(policy, SelectionPolicy)
+    assert (
+        cascade.exit_names == ("resnet:n=1,c=2", "small", "large")
+        or len(set(cascade.exit_names)) == 3
+    )
+    recording = run.recording("test")
+    # the same weights, from a file and from a directory
+    assert torch.equal(recording.outputs[0], recording.outputs[1])
+    image = tmp_path / "digit.npy"
+    np.save(image, load_data("digits").examples("test").take([0])[0].numpy())
+    for verb in (
+        command,
+        ["evaluate", run.path],
+        ["report", run.path],
+        ["run", run.path, image, "--policy", "price-0.01"],
+        ["run", run.path, image, "--deadline-ms", "1000"],
+    ):
+        code, text = call(*verb)
+        assert code == 0, text
+    code, text = call("evaluate", run.path, "--real", "5")
+    assert (code, "5 test samples answered one by one" in text) == (0, True)
+    real = Evaluation.load(run.evaluation_file)["price-0.01"].real
+    assert real is not None
+    assert real.samples == 5
+    assert 0.0 < real.mean_s.low <= real.mean_s.value
+    # of the same samples
+    assert real.predicted_s == pytest.approx(
+        float(outcome(policy, recording, run.profile()).contract_s[:5].mean())
+    )
+    assert call("report", run.path)[0] == 0
+    assert "Test samples really answered" in run.report_file.read_text()
+    code, text = call("evaluate", run.path, "--real", "-1")
+    assert (code, "--real -1" in text) == (1, True)
+    assert "stop or to" in run.report_file.read_text() or "to large" in run.report_file.read_text()
+    code, text = call(*command[:2], small, large, *command[5:])
+    assert (code, "use another directory, or --force" in text) == (1, True)
+    code, text = call("select", run.path, small, "nowhere:nothing", "--force", "--quiet")
+    # what was there still is
+    assert (code, run.policy_names()) == (1, ["price-0.01"])
+    code, text = call("select", run.path, small, large, "--force", "--quiet", "--repeats", "20")
+    assert (code, run.policy_names()) == (0, ["loss-1"])
+    code, text = call("train", run.path, "--epochs", "1")
+    assert (code, "is made of trained members" in text) == (1, True)
+    code, text = call(
+        "select",
+        tmp_path / "other",
+        small,
+        large,
+        "--topology",
+        "ring",
+        "--quiet",
+        "--repeats",
+        "20",
+    )
+    assert (code, "unknown topology 'ring'" in text) == (1, True)
+
+
+def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    for inputs in ("confidences", "features"):
+        code, text = call(
+            "fit", folder, "--max-loss", "30", "--learner", "logistic", "--inputs", inputs
+        )
+        assert code == 0, text
+    run = RunDirectory(folder)
+    gates = run.policy("loss-30-logistic-features")
+    assert isinstance(gates, GatePolicy)
+    # asking was measured
+    assert max(gates.gate_s) > 0.0
+    for verb in (["evaluate", folder, "--real", "3"], ["report", folder]):
+        code, text = call(*verb)
+        assert code == 0, text
+    names = {row["name"] for row in read_json(folder / "evaluation.json")["rows"]}
+    assert {"loss-30-logistic-features", "loss-30-logistic-confidences"} <= names
+    code, text = call("fit", folder, "--mean-mmacs", "1", "--learner", "logistic")
+    assert (code, "--mean-ms or --max-loss" in text) == (1, True)
+
+
+def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = RunDirectory(folder)
+    command = ["fit", folder, "--max-loss", "30", "--delta", "0.2", "--name", "sure"]
+    code, text = call(*command)
+    assert code == 0, text
+    assert "With probability 80 %" in text
+    assert read_json(run.certificate_file("sure"))["delta"] == 0.2
+    assert run.policy("sure").split == "validation"
+    code, text = call(*command, "--learner", "logistic")
+    assert code == 0, text
+    assert run.learned_policy_file("sure").is_file()
+    assert not run.policy_file("sure").is_file()
+    code, text = call("fit", folder, "--max-loss", "30", "--name", "sure")
+    assert code == 0, text
+    assert not run.certificate_file("sure").is_file()
+    code, text = call("fit", folder, "--max-loss", "0.1", "--delta", "0.05")
+    # so many samples are not there
+    assert (code, "samples" in text) == (1, True)
+    code, text = call("fit", folder, "--mean-ms", "100", "--delta", "0.05")
+    assert (code, "give --delta with --max-loss" in text) == (1, True)
