@@ -1,7 +1,6 @@
 """Ensembles over the exits of a network: the same protocol, the combined outputs."""
 
 import copy
-import gc
 import math
 import weakref
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from impatient.evaluation.derived import ensembled
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.gradients import GradientFlow
-from impatient.networks.stages import _Forward
 from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.runtime import Runner, profile
 from recordings import Samples
+from staging import paused_runs
 
 NAMES = sorted(RULES)
 TEMPERATURES = (0.5, 2.0, 1.5)
@@ -174,18 +173,14 @@ def test_an_output_may_be_asked_for_when_the_run_has_moved_on(inner, toy_input):
 def test_a_head_that_fails_ends_the_run(toy, toy_input):
     ensemble = counted(toy)
     ensemble.heads[1].failing = True
+    before = paused_runs()
     walk = ensemble.exits(toy_input)
     next(walk)
     with pytest.raises(OSError, match="head"):
         next(walk)
     with pytest.raises(StopIteration):
         next(walk)
-    assert paused_runs() == 0
-
-
-def paused_runs() -> int:
-    gc.collect()
-    return sum(issubclass(type(entry), _Forward) and not entry.dead for entry in gc.get_objects())
+    assert paused_runs() == before
 
 
 def by_break(ensemble: RunningEnsemble, x: Tensor, seen: list[Any]) -> None:
@@ -218,8 +213,9 @@ def by_close(ensemble: RunningEnsemble, x: Tensor, seen: list[Any]) -> None:
 def test_an_abandoned_run_leaves_nothing(inner, toy_input, abandon: Callable[..., None]):
     ensemble = RunningEnsemble(inner, "geometric")
     seen = []
+    before = paused_runs()
     abandon(ensemble, toy_input, seen)
-    assert paused_runs() == 0
+    assert paused_runs() == before
     assert [entry() for entry in seen] == [None]
     assert torch.stack([exit.output() for exit in ensemble.exits(toy_input)]).equal(
         torch.stack(ensemble(toy_input))
