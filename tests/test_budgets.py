@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from time import process_time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,22 +95,18 @@ def test_draws_mean_and_density_belong_to_the_same_distribution(shape):
     assert (drawn < 3.0).mean() == pytest.approx(BY_HAND[shape](3.0), abs=5 * 0.5 / 200)
 
 
-SCIPY: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
-    "uniform": lambda t, low, high: stats.uniform.cdf(t, low, high - low),
-    "small_likely": lambda t, low, high: stats.truncexpon.cdf(
-        t, STEEPNESS, low, (high - low) / STEEPNESS
-    ),
-    "large_likely": lambda t, low, high: stats.truncexpon.sf(
-        low + high - t, STEEPNESS, low, (high - low) / STEEPNESS
-    ),
-    "normal": lambda t, low, high: stats.truncnorm.cdf(
-        t, -3.0, 3.0, (low + high) / 2, (high - low) / 6
-    ),
-    "log_uniform": lambda t, low, high: stats.loguniform.cdf(t, low, high),
+SCIPY: dict[str, Callable[[float, float], Any]] = {
+    "uniform": lambda low, high: stats.uniform(low, high - low),
+    "small_likely": lambda low, high: stats.truncexpon(STEEPNESS, low, (high - low) / STEEPNESS),
+    # the mirror image, read from the other end in the tests
+    "large_likely": lambda low, high: stats.truncexpon(STEEPNESS, low, (high - low) / STEEPNESS),
+    "normal": lambda low, high: stats.truncnorm(-3.0, 3.0, (low + high) / 2, (high - low) / 6),
+    "log_uniform": lambda low, high: stats.loguniform(low, high),
 }
+ENDS = [(1.0, 9.0), (1e-4, 0.010), (1e-9, 1e3), (3.0, 3.003)]
 
 
-@pytest.mark.parametrize("ends", [(1.0, 9.0), (1e-4, 0.010), (1e-9, 1e3), (3.0, 3.003)])
+@pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("shape", SCIPY)
 def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, ends):
     budget = over(shape, *ends)
@@ -126,15 +123,37 @@ def test_arrays_of_probabilities_are_scipys_and_the_same_as_one_by_one(shape, en
         ]
     )
     found = budget.probability_below(times)
+    theirs = SCIPY[shape](low, high)
+    mirrored = shape == "large_likely"
+    wanted = theirs.sf(low + high - times) if mirrored else theirs.cdf(times)
     # not closer: scipy divides logarithms and differences that nearly cancel where the ends lie
     # close together
-    assert found == pytest.approx(SCIPY[shape](times, low, high), rel=0, abs=1e-12)
+    assert found == pytest.approx(wanted, rel=0, abs=1e-12)
     assert found == pytest.approx(
         [budget.probability_below(time) for time in times.tolist()], rel=0, abs=1e-15
     )
     assert budget.probability_below(times.reshape(4, -1)) == pytest.approx(
         found.reshape(4, -1), rel=0, abs=1e-15
     )
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("shape", SCIPY)
+def test_density_mean_and_quantiles_are_scipys(shape, ends):
+    budget = over(shape, *ends)
+    (low, high) = ends
+    theirs = SCIPY[shape](low, high)
+    total = low + high
+    mirrored = shape == "large_likely"
+    times = np.linspace(low, high, 99)[1:-1]
+    wanted = theirs.pdf(total - times if mirrored else times)
+    assert budget.density(times) == pytest.approx(wanted, rel=1e-10)
+    assert budget.density(np.array([low / 2, 2 * high])).tolist() == [0.0, 0.0]
+    mean = total - theirs.mean() if mirrored else theirs.mean()
+    assert budget.mean_s() == pytest.approx(mean, rel=1e-10)
+    shares = np.random.default_rng(7).random(50)
+    drawn = total - theirs.isf(shares) if mirrored else theirs.ppf(shares)
+    assert budget.sample(50, seed=7) == pytest.approx(drawn, rel=1e-10)
 
 
 def test_arrays_of_probabilities_of_a_log_count_what_is_strictly_below():

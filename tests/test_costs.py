@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from impatient.costs import BatchCosts, CostProfile, Noise, Quantiles, check_increasing
 from impatient.errors import CostError, CostOrderError, StaleInput, StorageError
@@ -293,6 +294,15 @@ def test_the_median_of_few_pairs_has_no_interval(pairs, known):
 def test_of_six_pairs_the_interval_is_all_of_them():
     noise = Noise.of([1.0, 1.0, 1.0, 1.02, 0.97, 1.0, 1.0, 1.01, 1.0, 1.0, 1.0, 1.0])
     assert (noise.aa_low, noise.aa_high, noise.n) == (0.97, 1.02, 6)
+
+
+def test_the_interval_ends_at_the_ranks_of_scipys_binomial_distribution():
+    for pairs in (*range(6, 60), 1000, 2001):
+        ratios = np.arange(1.0, pairs + 1.0) / pairs
+        # every second pair is turned round
+        times = [(r, 1.0) if place % 2 == 0 else (1.0, r) for place, r in enumerate(ratios)]
+        noise = Noise.of(np.ravel(times).tolist())
+        assert noise.aa_low == ratios[int(stats.binom.ppf(0.025, pairs, 0.5)) - 1]
 
 
 def test_a_clock_that_shows_no_time_shows_no_noise():

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
-from scipy import stats
 
 from impatient.errors import CostError, CostOrderError, StaleInput
 from impatient.files import read_json, write_json
@@ -150,8 +149,7 @@ class Noise:
             shows no time at all.
         """
         pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
-        # of the lower end, counted from 1; 0: there is none
-        rank = int(stats.binom.ppf(0.025, len(pairs), 0.5))
+        rank = _lower_rank(len(pairs))
         if rank < 1 or not (pairs > 0.0).all():
             return None
         pairs[1::2] = pairs[1::2, ::-1]
@@ -164,6 +162,21 @@ class Noise:
             spread=math.expm1((high - low) / 2),
             n=len(ratios),
         )
+
+
+def _lower_rank(count: int) -> int:
+    """Rank, counted from 1, of the lower end of a median's 95 % interval; 0 if there is none.
+
+    The smallest k with P(heads <= k) >= 2.5 % in so many tosses of a coin, in exact integers.
+    """
+    ways = 1
+    below = 1
+    rank = 0
+    while 40 * below < 2**count:
+        ways = ways * (count - rank) // (rank + 1)
+        rank += 1
+        below += ways
+    return rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
