@@ -15,8 +15,8 @@ from common import median_interval, write_results
 from torch import nn
 
 from impatient import attach_exits
+from impatient.experimental.workers import ParallelEANN
 from impatient.networks import EANN
-from impatient.runtime import ParallelEANN
 
 # pairs of equal networks: what two workers could halve
 DEPTHS = (8, 8, 16, 16)

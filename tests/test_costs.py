@@ -152,9 +152,7 @@ def test_the_old_names_are_the_new_one():
     assert made().cumulative_macs("contract") == made().cumulative("macs", "contract")
 
 
-@pytest.mark.parametrize(
-    ("cost", "remedy"), [("bytes", "eager"), ("energy", "impatient profile DIR --energy")]
-)
+@pytest.mark.parametrize(("cost", "remedy"), [("bytes", "eager"), ("energy", "energy.find_meter")])
 def test_a_cost_that_a_profile_does_not_hold_is_refused_with_what_to_do(cost, remedy):
     lacking = {
         "bytes": ("stage_bytes", "head_bytes"),

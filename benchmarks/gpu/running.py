@@ -32,8 +32,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import in_turn, spoken, write_results
 
 from impatient import Deadline, Runner, attach_exits, load_model, profile
-from impatient.engines.network import NetworkFacts
-from impatient.engines.partition import partition
 from impatient.experimental.gpu import Fetched, GpuRunner
 from impatient.experimental.graphs import cuda_graphs
 from impatient.files import read_json, write_json
@@ -113,10 +111,7 @@ def measure(
     )
     network: Any = attach_exits(model, example=x[:1], count=4).eval()
     if engine == "cuda-graphs":
-        network = cuda_graphs(
-            partition(network, x[:2] if batch > 1 else x.expand(2, -1, -1, -1)),
-            NetworkFacts.of(network, x[:1]),
-        )
+        network = cuda_graphs(network, example=x[:2])
     costs = profile(
         network,
         x,

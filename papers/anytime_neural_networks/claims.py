@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from impatient.evaluation import inflation as analytic
+from papers.anytime_neural_networks import inflation as analytic
 from papers.anytime_neural_networks.comparison import KIND, Comparison, Measured, win_rates
 from papers.anytime_neural_networks.milestones import WinRate
 from papers.anytime_neural_networks.recipe import SAMPLERS, Sampler, Scale

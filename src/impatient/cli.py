@@ -328,10 +328,6 @@ def profile(
             "profile.json, another that of profile-t2.json."
         ),
     ] = "0",
-    energy: Annotated[
-        bool,
-        typer.Option("--energy", help="Measure joules, too, where the machine can; 3 s an exit."),
-    ] = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
@@ -348,7 +344,6 @@ def profile(
         threads=counts,
         batch_sizes=sizes,
         repeats=repeats,
-        energy=energy,
         force=force,
         progress=not quiet,
         say=_say,
@@ -427,7 +422,7 @@ def fit(
         float | None, typer.Option(help="Mean megabytes that operators read and write per sample.")
     ] = None,
     mean_mj: Annotated[
-        float | None, typer.Option(help="Mean millijoules per sample; needs profile --energy.")
+        float | None, typer.Option(help="Mean millijoules per sample; needs a profile with joules.")
     ] = None,
     cost: Annotated[
         str | None,

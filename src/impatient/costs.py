@@ -578,8 +578,8 @@ _MISSING = {
     "Profile the network in eager "
     "mode with this version.",
     "energy": (
-        "it was not measured. Where a machine can, profile again with energy=True, or "
-        "`impatient profile DIR --energy`."
+        "it was not measured. Profile again from Python with a meter: "
+        'impatient.profile(network, x, energy=impatient.experimental.energy.find_meter("cpu")).'
     ),
 }
 

@@ -279,12 +279,11 @@ def _exit_weights(run: RunDirectory, plan: Plan, network: Any, say: Say) -> Exit
 
 def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost, say: Say) -> CostProfile:
     known = CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
-    if known is not None and known.holds(cost):
+    # joules need a meter, which only a caller from Python can bring
+    if known is not None and (known.holds(cost) or cost == "energy"):
         return known
     say("measuring what each exit costs, for the weights:")
-    costs = profile(
-        network, run.spec().example(), repeats=100, energy=cost == "energy", progress=True
-    )
+    costs = profile(network, run.spec().example(), repeats=100, progress=True)
     costs.save(run.profile_file)
     return costs
 
@@ -295,7 +294,6 @@ def profile_run(
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 300,
     engine: str = EAGER,
-    energy: bool = False,
     file: str = "profile.json",
     force: bool = False,
     progress: bool = True,
@@ -313,7 +311,7 @@ def profile_run(
     path = run.profile_file.with_name(file)
     if path.is_file() and not force:
         known = CostProfile.load(path)
-        reason = _not_fresh(known, network, batch_sizes, repeats, energy)
+        reason = _not_fresh(known, network, batch_sizes, repeats)
         if not reason:
             say(f"up to date: {path} (--force to measure again)")
             return known
@@ -323,7 +321,6 @@ def profile_run(
         run.spec().example(),
         batch_sizes=batch_sizes,
         repeats=repeats,
-        energy=energy,
         progress=progress,
     )
     costs.save(path)
@@ -331,9 +328,7 @@ def profile_run(
     return costs
 
 
-def _not_fresh(
-    costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int, energy: bool
-) -> str:
+def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int) -> str:
     """Why a profile must be made again; empty if it need not."""
     try:
         check_profile(costs, network, "measure again")
@@ -343,7 +338,7 @@ def _not_fresh(
         size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes
     ):
         return "other batch sizes or more repeats are asked for."
-    return "energy is asked for." if energy and not costs.holds("energy") else ""
+    return ""
 
 
 def profile_runs(

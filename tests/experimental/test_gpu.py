@@ -14,8 +14,6 @@ from torch import Tensor
 from blocks import NETWORK, x_of
 from fakes import costs_of
 from impatient.clock import NEVER, Deadline, FakeClock
-from impatient.engines.network import NetworkFacts
-from impatient.engines.partition import partition
 from impatient.errors import NetworkError, NoAnswerInTime, RunError
 from impatient.experimental.gpu import Fetched, GpuRunner
 from impatient.experimental.graphs import Recorded, cuda_graphs
@@ -24,6 +22,7 @@ from impatient.networks.cascade import Cascade
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
 from impatient.runtime.runner import RESERVE_S
+from test_progress import NETWORK, x_of
 
 # between two looks at an event
 LOOK_S = 1e-6
@@ -310,9 +309,7 @@ def graphed(toy: torch.nn.Module) -> Callable[[tuple[int, ...]], tuple[Any, Any]
             toy, after=["blocks.0", "blocks.2"], example=torch.zeros(1, 8)
         ).eval()
         x = torch.randn(2, 8)
-        return network, cuda_graphs(
-            partition(network, x), NetworkFacts.of(network, x), buckets=buckets, record=rerun
-        )
+        return network, cuda_graphs(network, example=x, buckets=buckets, record=rerun)
 
     return make
 
@@ -357,7 +354,7 @@ def test_on_a_gpu_answers_are_those_of_the_waiting_runner(graphs: bool) -> None:
         load_model("impatient:resnet:n=2,c=8").cuda().eval(), example=x[:1], count=4
     ).eval()
     if graphs:
-        network = cuda_graphs(partition(network, x[:2]), NetworkFacts.of(network, x[:1]))
+        network = cuda_graphs(network, example=x[:2])
     costs = profile(network, x, batch_sizes=(1, 2, 4, 8), repeats=30)
     scores = ThresholdPolicy(score="max_probability", thresholds=(0.12, 0.12, 0.12, -float("inf")))
     for policy in (None, scores):

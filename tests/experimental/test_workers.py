@@ -332,7 +332,7 @@ def test_torchs_threads_are_shared_out_and_given_back(make, networks, workers, t
 )
 def test_impossible_settings_are_refused(make, wrong):
     before = torch.get_num_threads()
-    with pytest.raises(RunError, match="needed"):
+    with pytest.raises(RunError, match="expected"):
         make(**wrong)
     assert torch.get_num_threads() == before
 

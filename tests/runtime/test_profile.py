@@ -5,6 +5,7 @@ come from a fake clock.
 import dataclasses
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 
 from impatient.clock import FakeClock
 from impatient.costs import CostProfile
-from impatient.errors import CostError, EnergyUnavailable, ExitNotReached, StaleInput
-from impatient.experimental import energy
+from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.networks import AnytimeNet, Cascade, MultiExitNetwork, attach_exits
 from impatient.networks.describe import count_traffic, stage_traffic
 from impatient.provenance import fingerprint_structure
@@ -432,14 +432,13 @@ def test_joules_that_differ_by_less_than_their_noise_count_as_none(
     assert costs.stage_energy_j[0] > 0.0
 
 
-def test_energy_that_cannot_be_measured_is_refused_before_anything_runs(
-    timed: MultiExitNetwork, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("energy", [True, SimpleNamespace(name="abacus", begin=None)])
+def test_what_is_no_meter_is_refused_before_anything_runs(
+    timed: MultiExitNetwork, clock: FakeClock, energy: Any
 ) -> None:
     seen = begins(timed)
-    monkeypatch.setitem(sys.modules, "zeus.exception", None)
-    monkeypatch.setattr(energy, "POWERCAP", energy.Path("/nowhere"))
-    with pytest.raises(EnergyUnavailable, match="energy of cpu cannot be measured here"):
-        profile(timed, EXAMPLE, energy=True, clock=clock)
+    with pytest.raises(CostError, match=r"expected a meter .*find_meter"):
+        profile(timed, EXAMPLE, energy=energy, clock=clock)
     assert seen == []
 
 

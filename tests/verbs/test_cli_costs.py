@@ -5,7 +5,6 @@ units than time.
 import dataclasses
 import itertools
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,20 +77,6 @@ def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) 
     )
     assert code == 1
     assert f"impatient export {run_dir} --engine onnxruntime" in text
-
-
-def test_energy_without_a_meter_says_why(
-    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("impatient.experimental.energy.POWERCAP", Path("/nowhere"))
-    monkeypatch.setitem(sys.modules, "zeus.exception", None)
-    code, text = call("profile", run_dir, "--energy", "--repeats", "20", "--quiet")
-    assert code == 1
-    assert "measuring again: energy is asked for." in text
-    assert (
-        "error (EnergyUnavailable): the energy of cpu cannot be measured here: /nowhere has no "
-        "energy counter"
-    ) in text
 
 
 # --- comparing ------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compile
 from impatient.engines.onnx_files import PRECISIONS, quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
-from impatient.experimental.graphs import cuda_graphs
 from impatient.files import read_json, write_json, write_text
 from impatient.networks.describe import StageFacts
 from impatient.networks.multi_exit import MultiExitNetwork
@@ -42,7 +41,7 @@ WRITTEN = (
     "openvino-session",
     "aoti",
 )
-ENGINES = ("eager", "compile", "cuda-graphs", *WRITTEN)
+ENGINES = ("eager", "compile", *WRITTEN)
 TOLERANCE = (
     # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
     1e-4
@@ -65,15 +64,15 @@ def to_engine(
     Args:
         network: from `attach_exits`.
         engine: "eager" (the network itself), "compile" (every stage by torch.compile),
-            "cuda-graphs" (every stage recorded on the network's CUDA device), "aoti" (every stage
-            compiled ahead of time), "onnxruntime" or "openvino" (a session per stage),
+            "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino" (a session per
+            stage),
             "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers
             are read while
             it runs: faster with many exits, but every head runs and batches do not shrink).
         example: a real input; of a batch of 2 or more, the check of agreement uses all of its
             samples.
-        threads: within an operation. "eager", "compile" and "cuda-graphs" use torch's; with "aoti"
-            it must be torch's.
+        threads: within an operation. "eager" and "compile" use torch's; with "aoti" it must be
+            torch's.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
         calibration: for "int8-static", inputs in batches, such as those of `data.batches("train",
             16)`.
@@ -87,11 +86,10 @@ def to_engine(
     _check(engine, ENGINES, precision, threads)
     if engine == "eager":
         return network
-    if engine in ("compile", "cuda-graphs"):
-        make = compiled if engine == "compile" else cuda_graphs
+    if engine == "compile":
         with evaluating(network):
-            made = make(partition(network, example), NetworkFacts.of(network, example))
-        _check_agreement(network, made, example, precision)
+            made = compiled(partition(network, example), NetworkFacts.of(network, example))
+        check_agreement(network, made, example, precision)
         return made
     options: dict[str, Any] = {
         "engine": engine,
@@ -169,7 +167,7 @@ def export(
         bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
         write_json(folder / BUNDLE, bundle)
         try:
-            agreement = _check_agreement(network, load_engine(folder), example, precision)
+            agreement = check_agreement(network, load_engine(folder), example, precision)
         except portable.BundleError as error:
             raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
         write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
@@ -525,14 +523,21 @@ def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
     )
 
 
-def _check_agreement(
-    network: MultiExitNetwork, made: EngineNetwork, example: Any, precision: str
+def check_agreement(
+    network: MultiExitNetwork,
+    made: EngineNetwork,
+    example: Any,
+    precision: str = "fp32",
+    *,
+    sizes: Sequence[int] = (1, 3),
 ) -> list[float]:
-    """The largest differences per exit, in shares of the largest output; raise if they are no
-    rounding.
+    """Find each exit's largest difference, in shares of the largest output.
+
+    Raises:
+        ExportFailed: if a difference is more than rounding.
     """
     # noise goes beyond the ranges that 8 bits were given
-    agreement = differences(network, made, example, noise=precision == "fp32")
+    agreement = differences(network, made, example, noise=precision == "fp32", sizes=sizes)
     for index, found in enumerate(agreement):
         # NaN, too
         if not found <= (TOLERANCE if precision == "fp32" else float("inf")):
@@ -546,15 +551,23 @@ def _check_agreement(
 
 
 def differences(
-    network: MultiExitNetwork, made: EngineNetwork, example: Any, *, noise: bool = True
+    network: MultiExitNetwork,
+    made: EngineNetwork,
+    example: Any,
+    *,
+    noise: bool = True,
+    sizes: Sequence[int] = (1, 3),
 ) -> list[float]:
-    """Per exit, the largest difference between two networks' outputs, in shares of the largest
-    output.
+    """Compare two networks' outputs: each exit's largest difference over its largest output.
 
     The network without exits is judged with the last exit.
+
+    Args:
+        noise: add noise to the example.
+        sizes: batch sizes to compare at, besides that of the example.
     """
     apart, scale, spread = ([0.0] * network.num_exits for _ in range(3))
-    for size in dict.fromkeys((1, 3, batch_size_of(example))):
+    for size in dict.fromkeys((*sizes, batch_size_of(example))):
         x = varied(example, size, noise)
         with evaluating(network), torch.inference_mode():
             wanted = network(x)

@@ -1,4 +1,4 @@
-"""How good it is: recordings, metrics, evaluation, reports, and the papers' own measures."""
+"""How good it is: recordings, metrics, evaluation and reports."""
 
 import importlib
 import typing
@@ -13,7 +13,6 @@ from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, StaticBase
 from impatient.evaluation.metrics import Estimate, Monotonicity, conditional_monotonicity
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.vectorised import PolicyOutcomes, expected_accuracies, judge_policies
-from papers.anytime_neural_networks import inflation, milestones
 
 if typing.TYPE_CHECKING:
     from impatient.evaluation.plots import (
@@ -24,7 +23,6 @@ if typing.TYPE_CHECKING:
         where_time_goes,
     )
     from impatient.evaluation.report import Example, figure_svg, report_html, select_examples
-    from papers.impatient_dnn.probes import linear_probes
 
 __all__ = [
     "BudgetRow",
@@ -47,10 +45,7 @@ __all__ = [
     "exit_shares",
     "expected_accuracies",
     "figure_svg",
-    "inflation",
     "judge_policies",
-    "linear_probes",
-    "milestones",
     "record",
     "report_html",
     "save_figure",
@@ -66,7 +61,6 @@ _LATER = dict.fromkeys(
     "plots",
 )
 _LATER |= dict.fromkeys(("Example", "figure_svg", "report_html", "select_examples"), "report")
-_LATER |= {"linear_probes": "baselines"}
 
 
 def __getattr__(name: str) -> typing.Any:

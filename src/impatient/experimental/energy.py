@@ -1,5 +1,7 @@
-"""Joules, where the machine can measure them: RAPL through Linux's powercap, GPUs and systems on a
-chip through zeus.
+"""Meters of joules: RAPL through Linux's powercap, GPUs and systems on a chip through zeus.
+
+Status: tested on a made-up powercap tree and a stand-in for zeus 0.16. Never run on a real counter:
+no machine we had shows one.
 
 A meter sees the whole package or board, whoever uses it, idle power included: measure on a machine
 that does nothing else.
@@ -7,35 +9,14 @@ that does nothing else.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import EnergyUnavailable
+from impatient.runtime.joules import EnergyMeter
 
 POWERCAP = Path("/sys/class/powercap")
-# the counters of GPUs move only some ten times a second
-WINDOW_S = 0.5
-ROUNDS = 3
-
-
-class EnergyMeter(Protocol):
-    """What measures joules between two moments.
-
-    Attributes:
-        name: what is measured by what, in words.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def begin(self) -> None: ...
-
-    def end(self) -> float:
-        """Joules since `begin`."""
-        ...
 
 
 class RaplMeter:
@@ -164,9 +145,12 @@ def _on_chip_joules(measured: Any) -> float:
     return float(sum(known)) / 1e3
 
 
-def require_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter:
-    """A meter of what runs on a device: of the processor packages for "cpu", of the GPU for "cuda".
+def find_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter:
+    """Find the meter of a device: of the processor packages for "cpu", of the GPU for "cuda".
 
+    Example:
+        meter = find_meter("cpu")
+        costs = impatient.profile(network, x, energy=meter)
     Raises:
         EnergyUnavailable: if there is none, saying why.
     """
@@ -180,54 +164,3 @@ def require_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter:
         except EnergyUnavailable as reason:
             reasons.append(str(reason))
     raise EnergyUnavailable(f"the energy of {device} cannot be measured here: {' '.join(reasons)}")
-
-
-def energy_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter | None:
-    """A meter as from `require_meter`; None if there is none."""
-    try:
-        return require_meter(device, powercap=powercap)
-    except EnergyUnavailable:
-        return None
-
-
-def joules_per_run(
-    meter: EnergyMeter,
-    jobs: Sequence[Callable[[], object]],
-    *,
-    window_s: float = WINDOW_S,
-    rounds: int = ROUNDS,
-    clock: Clock = SYSTEM_CLOCK,
-) -> tuple[float, ...]:
-    """Joules of one run of each of several jobs: each is run over and over for a window, in turn
-    with the others.
-
-    Args:
-        jobs: each waits for the device before it returns.
-        window_s: at least so long, and at least one run.
-        rounds: windows of each job; the median counts.
-    Raises:
-        EnergyUnavailable: if the meter did not move in a window.
-    """
-    measured: list[list[float]] = [[] for _ in jobs]
-    for turn in range(rounds):
-        for place in range(len(jobs)) if turn % 2 else reversed(range(len(jobs))):
-            measured[place].append(_in_window(meter, jobs[place], window_s, clock))
-    return tuple(statistics.median(values) for values in measured)
-
-
-def _in_window(
-    meter: EnergyMeter, job: Callable[[], object], window_s: float, clock: Clock
-) -> float:
-    runs = 0
-    begin = clock.now()
-    meter.begin()
-    while runs == 0 or clock.now() - begin < window_s:
-        job()
-        runs += 1
-    joules = meter.end()
-    if not joules > 0.0:
-        raise EnergyUnavailable(
-            f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move "
-            f"here."
-        )
-    return joules / runs

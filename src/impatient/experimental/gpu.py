@@ -1,5 +1,9 @@
 """Running against the clock on a GPU without waiting for it.
 
+Status: the logic is tested on a simulated device; the tests marked `gpu` and
+benchmarks/gpu/running.py wait for a real one. Never run on a GPU, so neither its answers nor its
+gain over `Runner` are known.
+
 A GPU is given work and does it in order, later; waiting for each stage before the next is given
 would leave it idle in between. So the host gives it a bounded number of stages ahead, and looks at
 events:
@@ -8,8 +12,7 @@ events:
   already runs;
 * an answer is one whose copy has arrived, never one that is still on its way;
 * a policy is asked about copies on the host, so that an early exit stalls nothing; what was given
-  ahead of its decision cannot
-  be taken back, and is the price: at most `ahead` stages.
+  ahead of its decision cannot be taken back, and is the price: at most `ahead` stages.
 """
 
 from __future__ import annotations

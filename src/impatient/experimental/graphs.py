@@ -1,10 +1,12 @@
-"""Engine "cuda-graphs": every stage and head recorded once per batch size as a CUDA graph, and
-replayed.
+"""Every stage and head recorded once per batch size as a CUDA graph, and replayed.
+
+Status: tested with a recorder that re-runs the stage on the CPU in the same memory; the tests
+marked `gpu` and benchmarks/gpu/running.py wait for a device. Never run on a GPU, so neither its
+answers nor its speed there are known.
 
 A replay costs one launch where the stage itself would cost one per kernel, which at batch size 1 is
-most of the time. A graph
-has fixed shapes: a batch runs in the next larger bucket, and what the other rows compute is
-    dropped.
+most of the time. A graph has fixed shapes: a batch runs in the next larger bucket, and what the
+other rows compute is dropped.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from impatient.engines.export import check_agreement
 from impatient.engines.network import EngineNetwork, NetworkFacts
-from impatient.engines.partition import Parts
+from impatient.engines.partition import partition
 from impatient.errors import NetworkError
+from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.placement import evaluating
 from impatient.portable import Staged
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
@@ -112,18 +117,27 @@ class Graphed:
 
 
 def cuda_graphs(
-    parts: Parts,
-    facts: NetworkFacts,
+    network: MultiExitNetwork,
     *,
+    example: Any,
     buckets: Sequence[int] = BUCKETS,
     record: Recorder = record_cuda,
 ) -> EngineNetwork:
-    """Every part as CUDA graphs; the network must lie on a CUDA device in eval mode. Changed
+    """Record every stage and head of a network as CUDA graphs.
+
+    Warm it up with every batch size that counts: the first call of each bucket records. Changed
     weights show, other shapes do not.
 
-    Warm it up with every batch size that counts: the first call of each bucket records.
-
+    Args:
+        network: on a CUDA device.
+        example: a real input there, of no more rows than the largest bucket.
+        buckets: numbers of rows to record for, rising.
+        record: makes a recording.
+    Returns:
+        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the
+        given one's.
     Raises:
+        ExportFailed: if the network cannot be cut into stages, or the outputs differ.
         NetworkError: if `buckets` are no rising positive numbers, or there is no CUDA device.
 
     Thread:
@@ -138,6 +152,9 @@ def cuda_graphs(
             f"buckets={tuple(buckets)}; expected numbers of rows, at least 1 and rising, such as "
             f"{BUCKETS}."
         )
+    with evaluating(network):
+        parts = partition(network, example)
+        facts = NetworkFacts.of(network, example)
     if record is record_cuda and not next(iter(parts.examples.values())).is_cuda:
         raise NetworkError(
             "the network is not on a CUDA device, which records the graphs; move it and the "
@@ -158,7 +175,7 @@ def cuda_graphs(
         for head, name in zip(parts.heads, wiring.features, strict=True)
     ]
     whole = _first(graphed(parts.whole, wiring.inputs, [0]))
-    return EngineNetwork(
+    made = EngineNetwork(
         facts,
         Staged(wiring, stages, heads),
         whole,
@@ -168,6 +185,8 @@ def cuda_graphs(
             f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows"
         ),
     )
+    check_agreement(network, made, example, sizes=[rows for rows in (1, 3) if rows <= buckets[-1]])
+    return made
 
 
 def _first(part: Graphed) -> Callable[[Tensor], Tensor]:

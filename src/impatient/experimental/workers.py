@@ -1,5 +1,7 @@
-"""The networks of an ensemble of growing depth side by side: M workers take them from one queue,
-shallow to deep.
+"""Run an ensemble of growing depth on M workers, which take networks from one queue.
+
+Status: tested on a fake clock and on threads of a CPU; timed on 2 cores (benchmarks/workers.py).
+Not proven: more than 2 cores, a GPU, and that it is ever worth more than threads within operators.
 
 The workers are threads, since torch works outside the interpreter's lock: networks that spend their
 time in torch's operators gain, tiny ones, which spend it in Python, do not (benchmarks/workers.py).

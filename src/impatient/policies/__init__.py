@@ -27,8 +27,6 @@ from impatient.policies.selection import (
 )
 from impatient.policies.splits import split_recording
 from impatient.policies.topology import Topology
-from papers.adaptive_neural_networks import exit_baselines as baselines
-from papers.adaptive_neural_networks import selection_baselines
 
 __all__ = [
     "STOP",
@@ -45,7 +43,6 @@ __all__ = [
     "SweepPoint",
     "ThresholdPolicy",
     "Topology",
-    "baselines",
     "bounds",
     "control_risk",
     "fit_decision",
@@ -60,7 +57,6 @@ __all__ = [
     "samples_needed",
     "scaled_family",
     "scores",
-    "selection_baselines",
     "split_recording",
     "sweep_gates",
     "sweep_selection",

@@ -1,7 +1,6 @@
-"""Running against the clock: measured costs, contract and interruptible runs, several workers."""
+"""Running against the clock: measured costs, contract and interruptible runs."""
 
 from impatient.engines import EngineNetwork, export, load_engine, to_engine
-from impatient.experimental.workers import ParallelEANN, ParallelRun
 from impatient.runtime.answer import Answer
 from impatient.runtime.interruptible import Run
 from impatient.runtime.profile import profile, time_in_turn
@@ -11,8 +10,6 @@ __all__ = [
     "Answer",
     "EngineNetwork",
     "OpenRun",
-    "ParallelEANN",
-    "ParallelRun",
     "Run",
     "Runner",
     "export",

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
 from impatient.errors import CostError, ExitNotReached, StaleInput
-from impatient.experimental.energy import EnergyMeter, joules_per_run, require_meter
 from impatient.networks.describe import DescribedNetwork, count_macs, count_traffic, stage_traffic
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import call_model, first_tensor
 from impatient.provenance import Provenance, fingerprint_structure, machine, provenance, versions
+from impatient.runtime.joules import EnergyMeter, joules_per_run
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def profile(
     repeats: int = 300,
     warm_up: int = 20,
     max_seconds: float = 30.0,
-    energy: bool | EnergyMeter = False,
+    energy: EnergyMeter | None = None,
     progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> CostProfile:
@@ -57,13 +57,13 @@ def profile(
         repeats: at each batch size; the p99 of fewer than 100 is their maximum.
         warm_up: repeats that are not counted.
         max_seconds: stop measuring a batch size after this long, with at least 20 repeats.
-        energy: also measure joules at batch size 1, 3 s for each exit; True finds the machine's
-            meter, or bring your own.
+        energy: a meter; with it joules are measured, too, at batch size 1, 3 s for each exit.
+            `impatient.experimental.energy` has some.
         progress: show a bar.
     Returns:
         Means and quantiles with the machine they belong to.
     Raises:
-        EnergyUnavailable: if joules are asked for and cannot be measured.
+        EnergyUnavailable: if the meter does not move.
 
     Sync:
         Waits for the device around every stage and head.
@@ -74,8 +74,12 @@ def profile(
             f"least 1 repeat, at least one "
             "batch size, each at least 1, and a warm-up of 0 or more."
         )
+    if energy is not None and not isinstance(energy, EnergyMeter):
+        raise CostError(
+            f"energy={energy!r}; expected a meter (name, begin() and end()), such as "
+            f'impatient.experimental.energy.find_meter("cpu").'
+        )
     device = _device_of(network, x)
-    meter = require_meter(str(device)) if energy is True else energy or None
     one = resized(x, 1)
     counted = _count(network, one)
     batches = {}
@@ -93,7 +97,7 @@ def profile(
                 lambda task=task: bar.advance(task),
             )
             _warn_if_noisy(batches[size].noise, size)
-        joules = _measure_energy(network, one, device, meter, clock) if meter else {}
+        joules = _measure_energy(network, one, device, energy, clock) if energy else {}
     return CostProfile(
         exits=network.exit_names,
         batches=batches,
