@@ -22,7 +22,6 @@ from impatient.networks.cascade import Cascade
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
 from impatient.runtime.runner import RESERVE_S
-from test_progress import NETWORK, x_of
 
 # between two looks at an event
 LOOK_S = 1e-6

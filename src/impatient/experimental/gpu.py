@@ -59,7 +59,7 @@ class Queue(Protocol):
         ...
 
     def fetch(self, tensors: Sequence[Tensor]) -> Fetched:
-        """Copy to the host what the device will have computed when it comes to it; returns at once."""
+        """Begin to copy to the host what the device will have computed; return at once."""
         ...
 
     def pause(self) -> None:
