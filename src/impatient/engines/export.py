@@ -179,10 +179,11 @@ def export(
 
 def copy_standalone(folder: Path) -> None:
     """Put into a folder what runs it without torch and without this package."""
-    source = Path(portable.__file__).parent
-    (folder / source.name).mkdir()
-    for file in source.glob("*.py"):
-        shutil.copyfile(file, folder / source.name / file.name)
+    # the name that run.py imports, and directories of 0.1.0 have
+    copies = folder / "standalone"
+    copies.mkdir()
+    for file in Path(portable.__file__).parent.glob("*.py"):
+        shutil.copyfile(file, copies / file.name)
     write_text(folder / "run.py", _RUN)
 
 
