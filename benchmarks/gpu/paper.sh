@@ -8,7 +8,7 @@
 #
 # Environment: OUT, folder for what comes back (results.tar.gz, and state.tar.gz.* in pieces); SCALE (gpu; smoke to try it out on a
 # CPU; none to bring data only); WORKERS (4 trainings share the GPU); SECONDS_LIMIT (480: then Ctrl-C, which leaves checkpoints).
-# Carried in .gpu, which git ignores: whl/*.whl (greenlet, kornia, kornia_rs, lightning_fabric, if the machine lacks them); data/* (the
+# Carried in .gpu, which git ignores: whl/*.whl (greenlet, lightning_fabric, if the machine lacks them); data/* (the
 # shared data's load.py, *.npz and *.npz.xz); state/state.tar.gz.* (of the last command, to go on on a fresh machine).
 # A command carries 64 MiB, so on a fresh machine bring larger data in several commands, all but the last with SCALE=none:
 #     impatient_dnn, anytimenet: load.py cifar10_train_a gtsrb32_test | cifar10_train_b cifar10_test | gtsrb32_train_a gtsrb32_train_b

@@ -26,8 +26,9 @@ from impatient.errors import StaleInput, StorageError, TrainingDiverged, Trainin
 from impatient.files import read_header, read_tensors, write_tensors
 from impatient.networks import MultiExitNetwork
 from impatient.training import History, Recipe, fit, loop
+from impatient.training.augmentation import augmented
 from impatient.training.data import ArrayExamples
-from impatient.training.loop import augmented, checked_weights
+from impatient.training.loop import checked_weights
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import STATIC, sieve
 from small_training import BRIEF, MIXED, STEPS, digits, few, on_cpu, small, state, train
@@ -688,6 +689,27 @@ def shifts(image: Tensor, most: int) -> list[Tensor]:
         for y in range(2 * most + 1)
         for x in range(2 * most + 1)
     ]
+
+
+@pytest.mark.parametrize("how", ["crop", "crop-flip"])
+def test_all_shifts_and_both_directions_are_equally_likely(how):
+    image = torch.rand(1, 1, 8, 8) + 0.5
+    torch.manual_seed(4)
+    moved = augmented(image.expand(9000, -1, -1, -1), how)
+    wanted = shifts(image[0], 1) + (shifts(image[0].flip(2), 1) if how == "crop-flip" else [])
+    counts = [int((moved == shift).flatten(1).all(1).sum()) for shift in wanted]
+    assert sum(counts) == 9000
+    mean = 9000 / len(wanted)
+    # five standard deviations of one count
+    assert all(abs(count - mean) < 5 * mean**0.5 for count in counts)
+
+
+def test_height_and_width_are_each_shifted_by_up_to_an_eighth_of_their_own():
+    image = torch.zeros(1, 1, 24, 8)
+    image[0, 0, 12, 4] = 1.0
+    places = augmented(image.expand(500, -1, -1, -1), "crop").nonzero()
+    assert set(places[:, 2].tolist()) == set(range(9, 16))
+    assert set(places[:, 3].tolist()) == {3, 4, 5}
 
 
 @pytest.mark.parametrize("size", [8, 16])

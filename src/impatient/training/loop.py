@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -32,6 +31,7 @@ from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.training import schedules
+from impatient.training.augmentation import augmented
 from impatient.training.balancing import SAMPLERS, AdaLoss, balancer
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
@@ -666,30 +666,6 @@ def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
         f"{[round(value, 3) for value in losses.tolist()]}). The last checkpoint is intact. Lower "
         f"lr (now {lr:g}), add warmup or set clip_norm; check inputs and weights for NaN."
     )
-
-
-@functools.lru_cache(maxsize=8)
-def _augmentation(how: str, size: tuple[int, int]) -> Any:
-    import kornia.augmentation as K
-
-    shift = (max(1, size[0] // 8), max(1, size[1] // 8))
-    crop = K.RandomCrop(size, padding=shift, cropping_mode="slice")
-    return crop if how == "crop" else nn.Sequential(crop, K.RandomHorizontalFlip())
-
-
-def augmented(images: Tensor, how: str) -> Tensor:
-    """Randomly shifted, and mirrored, images [B, C, H, W]; each sample its own way.
-
-    Raises:
-        TrainingError: if the inputs are no images.
-    """
-    if how == "none":
-        return images
-    if images.dim() != 4:
-        raise TrainingError(
-            f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}."
-        )
-    return torch.as_tensor(_augmentation(how, (images.shape[2], images.shape[3]))(images))
 
 
 @dataclass(slots=True)

@@ -1,0 +1,42 @@
+"""Random changes of training images that leave their class as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from impatient.errors import TrainingError
+
+
+def augmented(images: Tensor, how: str) -> Tensor:
+    """Shift, and mirror, images [B, C, H, W] at random, each sample its own way.
+
+    A shift is by up to an eighth of the height and of the width; zeros move in.
+
+    Args:
+        how: "none", "crop" (shift) or "crop-flip" (shift, and mirror half of them).
+    Raises:
+        TrainingError: if the inputs are no images.
+    """
+    if how == "none":
+        return images
+    if images.dim() != 4:
+        raise TrainingError(
+            f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}."
+        )
+    count, channels, height, width = images.shape
+    most_down = max(1, height // 8)
+    most_across = max(1, width // 8)
+    padded = F.pad(images, (most_across, most_across, most_down, most_down))
+    # drawn on the CPU, so that one seed means the same on every device
+    across_B = (torch.rand(count) * (2 * most_across + 1)).long()
+    down_B = (torch.rand(count) * (2 * most_down + 1)).long()
+    columns_BW = across_B[:, None] + torch.arange(width)
+    if how == "crop-flip":
+        mirrored_B = torch.rand(count) < 0.5
+        columns_BW = torch.where(mirrored_B[:, None], columns_BW.flip(1), columns_BW)
+    rows_BH = down_B[:, None] + torch.arange(height)
+    places_BHW = rows_BH[:, :, None] * padded.shape[3] + columns_BW[:, None, :]
+    places = places_BHW.view(count, 1, -1).expand(-1, channels, -1).to(images.device)
+    return padded.flatten(2).gather(2, places).view_as(images)
