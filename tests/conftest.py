@@ -3,15 +3,40 @@
 Every test is seeded and has one torch thread: tiny networks gain nothing from more.
 """
 
+import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from fakes import FakeNetwork, all_forgotten, wait_until
 from impatient.clock import FakeClock
 from toys import ToyBackbone
+
+# what fails here fails everywhere; `HYPOTHESIS_PROFILE=search` looks for what has not failed yet
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# folders all of whose tests have a mark
+MARKED = ("docs", "papers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in MARKED:
+            if name in item.path.parent.relative_to(Path(__file__).parent).parts:
+                item.add_marker(name)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the libraries made at import out of every collection that a test asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The examples run as they are written; what they print is not looked at, what they return is."""
 
-import importlib.util
 import runpy
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,6 @@ def test_ensembles_are_networks_with_exits() -> None:
     assert accuracy["its exits together"][0] == accuracy["one network"][0]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="the example's model is torchvision's"
-)
 def test_a_run_is_interrupted() -> None:
     reached = main_of("interrupt.py")(runs=2)
     assert all(0 <= exit <= 5 for exit in reached)

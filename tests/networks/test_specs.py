@@ -26,20 +26,6 @@ TINY_BERT = (
 TINY_VIT = f"{TINY_BERT.rpartition(',')[0]},image_size=16,patch_size=8"
 IMAGE = torch.ones(1, 3, 32, 32)
 
-has = {
-    name: importlib.util.find_spec(name) is not None
-    for name in ("torchvision", "timm", "transformers")
-}
-needs_torchvision = pytest.mark.skipif(
-    not has["torchvision"], reason="torchvision is not installed"
-)
-needs_timm = pytest.mark.skipif(
-    not (has["timm"] and has["torchvision"]), reason="timm is not installed"
-)
-needs_transformers = pytest.mark.skipif(
-    not has["transformers"], reason="transformers is not installed"
-)
-
 
 def outputs(model: nn.Module, x: Any = IMAGE) -> Any:
     with torch.no_grad():
@@ -121,7 +107,6 @@ def test_errors_of_our_own_networks_stay_as_they_are() -> None:
 # --- torchvision ----------------------------------------------------------------------------------
 
 
-@needs_torchvision
 def test_torchvision_model_takes_classes_and_options() -> None:
     model = load_model("torchvision:mobilenet_v3_small:dropout=0.5", num_classes=4)
     assert outputs(model).shape == (1, 4)
@@ -132,14 +117,12 @@ def test_torchvision_model_takes_classes_and_options() -> None:
     )
 
 
-@needs_torchvision
 @pytest.mark.filterwarnings("ignore:Scipy.*:UserWarning")
 def test_torchvision_models_with_auxiliary_outputs_come_without_them() -> None:
     model = load_model("torchvision:googlenet", num_classes=4)
     assert isinstance(model.train()(torch.randn(2, 3, 64, 64)), torch.Tensor)
 
 
-@needs_torchvision
 def test_classes_are_not_forced_on_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
@@ -158,7 +141,6 @@ def test_classes_are_not_forced_on_pretrained_weights(monkeypatch: pytest.Monkey
     ]
 
 
-@needs_torchvision
 def test_misspelt_torchvision_model_is_refused_with_near_names() -> None:
     with pytest.raises(
         ModelSpecError, match=r"torchvision has no model 'resnet5'. Near it: .*resnet50"
@@ -168,7 +150,6 @@ def test_misspelt_torchvision_model_is_refused_with_near_names() -> None:
         load_model("torchvision:qqqqqq")
 
 
-@needs_torchvision
 def test_importing_torchvision_twice_gives_the_same_one() -> None:
     assert import_torchvision() is import_torchvision()
 
@@ -176,14 +157,12 @@ def test_importing_torchvision_twice_gives_the_same_one() -> None:
 # --- timm -----------------------------------------------------------------------------------------
 
 
-@needs_timm
 def test_timm_model_takes_classes_and_channels() -> None:
     model = load_model("timm:test_resnet", num_classes=4, in_channels=1)
     assert outputs(model, torch.ones(1, 1, 32, 32)).shape == (1, 4)
     assert outputs(load_model("timm:test_resnet:num_classes=9", num_classes=4)).shape == (1, 9)
 
 
-@needs_timm
 def test_misspelt_timm_model_is_refused_with_near_names() -> None:
     with pytest.raises(
         ModelSpecError, match=r"timm has no model 'tst_resnet'. Near it: .*test_resnet"
@@ -194,7 +173,6 @@ def test_misspelt_timm_model_is_refused_with_near_names() -> None:
 # --- transformers ---------------------------------------------------------------------------------
 
 
-@needs_transformers
 def test_configuration_class_gives_a_classifier_of_its_kind() -> None:
     text = load_model(f"transformers:BertConfig:{TINY_BERT}", num_classes=4)
     assert type(text).__name__ == "BertForSequenceClassification"
@@ -204,7 +182,6 @@ def test_configuration_class_gives_a_classifier_of_its_kind() -> None:
     assert outputs(image, torch.ones(2, 3, 16, 16)).shape == (2, 4)
 
 
-@needs_transformers
 def test_options_may_be_lists() -> None:
     model = load_model(
         "transformers:ResNetConfig:embedding_size=4,hidden_sizes=[4,8],depths=[1,2],layer_type=basic",
@@ -216,7 +193,6 @@ def test_options_may_be_lists() -> None:
     assert outputs(model).shape == (1, 4)
 
 
-@needs_transformers
 def test_local_configuration_file_gives_random_weights(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     options = dict(entry.split("=") for entry in TINY_BERT.split(","))
@@ -228,7 +204,6 @@ def test_local_configuration_file_gives_random_weights(tmp_path: Path) -> None:
     assert outputs(model, torch.ones(2, 3, dtype=torch.long)).shape == (2, 4)
 
 
-@needs_transformers
 def test_classes_of_the_spec_win_in_transformers_too() -> None:
     assert (
         load_model(
@@ -238,7 +213,6 @@ def test_classes_of_the_spec_win_in_transformers_too() -> None:
     )
 
 
-@needs_transformers
 def test_configuration_that_cannot_be_is_refused_with_the_reason() -> None:
     with pytest.raises(
         ModelSpecError, match=r"could not be built: ValueError.*hidden size.*multiple"
@@ -246,7 +220,6 @@ def test_configuration_that_cannot_be_is_refused_with_the_reason() -> None:
         load_model("transformers:BertConfig:hidden_size=17,num_attention_heads=2")
 
 
-@needs_transformers
 def test_configuration_file_that_is_not_there_is_refused_without_looking_elsewhere() -> None:
     with pytest.raises(ModelSpecError, match=r"no configuration file no_such_folder/config\.json"):
         load_model("transformers:no_such_folder/config.json")

@@ -1,7 +1,5 @@
 """Plain convolutions: our small VGG, and the large ones of torchvision at the papers' resolution."""
 
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
@@ -13,9 +11,6 @@ from impatient.networks.placement import every
 from impatient.networks.vgg import SmallVGG
 
 CLASSES = 5
-needs_torchvision = pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"
-)
 
 
 def facts_of(network: SmallVGG, side: int) -> list[object]:
@@ -147,7 +142,6 @@ def torchvision_model(name: str) -> nn.Module:
 
 
 # smaller images and classifiers, in both modes and with gradients: test_exactness.py
-@needs_torchvision
 # it takes 7.6 GMACs at 224
 @pytest.mark.parametrize(("name", "placed_at"), [("alexnet", 224), ("vgg11_bn", 64)])
 def test_torchvisions_plain_networks_take_exits_at_the_papers_resolution(

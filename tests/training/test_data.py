@@ -687,7 +687,8 @@ def test_the_fingerprint_of_a_folder_changes_with_its_files_and_their_size(tmp_p
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The package datasets, kept from looking anything up."""
-    package = pytest.importorskip("datasets", reason="an optional package")
+    import datasets as package
+
     package.disable_progress_bars()
     monkeypatch.setattr(package.config, "HF_HUB_OFFLINE", True)
     return package
