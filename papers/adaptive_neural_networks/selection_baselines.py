@@ -8,17 +8,15 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.costs import BatchCosts, CostProfile, Quantiles
-from impatient.errors import InfeasibleTarget, PolicyError
-from impatient.policies.mixing import neighbours
+from impatient.errors import PolicyError
 from impatient.policies.routing import Answered, Route, check_costs
 from impatient.policies.rules import Recorded, ThresholdPolicy, fit_thresholds
-from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.scores import ScoreName
 from impatient.policies.topology import Topology
 from impatient.provenance import provenance
 
@@ -27,26 +25,6 @@ def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
     """One network alone, for `count` samples; the full one is `len(node_s) - 1`."""
     return route_of(
         torch.arange(len(node_s)).eq(node).expand(count, -1), torch.full((count,), node), node_s
-    )
-
-
-def uniform_shares(
-    recording: Answered, node_s: Sequence[float], mean_time_s: float
-) -> tuple[float, ...]:
-    """The best mixture of single networks that does not look at the input: the share of the samples
-    that each one answers.
-
-    Args:
-        recording: to choose on; the shares times `hits` of another recording judge them.
-        node_s: seconds of each network.
-        mean_time_s: expected mean seconds per sample.
-    Raises:
-        InfeasibleTarget: if even the fastest network takes longer.
-    """
-    accuracies = (recording.outputs.argmax(-1) == recording.labels).double().mean(1).tolist()
-    fast, slow, share = neighbours(node_s, accuracies, mean_time_s)
-    return tuple(
-        (node == fast) * (1.0 - share) + (node == slow) * share for node in range(len(node_s))
     )
 
 
@@ -90,86 +68,6 @@ def fit_chain_thresholds(
         mean_time_s=mean_time_s,
         max_accuracy_loss=max_accuracy_loss,
         score=score,
-    )
-
-
-def fit_myopic(
-    recording: Recorded,
-    node_s: Sequence[float],
-    *,
-    mean_time_s: float | None = None,
-    max_accuracy_loss: float | None = None,
-    score: ScoreName = "max_probability",
-) -> ThresholdPolicy:
-    """ONE threshold for all networks along the chain, the best of all there are.
-
-    Args:
-        recording, node_s: as for `fit_selection`.
-        mean_time_s: the most accurate policy whose mean time is at most this; or
-        max_accuracy_loss: the fastest that loses at most this much accuracy against the last
-            network.
-        score: how sure an output is.
-    Returns:
-        A policy for `chain_route`. Where no threshold reaches the accuracy, the last network alone.
-    """
-    if (mean_time_s is None) == (max_accuracy_loss is None):
-        raise PolicyError("give exactly one target of mean_time_s, max_accuracy_loss.")
-    thresholds, times, errors = _myopic_curve(recording, node_s, SCORES[score](recording.outputs))
-    if mean_time_s is not None:
-        name = "mean_time_s"
-        wanted = float(mean_time_s)
-        allowed = times <= mean_time_s
-        order = np.lexsort((times, errors))
-    else:
-        name = "max_accuracy_loss"
-        wanted = float(max_accuracy_loss or 0.0)
-        allowed = errors <= errors[0] + wanted + 1e-12
-        order = np.lexsort((errors, times))
-    feasible = order[allowed[order]]
-    if not len(feasible):
-        raise InfeasibleTarget(
-            f"mean_time_s={wanted:g} cannot be reached: one threshold takes {times.min():g} or "
-            "more."
-        )
-    best = int(feasible[0])
-    reached = {
-        "mean_cost": float(times[best]),
-        "accuracy": 1.0 - float(errors[best]),
-        "samples": float(len(recording.labels)),
-    }
-    return ThresholdPolicy(
-        score=score,
-        thresholds=(*(float(thresholds[best]),) * (len(node_s) - 1), -math.inf),
-        split=recording.split,
-        target={name: wanted, **reached},
-        provenance=recording.provenance,
-    )
-
-
-def _myopic_curve(
-    recording: Recorded, node_s: Sequence[float], scores_KN: Float[Tensor, "K N"]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every threshold that differs from the others on this recording, inf first, with its mean time
-    and error.
-    """
-    errors = (recording.outputs.argmax(-1) != recording.labels).double().numpy()
-    times = np.broadcast_to(np.cumsum(node_s)[:, None], errors.shape)
-    # a sample has left by network k if its surest score so far is above the threshold
-    surest = scores_KN[:-1].cummax(0).values.numpy().ravel()
-    order = np.argsort(-surest, kind="stable")
-    # equal scores leave together
-    ends = np.append(surest[order][1:] < surest[order][:-1], True)
-    count = errors.shape[1]
-
-    def curve(values: np.ndarray, alone: float) -> np.ndarray:
-        gained = np.cumsum((values[:-1] - values[1:]).ravel()[order])[ends]
-        return np.append(alone, (values[-1].sum() + gained) / count)
-
-    # at inf no other network is looked at, so that none but the last runs
-    return (
-        np.append(math.inf, surest[order][ends]),
-        curve(times, node_s[-1]),
-        curve(errors, float(errors[-1].mean())),
     )
 
 

@@ -1,5 +1,4 @@
-"""What an ensemble of growing depth (EANN) costs over the network made for the budget: by formula,
-and by playing it.
+"""What an ensemble of growing depth (EANN) costs over the network made for the budget.
 
 Networks of depth 1, b, b², ... run from a queue, shallow to deep, on M workers; an idle worker
 takes the next. A network of depth L answers, from a share r of its depth on, as well as the best
@@ -18,12 +17,7 @@ less inflation.
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass
-
-import numpy as np
-from jaxtyping import Float
 
 from impatient.errors import CostError
 
@@ -107,134 +101,6 @@ def plain_mean(base: float) -> float:
     sqrt 2.
     """
     return mean(base, competitive_from=1.0)
-
-
-def best_base(competitive_from: float) -> float:
-    """The growth of depth with the smallest largest inflation, for one worker: 1 + 1 / sqrt r, but
-    1 / r where r + sqrt r < 1.
-
-    Args:
-        competitive_from: r, as for `sup`.
-    Raises:
-        CostError: unless it is in (0, 1].
-    Example:
-        >>> best_base(1.0), round(sup(best_base(0.5), competitive_from=0.5), 2)
-        (2.0, 2.91)
-    """
-    share = _checked_share(competitive_from)
-    return max(1.0 + 1.0 / math.sqrt(share), 1.0 / share)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Schedule:
-    """Networks on workers, played; what the formulas are checked against, and how they differ for
-    few networks.
-
-    Attributes:
-        depths: of the networks, in units of time of one worker, in the order of the queue.
-        begins: when each network begins.
-        competitive_from: r, as for `sup`.
-        end: when a worker asks for one network more than there are. Nothing is said of budgets
-            beyond.
-    """
-
-    depths: Float[np.ndarray, "K"]
-    begins: Float[np.ndarray, "K"]
-    competitive_from: float
-    end: float
-
-    @property
-    def first(self) -> float:
-        """The smallest budget that buys an answer."""
-        return float((self.begins + self.competitive_from * self.depths).min())
-
-    def depth(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        """Depth of the network whose answer the ensemble's equals, after each budget; 0 before the
-        first answer.
-        """
-        come_to = np.minimum(budgets[:, None] - self.begins, self.depths)
-        return np.asarray(
-            np.where(come_to >= self.competitive_from * self.depths, come_to, 0.0).max(1)
-        )
-
-    def inflation(self, budgets: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        """C(B) at each budget; infinite before the first answer."""
-        depth = self.depth(budgets)
-        return np.asarray(
-            np.divide(budgets, depth, out=np.full(len(budgets), math.inf), where=depth > 0.0)
-        )
-
-    @property
-    def sup(self) -> float:
-        """Largest inflation over all budgets that buy an answer, in the limit from below too."""
-        left, right, begin, depth, running = self._pieces()
-        at_ends = [
-            np.where(running, end / np.where(running, end - begin, 1.0), end / depth)
-            for end in (left, right)
-        ]
-        return float(np.max(at_ends))
-
-    @property
-    def mean(self) -> float:
-        """Mean inflation over budgets that are uniform from the first answer to the end."""
-        left, right, begin, depth, running = self._pieces()
-        grown = np.where(running, (right - begin) / np.where(running, left - begin, 1.0), 1.0)
-        while_running = right - left + begin * np.log(grown)
-        areas = np.where(running, while_running, (right**2 - left**2) / (2.0 * depth))
-        return float(areas.sum() / (self.end - self.first))
-
-    def _pieces(self) -> tuple[np.ndarray, ...]:
-        """Stretches of budgets in which one network answers: from, to, its begin and depth, and
-        whether it is running.
-        """
-        # as deep as one before it
-        overtakes = (self.begins[:, None] + self.depths)[np.tri(len(self.depths), dtype=bool)]
-        moments = np.concatenate(
-            [[self.first, self.end], self.begins + self.competitive_from * self.depths, overtakes]
-        )
-        moments = np.unique(moments[(moments >= self.first) & (moments <= self.end)])
-        left = moments[:-1]
-        right = moments[1:]
-        come_to = (left + right)[:, None] / 2.0 - self.begins
-        able = come_to >= self.competitive_from * self.depths
-        leader = np.where(able, np.minimum(come_to, self.depths), 0.0).argmax(1)
-        begin = self.begins[leader]
-        depth = self.depths[leader]
-        return left, right, begin, depth, (left + right) / 2.0 - begin < depth
-
-
-def simulate(
-    base: float, members: int, *, workers: int = 1, competitive_from: float | None = None
-) -> Schedule:
-    """Play the queue: networks of depth 1, b, b², ..., each taken by the worker that is idle first.
-
-    Args:
-        base, workers, competitive_from: as for `sup`.
-        members: number of networks, at least 2 per worker.
-    Returns:
-        Who began when, with the inflation at any budget, its supremum and its mean. With more
-        members both come nearer to `sup` and `mean`.
-    Raises:
-        CostError: if there is no such ensemble.
-    Example:
-        >>> schedule = simulate(2.0, 20)
-        >>> round(schedule.sup, 3), round(schedule.mean, 3), schedule.inflation(np.array([2.0, 3.0, 4.0])).tolist()
-        (3.0, 2.443, [2.0, 1.5, 2.0])
-    """
-    _checked_base(base, workers)
-    share = 1.0 / base if competitive_from is None else _checked_share(competitive_from)
-    if members < 2 * workers or (members - 1) * math.log(base) > 600.0:
-        raise CostError(
-            f"{members} networks on {workers} workers, of base {base}; expected at least 2 per "
-            "worker, and a depth of the last, base ** (members - 1), that is a number."
-        )
-    depths = base ** np.arange(float(members))
-    begins = []
-    idle_at = [0.0] * workers
-    for depth in depths:
-        begins.append(heapq.heappop(idle_at))
-        heapq.heappush(idle_at, begins[-1] + float(depth))
-    return Schedule(depths=depths, begins=np.array(begins), competitive_from=share, end=idle_at[0])
 
 
 def _share(base: float, competitive_from: float | None, workers: int) -> float:

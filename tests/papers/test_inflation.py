@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from impatient.errors import CostError
 from papers.anytime_neural_networks import inflation
-from papers.anytime_neural_networks.inflation import best_base, mean, simulate, sup
+from papers.anytime_neural_networks.inflation import mean, sup
+from played_queue import play
 
 BASES = (1.5, 2.0, 3.0, 4.0)
 # the last is so deep that the first few make no difference
@@ -77,23 +78,6 @@ def test_workers_lower_the_largest_inflation(count, largest):
     assert sup(2.0, workers=count) <= sup(2.0**count) + 1e-12
 
 
-@given(st.floats(0.05, 1.0))
-def test_no_base_is_better_than_the_best(share):
-    best = sup(best_base(share), competitive_from=share)
-    assert (
-        best
-        <= min(sup(base, competitive_from=share) for base in np.linspace(1.05, 25.0, 500)) + 1e-9
-    )
-
-
-def test_the_best_base_has_the_known_values():
-    assert best_base(1.0) == 2.0
-    assert best_base(0.5) == pytest.approx(2.4142, abs=1e-4)
-    assert sup(best_base(0.5), competitive_from=0.5) == pytest.approx(2.914, abs=1e-3)
-    # a smaller share than 1 / b would be of no use
-    assert best_base(0.2) == 5.0
-
-
 # --- against the schedule -------------------------------------------------------------------------
 
 
@@ -101,7 +85,7 @@ def test_the_best_base_has_the_known_values():
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("share", [None, 0.1, 0.5, 0.8, 1.0])
 def test_the_schedule_agrees_with_the_formulas(base, share, count):
-    schedule = simulate(base, MEMBERS[base], workers=count, competitive_from=share)
+    schedule = play(base, MEMBERS[base], workers=count, competitive_from=share)
     assert schedule.sup == pytest.approx(
         sup(base, competitive_from=share, workers=count), abs=TOLERANCE
     )
@@ -114,7 +98,7 @@ def test_the_schedule_agrees_with_the_formulas(base, share, count):
 @given(bases, shares, workers)
 def test_the_schedule_agrees_for_any_base_share_and_number_of_workers(base, share, count):
     members = math.ceil(20.0 / math.log(base))
-    schedule = simulate(base, members, workers=count, competitive_from=share)
+    schedule = play(base, members, workers=count, competitive_from=share)
     assert schedule.sup == pytest.approx(sup(base, competitive_from=share, workers=count), abs=1e-5)
     assert schedule.mean == pytest.approx(
         mean(base, competitive_from=share, workers=count), abs=1e-4
@@ -125,7 +109,7 @@ def test_the_schedule_agrees_for_any_base_share_and_number_of_workers(base, shar
 @given(bases, shares, workers, st.integers(8, 12))
 def test_sup_and_mean_of_a_schedule_are_those_of_its_curve(base, share, count, members):
     """The pieces are integrated by formula; here the curve itself is, on a grid."""
-    schedule = simulate(base, members, workers=count, competitive_from=share)
+    schedule = play(base, members, workers=count, competitive_from=share)
     edges = np.linspace(schedule.first, schedule.end, 200_001)
     curve = schedule.inflation((edges[1:] + edges[:-1]) / 2)
     assert curve.max() <= schedule.sup + 1e-9
@@ -136,7 +120,7 @@ def test_sup_and_mean_of_a_schedule_are_those_of_its_curve(base, share, count, m
 def test_a_schedule_played_by_hand():
     # depths 1 2 4 8 on two workers: A runs 0-1 the first, 1-5 the third; B runs 0-2 the second,
     # 2-10 the fourth
-    schedule = simulate(2.0, 4, workers=2)
+    schedule = play(2.0, 4, workers=2)
     assert schedule.begins.tolist() == [0.0, 0.0, 1.0, 2.0]
     assert (schedule.first, schedule.end) == (0.5, 5.0)
     budgets = np.array([0.4, 0.5, 1.0, 2.0, 2.9, 3.5, 5.0])
@@ -150,7 +134,7 @@ def test_a_schedule_played_by_hand():
 
 
 def test_plain_networks_answer_only_at_their_end():
-    schedule = simulate(3.0, 4, competitive_from=1.0)
+    schedule = play(3.0, 4, competitive_from=1.0)
     assert schedule.begins.tolist() == [0.0, 1.0, 4.0, 13.0]
     assert schedule.inflation(np.array([1.0, 2.0, 4.0, 12.0, 13.0])).tolist() == [
         1.0,
@@ -165,7 +149,7 @@ def test_plain_networks_answer_only_at_their_end():
 @given(bases, shares, workers)
 def test_few_networks_have_less_inflation_than_many(base, share, count):
     for members in (2 * count, 3 * count, 5 * count):
-        schedule = simulate(base, members, workers=count, competitive_from=share)
+        schedule = play(base, members, workers=count, competitive_from=share)
         assert (
             1.0 - 1e-12 <= schedule.sup <= sup(base, competitive_from=share, workers=count) + 1e-9
         )
@@ -178,25 +162,14 @@ def test_few_networks_have_less_inflation_than_many(base, share, count):
 def test_bases_that_do_not_grow_are_refused(base):
     with pytest.raises(CostError, match="a base above 1"):
         sup(base)
-    with pytest.raises(CostError, match="a base above 1"):
-        simulate(base, 4)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.1, math.nan])
 def test_shares_outside_a_network_are_refused(share):
-    for call in (
-        lambda: mean(2.0, competitive_from=share),
-        lambda: best_base(share),
-        lambda: simulate(2.0, 4, competitive_from=share),
-    ):
-        with pytest.raises(CostError, match="a share of a network's depth"):
-            call()
+    with pytest.raises(CostError, match="a share of a network's depth"):
+        mean(2.0, competitive_from=share)
 
 
-def test_impossible_schedules_are_refused():
+def test_an_ensemble_without_workers_is_refused():
     with pytest.raises(CostError, match="at least 1 worker"):
         mean(2.0, workers=0)
-    with pytest.raises(CostError, match="at least 2 per worker"):
-        simulate(2.0, 3, workers=2)
-    with pytest.raises(CostError, match="a number"):
-        simulate(2.0, 2000)

@@ -1,5 +1,5 @@
 """Selection among networks: graphs, the recursion against brute force, what a fitted policy does,
-curves and baselines.
+and curves.
 """
 
 import functools
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
 from impatient.files import read_tensors, write_tensors
-from impatient.policies import ThresholdPolicy, selection
+from impatient.policies import selection
 from impatient.policies.costsensitive import Decision
+from impatient.policies.mixing import neighbours
 from impatient.policies.routing import STOP, SelectionPolicy, selection_features
 from impatient.policies.selection import (
     MixedSelection,
@@ -25,14 +26,8 @@ from impatient.policies.selection import (
 )
 from impatient.policies.topology import Topology
 from papers.adaptive_neural_networks.selection_baselines import (
-    agreement_route,
-    chain_costs,
-    chain_route,
-    fit_chain_thresholds,
-    fit_myopic,
     oracle_route,
     single_route,
-    uniform_shares,
 )
 from recordings import drawn, recording_of, sure
 
@@ -299,8 +294,11 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
     gains = []
     for point in points:
         route = point.policy.route(fresh.outputs)
-        shares = torch.tensor(uniform_shares(fresh, TOY_S, route.mean_time_s), dtype=torch.float64)
-        gains.append(route.accuracy(fresh) - float(shares @ fresh.hits().double().mean(1)))
+        # the best mixture of two networks that does not look at the input
+        accuracies = fresh.hits().double().mean(1).tolist()
+        fast, slow, share = neighbours(TOY_S, accuracies, route.mean_time_s)
+        blind = (1.0 - share) * accuracies[fast] + share * accuracies[slow]
+        gains.append(route.accuracy(fresh) - blind)
     # two standard errors; with time to spare both are the full network
     assert min(gains[:2]) > 2 * 0.5 / math.sqrt(5000)
 
@@ -572,95 +570,6 @@ def test_two_neighbours_mixed_meet_a_mean_time(tmp_path):
     points[0].policy.save(tmp_path / "one.safetensors")
     with pytest.raises(PolicyError, match="no mixture"):
         MixedSelection.load(tmp_path / "one.safetensors")
-
-
-# --- baselines ------------------------------------------------------------------------------------
-
-
-def test_single_networks():
-    route = single_route(2, 500, FEW_S)
-    assert route.time_s.tolist() == [4.0] * 500
-    assert route.accuracy(FEW) == pytest.approx(FEW.hits()[2].mean().item())
-
-
-def test_uniform_mixing_is_the_chord_between_two_networks():
-    outputs, labels = sure([[1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 0]], [[0.7] * 4] * 3)
-    # errors 3/4, 3/4, 1/4: the second is on no chord
-    recording = recording_of(outputs, labels)
-    assert uniform_shares(recording, [1.0, 2.0, 5.0], 2.0) == (0.75, 0.0, 0.25)
-    assert uniform_shares(recording, [1.0, 2.0, 5.0], 9.0) == (0.0, 0.0, 1.0)
-    with pytest.raises(InfeasibleTarget, match="fastest takes 1"):
-        uniform_shares(recording, [1.0, 2.0, 5.0], 0.5)
-
-
-@pytest.mark.parametrize(
-    "target", [{"mean_time_s": 4.0}, {"mean_time_s": 8.5}, {"max_accuracy_loss": 0.03}]
-)
-def test_one_threshold_is_the_best_of_all(target):
-    recording = drawn(60, seed=12)
-    (name, wanted), *_ = target.items()
-    policy = fit_myopic(recording, FEW_S, **target)
-    assert len(set(policy.thresholds[:-1])) == 1
-    floor = recording.hits()[-1].double().mean().item() - wanted - 1e-9
-    every = []
-    for threshold in [
-        math.inf,
-        -math.inf,
-        *recording.outputs.softmax(-1).amax(-1).flatten().tolist(),
-    ]:
-        tried = ThresholdPolicy(score="max_probability", thresholds=(threshold,) * 3 + (-math.inf,))
-        route = chain_route(tried, recording.outputs, FEW_S)
-        every.append((route.accuracy(recording), -route.mean_time_s))
-    if name == "mean_time_s":
-        best = max(entry for entry in every if -entry[1] <= wanted)
-    else:
-        best = max((entry for entry in every if entry[0] >= floor), key=lambda entry: entry[::-1])
-    route = chain_route(policy, recording.outputs, FEW_S)
-    assert (route.accuracy(recording), -route.mean_time_s) == pytest.approx(best)
-    assert policy.target["mean_cost"] == pytest.approx(route.mean_time_s)
-
-
-def test_thresholds_per_network_leave_closed_networks_out():
-    policy = fit_chain_thresholds(FEW, FEW_S, mean_time_s=4.0)
-    route = chain_route(policy, FEW.outputs, FEW_S)
-    assert route.mean_time_s == pytest.approx(policy.target["mean_cost"])
-    assert route.accuracy(FEW) == pytest.approx(policy.target["accuracy"])
-    closed = ThresholdPolicy(score="margin", thresholds=(math.inf, 0.5, -math.inf, -math.inf))
-    route = chain_route(closed, FEW.outputs, FEW_S)
-    assert not route.visited[:, 0].any()
-    assert set(route.time_s.tolist()) == {2.0, 6.0}
-    assert chain_costs(FEW_S).cumulative_s("interruptible", heads=closed.open_exits()) == (
-        1.0,
-        2.0,
-        6.0,
-        14.0,
-    )
-
-
-def test_agreement_stops_at_the_second_that_says_the_same():
-    answers = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [2, 1, 0, 2], [2, 2, 2, 0]])
-    route = agreement_route(torch.nn.functional.one_hot(answers, 3).float(), [1.0, 1.0, 2.0, 4.0])
-    assert route.answering.tolist() == [1, 2, 2, 3]
-    assert route.time_s.tolist() == [2.0, 4.0, 4.0, 8.0]
-    three = agreement_route(
-        torch.nn.functional.one_hot(answers, 3).float(), [1.0, 1.0, 2.0, 4.0], needed=3
-    )
-    assert three.answering.tolist() == [3, 3, 3, 3]
-    with pytest.raises(PolicyError, match="at least 2"):
-        agreement_route(FEW.outputs, FEW_S, needed=1)
-
-
-def test_the_oracle_says_what_it_pays_and_who_answers_when_none_is_right():
-    outputs, labels = sure([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]], [[0.7] * 4] * 3)
-    recording = recording_of(outputs, labels)
-    node_s = [1.0, 2.0, 4.0]
-    assert oracle_route(recording, node_s).time_s.tolist() == [1.0, 3.0, 7.0, 1.0]
-    assert oracle_route(recording, node_s, Topology.full(3)).time_s.tolist() == [1.0, 3.0, 5.0, 1.0]
-    chosen = oracle_route(recording, node_s, pays="chosen", when_none_is_right="last")
-    assert chosen.time_s.tolist() == [1.0, 2.0, 4.0, 4.0]
-    assert chosen.answering.tolist() == [0, 1, 2, 2]
-    with pytest.raises(PolicyError, match="credit"):
-        oracle_route(recording, node_s, pays="credit")
 
 
 def test_no_policy_beats_the_oracle():

@@ -15,7 +15,7 @@ from sklearn.svm import LinearSVC
 from impatient.errors import RecordingError, SplitReuseError, StaleInput
 from impatient.evaluation import Recording, evaluate
 from impatient.policies import fit_thresholds
-from papers.impatient_dnn import probes as baselines
+from papers.impatient_dnn import probes
 from papers.impatient_dnn.probes import linear_probes
 from recordings import costs_of, recording_of
 
@@ -222,12 +222,12 @@ def test_the_same_recordings_give_the_same_numbers_even_with_few_samples():
 
 def test_strengths_that_do_not_converge_are_left_out_and_named(splits, monkeypatch, caplog):
     train, validation, test = splits
-    limit = baselines.LinearSVC
+    limit = probes.LinearSVC
 
     def impatient_svm(**options):
         return limit(**{**options, "max_iter": 1 if options["C"] > 0.5 else 1000})
 
-    monkeypatch.setattr(baselines, "LinearSVC", impatient_svm)
+    monkeypatch.setattr(probes, "LinearSVC", impatient_svm)
     (kept,) = linear_probes(train, validation, test, C=[1e-3, 1.0])
     (alone,) = linear_probes(train, validation, test, C=[1e-3])
     assert torch.equal(kept.outputs, alone.outputs)
