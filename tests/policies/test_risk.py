@@ -31,7 +31,6 @@ from impatient.policies.bounds import (
     conformal_risk_control,
     hoeffding_bentkus_p_values,
     learn_then_test,
-    upper_confidence,
     waudby_smith_ramdas_bound,
 )
 from impatient.policies.gate_fitting import fit_gates
@@ -321,11 +320,10 @@ def test_the_word_about_a_signed_gap_is_kept(samples):
         assert float((true_risks(passed) >= 0.02).double().mean()) >= 0.5
 
 
-def test_upper_confidence_is_betting_by_another_name():
+def test_betting_passes_exactly_where_its_bound_is_small_enough():
     losses = trials(100)[:100]
-    betting = functools.partial(betting_p_values, delta=0.1)
-    assert upper_confidence(losses, epsilon=0.1, delta=0.1).equal(
-        learn_then_test(losses, epsilon=0.1, delta=0.1, p_values=betting)
+    assert (waudby_smith_ramdas_bound(losses, delta=0.1) <= 0.1).equal(
+        betting_p_values(losses, 0.1, delta=0.1) <= 0.1
     )
 
 
@@ -359,7 +357,7 @@ def test_conformal_control_by_hand():
 
 def test_testing_stops_at_the_first_failure():
     losses = torch.tensor([[0.0] * 100, [1.0] * 100, [0.0] * 100])
-    for method in (learn_then_test, upper_confidence, conformal_risk_control):
+    for method in (learn_then_test, conformal_risk_control):
         assert method(losses, epsilon=0.1).tolist() == [True, False, False]
 
 
@@ -478,7 +476,9 @@ def test_the_order_of_the_recording_does_not_matter():
     ordered = dataclasses.replace(
         recording, outputs=recording.outputs[:, order], labels=recording.labels[order]
     )
-    assert upper_confidence(losses[:, order], epsilon=0.02).all()
+    # in this order all would pass
+    betting = functools.partial(betting_p_values, delta=0.05)
+    assert learn_then_test(losses[:, order], epsilon=0.02, p_values=betting).all()
     control = functools.partial(control_risk, FAMILY, epsilon=0.02, method="upper_confidence")
     as_recorded, sorted_late = (control(each).certificate.chosen for each in (recording, ordered))
     assert sorted_late < len(FAMILY) - 4

@@ -182,30 +182,6 @@ def learn_then_test(
     return _until_failure(p_values(losses, epsilon) <= delta)
 
 
-def upper_confidence(
-    losses: Float[Tensor, "*batch J N"], *, epsilon: float, delta: float = 0.05
-) -> Bool[Tensor, "*batch J"]:
-    """Candidates up to the first whose Waudby-Smith-Ramdas bound exceeds epsilon: P(none loses
-    more) >= 1 - delta.
-
-    The same as `learn_then_test` with `betting_p_values`. For 0-1 losses the binomial tail is
-    sharper.
-
-    Args:
-        losses: of at most 1, of J candidates from safe to bold; independent samples, in an order
-            that says nothing of them.
-        epsilon: most mean loss allowed.
-        delta: probability that any that passes loses more.
-    Returns:
-        True for those that pass, which are the first ones.
-    Source:
-        Bates et al. 2021 (RCPS). We differ: by fixed sequence testing, mean losses need not be
-        monotone.
-    """
-    check_levels(epsilon, delta)
-    return _until_failure(waudby_smith_ramdas_bound(losses, delta) <= epsilon)
-
-
 def conformal_risk_control(
     losses: Float[Tensor, "*batch J N"], *, epsilon: float
 ) -> Bool[Tensor, "*batch J"]:

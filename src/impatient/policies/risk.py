@@ -39,7 +39,6 @@ from impatient.policies.bounds import (
     conformal_risk_control,
     expected_bound,
     learn_then_test,
-    upper_confidence,
     waudby_smith_ramdas_bound,
 )
 from impatient.policies.rules import Recorded, ThresholdPolicy
@@ -359,10 +358,9 @@ def _certified(
 ) -> Bool[Tensor, "J"]:
     if method == "conformal_risk_control":
         return conformal_risk_control(losses_JN, epsilon=epsilon)
-    if method == "upper_confidence":
-        return upper_confidence(losses_JN, epsilon=epsilon, delta=delta)
     signed = functools.partial(betting_p_values, delta=delta)
-    tails = signed if loss == "accuracy_gap" else binomial_p_values
+    bets = method == "upper_confidence" or loss == "accuracy_gap"
+    tails = signed if bets else binomial_p_values
     return learn_then_test(losses_JN, epsilon=epsilon, delta=delta, p_values=tails)
 
 
