@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from impatient import Data, MultiExitNetwork, Recipe, Recording, attach_exits, fit, record
-from impatient.evaluation.confidence import class_confidence
 from impatient.evaluation.derived import ensembled
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet, recalibrate
 from impatient.provenance import machine
+from papers.anytimenet.confidence import class_confidence
 from papers.data import load
 from papers.jobs import Job
 

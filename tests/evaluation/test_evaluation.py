@@ -20,11 +20,10 @@ from impatient.errors import (
 from impatient.evaluation import (
     Evaluation,
     StaticBaseline,
-    class_confidence,
     evaluate,
     true_label_probabilities,
 )
-from impatient.evaluation.metrics import expected_calibration_error, mean, proportion
+from impatient.evaluation.metrics import expected_calibration_error, mean, mean_share, proportion
 from impatient.files import write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds
 from recordings import costs_of, drawn, recording_of, sure
@@ -170,10 +169,8 @@ def test_the_oracle_is_never_worse_and_a_policy_never_better():
 def test_how_much_each_way_gives_to_the_truth_and_evaluations_made_before_that():
     recording = hand_made()
     evaluation = evaluate(recording, COSTS, {"mine": POLICY})
-    assert [row.p_true for row in evaluation.of("exit")] == list(
-        class_confidence(recording).overall
-    )
     true = true_label_probabilities(recording.outputs, recording.labels)
+    assert [row.p_true for row in evaluation.of("exit")] == [mean_share(exit) for exit in true]
     left = POLICY.exits_of(recording.outputs)
     assert evaluation["mine"].p_true.value == pytest.approx(
         float(true[left, torch.arange(len(left))].mean())

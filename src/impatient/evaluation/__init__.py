@@ -3,20 +3,19 @@
 import importlib
 import typing
 
-from impatient.evaluation.confidence import (
-    ClassConfidence,
-    class_confidence,
-    true_label_probabilities,
-)
 from impatient.evaluation.derived import calibrated, ensembled
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, StaticBaseline, evaluate
-from impatient.evaluation.metrics import Estimate, Monotonicity, conditional_monotonicity
+from impatient.evaluation.metrics import (
+    Estimate,
+    Monotonicity,
+    conditional_monotonicity,
+    true_label_probabilities,
+)
 from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.vectorised import PolicyOutcomes, expected_accuracies, judge_policies
 
 if typing.TYPE_CHECKING:
     from impatient.evaluation.plots import (
-        accuracy_confidence,
         accuracy_time,
         exit_shares,
         save_figure,
@@ -26,7 +25,6 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "BudgetRow",
-    "ClassConfidence",
     "Estimate",
     "Evaluation",
     "Example",
@@ -35,10 +33,8 @@ __all__ = [
     "Recording",
     "Row",
     "StaticBaseline",
-    "accuracy_confidence",
     "accuracy_time",
     "calibrated",
-    "class_confidence",
     "conditional_monotonicity",
     "ensembled",
     "evaluate",
@@ -57,7 +53,7 @@ __all__ = [
 # imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a
 # second slower
 _LATER = dict.fromkeys(
-    ("accuracy_confidence", "accuracy_time", "exit_shares", "save_figure", "where_time_goes"),
+    ("accuracy_time", "exit_shares", "save_figure", "where_time_goes"),
     "plots",
 )
 _LATER |= dict.fromkeys(("Example", "figure_svg", "report_html", "select_examples"), "report")

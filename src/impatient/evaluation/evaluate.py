@@ -15,12 +15,12 @@ from torch import Tensor
 from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
 from impatient.costs import Cost, CostProfile, Mode, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
-from impatient.evaluation.confidence import true_label_probabilities
 from impatient.evaluation.metrics import (
     Estimate,
     expected_calibration_error,
     mean_share,
     proportion,
+    true_label_probabilities,
 )
 from impatient.evaluation.outcomes import AnyPolicy, Outcome, outcome
 from impatient.evaluation.recording import Recording

@@ -72,6 +72,36 @@ def class_probabilities(
     return (outputs.gather(2, places)[..., 0] - outputs.logsumexp(-1)).exp()
 
 
+def true_label_probabilities(
+    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]
+) -> Float[Tensor, "K N"]:
+    """Probability that each exit gives to the true class of each sample.
+
+    Its mean over the samples is the overall confidence of an exit.
+
+    Args:
+        outputs: of all exits, before softmax.
+        labels: true classes.
+    Returns:
+        Probabilities in [0, 1].
+    Raises:
+        RecordingError: if a label has no output.
+    Source:
+        AnytimeNet (Kim et al. 2020), equation 5.
+    Example:
+        >>> outputs = torch.tensor([[[0.7, 0.3], [0.7, 0.3]], [[0.9, 0.1], [0.4, 0.6]]]).log()
+        >>> true_label_probabilities(outputs, torch.tensor([0, 1])).round(decimals=3)
+        tensor([[0.7000, 0.3000],
+                [0.9000, 0.6000]])
+    """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
+        raise RecordingError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
+            f"outputs."
+        )
+    return class_probabilities(outputs, labels.long())
+
+
 def expected_calibration_error(
     confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15
 ) -> float:

@@ -20,7 +20,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from impatient.budgets import Budget
 from impatient.costs import CostProfile
 from impatient.errors import StorageError
-from impatient.evaluation.confidence import ClassConfidence
 from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.files import written_whole
 
@@ -53,8 +52,6 @@ WIDTH_INCHES = 7.2
 LOG_BEYOND = 20.0
 # share of the height that the budgets take
 SHADE = 0.22
-MOST_PANELS = 8
-PANEL_COLUMNS = 4
 
 _STYLE: Any = {
     "axes.axisbelow": True,
@@ -220,60 +217,6 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
     return figure
 
 
-def accuracy_confidence(found: ClassConfidence) -> Figure:
-    """Accuracy of each class over the mean probability of the truth among its samples, one panel
-    per exit.
-
-    Of more than eight exits, eight from the first to the last. Each panel says the correlation over
-    classes, with its 95 % interval, and what single samples alone would bring it to. A class above
-    the diagonal is answered better than the exit is sure of it.
-    """
-    shown = np.unique(
-        np.linspace(0, len(found.exits) - 1, MOST_PANELS).round().astype(int)
-    ).tolist()
-    columns = min(PANEL_COLUMNS, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    x, y = (100.0 * values[shown].numpy() for values in (found.confidence, found.accuracy))
-    # one scale for all panels
-    low = 10.0 * min(math.floor(float(np.nanmin([x, y])) / 10.0), 9)
-    with styled():
-        figure = _blank(
-            _classes_title(found), 1.0 + rows * (min(WIDTH_INCHES / columns, 3.0) + 0.2)
-        )
-        figure.supxlabel("mean probability of the true class, %", size=10.5)
-        figure.supylabel("accuracy, %", size=10.5)
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-        panels[0].set(xlim=(low, 100.0), ylim=(low, 100.0))
-        for axis in (panels[0].xaxis, panels[0].yaxis):
-            axis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
-        for axes in panels[len(shown) :]:
-            axes.set_axis_off()
-        for axes, exit, confidence, accuracy in zip(panels, shown, x, y, strict=False):
-            axes.set_title(_correlations(found, exit), size=8.5, loc="left")
-            axes.grid()
-            axes.axline(
-                (100.0, 100.0),
-                slope=1.0,
-                color=MUTED,
-                linewidth=1.0,
-                linestyle=(0, (5, 2)),
-                zorder=1,
-            )
-            axes.plot(
-                confidence,
-                accuracy,
-                linestyle="none",
-                marker="o",
-                markersize=5,
-                color=BLUE,
-                alpha=0.6,
-                markeredgewidth=0.0,
-                clip_on=False,
-                zorder=3,
-            )
-    return figure
-
-
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG or SVG, whole or not at all; figures of equal values give equal bytes.
 
@@ -293,14 +236,9 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def _figure(title: str, height: float) -> tuple[Figure, Axes]:
-    figure = _blank(title, height)
-    return figure, figure.add_subplot()
-
-
-def _blank(title: str, height: float) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, height), dpi=100, layout="constrained")
     figure.suptitle(title, x=0.012, ha="left", size=11.5, weight="bold")
-    return figure
+    return figure, figure.add_subplot()
 
 
 def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
@@ -514,29 +452,6 @@ def _costs_title(costs: CostProfile, batch_size: int) -> str:
         f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched "
         f"backbone's {milliseconds(whole)}"
     )
-
-
-def _classes_title(found: ClassConfidence) -> str:
-    first = percent(found.overall[0].value)
-    last = percent(found.overall[-1].value)
-    sure = f"{first} at the first exit, {last} at the last" if len(found.exits) > 1 else first
-    missing = f", {len(found.absent)} more without samples" if found.absent else ""
-    return (
-        f"Mean probability of the truth: {sure};\n{len(found.classes)} classes of split "
-        f"{_short(found.split, 30)}{missing}"
-    )
-
-
-def _correlations(found: ClassConfidence, exit: int) -> str:
-    over_classes = found.correlations[exit]
-    over_samples = found.sample_correlations[exit]
-    lines = [f"exit {exit}, no r", ""]
-    if over_classes:
-        lines = [
-            f"exit {exit}, r = {over_classes.value:.2f}",
-            f"({over_classes.low:.2f} to {over_classes.high:.2f})",
-        ]
-    return "\n".join([*lines, f"over samples {over_samples.value:.2f}" if over_samples else ""])
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -1,11 +1,8 @@
-"""Confidence: by hand, against plain loops and scipy; what is left out; the figure."""
+"""Confidence: by hand, against plain loops and scipy; what is left out."""
 
 import dataclasses
 import itertools
-import json
-import math
 
-import matplotlib as mpl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,15 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from impatient.errors import RecordingError
-from impatient.evaluation.confidence import (
-    ClassConfidence,
-    class_confidence,
-    correlation,
-    true_label_probabilities,
-)
-from impatient.evaluation.metrics import Estimate, mean
-from impatient.evaluation.plots import MOST_PANELS, accuracy_confidence, save_figure
-from impatient.evaluation.report import figure_svg
+from impatient.evaluation.metrics import Estimate, mean, true_label_probabilities
+from papers.anytimenet.confidence import class_confidence, correlation
 from recordings import drawn, recording_of
 
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -224,113 +214,3 @@ def test_classes_that_do_differ_correlate_more_than_single_samples():
     outputs[0, torch.arange(20_000), labels] += 1.0 + 2.0 * (labels % 2)
     found = class_confidence(recording_of(outputs, labels))
     assert found.correlations[0].low > 0.95 > found.sample_correlations[0].high
-
-
-# --- JSON -----------------------------------------------------------------------------------------
-
-
-def test_json_holds_every_number_and_no_nan():
-    found = class_confidence(recording_of(BY_HAND, LABELS, split="test"))
-    value = json.loads(json.dumps(found.to_json(), allow_nan=False))
-    assert (value["kind"], value["split"], value["samples"]) == ("class confidence", "test", 4)
-    assert (value["classes"], value["absent"], value["counts"]) == ([0, 2], [1], [2, 2])
-    assert [exit["name"] for exit in value["exits"]] == ["block0", "output"]
-    second = value["exits"][1]
-    assert second["confidence"] == pytest.approx([0.6, 0.5])
-    assert second["accuracy"] == [1.0, 0.5]
-    assert second["overall"] == found.overall[1].to_json()
-    assert second["max_probability"] == found.max_probability[1].to_json()
-    assert second["correlation"] is None
-    assert second["sample_correlation"] == found.sample_correlations[1].to_json()
-    assert value["provenance"] == found.provenance.to_json()
-
-
-# --- the figure -----------------------------------------------------------------------------------
-
-
-def judged(exits: int, **rest: int) -> ClassConfidence:
-    return class_confidence(
-        drawn(500, seed=4, gains=[1.0 + 0.1 * exit for exit in range(exits)], split="test", **rest)
-    )
-
-
-def panels_of(figure):
-    return [axes for axes in figure.axes if axes.axison]
-
-
-def words_of(figure):
-    return " ".join(text.get_text() for text in figure.findobj(mpl.text.Text)).replace(
-        "\N{NO-BREAK SPACE}", " "
-    )
-
-
-@pytest.mark.parametrize(
-    ("exits", "shown"),
-    [
-        (1, [0]),
-        (3, [0, 1, 2]),
-        (7, [0, 1, 2, 3, 4, 5, 6]),
-        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (22, [0, 3, 6, 9, 12, 15, 18, 21]),
-    ],
-)
-def test_there_is_a_panel_per_exit_at_most_eight_from_first_to_last(exits, shown):
-    found = judged(exits)
-    panels = panels_of(accuracy_confidence(found))
-    assert len(panels) == len(shown) <= MOST_PANELS
-    for axes, exit in zip(panels, shown, strict=True):
-        title = axes.get_title(loc="left")
-        assert title.startswith(f"exit {exit}, r = {found.correlations[exit].value:.2f}\n")
-        assert title.endswith(f"over samples {found.sample_correlations[exit].value:.2f}")
-
-
-def test_each_class_is_a_point_where_it_belongs_and_all_are_seen():
-    found = judged(5, classes=7)
-    for exit, axes in enumerate(panels_of(accuracy_confidence(found))):
-        points = next(line for line in axes.lines if line.get_marker() == "o")
-        assert points.get_xdata() == pytest.approx(100.0 * found.confidence[exit].numpy())
-        assert points.get_ydata() == pytest.approx(100.0 * found.accuracy[exit].numpy())
-        (left, right) = axes.get_xlim()
-        (bottom, top) = axes.get_ylim()
-        assert (left, right) == (bottom, top)
-        assert left <= min(*points.get_xdata(), *points.get_ydata())
-        assert right == 100.0
-
-
-def test_the_diagonal_goes_through_equal_values():
-    axes = panels_of(accuracy_confidence(judged(1)))[0]
-    diagonal = next(line for line in axes.lines if line.get_marker() != "o")
-    assert diagonal.get_xy1()[0] == diagonal.get_xy1()[1]
-    assert diagonal.get_slope() == 1.0
-
-
-def test_the_figure_says_overall_confidence_and_what_is_left_out():
-    words = words_of(
-        accuracy_confidence(class_confidence(recording_of(BY_HAND, LABELS, split="test")))
-    )
-    assert "45.0 % at the first exit, 55.0 % at the last" in words
-    assert "2 classes of split test, 1 more without samples" in words
-    assert "exit 1, no r" in words
-    assert "without samples" not in words_of(accuracy_confidence(judged(1)))
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [torch.zeros(1, 1, 2), torch.tensor([[[300.0, 0.0]]]), torch.tensor([[[0.0, 300.0]]])],
-)
-def test_a_single_sample_right_or_wrong_is_drawn(outputs, tmp_path):
-    found = class_confidence(recording_of(outputs, torch.tensor([0])))
-    # of one sample the interval is everything
-    assert found.overall[0].low == 0.0
-    assert math.isclose(found.overall[0].high, 1.0)
-    save_figure(accuracy_confidence(found), tmp_path / "one.png")
-    assert (tmp_path / "one.png").stat().st_size > 0
-
-
-def test_equal_values_make_equal_figures_in_a_page_and_in_a_file(tmp_path):
-    for name in ("first.svg", "again.svg"):
-        save_figure(accuracy_confidence(judged(9)), tmp_path / name)
-    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
-    text = figure_svg(accuracy_confidence(judged(2)))
-    assert "Mean probability of the truth" in text
-    assert text == figure_svg(accuracy_confidence(judged(2)))

@@ -10,47 +10,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.errors import RecordingError
-from impatient.evaluation.metrics import Z95, Estimate, class_probabilities, mean_share
+from impatient.evaluation.metrics import Z95, Estimate, mean_share, true_label_probabilities
 from impatient.evaluation.recording import Recording
 from impatient.policies.scores import max_probability
 from impatient.provenance import Provenance
-
-
-def true_label_probabilities(
-    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]
-) -> Float[Tensor, "K N"]:
-    """Probability that each exit gives to the true class of each sample.
-
-    Its mean over the samples is the overall confidence of an exit.
-
-    Args:
-        outputs: of all exits, before softmax.
-        labels: true classes.
-    Returns:
-        Probabilities in [0, 1].
-    Raises:
-        RecordingError: if a label has no output.
-    Source:
-        AnytimeNet (Kim et al. 2020), equation 5.
-    Example:
-        >>> outputs = torch.tensor([[[0.7, 0.3], [0.7, 0.3]], [[0.9, 0.1], [0.4, 0.6]]]).log()
-        >>> true_label_probabilities(outputs, torch.tensor([0, 1])).round(decimals=3)
-        tensor([[0.7000, 0.3000],
-                [0.9000, 0.6000]])
-    """
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
-        raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
-            f"outputs."
-        )
-    return class_probabilities(outputs, labels.long())
 
 
 def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estimate | None:
@@ -125,31 +93,6 @@ class ClassConfidence:
         """Classes without samples, which are left out of everything."""
         return tuple((self.counts == 0).nonzero()[:, 0].tolist())
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; per class only those with samples, in the order of "classes"."""
-        there = list(self.classes)
-        return {
-            "kind": "class confidence",
-            "split": self.split,
-            "samples": int(self.counts.sum()),
-            "classes": there,
-            "absent": list(self.absent),
-            "counts": self.counts[there].tolist(),
-            "exits": [
-                {
-                    "name": name,
-                    "overall": self.overall[k].to_json(),
-                    "max_probability": self.max_probability[k].to_json(),
-                    "correlation": _json(self.correlations[k]),
-                    "sample_correlation": _json(self.sample_correlations[k]),
-                    "confidence": self.confidence[k, there].tolist(),
-                    "accuracy": self.accuracy[k, there].tolist(),
-                }
-                for k, name in enumerate(self.exits)
-            ],
-            "provenance": self.provenance.to_json(),
-        }
-
 
 def class_confidence(recording: Recording) -> ClassConfidence:
     """Confidence and accuracy of every exit, over all samples and class by class, and how the two
@@ -189,7 +132,3 @@ def _class_means(
     sums = torch.zeros(len(values_KN), len(counts_C), dtype=torch.float64)
     # 0 / 0 is NaN
     return sums.index_add_(1, labels_N, values_KN.double()) / counts_C
-
-
-def _json(estimate: Estimate | None) -> dict[str, Any] | None:
-    return estimate.to_json() if estimate else None
