@@ -253,7 +253,7 @@ def test_a_verb_in_an_empty_folder_says_what_to_run_first(
         (["--regime", "lazy"], "joint"),
         (["--weights", "heavy"], "uniform"),
         (["--weights", "uniform:5:1"], "low < high"),
-        (["--weights", "uniform:nan:1"], "needed"),
+        (["--weights", "uniform:nan:1"], "not a number"),
         (["--model", "impatient:resnet:num_classes=7"], "num_classes=10"),
         (["--lr", "nan"], "positive"),
         (["--validation", "2"], "share"),
@@ -318,7 +318,9 @@ def test_nan_weights_are_refused(call: Call, run_dir: Path, picture: Path) -> No
     assert "backbone.classifier.bias" in text
 
 
-def test_changed_data_is_noticed(call: Call, tmp_path: Path) -> None:
+def test_changed_data_is_noticed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     random = np.random.default_rng(0)
     arrays = {"x_train": random.random((80, 6)), "x_test": random.random((20, 6))}
     labels = {"y_train": np.arange(80) % 2, "y_test": np.arange(20) % 2}
@@ -329,7 +331,7 @@ def test_changed_data_is_noticed(call: Call, tmp_path: Path) -> None:
         "nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "
         "nn.Linear(4, num_classes))\n"
     )
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     np.savez("d.npz", **arrays, **labels)
     options = [
         "--model",
