@@ -1,7 +1,12 @@
 """The names others count on."""
 
+import ast
 import importlib
 import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +32,57 @@ def test_what_a_face_exports_is_there_sorted_and_nothing_else(face: str) -> None
         if not name.startswith("_") and not (inspect.ismodule(value) and name not in module.__all__)
     }
 
-    assert public - set(module.__all__) <= {"own_version"}
+    assert public - set(module.__all__) <= {"own_version", "deferred"}
     assert all(hasattr(module, name) for name in module.__all__)
+    assert set(module.__all__) <= set(dir(module))
+
+
+@pytest.mark.parametrize("face", ["impatient", "impatient.evaluation"])
+def test_what_waits_to_be_imported_is_what_type_checkers_see(face: str) -> None:
+    module = importlib.import_module(face)
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    seen = {
+        alias.name: entry.module
+        for node in tree.body
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Attribute)
+        for entry in node.body
+        if isinstance(entry, ast.ImportFrom)
+        for alias in entry.names
+    }
+    eager = {"__version__"} | {
+        alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(module.__all__) - eager == set(seen)
+    for name, home in seen.items():
+        found = getattr(module, name)
+        if inspect.ismodule(found):
+            assert found.__name__ == f"{home}.{name}"
+        else:
+            assert found is getattr(importlib.import_module(home), name)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"'impatient' has no attribute 'atach_exits'"):
+        impatient.atach_exits  # noqa: B018
+
+
+def imported_by(statement: str) -> set[str]:
+    """Packages that a fresh interpreter has imported after a statement."""
+    script = f"import json, sys\n{statement}\nprint(json.dumps(list(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(run.stdout)}
+
+
+@pytest.mark.parametrize("module", ["impatient", "impatient.cli"])
+def test_neither_the_package_nor_its_command_line_waits_for_torch(module: str) -> None:
+    heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "lightning_fabric"}
+    assert heavy.isdisjoint(imported_by(f"import {module}"))
+
+
+def test_all_public_names_come_without_what_only_some_calls_need() -> None:
+    found = imported_by("from impatient import *")
+    assert "torch" in found
+    assert {"scipy", "sklearn", "matplotlib", "lightning_fabric", "torchvision"}.isdisjoint(found)
 
 
 def test_the_calls_of_the_design_exist() -> None:

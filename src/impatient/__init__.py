@@ -2,17 +2,25 @@
 the deadline.
 """
 
-from impatient import budgets, errors, networks, training
-from impatient.budgets import Budget, exit_weights, expected_accuracy
-from impatient.clock import NEVER, Deadline, FakeClock, SystemClock
-from impatient.costs import CostProfile
-from impatient.errors import ImpatientError
-from impatient.evaluation import Evaluation, Recording, evaluate, record
-from impatient.networks import MultiExitNetwork, attach_exits, load_model
-from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
+import typing
+
+from impatient.deferred import deferred
 from impatient.provenance import own_version
-from impatient.runtime import Answer, Run, Runner, export, load_engine, profile, to_engine
-from impatient.training import Data, Recipe, fit, load_data
+
+if typing.TYPE_CHECKING:
+    from impatient import budgets, errors, networks, training
+    from impatient.budgets import Budget, exit_weights, expected_accuracy
+    from impatient.clock import NEVER, Deadline, FakeClock, SystemClock
+    from impatient.costs import CostProfile
+    from impatient.engines.export import export, load_engine, to_engine
+    from impatient.errors import ImpatientError
+    from impatient.evaluation import Evaluation, Recording, evaluate, record
+    from impatient.networks import MultiExitNetwork, attach_exits, load_model
+    from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
+    from impatient.runtime import Answer, Run, Runner
+    from impatient.runtime.profile import profile
+    from impatient.training import Data, Recipe, fit, load_data
+
 
 __version__ = own_version()
 
@@ -53,3 +61,23 @@ __all__ = [
     "to_engine",
     "training",
 ]
+
+if not typing.TYPE_CHECKING:
+    # `impatient --help` then needs no torch, and who only wants a runner no training
+    __getattr__, __dir__ = deferred(
+        __name__,
+        {
+            "budgets": ["budgets", "Budget", "exit_weights", "expected_accuracy"],
+            "clock": ["clock", "NEVER", "Deadline", "FakeClock", "SystemClock"],
+            "costs": ["costs", "CostProfile"],
+            "engines": ["engines", "export", "load_engine", "to_engine"],
+            "ensembling": ["ensembling"],
+            "errors": ["errors", "ImpatientError"],
+            "evaluation": ["evaluation", "Evaluation", "Recording", "evaluate", "record"],
+            "networks": ["networks", "MultiExitNetwork", "attach_exits", "load_model"],
+            "policies": ["policies", "Policy", "ThresholdPolicy", "fit_thresholds"],
+            "provenance": ["provenance"],
+            "runtime": ["runtime", "Answer", "Run", "Runner", "profile"],
+            "training": ["training", "Data", "Recipe", "fit", "load_data"],
+        },
+    )

@@ -1,8 +1,8 @@
 """How good it is: recordings, metrics, evaluation and reports."""
 
-import importlib
 import typing
 
+from impatient.deferred import deferred
 from impatient.evaluation.derived import calibrated, ensembled
 from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row, StaticBaseline, evaluate
 from impatient.evaluation.metrics import (
@@ -50,16 +50,18 @@ __all__ = [
     "where_time_goes",
 ]
 
-# imported when first asked for: matplotlib and scikit-learn would make every `import impatient` a
-# second slower
-_LATER = dict.fromkeys(
-    ("accuracy_time", "exit_shares", "save_figure", "where_time_goes"),
-    "plots",
-)
-_LATER |= dict.fromkeys(("Example", "figure_svg", "report_html", "select_examples"), "report")
-
-
-def __getattr__(name: str) -> typing.Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+# matplotlib and scikit-learn would make every recording wait for a second
+if not typing.TYPE_CHECKING:
+    __getattr__, __dir__ = deferred(
+        __name__,
+        {
+            "plots": [
+                "plots",
+                "accuracy_time",
+                "exit_shares",
+                "save_figure",
+                "where_time_goes",
+            ],
+            "report": ["report", "Example", "figure_svg", "report_html", "select_examples"],
+        },
+    )

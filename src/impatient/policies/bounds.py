@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.special import bdtr, rel_entr
 from torch import Tensor
 
 from impatient.errors import PolicyError
@@ -35,6 +34,8 @@ def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Floa
         >>> round(float(binomial_p_values(torch.tensor([0.0] * 9 + [1.0]), 0.5)), 6)  # 11 / 1024
         0.010742
     """
+    from scipy.special import bdtr
+
     require(bool(((losses == 0) | (losses == 1)).all()), "the binomial tail needs losses of 0 or 1")
     return torch.from_numpy(
         np.asarray(bdtr(losses.double().sum(-1).numpy(), losses.shape[-1], epsilon))
@@ -53,6 +54,8 @@ def hoeffding_bentkus_p_values(
         >>> round(float(hoeffding_bentkus_p_values(torch.zeros(100), 0.02)), 6)  # 0.98 ** 100
         0.13262
     """
+    from scipy.special import bdtr, rel_entr
+
     require(
         bool(((losses >= 0) & (losses <= 1)).all()),
         "Hoeffding's and Bentkus' inequalities need losses from 0 to 1",

@@ -20,7 +20,6 @@ import math
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from impatient.ensembling import RULED_OUT
@@ -47,6 +46,9 @@ def fit_temperatures(recording: Recorded) -> tuple[float, ...]:
 
 
 def _fit(outputs_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> float:
+    # imported here: it takes 0.2 s, which nobody else should wait for
+    from scipy.optimize import minimize_scalar
+
     possible_N = outputs_NC.gather(1, labels_N.long()[:, None])[:, 0] != RULED_OUT
     if not possible_N.any():
         return 1.0

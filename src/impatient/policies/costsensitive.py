@@ -17,7 +17,6 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.special import expit
 from torch import Tensor
 
 from impatient.errors import PolicyError
@@ -380,6 +379,8 @@ def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, see
     """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands
     of these problems.
     """
+    from scipy.special import expit
+
     columns = np.hstack([features, np.ones((len(features), 1))])
     # the offset is free
     ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)

@@ -27,7 +27,6 @@ from typing import Any, Literal, Protocol, Self, cast, get_args
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.special import betaincinv
 from torch import Tensor
 
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
@@ -373,6 +372,8 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
     lost = int(losses_JN[-1].sum())
     samples = losses_JN.shape[1]
     # Clopper and Pearson
+    from scipy.special import betaincinv
+
     return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
 
 
