@@ -295,7 +295,7 @@ def test_the_same_seed_gives_the_same_decision():
         ({"costs": torch.full((300, 3), math.nan)}, "finite"),
         ({"features": torch.full((300, 4), math.inf)}, "infinite"),
         ({"weights": -torch.ones(300)}, "not negative"),
-        ({"costs": torch.zeros(300, 0)}, "needed"),
+        ({"costs": torch.zeros(300, 0)}, "expected"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused(change, complaint):
