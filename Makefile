@@ -16,9 +16,11 @@ check: $(VENV)/.installed-dev  ## style, types, import contract, doctests, READM
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --doctest-modules src -p no:cacheprovider
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_tree.py --check
 
 docs: $(VENV)/.installed-dev  ## the documentation as a site, in site/
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_tree.py
 	$(BIN)/mkdocs build --strict
 
 $(VENV)/bin/python:

@@ -1,6 +1,6 @@
 """A crude answer first, a better one later: nothing is computed twice.
 
-python examples/refine.py
+python examples/2_refine.py
 
 A network sorts handwritten digits for a machine that must begin to move at once. The crude answer
 says which way; while the machine moves, the same run goes on, and the refined answer may still

@@ -1,7 +1,7 @@
 """Two ways to get more from networks with exits that are trained already, each again a network with
 exits.
 
-python examples/ensembles.py
+python examples/3_ensembles.py
 
 EANN runs networks of growing depth one after the other; RunningEnsemble lets the exits of one
 network answer together.

@@ -1,6 +1,6 @@
 """Exits in a training loop of one's own: the library's pieces are plain functions.
 
-python examples/own_loop.py
+python examples/2_own_training_loop.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """A sensor loop, 30 frames a second: AnytimeNet answers in the time that other tasks leave; a
 static network is often late.
 
-python examples/sensor_loop.py
+python examples/3_sensor_loop.py
 
 The other tasks are made up: how much of each frame they leave is drawn beforehand. The networks are
 not: they run on this machine, by its clock, in turn on the same frames. The time left is scaled to

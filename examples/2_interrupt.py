@@ -2,7 +2,7 @@
 model from torchvision.
 
 pip install 'impatient[vision]'
-python examples/interrupt.py
+python examples/2_interrupt.py
 """
 
 import random
