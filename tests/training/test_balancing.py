@@ -488,7 +488,7 @@ def test_the_seed_alone_decides_the_draws_whatever_the_global_generator_does():
     ],
 )
 def test_the_state_of_another_kind_is_refused(mine, other):
-    with pytest.raises(StaleInput, match="the state of other exit weights"):
+    with pytest.raises(StaleInput, match="this state belongs to other exit weights"):
         balancer(mine[0], mine[1], count=4).restore(balancer(other[0], other[1], count=4).state())
 
 

@@ -292,7 +292,7 @@ def test_a_class_with_a_single_example_is_trained_on(tmp_path):
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "missing keys": (
         {"x_test": None, "y_train": None},
-        r"lacks y_train, x_test; it holds x_train, y_test",
+        r"lacks y_train, x_test; it contains x_train, y_test",
     ),
     "no training inputs": (
         {"x_train": np.zeros((0, 5)), "y_train": np.zeros(0, int)},
@@ -609,7 +609,7 @@ def test_an_image_is_read_with_as_many_channels_as_asked(tmp_path, channels):
 
 
 def test_an_image_cannot_be_read_for_a_network_that_takes_none(tmp_path):
-    with pytest.raises(DataError, match="inputs that are no images"):
+    with pytest.raises(DataError, match="inputs that are not images"):
         Preprocess(mean=(0.0,), std=(1.0,)).image(tmp_path / "a.png")
 
 
@@ -643,7 +643,7 @@ def test_a_class_that_is_only_in_the_test_folder_is_refused(tmp_path):
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         load_data(f"imagefolder:{tmp_path / 'none'}")
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="no images in"):
         load_data(f"imagefolder:{tmp_path}")
     folder_of(tmp_path, {"train": 4})
     (tmp_path / "test").mkdir()

@@ -529,7 +529,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path, begun, what):
     before = state(network)
     with pytest.raises(
         StaleInput,
-        match=rf"was made with another {what}: .* or delete the checkpoint to start anew",
+        match=rf"was made with another {what}: .* or delete the checkpoint to start again",
     ):
         train(network, checkpoint=tmp_path / "checkpoint", **options)
     assert changed(before, network) == set()

@@ -1,4 +1,4 @@
-"""Other ways of running the stages: compiled by torch, or in ONNX Runtime or OpenVINO."""
+"""Run stages in other engines: compiled by torch, ONNX Runtime or OpenVINO."""
 
 from impatient.engines.export import ENGINES, export, load_engine, to_engine
 from impatient.engines.network import EngineNetwork

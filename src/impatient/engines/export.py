@@ -1,4 +1,4 @@
-"""Other engines in one call, and directories that hold an exported network."""
+"""Move a network to another engine, and export it to a directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from impatient.networks.stages import batch_size_of, call_model
 from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import machine, provenance
 
-# these have files
+# Engines whose networks are written to files.
 WRITTEN = (
     "onnxruntime",
     "openvino",
@@ -42,10 +42,8 @@ WRITTEN = (
     "aoti",
 )
 ENGINES = ("eager", "compile", *WRITTEN)
-TOLERANCE = (
-    # of the largest output: rounding in another order gives 1e-6, a wrong graph a lot more
-    1e-4
-)
+# As a share of the largest output. Rounding in another order gives 1e-6, a wrong graph far more.
+TOLERANCE = 1e-4
 BUNDLE = "bundle.json"
 
 
@@ -59,27 +57,25 @@ def to_engine(
     calibration: Sequence[Any] = (),
     directory: str | Path | None = None,
 ) -> MultiExitNetwork | EngineNetwork:
-    """The same network in another engine.
+    """Make the same network run in another engine.
 
     Args:
-        network: from `attach_exits`.
+        network: network from `attach_exits`.
         engine: "eager" (the network itself), "compile" (every stage by torch.compile),
             "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino" (a session per
             stage),
             "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers
-            are read while
-            it runs: faster with many exits, but every head runs and batches do not shrink).
-        example: a real input; of a batch of 2 or more, the check of agreement uses all of its
-            samples.
-        threads: within an operation. "eager" and "compile" use torch's; with "aoti" it must be
-            torch's.
+            are read while it runs: faster with many exits, but every head runs and batches do not
+            shrink).
+        example: a real input; all samples of its batch are used to compare the outputs.
+        threads: threads of one operation. "eager" and "compile" use torch's number; with "aoti" it
+            must equal torch's.
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
-        calibration: for "int8-static", inputs in batches, such as those of `data.batches("train",
+        calibration: batches of inputs for "int8-static", such as those of `data.batches("train",
             16)`.
-        directory: keep the files there, for `load_engine`; by default they are thrown away.
+        directory: where to keep the files, for `load_engine`; by default they are deleted.
     Returns:
-        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the
-        given one's.
+        A network for `Runner`, `profile` and `record`, whose outputs agree with the given one's.
     Raises:
         ExportFailed: if the network cannot be exported, or its outputs differ.
     """
@@ -106,7 +102,7 @@ def to_engine(
     except BaseException:
         shutil.rmtree(temporary)
         raise
-    # not before: the whole network is read when it is first wanted
+    # Not earlier, because the network without exits is read at its first use.
     weakref.finalize(made, shutil.rmtree, temporary)
     return made
 
@@ -125,34 +121,38 @@ def export(
     lean: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write a network to a directory that an engine runs; of ONNX Runtime and OpenVINO, without
-    torch.
+    """Write a network to a directory, from which an engine runs it.
 
-    Nothing is written if the outputs of any exit differ from the network's own: with batches of 1,
-    of 3 and of the example's size, on the example's samples with noise. In 8 bits they do differ;
-    how far (without noise) is written down, and what it does to the accuracy only a recording
-    tells.
+    ONNX Runtime and OpenVINO then run it without torch. Nothing is written if the outputs of any
+    exit differ from the network's. They are compared with batches of 1, of 3 and of the example's
+    size, on the example's samples with noise. In 8 bits they always differ: the difference, without
+    noise, is stored in the directory, and a recording shows the effect on accuracy.
 
     Args:
-        network, engine, example, threads, precision, calibration: as for `to_engine`; "eager" and
-        "compile" have no files.
-        directory: made new.
-        costs: a profile of this network in this engine (see `add_costs`).
-        policy: to go with it.
-        lean: leave out the backbone without exits, which is there to compare with: half of the
-            size.
+        network: network from `attach_exits`.
+        directory: directory to create.
+        engine: an engine of `to_engine` that has files: not "eager", "compile" or "cuda-graphs".
+        example: a real input; all samples of its batch are used to compare the outputs.
+        threads: threads of one operation; with "aoti" it must equal torch's number.
+        precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
+        calibration: batches of inputs for "int8-static".
+        costs: profile of this network in this engine (see `add_costs`).
+        policy: threshold policy to export with the network.
+        lean: leave out the backbone without exits, which is only for comparison and takes half of
+            the size.
         force: replace an exported network in `directory`.
     Returns:
         The directory.
     Raises:
         ExportFailed: if the network cannot be exported, or its outputs differ.
-        StorageError: if the directory is there already.
+        StorageError: if the directory exists already.
     """
     _check(engine, WRITTEN, precision, threads)
     _check_place(Path(directory), force)
     if precision == "int8-static" and not calibration:
         raise RunError(
-            "int8-static needs samples to find the ranges of features with: calibration=[x, ...]."
+            "precision='int8-static' without calibration; expected batches of inputs from which to "
+            "determine the ranges of features: calibration=[x, ...]."
         )
     device = next((parameter.device.type for parameter in network.parameters()), "cpu")
     if device != "cpu":
@@ -162,7 +162,7 @@ def export(
     with evaluating(network):
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
-    with _written_whole(Path(directory)) as folder:
+    with _replacing(Path(directory)) as folder:
         _write_parts(parts, facts, folder, engine, precision, threads, calibration, whole=not lean)
         bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
         write_json(folder / BUNDLE, bundle)
@@ -178,8 +178,8 @@ def export(
 
 
 def copy_standalone(folder: Path) -> None:
-    """Put into a folder what runs it without torch and without this package."""
-    # the name that run.py imports, and directories of 0.1.0 have
+    """Copy the code that runs an exported network without torch and this package."""
+    # The name that run.py imports, and that directories of 0.1.0 have.
     copies = folder / "standalone"
     copies.mkdir()
     for file in Path(portable.__file__).parent.glob("*.py"):
@@ -188,14 +188,15 @@ def copy_standalone(folder: Path) -> None:
 
 
 def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineNetwork:
-    """Load what `export` wrote.
+    """Load a network that `export` wrote.
 
     Args:
-        threads: within an operation; by default as many as it was exported for. Packages of "aoti"
-            run with no other number.
+        directory: exported directory.
+        threads: threads of one operation; the default is the number it was exported with. Packages
+            of "aoti" run with that number only.
     Raises:
-        StorageError: if the directory is no exported network, or is damaged.
-        StaleInput: if it was built for another torch or thread count, where that matters.
+        StorageError: if the directory is not an exported network, or is damaged.
+        StaleInput: if it was built for another torch version or thread count, where that matters.
     """
     directory = Path(directory)
     bundle = read_bundle(directory)
@@ -220,8 +221,9 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
 
 
 class _Whole:
-    """The network without exits, inputs as positions; where it was left out, a run to the last
-    exit.
+    """The network without exits, called with positional inputs.
+
+    If it was not exported, this is a run to the last exit.
     """
 
     def __init__(self, bundle: portable.Bundle) -> None:
@@ -236,15 +238,16 @@ class _Whole:
 
 
 def read_bundle(directory: str | Path) -> dict[str, Any]:
-    """What an exported directory says of itself.
+    """Read the description of an exported directory.
 
     Raises:
-        StorageError: if it is no such directory.
+        StorageError: if the directory is not an exported network.
     """
     file = bundle_file(directory)
     if not file.is_file():
         raise StorageError(
-            f"{directory} is no exported network (no {BUNDLE}); make one with `impatient export`."
+            f"{directory} is not an exported network (it has no {BUNDLE}); make one with `impatient "
+            "export`."
         )
     bundle = read_json(file)
     if (
@@ -257,24 +260,24 @@ def read_bundle(directory: str | Path) -> dict[str, Any]:
 
 
 def bundle_file(directory: str | Path) -> Path:
-    """Where an exported directory says what it is."""
+    """Return the path of an exported directory's description."""
     return Path(directory) / BUNDLE
 
 
 def add_costs(directory: str | Path, costs: CostProfile) -> None:
-    """Put a profile of the exported network into its directory, for contract runs without torch."""
+    """Store a cost profile in an exported directory, for contract runs without torch."""
     write_json(bundle_file(directory), {**read_bundle(directory), "costs": _costs_json(costs)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTimes:
-    """One exit in an engine beside torch.
+    """Times of one exit in an engine and in torch.
 
     Attributes:
-        name: of the exit; "no exits" for the whole network without exits.
-        agreement: largest difference of the outputs, in shares of the largest output.
-        engine_s, eager_s: medians of runs in turn, in seconds: of its stage and head, or of the
-            whole.
+        name: name of the exit; "no exits" for the network without exits.
+        agreement: largest difference of the outputs, as a share of the largest output.
+        engine_s: median seconds of the exit's stage and head in the engine.
+        eager_s: median seconds of the exit's stage and head in torch.
     """
 
     name: str
@@ -293,13 +296,18 @@ def engine_times(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[EngineTimes, ...]:
-    """Measure a network and itself in another engine in turn, so that all meet the machine's
-    changes alike.
+    """Measure a network in torch and in another engine by turns.
+
+    Taking turns exposes both to the same changes of the machine.
 
     Args:
-        network: on the CPU.
-        agreement: what to write beside the times, as from `differences`.
+        network: network in torch, on the CPU.
+        made: the same network in the engine.
+        agreement: differences of the outputs from `differences`, reported beside the times.
         x: one input.
+        repeats: number of measured runs.
+        warm_up: number of runs before them, which do not count.
+        clock: clock to measure with.
     """
     times: dict[Any, list[list[float]]] = {network: [], made: []}
     with evaluating(network), torch.inference_mode():
@@ -316,7 +324,7 @@ def engine_times(
 
 
 def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
-    """Seconds of each exit, and of the network without exits."""
+    """Measure the seconds of each exit and of the network without exits."""
     instants = [clock.now()]
     with network.exits(x) as run:
         for exit in run:
@@ -328,14 +336,15 @@ def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
 
 
 def engine_label(engine: str, precision: str) -> str:
-    """One name for an engine and a precision: that of the engine, with the precision behind it if
-    it is not fp32.
+    """Join an engine and a precision to one name, such as "openvino-int8-static".
+
+    With fp32 the name is that of the engine.
     """
     return engine if precision == "fp32" else f"{engine}-{precision}"
 
 
 def engine_and_precision(label: str) -> tuple[str, str]:
-    """What `engine_label` was given."""
+    """Split a name from `engine_label` into engine and precision."""
     precision = next(
         (precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32"
     )
@@ -367,18 +376,18 @@ def _check_place(directory: Path, force: bool) -> None:
         return
     if not bundle_file(directory).is_file():
         raise StorageError(
-            f"{directory} is there and is no exported network; choose another place."
+            f"{directory} exists and is not an exported network; choose another place."
         )
     if not force:
         raise StorageError(
-            f"{directory} holds an exported network already; choose another place, or force=True "
+            f"{directory} is already an exported network; choose another place, or force=True "
             "(--force)."
         )
 
 
 @contextmanager
-def _written_whole(directory: Path) -> Iterator[Path]:
-    """A temporary folder beside a directory, which takes its place if the block succeeds."""
+def _replacing(directory: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces a directory if the block succeeds."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(
@@ -480,7 +489,7 @@ def _bundle(
 
 
 def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
-    """Names of the files that hold the exits."""
+    """Return the names of the files of stages and heads, or of the session."""
     if engine in portable.SESSIONS:
         return {"session": f"session.{ending}"}
     stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
@@ -532,21 +541,20 @@ def check_agreement(
     *,
     sizes: Sequence[int] = (1, 3),
 ) -> list[float]:
-    """Find each exit's largest difference, in shares of the largest output.
+    """Check that two networks' outputs agree, and return the differences.
 
     Raises:
-        ExportFailed: if a difference is more than rounding.
+        ExportFailed: if a difference is larger than rounding explains, or not a number.
     """
-    # noise goes beyond the ranges that 8 bits were given
+    # No noise in 8 bits: it would exceed the ranges that were determined.
     agreement = differences(network, made, example, noise=precision == "fp32", sizes=sizes)
     for index, found in enumerate(agreement):
-        # NaN, too
+        # "not <=" instead of ">", to catch NaN
         if not found <= (TOLERANCE if precision == "fp32" else float("inf")):
             raise ExportFailed(
                 f"in {made.engine} exit {index} ({network.exit_names[index]}) differs from the "
-                f"network by {found:.2g} of its "
-                f'largest output; expected at most {TOLERANCE:g}. Use engine="eager", and please '
-                f"report the model."
+                f"network by {found:.2g} of its largest output; expected at most {TOLERANCE:g}. "
+                'Use engine="eager", and please report the model.'
             )
     return agreement
 
@@ -559,12 +567,16 @@ def differences(
     noise: bool = True,
     sizes: Sequence[int] = (1, 3),
 ) -> list[float]:
-    """Compare two networks' outputs: each exit's largest difference over its largest output.
+    """Return the largest difference between two networks' outputs for each exit.
 
-    The network without exits is judged with the last exit.
+    A difference is a share of the largest output. The network without exits counts with the last
+    exit.
 
     Args:
-        noise: add noise to the example.
+        network: a network.
+        made: the same network in an engine.
+        example: an example input.
+        noise: whether to add noise to the example.
         sizes: batch sizes to compare at, besides that of the example.
     """
     apart, scale, spread = ([0.0] * network.num_exits for _ in range(3))
@@ -584,8 +596,8 @@ def differences(
         if spread[index] == 0.0:
             warnings.warn(
                 (
-                    f"exit {index} ({name}) answers the same to every input, so that its agreement "
-                    "says nothing: is it trained?"
+                    f"exit {index} ({name}) gives the same output for every input, so comparing it "
+                    "shows nothing; expected a trained network."
                 ),
                 NoEffectWarning,
                 stacklevel=2,
@@ -597,8 +609,10 @@ def differences(
 
 
 def varied(x: Any, size: int, noise: bool = True) -> Any:
-    """An input of another batch size; with noise, of other samples: whole numbers (tokens) are put
-    in another order.
+    """Make an input of another batch size from an example.
+
+    With noise, the samples differ from the example's: noise is added to floating-point numbers,
+    and whole numbers (tokens) are put in another order.
     """
     generator = torch.Generator().manual_seed(size)
     batch = batch_size_of(x)

@@ -1,4 +1,4 @@
-"""One ONNX file per part of a network, in full precision or with weights and features of 8 bits."""
+"""Write the parts of a network as ONNX files, in 32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from impatient.engines.partition import Parts, any_batch
 from impatient.errors import ExportFailed
 from impatient.portable import SESSIONS
 
-# bytes: what protobuf can hold, less some room for the graph
+# Bytes: the limit of protobuf, less some room for the graph.
 LARGEST_FILE = 2**31 - 2**24
-# norms and soft maxima keep their 32 bits: they are cheap, and 8 bits spoil them
+# Norms and softmax stay in 32 bits: they take little time, and 8 bits make them inaccurate.
 STATIC_KINDS = [
     "Conv",
     "Gemm",
@@ -53,7 +53,7 @@ def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None
 def _named_parts(
     parts: Parts, engine: str
 ) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
-    """Every file's name and module, and the names of what it takes and gives."""
+    """Yield name, module and names of inputs and outputs for every file."""
     wiring = parts.wiring
     if engine in SESSIONS:
         outputs = tuple(f"output{index}" for index in range(len(parts.stages)))
@@ -75,17 +75,18 @@ def _named_parts(
 
 
 class _AllExits(nn.Module):
-    """All stages and heads in one, with outputs that can be read while it computes (see
-    standalone/streamed.py).
+    """All stages and heads in one module, whose outputs can be read while it computes.
 
-    Each is made by a gather, which copies values that are final. Its first column stands twice, or
-    engines would take the gather for nothing and leave it out.
+    portable/streamed.py reads them. Each output is written by a gather, which copies final values.
+    The gather repeats the first column, because engines would otherwise remove it as an operation
+    without effect.
 
     Args:
+        parts: parts of the network.
         late: write the gathers at the end of the file, the deepest exit's first. ONNX Runtime
-            (1.31) computes depth first, from the last node that nobody takes from, so that every
-            output then comes as soon as it can; OpenVINO (2026.4) computes in the order of the
-            file.
+            (1.31) computes depth first, beginning at the last node whose output no node takes, so
+            that every output then comes as early as possible. OpenVINO (2026.4) computes in the
+            order of the file.
     """
 
     def __init__(self, parts: Parts, *, late: bool) -> None:
@@ -116,14 +117,14 @@ class _AllExits(nn.Module):
 def _write(
     part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path
 ) -> None:
-    """Write one part with a batch of any size."""
+    """Write one part with a dynamic batch size."""
     shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
-    # torch takes one tensor given twice for one input
+    # Cloned, because torch would merge two inputs that are the same tensor.
     arguments = tuple(parts.examples[name].clone() for name in takes)
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            # torch's own, of its own older names
+            # torch warns about its own use of deprecated names.
             warnings.simplefilter("ignore")
             exported = torch.export.export(
                 part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes
@@ -132,16 +133,19 @@ def _write(
             _name_values(program.model.graph, takes, gives)
             program.save(str(file), external_data=size > LARGEST_FILE)
     except Exception as error:
-        # the exporter raises whatever its passes meet
+        # The exporter's passes raise errors of many types.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportFailed(
-            f'{file.stem} of this network cannot be written as ONNX: {reason} engine="eager" and '
-            f'"compile" need no such file.'
+            f"{file.stem} of this network cannot be written as ONNX: {reason} "
+            'engine="eager" and "compile" need no ONNX files.'
         ) from error
 
 
 def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None:
-    """Name what a graph takes and gives; the names of all other values are made to be no wiring's."""
+    """Name the inputs and outputs of a graph.
+
+    All other values get names that cannot occur in a wiring.
+    """
     for number, node in enumerate(graph.all_nodes()):
         for place, value in enumerate(node.outputs):
             value.name = f"/{number}/{place}"
@@ -158,19 +162,21 @@ def quantise(
     precision: str,
     calibration: Sequence[tuple[Tensor, ...]],
 ) -> None:
-    """Replace every file in a folder that `write_parts` has written by one that computes with 8
-    bits.
+    """Replace the files that `write_parts` has written by 8-bit versions.
 
     Args:
-        precision: "int8-dynamic" finds the range of every part's features as it runs; "int8-static"
-            fixes the ranges now.
-        calibration: for "int8-static", inputs to find the ranges with, in batches: tuples as in
-            `wiring.inputs`.
+        parts: parts of the network.
+        folder: folder of the files.
+        engine: engine that the files were written for.
+        precision: "int8-dynamic" determines the ranges of the features while running;
+            "int8-static" determines them now.
+        calibration: batches of inputs from which "int8-static" determines the ranges, as tuples in
+            the order of `wiring.inputs`.
     """
     seen = _values_seen(parts, calibration) if precision == "int8-static" else []
     for name, _, takes, _ in _named_parts(parts, engine):
         file = folder / f"{name}.onnx"
-        # whole.onnx may have been left out
+        # whole.onnx is optional.
         if file.is_file():
             _quantise(
                 file, engine, precision, [{name: values[name] for name in takes} for values in seen]
@@ -178,7 +184,7 @@ def quantise(
 
 
 def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
-    """Per batch, all the values that go between parts, as arrays."""
+    """Return all values that pass between parts, as arrays, for each batch."""
     seen = []
     for inputs in batches:
         values = dict(zip(parts.wiring.inputs, inputs, strict=True))
@@ -199,9 +205,9 @@ def _quantise(
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
     model = onnx.load(file)
-    # shapes of values in between would no longer be true of transposed weights
+    # The stored shapes of inner values would be wrong for transposed weights.
     del model.graph.value_info[:]
-    # or the quantiser warns: torch's exporter has already folded what folds
+    # Avoids a warning of the quantiser. Torch's exporter has already folded constants.
     add_pre_process_metadata(model)
     large = file.with_name(f"{file.name}.data").is_file()
     if precision == "int8-dynamic":
@@ -213,7 +219,7 @@ def _quantise(
             use_external_data_format=large,
         )
         return
-    # OpenVINO (2026.4) cannot compile zeros that are not 0 where channels are filled up with zeros
+    # OpenVINO (2026.4) cannot compile a zero point other than 0 where channels are zero-padded.
     symmetric = engine.startswith("openvino")
     quantize_static(
         model,
@@ -225,9 +231,9 @@ def _quantise(
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         use_external_data_format=large,
-        # processors without VNNI add products of 8 times 8 bits in 16, and overflow
+        # Processors without VNNI add products of two 8-bit numbers in 16 bits, which overflows.
         reduce_range=True,
-        # logits on a grid of 256 values tie, and features are rounded once at the next part
+        # Logits on a grid of 256 values would tie, and features are rounded at the next part anyway.
         extra_options={
             "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
             "ActivationSymmetric": symmetric,
@@ -236,7 +242,7 @@ def _quantise(
 
 
 class _Samples:
-    """What ONNX Runtime's calibration reads samples from."""
+    """Source of samples for ONNX Runtime's calibration."""
 
     def __init__(self, samples: Iterator[Mapping[str, Any]]) -> None:
         self._samples = samples

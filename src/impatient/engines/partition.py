@@ -1,10 +1,10 @@
-"""A network with exits cut into parts by torch.export: one graph per stage, heads apart, and how
-they hang together.
+"""Cut a network with exits into parts by torch.export.
 
-The untouched backbone is exported once, in eval mode and with a batch of any size; what it computes
-at the exits is marked on the way. The graph has no in-place operations left (torch functionalises
-it), so cutting it is a matter of lists: the nodes up to a mark are a stage, and what is made before
-a mark and used after it is carried across.
+The parts are one graph per stage and one per head, with the wiring between them. The untouched
+backbone is exported once, in eval mode and with a dynamic batch size, and the features at the exits
+are marked. The graph has no in-place operations left, because torch functionalises it. So cutting
+means splitting a list: the nodes up to a mark are a stage, and values computed before a mark and
+used after it are passed on.
 """
 
 from __future__ import annotations
@@ -31,18 +31,21 @@ _SIZE = torch.ops.aten.sym_size.int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """A network in parts, in eval mode. They share the backbone's and the heads' own parameters.
+    """A network in parts, in eval mode.
+
+    The parts share the parameters of the backbone and the heads.
 
     Attributes:
-        wiring: how the values go through the parts.
-        stages: one module per stage: positional tensors in (`wiring.takes`), a tuple of tensors out
-            (`wiring.gives`).
-        heads: one per exit, features in, output out; None at the last, whose features are the
-            output.
-        whole: the backbone without exits as one exported module, inputs as `wiring.inputs`, one
-            tensor out.
-        examples: per value name, an example tensor (batch size 2).
-        exit_names, num_classes: as of the network.
+        wiring: connections between the parts.
+        stages: a module for each stage, from positional tensors (`wiring.takes`) to a tuple of
+            tensors (`wiring.gives`).
+        heads: a module for each exit, from features to output; None for the last exit, whose
+            features are the output.
+        whole: the backbone without exits as one exported module, from `wiring.inputs` to one
+            tensor.
+        examples: an example tensor (batch size 2) for each value name.
+        exit_names: names of the network's exits.
+        num_classes: number of classes of the network.
     """
 
     wiring: Wiring
@@ -58,16 +61,16 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     """Export the untouched backbone and cut its graph at the exits.
 
     Args:
-        network: from `attach_exits`; left as it is, in whatever mode it is in.
-        x: an example input. Tensors as long as its batch get a dynamic batch; all other sizes, and
-            what is no tensor, are fixed as they are in it.
+        network: network from `attach_exits`; it is not changed, and keeps its train or eval mode.
+        x: an example input. The first dimension of tensors that are as long as the batch becomes
+            dynamic. All other sizes, and values that are not tensors, are fixed.
     Returns:
-        Parts whose outputs are the network's own. Where torch's attention has an eager fast path
-        that cannot be exported, they differ by rounding.
+        Parts whose outputs equal the network's. Where torch's attention has an eager fast path that
+        cannot be exported, they differ by rounding.
     Raises:
-        NetworkError: if this kind of network has no graph to cut, or two exits are at the same
-            place of it.
-        ExitNotReached: if the example does not come to all exits.
+        NetworkError: if this kind of network has no graph to cut, or if two exits are at the same
+            place in the graph.
+        ExitNotReached: if the example does not reach all exits.
         ExportFailed: if torch.export cannot trace the model.
     """
     if not isinstance(network, MultiExitNetwork):
@@ -114,8 +117,10 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
 
 
 def input_names(x: Any) -> tuple[str, ...]:
-    """Names of the tensors in an input, in order: "x" for a tensor, the keywords of a mapping,
-    "x0", "x1", ... of a tuple.
+    """Return names for the tensors in an input, in order.
+
+    The name is "x" for a single tensor. A mapping's tensors are named by its keys, a tuple's are
+    named "x0", "x1" and so on.
     """
     if isinstance(x, Tensor):
         return ("x",)
@@ -123,10 +128,10 @@ def input_names(x: Any) -> tuple[str, ...]:
 
 
 def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
-    """The tensors of an input in the order of their names.
+    """Return the tensors of an input in the order of these names.
 
     Raises:
-        NetworkError: if the input has other tensors than the one the parts were made with.
+        NetworkError: if the input does not have exactly the tensors with these names.
     """
     given = input_names(x)
     if set(given) != set(names):
@@ -144,13 +149,13 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
     if isinstance(x, (tuple, list)):
         return [(f"x{index}", value) for index, value in enumerate(x)]
     raise NetworkError(
-        f"an input of type {type(x).__name__}; expected a tensor, or a mapping, tuple or list with "
-        "tensors in it."
+        f"an input of type {type(x).__name__}; expected a tensor, or a mapping, tuple or list of "
+        "tensors."
     )
 
 
 def _batch_dims(x: Any) -> list[int | None]:
-    """Per tensor of an input, its dimension that is the batch: the first, where it is as long."""
+    """Return the batch dimension of each tensor: 0, or None if it has none."""
     size = batch_size_of(x)
     return [
         0 if value.dim() > 0 and value.shape[0] == size else None
@@ -159,8 +164,9 @@ def _batch_dims(x: Any) -> list[int | None]:
 
 
 def _two_samples(x: Any) -> list[Tensor]:
-    """The input's tensors with a batch of exactly two: of one, torch.export would take the 1 for a
-    constant.
+    """Return the input's tensors with a batch of exactly two samples.
+
+    With a batch of one, torch.export would take the 1 for a constant.
     """
     rows = torch.arange(2) % batch_size_of(x)
     tensors = (value.detach() for value in input_tensors(x, input_names(x)))
@@ -171,7 +177,11 @@ def _two_samples(x: Any) -> list[Tensor]:
 
 
 def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Tensor]) -> None:
-    """torch.export believes that what it saw with two samples is so with one."""
+    """Check that the exported model, traced with two samples, is right for one.
+
+    Raises:
+        ExportFailed: if its output differs from the model's.
+    """
     with evaluating(model), torch.no_grad(), without_fused_attention():
         wanted = model(*tensors)[0]
         given = whole(*tensors)
@@ -179,17 +189,18 @@ def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Te
         given, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()), equal_nan=True
     ):
         raise ExportFailed(
-            "with one sample, the exported model gives another output than the model (the largest "
-            "difference is "
-            f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one in a "
-            f"way of its own. "
-            'engine="eager" runs it.'
+            "with one sample, the exported model's output differs from the model's (by up to "
+            f"{float((given - wanted).abs().max()):.2g}), so the model treats a batch of one "
+            'differently. engine="eager" can run it.'
         )
 
 
 @torch.library.custom_op("impatient::mark", mutates_args=())
 def _mark(features: Tensor, index: int) -> Tensor:  # noqa: ARG001  read off the graph
-    """Stands in an exported graph where exit `index` is; gone again before anything runs."""
+    """Mark the place of exit `index` in an exported graph.
+
+    Marks are removed before anything runs.
+    """
     return features.clone()
 
 
@@ -202,8 +213,9 @@ _MARK = torch.ops.impatient.mark.default
 
 
 class _Traced(nn.Module):
-    """The backbone with tensors as positions; returns its output and the marks, which keeps torch
-    from dropping them.
+    """The backbone with positional tensors, returning its output and the marks.
+
+    The marks are returned so that torch does not remove them.
     """
 
     def __init__(self, backbone: nn.Module, x: Any, names: Sequence[str], cuts: CutMap) -> None:
@@ -231,7 +243,7 @@ class _Traced(nn.Module):
 
 
 class _Alone(nn.Module):
-    """A head as a backbone without exits."""
+    """A head in the form of a backbone without exits."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -243,11 +255,10 @@ class _Alone(nn.Module):
 
 @contextlib.contextmanager
 def exporting(name: str) -> Iterator[None]:
-    """What torch.export needs around it: no gradients, attention in parts, and its errors said in
-    this library's way.
+    """Prepare for torch.export: no gradients, and attention without its fast path.
 
     Raises:
-        ExportFailed: if what is done inside fails.
+        ExportFailed: if the block fails.
     """
     with (
         torch.inference_mode(False),
@@ -255,7 +266,7 @@ def exporting(name: str) -> Iterator[None]:
         without_fused_attention(),
         warnings.catch_warnings(),
     ):
-        # torch's own, of its own older names
+        # torch warns about its own use of deprecated names.
         warnings.simplefilter("ignore", FutureWarning)
         try:
             yield
@@ -270,7 +281,7 @@ def exporting(name: str) -> Iterator[None]:
 
 
 def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], ...]:
-    """torch.export's words for tensors whose given dimension is the batch, of any size."""
+    """Describe tensors with a batch dimension of any size to torch.export."""
     batch = torch.export.Dim("batch", min=1, max=65536)
     return tuple({} if dim is None else {dim: batch} for dim in dims)
 
@@ -278,10 +289,11 @@ def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], 
 def _export(
     model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
 ) -> fx.GraphModule:
-    """A graph of a model in eval mode, functional, for batches of any size, without what only
-    checks its inputs.
+    """Export a model in eval mode as a functional graph for batches of any size.
+
+    Nodes that only check the inputs are removed.
     """
-    # one entry: the forward takes *tensors
+    # A tuple of one entry, because the forward takes *tensors.
     shapes = (any_batch(dims),)
     with evaluating(model), exporting(name):
         exported = torch.export.export(
@@ -299,8 +311,9 @@ def _export(
 
 
 def _clean(graph: fx.Graph) -> None:
-    """Take out what changes no value: copies, which a functional graph does not need, guards and
-    assertions.
+    """Remove nodes that change no value: copies, guards and assertions.
+
+    A functional graph does not need copies.
     """
     for node in reversed(graph.nodes):
         if node.target is torch.ops.aten.clone.default and not node.kwargs:
@@ -310,21 +323,24 @@ def _clean(graph: fx.Graph) -> None:
 
 
 def _output_of(graph: fx.Graph) -> fx.Node:
-    """The node of the model's output, the first of what its graph gives."""
+    """Return the node of the model's output, the first that its graph returns."""
     given: Any = next(iter(reversed(graph.nodes))).args[0]
     output: fx.Node = given[0]
     return output
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node's value is a number that depends on the batch's size, not a tensor."""
+    """Tell whether a node's value is a number that depends on the batch size."""
     return isinstance(
         node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool)
     )
 
 
 class _Cutting:
-    """A graph with marks, and which stage each of its nodes belongs to; inputs belong to none (-1)."""
+    """A marked graph, with the stage that each of its nodes belongs to.
+
+    The inputs belong to no stage (-1).
+    """
 
     def __init__(
         self, module: fx.GraphModule, inputs: Sequence[str], exit_names: Sequence[str]
@@ -356,7 +372,7 @@ class _Cutting:
         self._gives = [self._asked_for(index) for index in range(len(self._stages))]
 
     def wiring(self) -> Wiring:
-        """How the stages hang together."""
+        """Return the connections between the stages."""
         values = [*self._inputs, *itertools.chain.from_iterable(self._gives)]
         return Wiring(
             inputs=tuple(self._inputs.values()),
@@ -367,15 +383,15 @@ class _Cutting:
         )
 
     def stages(self) -> list[fx.GraphModule]:
-        """One module per stage."""
+        """Build one module per stage."""
         return [self._build(index) for index in range(len(self._stages))]
 
     def _check(self, exit_names: Sequence[str]) -> None:
         if len(self._features) != len(exit_names):
             raise ExitNotReached(
-                f"the exported model comes to {len(self._features) - 1} of {len(exit_names) - 1} "
-                "early exits; export with an example that comes to all of them, or cut at modules "
-                "that every input calls."
+                f"the exported model reaches {len(self._features) - 1} of {len(exit_names) - 1} "
+                "early exits; export with an example that reaches all of them, or attach exits "
+                "after modules that every input calls."
             )
         for name, nodes in zip(exit_names, self._stages, strict=True):
             if not nodes:
@@ -392,7 +408,7 @@ class _Cutting:
         )
 
     def _batch_of(self, node: fx.Node) -> Any:
-        """The symbol of the batch's size where a node's first dimension is the batch, else None."""
+        """Return the symbol of a node's first dimension, or None if that is fixed."""
         shape = node.meta["val"].shape
         return shape[0].node.expr if len(shape) and isinstance(shape[0], torch.SymInt) else None
 
@@ -406,8 +422,8 @@ class _Cutting:
         if any(size is not None for size in sizes):
             raise NetworkError(
                 f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit "
-                "with samples and places mixed in one dimension, so that no sample could be taken "
-                "out; attach the exit elsewhere."
+                "with samples and positions mixed in one dimension, so that no sample could be "
+                "removed from the batch; attach the exit elsewhere."
             )
         return None
 
@@ -420,7 +436,7 @@ class _Cutting:
         )
 
     def _needed(self, index: int) -> list[fx.Node]:
-        """What a stage takes, in the order in which it was made."""
+        """Return the values that a stage takes, in the order in which they were computed."""
         found: dict[fx.Node, None] = {}
         sized = False
 
@@ -433,7 +449,7 @@ class _Cutting:
             elif not _is_size(node):
                 found[node] = None
             else:
-                # computed again, from what it was computed from
+                # A number is computed again in this stage, from its own sources.
                 for source in node.all_input_nodes:
                     need(source)
 
@@ -446,7 +462,7 @@ class _Cutting:
         return sorted(found, key=order.__getitem__)
 
     def _asked_for(self, index: int) -> list[fx.Node]:
-        """What a stage gives: values that a later stage takes, and what an exit looks at."""
+        """Return the values of a stage that a later stage or an exit takes."""
         wanted = {*itertools.chain.from_iterable(self._takes[index + 1 :]), *self._features}
         return [node for node in self._stages[index] if node in wanted]
 
@@ -478,7 +494,7 @@ class _Cutting:
 
 
 def _whole(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """The same graph without marks, giving the output alone."""
+    """Build the same graph without marks, which returns only the output."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     unnamed = iter(names)

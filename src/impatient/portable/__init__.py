@@ -1,7 +1,7 @@
-"""What runs an exported network: numpy and an engine, nothing else.
+"""Run an exported network with numpy and an engine, nothing else.
 
-These files import neither torch nor impatient: `impatient export` copies them into the directories
-    it writes.
+These files import neither torch nor impatient. `impatient export` copies them into the directories
+that it writes.
 """
 
 from .answers import Answer

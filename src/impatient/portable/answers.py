@@ -1,4 +1,4 @@
-"""What a run returns, and how the answers of a batch come together."""
+"""Answers of runs, collected per sample of a batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ Output = TypeVar("Output")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer(Generic[Output]):
-    """What a run returns.
+    """The answer of a run.
 
     Attributes:
-        output: before softmax, shape [B, num_classes].
-        exit: the deepest exit that answered.
-        exits: per sample, the exit its output comes from.
-        elapsed_s: from the call to the moment this answer was there.
-        stopped_by: "final" (the last exit), "policy" (not worth going on), "deadline", "limit" (of
-            MACs, bytes or joules, which only the library knows) or "interrupt".
-        deadline_met: whether the answer was there by the deadline; True when there was none.
+        output: output before softmax, shape [B, num_classes].
+        exit: deepest exit that answered.
+        exits: for each sample, the exit that its output comes from.
+        elapsed_s: seconds from the call until this answer was ready.
+        stopped_by: reason for stopping: "final" (the last exit), "policy" (continuing is not worth
+            its cost), "deadline", "limit" (of MACs, bytes or joules; only in the library) or
+            "interrupt".
+        deadline_met: whether the answer was ready by the deadline; True if there was none.
     """
 
     output: Output
@@ -38,7 +39,7 @@ class Answer(Generic[Output]):
 
 
 class Gathered:
-    """The latest outputs of a batch whose samples stop at different exits and then leave it."""
+    """The latest outputs of a batch whose samples stop at different exits."""
 
     def __init__(
         self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float
@@ -55,15 +56,15 @@ class Gathered:
 
     @property
     def all_going(self) -> bool:
-        """Whether no sample has left the batch."""
+        """Tell whether no sample has left the batch."""
         return len(self._going) == self.count
 
     def left_s(self) -> float:
-        """Seconds to the deadline."""
+        """Return the seconds left to the deadline."""
         return self.deadline - self._clock()
 
     def take(self, exit: PartExit) -> None:
-        """Take the output of an exit, once, for the samples that are still in the batch."""
+        """Store the output of an exit for the samples still in the batch."""
         if self._taken == exit.index:
             return
         output = exit.output()
@@ -74,7 +75,7 @@ class Gathered:
         self._taken = exit.index
 
     def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
-        """Take those samples out of the run that stop at this exit; say why if none is left."""
+        """Remove samples that stop here, and return why if none is left."""
         if exit.index == self._last:
             return "final"
         if rule is None or not rule.looks_at(exit.index):
@@ -89,7 +90,7 @@ class Gathered:
         return None
 
     def answer(self, stopped_by: StoppedBy) -> Answer[Array]:
-        """The answer as it stands now."""
+        """Return the answer as it is now."""
         assert self._output is not None
         now = self._clock()
         exits = tuple(self._exits.tolist())

@@ -33,20 +33,21 @@ class Bundle:
     """A network in an exported directory, ready to run.
 
     Args:
-        directory: what `impatient export` wrote.
-        threads: that one stage may use; by default those it was exported for.
-        clock: where time comes from, in seconds.
+        directory: directory written by `impatient export`.
+        threads: number of threads that one stage may use; the default is the number it was exported
+            with.
+        clock: function that returns the present time in seconds.
     Attributes:
-        costs: per batch size as text, the measured seconds of stages and heads; those of
-            costs.json, if there.
-        policy: when to stop early; None if none was exported.
-        parts: what is called to begin a run: `Staged`, or `Streamed` where all exits are in one
-            session.
+        costs: measured seconds of stages and heads by batch size (as text), from costs.json if the
+            file exists.
+        policy: policy that stops early; None if none was exported.
+        parts: the network's parts, called to begin a run; `Staged`, or `Streamed` where all exits
+            are in one session.
     Raises:
-        BundleError: if the directory is incomplete or damaged, or its engine not installed.
+        BundleError: if the directory is incomplete or damaged, or its engine is not installed.
 
     Thread:
-        May be used from several threads at once; runs that were started (`start`) queue behind each
+        May be used from several threads at once. Runs begun by `start` are computed one after the
         other.
     """
 
@@ -83,18 +84,22 @@ class Bundle:
         return len(self.exit_names)
 
     def exits(self, x: Inputs) -> Run:
-        """Run stage by stage: `for exit in bundle.exits(x)`; stop asking, and nothing deeper is
-        computed.
+        """Run stage by stage, with `for exit in bundle.exits(x)`.
+
+        Leaving the loop early computes nothing deeper.
 
         Args:
-            x: an array, or a mapping of the inputs' names to arrays; any batch size.
+            x: an array, or a mapping of the inputs' names to arrays, of any batch size.
         Raises:
-            BundleError: if an array has another dtype or shape than the network takes.
+            BundleError: if an array has the wrong dtype or shape.
         """
         return self.parts(self._inputs(x))
 
     def whole(self, x: Inputs) -> Array:
-        """The output of the network without exits, to compare with. It is loaded at the first call."""
+        """Compute the output of the network without exits, to compare with.
+
+        The network is loaded at the first call.
+        """
         if self._whole is None:
             if self.description["whole"] is None:
                 raise BundleError(
@@ -113,22 +118,23 @@ class Bundle:
         policy: bool = True,
         any_profile: bool = False,
     ) -> Answer[Array]:
-        """Answer by a deadline that is known now: of the deepest exit that fits, or where the
-        policy stops.
+        """Answer by a deadline that is known at the start.
+
+        The answer comes from the deepest exit that fits, or from the exit where the policy stops.
 
         Args:
             x: an array, or a mapping of the inputs' names to arrays.
-            deadline_s: seconds from now; None goes on as long as the policy wants.
-            statistic: the quantile of the next stage's and head's cost that must fit before they
-                are begun.
+            deadline_s: seconds from now to the deadline; None runs until the policy stops.
+            statistic: quantile of the cost of the next stage and head that must fit before they are
+                begun.
             policy: whether to stop early where the exported policy says so.
-            any_profile: believe costs that were measured on another machine or with another number
+            any_profile: accept costs that were measured on another machine or with another number
                 of threads.
         Returns:
-            The answer; of the first exit, and late, where not even that one fits.
+            The answer. If not even the first exit fits, it is that of the first exit, and late.
         Raises:
-            BundleError: if the input is of the wrong kind, or the deadline needs costs that were
-                not measured here.
+            BundleError: if the input does not fit the network, or if there is a deadline and no
+                costs were measured here.
         """
         begin = self._clock()
         run, gathered = self._begin(x, begin, deadline_s)
@@ -137,7 +143,7 @@ class Bundle:
         with run:
             before = begin
             for exit in run:
-                # part of a batch says nothing about the costs of all of it
+                # The time of a partial batch says nothing about the cost of the full batch.
                 if pace and gathered.all_going and exit.whole:
                     pace.observe(exit.index, self._clock() - before)
                 stopped_by = gathered.stopped_by(exit, rule, run)
@@ -154,10 +160,14 @@ class Bundle:
         raise AssertionError("the last exit always comes")
 
     def start(self, x: Inputs, deadline_s: float | None = None, *, policy: bool = True) -> Started:
-        """Start an interruptible run on the bundle's own thread and return at once.
+        """Start an interruptible run on the bundle's thread and return at once.
 
-        Every exit on the way posts its answer. Arguments as for `run`; no measured costs are
-        needed.
+        Every exit on the way posts its answer. No measured costs are needed.
+
+        Args:
+            x: an array, or a mapping of the inputs' names to arrays.
+            deadline_s: seconds from now to the deadline; None runs until the policy stops.
+            policy: whether to stop early where the exported policy says so.
         """
         run, gathered = self._begin(x, self._clock(), deadline_s)
         started = Started(run, gathered, self.policy if policy else None)
@@ -165,9 +175,7 @@ class Bundle:
         return started
 
     def warm_up(self, x: Inputs, times: int = 3) -> None:
-        """Run to the end a few times, so that the first answer that counts finds threads and memory
-        ready.
-        """
+        """Run to the end a few times to prepare threads and memory."""
         for _ in range(times):
             for exit in self.exits(x):
                 exit.output()
@@ -176,12 +184,12 @@ class Bundle:
         """Measure every stage and head here, at the batch size of `x`.
 
         Returns:
-            Per batch size as text, the "stages" and "heads": for each, mean, quantiles and largest
-            of the seconds it took.
+            For the batch size (as text), the costs of "stages" and "heads": mean, quantiles and
+            largest of the measured seconds for each of them.
         """
         if repeats < 1:
             raise BundleError(
-                f"repeats={repeats!r}; expected at least 1, and 300 for a p99 that means something."
+                f"repeats={repeats!r}; expected at least 1, and at least 300 for a reliable p99."
             )
         self.warm_up(x, warm_up)
         times_s = np.zeros((2, self.num_exits, repeats))
@@ -193,16 +201,16 @@ class Bundle:
                 answered = self._clock()
                 times_s[:, exit.index, repeat] = arrived - before, answered - arrived
                 before = self._clock()
-        # the last exit has no head
+        # The last exit has no head.
         times_s[1, -1] = 0.0
         stages, heads = ([_quantiles(row) for row in rows] for rows in times_s)
         return {str(self.wiring.batch_size(self._inputs(x))): {"stages": stages, "heads": heads}}
 
     def save_costs(self, costs: Mapping[str, Any]) -> None:
-        """Write what `profile` measured to costs.json in the directory, whole or not at all, and
-        use it from now on.
+        """Write costs from `profile` to costs.json, and use them from now on.
 
-        Other batch sizes that were measured here, in the same way, are kept.
+        The file is written atomically. Costs of other batch sizes that were measured on the same
+        machine, with the same engine and number of threads, are kept.
         """
         here = self._here()
         kept = self.costs if self._measured_on == here else {}
@@ -270,7 +278,7 @@ class Bundle:
         return {"processor": processor_name(), "threads": self.threads, "engine": self.engine}
 
     def _read_costs(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The costs, and what they were measured on."""
+        """Return the costs, and the machine and settings they were measured with."""
         path = self.directory / COSTS_FILE
         if path.exists():
             value = read(path, "impatient_bundle_costs", f"delete it and run `{PROFILE}`")
@@ -318,7 +326,7 @@ class Bundle:
 
 
 class Started:
-    """An interruptible run in progress; made by `Bundle.start`.
+    """An interruptible run in progress, made by `Bundle.start`.
 
     Thread:
         All methods may be called from any thread.
@@ -330,19 +338,20 @@ class Started:
         self._rule = rule
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None
-        # once given, always given
+        # The answer that was returned. It never changes afterwards.
         self._answer: Answer[Array] | None = None
         self._finished = False
         self._error: BaseException | None = None
 
     def latest(self) -> Answer[Array] | None:
-        """The best answer so far, without stopping; None before the first exit."""
+        """Return the best answer so far without stopping, None before the first."""
         with self._changed:
             return self._answer or self._latest
 
     def result(self) -> Answer[Array]:
-        """Wait for the last exit, the policy or the deadline, whichever comes first; then as
-        `interrupt`.
+        """Wait for the last exit, the policy or the deadline, then stop.
+
+        Whichever comes first counts. The answer is the one that `interrupt` would return.
         """
         left_s = self._gathered.left_s()
         with self._changed:
@@ -353,10 +362,10 @@ class Started:
             return self._stop("deadline")
 
     def interrupt(self) -> Answer[Array]:
-        """Stop now and return the latest answer, at once; the stage in flight is ended early.
-        Before the first exit it waits.
+        """Stop and return the latest answer at once.
 
-        A second call returns the same answer. What went wrong in the run is raised here.
+        The stage in flight is ended early. Before the first exit, this call waits for it. A second
+        call returns the same answer. An error of the run is raised here.
         """
         with self._changed:
             return self._stop("interrupt")
@@ -374,13 +383,10 @@ class Started:
         return self._answer
 
     def work(self) -> None:
-        """Compute, on the bundle's thread."""
+        """Compute the run, on the bundle's thread."""
         try:
-            # _stop has cancelled it, and has its answer
-            with (
-                self._run,
-                contextlib.suppress(Cancelled),
-            ):
+            # Cancelled comes from `_stop`, which already has an answer.
+            with self._run, contextlib.suppress(Cancelled):
                 for exit in self._run:
                     if self._done_at(exit):
                         break
@@ -392,7 +398,7 @@ class Started:
                 self._changed.notify_all()
 
     def _done_at(self, exit: PartExit) -> bool:
-        # nobody wants this exit's head
+        # The run was stopped, so the head of this exit need not run.
         if self._answer is not None:
             return True
         self._gathered.take(exit)
@@ -404,7 +410,10 @@ class Started:
 
 
 def _quantiles(times_s: Array) -> dict[str, float]:
-    """Order statistics, rounded up, so that the p99 of few repeats is the largest."""
+    """Compute mean and quantiles, rounded up to the next measured time.
+
+    So the p99 of few repeats is the largest one.
+    """
     p50, p90, p99, p999 = np.quantile(times_s, [0.5, 0.9, 0.99, 0.999], method="higher").tolist()
     return {
         "mean": float(times_s.mean()),
@@ -418,7 +427,7 @@ def _quantiles(times_s: Array) -> dict[str, float]:
 
 
 def processor_name() -> str:
-    """The processor's own name, by which it is told whether costs were measured on such a machine."""
+    """Return the processor's name, which tells whether costs were measured on it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""`python run.py` in an exported directory."""
+"""The command `python run.py` of an exported directory."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "input",
-        help="a .npy file of one array with its batch dimension, or .npz of several, by input name",
+        help=".npy file of an array with its batch dimension, or .npz of arrays by input name",
     )
     parser.add_argument(
-        "--deadline-ms", type=float, help="milliseconds to answer in; without it, run to the end"
+        "--deadline-ms", type=float, help="deadline in milliseconds; default: run to the end"
     )
     parser.add_argument(
         "--statistic",
         default="p99",
         choices=QUANTILES,
-        help="the quantile of the costs that must fit",
+        help="quantile of the measured costs that must fit before the deadline",
+    )
+    parser.add_argument("--no-policy", action="store_true", help="ignore the exported policy")
+    parser.add_argument("--threads", type=int, help="threads per stage; default: as exported")
+    parser.add_argument(
+        "--profile", action="store_true", help="measure costs here first and write costs.json"
     )
     parser.add_argument(
-        "--no-policy", action="store_true", help="do not stop early where the exported policy would"
-    )
-    parser.add_argument("--threads", type=int, help="threads of a stage; without it, as exported")
-    parser.add_argument(
-        "--profile", action="store_true", help="measure here first and write costs.json"
-    )
-    parser.add_argument(
-        "--any-profile", action="store_true", help="believe costs that were not measured here"
+        "--any-profile",
+        action="store_true",
+        help="accept costs that were measured on another machine or with other threads",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(arguments)

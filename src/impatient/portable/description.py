@@ -1,4 +1,4 @@
-"""Reading and checking what bundle.json says."""
+"""Read and check the description in bundle.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPORT = "export the network again with `impatient export`"
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """What bundle.json says, if the directory holds it all."""
+    """Read bundle.json and check that the directory is complete."""
     path = directory / "bundle.json"
     value = read(path, "impatient_bundle", EXPORT)
     try:
@@ -34,7 +34,7 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
-    """What is wrong with a description, in words; None if nothing is."""
+    """Say what is wrong with a description, or None if it is valid."""
     if value["engine"] not in (*ENGINES, *SESSIONS):
         return f"engine {value['engine']!r}; expected one of {', '.join((*ENGINES, *SESSIONS))}"
     wiring = wiring_of(value["wiring"])
@@ -63,8 +63,8 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
         )
         if lacking:
             return (
-                f"nothing gives the value {lacking[0]!r} before it is taken, or its batch "
-                "dimension is not said"
+                f"no stage gives the value {lacking[0]!r} before it is taken, or its batch "
+                "dimension is missing"
             )
         known |= {*gives}
     files = [
@@ -76,7 +76,7 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
 
 
 def wiring_of(value: Mapping[str, Any]) -> Wiring:
-    """What JSON says of how the parts hang together."""
+    """Read a wiring from JSON."""
     return Wiring(
         inputs=tuple(value["inputs"]),
         takes=tuple(map(tuple, value["takes"])),
@@ -87,34 +87,42 @@ def wiring_of(value: Mapping[str, Any]) -> Wiring:
 
 
 def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
-    """Refuse an input that is not what was exported."""
-    needed = (
+    """Check type and shape of an input against the description.
+
+    Raises:
+        BundleError: if the input does not fit.
+    """
+    expected = (
         f"expected a numpy array, {spec['dtype']}, shape "
         f"{['any' if size is None else size for size in spec['shape']]}"
     )
     if not isinstance(array, np.ndarray):
-        raise BundleError(f"input {name!r} is a {type(array).__name__}; {needed}.")
+        raise BundleError(f"input {name!r} is a {type(array).__name__}; {expected}.")
     fits = len(array.shape) == len(spec["shape"]) and all(
         size in (None, given) for size, given in zip(spec["shape"], array.shape, strict=True)
     )
     if array.dtype.name != spec["dtype"] or not fits:
         raise BundleError(
-            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {needed}. Convert "
+            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {expected}. Convert "
             "it first."
         )
 
 
 def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
-    """A file of JSON of this kind and schema.
+    """Read a JSON file of this kind and of the current schema.
 
+    Args:
+        path: path of the file.
+        kind: expected entry "kind" of the file.
+        remedy: what to do if the file cannot be used, for the error message.
     Raises:
-        BundleError: if it is none; the message ends with the remedy.
+        BundleError: if the file cannot be read, or has another kind or schema.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(
-            f"cannot read {path}: {error}. Expected a whole file of JSON; {remedy}."
+            f"cannot read {path}: {error}. Expected a complete JSON file; {remedy}."
         ) from error
     found = (
         (value.get("kind"), value.get("schema"))
@@ -128,7 +136,7 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

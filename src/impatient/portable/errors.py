@@ -1,4 +1,4 @@
-"""What goes wrong in an exported directory."""
+"""Errors of running an exported directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of an exported directory in the engines that run them."""
+"""Run the ONNX files of an exported directory in an engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class EngineFile:
     """One ONNX file in an engine.
 
     Args:
-        path: of the ONNX file.
-        threads: that one call may use.
+        path: path of the ONNX file.
+        threads: number of threads that one call may use.
     Raises:
         BundleError: if the engine is not installed or cannot load the file.
     """
@@ -38,8 +38,8 @@ class EngineFile:
             ) from error
         except Exception as error:
             raise BundleError(
-                f"{self.package} cannot load {path}: {error} Expected an ONNX file that it knows; "
-                "export again."
+                f"{self.package} cannot load {path}: {error} Expected an ONNX file that it "
+                "supports; export again."
             ) from error
 
     package = ""
@@ -57,27 +57,31 @@ class EnginePart(EngineFile):
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         self._lock = threading.Lock()
-        # per thread, what ends its call
+        # For each thread with a call in flight, the function that ends the call.
         self._in_flight: dict[int, Callable[[], None]] = {}
         super().__init__(path, threads=threads)
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        """Compute the outputs, in the order of the file. They stay as they are, whatever is called
-        later.
+        """Compute the outputs, in the order of the file.
+
+        Later calls do not change them.
 
         Raises:
-            Cancelled: if `cancel` came before the call was done.
+            Cancelled: if `cancel` was called before the call was done.
         """
         raise NotImplementedError
 
     def one(self, *inputs: Array) -> Array:
-        """The output of a part that has one only, such as a head."""
+        """Compute the output of a part with a single output, such as a head."""
         (output,) = self(*inputs)
         return output
 
     def cancel(self, thread: int | None = None) -> None:
-        """End the call in flight on the thread of this number (`threading.get_ident()`), or on all
-        threads.
+        """End calls in flight early.
+
+        Args:
+            thread: number of the thread whose call is ended (`threading.get_ident()`); None ends
+                the calls on all threads.
         """
         with self._lock:
             for number, end in self._in_flight.items():
@@ -99,10 +103,10 @@ class EnginePart(EngineFile):
 class OnnxRuntimePart(EnginePart):
     """One ONNX file as a session of ONNX Runtime, on the CPU.
 
-    Each session has threads of its own, which sleep when there is nothing to do; one thread needs
-    none. The pool that all
-    sessions can share is not used: set from Python (1.31) its threads always spin, which takes the
-    processor from everything else in the process, and its size cannot be changed once set.
+    Each session has its own threads, which sleep when there is nothing to do. With threads=1 it
+    computes on the caller's thread. The pool that all sessions can share is not used: if set from
+    Python (1.31), its threads always spin, which takes the processor from everything else in the
+    process, and its size cannot be changed once set.
     """
 
     package = "onnxruntime"
@@ -115,7 +119,7 @@ class OnnxRuntimePart(EnginePart):
         self._new_options = onnxruntime.RunOptions
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        # of this call alone: once it is told to terminate, it stays so
+        # New options for every call: they cannot be reset after `terminate`.
         options = self._new_options()
         with self._flight(lambda: setattr(options, "terminate", True)):
             try:
@@ -129,7 +133,7 @@ class OnnxRuntimePart(EnginePart):
 
 
 def onnxruntime_session(path: Path, threads: int) -> Any:
-    """A session whose threads sleep when there is nothing to do."""
+    """Make a session whose threads sleep when there is nothing to do."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -143,14 +147,15 @@ def onnxruntime_session(path: Path, threads: int) -> Any:
 class OpenVinoPart(EnginePart):
     """One ONNX file compiled by OpenVINO, on the CPU.
 
-    Outputs are lent, not copied, where that pays: they are the memory of an infer request, which
-    computes nothing else until they are gone. Calls in flight at once have a request each.
+    Large outputs are views into an infer request's memory. The request is used again only after
+    they have been garbage-collected. Each call in flight has a separate request.
     """
 
     package = "openvino"
-    # bytes up to which an output is copied
+    # bytes; outputs up to this size are copied
     SMALL = 1 << 16
-    # requests at most whose outputs are lent, so that keeping many costs no more than their copies
+    # Most requests whose outputs may be views. Beyond this, outputs are copied, so that a caller
+    # who keeps many outputs needs no more memory than for copies.
     LENT = 4
 
     def _load(self, path: Path, threads: int) -> None:
@@ -163,8 +168,8 @@ class OpenVinoPart(EnginePart):
         self._made = 0
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece,
-        # and writable
+        # The arrays are kept here because a shared tensor does not keep its array alive. OpenVINO
+        # needs them contiguous and writable.
         arrays = [np.require(value, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for value in inputs]
         loan = _Loan(self._request(), self._idle)
         self._compute(loan.request, arrays)
@@ -189,7 +194,7 @@ class OpenVinoPart(EnginePart):
 
         with self._flight(end):
             try:
-                # infer() would be quicker by 10 us, but cannot be cancelled
+                # infer() would be 10 us faster, but cannot be cancelled.
                 request.start_async()
                 request.wait()
             except Exception as error:
@@ -211,15 +216,15 @@ class OpenVinoPart(EnginePart):
 
 @functools.cache
 def openvino_core() -> Any:
-    """OpenVINO, once per process."""
+    """Return OpenVINO's core, which is made once per process."""
     import openvino
 
     return openvino.Core()
 
 
 def openvino_settings(threads: int) -> dict[str, Any]:
-    """How a model is compiled for the CPU."""
-    # f32: where the processor has bfloat16, OpenVINO would compute in it unasked
+    """Return the settings with which models are compiled for the CPU."""
+    # f32: on processors with bfloat16, OpenVINO would otherwise compute in bfloat16.
     return {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -229,7 +234,7 @@ def openvino_settings(threads: int) -> dict[str, Any]:
 
 
 class _Loan:
-    """A request that goes back to the idle ones when nobody holds its outputs any more."""
+    """An infer request that becomes idle when its outputs are garbage-collected."""
 
     __slots__ = ("_idle", "request")
 
@@ -242,7 +247,7 @@ class _Loan:
 
 
 class _Lent:
-    """Memory of a loan: every array and view that numpy makes of it holds the loan."""
+    """Output memory whose numpy arrays and views keep the loan alive."""
 
     def __init__(self, array: Array, loan: _Loan) -> None:
         self.__array_interface__ = array.__array_interface__

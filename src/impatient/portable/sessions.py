@@ -1,5 +1,6 @@
-"""One session with all exits in the engines that run it, computing in the background into memory
-that is given.
+"""Sessions with all exits of a network, in ONNX Runtime and OpenVINO.
+
+A session computes in the background and writes to memory that the caller provides.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from .streamed import Flight, unwritten
 
 
 class OnnxRuntimeSession(EngineFile):
-    """All exits in one session of ONNX Runtime. Flights follow each other, each on a thread of its
-    own.
+    """All exits in one session of ONNX Runtime.
+
+    Flights run one after the other, each on a separate thread.
     """
 
     package = "onnxruntime"
@@ -45,7 +47,7 @@ class OnnxRuntimeSession(EngineFile):
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
         flight = _OnnxRuntimeFlight(self._new_options())
-        # the thread holds the arrays, to which the session writes until it ends
+        # The thread keeps the arrays alive, because the session writes to them until it ends.
         threading.Thread(
             target=self._fly, args=(flight, inputs, outputs), name="impatient-session"
         ).start()
@@ -58,7 +60,7 @@ class OnnxRuntimeSession(EngineFile):
             with self._turn:
                 self._compute(flight.options, inputs, outputs)
         except BaseException as error:
-            # with its frames it would hold everything that ran
+            # The traceback's frames would keep all arrays of the run alive.
             flight.error = error.with_traceback(None)
         finally:
             flight.over = True
@@ -72,7 +74,7 @@ class OnnxRuntimeSession(EngineFile):
         self._session.run_with_iobinding(binding, options)
 
 
-# names of ONNX Runtime for what can be NaN
+# ONNX Runtime's names of the types that can be NaN.
 _DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 
 
@@ -90,14 +92,14 @@ class _OnnxRuntimeFlight:
 
 
 class OpenVinoSession(EngineFile):
-    """All exits in one model of OpenVINO, compiled for each batch size when that first comes.
+    """All exits in one model of OpenVINO, compiled once for each batch size.
 
-    With a batch of any size, OpenVINO would compute the outputs somewhere else and copy them when
-    everything is done.
+    With a dynamic batch size, OpenVINO would compute the outputs in other memory and copy them only
+    when all of them are done.
     """
 
     package = "openvino"
-    # compiled models that are kept, those last used
+    # How many compiled models are kept: the ones used last.
     MOST = 8
 
     def _load(self, path: Path, threads: int) -> None:
@@ -112,7 +114,7 @@ class OpenVinoSession(EngineFile):
             for entry in self._model.outputs
         ]
         self._lock = threading.Lock()
-        # per sizes of the inputs, the last used last
+        # One lane per shapes of the inputs. The one used last comes last.
         self._lanes: dict[tuple[tuple[int, ...], ...], _Lane] = {}
 
     def memory(self, rows: int) -> list[Array]:
@@ -131,7 +133,7 @@ class OpenVinoSession(EngineFile):
             )
             while len(self._lanes) > self.MOST:
                 del self._lanes[next(iter(self._lanes))]
-        # compiling and waiting hold up this size only
+        # Compiling and waiting block only runs of the same size.
         with lane.lock:
             if lane.latest is None:
                 request = self._compiled_for(shapes).create_infer_request()
@@ -155,7 +157,7 @@ class OpenVinoSession(EngineFile):
 
 
 class _Lane:
-    """Flights of one size, one after the other."""
+    """Flights with inputs of one size, run one after the other."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -163,19 +165,19 @@ class _Lane:
 
 
 class _OpenVinoFlight:
-    """A request in flight. It is that of the flight before, which has settled."""
+    """An infer request in flight, reused from the previous flight, which has settled."""
 
     def __init__(
         self, request: Any, tensor: Any, inputs: Sequence[Array], outputs: Sequence[Array]
     ) -> None:
         self.request = request
-        # a collected flight may meet itself
+        # Reentrant: garbage collection may call `__del__` while this thread holds a lock.
         self._lock = threading.RLock()
         self._settling = threading.RLock()
         self._cancelled = self._settled = False
         self._error: Exception | None = None
-        # held here: a shared tensor does not keep its array alive. OpenVINO wants it in one piece,
-        # and writable
+        # The arrays are kept here because a shared tensor does not keep its array alive. OpenVINO
+        # needs them contiguous and writable.
         arrays = [np.require(array, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for array in inputs]
         self._held = [*arrays, *outputs]
         for index, array in enumerate(arrays):
@@ -186,7 +188,7 @@ class _OpenVinoFlight:
 
     def __del__(self) -> None:
         self.cancel()
-        # it writes to what is held here until it has ended
+        # The request writes to the arrays kept here until it has ended.
         self.settle()
 
     def ended(self) -> bool:
@@ -196,14 +198,14 @@ class _OpenVinoFlight:
         return _ended_well(self._error, cancelled=self._cancelled)
 
     def cancel(self) -> None:
-        # once it has settled, the request may be the next flight's
+        # After this flight has settled, the request may belong to the next one.
         with self._lock:
             self._cancelled = True
             if not self._settled:
                 self.request.cancel()
 
     def settle(self) -> None:
-        """Wait until it has ended; the request is free then."""
+        """Wait until the flight has ended and its request is free."""
         with self._settling:
             if self._settled:
                 return
@@ -216,15 +218,15 @@ class _OpenVinoFlight:
                 self._held = []
 
     def idle(self) -> bool:
-        """Whether nothing is to be waited for."""
-        # what went wrong is found when it settles
+        """Tell whether the flight has ended."""
+        # `settle` finds and stores an error.
         with contextlib.suppress(Exception):
             return self._settled or bool(self.request.wait_for(0))
         return True
 
 
 def _ended_well(error: BaseException | None, *, cancelled: bool) -> bool:
-    """True, or the error of a flight that has ended."""
+    """Return True, or raise the error with which a flight has ended."""
     if error is not None and cancelled:
         raise Cancelled("the session was ended by cancel().") from error
     if error is not None:

@@ -14,24 +14,27 @@ from .errors import BundleError
 Array = NDArray[Any]
 Inputs = Array | Mapping[str, Array]
 
-# a stage: values in, values out; may have a method cancel(thread) that ends the call in flight on
-# the thread of that number
+# A stage takes values and returns values. It may have a method cancel(thread), which ends the call
+# in flight on the thread of that number.
 Part = Callable[..., Sequence[Any]]
-# features in, output out
+# A head takes features and returns an output.
 Head = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
-    """How the parts of a network hang together, by names of values.
+    """Connections between the parts of a network, by names of values.
+
+    Everything that a stage takes is an input or is given by an earlier stage. Residual branches and
+    masks are values like any other.
 
     Attributes:
-        inputs: the network's inputs, in order.
-        takes, gives: per stage, the values it takes and gives, in order. Whatever a later stage
-            needs is given by an earlier
-            one or is an input: residual branches and masks are values like any other.
-        features: per exit, the value its head takes; of the last exit, the output itself.
-        batch_dims: per value, its dimension that is the batch; None where it has none.
+        inputs: names of the network's inputs, in order.
+        takes: names of the values that each stage takes, in order.
+        gives: names of the values that each stage gives, in order.
+        features: for each exit, the name of the value that its head takes; for the last exit, the
+            name of the output.
+        batch_dims: for each value, which of its dimensions is the batch; None where none is.
     """
 
     inputs: tuple[str, ...]
@@ -41,7 +44,7 @@ class Wiring:
     batch_dims: Mapping[str, int | None]
 
     def batch_size(self, inputs: Sequence[Any]) -> int:
-        """Number of samples in inputs that are given in order."""
+        """Return the number of samples in inputs that are given in order."""
         dims = (self.batch_dims[name] for name in self.inputs)
         return next(
             int(value.shape[dim])
@@ -51,14 +54,14 @@ class Wiring:
 
 
 class PartExit:
-    """One exit of a run: the stage up to it has just been computed, its head has not.
+    """One exit of a run: its stage has been computed, its head not.
 
     Attributes:
-        index: 0-based, shallow to deep.
-        features: what its head takes; of the last exit, the output itself; None where they stay
+        index: number of the exit, from 0 (shallow) to deep.
+        features: input of the head; at the last exit the output; None where the features stay
             inside a session.
-        whole: whether the time it took was its own; not if the engine was busy with something else
-            at first.
+        whole: whether the time since the previous exit was spent on this exit alone; False if the
+            engine was busy with another run at first.
     """
 
     __slots__ = ("_head", "_output", "features", "index", "whole")
@@ -79,7 +82,10 @@ class PartExit:
         self._output: Any = features if head is None and output is None else output
 
     def output(self) -> Any:
-        """Compute the head, once. Shape [B, num_classes], before softmax."""
+        """Return the output of the head, shape [B, num_classes], before softmax.
+
+        It is computed at the first call only.
+        """
         if self._output is None:
             assert self._head is not None
             self._output = self._head(self.features)
@@ -87,25 +93,30 @@ class PartExit:
 
 
 class Run(Iterator[PartExit]):
-    """One run through a network in parts, exit by exit, to be used in a `with` block."""
+    """One run through a network, exit by exit, in a `with` block."""
 
     def keep(self, rows: Any) -> None:
-        """Go on with these samples only, in this order: an array of their places in the present
-        batch.
+        """Continue with some of the samples only.
+
+        Args:
+            rows: array of the samples' indices in the present batch, in the order to keep.
         """
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """From any thread: end what `__next__` waits for early, where the engine can; it then
-        raises.
+        """End the stage in flight early, where the engine can.
 
-        Where nothing is waited for nothing happens. A run that was cancelled may go on: its stage
-        is computed anew, or, in one session, all of it.
+        `__next__`, which waits for the stage, then raises. If no stage is in flight, nothing
+        happens. A cancelled run may be continued: the stage is then computed again or, in one
+        session, the whole network.
+
+        Thread:
+            May be called from any thread.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Throw away what has not been computed."""
+        """End the run without computing the rest."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -116,17 +127,18 @@ class Run(Iterator[PartExit]):
 
 
 class Staged:
-    """A network cut into parts: called with the inputs in order, it begins a run.
+    """A network cut into parts, called with its inputs to begin a run.
 
     Args:
-        wiring: how the values go through the stages.
-        stages: per stage, a callable: `wiring.takes` as positions, a sequence of `wiring.gives`
-            back; it may have a method cancel(thread). It must not write to what it takes, nor later
-            to what it gave, but for what the run is done with.
-        heads: per exit, a callable, features to output; None at the last.
+        wiring: connections between the stages.
+        stages: a callable for each stage, which takes `wiring.takes` as positional arguments and
+            returns a sequence of `wiring.gives`; it may have a method cancel(thread). It must not
+            write to values that it takes, nor later to values that it has returned, unless the run
+            needs them no more.
+        heads: for each exit, a callable from features to output; None for the last exit.
     """
 
-    # runs can go on with part of their batch, and that saves work
+    # Runs can continue with some of their samples, and that saves work.
     shrinks = True
 
     def __init__(
@@ -150,8 +162,9 @@ class Staged:
 
 
 class StagedRun(Run):
-    """One run: computes a stage when asked for the next exit. Values are arrays of any one kind
-    (numpy, torch).
+    """A run that computes a stage when the next exit is asked for.
+
+    Values are arrays of one kind: numpy arrays or torch tensors.
     """
 
     def __init__(
@@ -167,7 +180,7 @@ class StagedRun(Run):
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()
-        # the thread on which a stage is in flight
+        # Number of the thread on which a stage is in flight.
         self._thread: int | None = None
         uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
         self._last_use = {name: index for index, names in enumerate(uses) for name in names}
@@ -180,14 +193,14 @@ class StagedRun(Run):
         try:
             given = self._stages[index](*(self._values[name] for name in self._wiring.takes[index]))
         finally:
-            # a cancel that comes late must not end another run's call on this thread
+            # A late `cancel` must not end another run's call on this thread.
             with self._lock:
                 self._thread = None
         self._values.update(zip(self._wiring.gives[index], given, strict=True))
         features = self._values[self._wiring.features[index]]
         self._next += 1
+        # Free the memory of values that no later stage uses.
         for name in [name for name in self._values if self._last_use.get(name, -1) < self._next]:
-            # memory that nobody needs any more
             del self._values[name]
         return PartExit(index, features, self._heads[index])
 

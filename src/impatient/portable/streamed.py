@@ -1,12 +1,13 @@
-"""A network in one session whose exits are read while it runs, and which is ended when nobody wants
-more.
+"""A network in one session, whose exits are read while it runs.
 
-Nothing is cut, so nothing is lost at cuts: with many exits this is faster than a session per stage.
-In return every head runs, and a batch stays as large as it was.
+The session is ended when no further exit is wanted. The network is not cut, so cuts cost no time:
+with many exits this is faster than a session per stage. In return, every head runs and the batch
+cannot shrink.
 
-The outputs lie in memory of ours, filled with a NaN that no computation makes when a run begins.
-The session's file makes each with an operator of its own that only copies, so that a number in it
-is final: an exit has answered when none of these NaNs is left.
+The outputs are written to memory that we allocate. At the start of a run it is filled with a
+special NaN that no computation produces. The exported file writes each output with a separate
+operator that only copies, so that every number in it is final. An exit has answered when none of
+these NaNs is left.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ import numpy as np
 
 from .staged import Array, PartExit, Run, Wiring
 
-# Every look at an output takes time from the session, which has all the processor where its threads
-# do: the first comes shortly before the exit does by experience, the others at a share of what has
-# been waited, within bounds.
+# Every look at an output takes processor time from the session. So the first look comes shortly
+# before the exit is expected, by experience. Later looks follow at a share of the time waited so
+# far, within bounds.
 FIRST_LOOK = 0.95
 LOOK_SHARE = 0.1
 SHORTEST_LOOK_S = 100e-6
 LONGEST_LOOK_S = 1e-3
-# per run
+# Factor by which a stored least time may grow in each run.
 FORGETTING = 1.05
 
-# the NaN, per bytes of a number
+# Bits of the special NaN, by the bytes of a number.
 UNWRITTEN = {2: 0x7E5A, 4: 0x7FDA5A5A, 8: 0x7FFA5A5A5A5A5A5A}
 
 
 def unwritten(rows: int, columns: int, dtype: Any) -> Array:
-    """Memory in which nothing has been written: halves, floats or doubles, shape [rows, columns]."""
+    """Allocate floating-point memory, filled with the NaN for "unwritten"."""
     size = np.dtype(dtype).itemsize
     return np.full((rows, columns), UNWRITTEN[size], f"u{size}").view(dtype)
 
@@ -45,48 +46,57 @@ def _bits(output: Array) -> Array:
 
 
 def _has_come(bits: Array) -> bool:
-    """Whether all of an output has been written."""
+    """Tell whether an output has been written completely."""
     unwritten = UNWRITTEN[bits.dtype.itemsize]
-    # a look is most often this one
+    # This quick check decides most looks.
     if bits[-1, -1] == unwritten:
         return False
     return not (bits == unwritten).any()
 
 
 class Flight(Protocol):
-    """A session that is computing."""
+    """A session's computation in progress."""
 
     def ended(self) -> bool:
-        """Whether it computes no more.
+        """Tell whether the computation has ended.
 
         Raises:
-            Cancelled: if `cancel` came before it was done. Everything else that went wrong is
-                raised as it is.
+            Cancelled: if `cancel` was called before the computation was done. Other errors of the
+                computation are raised unchanged.
         """
 
     def cancel(self) -> None:
-        """From any thread: end it early, at its next operator; does not wait."""
+        """End the computation at its next operator, without waiting.
+
+        Thread:
+            May be called from any thread.
+        """
 
 
 class Session(Protocol):
     """All exits of a network in an engine."""
 
     def memory(self, rows: int) -> list[Array]:
-        """New, unwritten memory for the outputs of so many samples: per exit, shape [B, num_classes
-        + 1].
+        """Allocate unwritten memory for the outputs of a batch.
+
+        Args:
+            rows: number of samples.
+        Returns:
+            An array for each exit, shape [B, num_classes + 1].
         """
 
     def busy(self) -> bool:
-        """Whether a flight has not ended."""
+        """Tell whether a flight has not ended."""
 
     def begin(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> Flight:
-        """Compute on threads of its own, into this memory; at once, or when the flight before has
-        ended.
+        """Start computing into this memory, on the session's threads.
+
+        If another flight is in progress, this one begins when that has ended.
         """
 
 
 class Streamed:
-    """A network in one session: called with the inputs in order, it begins a run."""
+    """A network in one session, called with its inputs to begin a run."""
 
     shrinks = False
 
@@ -104,10 +114,13 @@ class Streamed:
 
 
 class Steps:
-    """How soon each exit came after the one before it: the least time, slowly forgotten."""
+    """The least time between each exit and the one before it.
+
+    A stored time grows a little in every run, so that an old minimum is forgotten.
+    """
 
     def __init__(self) -> None:
-        # by rows and exit
+        # by number of rows and exit
         self._least_s: dict[tuple[int, int], float] = {}
 
     def expected_s(self, rows: int, exit: int) -> float:
@@ -120,10 +133,10 @@ class Steps:
 
 
 class StreamedRun(Run):
-    """One run: the session begins when the first exit is asked for, and goes on whether or not the
-    next one is.
+    """A run in one session, started when the first exit is asked for.
 
-    Exits have no features, only outputs, and these are there when the exit is.
+    The session then continues whether or not the next exit is asked for. Exits have no features,
+    only outputs, which are ready when the exit is returned.
     """
 
     def __init__(self, session: Session, inputs: Sequence[Array], rows: int, steps: Steps) -> None:
@@ -135,12 +148,12 @@ class StreamedRun(Run):
         self._outputs = session.memory(rows)
         self._bits = [_bits(output) for output in self._outputs]
         self._next = 0
-        # that are kept; None: all
+        # Rows that are kept. None: all.
         self._rows: Array | None = None
-        # when the exit before came; None: nobody looked
+        # Instant at which the previous exit came. None: it was there before anyone looked.
         self._before: float | None = None
         self._lock = threading.Lock()
-        # what `__next__` waits for, and `cancel` would end
+        # The flight that `__next__` waits for and `cancel` ends.
         self._awaited: Flight | None = None
         self._cancelled = threading.Event()
 
@@ -176,12 +189,12 @@ class StreamedRun(Run):
         self._flight = None
 
     def __del__(self) -> None:
-        # left without being closed: it must not keep the session busy
+        # A run that was never closed must not keep the session busy.
         if self._flight is not None:
             self._flight.cancel()
 
     def _await(self, index: int) -> bool:
-        """Wait until an output is there; say whether the session had nothing else to do first."""
+        """Wait for an output, and tell whether the session was idle before."""
         idle = True
         if self._flight is None:
             idle = not self._session.busy()
@@ -192,19 +205,19 @@ class StreamedRun(Run):
         try:
             self._look_until(index, self._flight)
         except BaseException:
-            # it may be an interrupt from the keyboard
+            # BaseException: it may be a KeyboardInterrupt.
             self._flight.cancel()
-            # if it is asked again, it begins again
+            # The next request for an exit starts the session again.
             self._flight = None
             raise
         finally:
-            # a cancel that comes late must not end what nobody waits for
+            # A late `cancel` must not end a flight that nothing waits for.
             with self._lock:
                 self._awaited = None
         return idle
 
     def _look_until(self, index: int, flight: Flight) -> None:
-        """Look at an output, now and then, until it is there."""
+        """Look at an output repeatedly until it is complete."""
         begin = time.perf_counter()
         expected_s = (
             0.0
@@ -214,7 +227,7 @@ class StreamedRun(Run):
         sleep_s = FIRST_LOOK * expected_s
         while not _has_come(self._bits[index]) and not flight.ended():
             if self._cancelled.wait(max(sleep_s, SHORTEST_LOOK_S)):
-                # it ends at its next operator
+                # The flight ends at its next operator.
                 time.sleep(SHORTEST_LOOK_S)
             sleep_s = min(LOOK_SHARE * (time.perf_counter() - begin), LONGEST_LOOK_S)
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""When to stop: thresholds on how sure an output is, as `impatient.policies` has them, in numpy."""
+"""Threshold policies and scores of `impatient.policies`, in numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .staged import Array
 
 
 def probabilities(outputs: Array) -> Array:
-    """Softmax over the last dimension, in float32."""
+    """Compute the softmax over the last dimension, in float32."""
     return np.exp(_log_softmax(outputs))
 
 
@@ -24,13 +24,13 @@ def _log_softmax(outputs: Array) -> Array:
 
 
 def max_probability(outputs: Array) -> Array:
-    """Largest class probability, in [1/C, 1]."""
+    """Return the largest class probability, in [1/C, 1]."""
     largest: Array = probabilities(outputs).max(-1)
     return largest
 
 
 def margin(outputs: Array) -> Array:
-    """Difference between the two largest class probabilities, in [0, 1]."""
+    """Return the difference of the two largest class probabilities, in [0, 1]."""
     if outputs.shape[-1] < 2:
         return np.ones(outputs.shape[:-1], np.float32)
     two = np.partition(probabilities(outputs), -2)[..., -2:]
@@ -39,7 +39,7 @@ def margin(outputs: Array) -> Array:
 
 
 def entropy(outputs: Array) -> Array:
-    """One minus the entropy of the class probabilities over its maximum, in [0, 1]."""
+    """Return one minus the normalised entropy of the class probabilities, in [0, 1]."""
     if outputs.shape[-1] < 2:
         return np.ones(outputs.shape[:-1], np.float32)
     logs = _log_softmax(outputs)
@@ -56,19 +56,22 @@ SCORES: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Stop at the first exit whose score reaches its threshold; `inf` closes an exit, so that its
-    head never runs.
+    """A policy that stops at the first exit whose score reaches its threshold.
+
+    Attributes:
+        score: name of the score, a key of `SCORES`.
+        thresholds: threshold of each exit; `inf` closes an exit, so that its head never runs.
     """
 
     score: str
     thresholds: tuple[float, ...]
 
     def looks_at(self, exit: int) -> bool:
-        """Whether the output of this exit is wanted."""
+        """Tell whether the policy needs the output of this exit."""
         return self.thresholds[exit] < math.inf
 
     def stops(self, exit: int, outputs: Array) -> Array:
-        """Which samples are done at this exit; at the last one, all."""
+        """Return a mask of the samples that stop here, all at the last exit."""
         if exit == len(self.thresholds) - 1:
             return np.ones(len(outputs), bool)
         done: Array = SCORES[self.score](outputs) >= np.float32(self.thresholds[exit])

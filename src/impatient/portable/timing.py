@@ -1,4 +1,7 @@
-"""Whether the next exit still fits, on a machine that may have become slower than its profile says."""
+"""Predict whether the next exit still fits before the deadline.
+
+The prediction allows for a machine that has become slower than its profile.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,27 @@ import math
 import threading
 from collections.abc import Sequence
 
-# Time kept back from every deadline for handing the answer over.
+# Time reserved before every deadline for returning the answer.
 RESERVE_S = 100e-6
 
-# The quantile that a statistic of measured times stands for; the largest of n is taken for the last
-# that n could tell.
+# The quantile that each statistic of measured times stands for. The largest time counts as p999.
 QUANTILES = {"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999, "max": 0.999}
 
 
 class SlowdownEstimator:
-    """How many times as long as profiled a stage may take now: a quantile of what the latest stages
-    took, at least 1.
+    """Estimate how many times slower than profiled the machine is now.
 
-    The scale is the quantile of the ratios measured / profiled over the latest 2 / (1 - quantile)
-    stages (at least 50), their second largest at most. A stage as drawn at random as those before
-    it takes longer than that with the wanted probability, whatever the distribution; only a change
-    must be waited for. A load shows at its second stage (at 0.9 the fifth), since the largest
-    ratios count, and is forgotten when the window has passed: 200 stages at the 0.99 quantile, 2000
-    at 0.999. One descheduled stage alone moves nothing. To begin with, the window is full of 1: the
-    profile is believed until it is wrong.
+    The scale is a quantile of the ratios measured / profiled over the latest 2 / (1 - quantile)
+    stages (at least 50), at most their second largest, and at least 1. If the next stage comes from
+    the same distribution as those in the window, whatever that is, it exceeds the scale with
+    probability 1 - quantile. Only a change of the distribution takes time to show. A load shows at
+    its second stage (at 0.9, at its fifth), because the largest ratios count. It is forgotten when
+    the window has passed: after 200 stages at the 0.99 quantile, after 2000 at 0.999. A single
+    descheduled stage changes nothing. At first the window is filled with 1, so the profile is
+    trusted until measured times differ.
 
     Args:
-        quantile: which one, above 0 and below 1: that of the profiled times.
+        quantile: quantile of the profiled times, above 0 and below 1.
     Source:
         The order statistic of split conformal prediction (Vovk et al. 2005), over a moving window.
         It was chosen by simulation over steps in the direction of each error (adaptive conformal
@@ -39,7 +41,7 @@ class SlowdownEstimator:
         May be used from any thread.
     """
 
-    # a ratio: what a suspended machine measures must not become infinite
+    # Largest ratio that counts, so that times measured across a suspension stay finite.
     LARGEST = 100.0
 
     def __init__(self, quantile: float) -> None:
@@ -55,25 +57,28 @@ class SlowdownEstimator:
 
     @property
     def scale(self) -> float:
-        """What profiled costs are to be multiplied by; at least 1, since a quicker machine has time
-        left.
+        """Return the factor, at least 1, by which to multiply profiled costs.
+
+        A factor below 1 is not needed, because a faster machine has time left anyway.
         """
         return self._sorted[self._place]
 
     def observe(self, ratio: float) -> None:
-        """Take note of a stage that took `ratio` times what was profiled."""
+        """Record that a stage took `ratio` times its profiled time."""
         ratio = min(max(1.0, ratio), self.LARGEST)
         with self._lock:
             gone = self._latest.popleft()
             self._latest.append(ratio)
             if ratio != gone:
-                # first: who reads the scale meanwhile must not find too few
+                # Insert before deleting: another thread that reads the scale meanwhile must not
+                # find too few entries.
                 bisect.insort(self._sorted, ratio)
                 del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:
-        """Believe a little less in what was seen: for when a slow machine is given nothing to do,
-        and so shows nothing.
+        """Move the estimate a little towards 1.
+
+        This is for a slow machine that gets no work, and so measures nothing new.
         """
         with self._lock:
             self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
@@ -81,14 +86,16 @@ class SlowdownEstimator:
 
 
 class TimePredictor:
-    """Whether the next exit still fits, on a machine that may have become slower than its profile
-    says.
+    """Predict whether the next exit still fits before the deadline.
 
     Args:
-        next_s: per exit, the quantile of the cost of its stage and head, from the exit before.
-        quantile: which one, above 0 and below 1.
-        stage_s: per exit, the quantile of the cost of its stage alone; by default `next_s`.
-        drift: how much slower the machine is now; by default a new one. Batch sizes share one.
+        next_s: for each exit, the quantile of the time from the exit before it, its stage and head
+            together.
+        quantile: quantile of these times, above 0 and below 1.
+        stage_s: for each exit, the quantile of the time of its stage alone; the default is
+            `next_s`.
+        drift: estimate of how much slower the machine is now, which predictors of several batch
+            sizes may share; the default is a new one.
     """
 
     def __init__(
@@ -104,22 +111,31 @@ class TimePredictor:
 
     @property
     def scale(self) -> float:
-        """How many times as long as profiled the next stage may take; at least 1."""
+        """Return how many times longer than profiled the next stage may take."""
         return self.drift.scale
 
     def needs_s(self, exit: int) -> float:
-        """Seconds to allow for an exit from the one before; 0 beyond the last."""
+        """Return the seconds to allow for an exit, 0 beyond the last exit."""
         return self._next_s[exit] * self.scale if exit < len(self._next_s) else 0.0
 
     def fits(self, exit: int, now: float, deadline: float, reserve_s: float) -> bool:
-        """Whether this exit's answer is there, with the reserve left, by the instant `deadline`;
-        one beyond the last is.
+        """Tell whether an exit can answer before the deadline.
+
+        Args:
+            exit: number of the exit; one beyond the last always fits.
+            now: present instant, in seconds.
+            deadline: instant of the deadline, in seconds.
+            reserve_s: seconds that must be left after the answer.
         """
         return exit >= len(self._next_s) or now + self.needs_s(exit) + reserve_s <= deadline
 
     def observe(self, exit: int, measured_s: float, *, answered: bool = False) -> None:
-        """Take note of what the stage of an exit has just taken, or its stage and head where it
-        `answered`.
+        """Record the measured time of an exit.
+
+        Args:
+            exit: number of the exit.
+            measured_s: seconds that its stage took, or its stage and head if it answered.
+            answered: whether the time includes the head.
         """
         expected = (self._next_s if answered else self._stage_s)[exit]
         if expected > 0.0:

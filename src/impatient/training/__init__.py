@@ -1,4 +1,4 @@
-"""How a network learns to be impatient: data, exit weights, losses, schedules and the loop."""
+"""Train networks with exits: data, exit weights, losses, schedules and the loop."""
 
 from impatient.training import balancing, losses, schedules, weights
 from impatient.training.balancing import AdaLoss

@@ -1,8 +1,8 @@
-"""Exit weights that change while a network trains: AANN's alternating weights, no-regret samplers
-and AdaLoss.
+"""Exit weights that change while a network trains.
 
-Two layers: a base, given or adapted to the losses (AdaLoss), and a sampler that gives one exit,
-drawn anew for every step, a bonus on top of it. Every loop can use them:
+They have two layers. The base weights are given or adapted to the losses (AdaLoss). A sampler draws
+one exit for every step and adds a bonus to its weight: AANN's alternating weights or a no-regret
+learner. Every training loop can use them:
 
     weights = balancer(sieve(9), "alternating", count=9, seed=0)
     for epoch in range(epochs):
@@ -29,7 +29,7 @@ from impatient.errors import StaleInput, TrainingError
 from impatient.training.weights import check_weights, const
 
 SAMPLERS = ("none", "alternating", "exp3", "rwm", "avgl")
-# below any loss worth balancing; keeps 1 / loss and loss / loss finite
+# Below any loss worth balancing. It keeps 1 / loss and loss / loss finite.
 EPS = 1e-8
 
 
@@ -41,11 +41,13 @@ class AdaLoss:
     loss is larger.
 
     Attributes:
-        momentum: of the running average; 0 takes the last step alone.
-        update_every: steps from one update of the weights to the next; before the first one every
-            exit weighs 1.
-        final_extra: added to the last exit's weight after the largest has been scaled to 1.
-        gamma: smallest weight, the largest being 1.
+        momentum: share of the old running average that each step keeps; with 0, only the last step
+            counts.
+        update_every: number of steps between updates of the weights; every exit weighs 1 until the
+            first update.
+        final_extra: amount added to the last exit's weight after the largest weight has been scaled
+            to 1.
+        gamma: smallest weight an exit can have; the largest weight is 1.
 
     Source:
         AdaLoss (Hu et al. 2019, Learning anytime predictions), the authors' code, with the
@@ -77,13 +79,13 @@ class AdaLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learner:
-    """How the samplers "exp3", "rwm" and "avgl" learn which exit to draw.
+    """Constants with which "exp3", "rwm" and "avgl" learn which exit to draw.
 
     Attributes:
-        gamma: share of equal probabilities in what they draw from, and the learning rate of "exp3"
-            and "rwm".
-        last_reward_rate: reward of the last exit, which has no next one, over the best reward of
-            the others.
+        gamma: share of the drawing probability that is spread evenly over the exits, and the
+            learning rate of "exp3" and "rwm".
+        last_reward_rate: reward of the last exit as a share of the best reward of the other exits;
+            the last exit has no next exit to compare with.
 
     Source:
         Anytime Neural Networks, appendix, with the authors' constants.
@@ -98,35 +100,39 @@ class Learner:
 
 
 class Balancer(Protocol):
-    """Exit weights that change while training; one call of `weights`, then one of `observe`, per
-    step.
+    """Exit weights that change during training.
+
+    Each step calls `weights` once before the backward pass and `observe` once after it.
     """
 
     def weights(self) -> Float[Tensor, "K"]:
-        """Weights for the next step, float32 on the CPU. A sampler draws anew at every call."""
+        """Return the weights for the next step, float32 on the CPU.
+
+        A sampler draws another exit at every call.
+        """
         ...
 
     def observe(self, losses_K: Float[Tensor, "K"]) -> None:
-        """Learn from a step's mean loss per exit; with several processes, the mean over all, or
-        their weights part ways.
+        """Learn from a step's mean loss per exit.
 
-        A step whose losses are not all finite changes nothing.
+        With several processes, give the mean over all of them. Otherwise their weights would
+        diverge. A step whose losses are not all finite changes nothing.
         """
         ...
 
     def begin_epoch(self, epoch: int) -> None:
-        """Say which epoch, from 0, the next steps belong to."""
+        """Tell which epoch, from 0, the next steps belong to."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """All that changes, as plain numbers, lists and dicts for a JSON file."""
+        """Return everything that changes, as plain values for a JSON file."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, bit for bit.
+        """Continue from a saved state, bit for bit.
 
         Raises:
-            StaleInput: if it is that of another kind of balancer or another number of exits.
+            StaleInput: if the state is from another kind of balancer or number of exits.
         """
         ...
 
@@ -140,17 +146,17 @@ def balancer(
     learner: Learner | None = None,
     seed: int = 0,
 ) -> Balancer:
-    """Exit weights for every step of a training run.
+    """Make exit weights for every step of a training run.
 
     Args:
-        base: weights of the exits, such as `sieve(count)`, or AdaLoss.
-        sampler: which exit gets a bonus in a step. "none"; "alternating" draws in proportion to the
-            base weights; "exp3", "rwm" and "avgl" learn, from the second epoch on, to draw the
-            exits that the next one improves on most.
-        count: of the exits.
-        gamma: the bonus, as a share of the sum of the base weights.
+        base: base weight of each exit, such as `sieve(count)`, or `AdaLoss`.
+        sampler: rule by which one exit in each step gets a bonus. "none" gives no bonus.
+            "alternating" draws the exit in proportion to the base weights. "exp3", "rwm" and "avgl"
+            learn, from the second epoch on, to draw the exits that the next one improves on most.
+        count: number of exits.
+        gamma: bonus of the drawn exit, as a share of the sum of the base weights.
         learner: constants of "exp3", "rwm" and "avgl".
-        seed: of the draws; a generator of its own, so that no other randomness changes.
+        seed: seed of a separate generator for the draws; other random numbers do not change.
     Raises:
         TrainingError: if the base does not fit the number of exits or the sampler is unknown.
     Source:
@@ -180,7 +186,7 @@ def balancer(
 
 
 def adaloss_weights(averages_K: Float[Tensor, "K"], settings: AdaLoss) -> Float[Tensor, "K"]:
-    """AdaLoss's weights for these running averages of the losses; between gamma and 1.
+    """Compute AdaLoss's weights, between gamma and 1, from running averages of losses.
 
     Example:
         >>> adaloss_weights(torch.tensor([2.0, 1.0, 0.5]), AdaLoss(final_extra=0.0, gamma=0.0))
@@ -193,11 +199,11 @@ def adaloss_weights(averages_K: Float[Tensor, "K"], settings: AdaLoss) -> Float[
 
 
 def rewards(losses_K: Float[Tensor, "K"], last_reward_rate: float) -> Float[Tensor, "K"]:
-    """By which share the next exit's loss is lower than each exit's; at most 1.
+    """Compute the relative decrease from each exit's loss to the next one's.
 
-    The last exit's is `last_reward_rate` times the best of the others', and 0 if there are none. A
-    loss of 0 is divided by 1e-8 instead: no reward if the next one is 0, too, and a very negative
-    one if it is not.
+    A reward is at most 1. The last exit's reward is `last_reward_rate` times the best of the other
+    rewards, and 0 if there are no others. Where a loss is 0, the divisor is 1e-8 instead: the
+    reward is 0 if the next loss is 0, too, and very negative if it is not.
 
     Source:
         Anytime Neural Networks, appendix: r[i] = 1 - loss[i + 1] / loss[i], r[L] = C max r.
@@ -209,8 +215,11 @@ def rewards(losses_K: Float[Tensor, "K"], last_reward_rate: float) -> Float[Tens
 
 
 def mixed(values_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
-    """Probabilities proportional to the values, of which a share `gamma` is spread evenly; all even
-    if all values are 0.
+    """Make probabilities in proportion to the values, with a share spread evenly.
+
+    Args:
+        values_K: non-negative values; if all are 0, the probabilities are equal.
+        gamma: share of the probability that is spread evenly.
     """
     even = torch.full_like(values_K, 1.0 / len(values_K))
     total = values_K.sum()
@@ -218,8 +227,13 @@ def mixed(values_K: Float[Tensor, "K"], gamma: float) -> Float[Tensor, "K"]:
 
 
 def draw(probabilities_K: Float[Tensor, "K"], uniform: float) -> int:
-    """The exit at which the running sum of the probabilities passes a number from [0, 1); never one
-    of probability 0.
+    """Return the exit at which the running sum of probabilities passes a number.
+
+    An exit of probability 0 is never drawn.
+
+    Args:
+        probabilities_K: probability of each exit, up to a common factor.
+        uniform: number in [0, 1), drawn from the uniform distribution.
     """
     ends = probabilities_K.cumsum(0)
     return int(
@@ -234,8 +248,9 @@ def exp3(
     probability: float,
     gamma: float,
 ) -> Float[Tensor, "K"]:
-    """EXP3's values after a step: that of the exit drawn with this probability times exp(gamma
-    reward / (probability K)).
+    """Return EXP3's values after a step.
+
+    The value of the drawn exit is multiplied by exp(gamma reward / (probability K)).
     """
     gains = torch.zeros_like(values_K)
     gains[drawn] = gamma * rewards_K[drawn] / (probability * len(values_K))
@@ -245,28 +260,32 @@ def exp3(
 def rwm(
     values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], gamma: float
 ) -> Float[Tensor, "K"]:
-    """The values of randomised weighted majority after a step: all of them times exp(gamma reward /
-    2).
+    """Return the values of randomised weighted majority after a step.
+
+    Every value is multiplied by exp(gamma reward / 2).
     """
     return _grown(values_K, 0.5 * gamma * rewards_K, gamma)
 
 
 def avgl(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
-    """AVGL's values after a step: 0.9 of the old ones plus the rewards, at least 0."""
+    """Return AVGL's values after a step.
+
+    Each value is 0.9 times the old one plus the reward, and at least 0.
+    """
     return (0.9 * values_K + rewards_K).clamp(min=0.0)
 
 
 def _grown(values_K: Tensor, gains_K: Tensor, gamma: float) -> Tensor:
-    # softmax of the logarithms: where all rewards are very negative, exp would be 0 for all and
-    # what was learned be lost
+    # A softmax of the logarithms: if all rewards are very negative, exp would be 0 for every exit
+    # and the learned values would be lost.
     return mixed(torch.softmax(values_K.log() + gains_K, 0), 0.001 * gamma)
 
 
-# --- what lives -----------------------------------------------------------------------------------
+# --- the balancers, which keep state --------------------------------------------------------------
 
 
 class _Static:
-    """The base weights at every step."""
+    """Balancer that gives the same base weights at every step."""
 
     def __init__(self, base: Sequence[float]) -> None:
         self.base = torch.tensor(base, dtype=torch.float32)
@@ -288,7 +307,7 @@ class _Static:
 
 
 class _Adaptive:
-    """AdaLoss."""
+    """Balancer that follows the losses by AdaLoss."""
 
     def __init__(self, settings: AdaLoss, count: int) -> None:
         self.settings = settings
@@ -300,10 +319,10 @@ class _Adaptive:
         return self.base.float()
 
     def observe(self, losses_K: Tensor) -> None:
-        losses = _at_hand(losses_K, len(self.base))
+        losses = _finite_losses(losses_K, len(self.base))
         if losses is None:
             return
-        # starts at the first losses, not at 0
+        # The average starts at the first losses, not at 0.
         momentum = self.settings.momentum if self.steps else 0.0
         self.averages = momentum * self.averages + (1.0 - momentum) * losses
         self.steps += 1
@@ -324,7 +343,7 @@ class _Adaptive:
 
 
 class _Sampled:
-    """A bonus for one drawn exit on top of a base."""
+    """Balancer that adds a bonus for one drawn exit to another balancer."""
 
     def __init__(
         self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int
@@ -334,11 +353,11 @@ class _Sampled:
         self.bonus = bonus
         self.learner = learner
         self.random = np.random.default_rng(seed)
-        # avgl's sum of rewards starts empty; the others' values start equal
+        # The sum of rewards of avgl starts at 0. The values of the others start equal.
         self.values = torch.full(
             (count,), 0.0 if sampler == "avgl" else 1.0 / count, dtype=torch.float64
         )
-        # nothing yet
+        # -1: no exit has been drawn yet
         self.drawn = -1
         self.epoch = 0
 
@@ -353,7 +372,7 @@ class _Sampled:
 
     def observe(self, losses_K: Tensor) -> None:
         self.inner.observe(losses_K)
-        losses = _at_hand(losses_K, len(self.values))
+        losses = _finite_losses(losses_K, len(self.values))
         if losses is None or self.sampler == "alternating" or self.epoch < 1:
             return
         gained = rewards(losses, self.learner.last_reward_rate)
@@ -395,8 +414,8 @@ class _Sampled:
         self.random.bit_generator.state = state["random"]
 
 
-def _at_hand(losses_K: Tensor, count: int) -> Tensor | None:
-    """The losses for arithmetic of small vectors, or None if they teach nothing."""
+def _finite_losses(losses_K: Tensor, count: int) -> Tensor | None:
+    """Return losses as doubles on the CPU, or None if not finite."""
     if losses_K.shape != (count,):
         raise TrainingError(
             f"losses of shape {tuple(losses_K.shape)}; expected the mean loss of each of {count} "
@@ -414,9 +433,9 @@ def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
 
     if sizes(state) != sizes(like):
         raise StaleInput(
-            f"the state of other exit weights: it holds {sizes(state)} (numbers per entry), "
-            f"expected {sizes(like)}. Go on with the weights and the sampler it was made with, or "
-            "start anew."
+            f"this state belongs to other exit weights: it has {sizes(state)} (numbers per entry), "
+            f"expected {sizes(like)}. Continue with the weights and the sampler it was made with, "
+            "or start again."
         )
 
 

@@ -1,4 +1,7 @@
-"""Everything a training run needs to go on bit for bit where it stopped, in one safetensors file."""
+"""Checkpoints, from which a training run continues bit for bit.
+
+A checkpoint is one safetensors file with weights, optimizer state and random state.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from impatient.files import entries_under, read_tensors, write_tensors
 def save_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]
 ) -> None:
-    """Write weights, optimizer state and random state, with a JSON header, whole or not at all."""
+    """Write weights, optimizer state, random state and a JSON header atomically."""
     tensors: dict[str, Tensor] = {
         f"model/{name}": value for name, value in model.state_dict().items()
     }
@@ -36,16 +39,18 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module
 ) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
-    """Put weights and random state back; return the header and the optimizer's state per parameter.
+    """Restore weights and random state from a checkpoint.
 
+    Returns:
+        The header, and the optimizer's state of each parameter by its index.
     Raises:
         StorageError: if the file is damaged or belongs to another model.
     """
     tensors, header = read_tensors(path)
     if "random/cpu" not in tensors:
         raise StorageError(
-            f"{path} is no checkpoint of training; it lacks the random state. Delete it to start "
-            "anew."
+            f"{path} is not a training checkpoint: it has no random state. Delete it to start "
+            "again."
         )
     try:
         model.load_state_dict(entries_under("model/", tensors))

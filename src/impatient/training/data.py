@@ -1,4 +1,7 @@
-"""Data sets with three named splits: train, validation (carved from train, seeded) and test."""
+"""Data sets with three named splits: train, validation and test.
+
+The validation split is taken from the training examples, by a seed.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,16 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """From raw inputs to what the network takes: scale bytes to [0, 1], subtract the mean, divide
-    by the deviation.
+    """Conversion of raw inputs to the input of a network.
+
+    Bytes are scaled to [0, 1]. Then the mean is subtracted and the result divided by the standard
+    deviation.
 
     Attributes:
-        mean, std: per channel; empty for token ids, which pass as they are.
-        size: height and width of images, None for other inputs.
-        channels: of images; 0 for other inputs.
+        mean: mean per channel; empty for token ids, which are not changed.
+        std: standard deviation per channel; empty for token ids.
+        size: height and width of images; None for other inputs.
+        channels: number of channels of images; 0 for other inputs.
     """
 
     mean: tuple[float, ...]
@@ -38,7 +44,7 @@ class Preprocess:
     channels: int = 0
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """Raw inputs, batch first, to the network's input, on the device of `raw`."""
+        """Convert raw inputs, batch first, on the device of `raw`."""
         if not self.mean:
             return raw
         x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()
@@ -51,11 +57,12 @@ class Preprocess:
         """Read one image file as raw input [1, C, H, W], uint8.
 
         Raises:
-            DataError: if the file is missing or no image, or the network does not take images.
+            DataError: if the file is missing or not an image, or if the network does not take
+                images.
         """
         if self.size is None:
             raise DataError(
-                f"this network was trained on inputs that are no images; cannot read {path}."
+                f"cannot read {path}: this network was trained on inputs that are not images."
             )
         return read_image(Path(path), self.size, self.channels)[None]
 
@@ -78,11 +85,11 @@ class Examples(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """True classes, int64 [N]."""
+        """Return the true classes, int64 [N]."""
         ...
 
     def take(self, indices: Sequence[int]) -> Tensor:
-        """Raw inputs at these places, batch first."""
+        """Return the raw inputs at these indices, batch first."""
         ...
 
 
@@ -99,7 +106,10 @@ class ArrayExamples:
 
 @dataclass(frozen=True, slots=True)
 class LazyExamples:
-    """Images decoded when they are asked for, by threads (decoding releases Python's lock)."""
+    """Images that threads decode when they are asked for.
+
+    Threads help because decoding releases Python's global lock.
+    """
 
     sources: Sequence[Any]
     labels: Tensor
@@ -114,14 +124,14 @@ class LazyExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """A labelled data set: raw examples per split and how they become the network's input.
+    """A labelled data set with raw examples per split and their preprocessing.
 
     Attributes:
-        name: the spec it was loaded from.
+        name: specification that the data set was loaded from.
         splits: raw examples of "train", "validation" and "test".
-        class_names: one per class.
-        preprocess: fitted on the training split.
-        fingerprint: changes when the data or the splits do.
+        class_names: name of each class.
+        preprocess: conversion of raw inputs to the network's input, fitted on the training split.
+        fingerprint: hash that changes when the data or the splits change.
     """
 
     name: str
@@ -148,7 +158,7 @@ class Data:
         return self.splits[split]
 
     def batches(self, split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs as the network takes them, with labels, in order."""
+        """Yield preprocessed inputs with their labels, in order."""
         examples = self.examples(split)
         for start in range(0, len(examples.labels), batch_size):
             indices = range(start, min(start + batch_size, len(examples.labels)))
@@ -158,7 +168,7 @@ class Data:
             )
 
     def example(self, batch_size: int = 1) -> Tensor:
-        """The first training inputs, as the network takes them."""
+        """Return the first training inputs, preprocessed."""
         return self.preprocess(
             self.examples("train").take(range(min(batch_size, self.size("train"))))
         )
@@ -168,14 +178,14 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     """Load a data set by name.
 
     Args:
-        spec: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE" with x_train,
-            y_train, x_test, y_test; "imagefolder:DIR" with DIR/train/CLASS/* and DIR/test/CLASS/*;
-            "hf:NAME-OR-PATH" (Hugging Face datasets with an image column). Options follow:
-            "imagefolder:DIR:size=64".
-        seed: of the validation split.
+        spec: name of the data set: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE"
+            with x_train, y_train, x_test, y_test; "imagefolder:DIR" with DIR/train/CLASS/* and
+            DIR/test/CLASS/*; "hf:NAME-OR-PATH" (Hugging Face datasets with an image column).
+            Options follow after a colon: "imagefolder:DIR:size=64".
+        seed: seed that chooses the validation split.
         validation: share of the training examples held out for validation, stratified by class.
     Raises:
-        DataError: if it is missing, empty or malformed.
+        DataError: if the data set is missing, empty or malformed.
     """
     if not 0.0 < validation < 1.0:
         raise DataError(f"validation={validation}; expected a share between 0 and 1, such as 0.1.")
@@ -196,16 +206,21 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Raw:
-    """What a loader gives: examples for training and test, before validation is carved out."""
+    """Examples of a data set before the validation split is taken out.
+
+    Attributes:
+        train: examples for training and validation.
+        test: examples for the test split.
+        class_names: name of each class.
+        groups: group of each training example, or None; a group is never split between training and
+            validation.
+        content: fingerprint of the examples.
+    """
 
     train: Examples
     test: Examples
     class_names: tuple[str, ...]
-    groups: np.ndarray | None = (
-        # examples of one group stay on one side of the validation split
-        None
-    )
-    # fingerprint
+    groups: np.ndarray | None = None
     content: str
 
 
@@ -234,7 +249,7 @@ def _check_labels(name: str, raw: _Raw) -> None:
     if min(train | test) < 0:
         raise DataError(
             f"{name}: labels must be integers from 0, but {min(train | test)} is among them; "
-            "hidden labels will not do."
+            "hidden labels cannot be used."
         )
     if max(train | test) >= len(raw.class_names):
         raise DataError(
@@ -249,10 +264,10 @@ def _check_labels(name: str, raw: _Raw) -> None:
 
 
 def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -> np.ndarray:
-    """Mask of the examples held out: a share of each class, or of each class's groups where groups
-    are given.
+    """Choose the examples to hold out, as a mask.
 
-    Every class keeps something to train on; a group is held out whole, even where it has examples
+    A share of each class is held out, or of each class's groups where groups are given. Every class
+    keeps at least one training example. A group is held out completely, even where it has examples
     of several classes.
     """
     random = np.random.default_rng(seed)
@@ -282,8 +297,9 @@ def _held_out_count(count: int, share: float) -> int:
 def _with_groups(
     mask: np.ndarray, kinds: np.ndarray, wanted: int, groups: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """The mask with as many more groups as wanted; one that would leave a class without training
-    examples stays.
+    """Add groups to a mask until as many are held out as wanted.
+
+    A group is skipped if a class would be left without training examples.
     """
     classes = len(np.unique(labels))
     for kind in kinds:
@@ -310,8 +326,9 @@ def _subset(examples: Examples, places: np.ndarray) -> Examples:
 
 
 def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
-    """Mean and deviation of up to `most` training inputs, per channel for images, over all for
-    vectors.
+    """Compute mean and standard deviation of up to `most` training inputs.
+
+    They are computed per channel for images and over all features for vectors.
     """
     count = len(train.labels)
     sample = train.take(range(0, count, max(1, count // most)))
@@ -337,7 +354,7 @@ def _digits(rest: str, seed: int) -> _Raw:
 
     bunch = load_digits()
     images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
-    # its own seed: the test set must not change with the user's
+    # A fixed seed: the test split must not change with the user's seed.
     test = _held_out(bunch.target, bunch.target, seed=0, share=0.2)
     del seed
     return _arrays(
@@ -361,7 +378,7 @@ def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
-        # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error, ...
+        # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error and others.
         raise DataError(
             f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?"
         ) from error
@@ -372,7 +389,7 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
     missing = [name for name in ("x_train", "y_train", "x_test", "y_test") if name not in arrays]
     if missing:
         raise DataError(
-            f"{where} lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}."
+            f"{where} lacks {', '.join(missing)}; it contains {', '.join(arrays) or 'nothing'}."
         )
     parts = {
         split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}")
@@ -449,7 +466,7 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
 
 
 def _channels_first(inputs: Tensor) -> Tensor:
-    """Images [N,H,W] or [N,H,W,C] to [N,C,H,W]; everything else as it is."""
+    """Convert images [N,H,W] or [N,H,W,C] to [N,C,H,W] and leave other inputs unchanged."""
     if inputs.dtype == torch.int64 or inputs.dim() < 3:
         return inputs
     if inputs.dim() == 3:
@@ -469,7 +486,7 @@ def _imagefolder(rest: str, seed: int) -> _Raw:
     folders = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
     classes = tuple(sorted({label for files in folders.values() for _, label in files}))
     if not classes:
-        raise DataError(f"{root} holds no images; expected train/CLASS/*.png and test/CLASS/*.png.")
+        raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
     if "test" not in folders:
         folders = _carve_test(folders["train"], seed)
     size = options.get("size") or _common_size([path for path, _ in folders["train"]])
@@ -500,7 +517,7 @@ def _class_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tuple[Path, str]]]:
-    # the test set must not change with the user's seed
+    # The test split must not change with the user's seed.
     del seed
     labels = np.unique([label for _, label in files], return_inverse=True)[1]
     mask = _held_out(labels, labels, seed=0, share=0.2)
@@ -511,7 +528,7 @@ def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tupl
 
 
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """The images' own size if a sample of them agrees, else 224 x 224."""
+    """Return the common size of a sample of images, or 224 x 224."""
     sizes = set()
     for path in paths[:: max(1, len(paths) // 50)]:
         with _opened(path) as image:
@@ -527,10 +544,10 @@ def _opened(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """Decode an image to uint8 [C, H, W]: the centre, in the size's proportions, resized.
+    """Decode, crop and resize an image file to uint8 [C, H, W].
 
     Raises:
-        DataError: if the file is missing, no image or damaged.
+        DataError: if the file is missing, not an image or damaged.
     """
     with _opened(path) as image:
         try:
@@ -540,7 +557,10 @@ def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
 
 
 def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
-    """A picture as uint8 [C, H, W]: its centre, in the size's proportions, resized."""
+    """Convert a picture to uint8 [C, H, W].
+
+    The largest centred part with the proportions of `size` is cut out and resized.
+    """
     from PIL import ImageOps
 
     picture = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
@@ -551,7 +571,10 @@ def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Te
 
 
 def _options(rest: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Split "PATH:size=64" into the path and its options; images are square."""
+    """Split "PATH:size=64" into the path and its options.
+
+    A size is that of square images.
+    """
     path, colon, options = rest.rpartition(":")
     if not colon or "=" not in options:
         return rest, {}
@@ -655,7 +678,7 @@ def _hugging_face(rest: str, seed: int) -> _Raw:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One row of a Hugging Face data set, decoded when asked."""
+    """One row of a Hugging Face data set, decoded when asked for."""
 
     table: Any
     column: str
@@ -681,7 +704,7 @@ class _Rows(Sequence[_Row]):
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
-        # IndexError past the end, where iteration stops
+        # The range raises IndexError past the end, where iteration stops.
         return _Row(self.table, self.column, range(len(self.table))[place])
 
 

@@ -1,8 +1,8 @@
-"""The training loop, on Lightning Fabric: exits trained jointly, alone, or after the backbone;
-stopped and resumed at will.
+"""The training loop, on Lightning Fabric, which can be stopped and resumed.
 
-Its pieces are plain functions (`losses`, `schedules`, `weights`); nothing here is needed to train
-in a loop of one's own.
+It trains all exits jointly, only the heads, or the backbone first and then everything. Its pieces
+are plain functions (`losses`, `schedules`, `weights`), which any other training loop can use
+without this module.
 """
 
 from __future__ import annotations
@@ -64,31 +64,35 @@ AUGMENTATIONS = ("none", "crop", "crop-flip")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How to train.
+    """Options of a training run.
 
     Attributes:
         epochs: passes over the training split, all phases together.
-        batch_size: per process.
-        lr, momentum, weight_decay: of SGD with Nesterov momentum.
-        schedule: "cosine", or "step" (a tenth after 1/2 and 3/4), of each phase.
+        batch_size: samples per step and process.
+        lr: highest learning rate of SGD.
+        momentum: Nesterov momentum of SGD.
+        weight_decay: weight decay of SGD.
+        schedule: learning-rate schedule of each phase: "cosine", or "step" (divide by 10 after 1/2
+            and 3/4).
         warmup: share of each phase during which the learning rate grows.
-        regime: "joint" trains everything, "frozen" only the heads, "mixed" the backbone first and
-            then everything.
-        backbone_share: of the epochs, in the mixed regime, for the backbone alone.
-        label_smoothing: of the cross-entropy.
-        augment: "none", "crop" (random shift by an eighth) or "crop-flip" (and mirrored), for
-            images.
-        clip_norm: largest gradient norm, or None.
-        channels_last: memory format of convolutions; faster on most CPUs and GPUs.
-        sampler: "none", or how one exit is drawn in each step to weigh more: "alternating" (AANN),
-            "exp3", "rwm", "avgl".
-        sampler_gamma: the drawn exit's bonus as a share of the weights' sum.
+        regime: what is trained: "joint" trains everything, "frozen" only the heads, "mixed" the
+            backbone first and then everything.
+        backbone_share: share of the epochs that train only the backbone in the mixed regime.
+        label_smoothing: label smoothing of the cross-entropy, from 0 to 1.
+        augment: augmentation of images: "none", "crop" (random shift by an eighth) or "crop-flip"
+            (random shift and mirroring).
+        clip_norm: largest gradient norm; None does not clip.
+        channels_last: use the channels-last memory format, faster for convolutions on most CPUs and
+            GPUs.
+        sampler: rule by which each step draws one exit that weighs more: "none", "alternating"
+            (AANN), "exp3", "rwm" or "avgl".
+        sampler_gamma: bonus of the drawn exit, as a share of the sum of the exit weights.
         equilibrium: balance the gradients of early and deeper exits (`GradientFlow`).
         detach: share of an early exit's channels that deeper exits do not train (`GradientFlow`).
         distillation: share of the early exits' loss that is learning from the last exit.
-        temperature: of that.
-        head_decay: weight decay of early heads: "plain", or "scaled" by their exit's weight.
-        seed: of order, augmentation, dropout and the sampler.
+        temperature: softmax temperature for distillation.
+        head_decay: weight decay of early heads: "plain", or "scaled" by the weight of their exit.
+        seed: seed of data order, augmentation, dropout and the sampler.
     """
 
     epochs: int = 20
@@ -163,7 +167,7 @@ class Recipe:
             )
 
     def phases(self) -> list[tuple[str, int, int]]:
-        """(name, first epoch, epoch after the last) of each phase."""
+        """Return name, first epoch and the epoch after the last of each phase."""
         names = REGIMES[self.regime]
         if len(names) == 1:
             return [(names[0], 0, self.epochs)]
@@ -171,19 +175,28 @@ class Recipe:
         return [(names[0], 0, turn), (names[1], turn, self.epochs)]
 
     def gradients(self) -> GradientFlow:
-        """What happens to gradients at the exits while everything is trained."""
+        """Return how gradients flow at the exits while everything is trained."""
         return GradientFlow(equilibrium=self.equilibrium, detach=self.detach)
 
     def learning_rate(self, done: float) -> float:
-        """Learning rate when this share of a phase is done."""
+        """Return the learning rate when this share of a phase is done."""
         factor = schedules.cosine(done) if self.schedule == "cosine" else schedules.step(done)
         return self.lr * schedules.warmed_up(done, factor, self.warmup)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochMetrics:
-    """One epoch: per exit, loss and accuracy on the training batches as they came and on the
-    validation split.
+    """Loss and accuracy of every exit in one epoch.
+
+    Attributes:
+        epoch: number of the epoch, from 1.
+        phase: name of the phase: "joint", "heads" or "backbone".
+        lr: learning rate of the last step.
+        seconds: time of the epoch, validation included.
+        train_loss: mean loss per exit on the training batches, measured during training.
+        train_accuracy: accuracy per exit on the training batches, measured during training.
+        validation_loss: mean loss per exit on the validation split after the epoch.
+        validation_accuracy: accuracy per exit on the validation split after the epoch.
     """
 
     epoch: int
@@ -206,12 +219,12 @@ class EpochMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What training reported, epoch by epoch."""
+    """Metrics of a training run, one entry per epoch."""
 
     epochs: tuple[EpochMetrics, ...]
 
     def to_csv(self) -> str:
-        """One row per epoch, split and exit."""
+        """Write the metrics as CSV, one row per epoch, split and exit."""
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["epoch", "phase", "lr", "seconds", "split", "exit", "loss", "accuracy"])
@@ -250,23 +263,23 @@ def fit(
     """Train a network with exits, in place.
 
     Args:
-        network: from `attach_exits`, an `AnytimeNet`, or anything whose forward gives K outputs and
-            that has `heads` and `backbone`.
-        data: from `load_data`; validation is only reported, never trained on.
-        weights: one per exit, such as `exit_weights(budget, costs.contract_s())` (Impatient DNNs),
-            used as they are; or the text of a static scheme for `parse_weights`, where "uniform"
-            weighs every exit 1; or "adaloss" or an `AdaLoss`, which follow the losses; or a tensor
-            [N, K] with weights for each training sample. By default the network's own
-            (`default_weights`).
-        recipe: how to train.
-        fabric: a Lightning Fabric for another device, several processes or mixed precision; by
-            default one device, the accelerator if there is one.
-        checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it is
-            there.
+        network: network from `attach_exits`, an `AnytimeNet`, or any module with `heads` and
+            `backbone` whose forward returns K outputs.
+        data: data set from `load_data`; the validation split is only reported, never trained on.
+        weights: weight of each exit in the loss. Give one number per exit, such as
+            `exit_weights(budget, costs.contract_s())` (Impatient DNNs), used as they are; or the
+            text of a static scheme for `parse_weights`, where "uniform" weighs every exit 1; or
+            "adaloss" or an `AdaLoss`, which follow the losses; or a tensor [N, K] with weights for
+            each training sample. The default is the network's own scheme (`default_weights`).
+        recipe: options of training.
+        fabric: Lightning Fabric for another device, several processes or mixed precision; the
+            default is one device, the accelerator if there is one.
+        checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it
+            exists.
         metrics_csv: file for loss and accuracy per epoch, split and exit.
         progress: show a progress bar.
     Returns:
-        What was reported per epoch. The network is left in eval mode.
+        The metrics of every epoch. The network is left in eval mode.
     Raises:
         TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
@@ -295,8 +308,9 @@ def fit(
 
 
 def default_weights(network: object) -> str:
-    """The scheme of weights a network is trained with if nothing else is said: its own
-    `default_weights`, or "uniform".
+    """Return the weight scheme that a network is trained with by default.
+
+    It is the network's own `default_weights`, or "uniform" if it has none.
     """
     return getattr(network, "default_weights", "uniform")
 
@@ -304,11 +318,15 @@ def default_weights(network: object) -> str:
 def checked_weights(
     weights: ExitWeights, count: int, samples: int, sampler: str = "none"
 ) -> tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]:
-    """Exit weights as given or as their text says, checked against the network, the data and the
-    sampler.
+    """Read exit weights and check that they fit.
 
+    Args:
+        weights: exit weights in any form that `fit` takes.
+        count: number of exits.
+        samples: number of training samples.
+        sampler: sampler of the recipe.
     Raises:
-        TrainingError: if they do not fit.
+        TrainingError: if the weights do not fit the exits, the samples or the sampler.
     """
     if isinstance(weights, AdaLoss):
         return weights
@@ -375,13 +393,12 @@ class _Training:
         self.metrics_csv = metrics_csv
         self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
-        # batches of the running epoch that are done
+        # Batches of the running epoch that are done, their summed losses and hits, and their time
+        # in seconds.
         self.step = 0
-        # their losses and hits
         self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
-        # and their time
         self.seconds = 0.0
-        # heads of equal shapes fit at other places, too
+        # "exits" is needed because heads of equal shapes would also fit after other layers.
         self.identity = {
             "recipe": dataclasses.asdict(recipe),
             "weights": _identity(weights),
@@ -392,9 +409,9 @@ class _Training:
         }
 
     def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
-        """One static weight per exit: what head decay goes by."""
+        """Return one static weight per exit, by which head decay is scaled."""
         if isinstance(weights, AdaLoss):
-            # as the authors: theirs are those before the first update
+            # The authors' code, too, uses the weights before the first update.
             return (1.0,) * self.network.num_exits
         return tuple(weights.mean(0).tolist()) if isinstance(weights, Tensor) else weights
 
@@ -423,10 +440,10 @@ class _Training:
     ) -> None:
         backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
         for name, parameter in self.network.named_parameters():
-            # without a gradient, momentum and weight decay would still move what is not to be
-            # trained
-            taking_part = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
-            parameter.requires_grad_(taking_part and self.trainable[name])
+            # A zero gradient would not be enough: momentum and weight decay would still change the
+            # parameter.
+            in_phase = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
+            parameter.requires_grad_(in_phase and self.trainable[name])
         groups = self._parameter_groups()
         if not groups:
             raise TrainingError(
@@ -450,7 +467,7 @@ class _Training:
             self._run_epoch(model, optimizer, phase, epoch, (first, last))
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What is to be trained, by weight decay: everything but the early heads, then each head."""
+        """Group the trainable parameters by weight decay: each early head, and the rest."""
         heads = list(getattr(self.network, "heads", ()))
         owner = {
             id(parameter): exit
@@ -472,7 +489,7 @@ class _Training:
     ) -> None:
         model.train()
         if phase == "heads":
-            # a frozen backbone keeps its batch-norm statistics
+            # A frozen backbone keeps its batch-norm statistics.
             self.network.backbone.eval()
         batches = self._order(self.data.size("train"), epoch)
         self.balancer.begin_epoch(epoch)
@@ -516,8 +533,10 @@ class _Training:
     def _update(
         self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float
     ) -> Tensor:
-        """One step of gradient descent; returns summed losses and hits per exit, shape [2, K], on
-        the CPU.
+        """Take one step of gradient descent.
+
+        Returns:
+            Summed losses and hits per exit on the CPU, shape [2, K].
         """
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -551,7 +570,7 @@ class _Training:
     def _objective(
         self, losses_KB: Tensor, outputs: Sequence[Tensor], phase: str, indices: Tensor
     ) -> Tensor:
-        """What this step minimises."""
+        """Return the loss that this step minimises."""
         if phase == "backbone":
             return losses_KB[-1].mean()
         if self.recipe.distillation:
@@ -565,15 +584,16 @@ class _Training:
         return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
 
     def _order(self, count: int, epoch: int) -> list[Tensor]:
-        """This process's batches of one epoch, as indices; the same whether or not the run was
-        interrupted.
+        """Return the indices of this process's batches in one epoch.
+
+        They are the same whether or not the run was interrupted.
         """
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(count, generator=generator)
         world = self.fabric.world_size
         order = order[: count - count % world][self.fabric.global_rank :: world]
         batches = list(order.split(self.recipe.batch_size))
-        # batch norm cannot train on one sample
+        # Batch norm cannot train on a single sample.
         if len(batches) > 1 and len(batches[-1]) == 1:
             batches.pop()
         return batches
@@ -587,8 +607,9 @@ class _Training:
 
     @torch.no_grad()
     def _validate(self, split: Split) -> Tensor:
-        """Mean loss and accuracy per exit on a split, shape [2, K]; every process computes the
-        whole of it.
+        """Compute mean loss and accuracy per exit on a split, shape [2, K].
+
+        Every process computes the whole split.
         """
         self.network.eval()
         sums = torch.zeros_like(self.sums)
@@ -618,7 +639,7 @@ class _Training:
         save_checkpoint(self.checkpoint, self.network, optimizer, header)
 
     def _resume(self) -> dict[int, dict[str, Any]] | None:
-        """Take up the checkpoint if there is one; returns the optimizer's state."""
+        """Resume from the checkpoint if there is one, and return the optimizer's state."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return None
         self._check_identity(read_header(self.checkpoint))
@@ -628,23 +649,23 @@ class _Training:
         self.seconds = header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)
         self.balancer.restore(header["balancer"])
-        # may have been lost, or the run been stopped between the two files
+        # The metrics file may be missing, or older than the checkpoint after an interruption.
         self._write_metrics()
         return optimizer_state
 
     def _check_identity(self, header: Mapping[str, Any]) -> None:
         for name, wanted in json.loads(json.dumps(self.identity)).items():
             if header.get(name) != wanted:
-                was, now = _where_apart(header.get(name), wanted)
+                was, now = _differing(header.get(name), wanted)
                 raise StaleInput(
                     f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but "
-                    f"here it is {now}. Go on with the old settings, or delete the checkpoint to "
-                    "start anew (`impatient train --restart`)."
+                    f"here it is {now}. Continue with the old settings, or delete the checkpoint "
+                    "to start again (`impatient train --restart`)."
                 )
 
 
-def _where_apart(one: Any, other: Any) -> tuple[Any, Any]:
-    """Two values; of two mappings only the entries that differ."""
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Return two values, reduced to the differing entries if both are mappings."""
     if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
         return one, other
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
@@ -652,7 +673,7 @@ def _where_apart(one: Any, other: Any) -> tuple[Any, Any]:
 
 
 def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
-    """Weights as a checkpoint remembers them."""
+    """Return exit weights in the form in which a checkpoint stores them."""
     if isinstance(weights, Tensor):
         return fingerprint_tensors({"weights": weights})
     return (
@@ -677,10 +698,10 @@ class Interrupt:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Turn the first Ctrl-C into a flag, so that a step can end and be saved; the second one
-    interrupts at once.
+    """Turn the first Ctrl-C into a flag and let the second one interrupt.
 
-    Outside the main thread, where Python takes no signals, the flag never rises.
+    So the running step can be finished and saved. Outside the main thread, where Python does not
+    handle signals, the flag is never set.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():

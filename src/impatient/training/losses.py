@@ -1,4 +1,4 @@
-"""Losses of several exits, as plain functions for anybody's own loop."""
+"""Losses of several exits, as plain functions for any training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sample_losses(
     labels_B: Int[Tensor, "B"],
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, "K B"]:
-    """Cross-entropy of every exit on every sample, shape [K, B]."""
+    """Compute the cross-entropy of every exit on every sample, shape [K, B]."""
     outputs = torch.stack([output.float() for output in outputs_K])
     labels = labels_B.repeat(len(outputs))
     losses = F.cross_entropy(
@@ -29,7 +29,7 @@ def exit_losses(
     labels_B: Int[Tensor, "B"],
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, "K"]:
-    """Mean cross-entropy of every exit, shape [K]."""
+    """Compute the mean cross-entropy of every exit, shape [K]."""
     return sample_losses(outputs_K, labels_B, label_smoothing).mean(1)
 
 
@@ -46,8 +46,7 @@ def weighted_loss(losses_K: Float[Tensor, "K"], weights_K: Float[Tensor, "K"]) -
 def weighted_sample_loss(
     losses_KB: Float[Tensor, "K B"], weights_BK: Float[Tensor, "B K"]
 ) -> Float[Tensor, ""]:
-    """Sum over exits of weight times loss, where every sample has weights of its own; mean over the
-    samples.
+    """Weigh the exits' losses by weights per sample, and average over samples.
 
     Source:
         Impatient DNNs, budgets that depend on the input: p(t | x) in place of p(t).
@@ -58,11 +57,11 @@ def weighted_sample_loss(
 def distillation_losses(
     outputs_K: Sequence[Float[Tensor, "B C"]], temperature: float = 1.0
 ) -> Float[Tensor, "K B"]:
-    """Divergence of every exit's class probabilities from the last exit's, which learns nothing
-    from it; shape [K, B].
+    """Compute how far each exit's class probabilities are from the last exit's.
 
-    Kullback-Leibler divergence of the probabilities at a temperature, times its square, so that
-    gradients keep their size; 0 for the last exit.
+    This is the Kullback-Leibler divergence at a temperature, shape [K, B]. It is multiplied by the
+    squared temperature, so that gradients keep their size. The last exit has divergence 0 and gets
+    no gradient.
 
     Source:
         Hinton et al. 2015; from the last exit to the earlier ones as in Zhang et al. 2019 (Be your
@@ -81,7 +80,14 @@ def distilled(
     share: float,
     temperature: float = 1.0,
 ) -> Float[Tensor, "K B"]:
-    """The early exits' losses with this share of them replaced by learning from the last exit."""
+    """Replace a share of the early losses by learning from the last exit.
+
+    Args:
+        losses_KB: loss of every exit on every sample.
+        outputs_K: output of every exit.
+        share: share of the early exits' losses that is replaced, from 0 to 1.
+        temperature: softmax temperature of the distillation.
+    """
     shares = torch.full((len(losses_KB), 1), share, device=losses_KB.device)
     shares[-1] = 0.0
     return (1.0 - shares) * losses_KB + shares * distillation_losses(outputs_K, temperature)
@@ -90,5 +96,5 @@ def distilled(
 def exit_hits(
     outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"]
 ) -> Int[Tensor, "K"]:
-    """Number of samples each exit gets right, shape [K]."""
+    """Count the samples that each exit classifies correctly, shape [K]."""
     return (torch.stack(list(outputs_K)).argmax(-1) == labels_B).sum(1)

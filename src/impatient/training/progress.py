@@ -1,4 +1,4 @@
-"""What training shows: a bar with loss and accuracy per exit, and a line per epoch."""
+"""Show a progress bar and one line per epoch, with metrics per exit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress:
-    """Does nothing at all when it is not wanted."""
+    """Progress of training on the terminal, or nothing if not wanted."""
 
     def __init__(self, wanted: bool, epochs: int) -> None:
         self._wanted = wanted
@@ -38,8 +38,13 @@ class TrainingProgress:
         self._bar.__exit__(None, None, None)
 
     def step(self, epoch: int, phase: str, share: float, means: Tensor) -> None:
-        """One batch is done: `share` of the epoch; means of loss and accuracy per exit so far,
-        shape [2, K].
+        """Show that another batch is done.
+
+        Args:
+            epoch: number of the running epoch, from 0.
+            phase: name of the running phase.
+            share: share of the epoch that is done.
+            means: mean loss and mean accuracy per exit so far in this epoch, shape [2, K].
         """
         if self._wanted:
             loss, accuracy = means.tolist()
@@ -52,7 +57,7 @@ class TrainingProgress:
             )
 
     def epoch(self, metrics: EpochMetrics) -> None:
-        """One epoch is done."""
+        """Print the metrics of an epoch that is done."""
         if self._wanted:
             self._console.print(
                 f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} "

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the share of training that is done, from 0 to 1."""
+"""Learning-rate schedules, as pure functions of the share of training done."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Sequence
 
 
 def cosine(done: float) -> float:
-    """Half a cosine from 1 to 0."""
+    """Decrease from 1 to 0 along half a cosine."""
     return 0.5 * (1.0 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
 
 def step(done: float, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> float:
-    """1, multiplied by `factor` at every milestone passed."""
+    """Multiply 1 by `factor` at every milestone passed."""
     return factor ** sum(done >= milestone for milestone in milestones)
 
 
 def warmed_up(done: float, factor: float, share: float) -> float:
-    """A factor that grows linearly from near 0 during the first `share` of training."""
+    """Let a factor grow linearly from near 0 at the start of training.
+
+    Args:
+        done: share of training that is done, from 0 to 1.
+        factor: value without the warm-up.
+        share: share of training that the warm-up takes.
+    """
     return factor * min(1.0, (done + 1e-3) / share) if share > 0 and done < share else factor

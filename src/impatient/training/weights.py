@@ -1,9 +1,9 @@
-"""Static exit weights: L exits to L loss weights, shallowest first, the last exit's weight always
-1.
+"""Static exit weights: schemes that map L exits to L loss weights.
 
-`rescaled` gives any of them another sum or another share of the last exit; `every` and `spread` are
-for networks of which only some exits predict. Weights that follow from time budgets come from
-`impatient.exit_weights`, weights that change while training from `impatient.training.balancing`.
+The weights are listed shallowest exit first, and the last exit always weighs 1. `rescaled` gives
+them another sum or another share of the last exit. `every` and `spread` are for networks in which
+only some exits predict. Weights that follow from time budgets come from `impatient.exit_weights`;
+weights that change during training come from `impatient.training.balancing`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ TOTALS: tuple[str, ...] = get_args(Total)
 
 
 def const(count: int) -> tuple[float, ...]:
-    """Every exit weighs 1. Source: CONST of Anytime Neural Networks (ANN)."""
+    """Weigh every exit 1.
+
+    Source:
+        CONST of Anytime Neural Networks (ANN).
+    """
     return (1.0,) * _positive(count)
 
 
 def linear(count: int) -> tuple[float, ...]:
-    """From 1/4 at the first exit to 1 at the last, in equal steps. Source: LINEAR of ANN, as in the
-    authors' code.
+    """Increase the weight in equal steps from 1/4 to 1.
+
+    Source:
+        LINEAR of ANN, as in the authors' code.
     """
     if _positive(count) == 1:
         return (1.0,)
@@ -33,18 +39,22 @@ def linear(count: int) -> tuple[float, ...]:
 
 
 def half_end(count: int) -> tuple[float, ...]:
-    """Half of the total weight on the last exit, the rest spread evenly. Source: HALF-END of ANN."""
+    """Put half of the weight on the last exit and spread the rest.
+
+    Source:
+        HALF-END of ANN.
+    """
     if _positive(count) == 1:
         return (1.0,)
     return (*(1.0 / (count - 1) for _ in range(count - 1)), 1.0)
 
 
 def sieve(count: int) -> tuple[float, ...]:
-    """Heavier at the halves, then the quarters, then the eighths, ... of the depth; half of the
-    total on the last exit.
+    """Weigh the halves of the depth most, then quarters, eighths and so on.
 
     Starting from zeros, for p = 2, 4, 8, ... add 1 at every position round(k L / p), 0 < k < p
-    (1-based, halves rounded up), until all early positions are positive.
+    (1-based, halves rounded up), until all early positions are positive. The last exit gets half of
+    the total weight.
 
     Source:
         SIEVE of ANN, section 3; the text's formula, not the authors' code, whose two variants
@@ -67,10 +77,10 @@ def sieve(count: int) -> tuple[float, ...]:
 
 
 def exp_lin(count: int) -> tuple[float, ...]:
-    """One everywhere plus L, L/2, L/4, ... at L, L/2, L/4, ...; half of the total on the last exit.
+    """Weigh every exit 1, plus L / 2**k at position L / 2**k.
 
-    Where L is a power of two, the first L / 2**k exits, two at least, hold at least 2**-k of the
-    early weight.
+    The last exit gets half of the total weight. Where L is a power of two, the first L / 2**k exits
+    (at least two) hold at least 2**-k of the early weight.
 
     Source:
         EXP-LIN of ANN, identified with `recursive_heavy_end` of the authors' code.
@@ -92,8 +102,10 @@ def exp_lin(count: int) -> tuple[float, ...]:
 
 
 def inverse_square(count: int) -> tuple[float, ...]:
-    """1 / (L - j + 1)**2 for the j-th exit. Source: AnytimeNet, equation 3, whose lower summation
-    index is 1.
+    """Weigh the j-th exit 1 / (L - j + 1)**2.
+
+    Source:
+        AnytimeNet, equation 3, whose lower summation index is 1.
     """
     _positive(count)
     return tuple(1.0 / (count - index) ** 2 for index in range(count))
@@ -102,18 +114,19 @@ def inverse_square(count: int) -> tuple[float, ...]:
 def rescaled(
     weights: Sequence[float], *, last_to_early: float | None = None, total: Total = "as_is"
 ) -> tuple[float, ...]:
-    """The same early weights among themselves, with another share of the last exit or another sum.
+    """Change the last exit's share or the sum of exit weights.
 
-    A sum is a learning rate in disguise; two schemes are comparable only under the same convention.
+    The ratios among the early weights stay as they are. The sum of the weights acts like a learning
+    rate, so two schemes are comparable only under the same convention.
 
     Args:
-        weights: of any scheme, length L.
-        last_to_early: the last exit's weight over the sum of all others, positive; None leaves it.
-            A single exit has no others and stays as it is.
-        total: "as_is"; "last", so that the last exit weighs 1; "all", so that the sum is 1; "log",
-            so that it is log2(L + 1).
+        weights: exit weights of any scheme, length L.
+        last_to_early: positive ratio of the last exit's weight to the sum of all others; None
+            leaves it as it is. A single exit has no others and keeps its weight.
+        total: what the weights are scaled to. "as_is" scales nothing, "last" makes the last exit
+            weigh 1, "all" makes the sum 1, and "log" makes the sum log2(L + 1).
     Raises:
-        TrainingError: if that is impossible, because what is to be scaled weighs nothing.
+        TrainingError: if the weights to be scaled are 0.
     Source:
         Anytime Neural Networks, the authors' `last_weight_to_early_sum` and normalisations, of
         which "last" "seems to work the best".
@@ -140,7 +153,9 @@ def rescaled(
 
 
 def every(count: int, period: int) -> tuple[int, ...]:
-    """The exits, from 0, that predict when only one in `period` does; the last always does.
+    """Return the exits that predict when only one in `period` does.
+
+    Exits are counted from 0. The last exit always predicts.
 
     Source:
         Anytime Neural Networks, "stack-s": 1 + (L - 1) // s predictors.
@@ -149,19 +164,19 @@ def every(count: int, period: int) -> tuple[int, ...]:
         (1, 4, 7)
     """
     if period < 1:
-        raise TrainingError(f"one exit in {period} is to predict; expected a period of at least 1.")
+        raise TrainingError(f"period={period}; expected a period of at least 1, such as 2.")
     return tuple(range((_positive(count) - 1) % period, count, period))
 
 
 def spread(weights: Sequence[float], exits: Sequence[int], count: int) -> tuple[float, ...]:
-    """The weights of some exits among all; the others weigh 0.
+    """Extend the weights of some exits to all exits with zeros.
 
     Args:
-        weights: one per exit that predicts.
-        exits: which ones these are, from 0, in any order, such as `every` gives.
-        count: of all exits.
+        weights: weight of each exit that predicts.
+        exits: indices of the exits that predict, from 0, in any order, such as `every` returns.
+        count: number of all exits.
     Raises:
-        TrainingError: if the numbers do not agree, or an exit is named twice or does not exist.
+        TrainingError: if the counts do not agree, or an exit is named twice or does not exist.
     Example:
         >>> spread(half_end(3), every(8, 3), 8)
         (0.0, 0.5, 0.0, 0.0, 0.5, 0.0, 0.0, 1.0)
@@ -173,19 +188,23 @@ def spread(weights: Sequence[float], exits: Sequence[int], count: int) -> tuple[
 
 
 def only(exit: int, count: int) -> tuple[float, ...]:
-    """All weight on one exit, from 0. Source: OPT of ANN, a network trained for exactly one depth."""
+    """Put all weight on one exit, counted from 0.
+
+    Source:
+        OPT of ANN, a network trained for exactly one depth.
+    """
     return spread((1.0,), (exit,), _positive(count))
 
 
 def parse_weights(text: str, count: int) -> tuple[float, ...]:
-    """Read exit weights from one word: a static scheme or numbers, and after a colon what
-    `rescaled` takes.
+    """Read exit weights from the name of a static scheme or from numbers.
 
     Args:
-        text: such as "sieve", "1,0.5,1" or "sieve:last_to_early=2,total=all".
-        count: of the exits.
+        text: a scheme or comma-separated numbers, with options of `rescaled` after a colon, such as
+            "sieve", "1,0.5,1" or "sieve:last_to_early=2,total=all".
+        count: number of exits.
     Raises:
-        TrainingError: if the text is neither, or does not fit the number of exits.
+        TrainingError: if the text cannot be read or does not fit the number of exits.
     Example:
         >>> parse_weights("half_end:total=all", 3)
         (0.25, 0.25, 0.5)
@@ -222,10 +241,10 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
 
 
 def check_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return the weights as floats if they are K finite, non-negative numbers, not all zero.
+    """Return exit weights as floats after checking them.
 
     Raises:
-        TrainingError: otherwise.
+        TrainingError: if they are not `count` finite, non-negative numbers, or all are 0.
     """
     values = tuple(float(weight) for weight in weights)
     if len(values) != count:
