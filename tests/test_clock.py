@@ -90,7 +90,7 @@ def test_the_error_names_what_was_given():
 
 
 def test_a_bad_budget_is_a_value_error_for_callers_who_do_not_know_this_library():
-    with pytest.raises(ValueError, match=r"the time until a deadline is -1\.0; needed"):
+    with pytest.raises(ValueError, match=r"the time until a deadline is -1\.0; expected"):
         Deadline.after(-1.0)
 
 

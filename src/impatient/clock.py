@@ -1,5 +1,6 @@
-"""Time: a clock that can be replaced, and deadlines as instants on it. Seconds, as float,
-everywhere.
+"""Clocks that can be replaced, and deadlines as instants on them.
+
+All times are seconds, as float.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from impatient.errors import BudgetError
 
 
 class Clock(Protocol):
-    """What the runtime needs to know about time."""
+    """The clock that the runtime reads and waits on."""
 
     def now(self) -> float:
-        """Seconds on a monotonic scale with an arbitrary zero."""
+        """Return the present instant, in seconds since an arbitrary zero."""
         ...
 
     def wait(self, changed: threading.Condition, until: float) -> None:
-        """Sleep on a held condition until it is notified or the instant `until` has come."""
+        """Wait on a held condition for a notification, at most until an instant."""
         ...
 
 
 class SystemClock:
-    """The machine's own monotonic clock."""
+    """The machine's monotonic clock."""
 
     def now(self) -> float:
         return time.perf_counter()
 
     def wait(self, changed: threading.Condition, until: float) -> None:
-        # threading refuses timeouts above TIMEOUT_MAX; an endless deadline waits for the
-        # notification alone
+        # threading refuses timeouts above TIMEOUT_MAX. Without a deadline, only the notification
+        # ends the wait.
         timeout = until - time.perf_counter()
         changed.wait(timeout if timeout < threading.TIMEOUT_MAX else None)
 
 
 class FakeClock:
-    """A clock that stands still until told otherwise, so that tests never sleep.
+    """A clock that moves only by `advance`, so that tests never sleep.
 
     Example:
         >>> clock = FakeClock()
@@ -51,14 +52,14 @@ class FakeClock:
     def __init__(self, now: float = 0.0) -> None:
         self._now = now
         self._lock = threading.Lock()
-        # one entry per wait, with the instant it waits for
+        # One entry per wait, with the instant that it waits for.
         self._sleepers: list[tuple[float, threading.Condition]] = []
 
     def now(self) -> float:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Move time on and wake whoever waits for an instant that has come."""
+        """Advance the time, and end the waits whose instant has come."""
         with self._lock:
             self._now += seconds
             due = {changed for until, changed in self._sleepers if until <= self._now}
@@ -83,10 +84,10 @@ SYSTEM_CLOCK = SystemClock()
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """An instant on a monotonic clock, stamped once: time spent waiting in a queue counts against
-    it.
+    """An instant on a monotonic clock by which an answer must be ready.
 
-    Make one with `Deadline.after(seconds)` where the request comes in and hand it on.
+    Make one with `Deadline.after(seconds)` where the request comes in, and pass it on. So time
+    spent waiting in a queue counts, too.
 
     Example:
         >>> deadline = Deadline.after(0.008)
@@ -105,16 +106,16 @@ class Deadline:
 
     @classmethod
     def after(cls, seconds: float, clock: Clock = SYSTEM_CLOCK) -> Deadline:
-        """The instant that lies `seconds` from now.
+        """Make a deadline `seconds` from now.
 
         Raises:
-            BudgetError: unless `seconds` is a positive number (infinity is allowed and means no
-                limit).
+            BudgetError: if `seconds` is not a positive number; infinity is allowed and means no
+                deadline.
         """
         return cls(clock.now() + positive_seconds(seconds, "the time until a deadline"))
 
     def remaining(self, clock: Clock = SYSTEM_CLOCK) -> float:
-        """Seconds left; negative once the deadline has passed."""
+        """Return the seconds left, negative after the deadline."""
         return self.instant - clock.now()
 
 
@@ -122,17 +123,24 @@ NEVER = Deadline(math.inf)
 
 
 def positive_seconds(value: float, what: str) -> float:
-    """Return `value` as float if it is a positive time, else raise a BudgetError that names it."""
+    """Check that a number of seconds is positive, and return it as float.
+
+    Args:
+        value: number of seconds.
+        what: name of the value for the error message.
+    Raises:
+        BudgetError: if the value is not a positive number.
+    """
     return _positive(value, what, "a positive number of seconds, such as 0.008 for 8 ms")
 
 
 def positive_ms(value: float, what: str) -> float:
-    """As `positive_seconds`, of a number of milliseconds."""
+    """Check a number of milliseconds as `positive_seconds` does."""
     return _positive(value, what, "a positive number of milliseconds, such as 8")
 
 
 def check_deadline(deadline: object) -> None:
-    """Raise a BudgetError for what is no deadline, such as a number of seconds."""
+    """Raise a BudgetError if a value is not a `Deadline`."""
     if not isinstance(deadline, Deadline):
         raise BudgetError(
             f"deadline={deadline!r}; expected a Deadline, such as Deadline.after(0.008) for 8 ms "
@@ -140,11 +148,11 @@ def check_deadline(deadline: object) -> None:
         )
 
 
-def _positive(value: float, what: str, needed: str) -> float:
+def _positive(value: float, what: str, expected: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not number > 0.0:
-        raise BudgetError(f"{what} is {value!r}; expected {needed}.")
+        raise BudgetError(f"{what} is {value!r}; expected {expected}.")
     return number

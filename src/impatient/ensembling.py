@@ -1,8 +1,7 @@
-"""Ensembles over the exits: pure rules that make one output of those of all exits so far.
+"""Rules that combine the outputs of all exits so far into one output.
 
-An exit that answers alone throws away what the exits before it have found out. A rule keeps it, for
-the price of their heads, and mostly answers better, and takes back less often what an earlier exit
-had right.
+An exit that answers alone ignores the outputs of earlier exits. A rule uses them at the cost of
+their heads. It mostly answers better, and less often loses a correct answer of an earlier exit.
 """
 
 from __future__ import annotations
@@ -20,30 +19,34 @@ from impatient.errors import PolicyError
 
 RuleName = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
 
-# Log-probability of a class that a product has ruled out: 2e-9, nothing as a probability and finite
-# as a loss.
+# Log-probability of a class that a product has ruled out. The probability, 2e-9, is negligible, and
+# the loss stays finite.
 RULED_OUT = -20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A rule and its settings.
+    """A rule that combines outputs, with its settings.
+
+    Let f_k be the output of exit k of K. The rules "boosted" and "caching" give logits. The others
+    give log-probabilities, which softmax does not change.
+
+    * "boosted": F_k = f_k + rate F_(k-1), for networks trained with this rule.
+    * "arithmetic": mean of the probabilities.
+    * "geometric": mean of the log-probabilities, normalised.
+    * "poe": product of experts, where expert k is ReLU(f_k) ** ((k + 1) / K), normalised. A class
+      whose output at one exit is not positive is ruled out for all deeper exits. If no class is
+      left, the probabilities are those of the present exit.
+    * "caching": output of the surest exit so far, the earliest if several are equal. The largest
+      probability never decreases from exit to exit, whatever the temperatures. With recalibration
+      it may decrease.
 
     Attributes:
-        name: one of
-            "boosted": F_k = f_k + rate F_(k-1); for networks trained so. The result is logits.
-            "arithmetic": mean of the probabilities.
-            "geometric": mean of the log-probabilities, normalised.
-            "poe": product of experts, expert k being ReLU(f_k) ** ((k + 1) / K), normalised. A
-            class that one exit holds below zero is out for all deeper ones. Where no class is left,
-            the exit's own probabilities. "caching": the output of the surest exit so far, the
-            earliest of equals: the largest probability never falls from exit to exit, whatever the
-            temperatures before. A recalibration after it may let it fall again. All but "boosted"
-            and "caching" give log-probabilities, which softmax leaves as they are.
-        rate: of "boosted".
-        detach: "boosted": no gradient into F_(k-1), so that each exit learns what those before it
-            leave over.
-        weights: of "geometric": "equal", or "depth" for k + 1.
+        name: "boosted", "arithmetic", "geometric", "poe" or "caching".
+        rate: factor of the earlier outputs in "boosted".
+        detach: whether "boosted" stops the gradient into F_(k-1), so that each exit learns what
+            earlier exits leave over.
+        weights: weights of the exits in "geometric": "equal", or "depth" for k + 1.
     Source:
         "boosted": Yu et al. 2023 (BoostNet), rate 0.5. "geometric": Wolczyk et al. 2021 (ZTW); we
         differ: no learned weights and bias. "poe", "caching": Jazbec et al. 2023; we differ: a
@@ -60,7 +63,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.name not in get_args(RuleName):
             raise PolicyError(
-                f"unknown rule {self.name!r} to combine outputs; expected one of "
+                f"unknown rule {self.name!r} for combining outputs; expected one of "
                 f"{', '.join(get_args(RuleName))}."
             )
         if not math.isfinite(self.rate):
@@ -70,7 +73,7 @@ class Rule:
 
     @classmethod
     def of(cls, rule: RuleName | Rule) -> Rule:
-        """A rule by its name, with the usual settings, or as given."""
+        """Return a rule by its name with default settings, or the given rule."""
         return rule if isinstance(rule, Rule) else cls(name=rule)
 
 
@@ -84,16 +87,18 @@ def combine(
     """Combine the outputs of exits 0 to k, for every k.
 
     Args:
-        outputs: of all K exits, before softmax.
-        rule: by name, or with settings of its own.
-        temperatures: K positive numbers that the exits' outputs are divided by first.
-        recalibration: likewise, for the combined outputs; changes no answer, only how sure it is.
+        outputs: outputs of all K exits, before softmax.
+        rule: name of a rule, or a `Rule` with its settings.
+        temperatures: K positive numbers by which the exits' outputs are divided first.
+        recalibration: K positive numbers by which the combined outputs are divided; they change no
+            answer, only how sure it is.
     Returns:
         K combined outputs, before softmax, in single precision or better.
     Raises:
         PolicyError: if the rule is unknown, or there are not K positive temperatures.
     Example:
-        >>> combine(torch.tensor([[2.0, 1.0, -1.0], [1.0, 4.0, 0.0]]), "poe").exp().round(decimals=3)
+        >>> outputs = torch.tensor([[2.0, 1.0, -1.0], [1.0, 4.0, 0.0]])
+        >>> combine(outputs, "poe").exp().round(decimals=3)
         tensor([[0.5860, 0.4140, 0.0000],
                 [0.2610, 0.7390, 0.0000]])
     """
@@ -102,11 +107,13 @@ def combine(
 
 
 class Running:
-    """Combines the outputs of one run as they come; gives what `combine` gives.
+    """Combine the outputs of one run as they come, as `combine` does.
 
     Args:
-        rule, temperatures, recalibration: as for `combine`.
-        count: the number K of exits.
+        rule: name of a rule, or a `Rule` with its settings.
+        count: number K of exits.
+        temperatures: K positive numbers by which the exits' outputs are divided first.
+        recalibration: K positive numbers by which the combined outputs are divided.
     Example:
         >>> running = Running("boosted", 2)
         >>> running.add(torch.tensor([4.0, 0.0])), running.add(torch.tensor([0.0, 1.0]))
@@ -131,19 +138,19 @@ class Running:
     def add(
         self, output: Float[Tensor, "... C"], exit: int | None = None
     ) -> Float[Tensor, "... C"]:
-        """Take in one more output.
+        """Add the output of one more exit.
 
         Args:
-            output: of the exit, before softmax.
-            exit: where it comes from, where exits were left out; by default the next one.
+            output: output of the exit, before softmax.
+            exit: number of the exit, which may leave out others; the default is the next one.
         Returns:
             The combined output of all exits so far.
         """
         index = self._next if exit is None else exit
         if not self._next <= index < self.count:
             raise PolicyError(
-                f"an output of exit {index} after {self._next} of {self.count}; add each once, "
-                "shallow to deep."
+                f"an output of exit {index}; expected exit {self._next} or a deeper one, below "
+                f"{self.count}. Add each output once, shallow to deep."
             )
         self._next = index + 1
         output = output if output.dtype == torch.float64 else output.float()
@@ -157,15 +164,16 @@ class Running:
     def add_all(
         self, outputs: Iterable[Float[Tensor, "... C"]]
     ) -> tuple[Float[Tensor, "... C"], ...]:
-        """Take in several, in order."""
+        """Add the outputs of several exits, in order."""
         return tuple(self.add(output) for output in outputs)
 
 
 def as_temperatures(
     values: Sequence[float] | Tensor | None, count: int
 ) -> Float[Tensor, "K"] | None:
-    """Temperatures as a tensor, checked; a tensor is taken as it is, since looking into it would
-    wait for its device.
+    """Check temperatures, and return them as a tensor.
+
+    The values of a tensor are not checked, because that would wait for its device.
     """
     if values is None or isinstance(values, Tensor):
         if values is not None and values.shape != (count,):
@@ -181,8 +189,8 @@ def as_temperatures(
     return torch.tensor(values, dtype=torch.float32)
 
 
-# One step of a rule: what is kept of the outputs before (None at first), the output, its exit and K
-# -> what is kept now, and the combined output.
+# One step of a rule takes the state kept of earlier outputs (None at first), the output, its exit
+# and K. It returns the new state and the combined output.
 Step = Callable[[Rule, Any, Tensor, int, int], tuple[Any, Tensor]]
 
 
@@ -199,7 +207,7 @@ def _arithmetic(
 ) -> tuple[Tensor, Tensor]:
     logs = output.log_softmax(-1)
     total = logs if past is None else torch.logaddexp(past, logs)
-    # normalising the sum divides it by the number of exits
+    # Normalising the sum divides it by the number of exits.
     return total, total.log_softmax(-1)
 
 
@@ -218,7 +226,7 @@ def _poe(
     _rule: Rule, past: Tensor | None, output: Tensor, exit: int, count: int
 ) -> tuple[Tensor, Tensor]:
     inside = output > 0
-    # the inner where keeps log(0) out of the gradient
+    # The inner `where` keeps log(0) out of the gradient.
     expert = torch.where(
         inside, torch.where(inside, output, 1.0).log() * ((exit + 1) / count), -math.inf
     )

@@ -1,39 +1,39 @@
-"""Everything this library raises, as one tree.
+"""All errors of this library, as one tree.
 
 ImpatientError
 ├── NetworkError                 a model cannot be cut, loaded or run as asked
 │   ├── ExitNotFound             no such module; the message names the candidates
-│   ├── AmbiguousCut             a module is called several times and the cut does not say which
-call │   ├── CutOrderError            the cuts are not in the order in which the model runs
+│   ├── AmbiguousCut             a module is called several times and the cut names no call
+│   ├── CutOrderError            the cuts are not in the order in which the model runs
 │   ├── HeadError                no head can be built for these features
 │   ├── ClassCountMismatch       two places disagree on the number of classes
-│   ├── ExitNotReached           this input never came to an exit that was asked for
+│   ├── ExitNotReached           this input did not reach an exit that was asked for
 │   ├── ExitPassed               the output of an exit was asked for after the run had moved on
 │   ├── ExportFailed             torch.export cannot turn this model into a graph
 │   └── ModelSpecError           a model spec string cannot be read or loaded
 ├── BudgetError                  a budget or deadline is not a positive time
 ├── CostError                    a cost profile is malformed
 │   ├── CostOrderError           cumulative costs do not increase
-│   └── EnergyUnavailable        this machine cannot measure joules, or does not let us
+│   └── EnergyUnavailable        joules cannot be measured on this machine or by this user
 ├── DataError                    a data set is missing, empty or malformed
-├── TrainingError                training cannot go on
+├── TrainingError                training cannot start or continue
 │   └── TrainingDiverged         a loss is NaN or infinite
 ├── RecordingError               a recording is malformed
-│   └── SplitReuseError          a policy is judged on the data it was fitted on
+│   └── SplitReuseError          a policy is evaluated on the data it was fitted on
 ├── PolicyError                  a policy is malformed or does not fit the network
 │   └── InfeasibleTarget         no policy of this family reaches the target
-├── RunError                     a run against the clock cannot give what was asked
+├── RunError                     a run against the clock cannot be done as asked
 │   └── NoAnswerInTime           not even the first exit fits, and the caller wanted an error
 ├── StaleInput                   a file was made by another model, data set, machine or version
 └── StorageError                 a file cannot be read or written
 
-Each message says what was given, what was needed and what to do. Errors that mean "bad value" are
-ValueErrors too, so that callers who know nothing of this library can catch them.
+Each message says what was given, what was expected and what to do. Errors that mean "bad value" are
+also ValueErrors, so that callers who do not know this library can catch them.
 """
 
 
 class ImpatientError(Exception):
-    """Root of everything this library raises on purpose."""
+    """Base class of all errors that this library raises on purpose."""
 
 
 class NetworkError(ImpatientError):
@@ -45,7 +45,7 @@ class ExitNotFound(NetworkError, ValueError):
 
 
 class AmbiguousCut(NetworkError, ValueError):
-    """A module is called several times and the cut does not say after which call."""
+    """A module is called several times and the cut names no call."""
 
 
 class CutOrderError(NetworkError, ValueError):
@@ -61,11 +61,11 @@ class ClassCountMismatch(NetworkError, ValueError):
 
 
 class ExitNotReached(NetworkError, RuntimeError):
-    """This input never came to an exit that was asked for."""
+    """This input did not reach an exit that was asked for."""
 
 
 class ExitPassed(NetworkError, RuntimeError):
-    """The output of an exit was asked for after the run had moved on."""
+    """An exit's output was asked for after the run had moved on."""
 
 
 class ExportFailed(NetworkError, RuntimeError):
@@ -89,7 +89,7 @@ class CostOrderError(CostError):
 
 
 class EnergyUnavailable(CostError):
-    """This machine cannot measure joules, or does not let us."""
+    """Joules cannot be measured on this machine or by this user."""
 
 
 class DataError(ImpatientError, ValueError):
@@ -97,7 +97,7 @@ class DataError(ImpatientError, ValueError):
 
 
 class TrainingError(ImpatientError, RuntimeError):
-    """Training cannot go on."""
+    """Training cannot start or continue."""
 
 
 class TrainingDiverged(TrainingError):
@@ -109,7 +109,7 @@ class RecordingError(ImpatientError, ValueError):
 
 
 class SplitReuseError(RecordingError):
-    """A policy is judged on the data it was fitted on."""
+    """A policy is evaluated on the data it was fitted on."""
 
 
 class PolicyError(ImpatientError, ValueError):
@@ -121,15 +121,15 @@ class InfeasibleTarget(PolicyError):
 
 
 class RunError(ImpatientError, RuntimeError):
-    """A run against the clock cannot give what was asked."""
+    """A run against the clock cannot be done as asked."""
 
 
 class NoAnswerInTime(RunError):
-    """Not even the first exit fits, and the caller asked for an error instead of a late answer."""
+    """Not even the first exit fits, and the caller wanted an error."""
 
 
 class StaleInput(ImpatientError, RuntimeError):
-    """A file was made by another model, data set, machine or version than the one at hand."""
+    """A file was made by another model, data set, machine or version."""
 
 
 class StorageError(ImpatientError, OSError):
@@ -137,4 +137,4 @@ class StorageError(ImpatientError, OSError):
 
 
 class NoEffectWarning(UserWarning):
-    """A call changed nothing: an exit that never fires, a threshold nobody reaches."""
+    """A call changed nothing, such as a threshold that no sample reaches."""

@@ -324,7 +324,7 @@ def test_eight_bits_are_near_and_smaller(
 
 
 def test_ranges_of_8_bits_need_samples(network: MultiExitNetwork, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="needs samples"):
+    with pytest.raises(RunError, match="without calibration; expected batches of inputs"):
         export(
             network,
             tmp_path / "made",
@@ -393,7 +393,9 @@ def test_answers_that_are_always_the_same_show_no_agreement() -> None:
         backbone = network.backbone
         exits = staticmethod(network.exits)
 
-    with pytest.warns(NoEffectWarning, match=r"exit 1 \(output\) answers the same to every input"):
+    with pytest.warns(
+        NoEffectWarning, match=r"exit 1 \(output\) gives the same output for every input"
+    ):
         assert differences(network, Itself(), torch.randn(3, 8)) == [0.0, 0.0]  # type: ignore[arg-type]
 
 
@@ -437,13 +439,13 @@ def test_a_place_that_is_taken_is_refused_and_only_our_own_is_replaced(
     place = Path(shutil.copytree(toy_directory, tmp_path / "copy"))
     (place / "stale").touch()
     options: dict[str, Any] = {"engine": "onnxruntime", "example": torch.randn(2, 8), "lean": True}
-    with pytest.raises(StorageError, match="holds an exported network already"):
+    with pytest.raises(StorageError, match="is already an exported network"):
         export(toy_network(), place, **options)
     export(toy_network(), place, force=True, **options)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").touch()
-    with pytest.raises(StorageError, match="is no exported network"):
+    with pytest.raises(StorageError, match="is not an exported network"):
         export(toy_network(), foreign, force=True, **options)
 
     assert read_json(place / "bundle.json")["engine"] == "onnxruntime"
@@ -452,7 +454,7 @@ def test_a_place_that_is_taken_is_refused_and_only_our_own_is_replaced(
 
 
 def test_damaged_directories_are_refused(toy_directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is no exported network"):
+    with pytest.raises(StorageError, match="is not an exported network"):
         load_engine(tmp_path)
     bundle = read_json(toy_directory / "bundle.json")
     for number, (spoilt, said) in enumerate(

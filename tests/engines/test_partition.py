@@ -376,7 +376,7 @@ def test_control_flow_on_the_data_is_said_to_be_the_reason() -> None:
 
 def test_batch_of_one_that_goes_its_own_way_is_noticed() -> None:
     network = odd(lambda _, x: x * 2 if x.shape[0] == 1 else x)
-    with pytest.raises(ExportFailed, match="a batch of one in a way of its own"):
+    with pytest.raises(ExportFailed, match="a batch of one differently"):
         partition(network, vectors(2))
 
 
@@ -400,7 +400,7 @@ def test_exits_without_anything_between_them_are_refused() -> None:
 def test_example_that_misses_an_exit_is_refused() -> None:
     network = odd(lambda model, x: x if model.shallow else model.drop(x * 2), ["first", "drop"])
     network.backbone.shallow = True
-    with pytest.raises(ExitNotReached, match="comes to 1 of 2 early exits"):
+    with pytest.raises(ExitNotReached, match="reaches 1 of 2 early exits"):
         partition(network, vectors(1))
 
 
@@ -420,7 +420,7 @@ class Mixing(nn.Module):
 
 def test_value_that_mixes_samples_and_places_may_not_cross() -> None:
     network = attach_exits(Mixing(), after=["second"], example=vectors(1)).eval()
-    with pytest.raises(NetworkError, match="with samples and places mixed in one dimension"):
+    with pytest.raises(NetworkError, match="with samples and positions mixed in one dimension"):
         partition(network, vectors(1))
 
 

@@ -436,8 +436,8 @@ def test_network_built_by_hand_needs_a_head_and_a_layout_per_cut(toy: nn.Module)
             lambda features, classes: nn.Linear(8, classes + 1),
             r"head at blocks\.0 gives \(2, 4\); expected shape \(2, 3\)",
         ),
-        (lambda features, classes: nn.Flatten(0), r"gives \(16,\); needed"),
-        (lambda features, classes: nn.LSTM(8, classes), r"gives tuple; needed"),
+        (lambda features, classes: nn.Flatten(0), r"gives \(16,\); expected"),
+        (lambda features, classes: nn.LSTM(8, classes), r"gives tuple; expected"),
         (
             lambda features, classes: lambda x: x[:, :classes],
             r"factory returned a function; expected a torch\.nn\.Module",

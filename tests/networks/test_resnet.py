@@ -224,7 +224,7 @@ def test_bottlenecks_are_four_times_as_wide_outside() -> None:
     "wrong", [{"n": 0}, {"c": 0}, {"num_classes": 0}, {"in_channels": -1}, {"n": []}, {"n": [3, 0]}]
 )
 def test_sizes_below_one_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ModelSpecError, match="all must be at least 1"):
+    with pytest.raises(ModelSpecError, match="expected whole numbers of at least 1"):
         PreActResNet(**wrong)
 
 
@@ -233,7 +233,9 @@ def test_sizes_below_one_are_refused(wrong: dict[str, object]) -> None:
     [{"n": 2.5}, {"c": "16"}, {"n": [1, 2.0]}, {"n": "3"}, {"c": True}, {"c": None}, {"c": [16]}],
 )
 def test_sizes_that_are_no_whole_numbers_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ModelSpecError, match=r"^PreActResNet\(.*all must be at least 1, and whole"):
+    with pytest.raises(
+        ModelSpecError, match=r"^PreActResNet\(.*expected whole numbers of at least 1"
+    ):
         PreActResNet(**wrong)
 
 

@@ -94,7 +94,8 @@ def test_schedules_of_growing_networks_are_text_or_lists_in_lists(schedule: str)
 
 def test_option_the_network_does_not_take_is_refused_by_name() -> None:
     with pytest.raises(
-        ModelSpecError, match=r"'impatient:resnet:height=3' could not be built: TypeError.*height"
+        ModelSpecError,
+        match=r"cannot build the model 'impatient:resnet:height=3': TypeError.*height",
     ):
         load_model("impatient:resnet:height=3")
 
@@ -143,7 +144,7 @@ def test_classes_are_not_forced_on_pretrained_weights(monkeypatch: pytest.Monkey
 
 def test_misspelt_torchvision_model_is_refused_with_near_names() -> None:
     with pytest.raises(
-        ModelSpecError, match=r"torchvision has no model 'resnet5'. Near it: .*resnet50"
+        ModelSpecError, match=r"torchvision has no model 'resnet5'. Similar names: .*resnet50"
     ):
         load_model("torchvision:resnet5")
     with pytest.raises(ModelSpecError, match=r"has no model 'qqqqqq'. It has \d+ others"):
@@ -165,7 +166,7 @@ def test_timm_model_takes_classes_and_channels() -> None:
 
 def test_misspelt_timm_model_is_refused_with_near_names() -> None:
     with pytest.raises(
-        ModelSpecError, match=r"timm has no model 'tst_resnet'. Near it: .*test_resnet"
+        ModelSpecError, match=r"timm has no model 'tst_resnet'. Similar names: .*test_resnet"
     ):
         load_model("timm:tst_resnet")
 
@@ -215,7 +216,7 @@ def test_classes_of_the_spec_win_in_transformers_too() -> None:
 
 def test_configuration_that_cannot_be_is_refused_with_the_reason() -> None:
     with pytest.raises(
-        ModelSpecError, match=r"could not be built: ValueError.*hidden size.*multiple"
+        ModelSpecError, match=r"cannot build the model .*: ValueError.*hidden size.*multiple"
     ):
         load_model("transformers:BertConfig:hidden_size=17,num_attention_heads=2")
 
@@ -298,13 +299,13 @@ def test_loaded_model_can_be_given_exits(own: str) -> None:
 @pytest.mark.parametrize(
     ("rest", "complaint"),
     [
-        ("Modell", r"has no factory 'Modell'; callable there: .*Model.*build"),
-        ("WIDTH", r"has no factory 'WIDTH'; callable there"),
-        ("failing", r"could not be built: RuntimeError: no licence"),
+        ("Modell", r"has no factory 'Modell'; expected one of its callables: .*Model.*build"),
+        ("WIDTH", r"has no factory 'WIDTH'; expected one of its callables"),
+        ("failing", r"cannot build the model .*: RuntimeError: no licence"),
         ("text", r"returned a str; expected a torch\.nn\.Module"),
-        ("build", r"could not be built: TypeError: .*depth"),
-        ("build:depth=2,height=3", r"could not be built: TypeError: .*height"),
-        ("build:depth=two", r"could not be built: TypeError"),
+        ("build", r"cannot build the model .*: TypeError: .*depth"),
+        ("build:depth=2,height=3", r"cannot build the model .*: TypeError: .*height"),
+        ("build:depth=two", r"cannot build the model .*: TypeError"),
     ],
 )
 def test_factory_that_gives_no_model_is_refused_with_the_reason(

@@ -119,7 +119,7 @@ def test_all_layers_learn() -> None:
 )
 def test_sizes_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(
-        ModelSpecError, match=r"^SmallVGG\(.*all must be at least 1, and whole; blocks is a list"
+        ModelSpecError, match=r"^SmallVGG\(.*expected whole numbers of at least 1. blocks is a list"
     ):
         SmallVGG(**wrong)
 

@@ -517,7 +517,7 @@ def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
         Bundle(here, threads=2).run(X, deadline_s=0.01)
     with pytest.raises(BundleError, match="statistic='p95'; expected one of"):
         Bundle(here).run(X, deadline_s=0.01, statistic="p95")
-    with pytest.raises(BundleError, match=r"deadline_s=0\.0; needed"):
+    with pytest.raises(BundleError, match=r"deadline_s=0\.0; expected"):
         Bundle(here).run(X, deadline_s=0.0)
 
 
@@ -738,7 +738,7 @@ DAMAGES = {
     ),
     "a value from nowhere": (
         rewired(takes=[["x"], ["v"], ["u", "skip"]]),
-        "nothing gives the value 'v'",
+        "no stage gives the value 'v'",
     ),
     "no batch dimension": (rewired(batch_dims={"x": 0, "h": 0, "u": 0, "y": 0}), "'skip'"),
     "no batch": (
@@ -780,7 +780,7 @@ def test_an_engine_that_is_not_installed_says_so(export: Export, monkeypatch: py
 
 
 def test_threads_must_be_positive(export: Export):
-    with pytest.raises(BundleError, match="threads=0; needed"):
+    with pytest.raises(BundleError, match="threads=0; expected"):
         Bundle(export(), threads=0)
 
 
@@ -806,11 +806,11 @@ def test_an_export_without_the_whole_network_says_so(export: Export):
             X.astype(np.float64),
             r"'x' is float64, shape \[4, 6\]; expected .*float32, shape \['any', 6\]",
         ),
-        (X[0], r"shape \[6\]; needed"),
-        (X[:, :5], r"shape \[4, 5\]; needed"),
+        (X[0], r"shape \[6\]; expected"),
+        (X[:, :5], r"shape \[4, 5\]; expected"),
         (X[:0], "at least 1"),
         ([[1.0]], "'x' is a list; expected a numpy array"),
-        ({"y": X}, r"inputs \['y'\]; expected \['x'\]"),
+        ({"y": X}, r"inputs \['y'\]; expected a mapping of \['x'\]"),
     ],
 )
 def test_an_input_of_the_wrong_kind_is_refused(export: Export, x: Any, message: str):

@@ -57,7 +57,7 @@ def test_exporting_again_needs_force(call: Call, run_dir: Path) -> None:
     code, text = call("export", run_dir)
 
     assert code == 1
-    assert "holds an exported network already" in text
+    assert "is already an exported network" in text
 
 
 def test_a_learned_policy_is_not_exported(call: Call, run_dir: Path, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def read_bundle(directory: str | Path) -> dict[str, Any]:
     file = bundle_file(directory)
     if not file.is_file():
         raise StorageError(
-            f"{directory} is not an exported network (it has no {BUNDLE}); make one with `impatient "
+            f"{directory} is not an exported network: it has no {BUNDLE}. Make one with `impatient "
             "export`."
         )
     bundle = read_json(file)
@@ -489,7 +489,7 @@ def _bundle(
 
 
 def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
-    """Return the names of the files of stages and heads, or of the session."""
+    """Return the file names of stages and heads, or of the session."""
     if engine in portable.SESSIONS:
         return {"session": f"session.{ending}"}
     stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
@@ -641,7 +641,10 @@ def varied(x: Any, size: int, noise: bool = True) -> Any:
     return type(x)(vary(value) for value in x)
 
 
-_RUN = '''"""Run the network in this directory: python run.py --help. In Python: from standalone import Bundle."""
+_RUN = '''"""Run the network in this directory: python run.py --help.
+
+In Python: from standalone import Bundle.
+"""
 
 from pathlib import Path
 
@@ -651,27 +654,29 @@ if __name__ == "__main__":
     main(Path(__file__).resolve().parent)
 '''
 
-_PLAIN_README = """A network with exits, exported by impatient for {package}. It needs Python, numpy and {package}; no torch.
+_PLAIN_README = """A network with exits, exported by impatient for {package}.
+It needs Python, numpy and {package}; no torch.
 
-bundle.json says what is here. FILES
+bundle.json describes this directory. FILES
 
     python run.py --help
 
-In Python, from this folder: `from standalone import Bundle`, and see its docstrings.
+In Python, from this folder: `from standalone import Bundle`. Its docstrings say how to use it.
 """
-_STAGES = """stageK.onnx computes what lies between exit K - 1 and exit K, headK.onnx the answer of exit K
-from the features there; the last stage gives the last answer itself. whole.onnx, if it is here, is the same network without
-exits."""
-_SESSION = """session.onnx computes the answers of all exits, of which each is read as soon as it is there (the
-last column of each repeats the first). whole.onnx, if it is here, is the same network without exits."""
-_AOTI_README = """A network with exits, compiled ahead of time by torch (AOTInductor). It runs with the torch version and the
-number of threads ({threads}) it was built with:
+_STAGES = """stageK.onnx computes the features at exit K from those at exit K - 1.
+headK.onnx computes the output of exit K from its features; the last stage computes the last output.
+whole.onnx, if it is here, is the same network without exits."""
+_SESSION = """session.onnx computes the outputs of all exits.
+Each output is read as soon as it is complete; its last column repeats the first one.
+whole.onnx, if it is here, is the same network without exits."""
+_AOTI_README = """A network with exits, compiled ahead of time by torch (AOTInductor).
+It runs only with the torch version and the number of threads ({threads}) it was built with:
 
     import impatient, torch
     torch.set_num_threads({threads})
     network = impatient.load_engine("THIS FOLDER")
 
-The packages are machine code and run as such: load only what you have built.
+The packages are machine code: load only what you have built yourself.
 """
 
 

@@ -1,4 +1,4 @@
-"""Write the parts of a network as ONNX files, in 32 or 8 bits."""
+"""Write a network's parts as ONNX files, in 32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ def _named_parts(
 
 
 class _AllExits(nn.Module):
-    """All stages and heads in one module, whose outputs can be read while it computes.
+    """All stages and heads as one module, with outputs that are readable early.
 
-    portable/streamed.py reads them. Each output is written by a gather, which copies final values.
+    portable/streamed.py reads the outputs while the module computes. Each output is written by a
+    gather, which copies final values.
     The gather repeats the first column, because engines would otherwise remove it as an operation
     without effect.
 
@@ -233,7 +234,7 @@ def _quantise(
         use_external_data_format=large,
         # Processors without VNNI add products of two 8-bit numbers in 16 bits, which overflows.
         reduce_range=True,
-        # Logits on a grid of 256 values would tie, and features are rounded at the next part anyway.
+        # Logits on a grid of 256 values would tie. Features are rounded at the next part anyway.
         extra_options={
             "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
             "ActivationSymmetric": symmetric,

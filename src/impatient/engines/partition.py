@@ -155,7 +155,7 @@ def _entries(x: Any) -> list[tuple[str, Any]]:
 
 
 def _batch_dims(x: Any) -> list[int | None]:
-    """Return the batch dimension of each tensor: 0, or None if it has none."""
+    """Return the batch dimension of each tensor, 0 or None."""
     size = batch_size_of(x)
     return [
         0 if value.dim() > 0 and value.shape[0] == size else None
@@ -289,9 +289,9 @@ def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], 
 def _export(
     model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
 ) -> fx.GraphModule:
-    """Export a model in eval mode as a functional graph for batches of any size.
+    """Export a model in eval mode as a functional graph.
 
-    Nodes that only check the inputs are removed.
+    The graph takes batches of any size. Nodes that only check the inputs are removed.
     """
     # A tuple of one entry, because the forward takes *tensors.
     shapes = (any_batch(dims),)
@@ -330,7 +330,7 @@ def _output_of(graph: fx.Graph) -> fx.Node:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Tell whether a node's value is a number that depends on the batch size."""
+    """Tell whether a node's value is a number and not a tensor."""
     return isinstance(
         node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int, float, bool)
     )
@@ -408,7 +408,7 @@ class _Cutting:
         )
 
     def _batch_of(self, node: fx.Node) -> Any:
-        """Return the symbol of a node's first dimension, or None if that is fixed."""
+        """Return the symbol of a node's first dimension, None if fixed."""
         shape = node.meta["val"].shape
         return shape[0].node.expr if len(shape) and isinstance(shape[0], torch.SymInt) else None
 
@@ -436,7 +436,7 @@ class _Cutting:
         )
 
     def _needed(self, index: int) -> list[fx.Node]:
-        """Return the values that a stage takes, in the order in which they were computed."""
+        """Return the values that a stage takes, in order of computation."""
         found: dict[fx.Node, None] = {}
         sized = False
 
@@ -462,7 +462,7 @@ class _Cutting:
         return sorted(found, key=order.__getitem__)
 
     def _asked_for(self, index: int) -> list[fx.Node]:
-        """Return the values of a stage that a later stage or an exit takes."""
+        """Return the values of a stage that later stages or exits take."""
         wanted = {*itertools.chain.from_iterable(self._takes[index + 1 :]), *self._features}
         return [node for node in self._stages[index] if node in wanted]
 

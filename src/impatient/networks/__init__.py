@@ -1,4 +1,4 @@
-"""What is run: models cut into stages, heads, and the networks of the papers."""
+"""Models cut into stages, heads, and the networks of the papers."""
 
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet, GrowingNetwork, recalibrate
 from impatient.networks.cascade import Cascade

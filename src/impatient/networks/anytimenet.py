@@ -1,9 +1,9 @@
-"""AnytimeNet: a network of sections, grown in iterations over cached tensors; each iteration is an
-exit.
+"""AnytimeNet, a network of sections that grows in iterations.
 
-The first iteration runs a few blocks of every section. Each later one adds blocks above those that
-have run: it goes on from the tensor cached there, and runs only the sections behind it again, since
-their input has changed. `growth` says in which order to grow, and what it costs.
+Each iteration is an exit. The first iteration runs a few blocks of every section. Each later one
+adds blocks above those that have run: it continues from the tensor cached there, and runs only the
+later sections again, because their input has changed. `growth` computes in which order to grow, and
+what that costs.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from impatient.networks.stages import Exit, _Ambient, _Run, call_model, first_te
 
 Sharing = Literal["shared", "own"]
 
-# of every batch norm, as in the paper
+# Epsilon of every batch norm, as in the paper.
 EPSILON = 0.001
 
 
-# --- the network that grows, whole ----------------------------------------------------------------
+# --- the complete network -------------------------------------------------------------------------
 
 
 class SectionedNetwork(nn.Module):
-    """A plain network: IN, sections of blocks, OUT, one after the other.
+    """A plain network of IN, sections of blocks, and OUT.
 
     Attributes:
         stem: IN, from the input to the features of the first section.
-        sections: lists of blocks; what changes the shape of the features is the first block of a
-            section.
+        sections: lists of blocks; only the first block of a section may change the shape of the
+            features.
         out: OUT, from the last section's features to the output.
     """
 
@@ -63,11 +63,11 @@ class SectionedNetwork(nn.Module):
 
     @property
     def counts(self) -> growth.Counts:
-        """Blocks of each section."""
+        """Return the number of blocks of each section."""
         return tuple(len(blocks) for blocks in self._sections())
 
     def parts(self) -> dict[str, nn.Module]:
-        """All parts in running order, by the names that `growth.trace` gives their executions."""
+        """Return all parts in running order, by their names in `growth.trace`."""
         blocks = {
             f"S{section}.{position}": block
             for section, blocks in enumerate(self._sections(), start=1)
@@ -86,10 +86,10 @@ class SectionedNetwork(nn.Module):
 
 
 class BaseBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus the input.
+    """A block of BN-ReLU-conv3x3-BN-ReLU-conv3x3 plus the input.
 
-    Where the block halves the resolution and widens, the input is every second pixel, with zeros
-    for the new channels behind the old ones.
+    Where the block halves the resolution and widens, every second pixel of the input is added, with
+    channels of zeros after the old ones.
 
     Source:
         AnytimeNet, figure 1; He et al. 2016 (full pre-activation). The paper says zero-padded and
@@ -114,16 +114,16 @@ class BaseBlock(nn.Module):
 
 
 class BaseResNet(SectionedNetwork):
-    """The paper's BaseResNet, run plainly: its BASELINE.
+    """The paper's BaseResNet as a plain network, its BASELINE.
 
     Args:
         num_classes: width of the output.
-        blocks: of each section; each section after the first halves the resolution and doubles the
-            channels.
-        width: channels of the first section; the paper's 16, 32 and 64.
-        in_channels: of the image.
+        blocks: number of blocks of each section; each section after the first halves the resolution
+            and doubles the channels.
+        width: channels of the first section; with 16, sections have the paper's 16, 32 and 64.
+        in_channels: channels of the image.
     Raises:
-        ModelSpecError: if a size is no whole number of at least 1.
+        ModelSpecError: if a size is not a whole number of at least 1.
     Source:
         AnytimeNet (Kim et al. 2020), section II.A: three sections, 64 filters at the end, full
         pre-activation, epsilon of batch norm 0.001. Not in the paper, and as in He et al. 2016: IN
@@ -167,8 +167,8 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
             f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
         )
         raise ModelSpecError(
-            f"BaseResNet({given}): all must be at least 1, and whole; blocks is a list with one "
-            "per section."
+            f"BaseResNet({given}); expected whole numbers of at least 1. blocks is a list with a "
+            "number per section."
         )
 
 
@@ -176,8 +176,9 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
 
 
 def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
-    """Multiply-accumulates of each part, per sample of an example input, counted as in
-    `describe.stage_facts`.
+    """Count the multiply-accumulates of each part, per sample of an example.
+
+    They are counted as in `describe.stage_facts`.
     """
     macs = {}
     with evaluating(network), torch.no_grad():
@@ -195,14 +196,15 @@ def block_times(
     warm_up: int = 5,
     clock: Clock = SYSTEM_CLOCK,
 ) -> BlockCosts:
-    """Seconds that each part takes in eval and inference mode: the median of each, so that one
-    hold-up does not count.
+    """Measure the median seconds of each part, in eval and inference mode.
 
     Args:
-        network: any with these blocks, such as the backbone of a `GrowingNetwork`, on the device
-            that matters.
-        x: an input of the batch size that matters.
-        repeats: runs through all parts, after `warm_up` runs that are not counted.
+        network: network with these blocks, such as the backbone of a `GrowingNetwork`, on the
+            device to measure.
+        x: an input of the batch size to measure.
+        repeats: number of measured runs through all parts.
+        warm_up: number of runs before them, which do not count.
+        clock: clock to measure with.
 
     Sync:
         Waits for the device after every part.
@@ -233,10 +235,9 @@ def _by_section(costs: dict[str, float], counts: growth.Counts) -> BlockCosts:
     )
 
 
-# --- batch norm that knows the iteration ----------------------------------------------------------
+# --- batch norm with statistics per iteration -----------------------------------------------------
 
-# The iteration that is running; None outside of one. A context variable, since threads may share a
-# network.
+# The iteration that is running, or None. A context variable, because threads may share a network.
 _iteration: ContextVar[int | None] = ContextVar("iteration", default=None)
 
 
@@ -250,16 +251,15 @@ def _in_iteration(index: int) -> Iterator[None]:
 
 
 class IterationBatchNorm(_BatchNorm):
-    """Batch norm with running statistics for each iteration that comes by, and one weight and bias
-    for all.
+    """Batch norm with separate running statistics for each iteration.
 
-    Outside an iteration, in a plain run of the backbone, it goes by the statistics of the last one.
+    All iterations share one weight and one bias. Outside an iteration, in a plain run of the
+    backbone, it uses the statistics of the last iteration.
 
     Args:
-        norm: the batch norm in whose place it stands: its weight and bias are kept, and its
-            statistics are where each iteration begins. The state_dict of such a plain one may be
-            loaded, too.
-        iterations: those that come by, in order.
+        norm: batch norm that is replaced. Its weight and bias are kept, and its statistics are the
+            initial ones of each iteration. The state_dict of a plain batch norm may be loaded, too.
+        iterations: iterations that run this module, in order.
     """
 
     running_mean: Tensor
@@ -281,7 +281,7 @@ class IterationBatchNorm(_BatchNorm):
         momentum = self.momentum
         if self.training:
             self.num_batches_tracked[row] += 1
-            # as torch: without a momentum, the mean of all batches
+            # As in torch, a momentum of None means the mean of all batches.
             momentum = 1.0 / float(self.num_batches_tracked[row]) if momentum is None else momentum
         return F.batch_norm(
             x,
@@ -312,9 +312,7 @@ def _per_row(statistic: Tensor, rows: int) -> Tensor:
 
 
 def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
-    """The module, with an `IterationBatchNorm` in the place of every batch norm that keeps
-    statistics.
-    """
+    """Replace every batch norm that keeps statistics by an `IterationBatchNorm`."""
     if (
         isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
         and module.track_running_stats
@@ -329,14 +327,13 @@ def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
 
 
 class GrowthRun(Iterator[Exit]):
-    """One run, iteration by iteration: nothing of an iteration is computed before it is asked for.
+    """A run that computes each iteration only when it is asked for.
 
-    Stop asking and call `close()`, leave the `with` block, or drop it, to throw the cached tensors
-    away.
+    To free the cached tensors, call `close()`, leave the `with` block or delete the run.
 
     Thread:
-        May be advanced from any thread, by one at a time. It runs in the modes in which it was
-        asked for.
+        May be advanced from any thread, but only by one at a time. It runs with the gradient,
+        inference and autocast modes in which it was created.
     """
 
     def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
@@ -362,20 +359,20 @@ class GrowthRun(Iterator[Exit]):
                 index, features, partial(self._network._answer, index), self._run, self._keep
             )
             if last:
-                # at once: everywhere in this library the last exit's output costs nothing when
-                # asked for
+                # Computed now, because the output of a last exit is always ready in this library.
                 exit.output()
                 self.close()
         except BaseException:
             self.close()
-            # what failed may have overwritten the features first
+            # The failed iteration may have overwritten the features of the exit before.
             self._run.position = None
             raise
         return exit
 
     def close(self) -> None:
-        """Throw away what is cached and has not been computed; harmless when there is nothing to
-        throw away.
+        """End the run and free its cached tensors.
+
+        Further calls do nothing.
         """
         self._iterations = iter(range(0))
         self._cached.clear()
@@ -389,52 +386,55 @@ class GrowthRun(Iterator[Exit]):
 
 
 class GrowingNetwork(nn.Module):
-    """A network of sections, run in iterations that each add blocks: an iterator of exits with the
-    protocol of all networks.
+    """A network of sections that runs in iterations, each of which adds blocks.
 
-    Growing a section leaves the input of its new blocks as it was, so they go on from the tensor
-    cached there; later sections run again, whole. Weights belong to a block, whichever iteration
-    runs it. What no later iteration goes on from is not cached, and what is cached is copied before
-    anything else reads it, since that may write in place. The outputs, and in training the
-    gradients, are those of the sub-networks run one by one.
+    It is an iterator of exits, with the protocol of all networks. Growing a section does not change
+    the input of its new blocks, so they continue from the tensor cached there. All blocks of later
+    sections run again. Each block has the same weights in every iteration. A tensor is cached only
+    if a later iteration continues from it, and it is copied before another module reads it, because
+    that may write in place. The outputs, and in training the gradients, are those of separate runs
+    of the sub-networks.
 
-    **Batch norm.** In train mode it normalises each batch by itself: iterations give what the
-    sub-networks would. Its running statistics, which eval mode goes by, are another matter. A block
-    that one iteration runs sees one kind of input, and its statistics one update a step (the
-    sub-networks would update it once each, with the same values, and so only come there faster). A
-    block that several iterations run sees inputs of several depths. With `norms="shared"`, which is
-    how we read the paper, its statistics are a mixture of them in nearly equal parts, which is
-    right for none: in papers/anytimenet that costs 11 to 30 points of accuracy. With `norms="own"`,
-        the default, each iteration has its own. Weights trained with shared ones may be loaded into
-        a network with own ones, and `recalibrate` computes them anew.
+    **Batch norm.** In train mode, batch norm normalises each batch by itself, so iterations give
+    the same outputs as the sub-networks. Eval mode uses running statistics, which differ. If one
+    iteration runs a block, the block gets one kind of input and one update per step. (The
+    sub-networks would each update it with the same values, which only converges faster.) If several
+    iterations run a block, it gets inputs of several depths. With `norms="shared"`, which is how we
+    read the paper, its statistics mix these inputs in nearly equal parts and fit none of them: in
+    papers/anytimenet that costs 11 to 30 points of accuracy. With `norms="own"`, the default, each
+    iteration has separate statistics. Weights trained with shared statistics may be loaded into a
+    network with separate ones, and `recalibrate` computes these again.
 
     Args:
         stem: IN, from the input to the features of the first section.
-        sections: any blocks that read what the block before them gives: one tensor, batch first.
+        sections: lists of blocks; each block takes the output of the block before it, one tensor,
+            batch first.
         out: OUT, from the last section's features to [B, num_classes].
-        schedule: block counts of each section per iteration; the last are all blocks there are.
-        outs: "shared", or "own" for an OUT per iteration, all the same in the beginning.
-        norms: "own" (the default) for batch-norm statistics per iteration, where blocks run in
-            several iterations: the batch norms (`nn.BatchNorm1d` to `3d`) of the given modules are
-                then replaced; or "shared".
-        layout: what the dimensions of the last features mean.
-        num_classes: width of the output; by default that of the last layer of `out`.
+        schedule: block counts of each section per iteration; the last iteration has all blocks.
+        outs: "shared" for one OUT, or "own" for a separate copy of OUT in each iteration.
+        norms: "own" (the default) for separate batch-norm statistics in each iteration, for blocks
+            that several iterations run; the batch norms (`nn.BatchNorm1d` to `3d`) of the given
+            modules are then replaced. "shared" keeps one set of statistics.
+        layout: meaning of the dimensions of the last features.
+        num_classes: width of the output; the default is that of the last layer of `out`.
     Attributes:
-        backbone: the whole network run plainly, of the same modules; the last exit's output is its
-            output.
-        schedule: block counts per iteration.
-        heads: the OUTs of all iterations but the last, where they have their own; else empty.
-        default_weights: of the exits' losses, unless `fit` is told otherwise: the paper's (eq. 3).
+        backbone: plain network of the same modules; its output is that of the last exit.
+        schedule: block counts of each section per iteration.
+        heads: the separate OUTs of all iterations except the last; empty with one shared OUT.
+        default_weights: scheme of the exits' loss weights that `fit` uses by default, the paper's
+            (eq. 3).
     Raises:
         ModelSpecError: if the schedule is malformed, or does not end with all blocks.
-        NetworkError: if an option is unknown, or the number of classes cannot be seen.
+        NetworkError: if an option is unknown, or the number of classes cannot be found.
     Source:
         AnytimeNet (Kim et al. 2020), section II.B; own OUTs are mentioned there. Own statistics:
         switchable batch norm, Yu et al. 2019 (slimmable networks), with weight and bias shared
         here.
     Example:
         >>> sections = [[nn.Linear(4, 4) for _ in range(2)] for _ in range(2)]
-        >>> network = GrowingNetwork(nn.Identity(), sections, nn.Linear(4, 3), [(1, 1), (2, 1), (2, 2)], layout="ND")
+        >>> network = GrowingNetwork(
+        ...     nn.Identity(), sections, nn.Linear(4, 3), [(1, 1), (2, 1), (2, 2)], layout="ND"
+        ... )
         >>> with network.exits(torch.zeros(5, 4)) as run:
         ...     [(exit.index, tuple(exit.output().shape)) for exit in run]
         [(0, (5, 3)), (1, (5, 3)), (2, (5, 3))]
@@ -491,24 +491,26 @@ class GrowingNetwork(nn.Module):
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Names of the exits: the blocks of each section, such as "5-1-1"."""
+        """Return the names of the exits, block counts such as "5-1-1"."""
         return self.schedule.names
 
     @property
     def mechanism(self) -> str:
-        """How it is staged, in words."""
+        """Describe in words how the network is divided into stages."""
         return (
             f"{self.num_exits} iterations over {len(self.schedule.final)} sections, each going on "
             "from cached tensors"
         )
 
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
-        """Outputs of all iterations, for training; cached tensors pass gradients on.
+        """Compute the outputs of all iterations, for training.
+
+        Gradients pass through the cached tensors.
 
         Args:
-            x: what the stem takes.
-            gradients: what happens to gradients at the exits, the way on being the cached tensors;
-                changes no value.
+            x: input of the stem.
+            gradients: how gradients flow at the exits, where the cached tensors lead to the deeper
+                layers; it changes no value.
         Returns:
             K outputs of shape [B, num_classes], first iteration to last.
         """
@@ -525,24 +527,25 @@ class GrowingNetwork(nn.Module):
         return tuple(outputs)
 
     def exits(self, x: Any, *, keep: bool = False) -> GrowthRun:
-        """Run iteration by iteration: `for exit in network.exits(x)`; stop asking, and nothing more
-        is computed.
+        """Run iteration by iteration, with `for exit in network.exits(x)`.
 
-        OUT runs when an exit is asked for its output; the last iteration's runs with it.
+        Leaving the loop early computes nothing more. OUT runs when an exit is asked for its output;
+        in the last iteration it always runs.
 
         Args:
-            x: as for `forward`.
-            keep: copy the features of each exit, so that `output()` may be asked for later.
+            x: input of the stem.
+            keep: copy the features of each exit, so that `output()` may be called later.
         """
         return GrowthRun(self, x, keep=keep)
 
     def pooled(self, exit: Exit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]."""
+        """Average an exit's features over space or tokens, to shape [B, D]."""
         return torch.as_tensor(Pool(self.layout)(exit.features))
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each iteration and its OUT; the last iteration contains its
-        OUT.
+        """Return shape, MACs and parameters of each iteration and its OUT.
+
+        The last iteration contains its OUT.
         """
         parts = block_macs(self.backbone, x)
         counted = growth.costs(self.schedule, parts)
@@ -567,8 +570,9 @@ class GrowingNetwork(nn.Module):
         return _with_parameters(facts, self._modules_by_use())
 
     def describe(self, x: Any) -> str:
-        """A table of iterations, their MACs and parameters, and what all of them cost beside a
-        plain run.
+        """Describe the iterations, their MACs and their parameters in a table.
+
+        The costs of all iterations are compared with those of a plain run.
 
         Args:
             x: an example input; MACs are per sample.
@@ -584,8 +588,10 @@ class GrowingNetwork(nn.Module):
         return "\n".join([*table, compared, mechanism])
 
     def _grow(self, index: int, cached: dict[int, Tensor], x: Any) -> Tensor:
-        """Run one iteration up to its OUT: from the cached tensor of the section that grows, or for
-        the first from `x`.
+        """Run one iteration up to its OUT.
+
+        It starts from the cached tensor of the section that grows, and the first iteration from
+        `x`.
         """
         first, old = self._starts[index]
         with _in_iteration(index):
@@ -597,14 +603,14 @@ class GrowingNetwork(nn.Module):
                 if section in self._kept[index]:
                     cached[section] = features
                     if section < len(self.backbone.sections) - 1:
-                        # the next section may write into it
+                        # The next section may write to its input in place.
                         features = features.clone()
         return torch.as_tensor(features)
 
     def _answer(self, index: int, features: Tensor) -> Tensor:
         """Run the OUT of an iteration."""
         if len(self.backbone.sections) - 1 in self._kept[index]:
-            # it may write into what is cached
+            # OUT may write to its input in place, which is cached.
             features = features.clone()
         with _in_iteration(index):
             return torch.as_tensor(self._out(index)(features))
@@ -627,8 +633,9 @@ class GrowingNetwork(nn.Module):
             self.backbone.out = _with_own_norms(self.backbone.out, iterations["OUT"])
 
     def _modules_by_use(self) -> list[tuple[list[nn.Module], nn.Module | None]]:
-        """Per iteration, the modules that its stage and its OUT (the last one's belongs to its
-        stage) run.
+        """Return the modules of each iteration, and its OUT.
+
+        The last OUT belongs to the modules of its iteration.
         """
         parts = self.backbone.parts()
         stages = [[parts[name] for name in names[:-1]] for names in growth.trace(self.schedule)]
@@ -643,8 +650,8 @@ def _classes(out: nn.Module) -> int:
     width, _ = _last_width(out)
     if width is None:
         raise NetworkError(
-            f"{type(out).__name__} as OUT has no layer whose width is the number of classes; give "
-            "num_classes."
+            f"cannot find the number of classes: {type(out).__name__} as OUT has no linear layer, "
+            "convolution or norm; give num_classes."
         )
     return width
 
@@ -652,7 +659,7 @@ def _classes(out: nn.Module) -> int:
 def _with_parameters(
     facts: Sequence[StageFacts], modules: Sequence[tuple[list[nn.Module], nn.Module | None]]
 ) -> list[StageFacts]:
-    """The facts with parameters counted where they are first used."""
+    """Add the parameters to the facts, counted where they are first used."""
     seen: set[int] = set()
 
     def fresh(parts: Iterable[nn.Module]) -> int:
@@ -670,17 +677,17 @@ def _with_parameters(
 
 
 class AnytimeNet(GrowingNetwork):
-    """The paper's AnytimeNet: a `BaseResNet` grown in seven iterations, or by another schedule.
+    """The paper's AnytimeNet, a `BaseResNet` that grows in seven iterations.
 
     Args:
         num_classes: width of the output.
-        schedule: block counts of each section per iteration, which also say how many blocks there
-            are; in text "1-1-1/5-1-1/8-1-1/...". See
-            `growth.in_turn` for a smaller one like the paper's, and `growth.plan` and
-            `growth.place` for better ones.
+        schedule: block counts of each section per iteration, which also determine the number of
+            blocks; as text "1-1-1/5-1-1/8-1-1/...". See `growth.in_turn` for smaller ones like the
+            paper's, and `growth.plan` and `growth.place` for better ones.
         width: channels of the first section.
-        in_channels: of the image.
-        outs, norms: as for `GrowingNetwork`.
+        in_channels: channels of the image.
+        outs: "shared" or "own" OUTs, as for `GrowingNetwork`.
+        norms: "shared" or "own" batch-norm statistics, as for `GrowingNetwork`.
     Raises:
         ModelSpecError: if the schedule or a size is malformed.
     Source:
@@ -689,7 +696,8 @@ class AnytimeNet(GrowingNetwork):
         >>> network = AnytimeNet(num_classes=10)
         >>> network.exit_names
         ('1-1-1', '5-1-1', '8-1-1', '8-5-1', '8-8-1', '8-8-5', '8-8-8')
-        >>> sum(len(names) for names in growth.trace(network.schedule))  # blocks executed; the plain network has 26
+        >>> # executions of blocks; the plain network has 26
+        >>> sum(len(names) for names in growth.trace(network.schedule))
         38
     """
 
@@ -716,28 +724,28 @@ class AnytimeNet(GrowingNetwork):
             norms=norms,
             num_classes=num_classes,
         )  # a list of ModuleLists
-        # of the same modules
+        # The same modules, as a BaseResNet.
         self.backbone = whole
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
-    """Compute the batch-norm statistics anew, from data, without touching a weight: in place, after
-    training.
+    """Compute the batch-norm statistics again from data, in place, after training.
 
-    Each statistic becomes the mean over all batches, and over all iterations that share it: with
-    `norms="own"` an iteration's statistics are those of its own inputs. While this runs, batch norm
-    normalises by the batch, as in training; dropout is off.
+    No weight is changed. Each statistic becomes the mean over all batches, and over all iterations
+    that share it. With `norms="own"`, the statistics of an iteration are those of its own inputs.
+    Meanwhile, batch norm normalises by the batch, as in training, and dropout is off.
 
     Args:
-        network: one whose forward runs all iterations.
-        batches: inputs of training data, without augmentation, in batches as large as those of
-            training.
+        network: network whose forward runs all iterations.
+        batches: batches of training inputs without augmentation, as large as those of training.
     Raises:
         NetworkError: if there are no batches.
     Source:
         As after stochastic weight averaging (Izmailov et al. 2018).
     Example:
-        >>> shared, own = (AnytimeNet(schedule=growth.in_turn((2, 2)), width=2, norms=norms) for norms in ("shared", "own"))
+        >>> schedule = growth.in_turn((2, 2))
+        >>> shared = AnytimeNet(schedule=schedule, width=2, norms="shared")
+        >>> own = AnytimeNet(schedule=schedule, width=2, norms="own")
         >>> _ = own.load_state_dict(shared.state_dict())  # trained, in real life
         >>> recalibrate(own, [torch.randn(8, 3, 8, 8) for _ in range(2)])
     """
@@ -754,7 +762,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:
     with evaluating(network), torch.no_grad():
         for norm in norms:
             norm.reset_running_stats()
-            # torch's word for: the mean of all batches
+            # In torch, a momentum of None means the mean of all batches.
             norm.momentum = None
             norm.train()
         try:

@@ -1,5 +1,6 @@
-"""What training with exits may do to gradients where an exit branches off; values stay the same to
-the last bit.
+"""Change gradients where an exit branches off, without changing values.
+
+The values stay the same to the last bit.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from impatient.errors import NetworkError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientFlow:
-    """How the gradients of early exits and of what is deeper meet in the backbone.
+    """How gradients of early exits and deeper layers meet in the backbone.
 
     Attributes:
-        equilibrium: at exit k of K (0-based), weigh the head's gradient 1 / (K - k) and that of
-            everything deeper (K - k - 1) / (K - k), so that their sum does not grow with the number
-            of exits.
-        detach: share of the channels, the last ones, whose gradient from everything deeper is
-            dropped, so that a part of the features is the early exits' own.
+        equilibrium: weigh the gradients at exit k of K (0-based): by 1 / (K - k) for the head and
+            by (K - k - 1) / (K - k) for the deeper layers, so that their sum does not grow with the
+            number of exits.
+        detach: share of the channels, counted from the last, that get no gradient from deeper
+            layers, so that this part of the features belongs to the early exits.
     Raises:
-        NetworkError: if `detach` is no share below 1.
+        NetworkError: if `detach` is negative, or 1 or more.
     Source:
         `equilibrium`: Li et al. 2019 (Improved techniques for training adaptive deep networks).
         `detach`: deep feature surgery (DFS), which keeps a ratio of 1 - detach, one half.
@@ -40,11 +41,11 @@ class GradientFlow:
             )
 
     def into_head(self, features: Tensor, exit: int, count: int) -> Tensor:
-        """The features as this early exit's head sees them."""
+        """Return the features for the head of this early exit."""
         return _scaled(features, 1.0 / (count - exit)) if self.equilibrium else features
 
     def onward(self, features: Tensor, exit: int, count: int, channel_dim: int) -> Tensor:
-        """The features as everything deeper sees them."""
+        """Return the features for the deeper layers."""
         if self.equilibrium:
             features = _scaled(features, (count - exit - 1.0) / (count - exit))
         if self.detach:
@@ -59,10 +60,11 @@ PLAIN = GradientFlow()
 
 
 def _scaled(features: Tensor, factor: float) -> Tensor:
-    """The same values; their gradient is multiplied on the way back."""
+    """Return the same values, with their gradient multiplied by a factor."""
     if not features.requires_grad:
         return features
-    # a copy: a later in-place operation must not meet a hook, nor change what the head was given
+    # A copy, because a later in-place operation must not run on a tensor with a hook, nor change
+    # the features that the head was given.
     copy = features.clone()
     copy.register_hook(lambda gradient: gradient * factor)
     return copy

@@ -1,8 +1,8 @@
-"""Growing a network of sections in iterations: what each executes, what that costs, and which order
-costs least. No tensors.
+"""Schedules that grow a network of sections, their costs, and the best ones.
 
-Sections, positions and iterations are counted from 0; in the names of executions from 1, as in the
-paper.
+A network grows in iterations. This module computes what each iteration executes, what that costs,
+and which order costs least; it uses no tensors. Sections, positions and iterations are counted from
+0, but from 1 in the names of executions, as in the paper.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Schedule:
     """Blocks of each section, iteration by iteration.
 
     Attributes:
-        counts: one row per iteration with the number of blocks of each section.
+        counts: number of blocks of each section, one row per iteration.
     Raises:
         ModelSpecError: if a section shrinks, an iteration grows nothing, or a section begins
             without a block.
@@ -66,7 +66,7 @@ class Schedule:
 
     @classmethod
     def of(cls, counts: Schedule | Sequence[Sequence[int]] | str) -> Self:
-        """The schedule itself, or one with these rows, or what `str` made of one.
+        """Make a schedule from rows of block counts, text, or a schedule.
 
         Example:
             >>> Schedule.of("1-1/3-1/3-2").counts
@@ -83,7 +83,7 @@ class Schedule:
 
     @property
     def final(self) -> Counts:
-        """Blocks of each section after the last iteration: those of the whole network."""
+        """Return the blocks of each section in the complete network."""
         return self.counts[-1]
 
     @property
@@ -92,10 +92,10 @@ class Schedule:
 
     @property
     def starts(self) -> tuple[tuple[int, int], ...]:
-        """Per iteration, the earliest section that grows and the position of its first new block.
+        """Return the earliest section that grows in each iteration.
 
-        The iteration runs the new blocks of that section, on the tensor cached there, and all
-        blocks of all later sections.
+        The second number of a pair is the position of the section's first new block. The iteration
+        runs the new blocks of that section on its cached tensor, and all blocks of later sections.
         """
         return (
             (0, 0),
@@ -104,8 +104,9 @@ class Schedule:
 
     @property
     def kept(self) -> tuple[frozenset[int], ...]:
-        """Per iteration, the sections whose tensors a later iteration continues from; the others
-        need not be cached.
+        """Return the sections whose tensors must be cached after each iteration.
+
+        A later iteration continues from these tensors.
         """
         return tuple(
             _needed([section for section, _ in self.starts[done:]])
@@ -124,8 +125,10 @@ def _read(text: str) -> tuple[Counts, ...]:
 
 
 def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
-    """From one block of each section, fill the sections one after the other, each in so many parts,
-    the larger ones first.
+    """Make a schedule that fills the sections one after the other.
+
+    It starts with one block of each section and fills each section in `parts` steps, larger steps
+    first.
 
     Example:
         >>> in_turn((3, 3)).counts
@@ -139,7 +142,7 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     rows = [(1,) * len(final)]
     for section, count in enumerate(final):
         for part in range(parts):
-            # rounded up
+            # The share of the section is rounded up.
             grown = -(-(count - 1) * (part + 1) // parts) + 1
             if grown > rows[-1][section]:
                 rows.append((*rows[-1][:section], grown, *rows[-1][section + 1 :]))
@@ -154,15 +157,15 @@ PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 
 
 
 def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
-    """The executions of each iteration, in order, where growing goes on from cached tensors.
+    """List the parts that each iteration executes, in order.
 
-    IN runs once and OUT every time. Blocks are added above the old ones of their section, whose
-    input stays the same: the earliest section that grows goes on from its cached tensor with its
-        new blocks only. The input of every later section has
-    changed: all their blocks run, old and new.
+    IN runs once, and OUT runs in every iteration. New blocks are added above the old blocks of
+    their section, whose input stays the same. So the earliest section that grows continues from its
+    cached tensor and runs only its new blocks. The input of every later section has changed, so all
+    blocks of later sections run, old and new.
 
     Returns:
-        Per iteration "IN", "S1.1" (section 1, block 1), ..., "OUT".
+        For each iteration, names such as "IN", "S1.1" (section 1, block 1) and "OUT".
     Source:
         AnytimeNet (Kim et al. 2020), figure 2 and table I. There one section grows at a time; the
         rule for several is ours.
@@ -182,8 +185,9 @@ def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
 
 
 def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
-    """Executions up to and including each iteration: of IN, of each section's blocks, of OUT, and
-    all together.
+    """Count the executions up to and including each iteration.
+
+    A row has the executions of IN, of the blocks of each section, of OUT, and of all together.
 
     Source:
         AnytimeNet, table I.
@@ -207,14 +211,14 @@ def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockCosts:
-    """What one execution of each part costs, in any one unit: seconds, MACs, or 1.
+    """Costs of executing each part once, in one unit: seconds, MACs, or 1.
 
     Attributes:
-        stem: of IN.
-        sections: per section, of each of its blocks.
-        out: of OUT.
+        stem: cost of IN.
+        sections: costs of the blocks of each section.
+        out: cost of OUT.
     Raises:
-        CostError: if a section has no block, or costs are not finite, negative, or all zero.
+        CostError: if a section has no block, or if costs are not finite, negative or all zero.
     """
 
     stem: float
@@ -225,18 +229,18 @@ class BlockCosts:
         object.__setattr__(self, "sections", tuple(tuple(section) for section in self.sections))
         if not self.sections or not all(self.sections):
             raise CostError(
-                f"block costs {self.sections}; expected at least one section, and one block in each."
+                f"block costs {self.sections}; expected at least one section with one block each."
             )
         costs = [self.stem, self.out, *itertools.chain.from_iterable(self.sections)]
         if not all(math.isfinite(cost) and cost >= 0.0 for cost in costs) or not any(costs):
             raise CostError(
-                f"costs of parts must be finite and not negative, and not all 0; given: {costs}. "
-                "Measure again."
+                f"costs of parts {costs}; expected finite numbers that are not negative, and one "
+                "above 0. Measure again."
             )
 
     @classmethod
     def equal(cls, counts: Sequence[int], *, stem: float = 1.0, out: float = 1.0) -> Self:
-        """Every block costs 1, so that costs count executions."""
+        """Make costs of 1 for every block, so that costs count executions."""
         return cls(stem=stem, sections=tuple((1.0,) * count for count in counts), out=out)
 
     @property
@@ -245,12 +249,15 @@ class BlockCosts:
 
     @property
     def plain(self) -> float:
-        """Of a plain run through all blocks: the paper's BASELINE."""
+        """Return the cost of a plain run through all blocks, the paper's BASELINE."""
         return self.stem + sum(map(sum, self.sections)) + self.out
 
     def step(self, before: Counts | None, after: Counts) -> float:
-        """Of the iteration that grows from some block counts to others; from None, of the first
-        one.
+        """Return the cost of one iteration.
+
+        Args:
+            before: block counts before the iteration; None for the first iteration.
+            after: block counts after the iteration.
         """
         first, old = (0, 0) if before is None else _start(before, after)
         inner = sum(self.sections[first][old : after[first]])
@@ -263,12 +270,15 @@ class BlockCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthCosts:
-    """What a schedule costs, every iteration with its OUT, in the unit of its blocks' costs.
+    """Costs of a schedule, including OUT in every iteration.
+
+    They are in the unit of the block costs.
 
     Attributes:
-        per_iteration: of each iteration alone.
-        cumulative: until each iteration has answered, all those before having answered too.
-        plain: of a plain run through the whole network.
+        per_iteration: cost of each iteration alone.
+        cumulative: cost until each iteration has answered, including the answers of all earlier
+            iterations.
+        plain: cost of a plain run through the complete network.
     """
 
     per_iteration: tuple[float, ...]
@@ -277,17 +287,21 @@ class GrowthCosts:
 
     @property
     def overhead(self) -> float:
-        """All iterations over a plain run: 1.19 means 19 % more."""
+        """Return the cost of all iterations over that of a plain run.
+
+        1.19 means 19 % more.
+        """
         return self.cumulative[-1] / self.plain
 
 
 def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
-    """What each iteration of a schedule costs.
+    """Compute the cost of each iteration of a schedule.
 
     Args:
-        parts: one block cost per block of the schedule's end.
+        schedule: a schedule.
+        parts: costs of all blocks in the schedule's last iteration.
     Raises:
-        CostError: if the blocks are not those of the schedule.
+        CostError: if there is not one cost for each of these blocks.
     Example:
         >>> counted = costs(PAPER, BlockCosts.equal((8, 8, 8)))
         >>> counted.cumulative, counted.plain
@@ -317,30 +331,30 @@ def plan(
     sizes: Sequence[int] | None = None,
     through: Sequence[Sequence[int]] = (),
 ) -> Schedule:
-    """The schedule to the whole network that costs least, and so has the least overhead; of equals,
-    the one that is early.
+    """Find the schedule to the complete network that costs least.
 
-    What an iteration costs depends on the block counts before and after it alone. So a schedule is
-    a path through the graph of all block counts, and the shortest path, iteration by iteration, is
-    the optimum: nothing is guessed.
+    It has the least overhead. Of several schedules with the same cost, it is the one whose answers
+    come earliest. The cost of an iteration depends only on the block counts before and after it. So
+    a schedule is a path through the graph of all block counts, and the shortest path is the exact
+    optimum.
 
     Args:
         parts: measured cost of each part (`block_times`).
-        iterations: how many, from one block of each section. Least overhead alone crowds the others
-            near the end, since
-            blocks that run once are the cheapest: say with `sizes` or `through` what the answers in
-                between are to be worth.
-        sizes: instead of `iterations`, the number of blocks, all sections together, that each
-            iteration is to have.
+        iterations: number of iterations, starting with one block of each section. The least
+            overhead alone puts most iterations near the end, because blocks that run once cost
+            least. Use `sizes` or `through` to say how large the networks in between must be.
+        sizes: number of blocks, all sections together, in each iteration; replaces `iterations`.
         through: block counts that must be among the iterations.
     Raises:
-        ModelSpecError: if no schedule is like that.
+        ModelSpecError: if there is no such schedule.
     Example:
         >>> plan(BlockCosts.equal((8, 8, 8)), sizes=[3, 7, 10, 14, 17, 21, 24]) == PAPER
         True
     """
     if (iterations is None) == (sizes is None):
-        raise ModelSpecError(f"iterations={iterations}, sizes={sizes}; expected one of the two.")
+        raise ModelSpecError(
+            f"iterations={iterations}, sizes={sizes}; expected exactly one of the two."
+        )
     points = [tuple(point) for point in through]
     layers = _layers(parts.counts, iterations, sizes)
     missing = (
@@ -351,8 +365,8 @@ def plan(
         raise ModelSpecError(
             f"{missing}; expected at least one iteration, and at least one block per section."
         )
-    # label: total cost, sum of the cumulative costs, path. A cost counts in the sum once for each
-    # iteration still to come.
+    # A label has the total cost, the sum of the cumulative costs, and the path. In that sum, a cost
+    # counts once for its own iteration and once for each later one.
     labels: dict[Counts, _Label] = {}
     for counts in layers[0]:
         if _visits(None, counts, points):
@@ -369,22 +383,21 @@ def plan(
 
 
 def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
-    """The schedule whose iterations, filling one section after the other, end nearest to wanted
-    times.
+    """Find the schedule whose iterations end nearest to the given times.
 
-    Filling in turn keeps later sections at one block while earlier ones grow, so that little is run
-    again; a schedule that ran more again only to be on time would answer no better. The last
-    iteration is the whole network, whatever its time.
+    Only schedules that fill one section after the other are considered. They keep later sections at
+    one block while earlier ones grow, so that few blocks run again. A schedule that runs more
+    blocks again only to be on time would not answer better. The last iteration is the complete
+    network, whatever its time.
 
     Args:
         parts: measured cost of each part (`block_times`).
-        times: one per iteration, increasing, in the unit of the costs.
+        times: increasing end times of the iterations, in the unit of the costs.
     Returns:
-        Of all schedules that fill in turn, the one with the least sum of squared distances from the
-        times.
+        The schedule with the least sum of squared distances from the times.
     Raises:
-        ModelSpecError: if the times do not increase, or are more than there are blocks to add, and
-            one.
+        ModelSpecError: if the times do not increase, or if there are more times than blocks to add
+            plus one.
     Example:
         >>> place(BlockCosts.equal((3, 3)), [4.0, 7.0, 20.0]).counts
         ((1, 1), (2, 1), (3, 3))
@@ -399,8 +412,8 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
         raise ModelSpecError(
             f"times {tuple(times)}; expected 1 to {len(line)} of them, increasing and finite."
         )
-    # state: where on the line, and how often each section was the one that grew first: the time so
-    # far follows from these
+    # A state is the position on the line, and how often each section was the first to grow. The
+    # time so far follows from these.
     states: dict[tuple[int, Counts], _Label] = {(-1, (0,) * len(parts.counts)): (0.0, 0.0, ())}
     for index, time in enumerate(times):
         last = index == len(times) - 1
@@ -427,7 +440,7 @@ _Label = tuple[float, float, tuple[Counts, ...]]
 
 
 def _start(before: Counts, after: Counts) -> tuple[int, int]:
-    """The earliest section that grows, and how many blocks it has already."""
+    """Return the earliest section that grows, and how many blocks it has before."""
     return next(
         (section, old)
         for section, (old, new) in enumerate(zip(before, after, strict=True))
@@ -436,7 +449,7 @@ def _start(before: Counts, after: Counts) -> tuple[int, int]:
 
 
 def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
-    """(section, block) of all that an iteration executes, in order."""
+    """Yield section and block of everything that an iteration executes, in order."""
     first, old = (0, 0) if before is None else _start(before, after)
     for section in range(first, len(after)):
         for block in range(old if section == first else 0, after[section]):
@@ -444,8 +457,9 @@ def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
 
 
 def _needed(starts: Sequence[int]) -> frozenset[int]:
-    """Sections that iterations to come start from, before an iteration that starts earlier has
-    replaced their tensors.
+    """Return the sections from whose present tensors later iterations start.
+
+    An iteration that starts in an earlier section replaces the tensors of later sections.
     """
     return frozenset(
         section
@@ -457,7 +471,7 @@ def _needed(starts: Sequence[int]) -> frozenset[int]:
 def _layers(
     final: Counts, iterations: int | None, sizes: Sequence[int] | None
 ) -> list[list[Counts]]:
-    """Per iteration, the block counts that it may have."""
+    """Return the block counts that each iteration may have."""
     vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
     if sizes is not None:
         wanted = [[counts for counts in vectors if sum(counts) == size] for size in sizes]
@@ -471,8 +485,9 @@ def _layers(
 
 
 def _visits(before: Counts | None, after: Counts, points: Sequence[Counts]) -> bool:
-    """Whether a step passes by none of the points: what it has not come to yet still lies ahead, or
-    is reached now.
+    """Tell whether a step passes none of the points.
+
+    Each point still lies ahead, is reached now, or has been reached before.
     """
     return all(
         _within(after, point) or (before is not None and _within(point, before)) for point in points
@@ -486,7 +501,7 @@ def _next_labels(
     parts: BlockCosts,
     points: Sequence[Counts],
 ) -> dict[Counts, _Label]:
-    """The best way to each of the block counts of the next iteration."""
+    """Find the best path to each of the next iteration's block counts."""
     wanted = set(layer)
     reached: dict[Counts, _Label] = {}
     for before, (total, early, path) in labels.items():
@@ -503,8 +518,9 @@ def _next_labels(
 
 
 def _line(final: Counts) -> Iterator[Counts]:
-    """Block counts on the way from one block of each section to all of them, block by block,
-    section after section.
+    """Yield block counts from one block per section to all of them.
+
+    Blocks are added one by one, section after section.
     """
     counts = [1] * len(final)
     yield tuple(counts)

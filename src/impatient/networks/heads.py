@@ -1,4 +1,4 @@
-"""Early prediction layers: from the features at a cut to an output, by the features' layout."""
+"""Early prediction layers (heads), from the features at a cut to an output."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HeadFactory = Callable[["FeatureShape", int], nn.Module]
 
 
 class FeatureShape:
-    """Shape and layout of the features at a cut, without the batch dimension's size.
+    """Shape and layout of the features at a cut, for any batch size.
 
     Attributes:
-        shape: as seen on the example, batch first.
-        layout: which dimension means what: N batch, C or D channels, H and W space, T tokens or
+        shape: shape of the features on the example, batch first.
+        layout: meaning of each dimension: N batch, C or D channels, H and W space, T tokens or
             time.
-        channels: number of features per place.
+        channels: number of channels, that is, features per position.
     """
 
     __slots__ = ("channels", "layout", "shape")
@@ -48,34 +48,34 @@ class FeatureShape:
 
 
 def channel_dim(layout: Layout) -> int:
-    """Which dimension is the channels: 1 or -1."""
+    """Return which dimension holds the channels, 1 or -1."""
     return 1 if layout.startswith("NC") else -1
 
 
 def guess_layout(features: Tensor, module: nn.Module) -> Layout:
-    """Tell what the dimensions of a module's output mean.
+    """Guess what the dimensions of a module's output mean.
 
-    The width of the module's last normalisation, linear or convolution is the number of channels,
-    and tells whether they come first or last. Where it tells nothing, three dimensions are
-    channels-last (tokens), four and five channels-first (maps, video).
+    The width of the module's last normalisation, linear layer or convolution is the number of
+    channels, and shows whether they come first or last. If it does not, three dimensions are taken
+    as channels-last (tokens), four and five as channels-first (maps, video).
 
     Raises:
-        HeadError: for features of fewer than 2 or more than 5 dimensions, or that are not floating
+        HeadError: if the features have fewer than 2 or more than 5 dimensions, or are not floating
             point.
     """
     shape = tuple(features.shape)
     if not features.is_floating_point():
         raise HeadError(
-            f"features of type {features.dtype} and shape {shape} are not floating point; cut "
-            "somewhere else."
+            f"features of type {features.dtype} and shape {shape}; expected floating point. Attach "
+            "the exit elsewhere."
         )
     if len(shape) == 2:
         return "ND"
     if len(shape) not in _BY_DIMENSIONS:
         raise HeadError(
             f"features of shape {shape} have {len(shape)} dimensions; expected [B,D], [B,T,D], "
-            "[B,C,T], [B,C,H,W], [B,H,W,C], [B,C,T,H,W] or [B,T,H,W,C]. Cut somewhere else, or "
-            "give a head of your own as a callable (FeatureShape, num_classes) -> nn.Module."
+            "[B,C,T], [B,C,H,W], [B,H,W,C], [B,C,T,H,W] or [B,T,H,W,C]. Attach the exit elsewhere, "
+            "or give your own head as a callable (FeatureShape, num_classes) -> nn.Module."
         )
     first, last = _BY_DIMENSIONS[len(shape)]
     width, channels_last = _last_width(module)
@@ -89,8 +89,9 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
 
 
 def _last_width(module: nn.Module) -> tuple[int | None, bool]:
-    """Output width of the last layer with parameters, and whether such layers work on the last
-    dimension.
+    """Return the output width of the last layer with parameters.
+
+    The second value tells whether the layer works on the last dimension.
     """
     width = None
     channels_last = False
@@ -111,7 +112,10 @@ def _last_width(module: nn.Module) -> tuple[int | None, bool]:
 
 
 class Pool(nn.Module):
-    """Mean over space, time or tokens: [B,C,H,W], [B,H,W,C], [B,T,D], ... to [B,C]; [B,D] passes."""
+    """Mean over space, time or tokens, to features [B,C].
+
+    Features [B,D] are not changed.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -127,12 +131,15 @@ class Pool(nn.Module):
 
 
 def linear(features: FeatureShape, num_classes: int) -> nn.Module:
-    """Pool and a linear layer: the cheapest head, C x num_classes MACs."""
+    """Build a pool and a linear layer, the least expensive head.
+
+    It takes C x num_classes MACs.
+    """
     return nn.Sequential(Pool(features.layout), nn.Linear(features.channels, num_classes))
 
 
 def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
-    """ReLU, pool and a linear layer; for pre-activation backbones.
+    """Build ReLU, pool and a linear layer, for pre-activation backbones.
 
     Source:
         Anytime Neural Networks (Hu et al.), the head of every experiment.
@@ -143,7 +150,10 @@ def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
 def mlp(
     features: FeatureShape, num_classes: int, hidden: int = 128, dropout: float = 0.0
 ) -> nn.Module:
-    """Pool, a hidden layer of `hidden` units with ReLU, dropout if there is any, a linear layer."""
+    """Build a pool and a multilayer perceptron.
+
+    It has a hidden layer of `hidden` units with ReLU, dropout if that is not 0, and a linear layer.
+    """
     return nn.Sequential(
         Pool(features.layout),
         nn.Linear(features.channels, hidden),
@@ -154,15 +164,15 @@ def mlp(
 
 
 def mlp_dropout(features: FeatureShape, num_classes: int) -> nn.Module:
-    """The mlp head with half of its hidden units dropped in training."""
+    """Build the mlp head with half of its hidden units dropped in training."""
     return mlp(features, num_classes, dropout=0.5)
 
 
 def flatten(features: FeatureShape, num_classes: int) -> nn.Module:
-    """A linear layer on every single feature: C x H x W x num_classes MACs, and as many weights.
+    """Build a linear layer on all features.
 
-    It reads features of the example's size only; torch refuses others ("shapes cannot be
-    multiplied").
+    It takes C x H x W x num_classes MACs and as many weights. It accepts only features of the
+    example's size; torch refuses others ("shapes cannot be multiplied").
 
     Source:
         Impatient DNNs (Amthor et al.), whose figure of the layers is lost: fully connected on the
@@ -172,8 +182,9 @@ def flatten(features: FeatureShape, num_classes: int) -> nn.Module:
 
 
 def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Module:
-    """Average pooling to size x size places (or the map's size, where that is less) and a linear
-    layer on all of them.
+    """Build average pooling to size x size positions and a linear layer.
+
+    If the map is smaller than that, its own size is kept. The linear layer takes all positions.
     """
     _check_map("adaptive", features)
     height, width = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
@@ -188,8 +199,10 @@ def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Modu
 
 
 def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Module:
-    """A 1x1 convolution to widen x C channels with batch norm and ReLU, pool, a linear layer;
-    places are tokens too.
+    """Build a 1x1 convolution, a pool and a linear layer.
+
+    The convolution gives widen x C channels and is followed by batch norm and ReLU. It works on
+    tokens, too, which count as positions.
 
     Source:
         Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
@@ -200,8 +213,9 @@ def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Modu
 
 
 def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int = 2) -> nn.Module:
-    """The map brought to size x size places (bilinear), then the conv1x1 head: the same cost at
-    every resolution.
+    """Build a bilinear resize to size x size positions and the conv1x1 head.
+
+    It takes the same time at every resolution.
 
     Source:
         Anytime Neural Networks' code, `prediction_feature=rescale`: bilinear to 7x7 and a 1x1
@@ -227,8 +241,9 @@ def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Modul
 
 
 class ChannelsFirst(nn.Module):
-    """Any features as [B,C,H,W] maps: tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1], video
-    [B,C,T,HW].
+    """Any features as maps [B,C,H,W].
+
+    Tokens [B,T,D] become [B,D,T,1], vectors [B,D,1,1], and video [B,C,T,HW].
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -252,14 +267,15 @@ def _channels_first(features: FeatureShape) -> tuple[nn.Module, ...]:
 def _check_map(head: str, features: FeatureShape) -> None:
     if len(features.layout) != 4:
         raise HeadError(
-            f"the {head} head reads maps and needs [B,C,H,W] or [B,H,W,C] features; these are "
-            f"{features!r}. Use heads='linear' or heads='mlp'."
+            f"the {head} head got features {features!r}; expected maps [B,C,H,W] or [B,H,W,C]. Use "
+            "heads='linear' or heads='mlp'."
         )
 
 
 class MSDNetHead(nn.Module):
-    """Two 3x3 convolutions of stride 2 to 128 channels, each with batch norm and ReLU, average
-    pooling, a linear layer.
+    """Two 3x3 convolutions of stride 2, average pooling and a linear layer.
+
+    Each convolution gives 128 channels and is followed by batch norm and ReLU.
 
     Source:
         Huang et al. 2018 (MSDNet). We differ: the pooling is global, so that any resolution fits.
@@ -306,14 +322,15 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
     """Build one head, by name or by a callable (FeatureShape, num_classes) -> nn.Module.
 
     Raises:
-        HeadError: if the name is unknown, the features do not suit the head, or a callable returns
-            no module.
+        HeadError: if the name is unknown, the features do not fit the head, or a callable does not
+            return a module.
     """
     if callable(head):
         built = head(features, num_classes)
         if not isinstance(built, nn.Module):
             raise HeadError(
-                f"the head's factory returned a {type(built).__name__}; expected a torch.nn.Module."
+                f"the factory of a head returned a {type(built).__name__}; expected a "
+                "torch.nn.Module."
             )
         return built
     if head not in HEADS:
@@ -324,10 +341,10 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
 
 
 def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) -> None:
-    """Run a head on example features and see that it gives [B, num_classes].
+    """Check that a head gives [B, num_classes] on example features.
 
     Raises:
-        HeadError: if it fails or gives something else.
+        HeadError: if the head fails or gives something else.
     """
     modes = {module: module.training for module in head.modules()}
     try:

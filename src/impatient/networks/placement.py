@@ -1,5 +1,6 @@
-"""Where exits may go and where they go by themselves: by structure and measured cost, never by a
-library's module names.
+"""Find places for exits by structure and measured cost.
+
+The names of a library's modules are never used, because libraries rename them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from impatient.networks.heads import guess_layout
 from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor, output_tensor
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
-# of the whole time; less would send exits into the insides of blocks wherever the machine is busy
+# Share of the total time by which an exit may miss its place. With less, exits would be placed
+# inside blocks whenever the machine is busy.
 _FAR = 0.2
 _SILENT = (
     nn.ReLU,
@@ -40,8 +42,13 @@ _SILENT = (
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one forward pass on the example called, in order: names with call numbers, when each
-    ended, what it gave.
+    """Module calls of one forward pass on an example, in order.
+
+    Attributes:
+        ended_s: time from the start to the end of each call, in seconds, by module name and number
+            of the call.
+        features: output of each call, by module name and number of the call.
+        total_s: time of the forward pass, in seconds.
     """
 
     ended_s: Mapping[tuple[str, int], float]
@@ -53,28 +60,32 @@ class Trace:
 
 
 def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = True) -> Trace:
-    """Run the model once in eval mode without gradients and note the named modules' calls, end
-    times and outputs.
+    """Run a model once, and record the calls of the named modules.
+
+    The model runs in eval mode and without gradients.
 
     Args:
-        features: keep a copy of each output; leave it out when the times matter.
+        model: a model.
+        x: an example input.
+        names: names of the modules whose calls are recorded.
+        features: whether to keep a copy of each output; False for exact times.
     """
     ended: dict[tuple[str, int], float] = {}
     outputs: dict[tuple[str, int], Tensor] = {}
     calls: Counter[str] = Counter()
     modules = dict(model.named_modules())
 
-    def note(name: str, output: Any) -> None:
+    def record(name: str, output: Any) -> None:
         key = (name, calls[name])
         calls[name] += 1
         ended[key] = time.perf_counter()
         if features:
-            # no tensor in it: it can be listed, but not cut
+            # NetworkError: the output has no tensor, so no exit can be attached here.
             with contextlib.suppress(NetworkError):
                 outputs[key] = first_tensor(output).detach().clone()
 
     hooks = [
-        modules[name].register_forward_hook(lambda _m, _a, output, name=name: note(name, output))
+        modules[name].register_forward_hook(lambda _m, _a, output, name=name: record(name, output))
         for name in names
     ]
     try:
@@ -89,7 +100,7 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
 
 
 class HasModes(Protocol):
-    """A module, as far as its train and eval modes are concerned."""
+    """A module that can be put in eval mode."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -97,7 +108,7 @@ class HasModes(Protocol):
 
 
 class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
-    """Put a model in eval mode and, on leaving, every module back in the mode it was in."""
+    """Put a model in eval mode, and restore all modes at the end."""
 
     def __init__(self, model: HasModes) -> None:
         self._modes = {module: module.training for module in model.modules()}
@@ -112,10 +123,10 @@ class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
 
 
 def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
-    """Turn names given by a user into cuts, in the order in which the model runs.
+    """Turn module names from a user into cuts, in running order.
 
     Raises:
-        ExitNotFound: if a name is no module of the model, or the example never calls it.
+        ExitNotFound: if the model has no module of a name, or the example never calls it.
         AmbiguousCut: if a module is called several times and the name does not say which call.
         CutOrderError: if the names are not in running order, or one is named twice.
     """
@@ -134,8 +145,8 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     if cuts != running or len(set(cuts)) < len(cuts):
         right = list(dict.fromkeys(str(cut) for cut in running))
         raise CutOrderError(
-            f"exits go from shallow to deep, each once; given: {list(after)}; in running order: "
-            f"{right}."
+            f"exits after {list(after)}; expected each once, from shallow to deep. In running "
+            f"order: {right}."
         )
     return cuts
 
@@ -160,8 +171,10 @@ def _one_cut(name: str, call: int | None, traced: Trace) -> Cut:
 
 
 def _similar(name: str, model: nn.Module) -> list[str]:
-    """Names a user may have meant: close in spelling, or else the blocks an exit would go to by
-    itself.
+    """Return names that a user may have meant.
+
+    These are names of similar spelling, then outer modules, then blocks at which exits can be
+    placed automatically.
     """
     import difflib
 
@@ -172,20 +185,19 @@ def _similar(name: str, model: nn.Module) -> list[str]:
 
 
 def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
-    """Place count - 1 cuts at even shares of measured time among the blocks of the model's repeated
-    structure.
+    """Place count - 1 cuts at even shares of measured time.
 
-    Among the outermost blocks, if there are enough and no share is missed by more than a fifth of
-    the time; otherwise among the blocks inside them, if those come at least twice as near. Blocks
-    on whose features the output does not hang, on a side path or after the last use of what they
-    give, are left out.
+    The cuts are among the outermost blocks of the model's repeated structure, if there are enough
+    and no share is missed by more than a fifth of the time. Otherwise they are among the blocks
+    inside these, if that is at least twice as near to the even shares. Blocks whose features do not
+    affect the output are left out: those on a side path or after the last use of their features.
 
     Raises:
         ExitNotFound: if the model has fewer places than that.
     """
     if count < 1:
         raise ExitNotFound(
-            f"count={count}; expected at least 1 exit (the last exit is the backbone's own output)."
+            f"count={count}; expected at least 1 exit (the last exit is the backbone's output)."
         )
     if count == 1:
         return []
@@ -213,22 +225,24 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
 
 
 def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
-    """Place exits a fixed number of blocks apart, counted back from the last block, which the
-    backbone's own output follows.
+    """Place exits a fixed number of blocks apart.
 
-    Of L blocks (calls of the outermost repeated blocks whose features a head can read) those of
-    index (L - 1) mod period, + period, ... are cut; not L - 1, the last. With the output that makes
-    1 + (L - 1) // period exits, placed without timing.
+    They are counted back from the last block. Let L be the number of blocks: calls of the outermost
+    repeated blocks whose features a head can read. The cuts are after the blocks of index (L - 1) mod period, then every `period` blocks, but
+    not after the last block, L - 1, which the backbone's output follows. With that output this
+    makes 1 + (L - 1) // period exits. Nothing is measured.
 
     Args:
+        model: a model.
         x: an example input.
-        period: blocks from one exit to the next, 1 to L - 1.
+        period: number of blocks from one exit to the next, from 1 to L - 1.
     Raises:
         ExitNotFound: if the period is below 1, or leaves no early exit.
     Source:
         Anytime Neural Networks (Hu et al.), the prediction period s ("stack-s").
     Example:
-        >>> toy = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)), nn.Linear(8, 3))
+        >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(6)]
+        >>> toy = nn.Sequential(*blocks, nn.Linear(8, 3))
         >>> [str(cut) for cut in every(toy, torch.zeros(1, 8), period=2)]
         ['1', '3']
     """
@@ -249,7 +263,7 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
 
 
 def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
-    """Calls whose features a head can read, in running order."""
+    """Return the calls whose features a head can read, in running order."""
     modules = dict(model.named_modules())
     batch = batch_size_of(x)
     return [
@@ -260,7 +274,7 @@ def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
 
 
 def _obstacle(features: Tensor, module: nn.Module, batch: int) -> str:
-    """Why no head can read these features; empty where one can."""
+    """Return why no head can read these features, or an empty string."""
     try:
         guess_layout(features, module)
     except HeadError as error:
@@ -274,8 +288,9 @@ def _obstacle(features: Tensor, module: nn.Module, batch: int) -> str:
 
 
 def _passed_over(model: nn.Module, x: Any) -> str:
-    """The first block that no head can read and why, as a sentence to follow others; empty where
-    there is none.
+    """Say which block is the first that no head can read, and why.
+
+    The sentence follows other sentences. It is empty if there is no such block.
     """
     modules = dict(model.named_modules())
     for level in _levels(model):
@@ -287,13 +302,15 @@ def _passed_over(model: nn.Module, x: Any) -> str:
 
 
 def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
-    """Calls of blocks whose features a head can read and that are not the last thing the model
-    does, in running order.
+    """Return the calls of blocks after which an exit may be placed.
+
+    They are in running order. A head can read their features, and the model still computes
+    something after them.
     """
     traced = trace(model, x, names)
     runs = [traced, *(trace(model, x, names, features=False) for _ in range(2))]
 
-    # the median: one run may have been held up
+    # The median, because a single run may have been interrupted.
     def share(cut: Cut) -> float:
         return statistics.median(run.ended_s[cut.module, cut.call] / run.total_s for run in runs)
 
@@ -301,8 +318,9 @@ def _usable(model: nn.Module, x: Any, names: Sequence[str]) -> list[Cut]:
 
 
 def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list[float]:
-    """Share of the whole time that has passed at each cut; the least of several runs, the first
-    left out.
+    """Measure the share of the total time that has passed at each cut.
+
+    It is the least of several runs, of which the first does not count.
     """
     names = sorted({cut.module for cut in cuts})
     runs = [trace(model, x, names, features=False) for _ in range(repeats + 1)][1:]
@@ -313,8 +331,10 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
 def _evenly(
     model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int
 ) -> tuple[list[Cut], float]:
-    """Cuts nearest to even shares without those that do not matter, and how far the farthest is;
-    none, infinity if too few.
+    """Return the cuts nearest to even shares, and the largest distance from these.
+
+    Cuts that do not affect the output are left out. If too few are left, there are no cuts and the
+    distance is infinite.
     """
     left = list(zip(cuts, shares, strict=True))
     while len(left) >= count - 1:
@@ -330,8 +350,9 @@ def _evenly(
 
 
 def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:
-    """Those picked on whose features the output does not hang; none where it hangs on no cut at all
-    (a head of zeros).
+    """Return the picked cuts whose features do not affect the output.
+
+    If no cut at all affects the output (a last layer of zeros), none is returned.
     """
     with evaluating(model), torch.no_grad():
         untouched = output_tensor(call_model(model, x))
@@ -340,8 +361,9 @@ def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) 
 
 
 def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -> bool:
-    """Whether the output changes when the features at these cuts do; true where they cannot be
-    replaced.
+    """Tell whether changing the features at these cuts changes the output.
+
+    It is true where features cannot be replaced.
     """
     calls: Counter[str] = Counter()
     replaced: list[Tensor] = []
@@ -350,7 +372,7 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
         cut = Cut(name, calls[name])
         calls[name] += 1
         if cut not in cuts:
-            # torch's word for: the output stays as it is
+            # For torch, None means that the output is not replaced.
             return None
         features = first_tensor(output)
         waves = (
@@ -379,12 +401,10 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
 
 
 def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
-    """Indices of the shares that lie nearest to 1/count, 2/count, ..., in order and without
-    repeats.
-    """
+    """Return increasing indices of the shares nearest to 1/count, 2/count, ..."""
     targets = [index / count for index in range(1, count)]
-    # dynamic programme over (targets, shares): least sum of squared distances of an increasing
-    # assignment
+    # Dynamic programming over (targets, shares), for the increasing assignment with the least sum
+    # of squared distances.
     best: list[list[tuple[float, tuple[int, ...]]]] = [[(0.0, ())] * (len(shares) + 1)]
     for row, target in enumerate(targets, start=1):
         line: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
@@ -397,8 +417,9 @@ def _even(shares: Sequence[float], count: int) -> tuple[int, ...]:
 
 
 def _levels(model: nn.Module) -> Iterator[list[str]]:
-    """Lists of block names, coarse to fine: outermost repeated blocks first, then the blocks inside
-    them, ...
+    """Yield lists of block names, from coarse to fine.
+
+    The outermost repeated blocks come first, then the blocks inside them, and so on.
     """
     blocks = list(_blocks("", model))
     while blocks:
@@ -419,7 +440,10 @@ def _levels(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost blocks: composite members of plain containers, and composite siblings of one class."""
+    """Yield the outermost blocks of a module.
+
+    Blocks are composite members of plain containers, and composite siblings of one class.
+    """
     children = list(module.named_children())
     composite = [
         (name, child) for name, child in children if next(child.children(), None) is not None

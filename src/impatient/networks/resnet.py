@@ -1,5 +1,6 @@
-"""The pre-activation ResNets of Anytime Neural Networks: (n, c) for small images, ANN-14 to ANN-152
-for large ones.
+"""The pre-activation ResNets of Anytime Neural Networks.
+
+There are networks of (n, c) for small images, and ANN-14 to ANN-152 for large ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ ShortcutKind = Literal["pooled", "projection"]
 
 
 class PooledShortcut(nn.Module):
-    """The input, averaged over stride x stride where a block down-samples, and zero-padded where it
-    widens; no parameters.
+    """A shortcut without parameters, of average pooling and zero-padding.
+
+    It averages over stride x stride pixels where a block down-samples, and adds channels of zeros
+    where a block widens.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -46,12 +49,14 @@ def _shortcut(kind: ShortcutKind, inputs: int, outputs: int, stride: int) -> nn.
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus the input; when down-sampling, plus its 2x2 average,
-    zero-padded in channels.
+    """A block of BN-ReLU-conv3x3-BN-ReLU-conv3x3-BN plus a shortcut of the input.
 
     Args:
-        shortcut: "pooled" as above; "projection": a strided 1x1 convolution with BN where the shape
-            changes.
+        inputs: channels of the input.
+        outputs: channels of the output.
+        stride: stride of the first convolution.
+        shortcut: "pooled" for a `PooledShortcut`, or "projection" for a strided 1x1 convolution
+            with BN where the shape changes.
     Source:
         Anytime Neural Networks (Hu et al.), the basic unit as in the authors' code.
     """
@@ -74,12 +79,17 @@ class PreActBlock(nn.Module):
 
 
 class PreActBottleneck(nn.Module):
-    """BN-ReLU-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN plus the shortcut; a quarter of the
-    outputs inside, stride in the 3x3.
+    """A bottleneck block of three convolutions plus a shortcut of the input.
+
+    The layers are BN-ReLU-conv1x1-BN-ReLU-conv3x3-BN-ReLU-conv1x1-BN, with a quarter of the output
+    channels inside.
 
     Args:
-        shortcut: "pooled" (average and zeros) as in the paper's appendix; "projection" (1x1
-            convolution and BN on the block's input, where the shape changes) as in the authors'
+        inputs: channels of the input.
+        outputs: channels of the output.
+        stride: stride of the 3x3 convolution.
+        shortcut: "pooled" (average and zeros), as in the paper's appendix, or "projection" (1x1
+            convolution and BN on the block's input, where the shape changes), as in the authors'
             code.
     Source:
         Anytime Neural Networks (Hu et al.), the unit of the ImageNet networks.
@@ -106,7 +116,7 @@ class PreActBottleneck(nn.Module):
         return torch.as_tensor(out + self.shortcut(x))
 
 
-# with the outputs of a block per channel of its stage
+# Each kind of block, with its number of output channels per channel of the stage.
 _BLOCKS: Mapping[str, tuple[type[PreActBlock] | type[PreActBottleneck], int]] = {
     "basic": (PreActBlock, 1),
     "bottleneck": (PreActBottleneck, 4),
@@ -114,25 +124,26 @@ _BLOCKS: Mapping[str, tuple[type[PreActBlock] | type[PreActBottleneck], int]] = 
 
 
 class PreActResNet(nn.Module):
-    """Stages of blocks; c channels in the first, doubled at each stage; by default three stages of
-    n, 6n + 2 layers.
+    """A pre-activation ResNet of (n, c), by default with 6n + 2 layers.
+
+    The first stage has c channels, and each further stage twice as many as the one before.
 
     Args:
         num_classes: width of the output.
-        n: blocks per stage: one number for each of three stages, or a sequence with a number per
+        n: blocks per stage: a number for each of three stages, or a sequence with a number for each
             stage.
         c: channels of the first stage; a bottleneck gives four times as many.
-        in_channels: of the image.
+        in_channels: channels of the image.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1).
         stem: "cifar" (3x3 convolution) or "imagenet" (7x7 of stride 2, BN, ReLU, 3x3 max pooling of
             stride 2).
-        shortcut: "pooled" or "projection"; see the blocks.
-        depth: keep only the first `depth` blocks, and classify what they give: the network that OPT
-            trains for one exit. The same seed gives the blocks that remain the weights that they
-            have in the whole network.
+        shortcut: "pooled" or "projection", as explained at the blocks.
+        depth: number of blocks to keep, followed by a classifier: the network that OPT trains for
+            one exit. With the same seed, these blocks have the same weights as in the complete
+            network.
     Raises:
-        ModelSpecError: if a size is no whole number of at least 1, a name is unknown, or depth
-            exceeds the blocks.
+        ModelSpecError: if a size is not a whole number of at least 1, a name is unknown, or depth
+            exceeds the number of blocks.
     Source:
         He et al. 2016 (identity mappings), with the choices of Anytime Neural Networks: no norm
         after the small stem, a norm at the end of each block, ReLU before pooling.
@@ -181,14 +192,17 @@ class PreActResNet(nn.Module):
             self._truncate(depth, widths)
 
     def _truncate(self, depth: int, widths: Sequence[int]) -> None:
-        """After the whole was initialised, so that the blocks that remain have the whole's weights."""
+        """Keep the first blocks only.
+
+        The complete network has been initialised before, so that these blocks have its weights.
+        """
         _check_depth(depth, len(self.blocks))
         if depth < len(self.blocks):
             self.blocks = nn.ModuleList(list(self.blocks)[:depth])
             self.classifier = nn.Linear(widths[depth - 1], self.classifier.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_channels, H, W] to outputs [B, num_classes]."""
+        """Compute outputs [B, num_classes] from images [B, in_channels, H, W]."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
@@ -216,7 +230,7 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
     if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
         given = ", ".join(f"{name}={size!r}" for name, size in {"n": n, **sizes}.items())
         raise ModelSpecError(
-            f"PreActResNet({given}): all must be at least 1, and whole; n may be a list with a "
+            f"PreActResNet({given}); expected whole numbers of at least 1. n may be a list with a "
             "number per stage."
         )
 
@@ -224,21 +238,24 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
 def _check_name(option: str, given: object, known: Collection[str]) -> None:
     if given not in known:
         raise ModelSpecError(
-            f"PreActResNet({option}={given!r}): unknown; expected one of {', '.join(known)}."
+            f"PreActResNet({option}={given!r}); expected one of {', '.join(known)}."
         )
 
 
 def _check_depth(depth: object, blocks: int) -> None:
     if type(depth) is not int or not 1 <= depth <= blocks:
         raise ModelSpecError(
-            f"PreActResNet(depth={depth!r}): expected a whole number of blocks from 1 to {blocks}, "
+            f"PreActResNet(depth={depth!r}); expected a whole number of blocks from 1 to {blocks}, "
             "or None for all of them."
         )
 
 
 class ImageNetResNet(NamedTuple):
-    """Blocks per stage of one of the paper's ImageNet networks, and its prediction period (see
-    `placement.every`).
+    """One of the paper's ImageNet networks.
+
+    Attributes:
+        n: blocks per stage.
+        period: number of blocks from one exit to the next (see `placement.every`).
     """
 
     n: tuple[int, ...]
@@ -263,19 +280,25 @@ def preact_resnet_imagenet(
     shortcut: ShortcutKind = "pooled",
     depth: int | None = None,
 ) -> PreActResNet:
-    """The paper's bottleneck network of 14, 26, 50, 101 or 152 layers for 224-pixel images.
+    """Build one of the paper's bottleneck networks for 224-pixel images.
 
     Args:
-        layers: counts the stem, three convolutions per block and the classifier; `IMAGENET_RESNETS`
-            has the blocks of each and the paper's prediction period.
+        num_classes: width of the output.
+        layers: number of layers: 14, 26, 50, 101 or 152. It counts the stem, three convolutions per
+            block and the classifier; `IMAGENET_RESNETS` has the blocks and the paper's prediction
+            period.
         c: channels of the stem; 64 in the paper.
-        num_classes, in_channels, shortcut, depth: as for `PreActResNet`.
+        in_channels: channels of the image.
+        shortcut: "pooled" or "projection", as for `PreActBottleneck`.
+        depth: number of blocks to keep, as for `PreActResNet`.
     Raises:
-        ModelSpecError: if the paper has no such network, or an option is out of range.
+        ModelSpecError: if the paper has no network with so many layers, or an option is out of
+            range.
     Source:
         Anytime Neural Networks (Hu et al.), ANN-26, 50 and 101; 14 and 152 from the authors' code.
     Example:
-        >>> len(preact_resnet_imagenet(num_classes=5, layers=26, c=4).blocks), IMAGENET_RESNETS[26].period
+        >>> network = preact_resnet_imagenet(num_classes=5, layers=26, c=4)
+        >>> len(network.blocks), IMAGENET_RESNETS[26].period
         (8, 2)
     """
     if layers not in IMAGENET_RESNETS:

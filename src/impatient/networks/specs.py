@@ -1,11 +1,12 @@
-"""Models by name: "torchvision:resnet50", "timm:...", "transformers:...", "impatient:resnet",
-"package.module:factory".
+"""Build models by name, such as "torchvision:resnet50".
 
-Ours are `PreActResNet` ("resnet"), `preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG`
-("vgg"), `BaseResNet` ("base_resnet") and, with exits of its own, `AnytimeNet` ("anytimenet").
-Options follow a second colon: "torchvision:resnet50:weights=DEFAULT", "impatient:resnet:n=5,c=16";
-a value may be a list, "impatient:resnet:n=[3,4,6,3],block=bottleneck". Weights are loaded by those
-libraries' own loaders.
+A name begins with the source: "torchvision:...", "timm:...", "transformers:...", "impatient:resnet"
+or "package.module:factory". This library's models are `PreActResNet` ("resnet"),
+`preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG` ("vgg"), `BaseResNet` ("base_resnet") and
+`AnytimeNet` ("anytimenet"), which already has exits. Options follow a second colon, such as
+"torchvision:resnet50:weights=DEFAULT" or "impatient:resnet:n=5,c=16". A value may be a list:
+"impatient:resnet:n=[3,4,6,3],block=bottleneck". Pretrained weights are loaded by the loaders of
+those libraries.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ OWN: dict[str, Callable[..., nn.Module]] = {
 def load_model(
     spec: str, *, num_classes: int | None = None, in_channels: int | None = None
 ) -> nn.Module:
-    """Build the model a spec string names.
+    """Build the model that a spec string names.
 
     Args:
         spec: "SOURCE:NAME" or "SOURCE:NAME:key=value,key=value". SOURCE is torchvision, timm,
             transformers, impatient, or a Python module whose attribute NAME is a factory that
             returns an `nn.Module`.
-        num_classes: passed on where the source knows the option and the spec does not set it.
-        in_channels: likewise, for image models that take it.
+        num_classes: number of classes, passed on if the source has the option and the spec does not
+            set it.
+        in_channels: channels of the image, passed on if the source has the option and the spec does
+            not set it.
     Raises:
         ModelSpecError: if the spec cannot be read, the library is missing or the factory fails.
     Example:
@@ -68,7 +71,7 @@ def load_model(
         ) from error
     except Exception as error:
         raise ModelSpecError(
-            f"{spec!r} could not be built: {type(error).__name__}: {error}"
+            f"cannot build the model {spec!r}: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
@@ -98,7 +101,7 @@ def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def _outer_commas(text: str) -> list[str]:
-    """The text cut at its commas, but not at those inside a list or a tuple."""
+    """Split a text at its commas, except inside a list or a tuple."""
     entries = [""]
     depth = 0
     for letter in text:
@@ -129,7 +132,7 @@ def _remedy(source: str) -> str:
 def _accepted(
     factory: Callable[..., Any], options: dict[str, Any], known: dict[str, Any]
 ) -> dict[str, Any]:
-    """The options, and of what is known that which the factory takes by name."""
+    """Add the known values that the factory takes by name to the options."""
     parameters = inspect.signature(factory).parameters
     given = {key: value for key, value in known.items() if value is not None and key in parameters}
     return {**given, **options}
@@ -151,7 +154,7 @@ def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[st
         )
     options = {**({"num_classes": known["num_classes"]} if known["num_classes"] else {}), **options}
     if options.get("weights"):
-        # pretrained weights decide the number of classes
+        # Pretrained weights determine the number of classes.
         options.pop("num_classes", None)
     if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in (
         "googlenet",
@@ -166,7 +169,7 @@ def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[st
 
 
 def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
-    # timm imports it, and would fail where only the repair below helps
+    # timm imports torchvision, and would fail where it needs the repair.
     import_torchvision()
     import timm
 
@@ -179,11 +182,15 @@ def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]
 
 
 def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
-    """A pretrained classifier ("transformers:org/name"), or random weights from a configuration
-    class ("transformers:BertConfig") or a local config file ("transformers:path/config.json").
+    """Build a classifier of transformers.
+
+    The name is that of a pretrained model ("transformers:org/name"). Or the weights are random, and
+    it is that of a configuration class ("transformers:BertConfig") or of a local configuration file
+    ("transformers:path/config.json").
     """
     with contextlib.suppress(ImportError):
-        # transformers imports it where it is installed, and would fail where only the repair helps
+        # transformers imports torchvision if it is installed, and would fail where it needs the
+        # repair.
         import_torchvision()
     import transformers
 
@@ -192,14 +199,14 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     if name.endswith("Config") and hasattr(transformers, name):
         config = getattr(transformers, name)(**{**labels, **options})
     elif name.endswith(".json"):
-        # transformers would look for it on the internet
+        # transformers would look for a missing file on the internet.
         if not Path(name).is_file():
             raise ModelSpecError(f"there is no configuration file {name} (looked in {Path.cwd()}).")
         config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
     else:
         config = None
     if config is not None:
-        # transformers fails on None where one config has several classes
+        # transformers fails on None where a configuration belongs to several classes.
         config.architectures = config.architectures or []
         return _auto_class(transformers, config, text).from_config(config)
     config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
@@ -207,7 +214,7 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
 
 
 def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
-    """The first kind of classifier that this configuration has: of images, text, sound or video."""
+    """Return the first kind of classifier (image, text, audio, video) that exists."""
     texts = transformers.AutoModelForSequenceClassification
     images = transformers.AutoModelForImageClassification
     others = (
@@ -220,7 +227,7 @@ def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
 
 def _from_module(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     here = str(Path.cwd())
-    # a user's own module usually lies in the working folder
+    # A user's module is usually in the working directory.
     if here not in sys.path:
         sys.path.insert(0, here)
     module = importlib.import_module(source)
@@ -232,8 +239,8 @@ def _from_module(source: str, name: str, options: dict[str, Any], known: dict[st
             if not entry.startswith("_") and callable(getattr(module, entry))
         ]
         raise ModelSpecError(
-            f"{source} has no factory {name!r}; callable there: "
-            f"{', '.join(public[:12]) or 'nothing'}."
+            f"{source} has no factory {name!r}; expected one of its callables: "
+            f"{', '.join(public[:12]) or '(none)'}."
         )
     return factory(**_accepted(factory, options, known))
 
@@ -242,7 +249,7 @@ def _near(name: str, names: list[str]) -> str:
     import difflib
 
     near = difflib.get_close_matches(name, names, n=5)
-    return f"Near it: {', '.join(near)}." if near else f"It has {len(names)} others."
+    return f"Similar names: {', '.join(near)}." if near else f"It has {len(names)} others."
 
 
 _SOURCES: dict[str, Callable[..., Any]] = {
@@ -254,11 +261,11 @@ _SOURCES: dict[str, Callable[..., Any]] = {
 
 
 def import_torchvision() -> Any:
-    """Import torchvision, and where its compiled operators do not match this torch, without them.
+    """Import torchvision, if needed without its compiled operators.
 
-    PyPI's torchvision is built for CUDA torch; beside a CPU-only torch its import fails because
-    torchvision::nms is not registered. Declaring the two operators that import needs makes every
-    classification model work.
+    PyPI's torchvision is built for torch with CUDA. With a CPU-only torch its import fails, because
+    torchvision::nms is not registered. Declaring the two operators that the import needs makes
+    every classification model work.
     """
     try:
         return importlib.import_module("torchvision")
@@ -277,6 +284,6 @@ def import_torchvision() -> Any:
             "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         )
     for module in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
-        # left over from the import that failed
+        # Remove modules that the failed import has left.
         del sys.modules[module]
     return importlib.import_module("torchvision")

@@ -1,4 +1,4 @@
-"""A VGG for small images: plain convolutions, one after the other, an exit after any of them."""
+"""A VGG for small images, with possible exits after every convolution."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from impatient.errors import ModelSpecError
 
 
 class SmallVGG(nn.Module):
-    """Stages of conv3x3-BN-ReLU layers with 2x2 max pooling between them, the mean over what is
-    left, a linear classifier.
+    """A small VGG: stages of conv3x3-BN-ReLU layers and a linear classifier.
 
-    Each member of `blocks` is one layer; the last of each stage but the last stage also pools. So
-    `attach_exits` finds as many places as there are layers, and a head after a pooling layer reads
-    the smaller map.
+    There is 2x2 max pooling between the stages, and a mean over the remaining positions at the end.
+    Each member of `blocks` is one layer; the last layer of each stage except the last also pools.
+    So `attach_exits` finds as many places as there are layers, and a head after a pooling layer
+    gets the smaller map.
 
     Args:
         num_classes: width of the output.
         width: channels of the first stage, doubled at each stage up to 8 times, as in VGG.
-        blocks: layers per stage; (1, 1, 2, 2, 2) is VGG-11's. Images need 2 ** (stages - 1) pixels
-            a side.
-        in_channels: of the image.
+        blocks: layers per stage; VGG-11 has (1, 1, 2, 2, 2). Images must have at least
+            2 ** (stages - 1) pixels a side.
+        in_channels: channels of the image.
     Raises:
-        ModelSpecError: if a size is no whole number of at least 1.
+        ModelSpecError: if a size is not a whole number of at least 1.
     Source:
         Simonyan and Zisserman 2015. We differ: batch norm, a global mean in place of the fully
         connected layers, and by default VGG-11 without its last stage, which would see a single
@@ -60,7 +60,7 @@ class SmallVGG(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_channels, H, W] to outputs [B, num_classes]."""
+        """Compute outputs [B, num_classes] from images [B, in_channels, H, W]."""
         for block in self.blocks:
             x = block(x)
         return torch.as_tensor(self.classifier(x.mean((2, 3))))
@@ -80,6 +80,6 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
             f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
         )
         raise ModelSpecError(
-            f"SmallVGG({given}): all must be at least 1, and whole; blocks is a list with a number "
-            "per stage."
+            f"SmallVGG({given}); expected whole numbers of at least 1. blocks is a list with a "
+            "number per stage."
         )

@@ -259,7 +259,7 @@ class Bundle:
         given = x if isinstance(x, Mapping) else {self.wiring.inputs[0]: x}
         if set(given) != set(specs):
             raise BundleError(
-                f"inputs {sorted(given)}; expected {sorted(specs)}, as a mapping of names to arrays."
+                f"inputs {sorted(given)}; expected a mapping of {sorted(specs)} to arrays."
             )
         for name, spec in specs.items():
             check_input(name, given[name], spec)

@@ -72,7 +72,7 @@ class EnginePart(EngineFile):
         raise NotImplementedError
 
     def one(self, *inputs: Array) -> Array:
-        """Compute the output of a part with a single output, such as a head."""
+        """Compute the only output of a part, such as a head."""
         (output,) = self(*inputs)
         return output
 

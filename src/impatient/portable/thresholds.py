@@ -71,7 +71,10 @@ class Thresholds:
         return self.thresholds[exit] < math.inf
 
     def stops(self, exit: int, outputs: Array) -> Array:
-        """Return a mask of the samples that stop here, all at the last exit."""
+        """Return a mask of the samples that stop at this exit.
+
+        At the last exit all samples stop.
+        """
         if exit == len(self.thresholds) - 1:
             return np.ones(len(outputs), bool)
         done: Array = SCORES[self.score](outputs) >= np.float32(self.thresholds[exit])
