@@ -101,7 +101,7 @@ class TraceableResNet(CifarResNet):
 
 
 def trained(depth: int, exits: list[str], *, small: bool = False) -> Trained:
-    """A pretrained CIFAR ResNet with trained heads, made once and kept.
+    """Load a pretrained CIFAR ResNet with trained heads, or train and keep them.
 
     Args:
         depth: 20, 32, 44 or 56.
@@ -221,7 +221,7 @@ def sure(output: Tensor, threshold: float) -> bool:
 
 
 def copied(network: MultiExitNetwork) -> MultiExitNetwork:
-    """The same tensors in modules of its own."""
+    """Copy the modules of a network, but share its tensors."""
     heads = [twin(head) for head in network.heads]
     return MultiExitNetwork(
         twin(network.backbone), heads, network.cuts, network.layouts, network.num_classes
@@ -379,7 +379,7 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
             "batches": len(seen),
             "ms an image": f"{np.mean(times[way]) * 1e3:.3f}",
             "time / whole": in_words(times[way], times["whole"]),
-            "mean exit": f"{np.mean([exit for _, answers in seen for exit in answers[way][1]]):.2f}",
+            "mean exit": f"{np.mean([exit for _, got in seen for exit in got[way][1]]):.2f}",
             "accuracy": right([answers[way][0] for _, answers in seen], labels),
         }
         for way in ways

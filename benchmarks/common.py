@@ -42,7 +42,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def commit() -> str:
-    """The commit that is checked out, with "-dirty" behind it if files were changed."""
+    """Return the checked-out commit, with "-dirty" if files were changed."""
     command = ["git", "describe", "--always", "--dirty"]
     told = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
@@ -198,7 +198,7 @@ def _spread(taken: Sequence[tuple[float, float]]) -> Row:
 
 
 def twin(model: M) -> M:
-    """A copy with the same tensors and without anybody's forward hooks."""
+    """Copy a model with the same tensors and without forward hooks."""
     copied = copy.deepcopy(
         model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     )
@@ -216,9 +216,9 @@ def in_engine(
     key: str,
     precision: str = "fp32",
 ) -> MultiExitNetwork | EngineNetwork:
-    """A network in an engine, kept under runs/bench/engines, since exporting resnet50 takes a
-    minute.
+    """Export a network to an engine once, and load it from then on.
 
+    It is kept under runs/bench/engines, because exporting resnet50 takes a minute.
     Args:
         key: names the network and its cuts; the weights are told apart by themselves.
     """
@@ -244,11 +244,10 @@ def run_cases(
     smoke: Sequence[str],
     prepare: Callable[[], object] | None = None,
 ) -> None:
-    """The command line of a benchmark in cases, each run in a process of its own: thread pools are
-    set once a process.
+    """Run the command line of a benchmark, with a separate process for each case.
 
-    Finished cases are kept for the commit they were measured on, and the page is written after
-    each: a run that was stopped goes on where it was.
+    A process can set its thread pools only once. Finished cases are kept for the commit they were
+    measured on, and the page is written after each, so a stopped run continues where it was.
 
     Args:
         name, title, text: of the page.

@@ -67,9 +67,9 @@ COLUMNS = (
 
 
 def findings(architecture: Architecture, wanted: Sequence[str]) -> Iterator[Row]:
-    """What is found out about an architecture, part by part; it ends with a "reason" where no exits
-    can be attached.
+    """Yield findings about an architecture, part by part.
 
+    They end with a "reason" if no exits can be attached.
     Args:
         wanted: some of the PARTS.
     """
@@ -113,9 +113,7 @@ def _untouched(model: nn.Module, x: Any) -> Untouched:
 
 
 def compare(network: MultiExitNetwork, x: Any, truth: Untouched) -> Row:
-    """Outputs and gradients of a network with exits beside those of the same model before it had
-    any.
-    """
+    """Compare outputs and gradients of a network before and after it has exits."""
     with torch.no_grad():
         _seed()
         all_at_once = network(x)
@@ -364,36 +362,42 @@ def _in_order(rows: Mapping[str, Row]) -> list[str]:
 
 
 def works(row: Row) -> bool:
-    """Exits were attached, and everything that was compared is exact and says something."""
+    """Tell whether exits were attached and all informative comparisons are exact."""
     return row.get("output") == "informative" and all(row.get(name) == EXACT for name in CHECKS[1:])
 
 
 TEXT = """# Coverage
 
-What `attach_exits(model, example=x, count=4)` does with models that nobody prepared for it, places found by structure and
-measured time (`after="auto"`). Random weights, small inputs, the smallest sensible variants, transformers by small
-configurations of four layers or so; one row per architecture, in `benchmarks/results/coverage.csv` with its spec, which
-`load_model` takes.
+What `attach_exits(model, example=x, count=4)` does with models that were not prepared for it.
+Places are found by structure and measured time (`after="auto"`). The models have random weights and
+small inputs. They are the smallest sensible variants; those of transformers have small
+configurations of about four layers. There is one row per architecture, also in
+`benchmarks/results/coverage.csv` with its spec, which `load_model` takes.
 
-* **Mechanism**: the untouched forward in a greenlet, paused in a hook at each cut. **Exits after**: the modules whose features
-  the first three heads read; the fourth exit is the model's own output.
-* **forward()** and **exits()**: the last output against that of the model before it had exits, in eval mode; `exits()` also
-  every early output against that of `forward()`. *Exact* is `torch.equal`; a number is the largest difference.
-* **Gradients**: every parameter's, of one training step through the last exit, against the model before it had exits, dropout
-  and stochastic depth from one seed.
-* These comparisons are *informative*: zero-initialised heads and tiny layer scales are drawn anew, batch-norm statistics
-  belong to the data, and the output differs between inputs and changes when the features at any of the cuts are disturbed.
-  Where not, the row says so.
-* **Batches shrink**: whether samples that are finished can be taken out of a running batch (`network.shrinks(x)`).
-* **Exported parts**: the network cut into one graph per stage by `torch.export`, the parts run one after the other at another
-  batch size than the one exported: the largest difference of any exit, over the largest output where that is above 1.
-* **Staging**: time of all stages without heads over the untouched model's, batch 1, one thread, median of paired interleaved
-  ratios with its 95 % interval, beside the same ratio of the untouched model with itself.
+* **Mechanism**: the untouched forward runs in a greenlet, which is paused in a hook at each cut.
+  **Exits after**: the modules whose features the first three heads read. The fourth exit is the
+  model's own output.
+* **forward()** and **exits()**: the last output is compared with that of the model before it had
+  exits, in eval mode. For `exits()`, every early output is compared with that of `forward()`, too.
+  *Exact* is `torch.equal`; a number is the largest difference.
+* **Gradients**: those of every parameter in one training step through the last exit are compared
+  with the model before it had exits, with dropout and stochastic depth from one seed.
+* These comparisons are *informative*: zero-initialised heads and tiny layer scales are replaced by
+  random values, batch-norm statistics are those of the data, and the output differs between inputs
+  and changes when the features at any of the cuts are disturbed. Otherwise the row says so.
+* **Batches shrink**: whether finished samples can be taken out of a running batch
+  (`network.shrinks(x)`).
+* **Exported parts**: the network is cut into one graph per stage by `torch.export`, and the parts
+  run one after the other at another batch size than the exported one. The figure is the largest
+  difference of any exit, divided by the largest output where that is above 1.
+* **Staging**: time of all stages without heads over that of the untouched model, at batch size 1
+  with one thread. It is the median of paired interleaved ratios with its 95 % interval, beside the
+  same ratio of the untouched model with itself.
 """
 
 
 def page(rows: Mapping[str, Row]) -> str:
-    """The coverage page."""
+    """Write the coverage page."""
     from benchmarks.common import facts
 
     listed = [rows[spec] for spec in _in_order(rows)]

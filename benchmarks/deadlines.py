@@ -85,7 +85,7 @@ def measure(engine: str, load: str, *, smoke: bool) -> list[Row]:
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """A process on every core that multiplies matrices."""
+    """Run a process that multiplies matrices on every core."""
     alone = os.environ | {
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

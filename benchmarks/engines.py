@@ -41,7 +41,7 @@ SMOKE = ("eager", "onnxruntime", "openvino")
 
 
 def four_exits(name: str) -> tuple[MultiExitNetwork, Tensor]:
-    """A network with exits at three places, and a batch of two."""
+    """Build a network with exits at three places, and a batch of two."""
     if name != "cifar_resnet":
         model, x = model_and_input(name, NETWORKS[name])
         return staged(name, model, x, many=False), x

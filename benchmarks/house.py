@@ -74,7 +74,7 @@ class Figures:
 
 
 def docstring_of(node: ast.AST) -> ast.expr | None:
-    """The expression that is a node's docstring."""
+    """Return the expression that is a node's docstring."""
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
     if not isinstance(first, ast.Expr) or not isinstance(first.value, ast.Constant):
@@ -205,7 +205,7 @@ def read_habits(tree: ast.Module, figures: Figures) -> None:
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of modules that import each other, by Tarjan's strongly connected components."""
+    """Find sets of modules that import each other, by Tarjan's algorithm."""
     order: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -254,7 +254,7 @@ def is_test(path: Path, root: Path) -> bool:
 
 
 def package_of(checkout: Path) -> Path:
-    """The package folder of a checkout, or of an installed package the folder itself."""
+    """Return the package folder of a checkout or of an installed package."""
     for folder in (checkout / "src", checkout):
         if folder.is_dir():
             inside = sorted(path.parent for path in folder.glob("*/__init__.py"))
@@ -283,7 +283,7 @@ def figures_of(checkout: Path) -> Figures:
 
 
 def percentile(values: Sequence[int], share: float) -> int:
-    """The smallest value that is at least as large as a share of all."""
+    """Return the smallest value that is at least as large as a share of all."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else 0
 
 
@@ -294,7 +294,7 @@ def spread(values: Sequence[int]) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A part in per cent."""
+    """Format a part of a whole in per cent."""
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 

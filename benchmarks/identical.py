@@ -3,8 +3,8 @@
     python benchmarks/identical.py                      # print the values of this checkout
     python benchmarks/identical.py OLD_CHECKOUT         # run both and list every difference
 
-Trains, records, fits and evaluates small networks on the digits. Times are invented, so that nothing
-depends on the clock. Every value is printed as a hash of its bytes or as an exact number.
+Trains, records, fits and evaluates small networks on the digits. Times are invented, so that
+nothing depends on the clock. Every value is printed as a hash of its bytes or an exact number.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ SECONDS = 30.0
 
 
 def model_and_input(name: str, pixels: int) -> tuple[nn.Module, Tensor]:
-    """A model with random weights and a batch of two."""
+    """Build a model with random weights, and a batch of two."""
     torch.manual_seed(0)
     if name == "linear":
         return nn.Sequential(*(nn.Linear(8, 8) for _ in range(200))).eval(), torch.randn(2, 8)
@@ -69,8 +69,9 @@ def cuts_of(name: str, many: bool) -> list[str]:
 
 
 def staged(name: str, model: nn.Module, x: Tensor, *, many: bool) -> MultiExitNetwork:
-    """The model cut after every block but the last, or into four; on the same tensors, so that all
-    meet the same memory.
+    """Cut a model after every block but the last, or into four.
+
+    It shares the model's tensors, so that all variants use the same memory.
     """
     torch.manual_seed(1)
     return attach_exits(twin(model), example=x[:1], after=cuts_of(name, many)).eval()
@@ -127,7 +128,7 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
 
 
 def pieces(model: nn.Module, x: Tensor, cuts: list[str]) -> dict[str, Callable[[], object]]:
-    """What the mechanism is made of, each alone."""
+    """Measure each part of the mechanism alone."""
     hooked = twin(model)
     switched = twin(model)
     for cut in cuts:
@@ -174,8 +175,9 @@ def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Ro
 
 
 def further(times: dict[str, np.ndarray], few: str, many: str, number: dict[str, int]) -> str:
-    """What a cut costs where there are some already: a run has a price of its own, which a few cuts
-    share.
+    """Compute the cost of a further cut, in microseconds.
+
+    A run has a fixed cost, too, which does not count here.
     """
     return spoken((times[many] - times[few]) / (number[many] - number[few]) * 1e6, 1)
 

@@ -23,7 +23,7 @@ from impatient.policies.selection import SelectionPoint
 
 
 def fit_gates_for(recording: Recording, costs: CostProfile, count: int) -> list[GatePolicy]:
-    """Gates for `count` prices, from one at which time is next to nothing to one at which all is."""
+    """Fit gates for `count` prices of time, from almost nothing to very high."""
     prices = (np.geomspace(1e-3, 30.0, count) / costs.contract_s()[-1]).tolist()
     return [point.policy for point in sweep_gates(recording, costs, prices, gate_s=1e-4)]
 
@@ -43,7 +43,7 @@ def judge_gates(
 def select_for(
     recording: Recording, node_s: Sequence[float], count: int
 ) -> tuple[SelectionPoint, ...]:
-    """Selection on a chain, likewise."""
+    """Fit selection on a chain for `count` prices of time."""
     prices = np.geomspace(1e-3 / max(node_s), 1.0 / min(node_s), count).tolist()
     return sweep_selection(
         recording, node_s, Topology.chain(len(node_s)), time_prices=prices, gate_s=1e-4
@@ -51,7 +51,10 @@ def select_for(
 
 
 def workload(samples: int, exits: int, classes: int, prices: int, judged: int, seed: int) -> Calls:
-    """What is timed, by name and number of prices or policies; all from the recording on."""
+    """Return the calls to time, by name and number of prices or policies.
+
+    Making the recording does not count.
+    """
     costs = even_costs(exits)
     recording = random_recording(samples, exits, classes, seed)
     fitted = fit_gates_for(

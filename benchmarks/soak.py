@@ -70,7 +70,7 @@ def measure(engine: str, calls: int, *, smoke: bool) -> list[Row]:
 def run_calls(
     runner: Runner, x: torch.Tensor, calls: int, budgets_s: Sequence[float]
 ) -> tuple[np.ndarray, list[int]]:
-    """Samples of (calls done, bytes, threads, open files), and how often each exit answered."""
+    """Sample calls done, bytes, threads and open files, and count answers per exit."""
     samples = []
     exits = [0] * runner.network.num_exits
     gc.collect()

@@ -37,7 +37,7 @@ def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recor
 
 
 def even_costs(exits: int) -> CostProfile:
-    """A millisecond a stage, a tenth a head."""
+    """Make costs of 1 ms per stage and 0.1 ms per head."""
     stage = Quantiles.of([1e-3])
     head = Quantiles.of([1e-4])
     counts = (1,) * exits
@@ -87,7 +87,7 @@ def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
 
 
 def workload(samples: int, exits: int, classes: int, count: int, seed: int) -> Calls:
-    """What is timed, by name and number of policies or budgets."""
+    """Return the calls to time, by name and number of policies or budgets."""
     costs = even_costs(exits)
     recording = random_recording(samples, exits, classes, seed)
     policies = random_policies(recording, count, seed)

@@ -40,7 +40,7 @@ class Architecture:
 
 
 def build(architecture: Architecture) -> nn.Module:
-    """The model with random weights of a fixed seed, informative, in eval mode."""
+    """Build an informative model in eval mode, with random weights of a fixed seed."""
     torch.manual_seed(0)
     model = load_model(architecture.spec, num_classes=CLASSES)
     make_informative(model, architecture.batch)
@@ -68,8 +68,9 @@ def sound(samples: int) -> Batch:
 
 
 def text(batch: int) -> dict[str, Tensor]:
-    """Padded tokens; every text ends once, with the highest number of the vocabulary (T5 and BART
-    classify there).
+    """Make padded token ids.
+
+    Every text ends once, with the highest id of the vocabulary, where T5 and BART classify.
     """
     tokens = torch.randint(3, VOCABULARY - 1, (batch, 12))
     tokens[:, 8] = VOCABULARY - 1
@@ -129,7 +130,10 @@ def _config(name: str, batch: Batch, **options: Any) -> Architecture:
 
 
 def _text(name: str, **options: Any) -> Architecture:
-    """A text encoder of four layers of width 32; options of None are left out."""
+    """Configure a text encoder of four layers of width 32.
+
+    Options of None are left out.
+    """
     usual = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -146,8 +150,9 @@ def _text(name: str, **options: Any) -> Architecture:
 
 
 def _vision(name: str, size: int = 32, **options: Any) -> Architecture:
-    """A vision transformer of four layers of width 32 with patches of 8 pixels; options of None are
-    left out.
+    """Configure a vision transformer of four layers of width 32.
+
+    It has patches of 8 pixels. Options of None are left out.
     """
     usual = {
         "image_size": size,

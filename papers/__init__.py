@@ -1,1 +1,4 @@
-"""The papers whose tables this library reproduces, one folder each; run from the repository's root."""
+"""The papers whose tables this library reproduces.
+
+Each has a folder. Run them from the repository's root.
+"""

@@ -45,13 +45,13 @@ def shared_folder() -> Path:
 
 
 def data_spec(name: str, folder: Path = CONVERTED) -> str:
-    """The data spec of "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32), or
-    "cifar10_grey" (1x28x28).
+    """Return the data spec of a data set, and convert its file if needed.
 
-    And of token ids: "ag_news" (64 of 20,002; 0 is padding, the last a rarer word) and
-    "digits_tokens" (64 pixels; 18). All but the digits are written as one npz file under `folder`
-    when they are first asked for; images of CIFAR-10 in grey are weighted as ITU-R 601 and cut to
-    the middle 28x28.
+    Images are "digits", "fashion" (1x28x28), "cifar10" (3x32x32), "gtsrb" (3x32x32) and
+    "cifar10_grey" (1x28x28). Token ids are "ag_news" (64 of 20,002; 0 is padding, the last one
+    stands for all rarer words) and "digits_tokens" (64 pixels; 18). All but the digits are written
+    as one npz file under `folder` when they are first asked for. Grey images of CIFAR-10 are
+    weighted by ITU-R 601 and cropped to the middle 28x28.
 
     Raises:
         DataError: if there is no such set, or no shared data to make it from.
@@ -112,7 +112,7 @@ def padded(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _digits_tokens() -> dict[str, np.ndarray]:
-    """The digits' pixels as a text of 64 words: token ids where there is no shared data."""
+    """Make token ids without shared data, from the digits' pixels as 64 words."""
     digits = load_data("digits")
     parts = {
         "train": [digits.examples("train"), digits.examples("validation")],
@@ -150,8 +150,9 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def subset(data: Data, train: int | None, seed: int, *, validation: int | None = None) -> Data:
-    """The same data with fewer training examples, as many of each class as can be; the test split
-    stays whole.
+    """Reduce the training examples of a data set, evenly over classes where possible.
+
+    The test split stays as it is.
 
     Args:
         data: from `load_data`.

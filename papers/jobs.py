@@ -55,7 +55,7 @@ class Job:
     arguments: Mapping[str, Any]
 
     def fingerprint(self) -> str:
-        """Changes when the function or the arguments do."""
+        """Compute a hash that changes with the function and the arguments."""
         what = [f"{self.call.__module__}.{self.call.__qualname__}", dict(self.arguments)]
         return fingerprint_bytes(json.dumps(what, sort_keys=True, default=_plain).encode())
 
@@ -117,7 +117,7 @@ def _path(job: Job, folder: Path) -> Path:
 
 
 def _result(job: Job, folder: Path) -> dict[str, Any] | None:
-    """A stored result, if it is of these arguments and can be read."""
+    """Return a stored result if it has these arguments and can be read."""
     try:
         stored = read_json(_path(job, folder))
     except StorageError:
@@ -202,8 +202,9 @@ def _run_apart(
 
 
 def _child(job: Job, folder: Path, threads: int) -> None:
-    """A process of its own; Ctrl-C reaches it once, through the parent, and it does not outlive the
-    parent.
+    """Run in a separate process, which ends with its parent.
+
+    Ctrl-C reaches it once, through the parent.
     """
     if hasattr(os, "setpgrp"):
         # out of reach of the terminal's Ctrl-C: a second one would cut off the writing of a
@@ -240,8 +241,9 @@ def _error_of(job: Job, process: SpawnProcess, folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def _running() -> Iterator[dict[int, tuple[Job, SpawnProcess]]]:
-    """Processes by sentinel; whatever ends the block early asks those still running to stop, then
-    makes them.
+    """Yield running processes by sentinel, and stop them at the end of the block.
+
+    If the block ends early, processes that still run are asked to stop, and then stopped.
     """
     running: dict[int, tuple[Job, SpawnProcess]] = {}
     try:
@@ -291,7 +293,10 @@ def _report(failed: Mapping[str, str], count: int, folder: Path) -> str:
 
 
 class _Progress:
-    """A bar over jobs with the names in flight; a line per finished job where there is no terminal."""
+    """Progress of jobs as a bar with the names of running jobs.
+
+    Without a terminal, it is a line per finished job.
+    """
 
     def __init__(self, total: int, done: int) -> None:
         self._console = Console(stderr=True)

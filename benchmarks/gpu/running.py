@@ -61,7 +61,7 @@ def _wait() -> None:
 
 
 def waited_for(call: Callable[[], object]) -> Callable[[], None]:
-    """The call and all that it gave the device to do."""
+    """Make a call wait until the device has done all its work."""
 
     def run() -> None:
         call()

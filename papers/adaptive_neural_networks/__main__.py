@@ -54,8 +54,9 @@ def main(
     ] = None,
     publish: Publish = False,
 ) -> None:
-    """Selection among networks, early exits, guarantees. Stop with Ctrl-C at any time; the same
-    command goes on.
+    """Reproduce selection among networks, early exits and guarantees.
+
+    Stop with Ctrl-C at any time. The same command continues.
     """
     settings = recipe.SCALES[scale.value]
     judging = dataclasses.replace(settings.judging, splits=seeds or settings.judging.splits)
@@ -124,7 +125,7 @@ def split_name(what: Case | Exits, seed: int) -> str:
 
 
 def everything(scale: Scale, folder: Path) -> tables.Found:
-    """What is finished."""
+    """Collect the results of finished jobs."""
     measured = finished(times.jobs(scale), folder)
     fitted = finished(policy_jobs(scale, measured), folder)
     return tables.Found(

@@ -49,7 +49,7 @@ def point_of(fit: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor]) -> Point
 
 
 def on_hull(points: Sequence[Point]) -> list[Point]:
-    """The policies worth mixing, by what they reach where they were fitted, the fastest first."""
+    """Return the policies worth mixing on the part they were fitted on, fastest first."""
     kept = hull_of([point.fit_s for point in points], [point.fit_accuracy for point in points])
     return [points[place] for place in kept]
 
@@ -73,8 +73,7 @@ def least_time(curve: Sequence[Point], accuracy: float, *, mixed: bool = True) -
 
 
 def asked_for(curve: Sequence[Point], accuracy: float) -> tuple[Tensor, Tensor]:
-    """What comes of asking for an accuracy: the mixture that has it where it was fitted, as it is
-    judged elsewhere.
+    """Evaluate, on another part, the mixture that was fitted to reach an accuracy.
 
     Returns:
         Expected seconds and hits of each sample that is judged on.
@@ -144,7 +143,7 @@ def _fastest(curve: Sequence[Point], accuracy: float) -> tuple[Tensor, Tensor]:
 
 
 def drawn_curve(method: str, points: Sequence[Point]) -> list[dict[str, Any]]:
-    """The curve as it is judged, for the figure."""
+    """Return the curve on the part it is judged on, for the figure."""
     return [
         {"method": method, "s": point.mean_s, "accuracy": point.accuracy}
         for point in on_hull(points)
@@ -165,7 +164,8 @@ def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> fl
     Returns:
         Infinite if even all that can be right are too few.
     Example:
-        >>> least_knowing(torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]), [1.0, 2.0, 5.0], 0.5)
+        >>> right = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]])
+        >>> least_knowing(right, [1.0, 2.0, 5.0], 0.5)
         1.25
     """
     cost = torch.tensor(node_s, dtype=torch.float64)

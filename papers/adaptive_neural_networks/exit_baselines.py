@@ -42,7 +42,7 @@ def soft_oracle(
     statistic: Statistic = "mean",
     batch_size: int = 1,
 ) -> tuple[Int[Tensor, "N"], Float[Tensor, "N"]]:
-    """The fastest exit that is right, for each sample: what knowing the labels would allow.
+    """Find the fastest exit that is right for each sample, which needs the labels.
 
     Args:
         recording: of the split to judge on.

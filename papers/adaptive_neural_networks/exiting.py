@@ -101,7 +101,7 @@ def judge_split(
 
 
 def full_network(fit: Recording, judged: Recording, costs: CostProfile) -> Point:
-    """The network as it was before it had exits."""
+    """Measure the network without exits."""
     on_fit, on_judged = (
         (torch.full((len(part.labels),), costs.exit_free_s(), dtype=torch.float64), part.hits()[-1])
         for part in (fit, judged)
@@ -110,8 +110,10 @@ def full_network(fit: Recording, judged: Recording, costs: CostProfile) -> Point
 
 
 def baselines(fit: Recording, judged: Recording, costs: CostProfile) -> dict[str, list[Point]]:
-    """Exits that do not look at the input, of which "uniform" is the mixture; one threshold for
-    all; one for each.
+    """Fit the policies that the gates are compared with.
+
+    These are single exits for all samples, of which "uniform" is the mixture; one threshold for all
+    exits; and one threshold for each exit.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
@@ -174,7 +176,7 @@ def time_prices(costs: CostProfile, count: int) -> list[float]:
 
 
 def oracles(judged: Recording, costs: CostProfile) -> dict[str, Any]:
-    """The soft oracle by both accountings."""
+    """Evaluate the soft oracle by both ways of counting time."""
     found: dict[str, Any] = {}
     hits = judged.hits()
     samples = torch.arange(len(judged.labels))

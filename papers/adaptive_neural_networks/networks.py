@@ -212,9 +212,9 @@ class TextResNet(nn.Module):
 
 
 def strided_head(features: FeatureShape, num_classes: int, width: int = 64) -> nn.Module:
-    """A 3x3 convolution of stride 2 to 64 channels with BN and ReLU, the mean over space, a linear
-    layer.
+    """Build a head of a strided convolution, a mean and a linear layer.
 
+    The 3x3 convolution has stride 2 and 64 channels, and is followed by BN and ReLU.
     The backbone is frozen, and its early channels were made for later blocks, not for a linear
     layer; this costs one or two per cent of a ResNet-56.
     """

@@ -467,8 +467,9 @@ def _recorded(network: Any, data: Data, case: Case, folder: Path) -> dict[str, l
 
 
 def data_of(case: Case, training: Training | None = None) -> Data:
-    """A case's data, with as many training examples as a training wants; the other splits are the
-    same for all.
+    """Load a case's data with the number of examples that a training uses.
+
+    The other splits are the same for all trainings.
     """
     data = load(
         case.data, train=training.images if training else None, validation=case.validation, seed=0
@@ -482,7 +483,7 @@ def data_of(case: Case, training: Training | None = None) -> Data:
 
 
 def build(net: Net, data: Data) -> nn.Module:
-    """An untrained network."""
+    """Build an untrained network."""
     torch.manual_seed(0)
     return load_model(
         net.spec, num_classes=data.num_classes, in_channels=data.preprocess.channels or None
@@ -490,7 +491,7 @@ def build(net: Net, data: Data) -> nn.Module:
 
 
 def built(case: Case, net: Net, runs: Path) -> nn.Module:
-    """A network with the weights that `make` has kept, or those of the shared data."""
+    """Build a network with weights from `make` or from the shared data."""
     network = build(net, data_of(case, net.training))
     if net.training is None:
         load_pretrained(network, net.name, shared_folder() / "cifar10_resnets.npz")
@@ -506,7 +507,7 @@ def with_exits(exits: Exits, backbone: nn.Module, data: Data) -> MultiExitNetwor
 
 
 def built_exits(exits: Exits, runs: Path) -> MultiExitNetwork:
-    """A network with the heads that `train_heads` has kept."""
+    """Build a network with the heads that `train_heads` has trained."""
     network = with_exits(
         exits, built(exits.case, exits.net, runs), data_of(exits.case, exits.training)
     )
@@ -515,7 +516,7 @@ def built_exits(exits: Exits, runs: Path) -> MultiExitNetwork:
 
 
 def recording_of(case: Case, split: str, runs: Path) -> Recording:
-    """The recordings of a case's networks as one of all of them."""
+    """Join the recordings of a case's networks to one."""
     parts = [Recording.load(runs / key(case, net) / f"{split}.safetensors") for net in case.nets]
     whose = [f"{part.provenance.weights}{part.provenance.network}".encode() for part in parts]
     return Recording(
@@ -531,17 +532,16 @@ def recording_of(case: Case, split: str, runs: Path) -> Recording:
 
 
 def parts_of(recordings: Sequence[Recording], seed: int) -> tuple[Recording, Recording]:
-    """What policies are fitted on and what they are judged on: two recordings, or the halves of
-    one.
-    """
+    """Return the recordings for fitting and judging, or the halves of a single one."""
     if len(recordings) == 2:
         return recordings[0], recordings[1]
     return split_recording(recordings[0], 0.5, seed=seed)
 
 
 def recordings_of(what: Case | Exits, runs: Path) -> list[Recording]:
-    """The recordings that policies are fitted and judged on: of validation and test, or of test
-    alone.
+    """Load the recordings that policies are fitted and judged on.
+
+    They are of the validation and test splits, or of the test split alone.
     """
     case = what if isinstance(what, Case) else what.case
     splits = ("test",) if case.fitted_on == "test" else ("validation", "test")
@@ -560,7 +560,7 @@ def judged_places(count: int, case: Case, seed: int) -> Tensor:
 
 
 def taken(recording: Recording, places: Tensor) -> Recording:
-    """Some samples of a recording, as often as they are named."""
+    """Select samples of a recording, with repetitions."""
     return dataclasses.replace(
         recording,
         outputs=recording.outputs[:, places],

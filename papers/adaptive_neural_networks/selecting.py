@@ -122,7 +122,7 @@ def judge_split(
 
 
 def baselines(fit: Recording, judged: Recording, node_s: Sequence[float]) -> dict[str, list[Point]]:
-    """What nobody had to learn, or little; "uniform" are the single networks, whose mixtures it is."""
+    """Evaluate simple policies; "uniform" mixes single networks."""
     count = len(node_s)
 
     def both(route: Callable[[Recording], Route]) -> Point:
@@ -224,7 +224,7 @@ def later_first(
 
 
 def only(recording: Recording, nodes: Sequence[int]) -> Recording:
-    """The recording of some of the networks."""
+    """Select some of the networks of a recording."""
     return dataclasses.replace(
         recording,
         outputs=recording.outputs[list(nodes)],
@@ -245,8 +245,10 @@ def _judged_point(entry: SelectionPoint, judged: Recording) -> Point:
 
 
 def oracles(judged: Recording, node_s: Sequence[float], full: Point) -> dict[str, Any]:
-    """What knowing the labels would allow: the soft oracle by both accountings, and the least time
-    for each accuracy lost.
+    """Compute limits that need the labels.
+
+    These are the soft oracle by both ways of counting time, and the least time for each accuracy
+    lost.
     """
     topology = Topology.full(judged.exits)
     result: dict[str, Any] = {}

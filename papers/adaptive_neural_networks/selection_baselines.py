@@ -29,11 +29,10 @@ def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
 
 
 def chain_costs(node_s: Sequence[float]) -> CostProfile:
-    """Times of a cascade 0 -> 1 -> 2 ... as a cost profile, so that thresholds are fitted and
-    judged like those of exits.
+    """Make a cost profile of a cascade 0 -> 1 -> 2 ... from its times.
 
-    A network is the head of an exit without a stage: one that no threshold looks at is left out,
-        and costs nothing.
+    So thresholds are fitted and judged like those of exits. A network is the head of an exit
+    without a stage. If no threshold uses its output, it does not run and costs nothing.
     """
     zeros = (0,) * len(node_s)
     count = len(node_s)
@@ -74,8 +73,9 @@ def fit_chain_thresholds(
 def chain_route(
     policy: ThresholdPolicy, outputs: Float[Tensor, "K N C"], node_s: Sequence[float]
 ) -> Route:
-    """What thresholds make of a cascade 0 -> 1 -> 2 ...; a network whose threshold is `inf` is left
-    out.
+    """Route samples through a cascade 0 -> 1 -> 2 ... by thresholds.
+
+    A network whose threshold is `inf` is left out.
     """
     answering = policy.exits_of(outputs)
     places = torch.arange(len(node_s))
@@ -111,7 +111,9 @@ def oracle_route(
     pays: Literal["path", "chosen"] = "path",
     when_none_is_right: Literal["cheapest", "last"] = "cheapest",
 ) -> Route:
-    """The cheapest network that is right, known from the labels: a limit, no policy.
+    """Route each sample to the least expensive network that is right.
+
+    This needs the labels, so it is a limit and not a policy.
 
     Args:
         recording: to be answered.
@@ -147,6 +149,6 @@ def oracle_route(
 def route_of(
     visited: Bool[Tensor, "N K"], answering: Int[Tensor, "N"], node_s: Sequence[float]
 ) -> Route:
-    """A route, with the seconds of the networks visited."""
+    """Make a route with the seconds of the visited networks."""
     time_s = visited.double() @ torch.tensor(node_s, dtype=torch.float64)
     return Route(visited=visited, answering=answering, time_s=time_s)

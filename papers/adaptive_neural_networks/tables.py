@@ -84,7 +84,7 @@ def methods(splits: Sequence[Result]) -> list[str]:
 
 
 def values(splits: Sequence[Result], method: str, loss: float) -> list[dict[str, float]]:
-    """What a method reached at an accuracy lost, split by split.
+    """Return what a method reached at a given loss of accuracy, for each split.
 
     Returns:
         "speedup", "saved" (1 - T/T_full, per cent); likewise "asked_speedup" of what was asked for
@@ -377,9 +377,10 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
         for row in rows
     ]
     asked = "; ".join(
-        (
-            f"{what.name} "
-            f"{', '.join(f'{name} {1e6 * seconds:.0f}' for name, seconds in found.times[what.name]['gate_s'].items())}"
+        f"{what.name} "
+        + ", ".join(
+            f"{name} {1e6 * seconds:.0f}"
+            for name, seconds in found.times[what.name]["gate_s"].items()
         )
         for what in whats
     )
@@ -393,7 +394,7 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
 
 
 def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterator[Claim]:
-    """What becomes of the paper's claims and of our aims."""
+    """Judge the paper's claims and our aims."""
     for case in cases:
         splits = found.splits[case.name]
         own = over(splits, OURS, 0.01, "speedup")
@@ -454,7 +455,7 @@ def claims(cases: Sequence[Case], made: Sequence[Exits], found: Found) -> Iterat
 
 
 def _better(case: Case, splits: Sequence[Result]) -> str:
-    """What to add where the full network is not the most accurate."""
+    """Return a remark if the full network is not the most accurate one."""
     means = [
         sum(split["singles"][place]["accuracy"] for split in splits) / len(splits)
         for place in range(len(case.names))

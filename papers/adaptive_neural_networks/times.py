@@ -259,12 +259,12 @@ def really(
 
 
 def first_of(recording: Recording, count: int) -> Recording:
-    """The first samples of a recording."""
+    """Return the first samples of a recording."""
     return taken(recording, torch.arange(min(count, len(recording.labels))))
 
 
 def _images(case: Case, recordings: Sequence[Recording], count: int, device: str) -> list[Tensor]:
-    """The first samples that policies are judged on, as networks take them, one by one."""
+    """Return the first samples that policies are judged on, one input for each."""
     data = recipe.data_of(case)
     places = judged_places(len(recordings[-1].labels), case, SEED)[:count].tolist()
     return [data.preprocess(data.examples("test").take([place])).to(device) for place in places]
@@ -286,7 +286,7 @@ def _quietly() -> Iterator[None]:
 
 
 def real_row(told: str, result: Mapping[str, Any], draws: int = 2000) -> dict[str, Any]:
-    """The real run against its prediction.
+    """Compare the real run with its prediction.
 
     Returns:
         Mean milliseconds, measured and predicted, of the policy and of the full network; their

@@ -48,8 +48,9 @@ def main(
     ] = None,
     publish: Publish = False,
 ) -> None:
-    """The milestone table and the EANN figure. Stop with Ctrl-C at any time; the same command goes
-    on.
+    """Reproduce the milestone table and the EANN figure.
+
+    Stop with Ctrl-C at any time. The same command continues.
     """
     settings = recipe.SCALES[scale.value]
     settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)

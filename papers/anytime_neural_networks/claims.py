@@ -22,7 +22,7 @@ def base(scale: Scale) -> float:
 
 
 def milestone_claims(table: Measured) -> Iterator[Claim]:
-    """The claims about single networks, for static and for alternating weights."""
+    """Judge the claims about single networks, for static and alternating weights."""
     for sampler in SAMPLERS:
         kind = KIND[sampler]
 
@@ -80,7 +80,7 @@ def milestone_claims(table: Measured) -> Iterator[Claim]:
 
 
 def ensemble_claims(figure: Comparison, growth: float) -> Iterator[Claim]:
-    """The claims about ensembles."""
+    """Judge the claims about ensembles."""
     above = {name: np.array([one.excess for one in own]) for name, own in figure.ensembles.items()}
     proposed = (above["EANN sieve"] + above["EANN exp_lin"]) / 2
     yield judged(

@@ -98,8 +98,9 @@ def _opt(n: int, c: int, seed: int, results: Results) -> Curve:
 
 
 def milestone_rows(table: Measured) -> list[dict[str, object]]:
-    """The milestone table: mean and deviation, over pairs, of the relative increase of error over
-    OPT in per cent.
+    """Compute the milestone table.
+
+    It has the relative increase of error over OPT in per cent, as mean and deviation over pairs.
     """
     rows = []
     for (weights, sampler), pairs in table.items():
@@ -197,7 +198,7 @@ def ensembles(scale: Scale, results: Results) -> Comparison | None:
 
 
 def opt_plus_nets(scale: Scale, results: Results, seed: int) -> list[Net]:
-    """Every network without early exits that was trained with this seed: the collections of OPT+."""
+    """Return all networks without early exits that were trained with a seed, for OPT+."""
     nets = [Net(n=n, c=c, depth=depth) for n, c in scale.networks for depth in opt_depths(n)]
     return [net for net in (*nets, *member_nets(scale, None)) if key(net, seed) in results]
 

@@ -62,8 +62,10 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
     Source:
         EANN (Hu et al.), proposition, for r = 1/b and M = 1. General r and M are ours.
     Example:
-        >>> round(mean(2.0), 3), round(mean(2.0, competitive_from=1.0), 3), round(mean(2.0, workers=2), 3)
-        (2.443, 3.0, 1.472)
+        >>> round(mean(2.0), 3), round(mean(2.0, competitive_from=1.0), 3)
+        (2.443, 3.0)
+        >>> round(mean(2.0, workers=2), 3)
+        1.472
     """
     share = _share(base, competitive_from, workers)
     begin = _begin(base, workers)
@@ -124,13 +126,16 @@ def _checked_base(base: float, workers: int) -> None:
 def _checked_share(competitive_from: float) -> float:
     if not 0.0 < competitive_from <= 1.0:
         raise CostError(
-            f"competitive_from={competitive_from}; expected a share of a network's depth, in (0, 1]."
+            f"competitive_from={competitive_from}; expected a share of the network's depth, (0, 1]."
         )
     return competitive_from
 
 
 def _begin(base: float, workers: int) -> float:
-    """When the network of depth 1 begins, in the steady state: at the end of the one M before it."""
+    """Return when the network of depth 1 begins, in the steady state.
+
+    It begins at the end of the network M places before it.
+    """
     return 1.0 / (base**workers - 1.0)
 
 

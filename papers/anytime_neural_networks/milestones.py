@@ -127,7 +127,8 @@ def milestones(
         Anytime Neural Networks, the table of relative increases over OPT; 1/4, 1/2, 3/4 and 1 of
         the cost.
     Example:
-        >>> milestones([1, 2, 3, 4], [0.5, 0.5, 0.25, 0.25], opt_costs=[1, 2, 4], opt_errors=[0.5, 0.25, 0.25])
+        >>> opt = {"opt_costs": [1, 2, 4], "opt_errors": [0.5, 0.25, 0.25]}
+        >>> milestones([1, 2, 3, 4], [0.5, 0.5, 0.25, 0.25], **opt)
         (0.0, 100.0, 0.0, 0.0)
     """
     whole = check_increasing(costs)[-1]
@@ -226,7 +227,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0
 
 
 def _checked(errors: Sequence[float], count: int) -> tuple[float, ...]:
-    """The errors as floats, if they are `count` shares."""
+    """Return errors as floats after checking that they are `count` shares."""
     known = tuple(float(error) for error in errors)
     if len(known) != count or not all(0.0 <= error <= 1.0 for error in known):
         raise RecordingError(

@@ -183,9 +183,10 @@ def milestone_nets(n: int, c: int) -> list[Net]:
 
 
 def member_nets(scale: Scale, weights: str | None) -> list[Net]:
-    """The networks of an EANN, or with None those of the plain ensemble, which have no early exits.
+    """Return the networks of an EANN, or with None those of the plain ensemble.
 
-    They alternate, as the paper's do ("EANN computes AANNs sequentially").
+    Networks of the plain ensemble have no early exits. Those of an EANN are trained with
+    alternating weights, as in the paper ("EANN computes AANNs sequentially").
     """
     sampler: Sampler = "none" if weights is None else "alternating"
     return [
@@ -206,7 +207,7 @@ def ensemble_nets(scale: Scale) -> list[Net]:
 
 
 def jobs(scale: Scale, table: str = "all") -> list[Job]:
-    """The trainings of a table ("milestones", "eann" or "all"), all of a seed before the next.
+    """List the trainings of a table ("milestones", "eann" or "all"), seed by seed.
 
     The first network and the EANN figure, with whose OPT+ its OPT belongs, come before the other
     networks.
@@ -238,7 +239,10 @@ def jobs(scale: Scale, table: str = "all") -> list[Job]:
 
 
 def check_job(scale: Scale, validation_errors: Sequence[Sequence[float]], folder: Path) -> Job:
-    """The first EANN of the first seed run as a network; its members' trainings are under `folder`."""
+    """Make a job that runs the first EANN of the first seed as a network.
+
+    The trainings of its members are under `folder`.
+    """
     nets = member_nets(scale, ENSEMBLES[0])
     folders = [folder / f"{net.name}-seed0" for net in nets]
     arguments = {
@@ -263,7 +267,7 @@ def time_jobs(scale: Scale) -> list[Job]:
 
 
 def build(net: Net, channels: int, size: tuple[int, int], num_classes: int) -> MultiExitNetwork:
-    """An untrained network with an exit after every block, or with none but its own output."""
+    """Build an untrained network, with an exit after every block or without exits."""
     backbone = PreActResNet(num_classes, net.n, net.c, channels, depth=net.depth)
     after = [] if net.weights is None else [f"blocks.{index}" for index in range(net.blocks - 1)]
     return attach_exits(

@@ -194,7 +194,7 @@ def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
 
 
 def _spoken(row: Mapping[str, object], style: str) -> dict[str, object]:
-    """A row for people: spreads as mean ± deviation."""
+    """Format a row for reading, with spreads as mean ± deviation."""
     sign = style.startswith("+")
     digits = int(style.strip("+f")[1:])
     return {
@@ -206,7 +206,7 @@ def _spoken(row: Mapping[str, object], style: str) -> dict[str, object]:
 
 
 def _flat(row: Mapping[str, object]) -> dict[str, object]:
-    """A row for a file: spreads as two columns."""
+    """Format a row for a file, with spreads as two columns."""
     flat: dict[str, object] = {}
     for name, value in row.items():
         flat |= (

@@ -75,7 +75,7 @@ def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
 
 
 def joined(names: Sequence[str]) -> str:
-    """Executions for people, runs of blocks in one.
+    """Join executions for reading, with successive blocks as ranges.
 
     Example:
         >>> joined(["S1.2", "S1.3", "S1.4", "S2.1", "OUT"])

@@ -96,7 +96,7 @@ def _rises(change: Spread | None) -> str:
 def claims(
     cases: Sequence[Case], seeds: Mapping[str, Sequence[int]], results: Results
 ) -> Iterator[Claim]:
-    """What becomes of the claims about learning, for the cases that have seeds."""
+    """Judge the claims about learning, for the cases that have seeds."""
     there = [case for case in cases if seeds[case.name]]
     for norms in NORMS:
         for case in there:

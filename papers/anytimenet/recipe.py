@@ -289,8 +289,9 @@ def train(
 
 
 def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
-    """An untrained network; both kinds have the same blocks, and of one random state the same
-    weights.
+    """Build an untrained network of either kind.
+
+    Both kinds have the same blocks and, from the same random state, the same weights.
     """
     channels = data.preprocess.channels
     if kind == "anytime":
@@ -304,8 +305,9 @@ def build(net: Net, kind: Kind, data: Data) -> AnytimeNet | MultiExitNetwork:
 def with_own_norms(
     trained: AnytimeNet, net: Net, data: Data, batches: Iterator[Tensor]
 ) -> AnytimeNet:
-    """The same weights with batch-norm statistics for each iteration, computed from training
-    images; nothing is trained.
+    """Copy the weights to a network with batch-norm statistics per iteration.
+
+    The statistics are computed from training images. Nothing is trained.
     """
     weight = next(trained.parameters())
     own = AnytimeNet(

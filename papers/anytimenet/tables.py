@@ -208,7 +208,7 @@ def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
 
 
 def _spoken(row: Mapping[str, Any]) -> dict[str, object]:
-    """A row for people: spreads as mean ± deviation."""
+    """Format a row for reading, with spreads as mean ± deviation."""
     return {
         name: value.text(2 if name in UNITLESS else 1, sign=name.endswith("rise"))
         if isinstance(value, Spread)
@@ -218,7 +218,7 @@ def _spoken(row: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, object]:
-    """A row for a file: spreads and middles as columns of their own."""
+    """Format a row for a file, with spreads and medians as separate columns."""
     flat: dict[str, object] = {}
     for name, value in row.items():
         if isinstance(value, Spread):
@@ -367,9 +367,8 @@ def draw_classes(
                     color=COLOURS[norms],
                     label=NORMS_TOLD[norms],
                 )
-                said.append(
-                    f"{per_iteration(case, norms, 'correlation', seeds, results)[:, index].mean():.2f}"
-                )
+                correlation = per_iteration(case, norms, "correlation", seeds, results)[:, index]
+                said.append(f"{correlation.mean():.2f}")
             axes.set_title(f"{index + 1}: r = {', '.join(said)}", size=9.0, loc="left", color=INK)
             axes.axline(
                 (100.0, 100.0),

@@ -46,7 +46,7 @@ def name(net: Net, batch: int = 1) -> str:
 
 
 def told(net: Net, batch: int) -> str:
-    """A network in words, and how many images it gets at a time."""
+    """Describe a network and its batch size in words."""
     return (
         f"{net.width} channels, blocks {net.schedule.names[-1]}, {batch} "
         f"image{'s' if batch > 1 else ''} at a time"
@@ -204,7 +204,7 @@ def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def claims(net: Net, result: Mapping[str, Any]) -> Iterator[Claim]:
-    """What becomes of the claims about time; verdicts go by medians."""
+    """Judge the claims about time, by medians."""
     of = told(net, result["batch"])
     plain, cumulative, alone = (
         np.asarray(result[what]) for what in ("plain", "cumulative", "alone")

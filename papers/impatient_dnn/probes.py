@@ -145,8 +145,9 @@ def _check(train: Recording, other: Recording) -> None:
 def _best(
     train: Recording, validation: Recording | None, exit: int, grid: Sequence[float]
 ) -> _Probe:
-    """The exit's SVMs of the strength that is most accurate on `validation`, among those that
-    converge.
+    """Fit an exit's SVMs with the regularisation that is best on `validation`.
+
+    Strengths for which the solver does not converge are left out.
     """
     features = train.features[exit].flatten(1).double().numpy()
     labels = train.labels.numpy()
@@ -216,7 +217,10 @@ def _machines(
 
 
 def _decide(probe: _Probe, recording: Recording, exit: int) -> Float[Tensor, "N C"]:
-    """Decision functions of all classes; of those that were not there to learn, 1 below the others."""
+    """Compute the decision functions of all classes.
+
+    Classes without training examples get 1 less than the lowest of the others.
+    """
     standard = (recording.features[exit].flatten(1).double() - probe.mean) / probe.deviation
     known = standard @ probe.slopes.T + probe.offsets
     decided = (known.amin(1, keepdim=True) - 1.0).repeat(1, recording.outputs.shape[2])

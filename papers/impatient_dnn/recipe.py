@@ -241,8 +241,9 @@ def _target_jobs(
 
 
 def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
-    """Times of the network with all exits, at batch size 1; they hold for every method, whose heads
-    are alike.
+    """Measure the times of the network with all exits, at batch size 1.
+
+    They hold for every method, because the heads are alike.
     """
     del folder
     examples = data.load(pair.target, train=100, validation=100, seed=0)
@@ -334,7 +335,7 @@ def _without_exits(backbone: nn.Module, examples: Data) -> MultiExitNetwork:
 
 
 def _pretrained(pair: Pair, examples: Data, seed: int, folder: Path) -> nn.Module:
-    """The backbone with the source's weights and a new classifier."""
+    """Build the backbone with the source's weights and a new classifier."""
     backbone = _backbone(pair, examples, seed)
     weights, _ = read_tensors(folder.parent / _source_name(pair, seed) / "weights.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("classifier.")}

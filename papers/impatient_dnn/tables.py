@@ -43,7 +43,7 @@ METHODS = ("orig", "ft", "joint", "no_exits")
 
 
 def affordable(costs_s: Sequence[float]) -> list[int]:
-    """Exits that some budget pays for and no deeper exit's as well, shallow to deep.
+    """Return the exits that are the deepest affordable one for some budget.
 
     A priori, an exit with its head can cost as much as a deeper one; then it is never the deepest
     that fits.
@@ -58,7 +58,10 @@ def affordable(costs_s: Sequence[float]) -> list[int]:
 def expected_percent(
     budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float]
 ) -> float:
-    """Expected accuracy in per cent; a budget below the first exit counts as a failure."""
+    """Compute the expected accuracy in per cent.
+
+    A budget below the first exit counts as a failure.
+    """
     kept = affordable(costs_s)
     return 100.0 * expected_accuracy(
         budget, [costs_s[index] for index in kept], [accuracies[index] for index in kept]
@@ -78,7 +81,9 @@ def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]
 
 
 def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Expected accuracy in per cent on the test split: one row per pair, budgets and seed.
+    """Compute the expected accuracy on the test split, per pair, budgets and seed.
+
+    It is in per cent.
 
     All answer anytime (interruptible costs), except `joint_a_priori`, the same network whose budget
     is known in advance (contract costs), and `no_exits`, the fine-tuned network alone, which
@@ -165,7 +170,7 @@ def _paper_gain(row: str) -> float:
 
 
 def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The paper's two claims against the numbers, yes or no."""
+    """Judge the paper's two claims by the numbers, yes or no."""
     pairs = list(dict.fromkeys(row["pair"] for row in summary))
     won = [row for row in summary if row["gain"].mean > 0]
     seeds = summary[0]["gain"].count
@@ -281,7 +286,7 @@ JOINT_LOOKS = dict(zip(ROWS, ((BLUE, "o"), (GREEN, "^"), (PURPLE, "v"), (INK, "x
 
 
 def draw_table1(summary: Sequence[Mapping[str, Any]]) -> Figure:
-    """Expected accuracy of every method under every distribution of budgets, one panel per pair."""
+    """Plot the expected accuracy of every method and budget distribution, per pair."""
 
     def panel(axes: Axes, pair: str) -> None:
         rows = [row for row in summary if row["pair"] == pair]
