@@ -172,7 +172,7 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
         )
 
 
-# --- what its parts cost --------------------------------------------------------------------------
+# --- costs of its parts ---------------------------------------------------------------------------
 
 
 def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:

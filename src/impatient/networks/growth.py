@@ -149,11 +149,11 @@ def in_turn(final: Sequence[int], parts: int = 2) -> Schedule:
     return Schedule(tuple(rows))
 
 
-# in_turn((8, 8, 8))
+# The paper's schedule, which is in_turn((8, 8, 8)).
 PAPER = Schedule(((1, 1, 1), (5, 1, 1), (8, 1, 1), (8, 5, 1), (8, 8, 1), (8, 8, 5), (8, 8, 8)))
 
 
-# --- what is executed -----------------------------------------------------------------------------
+# --- executions -----------------------------------------------------------------------------------
 
 
 def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
@@ -206,7 +206,7 @@ def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
     return tuple((*row, sum(row)) for row in totals)
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,7 +321,7 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
     )
 
 
-# --- which schedule to choose ---------------------------------------------------------------------
+# --- the best schedule ----------------------------------------------------------------------------
 
 
 def plan(

@@ -152,7 +152,7 @@ class OpenVinoPart(EnginePart):
     """
 
     package = "openvino"
-    # bytes; outputs up to this size are copied
+    # Bytes. Outputs up to this size are copied.
     SMALL = 1 << 16
     # Most requests whose outputs may be views. Beyond this, outputs are copied, so that a caller
     # who keeps many outputs needs no more memory than for copies.

@@ -120,7 +120,7 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        # by number of rows and exit
+        # Seconds by number of rows and exit.
         self._least_s: dict[tuple[int, int], float] = {}
 
     def expected_s(self, rows: int, exit: int) -> float:

@@ -1,4 +1,4 @@
-"""Random changes of training images that leave their class as it is."""
+"""Augment training images by random changes that keep their class."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from impatient.errors import TrainingError
 
 
 def augmented(images: Tensor, how: str) -> Tensor:
-    """Shift, and mirror, images [B, C, H, W] at random, each sample its own way.
+    """Shift and mirror each image of a batch [B, C, H, W] at random.
 
-    A shift is by up to an eighth of the height and of the width; zeros move in.
+    A shift is by up to an eighth of the height and of the width, and fills the border with zeros.
 
     Args:
-        how: "none", "crop" (shift) or "crop-flip" (shift, and mirror half of them).
+        images: a batch of inputs.
+        how: "none", "crop" (shift each image) or "crop-flip" (also mirror half of them).
     Raises:
-        TrainingError: if the inputs are no images.
+        TrainingError: if the inputs are not images.
     """
     if how == "none":
         return images
@@ -29,7 +30,7 @@ def augmented(images: Tensor, how: str) -> Tensor:
     most_down = max(1, height // 8)
     most_across = max(1, width // 8)
     padded = F.pad(images, (most_across, most_across, most_down, most_down))
-    # drawn on the CPU, so that one seed means the same on every device
+    # Drawn on the CPU, so that a seed gives the same images on every device.
     across_B = (torch.rand(count) * (2 * most_across + 1)).long()
     down_B = (torch.rand(count) * (2 * most_down + 1)).long()
     columns_BW = across_B[:, None] + torch.arange(width)

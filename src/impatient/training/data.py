@@ -457,7 +457,7 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
             "(integers)."
         )
     elif inputs.dtype != np.uint8:
-        # token ids
+        # Integers that are not bytes are token ids.
         inputs = inputs.astype(np.int64)
     return ArrayExamples(
         _channels_first(torch.from_numpy(np.ascontiguousarray(inputs))),
