@@ -1,5 +1,6 @@
-"""Early exit with what else a user has: the same trained network and images, time per image and
-accuracy, in turn.
+"""Compare early exit with the alternatives that a user has.
+
+All use the same trained network and images. Time per image and accuracy are measured in turn.
 
     python benchmarks/alternatives.py --prepare  trains heads, fetches earlyon; about 4 minutes; the
     machine may be busy python benchmarks/alternatives.py            about 5 minutes; a run that was

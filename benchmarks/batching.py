@@ -1,5 +1,6 @@
-"""Batches that shrink: 32 samples that leave at different exits, against the network without exits,
-in turn.
+"""Measure batches that shrink against the network without exits.
+
+32 samples leave at different exits. Both are measured in turn.
 
     python benchmarks/batching.py --prepare  exports, once, a minute; the machine may be busy
     python benchmarks/batching.py            about 6 minutes; a run that was stopped goes on where

@@ -1,5 +1,6 @@
-"""Shared by the benchmark scripts: timing in turn, cases in processes of their own, and writing a
-CSV with its page.
+"""Functions that the benchmark scripts share.
+
+They time calls in turn, run cases in separate processes, and write a CSV with its page.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def _installed(name: str) -> bool:
 
 
 def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write results/NAME.csv and results/NAME.md with the same rows; what a row does not have stays
-    empty.
+    """Write results/NAME.csv and results/NAME.md with the same rows.
+
+    Entries that a row does not have stay empty.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
@@ -96,8 +98,9 @@ def write_results(name: str, title: str, text: str, rows: Sequence[Mapping[str, 
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median with its 95 % interval by order statistics (binomial, no assumption on the
-    distribution).
+    """Compute the median with its 95 % interval by order statistics.
+
+    The interval is binomial and makes no assumption on the distribution.
     """
     ordered = np.sort(np.asarray(values))
     half = 0.98 * np.sqrt(len(ordered))
@@ -107,8 +110,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratio_of_means(values: np.ndarray, base: np.ndarray) -> tuple[float, float, float]:
-    """Mean of paired values over the mean of others, with its 95 % interval (delta method): what a
-    whole workload takes.
+    """Compute the ratio of two means of paired values, with its 95 % interval.
+
+    It compares the times of a complete workload, by the delta method.
     """
     ratio = float(values.mean() / base.mean())
     half = (
@@ -133,8 +137,9 @@ def in_turn(
     most_s: float = float("inf"),
     warm_up: int = 3,
 ) -> dict[str, np.ndarray]:
-    """Seconds of several calls, each once a round and in random order, so that all meet the
-    machine's changes alike.
+    """Measure the seconds of several calls, each once a round in random order.
+
+    So all calls are exposed to the same changes of the machine.
 
     Args:
         calls: by name; ask for the same one under two names for an A/A comparison.
@@ -160,8 +165,9 @@ def in_turn(
 def repeated(
     workload: Callable[[int], Calls], *, seeds: int, repeats: int
 ) -> dict[tuple[str, int], Row]:
-    """Seconds of the calls of a workload, by their key, over all seeds and repeats; the first run
-    of each is not counted.
+    """Measure the calls of a workload by their key, over all seeds and repeats.
+
+    The first run of each does not count.
 
     Args:
         workload: the calls for a seed.

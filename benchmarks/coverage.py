@@ -1,5 +1,6 @@
-"""Which architectures of torchvision, timm and transformers take exits by themselves: writes
-docs/coverage.md.
+"""Find which architectures of torchvision, timm and transformers take exits.
+
+Writes docs/coverage.md.
 
 python -m benchmarks.coverage --no-times             what works, about ten minutes
 python -m benchmarks.coverage                        also what staging costs, on an idle machine;
@@ -176,8 +177,9 @@ def _gradients(model: nn.Module, x: Any, run: Callable[[Any], Tensor]) -> dict[s
 
 
 def _informative(network: MultiExitNetwork, x: Any, staged: Sequence[Tensor]) -> str:
-    """Whether equal outputs say anything: they vary over the samples and hang on the features at
-    every cut.
+    """Tell whether equal outputs are informative.
+
+    They are if they differ between samples and depend on the features at every cut.
     """
     last = staged[-1]
     if not last.isfinite().all():
@@ -216,8 +218,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
-    """Export the parts of a network and run them one after the other; the largest difference of any
-    exit.
+    """Export the parts of a network and run them one after the other.
+
+    The result is the largest difference of any exit.
     """
     from impatient.engines.partition import input_tensors, partition
     from impatient.portable import StagedRun
@@ -237,8 +240,9 @@ def export(network: MultiExitNetwork, example: Any, x: Any) -> Row:
 
 
 def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int = 100) -> Row:
-    """Time of all stages without heads over that of the untouched model: the median of paired,
-    interleaved ratios.
+    """Measure the time of all stages without heads over the untouched model's.
+
+    It is the median of paired, interleaved ratios.
     """
     from benchmarks.common import in_turn, spoken
 
@@ -267,8 +271,9 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
 
 
 def apart(architecture: Architecture, wanted: Sequence[str], limit_s: float) -> Row:
-    """Run `findings` in a forked process; what it found, with a "reason" where it failed, died or
-    took too long.
+    """Run `findings` in a forked process.
+
+    The findings have a "reason" if it failed, died or took too long.
     """
     # the libraries are imported once, here
     context = multiprocessing.get_context("fork")

@@ -1,5 +1,6 @@
-"""Deadlines on the real clock, idle and with a busy process on every core: how often they are met,
-and what they buy.
+"""Measure how often deadlines are met, and what they buy.
+
+The clock is real, and the machine is idle or has a busy process on every core.
 
     python benchmarks/deadlines.py --prepare  trains heads, exports; about 3 minutes; the machine
     may be busy python benchmarks/deadlines.py            about 14 minutes in 6 cases; a run that
@@ -106,7 +107,7 @@ def busy() -> Iterator[None]:
 def contract(
     runners: dict[Statistic, Runner], x: torch.Tensor, budgets: np.ndarray, runs: int
 ) -> dict[tuple[Statistic, int], list[Answer]]:
-    """Answers by quantile and budget: as many as `runs` for each quantile, all of them in turn."""
+    """Collect `runs` answers for each quantile and budget, in turn."""
     answers: dict[tuple[Statistic, int], list[Answer]] = {
         (quantile, number): [] for number in range(len(budgets)) for quantile in runners
     }
@@ -132,8 +133,9 @@ def first_answers(runner: Runner, x: torch.Tensor, runs: int) -> list[float]:
 def interruptible(
     runner: Runner, x: torch.Tensor, budgets: np.ndarray, runs: int
 ) -> list[list[tuple[Answer, float]]]:
-    """Per budget, answers, and how long after the deadline the caller had them; negative where the
-    last exit came before it.
+    """Collect answers per budget, and how late the caller had them.
+
+    The delay after the deadline is negative where the last exit came earlier.
     """
     found: list[list[tuple[Answer, float]]] = [[] for _ in budgets]
     for number in range(runs):
@@ -178,8 +180,9 @@ def row(
 def waiting(
     budget: str, found: Sequence[tuple[Answer, float]], first_s: Sequence[float], given: Trained
 ) -> Row:
-    """Of interruptible runs: whether there was an answer, and how long after the deadline the
-    caller was back.
+    """Measure how late callers of interruptible runs get back.
+
+    Also tell whether there was an answer.
     """
     answers = [answer for answer, _ in found]
     late = [after * 1e3 for _, after in found if after > 0]

@@ -1,5 +1,6 @@
-"""What a user gains by exporting: engines against eager on the same model, whole and exit by exit,
-in turn, paired ratios.
+"""Measure what exporting gains: engines against eager on the same model.
+
+The complete network and each exit are measured in turn, as paired ratios.
 
     python benchmarks/engines.py --prepare   exports and compiles, once, about 10 minutes; the
     machine may be busy python benchmarks/engines.py             about 6 minutes; a run that was

@@ -1,4 +1,4 @@
-"""Print figures of how a code base is written, for one or more checkouts side by side.
+"""Print figures of how code bases are written, side by side.
 
     python benchmarks/house.py                          # this checkout
     python benchmarks/house.py OLD NEW PATH/httpx       # checkouts, or installed packages

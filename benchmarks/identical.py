@@ -1,4 +1,4 @@
-"""Print what a checkout computes at a fixed seed, or compare two checkouts bit by bit.
+"""Print values computed at a fixed seed, or compare two checkouts.
 
     python benchmarks/identical.py                      # print the values of this checkout
     python benchmarks/identical.py OLD_CHECKOUT         # run both and list every difference
@@ -33,7 +33,7 @@ def digest(*tensors: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Flatten any value into what JSON holds, with tensors as hashes and files' names left out."""
+    """Flatten a value for JSON, with tensors as hashes and without file names."""
     import dataclasses
 
     import numpy as np

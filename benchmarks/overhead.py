@@ -1,5 +1,6 @@
-"""What staging costs: all exits without heads over the same network whole, in the same engine, in
-turn, paired ratios.
+"""Measure what staging costs in each engine.
+
+All exits without heads are compared with the complete network, in turn, as paired ratios.
 
     python benchmarks/overhead.py --prepare  exports, once, about 8 minutes; the machine may be busy
     python benchmarks/overhead.py            about 7 minutes; a run that was stopped goes on where

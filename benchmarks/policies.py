@@ -1,5 +1,6 @@
-"""Gates fitted for 100 prices of time on 10,000 samples x 16 exits: asked for, 10 seconds; 1,000 of
-them judged: 2 seconds.
+"""Time fitting and judging gates on 10,000 samples x 16 exits.
+
+The aims are 10 seconds for gates of 100 prices of time, and 2 seconds for judging 1,000 of them.
 
 python benchmarks/policies.py            a few minutes
 python benchmarks/policies.py --smoke    seconds, to see that it runs

@@ -1,5 +1,6 @@
-"""A thousand policies, and a thousand budgets, on 10,000 samples x 16 exits x 100 classes: asked
-for, under a second each.
+"""Time judging a thousand policies and a thousand budgets.
+
+The recording has 10,000 samples x 16 exits x 100 classes. The aim is under a second for each.
 
 python benchmarks/sweep.py            about half a minute
 python benchmarks/sweep.py --smoke    seconds, to see that it runs
@@ -54,8 +55,9 @@ def even_costs(exits: int) -> CostProfile:
 
 
 def random_policies(recording: Recording, count: int, seed: int) -> list[ThresholdPolicy]:
-    """Thresholds at random quantiles of each exit's own scores, the three scores in turn, an exit
-    in five closed.
+    """Make thresholds at random quantiles of each exit's scores.
+
+    The three scores take turns, and one exit in five is closed.
     """
     random = np.random.default_rng(seed)
     scores = {

@@ -1,5 +1,6 @@
-"""What training all exits jointly costs over training the network without exits, epochs in turn in
-one process.
+"""Measure what training all exits jointly costs.
+
+Epochs take turns, in one process, with those of the network without exits.
 
 python benchmarks/training.py            about 6 minutes
 python benchmarks/training.py --smoke    seconds, to see that it runs

@@ -1,5 +1,6 @@
-"""What several workers gain on an ensemble of growing depth: whole runs on two workers over whole
-runs on one, in turn.
+"""Measure what several workers gain on an ensemble of growing depth.
+
+Complete runs on two workers take turns with complete runs on one.
 
 python benchmarks/workers.py            about a minute
 python benchmarks/workers.py --smoke    seconds, to see that it runs

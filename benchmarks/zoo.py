@@ -1,5 +1,6 @@
-"""Architectures of torchvision, timm and transformers with small inputs, and what makes fresh ones
-fit to compare with.
+"""Small architectures of torchvision, timm and transformers, with inputs.
+
+Fresh models are changed so that comparisons are informative.
 
 Smallest sensible variants; transformers by small configurations. Nothing is downloaded: weights are
 random.
@@ -83,8 +84,9 @@ def text(batch: int) -> dict[str, Tensor]:
 
 
 def make_informative(model: nn.Module, batch: Batch, calibration: int = 8) -> None:
-    """Undo what makes fresh models answer nothing: zero heads, tiny layer scales, batch-norm
-    statistics that fit no data.
+    """Change fresh models so that their outputs depend on the input.
+
+    They have zero heads, tiny layer scales, and batch-norm statistics that fit no data.
     """
     for layer in model.modules():
         for name, parameter in layer.named_parameters(recurse=False):

@@ -50,8 +50,9 @@ def carry_out(
     out: Path | None,
     publish: bool,
 ) -> NoReturn:
-    """Run what is missing, then write the tables of what is finished, also after an error or
-    Ctrl-C.
+    """Run what is missing, then write the tables of what is finished.
+
+    The tables are written also after an error or Ctrl-C.
 
     Args:
         run: everything that takes time.

@@ -1,5 +1,6 @@
-"""The papers' data sets from the shared data folder, converted once; and smaller training sets,
-seeded and balanced.
+"""The papers' data sets from the shared data folder, and smaller training sets.
+
+Files are converted once. The smaller sets are balanced over classes and chosen by a seed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ WORDS = 20_000
 
 
 def shared_folder() -> Path:
-    """Where the shared data lie: the folder named by the environment variable IMPATIENT_DATA, or
-    ../shared/data.
+    """Return the folder of the shared data.
+
+    It is named by the environment variable IMPATIENT_DATA, or is ../shared/data.
 
     Raises:
         DataError: if there is no load.py.
@@ -97,8 +99,9 @@ def _ag_news() -> dict[str, np.ndarray]:
 
 
 def padded(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Texts that lie one after the other as rows of `TOKENS` ids: cut off or filled with 0, words
-    from `WORDS` on as one.
+    """Make rows of `TOKENS` ids from texts that are stored one after the other.
+
+    Rows are cut off or filled with 0. Ids from `WORDS` on become one id.
 
     Example:
         >>> padded(np.array([5, 30_000, 7]), np.array([2, 1]))[:, :3].tolist()
@@ -171,8 +174,9 @@ def subset(data: Data, train: int | None, seed: int, *, validation: int | None =
 
 
 def load(name: str, *, train: int | None, validation: int | None, seed: int) -> Data:
-    """`data_spec`, `load_data` and `subset` in one; `seed` decides the validation split and the
-    choice.
+    """Load a data set with `data_spec`, `load_data` and `subset`.
+
+    `seed` determines the validation split and the choice of examples.
     """
     return subset(load_data(data_spec(name), seed=seed), train, seed, validation=validation)
 
@@ -195,8 +199,9 @@ def _part(examples: Examples, count: int | None, seed: int) -> Examples:
 
 
 def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Places of `count` examples in their old order: every class gives in turn, in random order,
-    while it has any.
+    """Choose `count` examples evenly over classes, and keep their order.
+
+    The classes take turns, in random order, while they have examples left.
     """
     random = np.random.default_rng(seed)
     shuffled = random.permutation(len(labels))

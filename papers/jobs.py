@@ -1,5 +1,6 @@
-"""Many independent runs, a few at a time: each in its own process and folder, results kept,
-failures named.
+"""Run many independent jobs, a few at a time.
+
+Each has a process and a folder. Results are kept, and failures are named.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def _plain(value: Any) -> Any:
 def run_jobs(
     jobs: Sequence[Job], folder: Path, *, workers: int, threads: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Run the jobs that have no result yet, in the order given, and return every job's result by
-    name.
+    """Run the jobs that have no result yet, and return all results by name.
+
+    They run in the given order.
 
     A job's result lies in FOLDER/NAME/result.json with the fingerprint of its arguments; with other
     arguments it is run again. Jobs that need another's result belong to a later call.
@@ -126,7 +128,7 @@ def _result(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def _execute(job: Job, folder: Path) -> str | None:
-    """Run one job and keep its result, or its error, which is returned in one line."""
+    """Run one job and keep its result, or return its error in one line."""
     own = folder / job.name
     try:
         own.mkdir(parents=True, exist_ok=True)
@@ -148,8 +150,9 @@ def _execute(job: Job, folder: Path) -> str | None:
 
 
 def _forget_other_arguments(job: Job, own: Path) -> None:
-    """Remove the job's files if they were made with other arguments: a checkpoint of theirs would
-    be refused.
+    """Remove the job's files if they were made with other arguments.
+
+    A checkpoint of these would be refused.
     """
     marker = own / "fingerprint.txt"
     if not marker.is_file() or marker.read_text(encoding="utf-8") != job.fingerprint():

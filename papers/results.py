@@ -109,7 +109,7 @@ def made_by(processor: str, module: str) -> str:
 
 
 def fill(card: Path, mark: str, text: str) -> None:
-    """Put text between `<!-- MARK -->` and `<!-- /MARK -->` of a card, in place of what is there.
+    """Replace the text between `<!-- MARK -->` and `<!-- /MARK -->` of a card.
 
     Raises:
         StorageError: if the card lacks the marks.
@@ -158,8 +158,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def judged(claim: str, paper: str, what: str, gains: Sequence[float]) -> Claim:
-    """Yes if the mean gain is positive beyond its 95 % interval, no if negative beyond it, else not
-    told apart.
+    """Judge a mean gain by its 95 % interval.
+
+    The answer is yes if the interval is above 0, no if it is below 0, and else not told apart.
     """
     low, high = interval(gains)
     verdict = "yes" if low > 0 else "no" if high < 0 else "not told apart"

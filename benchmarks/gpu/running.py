@@ -1,5 +1,6 @@
-"""Running ahead on a GPU: what staging costs there, what an early exit saves, and whether deadlines
-are met.
+"""Measure running on a GPU, where calls return before the work is done.
+
+It measures what staging costs, what an early exit saves, and whether deadlines are met.
 
     python benchmarks/gpu/running.py                    on a CUDA device, about 8 minutes; what is
     finished is kept python benchmarks/gpu/running.py --smoke            seconds, on any machine, to
@@ -71,8 +72,9 @@ def waited_for(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def ratios_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, str]:
-    """Of each call the median ratio of its time to that of the exit-free network in the same round,
-    and its interval.
+    """Compute each call's median time ratio to the network without exits.
+
+    Both are of the same round. The result has an interval.
     """
     times = in_turn(
         {name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5

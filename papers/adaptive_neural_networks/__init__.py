@@ -1,3 +1,4 @@
-"""Adaptive Neural Networks (Bolukbasi et al.): learned early exit, learned selection among
-pretrained networks.
+"""Adaptive Neural Networks (Bolukbasi et al.).
+
+The paper learns early exits, and it learns selection among pretrained networks.
 """

@@ -1,5 +1,6 @@
-"""`python -m papers.adaptive_neural_networks`: every training, measurement and fit that is missing,
-then tables and figures.
+"""The command `python -m papers.adaptive_neural_networks`.
+
+It runs every training, measurement and fit that is missing, and writes tables and figures.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Curves of accuracy over mean time: fitted on one part, judged on another, and what is read off
-them.
+"""Curves of accuracy over mean time, and figures read from them.
+
+Policies are fitted on one part of the samples and judged on another.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from papers.adaptive_neural_networks.recipe import Judging, taken
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Point:
-    """A policy: mean seconds and accuracy on the part it was fitted on; seconds and hits of each
-    sample it is judged on.
+    """A policy with its time and accuracy.
+
+    Mean seconds and accuracy are those on the part it was fitted on. Seconds and hits are those of
+    each sample it is judged on.
     """
 
     fit_s: float
@@ -55,8 +58,9 @@ def on_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def least_time(curve: Sequence[Point], accuracy: float, *, mixed: bool = True) -> float:
-    """Least mean seconds at which a curve has an accuracy where it is judged; infinite if it never
-    has.
+    """Return the least mean seconds at which a curve reaches an accuracy.
+
+    Both count on the part that is judged. The time is infinite if the curve never reaches it.
 
     Args:
         curve: of `on_hull`; neighbours are mixed.
@@ -101,8 +105,9 @@ def read_off(
     *,
     mixed: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per accuracy lost against the full network: least time, and what comes of asking for
-    it on the part fitted on.
+    """Make a row for each loss of accuracy against the full network.
+
+    A row has the least time, and the result of asking for this accuracy on the part fitted on.
 
     Args:
         points: of one method; the full network alone is always allowed, too.
@@ -151,8 +156,9 @@ def drawn_curve(method: str, points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> float:
-    """Least mean seconds with which anybody could have an accuracy who knows all labels: a limit,
-    no policy.
+    """Return the least mean seconds that reach an accuracy if all labels are known.
+
+    This is a limit and not a policy.
 
     Everyone is answered as cheaply as can be; of those who could be answered rightly for more, as
     many as are needed are, the cheapest first.
@@ -189,8 +195,9 @@ def guarantees(
     seed: int,
     losses: Sequence[Loss] = ("positive_gap", "accuracy_gap"),
 ) -> list[dict[str, Any]]:
-    """How often a guarantee is broken. The truth is known: calibration samples are drawn with
-    replacement from a population.
+    """Measure how often a guarantee is broken.
+
+    The truth is known, because calibration samples are drawn with replacement from a population.
 
     Args:
         policies: from safe to bold, not fitted on the population, each with its mean seconds there.

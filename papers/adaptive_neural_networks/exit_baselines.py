@@ -1,4 +1,4 @@
-"""What learned policies are held against: one exit for all samples, and what labels would allow."""
+"""Baselines for learned exits: fixed exits, and limits that need the labels."""
 
 from __future__ import annotations
 

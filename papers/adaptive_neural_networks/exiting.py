@@ -1,5 +1,6 @@
-"""Early exits of one network on one division of the samples: learned gates, and what they are held
-against.
+"""Early exits of one network on one division of the samples.
+
+Learned gates are compared with baselines.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def gates(
 
 
 def time_prices(costs: CostProfile, count: int) -> list[float]:
-    """Prices at which a whole run is worth a hundredth of an error to ten of them."""
+    """Return prices at which a run is worth 0.01 to 10 errors."""
     return [float(worth) / costs.exit_free_s() for worth in np.geomspace(1e-2, 10.0, count)]
 
 

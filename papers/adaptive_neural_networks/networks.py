@@ -1,5 +1,6 @@
-"""The networks selected among: CIFAR ResNets as the pretrained weights need them, two for text; and
-a head for exits.
+"""The networks that are selected among, and a head for exits.
+
+There are CIFAR ResNets that fit the pretrained weights, and two networks for text.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ CIFAR_STD = (0.229, 0.224, 0.225)
 
 
 class BasicBlock(nn.Module):
-    """conv3x3-BN-ReLU-conv3x3-BN plus the input; where it down-samples, plus every second pixel,
-    zero-padded in channels.
+    """A block of conv3x3-BN-ReLU-conv3x3-BN plus the input.
+
+    Where it down-samples, every second pixel of the input is added, with zeros for new channels.
 
     Source:
         He et al. 2015, shortcut of option A.
@@ -49,7 +51,9 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Three stages of basic blocks on maps of 1, 1/2 and 1/4 of the resolution, 6n + 2 layers.
+    """A ResNet of three stages of basic blocks, with 6n + 2 layers.
+
+    The stages work on maps of 1, 1/2 and 1/4 of the resolution.
 
     Args:
         num_classes: width of the output.
@@ -91,7 +95,7 @@ def _stage(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
 
 
 def load_pretrained(network: nn.Module, name: str, path: Path) -> None:
-    """Give a network the weights that an npz file holds as "NAME.<name in the state dict>".
+    """Load weights from an npz file with keys "NAME.<name in the state dict>".
 
     Args:
         network: built to fit.
@@ -183,8 +187,9 @@ class TextBlock(nn.Module):
 
 
 class TextResNet(nn.Module):
-    """Residual blocks of convolutions along the text; of their channels the largest values, and the
-    mean embedding, are read.
+    """A ResNet for text, of residual blocks of convolutions along the text.
+
+    The classifier takes the largest value of each channel, and the mean embedding.
 
     Args:
         num_classes: width of the output.

@@ -1,5 +1,6 @@
-"""What is trained and recorded at each scale, and how: one job is one network on one data set, or
-the heads of one network.
+"""What is trained and recorded at each scale.
+
+A job is one network on one data set, or the heads of one network.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exits:
-    """Early exits on one network of a case: the backbone stays as it is, heads are trained.
+    """Early exits on one network of a case.
+
+    The backbone stays as it is, and only the heads are trained.
 
     Attributes:
         case: whose data and protocol are used.
@@ -367,7 +370,10 @@ def key(case: Case, net: Net) -> str:
 
 
 def stages(scale: Scale) -> list[list[Job]]:
-    """Jobs that may run side by side, and those that need what the ones before have made."""
+    """Return groups of jobs, each of which needs the results of earlier groups.
+
+    The jobs of a group may run at the same time.
+    """
     nets = [
         Job(key(case, net), make, {"case": case, "net": net})
         for case in scale.cases
@@ -412,8 +418,9 @@ def make(case: Case, net: Net, *, folder: Path) -> dict[str, Any]:
 
 
 def train_heads(exits: Exits, *, folder: Path) -> dict[str, Any]:
-    """Attach exits to a network that is there, train their heads alone, and record all exits with
-    their features.
+    """Attach exits to a trained network, train their heads, and record all exits.
+
+    The recordings include the features.
     """
     data = data_of(exits.case, exits.training)
     network = with_exits(exits, built(exits.case, exits.net, folder.parent), data)

@@ -1,5 +1,6 @@
-"""Selection among networks on one division of the samples: learned policies on all topologies, and
-baselines.
+"""Selection among networks on one division of the samples.
+
+Learned policies on all topologies are compared with baselines.
 """
 
 from __future__ import annotations
@@ -171,8 +172,10 @@ def learned(
 
 
 def time_prices(node_s: Sequence[float], count: int) -> list[float]:
-    """Prices at which the full network is worth a thousandth of an error to one at which the first
-    always answers.
+    """Return prices of time from a low one to a high one.
+
+    At the lowest price, running the full network is worth a thousandth of an error. At the highest
+    price, the first network always answers.
     """
     return [float(price) for price in np.geomspace(1e-3 / max(node_s), 1.0 / min(node_s), count)]
 
@@ -206,8 +209,10 @@ def later_first(
     gate_s: Mapping[str, float],
     prices: int,
 ) -> list[Point]:
-    """All moves upward among all networks but the first one, two, ...: on a graph, what comes first
-    is always paid.
+    """Return topologies without the first one, two, ... networks.
+
+    Each has all moves upward. The first network of a topology is always paid for, so it matters
+    which one that is.
     """
     found: list[Point] = []
     # two networks are a pair

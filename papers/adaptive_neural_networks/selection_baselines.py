@@ -1,5 +1,6 @@
-"""What selection among networks is compared with, on the same recordings and times: rules that
-nobody had to learn, or few.
+"""Baselines for selection among networks.
+
+They are rules that need little or no learning, on the same recordings and times.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ def chain_route(
 def agreement_route(
     outputs: Float[Tensor, "K N C"], node_s: Sequence[float], *, needed: int = 2
 ) -> Route:
-    """Run networks in order until `needed` of them give the same answer; if none do, the last
-    one's.
+    """Run networks in order until `needed` of them give the same answer.
+
+    If they never do, the last network answers.
 
     Source:
         Agreement-Based Cascading (Kolawole et al. 2025), with single networks for their ensembles,

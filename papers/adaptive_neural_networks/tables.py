@@ -43,8 +43,10 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What is finished: results of trainings by job, of measurements by case or exits, of fits by
-    the same, split by split.
+    """Results of finished jobs.
+
+    These are trainings by job, measurements by case or exits, and fits by case or exits for each
+    split.
     """
 
     networks: Mapping[str, Result]
@@ -53,9 +55,7 @@ class Found:
 
 
 def write(scale: Scale, found: Found, folder: Path) -> str:
-    """Write every table and figure that the finished jobs allow; returns them as one page of
-    markdown.
-    """
+    """Write all tables and figures of finished jobs, and return a markdown page."""
     cases = [case for case in scale.cases if found.splits[case.name]]
     made = [exits for exits in scale.exits if found.splits[exits.name]]
     said = [*claims(cases, made, found)]
@@ -116,8 +116,9 @@ def over(splits: Sequence[Result], method: str, loss: float, what: str) -> Sprea
 
 
 def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) -> Spread:
-    """Share of the soft oracle's saving that a method reaches, per cent; NaN where the oracle saves
-    nothing.
+    """Compute which share of the soft oracle's saving a method reaches.
+
+    It is in per cent, and NaN if the oracle saves nothing.
     """
     shares = []
     for split in splits:
@@ -129,8 +130,9 @@ def oracle_share(splits: Sequence[Result], method: str, loss: float, pays: str) 
 
 
 def limits(splits: Sequence[Result], pays: str, place: int) -> Spread:
-    """Speed-up that knowing the labels would allow at one of `selecting.LOSSES`; the full network
-    alone is allowed, too.
+    """Return the speed-up that is possible with known labels.
+
+    It is for one of `selecting.LOSSES`. The full network alone is allowed, too.
     """
     full = [split["rows"][0]["full_s"] for split in splits]
     return spread(
@@ -296,8 +298,9 @@ def _saved(loss: float) -> str:
 
 
 def guarantee_rows(whats: Sequence[Case | Exits], found: Found) -> list[dict[str, Any]]:
-    """Control of risk over all divisions and draws of a case, kind of policy by kind of policy and
-    loss by loss.
+    """Summarise risk control over all divisions and draws of a case.
+
+    There is a row for each kind of policy and each loss.
     """
     rows = []
     for what in whats:
@@ -532,8 +535,9 @@ LOOKS = {
 
 
 def draw(title: str, split: Result, singles: Sequence[Mapping[str, Any]]) -> Figure:
-    """Error over mean time as judged, one line per method, with the single networks and the soft
-    oracles as points.
+    """Plot error over mean time, one line per method.
+
+    Single networks and the soft oracles are points.
     """
     with styled():
         figure = Figure(figsize=(7.2, 4.6), dpi=100, layout="constrained")

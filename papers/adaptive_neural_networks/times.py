@@ -1,5 +1,6 @@
-"""What networks, stages and decisions take, measured in turn; and policies run for real beside the
-full network.
+"""Measured times of networks, stages and decisions.
+
+Policies are also run for real beside the full network. All calls take turns.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def name(what: Case | Exits) -> str:
 
 
 def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, Any]:
-    """All networks of a case in turn, the time of a decision, and a cascade run for real.
+    """Measure all networks of a case, a decision, and a cascade run for real.
 
     Returns:
         "costs", a profile; "node_s"; "gate_s" by learner; the networks "used"; and what `really`
@@ -113,8 +114,9 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
 def fastest(
     fit: Recording, node_s: Sequence[float], loss: float, gate_s: float
 ) -> tuple[Sequence[int], SelectionPolicy]:
-    """Of policies on all networks, on all but the first, ..., and on pairs, that which is fastest
-    where it was fitted.
+    """Return the policy that is fastest on the part it was fitted on.
+
+    Candidates use all networks, all but the first few, or pairs.
 
     Returns:
         The networks it is for, and the policy.
@@ -140,7 +142,7 @@ def fastest(
 
 
 def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, Any]:
-    """All stages and heads, the time of asking a gate, and gates on confidences run for real.
+    """Measure all stages, heads and gates, and run confidence gates for real.
 
     Returns:
         "costs", a profile; "gate_s" by what gates look at and learner; the exits "used"; and what
@@ -175,7 +177,10 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
 
 
 def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> float:
-    """Seconds of one decision of a learner, wherever one is worth learning; 0 if it nowhere is."""
+    """Measure the seconds of a learned decision.
+
+    It is 0 if no decision is worth learning.
+    """
     # of few samples: what a decision takes does not depend on what it has learned
     few = first_of(fit, 1000)
     prices = [share / node_s[-1] for share in (0.03, 0.1, 0.01, 0.003, 0.3)]
@@ -189,7 +194,10 @@ def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> flo
 
 
 def gate_seconds(fit: Recording, costs: CostProfile, inputs: Any, learner: Any) -> float:
-    """Mean seconds of asking a gate, over those that are open at some price; 0 if none ever is."""
+    """Measure the mean seconds of asking a gate that is open at some price.
+
+    It is 0 if no gate is ever open.
+    """
     few = first_of(fit, 1000)
     with _quietly():
         for share in (0.3, 1.0, 0.1, 3.0):
@@ -210,7 +218,7 @@ def really(
     policy: Any,
     clock: Clock = SYSTEM_CLOCK,
 ) -> dict[str, Any]:
-    """Run images one by one, under the policy and through the full network alone, in turn.
+    """Run images one by one with the policy and with the full network, in turn.
 
     Args:
         runner: of the policy.

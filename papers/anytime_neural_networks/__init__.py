@@ -1,3 +1,4 @@
-"""Anytime Neural Networks (Hu, Dey, Hebert, Bagnell): the milestone table, AANN against static
-weights, the EANN figure.
+"""Anytime Neural Networks (Hu, Dey, Hebert, Bagnell).
+
+There are the milestone table, AANN against static weights, and the EANN figure.
 """

@@ -1,5 +1,6 @@
-"""`python -m papers.anytime_neural_networks`: every training that is missing, then the tables and
-figures.
+"""The command `python -m papers.anytime_neural_networks`.
+
+It runs every training that is missing, and writes tables and figures.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def summarise(scale: recipe.Scale, folder: Path, out: Path) -> str:
 def measured_times(
     scale: recipe.Scale, results: Mapping[str, Any], folder: Path
 ) -> dict[str, Sequence[float]]:
-    """Seconds until each exit, for networks of which a training is finished; measured alone, in
-    this process.
+    """Measure the seconds until each exit, for networks with a finished training.
+
+    They are measured alone, in this process.
     """
     jobs = [
         job
@@ -91,8 +93,9 @@ def measured_times(
 
 
 def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> float | None:
-    """Largest difference, in errors or as a share of costs, between an EANN's own recording and
-    what was assembled.
+    """Compare an EANN's recording with the curve assembled from its members.
+
+    The result is the largest difference, in errors or as a share of costs.
 
     None if its members are not all trained yet.
     """

@@ -1,5 +1,6 @@
-"""What becomes of the paper's claims: yes, no or not told apart, by intervals over pairs of network
-and seed.
+"""Judge the paper's claims as yes, no or not told apart.
+
+Judgements use intervals over pairs of network and seed.
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ def ensemble_claims(figure: Comparison, growth: float) -> Iterator[Claim]:
 
 
 def analytic_inflation(growth: float) -> dict[str, tuple[float, float]]:
-    """Largest and mean cost inflation by the paper's proposition and its counterpart for plain
-    networks.
+    """Compute the largest and mean cost inflation by the paper's proposition.
+
+    There is a counterpart for plain networks.
     """
     return {
         "EANN": (analytic.ann_sup(growth), analytic.ann_mean(growth)),

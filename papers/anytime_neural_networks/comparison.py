@@ -50,8 +50,9 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Milestones:
-    """One method on one pair: error, and its per cent above OPT's of the same pair, at each
-    milestone.
+    """Results of one method on one pair at each milestone.
+
+    They are the error, and by how many per cent it exceeds that of OPT of the same pair.
     """
 
     errors: tuple[float, ...]
@@ -113,8 +114,9 @@ def milestone_rows(table: Measured) -> list[dict[str, object]]:
 
 
 def win_rates(table: Measured) -> dict[str, WinRate]:
-    """Alternating against static weights, over weightings and pairs: at each milestone, and at the
-    last two together.
+    """Compare alternating with static weights, over weightings and pairs.
+
+    There is a result for each milestone, and one for the last two together.
     """
 
     def errors(sampler: Sampler, place: int) -> list[float]:
@@ -136,7 +138,7 @@ def win_rates(table: Measured) -> dict[str, WinRate]:
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """One ensemble with one seed: its answers, and how it compares with OPT+ on the budgets."""
+    """The answers of one ensemble with one seed, compared with OPT+."""
 
     curve: Curve
     errors: np.ndarray
@@ -146,8 +148,9 @@ class Ensemble:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The EANN figure's numbers: for every seed, OPT+ and the ensembles by name, over the same
-    budgets.
+    """The numbers of the EANN figure.
+
+    For every seed they have OPT+ and the ensembles by name, over the same budgets.
     """
 
     budgets: np.ndarray
@@ -156,8 +159,9 @@ class Comparison:
 
 
 def ensembles(scale: Scale, results: Results) -> Comparison | None:
-    """EANNs of each weighting and the plain ensemble against OPT+, for the seeds whose trainings
-    are all done.
+    """Compare EANNs of each weighting and the plain ensemble with OPT+.
+
+    Seeds count if all of their trainings are done.
 
     Budgets are uniform from where the plain ensemble first answers to where its last network ends.
     """
@@ -204,8 +208,10 @@ def opt_plus_nets(scale: Scale, results: Results, seed: int) -> list[Net]:
 
 
 def ensemble_rows(figure: Comparison) -> list[dict[str, object]]:
-    """Over seeds: per cent above OPT+ on average over the budgets, mean and largest cost inflation,
-    error at the end.
+    """Summarise the ensembles over seeds.
+
+    A row has the mean excess over OPT+ in per cent, mean and largest cost inflation, and the final
+    error.
     """
     return [
         {

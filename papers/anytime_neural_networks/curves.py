@@ -1,5 +1,6 @@
-"""From the results of trainings to error over cost: anytime networks, ensembles of them, and what
-they are compared with.
+"""Curves of error over cost from the results of trainings.
+
+They are of anytime networks, ensembles of them, and the networks they are compared with.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ class Curve:
     errors: tuple[float, ...]
 
     def at(self, costs: Places) -> np.ndarray:
-        """Error of the latest answer at given costs; 1 before the first, as no answer is a wrong
-        one.
+        """Return the error of the latest answer at given costs.
+
+        Before the first answer it is 1, because no answer counts as a wrong one.
         """
         known = np.concatenate([[1.0], self.errors])
         return np.asarray(known[np.searchsorted(self.costs, costs, side="right")])
 
 
 def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
-    """One network's exits, each with the cost of its own head only (the milestone table's axis), or
-    of all on the way.
+    """Return the curve of one network's exits.
+
+    The cost of an exit includes only its own head (the milestone table's axis), or all heads on the
+    way.
     """
     own = result["head_macs"]
     paid = own if heads == "own" else accumulate(own)
@@ -51,8 +55,9 @@ def alone(result: Result, heads: Literal["own", "all"] = "own") -> Curve:
 
 
 def ensemble(members: Sequence[Result]) -> Curve:
-    """Networks run one after the other: an EANN, or of networks with one exit each the plain
-    ensemble.
+    """Return the curve of networks that run one after the other.
+
+    It is an EANN or, if the networks have one exit each, the plain ensemble.
 
     At every exit the better, by validation error, of the best final output so far and this exit's
     own is the answer; where it is the former, the exit's head does not run. What
@@ -79,8 +84,9 @@ def ensemble(members: Sequence[Result]) -> Curve:
 
 
 def reference(opt: Sequence[Result]) -> Curve:
-    """OPT+ of separately trained networks without early exits: their costs in order, and the least
-    error until each.
+    """Return OPT+ of separately trained networks without early exits.
+
+    It has their costs in order, and the least error until each.
     """
     points = [(costs.costs[-1:], costs.errors[-1:]) for costs in map(alone, opt)]
     costs = tuple(sorted({cost for (cost,), _ in points}))
@@ -93,8 +99,9 @@ def excess(curve: Curve, opt: Curve, budgets: Places) -> float:
 
 
 def inflation(curve: Curve, opt: Curve, budgets: Places) -> np.ndarray:
-    """Cost inflation at each budget: what has been spent, over what OPT+ must spend before it makes
-    fewer errors.
+    """Compute the cost inflation at each budget.
+
+    It is the cost spent, divided by the cost that OPT+ must spend before it makes fewer errors.
 
     Where no network of OPT+ makes fewer errors, over the cost of its dearest: the true inflation
     may be smaller.

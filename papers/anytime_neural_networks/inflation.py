@@ -47,8 +47,9 @@ def sup(base: float, *, competitive_from: float | None = None, workers: int = 1)
 
 
 def mean(base: float, *, competitive_from: float | None = None, workers: int = 1) -> float:
-    """Mean inflation over budgets that are uniform from 0 to the moment at which a worker takes a
-    new network.
+    """Compute the mean inflation over uniform budgets.
+
+    They go from 0 to the moment at which a worker takes a new network.
 
     Over budgets up to another moment it differs a little: C(B) repeats in every step from B to b B,
     and is not constant.
@@ -80,27 +81,30 @@ def mean(base: float, *, competitive_from: float | None = None, workers: int = 1
 
 
 def ann_sup(base: float) -> float:
-    """Largest inflation of anytime networks that are competitive from 1/b of their depth on: 2 + 1
-    / (b - 1).
+    """Compute the largest inflation of anytime networks, 2 + 1 / (b - 1).
+
+    These networks are competitive from 1/b of their depth on.
     """
     return sup(base)
 
 
 def ann_mean(base: float) -> float:
-    """Mean inflation of such networks: 1 - 1 / (2b) + (1 + ln b) / (b - 1)."""
+    """Compute their mean inflation, 1 - 1 / (2b) + (1 + ln b) / (b - 1)."""
     return mean(base)
 
 
 def plain_sup(base: float) -> float:
-    """Largest inflation of networks that answer only at their end: b² / (b - 1), at least 4, with b
-    = 2.
+    """Compute the largest inflation of plain networks, b² / (b - 1).
+
+    Plain networks answer only at their end. The least value is 4, with b = 2.
     """
     return sup(base, competitive_from=1.0)
 
 
 def plain_mean(base: float) -> float:
-    """Mean inflation of such networks: 1 + 1 / (b - 1) + b / 2, at least 1.5 + sqrt 2, with b = 1 +
-    sqrt 2.
+    """Compute the mean inflation of plain networks, 1 + 1 / (b - 1) + b / 2.
+
+    The least value is 1.5 + sqrt 2, with b = 1 + sqrt 2.
     """
     return mean(base, competitive_from=1.0)
 
@@ -140,8 +144,9 @@ def _begin(base: float, workers: int) -> float:
 
 
 def _integral(since: float, until: float, begin: float) -> float:
-    """Integral of the inflation within the cycle of the network of depth 1, from when it becomes
-    competitive.
+    """Integrate the inflation within the cycle of the network of depth 1.
+
+    The cycle starts when that network becomes competitive.
     """
     running_until = min(until, begin + 1.0)
     running = running_until - since + begin * math.log((running_until - begin) / (since - begin))

@@ -1,5 +1,6 @@
-"""The metrics of Anytime Neural Networks: errors at shares of the cost against OPT, and how often
-one scheme wins.
+"""The metrics of Anytime Neural Networks.
+
+They are errors at shares of the cost against OPT, and how often one scheme wins.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ QUARTERS = (0.25, 0.5, 0.75, 1.0)
 def error_at(
     costs: Sequence[float], errors: Sequence[float], at: Sequence[float]
 ) -> tuple[float, ...]:
-    """Error of an anytime curve at given costs, on the straight line between the two neighbouring
-    predictions.
+    """Return the error of an anytime curve at given costs.
+
+    It is interpolated linearly between the two neighbouring predictions.
 
     Args:
         costs: cumulative cost of each prediction, in any one unit, strictly increasing, length K.
@@ -47,7 +49,7 @@ def error_at(
 def opt_plus(
     collections: Sequence[tuple[Sequence[float], Sequence[float]]], at: Sequence[float]
 ) -> tuple[float, ...]:
-    """OPT+: at each cost, the least error of any separately trained network that costs no more.
+    """Return OPT+, the least error of any network that costs no more.
 
     What an ensemble of anytime networks is compared with: networks of several widths and depths,
     each trained for itself.
@@ -82,7 +84,9 @@ def opt_plus(
 
 
 def relative_increase(errors: Sequence[float], reference: Sequence[float]) -> tuple[float, ...]:
-    """By how many per cent errors exceed those of a reference; negative where they are lower.
+    """Compute by how many per cent errors exceed those of a reference.
+
+    It is negative where they are lower.
 
     Where the reference makes no error, it is 0 if there is none here either, else infinite.
 
@@ -105,8 +109,9 @@ def milestones(
     *,
     at: Sequence[float] = QUARTERS,
 ) -> tuple[float, ...]:
-    """Relative increase of an anytime network's error over OPT, per cent, at shares of its whole
-    cost.
+    """Compute the relative increase of an anytime network's error over OPT.
+
+    It is in per cent, at shares of the network's complete cost.
 
     OPT are networks trained separately, each for one depth alone: what an anytime network would be
     if its losses did not get into each other's way. Average over networks and data sets for the
@@ -188,15 +193,17 @@ class WinRate:
 
     @property
     def p_value(self) -> float:
-        """Bound on the chance of winning this often if each pair were a fair coin; 1 for half of
-        the pairs or fewer.
+        """Bound the probability of winning this often if each pair were a fair coin.
+
+        It is 1 for half of the pairs or fewer.
         """
         return math.exp(-2 * self.pairs * max(0.0, self.rate - 0.5) ** 2)
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float], *, delta: float = 0.05) -> WinRate:
-    """Compare two schemes over (network, data set, milestone) pairs, such as alternating against
-    static weights.
+    """Compare two schemes over (network, data set, milestone) pairs.
+
+    The schemes are, for example, alternating and static weights.
 
     Args:
         ours, theirs: errors, or relative increases of errors, of the same pairs in the same order;

@@ -1,5 +1,6 @@
-"""What is trained at each scale, and how: one job is one network with one seed; its result is costs
-and errors per exit.
+"""What is trained at each scale.
+
+A job is one network with one seed. Its result is the costs and errors of each exit.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ SCALES = {
 
 
 def opt_depths(n: int) -> tuple[int, ...]:
-    """Numbers of blocks at which OPT is trained: about 1/4, 1/2, 3/4 and all of the depth.
+    """Return the depths of OPT, about 1/4, 1/2, 3/4 and all blocks.
 
     Source:
         The authors' launch scripts: `opt_at` {1,4,6,8} for n=3, {6,13,19,26} for n=9, ...
@@ -255,8 +256,9 @@ def check_job(scale: Scale, validation_errors: Sequence[Sequence[float]], folder
 
 
 def time_jobs(scale: Scale) -> list[Job]:
-    """Measurements of the time until each exit, one per size of network, named as its trainings
-    begin.
+    """List the measurements of the time until each exit.
+
+    There is one for each size of network. Its name is the beginning of the trainings' names.
     """
     sizes = dict.fromkeys([*scale.networks, *((n, scale.channels) for n in scale.members)])
     shape = SHAPES[scale.training.data]
@@ -362,8 +364,9 @@ def check_ensemble(
     *,
     folder: Path,
 ) -> dict[str, Any]:
-    """Run trained members as one EANN, and return its MACs and test errors per exit as its own
-    recording has them.
+    """Run trained members as one EANN, and return its MACs and test errors.
+
+    They are those of each exit in the EANN's own recording.
 
     Args:
         folders: of the members' jobs, which kept their weights.
@@ -388,8 +391,9 @@ def check_ensemble(
 
 
 def measure(net: Net, shape: tuple[int, int, int], *, folder: Path) -> dict[str, Any]:
-    """Seconds (median, one sample) until each exit's answer when only its head runs; the weights do
-    not matter.
+    """Measure the median seconds until each exit's answer on one sample.
+
+    Only the head of that exit runs. The weights do not matter.
     """
     del folder
     network = build(net, shape[0], shape[1:], num_classes=10)

@@ -71,8 +71,9 @@ def write(
     difference: float | None,
     folder: Path,
 ) -> str:
-    """Write every table and figure that the finished trainings allow; returns them as one page of
-    markdown.
+    """Write all tables and figures of finished trainings, and return a page.
+
+    The page is markdown.
 
     Args:
         results: of the trainings, by job name; some may be missing.
@@ -267,8 +268,9 @@ def _budget_rows(compared: Comparison) -> list[dict[str, object]]:
 
 
 def draw_milestones(scale: Scale, results: Results, table: Measured) -> Figure:
-    """Error over cost of every weighting, static and alternating, with OPT as points; a row of
-    panels per network.
+    """Plot error over cost of every weighting, with OPT as points.
+
+    Weightings are static or alternating. There is a row of panels per network.
     """
     networks = list(dict.fromkeys((pair.n, pair.c) for pair in table["sieve", "none"]))
     with styled():
@@ -320,8 +322,9 @@ def _draw_mean(axes: Axes, runs: Sequence[Mapping[str, Any]], **look: Any) -> No
 
 
 def draw_ensembles(compared: Comparison) -> Figure:
-    """Error of the latest answer over what has been spent, from the first answer on: EANNs, the
-    plain ensemble and OPT+.
+    """Plot the error of the latest answer over the cost spent.
+
+    Curves begin at the first answer, and are of EANNs, the plain ensemble and OPT+.
     """
     curves = {name: [one.curve for one in own] for name, own in compared.ensembles.items()} | {
         "OPT+": list(compared.opt)

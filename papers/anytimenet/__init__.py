@@ -1,3 +1,4 @@
-"""AnytimeNet (Kim, Bradford, Shao): what is executed, what it takes, how accuracy and confidence
-grow with the iterations.
+"""AnytimeNet (Kim, Bradford, Shao).
+
+There are the executions, their times, and how accuracy and confidence grow with the iterations.
 """

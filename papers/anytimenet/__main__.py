@@ -1,5 +1,6 @@
-"""`python -m papers.anytimenet`: every training and measurement that is missing, then the tables
-and figures.
+"""The command `python -m papers.anytimenet`.
+
+It runs every training and measurement that is missing, and writes tables and figures.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def main(
     ] = None,
     publish: Publish = False,
 ) -> None:
-    """Tables I and II, figures 3 and 4. Stop with Ctrl-C at any time; the same command goes on."""
+    """Reproduce tables I and II, and figures 3 and 4.
+
+    Stop with Ctrl-C at any time. The same command continues.
+    """
     settings = recipe.SCALES[scale.value]
     settings = dataclasses.replace(settings, seeds=seeds or settings.seeds)
     folder = runs / scale.value

@@ -1,5 +1,6 @@
-"""Table I: which parts really run in which iteration, beside what the schedule says and what the
-paper prints.
+"""Table I: the parts that really run in each iteration.
+
+They are compared with the schedule and with the paper's table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PAPER_PARTS = {"IN": 1, "S1": 8, "S2": 10, "S3": 12, "OUT": 7}
 
 
 def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
-    """Parts that ran in each iteration of one run, in order, as forward hooks see them.
+    """Record the parts that run in each iteration, by forward hooks.
 
     Example:
         >>> executed(AnytimeNet(schedule=growth.in_turn((2, 1)), width=1), torch.zeros(1, 3, 8, 8))
@@ -45,8 +46,10 @@ def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
 
 
 def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
-    """One row per iteration of the default schedule: what ran, how often so far, what
-    `growth.tally` and the paper say.
+    """Make a row for each iteration of the default schedule.
+
+    A row has the parts that ran, their number so far, and the numbers of `growth.tally` and the
+    paper.
     """
     counts = dict.fromkeys(PAPER_PARTS, 0)
     rows = []

@@ -1,5 +1,6 @@
-"""Figures 3 and 4 as numbers: accuracy and confidence, iteration by iteration, over seeds; and what
-becomes of the claims.
+"""Figures 3 and 4 as numbers, and the claims about them.
+
+They have accuracy and confidence of each iteration over seeds.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def complete(case: Case, seeds: Sequence[int], results: Results) -> list[int]:
 def per_iteration(
     case: Case, norms: str, what: str, seeds: Sequence[int], results: Results
 ) -> np.ndarray:
-    """One of the values of `recipe.judged`, of AnytimeNet by seed and iteration; shares in per
-    cent.
+    """Return one of the values of `recipe.judged` by seed and iteration.
+
+    It is a value of AnytimeNet. Shares are in per cent.
     """
     return _scale(what) * np.asarray(
         [results[key(case, "anytime", seed)][norms][what] for seed in seeds], dtype=float
@@ -56,8 +58,9 @@ def _scale(what: str) -> float:
 def table(
     case: Case, norms: str, names: Sequence[str], seeds: Sequence[int], results: Results
 ) -> list[dict[str, Any]]:
-    """One row per iteration, and one of BASELINE: values over seeds, and whether they are higher
-    than the row before.
+    """Make a row for each iteration, and one for BASELINE.
+
+    A row has values over seeds, and whether they are higher than in the row before.
 
     A rise is the mean, over seeds, of the differences from the iteration before.
     """

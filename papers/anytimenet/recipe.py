@@ -1,5 +1,6 @@
-"""What is trained and timed at each scale, and how: one job is one network on one data set with one
-seed.
+"""What is trained and timed at each scale.
+
+A job is one network on one data set with one seed.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Net:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Networks whose iterations are timed, each with so many images of this shape at a time.
+    """Networks whose iterations are timed, with their batch sizes and image shape.
 
     A repeat with several images is as long as one with one image for as many repeats, so there are
     fewer.
@@ -334,8 +335,9 @@ def calibration(data: Data, batch_size: int, most: int | None, seed: int) -> Ite
 
 
 def judged(recording: Recording) -> dict[str, Any]:
-    """Accuracy and confidence of every iteration, over all samples and class by class, and of the
-    surest answer so far.
+    """Compute accuracy and confidence of every iteration.
+
+    They are over all samples and for each class, and for the surest answer so far.
     """
     cached = ensembled(recording, "caching")
     found = class_confidence(recording)

@@ -26,8 +26,7 @@ COLOURS = {"shared": BLUE, "own": ORANGE}
 
 
 def write(scale: Scale, results: Results, folder: Path) -> str:
-    """Write every table and figure that the finished jobs allow; returns them as one page of
-    markdown.
+    """Write all tables and figures of finished jobs, and return a markdown page.
 
     Args:
         results: of trainings and measurements, by job name; some may be missing.
@@ -254,8 +253,9 @@ def draw_iterations(
     results: Results,
     when: Sequence[float] | None,
 ) -> Figure:
-    """Figure 3: accuracy above, confidence below, over the time so far, one column per case;
-    BASELINE as a point.
+    """Plot figure 3, accuracy and confidence over the time so far.
+
+    Accuracy is above confidence. There is a column per case, and BASELINE is a point.
 
     Args:
         when: time until each iteration's answer, over BASELINE's; None draws over the number of the
@@ -331,8 +331,9 @@ def _draw_baseline(axes: Axes, values: np.ndarray, *, timed: bool) -> None:
 def draw_classes(
     case: Case, seeds: Sequence[int], results: Results, names: Sequence[str]
 ) -> Figure:
-    """Figure 4: accuracy of each class over its confidence, means over seeds, one panel per
-    iteration, with correlations.
+    """Plot figure 4, accuracy of each class over its confidence.
+
+    Values are means over seeds. There is a panel per iteration, with its correlations.
     """
     columns = min(4, len(names))
     lines = -(-len(names) // columns)

@@ -1,5 +1,6 @@
-"""Table II: what every iteration takes, measured in turn with BASELINE, the sub-networks alone and
-the parts one by one.
+"""Table II: the time of every iteration.
+
+It is measured in turn with BASELINE, the sub-networks alone and the single parts.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, 
 def timed(
     network: AnytimeNet, x: Tensor, *, repeats: int, warm_up: int, clock: Clock = SYSTEM_CLOCK
 ) -> dict[str, list[Any]]:
-    """Seconds in each repeat, all in turn, so that a change in the machine's speed meets all alike.
+    """Measure the seconds of several calls in each repeat, in turn.
+
+    Taking turns exposes all calls to the same changes of the machine's speed.
 
     Returns:
         "plain": of BASELINE. Per iteration: "cumulative": until its answer, all those before being
@@ -162,8 +165,10 @@ class Middle:
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per iteration: time so far against BASELINE's of the same repeat, own time against
-    the prediction's.
+    """Make a row for each iteration.
+
+    The time so far is compared with BASELINE's of the same repeat, and the iteration's time with
+    its prediction.
     """
     plain, cumulative, predicted = (
         np.asarray(result[what]) for what in ("plain", "cumulative", "predicted")
@@ -195,8 +200,9 @@ def over_baseline(result: Mapping[str, Any]) -> list[float]:
 
 
 def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
-    """Median seconds of BASELINE and of a whole run of AnytimeNet, over the parts that each
-    executes.
+    """Return the median seconds per executed part.
+
+    They are those of BASELINE and of a complete run of AnytimeNet.
     """
     whole = [row[-1] for row in result["cumulative"]]
     counts = sum(net.schedule.final) + 2, growth.tally(net.schedule)[-1][-1]

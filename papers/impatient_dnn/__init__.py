@@ -1,3 +1,4 @@
-"""Impatient DNNs (Amthor, Rodner, Denzler 2016): Table 1 on data we have. `python -m
-papers.impatient_dnn --help`.
+"""Impatient DNNs (Amthor, Rodner, Denzler 2016), Table 1 on data that we have.
+
+Run `python -m papers.impatient_dnn --help`.
 """

@@ -64,7 +64,10 @@ def main(
         int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
     ] = None,
 ) -> None:
-    """Table 1 of Impatient DNNs. Stop with Ctrl-C at any time; the same command goes on."""
+    """Reproduce Table 1 of Impatient DNNs.
+
+    Stop with Ctrl-C at any time. The same command continues.
+    """
     console = Console()
     settings = recipe.SCALES[scale.value]
     try:

@@ -1,5 +1,6 @@
-"""What exits are worth without training the network for them: linear SVMs on the features of a
-network without exits.
+"""Linear SVMs on the features of a network without exits.
+
+They show what exits are worth without training the network for them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def linear_probes(
     *judge: Recording,
     C: Sequence[float] = STRENGTHS,
 ) -> tuple[Recording, ...]:
-    """ORIG and FT of Impatient DNNs: one linear SVM per exit, one class against the rest, on the
-    exit's pooled features.
+    """Fit ORIG and FT of Impatient DNNs, one linear SVM per exit.
+
+    Each SVM separates one class from the rest by the exit's pooled features.
 
     Which of the two it is, the network decides: as it was pretrained (ORIG), or fine-tuned without
     exits (FT). Record it with `features=True`; its own heads are not looked at. The last exit's
@@ -102,8 +104,9 @@ def linear_probes(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Probe:
-    """One exit's SVMs, one for each of the P classes that were there to learn; deviation 1 where a
-    feature is constant.
+    """The SVMs of one exit, one for each of the P classes with training examples.
+
+    The deviation is 1 where a feature is constant.
     """
 
     mean: Float[Tensor, "D"]
@@ -190,7 +193,10 @@ def _best(
 def _machines(
     features: np.ndarray, labels: np.ndarray, strength: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Slopes [P, D] and offsets [P] of one class against the rest; None if the solver gave up."""
+    """Fit slopes [P, D] and offsets [P] of one class against the rest.
+
+    The result is None if the solver does not converge.
+    """
     present = len(np.unique(labels))
     # nothing to tell apart
     if present == 1:

@@ -1,5 +1,6 @@
-"""What is trained for Table 1 of Impatient DNNs, and how: sizes per scale, and one function per
-kind of run.
+"""What is trained for Table 1 of Impatient DNNs.
+
+There are sizes for each scale, and a function for each kind of run.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ assert set(ROWS) == set(STANDARD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A network on a data set, and what it is trained on beforehand (the paper: ImageNet).
+    """A network on a data set, with the data that it is pretrained on.
+
+    The paper pretrains on ImageNet.
 
     Attributes:
         name: of data and network, for people and folders.
@@ -275,8 +278,9 @@ def probe_pretrained(*, pair: Pair, settings: Settings, seed: int, folder: Path)
 
 
 def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
-    """FT: the network without exits is trained on the target, then probed; its own accuracy is the
-    static comparison.
+    """Run FT: train the network without exits on the target, then probe it.
+
+    The network's own accuracy is the static comparison.
     """
     target = _target(pair, settings, seed)
     network = _without_exits(_pretrained(pair, target, seed, folder), target)
@@ -289,8 +293,9 @@ def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dic
 def train_jointly(
     *, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path
 ) -> dict[str, Any]:
-    """All exits together, from the pretrained weights, weighted by how likely each exit's answer is
-    the last in time.
+    """Train all exits together from the pretrained weights.
+
+    An exit weighs as much as the probability that its answer is the last in time.
     """
     target = _target(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
@@ -310,8 +315,9 @@ def with_exits(
 
 
 def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
-    """ReLU, pool, standardise, linear: the same functions as "relu_linear", and as the SVMs, which
-    are standardised too.
+    """Build a head of ReLU, pool, standardisation and a linear layer.
+
+    It can compute the same functions as "relu_linear" and as the SVMs, which are standardised, too.
 
     Its cost is that of "relu_linear": in use, the batch norm belongs into the linear layer.
     """
@@ -346,7 +352,10 @@ def _pretrained(pair: Pair, examples: Data, seed: int, folder: Path) -> nn.Modul
 
 
 def _checkpoint(folder: Path) -> Path:
-    """Only while a run lasts: finished ones are to be carried between machines, and are many."""
+    """Keep a checkpoint only while a run lasts.
+
+    Finished runs are many, and are copied between machines.
+    """
     return folder / "checkpoint.safetensors"
 
 
@@ -385,8 +394,9 @@ def _accuracies(recording: Recording) -> list[float]:
 
 
 def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
-    """Accuracy of a linear SVM per exit; the last exit's looks at the features that the network's
-    own classifier sees.
+    """Compute the accuracy of a linear SVM per exit.
+
+    That of the last exit takes the features of the network's classifier.
     """
     splits: tuple[Split, ...] = ("train", "validation", "test")
     train, validation, test = (_features(backbone, pair, target, split) for split in splits)
@@ -395,8 +405,9 @@ def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
 
 
 def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Recording:
-    """Features after every block as the heads of the other methods see them: ReLU, then the mean
-    over space.
+    """Compute the features after every block as other methods' heads get them.
+
+    They are passed through ReLU and averaged over space.
     """
     device = next(backbone.parameters()).device
     cuts = [f"blocks.{index}" for index in range(pair.blocks)]

@@ -1,5 +1,6 @@
-"""From the runs' accuracies and costs to Table 1 of Impatient DNNs: CSV, markdown, figures and what
-to make of them.
+"""Table 1 of Impatient DNNs from the runs' accuracies and costs.
+
+It is written as CSV and markdown, with figures and conclusions.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def expected_percent(
 
 
 def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]) -> float:
-    """Mean cost of the answers that are given, ms, when each exit answers as often as it does
-    anytime.
+    """Compute the mean cost of the given answers in ms.
+
+    Each exit answers as often as it does anytime.
 
     So both of the paper's columns are means over the same exits, and t_A - t_B is what the heads on
     the way cost. A priori, the heads not run let some budgets pay for a deeper exit; that shows in
@@ -119,8 +121,9 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
 
 
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `per_seed` over seeds: a `Spread` per method, and of the gain over that seed's better
-    baseline.
+    """Summarise the rows of `per_seed` over seeds.
+
+    There is a `Spread` per method, and one of the gain over the better baseline of the same seed.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -206,8 +209,9 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
 
 
 def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Accuracy in per cent of each exit of each method on validation and test split, with the
-    exit's times.
+    """Return the accuracy of each exit of each method, in per cent.
+
+    It is on validation and test split, with the exit's times.
     """
     rows = []
     for pair in pairs:
@@ -316,8 +320,9 @@ def draw_table1(summary: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_exits(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy of every exit over its time when all heads run, means over seeds, one panel per
-    pair.
+    """Plot the accuracy of every exit over its time when all heads run.
+
+    Values are means over seeds. There is a panel per pair.
     """
 
     def panel(axes: Axes, pair: str) -> None:
