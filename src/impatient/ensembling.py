@@ -149,8 +149,8 @@ class Running:
         index = self._next if exit is None else exit
         if not self._next <= index < self.count:
             raise PolicyError(
-                f"an output of exit {index}; expected exit {self._next} or a deeper one, below "
-                f"{self.count}. Add each output once, shallow to deep."
+                f"an output of exit {index} after {self._next} of {self.count}; expected each exit "
+                "once, from shallow to deep."
             )
         self._next = index + 1
         output = output if output.dtype == torch.float64 else output.float()

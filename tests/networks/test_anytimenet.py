@@ -192,7 +192,7 @@ def test_operations_of_the_papers_network_relative_to_the_plain_one() -> None:
     [{"blocks": (2, 0)}, {"blocks": ()}, {"width": 0}, {"num_classes": 1.5}, {"in_channels": -1}],
 )
 def test_sizes_that_make_no_network_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ModelSpecError, match="must be at least 1, and whole"):
+    with pytest.raises(ModelSpecError, match="expected whole numbers of at least 1"):
         BaseResNet(**wrong)
 
 

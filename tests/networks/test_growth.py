@@ -214,7 +214,7 @@ def test_costs_of_other_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
 def test_impossible_costs_are_refused(cost: float) -> None:
-    with pytest.raises(CostError, match="finite and not negative"):
+    with pytest.raises(CostError, match="expected finite numbers that are not negative"):
         BlockCosts(stem=1.0, sections=((1.0, cost),), out=1.0)
 
 

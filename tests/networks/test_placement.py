@@ -514,9 +514,9 @@ def test_names_out_of_running_order_or_twice_are_refused_with_the_right_order(
     after: tuple[str, ...],
 ) -> None:
     right = [name for name in ("stem", "layer1.0", "layer1", "layer2", "fc") if name in after]
-    with pytest.raises(CutOrderError, match="shallow to deep, each once") as caught:
+    with pytest.raises(CutOrderError, match="expected each once, from shallow to deep") as caught:
         cut_after(Nested(), *after)
-    assert str(caught.value).endswith(f"in running order: {right}.")
+    assert str(caught.value).endswith(f"In running order: {right}.")
 
 
 def test_same_call_named_in_two_ways_is_refused(toy: nn.Module) -> None:
