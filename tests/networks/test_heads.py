@@ -243,7 +243,8 @@ def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
 @pytest.mark.parametrize("name", READ_MAPS_ONLY)
 def test_heads_that_read_maps_refuse_others_and_name_other_heads(name: str, layout: str) -> None:
     with pytest.raises(
-        HeadError, match=rf"the {name} head got features .*{layout}; expected maps.*heads='linear' or heads='mlp'"
+        HeadError,
+        match=rf"the {name} head got features .*{layout}; expected maps.*heads='linear' or heads='mlp'",
     ):
         build_head(name, shape_of(layout), CLASSES)
 
@@ -370,7 +371,7 @@ def test_rescale_head_reads_a_map_brought_to_seven_by_seven() -> None:
 
 
 def test_msdnet_head_on_a_token_model_is_refused_on_attaching(toy: nn.Module) -> None:
-    with pytest.raises(HeadError, match="the msdnet head got features .* expected maps"):
+    with pytest.raises(HeadError, match=r"the msdnet head got features .* expected maps"):
         attach_exits(toy, after=["blocks.1"], example=torch.ones(1, 8), heads="msdnet")
 
 
