@@ -33,8 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(name)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what the libraries made at import out of every collection that a test asks for."""
+@pytest.fixture(scope="module", autouse=True)
+def _collecting_is_quick() -> None:
+    """Leave what is there, most of it made at import, out of every collection in the tests."""
     gc.collect()
     gc.freeze()
 

@@ -146,5 +146,5 @@ def test_a_covering_size_is_the_least_that_is_large_enough(sizes: set[int], rows
 
 @pytest.mark.parametrize("options", [{"when": "sometimes"}, {"buckets": (0, 4)}])
 def test_what_is_not_possible_is_an_error(options: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match="needed"):
+    with pytest.raises(RunError, match="expected"):
         Compaction(costs=LINEAR, **options)
