@@ -274,8 +274,8 @@ def uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
     """Every budget between two times is equally likely.
 
     Args:
-        low_s, high_s: seconds, or with another `cost` its unit: multiply-accumulates, bytes,
-            joules.
+        low_s: the smallest budget, in seconds or in the unit of `cost`.
+        high_s: the largest budget, in seconds or in the unit of `cost`.
         cost: what is limited; here and in the other shapes.
     """
     return _over("uniform", low_s, high_s, cost)
@@ -373,7 +373,8 @@ def exit_weights_many(
 
     Args:
         budgets: B distributions, of any shapes.
-        costs_s, normalise: as in `exit_weights`.
+        costs_s: as in `exit_weights`.
+        normalise: as in `exit_weights`.
     Returns:
         Weights, float64, shape [B, K]; row i is that of `exit_weights(budgets[i], costs_s)`.
     Raises:

@@ -334,7 +334,8 @@ class CostProfile:
         Args:
             cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample,
                 at batch size 1.
-            statistic, batch_size: of time alone; see `cumulative`.
+            statistic: which of the measured times is used; of time alone.
+            batch_size: size of the batches that were timed; of time alone.
         Raises:
             CostError: if the profile does not hold this cost.
         """

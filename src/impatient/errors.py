@@ -1,31 +1,31 @@
 """All errors of this library, as one tree.
 
-ImpatientError
-├── NetworkError                 a model cannot be cut, loaded or run as asked
-│   ├── ExitNotFound             no such module; the message names the candidates
-│   ├── AmbiguousCut             a module is called several times and the cut names no call
-│   ├── CutOrderError            the cuts are not in the order in which the model runs
-│   ├── HeadError                no head can be built for these features
-│   ├── ClassCountMismatch       two places disagree on the number of classes
-│   ├── ExitNotReached           this input did not reach an exit that was asked for
-│   ├── ExitPassed               the output of an exit was asked for after the run had moved on
-│   ├── ExportFailed             torch.export cannot turn this model into a graph
-│   └── ModelSpecError           a model spec string cannot be read or loaded
-├── BudgetError                  a budget or deadline is not a positive time
-├── CostError                    a cost profile is malformed
-│   ├── CostOrderError           cumulative costs do not increase
-│   └── EnergyUnavailable        joules cannot be measured on this machine or by this user
-├── DataError                    a data set is missing, empty or malformed
-├── TrainingError                training cannot start or continue
-│   └── TrainingDiverged         a loss is NaN or infinite
-├── RecordingError               a recording is malformed
-│   └── SplitReuseError          a policy is evaluated on the data it was fitted on
-├── PolicyError                  a policy is malformed or does not fit the network
-│   └── InfeasibleTarget         no policy of this family reaches the target
-├── RunError                     a run against the clock cannot be done as asked
-│   └── NoAnswerInTime           not even the first exit fits, and the caller wanted an error
-├── StaleInput                   a file was made by another model, data set, machine or version
-└── StorageError                 a file cannot be read or written
+    ImpatientError
+    ├── NetworkError                 a model cannot be cut, loaded or run as asked
+    │   ├── ExitNotFound             no such module; the message names the candidates
+    │   ├── AmbiguousCut             a module is called several times and the cut names no call
+    │   ├── CutOrderError            the cuts are not in the order in which the model runs
+    │   ├── HeadError                no head can be built for these features
+    │   ├── ClassCountMismatch       two places disagree on the number of classes
+    │   ├── ExitNotReached           this input did not reach an exit that was asked for
+    │   ├── ExitPassed               the output of an exit was asked for after the run had moved on
+    │   ├── ExportFailed             torch.export cannot turn this model into a graph
+    │   └── ModelSpecError           a model spec string cannot be read or loaded
+    ├── BudgetError                  a budget or deadline is not a positive time
+    ├── CostError                    a cost profile is malformed
+    │   ├── CostOrderError           cumulative costs do not increase
+    │   └── EnergyUnavailable        joules cannot be measured on this machine or by this user
+    ├── DataError                    a data set is missing, empty or malformed
+    ├── TrainingError                training cannot start or continue
+    │   └── TrainingDiverged         a loss is NaN or infinite
+    ├── RecordingError               a recording is malformed
+    │   └── SplitReuseError          a policy is evaluated on the data it was fitted on
+    ├── PolicyError                  a policy is malformed or does not fit the network
+    │   └── InfeasibleTarget         no policy of this family reaches the target
+    ├── RunError                     a run against the clock cannot be done as asked
+    │   └── NoAnswerInTime           not even the first exit fits, and the caller wanted an error
+    ├── StaleInput                   a file was made by another model, data set, machine or version
+    └── StorageError                 a file cannot be read or written
 
 Each message says what was given, what was expected and what to do. Errors that mean "bad value" are
 also ValueErrors, so that callers who do not know this library can catch them.

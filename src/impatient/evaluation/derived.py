@@ -35,7 +35,8 @@ def ensembled(
     Args:
         recording: of the network alone.
         rule: by name, or with settings of its own.
-        temperatures, recalibration: one per exit, before and after combining (`fit_temperatures`).
+        temperatures: one per exit, applied before combining (`fit_temperatures`).
+        recalibration: one per exit, applied after combining.
     Raises:
         PolicyError: if the rule is unknown, or there are not K positive temperatures.
     """

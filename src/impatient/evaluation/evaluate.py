@@ -248,7 +248,8 @@ def evaluate(
             name; by default the four standard shapes of time from 0 to 1.25 times the interruptible
             cost of the last exit. Of `static` networks only time and multiply-accumulates are
             known, so they are left out under budgets of bytes or energy.
-        statistic, batch_size: which measured times are used.
+        statistic: which of the measured times is used.
+        batch_size: size of the batches whose times are used.
     Returns:
         Accuracies with intervals, times, shares and calibration errors. The network without exits,
         with the same weights and if given with its own, and the oracle (the cheapest exit that is

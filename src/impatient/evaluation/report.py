@@ -130,10 +130,12 @@ def report_html(
 
     Args:
         title: of the page.
-        evaluation, costs, policies: what the page is about; policies by the names they have in the
-            evaluation.
+        evaluation: what the page is about.
+        costs: the profile of the same network.
+        policies: by the names they have in the evaluation.
         chosen_budget: name and distribution of the budgets this network was made for.
-        early, late: samples that the first policy let go early and kept late.
+        early: samples that the first policy let go early.
+        late: samples that the first policy kept late.
         engines: what other engines answered beside torch, and their evaluations, by name.
         facts: what else made the network: model spec, data, commands.
     """

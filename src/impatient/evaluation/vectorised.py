@@ -100,7 +100,8 @@ def judge_policies(
         recording: of the split to judge on, usually "test".
         costs: of the same network.
         policies: P of them; their scores may differ.
-        statistic, batch_size: which measured times are used.
+        statistic: which of the measured times is used.
+        batch_size: size of the batches whose times are used.
     Raises:
         SplitReuseError: if a policy was fitted on this very split.
         StaleInput: if a policy was fitted on another network's recording.

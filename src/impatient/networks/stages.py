@@ -393,7 +393,10 @@ class Walk(Iterator[Exit]):
     data) is left out.
 
     Args:
-        model, x, cuts, heads: what runs, on what, where it pauses, and what answers there.
+        model: what runs.
+        x: the model's input.
+        cuts: where it pauses.
+        heads: what answers there.
         keep: copy the features of each exit, so that its output may be asked for later.
         shrinks: whether this model can go on with some samples of an input; asked by the method
             `keep`.

@@ -263,9 +263,9 @@ def sweep_gates(
     """Learn gates for many prices of time: the whole curve of accuracy against mean time.
 
     Args:
+        recording: as for `fit_gates`, and so are the other arguments.
+        costs: of the same network.
         time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
-        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size: as for
-        `fit_gates`.
     Returns:
         One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a
         mean time between two.

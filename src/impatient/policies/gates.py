@@ -336,7 +336,8 @@ def gate_time_s(
         policy: as fitted.
         recording: whose first samples are asked about.
         batch_size: samples that are asked about at once.
-        repeats, warm_up: how often each gate is asked, and how often before that without counting.
+        repeats: how often each gate is asked.
+        warm_up: how often each gate is asked before that, without counting.
         statistic: of the repeats.
         clock: where time comes from.
     Returns:

@@ -205,7 +205,9 @@ def fit_thresholds(
         recording: of a split that will not be used to judge the policy; usually "validation".
         costs: of the same network.
         mean_time_s: most accurate policy whose mean time is at most this; or
-        mean_macs, mean_bytes, mean_energy_j: likewise in multiply-accumulates, bytes or joules; or
+        mean_macs: most accurate policy with at most so many multiply-accumulates; or
+        mean_bytes: most accurate policy that reads and writes at most so many bytes; or
+        mean_energy_j: most accurate policy that takes at most so many joules; or
         max_accuracy_loss: cheapest policy that loses at most this much accuracy against the last
             exit (0.01: one point).
         cost: what the cheapest policy is to save: "time" unless said otherwise, "macs", "bytes" or

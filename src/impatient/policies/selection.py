@@ -152,7 +152,10 @@ def sweep_selection(
     """Fit a policy for each of many prices of time: the whole curve of accuracy over mean time.
 
     Args:
-        recording, node_s, topology, **settings: as for `fit_selection`.
+        recording: as for `fit_selection`.
+        node_s: as for `fit_selection`.
+        topology: as for `fit_selection`.
+        **settings: as for `fit_selection`.
         time_prices: loss units per second; by default 0 and 30 from one at which time is next to
             nothing to one at which the source always answers.
     Returns:
