@@ -1,12 +1,15 @@
 """Write the tree of modules in docs/architecture.md from the modules' own docstrings.
 
-With --check, fail if the page is out of date.
+Rooms stand in the order of the import contract: a room may import those above it. With --check,
+fail if the page is out of date.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,14 @@ def summary(file: Path) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).rstrip(".")
 
 
+def order_of_rooms() -> list[str]:
+    """Return names below the package as the import contract has them, the ground floor first."""
+    settings = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return [name for layer in reversed(layers) for name in re.findall(r"impatient\.(\w+)", layer)]
+
+
 def lines(folder: Path, depth: int = 0) -> Iterator[str]:
     """Yield a line for a folder, its modules and its sub-folders."""
     title = "src/impatient/" if folder == PACKAGE else f"{'  ' * depth}{folder.name}/"
@@ -30,9 +41,12 @@ def lines(folder: Path, depth: int = 0) -> Iterator[str]:
     for file in sorted(folder.glob("*.py")):
         if file.name != "__init__.py":
             yield f"{'  ' * (depth + 1) + file.name:26}{summary(file)}"
-    for room in sorted(folder.iterdir()):
-        if (room / "__init__.py").is_file():
-            yield from lines(room, depth + 1)
+    order = order_of_rooms()
+    rooms = [room for room in folder.iterdir() if (room / "__init__.py").is_file()]
+    # what no contract names stands last
+    places = {name: place for place, name in enumerate(order)}
+    for room in sorted(rooms, key=lambda room: (places.get(room.name, len(order)), room.name)):
+        yield from lines(room, depth + 1)
 
 
 def page() -> str:
