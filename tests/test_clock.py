@@ -12,7 +12,9 @@ from impatient.clock import (
     FakeClock,
     SystemClock,
     check_deadline,
+    interleaved,
     positive_seconds,
+    times_of,
 )
 from impatient.errors import BudgetError
 
@@ -245,3 +247,22 @@ def test_a_notification_ends_a_wait_on_the_system_clock_however_far_the_deadline
     with sleeper.changed:
         sleeper.changed.notify_all()
     assert sleeper.woken.wait(SAFETY)
+
+
+def test_measurements_run_in_turn_every_other_round_the_other_way_round():
+    ran = []
+
+    def measure(name):
+        ran.append(name)
+        return f"{name}{len(ran)}"
+
+    found = list(interleaved([lambda: measure("a"), lambda: measure("b")], repeats=2, warm_up=1))
+    assert "".join(ran) == "abbaab"
+    assert found == [("a4", "b3"), ("a5", "b6")]
+
+
+def test_times_of_a_piece_of_work_are_those_after_the_warm_up():
+    clock = FakeClock()
+    taken = iter([9.0, 9.0, 1.0, 2.0, 3.0])
+    found = times_of(lambda: clock.advance(next(taken)), repeats=3, warm_up=2, clock=clock)
+    assert found == [1.0, 2.0, 3.0]

@@ -1,4 +1,4 @@
-"""Clocks that can be replaced, and deadlines as instants on them.
+"""Clocks that can be replaced, deadlines as instants on them, and measurements in turn.
 
 All times are seconds, as float.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from impatient.errors import BudgetError
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -156,3 +159,40 @@ def _positive(value: float, what: str, expected: str) -> float:
     if not number > 0.0:
         raise BudgetError(f"{what} is {value!r}; expected {expected}.")
     return number
+
+
+def interleaved(
+    measurements: Sequence[Callable[[], T]], *, repeats: int, warm_up: int = 0
+) -> Iterator[tuple[T, ...]]:
+    """Make several measurements in turn, so that all meet the same disturbances.
+
+    Every other round goes the other way round: whatever ran last has warmed the caches for the
+    next. So the first and second result of one, the third and fourth, ... are back to back.
+
+    Args:
+        measurements: each returns what it has measured.
+        repeats: rounds that count.
+        warm_up: rounds before them that do not.
+    Returns:
+        For each round that counts the result of each measurement.
+    """
+    places = range(len(measurements))
+    for repeat in range(-warm_up, repeats):
+        found = {
+            place: measurements[place]() for place in (places if repeat % 2 else reversed(places))
+        }
+        if repeat >= 0:
+            yield tuple(found[place] for place in places)
+
+
+def times_of(
+    work: Callable[[], object], *, repeats: int, warm_up: int, clock: Clock = SYSTEM_CLOCK
+) -> list[float]:
+    """Measure how long a piece of work takes, again and again, seconds."""
+
+    def timed() -> float:
+        begin = clock.now()
+        work()
+        return clock.now() - begin
+
+    return [seconds for (seconds,) in interleaved([timed], repeats=repeats, warm_up=warm_up)]

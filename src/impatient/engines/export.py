@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient import portable
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
 from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
 from impatient.engines.onnx_files import PRECISIONS, quantise, write_parts
@@ -309,12 +310,10 @@ def engine_times(
         warm_up: number of runs before them, which do not count.
         clock: clock to measure with.
     """
-    times: dict[Any, list[list[float]]] = {network: [], made: []}
+    runs = [functools.partial(_times_of_one_run, each, x, clock) for each in (network, made)]
     with evaluating(network), torch.inference_mode():
-        for repeat in range(warm_up + repeats):
-            for each in (network, made) if repeat % 2 else (made, network):
-                times[each].append(_times_of_one_run(each, x, clock))
-    eager, engine = (np.median(times[each][warm_up:], axis=0).tolist() for each in (network, made))
+        times = list(interleaved(runs, repeats=repeats, warm_up=warm_up))
+    eager, engine = np.median(times, axis=0).tolist()
     names = (*network.exit_names, "no exits")
     apart = (*agreement, agreement[-1])
     return tuple(

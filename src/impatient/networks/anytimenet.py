@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
 from impatient.networks import growth
 from impatient.networks.describe import StageFacts, _head_name, count_macs, describe
@@ -185,7 +185,7 @@ def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
         for name, part in network.parts().items():
             macs[name] = float(count_macs(part, x))
             x = call_model(part, x)
-    return _by_section(macs, network.counts)
+    return _by_section(macs.values(), network.counts)
 
 
 def block_times(
@@ -209,24 +209,27 @@ def block_times(
     Sync:
         Waits for the device after every part.
     """
-    times: dict[str, list[float]] = {name: [] for name in network.parts()}
+
+    def one_run() -> list[float]:
+        features = x
+        times = []
+        for part in network.parts().values():
+            begin = clock.now()
+            features = call_model(part, features)
+            if features.device.type == "cuda":
+                torch.cuda.synchronize(features.device)
+            times.append(clock.now() - begin)
+        return times
+
     with evaluating(network), torch.inference_mode():
-        for repeat in range(-warm_up, repeats):
-            features = x
-            for name, part in network.parts().items():
-                begin = clock.now()
-                features = call_model(part, features)
-                if features.device.type == "cuda":
-                    torch.cuda.synchronize(features.device)
-                if repeat >= 0:
-                    times[name].append(clock.now() - begin)
+        runs = [run for (run,) in interleaved([one_run], repeats=repeats, warm_up=warm_up)]
     return _by_section(
-        {name: statistics.median(measured) for name, measured in times.items()}, network.counts
+        [statistics.median(times) for times in zip(*runs, strict=True)], network.counts
     )
 
 
-def _by_section(costs: dict[str, float], counts: growth.Counts) -> BlockCosts:
-    stem, *inner, out = costs.values()
+def _by_section(costs: Iterable[float], counts: growth.Counts) -> BlockCosts:
+    stem, *inner, out = costs
     blocks = iter(inner)
     return BlockCosts(
         stem=stem,

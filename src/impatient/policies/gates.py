@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import PolicyError
 from impatient.files import entries_under, read_tensors, write_tensors
@@ -352,17 +352,18 @@ def gate_time_s(
         if policy.inputs != "features"
         else [None] * policy.num_exits
     )
-    found = []
+
+    @torch.inference_mode()
+    def ask(exit: int) -> bool:
+        # a runner asks that, and so waits
+        return bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())
+
+    found = [0.0] * len(policy.gates)
     for exit, gate in enumerate(policy.gates):
-        times = []
         if gate is not None and gate.constant is None:
-            for _ in range(warm_up + repeats):
-                begin = clock.now()
-                with torch.inference_mode():
-                    # a runner asks that, and so waits
-                    bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())
-                times.append(clock.now() - begin)
-        found.append(Quantiles.of(times[warm_up:]).of_statistic(statistic) if times else 0.0)
+            asked = functools.partial(ask, exit)
+            times = times_of(asked, repeats=repeats, warm_up=warm_up, clock=clock)
+            found[exit] = Quantiles.of(times).of_statistic(statistic)
     return tuple(found)
 
 

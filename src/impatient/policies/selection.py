@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
@@ -189,15 +190,16 @@ def decision_time_s(
     """
     first = recording.outputs[:, :1]
     pooled = getattr(recording, "features", ())
-    times = []
+
+    @torch.inference_mode()
+    def decide(node: int, seen: dict[int, Tensor]) -> None:
+        policy.next_node(node, seen, pooled[node][:1] if policy.pooled else None).tolist()
+
+    times: list[float] = []
     for node in policy.decisions:
         seen = {known: first[known] for known in policy.sees(node)}
-        for repeat in range(-warm_up, repeats):
-            begin = clock.now()
-            with torch.inference_mode():
-                policy.next_node(node, seen, pooled[node][:1] if policy.pooled else None).tolist()
-            if repeat >= 0:
-                times.append(clock.now() - begin)
+        decision = functools.partial(decide, node, seen)
+        times += times_of(decision, repeats=repeats, warm_up=warm_up, clock=clock)
     return float(np.mean(times)) if times else 0.0
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
 from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.networks.describe import DescribedNetwork, count_macs, count_traffic, stage_traffic
@@ -245,30 +245,23 @@ def _measure(
     advance: Any,
 ) -> BatchCosts:
     count = network.num_exits
-    stages: list[list[float]] = [[] for _ in range(count)]
-    heads: list[list[float]] = [[] for _ in range(count)]
-    whole: list[float] = []
+    ways: tuple[Callable[[], list[float]], ...] = (
+        lambda: [_time_whole(network.backbone, x, device, clock)],
+        lambda: _time_staged(network, x, device, clock),
+    )
+    # first, since it does not use up the time
+    list(interleaved(ways, repeats=0, warm_up=warm_up))
+    rounds = []
     begin = clock.now()
-    for repeat in range(-warm_up, repeats):
-        if repeat == 0:
-            for times in (*stages, *heads, whole):
-                times.clear()
-            begin = clock.now()
-        # alternate the order: whatever ran last has warmed the caches for the next. So the first
-        # and second run of the whole, the third and fourth, ... are back to back, as Noise.of wants
-        # them
-        for part in ("whole", "staged") if repeat % 2 else ("staged", "whole"):
-            if part == "whole":
-                whole.append(_time_whole(network.backbone, x, device, clock))
-            else:
-                _time_staged(network, x, device, clock, stages, heads)
-        if repeat >= 0:
-            advance()
-        if repeat >= 19 and clock.now() - begin > max_seconds:
+    for exit_free, parts in interleaved(ways, repeats=repeats):
+        rounds.append(exit_free + parts)
+        advance()
+        if len(rounds) >= 20 and clock.now() - begin > max_seconds:
             break
+    whole, *parts_s = zip(*rounds, strict=True)
     return BatchCosts(
-        stages=tuple(Quantiles.of(times) for times in stages),
-        heads=tuple(Quantiles.of(times) for times in heads),
+        stages=tuple(map(Quantiles.of, parts_s[:count])),
+        heads=tuple(map(Quantiles.of, parts_s[count:])),
         exit_free=Quantiles.of(whole),
         noise=Noise.of(whole),
     )
@@ -298,16 +291,12 @@ def time_in_turn(
             f"or more."
         )
     device = first_tensor(x).device
-    times: list[list[float]] = [[] for _ in models]
+    runs = [functools.partial(_time_whole, model, x, device, clock) for model in models]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
-        for repeat in range(-warm_up, repeats):
-            for place in range(len(models)) if repeat % 2 else reversed(range(len(models))):
-                taken = _time_whole(models[place], x, device, clock)
-                if repeat >= 0:
-                    times[place].append(taken)
-    return tuple(sum(values) / repeats for values in times)
+        rounds = list(interleaved(runs, repeats=repeats, warm_up=warm_up))
+    return tuple(sum(times) / repeats for times in zip(*rounds, strict=True))
 
 
 def _time_whole(backbone: nn.Module, x: Any, device: torch.device, clock: Clock) -> float:
@@ -323,10 +312,10 @@ def _time_staged(
     x: Any,
     device: torch.device,
     clock: Clock,
-    stages: list[list[float]],
-    heads: list[list[float]],
-) -> None:
-    reached = 0
+) -> list[float]:
+    """Seconds of each stage, and behind them of each head."""
+    stages: list[float] = []
+    heads: list[float] = []
     before = clock.now()
     with torch.inference_mode(), network.exits(x) as run:
         for exit in run:
@@ -335,18 +324,16 @@ def _time_staged(
             exit.output()
             synchronise(device)
             answered = clock.now()
-            stages[exit.index].append(arrived - before)
+            stages.append(arrived - before)
             # the last exit's output is the backbone's own: asking for it costs nothing
-            heads[exit.index].append(
-                answered - arrived if exit.index < network.num_exits - 1 else 0.0
-            )
+            heads.append(answered - arrived if exit.index < network.num_exits - 1 else 0.0)
             before = clock.now()
-            reached = reached + 1
-    if reached != network.num_exits:
+    if len(stages) != network.num_exits:
         raise ExitNotReached(
-            f"the example came to {reached} of {network.num_exits} exits; profile with an input "
+            f"the example came to {len(stages)} of {network.num_exits} exits; profile with an input "
             f"that comes to all of them."
         )
+    return stages + heads
 
 
 def synchronise(device: torch.device) -> None:
