@@ -171,7 +171,21 @@ def test_code_is_fenced_with_its_language(page: Path) -> None:
     assert not [code for code in plain if re.search(r"^(impatient |import )", code, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+LINKING = sorted(
+    {
+        *PAGES,
+        *DOCS.rglob("*.md"),
+        *ROOT.glob("*.md"),
+        *(
+            page
+            for room in ("benchmarks", "examples", "papers")
+            for page in (ROOT / room).rglob("*.md")
+        ),
+    }
+)
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
 def test_links_to_files_and_headings_are_right(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     local = [target.split("#")[0] for target in targets if "://" not in target]

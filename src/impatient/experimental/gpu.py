@@ -105,7 +105,10 @@ class GpuRunner(Runner):
     which wait for every stage.
 
     Args:
-        network, costs, policy, options: as for `Runner`; the network is on a CUDA device.
+        network: on a CUDA device.
+        costs: as for `Runner`.
+        policy: as for `Runner`.
+        **options: as for `Runner`.
         ahead: how many stages may be given to the device beyond the one whose answer is awaited; 0
             waits for each.
         queue: the device; by default the one of the network's input.
@@ -145,7 +148,8 @@ class GpuRunner(Runner):
 
         Args:
             x: on the device; its batch size, or a larger one, must have been profiled.
-            deadline, limits: as for `Runner.run`.
+            deadline: as for `Runner.run`.
+            limits: as for `Runner.run`.
         Returns:
             The answer of the deepest exit that has arrived, or of the exits at which the policy
             stopped; on the host.
