@@ -28,7 +28,8 @@ def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estima
         None where there is none: fewer than three pairs, or one side that does not vary. Of three
         pairs, the interval is everything.
     Example:
-        >>> found = correlation(torch.tensor([0.1, 0.4, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.7, 0.8]))
+        >>> first, second = torch.tensor([0.1, 0.4, 0.5, 0.9]), torch.tensor([0.2, 0.3, 0.7, 0.8])
+        >>> found = correlation(first, second)
         >>> round(found.value, 3), round(found.low, 3), round(found.high, 3)
         (0.891, -0.488, 0.998)
     """

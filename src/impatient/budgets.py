@@ -383,7 +383,8 @@ def exit_weights_many(
     Source:
         Impatient DNNs: the risk under p(x, y, t), there with t independent of (x, y).
     Example:
-        >>> exit_weights_many([uniform(0.0, 10.0), point(4.0)], costs_s=[1.0, 2.0, 4.0, 8.0]).tolist()
+        >>> budgets = [uniform(0.0, 10.0), point(4.0)]
+        >>> exit_weights_many(budgets, costs_s=[1.0, 2.0, 4.0, 8.0]).tolist()
         [[0.1, 0.2, 0.4, 0.2], [0.0, 0.0, 1.0, 0.0]]
     """
     costs = check_increasing(costs_s)

@@ -75,7 +75,8 @@ class Quantiles:
         """
         if statistic not in get_args(Statistic):
             raise CostError(
-                f"unknown statistic {statistic!r}; expected one of {', '.join(get_args(Statistic))}."
+                f"unknown statistic {statistic!r}; expected one of "
+                f"{', '.join(get_args(Statistic))}."
             )
         return float(getattr(self, statistic))
 

@@ -127,7 +127,7 @@ def own_version() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, its name and the thread count: what a measured time depends on besides the network."""
+    """Describe what measured times depend on besides the network: device and thread count."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name()

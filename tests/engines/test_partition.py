@@ -113,7 +113,10 @@ def vision_transformer() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    options = "num_hidden_layers=3,hidden_size=32,num_attention_heads=2,intermediate_size=64,vocab_size=64"
+    options = (
+        "num_hidden_layers=3,hidden_size=32,num_attention_heads=2,"
+        "intermediate_size=64,vocab_size=64"
+    )
     return load_model(f"transformers:BertConfig:{options}", num_classes=7)
 
 

@@ -256,7 +256,7 @@ def test_the_static_oracle_takes_the_best_exit_that_fits_not_the_deepest():
 
 
 def test_an_exit_whose_head_makes_it_dearer_than_a_deeper_one_is_no_error():
-    """In contract mode costs need not increase: the cheap last stage overtakes the head before it."""
+    """In contract mode the cheap last stage overtakes the head before it."""
     costs = costs_of([1.0, 2.0, 0.2], [0.5, 1.0, 0.0], exit_free_s=3.2)
     assert costs.contract_s() == pytest.approx((1.5, 4.0, 3.2))
     budget = budgets.uniform(0.0, 5.0)

@@ -310,7 +310,7 @@ def test_in_train_mode_outputs_are_the_same_and_gradients_add_up(schedule: Sched
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name, atol=1e-4, rtol=1e-4)
 
 
-def test_in_train_mode_a_cached_block_updates_its_statistics_once_and_the_sub_networks_each_time() -> (
+def test_in_train_mode_a_cached_block_updates_its_statistics_once_but_sub_networks_each_time() -> (
     None
 ):
     cached = residual(SMALL, norms="shared")

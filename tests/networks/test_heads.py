@@ -244,7 +244,8 @@ def test_msdnet_head_reads_channels_last_as_it_reads_channels_first() -> None:
 def test_heads_that_read_maps_refuse_others_and_name_other_heads(name: str, layout: str) -> None:
     with pytest.raises(
         HeadError,
-        match=rf"the {name} head got features .*{layout}; expected maps.*heads='linear' or heads='mlp'",
+        match=rf"the {name} head got features .*{layout}; expected maps.*"
+        r"heads='linear' or heads='mlp'",
     ):
         build_head(name, shape_of(layout), CLASSES)
 

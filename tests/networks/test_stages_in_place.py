@@ -17,7 +17,7 @@ def in_place(inplace: bool = True) -> nn.Module:
 
 @pytest.fixture
 def overwriting() -> tuple[MultiExitNetwork, Tensor, Tensor]:
-    """A network that overwrites its exit's features, an input, and the right output of that exit."""
+    """Give a network that overwrites its exit's features, an input and the right output."""
     x = torch.randn(5, 2, 6, 6)
     network = attach(in_place(), "0", example=x)
     with torch.no_grad():

@@ -212,7 +212,8 @@ def test_paused_run_at_the_end_of_the_program_is_silent() -> None:
 import torch
 from torch import nn
 from impatient.networks import attach_exits
-network = attach_exits(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), example=torch.zeros(1, 8), after=["0"])
+backbone = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+network = attach_exits(backbone, example=torch.zeros(1, 8), after=["0"])
 walk = network.exits(torch.zeros(1, 8))
 exit = next(walk)
 print("paused")

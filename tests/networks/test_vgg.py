@@ -1,4 +1,4 @@
-"""Plain convolutions: our small VGG, and the large ones of torchvision at the papers' resolution."""
+"""Plain convolutions: our small VGG, and torchvision's large ones at the papers' resolution."""
 
 import pytest
 import torch

@@ -237,7 +237,7 @@ def test_what_is_judged_of_a_known_recording() -> None:
 
 
 def planted(accuracy, plain: float = 0.5, scale: recipe.Scale = SCALE) -> dict[str, dict]:
-    """Results in which AnytimeNet's accuracy and confidence are `accuracy(case, iteration, seed)`."""
+    """Invent results in which accuracy and confidence are `accuracy(case, iteration, seed)`."""
     results: dict[str, dict] = {}
     for case, kind, seed in itertools.product(scale.cases, KINDS, range(scale.seeds)):
         values = (

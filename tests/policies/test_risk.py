@@ -584,7 +584,8 @@ def test_a_split_too_small_is_refused_with_the_size_that_is_not(method, loss, ep
     assert control(drawn(needed, seed=7, gains=(1.0, 2.0))).certificate.chosen == 0
     with pytest.raises(
         InfeasibleTarget,
-        match=rf"{needed - 1} samples of 'validation' are too few.* Expected at least {needed} samples",
+        match=rf"{needed - 1} samples of 'validation' are too few.* "
+        rf"Expected at least {needed} samples",
     ):
         control(drawn(needed - 1, seed=7, gains=(1.0, 2.0)))
 

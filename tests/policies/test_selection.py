@@ -178,7 +178,7 @@ def fit_table(features, costs, *, weights=None, **_):
 
 
 def best_of_all_tables(recording, node_s, topology, price, reference):
-    """The least cost that any assignment of moves to distinct feature values at each node can have."""
+    """Find the least cost of any assignment of moves to distinct feature values at each node."""
     losses = reference_losses(1.0 - recording.hits().double(), reference).numpy()
     states = {}
     for node in topology.order():

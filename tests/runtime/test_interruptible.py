@@ -789,8 +789,9 @@ class Slow(nn.Module):
         return x
 
 blocks = [nn.Sequential(nn.Linear(8, 8), Slow()) for _ in range(40)]
-network = attach_exits(nn.Sequential(*blocks, nn.Linear(8, 3)), after=[str(index) for index in range(40)],
-                       example=torch.zeros(1, 8)).eval()
+backbone = nn.Sequential(*blocks, nn.Linear(8, 3))
+names = [str(index) for index in range(40)]
+network = attach_exits(backbone, after=names, example=torch.zeros(1, 8)).eval()
 Slow.slow = True
 runner = Runner(network, costs_of([0.001] * network.num_exits), any_profile=True)
 run, queued = runner.start(torch.zeros(1, 8)), runner.start(torch.zeros(1, 8))

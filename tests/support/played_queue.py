@@ -1,4 +1,4 @@
-"""The queue of an ensemble of growing depth, played out: the truth its formulas are held against."""
+"""The queue of an ensemble of growing depth, played out: the truth for its formulas."""
 
 import heapq
 import math
@@ -14,7 +14,7 @@ class PlayedQueue:
     Attributes:
         depths: of the networks, in units of time of one worker, in the order of the queue.
         begins: when each network begins.
-        competitive_from: r, the share of its depth from which on a network answers as well as the best.
+        competitive_from: r, the share of its depth from which a network is as good as the best.
         end: when a worker asks for one network more than there are. Nothing is said of budgets
             beyond.
     """

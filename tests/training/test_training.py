@@ -780,7 +780,8 @@ TWO = """
             checkpoint=folder / "checkpoint", metrics_csv=folder / "metrics.csv",
         )
         write_tensors(folder / f"rank{fabric.global_rank}", network.state_dict(), {
-            "loss": [list(entry.train_loss) for entry in history.epochs], "world": fabric.world_size,
+            "loss": [list(entry.train_loss) for entry in history.epochs],
+            "world": fabric.world_size,
         })
 
     if __name__ == "__main__":
@@ -798,12 +799,20 @@ MADE = """
     def made():
         torch.manual_seed(0)
         blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)]
-        network = attach_exits(nn.Sequential(*blocks, nn.Linear(8, 3)), after=["0", "1"], example=torch.zeros(1, 8))
+        backbone = nn.Sequential(*blocks, nn.Linear(8, 3))
+        network = attach_exits(backbone, after=["0", "1"], example=torch.zeros(1, 8))
         x = torch.randn(80, 8)
         examples = ArrayExamples(x, x[:, :3].argmax(1))
         preprocess = Preprocess(mean=(0.0,), std=(1.0,))
         splits = dict.fromkeys(("train", "validation", "test"), examples)
-        return network, Data(name="toy", splits=splits, class_names=("a", "b", "c"), preprocess=preprocess, fingerprint="f")
+        data = Data(
+            name="toy",
+            splits=splits,
+            class_names=("a", "b", "c"),
+            preprocess=preprocess,
+            fingerprint="f",
+        )
+        return network, data
 
     def recipe(batch_size):
         return Recipe(epochs=8, batch_size=batch_size, lr=0.3, regime="mixed", weight_decay=0.0)

@@ -309,7 +309,7 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
 
 
 def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
-    """Raise unless a policy belongs to the network of a recording and was fitted on another split."""
+    """Refuse a policy of another network, or one fitted on the recording's own split."""
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(
             f"policy {name!r} is for {policy.num_exits} exits, the recording has "
