@@ -266,6 +266,11 @@ def package_of(checkout: Path) -> Path:
     sys.exit(f"{checkout}: no package here; expected a checkout, or a folder with __init__.py.")
 
 
+def is_hidden(path: Path, checkout: Path) -> bool:
+    """Tell whether a folder on the way to a file begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(checkout).parts)
+
+
 def figures_of(checkout: Path) -> Figures:
     """Count everything in one checkout."""
     package = package_of(checkout)
@@ -274,7 +279,9 @@ def figures_of(checkout: Path) -> Figures:
     trees = {path: read_module(path, figures) for path in paths}
     figures.circles = count_circles(trees, package, deferred=False)
     figures.circles_with_deferred = count_circles(trees, package, deferred=True)
-    tests = [path for path in checkout.rglob("*.py") if is_test(path, checkout)]
+    # a virtual environment inside the checkout is not the project's own code
+    own = [path for path in checkout.rglob("*.py") if not is_hidden(path, checkout)]
+    tests = [path for path in own if is_test(path, checkout)]
     figures.test_lines = sum(len(path.read_text("utf-8").splitlines()) for path in tests)
     return figures
 
