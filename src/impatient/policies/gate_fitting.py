@@ -30,6 +30,7 @@ from impatient.policies.gates import (
     gate_inputs,
     per_gate,
 )
+from impatient.policies.targets import one_target
 
 # --- the recursion --------------------------------------------------------------------------------
 
@@ -214,17 +215,11 @@ def fit_gates(
         Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are
         searched for a target.
     """
-    targets = {
-        "time_price": time_price,
-        "mean_time_s": mean_time_s,
-        "max_accuracy_loss": max_accuracy_loss,
-    }
-    given = {name: float(value) for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise PolicyError(
-            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
-        )
-    (name, wanted), *_ = given.items()
+    name, wanted = one_target(
+        time_price=time_price,
+        mean_time_s=mean_time_s,
+        max_accuracy_loss=max_accuracy_loss,
+    )
     if math.isnan(wanted) or wanted < 0.0 or (name == "mean_time_s" and wanted == 0.0):
         raise PolicyError(f"{name}={wanted}; expected a number that is not negative.")
     problem = _Problem(

@@ -24,6 +24,7 @@ from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.files import read_json, write_json
 from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.targets import one_target
 from impatient.provenance import Provenance
 
 
@@ -225,19 +226,13 @@ def fit_thresholds(
         The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We
         differ: prices are searched.
     """
-    targets = {
-        "mean_time_s": mean_time_s,
-        "mean_macs": mean_macs,
-        "mean_bytes": mean_bytes,
-        "mean_energy_j": mean_energy_j,
-        "max_accuracy_loss": max_accuracy_loss,
-    }
-    given = {name: float(value) for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise PolicyError(
-            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
-        )
-    (name, wanted), *_ = given.items()
+    name, wanted = one_target(
+        mean_time_s=mean_time_s,
+        mean_macs=mean_macs,
+        mean_bytes=mean_bytes,
+        mean_energy_j=mean_energy_j,
+        max_accuracy_loss=max_accuracy_loss,
+    )
     if not (
         math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))
     ):

@@ -33,6 +33,7 @@ from impatient.policies.routing import (
     selection_features,
 )
 from impatient.policies.rules import Recorded
+from impatient.policies.targets import one_target
 from impatient.policies.topology import Topology
 
 Reference = Literal["none", "full"]
@@ -116,17 +117,11 @@ def fit_selection(
         *routed* answer; a decision sees all that is known.
     """
     problem = _Problem(recording, node_s, topology, **settings)
-    targets = {
-        "time_price": time_price,
-        "mean_time_s": mean_time_s,
-        "max_accuracy_loss": max_accuracy_loss,
-    }
-    given = {name: float(value) for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise PolicyError(
-            f"give exactly one target of {', '.join(targets)}; given: {', '.join(given) or 'none'}."
-        )
-    (name, wanted), *_ = given.items()
+    name, wanted = one_target(
+        time_price=time_price,
+        mean_time_s=mean_time_s,
+        max_accuracy_loss=max_accuracy_loss,
+    )
     if not (math.isfinite(wanted) and (wanted > 0 or (name != "mean_time_s" and wanted == 0))):
         raise PolicyError(f"{name}={wanted}; expected a positive finite number.")
     best = problem.solve(wanted) if name == "time_price" else _search(problem, name, wanted)
