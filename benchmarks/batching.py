@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, in_engine, in_turn, median_interval, run_cases, spoken
+from common import Row, in_engine, in_turn, median_interval, run_cases, with_interval
 from torch import Tensor
 
 from impatient import Runner, attach_exits, load_model, profile
@@ -155,9 +155,9 @@ def row(times: dict[str, np.ndarray], when: str, depths: np.ndarray) -> Row:
         "n": len(base),
         "whole ms": f"{np.median(base) * 1e3:.1f}",
         "mean depth": f"{depths.mean():.3f}",
-        "time / whole": spoken(ratios, 3),
-        "whole / whole": spoken(times["whole again"] / base, 3),
-        "share of the ideal saving": spoken(reached, 3),
+        "time / whole": with_interval(ratios, 3),
+        "whole / whole": with_interval(times["whole again"] / base, 3),
+        "share of the ideal saving": with_interval(reached, 3),
         "85 % met": met if when != "never" else "",
     }
 

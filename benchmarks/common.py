@@ -45,10 +45,10 @@ M = TypeVar("M", bound=nn.Module)
 def commit() -> str:
     """Return the checked-out commit, with "-dirty" if files were changed."""
     command = ["git", "describe", "--always", "--dirty"]
-    told = subprocess.run(
+    described = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
     )
-    return told.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def facts() -> str:
@@ -124,8 +124,8 @@ def ratio_of_means(values: np.ndarray, base: np.ndarray) -> tuple[float, float, 
     return ratio, ratio - half, ratio + half
 
 
-def spoken(values: Sequence[float], digits: int = 4) -> str:
-    """Median with its 95 % interval, in words."""
+def with_interval(values: Sequence[float], digits: int = 4) -> str:
+    """Format the median with its 95 % interval."""
     middle, low, high = median_interval(values)
     return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -226,7 +226,7 @@ def in_engine(
 
     It is kept under runs/bench/engines, because exporting resnet50 takes a minute.
     Args:
-        key: names the network and its cuts; the weights are told apart by themselves.
+        key: name of the network and its cuts; other weights are noticed without it.
     """
     if engine in ("eager", "compile"):
         return to_engine(network, engine, example=example, threads=threads)

@@ -244,7 +244,7 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
 
     It is the median of paired, interleaved ratios.
     """
-    from benchmarks.common import in_turn, spoken
+    from benchmarks.common import in_turn, with_interval
 
     cuts = network._cut_map()
     heads = [None] * network.num_exits
@@ -262,8 +262,8 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
             most_s=seconds,
         )
     return {
-        "staged / untouched": spoken(times["staged"] / times["untouched"], 3),
-        "untouched / untouched": spoken(times["again"] / times["untouched"], 3),
+        "staged / untouched": with_interval(times["staged"] / times["untouched"], 3),
+        "untouched / untouched": with_interval(times["again"] / times["untouched"], 3),
     }
 
 
@@ -441,9 +441,9 @@ def _cell(value: str) -> str:
 
 def _reason(row: Row) -> str:
     """Why a row is not as it should be."""
-    said = [row.get("reason", ""), *(row.get(name, "") for name in ("output", "gradients"))]
+    texts = [row.get("reason", ""), *(row.get(name, "") for name in ("output", "gradients"))]
     export = row.get("exported parts", "")
-    found = [text for text in said if text not in ("", "informative") and not _is_number(text)]
+    found = [text for text in texts if text not in ("", "informative") and not _is_number(text)]
     found += [f"no export: {export.removeprefix('no: ')}"] if export.startswith("no") else []
     return "; ".join(found)
 

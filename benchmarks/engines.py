@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import KEPT, Row, in_engine, in_turn, run_cases, spoken
+from common import KEPT, Row, in_engine, in_turn, run_cases, with_interval
 from overhead import model_and_input, staged
 from torch import Tensor
 
@@ -95,15 +95,17 @@ def measure(name: str, threads: int, *, smoke: bool) -> list[Row]:
                 "precision": kind[1],
                 "n": n,
                 "whole ms": f"{np.median(whole) * 1e3:.2f}",
-                "whole / eager whole": spoken(whole / base, 3),
-                "eager / eager": spoken(times["eager again"] / base, 3),
+                "whole / eager whole": with_interval(whole / base, 3),
+                "eager / eager": with_interval(times["eager again"] / base, 3),
             }
             | {
                 f"to exit {exit}, ms": f"{np.median(marks[kind][:, exit]) * 1e3:.2f}"
                 for exit in range(network.num_exits)
             }
             | {
-                f"to exit {exit} / eager": spoken(marks[kind][:, exit] / base_marks[:, exit], 3)
+                f"to exit {exit} / eager": with_interval(
+                    marks[kind][:, exit] / base_marks[:, exit], 3
+                )
                 for exit in range(network.num_exits)
             }
         )

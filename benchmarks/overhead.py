@@ -27,7 +27,7 @@ from typing import Any
 import greenlet
 import numpy as np
 import torch
-from common import Row, in_engine, in_turn, median_interval, run_cases, spoken, twin
+from common import Row, in_engine, in_turn, median_interval, run_cases, twin, with_interval
 from torch import Tensor, nn
 
 from impatient import attach_exits, load_model
@@ -78,7 +78,7 @@ def staged(name: str, model: nn.Module, x: Tensor, *, many: bool) -> MultiExitNe
     return attach_exits(twin(model), example=x[:1], after=cuts_of(name, many)).eval()
 
 
-def walk(network: Any, x: Tensor) -> Tensor:
+def run_stages(network: Any, x: Tensor) -> Tensor:
     """All exits without heads; the last one's features are the output."""
     with network.exits(x) as run:
         for exit in run:
@@ -98,14 +98,14 @@ def measure(name: str, pixels: int, engine: str, threads: int, *, smoke: bool) -
         made = in_engine(
             network, engine, example=example, threads=threads, key=f"{name}-{network.num_exits}"
         )
-        calls[f"{network.num_exits} stages"] = functools.partial(walk, made, x)
+        calls[f"{network.num_exits} stages"] = functools.partial(run_stages, made, x)
         number[f"{network.num_exits} stages"] = network.num_exits
     whole = model if engine == "eager" else made.backbone
     calls["whole"] = calls["whole again"] = lambda: whole(x)
     if engine == "eager":
         calls |= pieces(whole, x, cuts_of(name, many=True))
     with torch.inference_mode():
-        difference = float((walk(made, x) - whole(x)).abs().max())
+        difference = float((run_stages(made, x) - whole(x)).abs().max())
         times = in_turn(calls, rounds=3 if smoke else 2000, most_s=SECONDS)
     most = network.num_exits
     few = next(iter(number))
@@ -164,9 +164,9 @@ def row(times: dict[str, np.ndarray], what: str, stages: int, engine: str) -> Ro
         "cuts": stages - 1,
         "n": len(base),
         "ms": f"{np.median(base) * 1e3:.2f}",
-        "over whole": spoken(ratios),
-        "whole / whole": spoken(times["whole again"] / base),
-        "us per cut": spoken(us_per_cut, 1),
+        "over whole": with_interval(ratios),
+        "whole / whole": with_interval(times["whole again"] / base),
+        "us per cut": with_interval(us_per_cut, 1),
     }
     if "stages" not in what:
         return found
@@ -180,7 +180,7 @@ def further(times: dict[str, np.ndarray], few: str, many: str, number: dict[str,
 
     A run has a fixed cost, too, which does not count here.
     """
-    return spoken((times[many] - times[few]) / (number[many] - number[few]) * 1e6, 1)
+    return with_interval((times[many] - times[few]) / (number[many] - number[few]) * 1e6, 1)
 
 
 def verdict(values: np.ndarray, limit: float) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import in_turn, spoken, write_results
+from common import in_turn, with_interval, write_results
 
 from impatient import Deadline, Runner, attach_exits, load_model, profile
 from impatient.experimental.gpu import Fetched, GpuRunner
@@ -79,10 +79,10 @@ def ratios_of(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
     times = in_turn(
         {name: waited_for(call) for name, call in calls.items()}, rounds=repeats, warm_up=5
     )
-    return {name: spoken(taken / times["exit-free"], 3) for name, taken in times.items()}
+    return {name: with_interval(taken / times["exit-free"], 3) for name, taken in times.items()}
 
 
-def walk(network: Any, x: torch.Tensor, *, waiting: bool) -> None:
+def run_stages(network: Any, x: torch.Tensor, *, waiting: bool) -> None:
     with torch.inference_mode(), network.exits(x) as run:
         for _ in run:
             if waiting:
@@ -131,8 +131,8 @@ def measure(
     calls: dict[str, Callable[[], object]] = {
         "exit-free": lambda: network.backbone(x),
         "exit-free again": lambda: network.backbone(x),
-        "staged": lambda: walk(network, x, waiting=False),
-        "staged, waiting": lambda: walk(network, x, waiting=True),
+        "staged": lambda: run_stages(network, x, waiting=False),
+        "staged, waiting": lambda: run_stages(network, x, waiting=True),
     }
     calls |= {name: (lambda runner=runner: runner.run(x)) for name, runner in runners.items()}
     with torch.inference_mode():

@@ -187,7 +187,7 @@ def least_knowing(right: Tensor, node_s: Sequence[float], accuracy: float) -> fl
 
 
 def guarantees(
-    told: str,
+    family: str,
     policies: Sequence[tuple[Any, float]],
     full_s: float,
     population: Recording,
@@ -200,10 +200,14 @@ def guarantees(
     The truth is known, because calibration samples are drawn with replacement from a population.
 
     Args:
-        policies: from safe to bold, not fitted on the population, each with its mean seconds there.
-        full_s: of the full network.
-        population: a recording, whose mean is the truth.
-        seed: of the draws.
+        family: name of the kind of policies.
+        policies: policies from conservative to aggressive, not fitted on the population, each with
+            its mean seconds there.
+        full_s: seconds of the full network.
+        population: recording whose mean is the truth.
+        how: sizes of the draws, and the guarantee that is asked for.
+        seed: seed of the draws.
+        losses: losses that are controlled.
     """
     candidates = [policy for policy, _ in policies]
     rows = []
@@ -214,7 +218,7 @@ def guarantees(
         for _ in range(how.draws):
             places = torch.randint(len(population.labels), (how.calibration,), generator=random)
             with warnings.catch_warnings():
-                # none passed: the full network, which is counted below
+                # If no policy passes, the full network answers, which is counted below.
                 warnings.simplefilter("ignore", NoEffectWarning)
                 controlled = control_risk(
                     candidates,
@@ -228,7 +232,7 @@ def guarantees(
         times = [full_s if place is None else policies[place][1] for place in chosen]
         rows.append(
             {
-                "policies": told,
+                "policies": family,
                 "loss": loss,
                 "epsilon": how.epsilon,
                 "delta": how.delta,

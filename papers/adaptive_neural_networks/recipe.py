@@ -72,7 +72,7 @@ class Net:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Networks for one data set, from cheap to dear; the last is the full network.
+    """Networks for one data set, the least expensive first and the full one last.
 
     Attributes:
         data, validation: see `papers.data.load`.

@@ -58,11 +58,11 @@ def write(scale: Scale, found: Found, folder: Path) -> str:
     """Write all tables and figures of finished jobs, and return a markdown page."""
     cases = [case for case in scale.cases if found.splits[case.name]]
     made = [exits for exits in scale.exits if found.splits[exits.name]]
-    said = [*claims(cases, made, found)]
-    if said:
-        write_csv(folder / "claims.csv", _claim_rows(said))
+    judgements = [*claims(cases, made, found)]
+    if judgements:
+        write_csv(folder / "claims.csv", _claim_rows(judgements))
     parts = [
-        *(["**Claims**", markdown(_claim_rows(said))] if said else []),
+        *(["**Claims**", markdown(_claim_rows(judgements))] if judgements else []),
         *(part for case in cases for part in _selection_part(case, found, folder)),
         *(_exits_part(made, found, folder) if made else []),
         *_guarantee_part([*cases, *made], found, folder),
@@ -156,11 +156,11 @@ def _selection_part(case: Case, found: Found, folder: Path) -> list[str]:
         for place, name in enumerate(case.names)
     ]
     rows = [_selection_row(splits, method) for method in methods(splits)]
-    for pays, told in (("path", "all on the way paid"), ("chosen", "only the last paid")):
+    for pays, counted in (("path", "all on the way paid"), ("chosen", "only the last paid")):
         rows.append(
             {
                 **dict.fromkeys(rows[0], ""),
-                "method": f"limit: labels known, {told}",
+                "method": f"limit: labels known, {counted}",
                 **{
                     _at(loss): limits(splits, pays, place).text(2)
                     for place, loss in enumerate(selecting.LOSSES)
@@ -181,12 +181,12 @@ def _selection_part(case: Case, found: Found, folder: Path) -> list[str]:
 
 def _soft_oracle(splits: Sequence[Result]) -> str:
     parts = []
-    for pays, told in (("path", "all on the way paid"), ("chosen", "only the chosen one paid")):
+    for pays, counted in (("path", "all on the way paid"), ("chosen", "only the chosen one paid")):
         faster = spread(
             [split["rows"][0]["full_s"] / split["oracles"][pays]["s"] for split in splits]
         )
         accuracy = spread([100.0 * split["oracles"][pays]["accuracy"] for split in splits])
-        parts.append(f"{told} {faster.text(2)} times faster at {accuracy.text(2)} %")
+        parts.append(f"{counted} {faster.text(2)} times faster at {accuracy.text(2)} %")
     return f"Soft oracle: {'; '.join(parts)}."
 
 
@@ -258,11 +258,11 @@ def _exits_part(made: Sequence[Exits], found: Found, folder: Path) -> list[str]:
             for method in methods(splits)
         ]
         for network, pair in PAPER.items():
-            for told, numbers in zip(("policy", "uniform"), pair, strict=True):
+            for kind, numbers in zip(("policy", "uniform"), pair, strict=True):
                 rows.append(
                     {
                         **dict.fromkeys(rows[0], ""),
-                        "method": f"the paper, {network}: {told}",
+                        "method": f"the paper, {network}: {kind}",
                         **{
                             _saved(loss): number
                             for loss, number in zip((0.01, 0.02, 0.05), numbers, strict=True)
@@ -332,7 +332,7 @@ def _guarantee_part(whats: Sequence[Case | Exits], found: Found, folder: Path) -
     if not rows:
         return []
     write_csv(folder / "guarantees.csv", rows)
-    told = [
+    readable = [
         {
             "case": row["case"],
             "policies": row["policies"],
@@ -348,7 +348,7 @@ def _guarantee_part(whats: Sequence[Case | Exits], found: Found, folder: Path) -
         }
         for row in rows
     ]
-    return ["**Guarantees: how often they are broken**", markdown(told)]
+    return ["**Guarantees: how often they are broken**", markdown(readable)]
 
 
 def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
@@ -361,7 +361,7 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
         folder / "times_raw.csv",
         [row for what in whats for row in times.raw_rows(what.name, found.times[what.name])],
     )
-    told = [
+    readable = [
         {
             "what": row["what"],
             "used": row["used"],
@@ -390,7 +390,7 @@ def _time_part(scale: Scale, found: Found, folder: Path) -> list[str]:
     threads = found.times[whats[0].name]["threads"]
     where = f"{threads} thread{'s' * (threads != 1)}, {_processors(found)}"
     title = f"**Real runs through the Runner, one image at a time** ({where})"
-    return [title, markdown(told), f"Time of one decision, µs: {asked}."]
+    return [title, markdown(readable), f"Time of one decision, µs: {asked}."]
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -477,10 +477,10 @@ def _paired(splits: Sequence[Result], own: str, other: str, loss: float, what: s
     return spread([one[what] - two[what] for one, two in pairs])
 
 
-def _claim_rows(said: Sequence[Claim]) -> list[dict[str, object]]:
+def _claim_rows(judgements: Sequence[Claim]) -> list[dict[str, object]]:
     return [
         {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
-        for one in said
+        for one in judgements
     ]
 
 
@@ -508,12 +508,12 @@ def _made(found: Found) -> str:
     every = [*found.networks.values(), *found.times.values()]
     processors = ", ".join(sorted({str(result["processor"]) for result in every})) or "no runs"
     hours = sum(result["seconds"] for result in trained) / 3600
-    told = (
+    text = (
         f"{len(trained)} training{'s' * (len(trained) != 1)}, {hours:.2f} hours in all. "
         if trained
         else ""
     )
-    return told + made_by(processors, "papers.adaptive_neural_networks")
+    return text + made_by(processors, "papers.adaptive_neural_networks")
 
 
 LOOKS = {

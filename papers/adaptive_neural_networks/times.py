@@ -293,7 +293,7 @@ def _quietly() -> Iterator[None]:
 # --- from measurements to the table ---------------------------------------------------------------
 
 
-def real_row(told: str, result: Mapping[str, Any], draws: int = 2000) -> dict[str, Any]:
+def real_row(what: str, result: Mapping[str, Any], draws: int = 2000) -> dict[str, Any]:
     """Compare the real run with its prediction.
 
     Returns:
@@ -313,7 +313,7 @@ def real_row(told: str, result: Mapping[str, Any], draws: int = 2000) -> dict[st
     )
     profiled = float(result["profiled_full_s"])
     return {
-        "what": told,
+        "what": what,
         "used": result["used"],
         "images": count,
         "measured ms": 1e3 * float(policy.mean()),
@@ -335,13 +335,13 @@ def _percent(values: Sequence[bool]) -> float:
     return 100.0 * sum(values) / len(values) if values else math.nan
 
 
-def raw_rows(told: str, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def raw_rows(what: str, result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every image's times."""
     for place, (own, full, predicted) in enumerate(
         zip(result["policy_s"], result["full_s"], result["predicted_s"], strict=True)
     ):
         yield {
-            "what": told,
+            "what": what,
             "image": place,
             "policy_s": own,
             "full_s": full,

@@ -103,10 +103,10 @@ def inflation(curve: Curve, opt: Curve, budgets: Places) -> np.ndarray:
 
     It is the cost spent, divided by the cost that OPT+ must spend before it makes fewer errors.
 
-    Where no network of OPT+ makes fewer errors, over the cost of its dearest: the true inflation
-    may be smaller.
+    Where no network of OPT+ makes fewer errors, the divisor is the cost of its most expensive one.
+    The true inflation may then be smaller.
     """
-    # the first network with fewer errors than the answer; OPT+'s errors never rise
+    # The first network with fewer errors than the answer. The errors of OPT+ never rise.
     better = np.searchsorted(-np.asarray(opt.errors), -curve.at(budgets), side="right")
     overtaken = np.asarray(opt.costs)[np.minimum(better, len(opt.costs) - 1)]
     return np.asarray(np.asarray(budgets) / overtaken)

@@ -139,7 +139,7 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
     return [
         "**Error above OPT's, per cent, at shares of the cost** (mean ± standard deviation over "
         "network and seed; final error in per cent)",
-        markdown([_spoken(row, "+.1f") for row in rows]),
+        markdown([_readable(row, "+.1f") for row in rows]),
         (
             "**Alternating against static weights** (over weightings, networks and seeds; "
             "Hoeffding's bound)"
@@ -179,7 +179,7 @@ def _ensemble_part(
         f"**Ensembles of networks n = {', '.join(map(str, scale.members))}, c = {scale.channels}, "
         "against OPT+** (budgets uniform from the plain ensemble's first answer to its last; mean "
         "± standard deviation over seeds)",
-        markdown([_spoken(row, ".2f") for row in rows]),
+        markdown([_readable(row, ".2f") for row in rows]),
         f"Cost inflation by formula, base {growth:.2g}, for members competitive from "
         f"1/{growth:.2g} of their depth on: {formulas}.{checked}",
         "**Claims**",
@@ -194,7 +194,7 @@ def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
     ]
 
 
-def _spoken(row: Mapping[str, object], style: str) -> dict[str, object]:
+def _readable(row: Mapping[str, object], style: str) -> dict[str, object]:
     """Format a row for reading, with spreads as mean ± deviation."""
     sign = style.startswith("+")
     digits = int(style.strip("+f")[1:])

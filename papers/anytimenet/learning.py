@@ -15,7 +15,10 @@ from papers.results import Claim, Spread, judged, spread
 
 Results = Mapping[str, Mapping[str, Any]]
 
-NORMS_TOLD = {"shared": "shared statistics, as in the paper", "own": "own statistics per iteration"}
+NORMS_IN_WORDS = {
+    "shared": "shared statistics, as in the paper",
+    "own": "own statistics per iteration",
+}
 WHAT = {
     "accuracy": "accuracy %",
     "p_true": "confidence %",
@@ -61,7 +64,6 @@ def table(
     """Make a row for each iteration, and one for BASELINE.
 
     A row has values over seeds, and whether they are higher than in the row before.
-
     A rise is the mean, over seeds, of the differences from the iteration before.
     """
     values = {what: per_iteration(case, norms, what, seeds, results) for what in WHAT}
@@ -71,15 +73,15 @@ def table(
         for what in WHAT:
             row[WHAT[what]] = _spread(values[what][:, index])
             if what in ("accuracy", "p_true"):
-                told = WHAT[what].removesuffix(" %")
+                label = WHAT[what].removesuffix(" %")
                 change = (
                     _spread(values[what][:, index] - values[what][:, index - 1]) if index else None
                 )
-                row |= {f"{told} rise": change or "", f"{told} rises": _rises(change)}
+                row |= {f"{label} rise": change or "", f"{label} rises": _rises(change)}
         rows.append(row)
     plain = {
-        told: _spread(baseline(case, what, seeds, results))
-        for what, told in WHAT.items()
+        label: _spread(baseline(case, what, seeds, results))
+        for what, label in WHAT.items()
         if "surest" not in what
     }
     return [
@@ -103,11 +105,11 @@ def claims(
     there = [case for case in cases if seeds[case.name]]
     for norms in NORMS:
         for case in there:
-            for what, told in (("accuracy", "accuracy"), ("p_true", "confidence")):
+            for what, label in (("accuracy", "accuracy"), ("p_true", "confidence")):
                 values = per_iteration(case, norms, what, seeds[case.name], results).mean(0)
                 yield _monotone(
                     (
-                        f"{told} rises with every iteration on average ({case.name}, {norms} "
+                        f"{label} rises with every iteration on average ({case.name}, {norms} "
                         "statistics)"
                     ),
                     values,

@@ -16,7 +16,7 @@ from impatient.evaluation.plots import BLUE, INK, MUTED, ORANGE, VERMILION, save
 from impatient.files import write_text
 from impatient.networks.anytimenet import AnytimeNet
 from papers.anytimenet import execution, learning, times
-from papers.anytimenet.learning import NORMS_TOLD, Results, per_iteration
+from papers.anytimenet.learning import NORMS_IN_WORDS, Results, per_iteration
 from papers.anytimenet.recipe import NORMS, Case, Net, Scale, key
 from papers.anytimenet.times import Middle
 from papers.results import Claim, Spread, made_by, markdown, write_csv
@@ -61,7 +61,7 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
 def _execution_part(folder: Path) -> list[str]:
     rows = execution.table(AnytimeNet(), torch.zeros(1, 3, 32, 32))
     write_csv(folder / "blocks.csv", rows)
-    told = [
+    readable = [
         {
             "iteration": row["iteration"],
             "blocks": row["blocks"],
@@ -80,7 +80,7 @@ def _execution_part(folder: Path) -> list[str]:
     )
     return [
         "**Table I: what one run of AnytimeNet executed, from its trace**",
-        markdown(told),
+        markdown(readable),
         f"In all {counts}.",
     ]
 
@@ -96,10 +96,10 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
         raw += list(_raw_times(name, result))
         plain, grown = times.per_part(net, result)
         parts += [
-            f"**Table II: time of each iteration, {times.told(net, result['batch'])}** (median of "
-            f"{len(result['plain'])} repeats, in brackets the quantiles 0.1 and 0.9; "
+            f"**Table II: time of each iteration, {times.in_words(net, result['batch'])}** (median "
+            f"of {len(result['plain'])} repeats, in brackets the quantiles 0.1 and 0.9; "
             f"{_counted(result['threads'], 'thread')}, {result['processor']})",
-            markdown([_told_times(row) for row in rows]),
+            markdown([_readable_times(row) for row in rows]),
             f"BASELINE takes {Middle.of(result['plain']).text(2, 1e3)} ms, {1e6 * plain:.0f} µs "
             f"for each part it executes; AnytimeNet {1e6 * grown:.0f} µs for each of its.",
         ]
@@ -110,7 +110,7 @@ def _times_part(timed: Sequence[tuple[Net, Mapping[str, Any]]], folder: Path) ->
     return parts
 
 
-def _told_times(row: Mapping[str, Any]) -> dict[str, object]:
+def _readable_times(row: Mapping[str, Any]) -> dict[str, object]:
     return {
         "iteration": row["iteration"],
         "blocks": row["blocks"],
@@ -176,13 +176,13 @@ def _learning_part(
     parts = []
     for case in cases:
         for norms in NORMS:
-            title = f"**{_case_told(case, results)}, {NORMS_TOLD[norms]}**"
+            title = f"**{_case_in_words(case, results)}, {NORMS_IN_WORDS[norms]}**"
             counted = f" ({_counted(len(seeds[case.name]), 'seed')}, mean ± standard deviation)"
-            parts += [title + counted, markdown([_spoken(row) for row in rows[case.name, norms]])]
+            parts += [title + counted, markdown([_readable(row) for row in rows[case.name, norms]])]
     return parts
 
 
-def _case_told(case: Case, results: Results) -> str:
+def _case_in_words(case: Case, results: Results) -> str:
     images = (
         results[key(case, "anytime", 0)]["images"]
         if key(case, "anytime", 0) in results
@@ -206,7 +206,7 @@ def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
     ]
 
 
-def _spoken(row: Mapping[str, Any]) -> dict[str, object]:
+def _readable(row: Mapping[str, Any]) -> dict[str, object]:
     """Format a row for reading, with spreads as mean ± deviation."""
     return {
         name: value.text(2 if name in UNITLESS else 1, sign=name.endswith("rise"))
@@ -273,7 +273,7 @@ def draw_iterations(
         panels = figure.subplots(2, len(cases), sharex=True, squeeze=False)
         for column, case in enumerate(cases):
             own = seeds[case.name]
-            for row, (what, told) in enumerate(
+            for row, (what, label) in enumerate(
                 (("accuracy", "accuracy, %"), ("p_true", "confidence, %"))
             ):
                 axes = panels[row][column]
@@ -291,14 +291,14 @@ def draw_iterations(
                         markersize=4,
                         capsize=3,
                         linewidth=1.5,
-                        label=NORMS_TOLD[norms],
+                        label=NORMS_IN_WORDS[norms],
                     )
                 _draw_baseline(
                     axes, learning.baseline(case, what, own, results), timed=when is not None
                 )
                 axes.grid(axis="y")
                 if column == 0:
-                    axes.set_ylabel(told)
+                    axes.set_ylabel(label)
             panels[0][column].set_title(case.name, size=10.5)
             panels[1][column].set_xlabel("iteration" if when is None else "time over BASELINE's")
             if when is None:
@@ -350,7 +350,7 @@ def draw_classes(
         for axes in panels[len(names) :]:
             axes.set_axis_off()
         for index, axes in enumerate(panels[: len(names)]):
-            said = []
+            correlations = []
             for norms in NORMS:
                 x, y = (
                     per_iteration(case, norms, what, seeds, results)[:, index].mean(0)
@@ -366,11 +366,12 @@ def draw_classes(
                     markeredgewidth=0.0,
                     clip_on=False,
                     color=COLOURS[norms],
-                    label=NORMS_TOLD[norms],
+                    label=NORMS_IN_WORDS[norms],
                 )
                 correlation = per_iteration(case, norms, "correlation", seeds, results)[:, index]
-                said.append(f"{correlation.mean():.2f}")
-            axes.set_title(f"{index + 1}: r = {', '.join(said)}", size=9.0, loc="left", color=INK)
+                correlations.append(f"{correlation.mean():.2f}")
+            title = f"{index + 1}: r = {', '.join(correlations)}"
+            axes.set_title(title, size=9.0, loc="left", color=INK)
             axes.axline(
                 (100.0, 100.0),
                 slope=1.0,

@@ -46,7 +46,7 @@ def name(net: Net, batch: int = 1) -> str:
     return f"time-w{net.width}-{net.schedule.names[-1]}-b{batch}"
 
 
-def told(net: Net, batch: int) -> str:
+def in_words(net: Net, batch: int) -> str:
     """Describe a network and its batch size in words."""
     return (
         f"{net.width} channels, blocks {net.schedule.names[-1]}, {batch} "
@@ -211,7 +211,7 @@ def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
 
 def claims(net: Net, result: Mapping[str, Any]) -> Iterator[Claim]:
     """Judge the claims about time, by medians."""
-    of = told(net, result["batch"])
+    of = in_words(net, result["batch"])
     plain, cumulative, alone = (
         np.asarray(result[what]) for what in ("plain", "cumulative", "alone")
     )

@@ -326,7 +326,7 @@ def test_a_spread_is_two_columns_in_a_file_and_one_in_the_page():
         "at 1 sd": pytest.approx(math.sqrt(2)),
     }
     assert isinstance(row["at 1"], Spread)
-    assert tables._spoken(row, "+.1f")["at 1"] == "+2.0 ± 1.4"
+    assert tables._readable(row, "+.1f")["at 1"] == "+2.0 ± 1.4"
 
 
 # --- the smoke run, end to end --------------------------------------------------------------------

@@ -228,9 +228,10 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
     """Place exits a fixed number of blocks apart.
 
     They are counted back from the last block. Let L be the number of blocks: calls of the outermost
-    repeated blocks whose features a head can read. The cuts are after the blocks of index (L - 1) mod period, then every `period` blocks, but
-    not after the last block, L - 1, which the backbone's output follows. With that output this
-    makes 1 + (L - 1) // period exits. Nothing is measured.
+    repeated blocks whose features a head can read. The first cut is after the block of index
+    (L - 1) mod period, and more follow every `period` blocks. There is none after the last block,
+    L - 1, because the backbone's output follows it. With that output this makes
+    1 + (L - 1) // period exits. Nothing is measured.
 
     Args:
         model: a model.

@@ -72,10 +72,10 @@ class Bundle:
             score=policy["score"], thresholds=tuple(map(float, policy["thresholds"]))
         )
         self._whole: EnginePart | None = None
-        self._drifts = {
+        self._slowdowns = {
             statistic: SlowdownEstimator(quantile) for statistic, quantile in QUANTILES.items()
         }
-        self._paces: dict[tuple[int, str], TimePredictor] = {}
+        self._predictors: dict[tuple[int, str], TimePredictor] = {}
         self._worker = ThreadPoolExecutor(1, "impatient")
         self.costs, self._measured_on = self._read_costs()
 
@@ -138,20 +138,22 @@ class Bundle:
         """
         begin = self._clock()
         run, gathered = self._begin(x, begin, deadline_s)
-        pace = None if deadline_s is None else self._pace(gathered.count, statistic, any_profile)
+        predictor = (
+            None if deadline_s is None else self._predictor(gathered.count, statistic, any_profile)
+        )
         rule = self.policy if policy else None
         with run:
             before = begin
             for exit in run:
                 # The time of a partial batch says nothing about the cost of the full batch.
-                if pace and gathered.all_going and exit.whole:
-                    pace.observe(exit.index, self._clock() - before)
+                if predictor and gathered.all_going and exit.whole:
+                    predictor.observe(exit.index, self._clock() - before)
                 stopped_by = gathered.stopped_by(exit, rule, run)
                 before = self._clock()
                 if (
                     not stopped_by
-                    and pace
-                    and not pace.fits(exit.index + 1, before, gathered.deadline, RESERVE_S)
+                    and predictor
+                    and not predictor.fits(exit.index + 1, before, gathered.deadline, RESERVE_S)
                 ):
                     stopped_by = "deadline"
                 if stopped_by:
@@ -223,7 +225,7 @@ class Bundle:
         write(self.directory / COSTS_FILE, value)
         self.costs = value["costs"]
         self._measured_on = here
-        self._paces.clear()
+        self._predictors.clear()
 
     def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
         if deadline_s is not None and not deadline_s > 0.0:
@@ -291,7 +293,7 @@ class Bundle:
         }
         return self.description.get("costs") or {}, exported
 
-    def _pace(self, batch: int, statistic: str, any_profile: bool) -> TimePredictor:
+    def _predictor(self, batch: int, statistic: str, any_profile: bool) -> TimePredictor:
         if statistic not in QUANTILES:
             raise BundleError(f"statistic={statistic!r}; expected one of {', '.join(QUANTILES)}.")
         costs = self.costs.get(str(batch))
@@ -307,7 +309,7 @@ class Bundle:
                 f"the costs were measured on {self._measured_on}, but here it is {here}. Run "
                 f"`{PROFILE}`, or pass any_profile=True."
             )
-        if (batch, statistic) not in self._paces:
+        if (batch, statistic) not in self._predictors:
             try:
                 rows = zip(self.exit_names, costs["stages"], costs["heads"], strict=True)
                 times_s = [
@@ -319,10 +321,10 @@ class Bundle:
                     f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`."
                 ) from error
             stages_s, next_s = zip(*times_s, strict=True)
-            self._paces[batch, statistic] = TimePredictor(
-                next_s, QUANTILES[statistic], stages_s, self._drifts[statistic]
+            self._predictors[batch, statistic] = TimePredictor(
+                next_s, QUANTILES[statistic], stages_s, self._slowdowns[statistic]
             )
-        return self._paces[batch, statistic]
+        return self._predictors[batch, statistic]
 
 
 class Started:
