@@ -27,8 +27,11 @@ from impatient.runtime.progress import ExitLike
 
 
 class Ensemble(Protocol):
-    """What the workers need of an ensemble: its networks, shallow to deep, and how good each of
-    their exits is.
+    """What the workers need of an ensemble.
+
+    Attributes:
+        networks: the networks, shallow to deep.
+        validation_errors: how good each of their exits is.
     """
 
     @property
@@ -39,7 +42,7 @@ class Ensemble(Protocol):
 
 
 class ParallelEANN:
-    """Answers of an ensemble whose networks run on M workers at a time.
+    """Run the networks of an ensemble on M workers at a time.
 
     A worker takes the next deeper network from the queue when it has ended one. Every exit posts
     its answer, and the answer of a run is the best by validation error of all that were posted,
@@ -74,10 +77,13 @@ class ParallelEANN:
         >>> from torch import nn
         >>> from impatient.networks import attach_exits
         >>> from impatient.networks.ensemble import EANN
-        >>> backbones = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))) for depth in (2, 4)]
+        >>> backbones = [
+        ...     nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))) for depth in (2, 4)
+        ... ]
         >>> x = torch.zeros(1, 4)
         >>> networks = [attach_exits(backbone, after=["0"], example=x) for backbone in backbones]
-        >>> with ParallelEANN(EANN(networks, [[0.5, 0.3], [0.4, 0.2]]).eval(), workers=2) as parallel:
+        >>> ensemble = EANN(networks, [[0.5, 0.3], [0.4, 0.2]]).eval()
+        >>> with ParallelEANN(ensemble, workers=2) as parallel:
         ...     answer = parallel.run(x, deadline=Deadline.after(10.0))
         >>> answer.exit, answer.stopped_by
         (3, 'final')
@@ -109,7 +115,7 @@ class ParallelEANN:
         torch.set_num_threads(threads or max(1, self._threads_before // workers))
 
     def run(self, x: Any, *, deadline: Deadline = NEVER) -> Answer:
-        """The best answer there is at the deadline, or when all networks have run.
+        """Give the best answer there is at the deadline, or when all networks have run.
 
         Args:
             x: as the networks take it; all share it, so none may change it.
@@ -173,7 +179,8 @@ class _Plan:
         errors = [error for member in validation_errors for error in member]
         if not networks or len(errors) != self.first[-1]:
             raise RunError(
-                f"{len(errors)} validation errors for {self.first[-1]} exits; expected one per exit."
+                f"{len(errors)} validation errors for {self.first[-1]} exits; expected one for "
+                "each."
             )
         # the smaller, the better
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]
@@ -197,7 +204,7 @@ class ParallelRun(InterruptibleRun):
         )
 
     def _work_through(self, x: Any) -> None:
-        """On a worker: network after network, until there are no more or nobody wants more."""
+        """Run network after network on a worker, until none is left or wanted."""
         while (taken := self._take()) is not None:
             complete = False
             try:

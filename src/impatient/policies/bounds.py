@@ -88,7 +88,9 @@ def betting_p_values(
         Waudby-Smith and Ramdas 2024; stakes as in Bates et al. 2021 (RCPS). We differ: there losses
         are from 0 to 1.
     Example:
-        >>> round(float(betting_p_values(torch.zeros(100), 0.05)), 4)  # with full stakes from the start, 1.05 ** -100 = 0.0076
+        With full stakes from the start it would be 1.05 ** -100 = 0.0076.
+
+        >>> round(float(betting_p_values(torch.zeros(100), 0.05)), 4)
         0.0082
     """
     return (
@@ -116,7 +118,8 @@ def waudby_smith_ramdas_bound(
         Waudby-Smith and Ramdas 2024, as in Bates et al. 2021 (RCPS). We differ: see
         `betting_p_values`.
     Example:
-        >>> round(float(waudby_smith_ramdas_bound(torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(100))), 3)
+        >>> losses = torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(100)
+        >>> round(float(waudby_smith_ramdas_bound(losses)), 3)
         0.306
     """
     stakes = _stakes(losses, delta)
@@ -204,7 +207,8 @@ def conformal_risk_control(
     Source:
         Angelopoulos et al. 2022, theorem 1: mean loss <= ((n + 1) epsilon - B) / n, with B = 1.
     Example:
-        >>> conformal_risk_control(torch.tensor([[0.0] * 19, [1.0] + [0.0] * 18]), epsilon=0.05).tolist()
+        >>> losses = torch.tensor([[0.0] * 19, [1.0] + [0.0] * 18])
+        >>> conformal_risk_control(losses, epsilon=0.05).tolist()
         [True, False]
     """
     check_levels(epsilon, 0.5)
