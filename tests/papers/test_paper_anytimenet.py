@@ -159,7 +159,10 @@ def test_the_gpu_scale_is_the_papers_recipe() -> None:
     assert (scale.net.counts, scale.net.width) == (growth.PAPER.counts, 16)
     for case in scale.cases:
         made = recipe._recipe(case, scale.training, seed=0)
-        rates = [made.learning_rate(epoch / made.epochs) for epoch in (0, 99, 100, 149, 150, 199)]
+        rates = [
+            schedules.learning_rate(made, epoch / made.epochs)
+            for epoch in (0, 99, 100, 149, 150, 199)
+        ]
         assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
         # a mirrored sign may be another
         assert case.augment != "crop-flip" or case.data != "gtsrb"

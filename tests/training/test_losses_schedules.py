@@ -108,9 +108,13 @@ def test_without_warm_up_the_factor_is_as_it_was():
 
 def test_a_recipe_multiplies_rate_schedule_and_warm_up():
     cosine = Recipe(lr=0.2, warmup=0.5)
-    assert cosine.learning_rate(0.25) == pytest.approx(0.2 * schedules.cosine(0.25) * 0.251 / 0.5)
-    assert cosine.learning_rate(0.75) == pytest.approx(0.2 * schedules.cosine(0.75))
-    assert Recipe(lr=0.2, warmup=0.0, schedule="step").learning_rate(0.6) == pytest.approx(0.02)
+    assert schedules.learning_rate(cosine, 0.25) == pytest.approx(
+        0.2 * schedules.cosine(0.25) * 0.251 / 0.5
+    )
+    assert schedules.learning_rate(cosine, 0.75) == pytest.approx(0.2 * schedules.cosine(0.75))
+    assert schedules.learning_rate(
+        Recipe(lr=0.2, warmup=0.0, schedule="step"), 0.6
+    ) == pytest.approx(0.02)
 
 
 # --- recipes --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from impatient.budgets import Budget
 from impatient.costs import CostProfile
 from impatient.errors import StorageError
 from impatient.evaluation.evaluate import Evaluation, Row
+from impatient.evaluation.tables import milliseconds, percent
 from impatient.files import written_whole
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on
@@ -451,21 +452,6 @@ def _costs_title(costs: CostProfile, batch_size: int) -> str:
     return (
         f"Stages and heads together take {milliseconds(staged)},\n{change} the untouched "
         f"backbone's {milliseconds(whole)}"
-    )
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """A share for people; its unit stays on the same line."""
-    return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def milliseconds(seconds: float) -> str:
-    """A time for people: three digits, with its unit."""
-    number = seconds * 1e3
-    return (
-        f"{number:#.3g}".rstrip(".") + "\N{NO-BREAK SPACE}ms"
-        if number < 1e3
-        else f"{number:.0f}\N{NO-BREAK SPACE}ms"
     )
 
 

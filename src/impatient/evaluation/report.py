@@ -9,16 +9,15 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
-from impatient.costs import Cost, CostProfile, Quantiles
-from impatient.evaluation.evaluate import BudgetRow, Evaluation, Row
-from impatient.evaluation.metrics import Estimate
+from impatient.costs import Cost, CostProfile
+from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.evaluation.outcomes import AnyPolicy, exits_under
 from impatient.evaluation.paired import PairedComparison
 from impatient.evaluation.plots import (
@@ -27,12 +26,24 @@ from impatient.evaluation.plots import (
     PAPER,
     accuracy_time,
     exit_shares,
-    milliseconds,
-    percent,
     styled,
     where_time_goes,
 )
 from impatient.evaluation.recording import Recording
+from impatient.evaluation.tables import (
+    Cell,
+    Column,
+    Table,
+    amount,
+    budgets_table,
+    costs_table,
+    engine_table,
+    evaluation_table,
+    interval,
+    milliseconds,
+    percent,
+    real_times_table,
+)
 from impatient.policies.mixing import MixedPolicy
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy
@@ -145,9 +156,16 @@ def report_html(
             "Accuracy over time",
             _CURVE,
             _figure(accuracy_time(evaluation, chosen_budget)),
-            _rows_table(evaluation, costs.exits),
+            _table(evaluation_table(evaluation, costs.exits)),
+            _table(real_times_table(evaluation))
+            if any(row.real for row in evaluation.rows)
+            else "",
         ),
-        _section("When time is short", _BUDGETS, _budgets_table(evaluation, chosen_budget)),
+        _section(
+            "When time is short",
+            _BUDGETS,
+            _table(budgets_table(evaluation, chosen_budget[0] if chosen_budget else None)),
+        ),
         _section(
             "Who answers",
             _SHARES,
@@ -157,12 +175,15 @@ def report_html(
         _section(
             "Where the time goes",
             _COSTS,
-            *(_figure(where_time_goes(costs, size)) + _costs_table(costs, size) for size in sizes),
+            *(
+                _figure(where_time_goes(costs, size)) + _table(costs_table(costs, size))
+                for size in sizes
+            ),
         ),
         _section(
             "In other engines",
             _ENGINES,
-            *(_engine_table(name, *found) for name, found in engines.items()),
+            *(_table(engine_table(name, *found)) for name, found in engines.items()),
         )
         if engines
         else "",
@@ -233,16 +254,6 @@ def _literal(text: str) -> str:
     return text.replace("\\", r"\\")
 
 
-def _ms(seconds: float) -> str:
-    return milliseconds(seconds).split()[0]
-
-
-def _interval(estimate: Estimate, digits: int = 1) -> str:
-    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
-        return "unknown"
-    return f"{estimate.low * 100:.{digits}f} to {percent(estimate.high, digits)}"
-
-
 def _against(value: float, reference: float) -> str:
     """How much less or more than a reference, in words."""
     change = value / reference - 1.0 if reference else 0.0
@@ -257,7 +268,7 @@ def _headline(evaluation: Evaluation) -> str:
     text = (
         f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of "
         f"{evaluation.samples} samples of split "
-        f"“{_e(evaluation.split)}” (95 % interval {_interval(last.accuracy)}), after "
+        f"“{_e(evaluation.split)}” (95 % interval {interval(last.accuracy)}), after "
         f"{milliseconds(last.interruptible_s)} if "
         "every exit on the way answers too."
     )
@@ -284,7 +295,7 @@ def _policy_line(row: Row, last: Row, free: Row | None) -> str:
     )
     judged = (
         f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} "
-        f"({_interval(row.accuracy)}), "
+        f"({interval(row.accuracy)}), "
         f"{accuracy} the last exit, in {milliseconds(row.contract_s)} a sample on average"
     )
     if free is None:
@@ -322,23 +333,19 @@ def _figure(figure: Figure) -> str:
     return f"<figure>{figure_svg(figure)}</figure>"
 
 
-def _table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    caption: str = "",
-    marks: Sequence[str] = (),
-) -> str:
-    """Cells are HTML already; the first of each row names it. `marks` are the rows' classes."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
+def _table(table: Table) -> str:
+    """The first cell of each row names it; kinds of rows are their classes."""
+    shown = table.shown_in("page")
+    head = "".join(f'<th scope="col">{_cell(column, "<br>")}</th>' for column in shown.columns)
     body = []
-    for index, (name, *cells) in enumerate(rows):
-        mark = f' class="{marks[index]}"' if index < len(marks) and marks[index] else ""
+    for (name, *cells), kind in zip(shown.rows, shown.kinds or [""] * len(shown.rows), strict=True):
+        mark = f' class="{kind}"' if kind else ""
         body.append(
-            f'<tr{mark}><th scope="row">{name}</th>'
-            + "".join(f"<td>{cell}</td>" for cell in cells)
+            f'<tr{mark}><th scope="row">{_cell(name, " ")}</th>'
+            + "".join(f"<td>{_cell(cell, '<br>')}</td>" for cell in cells)
             + "</tr>"
         )
-    titled = f"<caption>{caption}</caption>" if caption else ""
+    titled = f"<caption>{_e(shown.title)}</caption>" if shown.title else ""
     return (
         f'<div class="wide"><table>{titled}<thead><tr>{head}</tr></thead><tbody>\n'
         + "\n".join(body)
@@ -346,166 +353,11 @@ def _table(
     )
 
 
-def _rows_table(evaluation: Evaluation, exits: Sequence[str]) -> str:
-    free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
-    places = [f"exit {k} <small>{_e(exit)}</small>" for k, exit in enumerate(exits)]
-    names = [*places, *(_e(row.name) for row in evaluation.rows[len(exits) :])]
-    columns = [
-        "",
-        "accuracy",
-        "95 % interval",
-        "probability of the truth",
-        "interruptible, ms",
-        "contract, ms",
-        "against no exits",
-        "MACs",
-        "calibration error",
-    ]
-    rows = [
-        (
-            name,
-            percent(row.accuracy.value),
-            _interval(row.accuracy),
-            percent(row.p_true.value) if row.p_true else "",
-            _ms(row.interruptible_s),
-            _ms(row.contract_s),
-            _signed(row.contract_s / free - 1.0 if free else 0.0),
-            _count(row.macs),
-            f"{row.calibration_error:.3f}",
-        )
-        for name, row in zip(names, evaluation.rows, strict=True)
-    ]
-    caption = (
-        f"Every way to answer, judged on {evaluation.samples} samples. Contract: only heads that "
-        f"are looked at run; "
-        "“against no exits” compares this time with the untouched backbone's."
-    )
-    return _table(columns, rows, caption, [row.kind for row in evaluation.rows]) + _real_table(
-        evaluation
-    )
-
-
-def _engine_table(name: str, rows: Sequence[PairedComparison], evaluation: Evaluation) -> str:
-    columns = [
-        "",
-        "accuracy",
-        "95 % interval",
-        "in torch",
-        "95 % interval",
-        "difference, points",
-        "95 % interval",
-        "same answer",
-        "contract, ms",
-    ]
-    cells = [
-        (
-            f"exit {row.exit} <small>{_e(row.name)}</small>",
-            percent(row.accuracy.value),
-            _interval(row.accuracy),
-            percent(row.reference.value),
-            _interval(row.reference),
-            _points(row.difference.value),
-            f"{_points(row.difference.low)} to {_points(row.difference.high)}",
-            percent(row.same.value),
-            _ms(judged.contract_s),
-        )
-        for row, judged in zip(rows, evaluation.of("exit"), strict=True)
-    ]
-    return _table(columns, cells, f"{_e(name)}, on the same {evaluation.samples} samples.")
-
-
-def _points(share: float) -> str:
-    return f"{share * 100:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _real_table(evaluation: Evaluation) -> str:
-    """Measured beside predicted times, where samples were really answered."""
-    rows = [
-        (
-            _e(row.name),
-            _ms(row.real.mean_s.value),
-            f"{_ms(row.real.mean_s.low)} to {_ms(row.real.mean_s.high)}",
-            _ms(row.real.predicted_s),
-            f"{row.real.mean_s.value / row.real.predicted_s:.2f}",
-            str(row.real.samples),
-        )
-        for row in evaluation.rows
-        if row.real is not None
-    ]
-    if not rows:
-        return ""
-    columns = [
-        "",
-        "measured, ms",
-        "95 % interval",
-        "predicted, ms",
-        "measured over predicted",
-        "samples",
-    ]
-    return _table(
-        columns, rows, "Test samples really answered, one by one, on the clock of this machine."
-    )
-
-
-def _signed(change: float) -> str:
-    return (
-        f"{change * 100:+.0f} %".replace("-", "\N{MINUS SIGN}") if abs(change) >= 0.005 else "0 %"
-    )
-
-
-def _budgets_table(evaluation: Evaluation, chosen: tuple[str, Budget] | None) -> str:
-    # the chosen one first
-    budgets = sorted(evaluation.budgets, key=lambda name: chosen is None or name != chosen[0])
-    names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
-    found = {(row.budget, row.name): row for row in evaluation.under_budgets}
-    best = {
-        budget: max(
-            (
-                found[budget, name].accuracy.value
-                for name in names
-                if _practical(found.get((budget, name)))
-            ),
-            default=0.0,
-        )
-        for budget in budgets
-    }
-    columns = [
-        "",
-        *(
-            f"{_e(name)}<br><small>{_e(_spoken(evaluation.budgets[name]))}</small>"
-            for name in budgets
-        ),
-    ]
-    rows = [
-        [_e(name), *(_budget_cell(found.get((budget, name)), best[budget]) for budget in budgets)]
-        for name in names
-    ]
-    return _table(
-        columns, rows, marks=["oracle" if name == "static oracle" else "" for name in names]
-    )
-
-
-def _practical(row: BudgetRow | None) -> bool:
-    return row is not None and row.name != "static oracle"
-
-
-def _budget_cell(row: BudgetRow | None, best: float) -> str:
-    if row is None:
-        return ""
-    value = percent(row.accuracy.value)
-    shown = f"<strong>{value}</strong>" if _practical(row) and row.accuracy.value >= best else value
-    return f"{shown}<br><small>{_interval(row.accuracy)}</small>"
-
-
-def _spoken(budget: Budget) -> str:
-    if budget.shape == "point":
-        return f"always {_amount(budget.high, budget.cost)}"
-    count = f", n = {len(budget.samples_s)}" if budget.samples_s else ""
-    low = _ms(budget.low) if budget.cost == "time" else _amount(budget.low, budget.cost)
-    return (
-        f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to "
-        f"{_amount(budget.high, budget.cost)}{count}"
-    )
+def _cell(cell: str | Cell | Column, space: str) -> str:
+    if not isinstance(cell, Cell):
+        return _e(cell)
+    text = f"<strong>{_e(cell.text)}</strong>" if cell.strong else _e(cell.text)
+    return f"{text}{space}<small>{_e(cell.detail)}</small>" if cell.detail else text
 
 
 def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> str:
@@ -516,13 +368,11 @@ def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> 
         (_looks_at(policy), *_target(policy), *_rules(policy, exits))
         for policy in policies.values()
     ]
-    names = ["looks at", "fitted on", "asked for", "reached there"]
-    names += [f"exit {exit} <small>{_e(name)}</small>" for exit, name in enumerate(exits)]
-    rows = [
-        (name, *map(_e, cells))
-        for name, cells in zip(names, zip(*columns, strict=True), strict=False)
-    ]
-    return _table(["", *map(_e, policies)], rows, _RULES)
+    names: list[str | Cell] = ["looks at", "fitted on", "asked for", "reached there"]
+    names += [Cell(f"exit {exit}", name) for exit, name in enumerate(exits)]
+    cells = zip(names, zip(*columns, strict=True), strict=False)
+    rows = [(name, *row) for name, row in cells]
+    return _table(Table(title=_RULES, columns=("", *policies), rows=rows))
 
 
 _RULES = (
@@ -567,7 +417,7 @@ def _target(policy: AnyPolicy) -> tuple[str, str, str]:
     target = fitted.target
     if policy.split is None or not {"mean_cost", "accuracy", "samples"} <= set(target):
         return policy.split or "set by hand", "", ""
-    cost = _amount(target["mean_cost"], getattr(fitted, "cost", "time"))
+    cost = amount(target["mean_cost"], getattr(fitted, "cost", "time"))
     wanted = next(
         (
             _asked(name, value)
@@ -589,64 +439,7 @@ def _asked(name: str, value: float) -> str:
     if name == "max_accuracy_loss":
         return f"{value * 100:.1f} points lost at most"
     cost: dict[str, Cost] = {"mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
-    return f"{_amount(value, cost.get(name, 'time'))} at most"
-
-
-def _amount(value: float, cost: Cost) -> str:
-    if cost == "time":
-        return milliseconds(value)
-    if cost == "energy":
-        return f"{value * 1e3:.3g}\N{NO-BREAK SPACE}mJ"
-    return f"{_count(value)} MACs" if cost == "macs" else f"{_count(value)}B"
-
-
-def _count(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:#.3g}".rstrip(".") + f"\N{NO-BREAK SPACE}{letter}"
-    return f"{number:.0f}"
-
-
-def _costs_table(costs: CostProfile, batch_size: int) -> str:
-    batch = costs.at(batch_size)
-    free = "untouched backbone"
-    columns = ["", "mean", "p50", "p90", "p99", "p99.9", "max", "n", "MACs", "parameters"]
-    rows: list[tuple[str, ...]] = []
-    for exit, name in enumerate(costs.exits):
-        size = costs.stage_macs[exit]
-        more = costs.head_macs[exit]
-        rows.append(
-            (
-                f"stage {exit} <small>to {_e(name)}</small>",
-                *_times(batch.stages[exit]),
-                _count(size),
-                f"{costs.stage_parameters[exit]:,}",
-            )
-        )
-        if batch.heads[exit].max or more or costs.head_parameters[exit]:
-            rows.append(
-                (
-                    f"head {exit}",
-                    *_times(batch.heads[exit]),
-                    _count(more),
-                    f"{costs.head_parameters[exit]:,}",
-                )
-            )
-    total = _count(costs.exit_free_macs)
-    rows.append((free, *_times(batch.exit_free), total, f"{sum(costs.stage_parameters):,}"))
-    return _table(
-        columns,
-        rows,
-        f"Measured times in ms at batch size {batch_size}.",
-        ["head" if row[0].startswith("head ") else "" for row in rows],
-    )
-
-
-def _times(part: Quantiles) -> tuple[str, ...]:
-    return (
-        *(_ms(time) for time in (part.mean, part.p50, part.p90, part.p99, part.p999, part.max)),
-        f"{part.n}",
-    )
+    return f"{amount(value, cost.get(name, 'time'))} at most"
 
 
 def _examples(heading: str, examples: Sequence[Example]) -> str:

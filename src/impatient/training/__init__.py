@@ -1,9 +1,10 @@
 """Train networks with exits: data, exit weights, losses, schedules and the loop."""
 
+from impatient.recipe import Recipe
 from impatient.training import balancing, losses, schedules, weights
 from impatient.training.balancing import AdaLoss
 from impatient.training.data import Data, Preprocess, load_data
-from impatient.training.loop import EpochMetrics, History, Recipe, fit
+from impatient.training.loop import EpochMetrics, History, fit
 
 __all__ = [
     "AdaLoss",

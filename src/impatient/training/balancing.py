@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from impatient.errors import StaleInput, TrainingError
+from impatient.recipe import Sampler
 from impatient.training.weights import check_weights, const
 
-SAMPLERS = ("none", "alternating", "exp3", "rwm", "avgl")
 # Below any loss worth balancing. It keeps 1 / loss and loss / loss finite.
 EPS = 1e-8
 
@@ -168,8 +168,10 @@ def balancer(
         >>> alternating.weights().tolist()  # half of the sum, 1, goes to one exit
         [0.5, 0.5, 2.0]
     """
-    if sampler not in SAMPLERS:
-        raise TrainingError(f"unknown sampler {sampler!r}; expected one of {', '.join(SAMPLERS)}.")
+    if sampler not in get_args(Sampler):
+        raise TrainingError(
+            f"unknown sampler {sampler!r}; expected one of {', '.join(get_args(Sampler))}."
+        )
     if not 0.0 <= gamma < math.inf:
         raise TrainingError(f"gamma={gamma} of the sampler; expected 0 or a positive number.")
     inner: Balancer = (

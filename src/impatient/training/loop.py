@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from jaxtyping import Float
@@ -30,9 +29,10 @@ from impatient.errors import StaleInput, TrainingDiverged, TrainingError
 from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
+from impatient.recipe import Recipe
 from impatient.training import schedules
 from impatient.training.augmentation import augmented
-from impatient.training.balancing import SAMPLERS, AdaLoss, balancer
+from impatient.training.balancing import AdaLoss, balancer
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
 from impatient.training.losses import (
@@ -53,135 +53,6 @@ if TYPE_CHECKING:
     from impatient.networks.multi_exit import MultiExitNetwork
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
-Regime = Literal["joint", "frozen", "mixed"]
-REGIMES: dict[str, tuple[str, ...]] = {
-    "joint": ("joint",),
-    "frozen": ("heads",),
-    "mixed": ("backbone", "joint"),
-}
-AUGMENTATIONS = ("none", "crop", "crop-flip")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """Options of a training run.
-
-    Attributes:
-        epochs: passes over the training split, all phases together.
-        batch_size: samples per step and process.
-        lr: highest learning rate of SGD.
-        momentum: Nesterov momentum of SGD.
-        weight_decay: weight decay of SGD.
-        schedule: learning-rate schedule of each phase: "cosine", or "step" (divide by 10 after 1/2
-            and 3/4).
-        warmup: share of each phase during which the learning rate grows.
-        regime: what is trained: "joint" trains everything, "frozen" only the heads, "mixed" the
-            backbone first and then everything.
-        backbone_share: share of the epochs that train only the backbone in the mixed regime.
-        label_smoothing: label smoothing of the cross-entropy, from 0 to 1.
-        augment: augmentation of images: "none", "crop" (random shift by an eighth) or "crop-flip"
-            (random shift and mirroring).
-        clip_norm: largest gradient norm; None does not clip.
-        channels_last: use the channels-last memory format, faster for convolutions on most CPUs and
-            GPUs.
-        sampler: rule by which each step draws one exit that weighs more: "none", "alternating"
-            (AANN), "exp3", "rwm" or "avgl".
-        sampler_gamma: bonus of the drawn exit, as a share of the sum of the exit weights.
-        equilibrium: balance the gradients of early and deeper exits (`GradientFlow`).
-        detach: share of an early exit's channels that deeper exits do not train (`GradientFlow`).
-        distillation: share of the early exits' loss that is learning from the last exit.
-        temperature: softmax temperature for distillation.
-        head_decay: weight decay of early heads: "plain", or "scaled" by the weight of their exit.
-        seed: seed of data order, augmentation, dropout and the sampler.
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Literal["cosine", "step"] = "cosine"
-    warmup: float = 0.05
-    regime: Regime = "joint"
-    backbone_share: float = 0.5
-    label_smoothing: float = 0.0
-    augment: Literal["none", "crop", "crop-flip"] = "none"
-    clip_norm: float | None = None
-    channels_last: bool = False
-    sampler: str = "none"
-    sampler_gamma: float = 0.5
-    equilibrium: bool = False
-    detach: float = 0.0
-    distillation: float = 0.0
-    temperature: float = 1.0
-    head_decay: Literal["plain", "scaled"] = "plain"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive = {
-            "epochs": self.epochs,
-            "batch_size": self.batch_size,
-            "lr": self.lr,
-            "temperature": self.temperature,
-            "sampler_gamma": self.sampler_gamma,
-        }
-        positive |= {} if self.clip_norm is None else {"clip_norm": self.clip_norm}
-        for name, value in positive.items():
-            if not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"{name}={value}; expected a positive number.")
-        shares = {
-            "momentum": self.momentum,
-            "label_smoothing": self.label_smoothing,
-            "warmup": self.warmup,
-            "detach": self.detach,
-        }
-        for name, value in shares.items():
-            if not 0.0 <= value < 1.0:
-                raise TrainingError(f"{name}={value}; expected 0 or a share below 1.")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise TrainingError(
-                f"weight_decay={self.weight_decay}; expected 0 or a positive number."
-            )
-        choices: dict[str, tuple[str, tuple[str, ...]]] = {
-            "schedule": (self.schedule, ("cosine", "step")),
-            "regime": (self.regime, tuple(REGIMES)),
-            "augment": (self.augment, AUGMENTATIONS),
-            "sampler": (self.sampler, SAMPLERS),
-            "head_decay": (self.head_decay, ("plain", "scaled")),
-        }
-        for name, (choice, known) in choices.items():
-            if choice not in known:
-                raise TrainingError(f"{name}={choice!r}; expected one of {', '.join(known)}.")
-        if not 0.0 <= self.distillation <= 1.0:
-            raise TrainingError(
-                f"distillation={self.distillation}; expected a share between 0 and 1."
-            )
-        if not 0.0 < self.backbone_share < 1.0:
-            raise TrainingError(
-                f"backbone_share={self.backbone_share}; expected a share between 0 and 1."
-            )
-        if self.regime == "mixed" and self.epochs < 2:
-            raise TrainingError(
-                "the mixed regime needs at least 2 epochs: one for the backbone, one for "
-                "everything."
-            )
-
-    def phases(self) -> list[tuple[str, int, int]]:
-        """Return name, first epoch and the epoch after the last of each phase."""
-        names = REGIMES[self.regime]
-        if len(names) == 1:
-            return [(names[0], 0, self.epochs)]
-        turn = min(max(1, round(self.epochs * self.backbone_share)), self.epochs - 1)
-        return [(names[0], 0, turn), (names[1], turn, self.epochs)]
-
-    def gradients(self) -> GradientFlow:
-        """Return how gradients flow at the exits while everything is trained."""
-        return GradientFlow(equilibrium=self.equilibrium, detach=self.detach)
-
-    def learning_rate(self, done: float) -> float:
-        """Return the learning rate when this share of a phase is done."""
-        factor = schedules.cosine(done) if self.schedule == "cosine" else schedules.step(done)
-        return self.lr * schedules.warmed_up(done, factor, self.warmup)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,7 +369,7 @@ class _Training:
         lr = 0.0
         while self.step < len(batches):
             done = (epoch - span[0] + self.step / len(batches)) / (span[1] - span[0])
-            lr = self.recipe.learning_rate(done)
+            lr = schedules.learning_rate(self.recipe, done)
             self.sums += self._update(model, optimizer, phase, batches[self.step], lr)
             seen += len(batches[self.step])
             self.step += 1
@@ -546,7 +417,12 @@ class _Training:
         inputs = augmented(inputs, self.recipe.augment)
         if self.recipe.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        flow = self.recipe.gradients() if phase == "joint" else PLAIN
+        recipe = self.recipe
+        flow = (
+            GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
+            if phase == "joint"
+            else PLAIN
+        )
         outputs = model(inputs) if flow == PLAIN else model(inputs, gradients=flow)
         losses = sample_losses(outputs, labels, self.recipe.label_smoothing)
         loss = self._objective(losses, outputs, phase, indices)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from impatient.recipe import Recipe
+
 
 def cosine(done: float) -> float:
     """Decrease from 1 to 0 along half a cosine."""
@@ -25,3 +27,9 @@ def warmed_up(done: float, factor: float, share: float) -> float:
         share: share of training that the warm-up takes.
     """
     return factor * min(1.0, (done + 1e-3) / share) if share > 0 and done < share else factor
+
+
+def learning_rate(recipe: Recipe, done: float) -> float:
+    """Give a recipe's learning rate when this share of a phase is done."""
+    factor = cosine(done) if recipe.schedule == "cosine" else step(done)
+    return recipe.lr * warmed_up(done, factor, recipe.warmup)

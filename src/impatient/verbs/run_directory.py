@@ -150,6 +150,11 @@ class NetworkSpec:
             (batch_size, *self.example_shape), dtype=getattr(torch, self.example_dtype)
         )
 
+    def provenance_of(self, network: nn.Module) -> Provenance:
+        """This provenance, but of another network."""
+        structure = fingerprint_structure(network.state_dict())
+        return dataclasses.replace(self.provenance, network=structure)
+
     def build(self) -> Network:
         """The network with fresh weights, drawn from the spec's seed."""
         if self.cascade:
@@ -194,49 +199,15 @@ def fresh_model(model: str, num_classes: int, preprocess: Preprocess, seed: int)
     return load_model(model, num_classes=num_classes, in_channels=preprocess.channels or None)
 
 
-def new_spec(
-    model: str,
-    data: Data,
-    *,
-    after: list[str] | str | None,
-    count: int | None,
-    heads: str | None,
-    seed: int,
-    validation: float,
-    ensembling: str = "",
+def spec_of(
+    network: nn.Module, data: Data, *, model: str, seed: int, validation: float
 ) -> NetworkSpec:
-    """Place the exits of a model for some data and describe the result; a model may have exits of
-    its own.
-
-    Raises:
-        ModelSpecError: if it has, and yet `after`, `count` or `heads` is given.
-    """
+    """Describe a network for some data, without exits of its own."""
     example = data.example()
-    fresh: Any = fresh_model(model, data.num_classes, data.preprocess, seed)
-    if isinstance(fresh, DescribedNetwork):
-        if after or count is not None or heads is not None:
-            raise ModelSpecError(
-                f"{model} has {fresh.num_exits} exits of its own; leave --exits, --after and "
-                f"--heads away."
-            )
-        cut = fresh
-        heads = OWN_HEADS
-    else:
-        heads = heads or "linear"
-        cut = attach_exits(
-            fresh,
-            example=example,
-            after=after or "auto",
-            count=DEFAULT_EXITS if count is None else count,
-            heads=heads,
-            num_classes=data.num_classes,
-        )
-    network = RunningEnsemble(cut, Rule(name=ensembling)) if ensembling else cut  # type: ignore[arg-type]
     return NetworkSpec(
         model=model,
-        after=network.exit_names[:-1],
-        ensembling=ensembling,
-        heads=heads,
+        after=(),
+        heads="linear",
         num_classes=data.num_classes,
         example_shape=tuple(example.shape[1:]),
         example_dtype=str(example.dtype).removeprefix("torch."),

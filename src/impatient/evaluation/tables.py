@@ -1,0 +1,360 @@
+"""Tables as data: made once, shown by the terminal and by the report; times in milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from impatient.budgets import Budget
+from impatient.costs import Cost, CostProfile, Noise, Quantiles
+from impatient.evaluation.evaluate import Evaluation
+from impatient.evaluation.metrics import Estimate
+from impatient.evaluation.paired import PairedComparison
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell that is more than a text.
+
+    Attributes:
+        text: What is shown.
+        detail: What stands beside it, smaller.
+        strong: Whether it stands out.
+    """
+
+    text: str
+    detail: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column that is shown in one place only, since the other has no room for it or a figure."""
+
+    title: str
+    only: Literal["terminal", "page"]
+
+
+Row = Sequence[str | Cell]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What a table says; how it looks is decided where it is shown.
+
+    Attributes:
+        title: What the table is about.
+        columns: Titles of the columns.
+        rows: A cell for each column.
+        left: How many columns are aligned to the left.
+        kinds: What each row is, such as "policy"; empty if all are alike.
+    """
+
+    title: str
+    columns: Sequence[str | Cell | Column]
+    rows: Sequence[Row]
+    left: int = 1
+    kinds: Sequence[str] = ()
+
+    def shown_in(self, place: Literal["terminal", "page"]) -> Table:
+        """Give the table without the columns that are only for another place."""
+        kept = [
+            index
+            for index, column in enumerate(self.columns)
+            if not isinstance(column, Column) or column.only == place
+        ]
+        titles = [self.columns[index] for index in kept]
+        return Table(
+            title=self.title,
+            columns=[title.title if isinstance(title, Column) else title for title in titles],
+            rows=[[row[index] for index in kept] for row in self.rows],
+            left=self.left,
+            kinds=self.kinds,
+        )
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Write a share for people; its unit stays on the same line."""
+    return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def milliseconds(seconds: float) -> str:
+    """Write a time for people: three digits, with its unit."""
+    return f"{_three_digits(seconds)}\N{NO-BREAK SPACE}ms"
+
+
+def _three_digits(seconds: float) -> str:
+    number = seconds * 1e3
+    return f"{number:#.3g}".rstrip(".") if number < 1e3 else f"{number:.0f}"
+
+
+def in_ms(seconds: float) -> str:
+    """Write a time in milliseconds for a column that names the unit."""
+    return f"{seconds * 1e3:.3f}"
+
+
+def interval(estimate: Estimate, digits: int = 1) -> str:
+    """Write the interval of a share."""
+    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
+        return "unknown"
+    return f"{estimate.low * 100:.{digits}f} to {percent(estimate.high, digits)}"
+
+
+def amount(value: float, cost: Cost) -> str:
+    """Write an amount of any cost, with its unit."""
+    if cost == "time":
+        return milliseconds(value)
+    if cost == "energy":
+        return f"{value * 1e3:.3g}\N{NO-BREAK SPACE}mJ"
+    return f"{count(value)} MACs" if cost == "macs" else f"{count(value)}B"
+
+
+def count(number: float) -> str:
+    """Write a large number with three digits and its prefix."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:#.3g}".rstrip(".") + f"\N{NO-BREAK SPACE}{letter}"
+    return f"{number:.0f}"
+
+
+def noise_note(noise: Noise | None) -> str:
+    """Say how noisy the machine was while a profile was made."""
+    if noise is None:
+        return "noise unknown"
+    warning = ", TOO NOISY" if noise.too_noisy else ""
+    around = f"{noise.aa_low:.3f} to {noise.aa_high:.3f}"
+    return (
+        f"A/A {noise.aa_ratio:.3f} ({around}), spread "
+        f"\N{PLUS-MINUS SIGN}{noise.spread:.0%}{warning}"
+    )
+
+
+def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table:
+    """List every way to answer.
+
+    Args:
+        exits: Names of the exits, to stand beside their numbers.
+    """
+    free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
+    names = [Cell(row.name) for row in evaluation.rows]
+    names[: len(exits)] = [Cell(f"exit {k}", exit) for k, exit in enumerate(exits)]
+    return Table(
+        title=f"Every way to answer, judged on {evaluation.samples} samples of split "
+        f"{evaluation.split!r}. Contract: only heads that are looked at run; “against no exits” "
+        "compares this time with the untouched backbone's.",
+        columns=(
+            "",
+            "accuracy",
+            "95 % interval",
+            Column("probability of the truth", only="page"),
+            "interruptible, ms",
+            "contract, ms",
+            "against no exits",
+            "MACs",
+            "calibration error",
+            Column("answered by each exit, %", only="terminal"),
+        ),
+        rows=[
+            (
+                name,
+                percent(row.accuracy.value),
+                interval(row.accuracy),
+                percent(row.p_true.value) if row.p_true else "",
+                _three_digits(row.interruptible_s),
+                _three_digits(row.contract_s),
+                _signed(row.contract_s / free - 1.0 if free else 0.0),
+                count(row.macs),
+                f"{row.calibration_error:.3f}",
+                " ".join(f"{share * 100:.0f}" for share in row.shares),
+            )
+            for name, row in zip(names, evaluation.rows, strict=True)
+        ],
+        kinds=[row.kind for row in evaluation.rows],
+    )
+
+
+def engine_table(name: str, rows: Sequence[PairedComparison], evaluation: Evaluation) -> Table:
+    """Compare an engine's answers with torch's, exit by exit."""
+    return Table(
+        title=f"{name}, on the same {evaluation.samples} samples as torch.",
+        columns=(
+            "",
+            "accuracy",
+            "95 % interval",
+            "in torch",
+            "95 % interval",
+            "difference, points",
+            "95 % interval",
+            "same answer",
+            "contract, ms",
+        ),
+        rows=[
+            (
+                Cell(f"exit {row.exit}", row.name),
+                percent(row.accuracy.value),
+                interval(row.accuracy),
+                percent(row.reference.value),
+                interval(row.reference),
+                _points(row.difference.value),
+                f"{_points(row.difference.low)} to {_points(row.difference.high)}",
+                percent(row.same.value),
+                _three_digits(judged.contract_s),
+            )
+            for row, judged in zip(rows, evaluation.of("exit"), strict=True)
+        ],
+    )
+
+
+def real_times_table(evaluation: Evaluation) -> Table:
+    """Compare measured with predicted times, where samples were really answered."""
+    return Table(
+        title="Test samples really answered, one by one, on the clock of this machine.",
+        columns=(
+            "",
+            "measured, ms",
+            "95 % interval",
+            "predicted, ms",
+            "measured over predicted",
+            "samples",
+        ),
+        rows=[
+            (
+                row.name,
+                _three_digits(row.real.mean_s.value),
+                f"{_three_digits(row.real.mean_s.low)} to {_three_digits(row.real.mean_s.high)}",
+                _three_digits(row.real.predicted_s),
+                f"{row.real.mean_s.value / row.real.predicted_s:.2f}",
+                str(row.real.samples),
+            )
+            for row in evaluation.rows
+            if row.real is not None
+        ],
+    )
+
+
+def budgets_table(evaluation: Evaluation, chosen: str | None = None) -> Table:
+    """List expected accuracies under distributions of budgets.
+
+    Args:
+        chosen: Name of the distribution that comes first.
+    """
+    budgets = sorted(evaluation.budgets, key=lambda name: name != chosen)
+    names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
+    found = {(row.budget, row.name): row.accuracy for row in evaluation.under_budgets}
+    best = {budget: _best(found, budget) for budget in budgets}
+
+    def cell(budget: str, name: str) -> str | Cell:
+        accuracy = found.get((budget, name))
+        if accuracy is None:
+            return ""
+        strong = name != _ORACLE and accuracy.value >= best[budget]
+        return Cell(percent(accuracy.value), interval(accuracy), strong)
+
+    return Table(
+        title="Expected accuracy when the budget is random; no answer in time is wrong.",
+        columns=("", *(Cell(name, budget_words(evaluation.budgets[name])) for name in budgets)),
+        rows=[[name, *(cell(budget, name) for budget in budgets)] for name in names],
+        kinds=["oracle" if name == _ORACLE else "" for name in names],
+    )
+
+
+# knows each budget and the accuracy of every exit
+_ORACLE = "static oracle"
+
+
+def _best(found: Mapping[tuple[str, str], Estimate], budget: str) -> float:
+    return max(
+        (
+            accuracy.value
+            for (under, name), accuracy in found.items()
+            if under == budget and name != _ORACLE
+        ),
+        default=0.0,
+    )
+
+
+def budget_words(budget: Budget) -> str:
+    """Describe a distribution of budgets in a few words."""
+    if budget.shape == "point":
+        return f"always {amount(budget.high, budget.cost)}"
+    samples = f", n = {len(budget.samples_s)}" if budget.samples_s else ""
+    low = _three_digits(budget.low) if budget.cost == "time" else amount(budget.low, budget.cost)
+    return (
+        f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to "
+        f"{amount(budget.high, budget.cost)}{samples}"
+    )
+
+
+def costs_table(costs: CostProfile, batch_size: int) -> Table:
+    """List the measured times of one batch size, stage by stage and head by head."""
+    batch = costs.at(batch_size)
+    contract = costs.contract_s(batch_size=batch_size)
+    interruptible = costs.interruptible_s(batch_size=batch_size)
+    rows: list[Row] = []
+    for exit, name in enumerate(costs.exits):
+        so_far = (_three_digits(contract[exit]), _three_digits(interruptible[exit]))
+        macs = costs.head_macs[exit]
+        parameters = costs.head_parameters[exit]
+        headless = not (batch.heads[exit].max or macs or parameters)
+        rows.append(
+            (
+                Cell(f"stage {exit}", f"to {name}"),
+                *_times(batch.stages[exit]),
+                count(costs.stage_macs[exit]),
+                f"{costs.stage_parameters[exit]:,}",
+                *(so_far if headless else ("", "")),
+            )
+        )
+        if not headless:
+            rows.append(
+                (
+                    f"head {exit}",
+                    *_times(batch.heads[exit]),
+                    count(macs),
+                    f"{parameters:,}",
+                    *so_far,
+                )
+            )
+    mean = _three_digits(batch.exit_free.mean)
+    total = count(costs.exit_free_macs)
+    size = f"{sum(costs.stage_parameters):,}"
+    rows.append(("untouched backbone", *_times(batch.exit_free), total, size, mean, mean))
+    source = costs.provenance
+    return Table(
+        title=f"Measured times in ms in {source.engine or 'eager'} at batch size {batch_size}, "
+        f"{source.processor}, threads: {source.threads}; {noise_note(batch.noise)}.",
+        columns=(
+            "",
+            "mean",
+            "p50",
+            Column("p90", only="page"),
+            "p99",
+            Column("p99.9", only="page"),
+            Column("max", only="page"),
+            "n",
+            "MACs",
+            Column("parameters", only="page"),
+            "contract, ms",
+            "interruptible, ms",
+        ),
+        rows=rows,
+        # a stage's name has a detail
+        kinds=["" if isinstance(row[0], Cell) else "head" for row in rows[:-1]] + [""],
+    )
+
+
+def _times(part: Quantiles) -> Iterable[str]:
+    times = (part.mean, part.p50, part.p90, part.p99, part.p999, part.max)
+    return (*map(_three_digits, times), f"{part.n}")
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _signed(change: float) -> str:
+    return (
+        f"{change * 100:+.0f} %".replace("-", "\N{MINUS SIGN}") if abs(change) >= 0.005 else "0 %"
+    )

@@ -1,0 +1,134 @@
+"""Make one network of several trained ones, or let the exits of one answer together."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from impatient.verbs.notes import log
+from impatient.verbs.options import Force, NewDirectory
+
+if TYPE_CHECKING:
+    from impatient.evaluation.recording import Recording
+    from impatient.networks.combined_exits import RunningEnsemble
+    from impatient.networks.ensemble import EANN
+    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleOptions:
+    """Make one network of several, or let the exits of one answer together.
+
+    Several networks are run one after the other: an ensemble of growing depth (EANN).
+
+    Attributes:
+        members: Trained run directories, shallow to deep.
+        rule: With one member: how its exits answer together.
+    """
+
+    directory: NewDirectory
+    members: Annotated[Positional[tuple[Path, ...]], arg(metavar="MEMBER...")]
+    rule: Literal["arithmetic", "geometric", "poe", "caching"] = "geometric"
+    force: Force = False
+
+
+def ensemble(options: EnsembleOptions) -> None:
+    """Make a run directory of trained ones.
+
+    What is fitted, the errors to choose by and the temperatures, comes from the members' validation
+    recordings.
+
+    Raises:
+        StorageError: if the directory is taken, or a member has no validation recording.
+        StaleInput: if the members were trained on different data.
+    """
+    from impatient.errors import RunError, StorageError
+    from impatient.files import write_json
+    from impatient.verbs.run_directory import RunDirectory, save_weights
+
+    if not options.members:
+        raise RunError("no members; expected at least one trained run directory.")
+    run = RunDirectory(options.directory)
+    parts = [RunDirectory(member) for member in options.members]
+    if run.spec_file.is_file() and not options.force:
+        raise StorageError(
+            f"{run.path} is a run directory already; use another one, or --force to throw it away."
+        )
+    networks = [part.network()[0] for part in parts]
+    recordings = [part.recording("validation") for part in parts]
+    network, spec = (
+        _eann(parts, networks, recordings)
+        if len(parts) > 1
+        else _running_ensemble(parts[0], networks[0], recordings[0], options.rule)
+    )
+    shutil.rmtree(run.path, ignore_errors=True)
+    save_weights(network, run.weights_file)
+    alone = parts[-1].exit_free_weights_file
+    if alone.is_file():
+        run.exit_free.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(alone, run.exit_free_weights_file)
+    # last: a directory without it is none
+    write_json(run.spec_file, spec.to_json())
+    log.info(network.describe(spec.example()))
+    log.info("made: %s", run.path)
+
+
+def _eann(
+    parts: Sequence[RunDirectory], networks: Sequence[Any], recordings: Sequence[Recording]
+) -> tuple[EANN, NetworkSpec]:
+    from impatient.errors import StaleInput
+    from impatient.networks.ensemble import EANN
+
+    specs = [part.spec() for part in parts]
+    for part, spec in zip(parts, specs, strict=True):
+        if spec.data_fingerprint != specs[0].data_fingerprint:
+            raise StaleInput(
+                f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} "
+                f"({specs[0].data})."
+            )
+    errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
+    network = EANN(networks, errors)
+    spec = dataclasses.replace(
+        specs[-1],
+        model="ensemble of growing depth",
+        after=network.exit_names[:-1],
+        members=tuple(specs),
+        validation_errors=tuple(map(tuple, errors)),
+        provenance=specs[-1].provenance_of(network),
+    )
+    return network.eval(), spec
+
+
+def _running_ensemble(
+    part: RunDirectory, network: Any, recording: Recording, rule: Any
+) -> tuple[RunningEnsemble, NetworkSpec]:
+    """Fit temperatures for exits that answer together."""
+    from impatient.ensembling import Rule
+    from impatient.errors import RunError
+    from impatient.evaluation.derived import ensembled
+    from impatient.networks.combined_exits import RunningEnsemble
+    from impatient.policies.calibration import fit_temperatures
+
+    spec = part.spec()
+    if spec.members or spec.ensembling:
+        raise RunError(
+            f"{part.path} is an ensemble already; give a directory that `impatient train` made."
+        )
+    named = Rule(name=rule)
+    before = fit_temperatures(recording)
+    # caching promises that the answer's confidence never falls; a temperature of each exit's own
+    # would break that
+    after = (
+        None
+        if rule == "caching"
+        else fit_temperatures(ensembled(recording, named, temperatures=before))
+    )
+    together = RunningEnsemble(network, named, before, recalibration=after)
+    spec = dataclasses.replace(spec, ensembling=rule, provenance=spec.provenance_of(together))
+    return together.eval(), spec

@@ -1,0 +1,198 @@
+"""Judge every exit and policy of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import UseAppendAction, arg
+
+from impatient.verbs.notes import log
+from impatient.verbs.options import COUNT, AnyProfile, Directory, Engine, Threads, use_threads
+
+if TYPE_CHECKING:
+    from impatient.budgets import Budget
+    from impatient.costs import CostProfile
+    from impatient.evaluation.evaluate import Evaluation, StaticBaseline
+    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.evaluation.paired import PairedComparison
+    from impatient.evaluation.tables import Table
+    from impatient.verbs.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateOptions:
+    """Judge every exit and policy on the test split.
+
+    Attributes:
+        budget: A distribution over budgets in ms, such as uniform:0:10, or in mmacs, mb or mj:
+            uniform:0:40mmacs.
+        against: Run directory of a smaller network: its network without exits is judged, too, and
+            timed in turn with this one. May be given several times.
+        real: Also answer so many test samples one by one under every policy, and show what that
+            takes beside what was predicted.
+    """
+
+    directory: Directory
+    budget: str | None = None
+    against: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
+    real: Annotated[int, COUNT] = 0
+    engine: Engine = "eager"
+    any_profile: AnyProfile = False
+    threads: Threads = 0
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Judge every exit and fitted policy, beside the networks without exits of other runs."""
+    from impatient.errors import PolicyError, RunError
+    from impatient.evaluation.evaluate import evaluate, standard_budgets
+    from impatient.verbs.run_directory import EAGER, RunDirectory
+
+    use_threads(options.threads)
+    engine = options.engine
+    run = RunDirectory(options.directory).engine(engine)
+    if options.against and engine != EAGER:
+        raise RunError(
+            f"--against times other runs in torch, not in {engine}; leave out one of --against and "
+            "--engine."
+        )
+    costs = run.profile(any_machine=options.any_profile)
+    recording = run.recording("test")
+    policies = run.policies()
+    if options.real and not policies:
+        raise PolicyError(
+            f"{run.path} has no policy to answer under; run `impatient fit {run.path}`."
+        )
+    evaluation = evaluate(
+        recording,
+        costs,
+        policies,
+        same_weights=not run.spec().ensembling,
+        # recorded in full precision, and the profile's time is another's
+        exit_free=None if "int8" in engine else run.exit_free_recording("test"),
+        static=_static(run, costs, [RunDirectory(other) for other in options.against]),
+        budgets=standard_budgets(costs.interruptible_s()) | _chosen_budget(run, options.budget),
+    )
+    if options.real:
+        evaluation = _with_real_times(evaluation, run, costs, policies, options.real)
+    evaluation.save(run.evaluation_file)
+    log.info("evaluated on %d test samples: %s", evaluation.samples, run.evaluation_file)
+    return evaluation
+
+
+def shown(options: EvaluateOptions, evaluation: Evaluation) -> Iterator[Table]:
+    """Give rows, answers of the engine beside torch's, real times, and budgets."""
+    from impatient.evaluation import tables
+    from impatient.verbs.run_directory import EAGER
+
+    yield tables.evaluation_table(evaluation)
+    if options.engine != EAGER:
+        paired = beside_eager(options.directory, options.engine)
+        yield tables.engine_table(options.engine, paired, evaluation)
+    if options.real:
+        yield tables.real_times_table(evaluation)
+    yield tables.budgets_table(evaluation)
+
+
+def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, ...]:
+    """Compare what an engine answered on the test split with what torch answered."""
+    from impatient.evaluation.paired import beside
+    from impatient.verbs.run_directory import RunDirectory
+
+    run = RunDirectory(directory)
+    return beside(run.engine(engine).recording("test"), run.recording("test"))
+
+
+def _with_real_times(
+    evaluation: Evaluation,
+    run: RunDirectory,
+    costs: CostProfile,
+    policies: Mapping[str, AnyPolicy],
+    count: int,
+) -> Evaluation:
+    """Answer the first test samples under every policy.
+
+    The policies take turns, so that all meet the machine's changes alike.
+    """
+    import torch
+
+    from impatient.evaluation.evaluate import RealTime
+    from impatient.evaluation.metrics import mean
+    from impatient.evaluation.outcomes import outcome
+    from impatient.verbs.run import runner_of
+
+    data = run.data()
+    network = run.network()[0]
+    recording = run.recording("test")
+    runners = {
+        name: runner_of(network, costs, policy, any_profile=True)
+        for name, policy in policies.items()
+    }
+    samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    # the first ones again: threads and memory
+    for number, x in enumerate([*samples[:20], *samples]):
+        for name in runners if number % 2 else reversed(runners):
+            taken = runners[name].run(x).elapsed_s
+            if number >= min(20, len(samples)):
+                times[name].append(taken)
+    found = {
+        name: RealTime(
+            samples=len(samples),
+            mean_s=mean(torch.tensor(taken, dtype=torch.float64)),
+            predicted_s=float(
+                outcome(policies[name], recording, costs).contract_s[: len(samples)].mean()
+            ),
+        )
+        for name, taken in times.items()
+    }
+    rows = tuple(dataclasses.replace(row, real=found.get(row.name)) for row in evaluation.rows)
+    return dataclasses.replace(evaluation, rows=rows)
+
+
+def _static(
+    run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]
+) -> dict[str, StaticBaseline]:
+    """Measure other runs' networks without exits, in the terms of this run's profile."""
+    from impatient.evaluation.evaluate import StaticBaseline
+    from impatient.networks.describe import count_macs
+    from impatient.runtime.profile import time_in_turn
+
+    if not others:
+        return {}
+    x = run.spec().example()
+    networks = [run.network()[0]]
+    recordings = []
+    for other in others:
+        run.check_data(other.data())
+        alone = other.exit_free_recording("test")
+        recordings.append(other.recording("test") if alone is None else alone)
+        networks.append(other.network()[0] if alone is None else other.exit_free_network()[0])
+    here, *times = time_in_turn([network.backbone for network in networks], x)
+    # in proportion, since the machine may be faster or slower now than when the profile was made
+    scale = costs.exit_free_s() / here
+    return {
+        f"static {other.path.resolve().name}": StaticBaseline(
+            recording=recording, time_s=time_s * scale, macs=count_macs(network.backbone, x)
+        )
+        for other, recording, network, time_s in zip(
+            others, recordings, networks[1:], times, strict=True
+        )
+    }
+
+
+def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
+    """Give the budget asked for, or the one the network was trained for, by name."""
+    from impatient.budgets import parse_budget
+    from impatient.files import read_json
+
+    if text is None:
+        training = run.path / "training.json"
+        trained = read_json(training)["weights"] if training.is_file() else ""
+        # "=" is in the options of a rule: sieve:total=all
+        text = trained if ":" in trained and "=" not in trained else ""
+    return {text: parse_budget(text)} if text else {}

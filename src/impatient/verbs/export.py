@@ -1,0 +1,139 @@
+"""Export a run's network to another engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import arg
+
+from impatient.verbs.notes import log
+from impatient.verbs.options import POSITIVE, Directory, Flag, Quiet, Threads, use_threads
+
+if TYPE_CHECKING:
+    from impatient.engines.export import EngineTimes
+    from impatient.evaluation.tables import Table
+
+# training samples by which ranges for 8 bits are found
+CALIBRATION_BATCH = 16
+CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """Export the network to another engine, check that it answers the same, and measure it there.
+
+    Attributes:
+        engine: onnxruntime or openvino, which run without torch, a session per stage; with -session
+            behind the name, one session with all exits; or aoti (torch's compiler, ahead of time).
+        precision: fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static
+            (features, too; their ranges come from the training split).
+        policy: A fitted policy of thresholds, to go with it.
+        place: Write there instead of DIR/engines/ENGINE[-PRECISION].
+        lean: Leave out the network without exits, for comparisons only.
+        repeats: Measurements of each stage.
+        force: Replace what is there.
+    """
+
+    directory: Directory
+    engine: Literal[
+        "onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti"
+    ] = "onnxruntime"
+    precision: Literal["fp32", "int8-dynamic", "int8-static"] = "fp32"
+    policy: str | None = None
+    place: Annotated[Path | None, arg(name="out")] = None
+    lean: Flag = False
+    repeats: Annotated[int, POSITIVE] = 300
+    threads: Threads = 0
+    force: Flag = False
+    quiet: Quiet = False
+
+
+def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
+    """Export the trained network, measure it in the engine, and compare it with torch.
+
+    Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the
+    first of the training split.
+    """
+    import torch
+
+    from impatient.engines.export import (
+        add_costs,
+        engine_label,
+        engine_times,
+        export,
+        load_engine,
+        read_bundle,
+    )
+    from impatient.errors import PolicyError
+    from impatient.networks.multi_exit import MultiExitNetwork
+    from impatient.policies.rules import ThresholdPolicy
+    from impatient.runtime.profile import profile
+    from impatient.verbs.run_directory import RunDirectory
+
+    use_threads(options.threads)
+    engine = options.engine
+    run = RunDirectory(options.directory)
+    seen = run.engine(engine_label(engine, options.precision))
+    (network, _) = run.network()
+    rule = run.policy(options.policy) if options.policy else None
+    if rule is not None and not isinstance(rule, ThresholdPolicy):
+        raise PolicyError(
+            f"policy {options.policy!r} is learned; an exported network takes thresholds: fit one "
+            "without --learner."
+        )
+    batches = run.data().batches("train", CALIBRATION_BATCH)
+    samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
+    target = export(
+        network,  # type: ignore[arg-type]
+        options.place or seen.here,
+        engine=engine,
+        precision=options.precision,
+        example=samples[0][:4],
+        threads=torch.get_num_threads(),
+        calibration=samples,
+        policy=rule,
+        lean=options.lean,
+        force=options.force,
+    )
+    log.info("exported: %s", target)
+    if engine != "aoti":
+        log.info(
+            "to run it without torch: cd %s && python run.py INPUT.npy --deadline-ms 5 "
+            "(python run.py --help)",
+            target,
+        )
+    made = load_engine(target)
+    costs = profile(made, samples[0], repeats=options.repeats, progress=not options.quiet)
+    add_costs(target, costs)
+    if options.place is None:
+        costs.save(seen.profile_file)
+    # others cannot be exported
+    assert isinstance(network, MultiExitNetwork)
+    agreement = read_bundle(target)["agreement"]
+    return engine_times(network, made, agreement, samples[0][:1], repeats=options.repeats)
+
+
+def shown(_: ExportOptions, rows: Sequence[EngineTimes]) -> Iterator[Table]:
+    """Give whether the engine answers the same, and how long its stages take."""
+    from impatient.evaluation.tables import Table, in_ms
+
+    yield Table(
+        title="in the engine and in torch, in turn; medians in ms",
+        columns=("exit", "after", "largest difference", "engine", "torch", "engine / torch"),
+        left=2,
+        rows=[
+            (
+                str(index) if index < len(rows) - 1 else "",
+                row.name,
+                f"{row.agreement:.1e}",
+                in_ms(row.engine_s),
+                in_ms(row.eager_s),
+                f"{row.engine_s / row.eager_s:.2f}",
+            )
+            for index, row in enumerate(rows)
+        ],
+    )

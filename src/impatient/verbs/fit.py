@@ -1,0 +1,210 @@
+"""Fit a policy to a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from impatient.verbs.notes import log, warnings_as_notes
+from impatient.verbs.options import (
+    MILLIONS,
+    MJ,
+    MS,
+    POINTS,
+    AnyProfile,
+    Directory,
+    Threads,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from impatient.costs import CostProfile
+    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.evaluation.recording import Recording
+    from impatient.policies.gates import GatePolicy
+    from impatient.policies.risk import Certificate
+
+Score = Literal["max_probability", "margin", "entropy"]
+Learner = Literal["logistic", "svm", "mlp", "boosting"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """Fit a policy to a target on the validation split.
+
+    Without a target, to lose at most 1 point of accuracy.
+
+    Attributes:
+        max_accuracy_loss: Points of accuracy that may be lost against the last exit.
+        mean_time_s: Mean time per sample, ms.
+        mean_macs: Mean millions of multiply-accumulates per sample.
+        mean_bytes: Mean megabytes that operators read and write per sample.
+        mean_energy_j: Mean millijoules per sample; needs a profile with joules.
+        cost: What --max-loss is to save; by default time.
+        score: How sure an answer looks.
+        learner: Learn a gate per exit instead of a threshold.
+        inputs: What gates look at: confidences; features, before the head is paid (needs record
+            --features); or both.
+        delta: Guarantee --max-loss with probability 1 - DELTA, say 0.05: half of the validation
+            split is kept back to show it.
+        name: Name of the policy; by default the target.
+    """
+
+    directory: Directory
+    max_accuracy_loss: Annotated[float | None, POINTS, arg(name="max-loss")] = None
+    mean_time_s: Annotated[float | None, MS, arg(name="mean-ms")] = None
+    mean_macs: Annotated[float | None, MILLIONS, arg(name="mean-mmacs")] = None
+    mean_bytes: Annotated[float | None, MILLIONS, arg(name="mean-mb")] = None
+    mean_energy_j: Annotated[float | None, MJ, arg(name="mean-mj")] = None
+    cost: Literal["time", "macs", "bytes", "energy"] | None = None
+    score: Score = "max_probability"
+    learner: Learner | None = None
+    inputs: Literal["confidences", "features", "both"] = "confidences"
+    delta: float | None = None
+    name: str | None = None
+    any_profile: AnyProfile = False
+    threads: Threads = 0
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that are given; a loss of 1 point if none is."""
+        names = ("max_accuracy_loss", "mean_time_s", "mean_macs", "mean_bytes", "mean_energy_j")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given or {"max_accuracy_loss": 0.01}
+
+    @property
+    def policy_name(self) -> str:
+        """The name the policy is kept under."""
+        how = f"-{self.cost}" if self.cost else ""
+        learned = f"-{self.learner}-{self.inputs}" if self.learner else ""
+        sure = "" if self.delta is None else "-sure"
+        return self.name or target_name(self.targets) + how + learned + sure
+
+
+def target_name(targets: Mapping[str, float]) -> str:
+    """Name a policy after its first target, in the units of the command line."""
+    units = {
+        "max_accuracy_loss": ("loss", 100.0),
+        "mean_time_s": ("ms", 1e3),
+        "mean_macs": ("mmacs", 1e-6),
+        "mean_bytes": ("mb", 1e-6),
+        "mean_energy_j": ("mj", 1e3),
+        "time_price": ("price", 1.0),
+    }
+    target, value = next(iter(targets.items()))
+    kind, scale = units[target]
+    return f"{kind}-{value * scale:g}"
+
+
+def fit(options: FitOptions) -> AnyPolicy:
+    """Fit thresholds, or with a learner gates, and keep them under a name.
+
+    With delta, half of the recording is kept back to find the boldest policy that loses at most the
+    target, with probability 1 - delta; the certificate is kept, too.
+    """
+    from impatient.errors import PolicyError
+    from impatient.policies.rules import fit_thresholds
+    from impatient.verbs.run_directory import RunDirectory
+
+    use_threads(options.threads)
+    run = RunDirectory(options.directory)
+    if options.cost not in (None, "time") and (options.learner or options.delta is not None):
+        raise PolicyError(
+            f"--cost {options.cost} goes with plain thresholds; leave --learner and --delta away."
+        )
+    recording = run.recording("validation")
+    costs = run.profile(any_machine=options.any_profile)
+    targets: dict[str, Any] = options.targets
+    policy: AnyPolicy
+    certificate = None
+    with warnings_as_notes():
+        if options.delta is not None:
+            policy, certificate = _certified(recording, costs, options, options.delta)
+        elif options.learner:
+            policy = _gates(recording, costs, options)
+        else:
+            policy = fit_thresholds(
+                recording, costs, score=options.score, cost=options.cost, **targets
+            )
+    file = run.save_policy(options.policy_name, policy, certificate)
+    log.info("fitted on %d validation samples: %s", len(recording.labels), file)
+    if certificate is not None:
+        log.info(certificate.statement)
+    return policy
+
+
+def shown(_: FitOptions, policy: AnyPolicy) -> Iterator[str]:
+    """Give the thresholds of a policy that has some."""
+    from impatient.policies.rules import ThresholdPolicy
+
+    if isinstance(policy, ThresholdPolicy) and (bounds := policy.thresholds[:-1]):
+        words = ("closed" if bound == math.inf else f"{bound:.3f}" for bound in bounds)
+        yield f"thresholds: {', '.join(words)}"
+
+
+def _gates(recording: Recording, costs: CostProfile, options: FitOptions) -> GatePolicy:
+    """Fit gates, with what asking them takes."""
+    from impatient.errors import PolicyError
+    from impatient.policies.gate_fitting import fit_gates
+
+    targets: dict[str, Any] = options.targets
+    if not targets.keys() <= {"mean_time_s", "max_accuracy_loss"}:
+        raise PolicyError(
+            "gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away."
+        )
+    learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
+    asking_s = _asking_s(recording, costs, learned)
+    return fit_gates(recording, costs, gate_s=asking_s, **learned, **targets)
+
+
+def _asking_s(recording: Recording, costs: CostProfile, learned: Mapping[str, Any]) -> float:
+    """Measure how long asking a gate takes, on gates fitted without it."""
+    import numpy as np
+
+    from impatient.policies.gate_fitting import sweep_gates
+    from impatient.policies.gates import gate_time_s
+
+    # at one of them gates are open whose asking can be timed
+    prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
+    measured = [
+        gate_time_s(point.policy, recording)
+        for point in sweep_gates(recording, costs, prices.tolist(), **learned)
+    ]
+    asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
+    return float(np.median(asked)) if asked else 0.0
+
+
+def _certified(
+    recording: Recording, costs: CostProfile, options: FitOptions, delta: float
+) -> tuple[Any, Certificate]:
+    """Find the boldest of a family fitted on one half, by what the other half shows."""
+    from impatient.errors import PolicyError
+    from impatient.policies.gate_fitting import sweep_gates
+    from impatient.policies.risk import control_risk, scaled_family
+    from impatient.policies.rules import fit_thresholds
+    from impatient.policies.splits import split_recording
+
+    targets = options.targets
+    if set(targets) != {"max_accuracy_loss"}:
+        raise PolicyError(
+            "a guarantee is one about accuracy; give --delta with --max-loss, and no other target."
+        )
+    loss = targets["max_accuracy_loss"]
+    part, calibration = split_recording(recording)
+    candidates: Sequence[Any]
+    if options.learner is None:
+        fitted = fit_thresholds(part, costs, score=options.score, max_accuracy_loss=loss)
+        candidates = scaled_family(fitted)
+    else:
+        learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
+        asking_s = _asking_s(part, costs, learned)
+        # at rising prices of time: from safe to bold
+        candidates = [
+            point.policy for point in sweep_gates(part, costs, gate_s=asking_s, **learned)
+        ]
+    controlled = control_risk(candidates, calibration, epsilon=loss, delta=delta)
+    return controlled.policy, controlled.certificate

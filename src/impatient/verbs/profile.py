@@ -1,0 +1,119 @@
+"""Measure what every stage and head of a run's network costs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from impatient.verbs.notes import log
+from impatient.verbs.options import COUNTS, NAMES, POSITIVE, Directory, Force, Quiet
+
+if TYPE_CHECKING:
+    from impatient.costs import CostProfile
+    from impatient.evaluation.tables import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """Measure what every stage and head costs on this machine.
+
+    Attributes:
+        batch_sizes: Batch sizes to measure, with commas between.
+        repeats: Measurements of each stage and head.
+        engines: Engines to measure, with commas between: eager, compile, or one that `impatient
+            export` has made in DIR/engines. Each has its own profile.json.
+        threads: Thread counts to measure, with commas between; 0 leaves torch's own choice. The
+            first is that of profile.json, another that of profile-t2.json.
+    """
+
+    directory: Directory
+    batch_sizes: Annotated[tuple[int, ...], COUNTS] = (1,)
+    repeats: Annotated[int, POSITIVE] = 300
+    engines: Annotated[tuple[str, ...], NAMES, arg(name="engine", aliases=["--engines"])] = (
+        "eager",
+    )
+    threads: Annotated[tuple[int, ...], COUNTS] = (0,)
+    force: Force = False
+    quiet: Quiet = False
+
+
+def profile(options: ProfileOptions) -> dict[Path, CostProfile]:
+    """Profile a run in several engines and with several thread counts, one file for each.
+
+    A profile of this network, engine and machine that is there already is kept. The first thread
+    count's is the engine's profile.json, which the other steps read.
+
+    Returns:
+        The profiles by file.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    made = {}
+    try:
+        for engine, (place, count) in itertools.product(
+            options.engines, enumerate(options.threads)
+        ):
+            torch.set_num_threads(count or before)
+            name = f"profile-t{count or before}.json" if place else "profile.json"
+            file, costs = _profiled(options, engine, name)
+            made[file] = costs
+    finally:
+        torch.set_num_threads(before)
+    return made
+
+
+def _profiled(options: ProfileOptions, engine: str, name: str) -> tuple[Path, CostProfile]:
+    from impatient.costs import CostProfile
+    from impatient.runtime.profile import profile
+    from impatient.verbs.run_directory import RunDirectory
+
+    run = RunDirectory(options.directory).engine(engine)
+    network, _ = run.network()
+    file = run.profile_file.with_name(name)
+    if file.is_file() and not options.force:
+        known = CostProfile.load(file)
+        reason = _not_fresh(known, network, options.batch_sizes, options.repeats)
+        if not reason:
+            log.info("up to date: %s (--force to measure again)", file)
+            return file, known
+        log.info("measuring again: %s", reason)
+    costs = profile(
+        network,
+        run.spec().example(),
+        batch_sizes=options.batch_sizes,
+        repeats=options.repeats,
+        progress=not options.quiet,
+    )
+    costs.save(file)
+    log.info("profiled: %s", file)
+    return file, costs
+
+
+def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int) -> str:
+    """Say why a profile must be made again; empty if it need not."""
+    from impatient.errors import StaleInput
+    from impatient.runtime.profile import check_profile
+
+    try:
+        check_profile(costs, network, "measure again")
+    except StaleInput as reason:
+        return str(reason)
+    fresh = all(
+        size in costs.batches and costs.at(size).exit_free.n >= repeats for size in batch_sizes
+    )
+    return "" if fresh else "other batch sizes or more repeats are asked for."
+
+
+def shown(options: ProfileOptions, made: dict[Path, CostProfile]) -> Iterator[Table]:
+    """Give the measured times of every batch size."""
+    from impatient.evaluation.tables import costs_table
+
+    for costs in made.values():
+        for size in options.batch_sizes:
+            yield costs_table(costs, size)

@@ -1,0 +1,194 @@
+"""Answer for input files by a deadline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from impatient.verbs.options import (
+    MS,
+    AnyProfile,
+    Directory,
+    Engine,
+    Flag,
+    Threads,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from impatient.costs import CostProfile
+    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.evaluation.tables import Table
+    from impatient.runtime.answer import Answer
+    from impatient.runtime.runner import Runner
+    from impatient.verbs.run_directory import NetworkSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Answer for images by a deadline.
+
+    Attributes:
+        inputs: Image files, or .npy files of one raw sample each, without a batch dimension:
+            pixels of 0 to 255 (uint8) or 0 to 1; they are standardised here.
+        deadline_s: Time for each answer, ms; without it, no limit.
+        policy: A fitted policy, to stop when going on is not worth it.
+        when_late: What to do when not even the first exit fits.
+        json: Print JSON.
+    """
+
+    directory: Directory
+    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
+    deadline_s: Annotated[float | None, MS, arg(name="deadline-ms")] = None
+    policy: str | None = None
+    when_late: Literal["answer", "raise"] = "answer"
+    engine: Engine = "eager"
+    json: Flag = False
+    any_profile: AnyProfile = False
+    threads: Threads = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileAnswer:
+    """The answer for one file: its most probable class, and how the run went."""
+
+    file: Path
+    label: str
+    probability: float
+    answer: Answer
+
+
+def run(options: RunOptions) -> list[FileAnswer]:
+    """Answer for each input file by the deadline."""
+    from impatient.clock import NEVER, Deadline
+    from impatient.errors import RunError
+    from impatient.verbs.run_directory import RunDirectory
+
+    use_threads(options.threads)
+    if not options.inputs:
+        raise RunError("no input files; expected at least one image (or .npy array) to answer for.")
+    run = RunDirectory(options.directory).engine(options.engine)
+    spec = run.spec()
+    # all are read before the first deadline is stamped
+    inputs = [_read_input(spec, file) for file in options.inputs]
+    network, _ = run.network()
+    runner = runner_of(
+        network,
+        run.profile(any_machine=options.any_profile),
+        run.policy(options.policy) if options.policy else None,
+        any_profile=options.any_profile,
+        when_late=options.when_late,
+    )
+    runner.warm_up(inputs[0])
+    answers = []
+    for file, x in zip(options.inputs, inputs, strict=True):
+        limit_s = options.deadline_s
+        answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
+        probabilities = answer.output.float().softmax(-1)[0]
+        best = int(probabilities.argmax())
+        answers.append(
+            FileAnswer(
+                file=file,
+                label=spec.class_names[best],
+                probability=float(probabilities[best]),
+                answer=answer,
+            )
+        )
+    return answers
+
+
+def shown(options: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table | str]:
+    """Give a table of the answers, or JSON."""
+    from impatient.evaluation.tables import Cell, Table, in_ms
+
+    if options.json:
+        yield to_json(answers)
+        return
+    yield Table(
+        title="",
+        columns=("file", "answer", "probability", "exit", "ms", "stopped by", "in time"),
+        left=2,
+        rows=[
+            (
+                str(row.file),
+                row.label,
+                f"{row.probability:.1%}",
+                str(row.answer.exit),
+                in_ms(row.answer.elapsed_s),
+                row.answer.stopped_by,
+                "yes" if row.answer.deadline_met else Cell("NO", strong=True),
+            )
+            for row in answers
+        ],
+    )
+
+
+def to_json(answers: Sequence[FileAnswer]) -> str:
+    """Write answers as JSON, times in milliseconds."""
+    return json.dumps(
+        [
+            {
+                "file": str(row.file),
+                "answer": row.label,
+                "probability": round(row.probability, 6),
+                "exit": row.answer.exit,
+                "elapsed_ms": round(row.answer.elapsed_s * 1e3, 4),
+                "stopped_by": row.answer.stopped_by,
+                "deadline_met": row.answer.deadline_met,
+            }
+            for row in answers
+        ],
+        indent=1,
+    )
+
+
+def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **options: Any) -> Runner:
+    """Make a runner for a network and a policy of any kind.
+
+    A selection routes its cascade; all others are asked at exits.
+    """
+    from impatient.policies.routing import SelectionPolicy
+    from impatient.runtime.runner import Runner
+
+    if isinstance(policy, SelectionPolicy):
+        return Runner(network.routed(policy), costs, **options)
+    return Runner(network, costs, policy, **options)  # type: ignore[arg-type]  # mixtures are drawn for each run
+
+
+def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
+    import torch
+
+    from impatient.errors import DataError
+
+    if not file.is_file():
+        raise DataError(
+            f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}."
+        )
+    raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
+    if tuple(raw.shape[1:]) != spec.example_shape:
+        raise DataError(
+            f"{file} has shape {tuple(raw.shape[1:])}; expected one raw sample of shape "
+            f"{spec.example_shape}, without a batch dimension."
+        )
+    if not torch.isfinite(raw).all():
+        raise DataError(f"{file} holds NaN or infinite values; expected finite numbers.")
+    return spec.preprocess(raw)
+
+
+def _read_array(file: Path) -> Tensor:
+    import numpy as np
+    import torch
+
+    from impatient.errors import DataError
+
+    try:
+        return torch.from_numpy(np.load(file, allow_pickle=False))[None]
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise DataError(f"{file} cannot be read as a plain array: {error}") from error

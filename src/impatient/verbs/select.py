@@ -1,0 +1,229 @@
+"""Learn which of several networks each sample needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from impatient.verbs.fit import Learner, target_name
+from impatient.verbs.notes import log, warnings_as_notes
+from impatient.verbs.options import (
+    MS,
+    POINTS,
+    POSITIVE,
+    SHARE,
+    Force,
+    NewDirectory,
+    Quiet,
+    Threads,
+    use_threads,
+)
+
+if TYPE_CHECKING:
+    from impatient.evaluation.evaluate import Evaluation
+    from impatient.evaluation.tables import Table
+    from impatient.training.data import Data
+    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectOptions:
+    """Learn which of several networks each sample needs, without training any of them.
+
+    Attributes:
+        members: Networks from cheap to dear: run directories, model specs with pretrained weights,
+            or SPEC@FILE.safetensors.
+        data: Data as for train; the networks should not have been trained on its validation split.
+        max_accuracy_loss: Points of accuracy that may be lost against the last network; 1 unless
+            another target is given.
+        mean_time_s: Mean time per sample, ms.
+        time_price: What a second costs, in wrong answers.
+        topology: Allowed moves: full (to any later network), chain (to the next) or star (from the
+            first to any).
+        learner: How moves are learned.
+        method: How one of more than two moves is learned.
+        name: Name of the policy; by default the target.
+        validation: Share of the training examples held out, to learn on.
+        seed: Seed of the splits.
+        repeats: Measurements of each network.
+    """
+
+    directory: NewDirectory
+    members: Annotated[Positional[tuple[str, ...]], arg(metavar="MEMBER...")]
+    data: str = "digits"
+    max_accuracy_loss: Annotated[float | None, POINTS, arg(name="max-loss")] = None
+    mean_time_s: Annotated[float | None, MS, arg(name="mean-ms")] = None
+    time_price: Annotated[float | None, arg(name="price")] = None
+    topology: Literal["full", "chain", "star"] = "full"
+    learner: Learner = "logistic"
+    method: Literal["filter_tree", "regression"] = "filter_tree"
+    name: str | None = None
+    validation: Annotated[float, SHARE] = 0.1
+    seed: int = 0
+    repeats: Annotated[int, POSITIVE] = 300
+    threads: Threads = 0
+    force: Force = False
+    quiet: Quiet = False
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that are given; a loss of 1 point if none is."""
+        names = ("max_accuracy_loss", "mean_time_s", "time_price")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given or {"max_accuracy_loss": 0.01}
+
+    @property
+    def policy_name(self) -> str:
+        """The name the policy is kept under."""
+        return self.name or target_name(self.targets)
+
+    @property
+    def cascade_name(self) -> str:
+        """What the run directory says it holds."""
+        return "cascade of " + " -> ".join(self.members)
+
+
+def select(options: SelectOptions) -> Evaluation:
+    """Make a cascade of networks, learn which of them a sample needs, and judge it.
+
+    Raises:
+        StaleInput: if the directory holds another cascade.
+        ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
+    """
+    from impatient.errors import NoEffectWarning, StaleInput
+    from impatient.evaluation.outcomes import node_times_s
+    from impatient.policies.selection import decision_time_s, fit_selection
+    from impatient.policies.topology import Topology
+    from impatient.verbs.evaluate import EvaluateOptions, evaluate
+    from impatient.verbs.profile import ProfileOptions, profile
+    from impatient.verbs.record import RecordOptions, record
+    from impatient.verbs.run_directory import RunDirectory
+
+    use_threads(options.threads)
+    run = RunDirectory(options.directory)
+    if options.force or not run.spec_file.is_file():
+        _begin_cascade(run, options)
+    spec = run.spec()
+    if (
+        not spec.cascade
+        or spec.model != options.cascade_name
+        or (spec.data, spec.seed, spec.validation)
+        != (options.data, options.seed, options.validation)
+    ):
+        raise StaleInput(
+            f"{run.path} holds {spec.model} on {spec.data}, not {options.cascade_name} on "
+            f"{options.data}; use another directory, or --force to throw it away."
+        )
+    quiet = options.quiet
+    profile(ProfileOptions(directory=run.path, repeats=options.repeats, quiet=quiet))
+    costs = run.profile()
+    record(RecordOptions(directory=run.path, quiet=quiet))
+    recording = run.recording("validation")
+    graphs = {"chain": Topology.chain, "full": Topology.full, "star": Topology.star}
+    problem = (recording, node_times_s(costs), graphs[options.topology](spec.after))
+    wanted: dict[str, Any] = {
+        "learner": options.learner,
+        "method": options.method,
+        **options.targets,
+    }
+    with warnings.catch_warnings():
+        # the second fit says so, if it is so
+        warnings.simplefilter("ignore", NoEffectWarning)
+        first = fit_selection(*problem, **wanted)
+    with warnings_as_notes():
+        policy = fit_selection(*problem, gate_s=decision_time_s(first, recording), **wanted)
+    file = run.save_policy(options.policy_name, policy)
+    log.info("fitted on %d validation samples: %s", len(recording.labels), file)
+    return evaluate(EvaluateOptions(directory=run.path))
+
+
+def shown(options: SelectOptions, evaluation: Evaluation) -> Iterator[Table | str]:
+    """Give the judged rows, and what the policy saves."""
+    from impatient.evaluation.tables import evaluation_table, in_ms
+
+    yield evaluation_table(evaluation)
+    name = options.policy_name
+    policy = evaluation[name]
+    last = evaluation["no exits, same weights"]
+    points = (policy.accuracy.value - last.accuracy.value) * 100
+    yield (
+        f"{name}: {last.contract_s / policy.contract_s:.2f} times as fast as the last network "
+        f"alone ({in_ms(policy.contract_s)} instead of {in_ms(last.contract_s)} ms a sample), "
+        f"{abs(points):.1f} points of accuracy {'lost' if points < 0 else 'gained'}"
+    )
+
+
+def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
+    from impatient.files import write_json
+    from impatient.networks.cascade import Cascade
+    from impatient.training.data import load_data
+    from impatient.verbs.run_directory import save_weights
+
+    data = load_data(options.data, seed=options.seed, validation=options.validation)
+    specs = []
+    networks = []
+    for member in options.members:
+        spec, network = _member(member, data, options)
+        specs.append(spec)
+        networks.append(network)
+    names = [
+        (member.rpartition("@")[0] or member).rstrip("/").rpartition("/")[2]
+        for member in options.members
+    ]
+    if len(set(names)) < len(names):
+        names = [
+            f"{index} {member.rpartition('@')[0] or member}"
+            for index, member in enumerate(options.members)
+        ]
+    cascade = Cascade(networks, names)
+    if run.spec_file.is_file():
+        # not before all members are there
+        shutil.rmtree(run.path)
+    save_weights(cascade, run.weights_file)
+    spec = dataclasses.replace(
+        specs[-1],
+        model=options.cascade_name,
+        after=cascade.exit_names,
+        members=tuple(specs),
+        cascade=True,
+        ensembling="",
+        provenance=specs[-1].provenance_of(cascade),
+    )
+    # last: a directory without it is none
+    write_json(run.spec_file, spec.to_json())
+
+
+def _member(member: str, data: Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:
+    """Load one network of a cascade, without exits, and say how to build it again."""
+    from impatient.errors import StaleInput
+    from impatient.verbs.run_directory import (
+        RunDirectory,
+        fresh_model,
+        load_weights,
+        spec_of,
+    )
+
+    part = RunDirectory(member)
+    if part.spec_file.is_file():
+        spec = part.spec()
+        if spec.cascade or spec.data_fingerprint != data.fingerprint:
+            raise StaleInput(
+                f"{part.path} is a cascade itself, or was trained on other data than {data.name}."
+            )
+        trained = part.exit_free_network if part.exit_free_weights_file.is_file() else part.network
+        return spec, trained()[0].backbone
+    model, _, weights = (
+        member.rpartition("@") if member.endswith(".safetensors") else (member, "", "")
+    )
+    network = fresh_model(model, data.num_classes, data.preprocess, options.seed)
+    if weights:
+        load_weights(network, Path(weights), Path(weights).parent)
+    spec = spec_of(network, data, model=model, seed=options.seed, validation=options.validation)
+    return spec, network.eval()

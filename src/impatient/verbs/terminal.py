@@ -1,0 +1,29 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+import rich.table
+from rich.text import Text
+
+from impatient.evaluation.tables import Cell, Column, Table
+
+
+def rich_table(table: Table) -> rich.table.Table:
+    """Draw a table for the terminal."""
+    shown = table.shown_in("terminal")
+    made = rich.table.Table(
+        title=Text(shown.title, style="italic"), title_justify="left", header_style="bold"
+    )
+    for index, title in enumerate(shown.columns):
+        made.add_column(_text(title), justify="left" if index < shown.left else "right")
+    for row in shown.rows:
+        made.add_row(*map(_text, row))
+    return made
+
+
+def _text(cell: str | Cell | Column) -> Text:
+    # no markup: names may have brackets of their own
+    if not isinstance(cell, Cell):
+        return Text(str(cell))
+    text = f"{cell.text} ({cell.detail})" if cell.detail else cell.text
+    return Text(text, style="bold" if cell.strong else "")

@@ -1,0 +1,305 @@
+"""Train a network with exits into a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from impatient.ensembling import RuleName
+from impatient.recipe import Recipe
+from impatient.verbs.notes import log
+from impatient.verbs.options import NAMES, POSITIVE, SHARE, Directory, Flag, Quiet
+
+if TYPE_CHECKING:
+    from impatient.costs import Cost, CostProfile
+    from impatient.training.data import Data
+    from impatient.training.loop import ExitWeights
+    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
+
+Head = Literal[
+    "linear",
+    "relu_linear",
+    "mlp",
+    "mlp_dropout",
+    "flatten",
+    "adaptive",
+    "conv1x1",
+    "rescale",
+    "msdnet",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """Train a network with exits; go on from the checkpoint if there is one.
+
+    Attributes:
+        model: SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
+            transformers:..., package.module:factory.
+        data: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
+        exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
+            the model's own.
+        after: Instead of --exits: modules to exit after, or every:2 for every second block.
+        heads: Kind of early prediction layers; by default linear, or the model's own.
+        weights: Exit weights: uniform, linear, half_end, sieve, exp_lin, inverse_square, each with
+            options (sieve:last_to_early=2,total=all); adaloss; numbers (1,0.5,1); or a budget in
+            ms: uniform:0:10, small_likely:0:10, log:FILE, ..., or with a unit: uniform:0:40mmacs,
+            mb, mj. By default uniform, or the model's own.
+        mode: Costs behind a budget's weights.
+        ensembling: Let exits answer together. Boosted is for training; the others, rather for
+            `impatient ensemble`.
+        exit_free: Also train the backbone without exits, to compare with.
+        validation: Share of the training examples held out.
+        accelerator: Device as in Lightning Fabric: auto, cpu, cuda, mps.
+        devices: Number of processes, one per device.
+        strategy: Strategy as in Lightning Fabric: auto, ddp, ...
+        precision: Precision as in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...
+        restart: Throw an earlier run in DIR away.
+    """
+
+    directory: Directory
+    model: str = "impatient:resnet"
+    data: str = "digits"
+    exits: Annotated[int | None, POSITIVE] = None
+    after: Annotated[tuple[str, ...], NAMES] = ()
+    heads: Head | None = None
+    weights: str | None = None
+    mode: Literal["interruptible", "contract"] = "interruptible"
+    ensembling: RuleName | None = None
+    recipe: Annotated[Recipe, arg(name="")] = field(default_factory=Recipe)
+    exit_free: bool = True
+    validation: Annotated[float, SHARE] = 0.1
+    accelerator: str = "auto"
+    devices: Annotated[int, POSITIVE] = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    restart: Flag = False
+    quiet: Quiet = False
+
+    @property
+    def rule(self) -> str | None:
+        """The rule in `after`, if it is one: "every:2"."""
+        return self.after[0] if len(self.after) == 1 and ":" in self.after[0] else None
+
+
+def train(options: TrainOptions) -> None:
+    """Train a network with exits, and beside it the same backbone without exits."""
+    from impatient.networks.cascade import Cascade
+    from impatient.networks.ensemble import EANN
+    from impatient.training.data import load_data
+    from impatient.training.loop import fit
+    from impatient.verbs.run_directory import RunDirectory, save_weights
+
+    run = RunDirectory(options.directory)
+    if options.restart and run.spec_file.is_file():
+        shutil.rmtree(run.path)
+    recipe = options.recipe
+    data = load_data(options.data, seed=recipe.seed, validation=options.validation)
+    spec = _spec(run, options, data)
+    network = spec.build()
+    # _spec has refused to train one
+    assert not isinstance(network, EANN | Cascade)
+    log.info(network.describe(spec.example()))
+    weights = _exit_weights(run, options, network)
+    # starts the other processes, if any; they come through all of this too
+    fabric = _fabric(options)
+    fit(
+        network,
+        data,
+        weights=weights,
+        recipe=recipe,
+        fabric=fabric,
+        progress=not options.quiet,
+        checkpoint=run.path / "checkpoint.safetensors",
+        metrics_csv=run.path / "metrics.csv",
+    )
+    if fabric.is_global_zero:
+        save_weights(network, run.weights_file)
+    if options.exit_free:
+        log.info("the same backbone without exits, to compare with:")
+        alone = spec.build_exit_free()
+        fit(
+            alone,
+            data,
+            recipe=dataclasses.replace(recipe, regime="joint"),
+            fabric=fabric,
+            progress=not options.quiet,
+            checkpoint=run.exit_free / "checkpoint.safetensors",
+            metrics_csv=run.exit_free / "metrics.csv",
+        )
+        if fabric.is_global_zero:
+            save_weights(alone, run.exit_free_weights_file)
+    log.info("trained: %s", run.weights_file)
+
+
+def _spec(run: RunDirectory, options: TrainOptions, data: Data) -> NetworkSpec:
+    """Give the network's description: a new one, or that of the run, which must agree."""
+    from impatient.errors import RunError, StaleInput
+    from impatient.files import write_json
+    from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS
+
+    if not run.spec_file.is_file():
+        spec = _new_spec(options, data)
+        write_json(run.spec_file, spec.to_json())
+        return spec
+    spec = run.spec()
+    if spec.members:
+        raise RunError(
+            f"{run.path} is made of trained members; train those, and make it anew with `impatient "
+            "ensemble` or `select`."
+        )
+    # of a model with exits of its own nothing need be said
+    heads, exits = (
+        (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
+    )
+    wanted: dict[str, object] = {
+        "model": options.model,
+        "data": options.data,
+        "heads": options.heads or heads,
+        "seed": options.recipe.seed,
+        "validation": options.validation,
+        "ensembling": options.ensembling or "",
+    }
+    begun = {name: getattr(spec, name) for name in wanted}
+    if options.rule:
+        begun["after"] = _placed(spec, options.rule)
+        wanted["after"] = spec.after
+    elif options.after:
+        begun["after"] = spec.after
+        wanted["after"] = options.after
+    else:
+        begun["exits"] = len(spec.after) + 1
+        wanted["exits"] = exits if options.exits is None else options.exits
+    for name, value in wanted.items():
+        if begun[name] != value:
+            raise StaleInput(
+                f"{run.path} was begun with --{name} {_written(begun[name])}, not "
+                f"{_written(value)}. Say the old value, use another directory, or --restart to "
+                "throw the old run away."
+            )
+    run.check_data(data)
+    return spec
+
+
+def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
+    """Place the exits of a model and describe the result; a model may have exits of its own.
+
+    Raises:
+        ModelSpecError: if it has, and yet `after`, `exits` or `heads` is given.
+    """
+    from impatient.ensembling import Rule
+    from impatient.errors import ModelSpecError
+    from impatient.networks.combined_exits import RunningEnsemble
+    from impatient.networks.describe import DescribedNetwork
+    from impatient.networks.multi_exit import attach_exits
+    from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS, fresh_model, spec_of
+
+    seed = options.recipe.seed
+    network: Any = fresh_model(options.model, data.num_classes, data.preprocess, seed)
+    if isinstance(network, DescribedNetwork):
+        if options.after or options.exits is not None or options.heads is not None:
+            raise ModelSpecError(
+                f"{options.model} has {network.num_exits} exits of its own; leave --exits, --after "
+                "and --heads away."
+            )
+        heads: str = OWN_HEADS
+    else:
+        heads = options.heads or "linear"
+        network = attach_exits(
+            network,
+            example=data.example(),
+            after=options.rule or list(options.after) or "auto",
+            count=DEFAULT_EXITS if options.exits is None else options.exits,
+            heads=heads,
+            num_classes=data.num_classes,
+        )
+    if options.ensembling:
+        network = RunningEnsemble(network, Rule(name=options.ensembling))
+    spec = spec_of(network, data, model=options.model, seed=seed, validation=options.validation)
+    return dataclasses.replace(
+        spec,
+        after=network.exit_names[:-1],
+        heads=heads,
+        ensembling=options.ensembling or "",
+    )
+
+
+def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
+    """Find where a rule puts the exits."""
+    from impatient.networks.multi_exit import attach_exits
+    from impatient.verbs.run_directory import fresh_model
+
+    backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
+    return tuple(map(str, attach_exits(backbone, example=spec.example(), after=rule).cuts))
+
+
+def _written(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _fabric(options: TrainOptions) -> Any:
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy=options.strategy,
+        precision=options.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
+    """Give weights by name, or from a budget and this machine's costs; or those of the run."""
+    from impatient.budgets import exit_weights, parse_budget
+    from impatient.errors import StaleInput
+    from impatient.files import read_json, write_json
+    from impatient.training.loop import default_weights
+    from impatient.training.weights import parse_weights
+
+    wanted = options.weights or default_weights(network)
+    file = run.path / "training.json"
+    if file.is_file():
+        begun = read_json(file)
+        if (begun["weights"], begun["mode"]) == (wanted, options.mode):
+            return tuple(begun["numbers"]) if begun["numbers"] else wanted
+        raise StaleInput(
+            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say "
+            "so again, use another directory, or --restart to throw the old run away."
+        )
+    if wanted == "adaloss":
+        log.info("exit weights: they follow the losses (AdaLoss)")
+        write_json(file, {"weights": wanted, "mode": options.mode, "numbers": None})
+        return wanted
+    if ":" in wanted and "=" not in wanted:
+        budget = parse_budget(wanted)
+        costs = _profile_for_weights(run, network, budget.cost)
+        numbers = exit_weights(budget, costs.cumulative(budget.cost, options.mode), normalise=True)
+    else:
+        numbers = parse_weights(wanted, network.num_exits)
+    log.info("exit weights: %s", ", ".join(f"{number:.3f}" for number in numbers))
+    if unwanted := [
+        name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0
+    ]:
+        log.info("exits of weight 0, which are not trained: %s", ", ".join(unwanted))
+    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers})
+    return numbers
+
+
+def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> CostProfile:
+    from impatient.costs import CostProfile
+    from impatient.runtime.profile import profile
+
+    known = CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
+    # joules need a meter, which only a caller from Python can bring
+    if known is not None and (known.holds(cost) or cost == "energy"):
+        return known
+    log.info("measuring what each exit costs, for the weights:")
+    costs = profile(network, run.spec().example(), repeats=100, progress=True)
+    costs.save(run.profile_file)
+    return costs
