@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
@@ -81,20 +81,14 @@ class Notes(logging.Handler):
 
 def main() -> None:
     """Run a verb: errors of ours are one message, Ctrl-C is a clean stop."""
-    options = tyro.extras.subcommand_cli_from_dict(
-        {name: verb.options for name, verb in VERBS.items()},
-        prog="impatient",
-        description=DESCRIPTION,
-        args=sys.argv[1:] or ["--help"],
-        config=CONFIG,
-    )
-    verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
-    log = logging.getLogger("impatient")
-    log.setLevel(logging.INFO)
     # other processes of the same training stay silent
     first = os.environ.get("LOCAL_RANK", "0") == "0"
+    log = logging.getLogger("impatient")
+    log.setLevel(logging.INFO)
     log.handlers = [Notes() if first else logging.NullHandler()]
     try:
+        options = parse(sys.argv[1:] or ["--help"])
+        verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
         result = verb.work(options)
         for part in verb.shown(options, result) if first else ():
             show(part)
@@ -109,6 +103,17 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
         sys.exit(STOPPED)
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """Read a command line as the options of its verb; says what is wrong with it and exits."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {name: verb.options for name, verb in VERBS.items()},
+        prog="impatient",
+        description=DESCRIPTION,
+        args=arguments,
+        config=CONFIG,
+    )
 
 
 def show(part: Table | str) -> None:

@@ -8,27 +8,30 @@ import pytest
 import torch
 
 from command_line import Call
-from impatient import Recipe, load_data, workflow
+from impatient import Recipe, load_data
 from impatient.evaluation import Evaluation
 from impatient.evaluation.outcomes import outcome
 from impatient.files import read_json, write_tensors
 from impatient.networks import Cascade
 from impatient.policies import GatePolicy, SelectionPolicy
-from impatient.run_directory import RunDirectory
+from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.train import TrainOptions, train
 
 
 @pytest.fixture(scope="module")
 def small_networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("networks")
     for name, size, epochs in (("small", "n=1,c=2", 2), ("large", "n=1,c=8", 4)):
-        plan = workflow.Plan(
-            model=f"impatient:resnet:{size}",
-            data="digits",
-            exits=1,
-            exit_free=False,
-            recipe=Recipe(epochs=epochs),
+        train(
+            TrainOptions(
+                directory=folder / name,
+                model=f"impatient:resnet:{size}",
+                exits=1,
+                exit_free=False,
+                recipe=Recipe(epochs=epochs),
+                quiet=True,
+            )
         )
-        workflow.train(folder / name, plan, progress=False, say=lambda _: None)
     return [folder / "small", folder / "large"]
 
 
@@ -91,7 +94,7 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert call("report", run.path)[0] == 0
     assert "Test samples really answered" in run.report_file.read_text()
     code, text = call("evaluate", run.path, "--real", "-1")
-    assert (code, "--real -1" in text) == (1, True)
+    assert (code, "--real: '-1'; expected a whole number" in text) == (2, True)
     assert "stop or to" in run.report_file.read_text() or "to large" in run.report_file.read_text()
     code, text = call(*command[:2], small, large, *command[5:])
     assert (code, "use another directory, or --force" in text) == (1, True)
@@ -113,7 +116,7 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
         "--repeats",
         "20",
     )
-    assert (code, "unknown topology 'ring'" in text) == (1, True)
+    assert (code, "invalid choice 'ring'" in text) == (2, True)
 
 
 def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: Path) -> None:

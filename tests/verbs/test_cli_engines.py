@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from command_line import Call
-from impatient import workflow
 from impatient.files import read_json, write_json
-from impatient.run_directory import RunDirectory, save_weights
+from impatient.verbs.export import ExportOptions, export
+from impatient.verbs.run_directory import RunDirectory, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,7 @@ def run_dir(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run_dir: Path) -> Path:
     """Where it was exported."""
     torch.set_num_threads(1)
-    workflow.export_run(
-        run_dir,
-        engine="onnxruntime",
-        policy="loss-2",
-        repeats=20,
-        progress=False,
-        say=lambda _: None,
-    )
+    export(ExportOptions(directory=run_dir, policy="loss-2", repeats=20, quiet=True))
     return run_dir / "engines" / "onnxruntime"
 
 

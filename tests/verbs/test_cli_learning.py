@@ -7,7 +7,7 @@ import pytest
 
 from command_line import TINY, Call
 from impatient.files import read_json
-from impatient.run_directory import RunDirectory
+from impatient.verbs.run_directory import RunDirectory
 
 BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exit-free"]
 
@@ -46,9 +46,7 @@ def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
     ("options", "complaint"),
     [
         (["--weights", "heavy"], "cannot read 'heavy' as exit weights"),
-        (["--sampler", "ucb"], "sampler='ucb'"),
         (["--detach", "1"], "detach=1.0"),
-        (["--ensembling", "chorus"], "unknown rule 'chorus'"),
         (["--after", "every:9"], "a period of 9 blocks"),
     ],
 )
@@ -59,6 +57,21 @@ def test_senseless_options_are_one_message(
     assert code == 1
     assert text.count("error (") == 1
     assert complaint in text
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("--sampler", "('none', 'alternating', 'exp3', 'rwm', 'avgl')"),
+        ("--ensembling", "('boosted', 'arithmetic', 'geometric', 'poe', 'caching')"),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_the_choices(
+    call: Call, tmp_path: Path, option: str, choices: str
+) -> None:
+    code, text = call("train", tmp_path / "run", *BRIEF, option, "none of these")
+    assert code == 2
+    assert f"for argument '{option}'. Expected one of {choices}" in text
 
 
 def test_the_exits_of_one_network_answer_together_through_every_verb(
@@ -209,8 +222,9 @@ def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) ->
         (["--model", "impatient:resnet"], "which does not grow"),
         (["--iterations", "2", "--sizes", "3,5"], "expected one of"),
         (["--iterations", "90"], "no schedule to"),
-        (["--times-ms", "soon"], "--times-ms 'soon'"),
     ):
         code, text = call("plan", "--repeats", "5", *options)
         assert (options, code) == (options, 1)
         assert complaint in text
+    code, text = call("plan", "--times-ms", "soon")
+    assert (code, "--times-ms: 'soon'; expected a number" in text) == (2, True)

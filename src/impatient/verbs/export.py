@@ -31,7 +31,7 @@ class ExportOptions:
             behind the name, one session with all exits; or aoti (torch's compiler, ahead of time).
         precision: fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static
             (features, too; their ranges come from the training split).
-        policy: A fitted policy of thresholds, to go with it.
+        policy: Name of a fitted policy of thresholds, to go with it.
         place: Write there instead of DIR/engines/ENGINE[-PRECISION].
         lean: Leave out the network without exits, for comparisons only.
         repeats: Measurements of each stage.

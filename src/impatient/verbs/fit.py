@@ -40,15 +40,15 @@ class FitOptions:
 
     Attributes:
         max_accuracy_loss: Points of accuracy that may be lost against the last exit.
-        mean_time_s: Mean time per sample, ms.
+        mean_time_s: Mean time per sample in ms.
         mean_macs: Mean millions of multiply-accumulates per sample.
         mean_bytes: Mean megabytes that operators read and write per sample.
         mean_energy_j: Mean millijoules per sample; needs a profile with joules.
         cost: What --max-loss is to save; by default time.
         score: How sure an answer looks.
         learner: Learn a gate per exit instead of a threshold.
-        inputs: What gates look at: confidences; features, before the head is paid (needs record
-            --features); or both.
+        inputs: What gates look at: confidences; features, before the head is paid (they must be
+            recorded, with --features); or both.
         delta: Guarantee --max-loss with probability 1 - DELTA, say 0.05: half of the validation
             split is kept back to show it.
         name: Name of the policy; by default the target.

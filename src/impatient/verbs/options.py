@@ -13,44 +13,19 @@ from tyro.constructors import PrimitiveConstructorSpec
 from impatient.clock import positive_ms
 
 
-def number(
-    metavar: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    whole: bool = False,
-) -> PrimitiveConstructorSpec[Any]:
-    """Describe an option that takes a number between bounds."""
-
+def _reader(
+    kind: type[float], expected: str, low: float = -math.inf, high: float = math.inf
+) -> Callable[[str], float]:
     def read(text: str) -> float:
-        value = int(text) if whole else float(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            raise ValueError(f"{text}; expected {bounds}")
+            raise ValueError(f"{text!r}; expected {expected}.")
         return value
 
-    return _spec(metavar, read, str)
-
-
-def quantity(
-    metavar: str, read: Callable[[float], float], shown: Callable[[float], float]
-) -> PrimitiveConstructorSpec[Any]:
-    """Describe an option whose unit at the door is not the unit inside."""
-    return _spec(metavar, lambda text: read(float(text)), lambda value: f"{shown(value):g}")
-
-
-def listed(
-    metavar: str, read: Callable[[str], Any] = str, shown: Callable[[Any], str] = str
-) -> PrimitiveConstructorSpec[Any]:
-    """Describe an option that takes values with commas between."""
-
-    def values(text: str) -> tuple[Any, ...]:
-        try:
-            return tuple(read(part.strip()) for part in text.split(",")) if text else ()
-        except ValueError as error:
-            raise ValueError(f"{text!r}; expected {metavar}: {error}") from None
-
-    return _spec(metavar, values, lambda value: ",".join(map(shown, value)))
+    return read
 
 
 def _spec(
@@ -65,28 +40,44 @@ def _spec(
     )
 
 
-def _count(text: str) -> int:
-    if (count := int(text)) < 0:
-        raise ValueError(f"{count} is below 0")
-    return count
+def _listed(
+    metavar: str, read: Callable[[str], Any], shown: Callable[[Any], str] = str
+) -> PrimitiveConstructorSpec[Any]:
+    def values(text: str) -> tuple[Any, ...]:
+        parts = tuple(read(part.strip()) for part in text.split(",") if part.strip())
+        if not parts:
+            raise ValueError(f"{text!r}; expected {metavar}.")
+        return parts
+
+    return _spec(metavar, values, lambda value: ",".join(map(shown, value)) or "none")
 
 
-def _seconds(ms: float) -> float:
-    return positive_ms(ms, "time") / 1e3
+def _seconds(text: str) -> float:
+    return positive_ms(_number(text), "time") / 1e3
 
 
-MS = quantity("MS", _seconds, lambda seconds: seconds * 1e3)
-POINTS = quantity("POINTS", lambda points: points / 100, lambda share: share * 100)
-MILLIONS = quantity("MILLIONS", lambda millions: millions * 1e6, lambda count: count / 1e6)
-MJ = quantity("MJ", lambda mj: mj / 1e3, lambda joules: joules * 1e3)
-SHARE = number("SHARE", low=0.0, high=1.0)
-COUNT = number("COUNT", low=0, whole=True)
-POSITIVE = number("COUNT", low=1, whole=True)
-NAMES = listed("NAME,NAME,...")
-COUNTS = listed("COUNT,COUNT,...", _count)
-TIMES_MS = listed(
-    "MS,MS,...", lambda text: _seconds(float(text)), lambda seconds: f"{seconds * 1e3:g}"
-)
+def _in_ms(seconds: float) -> str:
+    return f"{seconds * 1e3:g}"
+
+
+_number = _reader(float, "a number")
+_count = _reader(int, "a whole number, 0 or more", 0)
+
+# units at the door, and what they are inside: seconds, shares, numbers of operations or bytes
+MS = _spec("MS", _seconds, _in_ms)
+POINTS = _spec("POINTS", lambda text: _number(text) / 100, lambda share: f"{share * 100:g}")
+MILLIONS = _spec("MILLIONS", lambda text: _number(text) * 1e6, lambda count: f"{count / 1e6:g}")
+MJ = _spec("MJ", lambda text: _number(text) / 1e3, lambda joules: f"{joules * 1e3:g}")
+
+# bounds
+SHARE = _spec("SHARE", _reader(float, "a share from 0 to 1", 0.0, 1.0), str)
+COUNT = _spec("COUNT", _count, str)
+POSITIVE = _spec("COUNT", _reader(int, "a whole number, 1 or more", 1), str)
+
+# values with commas between
+NAMES = _listed("NAME,NAME,...", str)
+COUNTS = _listed("COUNT,COUNT,...", _count)
+TIMES_MS = _listed("MS,MS,...", _seconds, _in_ms)
 
 Flag = Annotated[bool, FlagCreatePairsOff]
 Directory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory.")]

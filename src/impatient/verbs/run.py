@@ -38,8 +38,8 @@ class RunOptions:
     Attributes:
         inputs: Image files, or .npy files of one raw sample each, without a batch dimension:
             pixels of 0 to 255 (uint8) or 0 to 1; they are standardised here.
-        deadline_s: Time for each answer, ms; without it, no limit.
-        policy: A fitted policy, to stop when going on is not worth it.
+        deadline_s: Time for each answer in ms; without it, no limit.
+        policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
         json: Print JSON.
     """

@@ -43,7 +43,7 @@ class SelectOptions:
         data: Data as for train; the networks should not have been trained on its validation split.
         max_accuracy_loss: Points of accuracy that may be lost against the last network; 1 unless
             another target is given.
-        mean_time_s: Mean time per sample, ms.
+        mean_time_s: Mean time per sample in ms.
         time_price: What a second costs, in wrong answers.
         topology: Allowed moves: full (to any later network), chain (to the next) or star (from the
             first to any).

@@ -38,20 +38,20 @@ class TrainOptions:
     """Train a network with exits; go on from the checkpoint if there is one.
 
     Attributes:
-        model: SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
+        model: Network, as SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
             transformers:..., package.module:factory.
-        data: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
+        data: Data set: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
         after: Instead of --exits: modules to exit after, or every:2 for every second block.
         heads: Kind of early prediction layers; by default linear, or the model's own.
-        weights: Exit weights: uniform, linear, half_end, sieve, exp_lin, inverse_square, each with
-            options (sieve:last_to_early=2,total=all); adaloss; numbers (1,0.5,1); or a budget in
-            ms: uniform:0:10, small_likely:0:10, log:FILE, ..., or with a unit: uniform:0:40mmacs,
-            mb, mj. By default uniform, or the model's own.
+        weights: Exit weights: uniform, linear, half_end, sieve, exp_lin or inverse_square, with
+            options (sieve:last_to_early=2,total=all); adaloss; numbers such as 1,0.5,1; or a budget
+            in ms (uniform:0:10, small_likely:0:10, log:FILE) or with another unit
+            (uniform:0:40mmacs, mb, mj). By default uniform, or the model's own.
         mode: Costs behind a budget's weights.
-        ensembling: Let exits answer together. Boosted is for training; the others, rather for
-            `impatient ensemble`.
+        ensembling: How exits answer together. Boosted is for training; for the others there is
+            rather the verb `ensemble`.
         exit_free: Also train the backbone without exits, to compare with.
         validation: Share of the training examples held out.
         accelerator: Device as in Lightning Fabric: auto, cpu, cuda, mps.
