@@ -2,55 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from pathlib import Path
 
-import typer
-
-from impatient.cli import app
+from impatient.cli import VERBS, parse
 
 PAGE = Path(__file__).parent / "cli.md"
 
 
 def page() -> str:
-    root = typer.main.get_command(app)
     lines = [
         "# Command line",
         "",
         "Every verb works on one run directory. Made from the program by docs/generate_cli.py.",
-        "",
     ]
-    for name in root.commands:  # type: ignore[attr-defined]
-        command = root.commands[name]  # type: ignore[attr-defined]
-        arguments = [
-            parameter for parameter in command.params if parameter.param_type_name == "argument"
-        ]
-        options = [
-            parameter for parameter in command.params if parameter.param_type_name == "option"
-        ]
-        usage = " ".join(
-            ["impatient", name, *(argument.metavar or argument.name for argument in arguments)]
-        )
-        lines += [f"## impatient {name}", "", command.help, "", f"    {usage}", ""]
-        if options:
-            lines += ["| option | default | meaning |", "|---|---|---|"]
-            lines += [
-                f"| `{'`, `'.join(o.opts + o.secondary_opts)}` | {_default(o)} | {o.help or ''} |"
-                for o in options
-            ]
-            lines.append("")
-    return "\n".join(lines)
+    for verb in VERBS:
+        lines += ["", f"## impatient {verb}", "", "```text", help_of(verb), "```"]
+    return "\n".join([*lines, ""])
 
 
-def _default(option) -> str:  # type: ignore[no-untyped-def]
-    if option.default is None or option.default == "":
-        return ""
-    return (
-        f"`{str(option.default).lower() if isinstance(option.default, bool) else option.default}`"
-    )
+def help_of(verb: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        parse([verb, "--help"])
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
 def main() -> None:
+    # help is as wide as the terminal says
+    os.environ["COLUMNS"] = "100"
     if "--check" in sys.argv:
         if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
             sys.exit(f"{PAGE} is out of date; run: python docs/generate_cli.py")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
+import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
 from impatient.errors import ImpatientError
+from impatient.verbs.options import POSITIVE, Flag
 from papers.results import fill
 
 
@@ -25,20 +26,24 @@ class ScaleName(StrEnum):
 
 Out = Annotated[
     Path | None,
-    typer.Option(
-        help=(
-            "Folder of tables and figures; by default the paper folder's own, and its card is "
-            "filled."
-        )
+    tyro.conf.arg(
+        help="Folder of tables and figures; by default the paper folder's own, and its card is "
+        "filled."
     ),
 ]
 Runs = Annotated[
-    Path, typer.Option(help="Folder of checkpoints, recordings and results of single runs.")
+    Path, tyro.conf.arg(help="Folder of checkpoints, recordings and results of single runs.")
 ]
-Workers = Annotated[int, typer.Option(min=1, help="Runs at a time; measurements run alone.")]
+Workers = Annotated[int, POSITIVE, tyro.conf.arg(help="Runs at a time; measurements run alone.")]
 Publish = Annotated[
-    bool, typer.Option(help="Only write the tables of what is finished; run nothing.")
+    Flag, tyro.conf.arg(help="Only write the tables of what is finished; run nothing.")
 ]
+
+
+def start(main: Callable[..., None], arguments: Sequence[str] | None = None) -> None:
+    """Call a paper's command with the options of the command line."""
+    config = (tyro.conf.DisallowNone, tyro.conf.HelptextFromCommentsOff)
+    tyro.cli(main, args=arguments, config=config)
 
 
 def carry_out(
@@ -61,7 +66,7 @@ def carry_out(
             folders.
         publish: leave `run` out.
     Raises:
-        typer.Exit: always; its code says how it ended.
+        SystemExit: always; its code says how it ended.
     """
     code = 0
     try:
@@ -79,9 +84,9 @@ def carry_out(
             fill(card, scale.value, page)
     except ImpatientError as error:
         say(f"Error: {error}")
-        raise typer.Exit(1) from error
+        raise SystemExit(1) from error
     Console().print(Markdown(page))
-    raise typer.Exit(code)
+    raise SystemExit(code)
 
 
 def say(text: str) -> None:

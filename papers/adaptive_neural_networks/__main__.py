@@ -11,11 +11,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import tyro
 
+from impatient.verbs.options import POSITIVE
 from papers.adaptive_neural_networks import exiting, recipe, selecting, tables, times
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
-from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out
+from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
 from papers.data import ROOT
 from papers.jobs import Job, finished, run_jobs
 
@@ -34,13 +35,13 @@ class Table(StrEnum):
 def main(
     scale: Annotated[
         ScaleName,
-        typer.Option(
+        tyro.conf.arg(
             help="smoke: seconds, on digits; cpu: an hour on two cores; gpu: trained for longer."
         ),
     ],
     table: Annotated[
         Table,
-        typer.Option(
+        tyro.conf.arg(
             help="What to run: networks, trainings and recordings; time, the measurements and the "
             "real runs, when nothing else "
             "runs; policies, all fits, which need both. Whatever is finished is written."
@@ -51,7 +52,8 @@ def main(
     workers: Workers = 2,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="How many divisions of a test split; by default the scale's."),
+        POSITIVE,
+        tyro.conf.arg(help="How many divisions of a test split; by default the scale's."),
     ] = None,
     publish: Publish = False,
 ) -> None:
@@ -148,4 +150,4 @@ def everything(scale: Scale, folder: Path) -> tables.Found:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start(main)

@@ -11,12 +11,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import tyro
 
+from impatient.verbs.options import POSITIVE
 from papers.anytime_neural_networks import recipe, tables
 from papers.anytime_neural_networks.curves import alone, ensemble
 from papers.anytime_neural_networks.recipe import ENSEMBLES
-from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out
+from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
 from papers.data import ROOT
 from papers.jobs import finished, run_jobs
 
@@ -34,18 +35,18 @@ class Table(StrEnum):
 def main(
     scale: Annotated[
         ScaleName,
-        typer.Option(
+        tyro.conf.arg(
             help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: CIFAR-10."
         ),
     ],
     table: Annotated[
-        Table, typer.Option(help="Which table's trainings to run; what is finished is written.")
+        Table, tyro.conf.arg(help="Which table's trainings to run; what is finished is written.")
     ] = Table.all,
     out: Out = None,
     runs: Runs = ROOT / "runs" / "papers" / "anytime_neural_networks",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
     publish: Publish = False,
 ) -> None:
@@ -115,4 +116,4 @@ def checked(scale: recipe.Scale, results: Mapping[str, Any], folder: Path) -> fl
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start(main)

@@ -10,10 +10,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import tyro
 
+from impatient.verbs.options import POSITIVE
 from papers.anytimenet import recipe, tables, times
-from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out
+from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
 from papers.data import ROOT
 from papers.jobs import finished, run_jobs
 
@@ -32,13 +33,13 @@ class Table(StrEnum):
 def main(
     scale: Annotated[
         ScaleName,
-        typer.Option(
+        tyro.conf.arg(
             help="smoke: seconds, on digits; cpu: 45 minutes on two cores; gpu: the paper's."
         ),
     ],
     table: Annotated[
         Table,
-        typer.Option(
+        tyro.conf.arg(
             help="What to run: blocks, nothing; time, the measurements, when nothing else runs; "
             "accuracy, the "
             "trainings. Whatever is finished is written."
@@ -48,7 +49,7 @@ def main(
     runs: Runs = ROOT / "runs" / "papers" / "anytimenet",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
     publish: Publish = False,
 ) -> None:
@@ -79,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start(main)

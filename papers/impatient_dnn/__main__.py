@@ -6,25 +6,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
 from impatient.errors import ImpatientError
+from impatient.verbs.options import POSITIVE
+from papers.command import Out, ScaleName, start
 from papers.data import ROOT
 from papers.impatient_dnn import recipe, tables
 from papers.results import fill
 
 HERE = Path(__file__).parent
 RUNS = ROOT / "runs" / "papers" / "impatient_dnn"
-
-
-class ScaleName(StrEnum):
-    """How much is trained."""
-
-    smoke = "smoke"
-    cpu = "cpu"
-    gpu = "gpu"
 
 
 class Table(StrEnum):
@@ -35,33 +29,23 @@ class Table(StrEnum):
     all = "all"
 
 
-app = typer.Typer(add_completion=False)
-
-
-@app.command()
 def main(
     scale: Annotated[
         ScaleName,
-        typer.Option(help="smoke: seconds, on digits; cpu: half an hour on two cores; gpu: hours."),
-    ],
-    table: Annotated[Table, typer.Option(help="Which tables and figures to write.")] = Table.all,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help=(
-                "Folder of tables and figures; by default the paper folder's own, and its card is "
-                "filled."
-            )
+        tyro.conf.arg(
+            help="smoke: seconds, on digits; cpu: half an hour on two cores; gpu: hours."
         ),
-    ] = None,
+    ],
+    table: Annotated[Table, tyro.conf.arg(help="Which tables and figures to write.")] = Table.all,
+    out: Out = None,
     runs: Annotated[
-        Path, typer.Option(help="Folder of checkpoints and results of single runs.")
+        Path, tyro.conf.arg(help="Folder of checkpoints and results of single runs.")
     ] = RUNS,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; by default the scale's.")
+        int | None, POSITIVE, tyro.conf.arg(help="Runs at a time; by default the scale's.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds; by default the scale's.")
+        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
 ) -> None:
     """Reproduce Table 1 of Impatient DNNs.
@@ -74,10 +58,10 @@ def main(
         results = recipe.run(settings, runs / scale.value, workers=workers, seeds=seeds)
     except ImpatientError as error:
         Console(stderr=True).print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. What is finished is kept; the same command goes on.")
-        raise typer.Exit(130) from None
+        raise SystemExit(130) from None
     folder = out or HERE / "results" / scale.value
     page = tables.write(
         settings.pairs, results, range(seeds or settings.seeds), folder, table.value
@@ -89,4 +73,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    start(main)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from impatient.clock import FakeClock
 from impatient.errors import DataError, ModelSpecError
@@ -30,7 +29,7 @@ from papers.adaptive_neural_networks.networks import (
 from papers.adaptive_neural_networks.recipe import SCALES, key
 from papers.data import shared_folder
 from recordings import costs_of, drawn, recording_of
-from smoke_runs import app_of, read, run_smoke
+from smoke_runs import invoke, read, run_smoke
 
 # --- networks -------------------------------------------------------------------------------------
 
@@ -587,15 +586,10 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
 
 
 @pytest.fixture(scope="module")
-def app():
-    return app_of(command.main)
-
-
-@pytest.fixture(scope="module")
-def smoke(app, tmp_path_factory):
+def smoke(tmp_path_factory):
     """All of the smoke scale."""
     folder = tmp_path_factory.mktemp("adaptive")
-    return folder, run_smoke(app, folder)
+    return folder, run_smoke(command.main, folder)
 
 
 def test_the_smoke_run_writes_every_table(smoke) -> None:
@@ -632,14 +626,14 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
     assert all(float(row["measured ms"]) > 0.0 for row in real)
 
 
-def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke, app) -> None:
+def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke) -> None:
     folder, arguments = smoke
     runs = folder / "runs" / "smoke"
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     lost = runs / "policies-digits-split0" / "result.json"
     old = lost.read_text()
     lost.unlink()
-    assert CliRunner().invoke(app, [*arguments, "--table", "policies"]).exit_code == 0
+    assert invoke(command.main, [*arguments, "--table", "policies"]).exit_code == 0
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
     assert [line for line in lost.read_text().splitlines() if '"seconds"' not in line] == [
         line for line in old.splitlines() if '"seconds"' not in line
@@ -661,7 +655,7 @@ def test_heads_leave_the_network_as_it_was(smoke) -> None:
     assert torch.allclose(whole.outputs[-1], own.outputs[0], atol=1e-5)
 
 
-def test_without_runs_there_is_a_page_that_says_so(app, tmp_path) -> None:
+def test_without_runs_there_is_a_page_that_says_so(tmp_path) -> None:
     arguments = [
         "--scale",
         "smoke",
@@ -671,7 +665,7 @@ def test_without_runs_there_is_a_page_that_says_so(app, tmp_path) -> None:
         "--runs",
         str(tmp_path / "runs"),
     ]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert invoke(command.main, arguments).exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md"}
     assert "no runs" in (tmp_path / "out" / "results.md").read_text()
     assert not (tmp_path / "runs").exists()

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from papers.anytime_neural_networks import __main__ as command
 from papers.anytime_neural_networks import claims, comparison, recipe, tables
@@ -20,7 +19,7 @@ from papers.anytime_neural_networks.curves import (
 from papers.anytime_neural_networks.recipe import SAMPLERS, SCALES, WEIGHTINGS, Net, opt_depths
 from papers.jobs import finished
 from papers.results import Spread, spread
-from smoke_runs import app_of, run_smoke
+from smoke_runs import invoke, run_smoke
 
 SCALE = dataclasses.replace(SCALES["cpu"], networks=((2, 4),), members=(1, 2), channels=4, seeds=2)
 
@@ -333,15 +332,10 @@ def test_a_spread_is_two_columns_in_a_file_and_one_in_the_page():
 
 
 @pytest.fixture(scope="module")
-def app():
-    return app_of(command.main)
-
-
-@pytest.fixture(scope="module")
-def smoke(app, tmp_path_factory):
+def smoke(tmp_path_factory):
     """All of the smoke scale with one seed."""
     folder = tmp_path_factory.mktemp("ann")
-    return folder, run_smoke(app, folder, "--seeds", "1")
+    return folder, run_smoke(command.main, folder, "--seeds", "1")
 
 
 def test_the_smoke_run_writes_every_table(smoke):
@@ -360,14 +354,14 @@ def test_an_ensemble_run_as_a_network_is_what_was_assembled_from_its_members(smo
     assert command.checked(scale, results, folder / "runs" / "smoke") == 0.0
 
 
-def test_only_what_is_missing_is_trained_again(smoke, app):
+def test_only_what_is_missing_is_trained_again(smoke):
     folder, arguments = smoke
     runs = folder / "runs" / "smoke"
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     lost = runs / "n2-c4-sieve-none-seed0" / "result.json"
     old = lost.read_text()
     lost.unlink()
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert invoke(command.main, arguments).exit_code == 0
     changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
     assert changed == {lost}
     # seeded
@@ -378,7 +372,7 @@ def _without_times(text):
     return [line for line in text.splitlines() if "seconds" not in line]
 
 
-def test_publishing_trains_nothing(app, tmp_path):
+def test_publishing_trains_nothing(tmp_path):
     arguments = [
         "--scale",
         "smoke",
@@ -388,7 +382,7 @@ def test_publishing_trains_nothing(app, tmp_path):
         "--runs",
         str(tmp_path / "runs"),
     ]
-    done = CliRunner().invoke(app, arguments)
+    done = invoke(command.main, arguments)
     assert done.exit_code == 0
     assert "No seed of any table is complete yet" in done.output
     assert not list(itertools.chain(tmp_path.rglob("*.json"), tmp_path.rglob("*.png")))

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from impatient import Recording, load_data
 from impatient.clock import FakeClock
@@ -17,7 +16,7 @@ from papers.anytimenet import __main__ as command
 from papers.anytimenet import execution, learning, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
 from papers.anytimenet.times import Middle
-from smoke_runs import app_of, read, run_smoke
+from smoke_runs import invoke, read, run_smoke
 
 SCALE = dataclasses.replace(SCALES["cpu"], seeds=2)
 CASES = {case.name: case for case in SCALE.cases}
@@ -374,15 +373,10 @@ def test_the_card_has_the_marks_and_shows_the_figures_that_are_written() -> None
 
 
 @pytest.fixture(scope="module")
-def app():
-    return app_of(command.main)
-
-
-@pytest.fixture(scope="module")
-def smoke(app, tmp_path_factory):
+def smoke(tmp_path_factory):
     """All of the smoke scale with one seed."""
     folder = tmp_path_factory.mktemp("anytimenet")
-    return folder, run_smoke(app, folder, "--seeds", "1")
+    return folder, run_smoke(command.main, folder, "--seeds", "1")
 
 
 def test_the_smoke_run_writes_every_table(smoke) -> None:
@@ -399,14 +393,14 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
     assert surest == sorted(surest)
 
 
-def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke, app) -> None:
+def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke) -> None:
     folder, arguments = smoke
     runs = folder / "runs" / "smoke"
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
     lost = runs / "scarce-anytime-seed0" / "result.json"
     old = lost.read_text()
     lost.unlink()
-    assert CliRunner().invoke(app, [*arguments, "--table", "accuracy"]).exit_code == 0
+    assert invoke(command.main, [*arguments, "--table", "accuracy"]).exit_code == 0
     assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
     # seeded
     assert without_times(lost.read_text()) == without_times(old)
@@ -417,7 +411,7 @@ def without_times(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("option", [["--publish"], ["--table", "blocks"]])
-def test_table_1_needs_no_runs(app, tmp_path, option) -> None:
+def test_table_1_needs_no_runs(tmp_path, option) -> None:
     arguments = [
         "--scale",
         "smoke",
@@ -427,7 +421,7 @@ def test_table_1_needs_no_runs(app, tmp_path, option) -> None:
         "--runs",
         str(tmp_path / "runs"),
     ]
-    done = CliRunner().invoke(app, arguments)
+    done = invoke(command.main, arguments)
     assert done.exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"blocks.csv", "results.md"}
     assert not (tmp_path / "runs").exists()

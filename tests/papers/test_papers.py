@@ -14,15 +14,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from impatient import Data, budgets, load_data
 from impatient.errors import DataError, StorageError
 from papers import data
 from papers.impatient_dnn import recipe, tables
-from papers.impatient_dnn.__main__ import app
+from papers.impatient_dnn.__main__ import main
 from papers.jobs import Job, JobsFailed, run_jobs
 from papers.results import csv_text, fill, markdown, spread
+from smoke_runs import invoke
 
 ROOT = Path(__file__).parents[2]
 
@@ -382,7 +382,7 @@ def test_the_papers_gains_are_those_of_its_table():
 
 
 def smoke(out: Path, runs: Path) -> str:
-    result = CliRunner().invoke(app, ["--scale", "smoke", "--out", str(out), "--runs", str(runs)])
+    result = invoke(main, ["--scale", "smoke", "--out", str(out), "--runs", str(runs)])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -426,9 +426,7 @@ def test_failed_runs_end_the_command_with_their_names(tmp_path, monkeypatch):
         raise DataError("no such data")
 
     monkeypatch.setattr(recipe, "measure_costs", fail)
-    result = CliRunner().invoke(
-        app, ["--scale", "smoke", "--out", str(tmp_path), "--runs", str(tmp_path)]
-    )
+    result = invoke(main, ["--scale", "smoke", "--out", str(tmp_path), "--runs", str(tmp_path)])
     assert result.exit_code == 1
     assert "digits-vgg-costs: DataError: no such data" in result.output
 

@@ -1,20 +1,38 @@
 """The smoke scale of a paper's command, run once and looked at by several tests."""
 
 import csv
-from collections.abc import Callable, Iterator
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-from typer.testing import CliRunner
+from papers.command import start
+
+Command = Callable[..., None]
 
 
-def app_of(main: Callable[..., None]) -> typer.Typer:
-    made = typer.Typer()
-    made.command()(main)
-    return made
+@dataclass(frozen=True)
+class Done:
+    """How a command ended, and all that it printed."""
+
+    exit_code: int
+    output: str
 
 
-def run_smoke(app: typer.Typer, folder: Path, *options: str) -> list[str]:
+def invoke(main: Command, arguments: Sequence[str]) -> Done:
+    """Run a paper's command in this process."""
+    printed = io.StringIO()
+    code = 0
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            start(main, arguments)
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+    return Done(code, printed.getvalue())
+
+
+def run_smoke(main: Command, folder: Path, *options: str) -> list[str]:
     """Run all of the smoke scale into a folder; returns the arguments, to run it again with."""
     arguments = [
         "--scale",
@@ -27,7 +45,7 @@ def run_smoke(app: typer.Typer, folder: Path, *options: str) -> list[str]:
         "--runs",
         f"{folder}/runs",
     ]
-    done = CliRunner().invoke(app, arguments)
+    done = invoke(main, arguments)
     assert done.exit_code == 0, done.output
     return arguments
 

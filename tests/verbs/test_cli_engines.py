@@ -97,7 +97,7 @@ def test_recordings_and_evaluations_are_the_engine_s_own(call: Call, run_dir: Pa
     assert found.provenance.engine == "onnxruntime"
     assert not torch.equal(found.outputs, wanted.outputs)
     torch.testing.assert_close(found.outputs, wanted.outputs, rtol=1e-3, atol=1e-3)
-    assert "right answers in the engine and in torch" in text
+    assert "samples as torch" in text
     assert "loss-2" in text
     page = (run_dir / "report.html").read_text()
     assert "In other engines" in page

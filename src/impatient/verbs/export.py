@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from impatient.engines.export import EngineTimes
     from impatient.evaluation.tables import Table
 
+Engine = Literal["onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti"]
+Precision = Literal["fp32", "int8-dynamic", "int8-static"]
 # training samples by which ranges for 8 bits are found
 CALIBRATION_BATCH = 16
 CALIBRATION_BATCHES = 8
@@ -39,10 +41,8 @@ class ExportOptions:
     """
 
     directory: Directory
-    engine: Literal[
-        "onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti"
-    ] = "onnxruntime"
-    precision: Literal["fp32", "int8-dynamic", "int8-static"] = "fp32"
+    engine: Engine = "onnxruntime"
+    precision: Precision = "fp32"
     policy: str | None = None
     place: Annotated[Path | None, arg(name="out")] = None
     lean: Flag = False

@@ -18,6 +18,7 @@ from impatient.verbs.options import (
     AnyProfile,
     Directory,
     Threads,
+    one_of,
     use_threads,
 )
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from impatient.policies.risk import Certificate
 
 Score = Literal["max_probability", "margin", "entropy"]
+GateInputs = Literal["confidences", "features", "both"]
+Cost = Literal["time", "macs", "bytes", "energy"]
 Learner = Literal["logistic", "svm", "mlp", "boosting"]
 
 
@@ -60,10 +63,10 @@ class FitOptions:
     mean_macs: Annotated[float | None, MILLIONS, arg(name="mean-mmacs")] = None
     mean_bytes: Annotated[float | None, MILLIONS, arg(name="mean-mb")] = None
     mean_energy_j: Annotated[float | None, MJ, arg(name="mean-mj")] = None
-    cost: Literal["time", "macs", "bytes", "energy"] | None = None
+    cost: Annotated[Cost | None, one_of(Cost)] = None
     score: Score = "max_probability"
-    learner: Learner | None = None
-    inputs: Literal["confidences", "features", "both"] = "confidences"
+    learner: Annotated[Learner | None, one_of(Learner)] = None
+    inputs: GateInputs = "confidences"
     delta: float | None = None
     name: str | None = None
     any_profile: AnyProfile = False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -38,6 +39,12 @@ def _spec(
         is_instance=lambda _: True,
         str_from_instance=lambda value: ["none" if value is None else shown(value)],
     )
+
+
+def one_of(choices: Any) -> PrimitiveConstructorSpec[Any]:
+    """Describe an option that takes one of a Literal's values, or is left out."""
+    names = get_args(choices)
+    return dataclasses.replace(_spec(f"{{{','.join(names)}}}", str, str), choices=names)
 
 
 def _listed(

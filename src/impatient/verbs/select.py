@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 
+Method = Literal["filter_tree", "regression"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectOptions:
     """Learn which of several networks each sample needs, without training any of them.
@@ -63,7 +66,7 @@ class SelectOptions:
     time_price: Annotated[float | None, arg(name="price")] = None
     topology: Literal["full", "chain", "star"] = "full"
     learner: Learner = "logistic"
-    method: Literal["filter_tree", "regression"] = "filter_tree"
+    method: Method = "filter_tree"
     name: str | None = None
     validation: Annotated[float, SHARE] = 0.1
     seed: int = 0

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from impatient.ensembling import RuleName
 from impatient.recipe import Recipe
 from impatient.verbs.notes import log
-from impatient.verbs.options import NAMES, POSITIVE, SHARE, Directory, Flag, Quiet
+from impatient.verbs.options import NAMES, POSITIVE, SHARE, Directory, Flag, Quiet, one_of
 
 if TYPE_CHECKING:
     from impatient.costs import Cost, CostProfile
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from impatient.training.loop import ExitWeights
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
+ExitRule = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
 Head = Literal[
     "linear",
     "relu_linear",
@@ -47,8 +47,8 @@ class TrainOptions:
         heads: Kind of early prediction layers; by default linear, or the model's own.
         weights: Exit weights: uniform, linear, half_end, sieve, exp_lin or inverse_square, with
             options (sieve:last_to_early=2,total=all); adaloss; numbers such as 1,0.5,1; or a budget
-            in ms (uniform:0:10, small_likely:0:10, log:FILE) or with another unit
-            (uniform:0:40mmacs, mb, mj). By default uniform, or the model's own.
+            in ms (uniform:0:10, small_likely:0:10, log:FILE), or with one of the units
+            mmacs, mb and mj (uniform:0:40mmacs). By default uniform, or the model's own.
         mode: Costs behind a budget's weights.
         ensembling: How exits answer together. Boosted is for training; for the others there is
             rather the verb `ensemble`.
@@ -66,10 +66,10 @@ class TrainOptions:
     data: str = "digits"
     exits: Annotated[int | None, POSITIVE] = None
     after: Annotated[tuple[str, ...], NAMES] = ()
-    heads: Head | None = None
+    heads: Annotated[Head | None, one_of(Head)] = None
     weights: str | None = None
     mode: Literal["interruptible", "contract"] = "interruptible"
-    ensembling: RuleName | None = None
+    ensembling: Annotated[ExitRule | None, one_of(ExitRule)] = None
     recipe: Annotated[Recipe, arg(name="")] = field(default_factory=Recipe)
     exit_free: bool = True
     validation: Annotated[float, SHARE] = 0.1
