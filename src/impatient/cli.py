@@ -86,6 +86,7 @@ def main() -> None:
     log = logging.getLogger("impatient")
     log.setLevel(logging.INFO)
     log.handlers = [Notes() if first else logging.NullHandler()]
+    code = 0
     try:
         options = parse(sys.argv[1:] or ["--help"])
         verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
@@ -93,16 +94,17 @@ def main() -> None:
         for part in verb.shown(options, result) if first else ():
             show(part)
     except ImpatientError as error:
+        code = 1
         err.print(
             f"error ({type(error).__name__}): {error}",
             soft_wrap=True,
             markup=False,
             highlight=False,
         )
-        sys.exit(1)
     except KeyboardInterrupt:
+        code = STOPPED
         err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
-        sys.exit(STOPPED)
+    sys.exit(code)
 
 
 def parse(arguments: Sequence[str]) -> Any:
