@@ -30,7 +30,6 @@ from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.portable import PartExit, Run, Staged, Streamed
 from impatient.portable.description import wiring_of
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
-from impatient.runtime.profile import resized
 
 Arrays = Literal["torch", "numpy"]
 
@@ -55,6 +54,9 @@ class NetworkFacts:
     @classmethod
     def of(cls, network: MultiExitNetwork, x: Any) -> Self:
         """The facts of a network, found by running it once on one sample of an example input."""
+        # here: the runtime imports the engines
+        from impatient.runtime.profile import resized
+
         state = network.state_dict()
         return cls(
             exit_names=network.exit_names,
