@@ -49,12 +49,13 @@ def all_pairs() -> list[dict[str, Any]]:
         dict(zip(names, choice, strict=True)) for choice in itertools.product(*places.values())
     ]
     possible = [setting for setting in everything if makes_sense(values(setting))]
+    # in an order, so that every run has the same settings
     missing = set().union(*map(pairs, possible))
     chosen = []
     while missing:
         best = max(
             possible[:: 1 + len(possible) // 997]
-            + [s for s in possible if next(iter(missing)) in _items(s)],
+            + [s for s in possible if min(missing) in _items(s)],
             key=lambda setting: len(pairs(setting) & missing),
         )
         missing -= pairs(best)
