@@ -2,12 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
+# a file stays in one process, so that its fixtures are made once; a process has one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 demo: $(VENV)/.installed  ## the main job on the bundled digits, under 3 minutes
 	$(BIN)/impatient demo runs/demo
 
-test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## all tests; JOBS=1 one after the other
+	$(PYTEST)
+
+test-fast: $(VENV)/.installed-dev  ## under a minute: no engine, no paper, no docs, nothing slow
+	$(PYTEST) -m "not (slow or engine or papers or docs)"
+
+test-room: $(VENV)/.installed-dev  ## the tests of one room: make test-room ROOM=networks
+	$(PYTEST) tests/$(ROOM)
 
 check: $(VENV)/.installed-dev  ## style, types, import contract, doctests, README
 	$(BIN)/ruff check .
@@ -38,4 +47,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 clean:  ## everything that was made
 	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-fast test-room check docs clean

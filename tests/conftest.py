@@ -6,7 +6,6 @@ Every test is seeded and has one torch thread: tiny networks gain nothing from m
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,14 +22,20 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # folders all of whose tests have a mark
-MARKED = ("docs", "papers")
+FOLDERS = {"docs": "docs", "engines": "engine", "papers": "papers"}
+# fixtures whose tests are slow: a trained and measured run directory
+SLOW_FIXTURES = {"finished"}
 
 
+# before -m chooses
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        for name in MARKED:
-            if name in item.path.parent.relative_to(Path(__file__).parent).parts:
-                item.add_marker(name)
+        mark = FOLDERS.get(item.path.parent.name)
+        if mark is not None:
+            item.add_marker(mark)
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="module", autouse=True)

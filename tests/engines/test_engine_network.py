@@ -311,6 +311,7 @@ def shallow() -> MultiExitNetwork:
     return attach_exits(ToyBackbone(), after=["blocks.0"], example=EXAMPLE).eval()
 
 
+@pytest.mark.slow
 @needs_compiler
 # torch's own, when its compiler is imported
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -321,6 +322,7 @@ def test_compiled_stages_give_the_same_answers(shallow: MultiExitNetwork) -> Non
         agree(network, shallow, batch)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_packages_give_the_same_answers_with_their_own_thread_count_only(

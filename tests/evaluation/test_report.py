@@ -311,6 +311,7 @@ def words_of(figure):
     )
 
 
+@pytest.mark.slow
 def test_figures_are_kept_whole_in_both_formats_and_alike_each_time(tmp_path):
     for kind, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
         first = tmp_path / f"first.{kind}"
@@ -405,6 +406,7 @@ def test_one_slow_run_does_not_squeeze_the_rest():
     assert "500 ms" in words_of(figure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["$\\frac{$", "_hidden", "深度神经网络", "x" * 300, "a\nb", ""])
 def test_any_name_can_be_drawn(name):
     for figure in figures(name=name):

@@ -19,6 +19,8 @@ from impatient.networks import MultiExitNetwork, attach_exits, load_model
 from impatient.networks.specs import import_torchvision
 from impatient.networks.stages import call_model, first_tensor, output_tensor
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 7
 Batch = Callable[[int], Any]
 

@@ -406,6 +406,7 @@ def test_period_counts_back_from_the_last_block_which_the_output_follows(
     assert len(cuts) + 1 == 1 + (len(network.blocks) - 1) // period
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "exits"), [(14, 4), (26, 4), (50, 8), (101, 11), (152, 10)])
 def test_papers_periods_of_the_imagenet_networks(layers: int, exits: int) -> None:
     network = preact_resnet_imagenet(layers=layers, c=1)

@@ -207,6 +207,7 @@ def test_two_hundred_abandoned_runs_leave_nothing_behind() -> None:
     assert network.backbone.unwound == 201
 
 
+@pytest.mark.slow
 def test_paused_run_at_the_end_of_the_program_is_silent() -> None:
     program = """
 import torch

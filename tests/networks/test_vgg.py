@@ -143,6 +143,7 @@ def torchvision_model(name: str) -> nn.Module:
 
 # smaller images and classifiers, in both modes and with gradients: test_exactness.py
 # it takes 7.6 GMACs at 224
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "placed_at"), [("alexnet", 224), ("vgg11_bn", 64)])
 def test_torchvisions_plain_networks_take_exits_at_the_papers_resolution(
     name: str, placed_at: int

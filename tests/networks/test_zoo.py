@@ -16,6 +16,8 @@ from benchmarks.zoo import ARCHITECTURES, Architecture, make_informative
 from impatient.networks import attach_exits
 from impatient.networks.stages import call_model
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {
     f"{architecture.library}:{architecture.name}": architecture for architecture in ARCHITECTURES
 }

@@ -286,6 +286,7 @@ def test_gates_beat_rules_that_see_less_on_fresh_data(reference):
     assert accuracy(gates, fresh) > accuracy(short, fresh) - 0.005
 
 
+@pytest.mark.slow
 def test_where_features_say_what_confidences_do_not_gates_on_features_are_better():
     recording = drawn(1000, seed=6)
     told = tuple(hits[:, None].float() + 0.1 * torch.randn(1000, 1) for hits in recording.hits())

@@ -406,6 +406,7 @@ def calibration(seed, samples=1000):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "loss"),
     [

@@ -262,6 +262,7 @@ def test_the_time_that_was_allowed_is_used(target, floor):
     assert fit_thresholds(drawn(3000, seed=4), COSTS, **target).target["mean_cost"] >= floor
 
 
+@pytest.mark.slow
 def test_a_fitted_mean_time_is_met_on_fresh_data():
     """In 12 repeats with N = 5000 the 95 % intervals of the fresh mean times miss the fitted ones 3
     times at most.
@@ -280,6 +281,7 @@ def test_a_fitted_mean_time_is_met_on_fresh_data():
     assert over <= 3
 
 
+@pytest.mark.slow
 def test_a_fitted_accuracy_loss_is_met_on_fresh_data():
     misses = 0
     for seed in range(12):
@@ -398,6 +400,7 @@ def tiny():
     return costs, [(recording, *every_policy(recording, costs)) for recording in recordings]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::impatient.errors.NoEffectWarning")
 def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
     """For losses that lie on the convex hull: the optimum in 4 of 5 cases, and 1 % above it on
@@ -422,6 +425,7 @@ def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
     assert np.mean(gaps) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::impatient.errors.NoEffectWarning")
 def test_off_the_hull_fitting_is_near_the_best_policy_there_is(tiny):
     """For any target: 5 % of the cost, or half a sample of the 12, above the optimum on average."""

@@ -46,6 +46,8 @@ from impatient.portable.command import _load, main
 from impatient.portable.thresholds import SCORES, probabilities
 from impatient.provenance import machine
 
+pytestmark = pytest.mark.engine
+
 BOTH = pytest.mark.parametrize("engine", ENGINES)
 INF = math.inf
 CLASSES = 5

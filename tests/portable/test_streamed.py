@@ -31,6 +31,8 @@ from impatient.portable import SESSIONS, Cancelled, Streamed, Wiring
 from impatient.portable.streamed import StreamedRun, unwritten
 from impatient.runtime import Runner, profile
 
+pytestmark = pytest.mark.engine
+
 ROWS = 2
 CLASSES = 3
 EXITS = 3

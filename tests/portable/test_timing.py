@@ -109,6 +109,7 @@ def test_one_descheduled_stage_alone_moves_nothing() -> None:
     assert drift.scale == SlowdownEstimator.LARGEST
 
 
+@pytest.mark.slow
 @given(
     ratios=st.lists(st.floats(0.0, 200.0), max_size=300),
     quantile=st.sampled_from([0.5, 0.9, 0.99]),

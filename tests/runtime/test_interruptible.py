@@ -800,6 +800,7 @@ assert running.wait(20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", ["", "runner.close()"])
 def test_the_interpreter_ends_cleanly_with_a_run_in_flight(ask: str) -> None:
     code = textwrap.dedent(ENDLESS).replace("{ask}", ask)

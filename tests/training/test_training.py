@@ -392,6 +392,7 @@ def assert_goes_on_bit_for_bit(recipe: Recipe, checkpoint: Path) -> None:
     assert plain(history) == reported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "epoch"), [(BRIEF, 1), (BRIEF, 2), (BRIEF, 3), (MIXED, 1), (MIXED, 2), (MIXED, 3)]
 )
@@ -819,6 +820,7 @@ MADE = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, monkeypatch):
     """Without noise and batch norm, averaged gradients of two halves are the gradient of the whole
     batch.

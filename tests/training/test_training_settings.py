@@ -121,6 +121,7 @@ def test_the_loss_falls_and_every_exit_that_weighs_learns(setting: dict[str, Any
     assert all(any(f"heads.{exit}." in name for name in moved) for exit in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", PAIRS, ids=named)
 def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
     setting: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -405,6 +405,7 @@ def test_a_full_disk_leaves_what_was_there(
     assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     command = [
@@ -431,6 +432,7 @@ def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path:
     assert no_temporary_files(directory)
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_answers_by_deadlines(call: Call, tmp_path: Path) -> None:
     code, text = call("demo", tmp_path / "demo", "--epochs", 2, "--quiet")
 

@@ -35,6 +35,7 @@ def small_networks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "small", folder / "large"]
 
 
+@pytest.mark.slow
 def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     call: Call,
     small_networks: list[Path],

@@ -12,6 +12,7 @@ from impatient.verbs.run_directory import RunDirectory
 BRIEF = [*TINY[:4], "--epochs", "1", "--batch-size", "128", "--quiet", "--no-exit-free"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -31,6 +32,7 @@ def test_every_option_trains_and_goes_on(call: Call, tmp_path: Path, options: li
     assert RunDirectory(tmp_path).network()[0].num_exits == 3
 
 
+@pytest.mark.slow
 def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
     options = ["--model", "impatient:resnet:n=2,c=4", "--after", "every:2", *BRIEF[4:]]
     for _ in range(2):
@@ -105,6 +107,7 @@ def test_the_exits_of_one_network_answer_together_through_every_verb(
     assert "is an ensemble already" in text
 
 
+@pytest.mark.slow
 def test_networks_of_growing_depth_are_one_network_through_every_verb(
     call: Call, tmp_path: Path
 ) -> None:
@@ -163,6 +166,7 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(
     assert json.loads(text)[0]["exit"] == 5
 
 
+@pytest.mark.slow
 def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert call("train", other, *BRIEF, "--seed", 1)[0] == 0
@@ -176,6 +180,7 @@ def test_members_of_different_data_are_refused(call: Call, finished: Path, tmp_p
 GROWING = "impatient:anytimenet:schedule=1-1/2-1/2-2,width=4"
 
 
+@pytest.mark.slow
 def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path) -> None:
     run = tmp_path / "run"
     together = tmp_path / "together"
@@ -207,6 +212,7 @@ def test_a_network_that_grows_goes_through_every_verb(call: Call, tmp_path: Path
         assert "3 exits of its own" in text
 
 
+@pytest.mark.slow
 def test_plan_finds_the_order_of_growing_and_says_how_to_train_it(call: Call) -> None:
     dearest_first = "impatient:anytimenet:schedule=1-1-1/1-1-3/1-3-3/3-3-3,width=4"
     code, text = call("plan", "--model", dearest_first, "--sizes", "3,5,7,9", "--repeats", "20")
