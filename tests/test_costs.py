@@ -15,6 +15,7 @@ from impatient.costs import BatchCosts, CostProfile, Noise, Quantiles, check_inc
 from impatient.errors import CostError, CostOrderError, StaleInput, StorageError
 from impatient.files import read_json, write_json
 from impatient.provenance import provenance
+from impatient.store import from_plain, to_plain
 
 
 def exactly(seconds: float) -> Quantiles:
@@ -493,8 +494,9 @@ def test_noise_and_the_meter_survive_the_file(tmp_path):
 
 
 def test_a_file_from_before_bytes_energy_and_noise_still_loads():
-    value = json.loads(json.dumps(made().to_json()))
+    value = json.loads(json.dumps(to_plain(made())))
     new = (
+        "schema",
         "stage_bytes",
         "head_bytes",
         "stage_energy_j",
@@ -507,7 +509,7 @@ def test_a_file_from_before_bytes_energy_and_noise_still_loads():
         del value[name]
     for costs in value["batches"].values():
         del costs["noise"]
-    old = CostProfile.from_json(value)
+    old = from_plain(value, CostProfile)
     assert [old.holds(cost) for cost in ("time", "macs", "bytes", "energy")] == [
         True,
         True,
@@ -519,7 +521,7 @@ def test_a_file_from_before_bytes_energy_and_noise_still_loads():
 
 
 def damaged(path: list[Any], value: Any) -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads(json.dumps(made().to_json()))
+    whole: dict[str, Any] = json.loads(json.dumps(to_plain(made())))
     place: Any = whole
     for key in path[:-1]:
         place = place[key]
@@ -557,7 +559,7 @@ def damaged(path: list[Any], value: Any) -> dict[str, Any]:
 )
 def test_json_that_is_no_cost_profile_is_refused(tmp_path, path, value):
     write_json(tmp_path / "costs.json", damaged(path, value))
-    with pytest.raises(CostError):
+    with pytest.raises(StorageError, match=r"costs.json is no cost profile .*impatient profile"):
         CostProfile.load(tmp_path / "costs.json")
 
 
@@ -568,11 +570,11 @@ def test_the_damage_is_what_is_refused(tmp_path):
 
 def test_a_profile_of_another_schema_or_another_file_is_refused(tmp_path):
     with pytest.raises(StorageError, match="schema version 99"):
-        CostProfile.from_json(damaged(["provenance", "schema"], 99))
+        from_plain(damaged(["schema"], 99), CostProfile)
     (tmp_path / "costs.json").write_text('{"exits": ')
     with pytest.raises(StorageError, match="not valid JSON"):
         CostProfile.load(tmp_path / "costs.json")
     write_json(tmp_path / "costs.json", {"kind": "recording"})
     assert read_json(tmp_path / "costs.json")
-    with pytest.raises(CostError, match="not a cost profile"):
+    with pytest.raises(StorageError, match="holds a 'recording', expected cost_profile"):
         CostProfile.load(tmp_path / "costs.json")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError
-from impatient.policies.rules import Recorded, ThresholdPolicy
+from impatient.policies.policy import Recorded
+from impatient.policies.rules import ThresholdPolicy
 
 
 def always(exit: int, num_exits: int, recording: Recorded | None = None) -> ThresholdPolicy:

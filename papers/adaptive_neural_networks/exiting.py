@@ -15,10 +15,10 @@ import torch
 
 from impatient import CostProfile, Recording, ThresholdPolicy, fit_thresholds
 from impatient.errors import NoEffectWarning
-from impatient.evaluation.outcomes import outcome
 from impatient.policies import scaled_family, sweep_gates, threshold_family
 from impatient.policies.costsensitive import Learner
 from impatient.policies.gates import GatePolicy, Inputs, exit_times_s, exits_of_many
+from impatient.store import from_plain
 from papers.adaptive_neural_networks.curves import (
     Point,
     drawn_curve,
@@ -67,7 +67,7 @@ def judge_split(
         rows of `guarantees`.
     """
     torch.manual_seed(seed)
-    profile = CostProfile.from_json(costs)
+    profile = from_plain(costs, CostProfile)
     fit, judged = parts_of(recordings_of(exits, folder.parent), seed)
     found = baselines(fit, judged, profile)
     full = full_network(fit, judged, profile)
@@ -135,7 +135,7 @@ def baselines(fit: Recording, judged: Recording, costs: CostProfile) -> dict[str
 def _seen(
     policy: ThresholdPolicy, part: Recording, costs: CostProfile
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found = outcome(policy, part, costs)
+    found = policy.outcome(part, costs)
     exits = found.exits
     seconds = found.contract_s
     return seconds, part.hits()[exits, torch.arange(len(exits))]
@@ -200,9 +200,7 @@ def guaranteed(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         family = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=judging.epsilon))
-    scaled = [
-        (policy, float(outcome(policy, judged, costs).contract_s.mean())) for policy in family
-    ]
+    scaled = [(policy, float(policy.outcome(judged, costs).contract_s.mean())) for policy in family]
     priced = [(policy, point.mean_s) for policy, point in gated]
     return [
         *guarantees("thresholds, scaled", scaled, full.mean_s, judged, judging, seed),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.errors import PolicyError
-from impatient.policies.routing import Answered, Route, check_costs
-from impatient.policies.rules import Recorded, ThresholdPolicy, fit_thresholds
+from impatient.policies.policy import Recorded
+from impatient.policies.routing import Route, check_costs
+from impatient.policies.rules import ThresholdPolicy, fit_thresholds
 from impatient.policies.scores import ScoreName
 from impatient.policies.topology import Topology
 from impatient.provenance import provenance
@@ -106,7 +107,7 @@ def agreement_route(
 
 
 def oracle_route(
-    recording: Answered,
+    recording: Recorded,
     node_s: Sequence[float],
     topology: Topology | None = None,
     *,

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from impatient import CostProfile, Recording, Runner, profile
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import NoEffectWarning
-from impatient.evaluation.outcomes import node_times_s, outcome
 from impatient.networks.cascade import Cascade
 from impatient.policies import (
     SelectionPolicy,
@@ -26,12 +25,14 @@ from impatient.policies import (
     fit_gates,
     fit_selection,
     gate_time_s,
+    node_times_s,
     sweep_selection,
 )
 from impatient.policies.costsensitive import Learner
 from impatient.policies.selection import decision_time_s
 from impatient.provenance import machine
 from impatient.runtime.profile import synchronise
+from impatient.store import to_plain
 from papers.adaptive_neural_networks import exiting, recipe
 from papers.adaptive_neural_networks.recipe import (
     Case,
@@ -102,7 +103,7 @@ def measure_selection(case: Case, timing: Timing, *, folder: Path) -> dict[str, 
     )
     used = " -> ".join(policy.topology.nodes[node] for node in policy.visits)
     return {
-        "costs": costs.to_json(),
+        "costs": to_plain(costs),
         "node_s": list(node_s),
         "gate_s": gate_s,
         "used": used,
@@ -173,7 +174,7 @@ def measure_exits(exits: Exits, timing: Timing, *, folder: Path) -> dict[str, An
     used = " -> ".join(
         name for exit, name in enumerate(network.exit_names) if policy.looks_at(exit)
     )
-    return {"costs": costs.to_json(), "gate_s": gate_s, "used": used, **run, **machine(device)}
+    return {"costs": to_plain(costs), "gate_s": gate_s, "used": used, **run, **machine(device)}
 
 
 def decision_s(fit: Recording, node_s: Sequence[float], learner: Learner) -> float:
@@ -253,7 +254,7 @@ def really(
             # alternate the order: whatever ran last has warmed the caches for the next
             for way in (by_policy, by_full) if place % 2 else (by_full, by_policy):
                 way(x, label)
-    expected = outcome(policy, recorded, runner.costs)
+    expected = policy.outcome(recorded, runner.costs)
     hits = recorded.hits()[expected.exits, torch.arange(len(images))]
     ways = measured.pop("way")
     return {

@@ -33,6 +33,7 @@ from impatient.evaluation.evaluate import standard_budgets
 from impatient.files import read_tensors, write_tensors
 from impatient.networks.heads import FeatureShape, HeadFactory, build_head
 from impatient.provenance import fingerprint_structure, fingerprint_tensors, provenance
+from impatient.store import from_plain, to_plain
 from impatient.training.data import Split
 from papers import data
 from papers.impatient_dnn.probes import linear_probes
@@ -232,7 +233,7 @@ def _target_jobs(
         Job(f"{pair.name}-orig-{seed}", probe_pretrained, common),
         Job(f"{pair.name}-ft-{seed}", fine_tune, common),
     ]
-    times = CostProfile.from_json(costs[f"{pair.name}-costs"]).interruptible_s()
+    times = from_plain(costs[f"{pair.name}-costs"], CostProfile).interruptible_s()
     for row in ROWS:
         shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
         # 1 on average, as with equal weights: steps of a usual size
@@ -252,7 +253,7 @@ def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
     examples = data.load(pair.target, train=100, validation=100, seed=0)
     network = with_exits(_backbone(pair, examples, seed=0), pair, examples)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return profile(network.to(device), examples.example().to(device), repeats=repeats).to_json()
+    return to_plain(profile(network.to(device), examples.example().to(device), repeats=repeats))
 
 
 def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from impatient.evaluation.plots import (
     styled,
 )
 from impatient.files import write_text
+from impatient.store import from_plain
 from papers.impatient_dnn.recipe import ROWS, Pair
 from papers.results import Spread, made_by, markdown, spread, write_csv
 
@@ -375,4 +376,4 @@ def _panels(title: str, pairs: Sequence[str], draw: Callable[[Axes, str], None])
 
 
 def _costs(pair: Pair, results: Results) -> CostProfile:
-    return CostProfile.from_json(results[f"{pair.name}-costs"])
+    return from_plain(results[f"{pair.name}-costs"], CostProfile)

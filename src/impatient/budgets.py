@@ -13,17 +13,17 @@ import math
 import re
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import numpy as np
 
 from impatient.clock import positive_seconds
 from impatient.costs import UNITS, Cost, check_increasing
 from impatient.errors import BudgetError
-from impatient.files import read_json, write_json
+from impatient.store import Stored
 
 # e-folds of the exponential across the range. Impatient DNNs give no parameters; their row means
 # (0.26 T for small budgets likely, 0.905 T for large) are far steeper than a linear ramp and lie
@@ -32,7 +32,7 @@ STEEPNESS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class Budget(Stored, made_by="impatient.budgets"):
     """A distribution over budgets: of time in seconds, or of another cost in its unit, wherever
     seconds are spoken of.
 
@@ -126,29 +126,6 @@ class Budget:
             return random.choice(np.asarray(self.samples_s), size=count)
         drawn = _SHAPES[self.shape].quantile(random.random(count), self.low, self.high)
         return np.asarray(np.clip(drawn, self.low, self.high))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "low": self.low,
-            "high": self.high,
-            "samples_s": list(self.samples_s),
-            "cost": self.cost,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            return cls(**{**value, "samples_s": tuple(value["samples_s"])})
-        except (KeyError, TypeError) as error:
-            raise BudgetError(f"this is not a budget ({error!r}).") from error
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.from_json(read_json(path))
 
 
 class _Shape(NamedTuple):

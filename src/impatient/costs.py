@@ -12,19 +12,17 @@ any of them.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 
 from impatient.errors import CostError, CostOrderError, StaleInput
-from impatient.files import read_json, write_json
 from impatient.provenance import Provenance
+from impatient.store import Stored
 
 Statistic = Literal["mean", "p50", "p90", "p99", "p999", "max"]
 Mode = Literal["interruptible", "contract"]
@@ -225,7 +223,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostProfile:
+class CostProfile(Stored, made_by="`impatient profile`"):
     """Cost of every stage and head of one network on one device and engine.
 
     Attributes:
@@ -490,53 +488,6 @@ class CostProfile:
         }
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": "cost_profile",
-            **dataclasses.asdict(self),
-            "provenance": self.provenance.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            batches = {int(size): _batch_costs(costs) for size, costs in value["batches"].items()}
-            integers = {
-                name: tuple(int(entry) for entry in value[name])
-                for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
-            }
-            # files made before bytes and energy were have neither
-            optional: dict[str, Any] = {
-                name: _row(value, name, int) for name in ("stage_bytes", "head_bytes")
-            }
-            optional |= {
-                name: _row(value, name, float) for name in ("stage_energy_j", "head_energy_j")
-            }
-            return cls(
-                exits=tuple(value["exits"]),
-                batches=batches,
-                provenance=Provenance.from_json(value["provenance"]),
-                exit_free_macs=int(value.get("exit_free_macs", -1)),
-                exit_free_bytes=int(value.get("exit_free_bytes", -1)),
-                exit_free_energy_j=float(value.get("exit_free_energy_j", -1.0)),
-                energy_meter=value.get("energy_meter"),
-                **integers,
-                **optional,
-            )
-        except CostError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CostError(
-                f"this is not a cost profile ({error!r}). Make one with `impatient profile`."
-            ) from error
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.from_json(read_json(path))
-
 
 def _cumulative(
     stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None
@@ -559,20 +510,6 @@ def _cumulative(
     return tuple(
         stage + before + head for stage, before, head in zip(reached, passed, heads, strict=False)
     )
-
-
-def _batch_costs(value: Mapping[str, Any]) -> BatchCosts:
-    return BatchCosts(
-        stages=tuple(Quantiles(**part) for part in value["stages"]),
-        heads=tuple(Quantiles(**part) for part in value["heads"]),
-        exit_free=Quantiles(**value["exit_free"]),
-        noise=Noise(**value["noise"]) if value.get("noise") else None,
-    )
-
-
-def _row(value: Mapping[str, Any], name: str, number: type) -> tuple[Any, ...] | None:
-    row = value.get(name)
-    return None if row is None else tuple(number(entry) for entry in row)
 
 
 _MISSING = {

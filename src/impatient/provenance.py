@@ -4,7 +4,6 @@ at hand.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import platform
@@ -13,14 +12,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from impatient.errors import StaleInput, StorageError
+from impatient.errors import StaleInput
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,21 +50,6 @@ class Provenance:
     engine: str = "eager"
     versions: Mapping[str, str]
     created: str
-    schema: int = SCHEMA
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        if value.get("schema") != SCHEMA:
-            raise StorageError(
-                f"this file has schema version {value.get('schema')!r}; this version of impatient "
-                f"reads {SCHEMA}. "
-                "Make it again with the installed version."
-            )
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: entry for name, entry in value.items() if name in known})
 
     def require(self, what: str, remedy: str, **expected: Any) -> None:
         """Raise StaleInput unless every named attribute equals what is expected.

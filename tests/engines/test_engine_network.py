@@ -30,6 +30,7 @@ from impatient.networks.describe import DescribedNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.portable import BundleError, Staged
 from impatient.runtime import Runner, profile
+from impatient.store import from_plain, to_plain
 from recordings import Samples
 from toys import ToyBackbone
 
@@ -298,7 +299,7 @@ def test_recordings_equal_those_of_the_eager_network(
 
 
 def test_facts_survive_json(facts: NetworkFacts) -> None:
-    assert NetworkFacts.from_json(json.loads(json.dumps(facts.to_json()))) == facts
+    assert from_plain(json.loads(json.dumps(to_plain(facts))), NetworkFacts) == facts
 
 
 # --- compiled by torch ----------------------------------------------------------------------------

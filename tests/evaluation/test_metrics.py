@@ -44,10 +44,6 @@ def test_violations_and_falls_by_hand():
     assert found.fall_max == pytest.approx(0.5)
     # linear between the third and the fourth of four
     assert found.fall_p95 == pytest.approx(0.4 + 0.85 * 0.1)
-    assert found.to_json()["violations"][1] == {
-        "value": 0.5,
-        **{k: getattr(proportion(2, 4), k) for k in ("low", "high")},
-    }
 
 
 def test_without_labels_the_last_exit_says_which_class():

@@ -13,13 +13,13 @@ from torch import nn
 from impatient.budgets import point
 from impatient.errors import PolicyError
 from impatient.evaluation import Recording, evaluate, record
-from impatient.evaluation.outcomes import Outcome, node_times_s, outcome
 from impatient.networks import attach_exits
 from impatient.networks.cascade import Cascade
 from impatient.policies import ThresholdPolicy
 from impatient.policies.gate_fitting import fit_gates, sweep_gates
 from impatient.policies.gates import GatePolicy
 from impatient.policies.mixing import MixedPolicy, mix
+from impatient.policies.outcome import Outcome, node_times_s
 from impatient.policies.routing import SelectionPolicy
 from impatient.policies.selection import fit_selection
 from impatient.policies.topology import Topology
@@ -69,7 +69,7 @@ def by_hand(
     posted.
     """
     if isinstance(policy, MixedPolicy):
-        policy = policy.dear if policy.drawn(len(recording.labels))[sample] else policy.cheap
+        policy = policy.slow if policy.drawn(len(recording.labels))[sample] else policy.fast
     seconds = posted = macs = 0.0
     way = []
     batch = COSTS.at(1)
@@ -87,7 +87,7 @@ def by_hand(
         output = recording.outputs[exit, sample][None]
         pooled = recording.features[exit][sample][None]
         if isinstance(policy, GatePolicy):
-            leaves = exit == 3 or (gated and bool(policy.stops_on(exit, pooled, output)))
+            leaves = exit == 3 or (gated and bool(policy.stops(exit, output, pooled)))
         else:
             leaves = policy.looks_at(exit) and bool(policy.stops(exit, output))
         pays = exit == 3 or (policy.looks_at(exit) and getattr(policy, "inputs", "") != "features")
@@ -103,7 +103,7 @@ def by_hand(
 def test_exits_seconds_and_operations_are_those_of_each_sample_alone(name: str) -> None:
     recording = fresh()
     policy = POLICIES[name]
-    found = outcome(policy, recording, COSTS)
+    found = policy.outcome(recording, COSTS)
     assert found.exits.unique().numel() > 1
     for sample in range(0, 400, 5):
         exit, seconds, macs, way = by_hand(policy, recording, sample)
@@ -138,7 +138,7 @@ def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(
 ) -> None:
     recording = fresh()
     policy, costs = (selection(), NODES) if name == "selection" else (POLICIES[name], COSTS)
-    found = outcome(policy, recording, costs)
+    found = policy.outcome(recording, costs)
     hits = recording.hits()
     expected = [held(found, hits, sample, time_s) for sample in range(400)]
     assert found.expected(point(time_s), hits).tolist() == expected
@@ -148,7 +148,7 @@ def test_a_selection_pays_the_networks_on_its_way_and_its_decisions() -> None:
     recording = fresh()
     policy = selection()
     route = policy.route(recording.outputs)
-    found = outcome(policy, recording, NODES)
+    found = policy.outcome(recording, NODES)
     # samples go different ways
     assert len(route.visited.unique(dim=0)) > 2
     assert torch.equal(found.exits, route.answering)
@@ -166,14 +166,14 @@ def test_evaluations_hold_policies_of_every_kind() -> None:
     recording = fresh()
     rows = {row.name: row for row in evaluate(recording, COSTS, POLICIES).rows}
     for name, policy in POLICIES.items():
-        found = outcome(policy, recording, COSTS)
+        found = policy.outcome(recording, COSTS)
         assert rows[name].contract_s == pytest.approx(float(found.contract_s.mean()))
         assert rows[name].accuracy.value == pytest.approx(
             float(recording.hits()[found.exits, torch.arange(400)].mean())
         )
     chosen = evaluate(recording, NODES, selection())
     assert chosen["policy"].contract_s == pytest.approx(
-        float(outcome(selection(), recording, NODES).contract_s.mean())
+        float(selection().outcome(recording, NODES).contract_s.mean())
     )
 
 
@@ -255,7 +255,7 @@ def test_a_mixture_draws_anew_in_every_run_and_decides_alike_at_all_exits(networ
         ThresholdPolicy(score="margin", thresholds=bounds)
         for bounds in ((-1.0, 0.0, -math.inf), (math.inf,) * 2 + (-math.inf,))
     )
-    runner = Runner(network, costs, MixedPolicy(cheap=first, dear=last, share=0.5))
+    runner = Runner(network, costs, MixedPolicy(fast=first, slow=last, share=0.5))
     told = [runner.run(data.example()).exit for _ in range(60)]
     assert set(told) == {0, 2}
     assert 15 < told.count(2) < 45

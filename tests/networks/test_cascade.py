@@ -15,7 +15,7 @@ from fakes import costs_of
 from impatient.clock import Deadline, FakeClock
 from impatient.errors import ClassCountMismatch, ExitNotReached, NetworkError
 from impatient.evaluation import record
-from impatient.networks.cascade import Cascade
+from impatient.networks.cascade import Cascade, Router
 from impatient.runtime import Runner, profile
 from impatient.runtime.runner import RESERVE_S
 from impatient.training.data import load_data
@@ -23,7 +23,7 @@ from impatient.training.data import load_data
 STOP = -1
 
 
-class Table:
+class Table(Router):
     """A router that knows each sample by its number, and where it goes from each network."""
 
     def __init__(self, moves: Mapping[int, Sequence[int]]) -> None:
@@ -277,7 +277,7 @@ def test_it_is_profiled_recorded_and_described_like_any_other() -> None:
     assert routed.networks[0] is cascade.networks[0]
 
 
-class Always:
+class Always(Router):
     def __init__(self, move: int) -> None:
         self.move = move
 

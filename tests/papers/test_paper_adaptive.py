@@ -13,6 +13,7 @@ from impatient.errors import DataError, ModelSpecError
 from impatient.networks.cascade import Cascade
 from impatient.policies import Topology, fit_selection, split_recording
 from impatient.runtime import Runner
+from impatient.store import to_plain
 from papers import data
 from papers.adaptive_neural_networks import __main__ as command
 from papers.adaptive_neural_networks import curves, exiting, recipe, selecting, tables, times
@@ -362,7 +363,7 @@ def exited(tmp_path_factory) -> dict:
     gates = {f"{inputs}, logistic": 0.01 for inputs in exiting.INPUTS} | {
         "confidences, boosting": 0.02
     }
-    return exiting.judge_split(exits, costs.to_json(), gates, FEW, 0, folder=runs / "policies")
+    return exiting.judge_split(exits, to_plain(costs), gates, FEW, 0, folder=runs / "policies")
 
 
 def test_gates_beat_what_does_not_look(exited) -> None:

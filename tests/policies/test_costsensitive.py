@@ -1,5 +1,6 @@
 """Cost-sensitive learning: against brute force, against scikit-learn, and through files."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from impatient.errors import PolicyError
-from impatient.files import read_tensors, write_tensors
-from impatient.policies import costsensitive
-from impatient.policies.costsensitive import RIDGE, Decision, Standardised, fit_decision
+from impatient.policies import STOP, SelectionPolicy, Topology, costsensitive
+from impatient.policies.costsensitive import RIDGE, Standardised, fit_decision
 
 LEARNERS = ["logistic", "svm", "mlp", "boosting"]
 METHODS = ["filter_tree", "regression"]
@@ -268,8 +268,14 @@ def test_newton_is_as_good_as_the_solver_it_replaces(seed, spread, separation):
 def test_a_decision_comes_back_from_a_file(learner, method, tmp_path):
     features, costs = drawn(actions=4)
     decision = fit_decision(features, costs, learner=learner, method=method)
-    write_tensors(tmp_path / "decision.safetensors", decision.to_arrays(), {})
-    back = Decision.from_arrays(read_tensors(tmp_path / "decision.safetensors")[0])
+    policy = SelectionPolicy(
+        topology=Topology.star(4),
+        moves=((STOP, 1, 2, 3), (STOP,), (STOP,), (STOP,)),
+        decisions={0: decision},
+        node_s=(1.0,) * 4,
+    )
+    policy.save(tmp_path / "policy.safetensors")
+    back = SelectionPolicy.load(tmp_path / "policy.safetensors").decisions[0]
     fresh = drawn(200, seed=1)[0]
     assert back.choose(fresh).equal(decision.choose(fresh))
     assert len(decision.choose(fresh).unique()) > 1
@@ -312,15 +318,13 @@ def test_other_features_are_refused():
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "change",
     [
-        lambda arrays: arrays.pop("mean"),
-        lambda arrays: arrays.update(shape=torch.tensor([3, 9])),
-        lambda arrays: arrays.pop("machines/slopes"),
+        {"root": 9},
+        {"machines": {}},
+        {"children": torch.tensor([[0, 7]])},
     ],
 )
-def test_damaged_arrays_are_refused(damage):
-    arrays = fit_decision(*drawn()).to_arrays()
-    damage(arrays)
+def test_arrays_that_make_no_choice_are_refused(change):
     with pytest.raises(PolicyError):
-        Decision.from_arrays(arrays)
+        dataclasses.replace(fit_decision(*drawn()), **change)

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.evaluation.outcomes import outcome
+from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
 from impatient.files import write_tensors
 from impatient.policies.gate_fitting import GateTimes, backward, fit_gates, stop_gain, sweep_gates
 from impatient.policies.gates import GatePolicy, exits_of_many, gate_time_s
@@ -32,7 +31,7 @@ def with_features(recording, features=None):
 
 def outcome_on(policy, recording, costs):
     """The exits that answer, and the seconds until they have."""
-    found = outcome(policy, recording, costs)
+    found = policy.outcome(recording, costs)
     return found.exits, found.contract_s
 
 
@@ -376,7 +375,7 @@ def test_asking_exit_by_exit_gives_what_asking_at_once_gives(inputs):
     for exit in range(4):
         pooled = None if inputs == "confidences" else recording.features[exit][here]
         outputs = None if inputs == "features" else recording.outputs[exit, here]
-        stops = policy.stops_on(exit, pooled, outputs)
+        stops = policy.stops(exit, outputs, pooled)
         expected[here[stops]] = exit
         here = here[~stops]
     assert policy.exits_on(recording).equal(expected)
@@ -396,10 +395,10 @@ def test_gates_that_lack_what_they_look_at_say_so():
     recording = with_features(drawn(100, seed=11))
     policy = fit_gates(recording, COSTS, time_price=0.1, inputs="both")
     exit = next(k for k in range(3) if policy.looks_at(k))
-    with pytest.raises(PolicyError, match="'both' were given outputs; give stops_on the pooled"):
+    with pytest.raises(PolicyError, match="'both' were given outputs; give stops the pooled"):
         policy.stops(exit, recording.outputs[exit])
     with pytest.raises(PolicyError, match="'both' were given pooled features"):
-        policy.stops_on(exit, recording.features[exit])
+        policy.stops(exit, None, recording.features[exit])
     with pytest.raises(PolicyError, match="features=True"):
         policy.exits_on(replace(recording, features=()))
     with pytest.raises(PolicyError, match="features=True"):
@@ -432,10 +431,9 @@ def test_a_saved_policy_decides_as_before(tmp_path, learner, inputs):
 
 def test_another_file_is_no_gate_policy(tmp_path):
     write_tensors(tmp_path / "other.safetensors", {}, {"kind": "shopping list"})
-    with pytest.raises(PolicyError, match="fit_gates"):
-        GatePolicy.load(tmp_path / "other.safetensors")
-    with pytest.raises(PolicyError, match="mix"):
-        MixedPolicy.load(tmp_path / "other.safetensors")
+    for kind in (GatePolicy, MixedPolicy):
+        with pytest.raises(StorageError, match=r"'shopping list'.*impatient fit"):
+            kind.load(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -519,11 +517,11 @@ def test_a_mixture_meets_a_mean_time_exactly_in_expectation(sweep):
     hull = lower_hull(points)
     for wanted in (1.1, 1.7, 2.4, 3.1):
         mixture = mix(points, mean_time_s=wanted)
-        cheap = mean_s(mixture.cheap, recording)
-        dear = mean_s(mixture.dear, recording)
+        cheap = mean_s(mixture.fast, recording)
+        dear = mean_s(mixture.slow, recording)
         assert cheap + mixture.share * (dear - cheap) == pytest.approx(wanted)
         gates = [point.policy for point in hull]
-        assert gates.index(mixture.dear) == gates.index(mixture.cheap) + 1
+        assert gates.index(mixture.slow) == gates.index(mixture.fast) + 1
     assert mean_s(mix(points, mean_time_s=99.0), recording) == pytest.approx(hull[-1].mean_time_s)
     with pytest.raises(InfeasibleTarget, match="fastest"):
         mix(points, mean_time_s=1.0)
@@ -531,7 +529,7 @@ def test_a_mixture_meets_a_mean_time_exactly_in_expectation(sweep):
 
 def test_a_run_of_a_mixture_follows_one_policy_per_sample_through_all_exits(sweep):
     recording, points = sweep
-    mixture = MixedPolicy(cheap=points[70].policy, dear=points[30].policy, share=0.4, seed=3)
+    mixture = MixedPolicy(fast=points[70].policy, slow=points[30].policy, share=0.4, seed=3)
     run = mixture.for_run(400)
     is_dear = mixture.drawn(400)
     assert 0.3 < float(is_dear.double().mean()) < 0.5
@@ -541,13 +539,13 @@ def test_a_run_of_a_mixture_follows_one_policy_per_sample_through_all_exits(swee
     ]
     exits = torch.stack(stops).int().argmax(0)
     expected = torch.where(
-        is_dear, mixture.dear.exits_on(recording), mixture.cheap.exits_on(recording)
+        is_dear, mixture.slow.exits_on(recording), mixture.fast.exits_on(recording)
     )
     assert exits.equal(expected)
     assert outcome_on(mixture, recording, COSTS)[0].equal(expected)
     assert len(expected.unique()) > 2
     assert not mixture.drawn(400, run=1).equal(is_dear)
-    single = [mixture.for_run(1, run=k).is_dear.item() for k in range(200)]
+    single = [mixture.for_run(1, run=k).is_slow.item() for k in range(200)]
     assert 0.25 < sum(single) / 200 < 0.55
 
 
@@ -555,7 +553,7 @@ def test_a_saved_mixture_decides_as_before(sweep, tmp_path):
     recording, points = sweep
     for mixture in (
         mix(points, mean_time_s=2.0, seed=5),
-        MixedPolicy(cheap=always(1, 4), dear=always(2, 4), share=0.5),
+        MixedPolicy(fast=always(1, 4), slow=always(2, 4), share=0.5),
     ):
         mixture.save(tmp_path / "mixture.safetensors")
         back = MixedPolicy.load(tmp_path / "mixture.safetensors")
@@ -567,6 +565,6 @@ def test_a_saved_mixture_decides_as_before(sweep, tmp_path):
 
 def test_mixtures_that_make_no_sense_are_refused():
     with pytest.raises(PolicyError, match="probability"):
-        MixedPolicy(cheap=always(0, 2), dear=always(1, 2), share=1.5)
+        MixedPolicy(fast=always(0, 2), slow=always(1, 2), share=1.5)
     with pytest.raises(PolicyError, match="2 and 3 exits"):
-        MixedPolicy(cheap=always(0, 2), dear=always(1, 3), share=0.5)
+        MixedPolicy(fast=always(0, 2), slow=always(1, 3), share=0.5)

@@ -22,9 +22,10 @@ from impatient.errors import (
     PolicyError,
     RecordingError,
     StaleInput,
+    StorageError,
 )
 from impatient.evaluation import Recording, judge_policies
-from impatient.policies import ThresholdPolicy, fit_thresholds
+from impatient.policies import STOP, SelectionPolicy, ThresholdPolicy, Topology, fit_thresholds
 from impatient.policies.bounds import (
     betting_p_values,
     binomial_p_values,
@@ -526,16 +527,14 @@ def test_where_nothing_passes_the_full_network_is_left_and_says_so():
     assert not policy_losses([controlled.policy], test, "disagreement").any()
 
 
-@dataclasses.dataclass
-class Routed:
-    """All samples to one of the networks."""
-
-    node: int
-
-    def route(self, outputs, features=()):
-        return dataclasses.make_dataclass("Route", ["answering"])(
-            torch.full((outputs.shape[1],), self.node)
-        )
+def routed(node):
+    """All samples to one of three networks."""
+    return SelectionPolicy(
+        topology=Topology.star(3),
+        moves=((node or STOP,), (STOP,), (STOP,)),
+        decisions={},
+        node_s=(1.0, 1.0, 1.0),
+    )
 
 
 def test_selections_among_networks_are_controlled_by_who_answers():
@@ -543,9 +542,12 @@ def test_selections_among_networks_are_controlled_by_who_answers():
     same = dataclasses.replace(
         same, outputs=same.outputs[[3, 0, 3]], exits=("twin", "weak", "full")
     )
-    assert control_risk([Routed(2), Routed(0)], same, epsilon=0.01).policy == Routed(0)
+    boldest = control_risk([routed(2), routed(0)], same, epsilon=0.01)
+    assert boldest.policy.moves == routed(0).moves
     with pytest.warns(NoEffectWarning, match="full network"):
-        assert control_risk([Routed(1)], same, epsilon=0.01).policy is None
+        full = control_risk([routed(1)], same, epsilon=0.01)
+    assert full.exits_on(same).tolist() == [2] * 400
+    assert full.routes
 
 
 def test_gates_on_features_are_controlled():
@@ -669,7 +671,7 @@ def test_certificates_come_back_from_files(tmp_path):
         certificate.save(tmp_path / "certificate.json")
         assert Certificate.load(tmp_path / "certificate.json") == certificate
     FITTED.save(tmp_path / "policy.json")
-    with pytest.raises(PolicyError, match="control_risk"):
+    with pytest.raises(StorageError, match="fit --delta"):
         Certificate.load(tmp_path / "policy.json")
 
 

@@ -13,6 +13,7 @@ from impatient.errors import CostError, InfeasibleTarget, NoEffectWarning, Polic
 from impatient.files import read_json, write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.policies.scores import SCORES
+from impatient.store import from_plain, to_plain
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
@@ -107,8 +108,8 @@ def test_thresholds_that_make_no_policy_are_refused(thresholds, complaint):
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(PolicyError, match="gut feeling"):
-        ThresholdPolicy.from_json({**by_hand(-INF).to_json(), "score": "gut feeling"})
+    with pytest.raises(StorageError, match=r"'gut feeling' @ \$\.score"):
+        from_plain({**to_plain(by_hand(-INF)), "score": "gut feeling"}, ThresholdPolicy)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -126,15 +127,15 @@ def test_a_saved_policy_comes_back_with_its_infinities(tmp_path):
 @pytest.mark.parametrize(
     "change", [{"thresholds": ["much", "-inf"]}, {"thresholds": 3}, {"thresholds": [0.5, 0.5]}]
 )
-def test_a_damaged_policy_is_a_policy_error(tmp_path, change):
-    write_json(tmp_path / "policy.json", {**by_hand(0.5, -INF).to_json(), **change})
-    with pytest.raises(PolicyError):
+def test_a_damaged_policy_is_refused(tmp_path, change):
+    write_json(tmp_path / "policy.json", {**to_plain(by_hand(0.5, -INF)), **change})
+    with pytest.raises(StorageError, match=r"policy.json is no threshold policy"):
         ThresholdPolicy.load(tmp_path / "policy.json")
 
 
 def test_another_file_is_no_policy(tmp_path):
     write_json(tmp_path / "policy.json", {"kind": "shopping list"})
-    with pytest.raises(PolicyError, match="impatient fit"):
+    with pytest.raises(StorageError, match=r"'shopping list'.*impatient fit"):
         ThresholdPolicy.load(tmp_path / "policy.json")
     with pytest.raises(StorageError):
         ThresholdPolicy.load(tmp_path / "nothing.json")
@@ -143,9 +144,7 @@ def test_another_file_is_no_policy(tmp_path):
 def test_a_policy_of_another_schema_is_refused(tmp_path):
     fit_thresholds(drawn(200, seed=2), COSTS, max_accuracy_loss=0.05).save(tmp_path / "policy.json")
     value = read_json(tmp_path / "policy.json")
-    write_json(
-        tmp_path / "policy.json", {**value, "provenance": {**value["provenance"], "schema": 99}}
-    )
+    write_json(tmp_path / "policy.json", {**value, "schema": 99})
     with pytest.raises(StorageError, match="99"):
         ThresholdPolicy.load(tmp_path / "policy.json")
 
@@ -250,9 +249,10 @@ def test_a_cost_that_the_profile_lacks_is_refused():
 
 def test_a_policy_from_before_it_said_its_cost_still_says_it():
     for name, cost in (("mean_macs", "macs"), ("mean_time_s", "time")):
-        value = fit_thresholds(drawn(200, seed=2), COSTS, **{name: 60.0}, score="margin").to_json()
-        assert value.pop("cost") == cost
-        assert ThresholdPolicy.from_json(value).cost == cost
+        fitted = fit_thresholds(drawn(200, seed=2), COSTS, **{name: 60.0}, score="margin")
+        value = to_plain(fitted)
+        assert (value.pop("cost"), value.pop("schema")) == (cost, 2)
+        assert from_plain(value, ThresholdPolicy).cost == cost
 
 
 @pytest.mark.parametrize(

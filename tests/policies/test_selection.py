@@ -15,21 +15,20 @@ from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, Sto
 from impatient.files import read_tensors, write_tensors
 from impatient.policies import selection
 from impatient.policies.costsensitive import Decision
-from impatient.policies.mixing import neighbours
+from impatient.policies.mixing import mix, neighbours
 from impatient.policies.routing import STOP, SelectionPolicy, selection_features
 from impatient.policies.selection import (
-    MixedSelection,
     fit_selection,
-    mix_selections,
     reference_losses,
     sweep_selection,
 )
 from impatient.policies.topology import Topology
+from impatient.store import from_plain, to_plain
 from papers.adaptive_neural_networks.selection_baselines import (
     oracle_route,
     single_route,
 )
-from recordings import drawn, recording_of, sure
+from recordings import costs_of, drawn, recording_of, sure
 
 DIAMOND = Topology.of({"A": ["B", "C"], "B": ["D"], "C": ["D"], "D": []})
 
@@ -98,9 +97,9 @@ def test_a_move_to_an_unknown_node_is_refused():
 
 
 def test_a_topology_comes_back_from_json():
-    assert Topology.from_json(DIAMOND.to_json()) == DIAMOND
-    with pytest.raises(PolicyError, match="is not a topology"):
-        Topology.from_json({"nodes": ["A"]})
+    assert from_plain(to_plain(DIAMOND), Topology) == DIAMOND
+    with pytest.raises(StorageError, match="lacks edges"):
+        from_plain({"nodes": ["A"]}, Topology)
 
 
 # --- what decisions see ---------------------------------------------------------------------------
@@ -465,14 +464,14 @@ def test_a_saved_policy_does_the_same(tmp_path, learner):
 @pytest.mark.parametrize(
     "change", [{"moves": [[-1]]}, {"node_s": [1.0]}, {"topology": {}}, {"inputs": "tea leaves"}]
 )
-def test_a_damaged_policy_is_a_policy_error(tmp_path, change):
+def test_a_damaged_policy_is_refused(tmp_path, change):
     path = tmp_path / "policy.safetensors"
     fit_selection(
         drawn(100, seed=7), [1.0, 2.0, 4.0, 8.0], Topology.chain(4), time_price=0.01
     ).save(path)
     tensors, header = read_tensors(path)
     write_tensors(path, tensors, header | change)
-    with pytest.raises(PolicyError):
+    with pytest.raises(StorageError, match="is no selection policy"):
         SelectionPolicy.load(path)
     with pytest.raises(StorageError):
         SelectionPolicy.load(tmp_path / "nothing.safetensors")
@@ -551,25 +550,17 @@ def test_a_target_that_leaves_no_choice_warns():
     assert policy.visits == (0,)
 
 
-def test_two_neighbours_mixed_meet_a_mean_time(tmp_path):
+def test_two_neighbours_mixed_meet_a_mean_time():
     points = sweep_selection(FEW, FEW_S, Topology.chain(4), time_prices=[0.0, 0.01, 0.1, 0.5])
     fast, slow = sorted(point.mean_time_s for point in points)[1:3]
-    mixed = mix_selections(points, mean_time_s=0.75 * fast + 0.25 * slow, seed=5)
+    mixed = mix(points, mean_time_s=0.75 * fast + 0.25 * slow, seed=5)
     assert mixed.share == pytest.approx(0.25)
-    many = FEW.outputs.repeat(1, 80, 1)
-    route = mixed.route(many)
-    assert route.mean_time_s == pytest.approx(0.75 * fast + 0.25 * slow, rel=0.01)
-    assert mixed.follows_slow(100).equal(mixed.follows_slow(40_000)[:100])
-    mixed.save(tmp_path / "mixed.safetensors")
-    assert (
-        MixedSelection.load(tmp_path / "mixed.safetensors").route(many).visited.equal(route.visited)
-    )
+    many = recording_of(FEW.outputs.repeat(1, 80, 1), FEW.labels.repeat(80))
+    done = mixed.outcome(many, costs_of(FEW_S, [0.0] * 4))
+    assert float(done.contract_s.mean()) == pytest.approx(0.75 * fast + 0.25 * slow, rel=0.01)
     with pytest.raises(InfeasibleTarget):
-        mix_selections(points, mean_time_s=0.5)
-    assert mix_selections(points, mean_time_s=1e6).share == 1.0
-    points[0].policy.save(tmp_path / "one.safetensors")
-    with pytest.raises(PolicyError, match="no mixture"):
-        MixedSelection.load(tmp_path / "one.safetensors")
+        mix(points, mean_time_s=0.5)
+    assert mix(points, mean_time_s=1e6).share == 1.0
 
 
 def test_no_policy_beats_the_oracle():

@@ -21,6 +21,7 @@ from impatient.costs import CostProfile
 from impatient.networks import MultiExitNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.policies.mixing import MixedPolicy
+from impatient.policies.policy import Policy
 from impatient.portable import StagedRun, Wiring
 from impatient.runtime import Runner
 from impatient.runtime.compaction import Compaction
@@ -279,7 +280,7 @@ def test_nothing_is_tried_out_where_no_part_of_a_batch_can_leave(
 
 
 @dataclass
-class OnFeatures:
+class OnFeatures(Policy):
     """Stops where the mean of the pooled features is large; writes down how many samples it was
     asked about.
     """
@@ -292,10 +293,18 @@ class OnFeatures:
     def looks_at(self, exit: int) -> bool:
         return True
 
-    def stops(self, exit: int, outputs: Tensor) -> Tensor:
-        raise AssertionError
+    @property
+    def needs_outputs(self) -> bool:
+        return self.inputs == "both"
 
-    def stops_on(self, exit: int, pooled: Tensor, outputs: Tensor | None = None) -> Tensor:
+    @property
+    def needs_features(self) -> bool:
+        return True
+
+    def stops(
+        self, exit: int, outputs: Tensor | None = None, pooled: Tensor | None = None
+    ) -> Tensor:
+        assert pooled is not None
         assert (outputs is not None) == (self.inputs == "both")
         assert outputs is None or len(outputs) == len(pooled)
         self.asked.append(len(pooled))
@@ -345,16 +354,16 @@ def test_a_head_runs_only_where_a_gate_on_features_stops_somebody(
 def test_the_draws_of_a_mixture_follow_their_samples(
     cheap: Any, dear: Any, share: float, batch: int, seed: int
 ) -> None:
-    mixed = MixedPolicy(cheap=policy_of(*cheap), dear=policy_of(*dear), share=share, seed=seed)
+    mixed = MixedPolicy(fast=policy_of(*cheap), slow=policy_of(*dear), share=share, seed=seed)
     x = x_of(batch, seed)
     is_dear = mixed.drawn(batch, run=3)
-    wanted = alone(NETWORK, x, [mixed.dear if drawn else mixed.cheap for drawn in is_dear])
+    wanted = alone(NETWORK, x, [mixed.slow if drawn else mixed.fast for drawn in is_dear])
     assert_same(driven(NETWORK, x, mixed.for_run(batch, 3), ALWAYS), wanted)
 
 
 def test_an_exit_that_nobody_left_looks_at_is_not_paid() -> None:
     closed = policy_of(2.0, torch.inf, torch.inf)
-    mixed = MixedPolicy(cheap=policy_of(-1.0, -1.0, -1.0), dear=closed, share=0.5)
+    mixed = MixedPolicy(fast=policy_of(-1.0, -1.0, -1.0), slow=closed, share=0.5)
     network = made()
     x = x_of(MOST)
     ran = []

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from impatient.errors import DataError
+from impatient.store import from_plain, to_plain
 from impatient.training import Data, Preprocess, load_data
 from impatient.training.data import SPLITS, read_image
 
@@ -495,7 +496,7 @@ def test_a_constant_input_is_not_divided_by_zero(tmp_path):
     ],
 )
 def test_preprocessing_survives_json(preprocess):
-    assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
+    assert from_plain(json.loads(json.dumps(to_plain(preprocess))), Preprocess) == preprocess
 
 
 # --- image folders --------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from command_line import Call
 from impatient import Recipe, load_data
 from impatient.evaluation import Evaluation
-from impatient.evaluation.outcomes import outcome
 from impatient.files import read_json, write_tensors
 from impatient.networks import Cascade
 from impatient.policies import GatePolicy, SelectionPolicy
@@ -90,7 +89,7 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert 0.0 < real.mean_s.low <= real.mean_s.value
     # of the same samples
     assert real.predicted_s == pytest.approx(
-        float(outcome(policy, recording, run.profile()).contract_s[:5].mean())
+        float(policy.outcome(recording, run.profile()).contract_s[:5].mean())
     )
     assert call("report", run.path)[0] == 0
     assert "Test samples really answered" in run.report_file.read_text()

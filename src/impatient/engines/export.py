@@ -31,8 +31,9 @@ from impatient.networks.describe import StageFacts
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.placement import evaluating
 from impatient.networks.stages import batch_size_of, call_model
-from impatient.policies.rules import ThresholdPolicy
+from impatient.policies.policy import Policy
 from impatient.provenance import machine, provenance
+from impatient.store import from_plain, to_plain
 
 # Engines whose networks are written to files.
 WRITTEN = (
@@ -118,7 +119,7 @@ def export(
     precision: str = "fp32",
     calibration: Sequence[Any] = (),
     costs: CostProfile | None = None,
-    policy: ThresholdPolicy | None = None,
+    policy: Policy | None = None,
     lean: bool = False,
     force: bool = False,
 ) -> Path:
@@ -444,7 +445,7 @@ def _bundle(
     precision: str,
     threads: int,
     costs: CostProfile | None,
-    policy: ThresholdPolicy | None,
+    policy: Policy | None,
 ) -> dict[str, Any]:
     wiring = parts.wiring
     ending = "pt2" if engine == "aoti" else "onnx"
@@ -478,12 +479,10 @@ def _bundle(
         "agreement": None,
         "tolerance": TOLERANCE if precision == "fp32" else None,
         "costs": None if costs is None else _costs_json(costs),
-        "policy": None
-        if policy is None
-        else {"score": policy.score, "thresholds": list(policy.thresholds)},
+        "policy": None if policy is None else policy.portable_rule(),
         "facts": [dataclasses.asdict(stage) for stage in facts.stages],
         "layouts": list(facts.layouts),
-        "provenance": made.to_json(),
+        "provenance": to_plain(made),
     }
 
 
@@ -519,9 +518,7 @@ def _costs_json(costs: CostProfile) -> dict[str, Any]:
 
 
 def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
-    stages = tuple(
-        StageFacts(**{**stage, "features": tuple(stage["features"])}) for stage in bundle["facts"]
-    )
+    stages = tuple(from_plain(stage, StageFacts) for stage in bundle["facts"])
     return NetworkFacts(
         exit_names=tuple(bundle["exits"]),
         num_classes=bundle["num_classes"],

@@ -9,11 +9,9 @@ engine on numpy arrays.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,13 +21,12 @@ from torch import Tensor, nn
 
 from impatient.engines.partition import Parts, any_batch, exporting, input_tensors
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
-from impatient.files import write_json
 from impatient.networks.describe import StageFacts, describe, stage_facts
 from impatient.networks.heads import Layout, Pool
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.portable import PartExit, Run, Staged, Streamed
-from impatient.portable.description import wiring_of
+from impatient.portable import PartExit, Run, Staged, Streamed, Wiring
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
+from impatient.store import Stored
 
 Arrays = Literal["torch", "numpy"]
 
@@ -67,23 +64,22 @@ class NetworkFacts:
             weights=fingerprint_tensors(state),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        stages = tuple(
-            StageFacts(**{**stage, "features": tuple(stage["features"])})
-            for stage in value["stages"]
-        )
-        return cls(
-            exit_names=tuple(value["exit_names"]),
-            num_classes=value["num_classes"],
-            layouts=tuple(value["layouts"]),
-            stages=stages,
-            structure=value["structure"],
-            weights=value["weights"],
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packages(Stored, kind="impatient_aoti", made_by="`impatient export --engine aoti`"):
+    """What is known of a directory of packages that AOTInductor has compiled.
+
+    Attributes:
+        threads: intra-op threads that are built into them.
+        torch: the version that compiled them.
+        wiring: what passes between the parts.
+        facts: of the eager network.
+    """
+
+    threads: int
+    torch: str
+    wiring: Wiring
+    facts: NetworkFacts
 
 
 class EngineExit:
@@ -399,17 +395,8 @@ def aoti(
         if head is not None:
             _package(head, [wiring.features[index]], parts, directory / f"head{index}.pt2")
     _package(parts.whole, wiring.inputs, parts, directory / "whole.pt2")
-    write_json(
-        directory / _AOTI,
-        {
-            "kind": "impatient_aoti",
-            "schema": 1,
-            "threads": threads,
-            "torch": str(torch.__version__),
-            "wiring": dataclasses.asdict(wiring),
-            "facts": facts.to_json(),
-        },
-    )
+    made = Packages(threads=threads, torch=str(torch.__version__), wiring=wiring, facts=facts)
+    made.save(directory / _AOTI)
     return load_aoti(directory)
 
 
@@ -424,27 +411,30 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
     """
     directory = Path(directory)
     try:
-        made = json.loads((directory / _AOTI).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        made = Packages.load(directory / _AOTI)
+    except StorageError as error:
         raise StorageError(
             f"{directory} is not a directory that aoti has finished ({error}); build it again."
         ) from error
     here = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     for name, value in here.items():
-        if made[name] != value:
+        if getattr(made, name) != value:
             raise StaleInput(
-                f"the packages in {directory} were built with {name} {made[name]}, but here it is "
+                f"the packages in {directory} were built with {name} {getattr(made, name)}, but here it is "
                 f"{value}; they would be slow "
-                f"or wrong. Build them again, or call torch.set_num_threads({made['threads']}) "
-                f"with torch {made['torch']}."
+                f"or wrong. Build them again, or call torch.set_num_threads({made.threads}) "
+                f"with torch {made.torch}."
             )
-    wiring = wiring_of(made["wiring"])
-    facts = NetworkFacts.from_json(made["facts"])
+    wiring = made.wiring
     stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
     heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
     whole = _load(directory / "whole.pt2")
     return EngineNetwork(
-        facts, Staged(wiring, stages, [*heads, None]), whole, engine="aoti", threads=made["threads"]
+        made.facts,
+        Staged(wiring, stages, [*heads, None]),
+        whole,
+        engine="aoti",
+        threads=made.threads,
     )
 
 

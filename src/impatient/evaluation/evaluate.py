@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -22,11 +21,12 @@ from impatient.evaluation.metrics import (
     proportion,
     true_label_probabilities,
 )
-from impatient.evaluation.outcomes import AnyPolicy, Outcome, outcome
 from impatient.evaluation.recording import Recording
-from impatient.files import read_json, write_json
+from impatient.policies.outcome import Outcome
+from impatient.policies.policy import Policy, check_policy
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
+from impatient.store import Stored
 
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
@@ -44,17 +44,6 @@ class RealTime:
     samples: int
     mean_s: Estimate
     predicted_s: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "samples": self.samples,
-            "mean_s": self.mean_s.to_json(),
-            "predicted_s": self.predicted_s,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**{**value, "mean_s": Estimate(**value["mean_s"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +103,7 @@ class StaticBaseline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Evaluation(Stored, made_by="`impatient evaluate`"):
     """A judgement on one split.
 
     Attributes:
@@ -142,90 +131,11 @@ class Evaluation:
                 return row
         raise KeyError(f"no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": "evaluation",
-            "split": self.split,
-            "samples": self.samples,
-            "rows": [_row_json(row) for row in self.rows],
-            "under_budgets": [
-                {"budget": row.budget, "name": row.name, "accuracy": row.accuracy.to_json()}
-                for row in self.under_budgets
-            ],
-            "budgets": {name: budget.to_json() for name, budget in self.budgets.items()},
-            "provenance": self.provenance.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            return cls(
-                rows=tuple(_row_from(row) for row in value["rows"]),
-                under_budgets=tuple(
-                    BudgetRow(
-                        budget=row["budget"], name=row["name"], accuracy=Estimate(**row["accuracy"])
-                    )
-                    for row in value["under_budgets"]
-                ),
-                budgets={
-                    name: Budget.from_json(budget) for name, budget in value["budgets"].items()
-                },
-                split=value["split"],
-                samples=value["samples"],
-                provenance=Provenance.from_json(value["provenance"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise RecordingError(
-                f"this is not an evaluation ({error!r}); make one with `impatient evaluate`."
-            ) from error
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.from_json(read_json(path))
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    plain = {
-        name: getattr(row, name)
-        for name in (
-            "name",
-            "kind",
-            "interruptible_s",
-            "contract_s",
-            "macs",
-            "calibration_error",
-            "shares",
-        )
-    }
-    return {
-        **plain,
-        "accuracy": row.accuracy.to_json(),
-        "p_true": row.p_true.to_json() if row.p_true else None,
-        "real": row.real.to_json() if row.real else None,
-    }
-
-
-def _row_from(value: Mapping[str, Any]) -> Row:
-    p_true = value.get("p_true")
-    real = value.get("real")
-    return Row(
-        **{
-            **value,
-            "accuracy": Estimate(**value["accuracy"]),
-            "shares": tuple(value["shares"]),
-            "p_true": Estimate(**p_true) if p_true else None,
-            "real": RealTime.from_json(real) if real else None,
-        }
-    )
-
 
 def evaluate(
     recording: Recording,
     costs: CostProfile,
-    policies: AnyPolicy | Mapping[str, AnyPolicy] | None = None,
+    policies: Policy | Mapping[str, Policy] | None = None,
     *,
     exit_free: Recording | None = None,
     same_weights: bool = True,
@@ -265,7 +175,7 @@ def evaluate(
         else {"policy": policies}
     )
     for name, policy in named.items():
-        check_policy(name, policy, recording)
+        check_judged(name, policy, recording)
     if recording.outputs.shape[0] != costs.num_exits:
         raise RecordingError(
             f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
@@ -308,8 +218,9 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
     return standard(1.25 * interruptible_s[-1])
 
 
-def check_policy(name: str, policy: AnyPolicy, recording: Recording) -> None:
+def check_judged(name: str, policy: Policy, recording: Recording) -> None:
     """Refuse a policy of another network, or one fitted on the recording's own split."""
+    check_policy(policy)
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(
             f"policy {name!r} is for {policy.num_exits} exits, the recording has "
@@ -373,7 +284,7 @@ class _Judge:
             self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
         # once they are judged
-        self.policies: dict[str, AnyPolicy] = {}
+        self.policies: dict[str, Policy] = {}
 
     def exits(self) -> list[Row]:
         return [
@@ -381,13 +292,13 @@ class _Judge:
             for k in range(self.count)
         ]
 
-    def policy(self, name: str, policy: AnyPolicy) -> Row:
+    def policy(self, name: str, policy: Policy) -> Row:
         self.policies[name] = policy
         done = self._outcome(policy, "time")
         return self._row(name, "policy", done.exits, done.spent_s(), done.contract_s, done.macs)
 
-    def _outcome(self, policy: AnyPolicy, cost: Cost) -> Outcome:
-        return outcome(policy, self.recording, self.costs, cost=cost, **self.options)  # type: ignore[arg-type]
+    def _outcome(self, policy: Policy, cost: Cost) -> Outcome:
+        return policy.outcome(self.recording, self.costs, cost=cost, **self.options)  # type: ignore[arg-type]
 
     def references(self) -> list[Row]:
         # the first exit that is right; 0, the cheapest, when none is

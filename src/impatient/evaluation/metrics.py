@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,9 +23,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 def proportion(hits: float, count: int) -> Estimate:
@@ -134,9 +130,6 @@ class Monotonicity:
     mean_fall: Estimate
     fall_p95: float
     fall_max: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def largest_falls(

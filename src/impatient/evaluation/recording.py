@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from impatient.errors import RecordingError
-from impatient.files import read_tensors, write_tensors
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+from impatient.store import Stored
 
 
 class AnytimeNetwork(Protocol):
@@ -50,7 +49,7 @@ class LabelledData(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Recording:
+class Recording(Stored, made_by="`impatient record`"):
     """Outputs of all exits on one split of one data set.
 
     Attributes:
@@ -94,41 +93,6 @@ class Recording:
     def hits(self) -> Float[Tensor, "K N"]:
         """1 where an exit is right, else 0."""
         return (self.outputs.argmax(-1) == self.labels).float()
-
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header."""
-        tensors = {"outputs": self.outputs, "labels": self.labels}
-        tensors |= {f"features/{index}": entry for index, entry in enumerate(self.features)}
-        header = {
-            "kind": "recording",
-            "split": self.split,
-            "exits": self.exits,
-            "provenance": self.provenance.to_json(),
-        }
-        write_tensors(path, tensors, header)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            StorageError, RecordingError: if the file is missing, damaged or no recording.
-        """
-        tensors, header = read_tensors(path)
-        try:
-            features = tuple(tensors[f"features/{index}"] for index in range(len(tensors) - 2))
-            return cls(
-                outputs=tensors["outputs"],
-                labels=tensors["labels"],
-                split=header["split"],
-                exits=tuple(header["exits"]),
-                features=features,
-                provenance=Provenance.from_json(header["provenance"]),
-            )
-        except KeyError as error:
-            raise RecordingError(
-                f"{path} is not a recording (it lacks {error}); make one with `impatient record`."
-            ) from error
 
 
 def record(

@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile
 from impatient.evaluation.evaluate import Evaluation, Row
-from impatient.evaluation.outcomes import AnyPolicy, exits_under
 from impatient.evaluation.paired import PairedComparison
 from impatient.evaluation.plots import (
     BLUE,
@@ -44,10 +43,8 @@ from impatient.evaluation.tables import (
     percent,
     real_times_table,
 )
-from impatient.policies.mixing import MixedPolicy
-from impatient.policies.routing import SelectionPolicy
-from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.policy import Policy
+from impatient.policies.scores import SCORES
 from impatient.provenance import Provenance, fingerprint_bytes
 
 
@@ -70,7 +67,7 @@ class Example:
 
 
 def select_examples(
-    recording: Recording, policy: AnyPolicy, count: int = 8
+    recording: Recording, policy: Policy, count: int = 8
 ) -> tuple[list[int], list[int]]:
     """Samples that left first, the surest ahead, and samples that stayed longest, the least sure
     ahead; none is in both.
@@ -78,19 +75,14 @@ def select_examples(
     Returns:
         Two lists of at most `count` indices into the recording.
     """
-    exits = exits_under(policy, recording)
+    exits = policy.exits_on(recording)
     scores = (
-        SCORES[score_of(policy)](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
+        SCORES[policy.shown_score()](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
     )
     order = np.lexsort((-scores, exits.numpy()))
     early = order[: min(count, (len(order) + 1) // 2)]
     late = order[len(early) :][::-1][:count]
     return early.tolist(), late.tolist()
-
-
-def score_of(policy: AnyPolicy) -> ScoreName:
-    """The score by which a policy's answers are shown: its own, or the largest probability."""
-    return policy.score if isinstance(policy, ThresholdPolicy) else "max_probability"
 
 
 def figure_svg(figure: Figure) -> str:
@@ -129,7 +121,7 @@ def report_html(
     title: str,
     evaluation: Evaluation,
     costs: CostProfile,
-    policies: Mapping[str, AnyPolicy],
+    policies: Mapping[str, Policy],
     chosen_budget: tuple[str, Budget] | None = None,
     early: Sequence[Example] = (),
     late: Sequence[Example] = (),
@@ -360,14 +352,14 @@ def _cell(cell: str | Cell | Column, space: str) -> str:
     return f"{text}{space}<small>{_e(cell.detail)}</small>" if cell.detail else text
 
 
-def _policies_table(policies: Mapping[str, AnyPolicy], exits: Sequence[str]) -> str:
+def _policies_table(policies: Mapping[str, Policy], exits: Sequence[str]) -> str:
     """One column per policy, since exits may be many."""
     if not policies:
         return ""
-    columns = [
-        (_looks_at(policy), *_target(policy), *_rules(policy, exits))
-        for policy in policies.values()
-    ]
+    columns = []
+    for policy in policies.values():
+        words = policy.described(exits)
+        columns.append((words.looks_at, *_target(policy), *words.rules))
     names: list[str | Cell] = ["looks at", "fitted on", "asked for", "reached there"]
     names += [Cell(f"exit {exit}", name) for exit, name in enumerate(exits)]
     cells = zip(names, zip(*columns, strict=True), strict=False)
@@ -381,43 +373,12 @@ _RULES = (
 )
 
 
-def _looks_at(policy: AnyPolicy) -> str:
-    if isinstance(policy, ThresholdPolicy):
-        return policy.score.replace("_", " ")
-    if isinstance(policy, SelectionPolicy):
-        return "what has run" if policy.inputs == "path" else "the network that has just run"
-    return (
-        "a draw, and either policy"
-        if isinstance(policy, MixedPolicy)
-        else f"{policy.inputs} ({policy.learner})"
-    )
-
-
-def _rules(policy: AnyPolicy, exits: Sequence[str]) -> list[str]:
-    """What it does at each exit, in a word or two."""
-    if isinstance(policy, ThresholdPolicy):
-        return [_bound(threshold) for threshold in policy.thresholds]
-    if isinstance(policy, SelectionPolicy):
-        moves = [
-            ["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in policy.moves
-        ]
-        return [" or ".join(row) if row else "nobody comes" for row in moves]
-    if isinstance(policy, MixedPolicy):
-        return [f"{policy.share:.0%} follow the dearer policy", *[""] * (len(exits) - 1)]
-    return [*("closed" if gate is None else "gate" for gate in policy.gates), "always"]
-
-
-def _bound(threshold: float) -> str:
-    return {math.inf: "closed", -math.inf: "always"}.get(threshold, f"{threshold:.4f}")
-
-
-def _target(policy: AnyPolicy) -> tuple[str, str, str]:
+def _target(policy: Policy) -> tuple[str, str, str]:
     """Where a policy was fitted, what was asked for and what it reached there."""
-    fitted = policy.dear if isinstance(policy, MixedPolicy) else policy
-    target = fitted.target
+    target = policy.target
     if policy.split is None or not {"mean_cost", "accuracy", "samples"} <= set(target):
         return policy.split or "set by hand", "", ""
-    cost = amount(target["mean_cost"], getattr(fitted, "cost", "time"))
+    cost = amount(target["mean_cost"], policy.cost)
     wanted = next(
         (
             _asked(name, value)

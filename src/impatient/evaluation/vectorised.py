@@ -16,7 +16,7 @@ from torch import Tensor
 from impatient.budgets import Budget, deepest_for_some, exit_weights_many
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import RecordingError
-from impatient.evaluation.evaluate import check_policy
+from impatient.evaluation.evaluate import check_judged
 from impatient.evaluation.recording import Recording
 from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.scores import SCORES, ScoreName
@@ -113,7 +113,7 @@ def judge_policies(
             f"{costs.num_exits}."
         )
     for index, policy in enumerate(policies):
-        check_policy(str(index), policy, recording)
+        check_judged(str(index), policy, recording)
     samples = len(recording.labels)
     hits = recording.hits().bool().numpy()
     # exit by exit, which is how policies score, and less memory

@@ -29,7 +29,7 @@ from impatient.clock import NEVER, Clock, Deadline
 from impatient.costs import CostProfile
 from impatient.errors import RunError
 from impatient.networks.stages import batch_size_of, first_tensor
-from impatient.policies.rules import Policy
+from impatient.policies.policy import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.progress import (
@@ -37,7 +37,6 @@ from impatient.runtime.progress import (
     asked,
     can_shrink,
     filled,
-    for_rows,
     row_bytes,
 )
 from impatient.runtime.runner import RESERVE_S, Runner
@@ -212,7 +211,7 @@ class _RunAhead:
         self._count = len(self._places)
         # of the features at the exit given last
         self._row_bytes = 0.0
-        self._policy: Any = runner.drawn(runner.policy, len(self._places))
+        self._policy = runner.drawn(runner.policy, len(self._places))
         wanted = (
             self._policy is not None
             and len(self._places) > 1
@@ -284,7 +283,7 @@ class _RunAhead:
                 f"all exits."
             )
         wanted = [exit.output()]
-        if getattr(self._policy, "inputs", "confidences") != "confidences":
+        if self._policy is not None and self._policy.needs_features:
             wanted.append(self._runner.network.pooled(exit))  # type: ignore[attr-defined]  # gates were fitted for such networks
         self._row_bytes = row_bytes(exit)
         self._steps.append(_Step(exit.index, self._places, self._queue.fetch(wanted), now))
@@ -310,11 +309,10 @@ class _RunAhead:
         return "policy" if bool(self._done.all()) else None
 
     def _stops(self, step: _Step) -> Tensor:
-        policy: Any = (
-            self._policy
-            if len(step.places) == len(self._done)
-            else for_rows(self._policy, step.places)
-        )
+        policy = self._policy
+        assert policy is not None
+        if len(step.places) != len(self._done):
+            policy = policy.for_rows(step.places)
         outputs, *pooled = step.fetched.values
         return asked(policy, step.index, lambda: outputs, lambda: pooled[0])
 

@@ -24,9 +24,11 @@ from impatient.networks.stages import (
 
 
 class Router(Protocol):
-    """What a cascade asks where samples go: `impatient.policies.selection.SelectionPolicy`, or one
-    of your own.
-    """
+    """What a cascade asks where samples go: any `impatient.Policy`, or a class derived from this."""
+
+    def for_rows(self, rows: Tensor) -> Router:  # noqa: ARG002  most treat all rows alike
+        """The rule for these samples of the batch, in their order."""
+        return self
 
     def sees(self, node: int) -> tuple[int, ...]:
         """The networks whose outputs are needed to decide at this one."""
@@ -89,8 +91,9 @@ class CascadeWalk(Iterator[CascadeExit]):
         asked for.
     """
 
-    def __init__(self, cascade: Cascade, x: Any) -> None:
+    def __init__(self, cascade: Cascade, x: Any, router: Router | None) -> None:
         self._cascade = cascade
+        self._router = router
         self._x = x
         self._count = batch_size_of(x)
         self._ambient = _Ambient.now()
@@ -158,11 +161,11 @@ class CascadeWalk(Iterator[CascadeExit]):
     def _send(self, node: int, rows: Tensor, features: Tensor | None) -> None:
         """Put the samples that go on to the networks they go to."""
         last = self._cascade.num_exits - 1
-        router = self._cascade.router
-        if router is None:
+        if self._router is None:
             if node < last:
                 self._waiting[node + 1] = rows
             return
+        router = self._router.for_rows(rows)
         seen = {known: self._outputs[known][rows] for known in router.sees(node) or (node,)}
         going = router.next_node(node, seen, features)
         for following in going.unique().tolist():
@@ -260,14 +263,14 @@ class Cascade(nn.Module):
         """Outputs of all networks on all samples, without the router."""
         return tuple(output_tensor(call_model(network, x)) for network in self.networks)
 
-    def exits(self, x: Any, **_: Any) -> CascadeWalk:
+    def exits(self, x: Any, *, router: Router | None = None, **_: Any) -> CascadeWalk:
         """Run network by network; stop asking, and no further one runs.
 
         Args:
             x: as every network takes it: a tensor, or a tuple, list or mapping of tensors with the
                 samples first.
         """
-        return CascadeWalk(self, x)
+        return CascadeWalk(self, x, self.router if router is None else router)
 
     def pooled(self, exit: CascadeExit) -> Tensor:
         """What the last linear layer of a network read, shape [B, D].

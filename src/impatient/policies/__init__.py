@@ -7,7 +7,9 @@ from impatient.policies.calibration import fit_temperatures
 from impatient.policies.costsensitive import Decision, fit_decision
 from impatient.policies.gate_fitting import SweepPoint, fit_gates, sweep_gates
 from impatient.policies.gates import GatePolicy, gate_time_s
-from impatient.policies.mixing import MixedPolicy, lower_hull, mix
+from impatient.policies.mixing import DrawnPolicy, MixedPolicy, PolicyPoint, lower_hull, mix
+from impatient.policies.outcome import Outcome, node_times_s
+from impatient.policies.policy import Description, Policy
 from impatient.policies.risk import (
     Certificate,
     ControlledPolicy,
@@ -17,12 +19,10 @@ from impatient.policies.risk import (
     threshold_family,
 )
 from impatient.policies.routing import STOP, Route, SelectionPolicy
-from impatient.policies.rules import Policy, ThresholdPolicy, fit_thresholds, thresholds_for_shares
+from impatient.policies.rules import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.policies.selection import (
-    MixedSelection,
     SelectionPoint,
     fit_selection,
-    mix_selections,
     sweep_selection,
 )
 from impatient.policies.splits import split_recording
@@ -33,10 +33,13 @@ __all__ = [
     "Certificate",
     "ControlledPolicy",
     "Decision",
+    "Description",
+    "DrawnPolicy",
     "GatePolicy",
     "MixedPolicy",
-    "MixedSelection",
+    "Outcome",
     "Policy",
+    "PolicyPoint",
     "Route",
     "SelectionPoint",
     "SelectionPolicy",
@@ -53,7 +56,7 @@ __all__ = [
     "gate_time_s",
     "lower_hull",
     "mix",
-    "mix_selections",
+    "node_times_s",
     "samples_needed",
     "scaled_family",
     "scores",

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient.ensembling import RULED_OUT
-from impatient.policies.rules import Recorded
+from impatient.policies.policy import Recorded
 
 # an exit that is always right would have no least temperature
 RANGE = (1e-3, 1e3)

@@ -110,41 +110,6 @@ class Decision:
         chosen: Tensor = items[self.root]
         return chosen.to(features.device)
 
-    def to_arrays(self) -> dict[str, Tensor]:
-        """Plain tensors, for `write_tensors`."""
-        shape = torch.tensor([self.num_actions, self.root])
-        own = {"shape": shape, "mean": self.mean, "scale": self.scale, "children": self.children}
-        return own | {f"machines/{name}": value for name, value in self.machines.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Tensor]) -> Self:
-        """What `to_arrays` gave.
-
-        Raises:
-            PolicyError: if these are other arrays.
-        """
-        prefix = "machines/"
-        try:
-            num_actions, root = arrays["shape"].tolist()
-            return cls(
-                num_actions=num_actions,
-                mean=arrays["mean"],
-                scale=arrays["scale"],
-                children=arrays["children"],
-                root=root,
-                machines={
-                    name.removeprefix(prefix): value
-                    for name, value in arrays.items()
-                    if name.startswith(prefix)
-                },
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(
-                f"arrays {sorted(arrays)} are no decision ({error!r}); fit it anew."
-            ) from error
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Standardised:

@@ -23,13 +23,12 @@ from impatient.policies.gates import (
     STOP,
     GatePolicy,
     Inputs,
-    RecordedFeatures,
     Reference,
     exit_times_s,
-    features_of,
     gate_inputs,
     per_gate,
 )
+from impatient.policies.policy import Recorded, features_of
 from impatient.policies.targets import one_target
 
 # --- the recursion --------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ class SweepPoint:
 
 
 def fit_gates(
-    recording: RecordedFeatures,
+    recording: Recorded,
     costs: CostProfile,
     *,
     time_price: float | None = None,
@@ -243,7 +242,7 @@ def fit_gates(
 
 
 def sweep_gates(
-    recording: RecordedFeatures,
+    recording: Recorded,
     costs: CostProfile,
     time_prices: Sequence[float] | None = None,
     *,
@@ -279,7 +278,7 @@ class _Problem:
 
     def __init__(
         self,
-        recording: RecordedFeatures,
+        recording: Recorded,
         costs: CostProfile,
         reference: Reference,
         learner: Learner,

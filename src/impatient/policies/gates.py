@@ -21,8 +21,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,9 +30,8 @@ from torch import Tensor
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import PolicyError
-from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner
-from impatient.policies.rules import Recorded
+from impatient.policies.policy import Description, Policy, Recorded, features_of
 from impatient.policies.scores import confidence_features
 from impatient.provenance import Provenance
 
@@ -42,13 +40,6 @@ Reference = Literal["full", "none", "downstream"]
 
 # the action of a gate's decision; 1 goes on
 STOP = 0
-
-
-class RecordedFeatures(Recorded, Protocol):
-    """What fitting gates on pooled features needs of a recording, beside its outputs."""
-
-    @property
-    def features(self) -> tuple[Tensor, ...]: ...
 
 
 # --- what a gate sees -----------------------------------------------------------------------------
@@ -69,7 +60,7 @@ def gate_inputs(
             if value is not None
         ]
         raise PolicyError(
-            f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops_on the "
+            f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops the "
             f"pooled features of the "
             "exit, and its outputs for 'confidences' and 'both'."
         )
@@ -83,7 +74,7 @@ def gate_inputs(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GatePolicy:
+class GatePolicy(Policy):
     """Stop at the first exit whose gate says so; the last exit always stops.
 
     Attributes:
@@ -131,12 +122,15 @@ class GatePolicy:
         """
         return exit == len(self.gates) or self.gates[exit] is not None
 
-    def open_exits(self) -> tuple[bool, ...]:
-        """Per exit, whether its head runs when it is passed: never for gates on features, which
-        come before the head.
-        """
-        passed = self.inputs != "features"
-        return (*(passed and self.looks_at(exit) for exit in range(len(self.gates))), True)
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether gates look at outputs; gates on features alone are asked before the head runs."""
+        return self.inputs != "features"
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether gates look at pooled features."""
+        return self.inputs != "confidences"
 
     def added_s(self) -> tuple[float, ...]:
         """Per exit, seconds that the gates take until it answers, its own included."""
@@ -144,120 +138,56 @@ class GatePolicy:
         paid = [seconds if asks else 0.0 for seconds, asks in zip(self.gate_s, asked, strict=True)]
         return tuple(itertools.accumulate([*paid, 0.0]))
 
-    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
-        """Which samples are done at this exit, for gates on confidences."""
-        return self.stops_on(exit, None, outputs)
-
-    def stops_on(
+    def stops(
         self,
         exit: int,
-        pooled: Float[Tensor, "B *D"] | None,
         outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit.
 
         Args:
             exit: its index.
-            pooled: features before the head, `network.pooled(exit)`; needed unless the gates look
+            outputs: of the head; expected unless the gates look at features alone.
+            pooled: features before the head, `network.pooled(exit)`; expected unless the gates look
                 at confidences alone.
-            outputs: of the head; needed unless the gates look at features alone.
         Raises:
             PolicyError: if what the gates look at is missing.
         """
         given = outputs if outputs is not None else pooled
         if given is None:
-            raise PolicyError(
-                "give stops_on the pooled features of the exit, its outputs, or both."
-            )
+            raise PolicyError("give stops the outputs of the exit, its pooled features, or both.")
         gate = self.gates[exit] if exit < len(self.gates) else None
         action = gate.constant if gate is not None else int(exit < len(self.gates))
         if gate is None or action is not None:
             return torch.full((len(given),), action == STOP, device=given.device)
         return gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP
 
-    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
-        """The exit at which each recorded sample stops, for gates on confidences."""
-        return _exits([self], outputs, ())[0]
-
-    def exits_on(self, recording: RecordedFeatures) -> Int[Tensor, "N"]:
-        """The exit at which each sample of a recording stops.
-
-        Raises:
-            PolicyError: if the gates look at features and the recording has none.
-        """
-        return exits_of_many([self], recording)[0]
-
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header."""
-        write_tensors(path, *self.to_parts())
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The exit that answers each recorded sample."""
+        return _exits([self], outputs, features)[0]
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
+    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
+        """The exits under each of several policies; what gates see is worked out once for all."""
+        return exits_of_many(policies, recording)
 
-        Raises:
-            StorageError, PolicyError: if the file is missing, damaged or no gate policy.
-        """
-        return cls.from_parts(*read_tensors(path))
-
-    def to_parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named arrays, and the rest as JSON."""
-        arrays = {
-            f"{exit}/{name}": value
-            for exit, gate in enumerate(self.gates)
-            if gate is not None
-            for name, value in gate.to_arrays().items()
-        }
-        header = {
-            name: getattr(self, name)
-            for name in ("inputs", "gate_s", "time_price", "reference", "learner", "split")
-        }
-        return arrays, {
-            "kind": "gate_policy",
-            **header,
-            "open": [gate is not None for gate in self.gates],
-            "target": dict(self.target),
-            "provenance": self.provenance.to_json() if self.provenance else None,
-        }
-
-    @classmethod
-    def from_parts(cls, arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
-        """What `to_parts` gave."""
-        try:
-            source = header["provenance"]
-            gates = tuple(
-                _gate_of(arrays, exit) if is_open else None
-                for exit, is_open in enumerate(header["open"])
-            )
-            return cls(
-                gates=gates,
-                inputs=header["inputs"],
-                gate_s=tuple(header["gate_s"]),
-                time_price=header["time_price"],
-                reference=header["reference"],
-                learner=header["learner"],
-                split=header["split"],
-                target=header["target"],
-                provenance=Provenance.from_json(source) if source else None,
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(
-                f"this is not a gate policy ({error!r}); fit one with fit_gates."
-            ) from error
+    def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each
+        """The policy in words."""
+        rules = ("closed" if gate is None else "gate" for gate in self.gates)
+        return Description(looks_at=f"{self.inputs} ({self.learner})", rules=(*rules, "always"))
 
 
-def exits_of_many(
-    policies: Sequence[GatePolicy], recording: RecordedFeatures
-) -> Int[Tensor, "P N"]:
+def exits_of_many(policies: Sequence[GatePolicy], recording: Recorded) -> Int[Tensor, "P N"]:
     """The exits at which each recorded sample stops under each policy; what the gates look at is
     worked out once for all.
 
     Raises:
         PolicyError: if gates look at features and the recording has none.
     """
-    wanted = any(policy.inputs != "confidences" for policy in policies)
+    wanted = any(policy.needs_features for policy in policies)
     return _exits(policies, recording.outputs, features_of(recording) if wanted else ())
 
 
@@ -272,10 +202,7 @@ def _exits(
 
     exits_PN = torch.full((len(policies), outputs.shape[1]), last)
     for policy, exits_N in zip(policies, exits_PN, strict=True):
-        if policy.num_exits != last + 1:
-            raise PolicyError(
-                f"the policy is for {policy.num_exits} exits, the recording has {last + 1}."
-            )
+        policy._check_count(last + 1)
         # so that the first exit has the last word
         for exit, gate in reversed(list(enumerate(policy.gates))):
             if gate is not None and gate.constant is None:
@@ -283,25 +210,6 @@ def _exits(
             elif gate is not None and gate.constant == STOP:
                 exits_N[:] = exit
     return exits_PN
-
-
-def _gate_of(arrays: Mapping[str, Tensor], exit: int) -> Decision:
-    return Decision.from_arrays(entries_under(f"{exit}/", arrays))
-
-
-def features_of(recording: RecordedFeatures) -> tuple[Tensor, ...]:
-    """Pooled features of every exit.
-
-    Raises:
-        PolicyError: if the recording has none.
-    """
-    if len(recording.features) != len(recording.outputs):
-        raise PolicyError(
-            f"the recording holds the features of {len(recording.features)} of "
-            f"{len(recording.outputs)} exits; gates on "
-            "features need them all. Record it with record(..., features=True)."
-        )
-    return recording.features
 
 
 def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
@@ -319,7 +227,7 @@ def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
 
 def gate_time_s(
     policy: GatePolicy,
-    recording: RecordedFeatures,
+    recording: Recorded,
     *,
     batch_size: int = 1,
     repeats: int = 200,
@@ -345,18 +253,16 @@ def gate_time_s(
         constant gates.
     """
     pooled: Sequence[Tensor | None] = [None] * policy.num_exits
-    if policy.inputs != "confidences":
+    if policy.needs_features:
         pooled = [entry[:batch_size] for entry in features_of(recording)]
     outputs = (
-        recording.outputs[:, :batch_size]
-        if policy.inputs != "features"
-        else [None] * policy.num_exits
+        recording.outputs[:, :batch_size] if policy.needs_outputs else [None] * policy.num_exits
     )
 
     @torch.inference_mode()
     def ask(exit: int) -> bool:
         # a runner asks that, and so waits
-        return bool(policy.stops_on(exit, pooled[exit], outputs[exit]).all())
+        return bool(policy.stops(exit, outputs[exit], pooled[exit]).all())
 
     found = [0.0] * len(policy.gates)
     for exit, gate in enumerate(policy.gates):

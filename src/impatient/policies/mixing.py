@@ -6,181 +6,291 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient.costs import Cost, CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
-from impatient.files import entries_under, read_tensors, write_tensors
-from impatient.policies.gate_fitting import SweepPoint
-from impatient.policies.gates import GatePolicy
-from impatient.policies.rules import Policy, ThresholdPolicy
+from impatient.policies.outcome import Outcome
+from impatient.policies.policy import ANSWER, Description, Policy, Recorded
 from impatient.provenance import Provenance
-
-# one that draws nothing
-Pure = GatePolicy | ThresholdPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MixedPolicy:
-    """For each sample, one of two policies, drawn by a seeded coin before its run and kept through
-    all exits.
+class DrawnPolicy(Policy):
+    """Two policies, and which samples of one batch follow which.
 
     Attributes:
-        cheap, dear: the two.
-        share: probability of `dear`.
+        fast: followed by the samples that were not drawn.
+        slow: followed by the samples that were.
+        is_slow: per sample of the batch, whether it was drawn.
+    """
+
+    fast: Policy
+    slow: Policy
+    is_slow: Bool[Tensor, "B"]
+
+    @property
+    def num_exits(self) -> int:
+        return self.slow.num_exits
+
+    @property
+    def split(self) -> str | None:
+        return self.slow.split or self.fast.split
+
+    @property
+    def provenance(self) -> Provenance | None:
+        return self.slow.provenance or self.fast.provenance
+
+    @property
+    def target(self) -> Mapping[str, float]:
+        return self.slow.target
+
+    @property
+    def cost(self) -> Cost:
+        return self.slow.cost
+
+    @property
+    def routes(self) -> bool:
+        return self.fast.routes or self.slow.routes
+
+    @property
+    def needs_outputs(self) -> bool:
+        return any(policy.needs_outputs for policy, _ in self._parts())
+
+    @property
+    def needs_features(self) -> bool:
+        return any(policy.needs_features for policy, _ in self._parts())
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether a policy that some sample follows is asked; never where a cascade asks it."""
+        return not self.routes and any(policy.looks_at(exit) for policy, _ in self._parts())
+
+    def stops(
+        self,
+        exit: int,
+        outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit."""
+        stops = torch.zeros_like(self.is_slow)
+        for policy, mine in self._parts():
+            if policy.looks_at(exit):
+                stops |= mine & policy.stops(exit, outputs, pooled).to(mine.device)
+        given = outputs if outputs is not None else pooled
+        return stops if given is None else stops.to(given.device)
+
+    def for_rows(self, rows: Int[Tensor, "R"]) -> Self:
+        """The rule for these samples of the batch, when it goes on with them only."""
+        return dataclasses.replace(
+            self,
+            fast=self.fast.for_rows(rows),
+            slow=self.slow.for_rows(rows),
+            is_slow=self.is_slow[rows.to(self.is_slow.device)],
+        )
+
+    def sees(self, node: int) -> tuple[int, ...]:
+        """The networks of a cascade whose outputs are needed to decide at this one."""
+        seen = {known for policy, _ in self._parts() for known in policy.sees(node) or (node,)}
+        return tuple(sorted(seen))
+
+    def next_node(
+        self,
+        node: int,
+        outputs: Mapping[int, Float[Tensor, "B C"]],
+        pooled: Float[Tensor, "B D"] | None = None,
+    ) -> Int[Tensor, "B"]:
+        """Where samples that have run a network of a cascade go from there."""
+        some = next(iter(outputs.values()))
+        going = torch.full((len(some),), ANSWER, dtype=torch.long, device=some.device)
+        for policy, mine in self._parts():
+            rows = mine.nonzero()[:, 0].to(some.device)
+            seen = {known: output[rows] for known, output in outputs.items()}
+            features = None if pooled is None else pooled[rows]
+            going[rows] = policy.for_rows(rows).next_node(node, seen, features).to(some.device)
+        return going
+
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The exit that answers each recorded sample."""
+        fast, slow = (policy.exits_of(outputs, features) for policy in (self.fast, self.slow))
+        return torch.where(self.is_slow, slow, fast)
+
+    def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
+        """What it does to a recording; see `Policy.outcome`."""
+        fast, slow = (
+            policy.outcome(recording, costs, **which) for policy in (self.fast, self.slow)
+        )
+        return fast.where(self.is_slow, slow)
+
+    def full_network(self) -> Policy | None:
+        return self.slow.full_network()
+
+    def described(self, exits: Sequence[str]) -> Description:
+        """The policy in words."""
+        share = f"{float(self.is_slow.double().mean()):.0%} follow the slower policy"
+        return Description(looks_at=_EITHER, rules=(share, *[""] * (len(exits) - 1)))
+
+    def _parts(self) -> list[tuple[Policy, Tensor]]:
+        pairs = [(self.fast, ~self.is_slow), (self.slow, self.is_slow)]
+        return [(policy, mine) for policy, mine in pairs if bool(mine.any())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MixedPolicy(Policy):
+    """For each sample, one of two policies of any kinds, drawn by a seeded coin before its run.
+
+    The sample keeps its policy through all exits. Give a mixture of mixtures seeds of their own, or
+    their coins fall alike.
+
+    Attributes:
+        fast: the policy of the samples that the coin does not choose.
+        slow: the policy of the samples that it chooses.
+        share: probability of `slow`.
         seed: of the coin.
     """
 
-    cheap: Pure
-    dear: Pure
+    fast: Policy
+    slow: Policy
     share: float
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise PolicyError(f"share={self.share}; expected a probability.")
-        if self.cheap.num_exits != self.dear.num_exits:
+        if self.fast.num_exits != self.slow.num_exits:
             raise PolicyError(
-                f"policies for {self.cheap.num_exits} and {self.dear.num_exits} exits cannot be "
+                f"policies for {self.fast.num_exits} and {self.slow.num_exits} exits cannot be "
                 f"mixed."
             )
 
     @property
     def num_exits(self) -> int:
-        return self.cheap.num_exits
+        return self.fast.num_exits
 
     @property
     def split(self) -> str | None:
-        return self.dear.split or self.cheap.split
+        return self.slow.split or self.fast.split
 
     @property
     def provenance(self) -> Provenance | None:
-        return self.dear.provenance or self.cheap.provenance
+        return self.slow.provenance or self.fast.provenance
+
+    @property
+    def target(self) -> Mapping[str, float]:
+        return self.slow.target
+
+    @property
+    def cost(self) -> Cost:
+        return self.slow.cost
+
+    @property
+    def routes(self) -> bool:
+        return self.fast.routes or self.slow.routes
+
+    @property
+    def needs_features(self) -> bool:
+        return self.fast.needs_features or self.slow.needs_features
 
     def drawn(self, samples: int, run: int = 0) -> Bool[Tensor, "N"]:
-        """Which samples of a run follow `dear`; the same for the same seed, run and number of
-        samples.
+        """Which samples of a run follow `slow`.
+
+        The same for the same seed, run and number of samples.
         """
         coin = torch.Generator().manual_seed(self.seed * 1_000_003 + run)
         return torch.rand(samples, generator=coin) < self.share
 
-    def for_run(self, samples: int, run: int = 0) -> Policy:
-        """The rule of one run: a policy whose samples are drawn, so that all exits agree on them.
-
-        Args:
-            samples: batch size.
-            run: its number; count runs, or each would draw the same.
-        """
-        return _Drawn(cheap=self.cheap, dear=self.dear, is_dear=self.drawn(samples, run))
-
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors with a JSON header."""
-        (cheap, cheap_header) = _parts(self.cheap)
-        (dear, dear_header) = _parts(self.dear)
-        arrays = {f"cheap/{name}": value for name, value in cheap.items()}
-        arrays |= {f"dear/{name}": value for name, value in dear.items()}
-        header = {
-            "kind": "mixed_policy",
-            "cheap": cheap_header,
-            "dear": dear_header,
-            "share": self.share,
-            "seed": self.seed,
-        }
-        write_tensors(path, arrays, header)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            StorageError, PolicyError: if the file is missing, damaged or no mixed policy.
-        """
-        arrays, header = read_tensors(path)
-        try:
-            pair = {
-                name: _of_parts(entries_under(f"{name}/", arrays), header[name])
-                for name in ("cheap", "dear")
-            }
-            return cls(**pair, share=header["share"], seed=header["seed"])
-        except (KeyError, TypeError) as error:
-            raise PolicyError(
-                f"{path} is not a mixed policy ({error!r}); make one with mix."
-            ) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Drawn:
-    cheap: Pure
-    dear: Pure
-    is_dear: Bool[Tensor, "B"]
-
-    @property
-    def num_exits(self) -> int:
-        return self.cheap.num_exits
-
-    @property
-    def inputs(self) -> str:
-        wanted = {_inputs(policy) for policy, _ in self._parts()}
-        return wanted.pop() if len(wanted) == 1 else "both"
+    def for_run(self, samples: int, run: int = 0) -> DrawnPolicy:
+        """The rule of one run: its samples are drawn, so that all exits agree on them."""
+        return DrawnPolicy(
+            fast=self.fast.for_run(samples, run),
+            slow=self.slow.for_run(samples, run),
+            is_slow=self.drawn(samples, run),
+        )
 
     def looks_at(self, exit: int) -> bool:
-        return any(policy.looks_at(exit) for policy, _ in self._parts())
+        """Whether either policy is asked at this exit."""
+        return not self.routes and (self.fast.looks_at(exit) or self.slow.looks_at(exit))
 
-    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
-        return self.stops_on(exit, None, outputs)
-
-    def stops_on(
+    def stops(
         self,
         exit: int,
-        pooled: Float[Tensor, "B *D"] | None,
         outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
-        stops = torch.zeros_like(self.is_dear)
-        for policy, mine in self._parts():
-            if policy.looks_at(exit):
-                stops |= mine & _asked(policy, exit, pooled, outputs).to(mine.device)
+        """Which samples are done at this exit, if these are those of run 0."""
         given = outputs if outputs is not None else pooled
-        return stops if given is None else stops.to(given.device)
+        if given is None:
+            raise PolicyError("give stops the outputs of the exit, its pooled features, or both.")
+        return self.for_run(len(given)).stops(exit, outputs, pooled)
 
-    def for_rows(self, rows: Int[Tensor, "R"]) -> Self:
-        """The rule for these samples of the batch, when it goes on with them only."""
-        return dataclasses.replace(self, is_dear=self.is_dear[rows.to(self.is_dear.device)])
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The exit that answers each recorded sample, in run 0."""
+        return self.for_run(outputs.shape[1]).exits_of(outputs, features)
 
-    def _parts(self) -> list[tuple[Pure, Tensor]]:
-        pairs = [(self.cheap, ~self.is_dear), (self.dear, self.is_dear)]
-        return [(policy, mine) for policy, mine in pairs if bool(mine.any())]
+    def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
+        """What it does to a recording, in run 0; see `Policy.outcome`."""
+        return self.for_run(len(recording.labels)).outcome(recording, costs, **which)
 
+    def full_network(self) -> Policy | None:
+        return self.slow.full_network()
 
-def _inputs(policy: Pure) -> str:
-    return policy.inputs if isinstance(policy, GatePolicy) else "confidences"
-
-
-def _asked(policy: Pure, exit: int, pooled: Tensor | None, outputs: Tensor | None) -> Tensor:
-    if isinstance(policy, GatePolicy):
-        return policy.stops_on(exit, pooled, outputs)
-    if outputs is None:
-        raise PolicyError("thresholds look at outputs; give stops_on the outputs of the exit.")
-    return policy.stops(exit, outputs)
-
-
-def _parts(policy: Pure) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return policy.to_parts() if isinstance(policy, GatePolicy) else ({}, policy.to_json())
+    def described(self, exits: Sequence[str]) -> Description:
+        """The policy in words."""
+        share = f"{self.share:.0%} follow the slower policy"
+        return Description(looks_at=_EITHER, rules=(share, *[""] * (len(exits) - 1)))
 
 
-def _of_parts(arrays: Mapping[str, Tensor], header: Mapping[str, Any]) -> Pure:
-    kind = header["kind"]
-    return (
-        GatePolicy.from_parts(arrays, header)
-        if kind == "gate_policy"
-        else ThresholdPolicy.from_json(header)
-    )
+_EITHER = "a draw, and either policy"
 
 
 # --- curves ---------------------------------------------------------------------------------------
+
+
+class Point(Protocol):
+    """A policy, and what it does on the split it was fitted on: one point of a curve."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def mean_time_s(self) -> float: ...
+
+    @property
+    def accuracy(self) -> float: ...
+
+
+SomePoint = TypeVar("SomePoint", bound=Point)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyPoint:
+    """A policy of any kind, and what it does on a recording."""
+
+    policy: Policy
+    mean_time_s: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, policy: Policy, recording: Recorded, costs: CostProfile) -> Self:
+        """Judge a policy on a recording, so that `mix` can take it.
+
+        Example:
+            points = [PolicyPoint.of(policy, recording, costs) for policy in thresholds]
+        """
+        done = policy.outcome(recording, costs)
+        answers = recording.outputs[done.exits, torch.arange(len(done.exits))].argmax(-1)
+        return cls(
+            policy=policy,
+            mean_time_s=float(done.contract_s.mean()),
+            accuracy=float((answers == recording.labels).double().mean()),
+        )
 
 
 def hull_of(times_s: Sequence[float], accuracies: Sequence[float]) -> tuple[int, ...]:
@@ -215,7 +325,7 @@ def _below_line(
     )
 
 
-def lower_hull(points: Sequence[SweepPoint]) -> tuple[SweepPoint, ...]:
+def lower_hull(points: Sequence[SomePoint]) -> tuple[SomePoint, ...]:
     """The points of a sweep worth having: the lower hull of error over mean time, the fastest
     first.
     """
@@ -247,12 +357,13 @@ def neighbours(
     return hull[-1], hull[-1], 1.0
 
 
-def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> MixedPolicy:
-    """The best mixture of a sweep's policies whose mean time is, in expectation, exactly what is
-    allowed.
+def mix(points: Sequence[Point], *, mean_time_s: float, seed: int = 0) -> MixedPolicy:
+    """Mix two policies of a curve so that the expected mean time is exactly what is allowed.
+
+    No mixture of the curve's policies is more accurate on the split they were fitted on.
 
     Args:
-        points: of `sweep_gates`.
+        points: of `sweep_gates` or `sweep_selection`, or a `PolicyPoint` of any policy.
         mean_time_s: allowed. If it is more than the most accurate policy takes, that policy is
             given alone.
         seed: of the mixture's coin.
@@ -262,4 +373,4 @@ def mix(points: Sequence[SweepPoint], *, mean_time_s: float, seed: int = 0) -> M
     times = [point.mean_time_s for point in points]
     accuracies = [point.accuracy for point in points]
     fast, slow, share = neighbours(times, accuracies, mean_time_s)
-    return MixedPolicy(cheap=points[fast].policy, dear=points[slow].policy, share=share, seed=seed)
+    return MixedPolicy(fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed)

@@ -21,16 +21,15 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient.costs import Cost, CostProfile
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.files import read_json, write_json
 from impatient.policies.bounds import (
     betting_p_values,
     binomial_p_values,
@@ -40,33 +39,16 @@ from impatient.policies.bounds import (
     learn_then_test,
     waudby_smith_ramdas_bound,
 )
-from impatient.policies.rules import Recorded, ThresholdPolicy
+from impatient.policies.outcome import Outcome
+from impatient.policies.policy import Description, Policy, Recorded, check_policy
+from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.scores import SCORES, ScoreName
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance
+from impatient.store import Stored
 
 Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
 Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"]
-
-
-class Stopping(Protocol):
-    """A policy on the exits of one network; the last exit is the full network."""
-
-    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
-        """The exit at which each recorded sample stops."""
-        ...
-
-
-class Routing(Protocol):
-    """A policy on several networks; the last one is the full network."""
-
-    def route(self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()) -> Any:
-        """What recorded samples do: the network that answers each is its `answering`."""
-        ...
-
-
-Candidate = Stopping | Routing
-"""What control needs of a policy; its `split`, `provenance` and `exits_on(recording)` are heeded where it has them."""
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -97,44 +79,26 @@ def exit_losses(
 
 
 def policy_losses(
-    candidates: Sequence[Candidate], recording: Recorded, loss: Loss
+    candidates: Sequence[Policy], recording: Recorded, loss: Loss
 ) -> Float[Tensor, "J N"]:
     """What each candidate loses on each sample; see `exit_losses`."""
     losses_KN = exit_losses(recording.outputs, recording.labels, loss)
     return losses_KN[_answering(candidates, recording), torch.arange(losses_KN.shape[1])]
 
 
-def _answering(candidates: Sequence[Candidate], recording: Recorded) -> Int[Tensor, "J N"]:
-    """The exit, or the network, that answers."""
-    outputs = recording.outputs
-    features = getattr(recording, "features", ())
-
-    @functools.cache
-    # once for a whole family
-    def scores(name: ScoreName) -> Float[Tensor, "K N"]:
-        return torch.stack([SCORES[name](output) for output in outputs])
-
-    def of(policy: Any) -> Int[Tensor, "N"]:
-        if hasattr(policy, "route"):
-            return torch.as_tensor(policy.route(outputs, features).answering)
-        # gates on pooled features
-        if hasattr(policy, "exits_on"):
-            return torch.as_tensor(policy.exits_on(recording))
-        if type(policy) is not ThresholdPolicy or policy.num_exits != len(outputs):
-            # which says what is wrong with the number of exits
-            return torch.as_tensor(policy.exits_of(outputs))
-        # as torch compares float32 with a number
-        bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()
-        return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
-
-    return torch.stack([of(policy) for policy in candidates])
+def _answering(candidates: Sequence[Policy], recording: Recorded) -> Int[Tensor, "J N"]:
+    """The exit, or the network, that answers; what candidates of one kind share is done once."""
+    kinds = {type(policy) for policy in candidates}
+    if len(kinds) == 1:
+        return kinds.pop().exits_of_each(candidates, recording)
+    return torch.stack([policy.exits_on(recording) for policy in candidates])
 
 
 # --- control --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate:
+class Certificate(Stored, made_by="`impatient fit --delta`"):
     """What a calibration split showed about the policy that was chosen on it.
 
     Attributes:
@@ -186,32 +150,6 @@ class Certificate:
             f"on which it was {100 * self.risk:.3g} %)."
         )
 
-    def to_json(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            "kind": "certificate",
-            **values,
-            "provenance": self.provenance.to_json(),
-            "statement": self.statement,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            known = {field.name: value[field.name] for field in dataclasses.fields(cls)}
-            return cls(**{**known, "provenance": Provenance.from_json(value["provenance"])})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PolicyError(
-                f"this is not a certificate ({error!r}); make one with control_risk."
-            ) from error
-
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.from_json(read_json(path))
-
 
 _SAID: Mapping[Loss, str] = {
     "accuracy_gap": "accuracy is at most {:g} points below the full network's",
@@ -223,23 +161,100 @@ _SAID: Mapping[Loss, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlledPolicy:
+class ControlledPolicy(Policy):
     """A policy, to be run, judged and saved as any other, and what is known of it.
 
     Attributes:
         policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds
             all they were fitted and controlled on, so that it is not judged there. If none passed,
-            a policy that stops at the last exit alone; None
-            where candidates select among networks: run the last one.
+            a policy that lets the full network answer.
         certificate: what it keeps.
     """
 
-    policy: Any
+    policy: Policy
     certificate: Certificate
+
+    @property
+    def num_exits(self) -> int:
+        return self.policy.num_exits
+
+    @property
+    def split(self) -> str | None:
+        return self.policy.split
+
+    @property
+    def provenance(self) -> Provenance | None:
+        return self.policy.provenance
+
+    @property
+    def target(self) -> Mapping[str, float]:
+        return self.policy.target
+
+    @property
+    def cost(self) -> Cost:
+        return self.policy.cost
+
+    @property
+    def routes(self) -> bool:
+        return self.policy.routes
+
+    @property
+    def needs_outputs(self) -> bool:
+        return self.policy.needs_outputs
+
+    @property
+    def needs_features(self) -> bool:
+        return self.policy.needs_features
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether the policy is asked at this exit."""
+        return self.policy.looks_at(exit)
+
+    def stops(
+        self,
+        exit: int,
+        outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit."""
+        return self.policy.stops(exit, outputs, pooled)
+
+    def added_s(self) -> tuple[float, ...]:
+        """Per exit, seconds that asking the policy takes until that exit answers."""
+        return self.policy.added_s()
+
+    def for_run(self, samples: int, run: int = 0) -> Policy:
+        """The policy's own rule of one run."""
+        return self.policy.for_run(samples, run)
+
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The exit that answers each recorded sample."""
+        return self.policy.exits_of(outputs, features)
+
+    def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
+        """What it does to a recording; see `Policy.outcome`."""
+        return self.policy.outcome(recording, costs, **which)
+
+    def full_network(self) -> Policy | None:
+        return self.policy.full_network()
+
+    def described(self, exits: Sequence[str]) -> Description:
+        """The policy in words."""
+        return self.policy.described(exits)
+
+    def shown_score(self) -> ScoreName:
+        """The score by which its answers are shown."""
+        return self.policy.shown_score()
+
+    def portable_rule(self) -> dict[str, Any]:
+        """What an exported network needs of it to stop without torch."""
+        return self.policy.portable_rule()
 
 
 def control_risk(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Policy],
     recording: Recorded,
     *,
     epsilon: float,
@@ -280,6 +295,7 @@ def control_risk(
             "no candidates; expected at least one, such as those of threshold_family."
         )
     for index, policy in enumerate(candidates):
+        check_policy(policy)
         _check_fitted_elsewhere(index, policy, recording)
     samples = len(recording.labels)
     certify = functools.partial(_certified, epsilon=epsilon, delta=delta, method=method, loss=loss)
@@ -315,7 +331,7 @@ def control_risk(
             NoEffectWarning,
             stacklevel=2,
         )
-        full = None if hasattr(candidates[0], "route") else _full_network(recording)
+        full = candidates[0].full_network() or _full_network(recording)
         return ControlledPolicy(policy=full, certificate=certificate)
     return ControlledPolicy(policy=_marked(candidates[chosen], recording), certificate=certificate)
 
@@ -383,9 +399,9 @@ def _check_names(method: str, loss: str) -> None:
             raise PolicyError(f"unknown {what} {name!r}; expected one of {', '.join(known)}.")
 
 
-def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) -> None:
-    made = getattr(policy, "provenance", None)
-    split = getattr(policy, "split", None)
+def _check_fitted_elsewhere(index: int, policy: Policy, recording: Recorded) -> None:
+    made = policy.provenance
+    split = policy.split
     if made is not None:
         made.require(f"candidate {index}", "fit it again", weights=recording.provenance.weights)
     if split is None or not splits_overlap(split, recording.split):
@@ -399,10 +415,10 @@ def _check_fitted_elsewhere(index: int, policy: Candidate, recording: Recorded) 
         )
 
 
-def _check_order(candidates: Sequence[Candidate], recording: Recorded) -> None:
+def _check_order(candidates: Sequence[Policy], recording: Recorded) -> None:
     first, last = _answering([candidates[0], candidates[-1]], recording).double().mean(1).tolist()
     # networks need not be in an order of their own
-    if first < last and not hasattr(candidates[0], "route"):
+    if first < last and not candidates[0].routes:
         raise PolicyError(
             f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: "
             f"they go from bold to safe. "
@@ -417,20 +433,11 @@ def _full_network(recording: Recorded) -> ThresholdPolicy:
     )
 
 
-def _marked(policy: Any, recording: Recorded) -> Any:
+def _marked(policy: Policy, recording: Recorded) -> Policy:
     """The policy, with the split that holds all it was fitted and controlled on."""
-    names = (
-        {field.name for field in dataclasses.fields(policy)}
-        if dataclasses.is_dataclass(policy)
-        else set()
-    )
-    if not {"split", "provenance"} <= names:
-        return policy
     pairs = zip((policy.split or "").split("/"), recording.split.split("/"), strict=False)
     whole = "/".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return dataclasses.replace(
-        policy, split=whole or recording.split, provenance=recording.provenance
-    )
+    return policy.marked(split=whole or recording.split, provenance=recording.provenance)
 
 
 # --- candidates -----------------------------------------------------------------------------------

@@ -13,22 +13,23 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import PolicyError
-from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision
+from impatient.policies.outcome import Outcome, as_doubles, node_times_s
+from impatient.policies.policy import ANSWER, Description, Policy, Recorded, features_of
 from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
 
 # the move that answers
-STOP = -1
+STOP = ANSWER
 
 Inputs = Literal["path", "node"]
 
@@ -62,16 +63,6 @@ def selection_features(
     return torch.cat(parts, dim=-1)
 
 
-class Answered(Protocol):
-    """What judging needs of a recording."""
-
-    @property
-    def outputs(self) -> Float[Tensor, "K N C"]: ...
-
-    @property
-    def labels(self) -> Int[Tensor, "N"]: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Route:
     """What each of N recorded samples did on K networks.
@@ -90,18 +81,18 @@ class Route:
     def mean_time_s(self) -> float:
         return float(self.time_s.double().mean())
 
-    def hits(self, recording: Answered) -> Float[Tensor, "N"]:
+    def hits(self, recording: Recorded) -> Float[Tensor, "N"]:
         """1 where the answer is right, else 0."""
         answers = recording.outputs[self.answering, torch.arange(len(self.answering))].argmax(-1)
         return (answers == recording.labels).float()
 
-    def accuracy(self, recording: Answered) -> float:
+    def accuracy(self, recording: Recorded) -> float:
         """Share of right answers."""
         return float(self.hits(recording).double().mean())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SelectionPolicy:
+class SelectionPolicy(Policy):
     """A learned decision per node: stop, or which network comes next.
 
     Attributes:
@@ -160,6 +151,31 @@ class SelectionPolicy:
     def num_exits(self) -> int:
         """As many as there are networks: each is an exit of their cascade."""
         return len(self.moves)
+
+    @property
+    def routes(self) -> bool:
+        """Whether it chooses the network that comes next: always."""
+        return True
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether decisions see pooled features."""
+        return self.pooled
+
+    def looks_at(self, exit: int) -> bool:  # noqa: ARG002  the same at every exit
+        """Whether it is asked at this exit: never, since the cascade asks for the next network."""
+        return False
+
+    def stops(
+        self,
+        exit: int,
+        outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this network, if its decision sees no other."""
+        if outputs is None:
+            raise PolicyError("a selection looks at outputs; give those of the network.")
+        return self.next_node(exit, {exit: outputs}, pooled) == STOP
 
     @property
     def visits(self) -> tuple[int, ...]:
@@ -245,74 +261,66 @@ class SelectionPolicy:
             visited[here[going != STOP], going[going != STOP]] = True
         return Route(visited=visited, answering=answering, time_s=visited.double() @ self._paid())
 
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The network that answers each recorded sample."""
+        return self.route(outputs, features).answering
+
+    def outcome(
+        self,
+        recording: Recorded,
+        costs: CostProfile,
+        *,
+        cost: Cost = "time",
+        statistic: Statistic = "mean",
+        batch_size: int = 1,
+    ) -> Outcome:
+        """What it does to a recording; see `Policy.outcome`."""
+        route = self.route(recording.outputs, features_of(recording) if self.pooled else ())
+        decided_s = torch.zeros(costs.num_exits)
+        if cost == "time":
+            node_s = as_doubles(node_times_s(costs, statistic=statistic, batch_size=batch_size))
+            nodes = range(costs.num_exits)
+            decided_s = self.gate_s * as_doubles([node in self.decisions for node in nodes])
+        else:
+            stages, heads = costs.parts(cost)
+            node_s = as_doubles(stages) + as_doubles(heads)
+        so_far = (route.visited * (node_s + decided_s)).cumsum(1)
+        parts = zip(costs.stage_macs, costs.head_macs, strict=True)
+        macs = as_doubles([stage + head for stage, head in parts])
+        return Outcome(
+            exits=route.answering,
+            visited=route.visited,
+            contract_s=so_far[:, -1],
+            interruptible_s=so_far,
+            macs=route.visited.double() @ macs,
+        )
+
+    def full_network(self) -> Policy:
+        """The policy that sends all samples the fastest way to the last network."""
+        way = self.topology.cheapest_paths(self.node_s)[-1]
+        after = dict(zip(way, (*way[1:], STOP), strict=True))
+        moves = tuple((after[node],) if node in after else () for node in range(self.num_exits))
+        return dataclasses.replace(
+            self, moves=moves, decisions={}, time_price=None, target={}, split=None
+        )
+
+    def described(self, exits: Sequence[str]) -> Description:
+        """The policy in words."""
+        moves = [
+            ["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in self.moves
+        ]
+        return Description(
+            looks_at="what has run" if self.inputs == "path" else "the network that has just run",
+            rules=tuple(" or ".join(row) if row else "nobody comes" for row in moves),
+        )
+
     def _paid(self) -> Float[Tensor, "K"]:
         gated = [
             time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)
         ]
         return torch.tensor(gated, dtype=torch.float64)
-
-    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named tensors and a JSON header."""
-        tensors = {
-            f"{node}/{name}": value
-            for node, decision in self.decisions.items()
-            for name, value in decision.to_arrays().items()
-        }
-        header = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "decisions"
-        }
-        source = self.provenance.to_json() if self.provenance else None
-        return tensors, {
-            "kind": "selection_policy",
-            **header,
-            "topology": self.topology.to_json(),
-            "target": dict(self.target),
-            "provenance": source,
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Self:
-        try:
-            moves = tuple(tuple(entry) for entry in header["moves"])
-            source = header["provenance"]
-            return cls(
-                topology=Topology.from_json(header["topology"]),
-                moves=moves,
-                decisions={
-                    node: Decision.from_arrays(entries_under(f"{node}/", tensors))
-                    for node, left in enumerate(moves)
-                    if len(left) > 1
-                },
-                node_s=tuple(header["node_s"]),
-                gate_s=header["gate_s"],
-                inputs=header["inputs"],
-                pooled=header["pooled"],
-                time_price=header["time_price"],
-                split=header["split"],
-                target=header["target"],
-                provenance=Provenance.from_json(source) if source else None,
-            )
-        except PolicyError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(
-                f"this is not a selection policy ({error!r}); fit one with fit_selection."
-            ) from error
-
-    def save(self, path: str | Path) -> None:
-        """Write as one safetensors file with a JSON header."""
-        write_tensors(path, *self.to_tensors())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            StorageError, PolicyError: if the file is missing, damaged or no policy.
-        """
-        return cls.from_tensors(*read_tensors(path))
 
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:

@@ -8,12 +8,12 @@ what a score is worth.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,42 +22,14 @@ from torch import Tensor
 
 from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.files import read_json, write_json
+from impatient.policies.policy import Description, Policy, Recorded
 from impatient.policies.scores import SCORES, ScoreName
 from impatient.policies.targets import one_target
 from impatient.provenance import Provenance
 
 
-class Policy(Protocol):
-    """A rule that the runner asks at every exit."""
-
-    def looks_at(self, exit: int) -> bool:
-        """Whether the output of this exit is wanted; if not, its head need not run."""
-        ...
-
-    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
-        """Which samples are done at this exit."""
-        ...
-
-
-class Recorded(Protocol):
-    """What fitting needs of a recording."""
-
-    @property
-    def outputs(self) -> Float[Tensor, "K N C"]: ...
-
-    @property
-    def labels(self) -> Int[Tensor, "N"]: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def provenance(self) -> Provenance: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdPolicy:
+class ThresholdPolicy(Policy):
     """Stop at the first exit whose score reaches its threshold.
 
     Attributes:
@@ -96,62 +68,55 @@ class ThresholdPolicy:
         """Whether the exit is open; the last one's output is there anyway."""
         return self.thresholds[exit] < math.inf
 
-    def open_exits(self) -> tuple[bool, ...]:
-        """Per exit, whether its head runs when it is passed."""
-        return tuple(self.looks_at(exit) for exit in range(self.num_exits))
-
-    def stops(self, exit: int, outputs: Float[Tensor, "B C"]) -> Bool[Tensor, "B"]:
+    def stops(
+        self,
+        exit: int,
+        outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,  # noqa: ARG002  scores are of outputs alone
+    ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit."""
+        if outputs is None:
+            raise PolicyError("thresholds look at outputs; give the outputs of the exit.")
         if exit == self.num_exits - 1:
             return torch.ones(outputs.shape[0], dtype=torch.bool, device=outputs.device)
         return SCORES[self.score](outputs) >= self.thresholds[exit]
 
-    def exits_of(self, outputs: Float[Tensor, "K N C"]) -> Int[Tensor, "N"]:
-        """The exit at which each recorded sample stops."""
-        if outputs.shape[0] != self.num_exits:
-            raise PolicyError(
-                f"the policy is for {self.num_exits} exits, the recording has {outputs.shape[0]}."
-            )
-        done = torch.stack([self.stops(exit, output) for exit, output in enumerate(outputs)])
-        return done.int().argmax(0)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": "threshold_policy",
-            "score": self.score,
-            "thresholds": list(self.thresholds),
-            "split": self.split,
-            "target": dict(self.target),
-            "cost": self.cost,
-            "provenance": self.provenance.to_json() if self.provenance else None,
-        }
-
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            source = value["provenance"]
-            # files that do not say
-            return cls(
-                score=value["score"],
-                thresholds=tuple(float(entry) for entry in value["thresholds"]),
-                split=value["split"],
-                target=value["target"],
-                provenance=Provenance.from_json(source) if source else None,
-                cost=value.get("cost", "macs" if "mean_macs" in value["target"] else "time"),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, PolicyError):
-                raise
-            raise PolicyError(
-                f"this is not a threshold policy ({error!r}); fit one with `impatient fit`."
-            ) from error
+    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
+        """The exits under each of several policies; each score is worked out once for all."""
+        outputs = recording.outputs
 
-    def save(self, path: str | Path) -> None:
-        write_json(path, self.to_json())
+        @functools.cache
+        def scores(name: ScoreName) -> Float[Tensor, "K N"]:
+            return torch.stack([SCORES[name](output) for output in outputs])
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        return cls.from_json(read_json(path))
+        def of(policy: Self) -> Int[Tensor, "N"]:
+            policy._check_count(len(outputs))
+            # as torch compares float32 with a number
+            bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()
+            return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
+
+        return torch.stack([of(policy) for policy in policies])
+
+    def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one threshold each
+        """The policy in words."""
+        words = {math.inf: "closed", -math.inf: "always"}
+        rules = tuple(words.get(bound, f"{bound:.4f}") for bound in self.thresholds)
+        return Description(looks_at=self.score.replace("_", " "), rules=rules)
+
+    def summary(self) -> str:
+        """The thresholds of the early exits."""
+        bounds = self.thresholds[:-1]
+        words = ("closed" if bound == math.inf else f"{bound:.3f}" for bound in bounds)
+        return f"thresholds: {', '.join(words)}" if bounds else ""
+
+    def shown_score(self) -> ScoreName:
+        """The score by which its answers are shown: its own."""
+        return self.score
+
+    def portable_rule(self) -> dict[str, Any]:
+        """What an exported network needs of it to stop without torch."""
+        return {"score": self.score, "thresholds": list(self.thresholds)}
 
 
 def thresholds_for_shares(

@@ -10,8 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -20,19 +19,16 @@ from torch import Tensor
 
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.files import entries_under, read_tensors, write_tensors
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
-from impatient.policies.mixing import neighbours
+from impatient.policies.policy import Recorded, features_of
 from impatient.policies.routing import (
     STOP,
-    Answered,
     Inputs,
     Route,
     SelectionPolicy,
     check_costs,
     selection_features,
 )
-from impatient.policies.rules import Recorded
 from impatient.policies.targets import one_target
 from impatient.policies.topology import Topology
 
@@ -101,7 +97,7 @@ def fit_selection(
         topology: the allowed moves.
         time_price: loss units per second; cost = loss + time_price x time. Or
         mean_time_s: the most accurate policy found whose mean time is at most this
-            (`mix_selections` meets it exactly); or
+            (`mix` meets it exactly); or
         max_accuracy_loss: the fastest found that loses at most this much accuracy against the last
             network (0.01: one point).
         **settings: see `SelectionSettings`.
@@ -155,7 +151,7 @@ def sweep_selection(
         time_prices: loss units per second; by default 0 and 30 from one at which time is next to
             nothing to one at which the source always answers.
     Returns:
-        One point per price, in their order; `hull_of` and `mix_selections` take it from there.
+        One point per price, in their order; `hull_of` and `mix` take it from there.
     """
     problem = _Problem(recording, node_s, topology, **settings)
     return tuple(
@@ -166,7 +162,7 @@ def sweep_selection(
 
 def decision_time_s(
     policy: SelectionPolicy,
-    recording: Answered,
+    recording: Recorded,
     *,
     repeats: int = 200,
     warm_up: int = 20,
@@ -184,7 +180,7 @@ def decision_time_s(
         clock: where time comes from.
     """
     first = recording.outputs[:, :1]
-    pooled = getattr(recording, "features", ())
+    pooled = recording.features
 
     @torch.inference_mode()
     def decide(node: int, seen: dict[int, Tensor]) -> None:
@@ -299,7 +295,7 @@ class _Problem:
             raise PolicyError(
                 f"losses of shape {tuple(self.losses.shape)}; expected {tuple(self.errors.shape)}."
             )
-        own = _pooled_of(recording) if pooled else (None,) * self.count
+        own = features_of(recording) if pooled else (None,) * self.count
         self.features = {
             node: selection_features(
                 [
@@ -473,111 +469,3 @@ def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Floa
             f"reference={reference!r}; expected one of {', '.join(get_args(Reference))}."
         )
     return losses if reference == "none" else (losses - losses[-1]).clamp(min=0.0)
-
-
-def _pooled_of(recording: Any) -> tuple[Tensor, ...]:
-    features = tuple(getattr(recording, "features", ()))
-    if len(features) != len(recording.outputs):
-        raise PolicyError(
-            f"the recording holds pooled features of {len(features)} of {len(recording.outputs)} "
-            f"networks; record it with "
-            "features, or fit with pooled=False."
-        )
-    return features
-
-
-# --- curves ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MixedSelection:
-    """Two policies, of which each sample follows one, drawn at random.
-
-    Attributes:
-        fast, slow: the policies.
-        share: of the samples that follow `slow`.
-        seed: of the draw.
-    """
-
-    fast: SelectionPolicy
-    slow: SelectionPolicy
-    share: float
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise PolicyError(f"share={self.share}; expected a number from 0 to 1.")
-
-    def follows_slow(self, count: int) -> Bool[Tensor, "N"]:
-        """Which of the first `count` samples follow `slow`; the draw of a sample depends on its
-        place alone.
-        """
-        return torch.from_numpy(np.random.default_rng(self.seed).random(count) < self.share)
-
-    def route(
-        self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()
-    ) -> Route:
-        """What recorded samples would do."""
-        fast = self.fast.route(outputs, features)
-        slow = self.slow.route(outputs, features)
-        pick = self.follows_slow(outputs.shape[1])
-        return Route(
-            visited=torch.where(pick[:, None], slow.visited, fast.visited),
-            answering=torch.where(pick, slow.answering, fast.answering),
-            time_s=torch.where(pick, slow.time_s, fast.time_s),
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write as one safetensors file with a JSON header."""
-        parts = {"fast": self.fast.to_tensors(), "slow": self.slow.to_tensors()}
-        tensors = {
-            f"{name}/{key}": value
-            for name, (entries, _) in parts.items()
-            for key, value in entries.items()
-        }
-        headers = {name: header for name, (_, header) in parts.items()}
-        write_tensors(
-            path,
-            tensors,
-            {"kind": "mixed_selection", "share": self.share, "seed": self.seed, **headers},
-        )
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            StorageError, PolicyError: if the file is missing, damaged or no mixture.
-        """
-        tensors, header = read_tensors(path)
-        if header.get("kind") != "mixed_selection":
-            raise PolicyError(
-                f"{path} is no mixture of policies but {header.get('kind')!r}; make one with "
-                f"mix_selections."
-            )
-        fast, slow = (
-            SelectionPolicy.from_tensors(entries_under(f"{name}/", tensors), header[name])
-            for name in ("fast", "slow")
-        )
-        return cls(fast=fast, slow=slow, share=header["share"], seed=header["seed"])
-
-
-def mix_selections(
-    points: Sequence[SelectionPoint], *, mean_time_s: float, seed: int = 0
-) -> MixedSelection:
-    """Mix two neighbours on the hull of a curve at random, so that the mean time is met exactly.
-
-    Args:
-        points: from `sweep_selection`.
-        mean_time_s: expected mean seconds per sample; if it is more than the most accurate one
-            takes, that one alone.
-        seed: of the draw.
-    Raises:
-        InfeasibleTarget: if even the fastest takes longer.
-    """
-    times = [point.mean_time_s for point in points]
-    accuracies = [point.accuracy for point in points]
-    fast, slow, share = neighbours(times, accuracies, mean_time_s)
-    return MixedSelection(
-        fast=points[fast].policy, slow=points[slow].policy, share=share, seed=seed
-    )

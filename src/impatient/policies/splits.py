@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from impatient.errors import RecordingError
-from impatient.policies.rules import Recorded
+from impatient.policies.policy import Recorded
 
 SomeRecording = TypeVar("SomeRecording", bound=Recorded)
 
@@ -48,9 +48,8 @@ def split_recording(
             "outputs": recording.outputs[:, places],
             "labels": recording.labels[places],
         }
-        features = getattr(recording, "features", ())
-        if features:
-            kept["features"] = tuple(entry[places] for entry in features)
+        if recording.features:
+            kept["features"] = tuple(entry[places] for entry in recording.features)
         named = f"{recording.split}/{name}({share:g},{seed})"
         return cast(
             "SomeRecording", dataclasses.replace(cast("Any", recording), **kept, split=named)

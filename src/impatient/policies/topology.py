@@ -7,7 +7,7 @@ import graphlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from impatient.errors import PolicyError
 
@@ -136,23 +136,6 @@ class Topology:
 
     def _before(self, node: int) -> tuple[int, ...]:
         return tuple(before for before, after in self.edges if after == node)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"nodes": list(self.nodes), "edges": [list(edge) for edge in self.edges]}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            return cls(
-                nodes=tuple(value["nodes"]),
-                edges=tuple((int(a), int(b)) for a, b in value["edges"]),
-            )
-        except PolicyError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(
-                f"this is not a topology ({error!r}); write one with Topology.to_json."
-            ) from error
 
 
 def _names(nodes: int | Sequence[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import torch
 
 from impatient.clock import NEVER, Clock, Deadline, check_deadline
 from impatient.errors import NoAnswerInTime, RunError
-from impatient.policies.rules import Policy
+from impatient.policies.policy import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.run_state import RunState

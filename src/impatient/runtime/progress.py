@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from impatient.networks.stages import batch_size_of
-from impatient.policies.rules import Policy
+from impatient.policies.policy import Policy
 from impatient.runtime.compaction import Compaction
 
 
@@ -74,7 +74,7 @@ class BatchProgress:
         walk: Any,
         compaction: Compaction | None = None,
     ) -> None:
-        self._policy: Any = policy
+        self._policy = policy
         self._network: Any = network
         self._walk = walk
         # rows that run next, still going, and at the present exit
@@ -140,7 +140,8 @@ class BatchProgress:
         self._places = rows if self._places is None else self._places[rows]
         self._going = None
         self._count = self._left if len(keep) > self._left else None
-        self._policy = for_rows(self._policy, rows)
+        if self._policy is not None:
+            self._policy = self._policy.for_rows(rows)
 
     def override(self, policy: Policy | None) -> None:
         """From here on, another policy; samples that have stopped but are still in the batch go on,
@@ -149,7 +150,8 @@ class BatchProgress:
         # those that were to be taken out are still there
         self._keep = None
         self.size = self._present
-        self._policy = policy if self._places is None else for_rows(policy, self._places)
+        rows = self._places
+        self._policy = policy if policy is None or rows is None else policy.for_rows(rows)
         if self._exits is not None:
             here = slice(None) if self._places is None else self._places
             self._exits[here] = -1
@@ -178,6 +180,7 @@ class BatchProgress:
 
     def _stops(self, exit: ExitLike) -> Tensor:
         """Which of the present rows stop."""
+        assert self._policy is not None
         return asked(
             self._policy,
             exit.index,
@@ -222,26 +225,18 @@ def can_shrink(network: Any, walk: Any, x: Any) -> bool:
 
 
 def asked(
-    policy: Any, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]
+    policy: Policy, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]
 ) -> Tensor:
     """Which rows a policy of any kind stops at an exit; gates on features alone are asked before
     the head is paid.
     """
-    inputs = getattr(policy, "inputs", "confidences")
-    if inputs == "confidences":
-        return torch.as_tensor(policy.stops(exit, outputs()))
-    return torch.as_tensor(policy.stops_on(exit, pooled(), outputs() if inputs == "both" else None))
+    seen = outputs() if policy.needs_outputs else None
+    return policy.stops(exit, seen, pooled() if policy.needs_features else None)
 
 
 def filled(rows: Tensor, size: int) -> Tensor:
     """As many rows as an engine's shape wants: the last one, which is there anyway, fills up."""
     return torch.cat([rows, rows[-1:].expand(size - len(rows))]) if size > len(rows) else rows
-
-
-def for_rows(policy: Any, rows: Tensor) -> Any:
-    """The policy for these samples: one that was drawn sample by sample must follow them."""
-    for_rows = getattr(policy, "for_rows", None)
-    return policy if for_rows is None else for_rows(rows)
 
 
 def row_bytes(exit: Any) -> float:

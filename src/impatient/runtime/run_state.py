@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from impatient.errors import RunError
+from impatient.errors import PolicyError, RunError
 from impatient.networks.stages import batch_size_of, first_tensor
-from impatient.policies.rules import Policy
+from impatient.policies.policy import Policy
 from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
 from impatient.runtime.profile import synchronise
@@ -137,7 +137,16 @@ class RunState:
         return all(limit.allows(self.spent, self.following) for limit in limits)
 
     def override(self, policy: Policy | None) -> None:
-        """From here on, this policy; samples that have stopped but are still in the batch go on."""
+        """From here on, this policy; samples that have stopped but are still in the batch go on.
+
+        Raises:
+            PolicyError: if a cascade has begun to run under another router, or would need one.
+        """
+        routes = [each for each in (self._policy, policy) if each is not None and each.routes]
+        if routes and self._collected is not None:
+            raise PolicyError(
+                "networks have been chosen by another policy in this run; begin a new run."
+            )
         self._policy = policy
         self._stopped = None
         if self._collected is not None:
@@ -163,7 +172,12 @@ class RunState:
             held.__exit__(None, None, None)
 
     def _begin(self) -> None:
-        held = self._network.exits(self._x)
+        policy = self._policy
+        held = (
+            self._network.exits(self._x, router=policy)  # type: ignore[call-arg]  # a cascade
+            if policy is not None and policy.routes
+            else self._network.exits(self._x)
+        )
         # not in a with block: it is left when the course is closed
         self._walk = held.__enter__()
         self._held = held

@@ -19,8 +19,9 @@ import torch
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
+from impatient.networks.cascade import Cascade
 from impatient.networks.stages import batch_size_of
-from impatient.policies.rules import Policy
+from impatient.policies.policy import Policy, check_policy
 from impatient.portable.timing import QUANTILES, SlowdownEstimator, TimePredictor
 
 # here, too, for who plans deadlines
@@ -78,12 +79,7 @@ class Runner:
                 f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; "
                 f"profile it anew."
             )
-        policy_exits = getattr(policy, "num_exits", network.num_exits)
-        if policy_exits != network.num_exits:
-            raise PolicyError(
-                f"the policy is for {policy_exits} exits, the network has {network.num_exits}; fit "
-                f"it anew."
-            )
+        self._check_policy(policy, network)
         if when_late not in ("answer", "raise"):
             raise RunError(f"when_late={when_late!r}; expected 'answer' or 'raise'.")
         if statistic not in QUANTILES:
@@ -108,7 +104,7 @@ class Runner:
         self._compaction = compaction
         self._drift = SlowdownEstimator(QUANTILES[statistic])
         # learned gates take time, too
-        gates = getattr(policy, "added_s", lambda: (0.0,) * costs.num_exits)()
+        gates = (0.0,) * costs.num_exits if policy is None else policy.added_s()
         self._paces = {
             size: _pace(batch, statistic, gates, self._drift)
             for size, batch in costs.batches.items()
@@ -226,8 +222,25 @@ class Runner:
 
     def drawn(self, policy: Policy | None, samples: int) -> Policy | None:
         """The policy; of one that is drawn at random sample by sample, the draw for one run."""
-        draw = getattr(policy, "for_run", None)
-        return policy if draw is None else draw(samples, next(self._runs))
+        self._check_policy(policy, self.network)
+        return None if policy is None else policy.for_run(samples, next(self._runs))
+
+    @staticmethod
+    def _check_policy(policy: Policy | None, network: StagedNetwork) -> None:
+        """Raise PolicyError unless the network can be run under this policy."""
+        if policy is None:
+            return
+        check_policy(policy)
+        if policy.num_exits != network.num_exits:
+            raise PolicyError(
+                f"the policy is for {policy.num_exits} exits, the network has {network.num_exits}; "
+                f"fit it anew."
+            )
+        if policy.routes and not isinstance(network, Cascade):
+            raise PolicyError(
+                f"a policy that chooses among networks cannot run a {type(network).__name__}; "
+                f"expected a Cascade of the networks."
+            )
 
     def _course(self, x: Any) -> RunState:
         return RunState(

@@ -9,7 +9,7 @@ import concurrent.futures
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -65,19 +65,6 @@ class Preprocess:
                 f"cannot read {path}: this network was trained on inputs that are not images."
             )
         return read_image(Path(path), self.size, self.channels)[None]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "size": self.size, "channels": self.channels}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        size = value["size"]
-        return cls(
-            mean=tuple(value["mean"]),
-            std=tuple(value["std"]),
-            size=tuple(size) if size else None,
-            channels=value["channels"],
-        )
 
 
 class Examples(Protocol):

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +30,7 @@ from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.recipe import Recipe
+from impatient.store import from_plain
 from impatient.training import schedules
 from impatient.training.augmentation import augmented
 from impatient.training.balancing import AdaLoss, balancer
@@ -78,14 +79,6 @@ class EpochMetrics:
     train_accuracy: tuple[float, ...]
     validation_loss: tuple[float, ...]
     validation_accuracy: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        plain: dict[str, Any] = {
-            name: tuple(entry) if isinstance(entry, list) else entry
-            for name, entry in value.items()
-        }
-        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -520,7 +513,7 @@ class _Training:
             return None
         self._check_identity(read_header(self.checkpoint))
         header, optimizer_state = load_checkpoint(self.checkpoint, self.network)
-        self.history = [EpochMetrics.from_json(entry) for entry in header["history"]]
+        self.history = [from_plain(entry, EpochMetrics) for entry in header["history"]]
         self.step = header["step"]
         self.seconds = header["seconds"]
         self.sums = torch.tensor(header["sums"], dtype=torch.float64)

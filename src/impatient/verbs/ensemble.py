@@ -49,7 +49,6 @@ def ensemble(options: EnsembleOptions) -> None:
         StaleInput: if the members were trained on different data.
     """
     from impatient.errors import RunError, StorageError
-    from impatient.files import write_json
     from impatient.verbs.run_directory import RunDirectory, save_weights
 
     if not options.members:
@@ -74,7 +73,7 @@ def ensemble(options: EnsembleOptions) -> None:
         run.exit_free.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(alone, run.exit_free_weights_file)
     # last: a directory without it is none
-    write_json(run.spec_file, spec.to_json())
+    spec.save(run.spec_file)
     log.info(network.describe(spec.example()))
     log.info("made: %s", run.path)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from impatient.budgets import Budget
     from impatient.costs import CostProfile
     from impatient.evaluation.evaluate import Evaluation, StaticBaseline
-    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.policies.policy import Policy
     from impatient.evaluation.paired import PairedComparison
     from impatient.evaluation.tables import Table
     from impatient.verbs.run_directory import RunDirectory
@@ -111,7 +111,7 @@ def _with_real_times(
     evaluation: Evaluation,
     run: RunDirectory,
     costs: CostProfile,
-    policies: Mapping[str, AnyPolicy],
+    policies: Mapping[str, Policy],
     count: int,
 ) -> Evaluation:
     """Answer the first test samples under every policy.
@@ -122,14 +122,13 @@ def _with_real_times(
 
     from impatient.evaluation.evaluate import RealTime
     from impatient.evaluation.metrics import mean
-    from impatient.evaluation.outcomes import outcome
-    from impatient.verbs.run import runner_of
+    from impatient.runtime.runner import Runner
 
     data = run.data()
     network = run.network()[0]
     recording = run.recording("test")
     runners = {
-        name: runner_of(network, costs, policy, any_profile=True)
+        name: Runner(network, costs, policy, any_profile=True)
         for name, policy in policies.items()
     }
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
@@ -145,7 +144,7 @@ def _with_real_times(
             samples=len(samples),
             mean_s=mean(torch.tensor(taken, dtype=torch.float64)),
             predicted_s=float(
-                outcome(policies[name], recording, costs).contract_s[: len(samples)].mean()
+                policies[name].outcome(recording, costs).contract_s[: len(samples)].mean()
             ),
         )
         for name, taken in times.items()

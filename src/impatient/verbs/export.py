@@ -68,9 +68,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         load_engine,
         read_bundle,
     )
-    from impatient.errors import PolicyError
     from impatient.networks.multi_exit import MultiExitNetwork
-    from impatient.policies.rules import ThresholdPolicy
     from impatient.runtime.profile import profile
     from impatient.verbs.run_directory import RunDirectory
 
@@ -80,11 +78,9 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     seen = run.engine(engine_label(engine, options.precision))
     (network, _) = run.network()
     rule = run.policy(options.policy) if options.policy else None
-    if rule is not None and not isinstance(rule, ThresholdPolicy):
-        raise PolicyError(
-            f"policy {options.policy!r} is learned; an exported network takes thresholds: fit one "
-            "without --learner."
-        )
+    if rule is not None:
+        # one that cannot be exported is refused before anything is written
+        rule.portable_rule()
     batches = run.data().batches("train", CALIBRATION_BATCH)
     samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
     target = export(

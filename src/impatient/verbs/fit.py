@@ -24,7 +24,7 @@ from impatient.verbs.options import (
 
 if TYPE_CHECKING:
     from impatient.costs import CostProfile
-    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.policies.policy import Policy
     from impatient.evaluation.recording import Recording
     from impatient.policies.gates import GatePolicy
     from impatient.policies.risk import Certificate
@@ -103,7 +103,7 @@ def target_name(targets: Mapping[str, float]) -> str:
     return f"{kind}-{value * scale:g}"
 
 
-def fit(options: FitOptions) -> AnyPolicy:
+def fit(options: FitOptions) -> Policy:
     """Fit thresholds, or with a learner gates, and keep them under a name.
 
     With delta, half of the recording is kept back to find the boldest policy that loses at most the
@@ -122,7 +122,7 @@ def fit(options: FitOptions) -> AnyPolicy:
     recording = run.recording("validation")
     costs = run.profile(any_machine=options.any_profile)
     targets: dict[str, Any] = options.targets
-    policy: AnyPolicy
+    policy: Policy
     certificate = None
     with warnings_as_notes():
         if options.delta is not None:
@@ -140,13 +140,10 @@ def fit(options: FitOptions) -> AnyPolicy:
     return policy
 
 
-def shown(_: FitOptions, policy: AnyPolicy) -> Iterator[str]:
-    """Give the thresholds of a policy that has some."""
-    from impatient.policies.rules import ThresholdPolicy
-
-    if isinstance(policy, ThresholdPolicy) and (bounds := policy.thresholds[:-1]):
-        words = ("closed" if bound == math.inf else f"{bound:.3f}" for bound in bounds)
-        yield f"thresholds: {', '.join(words)}"
+def shown(_: FitOptions, policy: Policy) -> Iterator[str]:
+    """Give the policy in one line, if its kind has one."""
+    if summary := policy.summary():
+        yield summary
 
 
 def _gates(recording: Recording, costs: CostProfile, options: FitOptions) -> GatePolicy:

@@ -13,7 +13,7 @@ from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.policies.policy import Policy
     from impatient.evaluation.report import Example
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
@@ -91,11 +91,10 @@ def _facts(spec: NetworkSpec) -> dict[str, str]:
 
 
 def _examples(
-    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, AnyPolicy]
+    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, Policy]
 ) -> tuple[list[Example], list[Example]]:
     """Pick test inputs that left early and late under the first policy."""
-    from impatient.evaluation.outcomes import exits_under
-    from impatient.evaluation.report import Example, score_of, select_examples
+    from impatient.evaluation.report import Example, select_examples
     from impatient.policies.scores import SCORES
 
     if not policies:
@@ -103,8 +102,8 @@ def _examples(
     policy = next(iter(policies.values()))
     recording = run.recording("test")
     data = run.data()
-    exits = exits_under(policy, recording)
-    score = SCORES[score_of(policy)]
+    exits = policy.exits_on(recording)
+    score = SCORES[policy.shown_score()]
 
     def example(index: int) -> Example:
         exit = int(exits[index])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from impatient.costs import CostProfile
-    from impatient.evaluation.outcomes import AnyPolicy
+    from impatient.policies.policy import Policy
     from impatient.evaluation.tables import Table
     from impatient.runtime.answer import Answer
     from impatient.runtime.runner import Runner
@@ -79,7 +79,7 @@ def run(options: RunOptions) -> list[FileAnswer]:
     # all are read before the first deadline is stamped
     inputs = [_read_input(spec, file) for file in options.inputs]
     network, _ = run.network()
-    runner = runner_of(
+    runner = Runner(
         network,
         run.profile(any_machine=options.any_profile),
         run.policy(options.policy) if options.policy else None,
@@ -147,19 +147,6 @@ def to_json(answers: Sequence[FileAnswer]) -> str:
         ],
         indent=1,
     )
-
-
-def runner_of(network: Any, costs: CostProfile, policy: AnyPolicy | None, **options: Any) -> Runner:
-    """Make a runner for a network and a policy of any kind.
-
-    A selection routes its cascade; all others are asked at exits.
-    """
-    from impatient.policies.routing import SelectionPolicy
-    from impatient.runtime.runner import Runner
-
-    if isinstance(policy, SelectionPolicy):
-        return Runner(network.routed(policy), costs, **options)
-    return Runner(network, costs, policy, **options)  # type: ignore[arg-type]  # mixtures are drawn for each run
 
 
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:

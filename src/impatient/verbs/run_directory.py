@@ -23,7 +23,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -38,9 +38,8 @@ from impatient.engines.export import (
 )
 from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
-from impatient.evaluation.outcomes import AnyPolicy
 from impatient.evaluation.recording import Recording
-from impatient.files import read_json, read_tensors, write_tensors
+from impatient.files import read_tensors, write_tensors
 from impatient.networks.anytimenet import GrowingNetwork
 from impatient.networks.cascade import Cascade
 from impatient.networks.combined_exits import RunningEnsemble
@@ -48,12 +47,11 @@ from impatient.networks.describe import DescribedNetwork
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.specs import load_model
-from impatient.policies.gates import GatePolicy
+from impatient.policies.policy import Policy
 from impatient.policies.risk import Certificate
-from impatient.policies.routing import SelectionPolicy
-from impatient.policies.rules import ThresholdPolicy
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.runtime.profile import check_machine
+from impatient.store import Stored, holds_tensors
 from impatient.training.data import Data, Preprocess, load_data
 
 Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork | Cascade
@@ -66,7 +64,7 @@ OWN_HEADS = "own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkSpec:
+class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
     """What it takes to build the network of a run directory again, but for the weights.
 
     Attributes:
@@ -98,51 +96,6 @@ class NetworkSpec:
     members: tuple[NetworkSpec, ...] = ()
     cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kind": "network",
-            **dataclasses.asdict(self),
-            "preprocess": self.preprocess.to_json(),
-            "provenance": self.provenance.to_json(),
-            "members": [member.to_json() for member in self.members],
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        try:
-            plain = {
-                name: value[name]
-                for name in (
-                    "model",
-                    "heads",
-                    "num_classes",
-                    "example_dtype",
-                    "data",
-                    "data_fingerprint",
-                    "seed",
-                    "validation",
-                )
-            }
-            return cls(
-                **plain,
-                after=tuple(value["after"]),
-                example_shape=tuple(value["example_shape"]),
-                class_names=tuple(value["class_names"]),
-                preprocess=Preprocess.from_json(value["preprocess"]),
-                provenance=Provenance.from_json(value["provenance"]),
-                ensembling=value.get("ensembling", ""),
-                cascade=value.get("cascade", False),
-                members=tuple(cls.from_json(member) for member in value.get("members", ())),
-                validation_errors=tuple(
-                    tuple(errors) for errors in value.get("validation_errors", ())
-                ),
-            )
-        except (KeyError, TypeError) as error:
-            raise StorageError(
-                f"network.json lacks {error}; it was damaged or written by another version. Train "
-                f"anew."
-            ) from error
 
     def example(self, batch_size: int = 1) -> torch.Tensor:
         """An input of the right shape and type: zeros."""
@@ -294,12 +247,12 @@ class RunDirectory:
         return sorted({file.stem for file in files if file.suffix in (".json", ".safetensors")})
 
     def save_policy(
-        self, name: str, policy: AnyPolicy, certificate: Certificate | None = None
+        self, name: str, policy: Policy, certificate: Certificate | None = None
     ) -> Path:
         """Write a policy in the place of any other of this name, and what is guaranteed of it."""
         plain = self.policy_file(name)
         learned = self.learned_policy_file(name)
-        file, other = (plain, learned) if isinstance(policy, ThresholdPolicy) else (learned, plain)
+        file, other = (learned, plain) if holds_tensors(policy) else (plain, learned)
         # first: it must never stand beside a policy it is not about
         self.certificate_file(name).unlink(missing_ok=True)
         policy.save(file)
@@ -319,7 +272,7 @@ class RunDirectory:
                 f"{self.path} is no run directory (no network.json); make one with `impatient "
                 f"train {self.path}`."
             )
-        return NetworkSpec.from_json(read_json(self.spec_file))
+        return NetworkSpec.load(self.spec_file)
 
     def data(self) -> Data:
         """The data set of this run, checked to be the same as then.
@@ -427,7 +380,7 @@ class RunDirectory:
         )
         return recording
 
-    def policy(self, name: str) -> AnyPolicy:
+    def policy(self, name: str) -> Policy:
         """A fitted policy, checked to be of these weights.
 
         Raises:
@@ -441,22 +394,18 @@ class RunDirectory:
             )
         return self._checked(name, self._load_policy(name), self.weights_fingerprint())
 
-    def policies(self) -> dict[str, AnyPolicy]:
+    def policies(self) -> dict[str, Policy]:
         """All fitted policies by name, checked as by `policy`."""
         names = self.policy_names()
         # once for all: it reads every weight
         weights = self.weights_fingerprint() if names else ""
         return {name: self._checked(name, self._load_policy(name), weights) for name in names}
 
-    def _load_policy(self, name: str) -> AnyPolicy:
-        if self.policy_file(name).is_file():
-            return ThresholdPolicy.load(self.policy_file(name))
-        tensors, header = read_tensors(self.learned_policy_file(name))
-        if header.get("kind") == "selection_policy":
-            return SelectionPolicy.from_tensors(tensors, header)
-        return GatePolicy.from_parts(tensors, header)
+    def _load_policy(self, name: str) -> Policy:
+        plain = self.policy_file(name)
+        return Policy.load(plain if plain.is_file() else self.learned_policy_file(name))
 
-    def _checked(self, name: str, policy: AnyPolicy, weights: str) -> AnyPolicy:
+    def _checked(self, name: str, policy: Policy, weights: str) -> Policy:
         # None: set by hand
         if policy.provenance is not None:
             policy.provenance.require(

@@ -101,7 +101,7 @@ def select(options: SelectOptions) -> Evaluation:
         ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
     """
     from impatient.errors import NoEffectWarning, StaleInput
-    from impatient.evaluation.outcomes import node_times_s
+    from impatient.policies.outcome import node_times_s
     from impatient.policies.selection import decision_time_s, fit_selection
     from impatient.policies.topology import Topology
     from impatient.verbs.evaluate import EvaluateOptions, evaluate
@@ -164,7 +164,6 @@ def shown(options: SelectOptions, evaluation: Evaluation) -> Iterator[Table | st
 
 
 def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
-    from impatient.files import write_json
     from impatient.networks.cascade import Cascade
     from impatient.training.data import load_data
     from impatient.verbs.run_directory import save_weights
@@ -200,7 +199,7 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
         provenance=specs[-1].provenance_of(cascade),
     )
     # last: a directory without it is none
-    write_json(run.spec_file, spec.to_json())
+    spec.save(run.spec_file)
 
 
 def _member(member: str, data: Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:

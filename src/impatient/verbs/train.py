@@ -139,12 +139,11 @@ def train(options: TrainOptions) -> None:
 def _spec(run: RunDirectory, options: TrainOptions, data: Data) -> NetworkSpec:
     """Give the network's description: a new one, or that of the run, which must agree."""
     from impatient.errors import RunError, StaleInput
-    from impatient.files import write_json
     from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS
 
     if not run.spec_file.is_file():
         spec = _new_spec(options, data)
-        write_json(run.spec_file, spec.to_json())
+        spec.save(run.spec_file)
         return spec
     spec = run.spec()
     if spec.members:

@@ -1,0 +1,376 @@
+"""What a policy is: everything that evaluation, report, run directory and runner ask of one.
+
+A new kind of policy derives from `Policy`, says what it does at an exit, and is at once evaluated,
+reported, saved and run like any other. To write one of your own, define `num_exits`, `looks_at` and
+`stops`; all else has a default.
+
+    class EveryOther(impatient.Policy):
+        num_exits = 4
+
+        def looks_at(self, exit):
+            return exit % 2 == 1
+
+        def stops(self, exit, outputs=None, pooled=None):
+            return outputs.softmax(-1).amax(-1) > 0.9
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.costs import Cost, CostProfile, Statistic
+from impatient.errors import PolicyError
+from impatient.policies.outcome import Outcome, as_doubles
+from impatient.policies.scores import ScoreName
+from impatient.provenance import Provenance
+from impatient.store import Stored
+
+# what stands for "answer here" where a policy says which network comes next
+ANSWER = -1
+
+
+class Recorded(Protocol):
+    """What policies, and fitting them, need of a recording."""
+
+    @property
+    def outputs(self) -> Float[Tensor, "K N C"]: ...
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]: ...
+
+    @property
+    def features(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A policy in words, for tables and reports.
+
+    Attributes:
+        looks_at: what it looks at.
+        rules: per exit, what it does there in a word or two.
+    """
+
+    looks_at: str
+    rules: tuple[str, ...]
+
+
+class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
+    """A rule that says at every exit which samples are done, or which network they run next."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make one, if the class defines all that must be defined.
+
+        Raises:
+            PolicyError: if something is missing, with the names that were perhaps meant.
+        """
+        missing = sorted(cls.__abstractmethods__)
+        if missing:
+            own = [name for name in vars(cls) if not name.startswith("_") and name not in missing]
+            near = {
+                close for name in missing for close in difflib.get_close_matches(name, own, 1, 0.7)
+            }
+            meant = f" ({', '.join(sorted(near))} in its place?)" if near else ""
+            raise PolicyError(
+                f"{cls.__name__} does not define {', '.join(missing)}{meant}; a policy defines "
+                f"num_exits, looks_at and stops."
+            )
+        return super().__new__(cls)
+
+    # --- must be defined --------------------------------------------------------------------------
+
+    @property
+    @abc.abstractmethod
+    def num_exits(self) -> int:
+        """How many exits, or networks, it is for."""
+
+    @abc.abstractmethod
+    def looks_at(self, exit: int) -> bool:
+        """Whether it is asked at this exit; if not, the exit's head need not run."""
+
+    @abc.abstractmethod
+    def stops(
+        self,
+        exit: int,
+        outputs: Float[Tensor, "B C"] | None = None,
+        pooled: Float[Tensor, "B *D"] | None = None,
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit.
+
+        Args:
+            exit: its index.
+            outputs: of the exit's head, before softmax; given if `needs_outputs`.
+            pooled: features before the head, `network.pooled(exit)`; given if `needs_features`.
+        """
+
+    # --- what it looks at, and what it costs ------------------------------------------------------
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether it looks at outputs; if not, a head runs only where samples leave."""
+        return True
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it looks at pooled features."""
+        return False
+
+    def open_exits(self) -> tuple[bool, ...]:
+        """Per exit, whether its head runs when it is passed; the last one always answers."""
+        early = (self.needs_outputs and self.looks_at(exit) for exit in range(self.num_exits - 1))
+        return (*early, True)
+
+    def added_s(self) -> tuple[float, ...]:
+        """Per exit, seconds that asking the policy takes until that exit answers."""
+        return (0.0,) * self.num_exits
+
+    # --- where it comes from ----------------------------------------------------------------------
+
+    @property
+    def split(self) -> str | None:
+        """The split on which it was fitted; None if it was set by hand."""
+        return None
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Weights and data that it belongs to."""
+        return None
+
+    @property
+    def target(self) -> Mapping[str, float]:
+        """What was asked for when it was fitted, and what was reached on that split."""
+        return _NOTHING
+
+    @property
+    def cost(self) -> Cost:
+        """What the target's `mean_cost` is in."""
+        return "time"
+
+    def marked(self, *, split: str, provenance: Provenance) -> Policy:
+        """The same policy, said to come from this split and these weights and data.
+
+        A policy that has no such fields is given back as it is.
+        """
+        value: Any = self
+        known = {"split": split, "provenance": provenance}
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        marked: Policy = self
+        if known.keys() <= {field.name for field in fields}:
+            marked = dataclasses.replace(value, **known)
+        return marked
+
+    # --- running it -------------------------------------------------------------------------------
+
+    def for_run(self, samples: int, run: int = 0) -> Policy:  # noqa: ARG002  most draw nothing
+        """The rule of one run: of a policy that draws at random, its draw for these samples.
+
+        Args:
+            samples: batch size.
+            run: its number; count runs, or each would draw the same.
+        """
+        return self
+
+    def for_rows(self, rows: Int[Tensor, "R"]) -> Policy:  # noqa: ARG002  most treat all rows alike
+        """The rule for these samples of the batch, when it goes on with them only."""
+        return self
+
+    @property
+    def routes(self) -> bool:
+        """Whether it chooses the network that comes next, so that only a cascade can run it."""
+        return False
+
+    def sees(self, node: int) -> tuple[int, ...]:
+        """The networks of a cascade whose outputs are needed to decide at this one."""
+        return (node,)
+
+    def next_node(
+        self,
+        node: int,
+        outputs: Mapping[int, Float[Tensor, "B C"]],
+        pooled: Float[Tensor, "B D"] | None = None,
+    ) -> Int[Tensor, "B"]:
+        """Where samples that have run a network of a cascade go from there.
+
+        Args:
+            node: at which all of them are.
+            outputs: of the networks they have run, at least of those it `sees`, before softmax.
+            pooled: features of this node's network, if it `needs_features`.
+        Returns:
+            The next network of each sample; -1 where this one's output is the answer.
+        """
+        here = outputs[node]
+        going = torch.full((len(here),), node + 1, dtype=torch.long, device=here.device)
+        if node == self.num_exits - 1:
+            return torch.full_like(going, ANSWER)
+        if self.looks_at(node):
+            going[self.stops(node, here, pooled).to(here.device)] = ANSWER
+        return going
+
+    # --- judging it on a recording ----------------------------------------------------------------
+
+    def exits_of(
+        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
+    ) -> Int[Tensor, "N"]:
+        """The exit that answers each recorded sample.
+
+        Args:
+            outputs: of all exits.
+            features: pooled features of all exits, if it `needs_features`.
+        Raises:
+            PolicyError: if numbers of exits differ.
+        """
+        self._check_count(len(outputs))
+        done = [
+            self.stops(exit, output, features[exit] if self.needs_features else None)
+            if self.looks_at(exit)
+            else torch.zeros(len(output), dtype=torch.bool, device=output.device)
+            for exit, output in enumerate(outputs[:-1])
+        ]
+        last = torch.ones(outputs.shape[1], dtype=torch.bool, device=outputs.device)
+        return torch.stack([*done, last]).int().argmax(0)
+
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """The exit that answers each sample of a recording.
+
+        Raises:
+            PolicyError: if it looks at features and the recording has none.
+        """
+        return self.exits_of(
+            recording.outputs, features_of(recording) if self.needs_features else ()
+        )
+
+    @classmethod
+    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
+        """The exits under each of several policies of this kind."""
+        return torch.stack([policy.exits_on(recording) for policy in policies])
+
+    def outcome(
+        self,
+        recording: Recorded,
+        costs: CostProfile,
+        *,
+        cost: Cost = "time",
+        statistic: Statistic = "mean",
+        batch_size: int = 1,
+    ) -> Outcome:
+        """What it does to a recording.
+
+        Args:
+            recording: with pooled features, if it looks at them.
+            costs: of the same network.
+            cost: what is spent, instead of time: multiply-accumulates, bytes or joules. What asking
+                the policy takes is known in seconds only, and counts as nothing in these.
+            statistic: which measured number of each stage and head is used.
+            batch_size: at which the costs were measured.
+        Raises:
+            PolicyError: if it looks at what the recording lacks.
+        """
+
+        def until(heads: Sequence[bool] | None) -> Float[Tensor, "K"]:
+            return as_doubles(
+                costs.cumulative(
+                    cost, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
+                )
+            )
+
+        exits = self.exits_on(recording)
+        heads = self.open_exits()
+        asking = as_doubles(self.added_s() if cost == "time" else (0.0,) * costs.num_exits)
+        return Outcome(
+            exits=exits,
+            visited=torch.arange(costs.num_exits) <= exits[:, None],
+            contract_s=(until(heads) + asking)[exits],
+            interruptible_s=(until(None) + asking).expand(len(exits), -1),
+            macs=as_doubles(costs.cumulative_macs("interruptible", heads))[exits],
+        )
+
+    def full_network(self) -> Policy | None:
+        """The policy that always gives the last network's answer, where its own kind says how."""
+        return None
+
+    # --- telling what it is -----------------------------------------------------------------------
+
+    def described(self, exits: Sequence[str]) -> Description:
+        """The policy in words.
+
+        Args:
+            exits: names of the exits, or networks.
+        """
+        rules = ("asked" if self.looks_at(exit) else "closed" for exit in range(len(exits) - 1))
+        return Description(looks_at=type(self).__name__, rules=(*rules, "always"))
+
+    def summary(self) -> str:
+        """The policy in one line, for who has just fitted it; empty if it has no such line."""
+        return ""
+
+    def shown_score(self) -> ScoreName:
+        """The score by which its answers are shown."""
+        return "max_probability"
+
+    def portable_rule(self) -> dict[str, Any]:
+        """What an exported network needs of it to stop without torch.
+
+        Raises:
+            PolicyError: if it cannot be exported.
+        """
+        raise PolicyError(
+            f"a {type(self).__name__} cannot be exported; an exported network takes thresholds: fit "
+            f"some with `impatient fit`, without --learner."
+        )
+
+    def _check_count(self, exits: int) -> None:
+        if exits != self.num_exits:
+            raise PolicyError(
+                f"the policy is for {self.num_exits} exits, the recording has {exits}."
+            )
+
+
+_NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+def check_policy(policy: object) -> None:
+    """Raise PolicyError unless this is a policy.
+
+    Example:
+        >>> check_policy(lambda exit, outputs: True)
+        Traceback (most recent call last):
+        impatient.errors.PolicyError: a function is no policy; expected a class derived from impatient.Policy that defines num_exits, looks_at and stops.
+    """
+    if not isinstance(policy, Policy):
+        raise PolicyError(
+            f"a {type(policy).__name__} is no policy; expected a class derived from "
+            f"impatient.Policy that defines num_exits, looks_at and stops."
+        )
+
+
+def features_of(recording: Recorded) -> tuple[Tensor, ...]:
+    """Pooled features of every exit.
+
+    Raises:
+        PolicyError: if the recording has none.
+    """
+    if len(recording.features) != len(recording.outputs):
+        raise PolicyError(
+            f"the recording holds the features of {len(recording.features)} of "
+            f"{len(recording.outputs)} exits; gates on features need them all. Record it with "
+            f"record(..., features=True)."
+        )
+    return recording.features
