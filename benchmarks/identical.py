@@ -86,7 +86,7 @@ def invented_costs(network: Any, example: Any) -> Any:
         for batch in content.get("batches", {}).values():
             if isinstance(batch, dict):
                 batch.pop("staged", None)
-                batch.pop("noise", None)
+                batch["noise"] = None
         file.write_text(json.dumps(content))
         return impatient.CostProfile.load(file)
 

@@ -155,8 +155,8 @@ def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
     assert run.policy("sure").split == "validation"
     code, text = call(*command, "--learner", "logistic")
     assert code == 0, text
-    assert run.learned_policy_file("sure").is_file()
-    assert not run.policy_file("sure").is_file()
+    assert isinstance(run.policy("sure"), GatePolicy)
+    assert len(list((folder / "policies").glob("sure.*"))) == 1
     code, text = call("fit", folder, "--max-loss", "30", "--name", "sure")
     assert code == 0, text
     assert not run.certificate_file("sure").is_file()

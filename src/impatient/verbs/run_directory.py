@@ -7,7 +7,7 @@ checkpoint.safetensors    to go on training from
 metrics.csv               loss and accuracy per epoch, split and exit
 profile.json              cost profile of this machine
 recordings/SPLIT.safetensors
-policies/NAME.json         thresholds; learned ones are NAME.safetensors
+policies/NAME.json         a policy; NAME.safetensors if it holds tensors, as learned ones do
 certificates/NAME.json     what is guaranteed of a policy, and with what probability
 evaluation.json           every exit and policy, judged on the test split
 report.html
