@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from impatient.policies.policy import Policy
     from impatient.evaluation.tables import Table
     from impatient.runtime.answer import Answer
-    from impatient.runtime.runner import Runner
     from impatient.verbs.run_directory import NetworkSpec
 
 
@@ -69,6 +68,7 @@ def run(options: RunOptions) -> list[FileAnswer]:
     """Answer for each input file by the deadline."""
     from impatient.clock import NEVER, Deadline
     from impatient.errors import RunError
+    from impatient.runtime.runner import Runner
     from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
