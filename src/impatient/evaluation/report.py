@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +76,9 @@ def select_examples(
     """
     exits = policy.exits_on(recording)
     scores = (
-        SCORES[policy.shown_score()](recording.outputs)[exits, np.arange(len(exits))].double().numpy()
+        SCORES[policy.shown_score()](recording.outputs)[exits, np.arange(len(exits))]
+        .double()
+        .numpy()
     )
     order = np.lexsort((-scores, exits.numpy()))
     early = order[: min(count, (len(order) + 1) // 2)]

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from impatient.budgets import Budget
     from impatient.costs import CostProfile
     from impatient.evaluation.evaluate import Evaluation, StaticBaseline
-    from impatient.policies.policy import Policy
     from impatient.evaluation.paired import PairedComparison
     from impatient.evaluation.tables import Table
+    from impatient.policies.policy import Policy
     from impatient.verbs.run_directory import RunDirectory
 
 
@@ -128,8 +128,7 @@ def _with_real_times(
     network = run.network()[0]
     recording = run.recording("test")
     runners = {
-        name: Runner(network, costs, policy, any_profile=True)
-        for name, policy in policies.items()
+        name: Runner(network, costs, policy, any_profile=True) for name, policy in policies.items()
     }
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
     times: dict[str, list[float]] = {name: [] for name in runners}

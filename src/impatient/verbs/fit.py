@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,9 +23,9 @@ from impatient.verbs.options import (
 
 if TYPE_CHECKING:
     from impatient.costs import CostProfile
-    from impatient.policies.policy import Policy
     from impatient.evaluation.recording import Recording
     from impatient.policies.gates import GatePolicy
+    from impatient.policies.policy import Policy
     from impatient.policies.risk import Certificate
 
 Score = Literal["max_probability", "margin", "entropy"]

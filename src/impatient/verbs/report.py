@@ -13,8 +13,8 @@ from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from impatient.policies.policy import Policy
     from impatient.evaluation.report import Example
+    from impatient.policies.policy import Policy
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 

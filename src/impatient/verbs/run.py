@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -23,8 +23,6 @@ from impatient.verbs.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from impatient.costs import CostProfile
-    from impatient.policies.policy import Policy
     from impatient.evaluation.tables import Table
     from impatient.runtime.answer import Answer
     from impatient.verbs.run_directory import NetworkSpec
