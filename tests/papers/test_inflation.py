@@ -166,7 +166,7 @@ def test_bases_that_do_not_grow_are_refused(base):
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.1, math.nan])
 def test_shares_outside_a_network_are_refused(share):
-    with pytest.raises(CostError, match="a share of a network's depth"):
+    with pytest.raises(CostError, match="a share of the network's depth"):
         mean(2.0, competitive_from=share)
 
 
