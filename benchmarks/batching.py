@@ -124,7 +124,7 @@ class ExitFreeNetwork:
 
 
 class Batches:
-    """A runner, on one batch after the other; remembers how deep each went on average."""
+    """A runner for successive batches, which records the mean exit of each."""
 
     def __init__(self, runner: Runner, batches: Sequence[Tensor], depth_k: np.ndarray) -> None:
         self._runner = runner

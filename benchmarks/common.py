@@ -185,7 +185,7 @@ def repeated(
 
 
 def _wall_and_processor_s(call: Callable[[], object]) -> tuple[float, float]:
-    """Time on the wall and of the processor; they differ where other work runs beside."""
+    """Measure wall-clock and processor time, which differ if other work runs."""
     wall = time.perf_counter()
     processor = time.process_time()
     call()

@@ -79,7 +79,7 @@ def staged(name: str, model: nn.Module, x: Tensor, *, many: bool) -> MultiExitNe
 
 
 def run_stages(network: Any, x: Tensor) -> Tensor:
-    """All exits without heads; the last one's features are the output."""
+    """Run all exits without heads, and return the last features, the output."""
     with network.exits(x) as run:
         for exit in run:
             # and no other is held

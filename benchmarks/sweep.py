@@ -73,7 +73,7 @@ def random_policies(recording: Recording, count: int, seed: int) -> list[Thresho
 
 
 def random_budgets(count: int, longest_s: float, seed: int) -> list[Budget]:
-    """All shapes in turn, over random ranges; logs of a hundred budgets."""
+    """Make budgets of all shapes in turn, over random ranges, or from logs of a hundred."""
     random = np.random.default_rng(seed)
     shapes: list[Callable[[float, float], Budget]] = [
         budgets.uniform,

@@ -35,7 +35,7 @@ STOP_S = 30.0
 
 
 class JobsFailed(ImpatientError):
-    """One or more jobs failed; the others' results are kept."""
+    """One or more jobs failed, and the results of the others are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +272,7 @@ def _stop(processes: Sequence[SpawnProcess]) -> None:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Take no further Ctrl-C; `timeout -s INT` sends two, and impatient people as well."""
+    """Ignore further Ctrl-C, since `timeout -s INT` and some people send two."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -38,7 +38,7 @@ class Spread:
     deviation: float
 
     def text(self, digits: int = 1, *, sign: bool = False) -> str:
-        """Mean ± deviation; the mean alone for a single run."""
+        """Format mean ± deviation, or the mean of a single run."""
         mean = f"{self.mean:{'+' if sign else ''}.{digits}f}"
         return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:.{digits}f}"
 
@@ -57,7 +57,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """Rows of the same columns as CSV; floats with six significant digits."""
+    """Write rows of the same columns as CSV, with six significant digits."""
     stream = io.StringIO()
     table = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     table.writeheader()

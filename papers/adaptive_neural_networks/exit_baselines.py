@@ -16,7 +16,7 @@ from impatient.policies.rules import ThresholdPolicy
 
 
 def always(exit: int, num_exits: int, recording: Recorded | None = None) -> ThresholdPolicy:
-    """Every sample stops at one exit; no other head runs.
+    """Stop every sample at one exit, so that no other head runs.
 
     Example:
         >>> always(1, 3).thresholds

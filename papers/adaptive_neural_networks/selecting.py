@@ -123,7 +123,7 @@ def judge_split(
 
 
 def baselines(fit: Recording, judged: Recording, node_s: Sequence[float]) -> dict[str, list[Point]]:
-    """Evaluate simple policies; "uniform" mixes single networks."""
+    """Evaluate simple policies, of which "uniform" mixes single networks."""
     count = len(node_s)
 
     def both(route: Callable[[Recording], Route]) -> Point:

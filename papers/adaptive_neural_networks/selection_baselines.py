@@ -24,14 +24,16 @@ from impatient.provenance import provenance
 
 
 def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:
-    """One network alone, for `count` samples; the full one is `len(node_s) - 1`."""
+    """Route `count` samples to one network, such as the full one, `len(node_s) - 1`."""
     return route_of(
         torch.arange(len(node_s)).eq(node).expand(count, -1), torch.full((count,), node), node_s
     )
 
 
 def chain_costs(node_s: Sequence[float]) -> CostProfile:
-    """Make a cost profile of a cascade 0 -> 1 -> 2 ... from its times.
+    """Make a cost profile of a cascade of networks from its times.
+
+    The cascade runs networks 0 -> 1 -> 2 ... in order.
 
     So thresholds are fitted and judged like those of exits. A network is the head of an exit
     without a stage. If no threshold uses its output, it does not run and costs nothing.

@@ -285,7 +285,7 @@ def _device() -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warning that a policy changes nothing; the tables show it."""
+    """Suppress the warning that a policy changes nothing, which the tables show."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NoEffectWarning)
         yield

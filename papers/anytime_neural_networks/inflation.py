@@ -89,7 +89,10 @@ def ann_sup(base: float) -> float:
 
 
 def ann_mean(base: float) -> float:
-    """Compute their mean inflation, 1 - 1 / (2b) + (1 + ln b) / (b - 1)."""
+    """Compute the mean inflation of these anytime networks.
+
+    It is 1 - 1 / (2b) + (1 + ln b) / (b - 1).
+    """
     return mean(base)
 
 
@@ -102,7 +105,9 @@ def plain_sup(base: float) -> float:
 
 
 def plain_mean(base: float) -> float:
-    """Compute the mean inflation of plain networks, 1 + 1 / (b - 1) + b / 2.
+    """Compute the mean inflation of plain networks.
+
+    It is 1 + 1 / (b - 1) + b / 2. The least value is 1.5 + sqrt 2, with b = 1 + sqrt 2.
 
     The least value is 1.5 + sqrt 2, with b = 1 + sqrt 2.
     """

@@ -33,7 +33,7 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """How every network of one scale is trained; all methods alike.
+    """Options of training for all networks and methods of one scale.
 
     Attributes:
         data, images, validation: see `papers.data.load`.
@@ -283,7 +283,7 @@ def _built_for(net: Net, data: Data) -> MultiExitNetwork:
 
 
 def train(training: Training, net: Net, seed: int, keep: bool, *, folder: Path) -> dict[str, Any]:
-    """Train one network; resumes from its checkpoint.
+    """Train one network, or resume from its checkpoint.
 
     Args:
         keep: write the weights to model.safetensors.

@@ -1,9 +1,9 @@
-"""Confidence as AnytimeNet measures it: the probability of the true class, over all samples and
-class by class.
+"""Confidence by AnytimeNet, the probability of the true class.
 
-It needs the true labels, so it says how good a network is. What a run can look at is its largest
-class probability, the score `impatient.policies.scores.max_probability`. Both are here, side by
-side.
+It is measured over all samples and for each class.
+
+It needs the true labels, so it measures how good a network is. A run can only look at the largest
+class probability, the score `impatient.policies.scores.max_probability`. Both are here.
 """
 
 from __future__ import annotations
@@ -52,21 +52,20 @@ def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estima
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ClassConfidence:
-    """How sure the exits are of the truth, and whether they are surer of the classes that they
-    answer better.
+    """Confidence of the exits in the true class, and its correlation with accuracy.
 
     Attributes:
-        exits: their names, shallow to deep.
-        split: what it was measured on.
-        counts: samples of each class.
+        exits: names of the exits, shallow to deep.
+        split: name of the split that it was measured on.
+        counts: number of samples of each class.
         confidence: mean probability of the true class, per exit and true class; NaN for a class
             without samples.
-        accuracy: share of right answers, likewise.
-        overall: per exit, mean probability of the true class over all samples.
-        max_probability: per exit, mean of the largest probability: what a run takes itself to be.
-        correlations: per exit, of confidence with accuracy over the classes that have samples, each
-            counted once; None where that is undefined. Its interval takes the classes for drawn
-            independently.
+        accuracy: share of right answers, per exit and true class.
+        overall: mean probability of the true class over all samples, per exit.
+        max_probability: mean of the largest probability, per exit, which a run can look at.
+        correlations: correlation of confidence with accuracy over the classes that have samples,
+            per exit. Each class counts once. It is None where it is undefined. Its interval assumes
+            that the classes are drawn independently.
         sample_correlations: per exit, of the probability of the true class with being right, over
             single samples. As high a correlation over classes comes from luck alone, where classes
             do not differ: both are means over the same samples.
@@ -96,8 +95,9 @@ class ClassConfidence:
 
 
 def class_confidence(recording: Recording) -> ClassConfidence:
-    """Confidence and accuracy of every exit, over all samples and class by class, and how the two
-    go together.
+    """Compute confidence and accuracy of every exit, and their correlation.
+
+    They are over all samples and for each class.
 
     Args:
         recording: of the split to judge on, usually "test".

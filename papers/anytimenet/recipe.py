@@ -67,7 +67,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Net:
-    """An AnytimeNet; its BASELINE is its whole network, run plainly.
+    """An AnytimeNet, whose BASELINE is its complete network in a plain run.
 
     Attributes:
         counts: block counts of each section, iteration by iteration.
@@ -253,7 +253,7 @@ def jobs(scale: Scale) -> list[Job]:
 def train(
     case: Case, training: Training, net: Net, kind: Kind, seed: int, *, folder: Path
 ) -> dict[str, Any]:
-    """Train one network; resumes from its checkpoint.
+    """Train one network, or resume from its checkpoint.
 
     Returns:
         Per kind of batch-norm statistics what `judged` says of the test split; training seconds and

@@ -55,7 +55,7 @@ def in_words(net: Net, batch: int) -> str:
 
 
 def measure(net: Net, timing: Timing, batch: int, *, folder: Path) -> dict[str, Any]:
-    """Time one network; its weights do not matter.
+    """Time one network, whose weights do not matter.
 
     Returns:
         What `timed` says, repeat by repeat, and the multiply-accumulates up to each iteration over

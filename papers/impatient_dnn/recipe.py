@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes of one scale; the same for every method that is compared.
+    """Sizes of one scale, the same for all compared methods.
 
     Attributes:
         train, validation: how many examples of the target's splits are kept; None keeps all. Test
@@ -186,7 +186,7 @@ SCALES: dict[str, Scale] = {
 def run(
     scale: Scale, folder: Path, *, workers: int | None = None, seeds: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Run what is missing of a scale; results of all runs by name.
+    """Run what is missing of a scale, and return all results by name.
 
     Args:
         folder: of the runs.
@@ -368,7 +368,7 @@ def _fit(
     seed: int,
     folder: Path,
 ) -> list[float]:
-    """Train, resumably; returns validation accuracy per exit."""
+    """Train or resume, and return the validation accuracy per exit."""
     history = fit(
         network,
         examples,

@@ -246,7 +246,7 @@ def write(
     out: Path,
     table: Literal["table1", "exits", "all"],
 ) -> str:
-    """Write the tables and figures asked for; returns Table 1's page as markdown."""
+    """Write the chosen tables and figures, and return Table 1 as markdown."""
     made = made_by(str(_costs(pairs[0], results).provenance.processor), "papers.impatient_dnn")
     rows = per_seed(pairs, results, seeds)
     summary = summarised(rows)

@@ -1,4 +1,4 @@
-"""Clocks that can be replaced, deadlines as instants on them, and measurements in turn.
+"""Clocks that can be replaced, deadlines on them, and measurements in turn.
 
 All times are seconds, as float.
 """
