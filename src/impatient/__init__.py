@@ -14,7 +14,8 @@ if typing.TYPE_CHECKING:
     from impatient.costs import CostProfile
     from impatient.engines.export import export, load_engine, to_engine
     from impatient.errors import ImpatientError
-    from impatient.evaluation import Evaluation, Recording, evaluate, record
+    from impatient.evaluation.evaluate import Evaluation, evaluate
+    from impatient.evaluation.recording import Recording, record
     from impatient.networks import MultiExitNetwork, attach_exits, load_model
     from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
     from impatient.runtime import Answer, Run, Runner

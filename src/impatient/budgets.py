@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from impatient import checks
 from impatient.clock import positive_seconds
 from impatient.costs import UNITS, Cost, check_increasing
 from impatient.errors import BudgetError
@@ -47,15 +48,8 @@ class Budget(Stored, made_by="impatient.budgets"):
     cost: Cost = "time"
 
     def __post_init__(self) -> None:
-        if self.shape not in (*_SHAPES, *_LISTED):
-            raise BudgetError(
-                f"unknown budget shape {self.shape!r}; expected one of "
-                f"{', '.join((*_SHAPES, *_LISTED))}."
-            )
-        if self.cost not in get_args(Cost):
-            raise BudgetError(
-                f"a budget of {self.cost!r}; expected one of {', '.join(get_args(Cost))}."
-            )
+        checks.one_of(BudgetError, (*_SHAPES, *_LISTED), shape=self.shape)
+        checks.one_of(BudgetError, Cost, cost=self.cost)
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise BudgetError(
                 f"budget range {self.low} to {self.high} s is not finite; give seconds, such as "

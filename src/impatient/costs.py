@@ -16,10 +16,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import numpy as np
 
+from impatient import checks
 from impatient.errors import CostError, CostOrderError, StaleInput
 from impatient.provenance import Provenance
 from impatient.store import Stored
@@ -71,11 +72,7 @@ class Quantiles:
         Raises:
             CostError: if there is no such number.
         """
-        if statistic not in get_args(Statistic):
-            raise CostError(
-                f"unknown statistic {statistic!r}; expected one of "
-                f"{', '.join(get_args(Statistic))}."
-            )
+        checks.one_of(CostError, Statistic, statistic=statistic)
         return float(getattr(self, statistic))
 
     @classmethod
@@ -349,8 +346,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             "bytes": (self.stage_bytes, self.head_bytes),
             "energy": (self.stage_energy_j, self.head_energy_j),
         }
-        if cost not in known:
-            raise CostError(f"unknown cost {cost!r}; expected one of {', '.join(get_args(Cost))}.")
+        checks.one_of(CostError, Cost, cost=cost)
         stages, heads = known[cost]
         if stages is None or heads is None:
             raise CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import PolicyError
 
 RuleName = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
@@ -61,15 +62,10 @@ class Rule:
     weights: Literal["equal", "depth"] = "equal"
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(RuleName):
-            raise PolicyError(
-                f"unknown rule {self.name!r} for combining outputs; expected one of "
-                f"{', '.join(get_args(RuleName))}."
-            )
+        checks.one_of(PolicyError, RuleName, rule=self.name)
         if not math.isfinite(self.rate):
             raise PolicyError(f"rate={self.rate}; expected a finite number, such as 0.5.")
-        if self.weights not in ("equal", "depth"):
-            raise PolicyError(f"weights={self.weights!r}; expected 'equal' or 'depth'.")
+        checks.one_of(PolicyError, ("equal", "depth"), weights=self.weights)
 
     @classmethod
     def of(cls, rule: RuleName | Rule) -> Rule:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal
 
+from impatient import checks
 from impatient.errors import TrainingError
 
 Schedule = Literal["cosine", "step"]
@@ -72,37 +72,30 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "temperature", "sampler_gamma", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise TrainingError(f"{name}={value}; expected a positive number.")
-        for name in ("momentum", "label_smoothing", "warmup", "detach"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise TrainingError(f"{name}={value}; expected 0 or a share below 1.")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise TrainingError(
-                f"weight_decay={self.weight_decay}; expected 0 or a positive number."
-            )
-        choices: dict[str, Any] = {
-            "schedule": Schedule,
-            "regime": Regime,
-            "augment": Augmentation,
-            "sampler": Sampler,
-            "head_decay": HeadDecay,
-        }
-        for name, kind in choices.items():
-            if (choice := getattr(self, name)) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise TrainingError(f"{name}={choice!r}; expected one of {known}.")
-        if not 0.0 <= self.distillation <= 1.0:
-            raise TrainingError(
-                f"distillation={self.distillation}; expected a share between 0 and 1."
-            )
-        if not 0.0 < self.backbone_share < 1.0:
-            raise TrainingError(
-                f"backbone_share={self.backbone_share}; expected a share between 0 and 1."
-            )
+        checks.positive(
+            TrainingError,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            temperature=self.temperature,
+            sampler_gamma=self.sampler_gamma,
+            clip_norm=1.0 if self.clip_norm is None else self.clip_norm,
+        )
+        checks.share_below_one(
+            TrainingError,
+            momentum=self.momentum,
+            label_smoothing=self.label_smoothing,
+            warmup=self.warmup,
+            detach=self.detach,
+        )
+        checks.not_negative(TrainingError, weight_decay=self.weight_decay)
+        checks.share(TrainingError, distillation=self.distillation)
+        checks.true_share(TrainingError, backbone_share=self.backbone_share)
+        checks.one_of(TrainingError, Schedule, schedule=self.schedule)
+        checks.one_of(TrainingError, Regime, regime=self.regime)
+        checks.one_of(TrainingError, Augmentation, augment=self.augment)
+        checks.one_of(TrainingError, Sampler, sampler=self.sampler)
+        checks.one_of(TrainingError, HeadDecay, head_decay=self.head_decay)
         if self.regime == "mixed" and self.epochs < 2:
             raise TrainingError(
                 "the mixed regime needs at least 2 epochs: one for the backbone, one for "

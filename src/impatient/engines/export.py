@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from impatient import portable
+from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
 from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
@@ -359,16 +359,13 @@ def _damaged(directory: str | Path, what: str) -> StorageError:
 
 
 def _check(engine: str, engines: Sequence[str], precision: str, threads: int) -> None:
-    if engine not in engines:
-        raise RunError(f"engine {engine!r}; expected one of {', '.join(engines)}.")
-    if precision not in PRECISIONS:
-        raise RunError(f"precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    checks.one_of(RunError, engines, engine=engine)
+    checks.one_of(RunError, PRECISIONS, precision=precision)
     if precision != "fp32" and engine not in (*portable.ENGINES, *portable.SESSIONS):
         raise RunError(
             f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'."
         )
-    if threads < 1:
-        raise RunError(f"threads={threads}; expected 1 or more.")
+    checks.at_least(RunError, 1, threads=threads)
 
 
 def _check_place(directory: Path, force: bool) -> None:

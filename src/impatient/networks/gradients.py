@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import NetworkError
 
 
@@ -35,10 +36,7 @@ class GradientFlow:
     detach: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.detach < 1.0:
-            raise NetworkError(
-                f"detach={self.detach}; expected 0 or a share of the channels below 1, such as 0.5."
-            )
+        checks.share_below_one(NetworkError, detach=self.detach)
 
     def into_head(self, features: Tensor, exit: int, count: int) -> Tensor:
         """Return the features for the head of this early exit."""

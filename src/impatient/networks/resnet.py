@@ -5,13 +5,14 @@ There are networks of (n, c) for small images, and ANN-14 to ANN-152 for large o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from impatient import checks
 from impatient.errors import ModelSpecError
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -168,9 +169,9 @@ class PreActResNet(nn.Module):
         super().__init__()
         _check_sizes(num_classes=num_classes, n=n, c=c, in_channels=in_channels)
         counts = (n,) * 3 if isinstance(n, int) else tuple(n)
-        _check_name("block", block, _BLOCKS)
-        _check_name("stem", stem, _STEMS)
-        _check_name("shortcut", shortcut, ("pooled", "projection"))
+        checks.one_of(ModelSpecError, _BLOCKS, block=block)
+        checks.one_of(ModelSpecError, _STEMS, stem=stem)
+        checks.one_of(ModelSpecError, ("pooled", "projection"), shortcut=shortcut)
         build, expansion = _BLOCKS[block]
         self.stem = _STEMS[stem](in_channels, c)
         widths = [
@@ -232,13 +233,6 @@ def _check_sizes(*, n: object, **sizes: object) -> None:
         raise ModelSpecError(
             f"PreActResNet({given}); expected whole numbers of at least 1. n may be a list with a "
             "number per stage."
-        )
-
-
-def _check_name(option: str, given: object, known: Collection[str]) -> None:
-    if given not in known:
-        raise ModelSpecError(
-            f"PreActResNet({option}={given!r}); expected one of {', '.join(known)}."
         )
 
 

@@ -9,8 +9,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from impatient import checks
 from impatient.costs import CostProfile
 from impatient.errors import RunError
 
@@ -71,10 +72,7 @@ class Compaction:
     )
 
     def __post_init__(self) -> None:
-        if self.when not in get_args(When):
-            raise RunError(
-                f"compaction={self.when!r}; expected one of {', '.join(get_args(When))}."
-            )
+        checks.one_of(RunError, When, compaction=self.when)
         if any(bucket < 1 for bucket in self.buckets):
             raise RunError(f"buckets={self.buckets}; expected numbers of rows, each at least 1.")
         object.__setattr__(

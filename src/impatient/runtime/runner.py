@@ -12,10 +12,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 
+from impatient import checks
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
@@ -80,12 +81,8 @@ class Runner:
                 f"profile it anew."
             )
         self._check_policy(policy, network)
-        if when_late not in ("answer", "raise"):
-            raise RunError(f"when_late={when_late!r}; expected 'answer' or 'raise'.")
-        if statistic not in QUANTILES:
-            raise CostError(
-                f"unknown statistic {statistic!r}; expected one of {', '.join(get_args(Statistic))}."
-            )
+        checks.one_of(RunError, ("answer", "raise"), when_late=when_late)
+        checks.one_of(CostError, Statistic, statistic=statistic)
         if not any_profile:
             check_profile(
                 costs,

@@ -15,16 +15,16 @@ learner. Every training loop can use them:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import StaleInput, TrainingError
 from impatient.recipe import Sampler
 from impatient.training.weights import check_weights, const
@@ -62,19 +62,10 @@ class AdaLoss:
     gamma: float = 0.07
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum < 1.0:
-            raise TrainingError(
-                f"momentum={self.momentum} of AdaLoss; expected 0 or a share below 1."
-            )
-        if self.update_every < 1:
-            raise TrainingError(
-                f"update_every={self.update_every} of AdaLoss; expected at least 1 step."
-            )
-        if not 0.0 <= self.final_extra < math.inf:
-            raise TrainingError(
-                f"final_extra={self.final_extra} of AdaLoss; expected 0 or a positive number."
-            )
-        _share("gamma", self.gamma, "AdaLoss")
+        checks.share_below_one(TrainingError, momentum=self.momentum)
+        checks.at_least(TrainingError, 1, update_every=self.update_every)
+        checks.not_negative(TrainingError, final_extra=self.final_extra)
+        checks.share(TrainingError, gamma=self.gamma)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +86,7 @@ class Learner:
     last_reward_rate: float = 0.85
 
     def __post_init__(self) -> None:
-        _share("gamma", self.gamma, "the sampler")
-        _share("last_reward_rate", self.last_reward_rate, "the sampler")
+        checks.share(TrainingError, gamma=self.gamma, last_reward_rate=self.last_reward_rate)
 
 
 class Balancer(Protocol):
@@ -168,12 +158,8 @@ def balancer(
         >>> alternating.weights().tolist()  # half of the sum, 1, goes to one exit
         [0.5, 0.5, 2.0]
     """
-    if sampler not in get_args(Sampler):
-        raise TrainingError(
-            f"unknown sampler {sampler!r}; expected one of {', '.join(get_args(Sampler))}."
-        )
-    if not 0.0 <= gamma < math.inf:
-        raise TrainingError(f"gamma={gamma} of the sampler; expected 0 or a positive number.")
+    checks.one_of(TrainingError, Sampler, sampler=sampler)
+    checks.not_negative(TrainingError, gamma=gamma)
     inner: Balancer = (
         _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
     )
@@ -439,8 +425,3 @@ def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
             f"expected {sizes(like)}. Continue with the weights and the sampler it was made with, "
             "or start again."
         )
-
-
-def _share(name: str, value: float, whose: str) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise TrainingError(f"{name}={value} of {whose}; expected a share from 0 to 1.")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
 
@@ -174,8 +175,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     Raises:
         DataError: if the data set is missing, empty or malformed.
     """
-    if not 0.0 < validation < 1.0:
-        raise DataError(f"validation={validation}; expected a share between 0 and 1, such as 0.1.")
+    checks.true_share(DataError, validation=validation)
     source, _, rest = spec.partition(":")
     loaders: dict[str, Callable[[str, int], _Raw]] = {
         "digits": _digits,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from impatient import checks
 from impatient.errors import TrainingError
 
 Total = Literal["as_is", "last", "all", "log"]
@@ -137,13 +138,9 @@ def rescaled(
         (0.6666666666666666, 0.6666666666666666, 0.6666666666666666)
     """
     made = check_weights(weights, len(weights))
-    if total not in TOTALS:
-        raise TrainingError(f"total={total!r}; expected one of {', '.join(TOTALS)}.")
+    checks.one_of(TrainingError, TOTALS, total=total)
     if last_to_early is not None and len(made) > 1:
-        if not 0.0 < last_to_early < math.inf:
-            raise TrainingError(
-                f"last_to_early={last_to_early}; expected a positive number, such as 1."
-            )
+        checks.positive(TrainingError, last_to_early=last_to_early)
         made = (*made[:-1], last_to_early * _not_zero(sum(made[:-1]), "the early exits", made))
     if total == "as_is":
         return made
@@ -163,8 +160,7 @@ def every(count: int, period: int) -> tuple[int, ...]:
         >>> every(8, 3)
         (1, 4, 7)
     """
-    if period < 1:
-        raise TrainingError(f"period={period}; expected a period of at least 1, such as 2.")
+    checks.at_least(TrainingError, 1, period=period)
     return tuple(range((_positive(count) - 1) % period, count, period))
 
 

@@ -1,0 +1,68 @@
+"""Checks of single values; each raises the error it is given, with name, value and expectation.
+
+positive(TrainingError, lr=lr, temperature=temperature)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+from impatient.errors import ImpatientError
+
+Raised = type[ImpatientError]
+
+
+def one_of(error: Raised, known: Any, **values: object) -> None:
+    """Refuse what is not one of the known values: a Literal type's, or listed ones.
+
+    Example:
+        >>> one_of(ImpatientError, ("crop", "none"), augment="rotate")
+        Traceback (most recent call last):
+        impatient.errors.ImpatientError: augment='rotate'; expected one of crop, none.
+    """
+    choices = get_args(known) or tuple(known)
+    for name, value in values.items():
+        if value not in choices:
+            raise error(f"{name}={value!r}; expected one of {', '.join(map(str, choices))}.")
+
+
+def positive(error: Raised, **values: float) -> None:
+    """Refuse what is not a finite number above 0."""
+    for name, value in values.items():
+        _check(0.0 < value < math.inf, error, name, value, "a positive number")
+
+
+def not_negative(error: Raised, **values: float) -> None:
+    """Refuse what is not a finite number of at least 0."""
+    for name, value in values.items():
+        _check(0.0 <= value < math.inf, error, name, value, "0 or a positive number")
+
+
+def share(error: Raised, **values: float) -> None:
+    """Refuse what is not from 0 to 1."""
+    for name, value in values.items():
+        _check(0.0 <= value <= 1.0, error, name, value, "a share from 0 to 1")
+
+
+def share_below_one(error: Raised, **values: float) -> None:
+    """Refuse what is not from 0 to 1, or is 1."""
+    for name, value in values.items():
+        _check(0.0 <= value < 1.0, error, name, value, "0 or a share below 1")
+
+
+def true_share(error: Raised, **values: float) -> None:
+    """Refuse what is not between 0 and 1, neither included."""
+    for name, value in values.items():
+        _check(0.0 < value < 1.0, error, name, value, "a share between 0 and 1, such as 0.1")
+
+
+def at_least(error: Raised, least: int, **values: float) -> None:
+    """Refuse what is below the least number."""
+    for name, value in values.items():
+        _check(value >= least, error, name, value, f"{least} or more")
+
+
+def _check(is_right: bool, error: Raised, name: str, value: float, expected: str) -> None:
+    if not is_right:
+        raise error(f"{name}={value}; expected {expected}.")
