@@ -574,7 +574,7 @@ def test_a_budget_of_another_cost_comes_back_from_its_file(tmp_path):
     # from before budgets had costs
     assert from_plain(value, Budget).cost == "time"
     with pytest.raises(
-        BudgetError, match="a budget of 'money'; expected one of time, macs, bytes, energy"
+        BudgetError, match="cost='money'; expected one of time, macs, bytes, energy"
     ):
         budgets.point(1.0, cost="money")
 

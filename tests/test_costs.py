@@ -167,9 +167,7 @@ def test_a_cost_that_a_profile_does_not_hold_is_refused_with_what_to_do(cost, re
 
 
 def test_an_unknown_cost_is_refused():
-    with pytest.raises(
-        CostError, match="unknown cost 'money'; expected one of time, macs, bytes, energy"
-    ):
+    with pytest.raises(CostError, match="cost='money'; expected one of time, macs, bytes, energy"):
         made().cumulative("money", "contract")
 
 
@@ -221,7 +219,7 @@ def test_a_batch_size_that_was_not_measured_is_refused_with_those_that_were():
     ("mode", "statistic"), [("anytime", "mean"), ("contract", "p95"), ("contract", "n")]
 )
 def test_an_unknown_mode_or_statistic_is_refused(mode, statistic):
-    with pytest.raises(CostError, match=r"unknown .*; expected "):
+    with pytest.raises(CostError, match=r"(unknown mode|statistic=).*; expected "):
         made().cumulative_s(mode, statistic=statistic)
 
 

@@ -393,7 +393,7 @@ def test_a_policy_for_another_number_of_exits_is_an_error(network: FakeNetwork) 
 
 
 def test_an_unknown_way_to_be_late_is_an_error(network: FakeNetwork) -> None:
-    with pytest.raises(RunError, match="'answer' or 'raise'"):
+    with pytest.raises(RunError, match="when_late='sorry'; expected one of answer, raise"):
         runner_of(network, when_late="sorry")
 
 
