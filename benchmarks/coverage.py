@@ -35,8 +35,9 @@ from benchmarks.zoo import ARCHITECTURES, Architecture, build
 from impatient import attach_exits
 from impatient.errors import ImpatientError
 from impatient.files import write_text
+from impatient.inputs import call_model, first_tensor, output_tensor
 from impatient.networks import MultiExitNetwork
-from impatient.networks.stages import Walk, call_model, first_tensor, output_tensor
+from impatient.networks.stages import StagedRun
 
 HERE = Path(__file__).parent
 CSV = HERE / "results" / "coverage.csv"
@@ -253,7 +254,7 @@ def measure(network: MultiExitNetwork, x: Any, seconds: float = 2.0, most: int =
         return call_model(network.backbone, x)
 
     def staged() -> object:
-        return list(Walk(network.backbone, x, cuts, heads))
+        return list(StagedRun(network.backbone, x, cuts, heads))
 
     with torch.inference_mode():
         times = in_turn(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient import load_model
-from impatient.networks.stages import call_model
+from impatient.inputs import call_model
 
 CLASSES = 10
 VOCABULARY = 99

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from impatient import CostProfile, Recording, Runner, profile
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import NoEffectWarning
+from impatient.inputs import synchronise
 from impatient.networks.cascade import Cascade
 from impatient.policies import (
     SelectionPolicy,
@@ -31,7 +32,6 @@ from impatient.policies import (
 from impatient.policies.costsensitive import Learner
 from impatient.policies.selection import decision_time_s
 from impatient.provenance import machine
-from impatient.runtime.profile import synchronise
 from impatient.store import to_plain
 from papers.adaptive_neural_networks import exiting, recipe
 from papers.adaptive_neural_networks.recipe import (

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from impatient.inputs import evaluating
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet
-from impatient.networks.placement import evaluating
 
 PAPER_CUMULATIVE = (5, 12, 18, 24, 29, 34, 38)
 # after the last iteration

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.inputs import evaluating, synchronise
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, SectionedNetwork, block_macs, block_times
-from impatient.networks.placement import evaluating
 from impatient.provenance import machine
-from impatient.runtime.profile import synchronise
 from papers.anytimenet.recipe import Net, Scale, Timing
 from papers.jobs import Job
 from papers.results import Claim

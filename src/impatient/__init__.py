@@ -9,6 +9,7 @@ from impatient.provenance import own_version
 
 if typing.TYPE_CHECKING:
     from impatient import budgets, errors, networks, training
+    from impatient.anytime import Exit, Network, Run
     from impatient.budgets import Budget, exit_weights, expected_accuracy
     from impatient.clock import NEVER, Deadline, FakeClock, SystemClock
     from impatient.costs import CostProfile
@@ -18,7 +19,7 @@ if typing.TYPE_CHECKING:
     from impatient.evaluation.recording import Recording, record
     from impatient.networks import MultiExitNetwork, attach_exits, load_model
     from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
-    from impatient.runtime import Answer, Run, Runner
+    from impatient.runtime import Answer, ContractRun, InterruptibleRun, Runner
     from impatient.runtime.profile import profile
     from impatient.training import Data, Recipe, fit, load_data
 
@@ -29,13 +30,17 @@ __all__ = [
     "NEVER",
     "Answer",
     "Budget",
+    "ContractRun",
     "CostProfile",
     "Data",
     "Deadline",
     "Evaluation",
+    "Exit",
     "FakeClock",
     "ImpatientError",
+    "InterruptibleRun",
     "MultiExitNetwork",
+    "Network",
     "Policy",
     "Recipe",
     "Recording",
@@ -68,6 +73,7 @@ if not typing.TYPE_CHECKING:
     __getattr__, __dir__ = deferred(
         __name__,
         {
+            "anytime": ["anytime", "Exit", "Network", "Run"],
             "budgets": ["budgets", "Budget", "exit_weights", "expected_accuracy"],
             "clock": ["clock", "NEVER", "Deadline", "FakeClock", "SystemClock"],
             "costs": ["costs", "CostProfile"],
@@ -78,7 +84,14 @@ if not typing.TYPE_CHECKING:
             "networks": ["networks", "MultiExitNetwork", "attach_exits", "load_model"],
             "policies": ["policies", "Policy", "ThresholdPolicy", "fit_thresholds"],
             "provenance": ["provenance"],
-            "runtime": ["runtime", "Answer", "Run", "Runner", "profile"],
+            "runtime": [
+                "runtime",
+                "Answer",
+                "ContractRun",
+                "InterruptibleRun",
+                "Runner",
+                "profile",
+            ],
             "training": ["training", "Data", "Recipe", "fit", "load_data"],
         },
     )

@@ -229,7 +229,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         stage_macs, head_macs: multiply-accumulates per sample (1 MAC = 2 FLOPs).
         stage_parameters, head_parameters: parameter counts.
         stage_bytes, head_bytes: bytes that operators read and write per sample, at batch size 1;
-            see `networks.describe.count_traffic`. None where they were not counted, as in files
+            see `counting.count_traffic`. None where they were not counted, as in files
             made before they were.
         stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not
             measured.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Network
 from impatient.engines.network import (
     EngineNetwork,
     NetworkFacts,
@@ -26,9 +27,9 @@ from impatient.engines.partition import Parts, partition
 from impatient.errors import NetworkError, StaleInput, StorageError
 from impatient.evaluation import record
 from impatient.networks import MultiExitNetwork, attach_exits
-from impatient.networks.describe import DescribedNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.portable import BundleError, Staged
+from impatient.portable.staged import CancellablePart
 from impatient.runtime import Runner, profile
 from impatient.store import from_plain, to_plain
 from recordings import Samples
@@ -164,7 +165,7 @@ def test_closed_run_computes_nothing_more(network: EngineNetwork) -> None:
 def test_cancel_reaches_the_stage_in_flight(parts: Parts, facts: NetworkFacts) -> None:
     cancelled: list[Any] = []
 
-    class Slow:
+    class Slow(CancellablePart):
         def __call__(self, *values: Tensor) -> Sequence[Tensor]:
             run.cancel()
             return parts.stages[0](*values)  # type: ignore[no-any-return]
@@ -237,7 +238,7 @@ def test_mappings_and_tuples_are_taken_as_by_the_eager_network(kind: Callable[..
 def test_it_is_described_as_the_eager_network_is(
     network: EngineNetwork, eager: MultiExitNetwork
 ) -> None:
-    assert isinstance(network, DescribedNetwork)
+    assert isinstance(network, Network)
     ours = network.describe(EXAMPLE).splitlines()
     theirs = eager.describe(EXAMPLE).splitlines()
     assert ours[:-2] == theirs[:-2]

@@ -317,7 +317,7 @@ def test_eight_bits_are_near_and_smaller(
     assert all(1e-4 < difference < 0.2 for difference in bundle["agreement"])
     for here, there in zip(outputs_of(load_engine(place), x), outputs_of(network, x), strict=True):
         assert 1e-4 < float((here - there).abs().max() / there.abs().max()) < 0.3
-    assert load_engine(place).weights.endswith(f"-{precision}")
+    assert load_engine(place).weights_fingerprint.endswith(f"-{precision}")
     assert (place / "whole.onnx").stat().st_size < (directory / "whole.onnx").stat().st_size
     kinds = {node.op_type for node in onnx.load(place / "stage1.onnx").graph.node}
     assert kinds & {"ConvInteger", "QuantizeLinear"}

@@ -2,7 +2,7 @@
 there is one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blocks import NETWORK, x_of
 from fakes import costs_of
+from impatient.anytime import Exit, Network, Run
 from impatient.clock import NEVER, Deadline, FakeClock
 from impatient.errors import NetworkError, NoAnswerInTime, RunError
 from impatient.experimental.gpu import Fetched, GpuRunner
@@ -63,7 +64,7 @@ class Device:
         self.clock.advance(max(LOOK_S, 0.01))
 
 
-class OnDevice:
+class OnDevice(Network):
     """The exits of a real network, whose stages and heads take scripted times on the device and
     none on the host.
     """
@@ -71,48 +72,38 @@ class OnDevice:
     num_exits = 4
 
     def __init__(self, device: Device, stages_s: Sequence[float] = STAGES) -> None:
+        super().__init__()
         self.device = device
         self.stages_s = stages_s
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
+        return DeviceRun(self, NETWORK.exits(x))
 
-    def exits(self, x: Tensor) -> "Walk":
-        return Walk(self, x)
+    def shrinks(self, x: Any) -> bool:
+        return True
 
 
-class Walk(Iterator[Any]):
-    def __init__(self, network: OnDevice, x: Tensor) -> None:
+class DeviceRun(Run):
+    def __init__(self, network: OnDevice, run: Run) -> None:
         self._network = network
-        self._walk = NETWORK.exits(x)
+        self._run = run
 
-    def __next__(self) -> Any:
-        exit = next(self._walk)
+    def __next__(self) -> Exit:
+        exit = next(self._run)
         device = self._network.device
-        index = exit.index
-        device.give(f"stage {index}", self._network.stages_s[index])
-        return Exit(exit, device)
+        device.give(f"stage {exit.index}", self._network.stages_s[exit.index])
+
+        def head(_: Any) -> Tensor:
+            device.give(f"head {exit.index}", HEADS[exit.index])
+            return exit.output()
+
+        return Exit(exit.index, exit.features, head)
 
     def keep(self, rows: Tensor) -> None:
-        self._walk.keep(rows)
+        self._run.keep(rows)
 
-    def __enter__(self) -> "Walk":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._walk.close()
-
-
-class Exit:
-    def __init__(self, exit: Any, device: Device) -> None:
-        self._exit = exit
-        self._device = device
-        self.index = exit.index
-        self.features = exit.features
-
-    def output(self) -> Tensor:
-        self._device.give(f"head {self.index}", HEADS[self.index])
-        return self._exit.output()
+    def close(self) -> None:
+        self._run.close()
 
 
 def gpu_runner(

@@ -266,7 +266,7 @@ def test_workers_survive_a_failure(make, networks):
 
 
 def test_a_network_whose_last_exit_never_comes_is_an_error(make, networks, monkeypatch):
-    monkeypatch.setattr(networks[1], "_walk", lambda: (exit for exit in ()))
+    monkeypatch.setattr(networks[1], "stage_by_stage", lambda: (exit for exit in ()))
     with pytest.raises(RunError, match="network 1 ended before its last exit"):
         make(1).run(X)
 

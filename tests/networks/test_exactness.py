@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from impatient.inputs import call_model, first_tensor, output_tensor
 from impatient.networks import MultiExitNetwork, attach_exits, load_model
 from impatient.networks.specs import import_torchvision
-from impatient.networks.stages import call_model, first_tensor, output_tensor
 
 pytestmark = pytest.mark.slow
 

@@ -1,16 +1,26 @@
 """Inputs and outputs that are not one tensor."""
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from impatient.errors import NetworkError
+from impatient.inputs import (
+    batch_size_of,
+    call_model,
+    first_tensor,
+    map_samples,
+    map_tensors,
+    output_tensor,
+    resized,
+)
 from impatient.networks import attach_exits
-from impatient.networks.describe import stage_facts
-from impatient.networks.stages import call_model, first_tensor, output_tensor
+from impatient.networks.shrinking import kind_of
 from staging import CLASSES, WIDTH, assert_same, attach, linear, staged, x_of
 
 
@@ -73,7 +83,7 @@ def test_output_is_found_in_every_form(form: str) -> None:
     network = attach(model, "block")
     truth = model.classifier(model.block(x))
     assert_same([network(x)[-1], staged(network, x)[-1]], [truth, truth])
-    assert [fact.features for fact in stage_facts(network, x)] == [(4, WIDTH), (4, CLASSES)]
+    assert [fact.features for fact in network.stage_facts(x)] == [(4, WIDTH), (4, CLASSES)]
 
 
 @pytest.mark.parametrize(
@@ -122,3 +132,73 @@ def test_call_model_passes_one_tensor_as_it_is() -> None:
     assert call_model(lambda x: x, 7) == 7
     assert call_model(lambda *xs: xs, (1, 2)) == (1, 2)
     assert call_model(lambda **xs: xs, {"a": 1}) == {"a": 1}
+
+
+# --- walking through an input ---------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    words: Tensor
+    mask: Tensor
+
+
+class Batch(UserDict[str, Any]):
+    """A mapping of a kind that torch does not know, such as a tokenizer's."""
+
+
+def inputs_of(words: Tensor, mask: Tensor) -> list[Any]:
+    return [
+        words,
+        [words, mask],
+        Pair(words, mask),
+        {"words": words, "rest": (mask, None)},
+        Batch(words=words, mask=mask),
+    ]
+
+
+@pytest.mark.parametrize("kind", range(5))
+def test_an_input_of_any_kind_is_resized_and_keeps_its_kind(kind: int) -> None:
+    x = inputs_of(torch.arange(12).view(4, 3), torch.ones(4, 2))[kind]
+    (wanted,) = [inputs_of(torch.tensor([[0, 1, 2]] * 6), torch.ones(6, 2))[kind]]
+    found = resized(x, 6)
+    assert type(found) is (dict if isinstance(x, Batch) else type(x))
+    assert batch_size_of(found) == 6
+    for part, other in zip(parts_of(found), parts_of(wanted), strict=True):
+        assert torch.equal(part, other)
+
+
+def parts_of(x: Any) -> list[Tensor]:
+    parts: list[Tensor] = []
+
+    def collect(value: Tensor) -> Tensor:
+        parts.append(value)
+        return value
+
+    map_tensors(collect, x)
+    return parts
+
+
+def test_what_has_no_row_per_sample_stays_as_it_is() -> None:
+    scale = torch.tensor(2.0)
+    anchors = torch.ones(7, 2)
+    found = map_samples(lambda value: value[:1], {"x": torch.ones(4, 3), "s": scale, "a": anchors})
+    assert found["x"].shape == (1, 3)
+    assert found["s"] is scale
+    assert found["a"] is anchors
+
+
+def test_a_named_tuple_goes_through_the_trial_of_shrinking_and_is_one_kind() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = linear()
+            self.classifier = nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+            return self.classifier(self.block(words * mask))
+
+    x = Pair(x_of(4), torch.randn(4, 1))
+    network = attach(Sums(), "block", example=x).eval()
+    assert network.shrinks(x)
+    assert kind_of(x) == kind_of(Pair(x_of(2), torch.randn(2, 1)))
+    assert kind_of(x) != kind_of((x_of(4), torch.randn(4, 1)))

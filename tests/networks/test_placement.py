@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, ImpatientError
+from impatient.inputs import evaluating
 from impatient.networks import MultiExitNetwork, PreActResNet, attach_exits, placement
-from impatient.networks.placement import _even, _levels, choose, evaluating, every, resolve, trace
+from impatient.networks.placement import _even, _levels, choose, every, resolve, trace
 from impatient.networks.stages import Cut
 
 

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from impatient.errors import ExitNotFound, ModelSpecError
 from impatient.networks import PreActResNet, attach_exits
-from impatient.networks.describe import stage_facts
 from impatient.networks.placement import every
 from impatient.networks.resnet import (
     IMAGENET_RESNETS,
@@ -164,12 +163,8 @@ def test_twenty_layers_have_the_parameters_of_resnet_20_but_for_its_norms() -> N
 def test_network_gives_features_of_doubling_width_and_halving_size(side: int) -> None:
     network = PreActResNet(num_classes=CLASSES, n=2, c=4)
     x = torch.randn(2, 3, side, side)
-    facts = stage_facts(
-        attach_exits(
-            network, after=[f"blocks.{i}" for i in range(6)], heads="relu_linear", example=x
-        ),
-        x,
-    )
+    after = [f"blocks.{i}" for i in range(6)]
+    facts = attach_exits(network, after=after, heads="relu_linear", example=x).stage_facts(x)
     half = -(-side // 2)
     sizes = [(4, side)] * 2 + [(8, half)] * 2 + [(16, -(-half // 2))] * 2
     assert [fact.features for fact in facts[:-1]] == [
@@ -275,19 +270,15 @@ def test_network_cut_short_computes_what_the_whole_gives_at_that_exit(
         whole, after=after, heads="relu_linear", example=torch.ones(1, 3, 8, 8)
     ).eval()
     x = torch.randn(4, 3, 8, 8)
-    facts = stage_facts(network, x)
+    facts = network.stage_facts(x)
     for depth, output in zip(depths, network(x), strict=False):
         short = seeded(**options, depth=depth).eval()
         short.classifier.load_state_dict(network.heads[depth - 1][-1].state_dict())
         assert len(short.blocks) == depth
         assert torch.equal(short(x), output)
         costs = sum(fact.stage_macs for fact in facts[:depth]) + facts[depth - 1].head_macs
-        assert (
-            sum(
-                fact.stage_macs for fact in stage_facts(attach_exits(short, after=[], example=x), x)
-            )
-            == costs
-        )
+        (alone,) = attach_exits(short, after=[], example=x).stage_facts(x)
+        assert alone.stage_macs == costs
 
 
 def test_network_cut_short_has_the_weights_of_the_whole_and_only_them() -> None:
@@ -359,9 +350,8 @@ def test_large_stem_quarters_the_resolution_and_its_norm_follows_its_convolution
         nn.MaxPool2d,
     ]
     x = torch.randn(2, 3, 64, 64)
-    facts = stage_facts(
-        attach_exits(network, after=["stem", "blocks.0", "blocks.1", "blocks.2"], example=x), x
-    )
+    after = ["stem", "blocks.0", "blocks.1", "blocks.2"]
+    facts = attach_exits(network, after=after, example=x).stage_facts(x)
     assert [fact.features[1:] for fact in facts[:-1]] == [
         (4, 16, 16),
         (16, 16, 16),

@@ -110,7 +110,7 @@ def test_gradients_of_a_staged_training_step_equal_those_of_forward(
 
 def test_exit_tells_whether_its_output_is_computed(toy: nn.Module, toy_input: Tensor) -> None:
     exit = next(toy_network(toy).exits(toy_input))
-    assert repr(exit) == "Exit(index=0, features=(5, 8), output=not computed)"
+    assert repr(exit) == "StagedExit(index=0, features=(5, 8), output=not computed)"
     exit.output()
     assert "output=computed" in repr(exit)
 

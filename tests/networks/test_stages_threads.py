@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impatient.networks import Walk
+from impatient.networks import StagedRun
 from staging import (
     assert_same,
     in_thread,
@@ -88,7 +88,7 @@ def test_dropping_a_paused_run_on_another_thread_warns(toy: nn.Module, toy_input
 def test_run_whose_thread_has_ended_is_refused_and_warns_when_dropped(
     toy: nn.Module, toy_input: Tensor
 ) -> None:
-    def begun() -> Walk:
+    def begun() -> StagedRun:
         walk = toy_network(toy).exits(toy_input)
         next(walk)
         return walk

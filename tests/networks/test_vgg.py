@@ -6,7 +6,6 @@ from torch import nn
 
 from impatient.errors import ModelSpecError
 from impatient.networks import attach_exits, load_model
-from impatient.networks.describe import stage_facts
 from impatient.networks.placement import every
 from impatient.networks.vgg import SmallVGG
 
@@ -16,7 +15,7 @@ CLASSES = 5
 def facts_of(network: SmallVGG, side: int) -> list[object]:
     x = torch.ones(1, network.blocks[0][0].in_channels, side, side)
     after = [f"blocks.{index}" for index in range(len(network.blocks) - 1)]
-    return stage_facts(attach_exits(network, after=after, example=x), x)
+    return attach_exits(network, after=after, example=x).stage_facts(x)
 
 
 @pytest.mark.parametrize("side", [8, 28, 32, 45])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from benchmarks import coverage
 from benchmarks.coverage import COLUMNS, EXACT, findings, page, works
 from benchmarks.zoo import ARCHITECTURES, Architecture, make_informative
+from impatient.inputs import call_model
 from impatient.networks import attach_exits
-from impatient.networks.stages import call_model
 
 pytestmark = pytest.mark.slow
 

@@ -43,6 +43,7 @@ from impatient.portable import (
 )
 from impatient.portable.bundle import _quantiles, processor_name
 from impatient.portable.command import _load, main
+from impatient.portable.staged import CancellablePart
 from impatient.portable.thresholds import SCORES, probabilities
 from impatient.provenance import machine
 
@@ -570,7 +571,7 @@ def test_a_deadline_after_some_have_left_answers_for_the_others(export: Export):
     assert_close(answer.output, truth(X)[0])
 
 
-class Held:
+class Held(CancellablePart):
     """A stage that stays in flight until it is let go or cancelled."""
 
     def __init__(self, part: EnginePart) -> None:

@@ -2,7 +2,6 @@
 doing.
 """
 
-import contextlib
 import gc
 import math
 import subprocess
@@ -12,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ import fakes
 from fakes import (
     PATIENCE_S,
     WHOLE,
-    FakeExit,
     FakeNetwork,
+    FakeRun,
     Hold,
     X,
     costs_of,
@@ -36,13 +36,13 @@ from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import attach_exits
 from impatient.policies import ThresholdPolicy
-from impatient.runtime import Run, Runner, interruptible, profile
+from impatient.runtime import InterruptibleRun, Runner, interruptible, profile
 from toys import ToyBackbone
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
-def wait_for_waiters(run: Run, count: int) -> None:
+def wait_for_waiters(run: InterruptibleRun, count: int) -> None:
     wait_until(lambda: len(run._changed._waiters) == count)  # type: ignore[attr-defined]
 
 
@@ -422,7 +422,7 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("part", ["stage 0", "head 0", "stage 2"])
-@pytest.mark.parametrize("ask", [Run.result, Run.interrupt])
+@pytest.mark.parametrize("ask", [InterruptibleRun.result, InterruptibleRun.interrupt])
 def test_an_error_in_the_model_comes_out_and_the_worker_survives_it(
     network: FakeNetwork, part: str, ask: object
 ) -> None:
@@ -510,19 +510,16 @@ class Cancelled(Exception):
     """What an engine raises in the thread whose call was ended."""
 
 
-class CancellableWalk:
+class CancellableRun(FakeRun):
     """The run of a fake network whose stuck stage gives up when told to."""
 
-    def __init__(self, walk: Iterator[FakeExit], network: "CancellableNetwork") -> None:
-        self._walk = walk
-        self._network = network
-
-    def __iter__(self) -> Iterator[FakeExit]:
-        return self._walk
+    def __init__(self, network: "CancellableNetwork") -> None:
+        super().__init__(network)
+        self.network = network
 
     def cancel(self) -> None:
-        self._network.cancelled.append(self)
-        self._network.give_up.set()
+        self.network.cancelled.append(self)
+        self.network.give_up.set()
 
 
 class CancellableNetwork(FakeNetwork):
@@ -530,12 +527,10 @@ class CancellableNetwork(FakeNetwork):
         super().__init__(clock, [1.0] * 4, [0.5] * 4)
         self.give_up = threading.Event()
         self.reached = threading.Event()
-        self.cancelled = list[CancellableWalk]()
+        self.cancelled = list[CancellableRun]()
 
-    @contextlib.contextmanager
-    def exits(self, x: Tensor) -> Iterator[CancellableWalk]:
-        with super().exits(x) as walk:
-            yield CancellableWalk(walk, self)
+    def exits(self, x: Any, *, keep: bool = False) -> CancellableRun:
+        return CancellableRun(self)
 
     def stuck(self) -> None:
         self.reached.set()

@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Network, Run, stage_traffic
 from impatient.clock import FakeClock
 from impatient.costs import CostProfile
+from impatient.counting import count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
+from impatient.inputs import resized
 from impatient.networks import AnytimeNet, Cascade, MultiExitNetwork, attach_exits
-from impatient.networks.describe import count_traffic, stage_traffic
-from impatient.provenance import fingerprint_structure
 from impatient.runtime import profile
-from impatient.runtime.profile import check_profile, resized, time_in_turn
+from impatient.runtime.profile import check_profile, time_in_turn
 from toys import ToyBackbone
 
 EXAMPLE = torch.zeros(1, 8)
@@ -449,7 +450,7 @@ def test_no_energy_is_measured_unless_asked_for(timed: MultiExitNetwork, clock: 
 # --- engines --------------------------------------------------------------------------------------
 
 
-class InEngine(nn.Module):
+class InEngine(Network):
     """A network as an engine runs it: no parameters, operators nobody sees, the structure of the
     original.
     """
@@ -460,17 +461,25 @@ class InEngine(nn.Module):
         self._original = [network]
         self.engine = engine
         self.threads = threads
-        self.structure = fingerprint_structure(network.state_dict())
-        self.mechanism = "made up"
-        self.exit_names = network.exit_names
-        self.num_exits = network.num_exits
 
     @property
-    def backbone(self) -> nn.Module:
+    def num_exits(self) -> int:
+        return self._original[0].num_exits
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        return self._original[0].exit_names
+
+    @property
+    def exit_free(self) -> nn.Module:
         return self._original[0].backbone
 
-    def exits(self, x: Tensor) -> Any:
-        return self._original[0].exits(x)
+    @property
+    def structure_fingerprint(self) -> str:
+        return self._original[0].structure_fingerprint
+
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
+        return self._original[0].exits(x, keep=keep)
 
     def stage_facts(self, x: Tensor) -> Any:
         return self._original[0].stage_facts(x)

@@ -3,7 +3,7 @@ get.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from blocks import CLASSES, MOST, NETWORK, WIDTH, Blocks, attach, made, x_of
 from fakes import batch_costs, costs_of, runner_of
+from impatient.anytime import Exit, Network, Run
 from impatient.clock import Deadline, FakeClock
 from impatient.costs import CostProfile
+from impatient.engines.network import EngineRun
 from impatient.networks import MultiExitNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.policies.mixing import MixedPolicy
@@ -420,7 +422,7 @@ def test_another_policy_holds_for_all_that_are_still_in_the_batch(
 # --- engines --------------------------------------------------------------------------------------
 
 
-class Staged:
+class Staged(Network):
     """Stages as an engine has them: three values cross the cut, one has its batch second, one has
     none.
     """
@@ -428,6 +430,7 @@ class Staged:
     num_exits = 3
 
     def __init__(self, arrays: str) -> None:
+        super().__init__()
         draw = np.random.default_rng(0)
         self.arrays = arrays
         self.weights = [draw.normal(size=(WIDTH, WIDTH)) for _ in range(2)] + [
@@ -463,38 +466,19 @@ class Staged:
             torch.from_numpy(given) for given in part(*(value.numpy() for value in values))
         ]
 
-    def exits(self, x: Tensor) -> Any:
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
         stages = [self._of_torch(part) for part in (self.first, self.second, self.third)]
 
-        def head(h: Any) -> Tensor:
-            return torch.as_tensor(h)[:, :CLASSES] * 3.0
+        def head(h: Any) -> Any:
+            return h[:, :CLASSES] * 3.0
 
         run = StagedRun(
             self.wiring, stages, [head, head, None], [x.numpy() if self.arrays == "numpy" else x]
         )
-        return run if self.arrays == "torch" else _AsTensors(run)
+        return EngineRun(run, self.arrays)
 
-
-class _AsTensors:
-    """The last exit of a run on numpy as a tensor; its rows as numpy."""
-
-    def __init__(self, run: StagedRun) -> None:
-        self.run = run
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.run.close()
-
-    def __iter__(self) -> Any:
-        for exit in self.run:
-            if exit.index == Staged.num_exits - 1:
-                exit._output = torch.from_numpy(exit._output)
-            yield exit
-
-    def keep(self, rows: Tensor) -> None:
-        self.run.keep(rows.numpy())
+    def shrinks(self, x: Any) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("arrays", ["numpy", "torch"])
@@ -522,53 +506,40 @@ def test_every_value_of_an_engines_run_shrinks(
 # --- the plan -------------------------------------------------------------------------------------
 
 
-class Timed:
+class Timed(Network):
     """Stages that take a second per row on a fake clock; sample k stops at exit `stops[k]`."""
 
+    num_exits = 4
+
     def __init__(self, clock: FakeClock, stops: Sequence[int]) -> None:
+        super().__init__()
         self.clock = clock
         self.stops = stops
-        self.num_exits = 4
         self.ran: list[int] = []
 
-    def exits(self, x: Tensor) -> Any:
-        return _TimedRun(self)
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
+        return TimedRun(self)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
+    def shrinks(self, x: Any) -> bool:
+        return True
 
 
-class _TimedRun:
+class TimedRun(Run):
     def __init__(self, network: Timed) -> None:
-        self.network = network
+        super().__init__(self._stages(network))
         self.rows = torch.arange(len(network.stops))
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def keep(self, rows: Tensor) -> None:
         self.rows = self.rows[rows]
 
-    def __iter__(self) -> Any:
-        for index in range(self.network.num_exits):
-            self.network.ran.append(len(self.rows))
-            self.network.clock.advance(float(len(self.rows)))
+    def _stages(self, network: Timed) -> Generator[Exit]:
+        for index in range(network.num_exits):
+            network.ran.append(len(self.rows))
+            network.clock.advance(float(len(self.rows)))
             sure = torch.tensor(
-                [[9.0 if self.network.stops[row] <= index else 0.0, 0.0] for row in self.rows]
+                [[9.0 if network.stops[row] <= index else 0.0, 0.0] for row in self.rows]
             )
-            yield _TimedExit(index, sure)
-
-
-@dataclass
-class _TimedExit:
-    index: int
-    value: Tensor
-
-    def output(self) -> Tensor:
-        return self.value
+            yield Exit(index, None, sure)
 
 
 def by_size(sizes: Sequence[int]) -> CostProfile:

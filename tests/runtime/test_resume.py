@@ -29,14 +29,16 @@ from impatient.clock import Deadline, FakeClock
 from impatient.errors import NoAnswerInTime, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy
-from impatient.runtime import Answer, OpenRun, Run, Runner, profile
+from impatient.runtime import Answer, ContractRun, InterruptibleRun, Runner, profile
 from impatient.runtime.runner import RESERVE_S
 from toys import ToyBackbone
 
 pytestmark = pytest.mark.usefixtures("no_thread_stays")
 
 
-def go_on(opened: OpenRun, clock: FakeClock, seconds: float = math.inf, **options: Any) -> Answer:
+def go_on(
+    opened: ContractRun, clock: FakeClock, seconds: float = math.inf, **options: Any
+) -> Answer:
     return opened.run(deadline=Deadline(clock.now() + seconds + RESERVE_S), **options)
 
 
@@ -260,7 +262,7 @@ def macs_up_to(runner: Runner, exit: int) -> dict[Any, float]:
 
 def stopped_at(
     network: FakeNetwork, exit: int, runner: Runner | None = None, **options: Any
-) -> tuple[Run, Answer]:
+) -> tuple[InterruptibleRun, Answer]:
     """A resumable run, interrupted while the stage after an exit was in flight, which has ended
     since.
     """
@@ -487,7 +489,7 @@ def test_real_runs_that_wait_are_unwound_on_their_own_thread(real: MultiExitNetw
     runner = Runner(real, profile(real, x, repeats=1, warm_up=0))
     runs = [runner.start(x, resumable=True, limits=macs_up_to(runner, 0)) for _ in range(20)]
     assert {run.result().stopped_by for run in runs} == {"limit"}
-    walks = [weakref.ref(run._course._walk) for run in runs]
+    walks = [weakref.ref(run._course._run) for run in runs]
     for run in runs[:5]:
         answer = run.refine().result()
         torch.testing.assert_close(answer.output, real.backbone(x), rtol=0, atol=0)

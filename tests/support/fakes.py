@@ -2,17 +2,18 @@
 still.
 """
 
-import contextlib
+import functools
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from impatient.anytime import Exit, Network, Run
 from impatient.clock import FakeClock
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.provenance import provenance
@@ -28,20 +29,22 @@ X = torch.zeros(1, 1)
 WHOLE = [f"{what} {index}" for index in range(4) for what in ("stage", "head")]
 
 
-class FakeExit:
-    def __init__(self, network: "FakeNetwork", index: int) -> None:
+class FakeRun(Run):
+    """A run that tells its network when it is closed."""
+
+    def __init__(self, network: "FakeNetwork") -> None:
+        super().__init__(network.stage_by_stage())
         self._network = network
-        self.index = index
-        self._answered = False
+        self._open = True
 
-    def output(self) -> Tensor:
-        if not self._answered:
-            self._network.take(f"head {self.index}", self._network.heads_s[self.index])
-        self._answered = True
-        return self._network.outputs[self.index]
+    def close(self) -> None:
+        super().close()
+        if self._open:
+            self._open = False
+            self._network.closed.release()
 
 
-class FakeNetwork:
+class FakeNetwork(Network):
     """Stages and heads that advance a fake clock and write down what ran, one run at a time.
 
     `at["stage 1"]` is called when that stage begins: to hold it still, to fail, to change the
@@ -55,6 +58,7 @@ class FakeNetwork:
         heads_s: Sequence[Any] | None = None,
         outputs: Tensor | None = None,
     ) -> None:
+        super().__init__()
         count = len(stages_s)
         self.clock = clock
         self.stages_s = list(stages_s)
@@ -66,17 +70,14 @@ class FakeNetwork:
         )
         self.at: dict[str, Callable[[], object]] = {}
         self.ran: list[str] = []
-        self._closed = threading.Semaphore(0)
+        self.closed = threading.Semaphore(0)
 
     @property
     def num_exits(self) -> int:
         return len(self.stages_s)
 
-    def exits(self, x: Tensor) -> contextlib.AbstractContextManager[Iterator[FakeExit]]:
-        return self._run()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
+    def exits(self, x: Any, *, keep: bool = False) -> Run:
+        return FakeRun(self)
 
     def take(self, part: str, seconds: Any) -> None:
         self.ran.append(part)
@@ -85,20 +86,16 @@ class FakeNetwork:
 
     def wait_closed(self) -> None:
         """Until one more run has ended and nothing of it can run any more."""
-        assert self._closed.acquire(timeout=PATIENCE_S)
+        assert self.closed.acquire(timeout=PATIENCE_S)
 
-    @contextlib.contextmanager
-    def _run(self) -> Iterator[Iterator[FakeExit]]:
-        with contextlib.closing(self._walk()) as walk:
-            try:
-                yield walk
-            finally:
-                self._closed.release()
-
-    def _walk(self) -> Iterator[FakeExit]:
+    def stage_by_stage(self) -> Generator[Exit]:
         for index in range(self.num_exits):
             self.take(f"stage {index}", self.stages_s[index])
-            yield FakeExit(self, index)
+            yield Exit(index, None, functools.partial(self._head, index))
+
+    def _head(self, index: int, _: object) -> Tensor:
+        self.take(f"head {index}", self.heads_s[index])
+        return self.outputs[index]
 
 
 class Hold:

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
+from impatient.counting import StageFacts
 from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
 from impatient.engines.onnx_files import PRECISIONS, quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json, write_text
-from impatient.networks.describe import StageFacts
+from impatient.inputs import batch_size_of, call_model, evaluating, map_samples
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.placement import evaluating
-from impatient.networks.stages import batch_size_of, call_model
 from impatient.policies.policy import Policy
 from impatient.provenance import machine, provenance
 from impatient.store import from_plain, to_plain
@@ -214,7 +213,7 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     return EngineNetwork(
         facts,
         made.parts,
-        _Whole(made),
+        _ExitFree(made),
         engine=engine_label(made.engine, bundle["precision"]),
         precision=bundle["precision"],
         threads=made.threads,
@@ -222,7 +221,7 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     )
 
 
-class _Whole:
+class _ExitFree:
     """The network without exits, called with positional inputs.
 
     If it was not exported, this is a run to the last exit.
@@ -610,9 +609,7 @@ def varied(x: Any, size: int, noise: bool = True) -> Any:
     generator = torch.Generator().manual_seed(size)
     batch = batch_size_of(x)
 
-    def vary(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
-            return value
+    def vary(value: Tensor) -> Tensor:
         rows = value[torch.arange(size) % batch]
         if not noise:
             return rows
@@ -627,11 +624,7 @@ def varied(x: Any, size: int, noise: bool = True) -> Any:
         )
         return rows.flatten(1).gather(1, order).view_as(rows)
 
-    if isinstance(x, Tensor):
-        return vary(x)
-    if isinstance(x, Mapping):
-        return {name: vary(value) for name, value in x.items()}
-    return type(x)(vary(value) for value in x)
+    return map_samples(vary, x)
 
 
 _RUN = '''"""Run the network in this directory: python run.py --help.

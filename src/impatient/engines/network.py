@@ -1,17 +1,15 @@
 """Networks that an engine runs: the same exits, in torch tensors, whatever computes the stages.
 
-`EngineNetwork` has the protocol that `Runner`, `profile`, `record` and `describe` ask for. It is
-made of a wiring and of
-callables, so that an engine is what it calls: exported graphs as they are (`exported`, the
-reference), compiled by torch (`compiled`), packages of AOTInductor (`aoti`), or sessions of an
-engine on numpy arrays.
+An `EngineNetwork` is made of a wiring and of callables, so that an engine is what it calls:
+exported graphs as they are (`exported`, the reference), compiled by torch (`compiled`), packages of
+AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,13 +17,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from impatient import portable
+from impatient.anytime import Exit, Network, Run
+from impatient.counting import StageFacts
 from impatient.engines.partition import Parts, any_batch, exporting, input_tensors
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
-from impatient.networks.describe import StageFacts, describe, stage_facts
+from impatient.inputs import resized
 from impatient.networks.heads import Layout, Pool
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.portable import PartExit, Run, Staged, Streamed, Wiring
-from impatient.provenance import fingerprint_structure, fingerprint_tensors
+from impatient.portable import Staged, Streamed, Wiring
 from impatient.store import Stored
 
 Arrays = Literal["torch", "numpy"]
@@ -51,17 +51,13 @@ class NetworkFacts:
     @classmethod
     def of(cls, network: MultiExitNetwork, x: Any) -> Self:
         """The facts of a network, found by running it once on one sample of an example input."""
-        # here: the runtime imports the engines
-        from impatient.runtime.profile import resized
-
-        state = network.state_dict()
         return cls(
             exit_names=network.exit_names,
             num_classes=network.num_classes,
             layouts=network.layouts,
-            stages=tuple(stage_facts(network, resized(x, 1))),
-            structure=fingerprint_structure(state),
-            weights=fingerprint_tensors(state),
+            stages=tuple(network.stage_facts(resized(x, 1))),
+            structure=network.structure_fingerprint,
+            weights=network.weights_fingerprint,
         )
 
 
@@ -82,8 +78,8 @@ class Packages(Stored, kind="impatient_aoti", made_by="`impatient export --engin
     facts: NetworkFacts
 
 
-class EngineExit:
-    """One exit of a run: the stage up to it has just been computed, its head has not.
+class EngineExit(Exit):
+    """One exit of a run in an engine.
 
     Attributes:
         index: 0-based, shallow to deep.
@@ -91,11 +87,14 @@ class EngineExit:
             at first.
     """
 
-    __slots__ = ("_arrays", "_exit", "index", "whole")
+    __slots__ = ("_arrays", "_exit", "whole")
 
-    def __init__(self, exit: PartExit, arrays: Arrays) -> None:
+    whole: bool
+
+    def __init__(self, exit: portable.Exit, arrays: Arrays) -> None:
         self._exit = exit
         self._arrays = arrays
+        self._output = None
         self.index = exit.index
         self.whole = exit.whole
 
@@ -126,19 +125,20 @@ class EngineExit:
         Returns:
             Output of this exit, shape [B, num_classes]; before softmax.
         """
-        with torch.inference_mode():
-            return _to_torch(self._exit.output(), self._arrays)
+        if self._output is None:
+            with torch.inference_mode():
+                self._output = _to_torch(self._exit.output(), self._arrays)
+        return torch.as_tensor(self._output)
 
 
-class EngineRun(Iterator[EngineExit]):
-    """One run: computes a stage when asked for the next exit, in inference mode whatever the caller
-    is in.
+class EngineRun(Run):
+    """One run: computes a stage when asked for the next exit, in inference mode.
 
     Thread:
         `cancel` may be called from any thread, everything else from one at a time.
     """
 
-    def __init__(self, run: Run, arrays: Arrays) -> None:
+    def __init__(self, run: portable.Run, arrays: Arrays) -> None:
         self._run = run
         self._arrays = arrays
 
@@ -147,27 +147,14 @@ class EngineRun(Iterator[EngineExit]):
             return EngineExit(next(self._run), self._arrays)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these samples only, in this order.
-
-        Args:
-            rows: their places in the present batch, int64, shape [B'].
-        """
         with torch.inference_mode():
             self._run.keep(_from_torch(rows, self._arrays))
 
     def cancel(self) -> None:
-        """End the stage in flight early, where the engine can; `__next__` then raises."""
         self._run.cancel()
 
     def close(self) -> None:
-        """Throw away what has not been computed."""
         self._run.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _from_torch(value: Tensor, arrays: Arrays) -> Any:
@@ -203,7 +190,7 @@ class ExitFreeNetwork(nn.Module):
         return _to_torch(output, self._arrays)
 
 
-class EngineNetwork:
+class EngineNetwork(Network):
     """A network with exits whose stages an engine runs.
 
     Args:
@@ -221,8 +208,6 @@ class EngineNetwork:
     Attributes:
         backbone: the exit-free network in the same engine, a module that is called as the backbone
             is.
-        structure, weights: fingerprints of the eager network; of the weights with the precision,
-            where that changes them.
 
     Thread:
         As the engine's callables. Runs of one network in several threads at once are right if those
@@ -247,29 +232,51 @@ class EngineNetwork:
                 f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; "
                 f"expected as many."
             )
+        super().__init__()
         self.facts = facts
         self.engine = engine
         self.precision = precision
         self.threads = threads
-        self.exit_names = facts.exit_names
         self.num_classes = facts.num_classes
-        self.layouts = facts.layouts
-        self.structure = facts.structure
-        self.weights = facts.weights if precision == "fp32" else f"{facts.weights}-{precision}"
         self.buckets = tuple(buckets)
         how = (
             f"one artifact for each of {parts.num_exits} stages"
             if parts.shrinks
             else "one session with all exits"
         )
-        self.mechanism = mechanism or f"{engine}, {how}"
+        self._mechanism = mechanism or f"{engine}, {how}"
         self.backbone = ExitFreeNetwork(whole, parts.wiring.inputs, arrays)
         self._parts = parts
         self._arrays = arrays
+        # what an engine has made of the weights knows no other mode
+        self.eval()
 
     @property
     def num_exits(self) -> int:
-        return len(self.exit_names)
+        return len(self.facts.exit_names)
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        return self.facts.exit_names
+
+    @property
+    def mechanism(self) -> str:
+        return self._mechanism
+
+    @property
+    def exit_free(self) -> nn.Module:
+        return self.backbone
+
+    @property
+    def structure_fingerprint(self) -> str:
+        """That of the eager network."""
+        return self.facts.structure
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """That of the eager network, with the precision where that changes the weights."""
+        weights = self.facts.weights
+        return weights if self.precision == "fp32" else f"{weights}-{self.precision}"
 
     def exits(self, x: Any, *, keep: bool = False) -> EngineRun:  # noqa: ARG002  features are never overwritten here
         """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
@@ -295,41 +302,14 @@ class EngineNetwork:
         """
         return self._parts.shrinks
 
-    def pooled(self, exit: EngineExit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look
-        at.
-        """
-        if exit.index == len(self.layouts):
-            return exit.features
-        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
+    def pooled(self, exit: Exit) -> Tensor:
+        if exit.index == len(self.facts.layouts):
+            return torch.as_tensor(exit.features)
+        return torch.as_tensor(Pool(self.facts.layouts[exit.index])(exit.features))
 
     def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine's stages cannot be looked into
-        """Shape, MACs and parameters of each stage and head, per sample, as found in the eager
-        network.
-        """
+        """Return the facts as found in the eager network."""
         return list(self.facts.stages)
-
-    def describe(self, x: Any) -> str:
-        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that
-        stages them.
-        """
-        return describe(self, x)
-
-    def eval(self) -> Self:
-        """It is always in eval mode."""
-        return self
-
-    def modules(self) -> Iterator[nn.Module]:
-        """No modules: there is no mode to put them in."""
-        return iter(())
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """None: what an engine has made of the weights is its own."""
-        return iter(())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Empty; `structure` and `weights` say what it was made from."""
-        return {}
 
 
 def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from impatient.counting import without_fused_attention
 from impatient.errors import ExitNotReached, ExportFailed, NetworkError
-from impatient.networks.describe import without_fused_attention
+from impatient.inputs import batch_size_of, evaluating, output_tensor
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.placement import evaluating
-from impatient.networks.stages import CutMap, batch_size_of, output_tensor, tapped
+from impatient.networks.stages import CutMap, tapped
 from impatient.portable import Wiring
 
 _SIZE = torch.ops.aten.sym_size.int

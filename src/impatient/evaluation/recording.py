@@ -5,7 +5,6 @@ without the network.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,27 +13,10 @@ from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
 
+from impatient.anytime import Network, check_network
 from impatient.errors import RecordingError
-from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
-
-
-class AnytimeNetwork(Protocol):
-    """What recording needs of a network: an iterator of exits, shallow to deep."""
-
-    @property
-    def num_exits(self) -> int: ...
-
-    @property
-    def exit_names(self) -> tuple[str, ...]: ...
-
-    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
-
-    def pooled(self, exit: Any) -> Tensor: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def eval(self) -> Any: ...
 
 
 class LabelledData(Protocol):
@@ -96,7 +78,7 @@ class Recording(Stored, made_by="`impatient record`"):
 
 
 def record(
-    network: AnytimeNetwork,
+    network: Network,
     data: LabelledData,
     *,
     split: str = "validation",
@@ -108,7 +90,7 @@ def record(
     """Run a network over one split and keep the outputs of all exits.
 
     Args:
-        network: from `attach_exits`, or anything with the same protocol; it is put in eval mode.
+        network: from `attach_exits`, or a `Network` of your own; it is put in eval mode.
         data: from `load_data`.
         split: "train", "validation" or "test".
         features: keep the pooled features of every exit too, for learned gates.
@@ -118,6 +100,7 @@ def record(
     Raises:
         RecordingError: if an exit gives NaN or infinite outputs, or is not reached by every input.
     """
+    check_network(network)
     network.eval()
     outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
     kept: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
@@ -140,17 +123,17 @@ def record(
             f"inputs all "
             "come to every exit."
         )
-    engine = getattr(network, "engine", "eager")
-    state = network.state_dict()
-    known: Any = {"network": fingerprint_structure(state), "weights": fingerprint_tensors(state)}
-    # an engine keeps no tensors, but knows what it was made from
-    if engine != "eager":
-        known = {"network": network.structure, "weights": network.weights, "engine": engine}  # type: ignore[attr-defined]
     return Recording(
         outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(),
         labels=torch.cat(labels),
         split=split,
         exits=network.exit_names,
         features=tuple(torch.cat(parts) for parts in kept) if features else (),
-        provenance=provenance(data=data.fingerprint, device=device, **known),
+        provenance=provenance(
+            data=data.fingerprint,
+            device=device,
+            network=network.structure_fingerprint,
+            weights=network.weights_fingerprint,
+            engine=network.engine,
+        ),
     )

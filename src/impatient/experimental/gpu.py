@@ -25,19 +25,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from impatient.anytime import Network, Run
 from impatient.clock import NEVER, Clock, Deadline
 from impatient.costs import CostProfile
 from impatient.errors import RunError
-from impatient.networks.stages import batch_size_of, first_tensor
+from impatient.inputs import batch_size_of, first_tensor
+from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.progress import (
-    StagedNetwork,
     asked,
-    can_shrink,
     filled,
-    row_bytes,
 )
 from impatient.runtime.runner import RESERVE_S, Runner
 
@@ -121,7 +120,7 @@ class GpuRunner(Runner):
 
     def __init__(
         self,
-        network: StagedNetwork,
+        network: Network,
         costs: CostProfile,
         policy: Policy | None = None,
         *,
@@ -131,7 +130,7 @@ class GpuRunner(Runner):
     ) -> None:
         if ahead < 0:
             raise RunError(f"ahead={ahead}; expected 0 or more stages.")
-        if getattr(network, "router", None) is not None:
+        if isinstance(network, Cascade) and network.router is not None:
             raise RunError(
                 "a routed cascade waits for each of its networks to send the samples on; run it "
                 "with Runner."
@@ -166,9 +165,9 @@ class GpuRunner(Runner):
         self._check_limits(bounds)
         if self._queue is None:
             self._queue = CudaQueue(first_tensor(x).device)
-        with torch.inference_mode(), self.network.exits(x) as walk:
+        with torch.inference_mode(), self.network.exits(x) as run:
             self._queue.begin()
-            return _RunAhead(self, self._queue, walk, x, begin, deadline, bounds).answer()
+            return _RunAhead(self, self._queue, run, x, begin, deadline, bounds).answer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +189,7 @@ class _RunAhead:
         self,
         runner: GpuRunner,
         queue: Queue,
-        walk: Any,
+        run: Run,
         x: Any,
         begin: float,
         deadline: Deadline,
@@ -198,8 +197,7 @@ class _RunAhead:
     ) -> None:
         self._runner = runner
         self._queue = queue
-        self._walk = walk
-        self._exits = iter(walk)
+        self._run = run
         self._clock: Clock = runner.clock
         self._begin = begin
         self._deadline = deadline
@@ -217,7 +215,7 @@ class _RunAhead:
             and len(self._places) > 1
             and runner._compaction.when != "never"
         )
-        self._shrinks = wanted and can_shrink(runner.network, walk, x)
+        self._shrinks = wanted and runner.network.shrinks(x)
         # given and not arrived
         self._steps: deque[_Step] = deque()
         self._next = 0
@@ -276,7 +274,7 @@ class _RunAhead:
     def _give(self) -> None:
         now = self._clock.now()
         self._reduce()
-        exit = next(self._exits, None)
+        exit = next(self._run, None)
         if exit is None:
             raise RunError(
                 f"the network's run ended before exit {self._next}; give it an input that comes to "
@@ -284,8 +282,8 @@ class _RunAhead:
             )
         wanted = [exit.output()]
         if self._policy is not None and self._policy.needs_features:
-            wanted.append(self._runner.network.pooled(exit))  # type: ignore[attr-defined]  # gates were fitted for such networks
-        self._row_bytes = row_bytes(exit)
+            wanted.append(self._runner.network.pooled(exit))
+        self._row_bytes = exit.row_bytes
         self._steps.append(_Step(exit.index, self._places, self._queue.fetch(wanted), now))
         self._next = exit.index + 1
 
@@ -326,7 +324,7 @@ class _RunAhead:
         )
         if size < len(self._places):
             rows = filled(left, size)
-            self._walk.keep(rows.to(self._device))
+            self._run.keep(rows.to(self._device))
             self._places = self._places[rows]
             self._count = len(left)
 

@@ -24,8 +24,8 @@ from impatient.engines.export import check_agreement
 from impatient.engines.network import EngineNetwork, NetworkFacts
 from impatient.engines.partition import partition
 from impatient.errors import NetworkError
+from impatient.inputs import evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.placement import evaluating
 from impatient.portable import Staged
 
 BUCKETS = (1, 2, 4, 8, 16, 32)

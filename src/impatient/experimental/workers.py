@@ -19,11 +19,11 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
+from impatient.anytime import Exit
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
 from impatient.errors import RunError
 from impatient.runtime.answer import Answer, answered
-from impatient.runtime.interruptible import InterruptibleRun, Worker
-from impatient.runtime.progress import ExitLike
+from impatient.runtime.interruptible import BackgroundRun, Worker
 
 
 class Ensemble(Protocol):
@@ -186,7 +186,7 @@ class _Plan:
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]
 
 
-class ParallelRun(InterruptibleRun):
+class ParallelRun(BackgroundRun):
     """An interruptible run of several networks at a time; made by `ParallelEANN.start`.
 
     Thread:
@@ -248,7 +248,7 @@ class ParallelRun(InterruptibleRun):
             f"the run of network {number} ended before its last exit, which must always come."
         )
 
-    def _post(self, number: int, exit: ExitLike) -> bool:
+    def _post(self, number: int, exit: Exit) -> bool:
         """Take an exit's answer if it is the best so far; False when it came too late."""
         rank = self._plan.rank
         best = self._latest

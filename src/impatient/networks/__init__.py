@@ -9,7 +9,7 @@ from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
 from impatient.networks.specs import load_model
-from impatient.networks.stages import Exit, Walk
+from impatient.networks.stages import StagedRun
 from impatient.networks.vgg import SmallVGG
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "AnytimeNet",
     "BaseResNet",
     "Cascade",
-    "Exit",
     "FeatureShape",
     "GrowingNetwork",
     "MultiExitNetwork",
@@ -25,7 +24,7 @@ __all__ = [
     "RunningEnsemble",
     "Schedule",
     "SmallVGG",
-    "Walk",
+    "StagedRun",
     "attach_exits",
     "load_model",
     "preact_resnet_imagenet",

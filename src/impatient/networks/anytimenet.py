@@ -17,22 +17,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from impatient.anytime import Exit, Network, Run
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
+from impatient.counting import StageFacts, count_macs, module_name
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
+from impatient.inputs import call_model, evaluating, first_tensor, synchronise
 from impatient.networks import growth
-from impatient.networks.describe import StageFacts, _head_name, count_macs, describe
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
 from impatient.networks.heads import Layout, Pool, _last_width
-from impatient.networks.placement import evaluating
-from impatient.networks.stages import Exit, _Ambient, _Run, call_model, first_tensor
+from impatient.networks.stages import Ambient, Position, StagedExit
 
 Sharing = Literal["shared", "own"]
 
@@ -178,7 +179,7 @@ def _check_sizes(*, blocks: object, **sizes: object) -> None:
 def block_macs(network: SectionedNetwork, x: Any) -> BlockCosts:
     """Count the multiply-accumulates of each part, per sample of an example.
 
-    They are counted as in `describe.stage_facts`.
+    They are counted as in `Network.stage_facts`.
     """
     macs = {}
     with evaluating(network), torch.no_grad():
@@ -216,8 +217,7 @@ def block_times(
         for part in network.parts().values():
             begin = clock.now()
             features = call_model(part, features)
-            if features.device.type == "cuda":
-                torch.cuda.synchronize(features.device)
+            synchronise(features.device)
             times.append(clock.now() - begin)
         return times
 
@@ -329,7 +329,7 @@ def _with_own_norms(module: nn.Module, iterations: Sequence[int]) -> nn.Module:
 # --- the network in iterations --------------------------------------------------------------------
 
 
-class GrowthRun(Iterator[Exit]):
+class GrowthRun(Run):
     """A run that computes each iteration only when it is asked for.
 
     To free the cached tensors, call `close()`, leave the `with` block or delete the run.
@@ -340,7 +340,7 @@ class GrowthRun(Iterator[Exit]):
     """
 
     def __init__(self, network: GrowingNetwork, x: Any, *, keep: bool = False) -> None:
-        self._run = _Run(_Ambient.now())
+        self._position = Position(Ambient.now())
         self._iterations = iter(range(network.num_exits))
         self._network = network
         self._x = x
@@ -350,16 +350,16 @@ class GrowthRun(Iterator[Exit]):
     def __next__(self) -> Exit:
         index = next(self._iterations)
         last = index == self._network.num_exits - 1
-        ambient = self._run.ambient
+        ambient = self._position.ambient
         try:
             features = ambient.call(
                 lambda _: self._network._grow(index, self._cached, self._x), first_tensor(self._x)
             )
             if self._keep and not last:
                 features = ambient.call(torch.clone, features)
-            self._run.position = index
-            exit = Exit(
-                index, features, partial(self._network._answer, index), self._run, self._keep
+            self._position.exit = index
+            exit = StagedExit(
+                index, features, partial(self._network._answer, index), self._position, self._keep
             )
             if last:
                 # Computed now, because the output of a last exit is always ready in this library.
@@ -368,27 +368,17 @@ class GrowthRun(Iterator[Exit]):
         except BaseException:
             self.close()
             # The failed iteration may have overwritten the features of the exit before.
-            self._run.position = None
+            self._position.exit = None
             raise
         return exit
 
     def close(self) -> None:
-        """End the run and free its cached tensors.
-
-        Further calls do nothing.
-        """
         self._iterations = iter(range(0))
         self._cached.clear()
         self._x = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class GrowingNetwork(nn.Module):
+class GrowingNetwork(Network):
     """A network of sections that runs in iterations, each of which adds blocks.
 
     It is an iterator of exits, with the protocol of all networks. Growing a section does not change
@@ -444,6 +434,7 @@ class GrowingNetwork(nn.Module):
     """
 
     default_weights = "inverse_square"
+    num_classes: int
 
     def __init__(
         self,
@@ -505,6 +496,13 @@ class GrowingNetwork(nn.Module):
             "from cached tensors"
         )
 
+    @property
+    def exit_free(self) -> nn.Module:
+        return self.backbone
+
+    def early_heads(self) -> Sequence[nn.Module]:
+        return tuple(self.heads)
+
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
         """Compute the outputs of all iterations, for training.
 
@@ -563,7 +561,7 @@ class GrowingNetwork(nn.Module):
                 StageFacts(
                     exit=name,
                     features=shape,
-                    head=_head_name(None if last else self._out(index)),
+                    head="(the backbone's own)" if last else module_name(self._out(index)),
                     stage_macs=round(macs - (0.0 if last else parts.out)),
                     head_macs=0 if last else round(parts.out),
                     stage_parameters=0,
@@ -580,7 +578,7 @@ class GrowingNetwork(nn.Module):
         Args:
             x: an example input; MACs are per sample.
         """
-        *table, _, mechanism = describe(self, x).splitlines()
+        *table, _, mechanism = super().describe(x).splitlines()
         counted = growth.costs(self.schedule, block_macs(self.backbone, x))
         compared = (
             f"all iterations: {round(counted.cumulative[-1]):,} MACs per sample, "

@@ -5,22 +5,24 @@ next, sample by sample.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Exit, Network, Run
+from impatient.counting import StageFacts, count_macs
 from impatient.errors import ClassCountMismatch, NetworkError
-from impatient.networks.describe import StageFacts, count_macs, describe
-from impatient.networks.placement import evaluating
-from impatient.networks.stages import (
-    _Ambient,
+from impatient.inputs import (
     batch_size_of,
     call_model,
+    evaluating,
     first_tensor,
+    map_samples,
     output_tensor,
 )
+from impatient.networks.stages import Ambient
 
 
 class Router(Protocol):
@@ -43,7 +45,7 @@ class Router(Protocol):
         ...
 
 
-class CascadeExit:
+class RoutedExit(Exit):
     """One network of a cascade has just run, on the samples that came to it.
 
     Attributes:
@@ -55,34 +57,30 @@ class CascadeExit:
         whole: whether all samples came here.
     """
 
-    __slots__ = ("_answer", "exits", "features", "index", "upcoming", "whole")
+    __slots__ = ("exits", "upcoming", "whole")
+
+    exits: tuple[int, ...]
+    upcoming: int | None
+    whole: bool
 
     def __init__(
         self,
         index: int,
         features: Tensor | None,
-        answer: Tensor,
+        output: Tensor,
+        *,
         exits: tuple[int, ...],
         upcoming: int | None,
         whole: bool,
     ) -> None:
-        self.index = index
-        self.features = features
+        super().__init__(index, features, output)
         self.exits = exits
         self.upcoming = upcoming
         self.whole = whole
-        self._answer = answer
-
-    def output(self) -> Tensor:
-        """Of each sample the output of the network it has run last, shape [B, num_classes]; costs
-        nothing.
-        """
-        return self._answer
 
 
-class CascadeWalk(Iterator[CascadeExit]):
-    """One run, network by network; each runs the samples that are sent to it, in their old order,
-    and nothing else.
+class CascadeRun(Run):
+    """One run, network by network; each runs the samples that are sent to it, in their old order.
 
     Stop asking, or call `close()`, and no further network runs.
 
@@ -96,23 +94,23 @@ class CascadeWalk(Iterator[CascadeExit]):
         self._router = router
         self._x = x
         self._count = batch_size_of(x)
-        self._ambient = _Ambient.now()
+        self._ambient = Ambient.now()
         device = first_tensor(x).device
         # per network, the samples that are sent to it
         self._waiting = {0: torch.arange(self._count, device=device)}
         # per network, of all samples; 0 where it did not run
         self._outputs: dict[int, Tensor] = {}
         self._answer: Tensor | None = None
-        self._exits = torch.zeros(self._count, dtype=torch.long, device=device)
+        self._answering = torch.zeros(self._count, dtype=torch.long, device=device)
 
-    def __next__(self) -> CascadeExit:
+    def __next__(self) -> Exit:
         node = self._upcoming()
         if node is None:
             raise StopIteration
         rows = self._waiting.pop(node)
         whole = len(rows) == self._count
         try:
-            part = self._x if whole else _rows(self._x, rows, self._count)
+            part = self._x if whole else map_samples(lambda value: value[rows], self._x)
             output, features = self._cascade._call(self._ambient, node, part)
             self._keep(node, rows, output, whole)
             self._send(node, rows, features)
@@ -120,21 +118,19 @@ class CascadeWalk(Iterator[CascadeExit]):
             self.close()
             raise
         assert self._answer is not None
-        return CascadeExit(
-            node, features, self._answer, tuple(self._exits.tolist()), self._upcoming(), whole
+        return RoutedExit(
+            node,
+            features,
+            self._answer,
+            exits=tuple(self._answering.tolist()),
+            upcoming=self._upcoming(),
+            whole=whole,
         )
 
     def close(self) -> None:
-        """Forget what is waiting; harmless when nothing is."""
         self._waiting.clear()
         self._outputs.clear()
         self._x = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _upcoming(self) -> int | None:
         return min(self._waiting, default=None)
@@ -156,7 +152,7 @@ class CascadeWalk(Iterator[CascadeExit]):
         self._answer = (
             everyone if whole or self._answer is None else self._answer.index_copy(0, rows, output)
         )
-        self._exits[rows] = node
+        self._answering[rows] = node
 
     def _send(self, node: int, rows: Tensor, features: Tensor | None) -> None:
         """Put the samples that go on to the networks they go to."""
@@ -184,7 +180,7 @@ class CascadeWalk(Iterator[CascadeExit]):
             )
 
 
-class Cascade(nn.Module):
+class Cascade(Network):
     """Networks that were made apart, the cheap ones first, as one anytime network: exit k is the
     answer of network k.
 
@@ -225,16 +221,13 @@ class Cascade(nn.Module):
         self.networks = nn.ModuleList(
             net if isinstance(net, nn.Module) else _Called(net) for net in networks
         )
-        self.exit_names = (
-            tuple(names) if names is not None else tuple(map(str, range(len(networks))))
-        )
-        if len(self.exit_names) != len(networks) or len(set(self.exit_names)) < len(networks):
+        self._names = tuple(names) if names is not None else tuple(map(str, range(len(networks))))
+        if len(self._names) != len(networks) or len(set(self._names)) < len(networks):
             raise NetworkError(
-                f"names {self.exit_names} for {len(networks)} networks; expected one for each, all "
+                f"names {self._names} for {len(networks)} networks; expected one for each, all "
                 f"different."
             )
         self.router = router
-        self.heads = nn.ModuleList()
         # found once: a network has hundreds of modules
         self._linear = [_last_linear(network) for network in self.networks]
 
@@ -243,7 +236,11 @@ class Cascade(nn.Module):
         return len(self.networks)
 
     @property
-    def backbone(self) -> nn.Module:
+    def exit_names(self) -> tuple[str, ...]:
+        return self._names
+
+    @property
+    def exit_free(self) -> nn.Module:
         """What runs where nobody wants a cascade: the last network."""
         return self.networks[-1]
 
@@ -263,16 +260,20 @@ class Cascade(nn.Module):
         """Outputs of all networks on all samples, without the router."""
         return tuple(output_tensor(call_model(network, x)) for network in self.networks)
 
-    def exits(self, x: Any, *, router: Router | None = None, **_: Any) -> CascadeWalk:
+    def exits(self, x: Any, *, keep: bool = False) -> CascadeRun:  # noqa: ARG002  outputs are there
         """Run network by network; stop asking, and no further one runs.
 
         Args:
             x: as every network takes it: a tensor, or a tuple, list or mapping of tensors with the
                 samples first.
+            keep: of no consequence; the outputs are there already.
         """
-        return CascadeWalk(self, x, self.router if router is None else router)
+        return CascadeRun(self, x, self.router)
 
-    def pooled(self, exit: CascadeExit) -> Tensor:
+    def routed_exits(self, x: Any, router: Router) -> CascadeRun:
+        return CascadeRun(self, x, router)
+
+    def pooled(self, exit: Exit) -> Tensor:
         """What the last linear layer of a network read, shape [B, D].
 
         Raises:
@@ -283,7 +284,8 @@ class Cascade(nn.Module):
                 f"network {self.exit_names[exit.index]} has no linear layer whose input could "
                 f"serve as features."
             )
-        return exit.features if exit.features.dim() == 2 else exit.features.flatten(1, -2).mean(1)
+        features: Tensor = exit.features
+        return features if features.dim() == 2 else features.flatten(1, -2).mean(1)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """Shape, MACs and parameters of each network."""
@@ -305,11 +307,7 @@ class Cascade(nn.Module):
                 )
         return facts
 
-    def describe(self, x: Any) -> str:
-        """A table of the networks, their MACs and parameters."""
-        return describe(self, x)
-
-    def _call(self, ambient: _Ambient, node: int, x: Any) -> tuple[Tensor, Tensor | None]:
+    def _call(self, ambient: Ambient, node: int, x: Any) -> tuple[Tensor, Tensor | None]:
         """Output of a network, and what its last linear layer read."""
         network = self.networks[node]
         here = threading.get_ident()
@@ -345,14 +343,3 @@ class _Called(nn.Module):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         return self.call(*args, **options)
-
-
-def _rows(x: Any, rows: Tensor, count: int) -> Any:
-    """Some samples of an input."""
-    if isinstance(x, Tensor):
-        return x[rows] if x.dim() and x.shape[0] == count else x
-    if isinstance(x, Mapping):
-        return {name: _rows(value, rows, count) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(_rows(value, rows, count) for value in x)
-    return x

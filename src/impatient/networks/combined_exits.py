@@ -1,85 +1,50 @@
-"""A network whose exits answer together: every exit's output is an ensemble of its own and those
-before.
-"""
+"""A network whose exits answer together: each output is an ensemble of those up to it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Exit, Network, Run
+from impatient.counting import StageFacts
 from impatient.ensembling import Rule, RuleName, Running, as_temperatures
 from impatient.errors import StaleInput
 from impatient.networks.heads import Layout
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.stages import Cut, Exit, Walk
-
-if TYPE_CHECKING:
-    from impatient.networks.describe import StageFacts
+from impatient.networks.stages import Cut
 
 
-class CombinedExit:
-    """One exit of a run over an ensemble; its output is there already.
-
-    Attributes:
-        index: 0-based, shallow to deep.
-        features: as the inner network gives them.
-    """
-
-    __slots__ = ("_output", "features", "index")
-
-    def __init__(self, index: int, features: Tensor, output: Tensor) -> None:
-        self.index = index
-        self.features = features
-        self._output = output
-
-    def output(self) -> Tensor:
-        """The combined output of this exit and those before, shape [B, num_classes]; before
-        softmax.
-        """
-        return self._output
-
-    def __repr__(self) -> str:
-        return f"CombinedExit(index={self.index}, features={tuple(self.features.shape)})"
-
-
-class CombinedWalk(Iterator[CombinedExit]):
-    """One staged run over an ensemble; stop, close and drop it like the `Walk` inside it.
+class CombinedRun(Run):
+    """One staged run over an ensemble; stop, close and drop it like the run inside it.
 
     Thread:
-        As `Walk`.
+        As the run inside.
     """
 
-    def __init__(self, walk: Walk, running: Running) -> None:
-        self._walk = walk
+    def __init__(self, run: Run, running: Running) -> None:
+        self._run = run
         self._running = running
 
-    def __next__(self) -> CombinedExit:
-        exit = next(self._walk)
+    def __next__(self) -> Exit:
+        exit = next(self._run)
         try:
             output = self._running.add(exit.output(), exit.index)
         except BaseException:
             # without this exit, those after it would be combined wrongly
             self.close()
             raise
-        return CombinedExit(exit.index, exit.features, output)
+        return Exit(exit.index, exit.features, output)
 
     def close(self) -> None:
-        """Throw away what has not been computed; harmless when there is nothing to throw away."""
-        self._walk.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._run.close()
 
 
-class RunningEnsemble(nn.Module):
+class RunningEnsemble(Network):
     """A network with exits, each of which answers for all exits so far. Same protocol as the
     network inside it.
 
@@ -93,7 +58,7 @@ class RunningEnsemble(nn.Module):
     profile of another rule is taken for its own.
 
     Args:
-        network: from `attach_exits`, or anything with the same protocol.
+        network: from `attach_exits`, or a `Network` of your own.
         rule: how outputs are combined: "boosted", "arithmetic", "geometric", "poe", "caching", or a
             `Rule`. "boosted" is for training, too; the others are meant for a network that is
             trained already.
@@ -118,6 +83,7 @@ class RunningEnsemble(nn.Module):
 
     temperatures: Tensor
     recalibration: Tensor
+    num_classes: int
 
     def __init__(
         self,
@@ -129,6 +95,7 @@ class RunningEnsemble(nn.Module):
     ) -> None:
         super().__init__()
         self.network = network
+        self.num_classes = network.num_classes
         self.rule = Rule.of(rule)
         place = next((tensor.device for tensor in network.state_dict().values()), None)
         for name, values in (("temperatures", temperatures), ("recalibration", recalibration)):
@@ -147,12 +114,12 @@ class RunningEnsemble(nn.Module):
         return self.network.exit_names
 
     @property
-    def num_classes(self) -> int:
-        return self.network.num_classes
-
-    @property
     def backbone(self) -> nn.Module:
         return self.network.backbone
+
+    @property
+    def exit_free(self) -> nn.Module:
+        return self.network.exit_free
 
     @property
     def heads(self) -> nn.ModuleList:
@@ -185,18 +152,20 @@ class RunningEnsemble(nn.Module):
         """
         return self._running().add_all(self.network(x, **options))
 
-    def exits(self, x: Any, **options: Any) -> CombinedWalk:
+    def exits(self, x: Any, **options: Any) -> CombinedRun:
         """Run stage by stage, each with its head; stop asking, and nothing deeper is computed.
 
         Args:
             x: as for `forward`.
             options: for the network inside, such as `keep`, which here only concerns the features.
         """
-        return CombinedWalk(self.network.exits(x, **options), self._running())
+        return CombinedRun(self.network.exits(x, **options), self._running())
 
-    def pooled(self, exit: Exit | CombinedExit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]."""
-        return self.network.pooled(exit)  # type: ignore[arg-type]  # looks at index and features only
+    def early_heads(self) -> Sequence[nn.Module]:
+        return self.network.early_heads()
+
+    def pooled(self, exit: Exit) -> Tensor:
+        return self.network.pooled(exit)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """As the network's inside, with the MACs and parameters of each head moved into its stage."""
@@ -210,12 +179,6 @@ class RunningEnsemble(nn.Module):
             )
             for fact in self.network.stage_facts(x)
         ]
-
-    def describe(self, x: Any) -> str:
-        """As the network inside describes itself, with the heads counted to the stages."""
-        from impatient.networks.describe import describe
-
-        return describe(self, x)
 
     def get_extra_state(self) -> Tensor:
         """The rule, as a tensor, so that it is saved, compared and fingerprinted with the weights."""

@@ -1,23 +1,21 @@
-"""EANN: anytime networks of exponentially growing depth, one after the other, as one anytime
-network.
-"""
+"""EANN: networks of exponentially growing depth, one after the other, as one anytime network."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Exit, Network, Run, check_network
+from impatient.counting import StageFacts
 from impatient.errors import ClassCountMismatch, NetworkError, PolicyError
-
-if TYPE_CHECKING:
-    from impatient.networks.describe import StageFacts
 
 Errors = tuple[tuple[float, ...], ...]
 
@@ -55,55 +53,25 @@ def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, 
     return tuple(table)
 
 
-class EnsembleExit:
-    """One exit of one member: the member's stage has just been computed, no head has.
-
-    Attributes:
-        index: 0-based, through all members.
-        features: of the running member, whoever answers.
-        member: the running member.
-        inner: the member's own exit.
-    """
-
-    __slots__ = ("_answer", "features", "index", "inner", "member")
-
-    def __init__(self, index: int, member: int, inner: Any, answer: Tensor | None) -> None:
-        self.index = index
-        self.member = member
-        self.inner = inner
-        self.features = inner.features
-        # of an earlier member; None where this exit answers itself
-        self._answer = answer
-
-    def output(self) -> Tensor:
-        """The answer at this exit, shape [B, num_classes]; runs the member's head only where that
-        head is the answer.
-        """
-        return torch.as_tensor(self.inner.output() if self._answer is None else self._answer)
-
-
-class EnsembleWalk(Iterator[EnsembleExit]):
-    """One staged run through the members; a member begins when the one before it has given its last
-    exit.
-
-    Stop asking and call `close()`, or leave the `with` block, to throw the rest away.
+class EnsembleRun(Run):
+    """One staged run through the members, each begun when the one before has given its last exit.
 
     Thread:
         Must be advanced and closed on the thread that first advanced it.
     """
 
-    def __init__(self, runs: Sequence[Any], first: Sequence[int], answers: Sequence[int]) -> None:
+    def __init__(self, runs: Sequence[Run], first: Sequence[int], answers: Sequence[int]) -> None:
         self._waiting = list(enumerate(runs))
         self._first = first
         self._answers = answers
         # holds the run of the member that is running
         self._open = contextlib.ExitStack()
         self._member = -1
-        self._run: Iterator[Any] = iter(())
+        self._run: Iterator[Exit] = iter(())
         # the best last exit so far and its output
         self._best: tuple[int, Tensor] | None = None
 
-    def __next__(self) -> EnsembleExit:
+    def __next__(self) -> Exit:
         try:
             while (inner := next(self._run, None)) is None:
                 self._open.close()
@@ -117,32 +85,26 @@ class EnsembleWalk(Iterator[EnsembleExit]):
             self.close()
             raise
 
-    def _wrapped(self, inner: Any) -> EnsembleExit:
+    def _wrapped(self, inner: Exit) -> Exit:
         index = self._first[self._member] + inner.index
         answer = self._answers[index]
         if answer != index:
             assert self._best is not None
             assert self._best[0] == answer
-            return EnsembleExit(index, self._member, inner, self._best[1])
+            return Exit(index, inner.features, self._best[1])
         if index == self._first[self._member + 1] - 1:
             # the backbone's own: there already
             self._best = index, inner.output()
-        return EnsembleExit(index, self._member, inner, None)
+        # the member's head runs only where it is the answer
+        return Exit(index, inner.features, lambda _: inner.output())
 
     def close(self) -> None:
-        """Throw away what has not been computed; harmless when there is nothing to throw away."""
         self._open.close()
         self._waiting.clear()
         self._run = iter(())
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class EANN(nn.Module):
+class EANN(Network):
     """An ensemble of independently trained anytime networks of growing depth, itself an anytime
     network.
 
@@ -154,7 +116,7 @@ class EANN(nn.Module):
     All members see the same input; none may change it. Train each by itself, before.
 
     Args:
-        networks: from `attach_exits`, shallow to deep; or any with the same protocol.
+        networks: from `attach_exits`, shallow to deep; or a `Network` of your own.
         validation_errors: per network, the error of each of its exits on a validation split, in [0,
             1]: `1 - record(network, data).hits().mean(1)`. It is kept in single precision in the
             state_dict.
@@ -183,7 +145,7 @@ class EANN(nn.Module):
     errors: Tensor
 
     def __init__(
-        self, networks: Sequence[nn.Module], validation_errors: Sequence[Sequence[float]]
+        self, networks: Sequence[Network], validation_errors: Sequence[Sequence[float]]
     ) -> None:
         super().__init__()
         self.num_classes = _common_classes(networks)
@@ -210,16 +172,9 @@ class EANN(nn.Module):
         )
 
     @property
-    def backbone(self) -> nn.Module:
-        """What would run without exits: the deepest member's backbone."""
-        backbone = self._members()[-1].backbone
-        assert isinstance(backbone, nn.Module)
-        return backbone
-
-    @property
-    def heads(self) -> tuple[nn.Module, ...]:
-        """The heads of all members, those that never answer included."""
-        return tuple(head for network in self._members() for head in network.heads)
+    def exit_free(self) -> nn.Module:
+        """What would run without exits: the deepest member, without its exits."""
+        return self._members()[-1].exit_free
 
     @property
     def mechanism(self) -> str:
@@ -266,7 +221,7 @@ class EANN(nn.Module):
         outputs = [output for network in self._members() for output in network(x)]
         return tuple(outputs[answer] for answer in self._answers)
 
-    def exits(self, x: Any, *, keep: bool = False) -> EnsembleWalk:
+    def exits(self, x: Any, *, keep: bool = False) -> EnsembleRun:
         """Run stage by stage, member after member; stop asking, and nothing deeper is computed.
 
         Args:
@@ -279,13 +234,15 @@ class EANN(nn.Module):
         """
         # all made now, begun when their turn comes: each runs in the modes in which this run was
         # asked for
-        return EnsembleWalk(
+        return EnsembleRun(
             [network.exits(x, keep=keep) for network in self._members()], self._first, self._answers
         )
 
-    def pooled(self, exit: EnsembleExit) -> Tensor:
-        """Features of the running member's exit averaged over space or tokens, shape [B, D]."""
-        return torch.as_tensor(self._members()[exit.member].pooled(exit.inner))
+    def pooled(self, exit: Exit) -> Tensor:
+        """Return the running member's features averaged over space or tokens, shape [B, D]."""
+        member = bisect.bisect_right(self._first, exit.index) - 1
+        inner = Exit(exit.index - self._first[member], exit.features, lambda _: exit.output())
+        return self._members()[member].pooled(inner)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """Shape, MACs and parameters of each stage and head, as the members know them; a head that
@@ -308,8 +265,6 @@ class EANN(nn.Module):
         Args:
             x: an example input; MACs are per sample.
         """
-        from impatient.networks.describe import describe
-
         taking_over = [
             f"network {number} from {self.exit_names[begin + switch]}"
             if begin + switch < end
@@ -318,26 +273,27 @@ class EANN(nn.Module):
                 zip(self._first, self._first[1:], self.switches, strict=False)
             )
         ]
-        return f"{describe(self, x)}\nanswers: {', '.join(taking_over)}."
+        return f"{super().describe(x)}\nanswers: {', '.join(taking_over)}."
 
-    def _members(self) -> tuple[Any, ...]:
-        return tuple(self.networks)
+    def _members(self) -> tuple[Network, ...]:
+        return tuple(self.networks)  # type: ignore[arg-type]  # checked to be networks
 
     def _use(self, errors: Errors) -> None:
         self._errors = errors
         self._answers = answering_exits(errors)
 
 
-def _common_classes(networks: Sequence[nn.Module]) -> int:
-    classes = [getattr(network, "num_classes", None) for network in networks]
-    if not classes:
+def _common_classes(networks: Sequence[Network]) -> int:
+    if not networks:
         raise NetworkError(
             "an ensemble of no networks; expected at least one, made with attach_exits."
         )
-    if not all(isinstance(count, int) for count in classes):
+    for network in networks:
+        check_network(network)
+    classes = [network.num_classes for network in networks]
+    if None in classes:
         raise NetworkError(
-            f"networks with num_classes {classes}; expected networks with exits, made with "
-            f"attach_exits."
+            f"networks with num_classes {classes}; expected each to say its own. Set num_classes."
         )
     if len(set(classes)) > 1:
         raise ClassCountMismatch(

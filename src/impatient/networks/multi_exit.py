@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from impatient.anytime import Exit, Network
 from impatient.errors import (
     ClassCountMismatch,
     ExitNotFound,
@@ -16,6 +17,7 @@ from impatient.errors import (
     HeadError,
     NetworkError,
 )
+from impatient.inputs import call_model, evaluating, output_tensor
 from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.heads import (
@@ -28,15 +30,12 @@ from impatient.networks.heads import (
     check_head,
     guess_layout,
 )
-from impatient.networks.stages import Cut, Exit, Walk, call_model, install, output_tensor, tapped
-
-if TYPE_CHECKING:
-    from impatient.networks.describe import StageFacts
+from impatient.networks.stages import Cut, StagedRun, install, tapped
 
 log = logging.getLogger(__name__)
 
 
-class MultiExitNetwork(nn.Module):
+class MultiExitNetwork(Network):
     """A backbone and K - 1 heads: an iterator of K exits, shallow to deep. Made by `attach_exits`.
 
     Attributes:
@@ -45,8 +44,9 @@ class MultiExitNetwork(nn.Module):
         cuts: where the early exits are.
         layouts: what the dimensions of each early exit's features mean.
         num_classes: width of every output.
-        mechanism: how it is staged, in words.
     """
+
+    num_classes: int
 
     def __init__(
         self,
@@ -69,9 +69,6 @@ class MultiExitNetwork(nn.Module):
         self.num_classes = num_classes
         # per kind of input, as found by `shrinks`
         self._shrinks: dict[Hashable, bool] = {}
-        self.mechanism = (
-            f"greenlet, pausing the untouched forward in a hook after {len(cuts)} modules"
-        )
         # a copied network has its own here
         self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)
         install(self._cut_modules)
@@ -84,6 +81,17 @@ class MultiExitNetwork(nn.Module):
     def exit_names(self) -> tuple[str, ...]:
         """Names of the exits: the module after which each lies, and "output" for the last."""
         return (*(str(cut) for cut in self.cuts), "output")
+
+    @property
+    def mechanism(self) -> str:
+        return f"greenlet, pausing the untouched forward in a hook after {len(self.cuts)} modules"
+
+    @property
+    def exit_free(self) -> nn.Module:
+        return self.backbone
+
+    def early_heads(self) -> Sequence[nn.Module]:
+        return tuple(self.heads)
 
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
         """Outputs of all exits, for training.
@@ -115,7 +123,7 @@ class MultiExitNetwork(nn.Module):
             )
         return (*(early[index] for index in range(len(early))), last)
 
-    def exits(self, x: Any, *, keep: bool = False) -> Walk:
+    def exits(self, x: Any, *, keep: bool = False) -> StagedRun:
         """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
         computed.
 
@@ -129,7 +137,7 @@ class MultiExitNetwork(nn.Module):
             A run belongs to the thread that advances it. Several threads may each run the same
             network.
         """
-        return self._walk(x, keep=keep, shrinks=self.shrinks)
+        return self._run(x, keep=keep, shrinks=self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
         """Whether a run may go on with some samples of its batch: `exits(x)` then has `keep(rows)`.
@@ -146,7 +154,7 @@ class MultiExitNetwork(nn.Module):
             return False
         kind = shrinking.kind_of(x)
         if kind not in self._shrinks:
-            verdict = shrinking.judge(self._walk, self.num_exits, x)
+            verdict = shrinking.judge(self._run, self.num_exits, x)
             if not verdict.shrinks:
                 log.info("batches of this network do not shrink: %s", verdict.reason)
             if verdict.shrinks is None:
@@ -159,11 +167,11 @@ class MultiExitNetwork(nn.Module):
         at.
         """
         if exit.index == len(self.cuts):
-            return exit.features
+            return torch.as_tensor(exit.features)
         return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
 
-    def _walk(self, x: Any, **options: Any) -> Walk:
-        return Walk(self.backbone, x, self._cut_map(), [*self.heads, None], **options)
+    def _run(self, x: Any, **options: Any) -> StagedRun:
+        return StagedRun(self.backbone, x, self._cut_map(), [*self.heads, None], **options)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # not stored: ids change when the network is copied
@@ -171,23 +179,6 @@ class MultiExitNetwork(nn.Module):
             (id(module), cut.call): index
             for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
         }
-
-    def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each stage and head, per sample of an example input."""
-        from impatient.networks.describe import stage_facts
-
-        return stage_facts(self, x)
-
-    def describe(self, x: Any) -> str:
-        """A table of stages, heads, feature shapes, MACs and parameters, and the mechanism that
-        stages them.
-
-        Args:
-            x: an example input; MACs are per sample.
-        """
-        from impatient.networks.describe import describe
-
-        return describe(self, x)
 
 
 def attach_exits(
@@ -232,10 +223,10 @@ def attach_exits(
     """
     if not isinstance(backbone, nn.Module):
         raise HeadError(f"backbone is a {type(backbone).__name__}; expected a torch.nn.Module.")
-    if isinstance(backbone, MultiExitNetwork):
+    if isinstance(backbone, Network):
         raise NetworkError(
-            "this network has exits already; give its backbone: attach_exits(network.backbone, "
-            "...)."
+            f"a {type(backbone).__name__} has exits already; expected a model without, such as the "
+            "backbone of a network: attach_exits(network.backbone, ...)."
         )
     classes = _check_classes(backbone, example, num_classes)
     cuts = _place(backbone, example, after, count)
@@ -264,7 +255,7 @@ def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count:
 
 
 def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -> int:
-    with placement.evaluating(backbone), torch.no_grad():
+    with evaluating(backbone), torch.no_grad():
         output = output_tensor(call_model(backbone, example))
     if output.dim() != 2:
         raise ClassCountMismatch(

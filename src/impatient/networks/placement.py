@@ -12,15 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
+from impatient.inputs import batch_size_of, call_model, evaluating, first_tensor, output_tensor
 from impatient.networks.heads import guess_layout
-from impatient.networks.stages import Cut, batch_size_of, call_model, first_tensor, output_tensor
+from impatient.networks.stages import Cut
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 # Share of the total time by which an exit may miss its place. With less, exits would be placed
@@ -97,29 +98,6 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
         for hook in hooks:
             hook.remove()
     return Trace({key: at - begin for key, at in ended.items()}, outputs, total)
-
-
-class HasModes(Protocol):
-    """A module that can be put in eval mode."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def eval(self) -> Any: ...
-
-
-class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
-    """Put a model in eval mode, and restore all modes at the end."""
-
-    def __init__(self, model: HasModes) -> None:
-        self._modes = {module: module.training for module in model.modules()}
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes.items():
-            module.training = mode
 
 
 def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:

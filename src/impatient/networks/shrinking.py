@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
-from impatient.networks.stages import Walk, batch_size_of
+from impatient.anytime import Run
+from impatient.inputs import map_samples
 
 # Differences in rounding stay far below this share of the distance between two samples' outputs; a
 # wrong sample is at 1.
@@ -32,11 +34,11 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
-def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
+def judge(begin: Callable[[Any], Run], num_exits: int, x: Any) -> Verdict:
     """Try out whether samples may be taken out after each cut.
 
     Args:
-        walk: begins a run of the network on an input, in eval mode.
+        begin: begins a run of the network on an input, in eval mode.
         num_exits: of the network.
         x: an example input. Its shapes, types and masks count; samples are made up from its first
             one.
@@ -45,8 +47,8 @@ def judge(walk: Callable[[Any], Walk], num_exits: int, x: Any) -> Verdict:
     kept = kept_rows(num_exits)
     try:
         with torch.inference_mode():
-            whole = _outputs(walk(samples), kept[:1] * num_exits)
-            reduced = _outputs(walk(samples), kept)
+            whole = _outputs(begin(samples), kept[:1] * num_exits)
+            reduced = _outputs(begin(samples), kept)
     except Exception as error:
         # whatever a model raises when its values do not fit together
         return Verdict(False, f"{type(error).__name__}: {error}")
@@ -72,7 +74,7 @@ def kept_rows(num_exits: int) -> list[list[int]]:
     return rows
 
 
-def _outputs(run: Walk, kept: Sequence[Sequence[int]]) -> list[Tensor]:
+def _outputs(run: Run, kept: Sequence[Sequence[int]]) -> list[Tensor]:
     """Outputs of all exits of a run; `kept` says which samples, by their places in the whole batch,
     each exit is to have.
     """
@@ -82,7 +84,7 @@ def _outputs(run: Walk, kept: Sequence[Sequence[int]]) -> list[Tensor]:
             # before the features may be overwritten
             outputs.append(exit.output().clone())
             for following in kept[exit.index + 1 : exit.index + 2]:
-                run.keep([kept[exit.index].index(place) for place in following])
+                run.keep(torch.tensor([kept[exit.index].index(place) for place in following]))
     return outputs
 
 
@@ -100,34 +102,30 @@ def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
 
 
 def kind_of(x: Any) -> Hashable:
-    """What inputs have in common that a model treats alike: their structure, the shapes of one
-    sample, types, device.
-    """
-    if isinstance(x, Tensor):
-        return (x.shape[1:], x.dtype, x.device)
-    if isinstance(x, Mapping):
-        return tuple((name, kind_of(value)) for name, value in x.items())
-    if isinstance(x, (tuple, list)):
-        return tuple(kind_of(value) for value in x)
-    return str(type(x))
+    """Return what a model treats alike: structure, shapes of one sample, types, devices."""
+    leaves, structure = tree_flatten(x)
+    kinds = (
+        (leaf.shape[1:], leaf.dtype, leaf.device)
+        if isinstance(leaf, Tensor)
+        else tuple((name, kind_of(value)) for name, value in leaf.items())
+        if isinstance(leaf, Mapping)
+        else str(type(leaf))
+        for leaf in leaves
+    )
+    return (str(structure), *kinds)
 
 
 def probe(x: Any, count: int) -> Any:
-    """An input of several samples that differ, of the kind of another one: noise for numbers; masks
-    that differ in length; token ids turned round.
+    """Make an input of several samples that differ, of the kind of another one.
+
+    Numbers become noise, masks differ in length, token ids are turned round.
     """
-    return _probe(x, count, batch_size_of(x))
+    return map_samples(lambda value: _probe(value, count), x)
 
 
-def _probe(x: Any, count: int, size: int) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _probe(value, count, size) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(_probe(value, count, size) for value in x)
-    if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != size:
-        return x
-    first = x[0].detach()
-    if x.is_floating_point():
+def _probe(value: Tensor, count: int) -> Tensor:
+    first = value[0].detach()
+    if value.is_floating_point():
         return _noise(first, count)
     return torch.stack([_turned(first, number) for number in range(count)])
 

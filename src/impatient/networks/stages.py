@@ -1,19 +1,17 @@
-"""Cutting a model nobody rewrote: its untouched forward runs in a greenlet that pauses in a hook at
-every cut.
+"""Cutting a model nobody rewrote: its untouched forward pauses in a hook at every cut.
 
-Nothing of the model is copied, traced or replaced. A paused run can be resumed or thrown away; it
-must stay on the thread that started it. What a pause would leak is put right here:
+The forward runs in a greenlet. Nothing of the model is copied, traced or replaced. A paused run can
+be resumed or thrown away; it must stay on the thread that started it. A pause could leak three
+things; each is prevented:
 
 * grad, inference and autocast state that the model's forward has entered is kept out of the caller,
-  and the caller's out
-  of the model, at every switch (`_Ambient`);
-* an abandoned run unwinds (`Walk.close`), so that its activations are freed;
+  and the caller's out of the model, at every switch (`Ambient`);
+* an abandoned run unwinds (`StagedRun.close`), so that its activations are freed;
 * an operation after a cut may overwrite the features in place, so they are used before the run goes
-  on, or copied
-  (`keep=True`).
+  on, or copied (`keep=True`).
 
-A paused run can also go on with some samples of its batch only (`Walk.keep`): the module at the cut
-then gives these.
+A paused run can also go on with some samples of its batch only (`StagedRun.keep`): the module at
+the cut then gives these.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import dataclasses
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -33,7 +31,9 @@ from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _is_any_autocast_enabled
 from torch.utils._pytree import tree_map
 
+from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
+from impatient.inputs import call_model, first_tensor, output_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,61 +57,6 @@ class Cut:
 CutMap = Mapping[tuple[int, int], int]
 Head = Callable[[Tensor], Tensor]
 T = TypeVar("T")
-
-
-def call_model(model: Callable[..., Any], x: Any) -> Any:
-    """Call a model on one input: a mapping as keywords, a tuple or list as positions, anything else
-    as it is.
-    """
-    if isinstance(x, Mapping):
-        return model(**x)
-    if isinstance(x, (tuple, list)):
-        return model(*x)
-    return model(x)
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The tensor a module's output stands for: itself, or the first one of a tuple, list, mapping
-    or dataclass.
-
-    Raises:
-        NetworkError: if there is none.
-    """
-    if isinstance(value, Tensor):
-        return value
-    for entry in _entries(value):
-        if isinstance(entry, Tensor):
-            return entry
-    raise NetworkError(
-        f"a module at a cut returned {type(value).__name__} without a tensor in it; expected a "
-        f"tensor, or a tuple, list, "
-        "mapping or dataclass that holds one. Cut somewhere else."
-    )
-
-
-def _entries(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    if isinstance(value, (tuple, list)):
-        return value
-    return (
-        [getattr(value, field.name) for field in dataclasses.fields(value)]
-        if is_dataclass(value)
-        else ()
-    )
-
-
-def batch_size_of(x: Any) -> int:
-    """Number of samples in an input of any accepted kind."""
-    return int(first_tensor(x).shape[0])
-
-
-def output_tensor(value: Any) -> Tensor:
-    """The backbone's output as one tensor: itself, its `logits` (Hugging Face, torchvision's
-    auxiliary outputs), or the first tensor in it.
-    """
-    logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
-    return logits if isinstance(logits, Tensor) else first_tensor(value)
 
 
 _AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
@@ -144,7 +89,7 @@ class _Autocast(NamedTuple):
             torch.set_autocast_dtype(device, dtype)
 
 
-class _Ambient:
+class Ambient:
     """The modes a run was asked for in; it begins, pauses and its heads run in them, whatever model
     or caller enters.
 
@@ -208,34 +153,30 @@ def _trainable(features: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class _Run:
-    """What an exit needs of its run; apart from the Walk, so that an exit somebody holds does not
-    keep the run alive.
-    """
-
-    ambient: _Ambient
-    # the exit whose features are intact; None once the run has failed in a later stage
-    position: int | None = -1
-
-
-class Exit:
-    """One exit of a run: the stage up to it has just been computed, its head has not.
+class Position:
+    """Where a run stands, for its exits: an exit that somebody holds must not keep the run alive.
 
     Attributes:
-        index: 0-based, shallow to deep.
-        features: what the head sees, and what a gate may look at before the head is paid; at the
-            last exit the backbone's own output.
+        ambient: the modes of the run.
+        exit: the exit whose features are intact; None once the run has failed in a later stage.
     """
 
-    __slots__ = ("_head", "_kept", "_output", "_run", "features", "index")
+    ambient: Ambient
+    exit: int | None = -1
+
+
+class StagedExit(Exit):
+    """One exit of a run whose later stages may write over its features."""
+
+    __slots__ = ("_head", "_kept", "_position")
 
     def __init__(
-        self, index: int, features: Tensor, head: Head | None, run: _Run, kept: bool
+        self, index: int, features: Tensor, head: Head | None, position: Position, kept: bool
     ) -> None:
         self.index = index
         self.features = features
         self._head = head
-        self._run = run
+        self._position = position
         self._kept = kept
         self._output: Tensor | None = features if head is None else None
 
@@ -249,24 +190,20 @@ class Exit:
                 place. Use `network.exits(x, keep=True)` to ask later.
         """
         if self._output is None:
-            if self._run.position != self.index and not self._kept:
+            if self._position.exit != self.index and not self._kept:
                 now = (
                     "failed in a later stage"
-                    if self._run.position is None
-                    else f"is at exit {self._run.position}"
+                    if self._position.exit is None
+                    else f"is at exit {self._position.exit}"
                 )
                 raise ExitPassed(
                     f"exit {self.index} was passed (the run {now}), and its features may have been "
-                    f"overwritten. "
-                    "Call output() before the next exit, or start with network.exits(x, keep=True)."
+                    "overwritten. Call output() before the next exit, or start with "
+                    "network.exits(x, keep=True)."
                 )
             assert self._head is not None
-            self._output = self._run.ambient.call(self._head, self.features)
+            self._output = self._position.ambient.call(self._head, self.features)
         return self._output
-
-    def __repr__(self) -> str:
-        state = "computed" if self._output is not None else "not computed"
-        return f"Exit(index={self.index}, features={tuple(self.features.shape)}, output={state})"
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
@@ -278,11 +215,11 @@ def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int |
 
 
 class _Forward(greenlet.greenlet):
-    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the Walk that
+    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the run that
     owns it.
     """
 
-    ambient: _Ambient
+    ambient: Ambient
     cuts: CutMap
     calls: dict[int, int]
     closing: bool
@@ -368,7 +305,7 @@ def tapped(
     It is called in the caller's modes: a head trains even after a part of the model that runs
     without gradients. A tensor that it returns takes the place of the features in what is deeper.
     """
-    ambient = _Ambient.now()
+    ambient = Ambient.now()
     current = greenlet.getcurrent()
     _taps.stack.append(
         (cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features))
@@ -385,7 +322,7 @@ def tapped(
         _taps.stack.pop()
 
 
-class Walk(Iterator[Exit]):
+class StagedRun(Run):
     """One staged run: an iterator of exits that computes a stage when asked for the next one.
 
     Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is
@@ -415,7 +352,7 @@ class Walk(Iterator[Exit]):
         keep: bool = False,
         shrinks: Callable[[Any], bool] = lambda _: True,
     ) -> None:
-        self._run = _Run(_Ambient.now())
+        self._position = Position(Ambient.now())
         self._model: nn.Module | None = model
         self._x = x
         self._cuts = cuts
@@ -434,7 +371,7 @@ class Walk(Iterator[Exit]):
         self._owner: threading.Thread | None = None
         self._finished = False
 
-    def __next__(self) -> Exit:
+    def __next__(self) -> StagedExit:
         if self._finished:
             raise StopIteration
         self._check_thread()
@@ -442,18 +379,18 @@ class Walk(Iterator[Exit]):
             index, value = self._resume()
             self._check_rows(index, value)
             kept = (
-                self._run.ambient.call(torch.clone, value)
+                self._position.ambient.call(torch.clone, value)
                 if self._keep and index != self._last
                 else value
             )
         except BaseException:
             self._finished = True
             # what failed may have overwritten the features first
-            self._run.position = None
+            self._position.exit = None
             raise
-        self._run.position = index
+        self._position.exit = index
         self._finished = index == self._last
-        return Exit(index, kept, self._heads[index], self._run, self._keep)
+        return StagedExit(index, kept, self._heads[index], self._position, self._keep)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only: later exits have len(rows) rows, in this order.
@@ -508,13 +445,13 @@ class Walk(Iterator[Exit]):
         given: tuple[Any, ...] = (self._rows,)
         if runner is None:
             self._owner = threading.current_thread()
-            runner = self._runner = _start(self._run.ambient, self._cuts)
+            runner = self._runner = _start(self._position.ambient, self._cuts)
             given = (call_model, self._model, self._x)
         else:
             self._rows = None
             runner.parent = greenlet.getcurrent()
         try:
-            result = self._run.ambient.within(runner.switch, *given)
+            result = self._position.ambient.within(runner.switch, *given)
         finally:
             if runner.dead:
                 self._runner = self._model = self._x = self._shrinks = (
@@ -533,13 +470,7 @@ class Walk(Iterator[Exit]):
             return
         runner.closing = True
         runner.parent = greenlet.getcurrent()
-        self._run.ambient.within(runner.throw, greenlet.GreenletExit)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._position.ambient.within(runner.throw, greenlet.GreenletExit)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # the interpreter takes the memory back, and what close() needs is already gone
@@ -561,7 +492,7 @@ class Walk(Iterator[Exit]):
             )
 
 
-def _start(ambient: _Ambient, cuts: CutMap) -> _Forward:
+def _start(ambient: Ambient, cuts: CutMap) -> _Forward:
     runner = _Forward(ambient.enclose)
     runner.ambient = ambient
     runner.cuts = cuts

@@ -5,11 +5,11 @@ that it writes.
 """
 
 from .answers import Answer
-from .bundle import Bundle, Started
+from .bundle import Bundle, InterruptibleRun
 from .errors import BundleError, Cancelled
 from .parts import ENGINES, EnginePart, OnnxRuntimePart, OpenVinoPart
 from .sessions import SESSIONS
-from .staged import Head, Part, PartExit, Run, Staged, StagedRun, Wiring
+from .staged import Exit, Head, Part, Run, Staged, StagedRun, Wiring
 from .streamed import Streamed, StreamedRun
 from .thresholds import Thresholds
 from .timing import SlowdownEstimator, TimePredictor
@@ -22,16 +22,16 @@ __all__ = [
     "BundleError",
     "Cancelled",
     "EnginePart",
+    "Exit",
     "Head",
+    "InterruptibleRun",
     "OnnxRuntimePart",
     "OpenVinoPart",
     "Part",
-    "PartExit",
     "Run",
     "SlowdownEstimator",
     "Staged",
     "StagedRun",
-    "Started",
     "Streamed",
     "StreamedRun",
     "Thresholds",

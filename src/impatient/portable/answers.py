@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from .staged import Array, PartExit, Run
+from .staged import Array, Exit, Run
 from .thresholds import Thresholds
 
 StoppedBy = Literal["final", "policy", "deadline", "limit", "interrupt"]
@@ -38,7 +38,7 @@ class Answer(Generic[Output]):
     deadline_met: bool
 
 
-class Gathered:
+class BatchProgress:
     """The latest outputs of a batch whose samples stop at different exits."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Gathered:
         """Return the seconds left to the deadline."""
         return self.deadline - self._clock()
 
-    def take(self, exit: PartExit) -> None:
+    def take(self, exit: Exit) -> None:
         """Store the output of an exit for the samples still in the batch."""
         if self._taken == exit.index:
             return
@@ -74,7 +74,7 @@ class Gathered:
         self._exits[self._going] = exit.index
         self._taken = exit.index
 
-    def stopped_by(self, exit: PartExit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
+    def stopped_by(self, exit: Exit, rule: Thresholds | None, run: Run) -> StoppedBy | None:
         """Remove samples that stop here, and return why if none is left."""
         if exit.index == self._last:
             return "final"

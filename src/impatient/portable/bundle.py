@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from .answers import Answer, Gathered, StoppedBy
+from .answers import Answer, BatchProgress, StoppedBy
 from .description import SCHEMA, check_input, read, read_description, wiring_of, write
 from .errors import BundleError, Cancelled
 from .parts import ENGINES, EnginePart
 from .sessions import SESSIONS
-from .staged import Array, Inputs, PartExit, Run, Staged
+from .staged import Array, Exit, Inputs, Run, Staged
 from .streamed import Streamed
 from .thresholds import Thresholds
 from .timing import QUANTILES, RESERVE_S, SlowdownEstimator, TimePredictor
@@ -137,31 +137,33 @@ class Bundle:
                 costs were measured here.
         """
         begin = self._clock()
-        run, gathered = self._begin(x, begin, deadline_s)
+        run, progress = self._begin(x, begin, deadline_s)
         predictor = (
-            None if deadline_s is None else self._predictor(gathered.count, statistic, any_profile)
+            None if deadline_s is None else self._predictor(progress.count, statistic, any_profile)
         )
         rule = self.policy if policy else None
         with run:
             before = begin
             for exit in run:
                 # The time of a partial batch says nothing about the cost of the full batch.
-                if predictor and gathered.all_going and exit.whole:
+                if predictor and progress.all_going and exit.whole:
                     predictor.observe(exit.index, self._clock() - before)
-                stopped_by = gathered.stopped_by(exit, rule, run)
+                stopped_by = progress.stopped_by(exit, rule, run)
                 before = self._clock()
                 if (
                     not stopped_by
                     and predictor
-                    and not predictor.fits(exit.index + 1, before, gathered.deadline, RESERVE_S)
+                    and not predictor.fits(exit.index + 1, before, progress.deadline, RESERVE_S)
                 ):
                     stopped_by = "deadline"
                 if stopped_by:
-                    gathered.take(exit)
-                    return gathered.answer(stopped_by)
+                    progress.take(exit)
+                    return progress.answer(stopped_by)
         raise AssertionError("the last exit always comes")
 
-    def start(self, x: Inputs, deadline_s: float | None = None, *, policy: bool = True) -> Started:
+    def start(
+        self, x: Inputs, deadline_s: float | None = None, *, policy: bool = True
+    ) -> InterruptibleRun:
         """Start an interruptible run on the bundle's thread and return at once.
 
         Every exit on the way posts its answer. No measured costs are needed.
@@ -171,10 +173,10 @@ class Bundle:
             deadline_s: seconds from now to the deadline; None runs until the policy stops.
             policy: whether to stop early where the exported policy says so.
         """
-        run, gathered = self._begin(x, self._clock(), deadline_s)
-        started = Started(run, gathered, self.policy if policy else None)
-        self._worker.submit(started.work)
-        return started
+        run, progress = self._begin(x, self._clock(), deadline_s)
+        begun = InterruptibleRun(run, progress, self.policy if policy else None)
+        self._worker.submit(begun.work)
+        return begun
 
     def warm_up(self, x: Inputs, times: int = 3) -> None:
         """Run to the end a few times to prepare threads and memory."""
@@ -227,17 +229,19 @@ class Bundle:
         self._measured_on = here
         self._predictors.clear()
 
-    def _begin(self, x: Inputs, begin: float, deadline_s: float | None) -> tuple[Run, Gathered]:
+    def _begin(
+        self, x: Inputs, begin: float, deadline_s: float | None
+    ) -> tuple[Run, BatchProgress]:
         if deadline_s is not None and not deadline_s > 0.0:
             raise BundleError(
                 f"deadline_s={deadline_s!r}; expected a positive number of seconds, such as 0.008."
             )
         inputs = self._inputs(x)
         deadline = math.inf if deadline_s is None else begin + deadline_s
-        gathered = Gathered(
+        progress = BatchProgress(
             self.wiring.batch_size(inputs), self.num_exits, self._clock, begin, deadline
         )
-        return self.parts(inputs), gathered
+        return self.parts(inputs), progress
 
     def _load(self) -> Staged | Streamed:
         if self.engine in SESSIONS:
@@ -327,16 +331,16 @@ class Bundle:
         return self._predictors[batch, statistic]
 
 
-class Started:
+class InterruptibleRun:
     """An interruptible run in progress, made by `Bundle.start`.
 
     Thread:
         All methods may be called from any thread.
     """
 
-    def __init__(self, run: Run, gathered: Gathered, rule: Thresholds | None) -> None:
+    def __init__(self, run: Run, progress: BatchProgress, rule: Thresholds | None) -> None:
         self._run = run
-        self._gathered = gathered
+        self._progress = progress
         self._rule = rule
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None
@@ -355,7 +359,7 @@ class Started:
 
         Whichever comes first counts. The answer is the one that `interrupt` would return.
         """
-        left_s = self._gathered.left_s()
+        left_s = self._progress.left_s()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._answer or self._finished,
@@ -399,16 +403,16 @@ class Started:
                 self._finished = True
                 self._changed.notify_all()
 
-    def _done_at(self, exit: PartExit) -> bool:
+    def _done_at(self, exit: Exit) -> bool:
         # The run was stopped, so the head of this exit need not run.
         if self._answer is not None:
             return True
-        self._gathered.take(exit)
-        stopped_by = self._gathered.stopped_by(exit, self._rule, self._run)
+        self._progress.take(exit)
+        stopped_by = self._progress.stopped_by(exit, self._rule, self._run)
         with self._changed:
-            self._latest = self._gathered.answer(stopped_by or "deadline")
+            self._latest = self._progress.answer(stopped_by or "deadline")
             self._changed.notify_all()
-        return stopped_by is not None or self._answer is not None or self._gathered.left_s() <= 0.0
+        return stopped_by is not None or self._answer is not None or self._progress.left_s() <= 0.0
 
 
 def _quantiles(times_s: Array) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import BundleError, Cancelled
-from .staged import Array
+from .staged import Array, CancellablePart
 
 
 class EngineFile:
@@ -48,7 +48,7 @@ class EngineFile:
         raise NotImplementedError
 
 
-class EnginePart(EngineFile):
+class EnginePart(EngineFile, CancellablePart):
     """One ONNX file that is called with numpy arrays in order.
 
     Thread:
@@ -77,12 +77,6 @@ class EnginePart(EngineFile):
         return output
 
     def cancel(self, thread: int | None = None) -> None:
-        """End calls in flight early.
-
-        Args:
-            thread: number of the thread whose call is ended (`threading.get_ident()`); None ends
-                the calls on all threads.
-        """
         with self._lock:
             for number, end in self._in_flight.items():
                 if thread in (None, number):

@@ -14,8 +14,7 @@ from .errors import BundleError
 Array = NDArray[Any]
 Inputs = Array | Mapping[str, Array]
 
-# A stage takes values and returns values. It may have a method cancel(thread), which ends the call
-# in flight on the thread of that number.
+# A stage takes values and returns values.
 Part = Callable[..., Sequence[Any]]
 # A head takes features and returns an output.
 Head = Callable[[Any], Any]
@@ -53,7 +52,23 @@ class Wiring:
         )
 
 
-class PartExit:
+class CancellablePart:
+    """A stage whose call can be ended from another thread."""
+
+    def __call__(self, *values: Any) -> Sequence[Any]:
+        raise NotImplementedError
+
+    def cancel(self, thread: int | None = None) -> None:
+        """End calls in flight early.
+
+        Args:
+            thread: number of the thread whose call is ended (`threading.get_ident()`); None ends
+                the calls on all threads.
+        """
+        raise NotImplementedError
+
+
+class Exit:
     """One exit of a run: its stage has been computed, its head not.
 
     Attributes:
@@ -92,7 +107,7 @@ class PartExit:
         return self._output
 
 
-class Run(Iterator[PartExit]):
+class Run(Iterator[Exit]):
     """One run through a network, exit by exit, in a `with` block."""
 
     def keep(self, rows: Any) -> None:
@@ -132,7 +147,7 @@ class Staged:
     Args:
         wiring: connections between the stages.
         stages: a callable for each stage, which takes `wiring.takes` as positional arguments and
-            returns a sequence of `wiring.gives`; it may have a method cancel(thread). It must not
+            returns a sequence of `wiring.gives`; a `CancellablePart` can be cancelled. It must not
             write to values that it takes, nor later to values that it has returned, unless the run
             needs them no more.
         heads: for each exit, a callable from features to output; None for the last exit.
@@ -185,7 +200,7 @@ class StagedRun(Run):
         uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
         self._last_use = {name: index for index, names in enumerate(uses) for name in names}
 
-    def __next__(self) -> PartExit:
+    def __next__(self) -> Exit:
         index = self._next
         if index >= len(self._stages):
             raise StopIteration
@@ -202,7 +217,7 @@ class StagedRun(Run):
         # Free the memory of values that no later stage uses.
         for name in [name for name in self._values if self._last_use.get(name, -1) < self._next]:
             del self._values[name]
-        return PartExit(index, features, self._heads[index])
+        return Exit(index, features, self._heads[index])
 
     def keep(self, rows: Any) -> None:
         for name, value in self._values.items():
@@ -213,7 +228,9 @@ class StagedRun(Run):
     def cancel(self) -> None:
         with self._lock:
             if self._thread is not None:
-                getattr(self._stages[self._next], "cancel", lambda _: None)(self._thread)
+                stage = self._stages[self._next]
+                if isinstance(stage, CancellablePart):
+                    stage.cancel(self._thread)
 
     def close(self) -> None:
         self._next = len(self._stages)

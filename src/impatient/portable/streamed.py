@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .staged import Array, PartExit, Run, Wiring
+from .staged import Array, Exit, Run, Wiring
 
 # Every look at an output takes processor time from the session. So the first look comes shortly
 # before the exit is expected, by experience. Later looks follow at a share of the time waited so
@@ -157,7 +157,7 @@ class StreamedRun(Run):
         self._awaited: Flight | None = None
         self._cancelled = threading.Event()
 
-    def __next__(self) -> PartExit:
+    def __next__(self) -> Exit:
         index = self._next
         if index >= len(self._outputs):
             raise StopIteration
@@ -169,7 +169,7 @@ class StreamedRun(Run):
         self._next += 1
         output = self._outputs[index][:, :-1]
         output = output if self._rows is None else output[self._rows]
-        return PartExit(
+        return Exit(
             index, output if self._next == len(self._outputs) else None, None, output, whole=whole
         )
 

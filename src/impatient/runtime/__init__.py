@@ -2,15 +2,15 @@
 
 from impatient.engines import EngineNetwork, export, load_engine, to_engine
 from impatient.runtime.answer import Answer
-from impatient.runtime.interruptible import Run
+from impatient.runtime.interruptible import InterruptibleRun
 from impatient.runtime.profile import profile, time_in_turn
-from impatient.runtime.runner import OpenRun, Runner
+from impatient.runtime.runner import ContractRun, Runner
 
 __all__ = [
     "Answer",
+    "ContractRun",
     "EngineNetwork",
-    "OpenRun",
-    "Run",
+    "InterruptibleRun",
     "Runner",
     "export",
     "load_engine",

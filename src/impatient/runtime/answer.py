@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from impatient.clock import Clock, Deadline
+from impatient.inputs import synchronise
 from impatient.portable.answers import Answer as AnyAnswer
 from impatient.portable.answers import StoppedBy as StoppedBy
-from impatient.runtime.profile import synchronise
 
 
 class Answer(AnyAnswer[Tensor]):

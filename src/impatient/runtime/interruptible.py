@@ -26,7 +26,7 @@ from impatient.runtime.run_state import RunState
 END_S = 10.0
 
 
-class InterruptibleRun:
+class BackgroundRun:
     """What somebody holds who has started a run on another thread: how to look at its answers, and
     how to stop it.
 
@@ -142,7 +142,7 @@ class InterruptibleRun:
         return self._abandoned or (due and self._latest is not None)
 
 
-class Run(InterruptibleRun):
+class InterruptibleRun(BackgroundRun):
     """An interruptible run in progress; made by `Runner.start`.
 
     Thread:
@@ -350,12 +350,12 @@ class Worker:
             None
         )
         self._threads: list[threading.Thread] = []
-        self._runs: weakref.WeakSet[InterruptibleRun] = weakref.WeakSet()
+        self._runs: weakref.WeakSet[BackgroundRun] = weakref.WeakSet()
         # that may be paused on the thread, and must be closed there
         self._waiting: weakref.WeakSet[RunState] = weakref.WeakSet()
 
     def do(
-        self, run: InterruptibleRun, job: Callable[[], None], course: RunState | None = None
+        self, run: BackgroundRun, job: Callable[[], None], course: RunState | None = None
     ) -> None:
         """Do a job of a run; a course that it may leave unfinished is closed on the same thread in
         the end.

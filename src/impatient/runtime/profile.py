@@ -7,28 +7,28 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
+from impatient.anytime import Network, check_network, stage_traffic
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
+from impatient.counting import count_macs, count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
-from impatient.networks.describe import DescribedNetwork, count_macs, count_traffic, stage_traffic
-from impatient.networks.placement import evaluating
-from impatient.networks.stages import call_model, first_tensor
-from impatient.provenance import Provenance, fingerprint_structure, machine, provenance, versions
+from impatient.inputs import call_model, evaluating, first_tensor, resized, synchronise
+from impatient.provenance import Provenance, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
 
 log = logging.getLogger(__name__)
 
 
 def profile(
-    network: DescribedNetwork,
+    network: Network,
     x: Any,
     *,
     batch_sizes: Sequence[int] = (1,),
@@ -79,6 +79,7 @@ def profile(
             f"energy={energy!r}; expected a meter (name, begin() and end()), such as "
             f'impatient.experimental.energy.find_meter("cpu").'
         )
+    check_network(network)
     device = _device_of(network, x)
     one = resized(x, 1)
     counted = _count(network, one)
@@ -107,22 +108,22 @@ def profile(
     )
 
 
-def _count(network: DescribedNetwork, x: Any) -> dict[str, Any]:
+def _count(network: Network, x: Any) -> dict[str, Any]:
     """What is counted and not measured, per sample, by its name in a profile."""
     facts = network.stage_facts(x)
     counted: dict[str, Any] = {
         name: tuple(getattr(fact, name) for fact in facts)
         for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
     }
-    if engine_of(network) != "eager":
+    if network.engine != "eager":
         # no operator of torch's is called that could be seen
         return counted
     stage_bytes, head_bytes = stage_traffic(network, x)
     return counted | {
-        "exit_free_macs": count_macs(network.backbone, x),
+        "exit_free_macs": count_macs(network.exit_free, x),
         "stage_bytes": stage_bytes,
         "head_bytes": head_bytes,
-        "exit_free_bytes": count_traffic(network.backbone, x),
+        "exit_free_bytes": count_traffic(network.exit_free, x),
     }
 
 
@@ -143,7 +144,7 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
 
 
 def _measure_energy(
-    network: DescribedNetwork, x: Any, device: torch.device, meter: EnergyMeter, clock: Clock
+    network: Network, x: Any, device: torch.device, meter: EnergyMeter, clock: Clock
 ) -> dict[str, Any]:
     """Joules of stages and heads, by their names in a profile: differences between runs that go so
     far and no further.
@@ -164,7 +165,7 @@ def _measure_energy(
     to_stage = [functools.partial(run, index, False) for index in range(count)]
     # the last exit's output is there anyway
     to_head = [functools.partial(run, index, True) for index in range(count - 1)]
-    whole = functools.partial(_time_whole, network.backbone, x, device, clock)
+    whole = functools.partial(_time_whole, network.exit_free, x, device, clock)
     joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=clock)
     reached = list(itertools.accumulate(joules[:count], max))
     return {
@@ -180,29 +181,21 @@ def _measure_energy(
     }
 
 
-def _provenance(network: DescribedNetwork, device: torch.device) -> Provenance:
+def _provenance(network: Network, device: torch.device) -> Provenance:
     dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
-    engine = engine_of(network)
     made = provenance(
-        network=structure_of(network), dtype=dtype, engine=engine, **_machine(str(device), network)
+        network=network.structure_fingerprint,
+        dtype=dtype,
+        engine=network.engine,
+        **_machine(str(device), network.threads),
     )
-    return dataclasses.replace(made, versions=_versions(engine))
+    return dataclasses.replace(made, versions=_versions(network.engine))
 
 
-def engine_of(network: Any) -> str:
-    """Name of what runs the network: "eager" unless it says otherwise."""
-    return str(getattr(network, "engine", "eager"))
-
-
-def structure_of(network: Any) -> str:
-    """Fingerprint of a network's structure; that of the original, where it runs in an engine."""
-    return getattr(network, "structure", None) or fingerprint_structure(network.state_dict())
-
-
-def _machine(device: str, network: Any = None) -> dict[str, Any]:
+def _machine(device: str, threads: int | None) -> dict[str, Any]:
     """As `provenance.machine`, with the threads of the engine where it has its own."""
     here = machine(device)
-    return {**here, "threads": getattr(network, "threads", None) or here["threads"]}
+    return {**here, "threads": threads or here["threads"]}
 
 
 def _versions(engine: str) -> dict[str, str]:
@@ -218,24 +211,13 @@ def _versions(engine: str) -> dict[str, str]:
         return versions()
 
 
-def _device_of(network: DescribedNetwork, x: Any) -> torch.device:
+def _device_of(network: Network, x: Any) -> torch.device:
     parameter = next(iter(network.parameters()), None)
     return parameter.device if parameter is not None else first_tensor(x).device
 
 
-def resized(x: Any, batch_size: int) -> Any:
-    """An input of another batch size: the first sample, repeated."""
-    if isinstance(x, Tensor):
-        return x[:1].expand(batch_size, *x.shape[1:]).contiguous()
-    if isinstance(x, Mapping):
-        return {name: resized(value, batch_size) for name, value in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(resized(value, batch_size) for value in x)
-    return x
-
-
 def _measure(
-    network: DescribedNetwork,
+    network: Network,
     x: Any,
     device: torch.device,
     repeats: int,
@@ -246,7 +228,7 @@ def _measure(
 ) -> BatchCosts:
     count = network.num_exits
     ways: tuple[Callable[[], list[float]], ...] = (
-        lambda: [_time_whole(network.backbone, x, device, clock)],
+        lambda: [_time_whole(network.exit_free, x, device, clock)],
         lambda: _time_staged(network, x, device, clock),
     )
     # first, since it does not use up the time
@@ -308,7 +290,7 @@ def _time_whole(backbone: nn.Module, x: Any, device: torch.device, clock: Clock)
 
 
 def _time_staged(
-    network: DescribedNetwork,
+    network: Network,
     x: Any,
     device: torch.device,
     clock: Clock,
@@ -319,14 +301,17 @@ def _time_staged(
     before = clock.now()
     with torch.inference_mode(), network.exits(x) as run:
         for exit in run:
+            last = exit.index == network.num_exits - 1
+            if last:
+                # it belongs to its stage, which mostly has computed it
+                exit.output()
             synchronise(device)
             arrived = clock.now()
             exit.output()
             synchronise(device)
             answered = clock.now()
             stages.append(arrived - before)
-            # the last exit's output is the backbone's own: asking for it costs nothing
-            heads.append(answered - arrived if exit.index < network.num_exits - 1 else 0.0)
+            heads.append(0.0 if last else answered - arrived)
             before = clock.now()
     if len(stages) != network.num_exits:
         raise ExitNotReached(
@@ -336,13 +321,7 @@ def _time_staged(
     return stages + heads
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given; until then the time says nothing."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
+def check_profile(costs: CostProfile, network: Network, remedy: str) -> None:
     """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and
     these versions.
     """
@@ -351,27 +330,26 @@ def check_profile(costs: CostProfile, network: Any, remedy: str) -> None:
     made.require(
         "the cost profile",
         remedy,
-        engine=engine_of(network),
-        network=structure_of(network),
+        engine=network.engine,
+        network=network.structure_fingerprint,
         device=device,
     )
     # the fingerprint knows no cuts
-    names = getattr(network, "exit_names", costs.exits)
-    if names != costs.exits:
+    if network.exit_names != costs.exits:
         raise StaleInput(
             f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they "
             f"are after "
-            f"{', '.join(names)}. To mend it, {remedy}."
+            f"{', '.join(network.exit_names)}. To mend it, {remedy}."
         )
-    check_machine(costs, remedy, network)
+    check_machine(costs, remedy, network.threads)
 
 
-def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
+def check_machine(costs: CostProfile, remedy: str, threads: int | None = None) -> None:
     """Raise StaleInput unless a profile was measured on this machine, with this thread count and
     these versions.
 
     Args:
-        network: in an engine with a thread count of its own, that one; else torch's.
+        threads: of an engine that has a thread count of its own; None for torch's.
     """
     device = costs.provenance.device or "cpu"
     made = costs.provenance
@@ -380,7 +358,7 @@ def check_machine(costs: CostProfile, remedy: str, network: Any = None) -> None:
             f"the cost profile was made on {device}, which this machine does not have. To mend it, "
             f"{remedy}."
         )
-    here = _machine(device, network)
+    here = _machine(device, threads)
     made.require(
         "the cost profile",
         remedy,

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from impatient.networks.stages import batch_size_of
+from impatient.anytime import Exit, Network, Run
+from impatient.inputs import batch_size_of
 from impatient.policies.policy import Policy
 from impatient.runtime.compaction import Compaction
-
-
-class ExitLike(Protocol):
-    """One exit of a run."""
-
-    @property
-    def index(self) -> int: ...
-
-    def output(self) -> Tensor: ...
-
-
-def upcoming(exit: ExitLike) -> int | None:
-    """The exit that would come next; None where the network itself, a routed cascade, has sent all
-    samples to their answers.
-    """
-    following: int | None = getattr(exit, "upcoming", exit.index + 1)
-    return following
-
-
-def answering(exit: ExitLike, count: int) -> tuple[int, ...]:
-    """Per sample, the exit whose output an exit gives: a routed cascade's samples went different
-    ways.
-    """
-    exits: tuple[int, ...] = getattr(exit, "exits", (exit.index,) * count)
-    return exits
-
-
-class StagedNetwork(Protocol):
-    """What the runner needs of a network."""
-
-    @property
-    def num_exits(self) -> int: ...
-
-    def exits(self, x: Any) -> AbstractContextManager[Iterator[Any]]: ...
 
 
 class BatchProgress:
@@ -59,8 +25,8 @@ class BatchProgress:
         policy: says which samples stop; None: none does.
         network: whose run it is.
         x: its input.
-        walk: the run; can its batch not be reduced (no `keep`, or the network says so), it goes on
-            with all samples.
+        run: of the network on the input; where the network does not shrink, it goes on with all
+            samples.
         compaction: when to go on with fewer rows; None: never.
     Attributes:
         size: number of rows the next stage runs.
@@ -69,14 +35,14 @@ class BatchProgress:
     def __init__(
         self,
         policy: Policy | None,
-        network: StagedNetwork,
+        network: Network,
         x: Any,
-        walk: Any,
+        run: Run,
         compaction: Compaction | None = None,
     ) -> None:
         self._policy = policy
-        self._network: Any = network
-        self._walk = walk
+        self._network = network
+        self._run = run
         # rows that run next, still going, and at the present exit
         self.size = self._left = self._present = batch_size_of(x)
         self._alone = self.size == 1
@@ -86,7 +52,7 @@ class BatchProgress:
             and compaction is not None
             and compaction.when != "never"
         )
-        self._compaction = compaction if wanted and can_shrink(network, walk, x) else None
+        self._compaction = compaction if wanted and network.shrinks(x) else None
         # of all samples, in their original order
         self._output: Tensor | None = None
         # -1 where a sample has not stopped
@@ -101,7 +67,7 @@ class BatchProgress:
         # rows to go on with; None: all
         self._keep: Tensor | None = None
 
-    def add(self, exit: ExitLike) -> bool:
+    def add(self, exit: Exit) -> bool:
         """Ask the policy, and take the output of an exit for the samples that stop there; True when
         all have stopped.
 
@@ -134,7 +100,7 @@ class BatchProgress:
         self._keep = None
         if keep is None:
             return
-        self._walk.keep(keep)
+        self._run.keep(keep)
         self._present = len(keep)
         rows = keep[: self._left]
         self._places = rows if self._places is None else self._places[rows]
@@ -157,28 +123,28 @@ class BatchProgress:
             self._exits[here] = -1
             self._going, self._left = None, len(self._exits[here])
 
-    def finish(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+    def finish(self, exit: Exit) -> tuple[Tensor, tuple[int, ...]]:
         """The outputs in the original order, with this exit's for all samples that have not
         stopped, and their exits.
         """
         if self._exits is None:
             output = exit.output()
-            return output, answering(exit, output.shape[0])
+            return output, exit.exits
         if self._left:
             return self.snapshot(exit)
         assert self._output is not None
         return self._output, tuple(self._exits.tolist())
 
-    def snapshot(self, exit: ExitLike) -> tuple[Tensor, tuple[int, ...]]:
+    def snapshot(self, exit: Exit) -> tuple[Tensor, tuple[int, ...]]:
         """What `finish` would give, without stopping anything; a copy."""
         if self._exits is None:
             # copied: a head may return a view of the features, which a later stage may write over
             output = exit.output()
-            return output.clone(), answering(exit, output.shape[0])
+            return output.clone(), exit.exits
         output, exits = self._merged(exit, self._going)
         return output, tuple(exits.tolist())
 
-    def _stops(self, exit: ExitLike) -> Tensor:
+    def _stops(self, exit: Exit) -> Tensor:
         """Which of the present rows stop."""
         assert self._policy is not None
         return asked(
@@ -191,7 +157,7 @@ class BatchProgress:
     def _real(self, value: Tensor) -> Tensor:
         return value if self._count is None else value[: self._count]
 
-    def _merged(self, exit: ExitLike, now: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _merged(self, exit: Exit, now: Tensor | None) -> tuple[Tensor, Tensor]:
         """All samples' outputs and exits with those of this exit for some of the present rows;
         None: for all of these.
         """
@@ -207,21 +173,14 @@ class BatchProgress:
         exits[here] = torch.where(now, exit.index, exits[here])
         return outputs, exits
 
-    def _reduce(self, exit: ExitLike, left: Tensor) -> None:
+    def _reduce(self, exit: Exit, left: Tensor) -> None:
         """Decide with how many rows to go on."""
         if self._compaction is None or not self._left or exit.index == self._network.num_exits - 1:
             return
-        size = self._compaction.size(exit.index, self.size, self._left, row_bytes(exit))
+        size = self._compaction.size(exit.index, self.size, self._left, exit.row_bytes)
         if size < self.size:
             self._keep = filled(left, size)
             self.size = size
-
-
-def can_shrink(network: Any, walk: Any, x: Any) -> bool:
-    """Whether a run can go on with some of its samples; a network that does not know lets its runs
-    decide.
-    """
-    return hasattr(walk, "keep") and bool(getattr(network, "shrinks", lambda _: True)(x))
 
 
 def asked(
@@ -237,11 +196,3 @@ def asked(
 def filled(rows: Tensor, size: int) -> Tensor:
     """As many rows as an engine's shape wants: the last one, which is there anyway, fills up."""
     return torch.cat([rows, rows[-1:].expand(size - len(rows))]) if size > len(rows) else rows
-
-
-def row_bytes(exit: Any) -> float:
-    """Size of one sample's features; an exit whose features are dear to look at says it itself."""
-    if hasattr(exit, "row_bytes"):
-        return float(exit.row_bytes)
-    features = getattr(exit, "features", None)
-    return float(features.nbytes / features.shape[0]) if isinstance(features, Tensor) else 0.0

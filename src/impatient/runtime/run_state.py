@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor
 
+from impatient.anytime import Exit, Network, Run
 from impatient.errors import PolicyError, RunError
-from impatient.networks.stages import batch_size_of, first_tensor
+from impatient.inputs import batch_size_of, first_tensor, synchronise
 from impatient.policies.policy import Policy
 from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
-from impatient.runtime.profile import synchronise
-from impatient.runtime.progress import BatchProgress, ExitLike, StagedNetwork, upcoming
+from impatient.runtime.progress import BatchProgress
 
 
 class RunState:
@@ -36,7 +35,7 @@ class RunState:
     """
 
     def __init__(
-        self, network: StagedNetwork, x: Any, policy: Policy | None, compaction: Compaction
+        self, network: Network, x: Any, policy: Policy | None, compaction: Compaction
     ) -> None:
         self._network = network
         self._policy = policy
@@ -44,14 +43,9 @@ class RunState:
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
-        self._held: AbstractContextManager[Any] | None = (
-            # the network's run; None before the first stage and when closed
-            None
-        )
+        # the network's run; None before the first stage and when closed
+        self._run: Run | None = None
         self._cancelling = threading.Lock()
-        # None before the first stage and when closed
-        self._walk: Any = None
-        self._exits: Iterator[Any] = iter(())
         self._collected: BatchProgress | None = None
         self._closed = False
         # by the policy at this exit; None: not asked
@@ -60,7 +54,7 @@ class RunState:
             # the exit that would come next; None: the network itself has stopped
             0
         )
-        self.exit: ExitLike | None = None
+        self.exit: Exit | None = None
         self.spent: list[tuple[int, bool]] = []
 
     @property
@@ -80,7 +74,7 @@ class RunState:
         if self._closed:
             raise RunError("this run was closed. Begin a new one.")
 
-    def advance(self) -> ExitLike:
+    def advance(self) -> Exit:
         """Run the next stage.
 
         Raises:
@@ -91,7 +85,7 @@ class RunState:
             self._begin()
         else:
             self._collected.go_on()
-        exit: ExitLike | None = next(self._exits, None)
+        exit = None if self._run is None else next(self._run, None)
         if exit is None:
             raise RunError(
                 f"the network's run ended before exit {self._network.num_exits - 1}; its last exit "
@@ -100,7 +94,7 @@ class RunState:
         synchronise(self._device)
         self.exit = exit
         self._stopped = None
-        self._following = upcoming(exit)
+        self._following = exit.upcoming
         self.spent.append((exit.index, False))
         return exit
 
@@ -155,33 +149,28 @@ class RunState:
     def cancel(self) -> None:
         """End the stage in flight early, where the network can; `advance` then raises."""
         with self._cancelling:
-            getattr(self._walk, "cancel", lambda: None)()
+            if self._run is not None:
+                self._run.cancel()
 
     def close(self) -> None:
         """Throw away what has not been computed; harmless when there is nothing to throw away."""
         # a cancelled stage must be of this run: the next one runs the same stages
         with self._cancelling:
-            self._walk = None
+            run = self._run
+            self._run = None
             self._closed = True
-        held = self._held
-        self._held = None
-        self._exits = iter(())
         self._x = None
         self._collected = None
-        if held is not None:
-            held.__exit__(None, None, None)
+        if run is not None:
+            run.close()
 
     def _begin(self) -> None:
         policy = self._policy
-        held = (
-            self._network.exits(self._x, router=policy)  # type: ignore[call-arg]  # a cascade
+        self._run = (
+            self._network.routed_exits(self._x, policy)
             if policy is not None and policy.routes
             else self._network.exits(self._x)
         )
-        # not in a with block: it is left when the course is closed
-        self._walk = held.__enter__()
-        self._held = held
-        self._exits = iter(self._walk)
         self._collected = BatchProgress(
-            self._policy, self._network, self._x, self._walk, self._compaction
+            self._policy, self._network, self._x, self._run, self._compaction
         )

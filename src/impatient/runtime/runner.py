@@ -17,11 +17,12 @@ from typing import Any, Literal, Self
 import torch
 
 from impatient import checks
+from impatient.anytime import Network, check_network
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
+from impatient.inputs import batch_size_of, resized
 from impatient.networks.cascade import Cascade
-from impatient.networks.stages import batch_size_of
 from impatient.policies.policy import Policy, check_policy
 from impatient.portable.timing import QUANTILES, SlowdownEstimator, TimePredictor
 
@@ -31,10 +32,9 @@ from impatient.portable.timing import (
 )
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.compaction import Compaction, When, covering
-from impatient.runtime.interruptible import Run, Worker
+from impatient.runtime.interruptible import InterruptibleRun, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
-from impatient.runtime.profile import check_profile, resized
-from impatient.runtime.progress import StagedNetwork
+from impatient.runtime.profile import check_profile
 from impatient.runtime.run_state import RunState
 
 
@@ -42,8 +42,7 @@ class Runner:
     """Answers by a deadline, as well as the time allows.
 
     Args:
-        network: from `attach_exits`, or anything with the same protocol. Put it in eval mode
-            yourself.
+        network: from `attach_exits`, or a `Network` of your own. Put it in eval mode yourself.
         costs: measured on this machine with `profile`; another machine's profile is refused.
         policy: when going on is not worth it; None goes on as long as time allows.
         statistic: the quantile of a stage's cost that must fit before it is begun. The lower, the
@@ -55,6 +54,7 @@ class Runner:
         any_profile: use a profile of another machine, thread count or version all the same.
         clock: where time comes from.
     Raises:
+        NetworkError: if the network is no `Network`, or gives less than one must.
         StaleInput: if the profile does not belong to this network and machine.
         PolicyError, CostError: if policy, profile and network have different numbers of exits.
 
@@ -65,7 +65,7 @@ class Runner:
 
     def __init__(
         self,
-        network: StagedNetwork,
+        network: Network,
         costs: CostProfile,
         policy: Policy | None = None,
         *,
@@ -75,6 +75,7 @@ class Runner:
         any_profile: bool = False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        check_network(network)
         if costs.num_exits != network.num_exits:
             raise CostError(
                 f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; "
@@ -95,9 +96,7 @@ class Runner:
         self.clock = clock
         self._when_late = when_late
         if not isinstance(compaction, Compaction):
-            # of an engine that wants fixed shapes
-            buckets = tuple(getattr(network, "buckets", ()))
-            compaction = Compaction(costs=costs, when=compaction, buckets=buckets)
+            compaction = Compaction(costs=costs, when=compaction, buckets=network.buckets)
         self._compaction = compaction
         self._drift = SlowdownEstimator(QUANTILES[statistic])
         # learned gates take time, too
@@ -142,7 +141,7 @@ class Runner:
         with self.open(x) as opened:
             return opened.run(deadline=deadline, limits=limits)
 
-    def open(self, x: Any) -> OpenRun:
+    def open(self, x: Any) -> ContractRun:
         """A contract run that can go on after it has answered: `run` it again with a later
         deadline.
 
@@ -151,7 +150,7 @@ class Runner:
         Raises:
             CostError: if the batch is larger than all that were profiled.
         """
-        return OpenRun(self, x)
+        return ContractRun(self, x)
 
     def start(
         self,
@@ -160,16 +159,16 @@ class Runner:
         deadline: Deadline = NEVER,
         limits: Mapping[Unit, float] | None = None,
         resumable: bool = False,
-    ) -> Run:
+    ) -> InterruptibleRun:
         """Start an interruptible run on the runner's own thread and return at once.
 
         Use it in a `with` block: leaving it abandons what is still being computed.
 
         Args:
             x: as the network takes it.
-            deadline: when `Run.result` comes back at the latest.
+            deadline: when `InterruptibleRun.result` comes back at the latest.
             limits: the most to spend of "macs", "bytes" or "energy_j", per sample.
-            resumable: let `Run.refine` go on after the run was stopped; until it is closed it then
+            resumable: let `InterruptibleRun.refine` go on after the run was stopped; until it is closed it then
                 keeps its features. The stage in flight ends where it would, while that of other
                 runs is cancelled if the network's engine can.
         Raises:
@@ -180,7 +179,7 @@ class Runner:
         bounds = limits_of(self.costs, limits)
         self._check_limits(bounds)
         course = self._course(x)
-        run = Run(
+        run = InterruptibleRun(
             course, self.clock, deadline, self._when_late, bounds, resumable=resumable, owner=self
         )
         self._worker.do(run, run._work, course if resumable else None)
@@ -198,7 +197,7 @@ class Runner:
             example = resized(x, size)
             for _ in range(times):
                 # a cold start says nothing about the runs to come
-                with OpenRun(self, example, observe=False) as opened:
+                with ContractRun(self, example, observe=False) as opened:
                     opened.run()
                 with self.start(example) as run:
                     run.result()
@@ -223,7 +222,7 @@ class Runner:
         return None if policy is None else policy.for_run(samples, next(self._runs))
 
     @staticmethod
-    def _check_policy(policy: Policy | None, network: StagedNetwork) -> None:
+    def _check_policy(policy: Policy | None, network: Network) -> None:
         """Raise PolicyError unless the network can be run under this policy."""
         if policy is None:
             return
@@ -276,7 +275,7 @@ class Runner:
             )
 
 
-class OpenRun:
+class ContractRun:
     """A contract run that stays where it stopped, and can go on from there; made by `Runner.open`.
 
     Thread:
@@ -362,7 +361,7 @@ class OpenRun:
         exit = self._course.advance()
         # part of a batch, or of a batch larger than itself, says nothing about the profile of all
         # of it
-        known = getattr(exit, "whole", True) and self._course.size in self._runner._paces
+        known = exit.whole and self._course.size in self._runner._paces
         self._stage_s = self._runner.clock.now() - now if known else None
 
     def _answer(self, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:

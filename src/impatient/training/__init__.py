@@ -4,7 +4,8 @@ from impatient.recipe import Recipe
 from impatient.training import balancing, losses, schedules, weights
 from impatient.training.balancing import AdaLoss
 from impatient.training.data import Data, Preprocess, load_data
-from impatient.training.loop import EpochMetrics, History, fit
+from impatient.training.history import EpochMetrics, History
+from impatient.training.loop import fit
 
 __all__ = [
     "AdaLoss",

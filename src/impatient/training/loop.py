@@ -8,9 +8,7 @@ without this module.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import signal
 import threading
@@ -25,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from impatient.anytime import Network, check_network
 from impatient.errors import StaleInput, TrainingDiverged, TrainingError
 from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
@@ -36,6 +35,7 @@ from impatient.training.augmentation import augmented
 from impatient.training.balancing import AdaLoss, balancer
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
+from impatient.training.history import EpochMetrics, History
 from impatient.training.losses import (
     distilled,
     exit_hits,
@@ -49,72 +49,12 @@ from impatient.training.weights import check_weights, parse_weights
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from impatient.networks.anytimenet import GrowingNetwork
-    from impatient.networks.combined_exits import RunningEnsemble
-    from impatient.networks.multi_exit import MultiExitNetwork
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpochMetrics:
-    """Loss and accuracy of every exit in one epoch.
-
-    Attributes:
-        epoch: number of the epoch, from 1.
-        phase: name of the phase: "joint", "heads" or "backbone".
-        lr: learning rate of the last step.
-        seconds: time of the epoch, validation included.
-        train_loss: mean loss per exit on the training batches, measured during training.
-        train_accuracy: accuracy per exit on the training batches, measured during training.
-        validation_loss: mean loss per exit on the validation split after the epoch.
-        validation_accuracy: accuracy per exit on the validation split after the epoch.
-    """
-
-    epoch: int
-    phase: str
-    lr: float
-    seconds: float
-    train_loss: tuple[float, ...]
-    train_accuracy: tuple[float, ...]
-    validation_loss: tuple[float, ...]
-    validation_accuracy: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """Metrics of a training run, one entry per epoch."""
-
-    epochs: tuple[EpochMetrics, ...]
-
-    def to_csv(self) -> str:
-        """Write the metrics as CSV, one row per epoch, split and exit."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["epoch", "phase", "lr", "seconds", "split", "exit", "loss", "accuracy"])
-        for entry in self.epochs:
-            for split, losses, hits in (
-                ("train", entry.train_loss, entry.train_accuracy),
-                ("validation", entry.validation_loss, entry.validation_accuracy),
-            ):
-                for index, (loss, accuracy) in enumerate(zip(losses, hits, strict=True)):
-                    rows.writerow(
-                        [
-                            entry.epoch,
-                            entry.phase,
-                            f"{entry.lr:.6g}",
-                            f"{entry.seconds:.3f}",
-                            split,
-                            index,
-                            f"{loss:.6f}",
-                            f"{accuracy:.6f}",
-                        ]
-                    )
-        return text.getvalue()
-
-
 def fit(
-    network: MultiExitNetwork | RunningEnsemble | GrowingNetwork,
+    network: Network,
     data: Data,
     *,
     weights: ExitWeights | None = None,
@@ -152,9 +92,10 @@ def fit(
         Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights,
         AdaLoss); Kubaty et al. 2025 (mixed regime).
     """
+    check_network(network)
     recipe = recipe or Recipe()
     checked = checked_weights(
-        default_weights(network) if weights is None else weights,
+        network.default_weights if weights is None else weights,
         network.num_exits,
         data.size("train"),
         recipe.sampler,
@@ -169,14 +110,6 @@ def fit(
         Path(metrics_csv) if metrics_csv else None,
         progress,
     ).run()
-
-
-def default_weights(network: object) -> str:
-    """Return the weight scheme that a network is trained with by default.
-
-    It is the network's own `default_weights`, or "uniform" if it has none.
-    """
-    return getattr(network, "default_weights", "uniform")
 
 
 def checked_weights(
@@ -226,7 +159,7 @@ class _Training:
 
     def __init__(
         self,
-        network: MultiExitNetwork | RunningEnsemble | GrowingNetwork,
+        network: Network,
         data: Data,
         weights: tuple[float, ...] | AdaLoss | Tensor,
         recipe: Recipe,
@@ -269,7 +202,7 @@ class _Training:
             "data": data.fingerprint,
             "processes": fabric.world_size,
             "network": fingerprint_structure(network.state_dict()),
-            "exits": list(getattr(network, "exit_names", ())),
+            "exits": list(network.exit_names),
         }
 
     def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
@@ -302,11 +235,11 @@ class _Training:
     def _run_phase(
         self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None
     ) -> None:
-        backbone = {id(parameter) for parameter in self.network.backbone.parameters()}
+        early = self._early_parameters()
         for name, parameter in self.network.named_parameters():
             # A zero gradient would not be enough: momentum and weight decay would still change the
             # parameter.
-            in_phase = phase == "joint" or (id(parameter) in backbone) == (phase == "backbone")
+            in_phase = phase == "joint" or (id(parameter) in early) == (phase == "heads")
             parameter.requires_grad_(in_phase and self.trainable[name])
         groups = self._parameter_groups()
         if not groups:
@@ -332,12 +265,7 @@ class _Training:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Group the trainable parameters by weight decay: each early head, and the rest."""
-        heads = list(getattr(self.network, "heads", ()))
-        owner = {
-            id(parameter): exit
-            for exit, head in enumerate(heads)
-            for parameter in head.parameters()
-        }
+        owner = self._early_parameters()
         members: dict[int | None, list[nn.Parameter]] = {}
         for parameter in self.network.parameters():
             if parameter.requires_grad:
@@ -348,13 +276,23 @@ class _Training:
             for exit, parameters in members.items()
         ]
 
+    def _early_parameters(self) -> dict[int, int]:
+        """Per parameter of an early head, by its id, the exit of that head."""
+        return {
+            id(parameter): exit
+            for exit, head in enumerate(self.network.early_heads())
+            for parameter in head.parameters()
+        }
+
     def _run_epoch(
         self, model: nn.Module, optimizer: Any, phase: str, epoch: int, span: tuple[int, int]
     ) -> None:
         model.train()
         if phase == "heads":
             # A frozen backbone keeps its batch-norm statistics.
-            self.network.backbone.eval()
+            self.network.eval()
+            for head in self.network.early_heads():
+                head.train()
         batches = self._order(self.data.size("train"), epoch)
         self.balancer.begin_epoch(epoch)
         seen = sum(len(batch) for batch in batches[: self.step])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from impatient.training.loop import EpochMetrics
+from impatient.training.history import EpochMetrics
 
 
 class TrainingProgress:

@@ -156,8 +156,8 @@ def _static(
     run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]
 ) -> dict[str, StaticBaseline]:
     """Measure other runs' networks without exits, in the terms of this run's profile."""
+    from impatient.counting import count_macs
     from impatient.evaluation.evaluate import StaticBaseline
-    from impatient.networks.describe import count_macs
     from impatient.runtime.profile import time_in_turn
 
     if not others:
@@ -170,12 +170,12 @@ def _static(
         alone = other.exit_free_recording("test")
         recordings.append(other.recording("test") if alone is None else alone)
         networks.append(other.network()[0] if alone is None else other.exit_free_network()[0])
-    here, *times = time_in_turn([network.backbone for network in networks], x)
+    here, *times = time_in_turn([network.exit_free for network in networks], x)
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {
         f"static {other.path.resolve().name}": StaticBaseline(
-            recording=recording, time_s=time_s * scale, macs=count_macs(network.backbone, x)
+            recording=recording, time_s=time_s * scale, macs=count_macs(network.exit_free, x)
         )
         for other, recording, network, time_s in zip(
             others, recordings, networks[1:], times, strict=True

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from impatient.anytime import Network
 from impatient.costs import CostProfile
 from impatient.engines.export import (
     WRITTEN,
@@ -40,10 +41,8 @@ from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.recording import Recording
 from impatient.files import read_tensors, write_tensors
-from impatient.networks.anytimenet import GrowingNetwork
 from impatient.networks.cascade import Cascade
 from impatient.networks.combined_exits import RunningEnsemble
-from impatient.networks.describe import DescribedNetwork
 from impatient.networks.ensemble import EANN
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.specs import load_model
@@ -53,8 +52,6 @@ from impatient.provenance import Provenance, fingerprint_structure, fingerprint_
 from impatient.runtime.profile import check_machine
 from impatient.store import Stored, holds_tensors
 from impatient.training.data import Data, Preprocess, load_data
-
-Network = MultiExitNetwork | RunningEnsemble | EANN | GrowingNetwork | Cascade
 
 DEFAULT_EXITS = 4
 # the engine that is torch, running the untouched model
@@ -137,7 +134,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         if self.members:
             return self.members[-1].build_exit_free()
         model = self._model()
-        backbone = model.backbone if isinstance(model, DescribedNetwork) else model
+        backbone = model.exit_free if isinstance(model, Network) else model
         return MultiExitNetwork(backbone, [], [], [], self.num_classes)
 
     def _model(self) -> Any:
@@ -468,7 +465,7 @@ class EngineDirectory(RunDirectory):
                 f"{self.here} was exported with other weights than those of {self.path}; {remedy} "
                 f"with --force."
             )
-        return made, made.weights
+        return made, made.weights_fingerprint
 
     def recording(self, split: str) -> Recording:
         """What the engine answered on one split, under the name of the weights that it was made

@@ -190,16 +190,16 @@ def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
     Raises:
         ModelSpecError: if it has, and yet `after`, `exits` or `heads` is given.
     """
+    from impatient.anytime import Network
     from impatient.ensembling import Rule
     from impatient.errors import ModelSpecError
     from impatient.networks.combined_exits import RunningEnsemble
-    from impatient.networks.describe import DescribedNetwork
     from impatient.networks.multi_exit import attach_exits
     from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS, fresh_model, spec_of
 
     seed = options.recipe.seed
     network: Any = fresh_model(options.model, data.num_classes, data.preprocess, seed)
-    if isinstance(network, DescribedNetwork):
+    if isinstance(network, Network):
         if options.after or options.exits is not None or options.heads is not None:
             raise ModelSpecError(
                 f"{options.model} has {network.num_exits} exits of its own; leave --exits, --after "
@@ -258,10 +258,9 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
     from impatient.budgets import exit_weights, parse_budget
     from impatient.errors import StaleInput
     from impatient.files import read_json, write_json
-    from impatient.training.loop import default_weights
     from impatient.training.weights import parse_weights
 
-    wanted = options.weights or default_weights(network)
+    wanted = options.weights or network.default_weights
     file = run.path / "training.json"
     if file.is_file():
         begun = read_json(file)

@@ -1,0 +1,400 @@
+"""What a network with exits, a run of it and an exit are: all that is asked of them, with defaults.
+
+Derive from `Network` to write a network of your own; docs/models.md shows one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from impatient.counting import (
+    MacCounter,
+    ParameterUse,
+    StageFacts,
+    TrafficCounter,
+    facts_table,
+    module_name,
+    without_fused_attention,
+)
+from impatient.errors import ExitNotReached, NetworkError
+from impatient.inputs import batch_size_of, evaluating
+from impatient.provenance import fingerprint_structure, fingerprint_tensors
+
+
+class Exit:
+    """One exit of a run: the stage up to it has just been computed, its head has not.
+
+    Args:
+        index: the exit's number, 0-based, shallow to deep.
+        features: what the head sees, and what a gate may look at before the head is paid.
+        output: the output itself, or the head that computes it from the features when asked.
+    Attributes:
+        index: as given.
+        features: as given; at the last exit usually the output.
+    """
+
+    __slots__ = ("_output", "features", "index")
+
+    def __init__(self, index: int, features: Any, output: Tensor | Callable[[Any], Tensor]) -> None:
+        self.index = index
+        self.features = features
+        self._output: Any = output
+
+    def output(self) -> Tensor:
+        """Compute the output, once: shape [B, num_classes], before softmax.
+
+        Ask before the run goes on, as a later stage may write over the features.
+        """
+        if not isinstance(self._output, Tensor):
+            self._output = self._output(self.features)
+        return self._output
+
+    @property
+    def upcoming(self) -> int | None:
+        """The exit that would come next; None where the network has answered every sample."""
+        return self.index + 1
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Per sample, the exit whose output is its answer here."""
+        return (self.index,) * self.output().shape[0]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the time of the stage is that of the whole batch and of nothing else."""
+        return True
+
+    @property
+    def row_bytes(self) -> float:
+        """Size of one sample's features; 0 where there are none."""
+        if not isinstance(self.features, Tensor):
+            return 0.0
+        return float(self.features.nbytes / self.features.shape[0])
+
+    def __repr__(self) -> str:
+        shape = tuple(self.features.shape) if isinstance(self.features, Tensor) else None
+        state = "computed" if isinstance(self._output, Tensor) else "not computed"
+        return f"{type(self).__name__}(index={self.index}, features={shape}, output={state})"
+
+
+class Run(Iterator[Exit]):
+    """One run: an iterator of exits that computes a stage when asked for the next one.
+
+    Stop asking and call `close()`, or leave the `with` block, to throw the rest away.
+
+    Args:
+        exits: a generator of exits, shallow to deep, which computes each stage before it yields.
+    """
+
+    def __init__(self, exits: Generator[Exit]) -> None:
+        self._exits = exits
+
+    def __next__(self) -> Exit:
+        return next(self._exits)
+
+    def keep(self, rows: Tensor) -> None:  # noqa: ARG002  runs that shrink use it
+        """Go on with these samples only; asked only of networks that say `shrinks`.
+
+        Args:
+            rows: places in the present batch, int64, shape [B'].
+        """
+        raise NetworkError(
+            f"a {type(self).__name__} cannot go on with some samples of its batch; expected a run "
+            "with a method keep(rows). Go on with the whole batch (compaction='never')."
+        )
+
+    def cancel(self) -> None:
+        """End the stage in flight early, from any thread; by default it ends where it would."""
+
+    def close(self) -> None:
+        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        self._exits.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Network(nn.Module):
+    """A network with exits: the base class of ours, and of yours.
+
+    A network of your own gives `num_exits` and `exits`; everything else has a default. It may
+    override what is written here, and nothing else is ever asked of it.
+
+    Attributes:
+        num_classes: width of every output; None where nobody said.
+        default_weights: scheme of the exits' losses, unless `fit` is told otherwise.
+        engine: name of what computes the stages.
+        threads: intra-op threads of the engine; None where they are torch's.
+        buckets: the only numbers of rows that may run; empty for any.
+    Example:
+        >>> class Two(Network):
+        ...     num_exits = 2
+        ...
+        ...     def __init__(self) -> None:
+        ...         super().__init__()
+        ...         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        ...         self.head = nn.Linear(4, 3)
+        ...
+        ...     def exits(self, x, *, keep=False):
+        ...         return Run(self._exits(x))
+        ...
+        ...     def _exits(self, x):
+        ...         features = self.first(x)
+        ...         yield Exit(0, features, self.head)
+        ...         yield Exit(1, features, self.second(features.relu()))
+        >>> [tuple(output.shape) for output in Two()(torch.zeros(5, 4))]
+        [(5, 3), (5, 3)]
+    """
+
+    num_classes: int | None = None
+    default_weights: str = "uniform"
+    engine: str = "eager"
+    threads: int | None = None
+    buckets: tuple[int, ...] = ()
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the last one included. Required."""
+        raise NetworkError(f"{type(self).__name__} does not say num_exits; give it one.")
+
+    def exits(self, x: Any, *, keep: bool = False) -> Run:  # noqa: ARG002  networks use them
+        """Begin a run: `for exit in network.exits(x)`; nothing is computed before. Required.
+
+        The last exit must always come, and its output belongs to its stage.
+
+        Args:
+            x: a tensor with the samples first, or a tuple, list or mapping of such.
+            keep: let `output()` be asked for when the run has gone on; copies the features.
+        """
+        raise NetworkError(f"{type(self).__name__} has no exits(x); give it one.")
+
+    def routed_exits(self, x: Any, router: Any) -> Run:  # noqa: ARG002  cascades use them
+        """Begin a run in which a router says, sample by sample, which network comes next."""
+        raise NetworkError(
+            f"a {type(self).__name__} has nothing to route between; expected a Cascade of networks."
+        )
+
+    def forward(self, x: Any) -> tuple[Tensor, ...]:
+        """Compute the outputs of all exits, for training.
+
+        To be trained with `equilibrium`, a network also takes `gradients`, a `GradientFlow`.
+        """
+        with self.exits(x) as run:
+            return tuple(exit.output() for exit in run)
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Names of the exits, all different."""
+        return tuple(f"exit {index}" for index in range(self.num_exits))
+
+    @property
+    def mechanism(self) -> str:
+        """How it is staged, in words."""
+        return f"{self.num_exits} exits of its own"
+
+    @property
+    def exit_free(self) -> nn.Module:
+        """What would run without exits; by default a run to the last exit that skips all heads."""
+        return ToTheLastExit(self)
+
+    def early_heads(self) -> Sequence[nn.Module]:
+        """Return the heads of the early exits, which are trained by rules of their own."""
+        return ()
+
+    def pooled(self, exit: Exit) -> Tensor:
+        """Return features averaged over space or tokens, shape [B, D]: what learned gates see."""
+        features = exit.features
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else None
+            raise NetworkError(
+                f"the features of exit {exit.index} of {type(self).__name__} have shape {shape}; "
+                "expected [B, D]. Give the network a method pooled(exit) that averages them."
+            )
+        return features
+
+    def shrinks(self, x: Any) -> bool:  # noqa: ARG002  for networks where it depends on the input
+        """Say whether a run may go on with some samples of its batch, by `Run.keep`."""
+        return False
+
+    @property
+    def structure_fingerprint(self) -> str:
+        """What a cost profile knows it by: names, shapes and types of its state."""
+        return fingerprint_structure(self.state_dict())
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """What a recording knows it by: its whole state."""
+        return fingerprint_tensors(self.state_dict())
+
+    def stage_facts(self, x: Any) -> list[StageFacts]:
+        """Find shape, MACs and parameters of each stage and head by one run in eval mode.
+
+        Args:
+            x: an example input; MACs are per sample.
+        """
+        heads = self.early_heads()
+        used = ParameterUse(self)
+        macs = MacCounter()
+        found: list[tuple[tuple[int, ...], int, int]] = []
+        with evaluating(self), torch.no_grad(), macs, used, self.exits(x) as run:
+            for exit in run:
+                last = exit.index == self.num_exits - 1
+                if last:
+                    # it belongs to its stage, whoever computes it when
+                    exit.output()
+                stage = macs.take()
+                used.next_part()
+                exit.output()
+                shape = tuple(exit.features.shape) if exit.features is not None else ()
+                found.append((shape, stage, macs.take()))
+                used.next_part()
+        _check_reached(len(found), self.num_exits)
+        used.assign_unused(heads)
+        batch = batch_size_of(x)
+        return [
+            StageFacts(
+                exit=name,
+                features=shape,
+                head=_head_name(index, heads, self.num_exits),
+                stage_macs=stage // batch,
+                head_macs=head // batch,
+                stage_parameters=used.counts.get(2 * index, 0),
+                head_parameters=used.counts.get(2 * index + 1, 0),
+            )
+            for index, (name, (shape, stage, head)) in enumerate(
+                zip(self.exit_names, found, strict=True)
+            )
+        ]
+
+    def describe(self, x: Any) -> str:
+        """Return a table of stages, heads, shapes, MACs and parameters, and the mechanism.
+
+        Args:
+            x: an example input; MACs are per sample.
+        """
+        return facts_table(self.stage_facts(x), type(self.exit_free).__name__, self.mechanism)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch keeps modules and parameters apart, where an attribute of the class hides them
+        known = inspect.getattr_static(type(self), name, None)
+        hidden = known is not None and isinstance(value, (nn.Module, nn.Parameter))
+        if hidden or (isinstance(known, property) and known.fset is None):
+            raise NetworkError(
+                f"{name!r} means something for every network, so {type(self).__name__} cannot set "
+                f"it to a {type(value).__name__}; expected another name, or, to override it, an "
+                "attribute of the class, a property or a method."
+            )
+        super().__setattr__(name, value)
+
+
+class ToTheLastExit(nn.Module):
+    """A network with exits as a model with one output; no early head runs."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        # in a list: no submodule of this one
+        self._network = [network]
+
+    def forward(self, *positions: Any, **named: Any) -> Tensor:
+        x: Any = named or (positions[0] if len(positions) == 1 else positions)
+        network = self._network[0]
+        with network.exits(x) as run:
+            for exit in run:
+                if exit.index == network.num_exits - 1:
+                    return exit.output()
+        raise ExitNotReached(f"this input never came to exit {network.num_exits - 1}, the last.")
+
+
+def check_network(network: object) -> None:
+    """Refuse what is no network with exits, or gives less than one must.
+
+    Raises:
+        NetworkError: if it does not derive from `Network`, lacks something, or has a public name
+            that looks like a misspelt one.
+    """
+    kind: Any = type(network)
+    if not isinstance(network, Network):
+        raise NetworkError(
+            f"a {kind.__name__} is no network with exits; expected an impatient.Network. Give a "
+            "model exits with attach_exits(model, example=x), or derive your own class from "
+            "impatient.Network."
+        )
+    own = [
+        name
+        for part in kind.__mro__[: kind.__mro__.index(Network)]
+        for name in vars(part)
+        if not name.startswith("_") and not hasattr(Network, name)
+    ]
+    for required in ("num_exits", "exits"):
+        if getattr(kind, required) is getattr(Network, required):
+            near = difflib.get_close_matches(required, own, cutoff=0.5)
+            raise NetworkError(
+                f"{kind.__name__} lacks {required!r}; it has {', '.join(own) or 'nothing public'}"
+                + (f" (did you mean {near[0]!r} to be it?)" if near else "")
+                + ". A network gives num_exits and exits(x); see impatient.Network."
+            )
+    if inspect.isgeneratorfunction(kind.exits):
+        raise NetworkError(
+            f"{kind.__name__}.exits is a generator function; expected a function that returns a "
+            "Run. Rename it, and return impatient.Run(generator) from exits."
+        )
+    asked = [name for name in vars(Network) if not name.startswith("_")]
+    for name in own:
+        # so near that heads are not taken for threads
+        near = difflib.get_close_matches(name, asked, n=1, cutoff=0.85)
+        if near:
+            raise NetworkError(
+                f"{kind.__name__} has {name!r}, which nobody asks for; did you mean {near[0]!r}? "
+                "Rename it, or begin it with an underscore if it is your own."
+            )
+
+
+def stage_traffic(network: Network, x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Count the bytes that stages and heads read and write, by one run in eval mode.
+
+    Counted as in `count_traffic`. Weights are read once per run, so that of a batch of n samples a
+    sample's share is smaller.
+
+    Returns:
+        Bytes of each stage and of each head, for the whole of `x`; use one sample.
+    Raises:
+        ExitNotReached: if the example does not come to every exit.
+    """
+    counter = TrafficCounter()
+    stages = []
+    heads = []
+    with (
+        evaluating(network),
+        torch.no_grad(),
+        without_fused_attention(),
+        counter,
+        network.exits(x) as run,
+    ):
+        for exit in run:
+            if exit.index == network.num_exits - 1:
+                exit.output()
+            stages.append(counter.take())
+            exit.output()
+            heads.append(counter.take())
+    _check_reached(len(stages), network.num_exits)
+    return tuple(stages), tuple(heads)
+
+
+def _check_reached(reached: int, num_exits: int) -> None:
+    if reached != num_exits:
+        raise ExitNotReached(f"the example came to {reached} of {num_exits} exits; expected all.")
+
+
+def _head_name(index: int, heads: Sequence[nn.Module], num_exits: int) -> str:
+    if index == num_exits - 1:
+        return "(the backbone's own)"
+    return module_name(heads[index]) if index < len(heads) else "(its own)"

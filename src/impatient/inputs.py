@@ -1,0 +1,115 @@
+"""Calling a model, walking through an input, and what surrounds a call: modes and devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from impatient.errors import NetworkError
+
+
+def call_model(model: Callable[..., Any], x: Any) -> Any:
+    """Call a model on one input.
+
+    A mapping is passed as keywords, a tuple or list as positions, anything else as it is.
+    """
+    if isinstance(x, Mapping):
+        return model(**x)
+    if isinstance(x, (tuple, list)):
+        return model(*x)
+    return model(x)
+
+
+def first_tensor(value: Any) -> Tensor:
+    """Return a value itself, or the first tensor in a tuple, list, mapping or dataclass.
+
+    Raises:
+        NetworkError: if there is none.
+    """
+    if isinstance(value, Tensor):
+        return value
+    for entry in _entries(value):
+        if isinstance(entry, Tensor):
+            return entry
+    raise NetworkError(
+        f"a module at a cut returned {type(value).__name__} without a tensor in it; expected a "
+        "tensor, or a tuple, list, mapping or dataclass that holds one. Cut somewhere else."
+    )
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, (tuple, list)):
+        return value
+    if is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return ()
+
+
+def batch_size_of(x: Any) -> int:
+    """Number of samples in an input of any accepted kind."""
+    return int(first_tensor(x).shape[0])
+
+
+def output_tensor(value: Any) -> Tensor:
+    """Return a model's output as one tensor: itself, its `logits`, or the first tensor in it."""
+    if isinstance(value, Mapping):
+        logits = value.get("logits")
+    else:
+        logits = value.logits if hasattr(value, "logits") else None
+    return logits if isinstance(logits, Tensor) else first_tensor(value)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Change every tensor of an input; its structure, named tuples included, stays as it is.
+
+    A mapping of a kind that torch does not know becomes a dict.
+    """
+
+    def changed(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        return map_tensors(change, dict(leaf)) if isinstance(leaf, Mapping) else leaf
+
+    return tree_map(changed, x)
+
+
+def map_samples(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Change every tensor of an input that has one row per sample; the others stay as they are."""
+    count = batch_size_of(x)
+    return map_tensors(
+        lambda value: change(value) if value.dim() and value.shape[0] == count else value, x
+    )
+
+
+def resized(x: Any, batch_size: int) -> Any:
+    """Make an input of another batch size: the first sample, repeated."""
+    return map_samples(lambda value: value[:1].expand(batch_size, *value.shape[1:]).contiguous(), x)
+
+
+class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
+    """Put a model in eval mode and, on leaving, every module back in the mode it was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modes = {module: module.training for module in model.modules()}
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self._modes.items():
+            module.training = mode
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; until then the time says nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
