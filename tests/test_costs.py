@@ -491,6 +491,26 @@ def test_noise_and_the_meter_survive_the_file(tmp_path):
     assert back.exit_free("bytes") == 1000
 
 
+def test_the_backbone_takes_what_its_stages_take_unless_more_is_known():
+    costs = made(exit_free_macs=None, exit_free_bytes=None, exit_free_energy_j=None)
+    for cost in ("macs", "bytes", "energy"):
+        assert costs.exit_free(cost) == sum(costs.parts(cost)[0])
+    assert made(exit_free_macs=3).exit_free("macs") == 3.0
+
+
+def test_minus_one_for_what_is_not_known_is_read_in_files_of_version_0_1_0(tmp_path):
+    unknown = {"stage_bytes": None, "head_bytes": None, "stage_energy_j": None}
+    costs = made(**unknown, head_energy_j=None, exit_free_bytes=None, exit_free_energy_j=None)
+    value = json.loads(json.dumps(to_plain(costs)))
+    del value["schema"]
+    value["provenance"]["schema"] = 1
+    value |= {"kind": "cost_profile", "exit_free_bytes": -1, "exit_free_energy_j": -1.0}
+    write_json(tmp_path / "costs.json", value)
+    back = CostProfile.load(tmp_path / "costs.json")
+    assert (back.exit_free_bytes, back.exit_free_energy_j) == (None, None)
+    assert back == costs
+
+
 def test_a_file_from_before_bytes_energy_and_noise_still_loads():
     value = json.loads(json.dumps(to_plain(made())))
     new = (

@@ -233,9 +233,8 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             made before they were.
         stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not
             measured.
-        exit_free_macs, exit_free_bytes: of the untouched backbone; by default the sum of the
-            stages.
-        exit_free_energy_j: likewise.
+        exit_free_macs, exit_free_bytes, exit_free_energy_j: of the untouched backbone; None where
+            it takes what its stages take together.
         energy_meter: what measured the joules, in words.
         provenance: machine, versions, network structure.
     """
@@ -250,20 +249,13 @@ class CostProfile(Stored, made_by="`impatient profile`"):
     head_bytes: tuple[int, ...] | None = None
     stage_energy_j: tuple[float, ...] | None = None
     head_energy_j: tuple[float, ...] | None = None
-    exit_free_macs: int = -1
-    exit_free_bytes: int = -1
-    exit_free_energy_j: float = -1.0
+    exit_free_macs: int | None = None
+    exit_free_bytes: int | None = None
+    exit_free_energy_j: float | None = None
     energy_meter: str | None = None
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        for name, stages in (
-            ("macs", self.stage_macs),
-            ("bytes", self.stage_bytes),
-            ("energy_j", self.stage_energy_j),
-        ):
-            if getattr(self, f"exit_free_{name}") < 0 and stages is not None:
-                object.__setattr__(self, f"exit_free_{name}", sum(stages))
         if not self.exits or not self.batches:
             raise CostError(
                 "a cost profile needs at least one exit and one batch size. Make one with "
@@ -383,14 +375,13 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         if cost == "time":
             return self.at(batch_size).exit_free.of_statistic(statistic)
         # raises where there is none
-        self.parts(cost)
-        return float(
-            {
-                "macs": self.exit_free_macs,
-                "bytes": self.exit_free_bytes,
-                "energy": self.exit_free_energy_j,
-            }[cost]
-        )
+        stages, _ = self.parts(cost)
+        whole = {
+            "macs": self.exit_free_macs,
+            "bytes": self.exit_free_bytes,
+            "energy": self.exit_free_energy_j,
+        }[cost]
+        return sum(stages) if whole is None else float(whole)
 
     def cumulative_s(
         self,

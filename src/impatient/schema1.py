@@ -51,6 +51,14 @@ def _thresholds(tree: Tree, _: Tensors) -> Tree:
     return {"cost": saved} | tree
 
 
+def _cost_profile(tree: Tree, _: Tensors) -> Tree:
+    # which stood for "not known"
+    return {
+        name: None if name.startswith("exit_free_") and entry == -1 else entry
+        for name, entry in tree.items()
+    }
+
+
 def _certificate(tree: Tree, _: Tensors) -> Tree:
     return {name: entry for name, entry in tree.items() if name != "statement"}
 
@@ -101,6 +109,7 @@ _NAMES = {"cheap": "fast", "dear": "slow", "fast": "fast", "slow": "slow"}
 _UPGRADES = {
     "recording": _recording,
     "threshold_policy": _thresholds,
+    "cost_profile": _cost_profile,
     "certificate": _certificate,
     "gate_policy": _gates,
     "selection_policy": _selection,

@@ -33,7 +33,7 @@ def with_joules(run_dir: Path) -> None:
         "stage_energy_j": (0.001,) * costs.num_exits,
         "head_energy_j": (0.0001,) * costs.num_exits,
     }
-    dataclasses.replace(costs, exit_free_energy_j=-1.0, **joules).save(file)
+    dataclasses.replace(costs, exit_free_energy_j=None, **joules).save(file)
 
 
 # --- profiles -------------------------------------------------------------------------------------

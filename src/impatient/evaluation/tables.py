@@ -318,7 +318,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
                 )
             )
     mean = _three_digits(batch.exit_free.mean)
-    total = count(costs.exit_free_macs)
+    total = count(costs.exit_free("macs"))
     size = f"{sum(costs.stage_parameters):,}"
     rows.append(("untouched backbone", *_times(batch.exit_free), total, size, mean, mean))
     source = costs.provenance
