@@ -12,7 +12,7 @@ from impatient import Recipe, load_data
 from impatient.evaluation import Evaluation
 from impatient.files import read_json, write_tensors
 from impatient.networks import Cascade
-from impatient.policies import GatePolicy, SelectionPolicy
+from impatient.policies import GatePolicy, MixedPolicy, SelectionPolicy, fit_gates
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.train import TrainOptions, train
 
@@ -139,6 +139,29 @@ def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: P
     assert {"loss-30-logistic-features", "loss-30-logistic-confidences"} <= names
     code, text = call("fit", folder, "--mean-mmacs", "1", "--learner", "logistic")
     assert (code, "--mean-ms or --max-loss" in text) == (1, True)
+
+
+def test_a_mixture_in_a_run_directory_goes_through_every_verb(
+    call: Call, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    run = RunDirectory(folder)
+    thresholds = run.policy("loss-2")
+    costs = run.profile(any_machine=True)
+    gates = fit_gates(run.recording("validation"), costs, max_accuracy_loss=0.5)
+    run.save_policy("mixed", MixedPolicy(fast=gates, slow=thresholds, share=0.5))
+    code, text = call("evaluate", folder)
+    assert (code, "mixed" in text) == (0, True), text
+    code, text = call("report", folder)
+    assert code == 0, text
+    assert "50% follow the slower policy" in (folder / "report.html").read_text()
+    image = tmp_path / "digit.npy"
+    np.save(image, load_data("digits").examples("test").take([0])[0].numpy())
+    code, text = call("run", folder, image, "--policy", "mixed")
+    assert code == 0, text
+    code, text = call("export", folder, "--policy", "mixed")
+    assert (code, "an exported network takes thresholds" in text) == (1, True)
 
 
 def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
