@@ -249,6 +249,7 @@ def test_the_ends_of_the_price_are_the_whole_network_and_the_first_exit(inputs):
     assert cheap.target["mean_cost"] == pytest.approx(1.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
 @pytest.mark.parametrize(
     "target", [{"mean_time_s": 1.6}, {"mean_time_s": 3.0}, {"max_accuracy_loss": 0.02}]
@@ -268,6 +269,7 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, inputs):
         assert policy.target["mean_cost"] < 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["full", "none", "downstream"])
 def test_gates_beat_rules_that_see_less_on_fresh_data(reference):
     known = drawn(3000, seed=4)

@@ -104,6 +104,7 @@ def test_the_table_meets_every_pair_that_makes_sense() -> None:
     assert len(PAIRS) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", PAIRS, ids=named)
 def test_the_loss_falls_and_every_exit_that_weighs_learns(setting: dict[str, Any]) -> None:
     network = built(setting, dropout=0.0)
@@ -156,6 +157,7 @@ def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
         assert torch.equal(one, other), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", PAIRS, ids=named)
 def test_what_was_trained_together_answers_the_same_exit_by_exit(setting: dict[str, Any]) -> None:
     network = built(setting)
