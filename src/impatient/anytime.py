@@ -1,6 +1,6 @@
 """What a network with exits, a run of it and an exit are: all that is asked of them, with defaults.
 
-Derive from `Network` to write a network of your own; docs/models.md shows one.
+Derive from `Network` to write a network of your own; docs/how-to/own-network.md shows one.
 """
 
 from __future__ import annotations
