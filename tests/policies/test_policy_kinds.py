@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import blocks
 import impatient
 from impatient import CostProfile, Recording, Runner, evaluate
 from impatient.errors import PolicyError
@@ -252,11 +253,8 @@ def test_a_mixture_of_two_selections_is_judged_and_run_on_its_cascade() -> None:
 
 
 def test_what_a_selection_needs_is_a_cascade() -> None:
-    class Plain(nn.Module):
-        num_exits = 4
-
-    with pytest.raises(PolicyError, match="cannot run a Plain; expected a Cascade"):
-        Runner(Plain(), COSTS, selection(), any_profile=True)  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="cannot run a MultiExitNetwork; expected a Cascade"):
+        Runner(blocks.NETWORK, COSTS, selection(), any_profile=True)
 
 
 # --- a policy of one's own ------------------------------------------------------------------------
