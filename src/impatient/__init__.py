@@ -1,6 +1,4 @@
-"""Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer by
-the deadline.
-"""
+"""Make any PyTorch network answer by a deadline, and better as time allows."""
 
 import typing
 

@@ -1,4 +1,4 @@
-"""What a network with exits, a run of it and an exit are: all that is asked of them, with defaults.
+"""What a network with exits, a run of it and an exit are, with all defaults.
 
 Derive from `Network` to write a network of your own; docs/how-to/own-network.md shows one.
 """

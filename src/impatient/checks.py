@@ -1,4 +1,4 @@
-"""Checks of single values; each raises the error it is given, with name, value and expectation.
+"""Check single values, and raise the error that the caller names.
 
 positive(TrainingError, lr=lr, temperature=temperature)
 """

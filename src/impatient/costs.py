@@ -1,5 +1,4 @@
-"""What every stage and every head costs, measured on one device, and the two cumulative costs that
-follow.
+"""What every stage and head costs on one device, and what follows for exits.
 
 An answer from exit k costs the stages up to k and
 

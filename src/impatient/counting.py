@@ -1,4 +1,4 @@
-"""Counting what stages and heads are made of: multiply-accumulates, bytes and parameters."""
+"""Count multiply-accumulates, bytes and parameters of stages and heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calling a model, walking through an input, and what surrounds a call: modes and devices."""
+"""Call a model, and walk through its input, in any form."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where a file comes from: enough to tell whether it still belongs to the model, data and machine
-at hand.
-"""
+"""Where a file comes from, and whether it still belongs to what is at hand."""
 
 from __future__ import annotations
 

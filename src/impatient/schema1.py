@@ -1,4 +1,4 @@
-"""Files of version 0.1.0, rewritten in memory as this version would have written them.
+"""Rewrite files of version 0.1.0 in memory as this version writes them.
 
 They differ in where tensors are named, in a few entries, and in saying their schema inside of the
 provenance. To be deleted when nobody has such files any more.

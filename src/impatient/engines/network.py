@@ -1,4 +1,4 @@
-"""Networks that an engine runs: the same exits, in torch tensors, whatever computes the stages.
+"""Networks whose stages an engine computes, with the same exits.
 
 An `EngineNetwork` is made of a wiring and of callables, so that an engine is what it calls:
 exported graphs as they are (`exported`, the reference), compiled by torch (`compiled`), packages of

@@ -1,6 +1,4 @@
-"""Recordings of what a network would say if its exits answered together, made from what they said
-alone.
-"""
+"""Make the recording of exits that answer together from one of them alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good every exit and every policy is, next to the network without exits and to oracles."""
+"""Judge every exit and policy beside networks without exits and an oracle."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Two recordings of one split side by side: what an engine, or 8 bits, does to the answers of every
-exit.
-"""
+"""Compare two recordings of one split, such as those of two engines."""
 
 from __future__ import annotations
 

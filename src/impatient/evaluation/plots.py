@@ -1,5 +1,6 @@
-"""Figures of an evaluation and of a cost profile. Each function returns a `Figure`; nothing is
-shown and no state is kept.
+"""Draw figures of an evaluation and of a cost profile.
+
+Each function returns a `Figure`; nothing is shown, and no state is kept.
 """
 
 from __future__ import annotations

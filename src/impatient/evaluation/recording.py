@@ -1,6 +1,4 @@
-"""Recordings: the outputs of all exits on one named split, so that policies are fitted and judged
-without the network.
-"""
+"""Record the outputs of all exits on one named split."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""One page about one network: self-contained HTML with the figures, the tables and what they were
-made from.
-"""
+"""Write one self-contained page about one network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables as data: made once, shown by the terminal and by the report; times in milliseconds."""
+"""Tables as data, shown by the terminal and by the report alike."""
 
 from __future__ import annotations
 

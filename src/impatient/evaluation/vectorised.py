@@ -1,5 +1,6 @@
-"""Thousands of budgets or policies on one recording: the numbers of `evaluate`, without its
-intervals, in under a second.
+"""Judge thousands of policies or budgets on one recording at once.
+
+The numbers are those of `evaluate`, without its intervals.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Written, but not proven on its hardware or its worth: nothing above imports it."""
+"""Written, but not proven on its hardware, or not worth its price yet."""

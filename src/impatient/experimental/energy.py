@@ -1,4 +1,4 @@
-"""Meters of joules: RAPL through Linux's powercap, GPUs and systems on a chip through zeus.
+"""Measure joules of processors, GPUs and systems on a chip.
 
 Status: tested on a made-up powercap tree and a stand-in for zeus 0.16. Never run on a real counter:
 no machine we had shows one.

@@ -1,4 +1,4 @@
-"""Every stage and head recorded once per batch size as a CUDA graph, and replayed.
+"""Record every stage and head as a CUDA graph, and replay it.
 
 Status: tested with a recorder that re-runs the stage on the CPU in the same memory; the tests
 marked `gpu` and benchmarks/gpu/running.py wait for a device. Never run on a GPU, so neither its

@@ -1,4 +1,4 @@
-"""Run an ensemble of growing depth on M workers, which take networks from one queue.
+"""Run an ensemble of growing depth on several workers.
 
 Status: tested on a fake clock and on threads of a CPU; timed on 2 cores (benchmarks/workers.py).
 Not proven: more than 2 cores, a GPU, and that it is ever worth more than threads within operators.

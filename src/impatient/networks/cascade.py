@@ -1,6 +1,4 @@
-"""Cascades: networks that were made apart, run as one anytime network; a router may say which comes
-next, sample by sample.
-"""
+"""Run networks that were made apart as one, each sample on its own way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network whose exits answer together: each output is an ensemble of those up to it."""
+"""A network whose exits answer together: ensembles of the exits so far."""
 
 from __future__ import annotations
 

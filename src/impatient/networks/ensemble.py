@@ -1,4 +1,4 @@
-"""EANN: networks of exponentially growing depth, one after the other, as one anytime network."""
+"""Run networks of growing depth one after the other as one network (EANN)."""
 
 from __future__ import annotations
 

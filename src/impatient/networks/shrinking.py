@@ -1,5 +1,4 @@
-"""Whether a staged run may go on with some samples of its batch: tried out, since nobody can see
-what crosses a cut.
+"""Try out whether a run can go on with some samples of its batch.
 
 The reduced features take the place of the old ones; an attention mask, a skip connection or a shape
 that the model took from its input do not. So a batch of made-up samples is run twice, whole and

@@ -1,4 +1,4 @@
-"""Cutting a model nobody rewrote: its untouched forward pauses in a hook at every cut.
+"""Pause a model's untouched forward in a hook at every cut.
 
 The forward runs in a greenlet. Nothing of the model is copied, traced or replaced. A paused run can
 be resumed or thrown away; it must stay on the thread that started it. A pause could leak three

@@ -1,6 +1,4 @@
-"""When to stop, or which network comes next: scores, rules, learned policies and their fitting, on
-recordings alone.
-"""
+"""Decide when to stop, or which network comes next, from recordings alone."""
 
 from impatient.policies import bounds, scores
 from impatient.policies.calibration import fit_temperatures

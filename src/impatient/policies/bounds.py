@@ -1,5 +1,4 @@
-"""Bounds on mean losses and tests of them: pure functions on losses of candidates, from safe to
-bold, over samples.
+"""Bounds on mean losses, and tests of them, from safe to bold candidates.
 
 `impatient.policies.risk` is what they are for. All work on leading dimensions, so that a thousand
 splits are one call.

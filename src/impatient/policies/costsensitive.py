@@ -1,5 +1,4 @@
-"""Cost-sensitive learning: choose one of a few actions from features, when every wrong choice has
-its own price.
+"""Learn to choose an action where every wrong choice has its own price.
 
 A choice between two actions is an importance-weighted binary problem: the label is the cheaper
 action, the weight what the dearer one costs more. More actions are a filter tree of such problems,

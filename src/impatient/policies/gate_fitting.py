@@ -1,6 +1,4 @@
-"""Fitting gates: the recursion from the deepest exit to the shallowest, sweeps over prices of time,
-and targets.
-"""
+"""Fit gates from the deepest exit to the shallowest, to a price or target."""
 
 from __future__ import annotations
 

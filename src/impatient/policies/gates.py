@@ -1,5 +1,4 @@
-"""Gates: a learned rule per early exit that says, sample by sample, whether going on is worth its
-time.
+"""Gates: learned rules, one per exit, that say whether going on is worth it.
 
 Each gate is an importance-weighted binary problem, solved from the deepest exit to the shallowest
 with the later gates fixed.

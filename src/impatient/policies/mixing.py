@@ -1,4 +1,4 @@
-"""Two policies mixed at random: any mean time between theirs, on the line between their accuracies."""
+"""Mix two policies at random, for any mean time between theirs."""
 
 from __future__ import annotations
 

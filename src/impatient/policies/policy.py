@@ -1,4 +1,4 @@
-"""What a policy is: everything that evaluation, report, run directory and runner ask of one.
+"""What a policy is: all that the rest of the library asks of one.
 
 A new kind of policy derives from `Policy`, says what it does at an exit, and is at once evaluated,
 reported, saved and run like any other. To write one of your own, define `num_exits`, `looks_at` and

@@ -1,5 +1,4 @@
-"""Guarantees: the boldest of some candidate policies that a calibration split shows to lose little
-against the full network.
+"""Policies with a guarantee of how little they lose against the full network.
 
     fit, calibration = split_recording(validation)
     candidates = scaled_family(fit_thresholds(fit, costs, max_accuracy_loss=0.01))

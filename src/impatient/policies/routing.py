@@ -1,5 +1,4 @@
-"""Policies that say which of several networks a sample runs next, and what recorded samples do
-under them.
+"""Policies that say which of several networks a sample runs next.
 
 A recording of several networks has one "exit" per node: the outputs of network k alone, on the same
 samples, in the order of the topology's nodes; the last node is the full network, which accuracy

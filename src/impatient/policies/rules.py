@@ -1,4 +1,4 @@
-"""When to stop: pure rules from what has been computed so far, and thresholds fitted to a target.
+"""Thresholds on how sure an output is, and fitting them to a target.
 
 One raw threshold per exit. A common threshold, or one on calibrated probabilities, costs more for
 the same accuracy, since calibration hardly re-ranks the samples of one exit but exits differ in

@@ -1,4 +1,4 @@
-"""Scores: how sure an output is, from the output alone; higher is surer, 1 is certain."""
+"""Say how sure an output is: higher is surer, 1 is certain."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Learned selection among networks: decisions on a graph, fitted from its ends back to its source
-(`routing` runs them).
-"""
+"""Fit policies that choose among networks, from a graph's ends to its source."""
 
 from __future__ import annotations
 

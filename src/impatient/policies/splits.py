@@ -1,6 +1,4 @@
-"""Parts of a split: one to fit policies on, one to calibrate guarantees on; and which splits share
-samples.
-"""
+"""Divide a split into parts, and tell which splits share samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moves allowed between networks: a graph without cycles, in which one network comes first."""
+"""Which network may follow which: a graph without cycles, with one source."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""When to take the finished samples out of a batch: where the stages ahead save more time than
-copying the others costs.
+"""Decide when taking finished samples out of a batch saves time.
+
+It does where the stages ahead save more time than copying the other samples costs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Interruptible runs: a worker posts the answer of every exit, and whoever started the run takes
-the latest one.
-"""
+"""Runs on a thread of their own, whose latest answer is there at any time."""
 
 from __future__ import annotations
 

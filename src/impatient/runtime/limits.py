@@ -1,4 +1,4 @@
-"""Limits other than time: multiply-accumulates, bytes and joules that a run may spend."""
+"""Limits other than time: multiply-accumulates, bytes and joules of a run."""
 
 from __future__ import annotations
 

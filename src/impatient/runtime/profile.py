@@ -1,4 +1,7 @@
-"""Measuring what stages and heads cost, on this machine, interleaved with the untouched backbone."""
+"""Measure what stages and heads cost on this machine, in turn.
+
+The untouched backbone runs in turn with them, so that a change of the machine meets both alike.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run through a network, exit by exit: what contract and interruptible runs have in common."""
+"""One run, exit by exit: what contract and interruptible runs share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running against the clock: contract runs, interruptible runs, and policies in both.
+"""Run a network by a deadline: contract runs, and starting interruptible ones.
 
 A **contract** run knows its deadline: it goes on to the next exit only if a high quantile of what
 that costs still fits, and skips the heads that will not be the answer. An **interruptible** run

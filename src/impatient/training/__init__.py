@@ -1,4 +1,4 @@
-"""Train networks with exits: data, exit weights, losses, schedules and the loop."""
+"""Train networks with exits: data, exit weights, losses, and the loop."""
 
 from impatient.recipe import Recipe
 from impatient.training import balancing, losses, schedules, weights

@@ -1,1 +1,1 @@
-"""What the command line can do, a file per verb: options, the work, and the tables it prints."""
+"""What the command line can do, a file per verb."""

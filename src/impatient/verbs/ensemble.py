@@ -1,4 +1,4 @@
-"""Make one network of several trained ones, or let the exits of one answer together."""
+"""Make one network of several, or let the exits of one answer together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notes on what a verb does: the log of "impatient", which the command line prints."""
+"""Say what a verb does, in the log that the command line prints."""
 
 from __future__ import annotations
 

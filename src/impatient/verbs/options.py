@@ -1,4 +1,4 @@
-"""What options of several verbs have in common: units, bounds, lists and shared options."""
+"""What the options of several verbs share: units, bounds and lists."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A run directory: everything about one network, each file with its provenance, each written whole
-or not at all.
+"""The files of one run, and whether they are fresh.
 
 network.json              model spec, cuts, heads, classes, preprocessing, data spec
 weights.safetensors       of the network with exits
