@@ -566,7 +566,7 @@ def test_a_saved_mixture_decides_as_before(sweep, tmp_path):
 
 
 def test_mixtures_that_make_no_sense_are_refused():
-    with pytest.raises(PolicyError, match="probability"):
+    with pytest.raises(PolicyError, match="a share from 0 to 1"):
         MixedPolicy(fast=always(0, 2), slow=always(1, 2), share=1.5)
     with pytest.raises(PolicyError, match="2 and 3 exits"):
         MixedPolicy(fast=always(0, 2), slow=always(1, 3), share=0.5)

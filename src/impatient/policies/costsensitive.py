@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import PolicyError
 
 Learner = Literal["logistic", "svm", "mlp", "boosting"]
@@ -168,12 +169,8 @@ def fit_decision(
         >>> decision.choose(torch.tensor([[-0.5], [0.5]])).tolist()
         [0, 1]
     """
-    if learner not in get_args(Learner) or method not in get_args(Method):
-        raise PolicyError(
-            f"learner={learner!r}, method={method!r}; expected one of "
-            f"{', '.join(get_args(Learner))}, and one of "
-            f"{', '.join(get_args(Method))}."
-        )
+    checks.one_of(PolicyError, Learner, learner=learner)
+    checks.one_of(PolicyError, Method, method=method)
     price = costs.detach().cpu().double().numpy()
     counts = np.ones(len(price)) if weights is None else weights.detach().cpu().double().numpy()
     given = features.values if isinstance(features, Standardised) else features

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Standardised, fit_decision
@@ -291,8 +292,7 @@ class _Problem:
             raise PolicyError(
                 f"the recording has {count} exits, the cost profile {costs.num_exits}."
             )
-        if inputs not in get_args(Inputs):
-            raise PolicyError(f"inputs={inputs!r}; expected one of {', '.join(get_args(Inputs))}.")
+        checks.one_of(PolicyError, Inputs, inputs=inputs)
         self.recording = recording
         self.costs = costs
         self.options = (statistic, batch_size)

@@ -20,12 +20,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import PolicyError
@@ -100,10 +101,7 @@ class GatePolicy(Policy):
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        if self.inputs not in get_args(Inputs):
-            raise PolicyError(
-                f"inputs={self.inputs!r}; expected one of {', '.join(get_args(Inputs))}."
-            )
+        checks.one_of(PolicyError, Inputs, inputs=self.inputs)
         if any(gate is not None and gate.num_actions != 2 for gate in self.gates):
             raise PolicyError(
                 "a gate chooses between 2 actions, stop and go on; fit it with costs of shape [N, "

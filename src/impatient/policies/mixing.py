@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import Cost, CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
@@ -160,8 +161,7 @@ class MixedPolicy(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise PolicyError(f"share={self.share}; expected a probability.")
+        checks.share(PolicyError, share=self.share)
         if self.fast.num_exits != self.slow.num_exits:
             raise PolicyError(
                 f"policies for {self.fast.num_exits} and {self.slow.num_exits} exits cannot be "

@@ -20,13 +20,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import Cost, CostProfile
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.bounds import (
@@ -393,9 +394,8 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
 
 
 def _check_names(method: str, loss: str) -> None:
-    for what, name, known in (("method", method, get_args(Method)), ("loss", loss, get_args(Loss))):
-        if name not in known:
-            raise PolicyError(f"unknown {what} {name!r}; expected one of {', '.join(known)}.")
+    checks.one_of(PolicyError, Method, method=method)
+    checks.one_of(PolicyError, Loss, loss=loss)
 
 
 def _check_fitted_elsewhere(index: int, policy: Policy, recording: Recorded) -> None:

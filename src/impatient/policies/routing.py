@@ -12,12 +12,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision
@@ -124,10 +125,7 @@ class SelectionPolicy(Policy):
 
     def __post_init__(self) -> None:
         check_costs(self.node_s, self.topology, self.gate_s)
-        if self.inputs not in get_args(Inputs):
-            raise PolicyError(
-                f"inputs={self.inputs!r}; expected one of {', '.join(get_args(Inputs))}."
-            )
+        checks.one_of(PolicyError, Inputs, inputs=self.inputs)
         if len(self.moves) != len(self.topology.nodes) or not self.moves[self.topology.source]:
             raise PolicyError(
                 f"moves {self.moves}; expected a row per node, and some moves at node "
@@ -331,5 +329,4 @@ def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> N
             f"node_s={tuple(node_s)}; expected positive finite seconds of each of "
             f"{len(topology.nodes)} networks."
         )
-    if not (math.isfinite(gate_s) and gate_s >= 0):
-        raise PolicyError(f"gate_s={gate_s}; expected finite seconds, not negative.")
+    checks.not_negative(PolicyError, gate_s=gate_s)

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.policy import Description, Policy, Recorded
@@ -50,8 +51,7 @@ class ThresholdPolicy(Policy):
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise PolicyError(f"unknown score {self.score!r}; expected one of {', '.join(SCORES)}.")
+        checks.one_of(PolicyError, SCORES, score=self.score)
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
         if self.thresholds[-1] != -math.inf:

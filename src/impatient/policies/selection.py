@@ -8,13 +8,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack, get_args
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
@@ -264,8 +265,7 @@ class _Problem:
                 f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}."
             )
         check_costs(node_s, topology, gate_s)
-        if sweeps < 0:
-            raise PolicyError(f"sweeps={sweeps}; expected how often to fit again, 0 or more.")
+        checks.at_least(PolicyError, 0, sweeps=sweeps)
         self.blank = SelectionPolicy(
             topology=topology,
             moves=((STOP,),) * self.count,
@@ -462,8 +462,5 @@ def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Floa
         >>> reference_losses(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]), "full").tolist()
         [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
-    if reference not in get_args(Reference):
-        raise PolicyError(
-            f"reference={reference!r}; expected one of {', '.join(get_args(Reference))}."
-        )
+    checks.one_of(PolicyError, Reference, reference=reference)
     return losses if reference == "none" else (losses - losses[-1]).clamp(min=0.0)
