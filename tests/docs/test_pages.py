@@ -2,6 +2,9 @@
 
 The blocks of a page run in order, in one folder and with one set of names. How-to guides go on
 from where the tutorial ends: they find its run directory and its names.
+
+pytest-examples, mktestdocs and sybil run neither commands in this process nor one page after
+another, so the loop is our own.
 """
 
 import copy
