@@ -200,7 +200,8 @@ class Cascade(Network):
     Source:
         Adaptive Neural Networks (Bolukbasi et al. 2017), network selection.
     Example:
-        >>> cascade = Cascade([nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))], ["small", "large"])
+        >>> large = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> cascade = Cascade([nn.Linear(4, 3), large], ["small", "large"])
         >>> with cascade.exits(torch.zeros(2, 4)) as run:
         ...     [(exit.index, exit.exits) for exit in run]
         [(0, (0, 0)), (1, (1, 1))]

@@ -75,7 +75,8 @@ class RunningEnsemble(Network):
     Example:
         >>> from impatient.networks import attach_exits
         >>> backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> network = RunningEnsemble(attach_exits(backbone, after=["0"], example=torch.zeros(1, 8)), "poe")
+        >>> exits = attach_exits(backbone, after=["0"], example=torch.zeros(1, 8))
+        >>> network = RunningEnsemble(exits, "poe")
         >>> with network.exits(torch.zeros(5, 8)) as run:
         ...     [tuple(exit.output().shape) for exit in run]
         [(5, 3), (5, 3)]

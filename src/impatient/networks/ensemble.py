@@ -36,7 +36,8 @@ def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, 
         running one's. We differ: the best finished network instead of the last, should a deeper one
         be the worse.
     Example:
-        >>> answering_exits([[0.5, 0.3], [0.4, 0.3, 0.2]])  # the first exit of the second network is no match for the first
+        >>> # the first exit of the second network is no match for the first
+        >>> answering_exits([[0.5, 0.3], [0.4, 0.3, 0.2]])
         (0, 1, 1, 3, 4)
     """
     table: list[int] = []
@@ -131,14 +132,17 @@ class EANN(Network):
         Anytime Neural Networks (Hu et al.), "EANN". We differ: see `answering_exits`.
     Example:
         >>> from impatient.networks import attach_exits
-        >>> small, large = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth))) for depth in (2, 4))
+        >>> small = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> large = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
         >>> x = torch.zeros(1, 4)
-        >>> networks = [attach_exits(small, after=["0"], example=x), attach_exits(large, after=["0", "2"], example=x)]
+        >>> networks = [attach_exits(small, after=["0"], example=x)]
+        >>> networks += [attach_exits(large, after=["0", "2"], example=x)]
         >>> network = EANN(networks, [[0.5, 0.3], [0.6, 0.25, 0.2]])
         >>> network.exit_names, network.switches
         (('0/0', '0/output', '1/0', '1/2', '1/output'), (0, 1))
         >>> outputs = network(x)
-        >>> outputs[2] is outputs[1]  # the large network's first exit leaves the answer to the small one's last
+        >>> # the large network's first exit leaves the answer to the small one's last
+        >>> outputs[2] is outputs[1]
         True
     """
 

@@ -216,7 +216,8 @@ def attach_exits(
         HeadError: if no head can be built for the features at a cut.
         NetworkError: if the backbone has exits already.
     Example:
-        >>> backbone = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)), nn.Linear(8, 3))
+        >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
+        >>> backbone = nn.Sequential(*blocks, nn.Linear(8, 3))
         >>> network = attach_exits(backbone, after=["0", "2"], example=torch.zeros(1, 8))
         >>> [tuple(output.shape) for output in network(torch.zeros(5, 8))]
         [(5, 3), (5, 3), (5, 3)]

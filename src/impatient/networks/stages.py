@@ -38,7 +38,7 @@ from impatient.inputs import call_model, first_tensor, output_tensor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A place after a module's n-th call in one forward pass (0 for modules that are called once)."""
+    """A place after a module's n-th call in one forward pass; 0 is the first call."""
 
     module: str
     call: int = 0

@@ -64,7 +64,8 @@ def stop_gain(
         both ends.
     Example:
         >>> one, zero = torch.ones(1), torch.zeros(1)
-        >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="full").item()  # the last exit errs here, too
+        >>> # the last exit errs here, too
+        >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="full").item()
         0.20000000298023224
         >>> stop_gain(one, zero, one, 2.0, time_price=0.1, reference="downstream").item()
         -0.800000011920929

@@ -347,7 +347,8 @@ def samples_needed(
     needs more.
 
     Example:
-        >>> samples_needed(epsilon=0.01, delta=0.05), samples_needed(epsilon=0.01, method="conformal_risk_control")
+        >>> bounded = samples_needed(epsilon=0.01, method="conformal_risk_control")
+        >>> samples_needed(epsilon=0.01, delta=0.05), bounded
         (299, 99)
     """
     check_levels(epsilon, delta)

@@ -128,7 +128,8 @@ def thresholds_for_shares(
     Source:
         MSDNet (Huang et al. 2018), budgeted batch classification.
     Example:
-        >>> thresholds_for_shares(torch.tensor([[0.9, 0.2, 0.7, 0.4], [0.5, 0.5, 0.5, 0.5]]), [0.5, 0.5])
+        >>> scores_KN = torch.tensor([[0.9, 0.2, 0.7, 0.4], [0.5, 0.5, 0.5, 0.5]])
+        >>> thresholds_for_shares(scores_KN, [0.5, 0.5])
         (0.699999988079071, -inf)
     """
     # samples that have not left yet

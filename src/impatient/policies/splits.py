@@ -62,11 +62,14 @@ def splits_overlap(first: str, second: str) -> bool:
     """Whether two splits of one data set may share samples, by their names.
 
     Example:
-        >>> splits_overlap("validation/fit(0.5,0)", "validation/calibration(0.5,0)"), splits_overlap("validation", "test")
+        >>> fitted = "validation/fit(0.5,0)"
+        >>> other = "validation/calibration(0.5,0)"
+        >>> splits_overlap(fitted, other), splits_overlap("validation", "test")
         (False, False)
         >>> splits_overlap("validation", "validation/fit(0.5,0)")  # a whole and its part
         True
-        >>> splits_overlap("validation/fit(0.5,0)", "validation/calibration(0.5,1)")  # of two divisions
+        >>> # of two divisions
+        >>> splits_overlap(fitted, "validation/calibration(0.5,1)")
         True
     """
     for depth, (one, other) in enumerate(zip(first.split("/"), second.split("/"), strict=False)):

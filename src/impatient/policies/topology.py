@@ -21,7 +21,8 @@ class Topology:
         nodes: names, in the order of the recording; the last is the full network.
         edges: allowed moves, as pairs of places in `nodes`.
     Example:
-        >>> Topology.of({"AlexNet": ["GoogLeNet", "ResNet"], "GoogLeNet": ["ResNet"], "ResNet": []}).edges
+        >>> names = {"AlexNet": ["GoogLeNet", "ResNet"], "GoogLeNet": ["ResNet"], "ResNet": []}
+        >>> Topology.of(names).edges
         ((0, 1), (0, 2), (1, 2))
     """
 
