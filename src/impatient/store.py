@@ -178,9 +178,10 @@ def from_plain(
     Raises:
         StorageError: if it is of another kind or version, or damaged.
     """
-    remedy = f"To make it anew, use {getattr(kind, 'made_by', Stored.made_by)}."
+    made_by = kind.made_by if issubclass(kind, Stored) else Stored.made_by
+    remedy = f"To make it anew, use {made_by}."
     tree: Any = dict(content)
-    schema = tree.pop("schema", 1 if _has_file(kind) else SCHEMA)
+    schema = tree.pop("schema", 1 if issubclass(kind, Stored) else SCHEMA)
     if schema not in (1, SCHEMA):
         raise StorageError(
             f"{where} has schema version {schema!r}; this version of impatient reads 1 and "
@@ -210,10 +211,6 @@ def _upgraded(tree: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Ten
 
 class Unfit(ValueError):
     """An entry is not what it should be; the message is about the entry alone."""
-
-
-def _has_file(kind: type) -> bool:
-    return issubclass(kind, Stored)
 
 
 def _name(kind: type) -> str:
@@ -256,7 +253,7 @@ def _in_words(error: BaseException, kind: type | None) -> str:
         return f"unknown entries {', '.join(sorted(error.extra_fields))}"
     if isinstance(error, Unfit) or kind is None:
         return str(error).rstrip(".")
-    return f"expected {getattr(kind, '__name__', kind)}, {error}"
+    return f"expected {kind}, {error}"
 
 
 # --- what an entry must be ------------------------------------------------------------------------

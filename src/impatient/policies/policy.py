@@ -332,8 +332,8 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
             PolicyError: if it cannot be exported.
         """
         raise PolicyError(
-            f"a {type(self).__name__} cannot be exported; an exported network takes thresholds: fit "
-            f"some with `impatient fit`, without --learner."
+            f"a {type(self).__name__} cannot be exported; an exported network takes thresholds: "
+            f"fit some with `impatient fit`, without --learner."
         )
 
     def _check_count(self, exits: int) -> None:
@@ -350,9 +350,9 @@ def check_policy(policy: object) -> None:
     """Raise PolicyError unless this is a policy.
 
     Example:
-        >>> check_policy(lambda exit, outputs: True)
+        >>> check_policy(len)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        impatient.errors.PolicyError: a function is no policy; expected a class derived from impatient.Policy that defines num_exits, looks_at and stops.
+        impatient.errors.PolicyError: a builtin_function_or_method is no policy; expected ...
     """
     if not isinstance(policy, Policy):
         raise PolicyError(
