@@ -29,7 +29,7 @@ from impatient.verbs import (
 )
 
 if TYPE_CHECKING:
-    from impatient.evaluation.tables import Table
+    from impatient.table import Table
 
 DESCRIPTION = (
     "Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer "

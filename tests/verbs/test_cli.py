@@ -356,13 +356,13 @@ def test_changed_data_is_noticed(
 
 
 STEPS = {
-    "train": "impatient.training.loop.fit",
-    "profile": "impatient.runtime.profile.profile",
-    "record": "impatient.evaluation.recording.record",
-    "fit": "impatient.policies.rules.fit_thresholds",
-    "evaluate": "impatient.evaluation.evaluate.evaluate",
-    "report": "impatient.evaluation.report.report_html",
-    "run": "impatient.runtime.runner.Runner",
+    "train": "impatient.fit",
+    "profile": "impatient.profile",
+    "record": "impatient.record",
+    "fit": "impatient.fit_thresholds",
+    "evaluate": "impatient.evaluate",
+    "report": "impatient.evaluation.report_html",
+    "run": "impatient.Runner",
 }
 
 

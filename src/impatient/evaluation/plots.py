@@ -22,8 +22,8 @@ from impatient.budgets import Budget
 from impatient.costs import CostProfile
 from impatient.errors import StorageError
 from impatient.evaluation.evaluate import Evaluation, Row
-from impatient.evaluation.tables import milliseconds, percent
 from impatient.files import written_whole
+from impatient.table import milliseconds, percent
 
 # Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on
 # white and on black

@@ -27,22 +27,18 @@ from impatient.evaluation.plots import (
 )
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.tables import (
-    Cell,
-    Column,
-    Table,
     amount,
     budgets_table,
     costs_table,
     engine_table,
     evaluation_table,
     interval,
-    milliseconds,
-    percent,
     real_times_table,
 )
 from impatient.policies.policy import Policy
 from impatient.policies.scores import SCORES
 from impatient.provenance import Provenance, fingerprint_bytes
+from impatient.table import Cell, Column, Table, milliseconds, percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

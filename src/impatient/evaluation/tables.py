@@ -1,98 +1,16 @@
-"""Tables as data, shown by the terminal and by the report alike."""
+"""Tables of an evaluation and of costs, as data; times in milliseconds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile, Noise, Quantiles
 from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.metrics import Estimate
 from impatient.evaluation.paired import PairedComparison
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A cell that is more than a text.
-
-    Attributes:
-        text: What is shown.
-        detail: What stands beside it, smaller.
-        strong: Whether it stands out.
-    """
-
-    text: str
-    detail: str = ""
-    strong: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column that is shown in one place only, since the other has no room for it or a figure."""
-
-    title: str
-    only: Literal["terminal", "page"]
-
-
-Row = Sequence[str | Cell]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """What a table says; how it looks is decided where it is shown.
-
-    Attributes:
-        title: What the table is about.
-        columns: Titles of the columns.
-        rows: A cell for each column.
-        left: How many columns are aligned to the left.
-        kinds: What each row is, such as "policy"; empty if all are alike.
-    """
-
-    title: str
-    columns: Sequence[str | Cell | Column]
-    rows: Sequence[Row]
-    left: int = 1
-    kinds: Sequence[str] = ()
-
-    def shown_in(self, place: Literal["terminal", "page"]) -> Table:
-        """Give the table without the columns that are only for another place."""
-        kept = [
-            index
-            for index, column in enumerate(self.columns)
-            if not isinstance(column, Column) or column.only == place
-        ]
-        titles = [self.columns[index] for index in kept]
-        return Table(
-            title=self.title,
-            columns=[title.title if isinstance(title, Column) else title for title in titles],
-            rows=[[row[index] for index in kept] for row in self.rows],
-            left=self.left,
-            kinds=self.kinds,
-        )
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """Write a share for people; its unit stays on the same line."""
-    return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def milliseconds(seconds: float) -> str:
-    """Write a time for people: three digits, with its unit."""
-    return f"{_three_digits(seconds)}\N{NO-BREAK SPACE}ms"
-
-
-def _three_digits(seconds: float) -> str:
-    number = seconds * 1e3
-    return f"{number:#.3g}".rstrip(".") if number < 1e3 else f"{number:.0f}"
-
-
-def in_ms(seconds: float) -> str:
-    """Write a time in milliseconds for a column that names the unit."""
-    return f"{seconds * 1e3:.3f}"
+from impatient.table import Cell, Column, Row, Table, milliseconds, percent, three_digits
 
 
 def interval(estimate: Estimate, digits: int = 1) -> str:
@@ -162,8 +80,8 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
                 percent(row.accuracy.value),
                 interval(row.accuracy),
                 percent(row.p_true.value) if row.p_true else "",
-                _three_digits(row.interruptible_s),
-                _three_digits(row.contract_s),
+                three_digits(row.interruptible_s),
+                three_digits(row.contract_s),
                 _signed(row.contract_s / free - 1.0 if free else 0.0),
                 count(row.macs),
                 f"{row.calibration_error:.3f}",
@@ -200,7 +118,7 @@ def engine_table(name: str, rows: Sequence[PairedComparison], evaluation: Evalua
                 _points(row.difference.value),
                 f"{_points(row.difference.low)} to {_points(row.difference.high)}",
                 percent(row.same.value),
-                _three_digits(judged.contract_s),
+                three_digits(judged.contract_s),
             )
             for row, judged in zip(rows, evaluation.of("exit"), strict=True)
         ],
@@ -222,9 +140,9 @@ def real_times_table(evaluation: Evaluation) -> Table:
         rows=[
             (
                 row.name,
-                _three_digits(row.real.mean_s.value),
-                f"{_three_digits(row.real.mean_s.low)} to {_three_digits(row.real.mean_s.high)}",
-                _three_digits(row.real.predicted_s),
+                three_digits(row.real.mean_s.value),
+                f"{three_digits(row.real.mean_s.low)} to {three_digits(row.real.mean_s.high)}",
+                three_digits(row.real.predicted_s),
                 f"{row.real.mean_s.value / row.real.predicted_s:.2f}",
                 str(row.real.samples),
             )
@@ -280,7 +198,7 @@ def budget_words(budget: Budget) -> str:
     if budget.shape == "point":
         return f"always {amount(budget.high, budget.cost)}"
     samples = f", n = {len(budget.samples_s)}" if budget.samples_s else ""
-    low = _three_digits(budget.low) if budget.cost == "time" else amount(budget.low, budget.cost)
+    low = three_digits(budget.low) if budget.cost == "time" else amount(budget.low, budget.cost)
     return (
         f"{budget.shape.replace('_', ' ')}, {low if budget.low else 0} to "
         f"{amount(budget.high, budget.cost)}{samples}"
@@ -294,7 +212,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     interruptible = costs.interruptible_s(batch_size=batch_size)
     rows: list[Row] = []
     for exit, name in enumerate(costs.exits):
-        so_far = (_three_digits(contract[exit]), _three_digits(interruptible[exit]))
+        so_far = (three_digits(contract[exit]), three_digits(interruptible[exit]))
         macs = costs.head_macs[exit]
         parameters = costs.head_parameters[exit]
         headless = not (batch.heads[exit].max or macs or parameters)
@@ -317,7 +235,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
                     *so_far,
                 )
             )
-    mean = _three_digits(batch.exit_free.mean)
+    mean = three_digits(batch.exit_free.mean)
     total = count(costs.exit_free("macs"))
     size = f"{sum(costs.stage_parameters):,}"
     rows.append(("untouched backbone", *_times(batch.exit_free), total, size, mean, mean))
@@ -347,7 +265,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
 
 def _times(part: Quantiles) -> Iterable[str]:
     times = (part.mean, part.p50, part.p90, part.p99, part.p999, part.max)
-    return (*map(_three_digits, times), f"{part.n}")
+    return (*map(three_digits, times), f"{part.n}")
 
 
 def _points(share: float) -> str:

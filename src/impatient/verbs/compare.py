@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+import impatient
+from impatient.errors import StorageError
+from impatient.table import Table, in_ms
 from impatient.verbs.options import Flag
 
 if TYPE_CHECKING:
-    from impatient.costs import Comparison, CostProfile
-    from impatient.evaluation.tables import Table
+    from impatient.costs import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,9 @@ class CompareOptions:
     any_network: Annotated[Flag, arg(name="any")] = False
 
 
-def compare(options: CompareOptions) -> tuple[CostProfile, CostProfile, list[Comparison]]:
+def compare(
+    options: CompareOptions,
+) -> tuple[impatient.CostProfile, impatient.CostProfile, list[Comparison]]:
     """Compare two profiles, batch size by batch size.
 
     Returns:
@@ -42,11 +46,8 @@ def compare(options: CompareOptions) -> tuple[CostProfile, CostProfile, list[Com
     return first, second, list(first.compare(second, any_network=options.any_network))
 
 
-def load_profile(path: str | Path) -> CostProfile:
+def load_profile(path: str | Path) -> impatient.CostProfile:
     """Load a profile from its file, or from a directory that has a profile.json."""
-    from impatient.costs import CostProfile
-    from impatient.errors import StorageError
-
     given = Path(path)
     file = given / "profile.json" if given.is_dir() else given
     if not file.is_file():
@@ -54,11 +55,11 @@ def load_profile(path: str | Path) -> CostProfile:
             f"no profile at {file}; make one with `impatient profile "
             f"{given if given.is_dir() else 'DIR'}`."
         )
-    return CostProfile.load(file)
+    return impatient.CostProfile.load(file)
 
 
 def shown(
-    _: CompareOptions, found: tuple[CostProfile, CostProfile, list[Comparison]]
+    _: CompareOptions, found: tuple[impatient.CostProfile, impatient.CostProfile, list[Comparison]]
 ) -> Iterator[Table | str]:
     """Give what differs in how the profiles were made, and a table per batch size."""
     first, second, rows = found
@@ -68,8 +69,8 @@ def shown(
         yield _table([row for row in rows if row.batch_size == size], first, second)
 
 
-def _table(rows: Sequence[Comparison], a: CostProfile, b: CostProfile) -> Table:
-    from impatient.evaluation.tables import Table, in_ms, noise_note
+def _table(rows: Sequence[Comparison], a: impatient.CostProfile, b: impatient.CostProfile) -> Table:
+    from impatient.evaluation.tables import noise_note
 
     size = rows[0].batch_size
     return Table(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+import impatient
+from impatient.clock import Deadline
+from impatient.table import Table, in_ms
 from impatient.verbs.options import POSITIVE, Quiet
 
 if TYPE_CHECKING:
-    from impatient.evaluation.tables import Table
-    from impatient.runtime.runner import Runner
-    from impatient.training.data import Data, Split
+    from impatient.training.data import Split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class DeadlineRow:
 def demo(options: DemoOptions) -> list[DeadlineRow]:
     """Take every step, and then the whole test split under one deadline after the other."""
     from impatient.recipe import Recipe
-    from impatient.runtime.runner import RESERVE_S, Runner
+    from impatient.runtime.runner import RESERVE_S
     from impatient.verbs.evaluate import EvaluateOptions, evaluate
     from impatient.verbs.fit import FitOptions, fit
     from impatient.verbs.profile import ProfileOptions, profile
@@ -78,16 +79,14 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
     costs = run.profile()
     # for each exit a deadline just long enough for it
     deadlines = [round(1.1 * cost + RESERVE_S, 5) for cost in costs.contract_s(statistic="p99")]
-    return under_deadlines(Runner(network, costs), run.data(), "test", deadlines)
+    return under_deadlines(impatient.Runner(network, costs), run.data(), "test", deadlines)
 
 
 def under_deadlines(
-    runner: Runner, data: Data, split: Split, deadlines_s: Sequence[float]
+    runner: impatient.Runner, data: impatient.Data, split: Split, deadlines_s: Sequence[float]
 ) -> list[DeadlineRow]:
     """Answer for every sample of a split under each deadline, on the real clock, one by one."""
     import numpy as np
-
-    from impatient.clock import Deadline
 
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]
     runner.warm_up(samples[0][0], times=20)
@@ -114,8 +113,6 @@ def under_deadlines(
 
 def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table | str]:
     """Give what each deadline gave on the real clock, and where the report is."""
-    from impatient.evaluation.tables import Table, in_ms
-
     yield Table(
         title=f"{rows[0].samples} test images answered one by one under each deadline, on the real "
         "clock",

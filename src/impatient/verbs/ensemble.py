@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+import impatient
+from impatient.errors import RunError, StaleInput, StorageError
 from impatient.verbs.notes import log
 from impatient.verbs.options import Force, NewDirectory
 
 if TYPE_CHECKING:
-    from impatient.evaluation.recording import Recording
-    from impatient.networks.combined_exits import RunningEnsemble
-    from impatient.networks.ensemble import EANN
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 
@@ -48,7 +47,6 @@ def ensemble(options: EnsembleOptions) -> None:
         StorageError: if the directory is taken, or a member has no validation recording.
         StaleInput: if the members were trained on different data.
     """
-    from impatient.errors import RunError, StorageError
     from impatient.verbs.run_directory import RunDirectory, save_weights
 
     if not options.members:
@@ -79,10 +77,10 @@ def ensemble(options: EnsembleOptions) -> None:
 
 
 def _eann(
-    parts: Sequence[RunDirectory], networks: Sequence[Any], recordings: Sequence[Recording]
-) -> tuple[EANN, NetworkSpec]:
-    from impatient.errors import StaleInput
-    from impatient.networks.ensemble import EANN
+    parts: Sequence[RunDirectory],
+    networks: Sequence[Any],
+    recordings: Sequence[impatient.Recording],
+) -> tuple[impatient.networks.EANN, NetworkSpec]:
 
     specs = [part.spec() for part in parts]
     for part, spec in zip(parts, specs, strict=True):
@@ -92,7 +90,7 @@ def _eann(
                 f"({specs[0].data})."
             )
     errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
-    network = EANN(networks, errors)
+    network = impatient.networks.EANN(networks, errors)
     spec = dataclasses.replace(
         specs[-1],
         model="ensemble of growing depth",
@@ -105,14 +103,10 @@ def _eann(
 
 
 def _running_ensemble(
-    part: RunDirectory, network: Any, recording: Recording, rule: Any
-) -> tuple[RunningEnsemble, NetworkSpec]:
+    part: RunDirectory, network: Any, recording: impatient.Recording, rule: Any
+) -> tuple[impatient.networks.RunningEnsemble, NetworkSpec]:
     """Fit temperatures for exits that answer together."""
     from impatient.ensembling import Rule
-    from impatient.errors import RunError
-    from impatient.evaluation.derived import ensembled
-    from impatient.networks.combined_exits import RunningEnsemble
-    from impatient.policies.calibration import fit_temperatures
 
     spec = part.spec()
     if spec.members or spec.ensembling:
@@ -120,14 +114,16 @@ def _running_ensemble(
             f"{part.path} is an ensemble already; give a directory that `impatient train` made."
         )
     named = Rule(name=rule)
-    before = fit_temperatures(recording)
+    before = impatient.policies.fit_temperatures(recording)
     # caching promises that the answer's confidence never falls; a temperature of each exit's own
     # would break that
     after = (
         None
         if rule == "caching"
-        else fit_temperatures(ensembled(recording, named, temperatures=before))
+        else impatient.policies.fit_temperatures(
+            impatient.evaluation.ensembled(recording, named, temperatures=before)
+        )
     )
-    together = RunningEnsemble(network, named, before, recalibration=after)
+    together = impatient.networks.RunningEnsemble(network, named, before, recalibration=after)
     spec = dataclasses.replace(spec, ensembling=rule, provenance=spec.provenance_of(together))
     return together.eval(), spec

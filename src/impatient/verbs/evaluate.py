@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import UseAppendAction, arg
 
+import impatient
+from impatient.errors import PolicyError, RunError
+from impatient.table import Table
 from impatient.verbs.notes import log
 from impatient.verbs.options import COUNT, AnyProfile, Directory, Engine, Threads, use_threads
 
 if TYPE_CHECKING:
-    from impatient.budgets import Budget
-    from impatient.costs import CostProfile
-    from impatient.evaluation.evaluate import Evaluation, StaticBaseline
     from impatient.evaluation.paired import PairedComparison
-    from impatient.evaluation.tables import Table
-    from impatient.policies.policy import Policy
     from impatient.verbs.run_directory import RunDirectory
 
 
@@ -46,10 +44,9 @@ class EvaluateOptions:
     threads: Threads = 0
 
 
-def evaluate(options: EvaluateOptions) -> Evaluation:
+def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
     """Judge every exit and fitted policy, beside the networks without exits of other runs."""
-    from impatient.errors import PolicyError, RunError
-    from impatient.evaluation.evaluate import evaluate, standard_budgets
+    from impatient.evaluation.evaluate import standard_budgets
     from impatient.verbs.run_directory import EAGER, RunDirectory
 
     use_threads(options.threads)
@@ -67,7 +64,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         raise PolicyError(
             f"{run.path} has no policy to answer under; run `impatient fit {run.path}`."
         )
-    evaluation = evaluate(
+    evaluation = impatient.evaluate(
         recording,
         costs,
         policies,
@@ -84,7 +81,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     return evaluation
 
 
-def shown(options: EvaluateOptions, evaluation: Evaluation) -> Iterator[Table]:
+def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterator[Table]:
     """Give rows, answers of the engine beside torch's, real times, and budgets."""
     from impatient.evaluation import tables
     from impatient.verbs.run_directory import EAGER
@@ -108,12 +105,12 @@ def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, 
 
 
 def _with_real_times(
-    evaluation: Evaluation,
+    evaluation: impatient.Evaluation,
     run: RunDirectory,
-    costs: CostProfile,
-    policies: Mapping[str, Policy],
+    costs: impatient.CostProfile,
+    policies: Mapping[str, impatient.Policy],
     count: int,
-) -> Evaluation:
+) -> impatient.Evaluation:
     """Answer the first test samples under every policy.
 
     The policies take turns, so that all meet the machine's changes alike.
@@ -122,13 +119,13 @@ def _with_real_times(
 
     from impatient.evaluation.evaluate import RealTime
     from impatient.evaluation.metrics import mean
-    from impatient.runtime.runner import Runner
 
     data = run.data()
     network = run.network()[0]
     recording = run.recording("test")
     runners = {
-        name: Runner(network, costs, policy, any_profile=True) for name, policy in policies.items()
+        name: impatient.Runner(network, costs, policy, any_profile=True)
+        for name, policy in policies.items()
     }
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
     times: dict[str, list[float]] = {name: [] for name in runners}
@@ -153,12 +150,10 @@ def _with_real_times(
 
 
 def _static(
-    run: RunDirectory, costs: CostProfile, others: Sequence[RunDirectory]
-) -> dict[str, StaticBaseline]:
+    run: RunDirectory, costs: impatient.CostProfile, others: Sequence[RunDirectory]
+) -> dict[str, impatient.evaluation.StaticBaseline]:
     """Measure other runs' networks without exits, in the terms of this run's profile."""
     from impatient.counting import count_macs
-    from impatient.evaluation.evaluate import StaticBaseline
-    from impatient.runtime.profile import time_in_turn
 
     if not others:
         return {}
@@ -170,11 +165,11 @@ def _static(
         alone = other.exit_free_recording("test")
         recordings.append(other.recording("test") if alone is None else alone)
         networks.append(other.network()[0] if alone is None else other.exit_free_network()[0])
-    here, *times = time_in_turn([network.exit_free for network in networks], x)
+    here, *times = impatient.runtime.time_in_turn([network.exit_free for network in networks], x)
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {
-        f"static {other.path.resolve().name}": StaticBaseline(
+        f"static {other.path.resolve().name}": impatient.evaluation.StaticBaseline(
             recording=recording, time_s=time_s * scale, macs=count_macs(network.exit_free, x)
         )
         for other, recording, network, time_s in zip(
@@ -183,9 +178,8 @@ def _static(
     }
 
 
-def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
+def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, impatient.Budget]:
     """Give the budget asked for, or the one the network was trained for, by name."""
-    from impatient.budgets import parse_budget
     from impatient.files import read_json
 
     if text is None:
@@ -193,4 +187,4 @@ def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, Budget]:
         trained = read_json(training)["weights"] if training.is_file() else ""
         # "=" is in the options of a rule: sieve:total=all
         text = trained if ":" in trained and "=" not in trained else ""
-    return {text: parse_budget(text)} if text else {}
+    return {text: impatient.budgets.parse_budget(text)} if text else {}

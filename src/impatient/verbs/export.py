@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
+import impatient
+from impatient.table import Table, in_ms
 from impatient.verbs.notes import log
 from impatient.verbs.options import POSITIVE, Directory, Flag, Quiet, Threads, use_threads
 
 if TYPE_CHECKING:
     from impatient.engines.export import EngineTimes
-    from impatient.evaluation.tables import Table
 
 Engine = Literal["onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti"]
 Precision = Literal["fp32", "int8-dynamic", "int8-static"]
@@ -60,16 +61,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     """
     import torch
 
-    from impatient.engines.export import (
-        add_costs,
-        engine_label,
-        engine_times,
-        export,
-        load_engine,
-        read_bundle,
-    )
-    from impatient.networks.multi_exit import MultiExitNetwork
-    from impatient.runtime.profile import profile
+    from impatient.engines.export import add_costs, engine_label, engine_times, read_bundle
     from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
@@ -83,7 +75,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         rule.portable_rule()
     batches = run.data().batches("train", CALIBRATION_BATCH)
     samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
-    target = export(
+    target = impatient.export(
         network,  # type: ignore[arg-type]
         options.place or seen.here,
         engine=engine,
@@ -102,21 +94,19 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
             "(python run.py --help)",
             target,
         )
-    made = load_engine(target)
-    costs = profile(made, samples[0], repeats=options.repeats, progress=not options.quiet)
+    made = impatient.load_engine(target)
+    costs = impatient.profile(made, samples[0], repeats=options.repeats, progress=not options.quiet)
     add_costs(target, costs)
     if options.place is None:
         costs.save(seen.profile_file)
     # others cannot be exported
-    assert isinstance(network, MultiExitNetwork)
+    assert isinstance(network, impatient.MultiExitNetwork)
     agreement = read_bundle(target)["agreement"]
     return engine_times(network, made, agreement, samples[0][:1], repeats=options.repeats)
 
 
 def shown(_: ExportOptions, rows: Sequence[EngineTimes]) -> Iterator[Table]:
     """Give whether the engine answers the same, and how long its stages take."""
-    from impatient.evaluation.tables import Table, in_ms
-
     yield Table(
         title="in the engine and in torch, in turn; medians in ms",
         columns=("exit", "after", "largest difference", "engine", "torch", "engine / torch"),

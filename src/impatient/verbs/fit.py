@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+import impatient
+from impatient.errors import PolicyError
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
     MILLIONS,
@@ -20,13 +22,6 @@ from impatient.verbs.options import (
     one_of,
     use_threads,
 )
-
-if TYPE_CHECKING:
-    from impatient.costs import CostProfile
-    from impatient.evaluation.recording import Recording
-    from impatient.policies.gates import GatePolicy
-    from impatient.policies.policy import Policy
-    from impatient.policies.risk import Certificate
 
 Score = Literal["max_probability", "margin", "entropy"]
 GateInputs = Literal["confidences", "features", "both"]
@@ -102,14 +97,12 @@ def target_name(targets: Mapping[str, float]) -> str:
     return f"{kind}-{value * scale:g}"
 
 
-def fit(options: FitOptions) -> Policy:
+def fit(options: FitOptions) -> impatient.Policy:
     """Fit thresholds, or with a learner gates, and keep them under a name.
 
     With delta, half of the recording is kept back to find the boldest policy that loses at most the
     target, with probability 1 - delta; the certificate is kept, too.
     """
-    from impatient.errors import PolicyError
-    from impatient.policies.rules import fit_thresholds
     from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
@@ -121,7 +114,7 @@ def fit(options: FitOptions) -> Policy:
     recording = run.recording("validation")
     costs = run.profile(any_machine=options.any_profile)
     targets: dict[str, Any] = options.targets
-    policy: Policy
+    policy: impatient.Policy
     certificate = None
     with warnings_as_notes():
         if options.delta is not None:
@@ -129,7 +122,7 @@ def fit(options: FitOptions) -> Policy:
         elif options.learner:
             policy = _gates(recording, costs, options)
         else:
-            policy = fit_thresholds(
+            policy = impatient.fit_thresholds(
                 recording, costs, score=options.score, cost=options.cost, **targets
             )
     file = run.save_policy(options.policy_name, policy, certificate)
@@ -139,17 +132,16 @@ def fit(options: FitOptions) -> Policy:
     return policy
 
 
-def shown(_: FitOptions, policy: Policy) -> Iterator[str]:
+def shown(_: FitOptions, policy: impatient.Policy) -> Iterator[str]:
     """Give the policy in one line, if its kind has one."""
     if summary := policy.summary():
         yield summary
 
 
-def _gates(recording: Recording, costs: CostProfile, options: FitOptions) -> GatePolicy:
+def _gates(
+    recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions
+) -> impatient.policies.GatePolicy:
     """Fit gates, with what asking them takes."""
-    from impatient.errors import PolicyError
-    from impatient.policies.gate_fitting import fit_gates
-
     targets: dict[str, Any] = options.targets
     if not targets.keys() <= {"mean_time_s", "max_accuracy_loss"}:
         raise PolicyError(
@@ -157,53 +149,47 @@ def _gates(recording: Recording, costs: CostProfile, options: FitOptions) -> Gat
         )
     learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
     asking_s = _asking_s(recording, costs, learned)
-    return fit_gates(recording, costs, gate_s=asking_s, **learned, **targets)
+    return impatient.policies.fit_gates(recording, costs, gate_s=asking_s, **learned, **targets)
 
 
-def _asking_s(recording: Recording, costs: CostProfile, learned: Mapping[str, Any]) -> float:
+def _asking_s(
+    recording: impatient.Recording, costs: impatient.CostProfile, learned: Mapping[str, Any]
+) -> float:
     """Measure how long asking a gate takes, on gates fitted without it."""
     import numpy as np
-
-    from impatient.policies.gate_fitting import sweep_gates
-    from impatient.policies.gates import gate_time_s
 
     # at one of them gates are open whose asking can be timed
     prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
     measured = [
-        gate_time_s(point.policy, recording)
-        for point in sweep_gates(recording, costs, prices.tolist(), **learned)
+        impatient.policies.gate_time_s(point.policy, recording)
+        for point in impatient.policies.sweep_gates(recording, costs, prices.tolist(), **learned)
     ]
     asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
     return float(np.median(asked)) if asked else 0.0
 
 
 def _certified(
-    recording: Recording, costs: CostProfile, options: FitOptions, delta: float
-) -> tuple[Any, Certificate]:
+    recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions, delta: float
+) -> tuple[Any, impatient.policies.Certificate]:
     """Find the boldest of a family fitted on one half, by what the other half shows."""
-    from impatient.errors import PolicyError
-    from impatient.policies.gate_fitting import sweep_gates
-    from impatient.policies.risk import control_risk, scaled_family
-    from impatient.policies.rules import fit_thresholds
-    from impatient.policies.splits import split_recording
-
     targets = options.targets
     if set(targets) != {"max_accuracy_loss"}:
         raise PolicyError(
             "a guarantee is one about accuracy; give --delta with --max-loss, and no other target."
         )
     loss = targets["max_accuracy_loss"]
-    part, calibration = split_recording(recording)
+    part, calibration = impatient.policies.split_recording(recording)
     candidates: Sequence[Any]
     if options.learner is None:
-        fitted = fit_thresholds(part, costs, score=options.score, max_accuracy_loss=loss)
-        candidates = scaled_family(fitted)
+        fitted = impatient.fit_thresholds(part, costs, score=options.score, max_accuracy_loss=loss)
+        candidates = impatient.policies.scaled_family(fitted)
     else:
         learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
         asking_s = _asking_s(part, costs, learned)
         # at rising prices of time: from safe to bold
         candidates = [
-            point.policy for point in sweep_gates(part, costs, gate_s=asking_s, **learned)
+            point.policy
+            for point in impatient.policies.sweep_gates(part, costs, gate_s=asking_s, **learned)
         ]
-    controlled = control_risk(candidates, calibration, epsilon=loss, delta=delta)
+    controlled = impatient.policies.control_risk(candidates, calibration, epsilon=loss, delta=delta)
     return controlled.policy, controlled.certificate

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
+import impatient
+from impatient.errors import ModelSpecError
+from impatient.table import Table, in_ms
 from impatient.verbs.options import COUNTS, POSITIVE, TIMES_MS, Threads, use_threads
 
 if TYPE_CHECKING:
-    from impatient.evaluation.tables import Table
-    from impatient.networks.growth import GrowthCosts, Schedule
+    from impatient.networks.growth import GrowthCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +53,9 @@ class GrowthPlan:
         own_costs: What that costs here, in seconds.
     """
 
-    schedule: Schedule
+    schedule: impatient.networks.Schedule
     costs: GrowthCosts
-    own_schedule: Schedule
+    own_schedule: impatient.networks.Schedule
     own_costs: GrowthCosts
 
 
@@ -66,16 +68,14 @@ def plan(options: PlanOptions) -> GrowthPlan:
         ModelSpecError: if the model does not grow, or more than one wish is given, or none can be
             met.
     """
-    from impatient.errors import ModelSpecError
     from impatient.networks import growth
     from impatient.networks.anytimenet import GrowingNetwork, block_times
-    from impatient.training.data import load_data
     from impatient.verbs.run_directory import fresh_model
 
     use_threads(options.threads)
     if sum(map(bool, (options.iterations, options.sizes, options.times_s))) > 1:
         raise ModelSpecError("expected one of iterations, sizes and times, or none of them.")
-    data = load_data(options.data, seed=0)
+    data = impatient.load_data(options.data, seed=0)
     network = fresh_model(options.model, data.num_classes, data.preprocess, seed=0)
     if not isinstance(network, GrowingNetwork):
         raise ModelSpecError(
@@ -107,8 +107,7 @@ def shown(_: PlanOptions, found: GrowthPlan) -> Iterator[Table | str]:
         yield f"to train it: schedule={found.schedule}"
 
 
-def _table(name: str, costs: GrowthCosts, schedule: Schedule) -> Table:
-    from impatient.evaluation.tables import Table, in_ms
+def _table(name: str, costs: GrowthCosts, schedule: impatient.networks.Schedule) -> Table:
     from impatient.networks import growth
 
     iterations = zip(

@@ -6,16 +6,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
+import impatient
+from impatient.errors import StaleInput
+from impatient.table import Table
 from impatient.verbs.notes import log
 from impatient.verbs.options import COUNTS, NAMES, POSITIVE, Directory, Force, Quiet
-
-if TYPE_CHECKING:
-    from impatient.costs import CostProfile
-    from impatient.evaluation.tables import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +41,7 @@ class ProfileOptions:
     quiet: Quiet = False
 
 
-def profile(options: ProfileOptions) -> dict[Path, CostProfile]:
+def profile(options: ProfileOptions) -> dict[Path, impatient.CostProfile]:
     """Profile a run in several engines and with several thread counts, one file for each.
 
     A profile of this network, engine and machine that is there already is kept. The first thread
@@ -68,22 +67,22 @@ def profile(options: ProfileOptions) -> dict[Path, CostProfile]:
     return made
 
 
-def _profiled(options: ProfileOptions, engine: str, name: str) -> tuple[Path, CostProfile]:
-    from impatient.costs import CostProfile
-    from impatient.runtime.profile import profile
+def _profiled(
+    options: ProfileOptions, engine: str, name: str
+) -> tuple[Path, impatient.CostProfile]:
     from impatient.verbs.run_directory import RunDirectory
 
     run = RunDirectory(options.directory).engine(engine)
     network, _ = run.network()
     file = run.profile_file.with_name(name)
     if file.is_file() and not options.force:
-        known = CostProfile.load(file)
+        known = impatient.CostProfile.load(file)
         reason = _not_fresh(known, network, options.batch_sizes, options.repeats)
         if not reason:
             log.info("up to date: %s (--force to measure again)", file)
             return file, known
         log.info("measuring again: %s", reason)
-    costs = profile(
+    costs = impatient.profile(
         network,
         run.spec().example(),
         batch_sizes=options.batch_sizes,
@@ -95,9 +94,10 @@ def _profiled(options: ProfileOptions, engine: str, name: str) -> tuple[Path, Co
     return file, costs
 
 
-def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int) -> str:
+def _not_fresh(
+    costs: impatient.CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int
+) -> str:
     """Say why a profile must be made again; empty if it need not."""
-    from impatient.errors import StaleInput
     from impatient.runtime.profile import check_profile
 
     try:
@@ -110,7 +110,7 @@ def _not_fresh(costs: CostProfile, network: Any, batch_sizes: Sequence[int], rep
     return "" if fresh else "other batch sizes or more repeats are asked for."
 
 
-def shown(options: ProfileOptions, made: dict[Path, CostProfile]) -> Iterator[Table]:
+def shown(options: ProfileOptions, made: dict[Path, impatient.CostProfile]) -> Iterator[Table]:
     """Give the measured times of every batch size."""
     from impatient.evaluation.tables import costs_table
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import impatient
+from impatient.errors import ImpatientError
 from impatient.verbs.notes import log
 from impatient.verbs.options import NAMES, Directory, Engine, Flag, Force, Quiet
-
-if TYPE_CHECKING:
-    from impatient.training.data import Data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +31,6 @@ class RecordOptions:
 
 def record(options: RecordOptions) -> None:
     """Record the splits; with torch, also of the network without exits if there is one."""
-    from impatient.evaluation.recording import record
     from impatient.verbs.run_directory import EAGER, RunDirectory
 
     run = RunDirectory(options.directory).engine(options.engine)
@@ -46,7 +44,7 @@ def record(options: RecordOptions) -> None:
             if not options.force and _is_fresh(file, weights, data, options.features):
                 log.info("up to date: %s (--force to record again)", file)
                 continue
-            record(
+            impatient.record(
                 network,
                 data,
                 split=split,
@@ -56,14 +54,12 @@ def record(options: RecordOptions) -> None:
             log.info("recorded: %s", file)
 
 
-def _is_fresh(file: Path, weights: str, data: Data, features: bool) -> bool:
-    from impatient.errors import ImpatientError
-    from impatient.evaluation.recording import Recording
+def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) -> bool:
 
     if not file.is_file():
         return False
     try:
-        recording = Recording.load(file)
+        recording = impatient.Recording.load(file)
     except ImpatientError:
         # damaged: made again
         return False

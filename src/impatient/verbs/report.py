@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import impatient
+from impatient.errors import StorageError
 from impatient.verbs.notes import log
 from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from impatient.evaluation.report import Example
-    from impatient.policies.policy import Policy
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 
@@ -29,9 +29,6 @@ class ReportOptions:
 
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
-    from impatient.errors import StorageError
-    from impatient.evaluation.evaluate import Evaluation
-    from impatient.evaluation.report import report_html
     from impatient.files import write_text
     from impatient.verbs.evaluate import beside_eager
     from impatient.verbs.run_directory import RunDirectory
@@ -42,7 +39,7 @@ def report(options: ReportOptions) -> Path:
         raise StorageError(
             f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
         )
-    evaluation = Evaluation.load(run.evaluation_file)
+    evaluation = impatient.Evaluation.load(run.evaluation_file)
     spec = run.spec()
     policies = run.policies()
     evaluation.provenance.require(
@@ -56,7 +53,7 @@ def report(options: ReportOptions) -> Path:
         if ":" in name and budget.cost == "time"
     ]
     early, late = _examples(run, spec, policies)
-    page = report_html(
+    page = impatient.evaluation.report_html(
         title=run.path.resolve().name,
         evaluation=evaluation,
         costs=run.profile(any_machine=options.any_profile),
@@ -65,7 +62,10 @@ def report(options: ReportOptions) -> Path:
         early=early,
         late=late,
         engines={
-            name: (beside_eager(run.path, name), Evaluation.load(run.engine(name).evaluation_file))
+            name: (
+                beside_eager(run.path, name),
+                impatient.Evaluation.load(run.engine(name).evaluation_file),
+            )
             for name in run.engine_names()
         },
         facts=_facts(spec),
@@ -91,10 +91,9 @@ def _facts(spec: NetworkSpec) -> dict[str, str]:
 
 
 def _examples(
-    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, Policy]
-) -> tuple[list[Example], list[Example]]:
+    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, impatient.Policy]
+) -> tuple[list[impatient.evaluation.Example], list[impatient.evaluation.Example]]:
     """Pick test inputs that left early and late under the first policy."""
-    from impatient.evaluation.report import Example, select_examples
     from impatient.policies.scores import SCORES
 
     if not policies:
@@ -105,10 +104,10 @@ def _examples(
     exits = policy.exits_on(recording)
     score = SCORES[policy.shown_score()]
 
-    def example(index: int) -> Example:
+    def example(index: int) -> impatient.evaluation.Example:
         exit = int(exits[index])
         output = recording.outputs[exit, index]
-        return Example(
+        return impatient.evaluation.Example(
             picture=_png(data.examples("test").take([index])[0]) if spec.preprocess.size else None,
             label=spec.class_names[int(recording.labels[index])],
             predicted=spec.class_names[int(output.argmax())],
@@ -116,7 +115,7 @@ def _examples(
             score=float(score(output)),
         )
 
-    early, late = select_examples(recording, policy)
+    early, late = impatient.evaluation.select_examples(recording, policy)
     return [example(index) for index in early], [example(index) for index in late]
 
 

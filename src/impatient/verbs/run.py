@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+import impatient
+from impatient.clock import NEVER, Deadline
+from impatient.errors import DataError, RunError
+from impatient.table import Cell, Table, in_ms
 from impatient.verbs.options import (
     MS,
     AnyProfile,
@@ -23,8 +27,6 @@ from impatient.verbs.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from impatient.evaluation.tables import Table
-    from impatient.runtime.answer import Answer
     from impatient.verbs.run_directory import NetworkSpec
 
 
@@ -59,14 +61,11 @@ class FileAnswer:
     file: Path
     label: str
     probability: float
-    answer: Answer
+    answer: impatient.Answer
 
 
 def run(options: RunOptions) -> list[FileAnswer]:
     """Answer for each input file by the deadline."""
-    from impatient.clock import NEVER, Deadline
-    from impatient.errors import RunError
-    from impatient.runtime.runner import Runner
     from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
@@ -77,7 +76,7 @@ def run(options: RunOptions) -> list[FileAnswer]:
     # all are read before the first deadline is stamped
     inputs = [_read_input(spec, file) for file in options.inputs]
     network, _ = run.network()
-    runner = Runner(
+    runner = impatient.Runner(
         network,
         run.profile(any_machine=options.any_profile),
         run.policy(options.policy) if options.policy else None,
@@ -104,8 +103,6 @@ def run(options: RunOptions) -> list[FileAnswer]:
 
 def shown(options: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table | str]:
     """Give a table of the answers, or JSON."""
-    from impatient.evaluation.tables import Cell, Table, in_ms
-
     if options.json:
         yield to_json(answers)
         return
@@ -150,8 +147,6 @@ def to_json(answers: Sequence[FileAnswer]) -> str:
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
     import torch
 
-    from impatient.errors import DataError
-
     if not file.is_file():
         raise DataError(
             f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}."
@@ -170,8 +165,6 @@ def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
 def _read_array(file: Path) -> Tensor:
     import numpy as np
     import torch
-
-    from impatient.errors import DataError
 
     try:
         return torch.from_numpy(np.load(file, allow_pickle=False))[None]

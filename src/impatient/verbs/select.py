@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+import impatient
+from impatient.errors import NoEffectWarning, StaleInput
+from impatient.table import Table, in_ms
 from impatient.verbs.fit import Learner, target_name
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
@@ -27,9 +30,6 @@ from impatient.verbs.options import (
 )
 
 if TYPE_CHECKING:
-    from impatient.evaluation.evaluate import Evaluation
-    from impatient.evaluation.tables import Table
-    from impatient.training.data import Data
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 
@@ -93,17 +93,15 @@ class SelectOptions:
         return "cascade of " + " -> ".join(self.members)
 
 
-def select(options: SelectOptions) -> Evaluation:
+def select(options: SelectOptions) -> impatient.Evaluation:
     """Make a cascade of networks, learn which of them a sample needs, and judge it.
 
     Raises:
         StaleInput: if the directory holds another cascade.
         ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
     """
-    from impatient.errors import NoEffectWarning, StaleInput
     from impatient.policies.outcome import node_times_s
-    from impatient.policies.selection import decision_time_s, fit_selection
-    from impatient.policies.topology import Topology
+    from impatient.policies.selection import decision_time_s
     from impatient.verbs.evaluate import EvaluateOptions, evaluate
     from impatient.verbs.profile import ProfileOptions, profile
     from impatient.verbs.record import RecordOptions, record
@@ -129,7 +127,11 @@ def select(options: SelectOptions) -> Evaluation:
     costs = run.profile()
     record(RecordOptions(directory=run.path, quiet=quiet))
     recording = run.recording("validation")
-    graphs = {"chain": Topology.chain, "full": Topology.full, "star": Topology.star}
+    graphs = {
+        "chain": impatient.policies.Topology.chain,
+        "full": impatient.policies.Topology.full,
+        "star": impatient.policies.Topology.star,
+    }
     problem = (recording, node_times_s(costs), graphs[options.topology](spec.after))
     wanted: dict[str, Any] = {
         "learner": options.learner,
@@ -139,17 +141,19 @@ def select(options: SelectOptions) -> Evaluation:
     with warnings.catch_warnings():
         # the second fit says so, if it is so
         warnings.simplefilter("ignore", NoEffectWarning)
-        first = fit_selection(*problem, **wanted)
+        first = impatient.policies.fit_selection(*problem, **wanted)
     with warnings_as_notes():
-        policy = fit_selection(*problem, gate_s=decision_time_s(first, recording), **wanted)
+        policy = impatient.policies.fit_selection(
+            *problem, gate_s=decision_time_s(first, recording), **wanted
+        )
     file = run.save_policy(options.policy_name, policy)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
     return evaluate(EvaluateOptions(directory=run.path))
 
 
-def shown(options: SelectOptions, evaluation: Evaluation) -> Iterator[Table | str]:
+def shown(options: SelectOptions, evaluation: impatient.Evaluation) -> Iterator[Table | str]:
     """Give the judged rows, and what the policy saves."""
-    from impatient.evaluation.tables import evaluation_table, in_ms
+    from impatient.evaluation.tables import evaluation_table
 
     yield evaluation_table(evaluation)
     name = options.policy_name
@@ -164,11 +168,9 @@ def shown(options: SelectOptions, evaluation: Evaluation) -> Iterator[Table | st
 
 
 def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
-    from impatient.networks.cascade import Cascade
-    from impatient.training.data import load_data
     from impatient.verbs.run_directory import save_weights
 
-    data = load_data(options.data, seed=options.seed, validation=options.validation)
+    data = impatient.load_data(options.data, seed=options.seed, validation=options.validation)
     specs = []
     networks = []
     for member in options.members:
@@ -184,7 +186,7 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
             f"{index} {member.rpartition('@')[0] or member}"
             for index, member in enumerate(options.members)
         ]
-    cascade = Cascade(networks, names)
+    cascade = impatient.networks.Cascade(networks, names)
     if run.spec_file.is_file():
         # not before all members are there
         shutil.rmtree(run.path)
@@ -202,9 +204,8 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
     spec.save(run.spec_file)
 
 
-def _member(member: str, data: Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:
+def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:
     """Load one network of a cascade, without exits, and say how to build it again."""
-    from impatient.errors import StaleInput
     from impatient.verbs.run_directory import (
         RunDirectory,
         fresh_model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich.table
 from rich.text import Text
 
-from impatient.evaluation.tables import Cell, Column, Table
+from impatient.table import Cell, Column, Table
 
 
 def rich_table(table: Table) -> rich.table.Table:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+import impatient
+from impatient.errors import ModelSpecError, RunError, StaleInput
 from impatient.recipe import Recipe
 from impatient.verbs.notes import log
 from impatient.verbs.options import NAMES, POSITIVE, SHARE, Directory, Flag, Quiet, one_of
 
 if TYPE_CHECKING:
-    from impatient.costs import Cost, CostProfile
-    from impatient.training.data import Data
+    from impatient.costs import Cost
     from impatient.training.loop import ExitWeights
     from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
@@ -88,26 +89,22 @@ class TrainOptions:
 
 def train(options: TrainOptions) -> None:
     """Train a network with exits, and beside it the same backbone without exits."""
-    from impatient.networks.cascade import Cascade
-    from impatient.networks.ensemble import EANN
-    from impatient.training.data import load_data
-    from impatient.training.loop import fit
     from impatient.verbs.run_directory import RunDirectory, save_weights
 
     run = RunDirectory(options.directory)
     if options.restart and run.spec_file.is_file():
         shutil.rmtree(run.path)
     recipe = options.recipe
-    data = load_data(options.data, seed=recipe.seed, validation=options.validation)
+    data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
     spec = _spec(run, options, data)
     network = spec.build()
     # _spec has refused to train one
-    assert not isinstance(network, EANN | Cascade)
+    assert not isinstance(network, impatient.networks.EANN | impatient.networks.Cascade)
     log.info(network.describe(spec.example()))
     weights = _exit_weights(run, options, network)
     # starts the other processes, if any; they come through all of this too
     fabric = _fabric(options)
-    fit(
+    impatient.fit(
         network,
         data,
         weights=weights,
@@ -122,7 +119,7 @@ def train(options: TrainOptions) -> None:
     if options.exit_free:
         log.info("the same backbone without exits, to compare with:")
         alone = spec.build_exit_free()
-        fit(
+        impatient.fit(
             alone,
             data,
             recipe=dataclasses.replace(recipe, regime="joint"),
@@ -136,9 +133,8 @@ def train(options: TrainOptions) -> None:
     log.info("trained: %s", run.weights_file)
 
 
-def _spec(run: RunDirectory, options: TrainOptions, data: Data) -> NetworkSpec:
+def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     """Give the network's description: a new one, or that of the run, which must agree."""
-    from impatient.errors import RunError, StaleInput
     from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS
 
     if not run.spec_file.is_file():
@@ -184,7 +180,7 @@ def _spec(run: RunDirectory, options: TrainOptions, data: Data) -> NetworkSpec:
     return spec
 
 
-def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
+def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     """Place the exits of a model and describe the result; a model may have exits of its own.
 
     Raises:
@@ -192,9 +188,6 @@ def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
     """
     from impatient.anytime import Network
     from impatient.ensembling import Rule
-    from impatient.errors import ModelSpecError
-    from impatient.networks.combined_exits import RunningEnsemble
-    from impatient.networks.multi_exit import attach_exits
     from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS, fresh_model, spec_of
 
     seed = options.recipe.seed
@@ -208,7 +201,7 @@ def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
         heads: str = OWN_HEADS
     else:
         heads = options.heads or "linear"
-        network = attach_exits(
+        network = impatient.attach_exits(
             network,
             example=data.example(),
             after=options.rule or list(options.after) or "auto",
@@ -217,7 +210,7 @@ def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
             num_classes=data.num_classes,
         )
     if options.ensembling:
-        network = RunningEnsemble(network, Rule(name=options.ensembling))
+        network = impatient.networks.RunningEnsemble(network, Rule(name=options.ensembling))
     spec = spec_of(network, data, model=options.model, seed=seed, validation=options.validation)
     return dataclasses.replace(
         spec,
@@ -229,11 +222,12 @@ def _new_spec(options: TrainOptions, data: Data) -> NetworkSpec:
 
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Find where a rule puts the exits."""
-    from impatient.networks.multi_exit import attach_exits
     from impatient.verbs.run_directory import fresh_model
 
     backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
-    return tuple(map(str, attach_exits(backbone, example=spec.example(), after=rule).cuts))
+    return tuple(
+        map(str, impatient.attach_exits(backbone, example=spec.example(), after=rule).cuts)
+    )
 
 
 def _written(value: Any) -> str:
@@ -255,8 +249,6 @@ def _fabric(options: TrainOptions) -> Any:
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
     """Give weights by name, or from a budget and this machine's costs; or those of the run."""
-    from impatient.budgets import exit_weights, parse_budget
-    from impatient.errors import StaleInput
     from impatient.files import read_json, write_json
     from impatient.training.weights import parse_weights
 
@@ -275,9 +267,11 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
         write_json(file, {"weights": wanted, "mode": options.mode, "numbers": None})
         return wanted
     if ":" in wanted and "=" not in wanted:
-        budget = parse_budget(wanted)
+        budget = impatient.budgets.parse_budget(wanted)
         costs = _profile_for_weights(run, network, budget.cost)
-        numbers = exit_weights(budget, costs.cumulative(budget.cost, options.mode), normalise=True)
+        numbers = impatient.exit_weights(
+            budget, costs.cumulative(budget.cost, options.mode), normalise=True
+        )
     else:
         numbers = parse_weights(wanted, network.num_exits)
     log.info("exit weights: %s", ", ".join(f"{number:.3f}" for number in numbers))
@@ -289,15 +283,13 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
     return numbers
 
 
-def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> CostProfile:
-    from impatient.costs import CostProfile
-    from impatient.runtime.profile import profile
+def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatient.CostProfile:
 
-    known = CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
+    known = impatient.CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
     # joules need a meter, which only a caller from Python can bring
     if known is not None and (known.holds(cost) or cost == "energy"):
         return known
     log.info("measuring what each exit costs, for the weights:")
-    costs = profile(network, run.spec().example(), repeats=100, progress=True)
+    costs = impatient.profile(network, run.spec().example(), repeats=100, progress=True)
     costs.save(run.profile_file)
     return costs

@@ -1,0 +1,89 @@
+"""Tables as data, shown by the terminal and by the report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell that is more than a text.
+
+    Attributes:
+        text: What is shown.
+        detail: What stands beside it, smaller.
+        strong: Whether it stands out.
+    """
+
+    text: str
+    detail: str = ""
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column that is shown in one place only, since the other has no room for it or a figure."""
+
+    title: str
+    only: Literal["terminal", "page"]
+
+
+Row = Sequence[str | Cell]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What a table says; how it looks is decided where it is shown.
+
+    Attributes:
+        title: What the table is about.
+        columns: Titles of the columns.
+        rows: A cell for each column.
+        left: How many columns are aligned to the left.
+        kinds: What each row is, such as "policy"; empty if all are alike.
+    """
+
+    title: str
+    columns: Sequence[str | Cell | Column]
+    rows: Sequence[Row]
+    left: int = 1
+    kinds: Sequence[str] = ()
+
+    def shown_in(self, place: Literal["terminal", "page"]) -> Table:
+        """Give the table without the columns that are only for another place."""
+        kept = [
+            index
+            for index, column in enumerate(self.columns)
+            if not isinstance(column, Column) or column.only == place
+        ]
+        titles = [self.columns[index] for index in kept]
+        return Table(
+            title=self.title,
+            columns=[title.title if isinstance(title, Column) else title for title in titles],
+            rows=[[row[index] for index in kept] for row in self.rows],
+            left=self.left,
+            kinds=self.kinds,
+        )
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Write a share for people; its unit stays on the same line."""
+    return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def milliseconds(seconds: float) -> str:
+    """Write a time for people: three digits, with its unit."""
+    return f"{three_digits(seconds)}\N{NO-BREAK SPACE}ms"
+
+
+def three_digits(seconds: float) -> str:
+    """Write a time with three digits, for a column that names its unit: milliseconds."""
+    number = seconds * 1e3
+    return f"{number:#.3g}".rstrip(".") if number < 1e3 else f"{number:.0f}"
+
+
+def in_ms(seconds: float) -> str:
+    """Write a time in milliseconds for a column that names the unit."""
+    return f"{seconds * 1e3:.3f}"
