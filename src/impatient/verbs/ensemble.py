@@ -107,6 +107,7 @@ def _running_ensemble(
 ) -> tuple[impatient.networks.RunningEnsemble, NetworkSpec]:
     """Fit temperatures for exits that answer together."""
     from impatient.ensembling import Rule
+    from impatient.evaluation import ensembled
 
     spec = part.spec()
     if spec.members or spec.ensembling:
@@ -120,9 +121,7 @@ def _running_ensemble(
     after = (
         None
         if rule == "caching"
-        else impatient.policies.fit_temperatures(
-            impatient.evaluation.ensembled(recording, named, temperatures=before)
-        )
+        else impatient.policies.fit_temperatures(ensembled(recording, named, temperatures=before))
     )
     together = impatient.networks.RunningEnsemble(network, named, before, recalibration=after)
     spec = dataclasses.replace(spec, ensembling=rule, provenance=spec.provenance_of(together))
