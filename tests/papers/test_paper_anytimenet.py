@@ -12,6 +12,7 @@ from impatient.clock import FakeClock
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, IterationBatchNorm
 from impatient.provenance import provenance
+from impatient.training import schedules
 from papers.anytimenet import __main__ as command
 from papers.anytimenet import execution, learning, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
