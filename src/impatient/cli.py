@@ -27,6 +27,7 @@ from impatient.verbs import (
     select,
     train,
 )
+from impatient.verbs.notes import log
 
 if TYPE_CHECKING:
     from impatient.table import Table
@@ -83,7 +84,6 @@ def main() -> None:
     """Run a verb: errors of ours are one message, Ctrl-C is a clean stop."""
     # other processes of the same training stay silent
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    log = logging.getLogger("impatient")
     log.setLevel(logging.INFO)
     log.handlers = [Notes() if first else logging.NullHandler()]
     code = 0

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-log = logging.getLogger("impatient")
+log = logging.getLogger("impatient.verbs")
 
 
 @contextlib.contextmanager
