@@ -244,20 +244,13 @@ class Network(nn.Module):
         heads = self.early_heads()
         used = ParameterUse(self)
         macs = MacCounter()
-        found: list[tuple[tuple[int, ...], int, int]] = []
-        with evaluating(self), torch.no_grad(), macs, used, self.exits(x) as run:
-            for exit in run:
-                last = exit.index == self.num_exits - 1
-                if last:
-                    # it belongs to its stage, whoever computes it when
-                    exit.output()
-                stage = macs.take()
-                used.next_part()
-                exit.output()
-                shape = tuple(exit.features.shape) if exit.features is not None else ()
-                found.append((shape, stage, macs.take()))
-                used.next_part()
-        _check_reached(len(found), self.num_exits)
+
+        def take() -> int:
+            used.next_part()
+            return macs.take()
+
+        with macs, used:
+            found = _by_part(self, x, take)
         used.assign_unused(heads)
         batch = batch_size_of(x)
         return [
@@ -267,8 +260,8 @@ class Network(nn.Module):
                 head=_head_name(index, heads, self.num_exits),
                 stage_macs=stage // batch,
                 head_macs=head // batch,
-                stage_parameters=used.counts.get(2 * index, 0),
-                head_parameters=used.counts.get(2 * index + 1, 0),
+                stage_parameters=used.counts[2 * index],
+                head_parameters=used.counts[2 * index + 1],
             )
             for index, (name, (shape, stage, head)) in enumerate(
                 zip(self.exit_names, found, strict=True)
@@ -369,29 +362,40 @@ def stage_traffic(network: Network, x: Any) -> tuple[tuple[int, ...], tuple[int,
     Raises:
         ExitNotReached: if the example does not come to every exit.
     """
-    counter = TrafficCounter()
-    stages = []
-    heads = []
-    with (
-        evaluating(network),
-        torch.no_grad(),
-        without_fused_attention(),
-        counter,
-        network.exits(x) as run,
-    ):
+    with TrafficCounter() as counter:
+        found = _by_part(network, x, counter.take)
+    return tuple(stage for _, stage, _ in found), tuple(head for _, _, head in found)
+
+
+def _by_part(
+    network: Network, x: Any, take: Callable[[], int]
+) -> list[tuple[tuple[int, ...], int, int]]:
+    """Run a network once in eval mode, and count each stage and each head.
+
+    Args:
+        network: network to run.
+        x: an example input.
+        take: returns what was counted since the last call.
+    Returns:
+        For each exit the shape of its features, and the counts of its stage and of its head.
+    Raises:
+        ExitNotReached: if the example does not come to every exit.
+    """
+    found = []
+    with evaluating(network), torch.no_grad(), without_fused_attention(), network.exits(x) as run:
         for exit in run:
             if exit.index == network.num_exits - 1:
+                # The last output belongs to its stage, also where it is computed only when asked.
                 exit.output()
-            stages.append(counter.take())
+            stage = take()
             exit.output()
-            heads.append(counter.take())
-    _check_reached(len(stages), network.num_exits)
-    return tuple(stages), tuple(heads)
-
-
-def _check_reached(reached: int, num_exits: int) -> None:
-    if reached != num_exits:
-        raise ExitNotReached(f"the example came to {reached} of {num_exits} exits; expected all.")
+            shape = tuple(exit.features.shape) if exit.features is not None else ()
+            found.append((shape, stage, take()))
+    if len(found) != network.num_exits:
+        raise ExitNotReached(
+            f"the example came to {len(found)} of {network.num_exits} exits; expected all."
+        )
+    return found
 
 
 def _head_name(index: int, heads: Sequence[nn.Module], num_exits: int) -> str:

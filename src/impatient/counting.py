@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,7 +22,7 @@ def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch's counter knows the attention kernels of GPUs, but not that of CPUs
+# torch's counter knows the attention kernels of GPUs, but not that of CPUs.
 _ALSO_COUNTED: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention
 }
@@ -28,7 +30,7 @@ _ALSO_COUNTED: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFacts:
-    """One stage and its head, counted.
+    """Counts of one stage and its head.
 
     Attributes:
         exit: name of the exit after the stage.
@@ -49,39 +51,31 @@ class StageFacts:
     head_parameters: int
 
 
-class MacCounter:
-    """While it is entered, adds up multiply-accumulates.
+class MacCounter(FlopCounterMode):
+    """Add up multiply-accumulates while it is entered.
 
-    Matrix products, convolutions and attention count (torch.utils.flop_counter, halved);
-    element-wise work is 0.
+    Matrix products, convolutions and attention count (torch.utils.flop_counter, halved).
+    Element-wise work counts 0. Enter `without_fused_attention` as well.
     """
 
     def __init__(self) -> None:
-        self._counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
-        self._open = contextlib.ExitStack()
+        super().__init__(display=False, custom_mapping=_ALSO_COUNTED)
         self._taken = 0
 
     def take(self) -> int:
         """Return what was added since the last call."""
-        total = int(self._counter.get_total_flops()) // 2
+        total = int(self.get_total_flops()) // 2
         taken = total - self._taken
         self._taken = total
         return taken
 
-    def __enter__(self) -> Self:
-        self._open.enter_context(without_fused_attention())
-        self._open.enter_context(self._counter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
 
 def count_macs(model: nn.Module, x: Any) -> int:
     """Count the multiply-accumulates per sample of a plain run."""
-    with evaluating(model), torch.no_grad(), MacCounter() as counter:
+    counter = MacCounter()
+    with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
         call_model(model, x)
-        return counter.take() // batch_size_of(x)
+    return counter.take() // batch_size_of(x)
 
 
 def count_traffic(model: nn.Module, x: Any) -> int:
@@ -109,14 +103,17 @@ _PICKING = {
 
 
 class TrafficCounter(TorchDispatchMode):
-    """While it is entered, adds up what operators read and write; see `count_traffic`."""
+    """Add up the bytes that operators read and write while it is entered.
+
+    They are counted as in `count_traffic`.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._bytes = 0
 
     def take(self) -> int:
-        """The bytes since the last call."""
+        """Return the bytes that were added since the last call."""
         taken = self._bytes
         self._bytes = 0
         return taken
@@ -133,8 +130,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:
     written = sum(map(_size, results))
+    moved = sum(map(_size, given)) + written
     if func._schema.is_mutable:
-        return sum(map(_size, given)) + written
+        return moved
     memory = {tensor.untyped_storage().data_ptr() for tensor in given}
     if "empty" in func.__name__ or (
         results and all(result.untyped_storage().data_ptr() in memory for result in results)
@@ -142,20 +140,18 @@ def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:
         return 0
     if func in _PICKING:
         return written + sum(_size(tensor) for tensor in given[1:]) + written
-    return sum(map(_size, given)) + written
+    return moved
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of the elements that are really there; a broadcast one is there once."""
-    there = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        there *= size if stride else 1
-    return there * tensor.element_size()
+    """Return the bytes of the elements in memory; a broadcast one is there once."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) * tensor.element_size()
 
 
 @contextlib.contextmanager
 def without_fused_attention() -> Iterator[None]:
-    """Keep out the fused attention operator, which is not counted."""
+    """Switch off the fused attention operator, which is not counted."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -165,17 +161,17 @@ def without_fused_attention() -> Iterator[None]:
 
 
 class ParameterUse:
-    """Counts parameters by the part, a stage or a head, in which their module is first called.
+    """Count parameters by the stage or head in which their module is first called.
 
     Attributes:
-        counts: number of parameters by part; parts alternate: stage 0, head 0, stage 1, ...
+        counts: number of parameters by part. Parts are numbered stage 0, head 0, stage 1, ...
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._part = 0
         self._seen: set[int] = set()
-        self.counts: dict[int, int] = {}
+        self.counts: Counter[int] = Counter()
 
     def next_part(self) -> None:
         self._part += 1
@@ -203,7 +199,7 @@ class ParameterUse:
         for parameter in module.parameters(recurse):
             if id(parameter) not in self._seen:
                 self._seen.add(id(parameter))
-                self.counts[part] = self.counts.get(part, 0) + parameter.numel()
+                self.counts[part] += parameter.numel()
 
 
 def module_name(module: nn.Module) -> str:
@@ -217,9 +213,9 @@ def facts_table(facts: Sequence[StageFacts], exit_free: str, mechanism: str) -> 
     """Lay out facts as a table, with totals and the mechanism.
 
     Args:
-        facts: of all exits.
+        facts: facts of all exits.
         exit_free: name of the network without exits.
-        mechanism: how it is staged, in words.
+        mechanism: how the network is divided into stages, in words.
     """
     rows = [
         (
@@ -231,10 +227,8 @@ def facts_table(facts: Sequence[StageFacts], exit_free: str, mechanism: str) -> 
             "head MACs",
             "stage params",
             "head params",
-        )
-    ]
-    for index, fact in enumerate(facts):
-        rows.append(
+        ),
+        *(
             (
                 str(index),
                 fact.exit,
@@ -245,12 +239,14 @@ def facts_table(facts: Sequence[StageFacts], exit_free: str, mechanism: str) -> 
                 f"{fact.stage_parameters:,}",
                 f"{fact.head_parameters:,}",
             )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+            for index, fact in enumerate(facts)
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            _aligned(cell, width, column)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(row, "><<<>>>>", widths, strict=True)
         )
         for row in rows
     ]
@@ -264,7 +260,3 @@ def facts_table(facts: Sequence[StageFacts], exit_free: str, mechanism: str) -> 
         f"mechanism: {mechanism}.",
     ]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if 1 <= column <= 3 else cell.rjust(width)

@@ -30,6 +30,7 @@ from impatient.networks.anytimenet import (
     BaseResNet,
     GrowingNetwork,
     IterationBatchNorm,
+    SectionedNetwork,
     _in_iteration,
     block_macs,
     block_times,
@@ -61,20 +62,24 @@ class Residual(nn.Module):
         return x + self.linear(torch.relu(self.norm(x)))
 
 
+def growing(
+    stem: nn.Module,
+    sections: Sequence[Sequence[nn.Module]],
+    out: nn.Module,
+    *rest: Any,
+    **options: Any,
+) -> GrowingNetwork:
+    return GrowingNetwork(SectionedNetwork(stem, sections, out), *rest, **options)
+
+
 def residual(schedule: Schedule | Sequence[Sequence[int]], **options: Any) -> GrowingNetwork:
     """A network of such blocks, with weights, statistics and outputs that differ from block to
     block.
     """
     counts = Schedule.of(schedule).final
     out = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
-    network = GrowingNetwork(
-        nn.Linear(8, 4),
-        [[Residual() for _ in range(count)] for count in counts],
-        out,
-        schedule,
-        layout="ND",
-        **options,
-    )
+    sections = [[Residual() for _ in range(count)] for count in counts]
+    network = growing(nn.Linear(8, 4), sections, out, schedule, layout="ND", **options)
     shake(network)
     return network
 
@@ -347,9 +352,7 @@ def test_in_train_mode_a_cached_block_updates_its_statistics_once_but_sub_networ
 def test_the_blocks_of_our_residual_networks_grow(build: Any) -> None:
     sections = [[build(2, 4), build(4, 4)], [build(4, 8, 2), build(8, 8)]]
     out = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
-    check_growth(
-        GrowingNetwork(nn.Conv2d(1, 2, 3, padding=1), sections, out, [(1, 1), (1, 2), (2, 2)])
-    )
+    check_growth(growing(nn.Conv2d(1, 2, 3, padding=1), sections, out, [(1, 1), (1, 2), (2, 2)]))
 
 
 class ConvNeXtBlock(nn.Module):
@@ -371,9 +374,7 @@ def test_convnext_blocks_behind_strided_convolutions_grow() -> None:
     out = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, CLASSES)
     )
-    check_growth(
-        GrowingNetwork(nn.Conv2d(1, 4, 2, stride=2), sections, out, [(1, 1), (2, 2), (2, 3)])
-    )
+    check_growth(growing(nn.Conv2d(1, 4, 2, stride=2), sections, out, [(1, 1), (2, 2), (2, 3)]))
 
 
 def check_growth(network: GrowingNetwork) -> None:
@@ -413,7 +414,7 @@ def check_in_place(schedule: Schedule, *, inference: bool) -> None:
     def build(block: type[InPlace], *, inplace: bool) -> GrowingNetwork:
         out = nn.Sequential(nn.LeakyReLU(0.1, inplace=inplace), nn.Linear(4, CLASSES))
         sections = [[block() for _ in range(count)] for count in schedule.final]
-        return GrowingNetwork(nn.Linear(8, 4), sections, out, schedule, layout="ND")
+        return growing(nn.Linear(8, 4), sections, out, schedule, layout="ND")
 
     writing = build(InPlace, inplace=True)
     safe = build(NotInPlace, inplace=False)
@@ -454,7 +455,7 @@ def test_training_goes_through_blocks_that_write_in_place() -> None:
     sections = [
         [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)) for _ in range(2)] for _ in range(2)
     ]
-    network = GrowingNetwork(
+    network = growing(
         nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), in_turn((2, 2)), layout="ND"
     )
     torch.stack(network(torch.randn(3, 8))).sum().backward()
@@ -558,7 +559,7 @@ def test_in_equilibrium_every_exit_reaches_the_stem_with_an_equal_share(schedule
 
 
 def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
-    network = GrowingNetwork(
+    network = growing(
         nn.Linear(8, 4),
         [[nn.Linear(4, 4)], [nn.Identity()]],
         nn.Linear(4, CLASSES),
@@ -571,7 +572,7 @@ def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
     assert network.backbone.sections[0][0].weight.grad.abs().sum(1).min() > 0
 
     sections = [[nn.Linear(4, 4), nn.Linear(4, 4)], [nn.Identity()]]
-    network = GrowingNetwork(
+    network = growing(
         nn.Linear(8, 4), sections, nn.Linear(4, CLASSES), [(1, 1), (2, 1)], layout="ND"
     )
     network(torch.randn(3, 8), gradients=GradientFlow(detach=0.5))[1].sum().backward()
@@ -741,7 +742,7 @@ def test_no_batches_cannot_recalibrate_and_change_nothing() -> None:
 
 def test_own_statistics_without_batch_norm_are_warned_of() -> None:
     with pytest.warns(NoEffectWarning, match="norms='own' changed nothing"):
-        GrowingNetwork(
+        growing(
             nn.Identity(),
             [[nn.Linear(4, 4) for _ in range(2)]],
             nn.Linear(4, 3),
@@ -758,15 +759,12 @@ def test_networks_that_cannot_be_are_refused() -> None:
     with pytest.raises(
         ModelSpecError, match=r"sections of \(2,\) blocks, but the schedule ends with \(1,\)"
     ):
-        GrowingNetwork(nn.Identity(), [blocks], nn.Linear(4, 3), [(1,)])
+        growing(nn.Identity(), [blocks], nn.Linear(4, 3), [(1,)])
     with pytest.raises(ModelSpecError, match="no section shrinks"):
-        GrowingNetwork(nn.Identity(), [blocks], nn.Linear(4, 3), [(2,), (1,), (2,)])
+        growing(nn.Identity(), [blocks], nn.Linear(4, 3), [(2,), (1,), (2,)])
     with pytest.raises(NetworkError, match="give num_classes"):
-        GrowingNetwork(nn.Identity(), [blocks], nn.Flatten(), [(2,)])
-    assert (
-        GrowingNetwork(nn.Identity(), [blocks], nn.Flatten(), [(2,)], num_classes=4).num_classes
-        == 4
-    )
+        growing(nn.Identity(), [blocks], nn.Flatten(), [(2,)])
+    assert growing(nn.Identity(), [blocks], nn.Flatten(), [(2,)], num_classes=4).num_classes == 4
     for option in ("outs", "norms"):
         with pytest.raises(NetworkError, match=f"{option}='mine'; expected 'shared' or 'own'"):
             AnytimeNet(**{option: "mine"})

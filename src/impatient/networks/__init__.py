@@ -1,6 +1,12 @@
 """Models cut into stages, heads, and the networks of the papers."""
 
-from impatient.networks.anytimenet import AnytimeNet, BaseResNet, GrowingNetwork, recalibrate
+from impatient.networks.anytimenet import (
+    AnytimeNet,
+    BaseResNet,
+    GrowingNetwork,
+    SectionedNetwork,
+    recalibrate,
+)
 from impatient.networks.cascade import Cascade
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
@@ -23,6 +29,7 @@ __all__ = [
     "PreActResNet",
     "RunningEnsemble",
     "Schedule",
+    "SectionedNetwork",
     "SmallVGG",
     "StagedRun",
     "attach_exits",

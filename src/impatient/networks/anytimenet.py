@@ -30,6 +30,7 @@ from impatient.counting import StageFacts, count_macs, module_name
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
 from impatient.inputs import call_model, evaluating, first_tensor, synchronise
 from impatient.networks import growth
+from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
 from impatient.networks.heads import Layout, Pool, _last_width
@@ -141,7 +142,13 @@ class BaseResNet(SectionedNetwork):
         width: int = 16,
         in_channels: int = 3,
     ) -> None:
-        _check_sizes(num_classes=num_classes, blocks=blocks, width=width, in_channels=in_channels)
+        check_sizes(
+            "BaseResNet",
+            ("blocks", blocks),
+            num_classes=num_classes,
+            width=width,
+            in_channels=in_channels,
+        )
         widths = [width * 2**section for section in range(len(blocks))]
         sections = []
         for section, count in enumerate(blocks):
@@ -156,21 +163,7 @@ class BaseResNet(SectionedNetwork):
             nn.Linear(widths[-1], num_classes),
         )
         super().__init__(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), sections, out)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-def _check_sizes(*, blocks: object, **sizes: object) -> None:
-    listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
-    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
-        given = ", ".join(
-            f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
-        )
-        raise ModelSpecError(
-            f"BaseResNet({given}); expected whole numbers of at least 1. blocks is a list with a "
-            "number per section."
-        )
+        initialise_convolutions(self)
 
 
 # --- costs of its parts ---------------------------------------------------------------------------
@@ -399,19 +392,17 @@ class GrowingNetwork(Network):
     network with separate ones, and `recalibrate` computes these again.
 
     Args:
-        stem: IN, from the input to the features of the first section.
-        sections: lists of blocks; each block takes the output of the block before it, one tensor,
-            batch first.
-        out: OUT, from the last section's features to [B, num_classes].
+        backbone: plain network of the same modules. Each block takes the output of the block before
+            it, one tensor, batch first. OUT gives [B, num_classes].
         schedule: block counts of each section per iteration; the last iteration has all blocks.
         outs: "shared" for one OUT, or "own" for a separate copy of OUT in each iteration.
         norms: "own" (the default) for separate batch-norm statistics in each iteration, for blocks
-            that several iterations run; the batch norms (`nn.BatchNorm1d` to `3d`) of the given
-            modules are then replaced. "shared" keeps one set of statistics.
+            that several iterations run; the batch norms (`nn.BatchNorm1d` to `3d`) of the backbone
+            are then replaced. "shared" keeps one set of statistics.
         layout: meaning of the dimensions of the last features.
         num_classes: width of the output; the default is that of the last layer of `out`.
     Attributes:
-        backbone: plain network of the same modules; its output is that of the last exit.
+        backbone: as given; its output is that of the last exit.
         schedule: block counts of each section per iteration.
         heads: the separate OUTs of all iterations except the last; empty with one shared OUT.
         default_weights: scheme of the exits' loss weights that `fit` uses by default, the paper's
@@ -425,9 +416,8 @@ class GrowingNetwork(Network):
         here.
     Example:
         >>> sections = [[nn.Linear(4, 4) for _ in range(2)] for _ in range(2)]
-        >>> network = GrowingNetwork(
-        ...     nn.Identity(), sections, nn.Linear(4, 3), [(1, 1), (2, 1), (2, 2)], layout="ND"
-        ... )
+        >>> backbone = SectionedNetwork(nn.Identity(), sections, nn.Linear(4, 3))
+        >>> network = GrowingNetwork(backbone, [(1, 1), (2, 1), (2, 2)], layout="ND")
         >>> with network.exits(torch.zeros(5, 4)) as run:
         ...     [(exit.index, tuple(exit.output().shape)) for exit in run]
         [(0, (5, 3)), (1, (5, 3)), (2, (5, 3))]
@@ -438,9 +428,7 @@ class GrowingNetwork(Network):
 
     def __init__(
         self,
-        stem: nn.Module,
-        sections: Sequence[Iterable[nn.Module]],
-        out: nn.Module,
+        backbone: SectionedNetwork,
         schedule: Schedule | Sequence[Sequence[int]] | str,
         *,
         outs: Sharing = "shared",
@@ -452,19 +440,19 @@ class GrowingNetwork(Network):
         for option, given in (("outs", outs), ("norms", norms or "own")):
             if given not in ("shared", "own"):
                 raise NetworkError(f"{option}={given!r}; expected 'shared' or 'own'.")
-        self.backbone = SectionedNetwork(stem, sections, out)
+        self.backbone = backbone
         self.schedule = Schedule.of(schedule)
-        if self.backbone.counts != self.schedule.final:
+        if backbone.counts != self.schedule.final:
             raise ModelSpecError(
-                f"sections of {self.backbone.counts} blocks, but the schedule ends with "
+                f"sections of {backbone.counts} blocks, but the schedule ends with "
                 f"{self.schedule.final}; expected every block in the last iteration."
             )
-        self.num_classes = num_classes or _classes(out)
+        self.num_classes = num_classes or _classes(backbone.out)
         self.layout = layout
         self._starts = self.schedule.starts
         self._kept = self.schedule.kept
         early = self.num_exits - 1 if outs == "own" else 0
-        self.heads = nn.ModuleList(copy.deepcopy(out) for _ in range(early))
+        self.heads = nn.ModuleList(copy.deepcopy(backbone.out) for _ in range(early))
         if norms != "shared":
             self._own_norms()
             if norms and not any(
@@ -548,27 +536,12 @@ class GrowingNetwork(Network):
 
         The last iteration contains its OUT.
         """
-        parts = block_macs(self.backbone, x)
-        counted = growth.costs(self.schedule, parts)
-        with evaluating(self), torch.no_grad(), self.exits(x) as run:
-            shape = tuple(next(run).features.shape)
-        facts = []
-        for index, (name, macs) in enumerate(
-            zip(self.exit_names, counted.per_iteration, strict=True)
-        ):
-            last = index == self.num_exits - 1
-            facts.append(
-                StageFacts(
-                    exit=name,
-                    features=shape,
-                    head="(the backbone's own)" if last else module_name(self._out(index)),
-                    stage_macs=round(macs - (0.0 if last else parts.out)),
-                    head_macs=0 if last else round(parts.out),
-                    stage_parameters=0,
-                    head_parameters=0,
-                )
-            )
-        return _with_parameters(facts, self._modules_by_use())
+        *early, last = super().stage_facts(x)
+        outs = (module_name(self._out(index)) for index in range(len(early)))
+        return [
+            *(replace(fact, head=out) for fact, out in zip(early, outs, strict=True)),
+            last,
+        ]
 
     def describe(self, x: Any) -> str:
         """Describe the iterations, their MACs and their parameters in a table.
@@ -626,25 +599,11 @@ class GrowingNetwork(Network):
                 iterations.setdefault(name, []).append(index)
         for section, blocks in enumerate(self.backbone._sections(), start=1):
             for position, block in enumerate(blocks, start=1):
-                if len(iterations[f"S{section}.{position}"]) > 1:
-                    blocks[position - 1] = _with_own_norms(
-                        block, iterations[f"S{section}.{position}"]
-                    )
+                running = iterations[f"S{section}.{position}"]
+                if len(running) > 1:
+                    blocks[position - 1] = _with_own_norms(block, running)
         if not self.heads and self.num_exits > 1:
             self.backbone.out = _with_own_norms(self.backbone.out, iterations["OUT"])
-
-    def _modules_by_use(self) -> list[tuple[list[nn.Module], nn.Module | None]]:
-        """Return the modules of each iteration, and its OUT.
-
-        The last OUT belongs to the modules of its iteration.
-        """
-        parts = self.backbone.parts()
-        stages = [[parts[name] for name in names[:-1]] for names in growth.trace(self.schedule)]
-        last = [*stages[-1], self.backbone.out]
-        return [
-            *((stage, self._out(index)) for index, stage in enumerate(stages[:-1])),
-            (last, None),
-        ]
 
 
 def _classes(out: nn.Module) -> int:
@@ -655,26 +614,6 @@ def _classes(out: nn.Module) -> int:
             "convolution or norm; give num_classes."
         )
     return width
-
-
-def _with_parameters(
-    facts: Sequence[StageFacts], modules: Sequence[tuple[list[nn.Module], nn.Module | None]]
-) -> list[StageFacts]:
-    """Add the parameters to the facts, counted where they are first used."""
-    seen: set[int] = set()
-
-    def fresh(parts: Iterable[nn.Module]) -> int:
-        found = {
-            id(parameter): parameter.numel() for part in parts for parameter in part.parameters()
-        }
-        count = sum(size for key, size in found.items() if key not in seen)
-        seen.update(found)
-        return count
-
-    return [
-        replace(fact, stage_parameters=fresh(stage), head_parameters=fresh([head] if head else []))
-        for fact, (stage, head) in zip(facts, modules, strict=True)
-    ]
 
 
 class AnytimeNet(GrowingNetwork):
@@ -715,18 +654,8 @@ class AnytimeNet(GrowingNetwork):
         norms: Sharing | None = None,
     ) -> None:
         schedule = Schedule.of(schedule)
-        whole = BaseResNet(num_classes, schedule.final, width, in_channels)
-        super().__init__(
-            whole.stem,
-            whole.sections,  # type: ignore[arg-type]
-            whole.out,
-            schedule,
-            outs=outs,
-            norms=norms,
-            num_classes=num_classes,
-        )  # a list of ModuleLists
-        # The same modules, as a BaseResNet.
-        self.backbone = whole
+        backbone = BaseResNet(num_classes, schedule.final, width, in_channels)
+        super().__init__(backbone, schedule, outs=outs, norms=norms, num_classes=num_classes)
 
 
 def recalibrate(network: nn.Module, batches: Iterable[Any]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from impatient import checks
 from impatient.errors import ModelSpecError
+from impatient.networks.building import check_sizes, initialise_convolutions
 
 BlockKind = Literal["basic", "bottleneck"]
 StemKind = Literal["cifar", "imagenet"]
@@ -167,8 +168,10 @@ class PreActResNet(nn.Module):
         depth: int | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(num_classes=num_classes, n=n, c=c, in_channels=in_channels)
-        counts = (n,) * 3 if isinstance(n, int) else tuple(n)
+        counts = (n,) * 3 if isinstance(n, int) else n
+        check_sizes(
+            "PreActResNet", ("n", counts), num_classes=num_classes, c=c, in_channels=in_channels
+        )
         checks.one_of(ModelSpecError, _BLOCKS, block=block)
         checks.one_of(ModelSpecError, _STEMS, stem=stem)
         checks.one_of(ModelSpecError, ("pooled", "projection"), shortcut=shortcut)
@@ -186,21 +189,14 @@ class PreActResNet(nn.Module):
         blocks = [build(inputs, outputs, stride, shortcut) for inputs, outputs, stride in shapes]
         self.blocks = nn.ModuleList(blocks)
         self.classifier = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
         if depth is not None:
-            self._truncate(depth, widths)
-
-    def _truncate(self, depth: int, widths: Sequence[int]) -> None:
-        """Keep the first blocks only.
-
-        The complete network has been initialised before, so that these blocks have its weights.
-        """
-        _check_depth(depth, len(self.blocks))
-        if depth < len(self.blocks):
-            self.blocks = nn.ModuleList(list(self.blocks)[:depth])
-            self.classifier = nn.Linear(widths[depth - 1], self.classifier.out_features)
+            _check_depth(depth, len(blocks))
+        if depth is not None and depth < len(blocks):
+            # After the complete network has been initialised, so that these blocks have its
+            # weights.
+            self.blocks = self.blocks[:depth]
+            self.classifier = nn.Linear(widths[depth - 1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute outputs [B, num_classes] from images [B, in_channels, H, W]."""
@@ -224,16 +220,6 @@ def _large_stem(in_channels: int, c: int) -> nn.Module:
 
 
 _STEMS = {"cifar": _small_stem, "imagenet": _large_stem}
-
-
-def _check_sizes(*, n: object, **sizes: object) -> None:
-    listed = list(n) if isinstance(n, (list, tuple)) else [n]
-    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
-        given = ", ".join(f"{name}={size!r}" for name, size in {"n": n, **sizes}.items())
-        raise ModelSpecError(
-            f"PreActResNet({given}); expected whole numbers of at least 1. n may be a list with a "
-            "number per stage."
-        )
 
 
 def _check_depth(depth: object, blocks: int) -> None:

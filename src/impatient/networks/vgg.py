@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import ModelSpecError
+from impatient.networks.building import check_sizes, initialise_convolutions
 
 
 class SmallVGG(nn.Module):
@@ -43,21 +43,24 @@ class SmallVGG(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        _check_sizes(num_classes=num_classes, width=width, blocks=blocks, in_channels=in_channels)
+        check_sizes(
+            "SmallVGG",
+            ("blocks", blocks),
+            num_classes=num_classes,
+            width=width,
+            in_channels=in_channels,
+        )
         widths = [
             width * 2 ** min(stage, 3) for stage, count in enumerate(blocks) for _ in range(count)
         ]
-        pooled = [index == count - 1 for count in blocks[:-1] for index in range(count)] + [
-            False
-        ] * blocks[-1]
+        pooled = [index == count - 1 for count in blocks for index in range(count)]
+        pooled[-1] = False
         shapes = zip([in_channels, *widths], widths, pooled, strict=False)
         self.blocks = nn.ModuleList(
             _layer(inputs, outputs, pool=pool) for inputs, outputs, pool in shapes
         )
         self.classifier = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute outputs [B, num_classes] from images [B, in_channels, H, W]."""
@@ -71,15 +74,3 @@ def _layer(inputs: int, outputs: int, *, pool: bool) -> nn.Module:
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
     return layer.append(nn.MaxPool2d(2)) if pool else layer
-
-
-def _check_sizes(*, blocks: object, **sizes: object) -> None:
-    listed = list(blocks) if isinstance(blocks, (list, tuple)) else []
-    if not listed or any(type(size) is not int or size < 1 for size in (*listed, *sizes.values())):
-        given = ", ".join(
-            f"{option}={size!r}" for option, size in {**sizes, "blocks": blocks}.items()
-        )
-        raise ModelSpecError(
-            f"SmallVGG({given}); expected whole numbers of at least 1. blocks is a list with a "
-            "number per stage."
-        )
