@@ -101,7 +101,7 @@ def test_option_the_network_does_not_take_is_refused_by_name() -> None:
 
 
 def test_errors_of_our_own_networks_stay_as_they_are() -> None:
-    with pytest.raises(ModelSpecError, match=r"^PreActResNet\(.*n=0.*at least 1"):
+    with pytest.raises(ModelSpecError, match=r"^PreActResNet\(.*n=\(0, 0, 0\).*at least 1"):
         load_model("impatient:resnet:n=0")
 
 

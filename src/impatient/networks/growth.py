@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -97,10 +98,7 @@ class Schedule:
         The second number of a pair is the position of the section's first new block. The iteration
         runs the new blocks of that section on its cached tensor, and all blocks of later sections.
         """
-        return (
-            (0, 0),
-            *(_start(before, after) for before, after in itertools.pairwise(self.counts)),
-        )
+        return tuple(map(_start, (None, *self.counts), self.counts))
 
     @property
     def kept(self) -> tuple[frozenset[int], ...]:
@@ -108,10 +106,8 @@ class Schedule:
 
         A later iteration continues from these tensors.
         """
-        return tuple(
-            _needed([section for section, _ in self.starts[done:]])
-            for done in range(1, len(self.counts) + 1)
-        )
+        sections = [section for section, _ in self.starts]
+        return tuple(_needed(sections[done:]) for done in range(1, len(sections) + 1))
 
 
 def _read(text: str) -> tuple[Counts, ...]:
@@ -196,14 +192,12 @@ def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
         (1, 8, 10, 12, 7, 38)
     """
     parts = ("IN", *(f"S{section + 1}" for section in range(len(schedule.final))), "OUT")
-    rows = [
-        [sum(name.split(".")[0] == part for name in names) for part in parts]
-        for names in trace(schedule)
-    ]
-    totals = [
-        [sum(column) for column in zip(*rows[: done + 1], strict=True)] for done in range(len(rows))
-    ]
-    return tuple((*row, sum(row)) for row in totals)
+    executed: Counter[str] = Counter()
+    rows = []
+    for names in trace(schedule):
+        executed.update(name.split(".")[0] for name in names)
+        rows.append((*(executed[part] for part in parts), executed.total()))
+    return tuple(rows)
 
 
 # --- costs ----------------------------------------------------------------------------------------
@@ -259,7 +253,7 @@ class BlockCosts:
             before: block counts before the iteration; None for the first iteration.
             after: block counts after the iteration.
         """
-        first, old = (0, 0) if before is None else _start(before, after)
+        first, old = _start(before, after)
         inner = sum(self.sections[first][old : after[first]])
         inner += sum(
             sum(costs[:count])
@@ -312,10 +306,7 @@ def costs(schedule: Schedule, parts: BlockCosts) -> GrowthCosts:
             f"costs of {parts.counts} blocks for a schedule that ends with {schedule.final}; "
             "expected one per block."
         )
-    befores = (None, *schedule.counts)
-    steps = tuple(
-        parts.step(before, after) for before, after in zip(befores, schedule.counts, strict=False)
-    )
+    steps = tuple(map(parts.step, (None, *schedule.counts), schedule.counts))
     return GrowthCosts(
         per_iteration=steps, cumulative=tuple(itertools.accumulate(steps)), plain=parts.plain
     )
@@ -404,34 +395,26 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
     """
     line = list(_line(parts.counts))
     increase = all(before < after for before, after in itertools.pairwise(times))
-    if (
-        not 1 <= len(times) <= len(line)
-        or not increase
-        or not all(math.isfinite(time) for time in times)
-    ):
+    if not (1 <= len(times) <= len(line) and increase and all(map(math.isfinite, times))):
         raise ModelSpecError(
             f"times {tuple(times)}; expected 1 to {len(line)} of them, increasing and finite."
         )
     # A state is the position on the line, and how often each section was the first to grow. The
     # time so far follows from these.
     states: dict[tuple[int, Counts], _Label] = {(-1, (0,) * len(parts.counts)): (0.0, 0.0, ())}
-    for index, time in enumerate(times):
-        last = index == len(times) - 1
+    for left, time in zip(range(len(times) - 1, -1, -1), times, strict=True):
         reached: dict[tuple[int, Counts], _Label] = {}
         for (position, grown), (distance, begun, path) in states.items():
             before = line[position] if path else None
-            for place in range(
-                len(line) - 1 if last else position + 1, len(line) - (len(times) - 1 - index)
-            ):
-                now = begun + parts.step(before, line[place])
-                label = distance + (now - time) ** 2, now, (*path, line[place])
-                section = _start(before, line[place])[0] if before else None
-                state = (
-                    place,
-                    tuple(count + (number == section) for number, count in enumerate(grown)),
-                )
-                if state not in reached or label < reached[state]:
-                    reached[state] = label
+            # Each later iteration needs a place of its own, and the last one is the line's end.
+            nearest = position + 1 if left else len(line) - 1
+            for place in range(nearest, len(line) - left):
+                after = line[place]
+                now = begun + parts.step(before, after)
+                label = distance + (now - time) ** 2, now, (*path, after)
+                section = _start(before, after)[0] if before else None
+                counts = tuple(count + (number == section) for number, count in enumerate(grown))
+                reached[place, counts] = min(label, reached.get((place, counts), label))
         states = reached
     return Schedule(min(states.values())[2])
 
@@ -439,8 +422,10 @@ def place(parts: BlockCosts, times: Sequence[float]) -> Schedule:
 _Label = tuple[float, float, tuple[Counts, ...]]
 
 
-def _start(before: Counts, after: Counts) -> tuple[int, int]:
+def _start(before: Counts | None, after: Counts) -> tuple[int, int]:
     """Return the earliest section that grows, and how many blocks it has before."""
+    if before is None:
+        return 0, 0
     return next(
         (section, old)
         for section, (old, new) in enumerate(zip(before, after, strict=True))
@@ -450,7 +435,7 @@ def _start(before: Counts, after: Counts) -> tuple[int, int]:
 
 def _blocks(before: Counts | None, after: Counts) -> Iterator[tuple[int, int]]:
     """Yield section and block of everything that an iteration executes, in order."""
-    first, old = (0, 0) if before is None else _start(before, after)
+    first, old = _start(before, after)
     for section in range(first, len(after)):
         for block in range(old if section == first else 0, after[section]):
             yield section, block
@@ -475,9 +460,7 @@ def _layers(
     vectors = list(itertools.product(*(range(1, count + 1) for count in final)))
     if sizes is not None:
         wanted = [[counts for counts in vectors if sum(counts) == size] for size in sizes]
-        return (
-            [*wanted[:-1], [counts for counts in wanted[-1] if counts == final]] if wanted else []
-        )
+        return [*wanted[:-1], [final] if final in wanted[-1] else []] if wanted else []
     assert iterations is not None
     if iterations < 2:
         return [[final]] * iterations
@@ -512,8 +495,7 @@ def _next_labels(
             if _visits(before, after, points):
                 cost = parts.step(before, after)
                 label = total + cost, early + cost * left, (*path, after)
-                if after not in reached or label < reached[after]:
-                    reached[after] = label
+                reached[after] = min(label, reached.get(after, label))
     return reached
 
 
@@ -522,9 +504,7 @@ def _line(final: Counts) -> Iterator[Counts]:
 
     Blocks are added one by one, section after section.
     """
-    counts = [1] * len(final)
-    yield tuple(counts)
+    yield (1,) * len(final)
     for section, count in enumerate(final):
         for grown in range(2, count + 1):
-            counts[section] = grown
-            yield tuple(counts)
+            yield (*final[:section], grown, *(1,) * (len(final) - section - 1))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -60,9 +61,9 @@ def load_model(
     """
     source, name, options = _parse(spec)
     known = {"num_classes": num_classes, "in_channels": in_channels}
-    build: Callable[..., Any] = _SOURCES.get(source, _from_module)
+    build = _SOURCES.get(source) or functools.partial(_from_module, source)
     try:
-        model = build(source, name, options, known)
+        model = build(name, options, known)
     except ModelSpecError:
         raise
     except ImportError as error:
@@ -138,50 +139,44 @@ def _accepted(
     return {**given, **options}
 
 
-def _own(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
+def _own(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     if name not in OWN:
         raise ModelSpecError(
-            f"no network {name!r} in {source}; expected one of {', '.join(sorted(OWN))}."
+            f"no network {name!r} in impatient; expected one of {', '.join(sorted(OWN))}."
         )
     return OWN[name](**_accepted(OWN[name], options, known))
 
 
-def _torchvision(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+def _torchvision(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     models = import_torchvision().models
     if name not in models.list_models():
         raise ModelSpecError(
             f"torchvision has no model {name!r}. {_near(name, models.list_models())}"
         )
-    options = {**({"num_classes": known["num_classes"]} if known["num_classes"] else {}), **options}
     if options.get("weights"):
         # Pretrained weights determine the number of classes.
         options.pop("num_classes", None)
-    if "aux_logits" in inspect.signature(models.get_model_builder(name)).parameters or name in (
-        "googlenet",
-        "inception_v3",
-    ):
-        options = (
-            {"init_weights": False, "aux_logits": False, **options}
-            if not options.get("weights")
-            else options
-        )
+        return models.get_model(name, **options)
+    if known["num_classes"]:
+        options.setdefault("num_classes", known["num_classes"])
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False, "aux_logits": False, **options}
     return models.get_model(name, **options)
 
 
-def _timm(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+def _timm(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     # timm imports torchvision, and would fail where it needs the repair.
     import_torchvision()
     import timm
 
     if not timm.is_model(name.split(".")[0]):
         raise ModelSpecError(f"timm has no model {name!r}. {_near(name, timm.list_models())}")
-    given = {"num_classes": known["num_classes"], "in_chans": known["in_channels"]}
-    return timm.create_model(
-        name, **{**{key: value for key, value in given.items() if value is not None}, **options}
-    )
+    # timm leaves out options that are None.
+    usual = {"num_classes": known["num_classes"], "in_chans": known["in_channels"]}
+    return timm.create_model(name, **{**usual, **options})
 
 
-def _transformers(source: str, name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:  # noqa: ARG001
+def _transformers(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     """Build a classifier of transformers.
 
     The name is that of a pretrained model ("transformers:org/name"). Or the weights are random, and
@@ -195,22 +190,21 @@ def _transformers(source: str, name: str, options: dict[str, Any], known: dict[s
     import transformers
 
     text = bool(options.pop("text", False))
-    labels = {"num_labels": known["num_classes"]} if known["num_classes"] else {}
+    if known["num_classes"]:
+        options.setdefault("num_labels", known["num_classes"])
     if name.endswith("Config") and hasattr(transformers, name):
-        config = getattr(transformers, name)(**{**labels, **options})
+        config = getattr(transformers, name)(**options)
     elif name.endswith(".json"):
         # transformers would look for a missing file on the internet.
         if not Path(name).is_file():
             raise ModelSpecError(f"there is no configuration file {name} (looked in {Path.cwd()}).")
-        config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
+        config = transformers.AutoConfig.from_pretrained(name, **options)
     else:
-        config = None
-    if config is not None:
-        # transformers fails on None where a configuration belongs to several classes.
-        config.architectures = config.architectures or []
-        return _auto_class(transformers, config, text).from_config(config)
-    config = transformers.AutoConfig.from_pretrained(name, **{**labels, **options})
-    return _auto_class(transformers, config, text).from_pretrained(name, config=config)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
+        return _auto_class(transformers, config, text).from_pretrained(name, config=config)
+    # transformers fails on None where a configuration belongs to several classes.
+    config.architectures = config.architectures or []
+    return _auto_class(transformers, config, text).from_config(config)
 
 
 def _auto_class(transformers: Any, config: Any, text: bool) -> Any:
