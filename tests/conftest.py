@@ -16,6 +16,9 @@ from fakes import FakeNetwork, all_forgotten, wait_until
 from impatient.clock import FakeClock
 from toys import ToyBackbone
 
+# consoles take their width when the command line is imported; pytest-xdist would make it 80
+os.environ["COLUMNS"] = "200"
+
 # what fails here fails everywhere; `HYPOTHESIS_PROFILE=search` looks for what has not failed yet
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None, max_examples=1000)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from command_line import TINY, Call
-from impatient.costs import CostProfile
+from impatient.costs import CostProfile, Noise
 from impatient.evaluation import Evaluation
 from impatient.files import read_json
 from impatient.policies import ThresholdPolicy
@@ -85,8 +85,8 @@ def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) 
 
 def test_two_profiles_are_compared_exit_by_exit(call: Call, run_dir: Path) -> None:
     costs = CostProfile.load(run_dir / "profile.json")
-    assert costs.at(1).noise is not None
-    quiet = dataclasses.replace(costs.at(1).noise, spread=0.01)
+    # not what was measured: that may say that this machine is too busy to compare anything
+    quiet = Noise(aa_ratio=1.0, aa_low=0.99, aa_high=1.01, spread=0.01, n=30)
     half = {
         name: tuple(
             dataclasses.replace(
