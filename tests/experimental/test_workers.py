@@ -272,14 +272,16 @@ def test_a_network_whose_last_exit_never_comes_is_an_error(make, networks, monke
 
 
 def test_closing_ends_the_threads_and_the_runs(make, networks):
-    held = hold(networks[0], "stage 0")
+    held = [hold(network, "stage 0") for network in networks[:2]]
     parallel = make(2)
     run = parallel.start(X)
-    held.wait_reached()
+    for each in held:
+        each.wait_reached()
     assert len(threads()) == 2
     parallel.close()
     parallel.close()
-    held.release()
+    for each in held:
+        each.release()
     with pytest.raises(RunError, match="closed before its first exit"):
         run.result()
     wait_until(lambda: not threads())

@@ -489,7 +489,7 @@ def test_real_runs_that_wait_are_unwound_on_their_own_thread(real: MultiExitNetw
     runner = Runner(real, profile(real, x, repeats=1, warm_up=0))
     runs = [runner.start(x, resumable=True, limits=macs_up_to(runner, 0)) for _ in range(20)]
     assert {run.result().stopped_by for run in runs} == {"limit"}
-    walks = [weakref.ref(run._course._run) for run in runs]
+    walks = [weakref.ref(run._state._run) for run in runs]
     for run in runs[:5]:
         answer = run.refine().result()
         torch.testing.assert_close(answer.output, real.backbone(x), rtol=0, atol=0)

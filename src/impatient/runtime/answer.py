@@ -1,4 +1,4 @@
-"""What a run against the clock returns."""
+"""The answer of a run in torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from impatient.portable.answers import StoppedBy as StoppedBy
 
 
 class Answer(AnyAnswer[Tensor]):
-    """What a run returns: attributes as of `AnyAnswer`; the output is a tensor."""
+    """The answer of a run, whose output is a tensor."""
 
     __slots__ = ()
 
@@ -24,7 +24,11 @@ def answered(
     deadline: Deadline,
     stopped_by: StoppedBy,
 ) -> Answer:
-    """An answer that is there now."""
+    """Make an answer that is ready now.
+
+    Sync:
+        Waits for the device of the output.
+    """
     synchronise(output.device)
     now = clock.now()
     return Answer(

@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from impatient import checks
-from impatient.costs import CostProfile
+from impatient.costs import BatchCosts, CostProfile
 from impatient.errors import RunError
 
 When = Literal["auto", "never", "always"]
 
-# What copying is assumed to cost. One thread copied 8e9 bytes/s (index_select of 32 feature maps of
-# resnet50): a quarter of that is the safe side, and a stage takes a hundred times as long as the
-# copying all the same.
+# Assumed speed of copying. One thread copied 8e9 bytes/s (index_select of 32 feature maps of
+# resnet50). A quarter of that is conservative, and a stage still takes a hundred times as long as
+# the copying.
 COPY_BYTES_PER_S = 2e9
-# choosing the rows and handing them over, whatever their number
+# Assumed time for choosing the rows and passing them on, whatever their number.
 KEEP_S = 50e-6
 
 
 def covering(sizes: Iterable[int], rows: int) -> int | None:
-    """The least of these batch sizes that is at least as large: its cost is an upper bound. None if
-    there is none.
+    """Return the smallest of these batch sizes that holds a number of rows.
+
+    Its cost is an upper bound. None if all are smaller.
 
     Example:
         >>> covering([1, 8, 32], 5), covering([1, 8, 32], 33)
@@ -39,28 +40,28 @@ def covering(sizes: Iterable[int], rows: int) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compaction:
-    """The rule that says with how many rows a batch goes on when some of its samples have finished.
+    """A rule that says when a batch continues with fewer rows.
 
     "auto" compares the time of all stages ahead at the present number of rows and at the reduced
-    one, each the sum of the stages' medians, and goes on with fewer rows if the difference is more
-    than copying them costs. (Means would let a few disturbed repeats at one size decide.) It takes
-    it that the samples still going go on to the last exit, and counts no heads. Between two
-    profiled batch sizes times are interpolated. Below the smallest one the line through the two
-    smallest goes on, but never faster than in proportion to the rows. A single profiled size says
-    nothing of
-    fewer rows: on a CPU they are taken to cost in proportion (measured, resnet50 at 32 rows: 0.94
-    to 1.19 times that), on any other device as much as all of them; profile more batch sizes there.
+    one, each as the sum of the stages' medians. The batch continues with fewer rows if the
+    difference is more than copying them costs. (With means, a few disturbed repeats at one size
+    could decide.) The rule assumes that the remaining samples continue to the last exit, and counts
+    no heads. Between two profiled batch sizes, times are interpolated. Below the smallest one, the
+    line through the two smallest is extended, but never faster than in proportion to the rows. A
+    single profiled size says nothing about fewer rows. On a CPU they are then assumed to cost in
+    proportion (measured, resnet50 at 32 rows: 0.94 to 1.19 times that); on any other device, as
+    much as all of them. Profile more batch sizes there.
 
     Attributes:
-        costs: measured on this machine, at several batch sizes where possible.
-        when: "auto"; "always" and "never" leave the rule out.
-        buckets: the only numbers of rows that may run, for engines that want fixed shapes; a batch
-            goes on with the next larger one, filled up with copies of a row whose outputs are
-            dropped. Empty: any number.
-        copy_bytes_per_s, keep_s: assumed speed of copying the features, and time of doing so at
-            all.
+        costs: profile of this machine, at several batch sizes where possible.
+        when: "auto" applies the rule; "always" and "never" ignore it.
+        buckets: the only numbers of rows that may run, for engines with fixed shapes; empty allows
+            any number. A batch continues with the next larger bucket, filled up with copies of a
+            row whose outputs are dropped.
+        copy_bytes_per_s: assumed speed of copying features.
+        keep_s: assumed fixed time of every copying.
     Raises:
-        RunError: if `when` or a bucket is not possible.
+        RunError: if `when` is unknown or a bucket is smaller than 1.
     """
 
     costs: CostProfile
@@ -79,19 +80,19 @@ class Compaction:
         object.__setattr__(
             self,
             "_ahead_s",
-            {size: _ahead(self.costs, size) for size in sorted(self.costs.batches)},
+            {size: _ahead(costs) for size, costs in sorted(self.costs.batches.items())},
         )
 
     def size(self, exit: int, rows: int, left: int, row_bytes: float) -> int:
-        """With how many rows to go on after an exit: `rows`, or fewer.
+        """Return the number of rows to continue with after an exit.
 
         Args:
-            exit: just passed.
-            rows: that ran up to here, fillers included.
-            left: samples that have not finished.
+            exit: number of the exit that was just passed.
+            rows: number of rows that ran up to here, with the copies that fill the batch up.
+            left: number of samples that have not finished.
             row_bytes: size of one sample's features at this exit.
         """
-        reduced = left if not self.buckets else covering(self.buckets, left)
+        reduced = covering(self.buckets, left) if self.buckets else left
         if self.when == "never" or reduced is None or reduced >= rows:
             return rows
         price_s = self.keep_s + reduced * row_bytes / self.copy_bytes_per_s
@@ -102,16 +103,13 @@ class Compaction:
         return reduced if saves else rows
 
     def ahead_s(self, exit: int, rows: int) -> float:
-        """Estimated seconds of all stages after an exit, for this many rows."""
+        """Estimate the seconds of all stages after an exit."""
         sizes = tuple(self._ahead_s)
         place = bisect.bisect_left(sizes, rows)
         if place == len(sizes):
             return self._ahead_s[sizes[-1]][exit] * rows / sizes[-1]
-        if place == 0:
-            return self._below(exit, rows, sizes)
-        return self._on_line(exit, rows, sizes[place - 1], sizes[place])
-
-    def _below(self, exit: int, rows: int, sizes: tuple[int, ...]) -> float:
+        if place > 0:
+            return self._on_line(exit, rows, sizes[place - 1], sizes[place])
         least = self._ahead_s[sizes[0]][exit]
         proportional = least * rows / sizes[0]
         if len(sizes) == 1:
@@ -124,7 +122,7 @@ class Compaction:
         return low + (high - low) * (rows - first) / (second - first)
 
 
-def _ahead(costs: CostProfile, size: int) -> tuple[float, ...]:
-    """Per exit, the sum of the median seconds of all stages after it."""
-    stages = [stage.p50 for stage in costs.batches[size].stages]
-    return tuple(itertools.accumulate(reversed(stages[1:]), initial=0.0))[::-1]
+def _ahead(costs: BatchCosts) -> tuple[float, ...]:
+    """Sum the median seconds of all stages after each exit."""
+    later = [stage.p50 for stage in costs.stages[1:]]
+    return tuple(itertools.accumulate(reversed(later), initial=0.0))[::-1]

@@ -1,4 +1,7 @@
-"""Runs on a thread of their own, whose latest answer is there at any time."""
+"""Runs on a thread of their own, whose latest answer is there at any time.
+
+The worker posts the answer of every exit. The caller takes the latest one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -19,14 +22,16 @@ from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.run_state import RunState
 
-# How long the interpreter's end waits for the stage in flight. Torch aborts the process when its
-# thread is cut short.
+if TYPE_CHECKING:
+    from impatient.runtime.runner import Runner
+
+# Longest wait for the stage in flight when Python exits. Torch aborts the process if the thread is
+# ended in the middle of a stage.
 END_S = 10.0
 
 
 class BackgroundRun:
-    """What somebody holds who has started a run on another thread: how to look at its answers, and
-    how to stop it.
+    """A run on another thread, as its caller reads and stops it.
 
     Thread:
         All methods may be called from any thread.
@@ -39,27 +44,28 @@ class BackgroundRun:
         self._begin = clock.now()
         self._changed = threading.Condition()
         self._latest: Answer | None = None
-        # once given, always given
+        # The answer that was returned. It never changes afterwards.
         self._answer: Answer | None = None
-        # the worker does nothing for this run
+        # The worker does nothing for this run.
         self._finished = False
-        # somebody who has interrupted waits for the first exit
+        # A caller has interrupted and waits for the first exit.
         self._awaited = False
-        # nobody wants more
+        # No caller wants more.
         self._abandoned = False
         self._error: BaseException | None = None
-        # of the worker's thread
+        # Queue of the worker's thread.
         self._jobs: queue.SimpleQueue[Any] | None = None
 
     def latest(self) -> Answer | None:
-        """The best answer so far, without stopping; None before the first exit."""
+        """Return the best answer so far without stopping, None before the first exit."""
         with self._changed:
             return self._answer or self._latest
 
     def result(self) -> Answer:
-        """Wait for the last exit, the policy, a limit or the deadline, whichever comes first.
+        """Wait until the run stops or its deadline comes.
 
-        At the deadline the latest answer is returned at once; the stage in flight is abandoned.
+        It stops at the last exit, by the policy or at a limit. At the deadline, the latest answer
+        is returned at once and the stage in flight is abandoned.
 
         Raises:
             NoAnswerInTime: at the deadline, if there is no answer yet and the runner was made with
@@ -75,9 +81,10 @@ class BackgroundRun:
             return self._stop()
 
     def interrupt(self) -> Answer:
-        """Stop now and return the latest answer; a second call returns the same one.
+        """Stop and return the latest answer at once.
 
-        Before the first exit it waits for that exit, or raises, as the runner was told.
+        A second call returns the same answer. Before the first exit, this call waits for that exit,
+        or raises, as `when_late` of the runner says.
 
         Raises:
             NoAnswerInTime: if there is no answer yet and the runner was made with
@@ -88,7 +95,7 @@ class BackgroundRun:
             return self._stop()
 
     def close(self) -> None:
-        """Abandon what is still being computed; harmless afterwards."""
+        """Abandon what is still being computed. Closing twice is allowed."""
         with self._changed:
             self._abandon()
 
@@ -99,23 +106,22 @@ class BackgroundRun:
         self.close()
 
     def _abandon(self) -> None:
-        """Nobody wants more; the lock is held."""
+        """Abandon the run. The caller must hold `self._changed`."""
         self._abandoned = True
         self._changed.notify_all()
 
     def _stop(self) -> Answer:
-        """Give the latest answer; the lock is held."""
+        """Return the latest answer. The caller must hold `self._changed`."""
         if self._when_late == "raise" and self._latest is None and self._error is None:
             self._abandon()
             raise NoAnswerInTime(
                 f"no exit had answered after {(self._clock.now() - self._begin) * 1e3:.3f} ms. "
-                f"Allow more time, attach an "
-                "earlier exit, or use when_late='answer'."
+                "Allow more time, attach an earlier exit, or use when_late='answer'."
             )
         while self._latest is None and not self._finished:
             self._awaited = True
             self._changed.wait()
-        # another thread may have been given one while this one waited
+        # Another thread may have got an answer while this one waited.
         if self._answer is None:
             self._answer = self._conclude()
             self._abandon()
@@ -135,13 +141,13 @@ class BackgroundRun:
         return replace(self._latest, stopped_by="deadline" if passed else "interrupt")
 
     def _over(self) -> bool:
-        """Whether nobody wants more: abandoned, or answered when an answer was due."""
+        """Tell whether the run was abandoned or has answered in time."""
         due = self._awaited or self._clock.now() >= self._deadline.instant
         return self._abandoned or (due and self._latest is not None)
 
 
 class InterruptibleRun(BackgroundRun):
-    """An interruptible run in progress; made by `Runner.start`.
+    """An interruptible run in progress, made by `Runner.start`.
 
     Thread:
         All methods may be called from any thread.
@@ -149,36 +155,30 @@ class InterruptibleRun(BackgroundRun):
 
     def __init__(
         self,
-        course: RunState,
-        clock: Clock,
+        runner: Runner,
+        state: RunState,
         deadline: Deadline,
-        when_late: str,
-        limits: tuple[Limit, ...] = (),
+        limits: tuple[Limit, ...],
         *,
-        resumable: bool = False,
-        owner: Any = None,
+        resumable: bool,
     ) -> None:
-        super().__init__(clock, deadline, when_late)
-        self._course = course
+        super().__init__(runner.clock, deadline, runner.when_late)
+        # Kept, so that the runner outlives the runs it has begun.
+        self._runner = runner
+        self._state = state
         self._limits = limits
         self._resumable = resumable
-        # the runner, which so outlives the runs it has begun
-        self._owner = owner
-        # the answer of the exit where the run stands
+        # Whether the answer of the present exit was posted.
         self._posted = True
-        self._stopped_by: StoppedBy | None = (
-            # why the worker stopped there, whatever is wanted
-            None
-        )
-        # how often it was refined
+        # Why the run stops at the present exit, whatever callers want.
+        self._stopped_by: StoppedBy | None = None
+        # How often the run was refined.
         self._stretch = 0
-        self._policy: Policy | Literal["same"] | None = (
-            # that which `refine` brought, until the worker takes it
-            "same"
-        )
-        # for good
+        # Policy from `refine`, until the worker takes it.
+        self._policy: Policy | Literal["same"] | None = "same"
+        # Closed for good: it cannot be refined.
         self._closed = False
-        # an error, also where nobody wanted more
+        # An error of the run, even if no caller wanted more by then.
         self._broken: BaseException | None = None
 
     def refine(
@@ -188,16 +188,17 @@ class InterruptibleRun(BackgroundRun):
         policy: Policy | Literal["same"] | None = "same",
         limits: Mapping[Unit, float] | None = None,
     ) -> Self:
-        """Go on from where the run was stopped, without computing anything twice; then ask for the
-        answer as at first.
+        """Continue from where the run was stopped, without computing anything twice.
 
-        Until a deeper exit has answered, `interrupt` and `latest` give the answer there was.
+        Then ask for the answer as at first. Until a deeper exit has answered, `interrupt` and
+        `latest` return the previous answer.
 
         Args:
-            deadline: of the answer to come; its `elapsed_s` counts from this call.
-            policy: another one from here on, or None. With the one there was, a run that it has
-                stopped stays stopped. Samples that were taken out of the batch keep their outputs.
-            limits: as for `Runner.start`, of all that was spent since the run began.
+            deadline: deadline of the new answer, whose `elapsed_s` counts from this call.
+            policy: another policy, or None, to use from here on. With "same", a run that the policy
+                has stopped stays stopped. Samples that were removed from the batch keep their
+                outputs.
+            limits: limits as for `Runner.start`, on all that was spent since the run began.
         Raises:
             RunError: if the run was not started with resumable=True, has not been stopped, or was
                 closed.
@@ -205,11 +206,11 @@ class InterruptibleRun(BackgroundRun):
         check_deadline(deadline)
         with self._changed:
             self._check_refinable()
-            self._limits = limits_of(self._owner.costs, limits)
+            self._limits = limits_of(self._runner.costs, limits)
             self._policy = (
                 policy
                 if isinstance(policy, str)
-                else self._owner.drawn(policy, self._course.samples)
+                else self._runner.drawn(policy, self._state.samples)
             )
             self._begin = self._clock.now()
             self._deadline = deadline
@@ -225,10 +226,10 @@ class InterruptibleRun(BackgroundRun):
         return self
 
     def close(self) -> None:
-        """Abandon what is still being computed, and what `refine` could; harmless afterwards."""
+        """Abandon what is still being computed, so that `refine` is not possible either."""
         with self._changed:
             if self._finished and self._resumable and not self._closed and self._jobs is not None:
-                self._jobs.put(self._course.close)
+                self._jobs.put(self._state.close)
             self._closed = True
             self._abandon()
 
@@ -247,13 +248,11 @@ class InterruptibleRun(BackgroundRun):
             )
 
     def _go_on(self) -> None:
-        """Have the worker go on under what is wanted now; the lock is held."""
+        """Let the worker continue as wanted now. The caller must hold `self._changed`."""
         if self._latest is not None:
             self._latest = replace(self._latest, stopped_by="interrupt")
-            self._posted = (
-                # it may be that this is no longer where to stop, or that it is now
-                False
-            )
+            # Whether to stop at this exit may have changed.
+            self._posted = False
         if self._finished:
             assert self._jobs is not None
             self._finished = False
@@ -262,25 +261,25 @@ class InterruptibleRun(BackgroundRun):
     def _abandon(self) -> None:
         super()._abandon()
         if not self._finished and (self._closed or not self._resumable):
-            self._course.cancel()
+            self._state.cancel()
 
     def _work(self) -> None:
-        """On the worker: a stage, its head, the next stage ..., each only if somebody wants it."""
+        """Run stages and heads on the worker while more is wanted."""
         try:
             with torch.inference_mode():
                 while (step := self._next()) is not None:
                     step()
                 if self._closed or not self._resumable or self._is_final():
-                    self._course.close()
+                    self._state.close()
         except BaseException as error:
             self._fail(error)
 
     def _next(self) -> Callable[[], None] | None:
-        """What to do now; None: nothing, until `refine`."""
+        """Return what to do now, or None if there is nothing until `refine`."""
         with self._changed:
             if not self._over():
                 if not isinstance(self._policy, str):
-                    self._course.override(self._policy)
+                    self._state.override(self._policy)
                     self._policy = "same"
                 if not self._posted:
                     return self._post
@@ -291,30 +290,30 @@ class InterruptibleRun(BackgroundRun):
             return None
 
     def _advance(self) -> None:
-        self._course.advance()
+        self._state.advance()
         self._posted = False
         self._stopped_by = None
 
     def _post(self) -> None:
-        """Show the answer of the exit where the run stands."""
+        """Post the answer of the present exit."""
         stretch = self._stretch
         begin = self._begin
         deadline = self._deadline
-        stopped_by: StoppedBy | None = self._course.stops()
-        output, exits = self._course.answer()
-        if stopped_by is None and not self._course.allowed(self._limits):
+        stopped_by: StoppedBy | None = self._state.stops()
+        output, exits = self._state.answer()
+        if stopped_by is None and not self._state.allowed(self._limits):
             stopped_by = "limit"
         answer = answered(output, exits, self._clock, begin, deadline, stopped_by or "interrupt")
         with self._changed:
             if stretch != self._stretch:
-                # refined meanwhile: again, as is wanted now
+                # The run was refined meanwhile, so post again for the new deadline.
                 return
             self._posted = True
             self._stopped_by = stopped_by
-            # a late answer must not displace one that was in time
+            # A late answer must not replace one that was in time.
             if self._latest is None or answer.deadline_met:
                 self._latest = answer
-                # nobody else is to be woken: it would take the interpreter from the next stage
+                # Waking others would take the interpreter's lock from the next stage.
                 if self._awaited:
                     self._changed.notify_all()
 
@@ -323,13 +322,14 @@ class InterruptibleRun(BackgroundRun):
 
     def _fail(self, error: BaseException) -> None:
         try:
-            self._course.close()
+            self._state.close()
         finally:
             with self._changed:
-                # an error keeps its frames, and so the run: only where somebody may ask for it
+                # An error keeps its frames and so the run alive, so it is stored only where
+                # `refine` may raise it.
                 if self._resumable:
                     self._broken = error
-                # an answer that was there when it was due is not taken back
+                # An answer that was ready when it was due is not withdrawn.
                 if not self._over():
                     self._error = error
                 self._finished = True
@@ -337,26 +337,29 @@ class InterruptibleRun(BackgroundRun):
 
 
 class Worker:
-    """One thread, begun when needed, that does what it is given, in order. It holds no runner:
-    runners can be forgotten.
+    """One thread, started when needed, that does jobs in order.
+
+    It holds no reference to a runner, so that runners can be garbage-collected.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Any] | None = (
-            # None while there is no thread to take them
-            None
-        )
+        # None while there is no thread to take jobs.
+        self._jobs: queue.SimpleQueue[Any] | None = None
         self._threads: list[threading.Thread] = []
         self._runs: weakref.WeakSet[BackgroundRun] = weakref.WeakSet()
-        # that may be paused on the thread, and must be closed there
+        # Runs that may be paused on the thread, and must be closed there.
         self._waiting: weakref.WeakSet[RunState] = weakref.WeakSet()
 
     def do(
-        self, run: BackgroundRun, job: Callable[[], None], course: RunState | None = None
+        self, run: BackgroundRun, job: Callable[[], None], state: RunState | None = None
     ) -> None:
-        """Do a job of a run; a course that it may leave unfinished is closed on the same thread in
-        the end.
+        """Do a job of a run.
+
+        Args:
+            run: run that the job belongs to.
+            job: function to call on the thread.
+            state: state that the job may leave unfinished; it is closed on the same thread.
         """
         with self._lock:
             if not self._threads:
@@ -368,15 +371,15 @@ class Worker:
                 )
                 thread.start()
                 self._jobs = jobs
-                # one that was stopped may still be in its last stage
+                # A thread that was stopped may still be in its last stage.
                 self._threads = [thread, *(old for old in self._threads if old.is_alive())]
-            # first: what is left to note is noted while the thread wakes up
+            # Put first, so that the thread wakes up while the rest is done here.
             self._jobs.put(job)
             self._runs.add(run)
             run._jobs = self._jobs
-            if course is not None:
-                self._waiting.add(course)
-                weakref.finalize(run, self._jobs.put, course.close).atexit = False
+            if state is not None:
+                self._waiting.add(state)
+                weakref.finalize(run, self._jobs.put, state.close).atexit = False
 
     def stop(self) -> None:
         with self._lock:
@@ -388,20 +391,24 @@ class Worker:
         for run in runs:
             run.close()
         if jobs is not None:
-            # also of runs that nobody holds any more
-            for course in waiting:
-                jobs.put(course.close)
+            # This includes runs that no caller holds any more.
+            for state in waiting:
+                jobs.put(state.close)
             jobs.put(None)
 
     def end(self) -> None:
-        """Stop and wait, when Python ends."""
+        """Stop and wait, when Python exits."""
         self.stop()
         for thread in self._threads:
             thread.join(END_S)
 
     def forget(self) -> None:
-        """Stop, when nobody knows the runner any more, and so no run is in flight. May be called on
-        any thread.
+        """Stop when the runner has been garbage-collected.
+
+        No run is in flight then.
+
+        Thread:
+            May be called from any thread.
         """
         self.stop()
         atexit.unregister(self.end)
@@ -410,5 +417,5 @@ class Worker:
 def _serve(jobs: queue.SimpleQueue[Any]) -> None:
     while (job := jobs.get()) is not None:
         job()
-        # or its network and input live until the next one comes
+        # Otherwise its network and input would live until the next job comes.
         del job

@@ -1,4 +1,4 @@
-"""Joules of a run, by a meter that the caller brings."""
+"""Measure the joules of a run, with a meter from the caller."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Protocol, runtime_checkable
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import EnergyUnavailable
 
-# the counters of GPUs move only some ten times a second
+# Seconds. The counters of GPUs change only some ten times a second.
 WINDOW_S = 0.5
 ROUNDS = 3
 
 
 @runtime_checkable
 class EnergyMeter(Protocol):
-    """Measure joules between two moments.
+    """A meter of joules between two moments.
 
     Attributes:
-        name: what is measured by what, in words.
+        name: description of the meter and of what it measures.
     """
 
     @property
@@ -28,7 +28,7 @@ class EnergyMeter(Protocol):
     def begin(self) -> None: ...
 
     def end(self) -> float:
-        """Joules since `begin`."""
+        """Return the joules since `begin`."""
         ...
 
 
@@ -40,15 +40,18 @@ def joules_per_run(
     rounds: int = ROUNDS,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
-    """Joules of one run of each of several jobs: each is run over and over for a window, in turn
-    with the others.
+    """Measure the joules of one run of each of several jobs.
+
+    Each job is repeated for a time window, in turn with the others.
 
     Args:
-        jobs: each waits for the device before it returns.
-        window_s: at least so long, and at least one run.
-        rounds: windows of each job; the median counts.
+        meter: meter to read.
+        jobs: functions to measure, which wait for the device before they return.
+        window_s: least seconds of a window, which holds at least one run.
+        rounds: number of windows of each job; the median counts.
+        clock: clock to measure windows with.
     Raises:
-        EnergyUnavailable: if the meter did not move in a window.
+        EnergyUnavailable: if the meter did not change in a window.
     """
     measured: list[list[float]] = [[] for _ in jobs]
     for turn in range(rounds):
@@ -70,6 +73,6 @@ def _in_window(
     if not joules > 0.0:
         raise EnergyUnavailable(
             f"{meter.name} measured {joules} J in {clock.now() - begin:.3g} s; it does not move "
-            f"here."
+            "here."
         )
     return joules / runs

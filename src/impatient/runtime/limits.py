@@ -16,14 +16,16 @@ _COSTS: dict[str, Cost] = {"macs": "macs", "bytes": "bytes", "energy_j": "energy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """The most that a run may spend of something, per sample of its batch.
+    """The most that a run may spend of one unit per sample.
 
-    MACs and bytes are counted, so a run is never above them; joules are means of what was measured.
+    MACs and bytes are counted, so a run never exceeds their limit. Joules are means of measured
+    values, so a run may exceed their limit a little.
 
     Attributes:
         unit: "macs", "bytes" or "energy_j".
-        most: that a run may spend.
-        stages, heads: what each costs, shallow to deep.
+        most: largest amount that a run may spend.
+        stages: cost of each stage, shallow to deep.
+        heads: cost of each head, shallow to deep.
     """
 
     unit: str
@@ -32,35 +34,36 @@ class Limit:
     heads: tuple[float, ...]
 
     def needs(self, spent: Sequence[tuple[int, bool]], exit: int) -> float:
-        """What a run has spent when this exit has answered.
+        """Return what a run has spent when an exit has answered.
 
         Args:
-            spent: the exits that were passed, and whether the head of each has run.
-            exit: the next one.
+            spent: exits that were passed before, each with whether its head has run.
+            exit: number of the exit that answers.
         """
         passed = sum(self.stages[index] + self.heads[index] * head for index, head in spent)
         return passed + self.stages[exit] + self.heads[exit]
 
     def allows(self, spent: Sequence[tuple[int, bool]], exit: int) -> bool:
-        """Whether going on to this exit stays within the limit; beyond the last one there is
-        nothing to pay.
+        """Tell whether running to an exit stays within the limit.
+
+        An exit beyond the last one costs nothing.
         """
         return exit >= len(self.stages) or self.needs(spent, exit) <= self.most
 
 
 def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[Limit, ...]:
-    """The limits of a run, with what the profile says about each.
+    """Combine the limits of a run with the costs in the profile.
 
     Raises:
-        BudgetError: if a unit is unknown or an amount is no positive number.
-        CostError: if the profile says nothing about it.
+        BudgetError: if a unit is unknown or an amount is not a positive number.
+        CostError: if the profile has no measurements of a limited resource.
     """
     made = []
     for unit, most in (limits or {}).items():
         if unit not in _COSTS:
             raise BudgetError(
-                f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Time is what the "
-                f"deadline is for."
+                f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Limit time by the "
+                "deadline."
             )
         if not most > 0.0:
             raise BudgetError(f"the limit of {unit} is {most!r}; expected a positive number.")

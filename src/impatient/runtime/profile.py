@@ -1,6 +1,6 @@
 """Measure what stages and heads cost on this machine, in turn.
 
-The untouched backbone runs in turn with them, so that a change of the machine meets both alike.
+The untouched backbone runs in turn with them, so that a change of the machine affects both alike.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import nn
 
+from impatient import checks
 from impatient.anytime import Network, check_network, stage_traffic
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantiles
@@ -28,6 +30,9 @@ from impatient.provenance import Provenance, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
 
 log = logging.getLogger(__name__)
+
+# Repeats at each batch size that are made however long they take.
+LEAST_REPEATS = 20
 
 
 def profile(
@@ -42,29 +47,30 @@ def profile(
     progress: bool = False,
     clock: Clock = SYSTEM_CLOCK,
 ) -> CostProfile:
-    """Measure every stage, every head and the untouched backbone, and count multiply-accumulates
-    and bytes.
+    """Measure every stage, every head and the untouched backbone, and count their work.
 
-    Each repeat runs the untouched backbone and then, or before, the staged network with all heads,
-    so that a change in the machine's speed meets both alike. The order alternates, so every second
-    time the untouched backbone runs twice on end: from these pairs (A/A) comes the noise of the
-        profile. Where their median ratio may be further than 5 % from 1, a warning is
-    logged: the machine was too noisy to say anything. The times include what staging itself costs.
+    MACs and bytes are counted. Each repeat runs the untouched backbone and the staged network with
+    all heads, so that a change in the machine's speed affects both alike. The order alternates, so
+    every second time the untouched backbone runs twice in a row. These pairs (A/A) give the noise
+    of the profile. A warning is logged where their median ratio may differ from 1 by more than 5 %:
+    the machine was too noisy for any conclusion. The times include the cost of staging itself.
 
     Args:
-        network: from `attach_exits` or `to_engine`; measured in eval mode, in inference mode, on
-            the device its parameters are on. In an engine, operators are not seen: bytes are left
-            out, and the whole is taken to be the sum of its stages.
-        x: an example input; its first sample is repeated to the batch sizes asked for.
-        batch_sizes: each is measured by itself.
-        repeats: at each batch size; the p99 of fewer than 100 is their maximum.
-        warm_up: repeats that are not counted.
-        max_seconds: stop measuring a batch size after this long, with at least 20 repeats.
-        energy: a meter; with it joules are measured, too, at batch size 1, 3 s for each exit.
+        network: network from `attach_exits` or `to_engine`. It is measured in eval mode, in
+            inference mode, on the device of its parameters. In an engine, operators cannot be
+            observed: bytes are left out, and the network without exits is taken to cost the sum of
+            its stages.
+        x: example input; its first sample is repeated to the batch sizes.
+        batch_sizes: batch sizes to measure, each on its own.
+        repeats: number of repeats at each batch size. The p99 of fewer than 100 is their maximum.
+        warm_up: number of repeats before them that are not counted.
+        max_seconds: stop measuring a batch size after this many seconds and at least 20 repeats.
+        energy: meter with which joules are measured, too, at batch size 1, for 3 s per exit;
             `impatient.experimental.energy` has some.
-        progress: show a bar.
+        progress: whether to show a progress bar.
+        clock: clock to measure with.
     Returns:
-        Means and quantiles with the machine they belong to.
+        Means and quantiles, with the machine that they belong to.
     Raises:
         EnergyUnavailable: if the meter does not move.
 
@@ -74,52 +80,118 @@ def profile(
     if min((repeats, *batch_sizes)) < 1 or not batch_sizes or warm_up < 0:
         raise CostError(
             f"repeats={repeats}, batch_sizes={tuple(batch_sizes)}, warm_up={warm_up}; expected at "
-            f"least 1 repeat, at least one "
-            "batch size, each at least 1, and a warm-up of 0 or more."
+            "least 1 repeat, at least one batch size, each at least 1, and a warm-up of 0 or more."
         )
     if energy is not None and not isinstance(energy, EnergyMeter):
         raise CostError(
             f"energy={energy!r}; expected a meter (name, begin() and end()), such as "
-            f'impatient.experimental.energy.find_meter("cpu").'
+            'impatient.experimental.energy.find_meter("cpu").'
         )
     check_network(network)
-    device = _device_of(network, x)
+    stopwatch = _Stopwatch(clock, _device_of(network, x))
     one = resized(x, 1)
     counted = _count(network, one)
     batches = {}
     with evaluating(network), Progress(transient=True, disable=not progress) as bar:
         for size in batch_sizes:
             task = bar.add_task(f"profiling batch size {size}", total=repeats)
-            batches[size] = _measure(
-                network,
-                resized(x, size),
-                device,
-                repeats,
-                warm_up,
-                max_seconds,
-                clock,
-                lambda task=task: bar.advance(task),
-            )
+            sized = resized(x, size)
+            # Warmed up before the clock for `max_seconds` starts.
+            list(_rounds(network, sized, stopwatch, repeats=0, warm_up=warm_up))
+            rounds = []
+            begin = clock.now()
+            for times_s in _rounds(network, sized, stopwatch, repeats=repeats):
+                rounds.append(times_s)
+                bar.advance(task)
+                if len(rounds) >= LEAST_REPEATS and clock.now() - begin > max_seconds:
+                    break
+            batches[size] = _batch_costs(rounds, network.num_exits)
             _warn_if_noisy(batches[size].noise, size)
-        joules = _measure_energy(network, one, device, energy, clock) if energy else {}
+        joules = _measure_energy(network, one, energy, stopwatch) if energy else {}
     return CostProfile(
         exits=network.exit_names,
         batches=batches,
-        provenance=_provenance(network, device),
+        provenance=_provenance(network, stopwatch.device),
         **counted,
         **joules,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Stopwatch:
+    """Measure times on a device."""
+
+    clock: Clock
+    device: torch.device
+
+    def now(self) -> float:
+        """Return the present instant, when the device has completed its work."""
+        synchronise(self.device)
+        return self.clock.now()
+
+    def whole(self, model: nn.Module, x: Any) -> float:
+        """Measure the seconds of one call of a model."""
+        with torch.inference_mode():
+            begin = self.clock.now()
+            call_model(model, x)
+            return self.now() - begin
+
+    def parts(self, network: Network, x: Any) -> list[float]:
+        """Measure the seconds of each stage, followed by those of each head."""
+        stages: list[float] = []
+        heads: list[float] = []
+        before = self.clock.now()
+        with torch.inference_mode(), network.exits(x) as run:
+            for exit in run:
+                last = exit.index == network.num_exits - 1
+                if last:
+                    # The last output belongs to its stage, which mostly has computed it already.
+                    exit.output()
+                arrived = self.now()
+                exit.output()
+                answered = self.now()
+                stages.append(arrived - before)
+                heads.append(0.0 if last else answered - arrived)
+                before = self.clock.now()
+        if len(stages) != network.num_exits:
+            raise ExitNotReached(
+                f"the example reached {len(stages)} of {network.num_exits} exits; profile with an "
+                "input that reaches all of them."
+            )
+        return stages + heads
+
+
+def _rounds(
+    network: Network, x: Any, stopwatch: _Stopwatch, *, repeats: int, warm_up: int = 0
+) -> Iterator[list[float]]:
+    """Measure in turn the untouched backbone, and all stages and heads."""
+    ways = (
+        lambda: [stopwatch.whole(network.exit_free, x)],
+        lambda: stopwatch.parts(network, x),
+    )
+    for whole, parts in interleaved(ways, repeats=repeats, warm_up=warm_up):
+        yield whole + parts
+
+
+def _batch_costs(rounds: Sequence[Sequence[float]], num_exits: int) -> BatchCosts:
+    whole, *parts = zip(*rounds, strict=True)
+    return BatchCosts(
+        stages=tuple(map(Quantiles.of, parts[:num_exits])),
+        heads=tuple(map(Quantiles.of, parts[num_exits:])),
+        exit_free=Quantiles.of(whole),
+        noise=Noise.of(whole),
+    )
+
+
 def _count(network: Network, x: Any) -> dict[str, Any]:
-    """What is counted and not measured, per sample, by its name in a profile."""
+    """Count MACs, parameters and bytes per sample, by their names in a profile."""
     facts = network.stage_facts(x)
     counted: dict[str, Any] = {
         name: tuple(getattr(fact, name) for fact in facts)
         for name in ("stage_macs", "head_macs", "stage_parameters", "head_parameters")
     }
     if network.engine != "eager":
-        # no operator of torch's is called that could be seen
+        # Only torch's operators can be observed.
         return counted
     stage_bytes, head_bytes = stage_traffic(network, x)
     return counted | {
@@ -134,10 +206,9 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
     if noise is not None and noise.too_noisy:
         log.warning(
             "the machine was too noisy to say anything at batch size %d: the same network against "
-            "itself took %.3f times as "
-            "long (95 %% interval %.3f to %.3f; within 1 +- %g is needed). Stop what else is "
-            "running, or allow more repeats, "
-            "and profile again (on the command line with --force).",
+            "itself took %.3f times as long (95 %% interval %.3f to %.3f; expected within 1 +- "
+            "%g). Stop what else is running, or allow more repeats, and profile again (on the "
+            "command line with --force).",
             size,
             noise.aa_ratio,
             noise.aa_low,
@@ -147,12 +218,12 @@ def _warn_if_noisy(noise: Noise | None, size: int) -> None:
 
 
 def _measure_energy(
-    network: Network, x: Any, device: torch.device, meter: EnergyMeter, clock: Clock
+    network: Network, x: Any, meter: EnergyMeter, stopwatch: _Stopwatch
 ) -> dict[str, Any]:
-    """Joules of stages and heads, by their names in a profile: differences between runs that go so
-    far and no further.
+    """Measure the joules of stages and heads, by their names in a profile.
 
-    Differences of measured numbers may come out below 0; they count as 0.
+    They are differences between runs to neighbouring exits. Where such a difference of measured
+    values is below 0, it counts as 0.
     """
 
     def run(last: int, head: bool) -> None:
@@ -162,14 +233,14 @@ def _measure_energy(
                     if head:
                         exit.output()
                     break
-        synchronise(device)
+        synchronise(stopwatch.device)
 
     count = network.num_exits
     to_stage = [functools.partial(run, index, False) for index in range(count)]
-    # the last exit's output is there anyway
+    # The last exit has no separate head.
     to_head = [functools.partial(run, index, True) for index in range(count - 1)]
-    whole = functools.partial(_time_whole, network.exit_free, x, device, clock)
-    joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=clock)
+    whole = functools.partial(stopwatch.whole, network.exit_free, x)
+    joules = joules_per_run(meter, [*to_stage, *to_head, whole], clock=stopwatch.clock)
     reached = list(itertools.accumulate(joules[:count], max))
     return {
         "stage_energy_j": tuple(
@@ -196,60 +267,26 @@ def _provenance(network: Network, device: torch.device) -> Provenance:
 
 
 def _machine(device: str, threads: int | None) -> dict[str, Any]:
-    """As `provenance.machine`, with the threads of the engine where it has its own."""
+    """Describe the machine, with the engine's threads if it has its own."""
     here = machine(device)
     return {**here, "threads": threads or here["threads"]}
 
 
 def _versions(engine: str) -> dict[str, str]:
-    """Versions of Python, torch and impatient, and of the engine where it is a package of its own."""
-    # behind the hyphen: how its sessions are, and its precision
+    """Return the versions of Python, torch, impatient and the package of the engine."""
+    found = versions()
+    # The rest of an engine's name says how its sessions are made, and its precision.
     package = engine.partition("-")[0]
-    if package not in ("onnxruntime", "openvino"):
-        return versions()
-    try:
-        return {**versions(), package: metadata.version(package)}
-    except metadata.PackageNotFoundError:
-        # under another name, such as onnxruntime-gpu
-        return versions()
+    if package in ("onnxruntime", "openvino"):
+        # Not found if it is installed under another name, such as onnxruntime-gpu.
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _device_of(network: Network, x: Any) -> torch.device:
     parameter = next(iter(network.parameters()), None)
     return parameter.device if parameter is not None else first_tensor(x).device
-
-
-def _measure(
-    network: Network,
-    x: Any,
-    device: torch.device,
-    repeats: int,
-    warm_up: int,
-    max_seconds: float,
-    clock: Clock,
-    advance: Any,
-) -> BatchCosts:
-    count = network.num_exits
-    ways: tuple[Callable[[], list[float]], ...] = (
-        lambda: [_time_whole(network.exit_free, x, device, clock)],
-        lambda: _time_staged(network, x, device, clock),
-    )
-    # first, since it does not use up the time
-    list(interleaved(ways, repeats=0, warm_up=warm_up))
-    rounds = []
-    begin = clock.now()
-    for exit_free, parts in interleaved(ways, repeats=repeats):
-        rounds.append(exit_free + parts)
-        advance()
-        if len(rounds) >= 20 and clock.now() - begin > max_seconds:
-            break
-    whole, *parts_s = zip(*rounds, strict=True)
-    return BatchCosts(
-        stages=tuple(map(Quantiles.of, parts_s[:count])),
-        heads=tuple(map(Quantiles.of, parts_s[count:])),
-        exit_free=Quantiles.of(whole),
-        noise=Noise.of(whole),
-    )
 
 
 def time_in_turn(
@@ -260,23 +297,24 @@ def time_in_turn(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
-    """Mean seconds of each of several models on one input, run in turn, so that all meet the
-    machine's changes alike.
+    """Measure the mean seconds of several models on one input, in turn.
+
+    Taking turns exposes all models to the same changes of the machine.
 
     Args:
-        models: on one device; run in eval mode.
-        x: an example input.
+        models: models on one device, which run in eval mode.
+        x: example input.
+        repeats: number of measured runs of each model.
+        warm_up: number of runs before them that are not counted.
+        clock: clock to measure with.
 
     Sync:
         Waits for the device after every run.
     """
-    if repeats < 1 or warm_up < 0:
-        raise CostError(
-            f"repeats={repeats}, warm_up={warm_up}; expected at least 1 repeat and a warm-up of 0 "
-            f"or more."
-        )
-    device = first_tensor(x).device
-    runs = [functools.partial(_time_whole, model, x, device, clock) for model in models]
+    checks.at_least(CostError, 1, repeats=repeats)
+    checks.at_least(CostError, 0, warm_up=warm_up)
+    stopwatch = _Stopwatch(clock, first_tensor(x).device)
+    runs = [functools.partial(stopwatch.whole, model, x) for model in models]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -284,49 +322,15 @@ def time_in_turn(
     return tuple(sum(times) / repeats for times in zip(*rounds, strict=True))
 
 
-def _time_whole(backbone: nn.Module, x: Any, device: torch.device, clock: Clock) -> float:
-    with torch.inference_mode():
-        begin = clock.now()
-        call_model(backbone, x)
-        synchronise(device)
-        return clock.now() - begin
-
-
-def _time_staged(
-    network: Network,
-    x: Any,
-    device: torch.device,
-    clock: Clock,
-) -> list[float]:
-    """Seconds of each stage, and behind them of each head."""
-    stages: list[float] = []
-    heads: list[float] = []
-    before = clock.now()
-    with torch.inference_mode(), network.exits(x) as run:
-        for exit in run:
-            last = exit.index == network.num_exits - 1
-            if last:
-                # it belongs to its stage, which mostly has computed it
-                exit.output()
-            synchronise(device)
-            arrived = clock.now()
-            exit.output()
-            synchronise(device)
-            answered = clock.now()
-            stages.append(arrived - before)
-            heads.append(0.0 if last else answered - arrived)
-            before = clock.now()
-    if len(stages) != network.num_exits:
-        raise ExitNotReached(
-            f"the example came to {len(stages)} of {network.num_exits} exits; profile with an input "
-            f"that comes to all of them."
-        )
-    return stages + heads
-
-
 def check_profile(costs: CostProfile, network: Network, remedy: str) -> None:
-    """Raise StaleInput unless a profile belongs to this network, engine, machine, thread count and
-    these versions.
+    """Check that a profile belongs to this network, its engine, and this machine.
+
+    Args:
+        costs: profile to check.
+        network: network that the profile should belong to.
+        remedy: what to do if it does not, for the error message.
+    Raises:
+        StaleInput: if anything differs, thread count and versions included.
     """
     made = costs.provenance
     device = next((str(tensor.device) for tensor in network.state_dict().values()), made.device)
@@ -337,29 +341,31 @@ def check_profile(costs: CostProfile, network: Network, remedy: str) -> None:
         network=network.structure_fingerprint,
         device=device,
     )
-    # the fingerprint knows no cuts
+    # The fingerprint does not depend on the places of the exits.
     if network.exit_names != costs.exits:
         raise StaleInput(
             f"the cost profile was made with exits after {', '.join(costs.exits)}, but here they "
-            f"are after "
-            f"{', '.join(network.exit_names)}. To mend it, {remedy}."
+            f"are after {', '.join(network.exit_names)}. To fix this, {remedy}."
         )
     check_machine(costs, remedy, network.threads)
 
 
 def check_machine(costs: CostProfile, remedy: str, threads: int | None = None) -> None:
-    """Raise StaleInput unless a profile was measured on this machine, with this thread count and
-    these versions.
+    """Check that a profile was measured on this machine.
 
     Args:
-        threads: of an engine that has a thread count of its own; None for torch's.
+        costs: profile to check.
+        remedy: what to do if it was not, for the error message.
+        threads: thread count of an engine; None for torch's.
+    Raises:
+        StaleInput: if the machine, the thread count or the versions differ.
     """
-    device = costs.provenance.device or "cpu"
     made = costs.provenance
+    device = made.device or "cpu"
     if device.startswith("cuda") and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise StaleInput(
-            f"the cost profile was made on {device}, which this machine does not have. To mend it, "
-            f"{remedy}."
+            f"the cost profile was made on {device}, which this machine does not have. To fix "
+            f"this, {remedy}."
         )
     here = _machine(device, threads)
     made.require(

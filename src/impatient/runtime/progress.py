@@ -15,21 +15,20 @@ from impatient.runtime.compaction import Compaction
 
 
 class BatchProgress:
-    """Outputs of a batch whose samples may stop at different exits; those that go on run in a
-    smaller batch where it pays.
+    """Outputs of a batch whose samples may stop at different exits.
 
-    After each exit: `add` it, then, if the run is to go on, `go_on` before the next one is asked
-        for.
+    Where it saves time, the other samples continue in a smaller batch. After each exit, call `add`.
+    If the run is to continue, then call `go_on` before asking for the next exit.
 
     Args:
-        policy: says which samples stop; None: none does.
-        network: whose run it is.
-        x: its input.
-        run: of the network on the input; where the network does not shrink, it goes on with all
-            samples.
-        compaction: when to go on with fewer rows; None: never.
+        policy: policy that stops samples; None stops none.
+        network: network of the run.
+        x: input of the run.
+        run: run of the network on the input. If the network does not shrink, all samples stay in
+            the batch.
+        compaction: rule for continuing with fewer rows; None always continues with all.
     Attributes:
-        size: number of rows the next stage runs.
+        size: number of rows that the next stage runs.
     """
 
     def __init__(
@@ -43,8 +42,11 @@ class BatchProgress:
         self._policy = policy
         self._network = network
         self._run = run
-        # rows that run next, still going, and at the present exit
-        self.size = self._left = self._present = batch_size_of(x)
+        self.size = batch_size_of(x)
+        # Rows at the present exit.
+        self._present = self.size
+        # Rows that have not stopped.
+        self._left = self.size
         self._alone = self.size == 1
         wanted = (
             policy is not None
@@ -53,32 +55,32 @@ class BatchProgress:
             and compaction.when != "never"
         )
         self._compaction = compaction if wanted and network.shrinks(x) else None
-        # of all samples, in their original order
+        # Outputs and exits of all samples, in their original order. The exit is -1 where a sample
+        # has not stopped. None: no sample has stopped.
         self._output: Tensor | None = None
-        # -1 where a sample has not stopped
         self._exits: Tensor | None = None
-        # about the rows of the present exit:
-        # in the original batch; None: all in order
+        # The following four describe the rows of the present exit.
+        # Places in the original batch. None: all rows, in order.
         self._places: Tensor | None = None
-        # which have not stopped; None: none has
+        # Mask of the rows that have not stopped. None: no row has stopped.
         self._going: Tensor | None = None
-        # without the fillers behind them; None: no fillers
+        # Number of rows without the copies that fill the batch up. None: there are no copies.
         self._count: int | None = None
-        # rows to go on with; None: all
+        # Rows to continue with. None: all rows.
         self._keep: Tensor | None = None
 
     def add(self, exit: Exit) -> bool:
-        """Ask the policy, and take the output of an exit for the samples that stop there; True when
-        all have stopped.
+        """Ask the policy which samples stop here, and tell whether all have stopped.
 
         Sync:
-            Waits for the device once, to learn how many go on; not where the policy does not look
-            at this exit.
+            Waits for the device once, for the number of samples that continue. Does not wait where
+            the policy does not look at this exit.
         """
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
         stops = self._stops(exit)
-        # nothing to merge or to take out, and every operator here is part of each answer's time
+        # With one sample there is nothing to merge or remove, and every operator here adds to the
+        # time of each answer.
         if self._alone:
             return bool(stops)
         going = ~stops if self._going is None else self._going & ~stops
@@ -93,9 +95,7 @@ class BatchProgress:
         return not self._left
 
     def go_on(self) -> None:
-        """Take the finished samples out of the run, where that was found to pay; call it before the
-        next exit.
-        """
+        """Remove stopped samples from the run, where `add` has decided to."""
         keep = self._keep
         self._keep = None
         if keep is None:
@@ -110,42 +110,43 @@ class BatchProgress:
             self._policy = self._policy.for_rows(rows)
 
     def override(self, policy: Policy | None) -> None:
-        """From here on, another policy; samples that have stopped but are still in the batch go on,
-        the others keep their outputs.
+        """Use another policy from here on.
+
+        Stopped samples that are still in the batch continue. Removed samples keep their outputs.
         """
-        # those that were to be taken out are still there
+        # The rows that were to be removed are still in the batch.
         self._keep = None
         self.size = self._present
         rows = self._places
         self._policy = policy if policy is None or rows is None else policy.for_rows(rows)
         if self._exits is not None:
-            here = slice(None) if self._places is None else self._places
+            here = slice(None) if rows is None else rows
             self._exits[here] = -1
-            self._going, self._left = None, len(self._exits[here])
+            self._going = None
+            self._left = len(self._exits[here])
 
     def finish(self, exit: Exit) -> tuple[Tensor, tuple[int, ...]]:
-        """The outputs in the original order, with this exit's for all samples that have not
-        stopped, and their exits.
+        """Return outputs and exits of all samples, in the original order.
+
+        Samples that have not stopped get the output of this exit.
         """
         if self._exits is None:
-            output = exit.output()
-            return output, exit.exits
+            return exit.output(), exit.exits
         if self._left:
             return self.snapshot(exit)
         assert self._output is not None
         return self._output, tuple(self._exits.tolist())
 
     def snapshot(self, exit: Exit) -> tuple[Tensor, tuple[int, ...]]:
-        """What `finish` would give, without stopping anything; a copy."""
+        """Return a copy of what `finish` would return, without stopping any sample."""
         if self._exits is None:
-            # copied: a head may return a view of the features, which a later stage may write over
-            output = exit.output()
-            return output.clone(), exit.exits
+            # A copy: a head may return a view of the features, which a later stage may overwrite.
+            return exit.output().clone(), exit.exits
         output, exits = self._merged(exit, self._going)
         return output, tuple(exits.tolist())
 
     def _stops(self, exit: Exit) -> Tensor:
-        """Which of the present rows stop."""
+        """Return a mask of the present rows that stop."""
         assert self._policy is not None
         return asked(
             self._policy,
@@ -158,8 +159,11 @@ class BatchProgress:
         return value if self._count is None else value[: self._count]
 
     def _merged(self, exit: Exit, now: Tensor | None) -> tuple[Tensor, Tensor]:
-        """All samples' outputs and exits with those of this exit for some of the present rows;
-        None: for all of these.
+        """Merge this exit's outputs into those of all samples.
+
+        Args:
+            exit: present exit.
+            now: mask of these rows; None for all of them.
         """
         output = self._real(exit.output())
         if now is None:
@@ -174,7 +178,7 @@ class BatchProgress:
         return outputs, exits
 
     def _reduce(self, exit: Exit, left: Tensor) -> None:
-        """Decide with how many rows to go on."""
+        """Decide with how many rows to continue."""
         if self._compaction is None or not self._left or exit.index == self._network.num_exits - 1:
             return
         size = self._compaction.size(exit.index, self.size, self._left, exit.row_bytes)
@@ -186,13 +190,14 @@ class BatchProgress:
 def asked(
     policy: Policy, exit: int, outputs: Callable[[], Tensor], pooled: Callable[[], Tensor]
 ) -> Tensor:
-    """Which rows a policy of any kind stops at an exit; gates on features alone are asked before
-    the head is paid.
+    """Return which rows a policy stops at an exit.
+
+    Outputs are computed only if the policy looks at them, and so are pooled features.
     """
     seen = outputs() if policy.needs_outputs else None
     return policy.stops(exit, seen, pooled() if policy.needs_features else None)
 
 
 def filled(rows: Tensor, size: int) -> Tensor:
-    """As many rows as an engine's shape wants: the last one, which is there anyway, fills up."""
+    """Repeat the last row to get the number an engine needs."""
     return torch.cat([rows, rows[-1:].expand(size - len(rows))]) if size > len(rows) else rows

@@ -18,20 +18,20 @@ from impatient.runtime.progress import BatchProgress
 
 
 class RunState:
-    """A run that waits at each exit until it is told to go on.
+    """A run that waits at each exit until it is advanced.
 
     Args:
-        network, x: what runs on what.
-        policy: when going on is not worth it; None: never.
-        compaction: whether samples that have stopped are taken out of the batch.
+        network: network to run.
+        x: input of the network.
+        policy: policy that stops samples early; None stops none.
+        compaction: rule for removing samples that have stopped from the batch.
     Attributes:
-        samples: in its batch.
-        exit: where it stands; None before the first.
-        spent: the exits it came to, and whether the head of each has run.
+        samples: number of samples in the batch.
+        exit: exit that the run has reached; None before the first.
+        spent: exits that the run has reached, each with whether its head has run.
 
     Thread:
-        To be advanced, asked and closed on one thread, in inference mode; `cancel` may be called
-        from any.
+        Use it on one thread, in inference mode. Only `cancel` may be called from any thread.
     """
 
     def __init__(
@@ -43,34 +43,32 @@ class RunState:
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
-        # the network's run; None before the first stage and when closed
+        # The network's run. None before the first stage and after closing.
         self._run: Run | None = None
         self._cancelling = threading.Lock()
-        self._collected: BatchProgress | None = None
+        self._progress: BatchProgress | None = None
         self._closed = False
-        # by the policy at this exit; None: not asked
+        # Whether the policy stops at this exit. None: it was not asked yet.
         self._stopped: bool | None = None
-        self._following: int | None = (
-            # the exit that would come next; None: the network itself has stopped
-            0
-        )
+        # The exit that would come next. None: the network itself has stopped.
+        self._following: int | None = 0
         self.exit: Exit | None = None
         self.spent: list[tuple[int, bool]] = []
 
     @property
     def size(self) -> int:
-        """Number of rows that the next stage runs."""
-        return self.samples if self._collected is None else self._collected.size
+        """Return the number of rows that the next stage runs."""
+        return self.samples if self._progress is None else self._progress.size
 
     @property
     def following(self) -> int:
-        """The exit that would come next."""
-        # where it is, `stops` has said so
+        """Return the exit that would come next."""
+        # None only where `stops` has returned a reason.
         assert self._following is not None
         return self._following
 
     def check_open(self) -> None:
-        """Raise RunError if it was closed."""
+        """Raise RunError if the run was closed."""
         if self._closed:
             raise RunError("this run was closed. Begin a new one.")
 
@@ -78,18 +76,18 @@ class RunState:
         """Run the next stage.
 
         Raises:
-            RunError: if the network's run ends before its last exit, or this one was closed.
+            RunError: if the network's run ends before its last exit, or if this run was closed.
         """
         self.check_open()
-        if self._collected is None:
+        if self._progress is None:
             self._begin()
         else:
-            self._collected.go_on()
+            self._progress.go_on()
         exit = None if self._run is None else next(self._run, None)
         if exit is None:
             raise RunError(
                 f"the network's run ended before exit {self._network.num_exits - 1}; its last exit "
-                f"must always come."
+                "must always come."
             )
         synchronise(self._device)
         self.exit = exit
@@ -99,11 +97,12 @@ class RunState:
         return exit
 
     def stops(self) -> Literal["final", "policy"] | None:
-        """Why to stop at this exit, whatever time there is: nothing comes after it, or the policy
-        says so; asked once.
+        """Return why to stop at this exit whatever time is left, or None.
+
+        The policy is asked only once at each exit.
         """
         assert self.exit is not None
-        assert self._collected is not None
+        assert self._progress is not None
         if self.exit.index == self._network.num_exits - 1:
             return "final"
         if self._following is None:
@@ -111,56 +110,62 @@ class RunState:
         if self._stopped is None:
             if self._policy is not None and self._policy.looks_at(self.exit.index):
                 self.spent[-1] = (self.exit.index, True)
-            self._stopped = self._collected.add(self.exit)
+            self._stopped = self._progress.add(self.exit)
         return "policy" if self._stopped else None
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The outputs here, with this exit's for all samples that have not stopped, and the exit of
-        each.
+        """Return the output of each sample, and the exit that it comes from.
+
+        Samples that have not stopped get the output of this exit.
         """
         assert self.exit is not None
-        assert self._collected is not None
+        assert self._progress is not None
         self.spent[-1] = (self.exit.index, True)
         if self.exit.index == self._network.num_exits - 1:
-            return self._collected.finish(self.exit)
-        # a copy: a later stage may write over it
-        return self._collected.snapshot(self.exit)
+            return self._progress.finish(self.exit)
+        # A copy, because a later stage may overwrite the output.
+        return self._progress.snapshot(self.exit)
 
     def allowed(self, limits: Iterable[Limit]) -> bool:
-        """Whether the next exit stays within all limits."""
+        """Tell whether the next exit stays within all limits."""
         return all(limit.allows(self.spent, self.following) for limit in limits)
 
     def override(self, policy: Policy | None) -> None:
-        """From here on, this policy; samples that have stopped but are still in the batch go on.
+        """Use another policy from here on.
+
+        Samples that have stopped but are still in the batch go on.
 
         Raises:
-            PolicyError: if a cascade has begun to run under another router, or would need one.
+            PolicyError: if one of the policies chooses networks and the run has begun.
         """
         routes = [each for each in (self._policy, policy) if each is not None and each.routes]
-        if routes and self._collected is not None:
+        if routes and self._progress is not None:
             raise PolicyError(
                 "networks have been chosen by another policy in this run; begin a new run."
             )
         self._policy = policy
         self._stopped = None
-        if self._collected is not None:
-            self._collected.override(policy)
+        if self._progress is not None:
+            self._progress.override(policy)
 
     def cancel(self) -> None:
-        """End the stage in flight early, where the network can; `advance` then raises."""
+        """End the stage in flight early, where the network can.
+
+        `advance` then raises an error.
+        """
         with self._cancelling:
             if self._run is not None:
                 self._run.cancel()
 
     def close(self) -> None:
-        """Throw away what has not been computed; harmless when there is nothing to throw away."""
-        # a cancelled stage must be of this run: the next one runs the same stages
+        """Discard what has not been computed. Closing twice is allowed."""
+        # A late `cancel` must not end a stage of the next run, which uses the same stages.
         with self._cancelling:
             run = self._run
             self._run = None
             self._closed = True
         self._x = None
-        self._collected = None
+        self._progress = None
         if run is not None:
             run.close()
 
@@ -171,6 +176,4 @@ class RunState:
             if policy is not None and policy.routes
             else self._network.exits(self._x)
         )
-        self._collected = BatchProgress(
-            self._policy, self._network, self._x, self._run, self._compaction
-        )
+        self._progress = BatchProgress(policy, self._network, self._x, self._run, self._compaction)
