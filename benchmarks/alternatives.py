@@ -2,23 +2,24 @@
 
 All use the same trained network and images. Time per image and accuracy are measured in turn.
 
-    python benchmarks/alternatives.py --prepare  trains heads, fetches earlyon; about 4 minutes; the
-    machine may be busy python benchmarks/alternatives.py            about 5 minutes; a run that was
-    stopped goes on where it was python benchmarks/alternatives.py --smoke    a minute, to see that
-    it runs
+    # trains heads, fetches earlyon; about 4 minutes; the machine may be busy
+    python benchmarks/alternatives.py --prepare
+    # about 5 minutes; a run that was stopped goes on where it was
+    python benchmarks/alternatives.py
+    # a minute, to see that it runs
+    python benchmarks/alternatives.py --smoke
 
 One network: the pretrained CIFAR-10 ResNet-56 of the shared data with three linear heads trained on
 its frozen features (without the shared data: a small ResNet on scikit-learn's digits). One rule:
 leave at the first exit whose greatest probability is at least the threshold. Every way has its own
 copy of the modules on the same tensors: backbone, heads and weights are equal. Times are means over
-    the images, over those of the network without exits:
+the images, over those of the network without exits:
 
 * **Runner**: `impatient.Runner` with a `ThresholdPolicy`; in batches, samples that are done are
   taken out;
 * **exits**: the plain loop over `network.exits(x)`; stops when all samples of the batch are sure;
 * **earlyon** 0.3.0: `EarlyExitWrapper` around the same backbone, given the same heads. In batches
-  its
-  `forward_inference_batched` leaves when all samples are sure;
+  its `forward_inference_batched` leaves when all samples are sure;
 * **exception**: a hook that raises, 20 lines of one's own; stops when all samples of the batch are
   sure;
 * **extractor**: torchvision's `create_feature_extractor`; computes everything, then asks the heads;

@@ -2,9 +2,12 @@
 
 32 samples leave at different exits. Both are measured in turn.
 
-    python benchmarks/batching.py --prepare  exports, once, a minute; the machine may be busy
-    python benchmarks/batching.py            about 6 minutes; a run that was stopped goes on where
-    it was python benchmarks/batching.py --smoke    seconds, to see that it runs
+    # exports, once, a minute; the machine may be busy
+    python benchmarks/batching.py --prepare
+    # about 6 minutes; a run that was stopped goes on where it was
+    python benchmarks/batching.py
+    # seconds, to see that it runs
+    python benchmarks/batching.py --smoke
 
 Asked for: at least 85 % of the ideal saving. Ideal is the time of the network without exits times
 the mean depth: the mean over the samples of the share of the stages' time up to the exit each left

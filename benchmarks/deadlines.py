@@ -2,10 +2,12 @@
 
 The clock is real, and the machine is idle or has a busy process on every core.
 
-    python benchmarks/deadlines.py --prepare  trains heads, exports; about 3 minutes; the machine
-    may be busy python benchmarks/deadlines.py            about 14 minutes in 6 cases; a run that
-    was stopped goes on where it was python benchmarks/deadlines.py --smoke    seconds, to see that
-    it runs
+    # trains heads, exports; about 3 minutes; the machine may be busy
+    python benchmarks/deadlines.py --prepare
+    # about 14 minutes in 6 cases; a run that was stopped goes on where it was
+    python benchmarks/deadlines.py
+    # seconds, to see that it runs
+    python benchmarks/deadlines.py --smoke
 
 The pretrained CIFAR-10 ResNet-20 of the shared data with eight exits (without the shared data: a
 small ResNet on digits), 32 pixels, batch 1, one thread. It is profiled idle; under load the profile

@@ -2,10 +2,12 @@
 
 The complete network and each exit are measured in turn, as paired ratios.
 
-    python benchmarks/engines.py --prepare   exports and compiles, once, about 10 minutes; the
-    machine may be busy python benchmarks/engines.py             about 6 minutes; a run that was
-    stopped goes on where it was python benchmarks/engines.py --smoke     under a minute, to see
-    that it runs
+    # exports and compiles, once, about 10 minutes; the machine may be busy
+    python benchmarks/engines.py --prepare
+    # about 6 minutes; a run that was stopped goes on where it was
+    python benchmarks/engines.py
+    # under a minute, to see that it runs
+    python benchmarks/engines.py --smoke
 
 Batch 1, four exits with linear heads, random weights, eager in the same process and the same round.
 "Whole" is the model without exits. "To exit k" is an anytime run in which every exit answers, up to

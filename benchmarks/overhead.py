@@ -2,9 +2,12 @@
 
 All exits without heads are compared with the complete network, in turn, as paired ratios.
 
-    python benchmarks/overhead.py --prepare  exports, once, about 8 minutes; the machine may be busy
-    python benchmarks/overhead.py            about 7 minutes; a run that was stopped goes on where
-    it was python benchmarks/overhead.py --smoke    seconds, to see that it runs
+    # exports, once, about 8 minutes; the machine may be busy
+    python benchmarks/overhead.py --prepare
+    # about 7 minutes; a run that was stopped goes on where it was
+    python benchmarks/overhead.py
+    # seconds, to see that it runs
+    python benchmarks/overhead.py --smoke
 
 Asked for: eager at most 1.02, and at most 25 us a cut; ONNX Runtime and OpenVINO at most 1.05 with
 4 stages and 1.10 with 16 (vit_b_16: 12), in whichever arrangement is best there: a session per

@@ -1,7 +1,9 @@
 """A million calls with a deadline: neither memory nor threads nor open files may grow.
 
-    python benchmarks/soak.py                about 6 minutes; a run that was stopped goes on where
-    it was python benchmarks/soak.py --smoke        seconds, to see that it runs
+    # about 6 minutes; a run that was stopped goes on where it was
+    python benchmarks/soak.py
+    # seconds, to see that it runs
+    python benchmarks/soak.py --smoke
 
 A tiny network with three exits. Contract calls with deadlines from too short for the first exit to
 long enough for the last, and every tenth call an interruptible one, abandoned at its deadline or

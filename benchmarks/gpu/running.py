@@ -2,9 +2,10 @@
 
 It measures what staging costs, what an early exit saves, and whether deadlines are met.
 
-    python benchmarks/gpu/running.py                    on a CUDA device, about 8 minutes; what is
-    finished is kept python benchmarks/gpu/running.py --smoke            seconds, on any machine, to
-    see that it runs
+    # on a CUDA device, about 8 minutes; what is finished is kept
+    python benchmarks/gpu/running.py
+    # seconds, on any machine, to see that it runs
+    python benchmarks/gpu/running.py --smoke
 
 For resnet50 and vit_b_16 (224 pixels, random weights), batch sizes 1 and 32, eager and as CUDA
 graphs:

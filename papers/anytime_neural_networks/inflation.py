@@ -9,7 +9,7 @@ network of depth B; the ensemble's answer is that of a network of depth B / C(B)
 A budget is time on the wall, counted in the time one worker takes for one unit of depth. With M
 workers M times as much is computed in it, and the comparison is still with one network on one
 worker: C falls with M because the work of others is not counted. All workers are equally fast,
-    whoever else works: true for M cores, not for M threads on one core or one GPU.
+whoever else works: true for M cores, not for M threads on one core or one GPU.
 
 All numbers are for the steady state, after many networks; the first few start earlier, and have
 less inflation.

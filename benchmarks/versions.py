@@ -1,0 +1,160 @@
+"""Time the same calls with the code of two checkouts, in turn, as paired ratios.
+
+    # about 4 minutes; leave the machine alone
+    python benchmarks/versions.py OLD_CHECKOUT
+    # seconds, to see that it runs
+    python benchmarks/versions.py OLD_CHECKOUT --smoke
+
+One process for each checkout, both alive from the start, work in turn; each round is timed in both,
+and which one begins changes from round to round. Networks have random weights from one seed, batch
+1 unless the row says otherwise, one thread. Both checkouts must know the calls of version 0.1.0.
+
+"new / old" is the median over the rounds of the ratio of their times, with its 95 % interval by
+order statistics. "new / new" is the same with this checkout against itself: what the machine alone
+makes of equal code.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDS, SMOKE_ROUNDS = 60, 3
+# seconds of one measurement in one process
+SLICE_S = 0.15
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Make the networks, and the calls to be timed."""
+    import torch
+
+    import impatient
+
+    torch.set_num_threads(1)
+    made: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, backbone: Any, after: Any, x: Any) -> None:
+        network = impatient.attach_exits(backbone.eval(), after=after, example=x).eval()
+        costs = impatient.profile(network, x, batch_sizes=[len(x)], repeats=30)
+        never = (2.0,) * (network.num_exits - 1)
+        policy = impatient.ThresholdPolicy(
+            score="max_probability", thresholds=(*never, -float("inf"))
+        )
+        plain = impatient.Runner(network, costs)
+        asked = impatient.Runner(network, costs, policy)
+        soon = impatient.Deadline.after
+
+        def exits() -> None:
+            with torch.inference_mode(), network.exits(x) as run:
+                for exit in run:
+                    exit.output()
+
+        made[f"{name}: all exits with their heads"] = exits
+        made[f"{name}: contract run to the end"] = lambda: plain.run(x, deadline=soon(10.0))
+        made[f"{name}: policy asked at every exit"] = lambda: asked.run(x)
+
+        def interruptible() -> None:
+            with plain.start(x) as run:
+                run.result()
+
+        made[f"{name}: interruptible run"] = interruptible
+
+    torch.manual_seed(0)
+    resnet = impatient.load_model("impatient:resnet:n=9,c=16", num_classes=10, in_channels=3)
+    add("ResNet-56, 32 px", resnet, "every:6", torch.randn(1, 3, 32, 32))
+    torch.manual_seed(0)
+    small = impatient.load_model("impatient:resnet:n=2,c=8", num_classes=10, in_channels=1)
+    add("ResNet-14, 8 px, batch 32", small, "every:1", torch.randn(32, 1, 8, 8))
+    torch.manual_seed(0)
+    mobile = impatient.load_model("torchvision:mobilenet_v3_small", num_classes=10)
+    names = ["features.3", "features.6", "features.9"]
+    add("MobileNetV3 small, 224 px", mobile, names, torch.randn(1, 3, 224, 224))
+    return made
+
+
+def work() -> None:
+    """Answer each line "NAME" with the seconds of one call, until standard input ends."""
+    made = calls()
+    for call in made.values():
+        call()
+    print("\t".join(made), flush=True)
+    for line in sys.stdin:
+        call = made[line.rstrip("\n")]
+        begin = time.perf_counter()
+        count = 0
+        while time.perf_counter() - begin < SLICE_S:
+            call()
+            count += 1
+        print((time.perf_counter() - begin) / count, flush=True)
+
+
+class Worker:
+    """A process with the code of one checkout."""
+
+    def __init__(self, checkout: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--work"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.names = self.process.stdout.readline().rstrip("\n").split("\t")
+
+    def seconds(self, name: str) -> float:
+        """Time one call by its name."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+
+def main(arguments: list[str]) -> None:
+    if arguments == ["--work"]:
+        work()
+        return
+    smoke = "--smoke" in arguments
+    checkouts = [argument for argument in arguments if not argument.startswith("--")]
+    if len(checkouts) != 1:
+        raise SystemExit(f"{len(checkouts)} checkouts given; expected one: the old code.")
+    from common import median_interval, write_results
+
+    old, new, again = (Worker(path) for path in (Path(checkouts[0]).resolve(), ROOT, ROOT))
+    rows = []
+    rounds = SMOKE_ROUNDS if smoke else ROUNDS
+    for name in new.names:
+        ratios: dict[str, list[float]] = {"new / old": [], "new / new": []}
+        for number in range(rounds):
+            order = [old, new, again] if number % 2 else [again, new, old]
+            taken = {worker: worker.seconds(name) for worker in order}
+            ratios["new / old"].append(taken[new] / taken[old])
+            ratios["new / new"].append(taken[new] / taken[again])
+        row: dict[str, object] = {"call": name, "rounds": rounds}
+        for column, values in ratios.items():
+            middle, low, high = median_interval(values)
+            row[column] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
+        print(row, flush=True)
+        rows.append(row)
+    if not smoke:
+        text = (__doc__ or "").partition("One process")
+        described = subprocess.run(
+            ["git", "-C", checkouts[0], "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        page = f"{text[1]}{text[2]}\n\nOld: commit {described}."
+        write_results("versions", "The same calls with the code of two commits", page, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
