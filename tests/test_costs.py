@@ -594,5 +594,5 @@ def test_a_profile_of_another_schema_or_another_file_is_refused(tmp_path):
         CostProfile.load(tmp_path / "costs.json")
     write_json(tmp_path / "costs.json", {"kind": "recording"})
     assert read_json(tmp_path / "costs.json")
-    with pytest.raises(StorageError, match="holds a 'recording', expected cost_profile"):
+    with pytest.raises(StorageError, match="it is a 'recording'; expected cost_profile"):
         CostProfile.load(tmp_path / "costs.json")

@@ -126,7 +126,7 @@ KINDS = pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
 
 def content(policy: Policy) -> tuple[Any, dict[str, list[Any]]]:
     tensors: dict[str, Tensor] = {}
-    plain = _plain(policy, "", tensors)
+    plain = _plain(policy, tensors)
     return plain, {name: value.tolist() for name, value in tensors.items()}
 
 

@@ -98,7 +98,7 @@ def test_a_move_to_an_unknown_node_is_refused():
 
 def test_a_topology_comes_back_from_json():
     assert from_plain(to_plain(DIAMOND), Topology) == DIAMOND
-    with pytest.raises(StorageError, match="lacks edges"):
+    with pytest.raises(StorageError, match="'edges' is missing"):
         from_plain({"nodes": ["A"]}, Topology)
 
 
