@@ -420,7 +420,7 @@ def test_wrong_number_of_heads_is_refused(toy: nn.Module, heads: list[str]) -> N
 
 
 def test_network_built_by_hand_needs_a_head_and_a_layout_per_cut(toy: nn.Module) -> None:
-    with pytest.raises(HeadError, match="1 heads for 2 cuts"):
+    with pytest.raises(HeadError, match="1 heads and 2 layouts for 2 cuts"):
         MultiExitNetwork(
             toy, [nn.Linear(8, 3)], [Cut("blocks.0"), Cut("blocks.1")], ["ND", "ND"], 3
         )
@@ -511,7 +511,8 @@ def test_number_of_classes_is_the_backbones(toy: nn.Module) -> None:
 
 def test_another_number_of_classes_is_refused_with_what_to_do(toy: nn.Module) -> None:
     with pytest.raises(
-        ClassCountMismatch, match=r"gives 3 classes, but num_classes=10.*replace its last layer"
+        ClassCountMismatch,
+        match=r"gives 3 classes; expected num_classes=10.*replace its last layer",
     ):
         attach(toy, "linear", num_classes=10)
 

@@ -20,10 +20,12 @@ from impatient.networks.stages import Cut
 
 
 class CombinedRun(Run):
-    """One staged run over an ensemble; stop, close and drop it like the run inside it.
+    """A run that combines the outputs of all exits so far.
+
+    It is stopped, closed and dropped like the run inside it.
 
     Thread:
-        As the run inside.
+        The rules of the run inside apply.
     """
 
     def __init__(self, run: Run, running: Running) -> None:
@@ -35,7 +37,7 @@ class CombinedRun(Run):
         try:
             output = self._running.add(exit.output(), exit.index)
         except BaseException:
-            # without this exit, those after it would be combined wrongly
+            # Without this exit, later exits would be combined wrongly.
             self.close()
             raise
         return Exit(exit.index, exit.features, output)
@@ -45,31 +47,31 @@ class CombinedRun(Run):
 
 
 class RunningEnsemble(Network):
-    """A network with exits, each of which answers for all exits so far. Same protocol as the
-    network inside it.
+    """A network with exits, each of which answers for all exits so far.
 
-    An exit needs the outputs of all before it, so its head runs, and its output is combined, when
-    the run reaches it: heads belong to their stages, and `output()` costs nothing. So the stages of
-    a cost profile contain the heads, contract and interruptible costs are equal, and profile,
-    record, policies, runner and fit need not know. The price: no head can be skipped.
+    It has the protocol of the network inside it. An exit needs the outputs of all earlier exits. So
+    its head runs, and its output is combined, when the run reaches it; no head can be skipped, and
+    `output()` costs nothing. In a cost profile the stages contain their heads, and contract and
+    interruptible costs are equal. Profiles, recordings, policies, the runner and `fit` treat it
+    like any other network.
 
-    Its weights are those of the network inside, the same tensors; their names begin with
-    "network.". The rule and the temperatures are part of the state_dict, so that no policy or
-    profile of another rule is taken for its own.
+    Its weights are the tensors of the network inside; their names begin with "network.". The rule
+    and the temperatures are part of the state_dict, so that a policy or profile of another rule is
+    refused.
 
     Args:
-        network: from `attach_exits`, or a `Network` of your own.
+        network: network from `attach_exits`, or a `Network` of your own.
         rule: how outputs are combined: "boosted", "arithmetic", "geometric", "poe", "caching", or a
-            `Rule`. "boosted" is for training, too; the others are meant for a network that is
-            trained already.
-        temperatures: one per exit, its output is divided by it before it is combined
+            `Rule`. "boosted" is also for training; the others are meant for a trained network.
+        temperatures: K positive numbers by which the exits' outputs are divided first
             (`fit_temperatures` on a recording of the network).
-        recalibration: one per exit, its combined output is divided by it (`fit_temperatures` on a
-            recording of the ensemble).
+        recalibration: K positive numbers by which the combined outputs are divided
+            (`fit_temperatures` on a recording of the ensemble).
     Attributes:
-        network: the network inside.
+        network: network inside.
         rule: how outputs are combined.
-        temperatures, recalibration: buffers of shape [K], 1 where nothing is changed.
+        temperatures: buffer of shape [K]; 1 leaves an output as it is.
+        recalibration: buffer of shape [K]; 1 leaves a combined output as it is.
     Raises:
         PolicyError: if the rule is unknown, or there are not K positive temperatures.
     Example:
@@ -98,12 +100,12 @@ class RunningEnsemble(Network):
         self.network = network
         self.num_classes = network.num_classes
         self.rule = Rule.of(rule)
-        place = next((tensor.device for tensor in network.state_dict().values()), None)
+        device = next((tensor.device for tensor in network.state_dict().values()), None)
         for name, values in (("temperatures", temperatures), ("recalibration", recalibration)):
             checked = as_temperatures(values, network.num_exits)
             self.register_buffer(
                 name,
-                (torch.ones(network.num_exits) if checked is None else checked.clone()).to(place),
+                (torch.ones(network.num_exits) if checked is None else checked.clone()).to(device),
             )
 
     @property
@@ -136,29 +138,31 @@ class RunningEnsemble(Network):
 
     @property
     def mechanism(self) -> str:
-        """How it is staged, in words."""
+        """Describe in words how the network is divided into stages."""
         return (
             f"{self.network.mechanism}; heads run with their stages, outputs combined: "
             f"{self.rule.name}"
         )
 
     def forward(self, x: Any, **options: Any) -> tuple[Tensor, ...]:
-        """Combined outputs of all exits, for training.
+        """Compute the combined outputs of all exits, for training.
 
         Args:
-            x: as for the network inside.
-            options: for the forward of the network inside, such as `gradients`.
+            x: input of the network inside.
+            options: options of its forward, such as `gradients`.
         Returns:
             K outputs of shape [B, num_classes], shallow to deep.
         """
         return self._running().add_all(self.network(x, **options))
 
     def exits(self, x: Any, **options: Any) -> CombinedRun:
-        """Run stage by stage, each with its head; stop asking, and nothing deeper is computed.
+        """Run stage by stage, each with its head.
+
+        Leaving the loop early computes nothing more.
 
         Args:
-            x: as for `forward`.
-            options: for the network inside, such as `keep`, which here only concerns the features.
+            x: input of the network inside.
+            options: options of its run, such as `keep`, which here only concerns the features.
         """
         return CombinedRun(self.network.exits(x, **options), self._running())
 
@@ -169,7 +173,7 @@ class RunningEnsemble(Network):
         return self.network.pooled(exit)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """As the network's inside, with the MACs and parameters of each head moved into its stage."""
+        """Return the facts of the network inside, with each head counted in its stage."""
         return [
             replace(
                 fact,
@@ -182,17 +186,20 @@ class RunningEnsemble(Network):
         ]
 
     def get_extra_state(self) -> Tensor:
-        """The rule, as a tensor, so that it is saved, compared and fingerprinted with the weights."""
-        return torch.tensor(list(_spelled(self.rule).encode()), dtype=torch.uint8)
+        """Return the rule as a tensor.
+
+        So the rule is saved, compared and fingerprinted with the weights.
+        """
+        return torch.tensor(list(_rule_text(self.rule).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse weights that were saved with another rule."""
         saved = bytes(state.tolist()).decode()
-        if saved != _spelled(self.rule):
+        if saved != _rule_text(self.rule):
             raise StaleInput(
                 f"these weights were saved with the rule {saved}, but here it is "
-                f"{_spelled(self.rule)}. Make the ensemble "
-                "with that rule, or load the weights of the network inside alone."
+                f"{_rule_text(self.rule)}. Make the ensemble with that rule, or load only the "
+                "weights of the network inside."
             )
 
     def _running(self) -> Running:
@@ -204,5 +211,5 @@ class RunningEnsemble(Network):
         )
 
 
-def _spelled(rule: Rule) -> str:
+def _rule_text(rule: Rule) -> str:
     return json.dumps(asdict(rule), sort_keys=True)

@@ -21,22 +21,22 @@ Errors = tuple[tuple[float, ...], ...]
 
 
 def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, ...]:
-    """Which exit's output each exit of an ensemble gives: its own, or that of the best member
-    finished before.
+    """Choose which exit's output each exit of an ensemble gives.
 
-    Exits are numbered through all members. An exit answers itself where its error is at most that
-    of the best last exit before it; early exits of members that have finished do not come back.
+    Exits are numbered through all members. An exit gives its own output if its error is at most
+    that of the best last exit before it. Otherwise it gives the output of that last exit. Early
+    exits of members that have finished are not used again.
 
     Args:
-        validation_errors: per member, the error of each of its exits.
+        validation_errors: errors of the exits, one sequence per member.
     Returns:
         One exit per exit, never a deeper one.
     Source:
         EANN (Hu et al.): the better by validation of the last finished network's output and the
-        running one's. We differ: the best finished network instead of the last, should a deeper one
-        be the worse.
+        running one's. We differ: the best finished network instead of the last, because a deeper
+        one may be worse.
     Example:
-        >>> # the first exit of the second network is no match for the first
+        >>> # the first exit of the second network is worse than the first network
         >>> answering_exits([[0.5, 0.3], [0.4, 0.3, 0.2]])
         (0, 1, 1, 3, 4)
     """
@@ -55,7 +55,7 @@ def answering_exits(validation_errors: Sequence[Sequence[float]]) -> tuple[int, 
 
 
 class EnsembleRun(Run):
-    """One staged run through the members, each begun when the one before has given its last exit.
+    """A run through the members, one after the other.
 
     Thread:
         Must be advanced and closed on the thread that first advanced it.
@@ -65,11 +65,11 @@ class EnsembleRun(Run):
         self._waiting = list(enumerate(runs))
         self._first = first
         self._answers = answers
-        # holds the run of the member that is running
+        # Closes the run of the present member.
         self._open = contextlib.ExitStack()
         self._member = -1
         self._run: Iterator[Exit] = iter(())
-        # the best last exit so far and its output
+        # The best last exit so far, and its output.
         self._best: tuple[int, Tensor] | None = None
 
     def __next__(self) -> Exit:
@@ -82,7 +82,7 @@ class EnsembleRun(Run):
                 self._run = self._open.enter_context(run)
             return self._wrapped(inner)
         except BaseException:
-            # or the next member would go on where this one has failed
+            # Otherwise the next member would go on where this one has failed.
             self.close()
             raise
 
@@ -94,9 +94,9 @@ class EnsembleRun(Run):
             assert self._best[0] == answer
             return Exit(index, inner.features, self._best[1])
         if index == self._first[self._member + 1] - 1:
-            # the backbone's own: there already
+            # It is computed already, as the last exit of a member.
             self._best = index, inner.output()
-        # the member's head runs only where it is the answer
+        # The member's head runs only if its output is the answer.
         return Exit(index, inner.features, lambda _: inner.output())
 
     def close(self) -> None:
@@ -106,23 +106,22 @@ class EnsembleRun(Run):
 
 
 class EANN(Network):
-    """An ensemble of independently trained anytime networks of growing depth, itself an anytime
-    network.
+    """An ensemble of networks of growing depth, run as one anytime network.
 
-    A network with exits is good at its deeper exits; what it answers at a small part of its depth
-    is worse than what a network made for that depth answers. So run a small one first, then a
-    larger one, and take the larger one's answers as soon as they are the better.
-    `papers.anytime_neural_networks.inflation` says what the repeated beginnings cost.
+    A network with exits is good at its deeper exits. At a small part of its depth it answers worse
+    than a network made for that depth. So this runs a small network first, then larger ones, and
+    uses the answers of a larger one as soon as they are better. In `papers`,
+    `anytime_neural_networks.inflation` computes what running the first layers again costs.
 
-    All members see the same input; none may change it. Train each by itself, before.
+    All members see the same input, and none may change it. Train each by itself before.
 
     Args:
-        networks: from `attach_exits`, shallow to deep; or a `Network` of your own.
-        validation_errors: per network, the error of each of its exits on a validation split, in [0,
-            1]: `1 - record(network, data).hits().mean(1)`. It is kept in single precision in the
-            state_dict.
+        networks: networks from `attach_exits`, or of your own, shallow to deep.
+        validation_errors: errors in [0, 1] of the exits on a validation split, one sequence per
+            network: `1 - record(network, data).hits().mean(1)`. They are kept in single precision
+            in the state_dict.
     Attributes:
-        networks: the members.
+        networks: members of the ensemble.
         num_classes: width of every output.
     Raises:
         NetworkError: if there is no network.
@@ -141,7 +140,7 @@ class EANN(Network):
         >>> network.exit_names, network.switches
         (('0/0', '0/output', '1/0', '1/2', '1/output'), (0, 1))
         >>> outputs = network(x)
-        >>> # the large network's first exit leaves the answer to the small one's last
+        >>> # the large network's first exit gives the output of the small network's last exit
         >>> outputs[2] is outputs[1]
         True
     """
@@ -168,7 +167,7 @@ class EANN(Network):
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Names of the exits: the member's number and its own name for it."""
+        """Name each exit by its member's number and the member's name for it."""
         return tuple(
             f"{number}/{name}"
             for number, network in enumerate(self._members())
@@ -177,12 +176,12 @@ class EANN(Network):
 
     @property
     def exit_free(self) -> nn.Module:
-        """What would run without exits: the deepest member, without its exits."""
+        """Return the deepest member without its exits."""
         return self._members()[-1].exit_free
 
     @property
     def mechanism(self) -> str:
-        """How it is staged, in words."""
+        """Describe in words how the network is divided into stages."""
         return (
             f"{len(self.networks)} networks one after the other, the last by "
             f"{self._members()[-1].mechanism}"
@@ -190,20 +189,19 @@ class EANN(Network):
 
     @property
     def validation_errors(self) -> Errors:
-        """Per member, the error of each of its exits: what decides who answers."""
+        """Return the errors that decide which exit answers, one tuple per member."""
         return self._errors
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """For every exit, the exit whose output it gives: itself, or the last of a member that has
-        finished.
-        """
+        """Return for every exit the exit whose output it gives."""
         return self._answers
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """Per member, the first of its exits that answers itself; as many as it has exits, where
-        none does.
+        """Return for each member the first of its exits that gives its own output.
+
+        If none does, it is the member's number of exits.
         """
         return tuple(
             next(
@@ -214,30 +212,31 @@ class EANN(Network):
         )
 
     def forward(self, x: Any) -> tuple[Tensor, ...]:
-        """The answers of all exits.
+        """Compute the answers of all exits.
 
         Args:
-            x: what every member takes.
+            x: input of every member.
         Returns:
-            Outputs of shape [B, num_classes], one per exit of each member; one tensor may stand in
-            several places.
+            Outputs of shape [B, num_classes], one per exit of each member; several exits may share
+            one tensor.
         """
         outputs = [output for network in self._members() for output in network(x)]
         return tuple(outputs[answer] for answer in self._answers)
 
     def exits(self, x: Any, *, keep: bool = False) -> EnsembleRun:
-        """Run stage by stage, member after member; stop asking, and nothing deeper is computed.
+        """Run stage by stage, member after member.
+
+        Leaving the loop early computes nothing more.
 
         Args:
-            x: as for `forward`.
+            x: input of every member.
             keep: copy the features of each exit, so that `output()` may be asked for later.
 
         Thread:
             A run belongs to the thread that advances it. Several threads may each run the same
             ensemble.
         """
-        # all made now, begun when their turn comes: each runs in the modes in which this run was
-        # asked for
+        # All runs are made now, so that each runs in the modes of this call. They begin later.
         return EnsembleRun(
             [network.exits(x, keep=keep) for network in self._members()], self._first, self._answers
         )
@@ -249,22 +248,21 @@ class EANN(Network):
         return self._members()[member].pooled(inner)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each stage and head, as the members know them; a head that
-        never answers never runs and has no MACs.
+        """Return the facts of all members' stages and heads.
+
+        A head that never answers never runs, and has no MACs.
         """
-        facts = [fact for network in self._members() for fact in network.stage_facts(x)]
-        named = [
-            replace(fact, exit=name) for fact, name in zip(facts, self.exit_names, strict=True)
-        ]
-        return [
-            fact
-            if answer == exit
-            else replace(fact, head=f"(answer of exit {answer})", head_macs=0)
-            for exit, (fact, answer) in enumerate(zip(named, self._answers, strict=True))
-        ]
+        members = [fact for network in self._members() for fact in network.stage_facts(x)]
+        facts = []
+        for exit, (fact, name) in enumerate(zip(members, self.exit_names, strict=True)):
+            answer = self._answers[exit]
+            if answer != exit:
+                fact = replace(fact, head=f"(answer of exit {answer})", head_macs=0)
+            facts.append(replace(fact, exit=name))
+        return facts
 
     def describe(self, x: Any) -> str:
-        """A table of all members' stages and heads, and where each member takes over.
+        """Describe all members' stages, and where each member takes over.
 
         Args:
             x: an example input; MACs are per sample.
@@ -302,34 +300,34 @@ def _common_classes(networks: Sequence[Network]) -> int:
     if len(set(classes)) > 1:
         raise ClassCountMismatch(
             f"networks with {classes} classes; expected the same classes in all, trained on the "
-            f"same data."
+            "same data."
         )
     return int(classes[0])  # type: ignore[arg-type]  # checked above
 
 
 def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]) -> Errors:
-    """The errors as tuples of floats, one per exit of each member."""
+    """Check the errors, and return them as tuples of floats."""
     errors = tuple(tuple(float(error) for error in member) for member in validation_errors)
     if [len(member) for member in errors] != list(counts):
         raise PolicyError(
             f"validation errors for networks of {[len(member) for member in errors]} exits; the "
-            f"networks have {list(counts)}. "
-            "Give one error per exit of each network: 1 - recording.hits().mean(1)."
+            f"networks have {list(counts)}. Give one error per exit of each network: "
+            "1 - recording.hits().mean(1)."
         )
     for number, member in enumerate(errors):
         wrong = [error for error in member if not 0.0 <= error <= 1.0]
         if wrong:
             raise PolicyError(
                 f"validation errors {wrong} of network {number}; expected shares of wrong answers, "
-                f"in [0, 1]."
+                "in [0, 1]."
             )
     return errors
 
 
 def _reread(network: nn.Module, _incompatible: Any) -> None:
-    """After loading a state_dict, decide by the errors that came with it."""
+    """Use the errors of a state_dict that has just been loaded."""
     assert isinstance(network, EANN)
-    # as many digits as single precision holds
+    # Single precision has seven digits.
     flat = [round(error, 7) for error in network.errors.tolist()]
     network._use(
         tuple(

@@ -36,13 +36,15 @@ log = logging.getLogger(__name__)
 
 
 class MultiExitNetwork(Network):
-    """A backbone and K - 1 heads: an iterator of K exits, shallow to deep. Made by `attach_exits`.
+    """A backbone and K - 1 heads, which make K exits.
+
+    `attach_exits` makes one.
 
     Attributes:
         backbone: the user's own model, untouched: same object, parameters, names and state_dict.
         heads: one head per early exit; the last exit is the backbone's own output.
-        cuts: where the early exits are.
-        layouts: what the dimensions of each early exit's features mean.
+        cuts: places of the early exits.
+        layouts: meaning of the dimensions of each early exit's features.
         num_classes: width of every output.
     """
 
@@ -59,17 +61,17 @@ class MultiExitNetwork(Network):
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
             raise HeadError(
-                f"{len(heads)} heads for {len(cuts)} cuts; expected one head and one layout per "
-                f"early exit."
+                f"{len(heads)} heads and {len(layouts)} layouts for {len(cuts)} cuts; expected one "
+                "head and one layout per early exit."
             )
         self.backbone = backbone
         self.heads = nn.ModuleList(heads)
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
-        # per kind of input, as found by `shrinks`
+        # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
-        # a copied network has its own here
+        # Modules, not ids, because a copied network has its own modules.
         self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)
         install(self._cut_modules)
 
@@ -79,7 +81,7 @@ class MultiExitNetwork(Network):
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Names of the exits: the module after which each lies, and "output" for the last."""
+        """Name each exit by the module before it, and the last one "output"."""
         return (*(str(cut) for cut in self.cuts), "output")
 
     @property
@@ -94,12 +96,11 @@ class MultiExitNetwork(Network):
         return tuple(self.heads)
 
     def forward(self, x: Any, *, gradients: GradientFlow = PLAIN) -> tuple[Tensor, ...]:
-        """Outputs of all exits, for training.
+        """Compute the outputs of all exits, for training.
 
         Args:
-            x: what the backbone takes; a mapping is passed as keywords, a tuple or list as
-                positions.
-            gradients: what happens to gradients at the exits; changes no value.
+            x: input of the backbone; a mapping is passed as keywords, a tuple or list as positions.
+            gradients: how gradients flow at the exits; it changes no value.
         Returns:
             K outputs of shape [B, num_classes], shallow to deep.
         Raises:
@@ -108,7 +109,7 @@ class MultiExitNetwork(Network):
         early: dict[int, Tensor] = {}
 
         def visit(index: int, features: Tensor) -> Tensor:
-            # here and not after the backbone: a later in-place operation may overwrite the features
+            # Not after the backbone, because an in-place operation may overwrite the features.
             early[index] = self.heads[index](gradients.into_head(features, index, self.num_exits))
             return gradients.onward(
                 features, index, self.num_exits, channel_dim(self.layouts[index])
@@ -119,16 +120,17 @@ class MultiExitNetwork(Network):
         if missing:
             raise ExitNotReached(
                 f"this input never came to {', '.join(missing)}; cut at modules that every input "
-                f"calls."
+                "calls."
             )
         return (*(early[index] for index in range(len(early))), last)
 
     def exits(self, x: Any, *, keep: bool = False) -> StagedRun:
-        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
-        computed.
+        """Run stage by stage, with `for exit in network.exits(x)`.
+
+        Leaving the loop early computes nothing more.
 
         Args:
-            x: as for `forward`.
+            x: input of the backbone, as for `forward`.
             keep: copy the features of each exit, so that `output()` may be asked for later.
         Returns:
             An iterator of `Exit`; close it, or use it in a `with` block, to stop early.
@@ -140,12 +142,12 @@ class MultiExitNetwork(Network):
         return self._run(x, keep=keep, shrinks=self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
-        """Whether a run may go on with some samples of its batch: `exits(x)` then has `keep(rows)`.
+        """Tell whether a run may go on with some samples of its batch, by `StagedRun.keep`.
 
-        Tried out on made-up samples, once per kind of input (two forward passes of K + 1 samples),
-        and remembered. False where more than the features crosses a cut, such as attention masks;
-        where samples depend on each other; in training mode; and, until it is asked again, where
-        the trial could not tell since all outputs were equal.
+        This is tried out on made-up samples, once per kind of input (two forward passes of K + 1
+        samples), and remembered. It is False if more than the features crosses a cut, such as an
+        attention mask, if samples depend on each other, and in training mode. It is also False if
+        all outputs are equal, because the trial then shows nothing; the next call tries again.
 
         Args:
             x: an input of the kind in question, of any batch size.
@@ -163,9 +165,7 @@ class MultiExitNetwork(Network):
         return self._shrinks[kind]
 
     def pooled(self, exit: Exit) -> Tensor:
-        """Features of an exit averaged over space or tokens, shape [B, D]: what learned gates look
-        at.
-        """
+        """Average an exit's features over space or tokens, to shape [B, D]."""
         if exit.index == len(self.cuts):
             return torch.as_tensor(exit.features)
         return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
@@ -174,7 +174,7 @@ class MultiExitNetwork(Network):
         return StagedRun(self.backbone, x, self._cut_map(), [*self.heads, None], **options)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
-        # not stored: ids change when the network is copied
+        # Not stored, because ids change when the network is copied.
         return {
             (id(module), cut.call): index
             for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
@@ -198,16 +198,16 @@ def attach_exits(
             (`logits`).
         example: an input of the kind the model will see; batch size 1 is enough. A mapping is
             passed as keywords.
-        after: modules after which to exit, in running order; "block@2" is after the third call of a
+        after: modules after which to exit, in running order. "block@2" is after the third call of a
             module called several times. "auto" places the exits at even shares of measured time and
             logs where. "every:2" exits after every second block, counted back from the last, whose
             exit is the output (the prediction period of ANN).
-        count: with "auto", the number K of exits, the backbone's own output included.
+        count: number K of exits with "auto", the backbone's own output included.
         heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable
             (FeatureShape, num_classes) -> nn.Module; or a sequence of these, one per early exit.
-        num_classes: width of the output; by default what the backbone gives on the example.
-        layout: of features with as many dimensions, such as "NHWC" or "NCT", where the guess is
-            wrong.
+        num_classes: width of the output; the default is what the backbone gives on the example.
+        layout: meaning of the dimensions of features with as many dimensions, such as "NHWC" or
+            "NCT", for models where the guess is wrong.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -260,16 +260,14 @@ def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -
         output = output_tensor(call_model(backbone, example))
     if output.dim() != 2:
         raise ClassCountMismatch(
-            f"the backbone gives an output of shape {tuple(output.shape)}; expected [B, "
-            f"num_classes]. Wrap it in a module "
-            "that pools or picks what you classify."
+            f"the backbone gives an output of shape {tuple(output.shape)}; expected "
+            "[B, num_classes]. Wrap it in a module that pools or picks what you classify."
         )
     if num_classes is not None and output.shape[1] != num_classes:
         raise ClassCountMismatch(
-            f"the backbone gives {output.shape[1]} classes, but num_classes={num_classes} was "
-            f"asked for. Build the backbone "
-            f"with {num_classes} classes, or replace its last layer; its weights for "
-            f"{output.shape[1]} classes do not fit."
+            f"the backbone gives {output.shape[1]} classes; expected num_classes={num_classes}. "
+            f"Build the backbone with {num_classes} classes, or replace its last layer; its "
+            f"weights for {output.shape[1]} classes do not fit."
         )
     return int(output.shape[1])
 
@@ -287,8 +285,8 @@ def _build_heads(
     )
     if len(kinds) != len(cuts):
         raise HeadError(
-            f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); give "
-            f"one per exit."
+            f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); "
+            "expected one per exit."
         )
     traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
     built = []
