@@ -1,4 +1,4 @@
-"""What a network with exits, a run of it and an exit are, with all defaults.
+"""The protocol of networks with exits, their runs and exits, with its defaults.
 
 Derive from `Network` to write a network of your own; docs/how-to/own-network.md shows one.
 """
@@ -28,15 +28,17 @@ from impatient.provenance import fingerprint_structure, fingerprint_tensors
 
 
 class Exit:
-    """One exit of a run: the stage up to it has just been computed, its head has not.
+    """One exit of a run, whose stage has just been computed.
+
+    Its head has not been computed yet.
 
     Args:
-        index: the exit's number, 0-based, shallow to deep.
-        features: what the head sees, and what a gate may look at before the head is paid.
-        output: the output itself, or the head that computes it from the features when asked.
+        index: number of the exit, 0-based, shallow to deep.
+        features: input of the head, which a gate may see before the head runs.
+        output: the output itself, or the head that computes it from the features.
     Attributes:
-        index: as given.
-        features: as given; at the last exit usually the output.
+        index: number of the exit.
+        features: input of the head; at the last exit usually the output.
     """
 
     __slots__ = ("_output", "features", "index")
@@ -49,7 +51,7 @@ class Exit:
     def output(self) -> Tensor:
         """Compute the output, once: shape [B, num_classes], before softmax.
 
-        Ask before the run goes on, as a later stage may write over the features.
+        Call this before the run goes on, because a later stage may overwrite the features.
         """
         if not isinstance(self._output, Tensor):
             self._output = self._output(self.features)
@@ -57,22 +59,22 @@ class Exit:
 
     @property
     def upcoming(self) -> int | None:
-        """The exit that would come next; None where the network has answered every sample."""
+        """Return the next exit, or None if every sample has its answer."""
         return self.index + 1
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Per sample, the exit whose output is its answer here."""
+        """Return for each sample the exit whose output is its answer."""
         return (self.index,) * self.output().shape[0]
 
     @property
     def whole(self) -> bool:
-        """Whether the time of the stage is that of the whole batch and of nothing else."""
+        """Tell whether the stage ran the whole batch and nothing else."""
         return True
 
     @property
     def row_bytes(self) -> float:
-        """Size of one sample's features; 0 where there are none."""
+        """Return the bytes of one sample's features, or 0 if there are none."""
         if not isinstance(self.features, Tensor):
             return 0.0
         return float(self.features.nbytes / self.features.shape[0])
@@ -84,12 +86,12 @@ class Exit:
 
 
 class Run(Iterator[Exit]):
-    """One run: an iterator of exits that computes a stage when asked for the next one.
+    """An iterator of exits, which computes a stage for each.
 
-    Stop asking and call `close()`, or leave the `with` block, to throw the rest away.
+    To throw the rest away, call `close()` or leave the `with` block.
 
     Args:
-        exits: a generator of exits, shallow to deep, which computes each stage before it yields.
+        exits: generator of exits, shallow to deep, which computes each stage before its exit.
     """
 
     def __init__(self, exits: Generator[Exit]) -> None:
@@ -99,7 +101,9 @@ class Run(Iterator[Exit]):
         return next(self._exits)
 
     def keep(self, rows: Tensor) -> None:  # noqa: ARG002  runs that shrink use it
-        """Go on with these samples only; asked only of networks that say `shrinks`.
+        """Go on with these samples only.
+
+        It is called only if the network's `shrinks` is true.
 
         Args:
             rows: places in the present batch, int64, shape [B'].
@@ -110,10 +114,13 @@ class Run(Iterator[Exit]):
         )
 
     def cancel(self) -> None:
-        """End the stage in flight early, from any thread; by default it ends where it would."""
+        """End the present stage early, from any thread.
+
+        By default this does nothing.
+        """
 
     def close(self) -> None:
-        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        """Throw away the rest of the run, if there is any."""
         self._exits.close()
 
     def __enter__(self) -> Self:
@@ -124,17 +131,17 @@ class Run(Iterator[Exit]):
 
 
 class Network(nn.Module):
-    """A network with exits: the base class of ours, and of yours.
+    """The base class of all networks with exits.
 
-    A network of your own gives `num_exits` and `exits`; everything else has a default. It may
-    override what is written here, and nothing else is ever asked of it.
+    A network of your own defines `num_exits` and `exits`; everything else has a default. The
+    library uses only the names that are written here, and you may override each.
 
     Attributes:
-        num_classes: width of every output; None where nobody said.
-        default_weights: scheme of the exits' losses, unless `fit` is told otherwise.
-        engine: name of what computes the stages.
-        threads: intra-op threads of the engine; None where they are torch's.
-        buckets: the only numbers of rows that may run; empty for any.
+        num_classes: width of every output; None if it is not known.
+        default_weights: scheme of the exits' loss weights that `fit` uses by default.
+        engine: name of the engine that computes the stages.
+        threads: intra-op threads of the engine; None for those of torch.
+        buckets: numbers of rows that the network can run; empty for all numbers.
     Example:
         >>> class Two(Network):
         ...     num_exits = 2
@@ -163,22 +170,23 @@ class Network(nn.Module):
 
     @property
     def num_exits(self) -> int:
-        """Number of exits, the last one included. Required."""
+        """Return the number of exits, the last one included. Required."""
         raise NetworkError(f"{type(self).__name__} does not say num_exits; give it one.")
 
     def exits(self, x: Any, *, keep: bool = False) -> Run:  # noqa: ARG002  networks use them
-        """Begin a run: `for exit in network.exits(x)`; nothing is computed before. Required.
+        """Make a run, for `for exit in network.exits(x)`. Required.
 
-        The last exit must always come, and its output belongs to its stage.
+        Nothing is computed before the first exit is asked for. The last exit must always come, and
+        its output belongs to its stage.
 
         Args:
-            x: a tensor with the samples first, or a tuple, list or mapping of such.
-            keep: let `output()` be asked for when the run has gone on; copies the features.
+            x: a tensor with the samples first, or a tuple, list or mapping of such tensors.
+            keep: copy the features of each exit, so that `output()` may be called later.
         """
         raise NetworkError(f"{type(self).__name__} has no exits(x); give it one.")
 
     def routed_exits(self, x: Any, router: Any) -> Run:  # noqa: ARG002  cascades use them
-        """Begin a run in which a router says, sample by sample, which network comes next."""
+        """Make a run in which a router chooses each sample's next network."""
         raise NetworkError(
             f"a {type(self).__name__} has nothing to route between; expected a Cascade of networks."
         )
@@ -186,32 +194,32 @@ class Network(nn.Module):
     def forward(self, x: Any) -> tuple[Tensor, ...]:
         """Compute the outputs of all exits, for training.
 
-        To be trained with `equilibrium`, a network also takes `gradients`, a `GradientFlow`.
+        For training with `equilibrium` it must also take `gradients`, a `GradientFlow`.
         """
         with self.exits(x) as run:
             return tuple(exit.output() for exit in run)
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """Names of the exits, all different."""
+        """Return the names of the exits, all different."""
         return tuple(f"exit {index}" for index in range(self.num_exits))
 
     @property
     def mechanism(self) -> str:
-        """How it is staged, in words."""
+        """Describe in words how the network is divided into stages."""
         return f"{self.num_exits} exits of its own"
 
     @property
     def exit_free(self) -> nn.Module:
-        """What would run without exits; by default a run to the last exit that skips all heads."""
+        """Return a model without exits, by default this network without its heads."""
         return ToTheLastExit(self)
 
     def early_heads(self) -> Sequence[nn.Module]:
-        """Return the heads of the early exits, which are trained by rules of their own."""
+        """Return the heads of the early exits, which have separate training rules."""
         return ()
 
     def pooled(self, exit: Exit) -> Tensor:
-        """Return features averaged over space or tokens, shape [B, D]: what learned gates see."""
+        """Average an exit's features over space or tokens, to shape [B, D]."""
         features = exit.features
         if not isinstance(features, Tensor) or features.dim() != 2:
             shape = tuple(features.shape) if isinstance(features, Tensor) else None
@@ -222,21 +230,23 @@ class Network(nn.Module):
         return features
 
     def shrinks(self, x: Any) -> bool:  # noqa: ARG002  for networks where it depends on the input
-        """Say whether a run may go on with some samples of its batch, by `Run.keep`."""
+        """Tell whether a run may go on with some of its samples (`Run.keep`)."""
         return False
 
     @property
     def structure_fingerprint(self) -> str:
-        """What a cost profile knows it by: names, shapes and types of its state."""
+        """Return the fingerprint in cost profiles: names, shapes and types of the state."""
         return fingerprint_structure(self.state_dict())
 
     @property
     def weights_fingerprint(self) -> str:
-        """What a recording knows it by: its whole state."""
+        """Return the fingerprint in recordings: the whole state."""
         return fingerprint_tensors(self.state_dict())
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Find shape, MACs and parameters of each stage and head by one run in eval mode.
+        """Count MACs and parameters of each stage and head in one run.
+
+        The run is in eval mode.
 
         Args:
             x: an example input; MACs are per sample.
@@ -277,7 +287,7 @@ class Network(nn.Module):
         return facts_table(self.stage_facts(x), type(self.exit_free).__name__, self.mechanism)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch keeps modules and parameters apart, where an attribute of the class hides them
+        # torch stores modules and parameters separately, and an attribute of the class hides them.
         known = inspect.getattr_static(type(self), name, None)
         hidden = known is not None and isinstance(value, (nn.Module, nn.Parameter))
         if hidden or (isinstance(known, property) and known.fset is None):
@@ -290,11 +300,11 @@ class Network(nn.Module):
 
 
 class ToTheLastExit(nn.Module):
-    """A network with exits as a model with one output; no early head runs."""
+    """A network with exits as a model with one output, without early heads."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        # in a list: no submodule of this one
+        # In a list, so that it is not a submodule.
         self._network = [network]
 
     def forward(self, *positions: Any, **named: Any) -> Tensor:
@@ -308,11 +318,11 @@ class ToTheLastExit(nn.Module):
 
 
 def check_network(network: object) -> None:
-    """Refuse what is no network with exits, or gives less than one must.
+    """Check that an object is a complete network with exits.
 
     Raises:
-        NetworkError: if it does not derive from `Network`, lacks something, or has a public name
-            that looks like a misspelt one.
+        NetworkError: if it does not derive from `Network`, lacks a required name, or has a public
+            name that looks like a misspelt one.
     """
     kind: Any = type(network)
     if not isinstance(network, Network):
@@ -342,7 +352,7 @@ def check_network(network: object) -> None:
         )
     asked = [name for name in vars(Network) if not name.startswith("_")]
     for name in own:
-        # so near that heads are not taken for threads
+        # High enough that `heads` is not taken for `threads`.
         near = difflib.get_close_matches(name, asked, n=1, cutoff=0.85)
         if near:
             raise NetworkError(
@@ -352,10 +362,10 @@ def check_network(network: object) -> None:
 
 
 def stage_traffic(network: Network, x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Count the bytes that stages and heads read and write, by one run in eval mode.
+    """Count the bytes that stages and heads read and write in one run.
 
-    Counted as in `count_traffic`. Weights are read once per run, so that of a batch of n samples a
-    sample's share is smaller.
+    The run is in eval mode, and bytes are counted as in `count_traffic`. Weights are read once per
+    run, so a sample's share is smaller in a larger batch.
 
     Returns:
         Bytes of each stage and of each head, for the whole of `x`; use one sample.
@@ -370,7 +380,7 @@ def stage_traffic(network: Network, x: Any) -> tuple[tuple[int, ...], tuple[int,
 def _by_part(
     network: Network, x: Any, take: Callable[[], int]
 ) -> list[tuple[tuple[int, ...], int, int]]:
-    """Run a network once in eval mode, and count each stage and each head.
+    """Run a network once in eval mode, and count by stage and head.
 
     Args:
         network: network to run.

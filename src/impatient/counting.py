@@ -79,14 +79,13 @@ def count_macs(model: nn.Module, x: Any) -> int:
 
 
 def count_traffic(model: nn.Module, x: Any) -> int:
-    """Count the bytes that the operators of a plain run on `x` read and write in eval mode.
+    """Count the bytes that a plain run reads and writes in eval mode.
 
     Every operator that torch calls reads each of its tensors once (activations, parameters,
-    buffers) and writes each of its results once, as if there were no caches; an in-place operator
-    does both. Views, and results that lie in the memory of an argument, move nothing, nor does
-    allocating. Picking rows (embedding, index_select, gather, indexing) reads the index and what is
-    picked. What an operator moves inside, or saves by being fused with its neighbours, is not seen:
-    an engine that fuses moves less.
+    buffers) and writes each of its results once, as if there were no caches. An in-place operator
+    does both. Views, results in the memory of an argument, and allocation move nothing. Picking
+    rows (embedding, index_select, gather, indexing) reads the index and the picked rows. What an
+    operator moves internally is not counted. An engine that fuses operators moves less.
     """
     counter = TrafficCounter()
     with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
@@ -144,7 +143,7 @@ def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Return the bytes of the elements in memory; a broadcast one is there once."""
+    """Return the bytes of the elements in memory, each broadcast one once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride) * tensor.element_size()
 
@@ -161,7 +160,7 @@ def without_fused_attention() -> Iterator[None]:
 
 
 class ParameterUse:
-    """Count parameters by the stage or head in which their module is first called.
+    """Count parameters by the stage or head that first calls their module.
 
     Attributes:
         counts: number of parameters by part. Parts are numbered stage 0, head 0, stage 1, ...
@@ -187,7 +186,7 @@ class ParameterUse:
             hook.remove()
 
     def assign_unused(self, heads: Sequence[nn.Module]) -> None:
-        """Give the parameters of modules never called to their head, all others to stage 0."""
+        """Count modules never called in their head, or else in stage 0."""
         for index, head in enumerate(heads):
             self._count(head, 2 * index + 1)
         self._count(self._model, 0)
@@ -203,7 +202,7 @@ class ParameterUse:
 
 
 def module_name(module: nn.Module) -> str:
-    """Name a module by its class; a sequence by those of its layers."""
+    """Name a module by its class, or a sequence by its layers' classes."""
     if isinstance(module, nn.Sequential):
         return " + ".join(type(layer).__name__ for layer in module)
     return type(module).__name__

@@ -27,7 +27,9 @@ def call_model(model: Callable[..., Any], x: Any) -> Any:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """Return a value itself, or the first tensor in a tuple, list, mapping or dataclass.
+    """Return the first tensor of a tuple, list, mapping or dataclass.
+
+    A tensor is returned as it is.
 
     Raises:
         NetworkError: if there is none.
@@ -54,12 +56,12 @@ def _entries(value: Any) -> Iterable[Any]:
 
 
 def batch_size_of(x: Any) -> int:
-    """Number of samples in an input of any accepted kind."""
+    """Return the number of samples in an input of any accepted kind."""
     return int(first_tensor(x).shape[0])
 
 
 def output_tensor(value: Any) -> Tensor:
-    """Return a model's output as one tensor: itself, its `logits`, or the first tensor in it."""
+    """Return a model's output, its `logits` or the first tensor in it."""
     if isinstance(value, Mapping):
         logits = value.get("logits")
     else:
@@ -68,9 +70,10 @@ def output_tensor(value: Any) -> Tensor:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Change every tensor of an input; its structure, named tuples included, stays as it is.
+    """Change every tensor of an input.
 
-    A mapping of a kind that torch does not know becomes a dict.
+    Its structure, named tuples included, stays the same. A mapping of a kind that torch does not
+    know becomes a dict.
     """
 
     def changed(leaf: Any) -> Any:
@@ -82,7 +85,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def map_samples(change: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Change every tensor of an input that has one row per sample; the others stay as they are."""
+    """Change every tensor of an input that has one row per sample."""
     count = batch_size_of(x)
     return map_tensors(
         lambda value: change(value) if value.dim() and value.shape[0] == count else value, x
@@ -90,12 +93,12 @@ def map_samples(change: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def resized(x: Any, batch_size: int) -> Any:
-    """Make an input of another batch size: the first sample, repeated."""
+    """Make a batch of another size by repeating the first sample."""
     return map_samples(lambda value: value[:1].expand(batch_size, *value.shape[1:]).contiguous(), x)
 
 
 class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
-    """Put a model in eval mode and, on leaving, every module back in the mode it was in."""
+    """Put a model in eval mode, and restore all modules' modes afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modes = {module: module.training for module in model.modules()}
@@ -110,6 +113,6 @@ class evaluating:  # noqa: N801  reads as a phrase: with evaluating(model)
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given; until then the time says nothing."""
+    """Wait until the device has finished, so that a time can be taken."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

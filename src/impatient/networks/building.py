@@ -8,7 +8,7 @@ from impatient.errors import ModelSpecError
 
 
 def check_sizes(model: str, counts: tuple[str, object], **sizes: object) -> None:
-    """Refuse sizes of a model that are not whole numbers of at least 1.
+    """Refuse sizes that are not whole numbers of at least 1.
 
     Args:
         model: name of the model.
@@ -26,7 +26,7 @@ def check_sizes(model: str, counts: tuple[str, object], **sizes: object) -> None
 
 
 def initialise_convolutions(model: nn.Module) -> None:
-    """Draw the weights of all convolutions as in He et al. 2015 (fan-out, normal)."""
+    """Draw the weights of all convolutions as in He et al. 2015."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Run networks that were made apart as one, each sample on its own way."""
+"""Run networks made apart as one, each sample on its own way."""
 
 from __future__ import annotations
 
@@ -24,35 +24,38 @@ from impatient.networks.stages import Ambient
 
 
 class Router(Protocol):
-    """What a cascade asks where samples go: any `impatient.Policy`, or a class derived from this."""
+    """A rule for the ways of samples through a cascade.
+
+    It is any `impatient.Policy`, or a class that derives from this one.
+    """
 
     def for_rows(self, rows: Tensor) -> Router:  # noqa: ARG002  most treat all rows alike
-        """The rule for these samples of the batch, in their order."""
+        """Return the rule for these samples of the batch, in their order."""
         return self
 
     def sees(self, node: int) -> tuple[int, ...]:
-        """The networks whose outputs are needed to decide at this one."""
+        """Return the networks whose outputs decide at this network."""
         ...
 
     def next_node(
         self, node: int, outputs: Mapping[int, Tensor], pooled: Tensor | None = None
     ) -> Tensor:
-        """For samples that have run a network, the number of the next, a larger one; negative where
-        this one answers.
+        """Return the next network of each sample that has run this one.
+
+        It is a larger number, or negative for a sample that this network answers.
         """
         ...
 
 
 class RoutedExit(Exit):
-    """One network of a cascade has just run, on the samples that came to it.
+    """An exit of a cascade: one network has just run on its samples.
 
     Attributes:
-        index: the network's number.
-        features: what its last linear layer read, for the samples that came to it; None if it has
-            no such layer.
-        exits: per sample of the batch, the network whose output is its answer so far.
-        upcoming: number of the network that would run next; None when every sample has its answer.
-        whole: whether all samples came here.
+        index: number of the network.
+        features: input of its last linear layer, for its samples; None if it has no such layer.
+        exits: network whose output is the answer so far, for each sample of the batch.
+        upcoming: number of the network that would run next; None if every sample has its answer.
+        whole: whether the network ran on all samples.
     """
 
     __slots__ = ("exits", "upcoming", "whole")
@@ -78,13 +81,13 @@ class RoutedExit(Exit):
 
 
 class CascadeRun(Run):
-    """One run, network by network; each runs the samples that are sent to it, in their old order.
+    """A run in which networks run the samples sent to them.
 
-    Stop asking, or call `close()`, and no further network runs.
+    The samples keep their order. After `close()` no further network runs.
 
     Thread:
-        May be advanced from any thread, by one at a time. It runs in the modes in which it was
-        asked for.
+        May be advanced from any thread, but only by one at a time. It runs in the gradient,
+        inference and autocast modes in which it was created.
     """
 
     def __init__(self, cascade: Cascade, x: Any, router: Router | None) -> None:
@@ -94,9 +97,9 @@ class CascadeRun(Run):
         self._count = batch_size_of(x)
         self._ambient = Ambient.now()
         device = first_tensor(x).device
-        # per network, the samples that are sent to it
+        # Samples that are sent to each network.
         self._waiting = {0: torch.arange(self._count, device=device)}
-        # per network, of all samples; 0 where it did not run
+        # Outputs of each network for all samples; 0 for samples that it did not run.
         self._outputs: dict[int, Tensor] = {}
         self._answer: Tensor | None = None
         self._answering = torch.zeros(self._count, dtype=torch.long, device=device)
@@ -110,8 +113,8 @@ class CascadeRun(Run):
         try:
             part = self._x if whole else map_samples(lambda value: value[rows], self._x)
             output, features = self._cascade._call(self._ambient, node, part)
-            self._keep(node, rows, output, whole)
-            self._send(node, rows, features)
+            self._answer_with(node, rows, output, whole)
+            self._send_on(node, rows, features)
         except BaseException:
             self.close()
             raise
@@ -133,12 +136,12 @@ class CascadeRun(Run):
     def _upcoming(self) -> int | None:
         return min(self._waiting, default=None)
 
-    def _keep(self, node: int, rows: Tensor, output: Tensor, whole: bool) -> None:
+    def _answer_with(self, node: int, rows: Tensor, output: Tensor, whole: bool) -> None:
         if self._answer is not None and output.shape[1:] != self._answer.shape[1:]:
             raise ClassCountMismatch(
                 f"network {self._cascade.exit_names[node]} gives {tuple(output.shape[1:])}, those "
-                f"before it "
-                f"{tuple(self._answer.shape[1:])}; expected the same classes in the same order."
+                f"before it {tuple(self._answer.shape[1:])}; expected the same classes in the same "
+                "order."
             )
         everyone = (
             output
@@ -146,14 +149,14 @@ class CascadeRun(Run):
             else output.new_zeros(self._count, *output.shape[1:]).index_copy(0, rows, output)
         )
         self._outputs[node] = everyone
-        # never written into again: what has been given away stays as it was
+        # A new tensor, because the last one was given to the caller.
         self._answer = (
             everyone if whole or self._answer is None else self._answer.index_copy(0, rows, output)
         )
         self._answering[rows] = node
 
-    def _send(self, node: int, rows: Tensor, features: Tensor | None) -> None:
-        """Put the samples that go on to the networks they go to."""
+    def _send_on(self, node: int, rows: Tensor, features: Tensor | None) -> None:
+        """Send samples that are not answered to their next networks."""
         last = self._cascade.num_exits - 1
         if self._router is None:
             if node < last:
@@ -168,8 +171,7 @@ class CascadeRun(Run):
             if not node < following <= last:
                 raise NetworkError(
                     f"the router sends samples from network {node} to {following}; expected a "
-                    f"larger number, at "
-                    f"most {last}. Order the networks so that every move goes up."
+                    f"larger number, at most {last}. Order the networks so that every move goes up."
                 )
             sent = rows[going == following]
             others = self._waiting.get(following)
@@ -179,22 +181,21 @@ class CascadeRun(Run):
 
 
 class Cascade(Network):
-    """Networks that were made apart, the cheap ones first, as one anytime network: exit k is the
-    answer of network k.
+    """Networks made apart, the less expensive first, as one anytime network.
 
-    Without a router every sample runs every network, which is how it is profiled and recorded. With
-    one (`routed`) each
-    sample goes its own way: a network runs the samples that are sent to it, and `output()` gives
-        all samples' answers so far.
+    Exit k is the answer of network k. Without a router every sample runs every network, as for a
+    profile or a recording. With a router (`routed`) each sample goes its own way. A network then
+    runs only the samples that are sent to it, and `output()` gives the answers of all samples so
+    far.
 
     Args:
-        networks: any callables from an input to [B, num_classes], or to what holds it (`logits`);
-            modules, engines, functions.
-        names: of the networks; by default their numbers.
-        router: where samples go; None: to the next network.
+        networks: callables (modules, engines, functions) whose output is [B, num_classes], or holds
+            such a tensor (`logits`).
+        names: names of the networks; the default is their numbers.
+        router: rule that says where samples go; None sends them to the next network.
     Attributes:
-        networks: the callables, those that are no modules wrapped in one.
-        router: as given.
+        networks: networks as modules.
+        router: rule that says where samples go, or None.
     Raises:
         NetworkError: if there is no network, or names do not fit.
     Source:
@@ -224,10 +225,10 @@ class Cascade(Network):
         if len(self._names) != len(networks) or len(set(self._names)) < len(networks):
             raise NetworkError(
                 f"names {self._names} for {len(networks)} networks; expected one for each, all "
-                f"different."
+                "different."
             )
         self.router = router
-        # found once: a network has hundreds of modules
+        # Found once, because a network has hundreds of modules.
         self._linear = [_last_linear(network) for network in self.networks]
 
     @property
@@ -240,32 +241,32 @@ class Cascade(Network):
 
     @property
     def exit_free(self) -> nn.Module:
-        """What runs where nobody wants a cascade: the last network."""
+        """Return the last network."""
         return self.networks[-1]
 
     @property
     def mechanism(self) -> str:
-        """How it is staged, in words."""
-        return (
-            f"{self.num_exits} networks, "
-            f"{'one after the other' if self.router is None else 'each sample on its own way'}"
-        )
+        """Describe in words how the cascade is divided into stages."""
+        way = "one after the other" if self.router is None else "each sample on its own way"
+        return f"{self.num_exits} networks, {way}"
 
     def routed(self, router: Router | None) -> Cascade:
-        """The same networks under a router."""
+        """Return a cascade of the same networks with this router."""
         return Cascade(list(self.networks), self.exit_names, router=router).train(self.training)
 
     def forward(self, x: Any) -> tuple[Tensor, ...]:
-        """Outputs of all networks on all samples, without the router."""
+        """Compute the outputs of all networks on all samples, without the router."""
         return tuple(output_tensor(call_model(network, x)) for network in self.networks)
 
-    def exits(self, x: Any, *, keep: bool = False) -> CascadeRun:  # noqa: ARG002  outputs are there
-        """Run network by network; stop asking, and no further one runs.
+    def exits(self, x: Any, *, keep: bool = False) -> CascadeRun:  # noqa: ARG002  outputs are kept
+        """Run network by network.
+
+        Leaving the loop early runs no further network.
 
         Args:
-            x: as every network takes it: a tensor, or a tuple, list or mapping of tensors with the
+            x: input of every network: a tensor, or a tuple, list or mapping of tensors, with the
                 samples first.
-            keep: of no consequence; the outputs are there already.
+            keep: accepted for the protocol; all outputs are kept anyway.
         """
         return CascadeRun(self, x, self.router)
 
@@ -273,21 +274,21 @@ class Cascade(Network):
         return CascadeRun(self, x, router)
 
     def pooled(self, exit: Exit) -> Tensor:
-        """What the last linear layer of a network read, shape [B, D].
+        """Return the input of a network's last linear layer, shape [B, D].
 
         Raises:
             NetworkError: if it has none.
         """
         if exit.features is None:
             raise NetworkError(
-                f"network {self.exit_names[exit.index]} has no linear layer whose input could "
-                f"serve as features."
+                f"network {self.exit_names[exit.index]} has no linear layer; expected one, whose "
+                "input serves as features."
             )
         features: Tensor = exit.features
         return features if features.dim() == 2 else features.flatten(1, -2).mean(1)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Shape, MACs and parameters of each network."""
+        """Return shape, MACs and parameters of each network."""
         facts = []
         with evaluating(self), torch.no_grad():
             for name, network in zip(self.exit_names, self.networks, strict=True):
@@ -307,13 +308,13 @@ class Cascade(Network):
         return facts
 
     def _call(self, ambient: Ambient, node: int, x: Any) -> tuple[Tensor, Tensor | None]:
-        """Output of a network, and what its last linear layer read."""
+        """Return a network's output, and the input of its last linear layer."""
         network = self.networks[node]
         here = threading.get_ident()
         read: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-            # other threads may run the same network
+            # Other threads may run the same network.
             if threading.get_ident() == here:
                 read[:] = args[:1]
 
@@ -334,7 +335,7 @@ def _last_linear(network: nn.Module) -> nn.Linear | None:
 
 
 class _Called(nn.Module):
-    """A callable that is no module."""
+    """A callable as a module."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()

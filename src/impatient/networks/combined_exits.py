@@ -173,7 +173,7 @@ class RunningEnsemble(Network):
         return self.network.pooled(exit)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
-        """Return the facts of the network inside, with each head counted in its stage."""
+        """Return the facts of the network inside, each head counted in its stage."""
         return [
             replace(
                 fact,

@@ -199,7 +199,7 @@ class EANN(Network):
 
     @property
     def switches(self) -> tuple[int, ...]:
-        """Return for each member the first of its exits that gives its own output.
+        """Return each member's first exit that gives its own output.
 
         If none does, it is the member's number of exits.
         """

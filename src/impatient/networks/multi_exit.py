@@ -142,7 +142,7 @@ class MultiExitNetwork(Network):
         return self._run(x, keep=keep, shrinks=self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
-        """Tell whether a run may go on with some samples of its batch, by `StagedRun.keep`.
+        """Tell whether a run may go on with some of its samples (`StagedRun.keep`).
 
         This is tried out on made-up samples, once per kind of input (two forward passes of K + 1
         samples), and remembered. It is False if more than the features crosses a cut, such as an

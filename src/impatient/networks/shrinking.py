@@ -1,9 +1,9 @@
-"""Try out whether a run can go on with some samples of its batch.
+"""Try out whether a run can go on with some of its samples.
 
-The reduced features take the place of the old ones; an attention mask, a skip connection or a shape
-that the model took from its input do not. So a batch of made-up samples is run twice, whole and
-with one sample less after every cut, in another order; every output of the second run must be that
-of the same sample in the first.
+Reduced features replace the old ones, but an attention mask, a skip connection or a shape that the
+model took from its input stay as they are. So a batch of made-up samples is run twice: whole, and
+with one sample less after every cut, in another order. Every output of the second run must equal
+that of the same sample in the first run.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ from torch.utils._pytree import tree_flatten
 from impatient.anytime import Run
 from impatient.inputs import map_samples
 
-# Differences in rounding stay far below this share of the distance between two samples' outputs; a
-# wrong sample is at 1.
+# Largest allowed difference, as a share of the distance between two samples' outputs. Rounding
+# differs far less, and a wrong sample by 1.
 TOLERANCE = {torch.float16: 0.2, torch.bfloat16: 0.2}
 USUAL_TOLERANCE = 0.02
 
 
 class Verdict(NamedTuple):
-    """Whether a network shrinks, None where the trial could not tell, and what went wrong
-    otherwise.
+    """The result of a trial.
+
+    Attributes:
+        shrinks: whether the network can go on with some samples; None if the trial did not show it.
+        reason: why it cannot, or why the trial did not show it.
     """
 
     shrinks: bool | None
@@ -37,10 +40,9 @@ def judge(begin: Callable[[Any], Run], num_exits: int, x: Any) -> Verdict:
     """Try out whether samples may be taken out after each cut.
 
     Args:
-        begin: begins a run of the network on an input, in eval mode.
-        num_exits: of the network.
-        x: an example input. Its shapes, types and masks count; samples are made up from its first
-            one.
+        begin: function that begins a run of the network on an input, in eval mode.
+        num_exits: number of the network's exits.
+        x: an example input; samples are made up from the shapes, types and masks of its first one.
     """
     samples = probe(x, num_exits + 1)
     kept = kept_rows(num_exits)
@@ -49,7 +51,7 @@ def judge(begin: Callable[[Any], Run], num_exits: int, x: Any) -> Verdict:
             whole = _outputs(begin(samples), kept[:1] * num_exits)
             reduced = _outputs(begin(samples), kept)
     except Exception as error:
-        # whatever a model raises when its values do not fit together
+        # A model may raise anything if its values do not fit together.
         return Verdict(False, f"{type(error).__name__}: {error}")
     if not len(whole) == len(reduced) == num_exits:
         return Verdict(
@@ -60,8 +62,9 @@ def judge(begin: Callable[[Any], Run], num_exits: int, x: Any) -> Verdict:
 
 
 def kept_rows(num_exits: int) -> list[list[int]]:
-    """Which of K + 1 samples an exit of the trial has: one less and in reverse order after every
-    cut, 2 at the last exit.
+    """List which of K + 1 samples each exit of the trial has.
+
+    After every cut there is one sample less, and the order is reversed. The last exit has two.
 
     Example:
         >>> kept_rows(3)
@@ -74,13 +77,14 @@ def kept_rows(num_exits: int) -> list[list[int]]:
 
 
 def _outputs(run: Run, kept: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Outputs of all exits of a run; `kept` says which samples, by their places in the whole batch,
-    each exit is to have.
+    """Return the outputs of all exits of a run.
+
+    `kept` has the samples of each exit, by their places in the whole batch.
     """
     outputs = []
     with run:
         for exit in run:
-            # before the features may be overwritten
+            # Now, because a later stage may overwrite the features.
             outputs.append(exit.output().clone())
             for following in kept[exit.index + 1 : exit.index + 2]:
                 run.keep(torch.tensor([kept[exit.index].index(place) for place in following]))
@@ -88,20 +92,20 @@ def _outputs(run: Run, kept: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
-    wanted = whole[list(places)]
-    if reduced.shape != wanted.shape:
+    expected = whole[list(places)]
+    if reduced.shape != expected.shape:
         return Verdict(
             False, f"an output has shape {tuple(reduced.shape)} for {len(places)} samples"
         )
     apart = float(torch.pdist(whole.flatten(1).double(), p=float("inf")).median())
-    off = float((reduced - wanted).double().abs().max())
+    off = float((reduced - expected).double().abs().max())
     if not off <= apart * TOLERANCE.get(whole.dtype, USUAL_TOLERANCE):
         return Verdict(False, f"outputs are off by {off:.2g}, where samples are {apart:.2g} apart")
     return Verdict(True) if apart > 0.0 else Verdict(None, "outputs of different samples are equal")
 
 
 def kind_of(x: Any) -> Hashable:
-    """Return what a model treats alike: structure, shapes of one sample, types, devices."""
+    """Return an input's structure, and its samples' shapes, types and devices."""
     leaves, structure = tree_flatten(x)
     kinds = (
         (leaf.shape[1:], leaf.dtype, leaf.device)
@@ -115,9 +119,9 @@ def kind_of(x: Any) -> Hashable:
 
 
 def probe(x: Any, count: int) -> Any:
-    """Make an input of several samples that differ, of the kind of another one.
+    """Make an input of several different samples, of the same kind.
 
-    Numbers become noise, masks differ in length, token ids are turned round.
+    Numbers become noise, masks get different lengths, and token ids are rotated.
     """
     return map_samples(lambda value: _probe(value, count), x)
 
@@ -126,12 +130,13 @@ def _probe(value: Tensor, count: int) -> Tensor:
     first = value[0].detach()
     if value.is_floating_point():
         return _noise(first, count)
-    return torch.stack([_turned(first, number) for number in range(count)])
+    return torch.stack([_rotated(first, number) for number in range(count)])
 
 
 def _noise(first: Tensor, count: int) -> Tensor:
-    """Random samples of the same mean and spread; a sample with infinities is a mask and stays as
-    it is.
+    """Return random samples of the same mean and standard deviation.
+
+    A sample with infinities is a mask, and is repeated.
     """
     spread, mean = torch.std_mean(first.float(), correction=0)
     if not bool(torch.isfinite(mean)):
@@ -140,9 +145,10 @@ def _noise(first: Tensor, count: int) -> Tensor:
     return (noise * (float(spread) or 1.0) + float(mean)).to(device=first.device, dtype=first.dtype)
 
 
-def _turned(first: Tensor, number: int) -> Tensor:
-    """A row of whole numbers, another one for each number, with values that are in it anyway; of a
-    row of ones a mask.
+def _rotated(first: Tensor, number: int) -> Tensor:
+    """Return another row of whole numbers for each number, with the same values.
+
+    A row of ones is a mask, and gets zeros at its end.
     """
     if not first.dim() or first.shape[-1] < 2:
         return first

@@ -1,17 +1,18 @@
 """Pause a model's untouched forward in a hook at every cut.
 
 The forward runs in a greenlet. Nothing of the model is copied, traced or replaced. A paused run can
-be resumed or thrown away; it must stay on the thread that started it. A pause could leak three
-things; each is prevented:
+be resumed or thrown away, but only on the thread that started it. A pause could leak three things;
+each is prevented:
 
-* grad, inference and autocast state that the model's forward has entered is kept out of the caller,
-  and the caller's out of the model, at every switch (`Ambient`);
-* an abandoned run unwinds (`StagedRun.close`), so that its activations are freed;
-* an operation after a cut may overwrite the features in place, so they are used before the run goes
+* Grad, inference and autocast state of the model's forward would reach the caller, and the caller's
+  state the model. It is exchanged at every switch (`Ambient`).
+* An abandoned run would keep its activations. It unwinds, so that they are freed
+  (`StagedRun.close`).
+* An operation after a cut may overwrite the features in place. So they are used before the run goes
   on, or copied (`keep=True`).
 
-A paused run can also go on with some samples of its batch only (`StagedRun.keep`): the module at
-the cut then gives these.
+A paused run can also go on with some samples of its batch only (`StagedRun.keep`). The module at
+the cut then returns only these.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ from impatient.inputs import call_model, first_tensor, output_tensor
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A place after a module's n-th call in one forward pass; 0 is the first call."""
+    """A place after a call of a module in one forward pass.
+
+    Attributes:
+        module: name of the module.
+        call: number of the call, from 0.
+    """
 
     module: str
     call: int = 0
@@ -48,12 +54,12 @@ class Cut:
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, int | None]:
-        """Split "name" or "name@2" into the name and the call, None when it is not given."""
+        """Split "name@2" into the name and the call, or "name" into it and None."""
         name, at, call = text.rpartition("@")
         return (name, int(call)) if at and call.isdigit() else (text, None)
 
 
-# (id of the module, call) -> exit index
+# The index of an exit, by the id of the module before it and the number of the module's call.
 CutMap = Mapping[tuple[int, int], int]
 Head = Callable[[Tensor], Tensor]
 T = TypeVar("T")
@@ -63,8 +69,11 @@ _AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu
 
 
 class _Autocast(NamedTuple):
-    """Autocast settings of this thread: whether casts are cached, and by device whether they are on
-    and to what.
+    """Autocast settings of a thread.
+
+    Attributes:
+        cache: whether casts are cached.
+        devices: for each device, whether autocast is on, and its type.
     """
 
     cache: bool
@@ -81,7 +90,7 @@ class _Autocast(NamedTuple):
     def restore(self) -> None:
         if self == _Autocast.now():
             return
-        # only leaving torch.autocast does that, and nobody leaves it here
+        # torch does that only on leaving `torch.autocast`, which is not left here.
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(self.cache)
         for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.devices, strict=True):
@@ -90,13 +99,13 @@ class _Autocast(NamedTuple):
 
 
 class Ambient:
-    """The modes a run was asked for in; it begins, pauses and its heads run in them, whatever model
-    or caller enters.
+    """The gradient, inference and autocast modes in which a run was created.
 
-    Model and caller meet in these modes at every switch, and each puts its own back behind it.
-    Mostly both are in them already. Then asking so is all there is to do, and the price of a cut:
-    after a stage the caches are cold, and the first line of Python to run takes ten times as long
-    as in a loop.
+    The run begins and pauses in these modes, and its heads run in them, whatever modes the model or
+    the caller enters. At every switch between model and caller both are in these modes, and each
+    restores its own afterwards. Usually both are in them already, and a cut costs only that check.
+    It has few lines, because after a stage the caches are cold, and Python runs about ten times as
+    slowly as in a loop.
     """
 
     __slots__ = ("_autocast", "_casts", "_grad", "_inference")
@@ -112,8 +121,9 @@ class Ambient:
         return cls()
 
     def here(self) -> bool:
-        """Whether this thread is in these modes; where no autocast is on, its other settings make
-        no difference.
+        """Tell whether this thread is in these modes.
+
+        The other settings of autocast make no difference while it is off.
         """
         if (
             is_grad_enabled() is not self._grad
@@ -131,34 +141,34 @@ class Ambient:
         return function(*arguments) if self.here() else self.enclose(function, *arguments)
 
     def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The same, putting back also what the function itself leaves changed."""
+        """Call any function in these modes, and restore also what it changes itself."""
         outside = _Autocast.now()
-        # the guard remembers the thread's whole autograd state and puts exactly that back, in
-        # whatever order guards are left
+        # The guard remembers the thread's whole autograd state and restores exactly that, in
+        # whatever order guards are left.
         with torch.inference_mode(self._inference):
             torch.set_grad_enabled(self._grad)
             self._autocast.restore()
             try:
                 return function(*arguments)
             finally:
-                # first: the guard, too, switches autocast back, but leaves its dtype and its cache
+                # Before the guard, which also switches autocast back, but not its type and cache.
                 outside.restore()
 
 
 def _trainable(features: Tensor) -> Tensor:
-    """A copy, where the model has made these features in an inference mode of its own and a head is
-    to learn from them.
-    """
+    """Copy features made in inference mode if a head is to learn from them."""
     return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
 
 
 @dataclass(slots=True)
 class Position:
-    """Where a run stands, for its exits: an exit that somebody holds must not keep the run alive.
+    """The position of a run, shared with its exits.
+
+    Exits hold this instead of the run, so that an exit does not keep its run alive.
 
     Attributes:
-        ambient: the modes of the run.
-        exit: the exit whose features are intact; None once the run has failed in a later stage.
+        ambient: modes of the run.
+        exit: exit whose features are intact; None after the run has failed in a later stage.
     """
 
     ambient: Ambient
@@ -181,12 +191,12 @@ class StagedExit(Exit):
         self._output: Tensor | None = features if head is None else None
 
     def output(self) -> Tensor:
-        """Compute the head, once; ask before the run goes on.
+        """Compute the head, once, before the run goes on.
 
         Returns:
             Output of this exit, shape [B, num_classes]; before softmax.
         Raises:
-            ExitPassed: if the run has moved on, since the features may have been overwritten in
+            ExitPassed: if the run has moved on, because the features may have been overwritten in
                 place. Use `network.exits(x, keep=True)` to ask later.
         """
         if self._output is None:
@@ -207,7 +217,7 @@ class StagedExit(Exit):
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
-    """The exit that lies after this call of a module, if any; counts the call."""
+    """Count a call of a module, and return the exit after it, or None."""
     key = id(module)
     call = calls.get(key, 0)
     calls[key] = call + 1
@@ -215,8 +225,9 @@ def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int |
 
 
 class _Forward(greenlet.greenlet):
-    """The greenlet in which a model's forward runs; knows its cuts, and nothing of the run that
-    owns it.
+    """The greenlet in which a model's forward runs.
+
+    It knows the cuts, but not the run that owns it.
     """
 
     ambient: Ambient
@@ -225,8 +236,10 @@ class _Forward(greenlet.greenlet):
     closing: bool
 
     def reached(self, module: nn.Module, output: Any) -> Any:
-        """Pause after a module that is cut; what its caller gets instead of its output, None for
-        that output itself.
+        """Pause after a module if there is a cut.
+
+        Returns:
+            The output that replaces the module's output; None leaves it as it is.
         """
         index = _exit_after(module, self.cuts, self.calls)
         if index is None:
@@ -235,16 +248,14 @@ class _Forward(greenlet.greenlet):
         if not self.closing:
             features = first_tensor(output)
             rows = self.ambient.within(self.parent.switch, (index, features))
-        # thrown in above, and again if the model's own code swallowed it
+        # It was thrown in above; again, in case the model's own code has caught it.
         if self.closing:
             raise greenlet.GreenletExit
         return None if rows is None else _with_features(output, features, features[rows])
 
 
 class _Taps(threading.local):
-    """What a plain forward does at the cuts, on this thread; empty when no such forward is under
-    way.
-    """
+    """Visits of this thread's plain forwards at their cuts, the innermost forward last."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], Tensor | None]]] = []
@@ -254,7 +265,9 @@ _taps = _Taps()
 
 
 def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  the signature of a forward hook
-    """The one forward hook this library installs; stateless, so that networks can be copied and
+    """Do at a module what the present forward does at its cuts.
+
+    This is the only forward hook of a network. It has no state, so that networks can be copied and
     shared by threads.
     """
     current = greenlet.getcurrent()
@@ -268,12 +281,12 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
             onward = visit(index, features)
             if onward is not None and onward is not features:
                 return _with_features(output, features, onward)
-    # torch's word for: the output stays as it is
+    # For torch, None means that the output stays as it is.
     return None
 
 
 def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
-    """A module's output with another tensor in place of its features."""
+    """Return a module's output with its features replaced."""
 
     def changed(value: Any) -> Any:
         return onward if value is features else value
@@ -290,7 +303,7 @@ def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
 
 
 def install(modules: Sequence[nn.Module]) -> None:
-    """Put the hook on the modules that are cut, where it is not there yet."""
+    """Put the hook on the modules that do not have it yet."""
     for module in modules:
         if _at_cut not in module._forward_hooks.values():
             module.register_forward_hook(_at_cut)
@@ -299,11 +312,11 @@ def install(modules: Sequence[nn.Module]) -> None:
 def tapped(
     model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]
 ) -> Any:
-    """Run a model to its end, calling `visit(exit index, features)` at each cut while the features
-    are still intact.
+    """Run a model to its end, and call `visit(exit, features)` at each cut.
 
-    It is called in the caller's modes: a head trains even after a part of the model that runs
-    without gradients. A tensor that it returns takes the place of the features in what is deeper.
+    At that time the features are still intact. The call is in the caller's modes, so that a head
+    trains even after a part of the model that runs without gradients. If it returns a tensor, the
+    deeper layers get that instead of the features.
     """
     ambient = Ambient.now()
     current = greenlet.getcurrent()
@@ -313,8 +326,7 @@ def tapped(
     try:
         if not isinstance(current, _Forward):
             return call_model(model, x)
-        # a forward started inside another network's staged run must reach its own taps, not that
-        # run
+        # A forward inside another network's staged run must visit its own cuts, not pause that run.
         apart = greenlet.greenlet(call_model)
         apart.gr_context = current.gr_context
         return apart.switch(model, x)
@@ -323,20 +335,20 @@ def tapped(
 
 
 class StagedRun(Run):
-    """One staged run: an iterator of exits that computes a stage when asked for the next one.
+    """A run of a model that pauses at every cut.
 
-    Stop asking and call `close()`, or leave the `with` block, to throw the rest away; a run that is
-    dropped closes itself. An exit that this input never comes to (control flow that depends on the
-    data) is left out.
+    It is an iterator of exits, which computes a stage when it is asked for the next exit. To throw
+    the rest away, call `close()`, leave the `with` block or delete the run. An exit that this input
+    never comes to, because of control flow that depends on the data, is left out.
 
     Args:
-        model: what runs.
-        x: the model's input.
-        cuts: where it pauses.
-        heads: what answers there.
+        model: model to run.
+        x: input of the model.
+        cuts: places where the run pauses.
+        heads: heads of the exits; None for the last one.
         keep: copy the features of each exit, so that its output may be asked for later.
-        shrinks: whether this model can go on with some samples of an input; asked by the method
-            `keep`.
+        shrinks: function that tells whether the model can go on with some samples of an input; the
+            method `keep` asks it.
 
     Thread:
         Must be advanced and closed on the thread that first advanced it.
@@ -360,13 +372,11 @@ class StagedRun(Run):
         self._keep = keep
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
-        # of the present exit, to go on with; None: all
+        # Rows of the present exit to go on with; None for all.
         self._rows: Tensor | None = None
-        self._size: int | None = (
-            # how many rows later exits must have; None: nobody has said so
-            None
-        )
-        # None before the first stage and after the last
+        # Number of rows of later exits; None if it was not changed.
+        self._size: int | None = None
+        # None before the first stage and after the last.
         self._runner: _Forward | None = None
         self._owner: threading.Thread | None = None
         self._finished = False
@@ -385,7 +395,7 @@ class StagedRun(Run):
             )
         except BaseException:
             self._finished = True
-            # what failed may have overwritten the features first
+            # The stage may have overwritten the features before it failed.
             self._position.exit = None
             raise
         self._position.exit = index
@@ -393,28 +403,28 @@ class StagedRun(Run):
         return StagedExit(index, kept, self._heads[index], self._position, self._keep)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
-        """Go on with these samples only: later exits have len(rows) rows, in this order.
+        """Go on with these samples only, in this order.
 
-        Works where the features are all that crosses the cut of what belongs to single samples.
-        They are copied when the next exit is asked for. The exit at hand keeps all its rows.
+        This works if no values of single samples cross the cut other than the features. Those of
+        later exits have len(rows) rows. They are copied when the next exit is asked for, and the
+        present exit keeps all its rows.
 
         Args:
             rows: places in the present batch.
         Raises:
-            NetworkError: if other values that carry the batch cross a cut of this network, or the
-                run is not at an exit.
+            NetworkError: if other values of single samples cross a cut of this network, or the run
+                is not at an exit.
         """
         if self._runner is None or self._shrinks is None:
             raise NetworkError(
-                "a run can be reduced to some of its samples only between two exits. Call keep() "
-                "after an exit."
+                "a run can be reduced to some of its samples only between two exits; expected a "
+                "call of keep() after an exit."
             )
         if not self._shrinks(self._x):
             raise NetworkError(
                 "this network cannot go on with some samples of a batch: more than the features "
-                "crosses its cuts, or its "
-                "samples depend on each other. Go on with the whole batch, or use an engine whose "
-                "stages carry every value: "
+                "crosses its cuts, or its samples depend on each other. Go on with the whole "
+                "batch, or use an engine whose stages carry every value: "
                 'to_engine(network, "onnxruntime", example=x).'
             )
         rows = torch.as_tensor(rows, dtype=torch.long)
@@ -422,18 +432,16 @@ class StagedRun(Run):
         self._size = len(rows)
 
     def _check_rows(self, index: int, value: Tensor) -> None:
-        """A value with the old batch that is broadcast over one kept row would go unnoticed."""
+        # Without this, a value of the old batch could be broadcast over one kept row unnoticed.
         if self._size is not None and (not value.dim() or value.shape[0] != self._size):
             raise NetworkError(
                 f"after keep() of {self._size} samples, exit {index} has shape "
-                f"{tuple(value.shape)}: more than the features "
-                "crosses a cut of this network. Go on with the whole batch (compaction='never')."
+                f"{tuple(value.shape)}: more than the features crosses a cut of this network. Go on "
+                "with the whole batch (compaction='never')."
             )
 
     def _check_thread(self) -> None:
-        """Refuse before anything is touched: greenlet itself crashes where the other thread has
-        ended.
-        """
+        # Before anything is changed, because greenlet crashes if the other thread has ended.
         if self._runner is not None and self._owner is not threading.current_thread():
             raise greenlet.error(
                 "a staged run can only be advanced and closed on the thread that first advanced it."
@@ -454,14 +462,12 @@ class StagedRun(Run):
             result = self._position.ambient.within(runner.switch, *given)
         finally:
             if runner.dead:
-                self._runner = self._model = self._x = self._shrinks = (
-                    # nothing is kept alive by a finished run
-                    None
-                )
+                # A finished run keeps nothing alive.
+                self._runner = self._model = self._x = self._shrinks = None
         return (self._last, output_tensor(result)) if runner.dead else result
 
     def close(self) -> None:
-        """Throw away what has not been computed; harmless when there is nothing to throw away."""
+        """Throw away the rest of the run, if there is any."""
         self._check_thread()
         self._finished = True
         runner = self._runner
@@ -473,20 +479,18 @@ class StagedRun(Run):
         self._position.ambient.within(runner.throw, greenlet.GreenletExit)
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-        # the interpreter takes the memory back, and what close() needs is already gone
+        # At the interpreter's end the modules that close() needs are gone, and memory is freed.
         if ending():
             return
         try:
             self.close()
         except greenlet.error:
-            # dropped on another thread, which cannot unwind it
+            # It was dropped on another thread, which cannot unwind it.
             import warnings
 
             warnings.warn(
-                (
-                    "a staged run was dropped on another thread than its own and keeps its memory; "
-                    "close() it there."
-                ),
+                "a staged run was dropped on another thread than its own and keeps its memory; "
+                "close() it there.",
                 ResourceWarning,
                 stacklevel=2,
             )
@@ -498,6 +502,6 @@ def _start(ambient: Ambient, cuts: CutMap) -> _Forward:
     runner.cuts = cuts
     runner.calls = {}
     runner.closing = False
-    # greenlets begin with an empty context; the model must see the caller's context variables
+    # A greenlet begins with an empty context, but the model needs the caller's context variables.
     runner.gr_context = contextvars.copy_context()
     return runner
