@@ -54,7 +54,7 @@ class Cut:
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, int | None]:
-        """Split "name@2" into the name and the call, or "name" into it and None."""
+        """Split "name@2" into name and call. Without "@" the call is None."""
         name, at, call = text.rpartition("@")
         return (name, int(call)) if at and call.isdigit() else (text, None)
 
@@ -156,7 +156,7 @@ class Ambient:
 
 
 def _trainable(features: Tensor) -> Tensor:
-    """Copy features made in inference mode if a head is to learn from them."""
+    """Copy features of inference mode if a head is to learn from them."""
     return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
 
 
@@ -217,7 +217,7 @@ class StagedExit(Exit):
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
-    """Count a call of a module, and return the exit after it, or None."""
+    """Count a call of a module and return the exit after it."""
     key = id(module)
     call = calls.get(key, 0)
     calls[key] = call + 1
@@ -436,8 +436,8 @@ class StagedRun(Run):
         if self._size is not None and (not value.dim() or value.shape[0] != self._size):
             raise NetworkError(
                 f"after keep() of {self._size} samples, exit {index} has shape "
-                f"{tuple(value.shape)}: more than the features crosses a cut of this network. Go on "
-                "with the whole batch (compaction='never')."
+                f"{tuple(value.shape)}: more than the features crosses a cut of this network. Go "
+                "on with the whole batch (compaction='never')."
             )
 
     def _check_thread(self) -> None:
