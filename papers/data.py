@@ -18,7 +18,7 @@ from impatient import Data, load_data
 from impatient.errors import DataError
 from impatient.files import written_whole
 from impatient.provenance import fingerprint_bytes
-from impatient.training.data import ArrayExamples, Examples, LazyExamples
+from impatient.training.data import Examples
 
 ROOT = Path(__file__).parent.parent
 CONVERTED = ROOT / "runs" / "data"
@@ -186,16 +186,7 @@ def _part(examples: Examples, count: int | None, seed: int) -> Examples:
         return examples
     if count < 1:
         raise DataError(f"{count} examples wanted of {len(examples.labels)}; expected at least 1.")
-    chosen = _balanced(examples.labels.numpy(), count, seed)
-    places = torch.from_numpy(chosen)
-    if isinstance(examples, ArrayExamples):
-        return ArrayExamples(examples.inputs[places], examples.labels[places])
-    assert isinstance(examples, LazyExamples)
-    return dataclasses.replace(
-        examples,
-        sources=[examples.sources[place] for place in chosen],
-        labels=examples.labels[places],
-    )
+    return examples.subset(_balanced(examples.labels.numpy(), count, seed))
 
 
 def _balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

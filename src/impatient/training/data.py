@@ -6,7 +6,8 @@ The validation split is taken from the training examples, by a seed.
 from __future__ import annotations
 
 import concurrent.futures
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -22,6 +23,7 @@ from impatient.provenance import fingerprint_bytes
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Indices = Sequence[int] | Tensor | np.ndarray
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -76,8 +78,12 @@ class Examples(Protocol):
         """Return the true classes, int64 [N]."""
         ...
 
-    def take(self, indices: Sequence[int]) -> Tensor:
+    def take(self, indices: Indices) -> Tensor:
         """Return the raw inputs at these indices, batch first."""
+        ...
+
+    def subset(self, indices: Indices) -> Examples:
+        """Return the examples at these indices."""
         ...
 
 
@@ -88,8 +94,11 @@ class ArrayExamples:
     inputs: Tensor
     labels: Tensor
 
-    def take(self, indices: Sequence[int]) -> Tensor:
+    def take(self, indices: Indices) -> Tensor:
         return self.inputs[torch.as_tensor(indices)]
+
+    def subset(self, indices: Indices) -> ArrayExamples:
+        return ArrayExamples(self.take(indices), self.labels[torch.as_tensor(indices)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +113,16 @@ class LazyExamples:
     read: Callable[[Any], Tensor]
     threads: concurrent.futures.ThreadPoolExecutor
 
-    def take(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack(
-            list(self.threads.map(self.read, [self.sources[int(index)] for index in indices]))
+    def take(self, indices: Indices) -> Tensor:
+        return torch.stack(list(self.threads.map(self.read, self._chosen(indices))))
+
+    def subset(self, indices: Indices) -> LazyExamples:
+        return dataclasses.replace(
+            self, sources=self._chosen(indices), labels=self.labels[torch.as_tensor(indices)]
         )
+
+    def _chosen(self, indices: Indices) -> list[Any]:
+        return [self.sources[int(index)] for index in indices]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,18 +163,13 @@ class Data:
     def batches(self, split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield preprocessed inputs with their labels, in order."""
         examples = self.examples(split)
-        for start in range(0, len(examples.labels), batch_size):
-            indices = range(start, min(start + batch_size, len(examples.labels)))
-            yield (
-                self.preprocess(examples.take(indices)),
-                examples.labels[indices.start : indices.stop],
-            )
+        for indices in torch.arange(len(examples.labels)).split(batch_size):
+            yield self.preprocess(examples.take(indices)), examples.labels[indices]
 
     def example(self, batch_size: int = 1) -> Tensor:
         """Return the first training inputs, preprocessed."""
-        return self.preprocess(
-            self.examples("train").take(range(min(batch_size, self.size("train"))))
-        )
+        count = min(batch_size, self.size("train"))
+        return self.preprocess(self.examples("train").take(range(count)))
 
 
 def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
@@ -177,7 +187,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     """
     checks.true_share(DataError, validation=validation)
     source, _, rest = spec.partition(":")
-    loaders: dict[str, Callable[[str, int], _Raw]] = {
+    loaders: dict[str, Callable[[str], _Raw]] = {
         "digits": _digits,
         "npz": _npz,
         "imagefolder": _imagefolder,
@@ -188,7 +198,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
             f"cannot read the data spec {spec!r}; expected digits, npz:FILE, imagefolder:DIR or "
             "hf:NAME-OR-PATH."
         )
-    return _finish(spec, loaders[source](rest, seed), seed, validation)
+    return _finish(spec, loaders[source](rest), seed, validation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,10 +225,9 @@ def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
     _check_labels(name, raw)
     labels = raw.train.labels.numpy()
     held_out = _held_out(labels if raw.groups is None else raw.groups, labels, seed, validation)
-    kept = np.flatnonzero(~held_out)
     splits: dict[Split, Examples] = {
-        "train": _subset(raw.train, kept),
-        "validation": _subset(raw.train, np.flatnonzero(held_out)),
+        "train": raw.train.subset(np.flatnonzero(~held_out)),
+        "validation": raw.train.subset(np.flatnonzero(held_out)),
         "test": raw.test,
     }
     fingerprint = fingerprint_bytes(raw.content.encode(), f"{seed}|{validation}".encode())
@@ -233,14 +242,16 @@ def _finish(name: str, raw: _Raw, seed: int, validation: float) -> Data:
 
 def _check_labels(name: str, raw: _Raw) -> None:
     train, test = (set(part.labels.tolist()) for part in (raw.train, raw.test))
-    if min(train | test) < 0:
+    least = min(train | test)
+    largest = max(train | test)
+    if least < 0:
         raise DataError(
-            f"{name}: labels must be integers from 0, but {min(train | test)} is among them; "
-            "hidden labels cannot be used."
+            f"{name}: labels must be integers from 0, but {least} is among them; hidden labels "
+            "cannot be used."
         )
-    if max(train | test) >= len(raw.class_names):
+    if largest >= len(raw.class_names):
         raise DataError(
-            f"{name} names {len(raw.class_names)} classes, but labels go up to {max(train | test)}."
+            f"{name} names {len(raw.class_names)} classes, but labels go up to {largest}."
         )
     unseen = [raw.class_names[label] for label in sorted(test - train)]
     if unseen:
@@ -265,9 +276,8 @@ def _held_out(groups: np.ndarray, labels: np.ndarray, seed: int, share: float) -
             mask[random.permutation(places)[: _held_out_count(len(places), share)]] = True
         else:
             kinds = random.permutation(np.unique(groups[places]))
-            wanted = _held_out_count(len(kinds), share) - len(
-                np.unique(groups[places[mask[places]]])
-            )
+            already = len(np.unique(groups[places[mask[places]]]))
+            wanted = _held_out_count(len(kinds), share) - already
             mask = _with_groups(mask, kinds, wanted, groups, labels)
     if not mask.any() or mask.all():
         raise DataError(
@@ -299,19 +309,6 @@ def _with_groups(
     return mask
 
 
-def _subset(examples: Examples, places: np.ndarray) -> Examples:
-    chosen = torch.from_numpy(places)
-    if isinstance(examples, ArrayExamples):
-        return ArrayExamples(examples.inputs[chosen], examples.labels[chosen])
-    assert isinstance(examples, LazyExamples)
-    return LazyExamples(
-        [examples.sources[int(place)] for place in places],
-        examples.labels[chosen],
-        examples.read,
-        examples.threads,
-    )
-
-
 def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
     """Compute mean and standard deviation of up to `most` training inputs.
 
@@ -334,28 +331,32 @@ def _fit_preprocess(train: Examples, most: int = 2000) -> Preprocess:
     )
 
 
-def _digits(rest: str, seed: int) -> _Raw:
+def _digits(rest: str) -> _Raw:
     if rest:
         raise DataError(f"digits takes no options, got {rest!r}.")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8)
-    # A fixed seed: the test split must not change with the user's seed.
-    test = _held_out(bunch.target, bunch.target, seed=0, share=0.2)
-    del seed
-    return _arrays(
-        {
-            "x_train": images[~test],
-            "y_train": bunch.target[~test],
-            "x_test": images[test],
-            "y_test": bunch.target[test],
-        },
-        where="digits",
-    )
+    test = _carved_out(bunch.target)
+    arrays = {
+        "x_train": images[~test],
+        "y_train": bunch.target[~test],
+        "x_test": images[test],
+        "y_test": bunch.target[test],
+    }
+    return _arrays(arrays, where="digits")
 
 
-def _npz(rest: str, seed: int) -> _Raw:  # noqa: ARG001
+def _carved_out(labels: np.ndarray) -> np.ndarray:
+    """Choose a fifth of the examples for the test split, as a mask.
+
+    The choice does not depend on the user's seed.
+    """
+    return _held_out(labels, labels, seed=0, share=0.2)
+
+
+def _npz(rest: str) -> _Raw:
     path = Path(rest).expanduser()
     if not path.is_file():
         raise DataError(
@@ -378,23 +379,15 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
         raise DataError(
             f"{where} lacks {', '.join(missing)}; it contains {', '.join(arrays) or 'nothing'}."
         )
-    parts = {
-        split: _one_part(arrays[f"x_{split}"], arrays[f"y_{split}"], f"{where}, {split}")
-        for split in ("train", "test")
-    }
-    train = parts["train"]
-    test = parts["test"]
+    train = _one_part(arrays["x_train"], arrays["y_train"], f"{where}, train")
+    test = _one_part(arrays["x_test"], arrays["y_test"], f"{where}, test")
     if train.inputs.shape[1:] != test.inputs.shape[1:] or train.inputs.dtype != test.inputs.dtype:
         raise DataError(
             f"{where}: training inputs have shape {tuple(train.inputs.shape[1:])}, test inputs "
             f"{tuple(test.inputs.shape[1:])}; types {train.inputs.dtype} and {test.inputs.dtype}."
         )
     classes = int(max(train.labels.max(), test.labels.max())) + 1
-    names = (
-        tuple(str(name) for name in arrays["class_names"])
-        if "class_names" in arrays
-        else tuple(map(str, range(classes)))
-    )
+    names = tuple(map(str, arrays.get("class_names", range(classes))))
     groups = arrays.get("groups_train")
     if groups is not None and groups.shape != train.labels.shape:
         raise DataError(
@@ -402,9 +395,11 @@ def _arrays(arrays: Mapping[str, np.ndarray], where: str) -> _Raw:
             f"example, {tuple(train.labels.shape)}."
         )
     content = [
-        part.numpy().tobytes() for pair in parts.values() for part in (pair.inputs, pair.labels)
+        values.numpy().tobytes()
+        for values in (train.inputs, train.labels, test.inputs, test.labels)
     ]
-    content += [] if groups is None else [np.unique(groups, return_inverse=True)[1].tobytes()]
+    if groups is not None:
+        content.append(np.unique(groups, return_inverse=True)[1].tobytes())
     return _Raw(
         train=train,
         test=test,
@@ -463,27 +458,34 @@ def _channels_first(inputs: Tensor) -> Tensor:
     return inputs
 
 
-def _imagefolder(rest: str, seed: int) -> _Raw:
-    name, options = _options(rest)
+def _imagefolder(rest: str) -> _Raw:
+    name, size = _path_and_size(rest)
     root = Path(name).expanduser()
     if not root.is_dir():
         raise DataError(
             f"no folder {root}; expected one with train/CLASS/*.png and test/CLASS/*.png."
         )
-    folders = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
-    classes = tuple(sorted({label for files in folders.values() for _, label in files}))
+    files = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
+    classes = sorted({label for found in files.values() for _, label in found})
     if not classes:
         raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
-    if "test" not in folders:
-        folders = _carve_test(folders["train"], seed)
-    size = options.get("size") or _common_size([path for path, _ in folders["train"]])
-    return _lazy(
-        {split: [path for path, _ in files] for split, files in folders.items()},
-        {split: [classes.index(label) for _, label in files] for split, files in folders.items()},
-        classes,
-        lambda path: read_image(path, size, 3),
-        f"{size}",
-    )
+    if "test" not in files:
+        test = _carved_out(np.array([classes.index(label) for _, label in files["train"]]))
+        both = list(zip(files["train"], test, strict=True))
+        files = {
+            "train": [file for file, is_test in both if not is_test],
+            "test": [file for file, is_test in both if is_test],
+        }
+    rows = {
+        split: [
+            (path, f"{path.parent.name}/{path.name}/{path.stat().st_size}", classes.index(label))
+            for path, label in found
+        ]
+        for split, found in files.items()
+    }
+    some = files["train"][:: max(1, len(files["train"]) // 50)]
+    shown = size or _common_size(_size_of(path) for path, _ in some)
+    return _lazy(rows, classes, lambda path: read_image(path, shown, 3), shown)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -503,24 +505,15 @@ def _class_files(folder: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _carve_test(files: list[tuple[Path, str]], seed: int) -> dict[str, list[tuple[Path, str]]]:
-    # The test split must not change with the user's seed.
-    del seed
-    labels = np.unique([label for _, label in files], return_inverse=True)[1]
-    mask = _held_out(labels, labels, seed=0, share=0.2)
-    return {
-        "train": [file for file, out in zip(files, mask, strict=True) if not out],
-        "test": [file for file, out in zip(files, mask, strict=True) if out],
-    }
+def _size_of(path: Path) -> tuple[int, int]:
+    with _opened(path) as image:
+        return image.height, image.width
 
 
-def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """Return the common size of a sample of images, or 224 x 224."""
-    sizes = set()
-    for path in paths[:: max(1, len(paths) // 50)]:
-        with _opened(path) as image:
-            sizes.add((image.height, image.width))
-    return sizes.pop() if len(sizes) == 1 else (224, 224)
+def _common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that all images have, or 224 x 224."""
+    found = set(sizes)
+    return found.pop() if len(found) == 1 else (224, 224)
 
 
 def _opened(path: Path) -> Image.Image:
@@ -557,154 +550,117 @@ def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Te
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _options(rest: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Split "PATH:size=64" into the path and its options.
-
-    A size is that of square images.
-    """
+def _path_and_size(rest: str) -> tuple[str, tuple[int, int] | None]:
+    """Split "PATH:size=64" into the path and the size of square images."""
     path, colon, options = rest.rpartition(":")
     if not colon or "=" not in options:
-        return rest, {}
+        return rest, None
     key, _, value = options.partition("=")
     if key != "size" or not value.isdecimal() or int(value) == 0:
         raise DataError(
             f"cannot read the options {options!r}; expected a size in pixels, such as size=64."
         )
-    return path, {"size": (int(value), int(value))}
+    return path, (int(value), int(value))
 
 
 def _lazy(
-    sources: Mapping[str, Sequence[Any]],
-    labels: Mapping[str, Sequence[int]],
+    rows: Mapping[str, Sequence[tuple[Any, str, int]]],
     classes: Sequence[str],
     read: Callable[[Any], Tensor],
-    how: str,
+    size: tuple[int, int],
 ) -> _Raw:
-    empty = [split for split in ("train", "test") if not len(sources[split])]
+    """Make a data set of images that are decoded when they are asked for.
+
+    Args:
+        rows: for "train" and "test", the source, the identity and the label of each image.
+        classes: name of each class.
+        read: function that makes the raw input from a source.
+        size: height and width of the inputs.
+    """
+    empty = [split for split in ("train", "test") if not rows[split]]
     if empty:
         raise DataError(f"no images for {' and '.join(empty)}.")
     threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
-    examples = {
-        split: LazyExamples(
-            sources[split], torch.tensor(labels[split], dtype=torch.int64), read, threads
-        )
-        for split in ("train", "test")
-    }
+
+    def examples(split: str) -> LazyExamples:
+        sources, _, labels = zip(*rows[split], strict=True)
+        return LazyExamples(sources, torch.tensor(labels, dtype=torch.int64), read, threads)
+
     listed = "".join(
-        f"{source}:{label};"
-        for split in examples
-        for source, label in zip(
-            (_identity(entry) for entry in sources[split]), labels[split], strict=True
-        )
+        f"{identity}:{label};" for _, identity, label in (*rows["train"], *rows["test"])
     )
     return _Raw(
-        train=examples["train"],
-        test=examples["test"],
+        train=examples("train"),
+        test=examples("test"),
         class_names=tuple(classes),
-        content=fingerprint_bytes(listed.encode(), how.encode()),
+        content=fingerprint_bytes(listed.encode(), f"{size}".encode()),
     )
 
 
-def _identity(source: Any) -> str:
-    return (
-        f"{source.parent.name}/{source.name}/{source.stat().st_size}"
-        if isinstance(source, Path)
-        else str(source)
-    )
-
-
-def _hugging_face(rest: str, seed: int) -> _Raw:
+def _hugging_face(rest: str) -> _Raw:
     try:
         import datasets
     except ImportError as error:
         raise DataError(
             "hf: needs the package datasets. Install it with: pip install 'impatient[hub]'."
         ) from error
-    name, options = _options(rest)
+    name, size = _path_and_size(rest)
+    saved = (Path(name) / "dataset_dict.json").is_file()
     try:
-        loaded = (
-            datasets.load_from_disk(name)
-            if (Path(name) / "dataset_dict.json").is_file()
-            else datasets.load_dataset(name)
-        )
+        tables = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:
         raise DataError(f"datasets cannot load {name!r}: {error}") from error
-    if "train" not in loaded:
+    if "train" not in tables:
         raise DataError(
-            f"{name} has the splits {', '.join(loaded) or 'none'}; expected train, and test or "
+            f"{name} has the splits {', '.join(tables) or 'none'}; expected train, and test or "
             "validation."
         )
-    train = loaded["train"]
-    test_name = next((split for split in ("test", "validation") if split in loaded), None)
-    if test_name is None:
-        parts = train.train_test_split(test_size=0.2, seed=0)
-        train = parts["train"]
-        test = parts["test"]
-    else:
-        test = loaded[test_name]
-    del seed
+    if not {"test", "validation"} & tables.keys():
+        # The test split must not change with the user's seed.
+        tables = tables["train"].train_test_split(test_size=0.2, seed=0)
+    train = tables["train"]
+    test = tables["test" if "test" in tables else "validation"]
     image, label = _columns(train, datasets, name)
-    size = options.get("size") or _hf_size(train, image)
-    feature = train.features[label]
-    numbers = {"train": list(train[label]), "test": list(test[label])}
-    odd = [value for values in numbers.values() for value in values if not isinstance(value, int)]
+    rows = {
+        split: [
+            ((table, place), f"{table._fingerprint}/{place}", number)
+            for place, number in enumerate(table[label])
+        ]
+        for split, table in (("train", train), ("test", test))
+    }
+    numbers = [number for split in rows.values() for _, _, number in split]
+    odd = [number for number in numbers if not isinstance(number, int)]
     if odd:
         raise DataError(
             f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a "
             "ClassLabel."
         )
-    names = list(getattr(feature, "names", None) or map(str, range(max(numbers["train"]) + 1)))
-    return _lazy(
-        {"train": _Rows(train, image), "test": _Rows(test, image)},
-        numbers,
-        names,
-        lambda row: image_tensor(row.picture(), size, 3),
-        f"{size}",
-    )
 
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One row of a Hugging Face data set, decoded when asked for."""
-
-    table: Any
-    column: str
-    place: int
-
-    def picture(self) -> Image.Image:
+    def read(source: tuple[Any, int]) -> Tensor:
+        table, place = source
         try:
-            picture: Image.Image = self.table[self.place][self.column]
+            picture = table[place][image]
         except (OSError, SyntaxError) as error:
-            raise DataError(f"picture {self.place} is damaged: {error}.") from error
-        return picture
+            raise DataError(f"picture {place} is damaged: {error}.") from error
+        return image_tensor(picture, shown, 3)
 
-    def __str__(self) -> str:
-        return f"{self.table._fingerprint}/{self.place}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows(Sequence[_Row]):
-    table: Any
-    column: str
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, place: Any) -> Any:
-        # The range raises IndexError past the end, where iteration stops.
-        return _Row(self.table, self.column, range(len(self.table))[place])
+    feature = train.features[label]
+    named = isinstance(feature, datasets.ClassLabel)
+    classes = feature.names if named else map(str, range(max(train[label]) + 1))
+    some = train[: min(50, len(train))][image]
+    shown = size or _common_size((picture.height, picture.width) for picture in some)
+    return _lazy(rows, list(classes), read, shown)
 
 
 def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
-    images = [
-        column for column, feature in table.features.items() if isinstance(feature, datasets.Image)
-    ]
-    labels = [
-        column
-        for column, feature in table.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    ]
-    labels = labels or [column for column in ("label", "labels") if column in table.features]
+    """Return the names of the image column and of the label column."""
+
+    def of_kind(kind: type) -> list[str]:
+        return [column for column, feature in table.features.items() if isinstance(feature, kind)]
+
+    images = of_kind(datasets.Image)
+    labels = of_kind(datasets.ClassLabel)
+    labels += [column for column in ("label", "labels") if column in table.features]
     if not images or not labels:
         raise DataError(
             f"{name} has columns {dict(table.features)}; expected an image column and a class "
@@ -712,8 +668,3 @@ def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:
             "T])."
         )
     return images[0], labels[0]
-
-
-def _hf_size(table: Any, column: str) -> tuple[int, int]:
-    sizes = {(picture.height, picture.width) for picture in table[: min(50, len(table))][column]}
-    return sizes.pop() if len(sizes) == 1 else (224, 224)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 
 
@@ -40,25 +38,15 @@ class History:
 
     def to_csv(self) -> str:
         """Write the metrics as CSV, one row per epoch, split and exit."""
-        text = io.StringIO()
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["epoch", "phase", "lr", "seconds", "split", "exit", "loss", "accuracy"])
+        lines = ["epoch,phase,lr,seconds,split,exit,loss,accuracy"]
         for entry in self.epochs:
-            for split, losses, hits in (
+            epoch = f"{entry.epoch},{entry.phase},{entry.lr:.6g},{entry.seconds:.3f}"
+            for split, losses, accuracies in (
                 ("train", entry.train_loss, entry.train_accuracy),
                 ("validation", entry.validation_loss, entry.validation_accuracy),
             ):
-                for index, (loss, accuracy) in enumerate(zip(losses, hits, strict=True)):
-                    rows.writerow(
-                        [
-                            entry.epoch,
-                            entry.phase,
-                            f"{entry.lr:.6g}",
-                            f"{entry.seconds:.3f}",
-                            split,
-                            index,
-                            f"{loss:.6f}",
-                            f"{accuracy:.6f}",
-                        ]
-                    )
-        return text.getvalue()
+                lines += [
+                    f"{epoch},{split},{exit},{loss:.6f},{accuracy:.6f}"
+                    for exit, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True))
+                ]
+        return "\n".join([*lines, ""])

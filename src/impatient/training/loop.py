@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
+CheckedWeights = tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]
 
 
 def fit(
@@ -101,20 +102,20 @@ def fit(
         recipe.sampler,
     )
     return _Training(
-        network,
-        data,
-        checked,
-        recipe,
-        fabric or _default_fabric(),
-        Path(checkpoint) if checkpoint else None,
-        Path(metrics_csv) if metrics_csv else None,
-        progress,
+        network=network,
+        data=data,
+        weights=checked,
+        recipe=recipe,
+        fabric=fabric or _default_fabric(),
+        checkpoint=Path(checkpoint) if checkpoint else None,
+        metrics_csv=metrics_csv,
+        progress=progress,
     ).run()
 
 
 def checked_weights(
     weights: ExitWeights, count: int, samples: int, sampler: str = "none"
-) -> tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]:
+) -> CheckedWeights:
     """Read exit weights and check that they fit.
 
     Args:
@@ -154,63 +155,57 @@ def _default_fabric() -> Fabric:
     return Fabric(accelerator="auto", devices=1)
 
 
+@dataclass(eq=False, kw_only=True)
 class _Training:
-    """One run of `fit`: the state that its steps share."""
+    """State that the steps of one `fit` share."""
 
-    def __init__(
-        self,
-        network: Network,
-        data: Data,
-        weights: tuple[float, ...] | AdaLoss | Tensor,
-        recipe: Recipe,
-        fabric: Fabric,
-        checkpoint: Path | None,
-        metrics_csv: Path | None,
-        progress: bool,
-    ) -> None:
-        self.network = network
-        self.data = data
-        self.recipe = recipe
-        self.fabric = fabric
-        self.sample_weights = weights if isinstance(weights, Tensor) else None
-        static = self.mean_weights(weights)
+    network: Network
+    data: Data
+    weights: CheckedWeights
+    recipe: Recipe
+    fabric: Fabric
+    checkpoint: Path | None
+    metrics_csv: str | Path | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        count = self.network.num_exits
+        # The authors' code, too, uses the weights before AdaLoss's first update.
+        static = (1.0,) * count
+        if isinstance(self.weights, Tensor):
+            static = tuple(self.weights.mean(0).tolist())
+        elif isinstance(self.weights, tuple):
+            static = self.weights
         self.head_decays = [
             recipe.weight_decay * (weight if recipe.head_decay == "scaled" else 1.0)
             for weight in static
         ]
-        base = weights if isinstance(weights, AdaLoss) else static
         self.balancer = balancer(
-            base,
+            self.weights if isinstance(self.weights, AdaLoss) else static,
             recipe.sampler,
-            count=network.num_exits,
+            count=count,
             gamma=recipe.sampler_gamma,
             seed=recipe.seed,
         )
-        self.checkpoint = checkpoint
-        self.metrics_csv = metrics_csv
-        self.shown = TrainingProgress(progress and fabric.is_global_zero, recipe.epochs)
+        self.shown = TrainingProgress(
+            self.progress and self.fabric.is_global_zero, self.recipe.epochs
+        )
         self.history: list[EpochMetrics] = []
         # Batches of the running epoch that are done, their summed losses and hits, and their time
         # in seconds.
         self.step = 0
-        self.sums = torch.zeros(2, network.num_exits, dtype=torch.float64)
+        self.sums = torch.zeros(2, count, dtype=torch.float64)
         self.seconds = 0.0
         # "exits" is needed because heads of equal shapes would also fit after other layers.
         self.identity = {
             "recipe": dataclasses.asdict(recipe),
-            "weights": _identity(weights),
-            "data": data.fingerprint,
-            "processes": fabric.world_size,
-            "network": fingerprint_structure(network.state_dict()),
-            "exits": list(network.exit_names),
+            "weights": _identity(self.weights),
+            "data": self.data.fingerprint,
+            "processes": self.fabric.world_size,
+            "network": fingerprint_structure(self.network.state_dict()),
+            "exits": list(self.network.exit_names),
         }
-
-    def mean_weights(self, weights: tuple[float, ...] | AdaLoss | Tensor) -> tuple[float, ...]:
-        """Return one static weight per exit, by which head decay is scaled."""
-        if isinstance(weights, AdaLoss):
-            # The authors' code, too, uses the weights before the first update.
-            return (1.0,) * self.network.num_exits
-        return tuple(weights.mean(0).tolist()) if isinstance(weights, Tensor) else weights
 
     def run(self) -> History:
         torch.manual_seed(self.recipe.seed)
@@ -325,7 +320,9 @@ class _Training:
                 validation_accuracy=tuple(validation[1].tolist()),
             )
         )
-        self.step, self.seconds, self.sums = 0, 0.0, torch.zeros_like(self.sums)
+        self.step = 0
+        self.seconds = 0.0
+        self.sums = torch.zeros_like(self.sums)
         self._save(optimizer)
         self._write_metrics()
         self.shown.epoch(self.history[-1])
@@ -345,31 +342,25 @@ class _Training:
         examples = self.data.examples("train")
         labels = examples.labels[indices].to(self.fabric.device)
         inputs = self.data.preprocess(examples.take(indices.tolist()).to(self.fabric.device))
-        inputs = augmented(inputs, self.recipe.augment)
-        if self.recipe.channels_last and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
         recipe = self.recipe
-        flow = (
-            GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
-            if phase == "joint"
-            else PLAIN
-        )
+        inputs = augmented(inputs, recipe.augment)
+        if recipe.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        joint = GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
+        flow = joint if phase == "joint" else PLAIN
         outputs = model(inputs) if flow == PLAIN else model(inputs, gradients=flow)
-        losses = sample_losses(outputs, labels, self.recipe.label_smoothing)
+        losses = sample_losses(outputs, labels, recipe.label_smoothing)
         loss = self._objective(losses, outputs, phase, indices)
         exit_losses = losses.detach().mean(1)
         if not torch.isfinite(loss):
             raise _diverged("loss", exit_losses, lr)
         optimizer.zero_grad()
         self.fabric.backward(loss)
-        if self.recipe.clip_norm:
-            self.fabric.clip_gradients(model, optimizer, max_norm=self.recipe.clip_norm)
+        if recipe.clip_norm:
+            self.fabric.clip_gradients(model, optimizer, max_norm=recipe.clip_norm)
         optimizer.step()
-        sums = (
-            torch.stack([exit_losses * len(labels), exit_hits(outputs, labels).float()])
-            .double()
-            .cpu()
-        )
+        hits = exit_hits(outputs, labels).float()
+        sums = torch.stack([exit_losses * len(labels), hits]).double().cpu()
         if phase != "backbone":
             self.balancer.observe(self._over_processes(sums[0] / len(labels)))
         return sums
@@ -384,10 +375,8 @@ class _Training:
             losses_KB = distilled(
                 losses_KB, outputs, self.recipe.distillation, self.recipe.temperature
             )
-        if self.sample_weights is not None:
-            return weighted_sample_loss(
-                losses_KB, self.sample_weights[indices].to(losses_KB.device)
-            )
+        if isinstance(self.weights, Tensor):
+            return weighted_sample_loss(losses_KB, self.weights[indices].to(losses_KB.device))
         return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
 
     def _order(self, count: int, epoch: int) -> list[Tensor]:
@@ -408,9 +397,8 @@ class _Training:
     def _over_processes(self, values: Tensor) -> Tensor:
         if self.fabric.world_size == 1:
             return values
-        return torch.as_tensor(
-            self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="mean")
-        ).cpu()
+        mean = self.fabric.all_reduce(values.to(self.fabric.device), reduce_op="mean")
+        return torch.as_tensor(mean).cpu()
 
     @torch.no_grad()
     def _validate(self, split: Split) -> Tensor:
@@ -479,13 +467,13 @@ def _differing(one: Any, other: Any) -> tuple[Any, Any]:
     return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
-def _identity(weights: tuple[float, ...] | AdaLoss | Tensor) -> Any:
+def _identity(weights: CheckedWeights) -> Any:
     """Return exit weights in the form in which a checkpoint stores them."""
     if isinstance(weights, Tensor):
         return fingerprint_tensors({"weights": weights})
-    return (
-        {"adaloss": dataclasses.asdict(weights)} if isinstance(weights, AdaLoss) else list(weights)
-    )
+    if isinstance(weights, AdaLoss):
+        return {"adaloss": dataclasses.asdict(weights)}
+    return list(weights)
 
 
 def _diverged(what: str, losses: Tensor, lr: float) -> TrainingDiverged:
