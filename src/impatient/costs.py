@@ -1,12 +1,13 @@
-"""What every stage and head costs on one device, and what follows for exits.
+"""Costs of every stage and head on one device, and of the exits.
 
-An answer from exit k costs the stages up to k and
+An answer from exit k costs the stages up to k and some heads:
 
-* **interruptible**: every head on the way, since each posts its answer in case it is the last;
-* **contract**: head k alone, since the budget was known and the other heads were skipped.
+* **interruptible**: every head on the way, because each exit posts its answer in case it is the
+  last one;
+* **contract**: head k alone, because the budget is known and the other heads are skipped.
 
-A cost is time, multiply-accumulates, bytes moved or energy; whatever takes a budget takes one in
-any of them.
+A cost is time, multiply-accumulates, bytes moved or energy. Every function that takes a budget
+takes one in any of them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ Statistic = Literal["mean", "p50", "p90", "p99", "p999", "max"]
 Mode = Literal["interruptible", "contract"]
 Cost = Literal["time", "macs", "bytes", "energy"]
 Verdict = Literal["faster", "slower", "cannot tell apart", "noise unknown"]
+# Costs of the stages, of the heads and of the untouched backbone.
+_PerSample = tuple[Sequence[float] | None, Sequence[float] | None, float | None]
 
-# Inside: seconds, multiply-accumulates, bytes, joules. At the door, in lower case:
+# Units of the command line, in lower case. Inside, costs are in seconds, multiply-accumulates,
+# bytes and joules.
 UNITS: dict[str, tuple[Cost, float]] = {
     "ms": ("time", 1e-3),
     "mmacs": ("macs", 1e6),
@@ -37,7 +41,8 @@ UNITS: dict[str, tuple[Cost, float]] = {
     "mj": ("energy", 1e-3),
 }
 
-# an A/A median that may be further from 1 than this cannot show the differences people ask for
+# If the median of the A/A ratios may be further from 1 than this, the differences that people ask
+# for cannot be seen.
 NOISE_LIMIT = 0.05
 
 
@@ -58,7 +63,7 @@ class Quantiles:
         if not all(math.isfinite(time) and time >= 0.0 for time in times):
             raise CostError(
                 f"measured times must be finite and not negative, got {times}. Measure again with "
-                f"profile()."
+                "profile()."
             )
         if not self.p50 <= self.p90 <= self.p99 <= self.p999 <= self.max:
             raise CostError(
@@ -66,18 +71,19 @@ class Quantiles:
             )
 
     def of_statistic(self, statistic: Statistic) -> float:
-        """One of the numbers, by name.
+        """Return one of the statistics by name.
 
         Raises:
-            CostError: if there is no such number.
+            CostError: if there is no such statistic.
         """
         checks.one_of(CostError, Statistic, statistic=statistic)
         return float(getattr(self, statistic))
 
     @classmethod
     def of(cls, times_s: Sequence[float]) -> Self:
-        """Summarise measured times; quantiles are order statistics, rounded up, so p99 of few
-        repeats is the maximum.
+        """Summarise measured times.
+
+        Quantiles are order statistics, rounded up, so p99 of few repeats is the maximum.
         """
         if len(times_s) == 0:
             raise CostError("no measured times to summarise; expected at least one repeat.")
@@ -95,14 +101,14 @@ class Quantiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """How well a machine repeats itself: the untouched backbone against itself, in pairs of
-    adjacent runs (A/A).
+    """Noise of a machine, from pairs of adjacent runs (A/A).
 
     Attributes:
-        aa_ratio: median of the paired ratios; 1 but for noise.
-        aa_low, aa_high: its 95 % interval.
-        spread: half the width of the range that holds nine in ten of the single ratios, as a
-            factor: 0.03 is +-3 %.
+        aa_ratio: median ratio of the two times of a pair; without noise it is 1.
+        aa_low: lower end of the 95 % interval of the median ratio.
+        aa_high: upper end of the 95 % interval of the median ratio.
+        spread: half the width of the range that holds nine in ten of the ratios, as a factor: 0.03
+            is +-3 %.
         n: number of pairs.
     """
 
@@ -121,27 +127,28 @@ class Noise:
         ):
             raise CostError(
                 f"an A/A ratio, its interval and spread cannot be {numbers}. Measure again with "
-                f"profile()."
+                "profile()."
             )
 
     @property
     def too_noisy(self) -> bool:
-        """Whether the interval reaches beyond 1 +- 5 %: then the profile can say little about
-        anything.
+        """Whether the interval reaches beyond 1 +- 5 %.
+
+        Small differences cannot be seen in such a profile.
         """
         return self.aa_low < 1.0 - NOISE_LIMIT or self.aa_high > 1.0 + NOISE_LIMIT
 
     @classmethod
     def of(cls, times_s: Sequence[float]) -> Self | None:
-        """From times of one and the same thing, of which the first and second, third and fourth,
-        ... ran back to back.
+        """Estimate the noise from times of one repeated thing.
 
-        The interval is one of order statistics. Half of the pairs are turned round, so that running
-        second is no advantage.
+        The first and second run make a pair, the third and fourth, and so on. The interval is one
+        of order statistics. Half of the pairs are turned round, so that running second is no
+        advantage.
 
         Returns:
-            None of fewer than six pairs, whose median has no 95 % interval, or where the clock
-            shows no time at all.
+            `None` if there are fewer than six pairs (no 95 % interval for the median) or the clock
+            did not advance.
         """
         pairs = np.asarray(times_s[: len(times_s) // 2 * 2], dtype=np.float64).reshape(-1, 2)
         rank = _lower_rank(len(pairs))
@@ -160,9 +167,10 @@ class Noise:
 
 
 def _lower_rank(count: int) -> int:
-    """Rank, counted from 1, of the lower end of a median's 95 % interval; 0 if there is none.
+    """Return the rank of the lower end of a median's 95 % interval.
 
-    The smallest k with P(heads <= k) >= 2.5 % in so many tosses of a coin, in exact integers.
+    Ranks count from 1; 0 means that there is no such interval. The rank is the smallest k with
+    P(heads <= k) >= 2.5 % in `count` tosses of a coin, in exact integers.
     """
     ways = 1
     below = 1
@@ -179,9 +187,10 @@ class BatchCosts:
     """Measured times at one batch size.
 
     Attributes:
-        stages, heads: of the K exits; a head is 0 where an exit has none.
-        exit_free: of the untouched backbone.
-        noise: how well the machine repeated itself meanwhile; None where that is not known.
+        stages: times of the stages of the K exits.
+        heads: times of the heads of the K exits; 0 for an exit without a head.
+        exit_free: time of the untouched backbone.
+        noise: noise of the machine during the measurement; None if it is not known.
     """
 
     stages: tuple[Quantiles, ...]
@@ -195,15 +204,18 @@ class Comparison:
     """One exit in two profiles, A and B, in contract mode.
 
     Attributes:
-        batch_size: of the times.
-        exit, name: which exit; None is the untouched backbone.
-        a_s, b_s: mean seconds until its answer.
-        ratio: A's mean over B's, which is how many times as fast B is.
-        p50_ratio, p99_ratio: likewise, of sums of these quantiles.
-        noise: by how much a ratio may differ from 1 and say nothing: the A/A spreads of both, added
-            as squares; None where one is not known.
-        verdict: what B is; "faster" and "slower" only where the ratios of the means and of the
-            medians both say so beyond the noise. One late run moves the mean and not the median.
+        batch_size: batch size of the times.
+        exit: index of the exit; None is the untouched backbone.
+        name: name of the exit.
+        a_s: mean seconds in A until the exit's answer.
+        b_s: mean seconds in B until the exit's answer.
+        ratio: mean time in A divided by that in B: B is so many times as fast.
+        p50_ratio: the same ratio of sums of medians.
+        p99_ratio: the same ratio of sums of p99.
+        noise: smallest difference from 1 that means something: the root of the summed squares of
+            both A/A spreads; None if one is not known.
+        verdict: what B is. It is "faster" or "slower" only if the ratios of the means and of the
+            medians both differ by more than the noise: one late run moves the mean, not the median.
     """
 
     batch_size: int
@@ -220,22 +232,26 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostProfile(Stored, made_by="`impatient profile`"):
-    """Cost of every stage and head of one network on one device and engine.
+    """Cost of every stage and head on one device and engine.
 
     Attributes:
         exits: names of the K exits, shallow to deep.
         batches: measured times per batch size.
-        stage_macs, head_macs: multiply-accumulates per sample (1 MAC = 2 FLOPs).
-        stage_parameters, head_parameters: parameter counts.
-        stage_bytes, head_bytes: bytes that operators read and write per sample, at batch size 1;
-            see `counting.count_traffic`. None where they were not counted, as in files
-            made before they were.
-        stage_energy_j, head_energy_j: joules per sample, at batch size 1; None where they were not
-            measured.
-        exit_free_macs, exit_free_bytes, exit_free_energy_j: of the untouched backbone; None where
-            it takes what its stages take together.
-        energy_meter: what measured the joules, in words.
-        provenance: machine, versions, network structure.
+        stage_macs: multiply-accumulates of each stage per sample (1 MAC = 2 FLOPs).
+        head_macs: multiply-accumulates of each head per sample.
+        stage_parameters: number of parameters of each stage.
+        head_parameters: number of parameters of each head.
+        stage_bytes: bytes that the operators of each stage read and write per sample, at batch size
+            1; None if they were not counted. See `counting.count_traffic`.
+        head_bytes: bytes that the operators of each head read and write.
+        stage_energy_j: joules of each stage per sample, at batch size 1; None if not measured.
+        head_energy_j: joules of each head.
+        exit_free_macs: multiply-accumulates of the untouched backbone; None means the sum of its
+            stages.
+        exit_free_bytes: bytes of the untouched backbone; None means the sum of its stages.
+        exit_free_energy_j: joules of the untouched backbone; None means the sum of its stages.
+        energy_meter: description of what measured the joules.
+        provenance: machine, versions and network structure.
     """
 
     exits: tuple[str, ...]
@@ -260,35 +276,24 @@ class CostProfile(Stored, made_by="`impatient profile`"):
                 "a cost profile needs at least one exit and one batch size. Make one with "
                 "profile()."
             )
-        rows: list[tuple[str, Sequence[object]]] = [
-            ("stage_macs", self.stage_macs),
-            ("head_macs", self.head_macs),
-            ("stage_parameters", self.stage_parameters),
-            ("head_parameters", self.head_parameters),
-        ]
-        optional = {
-            "stage_bytes": self.stage_bytes,
-            "head_bytes": self.head_bytes,
-            "stage_energy_j": self.stage_energy_j,
-            "head_energy_j": self.head_energy_j,
-        }
-        rows += [(name, row) for name, row in optional.items() if row is not None]
         joules = (*(self.stage_energy_j or ()), *(self.head_energy_j or ()))
         if not all(math.isfinite(entry) and entry >= 0.0 for entry in joules):
             raise CostError(
                 f"joules must be finite and not negative, got {joules}. Measure again with "
-                f"profile()."
+                "profile()."
             )
+        rows = {
+            f"{part}_{unit}": getattr(self, f"{part}_{unit}")
+            for part in ("stage", "head")
+            for unit in ("macs", "parameters", "bytes", "energy_j")
+        }
         for size, costs in self.batches.items():
-            rows += [
-                (f"batches[{size}].stages", costs.stages),
-                (f"batches[{size}].heads", costs.heads),
-            ]
-        for name, row in rows:
-            if len(row) != len(self.exits):
+            rows |= {f"batches[{size}].stages": costs.stages, f"batches[{size}].heads": costs.heads}
+        for name, row in rows.items():
+            if row is not None and len(row) != self.num_exits:
                 raise CostError(
-                    f"{name} has {len(row)} entries for {len(self.exits)} exits. Make the profile "
-                    f"again."
+                    f"{name} has {len(row)} entries for {self.num_exits} exits. Make the profile "
+                    "again."
                 )
 
     @property
@@ -296,7 +301,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         return len(self.exits)
 
     def at(self, batch_size: int = 1) -> BatchCosts:
-        """Measured times at one batch size.
+        """Return the measured times at one batch size.
 
         Raises:
             CostError: if that batch size was not measured.
@@ -310,21 +315,29 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             ) from None
 
     def holds(self, cost: Cost) -> bool:
-        """Whether the profile knows this cost; bytes and energy may be missing."""
-        return {"bytes": self.stage_bytes, "energy": self.stage_energy_j}.get(cost, ()) is not None
+        """Whether the profile has this cost."""
+        return cost == "time" or self._per_sample(cost)[0] is not None
+
+    def _per_sample(self, cost: Cost) -> _PerSample:
+        checks.one_of(CostError, Cost, cost=cost)
+        return {
+            "macs": (self.stage_macs, self.head_macs, self.exit_free_macs),
+            "bytes": (self.stage_bytes, self.head_bytes, self.exit_free_bytes),
+            "energy": (self.stage_energy_j, self.head_energy_j, self.exit_free_energy_j),
+        }[cost]
 
     def parts(
         self, cost: Cost, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """What every stage and every head costs by itself, shallow to deep.
+        """Return the cost of every stage and of every head alone.
 
         Args:
             cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample,
                 at batch size 1.
-            statistic: which of the measured times is used; of time alone.
-            batch_size: size of the batches that were timed; of time alone.
+            statistic: statistic of the measured times; other costs have only one.
+            batch_size: batch size of the measured times; other costs are per sample.
         Raises:
-            CostError: if the profile does not hold this cost.
+            CostError: if the profile does not have this cost.
         """
         if cost == "time":
             batch = self.at(batch_size)
@@ -332,13 +345,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
                 tuple(part.of_statistic(statistic) for part in batch.stages),
                 tuple(part.of_statistic(statistic) for part in batch.heads),
             )
-        known = {
-            "macs": (self.stage_macs, self.head_macs),
-            "bytes": (self.stage_bytes, self.head_bytes),
-            "energy": (self.stage_energy_j, self.head_energy_j),
-        }
-        checks.one_of(CostError, Cost, cost=cost)
-        stages, heads = known[cost]
+        stages, heads, _ = self._per_sample(cost)
         if stages is None or heads is None:
             raise CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")
         return tuple(map(float, stages)), tuple(map(float, heads))
@@ -352,35 +359,34 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         batch_size: int = 1,
         heads: Sequence[bool] | None = None,
     ) -> tuple[float, ...]:
-        """Cost until the answer of each exit is there, shallow to deep.
+        """Return the cost until the answer of each exit, shallow to deep.
 
         Args:
             cost: "time" in seconds of a batch; "macs", "bytes" and "energy" (joules) of one sample,
                 at batch size 1.
             mode: which heads are paid on the way; see the module's docstring.
-            statistic: of time, which number of each part is added. Means add up exactly; sums of
+            statistic: statistic of the times that are added. Means add up exactly; sums of
                 quantiles are upper bounds.
-            batch_size: of time, a measured one.
-            heads: in interruptible mode, whether each exit's head runs when it is passed (default:
-                all do).
+            batch_size: batch size of the measured times.
+            heads: in interruptible mode, whether each exit's head runs when the exit is passed; by
+                default, all heads run.
         Raises:
-            CostError: if the profile does not hold this cost, or that batch size was not measured.
+            CostError: if the profile does not have this cost, or this batch size was not measured.
         """
         stages, every_head = self.parts(cost, statistic=statistic, batch_size=batch_size)
         return _cumulative(stages, every_head, mode, heads)
 
     def exit_free(self, cost: Cost, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
-        """Cost of the untouched backbone; arguments and errors as for `parts`."""
+        """Return the cost of the untouched backbone.
+
+        Arguments and errors are as for `parts`.
+        """
         if cost == "time":
             return self.at(batch_size).exit_free.of_statistic(statistic)
-        # raises where there is none
+        # Also raises if the profile does not have this cost.
         stages, _ = self.parts(cost)
-        whole = {
-            "macs": self.exit_free_macs,
-            "bytes": self.exit_free_bytes,
-            "energy": self.exit_free_energy_j,
-        }[cost]
-        return sum(stages) if whole is None else float(whole)
+        total = self._per_sample(cost)[2]
+        return sum(stages) if total is None else float(total)
 
     def cumulative_s(
         self,
@@ -390,7 +396,10 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         batch_size: int = 1,
         heads: Sequence[bool] | None = None,
     ) -> tuple[float, ...]:
-        """Seconds until the answer of each exit is there; arguments as for `cumulative`."""
+        """Return the seconds until the answer of each exit.
+
+        Arguments and errors are as for `cumulative`.
+        """
         return self.cumulative(
             "time", mode, statistic=statistic, batch_size=batch_size, heads=heads
         )
@@ -398,43 +407,44 @@ class CostProfile(Stored, made_by="`impatient profile`"):
     def interruptible_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[float, ...]:
-        """Seconds until each exit has answered when every exit on the way answers too (t_A in
-        Impatient DNNs).
+        """Return the seconds until each exit's answer in interruptible mode.
+
+        Every exit on the way answers, too. This is t_A in Impatient DNNs.
         """
         return self.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size)
 
     def contract_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[float, ...]:
-        """Seconds until each exit has answered when only that exit's head runs (t_B in Impatient
-        DNNs).
+        """Return the seconds until each exit's answer in contract mode.
+
+        Only this exit's head runs. This is t_B in Impatient DNNs.
         """
         return self.cumulative_s("contract", statistic=statistic, batch_size=batch_size)
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
-        """Seconds of the untouched backbone, measured in the same interleaved run."""
+        """Return the seconds of the untouched backbone, measured in the same interleaved run."""
         return self.exit_free("time", statistic=statistic, batch_size=batch_size)
 
     def cumulative_macs(self, mode: Mode, heads: Sequence[bool] | None = None) -> tuple[float, ...]:
-        """Multiply-accumulates until the answer of each exit is there."""
+        """Return the multiply-accumulates until the answer of each exit."""
         return self.cumulative("macs", mode, heads=heads)
 
     def compare(self, other: CostProfile, *, any_network: bool = False) -> tuple[Comparison, ...]:
-        """How many times as fast another profile is, exit by exit, and whether the noise of the two
-        lets one say so.
+        """Compare the times of two profiles exit by exit, with their noise.
 
-        Two profiles were measured one after the other, so a machine that was slower on the whole
-        while one of them was made shows up as a difference. For small differences measure both in
-        turn: `impatient.runtime.time_in_turn`.
+        The two profiles were measured one after the other. If the machine was slower during one of
+        them, this is seen as a difference. Measure small differences in turn, with
+        `impatient.runtime.time_in_turn`.
 
         Args:
-            other: B; this one is A.
-            any_network: compare exits of the same number although they belong to different
-                networks.
+            other: profile B; this one is A.
+            any_network: whether exits with the same index are compared even if they belong to
+                different networks.
         Returns:
-            For each batch size in both: one row per exit, and one for the untouched backbone.
+            One row per exit and one for the untouched backbone, for each batch size in both.
         Raises:
-            StaleInput: if they are of different networks, or of one cut in different places.
+            StaleInput: if the profiles are of different networks, or of different cuts.
             CostError: if they have different numbers of exits, or no batch size in common.
         """
         if not any_network:
@@ -444,13 +454,13 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             if self.exits != other.exits:
                 raise StaleInput(
                     f"profile A has exits after {', '.join(self.exits)}, profile B after "
-                    f"{', '.join(other.exits)}; compare "
-                    "profiles of one network, cut in the same places."
+                    f"{', '.join(other.exits)}; compare profiles of one network, cut in the same "
+                    "places."
                 )
         if self.num_exits != other.num_exits:
             raise CostError(
                 f"profile A has {self.num_exits} exits, profile B {other.num_exits}; expected as "
-                f"many."
+                "many in both."
             )
         sizes = sorted(self.batches.keys() & other.batches.keys())
         if not sizes:
@@ -465,14 +475,18 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         )
 
     def differences(self, other: CostProfile) -> dict[str, tuple[str, str]]:
-        """What differs in where two profiles come from: engine, threads, processor, versions, ...;
-        by name, A's and B's.
+        """Return what differs in the origin of two profiles.
+
+        The origin is the engine, threads, processor, versions and so on. The result has the texts
+        of A and of B, by name.
         """
-        mine, others = (_origin(costs.provenance) for costs in (self, other))
-        pairs = {
-            name: (mine.get(name, "none"), others.get(name, "none")) for name in {**mine, **others}
+        mine = _origin(self.provenance)
+        others = _origin(other.provenance)
+        return {
+            name: (mine.get(name, "none"), others.get(name, "none"))
+            for name in {**mine, **others}
+            if mine.get(name, "none") != others.get(name, "none")
         }
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _cumulative(
@@ -481,27 +495,27 @@ def _cumulative(
     reached = list(itertools.accumulate(stages))
     if mode == "contract":
         return tuple(stage + head for stage, head in zip(reached, heads, strict=True))
-    if mode != "interruptible":
-        raise CostError(f"unknown mode {mode!r}; expected 'interruptible' or 'contract'.")
+    checks.one_of(CostError, Mode, mode=mode)
     paid = [True] * len(heads) if paid is None else paid
     if len(paid) != len(heads):
         raise CostError(
             f"the mask has {len(paid)} entries for {len(heads)} exits; say of every exit whether "
-            f"its head runs."
+            "its head runs."
         )
     passed = itertools.accumulate(
         (head if run else 0.0 for head, run in zip(heads, paid, strict=True)), initial=0.0
     )
-    # the head of the exit that answers always runs, whether or not it would when merely passed
+    # The head of the exit that answers always runs, even if it does not run when it is passed.
     return tuple(
         stage + before + head for stage, before, head in zip(reached, passed, heads, strict=False)
     )
 
 
 _MISSING = {
-    "bytes": "it was made by an older version, or in an engine whose operators cannot be seen. "
-    "Profile the network in eager "
-    "mode with this version.",
+    "bytes": (
+        "it was made by an older version, or in an engine whose operators cannot be seen. Profile "
+        "the network in eager mode with this version."
+    ),
     "energy": (
         "it was not measured. Profile again from Python with a meter: "
         'impatient.profile(network, x, energy=impatient.experimental.energy.find_meter("cpu")).'
@@ -516,10 +530,12 @@ def _compared(a: CostProfile, b: CostProfile, size: int, exit: int | None) -> Co
         return costs.contract_s(statistic=statistic, batch_size=size)[exit]
 
     def ratio(statistic: Statistic) -> float:
-        return taken(a, statistic) / taken(b, statistic) if taken(b, statistic) > 0.0 else math.nan
+        slow = taken(b, statistic)
+        return taken(a, statistic) / slow if slow > 0.0 else math.nan
 
-    noises = [costs.at(size).noise for costs in (a, b)]
-    noise = math.hypot(*(known.spread for known in noises if known)) if all(noises) else None
+    of_a = a.at(size).noise
+    of_b = b.at(size).noise
+    noise = math.hypot(of_a.spread, of_b.spread) if of_a and of_b else None
     return Comparison(
         batch_size=size,
         exit=exit,
@@ -545,7 +561,7 @@ def _verdict(ratios: Sequence[float], noise: float | None) -> Verdict:
 
 
 def _origin(made: Provenance) -> dict[str, str]:
-    """What a measured time depends on, in words, by name."""
+    """Return what a measured time depends on, by name."""
     names = ("network", "engine", "threads", "device", "processor", "dtype")
     return {name: str(getattr(made, name)) for name in names} | {
         f"{name} version": text for name, text in made.versions.items()
@@ -553,22 +569,22 @@ def _origin(made: Provenance) -> dict[str, str]:
 
 
 def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
-    """Return cumulative costs, of any kind, as floats if they are finite and strictly increasing.
+    """Return cumulative costs of any kind as floats after checking their order.
 
     Raises:
-        CostOrderError: otherwise, naming the first offender.
+        CostOrderError: if they are not finite, positive and strictly increasing.
     """
     costs = tuple(float(cost) for cost in costs_s)
     if not costs or not all(math.isfinite(cost) and cost > 0 for cost in costs):
         raise CostOrderError(
             f"cumulative costs must be positive and finite, got {costs}. Take them from a "
-            f"CostProfile."
+            "CostProfile."
         )
     for index, (before, after) in enumerate(itertools.pairwise(costs)):
         if after <= before:
             raise CostOrderError(
                 f"cumulative costs must increase strictly, but exit {index + 1} costs {after:g} "
-                f"after {before:g} at "
-                f"exit {index}. Measure with more repeats, or drop an exit that costs nothing."
+                f"after {before:g} at exit {index}. Measure with more repeats, or drop an exit "
+                "that costs nothing."
             )
     return costs

@@ -1,4 +1,4 @@
-"""Frozen values on disk: one pair of functions saves and loads all of them.
+"""Frozen values on disk: one base class saves and loads all of them.
 
 A value becomes JSON. If it contains tensors, the file is a safetensors file with the JSON as its
 header. Reading is strict: what was read must be written in the same way again. So an entry that is
