@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from impatient.anytime import Network
 from impatient.engines.network import (
     EngineNetwork,
+    EngineSettings,
     NetworkFacts,
     aoti,
     compiled,
@@ -88,9 +89,7 @@ def network(request: pytest.FixtureRequest, parts: Parts, facts: NetworkFacts) -
         facts,
         Staged(parts.wiring, stages, heads),
         Reusing(parts.whole),
-        engine="reusing",
-        precision="int8",
-        threads=3,
+        EngineSettings(engine="reusing", precision="int8", threads=3),
         arrays="numpy",
     )
 
@@ -174,7 +173,7 @@ def test_cancel_reaches_the_stage_in_flight(parts: Parts, facts: NetworkFacts) -
             cancelled.append(thread)
 
     slow = Staged(parts.wiring, [Slow(), *parts.stages[1:]], parts.heads)
-    network = EngineNetwork(facts, slow, parts.whole, engine="slow")
+    network = EngineNetwork(facts, slow, parts.whole, EngineSettings(engine="slow"))
     run = network.exits(torch.randn(1, 8))
     next(run)
     assert len(cancelled) == 1
@@ -196,9 +195,7 @@ def test_parts_of_another_number_of_exits_are_refused(parts: Parts, facts: Netwo
         Staged(parts.wiring, parts.stages, parts.heads[1:])
     fewer = replace(facts, exit_names=facts.exit_names[1:])
     with pytest.raises(NetworkError, match="3 exits in parts for a network with 2"):
-        EngineNetwork(
-            fewer, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported"
-        )
+        exported(parts, fewer)
 
 
 # --- inputs with names ----------------------------------------------------------------------------

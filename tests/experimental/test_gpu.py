@@ -321,7 +321,7 @@ def test_graphs_per_bucket_compute_what_the_network_does(graphed: Any, toy: Any)
 
 
 def test_graphs_refuse_what_they_have_no_bucket_for(graphed: Any) -> None:
-    with pytest.raises(NetworkError, match="rising"):
+    with pytest.raises(NetworkError, match="increasing"):
         graphed((4, 2))
     _, graphs = graphed((1, 4))
     with (

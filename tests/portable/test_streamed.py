@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from impatient import Deadline
 from impatient.engines import ENGINES, EngineNetwork, export, load_engine
-from impatient.engines.export import engine_and_precision, engine_label
-from impatient.engines.onnx_files import PRECISIONS
+from impatient.engines.network import PRECISIONS, engine_and_precision, engine_label
 from impatient.errors import ExportFailed, RunError
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.policies import ThresholdPolicy

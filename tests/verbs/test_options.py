@@ -9,7 +9,7 @@ import pytest
 
 from impatient import cli, ensembling
 from impatient.costs import Cost
-from impatient.engines import onnx_files
+from impatient.engines import network as engine_network
 from impatient.engines.export import WRITTEN
 from impatient.networks import heads
 from impatient.policies import costsensitive, gates, scores
@@ -82,7 +82,7 @@ def test_every_option_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> 
         (fit.GateInputs, get_args(gates.Inputs)),
         (select.Method, get_args(costsensitive.Method)),
         (export.Engine, WRITTEN),
-        (export.Precision, onnx_files.PRECISIONS),
+        (export.Precision, engine_network.PRECISIONS),
     ],
 )
 def test_choices_are_those_of_the_library(shown: Any, known: Any) -> None:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,17 @@ from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
 from impatient.counting import StageFacts
-from impatient.engines.network import EngineNetwork, NetworkFacts, aoti, compiled, load_aoti
-from impatient.engines.onnx_files import PRECISIONS, quantise, write_parts
+from impatient.engines.network import (
+    PRECISIONS,
+    EngineNetwork,
+    EngineSettings,
+    NetworkFacts,
+    aoti,
+    compiled,
+    engine_label,
+    load_aoti,
+)
+from impatient.engines.onnx_files import quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json, write_text
@@ -35,17 +44,13 @@ from impatient.provenance import machine, provenance
 from impatient.store import from_plain, to_plain
 
 # Engines whose networks are written to files.
-WRITTEN = (
-    "onnxruntime",
-    "openvino",
-    "onnxruntime-session",
-    "openvino-session",
-    "aoti",
-)
+WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")
 ENGINES = ("eager", "compile", *WRITTEN)
 # As a share of the largest output. Rounding in another order gives 1e-6, a wrong graph far more.
 TOLERANCE = 1e-4
 BUNDLE = "bundle.json"
+# Runs of `engine_times` that do not count.
+WARM_UP = 20
 
 
 def to_engine(
@@ -64,10 +69,9 @@ def to_engine(
         network: network from `attach_exits`.
         engine: "eager" (the network itself), "compile" (every stage by torch.compile),
             "aoti" (every stage compiled ahead of time), "onnxruntime" or "openvino" (a session per
-            stage),
-            "onnxruntime-session" or "openvino-session" (one session with all exits, whose answers
-            are read while it runs: faster with many exits, but every head runs and batches do not
-            shrink).
+            stage), "onnxruntime-session" or "openvino-session" (one session with all exits, whose
+            answers are read while it runs: faster with many exits, but every head runs and batches
+            do not shrink).
         example: a real input; all samples of its batch are used to compare the outputs.
         threads: threads of one operation. "eager" and "compile" use torch's number; with "aoti" it
             must equal torch's.
@@ -80,7 +84,7 @@ def to_engine(
     Raises:
         ExportFailed: if the network cannot be exported, or its outputs differ.
     """
-    _check(engine, ENGINES, precision, threads)
+    _check(EngineSettings(engine=engine, precision=precision, threads=threads), ENGINES)
     if engine == "eager":
         return network
     if engine == "compile":
@@ -148,7 +152,8 @@ def export(
         ExportFailed: if the network cannot be exported, or its outputs differ.
         StorageError: if the directory exists already.
     """
-    _check(engine, WRITTEN, precision, threads)
+    settings = EngineSettings(engine=engine, precision=precision, threads=threads)
+    _check(settings, WRITTEN)
     _check_place(Path(directory), force)
     if precision == "int8-static" and not calibration:
         raise RunError(
@@ -164,8 +169,10 @@ def export(
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
     with _replacing(Path(directory)) as folder:
-        _write_parts(parts, facts, folder, engine, precision, threads, calibration, whole=not lean)
-        bundle = _bundle(parts, facts, example, folder, engine, precision, threads, costs, policy)
+        _write_parts(parts, facts, folder, settings, calibration, whole=not lean)
+        bundle = _bundle(parts, facts, example, folder, settings)
+        bundle["costs"] = costs and _costs_json(costs)
+        bundle["policy"] = policy and policy.portable_rule()
         write_json(folder / BUNDLE, bundle)
         try:
             agreement = check_agreement(network, load_engine(folder), example, precision)
@@ -213,29 +220,26 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
     return EngineNetwork(
         facts,
         made.parts,
-        _ExitFree(made),
-        engine=engine_label(made.engine, bundle["precision"]),
-        precision=bundle["precision"],
-        threads=made.threads,
+        _exit_free(made),
+        EngineSettings(engine=made.engine, precision=bundle["precision"], threads=made.threads),
         arrays="numpy",
     )
 
 
-class _ExitFree:
-    """The network without exits, called with positional inputs.
+def _exit_free(bundle: portable.Bundle) -> Callable[..., Any]:
+    """Return the network without exits as a function of positional inputs.
 
     If it was not exported, this is a run to the last exit.
     """
 
-    def __init__(self, bundle: portable.Bundle) -> None:
-        self._bundle = bundle
-
-    def __call__(self, *inputs: Any) -> Any:
-        x = dict(zip(self._bundle.wiring.inputs, inputs, strict=True))
-        if self._bundle.description["whole"] is not None:
-            return self._bundle.whole(x)
-        *_, last = self._bundle.exits(x)
+    def call(*inputs: Any) -> Any:
+        x = dict(zip(bundle.wiring.inputs, inputs, strict=True))
+        if bundle.description["whole"] is not None:
+            return bundle.whole(x)
+        *_, last = bundle.exits(x)
         return last.output()
+
+    return call
 
 
 def read_bundle(directory: str | Path) -> dict[str, Any]:
@@ -294,7 +298,6 @@ def engine_times(
     x: Any,
     *,
     repeats: int = 300,
-    warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[EngineTimes, ...]:
     """Measure a network in torch and in another engine by turns.
@@ -307,12 +310,11 @@ def engine_times(
         agreement: differences of the outputs from `differences`, reported beside the times.
         x: one input.
         repeats: number of measured runs.
-        warm_up: number of runs before them, which do not count.
         clock: clock to measure with.
     """
     runs = [functools.partial(_times_of_one_run, each, x, clock) for each in (network, made)]
     with evaluating(network), torch.inference_mode():
-        times = list(interleaved(runs, repeats=repeats, warm_up=warm_up))
+        times = list(interleaved(runs, repeats=repeats, warm_up=WARM_UP))
     eager, engine = np.median(times, axis=0).tolist()
     names = (*network.exit_names, "no exits")
     apart = (*agreement, agreement[-1])
@@ -334,22 +336,6 @@ def _times_of_one_run(network: Any, x: Any, clock: Clock) -> list[float]:
     return [later - before for before, later in itertools.pairwise(instants)]
 
 
-def engine_label(engine: str, precision: str) -> str:
-    """Join an engine and a precision to one name, such as "openvino-int8-static".
-
-    With fp32 the name is that of the engine.
-    """
-    return engine if precision == "fp32" else f"{engine}-{precision}"
-
-
-def engine_and_precision(label: str) -> tuple[str, str]:
-    """Split a name from `engine_label` into engine and precision."""
-    precision = next(
-        (precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32"
-    )
-    return label.removesuffix(f"-{precision}"), precision
-
-
 def _damaged(directory: str | Path, what: str) -> StorageError:
     return StorageError(
         f"{directory} cannot be loaded: {what}. It was damaged or made by another version; export "
@@ -357,14 +343,16 @@ def _damaged(directory: str | Path, what: str) -> StorageError:
     )
 
 
-def _check(engine: str, engines: Sequence[str], precision: str, threads: int) -> None:
-    checks.one_of(RunError, engines, engine=engine)
-    checks.one_of(RunError, PRECISIONS, precision=precision)
-    if precision != "fp32" and engine not in (*portable.ENGINES, *portable.SESSIONS):
+def _check(settings: EngineSettings, engines: Sequence[str]) -> None:
+    checks.one_of(RunError, engines, engine=settings.engine)
+    checks.one_of(RunError, PRECISIONS, precision=settings.precision)
+    portables = (*portable.ENGINES, *portable.SESSIONS)
+    if settings.precision != "fp32" and settings.engine not in portables:
         raise RunError(
-            f"engine {engine!r} runs in fp32 only; for {precision} use 'onnxruntime' or 'openvino'."
+            f"engine {settings.engine!r} runs in fp32 only; for {settings.precision} use "
+            "'onnxruntime' or 'openvino'."
         )
-    checks.at_least(RunError, 1, threads=threads)
+    checks.at_least(RunError, 1, threads=settings.threads or 0)
 
 
 def _check_place(directory: Path, force: bool) -> None:
@@ -411,53 +399,38 @@ def _write_parts(
     parts: Parts,
     facts: NetworkFacts,
     folder: Path,
-    engine: str,
-    precision: str,
-    threads: int,
+    settings: EngineSettings,
     calibration: Sequence[Any],
     *,
     whole: bool,
 ) -> None:
-    if engine == "aoti":
-        aoti(parts, facts, folder, threads=threads)
+    if settings.engine == "aoti":
+        aoti(parts, facts, folder, threads=settings.threads or 1)
         return
-    write_parts(parts, folder, engine, whole=whole)
-    if precision != "fp32":
-        quantise(
-            parts,
-            folder,
-            engine,
-            precision,
-            [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration],
-        )
+    write_parts(parts, folder, settings.engine, whole=whole)
+    if settings.precision != "fp32":
+        batches = [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration]
+        quantise(parts, folder, settings, batches)
 
 
 def _bundle(
-    parts: Parts,
-    facts: NetworkFacts,
-    example: Any,
-    folder: Path,
-    engine: str,
-    precision: str,
-    threads: int,
-    costs: CostProfile | None,
-    policy: Policy | None,
+    parts: Parts, facts: NetworkFacts, example: Any, folder: Path, settings: EngineSettings
 ) -> dict[str, Any]:
     wiring = parts.wiring
-    ending = "pt2" if engine == "aoti" else "onnx"
-    tensors = dict(zip(wiring.inputs, input_tensors(example, wiring.inputs), strict=True))
+    ending = "pt2" if settings.engine == "aoti" else "onnx"
+    tensors = zip(wiring.inputs, input_tensors(example, wiring.inputs), strict=True)
     made = provenance(
         network=facts.structure,
         weights=facts.weights,
-        engine=engine_label(engine, precision),
+        engine=engine_label(settings.engine, settings.precision),
         dtype=_dtype_of(parts.whole),
-        **{**machine("cpu"), "threads": threads},
+        **{**machine("cpu"), "threads": settings.threads},
     )
     return {
         "kind": "impatient_bundle",
         "schema": 1,
-        "engine": engine,
-        "precision": precision,
+        "engine": settings.engine,
+        "precision": settings.precision,
         "exits": list(parts.exit_names),
         "num_classes": parts.num_classes,
         "inputs": [
@@ -466,17 +439,17 @@ def _bundle(
                 "dtype": str(value.dtype).removeprefix("torch."),
                 "shape": _shape(value, wiring.batch_dims[name]),
             }
-            for name, value in tensors.items()
+            for name, value in tensors
         ],
         "wiring": dataclasses.asdict(wiring),
-        **_files(parts, engine, ending),
+        **_files(parts, settings.engine, ending),
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
-        "threads": threads,
+        "threads": settings.threads,
         "agreement": None,
-        "tolerance": TOLERANCE if precision == "fp32" else None,
-        "costs": None if costs is None else _costs_json(costs),
-        "policy": None if policy is None else policy.portable_rule(),
-        "facts": [dataclasses.asdict(stage) for stage in facts.stages],
+        "tolerance": TOLERANCE if settings.precision == "fp32" else None,
+        "costs": None,
+        "policy": None,
+        "facts": list(map(dataclasses.asdict, facts.stages)),
         "layouts": list(facts.layouts),
         "provenance": to_plain(made),
     }
@@ -486,9 +459,8 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
     """Return the file names of stages and heads, or of the session."""
     if engine in portable.SESSIONS:
         return {"session": f"session.{ending}"}
-    stages = [f"stage{index}.{ending}" for index in range(len(parts.stages))]
     return {
-        "stages": stages,
+        "stages": [f"stage{index}.{ending}" for index in range(len(parts.stages))],
         "heads": [head and f"head{index}.{ending}" for index, head in enumerate(parts.heads)],
     }
 
@@ -506,8 +478,8 @@ def _shape(value: Tensor, batch_dim: int | None) -> list[int | None]:
 def _costs_json(costs: CostProfile) -> dict[str, Any]:
     return {
         str(size): {
-            "stages": [dataclasses.asdict(part) for part in batch.stages],
-            "heads": [dataclasses.asdict(part) for part in batch.heads],
+            "stages": list(map(dataclasses.asdict, batch.stages)),
+            "heads": list(map(dataclasses.asdict, batch.heads)),
         }
         for size, batch in costs.batches.items()
     }

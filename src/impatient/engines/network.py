@@ -1,8 +1,8 @@
 """Networks whose stages an engine computes, with the same exits.
 
-An `EngineNetwork` is made of a wiring and of callables, so that an engine is what it calls:
-exported graphs as they are (`exported`, the reference), compiled by torch (`compiled`), packages of
-AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
+An `EngineNetwork` consists of a wiring and of functions, so an engine is what these functions call:
+the exported graphs as they are (`exported`, the reference), graphs compiled by torch (`compiled`),
+packages of AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
 """
 
 from __future__ import annotations
@@ -29,16 +29,51 @@ from impatient.portable import Staged, Streamed, Wiring
 from impatient.store import Stored
 
 Arrays = Literal["torch", "numpy"]
+PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """An engine, and how it computes.
+
+    Attributes:
+        engine: name of the engine, such as "compile", "onnxruntime" or "openvino-session".
+        precision: "fp32", "int8-dynamic" or "int8-static".
+        threads: threads of one operation; None for torch's number.
+    """
+
+    engine: str
+    precision: str = "fp32"
+    threads: int | None = None
+
+
+def engine_label(engine: str, precision: str) -> str:
+    """Join an engine and a precision to one name, such as "openvino-int8-static".
+
+    With fp32 the name is that of the engine.
+    """
+    return engine if precision == "fp32" else f"{engine}-{precision}"
+
+
+def engine_and_precision(label: str) -> tuple[str, str]:
+    """Split a name from `engine_label` into engine and precision."""
+    precision = next(
+        (precision for precision in PRECISIONS if label.endswith(f"-{precision}")), "fp32"
+    )
+    return label.removesuffix(f"-{precision}"), precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkFacts:
-    """What is known of a network whatever engine runs it, from the eager one.
+    """Facts about the eager network that hold in every engine.
 
     Attributes:
-        exit_names, num_classes, layouts: as of the network.
-        stages: per exit, shapes, MACs and parameters.
-        structure, weights: fingerprints of its state, by which profiles and recordings know it.
+        exit_names: names of the exits.
+        num_classes: width of every output.
+        layouts: layout of the features at each early exit.
+        stages: shapes, MACs and parameters of each stage and head.
+        structure: fingerprint of the network's structure, for profiles.
+        weights: fingerprint of its weights, for recordings.
     """
 
     exit_names: tuple[str, ...]
@@ -50,7 +85,7 @@ class NetworkFacts:
 
     @classmethod
     def of(cls, network: MultiExitNetwork, x: Any) -> Self:
-        """The facts of a network, found by running it once on one sample of an example input."""
+        """Find the facts by running a network on one sample."""
         return cls(
             exit_names=network.exit_names,
             num_classes=network.num_classes,
@@ -63,13 +98,13 @@ class NetworkFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packages(Stored, kind="impatient_aoti", made_by="`impatient export --engine aoti`"):
-    """What is known of a directory of packages that AOTInductor has compiled.
+    """Description of a directory of packages compiled by AOTInductor.
 
     Attributes:
-        threads: intra-op threads that are built into them.
-        torch: the version that compiled them.
-        wiring: what passes between the parts.
-        facts: of the eager network.
+        threads: number of threads that is built into the packages.
+        torch: version of torch that compiled them.
+        wiring: connections between the parts.
+        facts: facts about the eager network.
     """
 
     threads: int
@@ -82,60 +117,61 @@ class EngineExit(Exit):
     """One exit of a run in an engine.
 
     Attributes:
-        index: 0-based, shallow to deep.
-        whole: whether the time it took was its own; not if the engine was busy with something else
-            at first.
+        index: number of the exit, from 0 (shallow) to deep.
+        whole: whether the time since the previous exit was spent on this exit alone; False if the
+            engine was busy with another run at first.
     """
 
-    __slots__ = ("_arrays", "_exit", "whole")
+    __slots__ = ("_exit", "whole")
 
     whole: bool
 
-    def __init__(self, exit: portable.Exit, arrays: Arrays) -> None:
+    def __init__(self, exit: portable.Exit) -> None:
         self._exit = exit
-        self._arrays = arrays
         self._output = None
         self.index = exit.index
         self.whole = exit.whole
 
     @property
     def features(self) -> Tensor:
-        """What the head sees; of an engine on numpy arrays, a copy each time.
+        """Return the input of the head.
+
+        An engine on numpy arrays copies it each time.
 
         Raises:
-            RunError: where all exits are in one session, which keeps its features to itself.
+            RunError: if all exits are in one session, which gives no features.
         """
         if self._exit.features is None:
             raise RunError(
                 "an engine with one session of all exits gives no features; use one with a session "
                 "per stage."
             )
-        return _to_torch(self._exit.features, self._arrays)
+        return _to_torch(self._exit.features)
 
     @property
     def row_bytes(self) -> float:
-        """Size of one sample's features, without copying them; 0 where they stay in a session."""
+        """Return the size of one sample's features, 0 in a session."""
         if self._exit.features is None:
             return 0.0
         return float(self._exit.features.nbytes / self._exit.features.shape[0])
 
     def output(self) -> Tensor:
-        """Compute the head, once; it may be asked for later, too.
+        """Compute the head at the first call, which may also come later.
 
         Returns:
             Output of this exit, shape [B, num_classes]; before softmax.
         """
         if self._output is None:
             with torch.inference_mode():
-                self._output = _to_torch(self._exit.output(), self._arrays)
+                self._output = _to_torch(self._exit.output())
         return torch.as_tensor(self._output)
 
 
 class EngineRun(Run):
-    """One run: computes a stage when asked for the next exit, in inference mode.
+    """A run that computes a stage when asked for the next exit.
 
     Thread:
-        `cancel` may be called from any thread, everything else from one at a time.
+        `cancel` may be called from any thread, everything else from one thread at a time.
     """
 
     def __init__(self, run: portable.Run, arrays: Arrays) -> None:
@@ -144,7 +180,7 @@ class EngineRun(Run):
 
     def __next__(self) -> EngineExit:
         with torch.inference_mode():
-            return EngineExit(next(self._run), self._arrays)
+            return EngineExit(next(self._run))
 
     def keep(self, rows: Tensor) -> None:
         with torch.inference_mode():
@@ -158,23 +194,21 @@ class EngineRun(Run):
 
 
 def _from_torch(value: Tensor, arrays: Arrays) -> Any:
-    """The same memory as the engine's kind of array; the engine must not write to it."""
+    """View a tensor as the engine's kind of array, to be read only."""
     return value if arrays == "torch" else value.detach().cpu().numpy()
 
 
-def _to_torch(value: Any, arrays: Arrays) -> Tensor:
-    # copied: an engine may write its next answer to the same memory
-    return value if arrays == "torch" else torch.tensor(value)
+def _to_torch(value: Any) -> Tensor:
+    # A copy, because an engine may write its next answer to the same memory.
+    return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
 class ExitFreeNetwork(nn.Module):
-    """The backbone without exits in an engine: called as the backbone is, gives its output, shape
-    [B, num_classes].
-    """
+    """The backbone without exits in an engine, called as the backbone is."""
 
     def __init__(self, call: Callable[..., Any], inputs: Sequence[str], arrays: Arrays) -> None:
         super().__init__()
-        # in a list: no submodule of this one
+        # In a list, so that it is not registered as a submodule.
         self._call = [call]
         self._inputs = tuple(inputs)
         self._arrays = arrays
@@ -187,31 +221,25 @@ class ExitFreeNetwork(nn.Module):
         )
         with torch.inference_mode():
             output = self._call[0](*(_from_torch(tensor, self._arrays) for tensor in given))
-        return _to_torch(output, self._arrays)
+        return _to_torch(output)
 
 
 class EngineNetwork(Network):
     """A network with exits whose stages an engine runs.
 
     Args:
-        facts: of the eager network.
-        parts: what begins a run: `Staged`, or `Streamed` where all exits are in one session.
-        whole: a callable, the inputs as positions, the output back.
-        engine: "compile", "aoti", "onnxruntime", "openvino", "onnxruntime-session", ... or
-            "exported".
-        precision: "fp32", "int8-dynamic", ...
-        threads: intra-op threads of the engine; None where they are torch's.
-        arrays: what parts and whole take and give.
-        buckets: the only numbers of rows that run, where the engine wants fixed shapes; empty: any.
-        mechanism: how it is staged, in words.
+        facts: facts about the eager network.
+        parts: stages and heads, called to begin a run; `Staged`, or `Streamed` where all exits are
+            in one session.
+        whole: function from the inputs, in order, to the output of the network without exits.
+        settings: engine, precision and threads.
+        arrays: kind of array that `parts` and `whole` take and return.
 
     Attributes:
-        backbone: the exit-free network in the same engine, a module that is called as the backbone
-            is.
+        backbone: network without exits in the same engine, a module that is called as the backbone.
 
     Thread:
-        As the engine's callables. Runs of one network in several threads at once are right if those
-        allow it.
+        As the engine's functions: several threads may run one network at once if those allow it.
     """
 
     def __init__(
@@ -219,36 +247,24 @@ class EngineNetwork(Network):
         facts: NetworkFacts,
         parts: Staged | Streamed,
         whole: Callable[..., Any],
-        *,
-        engine: str,
-        precision: str = "fp32",
-        threads: int | None = None,
+        settings: EngineSettings,
         arrays: Arrays = "torch",
-        buckets: Sequence[int] = (),
-        mechanism: str | None = None,
     ) -> None:
         if parts.num_exits != len(facts.exit_names):
             raise NetworkError(
                 f"{parts.num_exits} exits in parts for a network with {len(facts.exit_names)}; "
-                f"expected as many."
+                "expected the same number."
             )
         super().__init__()
         self.facts = facts
-        self.engine = engine
-        self.precision = precision
-        self.threads = threads
+        self.engine = engine_label(settings.engine, settings.precision)
+        self.precision = settings.precision
+        self.threads = settings.threads
         self.num_classes = facts.num_classes
-        self.buckets = tuple(buckets)
-        how = (
-            f"one artifact for each of {parts.num_exits} stages"
-            if parts.shrinks
-            else "one session with all exits"
-        )
-        self._mechanism = mechanism or f"{engine}, {how}"
         self.backbone = ExitFreeNetwork(whole, parts.wiring.inputs, arrays)
         self._parts = parts
         self._arrays = arrays
-        # what an engine has made of the weights knows no other mode
+        # An engine computes in eval mode only.
         self.eval()
 
     @property
@@ -261,7 +277,12 @@ class EngineNetwork(Network):
 
     @property
     def mechanism(self) -> str:
-        return self._mechanism
+        how = (
+            f"one artifact for each of {self.num_exits} stages"
+            if self._parts.shrinks
+            else "one session with all exits"
+        )
+        return f"{self.engine}, {how}"
 
     @property
     def exit_free(self) -> nn.Module:
@@ -269,24 +290,26 @@ class EngineNetwork(Network):
 
     @property
     def structure_fingerprint(self) -> str:
-        """That of the eager network."""
+        """Return the fingerprint of the eager network."""
         return self.facts.structure
 
     @property
     def weights_fingerprint(self) -> str:
-        """That of the eager network, with the precision where that changes the weights."""
-        weights = self.facts.weights
-        return weights if self.precision == "fp32" else f"{weights}-{self.precision}"
+        """Return the fingerprint of the eager network's weights.
 
-    def exits(self, x: Any, *, keep: bool = False) -> EngineRun:  # noqa: ARG002  features are never overwritten here
-        """Run stage by stage: `for exit in network.exits(x)`; stop asking, and nothing deeper is
-        computed.
+        Unless it is fp32, the precision is appended, because it changes the weights.
+        """
+        return engine_label(self.facts.weights, self.precision)
+
+    def exits(self, x: Any, *, keep: bool = False) -> EngineRun:  # noqa: ARG002  features stay valid
+        """Run stage by stage, with `for exit in network.exits(x)`.
+
+        Leaving the loop early computes nothing deeper.
 
         Args:
-            x: as the eager network takes it; any batch size, all other sizes as exported.
-            keep: of no consequence; the features of an engine's exits stay as they are.
-        Returns:
-            An iterator of `EngineExit`, to be used in a `with` block.
+            x: input as for the eager network, of any batch size. All other sizes must be as
+                exported.
+            keep: ignored, because the features of an engine's exits are never overwritten.
         Raises:
             NetworkError: if the input has other tensors than the one the network was exported with.
         """
@@ -297,9 +320,7 @@ class EngineNetwork(Network):
         return EngineRun(self._parts(values), self._arrays)
 
     def shrinks(self, x: Any) -> bool:  # noqa: ARG002
-        """Whether it pays to take samples out of a run: not out of one session of all exits, which
-        computes them all.
-        """
+        """Tell whether removing samples saves time, as it does outside a session."""
         return self._parts.shrinks
 
     def pooled(self, exit: Exit) -> Tensor:
@@ -307,25 +328,24 @@ class EngineNetwork(Network):
             return torch.as_tensor(exit.features)
         return torch.as_tensor(Pool(self.facts.layouts[exit.index])(exit.features))
 
-    def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine's stages cannot be looked into
-        """Return the facts as found in the eager network."""
+    def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine does not show them
+        """Return the facts that were found in the eager network."""
         return list(self.facts.stages)
 
 
 def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
-    """The exported graphs as they are, run by torch: what the engines are compared with."""
-    return EngineNetwork(
-        facts, Staged(parts.wiring, parts.stages, parts.heads), parts.whole, engine="exported"
-    )
+    """Run the exported graphs in torch, as a reference for engines."""
+    staged = Staged(parts.wiring, parts.stages, parts.heads)
+    return EngineNetwork(facts, staged, parts.whole, EngineSettings(engine="exported"))
 
 
 def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
-    """Every part compiled by torch.compile, with the weights as constants; changes to them
-    afterwards have no effect.
+    """Compile every part by torch.compile, with the weights as constants.
 
-    The first run compiles, which takes seconds a stage; so does the first with another batch size,
-    until torch makes the size a variable (from the second or third size on). Warm it up with every
-    batch size before anything has a deadline.
+    Later changes to the weights have no effect. The first run compiles, which takes seconds per
+    stage. So does the first run with another batch size, until torch makes the size a variable
+    (from the second or third size on). Warm the network up with every batch size before anything
+    has a deadline.
 
     Raises:
         NetworkError: if there is no C++ compiler, which torch needs on CPUs.
@@ -335,39 +355,37 @@ def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
     def made(part: nn.Module) -> Any:
         return torch.compile(part, options={"freezing": True})
 
-    heads = [None if head is None else made(head) for head in parts.heads]
-    stages = [made(stage) for stage in parts.stages]
-    return EngineNetwork(
-        facts, Staged(parts.wiring, stages, heads), made(parts.whole), engine="compile"
-    )
+    heads = [head and made(head) for head in parts.heads]
+    staged = Staged(parts.wiring, [made(stage) for stage in parts.stages], heads)
+    return EngineNetwork(facts, staged, made(parts.whole), EngineSettings(engine="compile"))
 
 
 def aoti(
     parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1
 ) -> EngineNetwork:
-    """Every part compiled ahead of time by AOTInductor, written to a directory, and loaded from
-    there.
+    """Compile every part ahead of time by AOTInductor, and load the packages.
 
     Args:
-        directory: where the packages go; made if it is not there.
-        threads: intra-op threads, which must be torch's. They are built into the packages, and
-            another number is refused
-            at loading: run with it, they may be several times slower.
+        parts: parts of the network.
+        facts: facts about the network.
+        directory: directory for the packages, which is made if necessary.
+        threads: threads of one operation, which must be torch's number. It is built into the
+            packages. With another number they may be several times slower, so loading refuses that.
     Raises:
         NetworkError: if there is no C++ compiler.
-        StaleInput: if torch does not use that many threads here.
+        StaleInput: if torch uses another number of threads here.
     """
     _require_compiler()
     if torch.get_num_threads() != threads:
         raise StaleInput(
             f"packages for {threads} threads were asked for, but torch uses "
-            f"{torch.get_num_threads()} here, which is what it "
-            f"builds into them; call torch.set_num_threads({threads}) first."
+            f"{torch.get_num_threads()} here, which is what it builds into them; call "
+            f"torch.set_num_threads({threads}) first."
         )
     directory = Path(directory)
     wiring = parts.wiring
     directory.mkdir(parents=True, exist_ok=True)
-    # nothing half-built may look finished
+    # Packages that are half built must not look complete.
     (directory / _AOTI).unlink(missing_ok=True)
     for index, (stage, takes) in enumerate(zip(parts.stages, wiring.takes, strict=True)):
         _package(stage, takes, parts, directory / f"stage{index}.pt2")
@@ -381,13 +399,13 @@ def aoti(
 
 
 def load_aoti(directory: str | Path) -> EngineNetwork:
-    """Load what `aoti` wrote. The packages are machine code and run as such: load only what you
-    have built.
+    """Load packages that `aoti` wrote.
+
+    The packages are machine code and run as such: load only what you have built.
 
     Raises:
         StorageError: if there is no such directory, or it was not finished.
-        StaleInput: if it was built with another thread count than torch's here, or another version
-            of torch.
+        StaleInput: if it was built with another thread count or version of torch than here.
     """
     directory = Path(directory)
     try:
@@ -396,25 +414,24 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
         raise StorageError(
             f"{directory} is not a directory that aoti has finished ({error}); build it again."
         ) from error
-    here = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-    for name, value in here.items():
-        if getattr(made, name) != value:
+    for name, built, here in (
+        ("threads", made.threads, torch.get_num_threads()),
+        ("torch", made.torch, str(torch.__version__)),
+    ):
+        if built != here:
             raise StaleInput(
-                f"the packages in {directory} were built with {name} {getattr(made, name)}, but here it is "
-                f"{value}; they would be slow "
-                f"or wrong. Build them again, or call torch.set_num_threads({made.threads}) "
-                f"with torch {made.torch}."
+                f"the packages in {directory} were built with {name} {built}, but here it is "
+                f"{here}; they would be slow or wrong. Build them again, or call "
+                f"torch.set_num_threads({made.threads}) with torch {made.torch}."
             )
-    wiring = made.wiring
-    stages = [_load(directory / f"stage{index}.pt2") for index in range(len(wiring.takes))]
-    heads = [_load(directory / f"head{index}.pt2") for index in range(len(stages) - 1)]
-    whole = _load(directory / "whole.pt2")
+    count = len(made.wiring.takes)
+    stages = [_load(directory / f"stage{index}.pt2") for index in range(count)]
+    heads = [_load(directory / f"head{index}.pt2") for index in range(count - 1)]
     return EngineNetwork(
         made.facts,
-        Staged(wiring, stages, [*heads, None]),
-        whole,
-        engine="aoti",
-        threads=made.threads,
+        Staged(made.wiring, stages, [*heads, None]),
+        _load(directory / "whole.pt2"),
+        EngineSettings(engine="aoti", threads=made.threads),
     )
 
 
@@ -426,13 +443,12 @@ def _require_compiler() -> None:
     if shutil.which(name) is None:
         raise NetworkError(
             f"torch compiles with {name}, and there is none here. Install a C++ compiler (apt "
-            f"install g++), set CXX, or use "
-            'engine="onnxruntime", "openvino" or "eager".'
+            'install g++), set CXX, or use engine="onnxruntime", "openvino" or "eager".'
         )
 
 
 def _package(part: nn.Module, takes: Sequence[str], parts: Parts, path: Path) -> None:
-    """Export a part once more, by itself and with a batch of any size, and write its package."""
+    """Export one part with a batch of any size, and write its package."""
     shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
     with exporting(path.stem):
         program = torch.export.export(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from impatient.engines.partition import Parts, any_batch
+from impatient.engines.network import EngineSettings
+from impatient.engines.partition import Parts, any_batch, values_of
 from impatient.errors import ExportFailed
 from impatient.portable import SESSIONS
 
@@ -30,7 +31,6 @@ STATIC_KINDS = [
     "AveragePool",
     "GlobalAveragePool",
 ]
-PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
 
 
 def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None:
@@ -159,8 +159,7 @@ def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None
 def quantise(
     parts: Parts,
     folder: Path,
-    engine: str,
-    precision: str,
+    settings: EngineSettings,
     calibration: Sequence[tuple[Tensor, ...]],
 ) -> None:
     """Replace the files that `write_parts` has written by 8-bit versions.
@@ -168,39 +167,31 @@ def quantise(
     Args:
         parts: parts of the network.
         folder: folder of the files.
-        engine: engine that the files were written for.
-        precision: "int8-dynamic" determines the ranges of the features while running;
-            "int8-static" determines them now.
+        settings: engine that the files were written for, and precision. "int8-dynamic" determines
+            the ranges of the features while running, "int8-static" determines them now.
         calibration: batches of inputs from which "int8-static" determines the ranges, as tuples in
             the order of `wiring.inputs`.
     """
-    seen = _values_seen(parts, calibration) if precision == "int8-static" else []
-    for name, _, takes, _ in _named_parts(parts, engine):
+    seen = _values_seen(parts, calibration) if settings.precision == "int8-static" else []
+    for name, _, takes, _ in _named_parts(parts, settings.engine):
         file = folder / f"{name}.onnx"
         # whole.onnx is optional.
         if file.is_file():
-            _quantise(
-                file, engine, precision, [{name: values[name] for name in takes} for values in seen]
-            )
+            samples = [{name: values[name] for name in takes} for values in seen]
+            _quantise(file, settings, samples)
 
 
 def _values_seen(parts: Parts, batches: Sequence[tuple[Tensor, ...]]) -> list[dict[str, Any]]:
     """Return all values that pass between parts, as arrays, for each batch."""
     seen = []
     for inputs in batches:
-        values = dict(zip(parts.wiring.inputs, inputs, strict=True))
         with torch.inference_mode():
-            for stage, takes, gives in zip(
-                parts.stages, parts.wiring.takes, parts.wiring.gives, strict=True
-            ):
-                values.update(zip(gives, stage(*(values[name] for name in takes)), strict=True))
+            values = values_of(parts.stages, parts.wiring, inputs)
         seen.append({name: value.numpy() for name, value in values.items()})
     return seen
 
 
-def _quantise(
-    file: Path, engine: str, precision: str, samples: Sequence[Mapping[str, Any]]
-) -> None:
+def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[str, Any]]) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.quant_utils import add_pre_process_metadata
@@ -211,7 +202,7 @@ def _quantise(
     # Avoids a warning of the quantiser. Torch's exporter has already folded constants.
     add_pre_process_metadata(model)
     large = file.with_name(f"{file.name}.data").is_file()
-    if precision == "int8-dynamic":
+    if settings.precision == "int8-dynamic":
         quantize_dynamic(
             model,
             file,
@@ -221,7 +212,7 @@ def _quantise(
         )
         return
     # OpenVINO (2026.4) cannot compile a zero point other than 0 where channels are zero-padded.
-    symmetric = engine.startswith("openvino")
+    symmetric = settings.engine.startswith("openvino")
     quantize_static(
         model,
         file,

@@ -76,30 +76,23 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     if not isinstance(network, MultiExitNetwork):
         raise NetworkError(
             f"{type(network).__name__} cannot be cut into parts; expected a MultiExitNetwork, from "
-            f"attach_exits. "
-            'Run this one with engine="eager".'
+            'attach_exits. Run this one with engine="eager".'
         )
     names = input_names(x)
     dims = _batch_dims(x)
-    values = dict(zip(names, _two_samples(x), strict=True))
+    tensors = [tensor.detach() for tensor in _tensors(x).values()]
+    # Exactly two samples: torch.export would take the 1 of a batch of one for a constant.
+    both = _rows(tensors, dims, torch.arange(2) % batch_size_of(x))
     traced = _Traced(network.backbone, x, names, network._cut_map())
-    graph = _export(traced, type(network.backbone).__name__, list(values.values()), dims)
+    graph = _export(traced, type(network.backbone).__name__, both, dims)
     whole = _whole(graph, names)
-    _check_batch_of_one(
-        traced,
-        whole,
-        [
-            value if dim is None else value[:1]
-            for value, dim in zip(values.values(), dims, strict=True)
-        ],
-    )
+    _check_batch_of_one(traced, whole, _rows(both, dims, slice(1)))
     cut = _Cutting(graph, names, network.exit_names)
     wiring = cut.wiring()
     stages = cut.stages()
-    heads: list[nn.Module | None] = []
     with torch.no_grad():
-        for stage, takes, gives in zip(stages, wiring.takes, wiring.gives, strict=True):
-            values |= zip(gives, stage(*(values[name] for name in takes)), strict=True)
+        values = values_of(stages, wiring, both)
+    heads: list[nn.Module | None] = []
     for head, name, features in zip(
         network.heads, network.exit_names, wiring.features, strict=False
     ):
@@ -122,9 +115,7 @@ def input_names(x: Any) -> tuple[str, ...]:
     The name is "x" for a single tensor. A mapping's tensors are named by its keys, a tuple's are
     named "x0", "x1" and so on.
     """
-    if isinstance(x, Tensor):
-        return ("x",)
-    return tuple(name for name, value in _entries(x) if isinstance(value, Tensor))
+    return tuple(_tensors(x))
 
 
 def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
@@ -133,21 +124,36 @@ def input_tensors(x: Any, names: Sequence[str]) -> list[Tensor]:
     Raises:
         NetworkError: if the input does not have exactly the tensors with these names.
     """
-    given = input_names(x)
+    given = _tensors(x)
     if set(given) != set(names):
         raise NetworkError(
             f"the input has the tensors {', '.join(given) or '(none)'}; expected "
             f"{', '.join(names)}, as in the example with which the network was exported."
         )
-    values = {"x": x} if isinstance(x, Tensor) else dict(_entries(x))
-    return [values[name] for name in names]
+    return [given[name] for name in names]
 
 
-def _entries(x: Any) -> list[tuple[str, Any]]:
+def values_of(
+    stages: Sequence[nn.Module], wiring: Wiring, inputs: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Run all stages, and return all values by name, inputs included."""
+    values = dict(zip(wiring.inputs, inputs, strict=True))
+    for stage, takes, gives in zip(stages, wiring.takes, wiring.gives, strict=True):
+        values |= zip(gives, stage(*(values[name] for name in takes)), strict=True)
+    return values
+
+
+def _tensors(x: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in _entries(x).items() if isinstance(value, Tensor)}
+
+
+def _entries(x: Any) -> dict[str, Any]:
+    if isinstance(x, Tensor):
+        return {"x": x}
     if isinstance(x, Mapping):
-        return [(str(name), value) for name, value in x.items()]
+        return {str(name): value for name, value in x.items()}
     if isinstance(x, (tuple, list)):
-        return [(f"x{index}", value) for index, value in enumerate(x)]
+        return {f"x{index}": value for index, value in enumerate(x)}
     raise NetworkError(
         f"an input of type {type(x).__name__}; expected a tensor, or a mapping, tuple or list of "
         "tensors."
@@ -158,22 +164,15 @@ def _batch_dims(x: Any) -> list[int | None]:
     """Return the batch dimension of each tensor, 0 or None."""
     size = batch_size_of(x)
     return [
-        0 if value.dim() > 0 and value.shape[0] == size else None
-        for value in input_tensors(x, input_names(x))
+        0 if value.dim() > 0 and value.shape[0] == size else None for value in _tensors(x).values()
     ]
 
 
-def _two_samples(x: Any) -> list[Tensor]:
-    """Return the input's tensors with a batch of exactly two samples.
-
-    With a batch of one, torch.export would take the 1 for a constant.
-    """
-    rows = torch.arange(2) % batch_size_of(x)
-    tensors = (value.detach() for value in input_tensors(x, input_names(x)))
-    return [
-        value if dim is None else value[rows]
-        for value, dim in zip(tensors, _batch_dims(x), strict=True)
-    ]
+def _rows(
+    tensors: Sequence[Tensor], dims: Sequence[int | None], rows: Tensor | slice
+) -> list[Tensor]:
+    """Select rows of the tensors that have a batch dimension."""
+    return [value if dim is None else value[rows] for value, dim in zip(tensors, dims, strict=True)]
 
 
 def _check_batch_of_one(model: nn.Module, whole: nn.Module, tensors: Sequence[Tensor]) -> None:
@@ -237,8 +236,7 @@ class _Traced(nn.Module):
     def _refilled(self, tensors: Sequence[Tensor]) -> Any:
         if isinstance(self._x, Tensor):
             return tensors[0]
-        given = dict(zip(self._names, tensors, strict=True))
-        filled = {name: given.get(name, value) for name, value in _entries(self._x)}
+        filled = _entries(self._x) | dict(zip(self._names, tensors, strict=True))
         return filled if isinstance(self._x, Mapping) else tuple(filled.values())
 
 
@@ -274,9 +272,8 @@ def exporting(name: str) -> Iterator[None]:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportFailed(
                 f"torch.export cannot trace {name}: {reason} Where control flow depends on the "
-                f"data, or the batch's size "
-                'does not stay a variable, there is no graph to cut; engine="eager" runs every '
-                "model."
+                "data, or the batch's size does not stay a variable, there is no graph to cut; "
+                'engine="eager" runs every model.'
             ) from error
 
 

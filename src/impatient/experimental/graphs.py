@@ -4,16 +4,15 @@ Status: tested with a recorder that re-runs the stage on the CPU in the same mem
 marked `gpu` and benchmarks/gpu/running.py wait for a device. Never run on a GPU, so neither its
 answers nor its speed there are known.
 
-A replay costs one launch where the stage itself would cost one per kernel, which at batch size 1 is
-most of the time. A graph has fixed shapes: a batch runs in the next larger bucket, and what the
-other rows compute is dropped.
+A replay costs one launch instead of one per kernel, and at batch size 1 launches take most of the
+time. A graph has fixed shapes: a batch runs in the next larger bucket, and the results of the other
+rows are dropped.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient.engines.export import check_agreement
-from impatient.engines.network import EngineNetwork, NetworkFacts
+from impatient.engines.network import EngineNetwork, EngineSettings, NetworkFacts
 from impatient.engines.partition import partition
 from impatient.errors import NetworkError
 from impatient.inputs import evaluating
@@ -33,7 +32,13 @@ BUCKETS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A recorded call: write to `inputs`, `replay`, read `outputs`."""
+    """A recorded call.
+
+    Attributes:
+        inputs: memory to write the inputs to.
+        outputs: memory to read the outputs from.
+        replay: function that computes the outputs from the inputs.
+    """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -44,7 +49,7 @@ Recorder = Callable[[Callable[..., Any], Sequence[Tensor]], Recorded]
 
 
 def record_cuda(part: Callable[..., Any], inputs: Sequence[Tensor]) -> Recorded:
-    """Record one call as a CUDA graph, after a few that warm up libraries and allocator."""
+    """Record one call as a CUDA graph, after a warm-up."""
     static = tuple(tensor.clone() for tensor in inputs)
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -59,29 +64,30 @@ def record_cuda(part: Callable[..., Any], inputs: Sequence[Tensor]) -> Recorded:
 
 
 class Graphed:
-    """A stage or head that runs in recordings, one per bucket, made when it is first needed.
+    """A stage or head that runs in recordings, one per bucket.
 
-    What it gives is a view of a recording's own memory, valid until the same part runs again.
+    A recording is made when it is first needed. Outputs are views of its memory, valid until the
+    same part runs again.
 
     Args:
-        part: the stage or head.
-        batch_dims: of each value it takes, the dimension that is the batch; None where it has none.
-        buckets: numbers of rows to record for, rising.
-        gives_dims: likewise of each value it gives.
-        record: makes a recording.
+        part: stage or head.
+        takes: for each input, which of its dimensions is the batch; None where none is.
+        gives: the same for each output.
+        buckets: numbers of rows to record for, in increasing order.
+        record: function that makes a recording.
     """
 
     def __init__(
         self,
         part: Callable[..., Any],
-        batch_dims: Sequence[int | None],
-        gives_dims: Sequence[int | None],
+        takes: Sequence[int | None],
+        gives: Sequence[int | None],
         buckets: Sequence[int],
         record: Recorder = record_cuda,
     ) -> None:
         self._part = part
-        self._takes = tuple(batch_dims)
-        self._gives = tuple(gives_dims)
+        self._takes = tuple(takes)
+        self._gives = tuple(gives)
         self._buckets = tuple(buckets)
         self._record = record
         self._recorded: dict[int, Recorded] = {}
@@ -96,7 +102,7 @@ class Graphed:
         if place == len(self._buckets):
             raise NetworkError(
                 f"{rows} rows are more than the largest bucket, {self._buckets[-1]}; make the "
-                f"network with larger buckets."
+                "network with larger buckets."
             )
         recorded = self._at(self._buckets[place], values)
         for static, value, dim in zip(recorded.inputs, values, self._takes, strict=True):
@@ -116,40 +122,44 @@ class Graphed:
         return self._recorded[bucket]
 
 
+class GraphedNetwork(EngineNetwork):
+    """A network whose stages and heads are CUDA graphs."""
+
+    @property
+    def mechanism(self) -> str:
+        rows = ", ".join(map(str, self.buckets))
+        return f"CUDA graphs of each of {self.num_exits} stages, for {rows} rows"
+
+
 def cuda_graphs(
     network: MultiExitNetwork,
     *,
     example: Any,
     buckets: Sequence[int] = BUCKETS,
     record: Recorder = record_cuda,
-) -> EngineNetwork:
+) -> GraphedNetwork:
     """Record every stage and head of a network as CUDA graphs.
 
-    Warm it up with every batch size that counts: the first call of each bucket records. Changed
-    weights show, other shapes do not.
+    Warm the network up with every batch size that you need, because the first call of each bucket
+    records. Later changes of the weights have an effect; other shapes are not possible.
 
     Args:
-        network: on a CUDA device.
-        example: a real input there, of no more rows than the largest bucket.
-        buckets: numbers of rows to record for, rising.
-        record: makes a recording.
+        network: network on a CUDA device.
+        example: a real input on that device, of at most as many rows as the largest bucket.
+        buckets: numbers of rows to record for, in increasing order.
+        record: function that makes a recording.
     Returns:
-        A network for `Runner`, `profile` and `record`, whose outputs were found to agree with the
-        given one's.
+        A network for `Runner`, `profile` and `record`, whose outputs agree with the given one's.
     Raises:
         ExportFailed: if the network cannot be cut into stages, or the outputs differ.
-        NetworkError: if `buckets` are no rising positive numbers, or there is no CUDA device.
+        NetworkError: if `buckets` are not increasing positive numbers, or there is no CUDA device.
 
     Thread:
-        One run at a time: runs share the recordings' memory.
+        One run at a time, because runs share the recordings' memory.
     """
-    if (
-        not buckets
-        or buckets[0] < 1
-        or any(after <= before for before, after in itertools.pairwise(buckets))
-    ):
+    if not buckets or buckets[0] < 1 or sorted(set(buckets)) != list(buckets):
         raise NetworkError(
-            f"buckets={tuple(buckets)}; expected numbers of rows, at least 1 and rising, such as "
+            f"buckets={tuple(buckets)}; expected increasing numbers of rows, at least 1, such as "
             f"{BUCKETS}."
         )
     with evaluating(network):
@@ -160,31 +170,24 @@ def cuda_graphs(
             "the network is not on a CUDA device, which records the graphs; move it and the "
             "example there."
         )
-    dims: Mapping[str, int | None] = parts.wiring.batch_dims
+    wiring = parts.wiring
+    dims = wiring.batch_dims
 
     def graphed(part: nn.Module, takes: Sequence[str], gives: Sequence[int | None]) -> Graphed:
         return Graphed(part, [dims[name] for name in takes], gives, buckets, record)
 
-    wiring = parts.wiring
     stages = [
         graphed(stage, takes, [dims[name] for name in gives])
         for stage, takes, gives in zip(parts.stages, wiring.takes, wiring.gives, strict=True)
     ]
     heads = [
-        None if head is None else _first(graphed(head, [name], [0]))
+        head and _first(graphed(head, [name], [0]))
         for head, name in zip(parts.heads, wiring.features, strict=True)
     ]
     whole = _first(graphed(parts.whole, wiring.inputs, [0]))
-    made = EngineNetwork(
-        facts,
-        Staged(wiring, stages, heads),
-        whole,
-        engine="cuda-graphs",
-        buckets=buckets,
-        mechanism=(
-            f"CUDA graphs of each of {len(stages)} stages, for {', '.join(map(str, buckets))} rows"
-        ),
-    )
+    settings = EngineSettings(engine="cuda-graphs")
+    made = GraphedNetwork(facts, Staged(wiring, stages, heads), whole, settings)
+    made.buckets = tuple(buckets)
     check_agreement(network, made, example, sizes=[rows for rows in (1, 3) if rows <= buckets[-1]])
     return made
 
@@ -194,19 +197,11 @@ def _first(part: Graphed) -> Callable[[Tensor], Tensor]:
 
 
 def _filled(value: Tensor, dim: int | None, rows: int) -> Tensor:
-    """A value with this many rows: its own, and its first one repeated."""
-    if dim is None:
+    """Repeat the first row of a value up to a number of rows."""
+    if dim is None or value.shape[dim] == rows:
         return value
-    missing = rows - value.shape[dim]
-    return (
-        torch.cat([value, value.narrow(dim, 0, 1).expand(_with(value.shape, dim, missing))], dim)
-        if missing
-        else value
-    )
-
-
-def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
-    return [size if place == dim else length for place, length in enumerate(shape)]
+    missing = [rows - length if place == dim else -1 for place, length in enumerate(value.shape)]
+    return torch.cat([value, value.narrow(dim, 0, 1).expand(missing)], dim)
 
 
 def _as_tuple(value: Any) -> tuple[Tensor, ...]:

@@ -61,7 +61,8 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     """
     import torch
 
-    from impatient.engines.export import add_costs, engine_label, engine_times, read_bundle
+    from impatient.engines.export import add_costs, engine_times, read_bundle
+    from impatient.engines.network import engine_label
     from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)

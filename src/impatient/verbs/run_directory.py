@@ -29,13 +29,8 @@ from torch import nn
 
 from impatient.anytime import Network
 from impatient.costs import CostProfile
-from impatient.engines.export import (
-    WRITTEN,
-    bundle_file,
-    engine_and_precision,
-    load_engine,
-    to_engine,
-)
+from impatient.engines.export import WRITTEN, bundle_file, load_engine, to_engine
+from impatient.engines.network import engine_and_precision
 from impatient.ensembling import Rule
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.evaluation.recording import Recording
