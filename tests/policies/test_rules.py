@@ -468,7 +468,7 @@ def test_a_time_below_the_first_exit_cannot_be_reached():
 
 def test_the_reachable_time_is_the_cheapest_exit_even_if_it_is_not_the_first():
     costs = costs_of([1.0, 1.0], [3.0, 0.0])
-    with pytest.raises(InfeasibleTarget, match=r"costs 2\."):
+    with pytest.raises(InfeasibleTarget, match=r"takes 2\."):
         fit_thresholds(drawn(100, seed=7, gains=(1.0, 2.0)), costs, mean_time_s=1.9)
 
 

@@ -540,7 +540,7 @@ def test_fitted_targets_are_kept_on_their_own_samples(topology):
 
 
 def test_less_time_than_the_first_network_takes_is_infeasible():
-    with pytest.raises(InfeasibleTarget, match="first network alone takes 1"):
+    with pytest.raises(InfeasibleTarget, match="fastest way to an answer takes 1"):
         fit_selection(FEW, FEW_S, Topology.chain(4), mean_time_s=0.5)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.costs import CostProfile, Statistic
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.errors import NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Standardised, fit_decision
 from impatient.policies.gates import (
     STOP,
@@ -27,8 +28,8 @@ from impatient.policies.gates import (
     gate_inputs,
     per_gate,
 )
-from impatient.policies.policy import Recorded, features_of
-from impatient.policies.targets import one_target
+from impatient.policies.policy import Recorded, check_exits, features_of
+from impatient.policies.targets import PRICE, Target
 
 # --- the recursion --------------------------------------------------------------------------------
 
@@ -170,6 +171,30 @@ class SweepPoint:
     accuracy: float
 
 
+class GateSettings(TypedDict, total=False):
+    """How gates are learned, and at which costs.
+
+    Attributes:
+        reference: what an error is held against; "full" by default, see `stop_gain`.
+        learner: of the gates; "logistic" by default, see `fit_decision`.
+        inputs: what gates look at, which decides whether heads are paid in passing; "confidences"
+            by default. "features" and "both" need a recording with features.
+        gate_s: seconds that asking a gate takes, or one time per early exit (`gate_time_s`); 0 by
+            default.
+        seed: of what a learner draws; 0 by default.
+        statistic: which measured number of each stage and head is added up; "mean" by default.
+        batch_size: at which the costs were measured; 1 by default.
+    """
+
+    reference: Reference
+    learner: Learner
+    inputs: Inputs
+    gate_s: float | Sequence[float]
+    seed: int
+    statistic: Statistic
+    batch_size: int
+
+
 def fit_gates(
     recording: Recorded,
     costs: CostProfile,
@@ -177,13 +202,7 @@ def fit_gates(
     time_price: float | None = None,
     mean_time_s: float | None = None,
     max_accuracy_loss: float | None = None,
-    reference: Reference = "full",
-    learner: Learner = "logistic",
-    inputs: Inputs = "confidences",
-    gate_s: float | Sequence[float] = 0.0,
-    seed: int = 0,
-    statistic: Statistic = "mean",
-    batch_size: int = 1,
+    **settings: Unpack[GateSettings],
 ) -> GatePolicy:
     """Learn one gate per early exit.
 
@@ -196,14 +215,7 @@ def fit_gates(
         mean_time_s: most accurate policy whose mean time is at most this; or
         max_accuracy_loss: fastest policy that loses at most this much accuracy against the last
             exit (0.01: one point).
-        reference: what an error is held against; see `stop_gain`.
-        learner: of the gates; see `fit_decision`.
-        inputs: what gates look at, which decides whether heads are paid in passing. "features" and
-            "both" need a recording with features.
-        gate_s: seconds that asking a gate takes, or one time per early exit (`gate_time_s`).
-        seed: of what a learner draws.
-        statistic: which measured number of each stage and head is added up.
-        batch_size: at which the costs were measured.
+        **settings: see `GateSettings`.
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
     Raises:
@@ -214,107 +226,88 @@ def fit_gates(
         Bolukbasi et al. 2017, sec. 3.1. We differ: closed gates are not paid, and prices are
         searched for a target.
     """
-    name, wanted = one_target(
+    target = Target.of(
+        recording,
         time_price=time_price,
         mean_time_s=mean_time_s,
         max_accuracy_loss=max_accuracy_loss,
     )
-    if math.isnan(wanted) or wanted < 0.0 or (name == "mean_time_s" and wanted == 0.0):
-        raise PolicyError(f"{name}={wanted}; expected a number that is not negative.")
-    problem = _Problem(
-        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
+    problem = _Problem(recording, costs, **settings)
+    best = (
+        problem.solve(target.wanted)
+        if target.name == PRICE
+        else target.best(problem.candidates(target))
     )
-    if name == "time_price":
-        best = problem.solve(wanted)
-    elif name == "mean_time_s":
-        best = problem.most_accurate(wanted)
-    else:
-        best = problem.fastest(wanted)
     if all(gate is None for gate in best.policy.gates):
         warnings.warn(
-            f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Give "
-            f"time a higher price, or allow a "
-            "larger loss or less time.",
+            f"with {target.name}={target.wanted:g} no sample leaves early: the policy is the last "
+            f"exit. Give time a higher price, or allow a larger loss or less time.",
             NoEffectWarning,
             stacklevel=2,
         )
-    return dataclasses.replace(best.policy, target={**best.policy.target, name: wanted})
+    reached = {**best.policy.target, target.name: target.wanted}
+    return dataclasses.replace(best.policy, target=reached)
 
 
 def sweep_gates(
     recording: Recorded,
     costs: CostProfile,
     time_prices: Sequence[float] | None = None,
-    *,
-    reference: Reference = "full",
-    learner: Learner = "logistic",
-    inputs: Inputs = "confidences",
-    gate_s: float | Sequence[float] = 0.0,
-    seed: int = 0,
-    statistic: Statistic = "mean",
-    batch_size: int = 1,
+    **settings: Unpack[GateSettings],
 ) -> tuple[SweepPoint, ...]:
     """Learn gates for many prices of time: the whole curve of accuracy against mean time.
 
     Args:
-        recording: as for `fit_gates`, and so are the other arguments.
+        recording: as for `fit_gates`.
         costs: of the same network.
         time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
+        **settings: see `GateSettings`.
     Returns:
         One point per price, in their order. `lower_hull` keeps those worth having, `mix` meets a
         mean time between two.
     """
-    problem = _Problem(
-        recording, costs, reference, learner, inputs, gate_s, seed, statistic, batch_size
-    )
-    prices = problem.prices(100) if time_prices is None else [float(price) for price in time_prices]
-    if any(math.isnan(price) or price < 0.0 for price in prices):
-        raise PolicyError(f"time_prices={prices}; expected numbers that are not negative.")
-    return tuple(problem.solve(price) for price in prices)
+    problem = _Problem(recording, costs, **settings)
+    prices = problem.prices(100) if time_prices is None else time_prices
+    return tuple(problem.solve(float(price)) for price in prices)
 
 
+@dataclass(eq=False)
 class _Problem:
     """One recording, seen as gates see it, to be solved for many prices."""
 
-    def __init__(
-        self,
-        recording: Recorded,
-        costs: CostProfile,
-        reference: Reference,
-        learner: Learner,
-        inputs: Inputs,
-        gate_s: float | Sequence[float],
-        seed: int,
-        statistic: Statistic,
-        batch_size: int,
-    ) -> None:
-        count = len(recording.outputs)
-        if count != costs.num_exits:
-            raise PolicyError(
-                f"the recording has {count} exits, the cost profile {costs.num_exits}."
-            )
-        checks.one_of(PolicyError, Inputs, inputs=inputs)
-        self.recording = recording
-        self.costs = costs
-        self.options = (statistic, batch_size)
-        self.reference = reference
-        self.learner = learner
-        self.inputs = inputs
-        self.seed = seed
-        pooled = [None] * count if inputs == "confidences" else features_of(recording)
+    recording: Recorded
+    costs: CostProfile
+    reference: Reference = "full"
+    learner: Learner = "logistic"
+    inputs: Inputs = "confidences"
+    gate_s: float | Sequence[float] = 0.0
+    seed: int = 0
+    statistic: Statistic = "mean"
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        recording = self.recording
+        check_exits(PolicyError, recording, self.costs)
+        checks.one_of(PolicyError, Inputs, inputs=self.inputs)
+        pooled = (
+            [None] * len(recording.outputs)
+            if self.inputs == "confidences"
+            else features_of(recording)
+        )
         self.features = [
-            gate_inputs(inputs, pooled[k], recording.outputs[k]).double() for k in range(count - 1)
+            gate_inputs(self.inputs, *seen).double()
+            for seen in zip(pooled[:-1], recording.outputs[:-1], strict=True)
         ]
         self.standard = [Standardised.of(features) for features in self.features]
         self.losses: Float[Tensor, "K N"] = (
             recording.outputs.argmax(-1) != recording.labels
         ).double()
-        measured = costs.at(batch_size)
+        measured = self.costs.at(self.batch_size)
         self.times = GateTimes(
-            stages=tuple(part.of_statistic(statistic) for part in measured.stages),
-            heads=tuple(part.of_statistic(statistic) for part in measured.heads),
-            gates=per_gate(gate_s, count - 1),
-            heads_first=inputs != "features",
+            stages=tuple(part.of_statistic(self.statistic) for part in measured.stages),
+            heads=tuple(part.of_statistic(self.statistic) for part in measured.heads),
+            gates=per_gate(self.gate_s, len(self.features)),
+            heads_first=self.inputs != "features",
         )
 
     def prices(self, count: int) -> list[float]:
@@ -323,7 +316,8 @@ class _Problem:
         return [0.0, *(np.geomspace(1e-3, 30.0, count - 2) / whole).tolist(), math.inf]
 
     def solve(self, price: float, allowed: Sequence[bool] | None = None) -> SweepPoint:
-        early = len(self.losses) - 1
+        checks.at_least(PolicyError, 0, time_price=price)
+        early = len(self.features)
         gates: dict[int, Decision] = {}
 
         def decide(exit: int, gain_N: Float[Tensor, "N"]) -> Bool[Tensor, "N"]:
@@ -347,7 +341,7 @@ class _Problem:
 
     def always(self, exit: int) -> SweepPoint:
         """Everybody leaves at one exit."""
-        early = len(self.losses) - 1
+        early = len(self.features)
         stops = torch.zeros(early, self.losses.shape[1], dtype=torch.bool)
         stops[exit : exit + 1] = True
         stop = fit_decision(torch.zeros(1, 1), torch.tensor([[0.0, 1.0]]))
@@ -371,11 +365,10 @@ class _Problem:
             provenance=recording.provenance,
         )
         exits = torch.cat([stops, torch.ones_like(samples, dtype=torch.bool)[None]]).int().argmax(0)
-        mean_s = float(
-            exit_times_s(policy, self.costs, statistic=self.options[0], batch_size=self.options[1])[
-                exits
-            ].mean()
+        times_s = exit_times_s(
+            policy, self.costs, statistic=self.statistic, batch_size=self.batch_size
         )
+        mean_s = float(times_s[exits].mean())
         accuracy = 1.0 - float(self.losses[exits, samples].mean())
         target = {"mean_cost": mean_s, "accuracy": accuracy, "samples": float(len(samples))}
         target |= {} if math.isnan(price) else {"time_price": price}
@@ -386,64 +379,19 @@ class _Problem:
             accuracy=accuracy,
         )
 
-    def most_accurate(self, most_s: float) -> SweepPoint:
-        points = self._search(lambda point: point.mean_time_s <= most_s)
-        feasible = [point for point in points if point.mean_time_s <= most_s]
-        if not feasible:
-            least = min(point.mean_time_s for point in points)
-            raise InfeasibleTarget(
-                f"mean_time_s={most_s:g} cannot be reached: leaving always at the cheapest exit "
-                f"already takes {least:g} s. "
-                "Ask for at least that, or attach an earlier exit."
-            )
-        return max(feasible, key=lambda point: (point.accuracy, -point.mean_time_s))
-
-    def fastest(self, loss: float) -> SweepPoint:
-        floor = 1.0 - float(self.losses[-1].mean()) - loss - 1e-12
-        points = self._search(lambda point: point.accuracy < floor)
-        return min(
-            (p for p in points if p.accuracy >= floor),
-            key=lambda point: (point.mean_time_s, -point.accuracy),
-        )
-
-    def _search(self, dear_enough: Callable[[SweepPoint], bool]) -> list[SweepPoint]:
-        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns
-        true; and constants.
-        """
-        found = [self.solve(price) for price in self.prices(24)]
-        finite = found[:-1]
-        below = max(
-            (p for p in finite if not dear_enough(p)),
-            key=lambda point: point.time_price,
-            default=finite[0],
-        )
-        above = next(
-            (p for p in finite if p.time_price > below.time_price and dear_enough(p)), finite[-1]
-        )
-        found += (tried := self._bisect(below, above, dear_enough, None, 8))
-        below = max(
-            (p for p in [below, *tried] if not dear_enough(p)),
-            key=lambda point: point.time_price,
-            default=below,
+    def candidates(self, target: Target) -> list[SweepPoint]:
+        """Fit policies over a range of prices, and add those that always leave at one exit."""
+        prices = self.prices(24)[:-1]
+        found = target.search(self.solve, prices, 8)
+        low, below = max(
+            (entry for entry in found if not target.is_crossed(entry[1])),
+            key=lambda entry: entry[0],
+            default=found[0],
         )
         # where a gate opens the mean time jumps; what lies between is reached without that gate
         gates = [gate is not None for gate in below.policy.gates]
-        found += self._bisect(below, finite[-1], dear_enough, gates, 12)
-        return [*found, *(self.always(exit) for exit in range(len(self.losses)))]
-
-    def _bisect(
-        self,
-        below: SweepPoint,
-        above: SweepPoint,
-        dear_enough: Callable[[SweepPoint], bool],
-        allowed: Sequence[bool] | None,
-        times: int,
-    ) -> list[SweepPoint]:
-        low = below.time_price
-        high = above.time_price
-        found = []
-        for _ in range(times):
-            middle = math.sqrt(low * high) if low > 0 else high / 2
-            found.append(self.solve(middle, allowed))
-            low, high = (low, middle) if dear_enough(found[-1]) else (middle, high)
-        return found
+        solve = functools.partial(self.solve, allowed=gates)
+        found += target.bisect(solve, low, prices[-1], 12)
+        points = [point for _, point in found]
+        always = [self.always(exit) for exit in range(len(self.losses))]
+        return [*points, self.solve(math.inf), *always]

@@ -17,6 +17,7 @@ from impatient.costs import Cost, CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
 from impatient.policies.policy import ANSWER, Description, Policy, Recorded
+from impatient.policies.targets import Reached
 from impatient.provenance import Provenance
 
 
@@ -253,17 +254,11 @@ _EITHER = "a draw, and either policy"
 # --- curves ---------------------------------------------------------------------------------------
 
 
-class Point(Protocol):
+class Point(Reached, Protocol):
     """A policy, and what it does on the split it was fitted on: one point of a curve."""
 
     @property
     def policy(self) -> Policy: ...
-
-    @property
-    def mean_time_s(self) -> float: ...
-
-    @property
-    def accuracy(self) -> float: ...
 
 
 SomePoint = TypeVar("SomePoint", bound=Point)

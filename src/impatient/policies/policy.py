@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.costs import Cost, CostProfile, Statistic
-from impatient.errors import PolicyError
+from impatient.errors import ImpatientError, PolicyError
 from impatient.policies.outcome import Outcome, as_doubles
 from impatient.policies.scores import ScoreName
 from impatient.provenance import Provenance
@@ -359,6 +359,13 @@ def check_policy(policy: object) -> None:
             f"a {type(policy).__name__} is no policy; expected a class derived from "
             f"impatient.Policy that defines num_exits, looks_at and stops."
         )
+
+
+def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostProfile) -> None:
+    """Raise an error unless a recording and a cost profile have as many exits."""
+    count = len(recording.outputs)
+    if count != costs.num_exits:
+        raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
 
 
 def features_of(recording: Recorded) -> tuple[Tensor, ...]:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
-from impatient.policies.policy import Description, Policy, Recorded
+from impatient.errors import NoEffectWarning, PolicyError
+from impatient.policies.policy import Description, Policy, Recorded, check_exits
 from impatient.policies.scores import SCORES, ScoreName
-from impatient.policies.targets import one_target
+from impatient.policies.targets import Target
 from impatient.provenance import Provenance
 
 
@@ -192,27 +192,19 @@ def fit_thresholds(
         The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We
         differ: prices are searched.
     """
-    name, wanted = one_target(
+    target = Target.of(
+        recording,
         mean_time_s=mean_time_s,
         mean_macs=mean_macs,
         mean_bytes=mean_bytes,
         mean_energy_j=mean_energy_j,
         max_accuracy_loss=max_accuracy_loss,
     )
-    if not (
-        math.isfinite(wanted) and (wanted > 0 or (name == "max_accuracy_loss" and wanted >= 0))
-    ):
-        raise PolicyError(f"{name}={wanted}; expected a positive finite number.")
-    if recording.outputs.shape[0] != costs.num_exits:
-        raise PolicyError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
-            f"{costs.num_exits}."
-        )
-
-    saved = _TARGETS.get(name, cost or "time")
+    check_exits(PolicyError, recording, costs)
+    saved = _TARGETS.get(target.name, cost or "time")
     if cost not in (None, saved):
         raise PolicyError(
-            f"{name} limits {saved}, but cost={cost!r} was given, which goes with "
+            f"{target.name} limits {saved}, but cost={cost!r} was given, which goes with "
             f"max_accuracy_loss alone."
         )
 
@@ -221,31 +213,24 @@ def fit_thresholds(
             saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
         )
 
-    search = _Search(recording, score, cost_of)
-    best = (
-        search.cheapest(wanted)
-        if name == "max_accuracy_loss"
-        else search.most_accurate(wanted, name)
-    )
+    best = target.best(_Search(recording, score, cost_of).candidates(target))
     if not any(best.exits < costs.num_exits - 1):
         warnings.warn(
-            (
-                f"with {name}={wanted:g} no sample leaves early: the policy is the last exit. Allow a "
-                f"larger loss or less time."
-            ),
+            f"with {target.name}={target.wanted:g} no sample leaves early: the policy is the last "
+            f"exit. Allow a larger loss or less time.",
             NoEffectWarning,
             stacklevel=2,
         )
-    reached = {
-        "mean_cost": best.mean_cost,
-        "accuracy": best.accuracy,
-        "samples": float(len(recording.labels)),
-    }
     return ThresholdPolicy(
         score=score,
         thresholds=best.thresholds,
         split=recording.split,
-        target={name: wanted, **reached},
+        target={
+            target.name: target.wanted,
+            "mean_cost": best.mean_time_s,
+            "accuracy": best.accuracy,
+            "samples": float(len(recording.labels)),
+        },
         cost=saved,
         provenance=recording.provenance,
     )
@@ -263,7 +248,8 @@ _TARGETS: dict[str, Cost] = {
 class _Candidate:
     thresholds: tuple[float, ...]
     exits: np.ndarray
-    mean_cost: float
+    # or multiply-accumulates, bytes or joules
+    mean_time_s: float
     accuracy: float
 
 
@@ -277,52 +263,16 @@ class _Search:
         self.order = np.argsort(-self.scores[:-1], axis=1, kind="stable")
         self.count, self.samples = self.scores.shape
 
-    def most_accurate(self, most: float, name: str) -> _Candidate:
-        candidates = self._candidates(lambda candidate: candidate.mean_cost <= most)
-        feasible = [candidate for candidate in candidates if candidate.mean_cost <= most]
-        if not feasible:
-            least = min(candidate.mean_cost for candidate in candidates)
-            raise InfeasibleTarget(
-                f"{name}={most:g} cannot be reached: leaving always at the cheapest exit already "
-                f"costs {least:g}. "
-                f"Ask for at least that, or attach an earlier exit."
-            )
-        return max(feasible, key=lambda candidate: (candidate.accuracy, -candidate.mean_cost))
-
-    def cheapest(self, loss: float) -> _Candidate:
-        floor = 1.0 - float(self.errors[-1].mean()) - loss - 1e-12
-        feasible = [
-            c
-            for c in self._candidates(lambda candidate: candidate.accuracy < floor)
-            if c.accuracy >= floor
-        ]
-        return min(feasible, key=lambda candidate: (candidate.mean_cost, -candidate.accuracy))
-
-    def _candidates(self, dear_enough: Callable[[_Candidate], bool]) -> list[_Candidate]:
-        """Policies over a grid of prices, then by bisection at the price where `dear_enough` turns
-        true; and by shares.
-        """
+    def candidates(self, target: Target) -> list[_Candidate]:
+        """Judge policies over a range of prices, by shares, and all leaving at one exit."""
         whole = self.cost_of([True] * self.count)[-1]
-        grid = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
-        found = [(price, self._solve(price)) for price in grid]
-        below = max(
-            (price for price, candidate in found if not dear_enough(candidate)), default=grid[0]
-        )
-        above = min(
-            (price for price, candidate in found if dear_enough(candidate) and price > below),
-            default=grid[-1],
-        )
-        for _ in range(20):
-            middle = math.sqrt(below * above) if below > 0 else above / 2
-            found.append((middle, self._solve(middle)))
-            below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
-        candidates = [candidate for _, candidate in found]
-        candidates += [self._judge(self._by_shares(index / 20)) for index in range(1, 40)]
-        always = [
-            self._judge((*(math.inf,) * k, *(-math.inf,) * (self.count - k)))
-            for k in range(self.count)
-        ]
-        return candidates + always
+        prices = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
+        found = [candidate for _, candidate in target.search(self._solve, prices, 20)]
+        found += [self._judge(self._by_shares(index / 20)) for index in range(1, 40)]
+        for exit in range(self.count):
+            bounds = (*(math.inf,) * exit, *(-math.inf,) * (self.count - exit))
+            found.append(self._judge(bounds))
+        return found
 
     def _solve(self, price: float, sweeps: int = 3) -> _Candidate:
         """Thresholds that make errors plus price x cost least, found backwards, then again for the
@@ -374,11 +324,8 @@ class _Search:
         exits = stops.argmax(axis=0)
         used = np.bincount(exits, minlength=self.count) > 0
         # an exit that nobody leaves at is closed, so that its head is not paid
-        closed = tuple(
-            bound if used[k] or k == self.count - 1 else math.inf
-            for k, bound in enumerate(thresholds[:-1])
-        )
-        final = (*closed, -math.inf)
+        early = zip(thresholds[:-1], used, strict=False)
+        final = (*(bound if is_used else math.inf for bound, is_used in early), -math.inf)
         cost = np.asarray(self.cost_of([bound < math.inf for bound in final]))
         samples = np.arange(self.samples)
         return _Candidate(

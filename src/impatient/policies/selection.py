@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
-from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
+from impatient.errors import NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
 from impatient.policies.policy import Recorded, features_of
 from impatient.policies.routing import (
@@ -28,7 +27,7 @@ from impatient.policies.routing import (
     check_costs,
     selection_features,
 )
-from impatient.policies.targets import one_target
+from impatient.policies.targets import PRICE, Target
 from impatient.policies.topology import Topology
 
 Reference = Literal["none", "full"]
@@ -112,24 +111,26 @@ def fit_selection(
         *routed* answer; a decision sees all that is known.
     """
     problem = _Problem(recording, node_s, topology, **settings)
-    name, wanted = one_target(
+    target = Target.of(
+        recording,
         time_price=time_price,
         mean_time_s=mean_time_s,
         max_accuracy_loss=max_accuracy_loss,
     )
-    if not (math.isfinite(wanted) and (wanted > 0 or (name != "mean_time_s" and wanted == 0))):
-        raise PolicyError(f"{name}={wanted}; expected a positive finite number.")
-    best = problem.solve(wanted) if name == "time_price" else _search(problem, name, wanted)
-    if name != "time_price" and not best.policy.decisions:
-        warnings.warn(
-            (
-                f"with {name}={wanted:g} nothing is decided: all samples take one way. Allow a larger "
-                f"loss, or other networks."
-            ),
-            NoEffectWarning,
-            stacklevel=2,
-        )
-    return dataclasses.replace(best.policy, target={name: wanted, **best.policy.target})
+    if target.name == PRICE:
+        best = problem.solve(target.wanted)
+    else:
+        found = target.search(problem.solve, problem.prices(16), 8)
+        best = target.best([point for _, point in found] + problem.one_way())
+        if not best.policy.decisions:
+            warnings.warn(
+                f"with {target.name}={target.wanted:g} nothing is decided: all samples take one "
+                f"way. Allow a larger loss, or other networks.",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+    reached = {target.name: target.wanted, **best.policy.target}
+    return dataclasses.replace(best.policy, target=reached)
 
 
 def sweep_selection(
@@ -193,41 +194,6 @@ def decision_time_s(
     return float(np.mean(times)) if times else 0.0
 
 
-def _search(problem: _Problem, name: str, wanted: float, steps: int = 8) -> SelectionPoint:
-    """Policies over a grid of prices, then by bisection at the price where the target is crossed;
-    and one way for all.
-    """
-    floor = problem.accuracy(len(problem.node_s) - 1) - wanted - 1e-12
-
-    def dear_enough(point: SelectionPoint) -> bool:
-        return point.mean_time_s <= wanted if name == "mean_time_s" else point.accuracy < floor
-
-    grid = problem.prices(16)
-    found = [(price, problem.solve(price)) for price in grid]
-    below = max((price for price, point in found if not dear_enough(point)), default=grid[0])
-    above = min(
-        (price for price, point in found if dear_enough(point) and price > below), default=grid[-1]
-    )
-    for _ in range(steps):
-        middle = math.sqrt(below * above) if below > 0 else above / 2
-        found.append((middle, problem.solve(middle)))
-        below, above = (below, middle) if dear_enough(found[-1][1]) else (middle, above)
-    points = [point for _, point in found] + problem.one_way()
-    if name == "max_accuracy_loss":
-        return min(
-            (p for p in points if p.accuracy >= floor),
-            key=lambda point: (point.mean_time_s, -point.accuracy),
-        )
-    within = [point for point in points if point.mean_time_s <= wanted]
-    if not within:
-        raise InfeasibleTarget(
-            f"mean_time_s={wanted:g} cannot be reached: the first network alone takes "
-            f"{problem.node_s[problem.order[0]]:g}. "
-            "Ask for at least that, or put a faster network first."
-        )
-    return max(within, key=lambda point: (point.accuracy, -point.mean_time_s))
-
-
 @dataclass(frozen=True, slots=True)
 class _Fitted:
     """A node's decision on the samples of the recording, from all of `offered`."""
@@ -240,98 +206,66 @@ class _Fitted:
     cost: Float[Tensor, "N"]
 
 
+@dataclass(eq=False)
 class _Problem:
     """One recording, its features and losses, for any price."""
 
-    def __init__(
-        self,
-        recording: Recorded,
-        node_s: Sequence[float],
-        topology: Topology,
-        *,
-        reference: Reference = "none",
-        losses: Float[Tensor, "K N"] | None = None,
-        learner: Learner = "logistic",
-        method: Method = "filter_tree",
-        gate_s: float = 0.0,
-        sweeps: int = 0,
-        inputs: Inputs = "path",
-        pooled: bool = False,
-        seed: int = 0,
-    ) -> None:
+    recording: Recorded
+    times_s: Sequence[float]
+    topology: Topology
+    reference: Reference = "none"
+    losses: Float[Tensor, "K N"] | None = None
+    learner: Learner = "logistic"
+    method: Method = "filter_tree"
+    gate_s: float = 0.0
+    sweeps: int = 0
+    inputs: Inputs = "path"
+    pooled: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        recording = self.recording
+        topology = self.topology
         self.count, self.samples = recording.outputs.shape[:2]
         if self.count != len(topology.nodes):
             raise PolicyError(
                 f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}."
             )
-        check_costs(node_s, topology, gate_s)
-        checks.at_least(PolicyError, 0, sweeps=sweeps)
-        self.blank = SelectionPolicy(
-            topology=topology,
-            moves=((STOP,),) * self.count,
-            decisions={},
-            node_s=tuple(float(time) for time in node_s),
-            gate_s=float(gate_s),
-            inputs=inputs,
-            pooled=pooled,
-            split=recording.split,
-            provenance=recording.provenance,
-        )
-        self.node_s = self.blank.node_s
-        self.gate_s = float(gate_s)
-        self.sweeps = sweeps
-        self.learner = learner
-        self.method = method
-        self.seed = seed
-        self.topology = topology
+        check_costs(self.times_s, topology, self.gate_s)
+        checks.at_least(PolicyError, 0, sweeps=self.sweeps)
+        self.node_s = tuple(map(float, self.times_s))
         self.order = topology.order()
         self.errors = (recording.outputs.argmax(-1) != recording.labels).double()
-        self.losses = reference_losses(
-            self.errors if losses is None else losses.double(), reference
-        )
-        if self.losses.shape != self.errors.shape:
+        given = self.errors if self.losses is None else self.losses.double()
+        self.lost = reference_losses(given, self.reference)
+        if self.lost.shape != self.errors.shape:
             raise PolicyError(
-                f"losses of shape {tuple(self.losses.shape)}; expected {tuple(self.errors.shape)}."
+                f"losses of shape {tuple(self.lost.shape)}; expected {tuple(self.errors.shape)}."
             )
-        own = features_of(recording) if pooled else (None,) * self.count
-        self.features = {
-            node: selection_features(
-                [
-                    recording.outputs[k]
-                    for k in (topology.known(node) if inputs == "path" else (node,))
-                ],
-                own[node],
-            )
-            for node in self.order
-            if topology.moves(node)
-        }
-
-    def accuracy(self, node: int) -> float:
-        return 1.0 - float(self.errors[node].mean())
+        own = features_of(recording) if self.pooled else (None,) * self.count
+        self.features = {}
+        for node in self.order:
+            if topology.moves(node):
+                known = topology.known(node) if self.inputs == "path" else (node,)
+                seen = [recording.outputs[k] for k in known]
+                self.features[node] = selection_features(seen, own[node])
 
     def prices(self, count: int) -> tuple[float, ...]:
         # beyond the last even the largest loss spared for sure is not worth the fastest network
-        worth = float(self.losses.max() - self.losses.min()) or 1.0
-        return (
-            0.0,
-            *np.geomspace(
-                1e-4 * worth / max(self.node_s), 1.1 * worth / min(self.node_s), count
-            ).tolist(),
-        )
+        worth = float(self.lost.max() - self.lost.min()) or 1.0
+        low = 1e-4 * worth / max(self.node_s)
+        high = 1.1 * worth / min(self.node_s)
+        return (0.0, *np.geomspace(low, high, count).tolist())
 
     def solve(self, price: float) -> SelectionPoint:
         """The policy for a price; of several sweeps the one of least cost."""
-        if not (math.isfinite(price) and price >= 0):
-            raise PolicyError(
-                f"time_price={price}; expected a finite number of loss units per second, not "
-                f"negative."
-            )
+        checks.not_negative(PolicyError, time_price=price)
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
         found = []
         for _ in range(1 + self.sweeps):
             fitted, visited = self._pruned(price, arrives)
             route = self._route(fitted)
-            found.append((self._mean(self.losses, route) + price * route.mean_time_s, fitted))
+            found.append((self._mean(self.lost, route) + price * route.mean_time_s, fitted))
             # a node that nobody comes to yet keeps all samples, so that it can be found worth a
             # visit
             arrives = torch.where(visited.any(1, keepdim=True), visited.double(), 1.0)
@@ -387,7 +321,7 @@ class _Problem:
         weights: Float[Tensor, "N"],
     ) -> _Fitted:
         going = [price * self.node_s[move] + ahead[move].cost for move in offered if move != STOP]
-        costs = torch.stack([self.losses[node]] * (STOP in offered) + going, dim=1)
+        costs = torch.stack([self.lost[node]] * (STOP in offered) + going, dim=1)
         blind = (costs * weights[:, None]).mean(0)
         # of equals the first: stop
         best = int(blind.argmin())
@@ -440,15 +374,21 @@ class _Problem:
         route = self._route(fitted)
         accuracy = 1.0 - self._mean(self.errors, route)
         mean_s = route.mean_time_s
-        policy = dataclasses.replace(
-            self.blank,
+        policy = SelectionPolicy(
+            topology=self.topology,
             moves=tuple(
                 fitted[node].offered if node in fitted else () for node in range(self.count)
             ),
             decisions={
                 node: entry.decision for node, entry in fitted.items() if entry.decision is not None
             },
+            node_s=self.node_s,
+            gate_s=float(self.gate_s),
+            inputs=self.inputs,
+            pooled=self.pooled,
             time_price=price,
+            split=self.recording.split,
+            provenance=self.recording.provenance,
             target={"mean_cost": mean_s, "accuracy": accuracy, "samples": float(self.samples)},
         )
         return SelectionPoint(policy=policy, mean_time_s=mean_s, accuracy=accuracy)
