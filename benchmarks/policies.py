@@ -19,7 +19,7 @@ from sweep import even_costs, random_recording
 from impatient.costs import CostProfile
 from impatient.evaluation import Recording
 from impatient.policies import GatePolicy, Topology, sweep_gates, sweep_selection
-from impatient.policies.gates import exit_times_s, exits_of_many
+from impatient.policies.gates import exit_times_s
 from impatient.policies.selection import SelectionPoint
 
 
@@ -37,7 +37,9 @@ def judge_gates(
     samples = torch.arange(len(recording.labels))
     return [
         (float(hits[exits, samples].mean()), float(exit_times_s(policy, costs)[exits].mean()))
-        for policy, exits in zip(policies, exits_of_many(policies, recording), strict=True)
+        for policy, exits in zip(
+            policies, GatePolicy.exits_of_each(policies, recording), strict=True
+        )
     ]
 
 

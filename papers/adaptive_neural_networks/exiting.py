@@ -17,7 +17,7 @@ from impatient import CostProfile, Recording, ThresholdPolicy, fit_thresholds
 from impatient.errors import NoEffectWarning
 from impatient.policies import scaled_family, sweep_gates, threshold_family
 from impatient.policies.costsensitive import Learner
-from impatient.policies.gates import GatePolicy, Inputs, exit_times_s, exits_of_many
+from impatient.policies.gates import GatePolicy, Inputs, exit_times_s
 from impatient.store import from_plain
 from papers.adaptive_neural_networks.curves import (
     Point,
@@ -163,7 +163,7 @@ def gates(
     samples = torch.arange(len(judged.labels))
     hits = judged.hits().double()
     points = []
-    for entry, exits in zip(swept, exits_of_many(policies, judged), strict=True):
+    for entry, exits in zip(swept, GatePolicy.exits_of_each(policies, judged), strict=True):
         seconds = exit_times_s(entry.policy, costs)[exits]
         points.append(
             (entry.policy, Point(entry.mean_time_s, entry.accuracy, seconds, hits[exits, samples]))

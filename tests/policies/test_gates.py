@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
 from impatient.files import write_tensors
 from impatient.policies.gate_fitting import GateTimes, backward, fit_gates, stop_gain, sweep_gates
-from impatient.policies.gates import GatePolicy, exits_of_many, gate_time_s
+from impatient.policies.gates import GatePolicy, gate_time_s
 from impatient.policies.mixing import MixedPolicy, hull_of, lower_hull, mix, neighbours
 from impatient.policies.risk import threshold_family
 from impatient.policies.scores import confidence_features
@@ -492,10 +492,11 @@ def test_many_policies_are_asked_at_once(sweep):
     policies.append(
         fit_gates(with_features(drawn(200, seed=17)), COSTS, time_price=0.2, inputs="both")
     )
-    assert exits_of_many(policies, fresh).tolist() == [
+    asked = GatePolicy.exits_of_each(policies, fresh)
+    assert [exits.tolist() for exits in asked] == [
         policy.exits_on(fresh).tolist() for policy in policies
     ]
-    assert exits_of_many([], fresh).shape == (0, 200)
+    assert list(GatePolicy.exits_of_each([], fresh)) == []
 
 
 @settings(max_examples=60, deadline=None)

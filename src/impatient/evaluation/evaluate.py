@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.budgets import Budget, deepest_for_some, exit_weights, standard
+from impatient.budgets import Budget, standard
 from impatient.costs import Cost, CostProfile, Mode, Statistic
 from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.metrics import (
@@ -22,8 +22,8 @@ from impatient.evaluation.metrics import (
     true_label_probabilities,
 )
 from impatient.evaluation.recording import Recording
-from impatient.policies.outcome import Outcome
-from impatient.policies.policy import Policy, check_policy
+from impatient.policies.outcome import Outcome, as_doubles, expected_hits
+from impatient.policies.policy import Policy, check_exits, check_policy
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
@@ -169,25 +169,29 @@ def evaluate(
         StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of
             other data.
     """
-    named = (
-        dict(policies or {})
-        if isinstance(policies, Mapping) or policies is None
-        else {"policy": policies}
-    )
+    named = {} if policies is None else policies
+    if not isinstance(named, Mapping):
+        named = {"policy": named}
     for name, policy in named.items():
         check_judged(name, policy, recording)
-    if recording.outputs.shape[0] != costs.num_exits:
-        raise RecordingError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
-            f"{costs.num_exits}."
-        )
-    others = dict(static or {})
-    for other in (exit_free, *(entry.recording for entry in others.values())):
-        if other is not None:
-            _check_same_split(other, recording)
-    judge = _Judge(recording, costs, statistic, batch_size, exit_free, same_weights, others)
+    check_exits(RecordingError, recording, costs)
+    options: _Options = {"statistic": statistic, "batch_size": batch_size}
+    untouched = functools.partial(
+        StaticBaseline,
+        time_s=costs.exit_free("time", **options),
+        macs=costs.exit_free("macs"),
+    )
+    once: dict[str, tuple[Kind, StaticBaseline]] = {}
+    if same_weights:
+        once["no exits, same weights"] = ("exit_free", untouched(recording=recording))
+    if exit_free is not None:
+        once["no exits, trained alone"] = ("exit_free", untouched(recording=exit_free))
+    once |= {name: ("static", other) for name, other in (static or {}).items()}
+    for _, other in once.values():
+        _check_same_split(other.recording, recording)
+    judge = _Judge(recording, costs, once, options)
     distributions = (
-        dict(budgets) if budgets is not None else standard_budgets(judge.interruptible_s)
+        standard_budgets(costs.interruptible_s(**options)) if budgets is None else dict(budgets)
     )
     rows = [
         *judge.exits(),
@@ -250,6 +254,11 @@ def _check_same_split(other: Recording, recording: Recording) -> None:
         )
 
 
+class _Options(TypedDict):
+    statistic: Statistic
+    batch_size: int
+
+
 class _Judge:
     """Outcomes of one recording under one cost profile."""
 
@@ -257,108 +266,73 @@ class _Judge:
         self,
         recording: Recording,
         costs: CostProfile,
-        statistic: Statistic,
-        batch_size: int,
-        exit_free: Recording | None,
-        same_weights: bool,
-        static: Mapping[str, StaticBaseline],
+        once: Mapping[str, tuple[Kind, StaticBaseline]],
+        options: _Options,
     ) -> None:
-        self.costs = costs
-        self.options = {"statistic": statistic, "batch_size": batch_size}
         self.recording = recording
+        self.costs = costs
+        # networks that answer once
+        self.once = once
+        self.options = options
         self.count = costs.num_exits
-        self.hits: Float[Tensor, "K N"] = recording.hits()
-        self.confidence: Float[Tensor, "K N"] = recording.outputs.softmax(-1).amax(-1)
-        self.true = true_label_probabilities(recording.outputs, recording.labels)
-        self.interruptible_s = costs.interruptible_s(**self.options)  # type: ignore[arg-type]
-        self.contract_s = costs.contract_s(**self.options)  # type: ignore[arg-type]
-        self.macs = costs.cumulative_macs("contract")
-        # kind, outputs, seconds, MACs
-        self.once: dict[str, tuple[Kind, Float[Tensor, "N C"], float, float]] = {}
-        whole = self._exit_free("time"), self._exit_free("macs")
-        if same_weights:
-            self.once["no exits, same weights"] = "exit_free", recording.outputs[-1], *whole
-        if exit_free is not None:
-            self.once["no exits, trained alone"] = "exit_free", exit_free.outputs[-1], *whole
-        for name, other in static.items():
-            self.once[name] = "static", other.recording.outputs[-1], other.time_s, other.macs
         self.samples = torch.arange(len(recording.labels))
+        self.hits: Float[Tensor, "K N"] = recording.hits()
+        self.judged = _judged(recording.outputs, recording.labels)
+        # of each exit: interruptible seconds, contract seconds, multiply-accumulates
+        self.exit_costs = [
+            as_doubles(costs.interruptible_s(**options)),
+            as_doubles(costs.contract_s(**options)),
+            as_doubles(costs.cumulative_macs("contract")),
+        ]
         # once they are judged
         self.policies: dict[str, Policy] = {}
 
     def exits(self) -> list[Row]:
+        """Judge every exit."""
         return [
             self._row_of_exits(f"exit {k}", "exit", torch.full_like(self.samples, k))
             for k in range(self.count)
         ]
 
     def policy(self, name: str, policy: Policy) -> Row:
+        """Judge a policy, and keep it for `under_budgets`."""
         self.policies[name] = policy
         done = self._outcome(policy, "time")
-        return self._row(name, "policy", done.exits, done.spent_s(), done.contract_s, done.macs)
-
-    def _outcome(self, policy: Policy, cost: Cost) -> Outcome:
-        return policy.outcome(self.recording, self.costs, cost=cost, **self.options)  # type: ignore[arg-type]
+        return self._row(name, "policy", done.exits, (done.spent_s(), done.contract_s, done.macs))
 
     def references(self) -> list[Row]:
-        # the first exit that is right; 0, the cheapest, when none is
-        right = self.hits.argmax(0)
-        return [
-            *(self._once(name) for name in self.once),
-            self._row_of_exits("oracle", "oracle", right),
+        """Judge the networks that answer once, and the oracle."""
+        shares = (*(0.0,) * (self.count - 1), 1.0)
+        labels = self.recording.labels
+        rows = [
+            _row(
+                name,
+                kind,
+                _judged(other.recording.outputs[-1:], labels)[:, 0],
+                (other.time_s, other.time_s, other.macs),
+                shares,
+            )
+            for name, (kind, other) in self.once.items()
         ]
+        # the first exit that is right; 0, the cheapest, when none is
+        return [*rows, self._row_of_exits("oracle", "oracle", self.hits.argmax(0))]
 
-    def _once(self, name: str) -> Row:
-        kind, outputs, time_s, macs = self.once[name]
-        hits = outputs.argmax(-1) == self.recording.labels
-        confidence = outputs.softmax(-1).amax(-1)
-        return Row(
-            name=name,
-            kind=kind,
-            accuracy=proportion(float(hits.sum()), len(hits)),
-            interruptible_s=time_s,
-            contract_s=time_s,
-            macs=macs,
-            calibration_error=expected_calibration_error(confidence, hits),
-            shares=(*(0.0,) * (self.count - 1), 1.0),
-            p_true=mean_share(true_label_probabilities(outputs[None], self.recording.labels)[0]),
-        )
+    def _outcome(self, policy: Policy, cost: Cost) -> Outcome:
+        return policy.outcome(self.recording, self.costs, cost=cost, **self.options)
 
     def _row_of_exits(self, name: str, kind: Kind, exits: Int[Tensor, "N"]) -> Row:
-        """Where the exit alone decides what a sample costs."""
-        costs = (self.interruptible_s, self.contract_s, self.macs)
-        return self._row(
-            name,
-            kind,
-            exits,
-            *(torch.tensor(values, dtype=torch.float64)[exits] for values in costs),
-        )
+        """Judge what costs no more than the exit that answers."""
+        return self._row(name, kind, exits, [cost[exits] for cost in self.exit_costs])
 
     def _row(
-        self,
-        name: str,
-        kind: Kind,
-        exits: Int[Tensor, "N"],
-        interruptible_s: Float[Tensor, "N"],
-        contract_s: Float[Tensor, "N"],
-        macs: Float[Tensor, "N"],
+        self, name: str, kind: Kind, exits: Int[Tensor, "N"], costs: Sequence[Float[Tensor, "N"]]
     ) -> Row:
-        hits = self.hits[exits, self.samples]
-        confidence = self.confidence[exits, self.samples]
         shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
-        return Row(
-            name=name,
-            kind=kind,
-            accuracy=proportion(float(hits.sum()), len(hits)),
-            interruptible_s=float(interruptible_s.mean()),
-            contract_s=float(contract_s.mean()),
-            macs=float(macs.mean()),
-            calibration_error=expected_calibration_error(confidence, hits.bool()),
-            shares=tuple(shares.tolist()),
-            p_true=mean_share(self.true[exits, self.samples]),
-        )
+        means = [float(cost.mean()) for cost in costs]
+        return _row(name, kind, self.judged[:, exits, self.samples], means, shares.tolist())
 
     def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
+        """Judge all under every distribution of budgets."""
         ways = {cost: self._ways(cost) for cost in {budget.cost for budget in budgets.values()}}
         return [
             BudgetRow(budget=budget_name, name=name, accuracy=mean_share(of(budget)))
@@ -367,48 +341,64 @@ class _Judge:
         ]
 
     def _ways(self, cost: Cost) -> dict[str, Callable[[Budget], Float[Tensor, "N"]]]:
-        """By name, what gives each sample's probability of a right answer under a budget of this
-        cost.
-        """
+        """By name, a function from a budget of this cost to each sample's expected hit."""
+
+        def of(costs: Sequence[float], hits: Tensor) -> Callable[[Budget], Float[Tensor, "N"]]:
+            return functools.partial(expected_hits, costs_s=costs, hits=hits)
+
         interruptible, contract = (
-            self.costs.cumulative(cost, mode, **self.options)  # type: ignore[arg-type]
-            for mode in get_args(Mode)
+            self.costs.cumulative(cost, mode, **self.options) for mode in get_args(Mode)
         )
-        best_so_far = self.hits[self._best_so_far(contract)]
-        ways: dict[str, Callable[[Budget], Float[Tensor, "N"]]] = {
-            "interruptible": functools.partial(_expected, hits=self.hits, cost=interruptible),
-            "contract": functools.partial(_expected, hits=self.hits, cost=contract),
-            "static oracle": functools.partial(_expected, hits=best_so_far, cost=contract),
+        ways = {
+            "interruptible": of(interruptible, self.hits),
+            "contract": of(contract, self.hits),
+            "static oracle": of(contract, self.hits[self._best_so_far(contract)]),
         }
         for name, policy in self.policies.items():
             ways[name] = functools.partial(self._outcome(policy, cost).expected, hits=self.hits)
-        for name, (kind, outputs, time_s, macs) in self.once.items():
-            known = {"time": time_s, "macs": macs} | (
-                {cost: self._exit_free(cost)} if kind == "exit_free" else {}
-            )
+        for name, (kind, other) in self.once.items():
+            known = {"time": other.time_s, "macs": other.macs}
+            if kind == "exit_free":
+                known[cost] = self.costs.exit_free(cost, **self.options)
             if cost in known:
-                hits = (outputs.argmax(-1) == self.recording.labels).float()[None]
-                ways[name] = functools.partial(_expected, hits=hits, cost=(known[cost],))
+                ways[name] = of((known[cost],), other.recording.hits()[-1:])
         return ways
 
-    def _exit_free(self, cost: Cost) -> float:
-        return self.costs.exit_free(cost, **self.options)  # type: ignore[arg-type]
-
     def _best_so_far(self, cost: Sequence[float]) -> list[int]:
-        """For each exit, the most accurate one that costs no more: what one who knows budget and
-        accuracies picks.
+        """For each exit, the most accurate one that costs no more.
+
+        That is what one who knows the budget and all accuracies picks.
         """
         accuracy = self.hits.mean(1).tolist()
         affordable = [[k for k in range(self.count) if cost[k] <= most] for most in cost]
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 
 
-def _expected(
-    budget: Budget, cost: Sequence[float], hits: Float[Tensor, "K N"]
-) -> Float[Tensor, "N"]:
-    """Per sample, the probability of a right answer in time, which is that of the deepest exit that
-    fits.
-    """
-    kept = list(deepest_for_some(cost))
-    weights = torch.tensor(exit_weights(budget, [cost[exit] for exit in kept]), dtype=torch.float64)
-    return (weights[:, None] * hits[kept].double()).sum(0)
+def _judged(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]) -> Float[Tensor, "3 K N"]:
+    """Whether answers are right, how sure they are, and the probability of the truth."""
+    right = (outputs.argmax(-1) == labels).float()
+    confidence = outputs.softmax(-1).amax(-1)
+    return torch.stack([right, confidence, true_label_probabilities(outputs, labels)])
+
+
+def _row(
+    name: str,
+    kind: Kind,
+    judged: Float[Tensor, "3 N"],
+    costs: Sequence[float],
+    shares: Sequence[float],
+) -> Row:
+    """A row, of interruptible seconds, contract seconds and multiply-accumulates among others."""
+    right, confidence, p_true = judged
+    interruptible_s, contract_s, macs = costs
+    return Row(
+        name=name,
+        kind=kind,
+        accuracy=proportion(float(right.sum()), len(right)),
+        interruptible_s=interruptible_s,
+        contract_s=contract_s,
+        macs=macs,
+        calibration_error=expected_calibration_error(confidence, right.bool()),
+        shares=tuple(shares),
+        p_true=mean_share(p_true),
+    )

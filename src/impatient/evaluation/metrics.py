@@ -58,10 +58,19 @@ def mean_share(values: Float[Tensor, "N"]) -> Estimate:
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
 
 
+def check_labels(labels: Int[Tensor, "N"], classes: int) -> None:
+    """Raise RecordingError unless every label is one of the classes."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise RecordingError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {classes} outputs."
+        )
+
+
 def class_probabilities(
     outputs: Float[Tensor, "K N C"], classes: Int[Tensor, "N"]
 ) -> Float[Tensor, "K N"]:
     """Probability that each exit gives to one class of each sample."""
+    check_labels(classes, outputs.shape[2])
     places = classes.expand(outputs.shape[:2])[..., None]
     # only the class in question is divided by the sum: a softmax over all would write everything
     # once more
@@ -90,11 +99,6 @@ def true_label_probabilities(
         tensor([[0.7000, 0.3000],
                 [0.9000, 0.6000]])
     """
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
-        raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
-            f"outputs."
-        )
     return class_probabilities(outputs, labels.long())
 
 
@@ -149,11 +153,6 @@ def largest_falls(
         tensor([0.2000])
     """
     classes_N = outputs[-1].argmax(-1) if labels is None else labels.long()
-    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < outputs.shape[2]:
-        raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {outputs.shape[2]} "
-            f"outputs."
-        )
     probabilities_KN = class_probabilities(outputs, classes_N)
     return (probabilities_KN.cummax(0).values - probabilities_KN).amax(0)
 

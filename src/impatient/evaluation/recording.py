@@ -13,6 +13,7 @@ from torch import Tensor
 
 from impatient.anytime import Network, check_network
 from impatient.errors import RecordingError
+from impatient.evaluation.metrics import check_labels
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
 
@@ -63,12 +64,7 @@ class Recording(Stored, made_by="`impatient record`"):
                     f"weights, or train again "
                     "with a lower learning rate."
                 )
-        classes = self.outputs.shape[2]
-        if int(self.labels.min()) < 0 or int(self.labels.max()) >= classes:
-            raise RecordingError(
-                f"labels go from {int(self.labels.min())} to {int(self.labels.max())} for "
-                f"{classes} outputs."
-            )
+        check_labels(self.labels, self.outputs.shape[2])
 
     def hits(self) -> Float[Tensor, "K N"]:
         """1 where an exit is right, else 0."""

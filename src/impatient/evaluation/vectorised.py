@@ -19,8 +19,8 @@ from impatient.costs import CostProfile, Statistic
 from impatient.errors import RecordingError
 from impatient.evaluation.evaluate import check_judged
 from impatient.evaluation.recording import Recording
+from impatient.policies.policy import check_exits
 from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES, ScoreName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,24 +108,18 @@ def judge_policies(
         StaleInput: if a policy was fitted on another network's recording.
         PolicyError, RecordingError: if numbers of exits differ.
     """
-    if recording.outputs.shape[0] != costs.num_exits:
-        raise RecordingError(
-            f"the recording has {recording.outputs.shape[0]} exits, the cost profile "
-            f"{costs.num_exits}."
-        )
+    check_exits(RecordingError, recording, costs)
     for index, policy in enumerate(policies):
         check_judged(str(index), policy, recording)
     samples = len(recording.labels)
-    hits = recording.hits().bool().numpy()
-    # exit by exit, which is how policies score, and less memory
-    scores = {
-        name: np.stack([SCORES[name](output).numpy() for output in recording.outputs])
-        for name in _names(policies)
-    }
+    rows = np.arange(samples)
+    hits = recording.hits().numpy()
     leaving = np.zeros((len(policies), costs.num_exits))
     right = np.zeros(len(policies))
-    for row, policy in enumerate(policies):
-        leaving[row], right[row] = _outcome(scores[policy.score], hits, policy)
+    for row, answering in enumerate(ThresholdPolicy.exits_of_each(policies, recording)):
+        exits = answering.numpy()
+        leaving[row] = np.bincount(exits, minlength=costs.num_exits)
+        right[row] = hits[exits, rows].sum()
     shares = leaving / samples
 
     @functools.cache
@@ -148,28 +142,3 @@ def judge_policies(
         macs=torch.from_numpy(macs),
         shares=torch.from_numpy(shares),
     )
-
-
-def _names(policies: Sequence[ThresholdPolicy]) -> list[ScoreName]:
-    return sorted({policy.score for policy in policies})
-
-
-def _outcome(
-    scores_KN: np.ndarray, hits_KN: np.ndarray, policy: ThresholdPolicy
-) -> tuple[list[int], int]:
-    """How many samples leave at each exit, and how many of all are right when they do."""
-    # as torch compares a float32 tensor with a number
-    bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float().numpy()
-    # samples that have not left yet
-    here = np.ones(scores_KN.shape[1], dtype=bool)
-    counts = [0] * len(bounds)
-    right = 0
-    for exit in range(len(bounds)):
-        if not policy.looks_at(exit):
-            continue
-        last = exit == len(bounds) - 1
-        going = here.copy() if last else here & (scores_KN[exit] >= bounds[exit])
-        counts[exit] = int(np.count_nonzero(going))
-        right += int(np.count_nonzero(going & hits_KN[exit]))
-        here ^= going
-    return counts, right

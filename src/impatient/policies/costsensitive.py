@@ -92,13 +92,13 @@ class Decision:
 
     def choose(self, features: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
         """The action for each sample, on the device of the features."""
+        if self.constant is not None:
+            return torch.full((len(features),), self.constant, device=features.device)
         if features.shape[1] != len(self.mean):
             raise PolicyError(
                 f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit "
-                f"it anew."
+                f"it again."
             )
-        if self.constant is not None:
-            return torch.full((len(features),), self.constant, device=features.device)
         scores = self.scores(features)
         if self.root == REGRESSION:
             return scores.argmin(1).to(features.device)

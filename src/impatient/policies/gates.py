@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -160,53 +160,31 @@ class GatePolicy(Policy):
             return torch.full((len(given),), action == STOP, device=given.device)
         return gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP
 
-    def exits_of(
-        self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
-    ) -> Int[Tensor, "N"]:
-        """The exit that answers each recorded sample."""
-        return _exits([self], outputs, features)[0]
-
     @classmethod
-    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
-        """The exits under each of several policies; what gates see is worked out once for all."""
-        return exits_of_many(policies, recording)
+    def exits_of_each(
+        cls, policies: Sequence[Self], recording: Recorded
+    ) -> Iterator[Int[Tensor, "N"]]:
+        """Give the exits under each policy; what gates look at is computed once for all."""
+        outputs = recording.outputs
+        pooled = features_of(recording) if any(part.needs_features for part in policies) else ()
+
+        @functools.cache
+        def seen(inputs: Inputs, exit: int) -> Tensor:
+            return gate_inputs(inputs, pooled[exit] if pooled else None, outputs[exit]).double()
+
+        for policy in policies:
+            policy._check_count(len(outputs))
+            exits = torch.full((outputs.shape[1],), len(policy.gates))
+            # so that the first exit has the last word
+            for exit, gate in reversed(list(enumerate(policy.gates))):
+                if gate is not None:
+                    exits[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
+            yield exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each
         """The policy in words."""
         rules = ("closed" if gate is None else "gate" for gate in self.gates)
         return Description(looks_at=f"{self.inputs} ({self.learner})", rules=(*rules, "always"))
-
-
-def exits_of_many(policies: Sequence[GatePolicy], recording: Recorded) -> Int[Tensor, "P N"]:
-    """The exits at which each recorded sample stops under each policy; what the gates look at is
-    worked out once for all.
-
-    Raises:
-        PolicyError: if gates look at features and the recording has none.
-    """
-    wanted = any(policy.needs_features for policy in policies)
-    return _exits(policies, recording.outputs, features_of(recording) if wanted else ())
-
-
-def _exits(
-    policies: Sequence[GatePolicy], outputs: Float[Tensor, "K N C"], pooled: Sequence[Tensor]
-) -> Int[Tensor, "P N"]:
-    last = len(outputs) - 1
-
-    @functools.cache
-    def seen(inputs: Inputs, exit: int) -> Tensor:
-        return gate_inputs(inputs, pooled[exit] if pooled else None, outputs[exit]).double()
-
-    exits_PN = torch.full((len(policies), outputs.shape[1]), last)
-    for policy, exits_N in zip(policies, exits_PN, strict=True):
-        policy._check_count(last + 1)
-        # so that the first exit has the last word
-        for exit, gate in reversed(list(enumerate(policy.gates))):
-            if gate is not None and gate.constant is None:
-                exits_N[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
-            elif gate is not None and gate.constant == STOP:
-                exits_N[:] = exit
-    return exits_PN
 
 
 def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:

@@ -13,16 +13,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient import checks
-from impatient.costs import Cost, CostProfile
+from impatient.costs import CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
-from impatient.policies.policy import ANSWER, Description, Policy, Recorded
+from impatient.policies.policy import ANSWER, CombinedPolicy, Description, Policy, Recorded
 from impatient.policies.targets import Reached
-from impatient.provenance import Provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class DrawnPolicy(Policy):
+class DrawnPolicy(CombinedPolicy):
     """Two policies, and which samples of one batch follow which.
 
     Attributes:
@@ -36,40 +35,14 @@ class DrawnPolicy(Policy):
     is_slow: Bool[Tensor, "B"]
 
     @property
-    def num_exits(self) -> int:
-        return self.slow.num_exits
+    def parts(self) -> tuple[Policy, ...]:
+        """Both policies."""
+        return (self.fast, self.slow)
 
     @property
-    def split(self) -> str | None:
-        return self.slow.split or self.fast.split
-
-    @property
-    def provenance(self) -> Provenance | None:
-        return self.slow.provenance or self.fast.provenance
-
-    @property
-    def target(self) -> Mapping[str, float]:
-        return self.slow.target
-
-    @property
-    def cost(self) -> Cost:
-        return self.slow.cost
-
-    @property
-    def routes(self) -> bool:
-        return self.fast.routes or self.slow.routes
-
-    @property
-    def needs_outputs(self) -> bool:
-        return any(policy.needs_outputs for policy, _ in self._parts())
-
-    @property
-    def needs_features(self) -> bool:
-        return any(policy.needs_features for policy, _ in self._parts())
-
-    def looks_at(self, exit: int) -> bool:
-        """Whether a policy that some sample follows is asked; never where a cascade asks it."""
-        return not self.routes and any(policy.looks_at(exit) for policy, _ in self._parts())
+    def asked(self) -> tuple[Policy, ...]:
+        """The policies that some sample follows."""
+        return tuple(policy for policy, _ in self._followed())
 
     def stops(
         self,
@@ -79,7 +52,7 @@ class DrawnPolicy(Policy):
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit."""
         stops = torch.zeros_like(self.is_slow)
-        for policy, mine in self._parts():
+        for policy, mine in self._followed():
             if policy.looks_at(exit):
                 stops |= mine & policy.stops(exit, outputs, pooled).to(mine.device)
         given = outputs if outputs is not None else pooled
@@ -96,7 +69,7 @@ class DrawnPolicy(Policy):
 
     def sees(self, node: int) -> tuple[int, ...]:
         """The networks of a cascade whose outputs are needed to decide at this one."""
-        seen = {known for policy, _ in self._parts() for known in policy.sees(node) or (node,)}
+        seen = {known for policy, _ in self._followed() for known in policy.sees(node) or (node,)}
         return tuple(sorted(seen))
 
     def next_node(
@@ -108,7 +81,7 @@ class DrawnPolicy(Policy):
         """Where samples that have run a network of a cascade go from there."""
         some = next(iter(outputs.values()))
         going = torch.full((len(some),), ANSWER, dtype=torch.long, device=some.device)
-        for policy, mine in self._parts():
+        for policy, mine in self._followed():
             rows = mine.nonzero()[:, 0].to(some.device)
             seen = {known: output[rows] for known, output in outputs.items()}
             features = None if pooled is None else pooled[rows]
@@ -129,21 +102,17 @@ class DrawnPolicy(Policy):
         )
         return fast.where(self.is_slow, slow)
 
-    def full_network(self) -> Policy | None:
-        return self.slow.full_network()
-
     def described(self, exits: Sequence[str]) -> Description:
         """The policy in words."""
-        share = f"{float(self.is_slow.double().mean()):.0%} follow the slower policy"
-        return Description(looks_at=_EITHER, rules=(share, *[""] * (len(exits) - 1)))
+        return _described(float(self.is_slow.double().mean()), exits)
 
-    def _parts(self) -> list[tuple[Policy, Tensor]]:
+    def _followed(self) -> list[tuple[Policy, Tensor]]:
         pairs = [(self.fast, ~self.is_slow), (self.slow, self.is_slow)]
         return [(policy, mine) for policy, mine in pairs if bool(mine.any())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MixedPolicy(Policy):
+class MixedPolicy(CombinedPolicy):
     """For each sample, one of two policies of any kinds, drawn by a seeded coin before its run.
 
     The sample keeps its policy through all exits. Give a mixture of mixtures seeds of their own, or
@@ -170,32 +139,9 @@ class MixedPolicy(Policy):
             )
 
     @property
-    def num_exits(self) -> int:
-        return self.fast.num_exits
-
-    @property
-    def split(self) -> str | None:
-        return self.slow.split or self.fast.split
-
-    @property
-    def provenance(self) -> Provenance | None:
-        return self.slow.provenance or self.fast.provenance
-
-    @property
-    def target(self) -> Mapping[str, float]:
-        return self.slow.target
-
-    @property
-    def cost(self) -> Cost:
-        return self.slow.cost
-
-    @property
-    def routes(self) -> bool:
-        return self.fast.routes or self.slow.routes
-
-    @property
-    def needs_features(self) -> bool:
-        return self.fast.needs_features or self.slow.needs_features
+    def parts(self) -> tuple[Policy, ...]:
+        """Both policies."""
+        return (self.fast, self.slow)
 
     def drawn(self, samples: int, run: int = 0) -> Bool[Tensor, "N"]:
         """Which samples of a run follow `slow`.
@@ -212,10 +158,6 @@ class MixedPolicy(Policy):
             slow=self.slow.for_run(samples, run),
             is_slow=self.drawn(samples, run),
         )
-
-    def looks_at(self, exit: int) -> bool:
-        """Whether either policy is asked at this exit."""
-        return not self.routes and (self.fast.looks_at(exit) or self.slow.looks_at(exit))
 
     def stops(
         self,
@@ -239,16 +181,14 @@ class MixedPolicy(Policy):
         """What it does to a recording, in run 0; see `Policy.outcome`."""
         return self.for_run(len(recording.labels)).outcome(recording, costs, **which)
 
-    def full_network(self) -> Policy | None:
-        return self.slow.full_network()
-
     def described(self, exits: Sequence[str]) -> Description:
         """The policy in words."""
-        share = f"{self.share:.0%} follow the slower policy"
-        return Description(looks_at=_EITHER, rules=(share, *[""] * (len(exits) - 1)))
+        return _described(self.share, exits)
 
 
-_EITHER = "a draw, and either policy"
+def _described(share: float, exits: Sequence[str]) -> Description:
+    rules = [f"{share:.0%} follow the slower policy", *[""] * (len(exits) - 1)]
+    return Description(looks_at="a draw, and either policy", rules=tuple(rules))
 
 
 # --- curves ---------------------------------------------------------------------------------------

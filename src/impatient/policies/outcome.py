@@ -50,11 +50,7 @@ class Outcome:
             rows = (which == number).nonzero()[:, 0]
             exits = way.nonzero()[:, 0]
             costs = self.interruptible_s[rows[0], exits].tolist()
-            kept = list(deepest_for_some(costs))
-            weights = torch.tensor(
-                exit_weights(budget, [costs[place] for place in kept]), dtype=torch.float64
-            )
-            right[rows] = (weights[:, None] * hits[exits[kept]][:, rows].double()).sum(0)
+            right[rows] = expected_hits(budget, costs, hits[exits][:, rows])
         return right
 
     def where(self, is_other: Bool[Tensor, "N"], other: Outcome) -> Outcome:
@@ -70,6 +66,18 @@ class Outcome:
             interruptible_s=pick(self.interruptible_s, other.interruptible_s),
             macs=pick(self.macs, other.macs),
         )
+
+
+def expected_hits(
+    budget: Budget, costs_s: Sequence[float], hits: Float[Tensor, "K N"]
+) -> Float[Tensor, "N"]:
+    """Per sample, the probability of a right answer in time.
+
+    It is that of the deepest exit that fits the budget.
+    """
+    kept = list(deepest_for_some(costs_s))
+    weights = as_doubles(exit_weights(budget, [costs_s[exit] for exit in kept]))
+    return (weights[:, None] * hits[kept].double()).sum(0)
 
 
 def node_times_s(

@@ -19,10 +19,10 @@ from __future__ import annotations
 import abc
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -170,12 +170,10 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         A policy that has no such fields is given back as it is.
         """
         value: Any = self
-        known = {"split": split, "provenance": provenance}
         fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        marked: Policy = self
-        if known.keys() <= {field.name for field in fields}:
-            marked = dataclasses.replace(value, **known)
-        return marked
+        if {"split", "provenance"} <= {field.name for field in fields}:
+            value = dataclasses.replace(value, split=split, provenance=provenance)
+        return cast("Policy", value)
 
     # --- running it -------------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """
         self._check_count(len(outputs))
         done = [
-            self.stops(exit, output, features[exit] if self.needs_features else None)
+            self.stops(exit, output, features[exit] if features else None)
             if self.looks_at(exit)
             else torch.zeros(len(output), dtype=torch.bool, device=output.device)
             for exit, output in enumerate(outputs[:-1])
@@ -258,9 +256,11 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         )
 
     @classmethod
-    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
-        """The exits under each of several policies of this kind."""
-        return torch.stack([policy.exits_on(recording) for policy in policies])
+    def exits_of_each(
+        cls, policies: Sequence[Self], recording: Recorded
+    ) -> Iterator[Int[Tensor, "N"]]:
+        """Give the exits under each of several policies of this kind, one policy after the other."""
+        return (policy.exits_on(recording) for policy in policies)
 
     def outcome(
         self,
@@ -344,6 +344,70 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
 
 _NOTHING: Mapping[str, float] = MappingProxyType({})
+
+
+class CombinedPolicy(Policy):
+    """A policy made of others; the last of its parts speaks for it."""
+
+    __slots__ = ()
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> tuple[Policy, ...]:
+        """The policies it is made of."""
+
+    @property
+    def asked(self) -> tuple[Policy, ...]:
+        """The parts that some sample follows."""
+        return self.parts
+
+    @property
+    def num_exits(self) -> int:
+        """How many exits, or networks, its parts are for."""
+        return self.parts[-1].num_exits
+
+    @property
+    def split(self) -> str | None:
+        """The split on which its last part was fitted, or an earlier one."""
+        return next((part.split for part in reversed(self.parts) if part.split), None)
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Weights and data that its last part belongs to, or an earlier one."""
+        return next((part.provenance for part in reversed(self.parts) if part.provenance), None)
+
+    @property
+    def target(self) -> Mapping[str, float]:
+        """What was asked for when its last part was fitted, and what was reached."""
+        return self.parts[-1].target
+
+    @property
+    def cost(self) -> Cost:
+        """What the target's `mean_cost` is in."""
+        return self.parts[-1].cost
+
+    @property
+    def routes(self) -> bool:
+        """Whether a part chooses the network that comes next."""
+        return any(part.routes for part in self.parts)
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether a part that is asked looks at outputs."""
+        return any(part.needs_outputs for part in self.asked)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a part that is asked looks at pooled features."""
+        return any(part.needs_features for part in self.asked)
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether a part is asked at this exit; never where a cascade asks it."""
+        return not self.routes and any(part.looks_at(exit) for part in self.asked)
+
+    def full_network(self) -> Policy | None:
+        """Return the last part's policy that always gives the last network's answer."""
+        return self.parts[-1].full_network()
 
 
 def check_policy(policy: object) -> None:

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient import checks
-from impatient.costs import Cost, CostProfile
+from impatient.costs import CostProfile
 from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.bounds import (
     betting_p_values,
@@ -40,7 +40,7 @@ from impatient.policies.bounds import (
     waudby_smith_ramdas_bound,
 )
 from impatient.policies.outcome import Outcome
-from impatient.policies.policy import Description, Policy, Recorded, check_policy
+from impatient.policies.policy import CombinedPolicy, Description, Policy, Recorded, check_policy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.scores import SCORES, ScoreName
 from impatient.policies.splits import splits_overlap
@@ -89,9 +89,9 @@ def policy_losses(
 def _answering(candidates: Sequence[Policy], recording: Recorded) -> Int[Tensor, "J N"]:
     """The exit, or the network, that answers; what candidates of one kind share is done once."""
     kinds = {type(policy) for policy in candidates}
-    if len(kinds) == 1:
-        return kinds.pop().exits_of_each(candidates, recording)
-    return torch.stack([policy.exits_on(recording) for policy in candidates])
+    # the base class asks each policy by itself
+    kind = kinds.pop() if len(kinds) == 1 else Policy
+    return torch.stack([*kind.exits_of_each(candidates, recording)])
 
 
 # --- control --------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ _SAID: Mapping[Loss, str] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlledPolicy(Policy):
+class ControlledPolicy(CombinedPolicy):
     """A policy, to be run, judged and saved as any other, and what is known of it.
 
     Attributes:
@@ -175,40 +175,9 @@ class ControlledPolicy(Policy):
     certificate: Certificate
 
     @property
-    def num_exits(self) -> int:
-        return self.policy.num_exits
-
-    @property
-    def split(self) -> str | None:
-        return self.policy.split
-
-    @property
-    def provenance(self) -> Provenance | None:
-        return self.policy.provenance
-
-    @property
-    def target(self) -> Mapping[str, float]:
-        return self.policy.target
-
-    @property
-    def cost(self) -> Cost:
-        return self.policy.cost
-
-    @property
-    def routes(self) -> bool:
-        return self.policy.routes
-
-    @property
-    def needs_outputs(self) -> bool:
-        return self.policy.needs_outputs
-
-    @property
-    def needs_features(self) -> bool:
-        return self.policy.needs_features
-
-    def looks_at(self, exit: int) -> bool:
-        """Whether the policy is asked at this exit."""
-        return self.policy.looks_at(exit)
+    def parts(self) -> tuple[Policy, ...]:
+        """The one policy."""
+        return (self.policy,)
 
     def stops(
         self,
@@ -236,9 +205,6 @@ class ControlledPolicy(Policy):
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
         """What it does to a recording; see `Policy.outcome`."""
         return self.policy.outcome(recording, costs, **which)
-
-    def full_network(self) -> Policy | None:
-        return self.policy.full_network()
 
     def described(self, exits: Sequence[str]) -> Description:
         """The policy in words."""

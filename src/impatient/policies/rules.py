@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -82,21 +82,23 @@ class ThresholdPolicy(Policy):
         return SCORES[self.score](outputs) >= self.thresholds[exit]
 
     @classmethod
-    def exits_of_each(cls, policies: Sequence[Self], recording: Recorded) -> Int[Tensor, "P N"]:
-        """The exits under each of several policies; each score is worked out once for all."""
+    def exits_of_each(
+        cls, policies: Sequence[Self], recording: Recorded
+    ) -> Iterator[Int[Tensor, "N"]]:
+        """Give the exits under each policy; scores are computed once for all."""
         outputs = recording.outputs
 
         @functools.cache
-        def scores(name: ScoreName) -> Float[Tensor, "K N"]:
-            return torch.stack([SCORES[name](output) for output in outputs])
+        def scores(name: ScoreName) -> list[Float[Tensor, "N"]]:
+            return [SCORES[name](output) for output in outputs]
 
-        def of(policy: Self) -> Int[Tensor, "N"]:
+        for policy in policies:
             policy._check_count(len(outputs))
-            # as torch compares float32 with a number
-            bounds = torch.tensor(policy.thresholds, dtype=torch.float64).float()
-            return (scores(policy.score) >= bounds[:, None]).int().argmax(0)
-
-        return torch.stack([of(policy) for policy in policies])
+            exits = torch.full((outputs.shape[1],), policy.num_exits - 1)
+            for exit in reversed(range(policy.num_exits - 1)):
+                if policy.looks_at(exit):
+                    exits[scores(policy.score)[exit] >= policy.thresholds[exit]] = exit
+            yield exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one threshold each
         """The policy in words."""
