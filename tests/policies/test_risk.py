@@ -631,7 +631,7 @@ def test_a_policy_of_other_weights_is_refused():
 
 
 def test_candidates_from_bold_to_safe_are_refused():
-    with pytest.raises(PolicyError, match="from bold to safe"):
+    with pytest.raises(PolicyError, match="from aggressive to conservative"):
         control_risk(FAMILY[::-1], calibration(0), epsilon=0.05)
 
 

@@ -21,8 +21,9 @@ def ensembled(
     temperatures: Sequence[float] | None = None,
     recalibration: Sequence[float] | None = None,
 ) -> Recording:
-    """A recording under a rule: the same outputs as one made with `RunningEnsemble`, without
-    running anything.
+    """Combine the exits of a recording by a rule.
+
+    Outputs are those of a recording made with `RunningEnsemble`, without running anything.
 
     Judge it with the cost profile of the `RunningEnsemble`, in which no head can be skipped. Its
     fingerprints of network and
@@ -46,7 +47,9 @@ def ensembled(
 
 
 def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording:
-    """A recording whose outputs are divided by one temperature per exit (`fit_temperatures`).
+    """Divide the outputs of each exit by a temperature.
+
+    See `fit_temperatures`.
 
     Raises:
         PolicyError: if there are not K positive temperatures.

@@ -77,8 +77,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetRow:
-    """Expected accuracy of one way to answer under one distribution of budgets; no answer in time
-    counts as wrong.
+    """Expected accuracy of one way to answer, under random budgets.
+
+    No answer in time counts as wrong.
     """
 
     budget: str
@@ -122,7 +123,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
     provenance: Provenance
 
     def of(self, kind: Kind) -> tuple[Row, ...]:
-        """The rows of one kind."""
+        """Return the rows of one kind."""
         return tuple(row for row in self.rows if row.kind == kind)
 
     def __getitem__(self, name: str) -> Row:
@@ -216,14 +217,16 @@ def evaluate(
 
 
 def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
-    """The four shapes from 0 to 1.25 times the interruptible cost of the last exit: every way to
+    """Make the four standard shapes of budgets for a network.
+
+    They go from 0 to 1.25 times the interruptible cost of the last exit, so that every way to
     answer may finish.
     """
     return standard(1.25 * interruptible_s[-1])
 
 
 def check_judged(name: str, policy: Policy, recording: Recording) -> None:
-    """Refuse a policy of another network, or one fitted on the recording's own split."""
+    """Refuse a policy of another network, or fitted on this split."""
     check_policy(policy)
     if policy.num_exits != recording.outputs.shape[0]:
         raise PolicyError(
@@ -341,7 +344,7 @@ class _Judge:
         ]
 
     def _ways(self, cost: Cost) -> dict[str, Callable[[Budget], Float[Tensor, "N"]]]:
-        """By name, a function from a budget of this cost to each sample's expected hit."""
+        """Return, by name, what computes expected hits under a budget."""
 
         def of(costs: Sequence[float], hits: Tensor) -> Callable[[Budget], Float[Tensor, "N"]]:
             return functools.partial(expected_hits, costs_s=costs, hits=hits)
@@ -375,7 +378,7 @@ class _Judge:
 
 
 def _judged(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]) -> Float[Tensor, "3 K N"]:
-    """Whether answers are right, how sure they are, and the probability of the truth."""
+    """Compute whether answers are right, how sure, and p(truth)."""
     right = (outputs.argmax(-1) == labels).float()
     confidence = outputs.softmax(-1).amax(-1)
     return torch.stack([right, confidence, true_label_probabilities(outputs, labels)])
@@ -388,7 +391,7 @@ def _row(
     costs: Sequence[float],
     shares: Sequence[float],
 ) -> Row:
-    """A row, of interruptible seconds, contract seconds and multiply-accumulates among others."""
+    """Make a row from its three mean costs."""
     right, confidence, p_true = judged
     interruptible_s, contract_s, macs = costs
     return Row(

@@ -26,7 +26,7 @@ class Estimate:
 
 
 def proportion(hits: float, count: int) -> Estimate:
-    """A share of successes with its Wilson interval.
+    """Estimate a share of successes, with its Wilson interval.
 
     Example:
         >>> estimate = proportion(90, 100)
@@ -44,7 +44,7 @@ def proportion(hits: float, count: int) -> Estimate:
 
 
 def mean(values: Float[Tensor, "N"]) -> Estimate:
-    """Mean of independent values with its normal interval."""
+    """Estimate the mean of independent values, with its normal interval."""
     centre = float(values.double().mean())
     half = (
         Z95 * float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else math.inf
@@ -53,7 +53,10 @@ def mean(values: Float[Tensor, "N"]) -> Estimate:
 
 
 def mean_share(values: Float[Tensor, "N"]) -> Estimate:
-    """Mean of values between 0 and 1; its interval, too, stays between them."""
+    """Estimate the mean of values between 0 and 1.
+
+    Its interval, too, stays between them.
+    """
     found = mean(values)
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
 
@@ -105,8 +108,9 @@ def true_label_probabilities(
 def expected_calibration_error(
     confidence: Float[Tensor, "N"], correct: Bool[Tensor, "N"], bins: int = 15
 ) -> float:
-    """Mean distance between confidence and accuracy over equally wide bins of confidence, weighted
-    by their size.
+    """Compute the mean distance between confidence and accuracy.
+
+    It is over equally wide bins of confidence, weighted by their size.
 
     Source:
         Guo et al. 2017, with their 15 bins.
@@ -120,7 +124,9 @@ def expected_calibration_error(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Monotonicity:
-    """How often, and how far, the probability of a class falls from an exit to a deeper one.
+    """How often, and how far, the probability of a class falls.
+
+    A fall is from an exit to a deeper one.
 
     Attributes:
         tolerances: falls that are still no violation.
@@ -139,8 +145,9 @@ class Monotonicity:
 def largest_falls(
     outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"] | None = None
 ) -> Float[Tensor, "N"]:
-    """Per sample, how far the probability of its class falls at most between two exits, the
-    shallower one first.
+    """Compute how far each sample's probability of its class falls.
+
+    It is the largest fall between two exits, the shallower one first.
 
     Args:
         outputs: of all exits, before softmax.
@@ -163,7 +170,9 @@ def conditional_monotonicity(
     *,
     tolerances: Sequence[float] = (0.01, 0.1, 0.2, 0.33, 0.5),
 ) -> Monotonicity:
-    """Whether going on makes answers better sample by sample, and not only on average.
+    """Measure whether going on makes every sample's answer better.
+
+    Accuracies tell it only on average.
 
     Args:
         outputs: of all exits, before softmax.

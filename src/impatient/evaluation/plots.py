@@ -87,8 +87,9 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """This module's look while figures are made or written; the caller's own settings come back
-    afterwards.
+    """Use this module's look while figures are made or written.
+
+    The caller's own settings come back afterwards.
     """
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         # names may be in any script
@@ -97,8 +98,10 @@ def styled() -> Iterator[None]:
 
 
 def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = None) -> Figure:
-    """Accuracy over time: exits as steps, policies, networks without exits and the oracle as
-    points, with 95 % intervals.
+    """Draw accuracy over time.
+
+    Exits are steps; policies, networks without exits and the oracle are points, with 95 %
+    intervals.
 
     Args:
         budget: name and distribution of the time budgets to draw along the bottom.
@@ -129,7 +132,10 @@ def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = No
 
 
 def exit_shares(evaluation: Evaluation) -> Figure:
-    """Which share of the samples each exit answers, for every policy and the oracle."""
+    """Draw the shares of samples that exits answer.
+
+    There is a bar for every policy and the oracle.
+    """
     rows = [*evaluation.of("policy"), *evaluation.of("oracle")]
     exits = len(evaluation.of("exit"))
     with styled():
@@ -172,8 +178,9 @@ def exit_shares(evaluation: Evaluation) -> Figure:
 
 
 def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
-    """When each stage and each head runs if all of them do, one row per exit, beside the time of
-    the untouched backbone.
+    """Draw when each stage and each head runs if all of them do.
+
+    There is one row per exit, beside the time of the untouched backbone.
     """
     batch = costs.at(batch_size)
     with styled():
@@ -220,7 +227,9 @@ def where_time_goes(costs: CostProfile, batch_size: int = 1) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG or SVG, whole or not at all; figures of equal values give equal bytes.
+    """Write a figure as PNG or SVG, whole or not at all.
+
+    Figures of equal values give equal bytes.
 
     Raises:
         StorageError: if the name ends in neither .png nor .svg, or the file cannot be written.
@@ -244,8 +253,9 @@ def _figure(title: str, height: float) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
-    """A legend below the axes, where it hides nothing; labels that begin with a word of `first`
-    lead.
+    """Put a legend below the axes, where it hides nothing.
+
+    Labels that begin with a word of `first` lead.
     """
     entries = zip(*axes.get_legend_handles_labels(), strict=True)
     rank = {word: place for place, word in enumerate(first)}
@@ -264,8 +274,9 @@ def _legend(figure: Figure, axes: Axes, *first: str, columns: int = 3) -> None:
 
 
 def _clip(axes: Axes, slow_ends: np.ndarray, longest: float) -> None:
-    """End the axis soon after the longest mean: one slow run in a hundred must not squeeze all else
-    to the left.
+    """End the axis soon after the longest mean.
+
+    One slow run in a hundred must not squeeze all else to the left.
     """
     right = min(1.04 * max(float(slow_ends.max()), longest), 1.35 * longest)
     axes.set_xlim(0.0, right)
@@ -282,7 +293,7 @@ def _clip(axes: Axes, slow_ends: np.ndarray, longest: float) -> None:
 
 
 def _limits(axes: Axes, evaluation: Evaluation, budget: tuple[str, Budget] | None) -> float:
-    """Set the scales of the accuracy-time plot; returns the right end, ms."""
+    """Set the scales of accuracy over time, and return the right end, ms."""
     times = [
         time * 1e3
         for row in evaluation.rows
@@ -392,7 +403,10 @@ def _points(axes: Axes, rows: Sequence[Row], times: Sequence[float], **look: Any
 
 
 def _draw_budget(axes: Axes, name: str, budget: Budget) -> None:
-    """Budgets along the bottom: a line for one budget, a histogram for a log, else the density."""
+    """Draw budgets along the bottom.
+
+    One budget is a line, a log a histogram; others show their density.
+    """
     left, right = axes.get_xlim()
     label = f"budgets: {_short(name, 30)}"
     logarithmic = axes.get_xscale() == "log"
@@ -461,7 +475,7 @@ def _ms(parts: Sequence[Any], statistic: str) -> np.ndarray:
 
 
 def _shades(count: int) -> list[str]:
-    """Colours from shallow to deep, each lighter than the one before."""
+    """Choose colours from shallow to deep, each lighter than before."""
     places = np.linspace(0.28, 0.95, count) if count > 1 else [0.5]
     return [_hex(mpl.colormaps["viridis"](place)) for place in places]
 

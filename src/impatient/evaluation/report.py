@@ -62,8 +62,9 @@ class Example:
 def select_examples(
     recording: Recording, policy: Policy, count: int = 8
 ) -> tuple[list[int], list[int]]:
-    """Samples that left first, the surest ahead, and samples that stayed longest, the least sure
-    ahead; none is in both.
+    """Choose samples that left first, and samples that stayed longest.
+
+    The surest of the first and the least sure of the others lead; none is in both.
 
     Returns:
         Two lists of at most `count` indices into the recording.
@@ -81,8 +82,9 @@ def select_examples(
 
 
 def figure_svg(figure: Figure) -> str:
-    """A figure as inline SVG for a page: text stays text, ink and paper follow the page, equal
-    figures give equal text.
+    """Convert a figure to inline SVG for a page.
+
+    Text stays text, ink and paper follow the page, and equal figures give equal text.
     """
     stream = io.StringIO()
     with styled():
@@ -123,8 +125,9 @@ def report_html(
     engines: Mapping[str, tuple[Sequence[PairedComparison], Evaluation]] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> str:
-    """One self-contained page; the same values give the same bytes, and opening it loads nothing
-    from anywhere.
+    """Write one self-contained page.
+
+    The same values give the same bytes, and opening it loads nothing from anywhere.
 
     Args:
         title: of the page.
@@ -242,7 +245,7 @@ def _literal(text: str) -> str:
 
 
 def _against(value: float, reference: float) -> str:
-    """How much less or more than a reference, in words."""
+    """Say how much less or more than a reference."""
     change = value / reference - 1.0 if reference else 0.0
     if abs(change) < 0.005:
         return "as much"
@@ -273,7 +276,7 @@ def _headline(evaluation: Evaluation) -> str:
 
 
 def _policy_line(row: Row, last: Row, free: Row | None) -> str:
-    """What a policy saves in measured time; says so when it saves nothing."""
+    """Say what a policy saves in measured time, or that it saves nothing."""
     points = (row.accuracy.value - last.accuracy.value) * 100
     accuracy = (
         f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
@@ -321,7 +324,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _table(table: Table) -> str:
-    """The first cell of each row names it; kinds of rows are their classes."""
+    """Render a table whose first cells name the rows."""
     shown = table.shown_in("page")
     head = "".join(f'<th scope="col">{_cell(column, "<br>")}</th>' for column in shown.columns)
     body = []
@@ -348,7 +351,7 @@ def _cell(cell: str | Cell | Column, space: str) -> str:
 
 
 def _policies_table(policies: Mapping[str, Policy], exits: Sequence[str]) -> str:
-    """One column per policy, since exits may be many."""
+    """Make a column per policy, since exits may be many."""
     if not policies:
         return ""
     columns = []
@@ -369,7 +372,10 @@ _RULES = (
 
 
 def _target(policy: Policy) -> tuple[str, str, str]:
-    """Where a policy was fitted, what was asked for and what it reached there."""
+    """Say where a policy was fitted, and to what.
+
+    The third text is what it reached there.
+    """
     target = policy.target
     if policy.split is None or not {"mean_cost", "accuracy", "samples"} <= set(target):
         return policy.split or "set by hand", "", ""
@@ -461,17 +467,32 @@ def _origin(source: Provenance, *, machine: bool) -> dict[str, str]:
 _STYLE = """
 :root {
   color-scheme: light dark;
-  --paper: #ffffff; --ink: #22262b; --soft: #5c646d; --line: #d9dde1; --tint: #f3f5f7; --blue: #0072b2;
+  --paper: #ffffff; --ink: #22262b; --soft: #5c646d; --line: #d9dde1; --tint: #f3f5f7;
+  --blue: #0072b2;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #15181c; --ink: #e6e9ec; --soft: #a3abb3; --line: #383e45; --tint: #1e2227; --blue: #3f9bdc; }
+  :root {
+    --paper: #15181c; --ink: #e6e9ec; --soft: #a3abb3; --line: #383e45; --tint: #1e2227;
+    --blue: #3f9bdc;
+  }
 }
-@media print { :root { --paper: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --tint: #f3f3f3; --blue: #0072b2; } }
+@media print {
+  :root {
+    --paper: #ffffff; --ink: #000000; --soft: #444444; --line: #bbbbbb; --tint: #f3f3f3;
+    --blue: #0072b2;
+  }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, "Segoe UI", Roboto, sans-serif;
+}
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 2.75rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
+h2 {
+  font-size: 1.3rem; margin: 2.75rem 0 .5rem; padding-top: .75rem;
+  border-top: 1px solid var(--line);
+}
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 .lead { font-size: 1.1rem; max-width: 48rem; }
 ul.lead { padding-left: 1.2rem; }
@@ -484,8 +505,14 @@ svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .5rem; font-size: .875rem; max-width: min(48rem, calc(100vw - 2.5rem)); }
-th, td { padding: .3rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+caption {
+  text-align: left; padding-bottom: .5rem; font-size: .875rem;
+  max-width: min(48rem, calc(100vw - 2.5rem));
+}
+th, td {
+  padding: .3rem .6rem; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line);
+}
 thead th { vertical-align: bottom; font-weight: 600; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 400; text-align: left; min-width: 7rem; }
 th:first-child { padding-left: 0; text-align: left; }
@@ -493,12 +520,23 @@ td { white-space: nowrap; }
 tr.policy { background: var(--tint); }
 tr.policy th { font-weight: 600; }
 tr.oracle, tr.head { color: var(--soft); }
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .75rem; }
-.examples figure { margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: 6px; font-size: .875rem; }
+.examples {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .75rem;
+}
+.examples figure {
+  margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: 6px;
+  font-size: .875rem;
+}
 .examples .wrong { border: 2px solid #d55e00; }
 .examples figcaption { line-height: 1.3; overflow-wrap: anywhere; }
-.examples img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3px; margin-bottom: .4rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; font-size: .875rem; }
+.examples img {
+  display: block; width: 100%; image-rendering: pixelated; border-radius: 3px;
+  margin-bottom: .4rem;
+}
+dl {
+  display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0;
+  font-size: .875rem;
+}
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
 footer { margin-top: 3rem; font-size: .875rem; }
@@ -517,7 +555,8 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <link rel="icon" href="data:,">

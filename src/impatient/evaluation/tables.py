@@ -1,4 +1,7 @@
-"""Tables of an evaluation and of costs, as data; times in milliseconds."""
+"""Tables of an evaluation and of costs, as data.
+
+Times are in milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -206,7 +209,7 @@ def budget_words(budget: Budget) -> str:
 
 
 def costs_table(costs: CostProfile, batch_size: int) -> Table:
-    """List the measured times of one batch size, stage by stage and head by head."""
+    """List the measured times of stages and heads at one batch size."""
     batch = costs.at(batch_size)
     contract = costs.contract_s(batch_size=batch_size)
     interruptible = costs.interruptible_s(batch_size=batch_size)

@@ -25,7 +25,9 @@ from impatient.policies.rules import ThresholdPolicy
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyOutcomes:
-    """What each of P policies does on one recording; entry p is row p of `evaluate`.
+    """Results of P policies on one recording.
+
+    Entry p is row p of `evaluate`.
 
     Attributes:
         accuracy: share of right answers.
@@ -52,7 +54,7 @@ def expected_accuracies(
     *,
     without_answer: float = 0.0,
 ) -> Float[Tensor, "B"]:
-    """Accuracy of the answer a caller receives, under each of many distributions of budgets.
+    """Compute the accuracy a caller receives under each of many budgets.
 
     Args:
         recording: of the split to judge on; or `recording.hits()`, or any other right (1) or wrong

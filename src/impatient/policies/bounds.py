@@ -1,4 +1,4 @@
-"""Bounds on mean losses, and tests of them, from safe to bold candidates.
+"""Bounds on mean losses, and tests of them, from conservative to aggressive candidates.
 
 `impatient.policies.risk` is what they are for. All work on leading dimensions, so that a thousand
 splits are one call.
@@ -24,7 +24,9 @@ PValues = Callable[[Tensor, float], Tensor]
 
 
 def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Float[Tensor, "*batch"]:
-    """Exact p-values for losses that are 0 or 1: P(Binomial(N, epsilon) <= number of losses).
+    """Compute exact p-values for losses that are 0 or 1.
+
+    They are P(Binomial(N, epsilon) <= number of losses).
 
     Source:
         Learn then Test (Angelopoulos et al. 2021). For such losses this is below Hoeffding's tail,
@@ -44,8 +46,9 @@ def binomial_p_values(losses: Float[Tensor, "*batch N"], epsilon: float) -> Floa
 def hoeffding_bentkus_p_values(
     losses: Float[Tensor, "*batch N"], epsilon: float
 ) -> Float[Tensor, "*batch"]:
-    """P-values for any losses between 0 and 1, from their mean alone: the smaller of Hoeffding's
-    and Bentkus' tails.
+    """Compute p-values for losses from 0 to 1, from their mean alone.
+
+    They are the smaller of Hoeffding's and Bentkus' tails.
 
     Source:
         Learn then Test (Angelopoulos et al. 2021), after Bates et al. 2021 (RCPS).
@@ -71,8 +74,9 @@ def hoeffding_bentkus_p_values(
 def betting_p_values(
     losses: Float[Tensor, "*batch N"], epsilon: float, delta: float = 0.05
 ) -> Float[Tensor, "*batch"]:
-    """P-values for any losses of at most 1, signed ones too: one over the greatest wealth of a
-    bettor against the mean.
+    """Compute p-values for any losses of at most 1, by betting.
+
+    Each is one over the greatest wealth of a bettor against the mean. Losses may be negative.
 
     With stakes s in [0, 1] set from earlier losses, wealth grows by 1 - s (loss - epsilon). This is
     at least 0, since loss - epsilon <= 1, and 1 on average or less where the mean loss is epsilon
@@ -102,8 +106,9 @@ def betting_p_values(
 def waudby_smith_ramdas_bound(
     losses: Float[Tensor, "*batch N"], delta: float = 0.05
 ) -> Float[Tensor, "*batch"]:
-    """Upper confidence bounds on mean losses: the least mean in [0, 1] against which betting wins 1
-    / delta.
+    """Bound mean losses from above, with confidence 1 - delta.
+
+    A bound is the least mean in [0, 1] against which betting wins 1 / delta.
 
     Each holds with probability 1 - delta. It adapts to the variance of the losses, and may be far
     below Hoeffding's.
@@ -150,7 +155,10 @@ def _log_wealth(
     mean: Float[Tensor, "*#batch"],
     stakes: Float[Tensor, "*batch N"],
 ) -> Float[Tensor, "*batch"]:
-    """Greatest logarithm of the wealth on the way; -inf where all was lost at once."""
+    """Find the greatest logarithm of the wealth on the way.
+
+    It is -inf where all was lost at once.
+    """
     return torch.log1p(-stakes * (losses.double() - mean[..., None])).cumsum(-1).amax(-1)
 
 
@@ -164,12 +172,13 @@ def learn_then_test(
     delta: float = 0.05,
     p_values: PValues = hoeffding_bentkus_p_values,
 ) -> Bool[Tensor, "*batch J"]:
-    """Candidates, tested in their order until the first failure, whose mean losses are all at most
-    epsilon: P >= 1 - delta.
+    """Accept candidates in their order until the first fails a test.
+
+    With probability 1 - delta, the mean losses of all that are accepted are at most epsilon.
 
     Args:
-        losses: of J candidates from safe to bold, in an order that these losses had no part in.
-            Need not be monotone.
+        losses: of J candidates from conservative to aggressive, in an order that these losses had
+            no part in. They need not be monotone.
         epsilon: most mean loss allowed.
         delta: probability that any that passes loses more.
         p_values: valid for these losses: `binomial_p_values` (0 or 1), `hoeffding_bentkus_p_values`
@@ -190,16 +199,17 @@ def learn_then_test(
 def conformal_risk_control(
     losses: Float[Tensor, "*batch J N"], *, epsilon: float
 ) -> Bool[Tensor, "*batch J"]:
-    """Candidates of which the last has a mean loss of at most epsilon *in expectation over
-    calibration splits*.
+    """Accept candidates whose mean loss is at most epsilon in expectation.
+
+    The expectation is over calibration splits, for the last one accepted.
 
     No statement with probability 1 - delta: on many splits, up to about half, the one chosen loses
     more than epsilon.
 
     Args:
-        losses: at most 1, of J candidates from safe to bold. A candidate is charged, sample by
-            sample, the greatest loss of those up to it, and at least 0, that of the full network:
-            what comes of it is monotone, as the proof needs it.
+        losses: at most 1, of J candidates from conservative to aggressive. A candidate is charged,
+            sample by sample, the greatest loss of those up to it, and at least 0, that of the full
+            network: what comes of it is monotone, as the proof needs it.
         epsilon: most expected mean loss.
     Returns:
         True for those that pass, which are the first ones.
@@ -216,8 +226,9 @@ def conformal_risk_control(
 
 
 def expected_bound(losses: Float[Tensor, "*batch J N"]) -> Float[Tensor, "*batch J"]:
-    """Upper bounds on mean losses in expectation: what `conformal_risk_control` compares with
-    epsilon.
+    """Bound mean losses from above, in expectation.
+
+    `conformal_risk_control` compares these bounds with epsilon.
     """
     require(bool((losses <= 1).all()), "conformal risk control needs losses of at most 1")
     charged = losses.double().cummax(-2).values.clamp(min=0.0)

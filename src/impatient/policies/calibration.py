@@ -30,8 +30,9 @@ RANGE = (1e-3, 1e3)
 
 
 def fit_temperatures(recording: Recorded) -> tuple[float, ...]:
-    """One temperature per exit under which its outputs, divided by it, have the least negative
-    log-likelihood.
+    """Fit one temperature per exit.
+
+    Outputs divided by it have the least negative log-likelihood.
 
     Args:
         recording: of a split that the network was not trained on; usually "validation".

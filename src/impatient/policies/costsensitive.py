@@ -38,7 +38,9 @@ REGRESSION = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Decision:
-    """A learned choice among A actions, as plain arrays; made by `fit_decision`.
+    """A learned choice among A actions, as plain arrays.
+
+    `fit_decision` makes it.
 
     Items 0 to A - 1 are the actions; item A + m is the winner of comparison m, whose score is
     positive where the second of its two children wins. Comparisons that one side always wins are
@@ -80,18 +82,19 @@ class Decision:
 
     @property
     def constant(self) -> int | None:
-        """The action that is always chosen, whatever the features; None if they matter."""
+        """The action that is always chosen, or None if features matter."""
         return self.root if 0 <= self.root < self.num_actions else None
 
     def scores(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
-        """What the scoring functions say, in double precision: predicted costs, or where the second
-        child wins.
+        """Evaluate the scoring functions, in double precision.
+
+        A score is a predicted cost, or is positive where the second child wins.
         """
         standard = (features.detach().cpu().double() - self.mean) / self.scale
         return _SCORES[tuple(sorted(self.machines))](self.machines, standard)
 
     def choose(self, features: Float[Tensor, "N D"]) -> Int[Tensor, "N"]:
-        """The action for each sample, on the device of the features."""
+        """Choose the action for each sample, on the device of the features."""
         if self.constant is not None:
             return torch.full((len(features),), self.constant, device=features.device)
         if features.shape[1] != len(self.mean):
@@ -113,8 +116,9 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Standardised:
-    """Features of mean 0 and deviation 1, and what made them so; worth keeping where many decisions
-    look at the same.
+    """Features of mean 0 and deviation 1, with their old mean and scale.
+
+    Worth keeping where many decisions look at the same features.
     """
 
     values: np.ndarray
@@ -213,8 +217,9 @@ Found = tuple[list[Arrays], list[tuple[int, int]], int]
 
 
 def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
-    """From the leaves up: each comparison is learned on all samples, with what the winners below
-    cost them.
+    """Learn comparisons from the leaves of a tree up.
+
+    Each is learned on all samples, with what the winners below it cost them.
     """
     machines: list[Arrays] = []
     children: list[tuple[int, int]] = []
@@ -243,8 +248,9 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
 
 
 def _waiting(row: Sequence[tuple[int, np.ndarray]], counts: np.ndarray) -> tuple[int, int]:
-    """The slice that is paired; of an odd number, the end farther from its neighbour in mean cost
-    waits a round.
+    """Choose the slice of a row that is paired.
+
+    Of an odd number, the end farther from its neighbour in mean cost waits a round.
     """
     if len(row) % 2 == 0:
         return 0, len(row)
@@ -290,7 +296,10 @@ def _layered(
 
 
 def _trees(machines: Mapping[str, Tensor], standard: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
-    """Complete binary trees: below node i are 2i + 1 and 2i + 2."""
+    """Evaluate complete binary trees.
+
+    Node i has children 2i + 1 and 2i + 2.
+    """
     columns, bounds, values = (
         machines[name].flatten(0, 1) for name in ("columns", "bounds", "values")
     )
@@ -325,8 +334,9 @@ def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def _quick() -> Iterator[None]:
-    """A learner that stops at its last iteration is good enough: what it is worth is judged by what
-    it decides.
+    """Accept a learner that stops at its last iteration.
+
+    It is judged by what it decides.
     """
     from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
@@ -337,8 +347,9 @@ def _quick() -> Iterator[None]:
 
 
 def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    """Newton's method; scikit-learn's checks alone would take longer, and a sweep solves thousands
-    of these problems.
+    """Fit by Newton's method.
+
+    Scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems.
     """
     from scipy.special import expit
 
@@ -463,8 +474,9 @@ def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.nd
 
 
 def _of_trees(model: Any, offset: float) -> Arrays:
-    """Grown trees as complete ones; a leaf higher up is repeated below itself, where all bounds are
-    infinite.
+    """Convert grown trees to complete ones.
+
+    A leaf higher up is repeated below itself, where all bounds are infinite.
     """
     inner = 2**DEPTH - 1
     columns = np.zeros((TREES, inner), dtype=np.int64)

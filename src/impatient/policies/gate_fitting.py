@@ -1,4 +1,4 @@
-"""Fit gates from the deepest exit to the shallowest, to a price or target."""
+"""Fit gates from the deepest exit to the shallowest."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def stop_gain(
     time_price: float,
     reference: Reference = "full",
 ) -> Float[Tensor, "N"]:
-    """How much better it is to stop at an exit than to go on: its sign is a gate's label, its size
-    the label's weight.
+    """Compute how much better stopping is than going on.
+
+    The sign is a gate's label, the size the label's weight.
 
     Args:
         loss: of the exit's own answer.
@@ -86,8 +87,9 @@ def stop_gain(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateTimes:
-    """Seconds of K stages, K heads and K - 1 gates; `heads_first`: an open gate's head is paid
-    before it is asked.
+    """Seconds of K stages, K heads and K - 1 gates.
+
+    With `heads_first`, the head of an open gate is paid before the gate is asked.
     """
 
     stages: tuple[float, ...]
@@ -96,11 +98,11 @@ class GateTimes:
     heads_first: bool
 
     def looking(self, exit: int) -> float:
-        """What is paid at an open exit, stop or not."""
+        """Return what is paid at an open exit, whether samples stop or not."""
         return self.gates[exit] + (self.heads[exit] if self.heads_first else 0.0)
 
     def leaving(self, exit: int) -> float:
-        """What stopping costs on top."""
+        """Return what stopping costs on top."""
         return 0.0 if self.heads_first else self.heads[exit]
 
 
@@ -117,7 +119,9 @@ def backward(
     reference: Reference = "full",
     close: bool = True,
 ) -> Bool[Tensor, "E N"]:
-    """Decide gate by gate, from the deepest to the shallowest, each with the later ones fixed.
+    """Decide gate by gate, from the deepest to the shallowest.
+
+    The later gates stay fixed.
 
     If `decide` stops exactly where the gain is positive, no table of decisions has a smaller mean
     of loss (against the reference) plus price times time, for "none" and "full", as long as all
@@ -163,7 +167,10 @@ def backward(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SweepPoint:
-    """A policy fitted for one price of time, and what it reaches on the split it was fitted on."""
+    """A policy fitted for one price of time, and its results there.
+
+    `mean_time_s` and `accuracy` are those on the split it was fitted on.
+    """
 
     time_price: float
     policy: GatePolicy
@@ -255,7 +262,9 @@ def sweep_gates(
     time_prices: Sequence[float] | None = None,
     **settings: Unpack[GateSettings],
 ) -> tuple[SweepPoint, ...]:
-    """Learn gates for many prices of time: the whole curve of accuracy against mean time.
+    """Learn gates for many prices of time.
+
+    They make the whole curve of accuracy against mean time.
 
     Args:
         recording: as for `fit_gates`.
@@ -311,7 +320,10 @@ class _Problem:
         )
 
     def prices(self, count: int) -> list[float]:
-        """From 0 to infinity, closest where a whole run is worth a thousandth to thirty errors."""
+        """Space prices from 0 to infinity.
+
+        They are closest where a whole run is worth a thousandth to thirty errors.
+        """
         whole = sum(self.times.stages) + sum(self.times.heads)
         return [0.0, *(np.geomspace(1e-3, 30.0, count - 2) / whole).tolist(), math.inf]
 
@@ -380,7 +392,7 @@ class _Problem:
         )
 
     def candidates(self, target: Target) -> list[SweepPoint]:
-        """Fit policies over a range of prices, and add those that always leave at one exit."""
+        """Fit policies over a range of prices, and constant ones."""
         prices = self.prices(24)[:-1]
         found = target.search(self.solve, prices, 8)
         low, below = max(

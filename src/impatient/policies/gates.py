@@ -1,4 +1,4 @@
-"""Gates: learned rules, one per exit, that say whether going on is worth it.
+"""Gates: a learned rule per exit says whether going on is worth it.
 
 Each gate is an importance-weighted binary problem, solved from the deepest exit to the shallowest
 with the later gates fixed.
@@ -48,7 +48,7 @@ STOP = 0
 def gate_inputs(
     inputs: Inputs, pooled: Tensor | None, outputs: Tensor | None
 ) -> Float[Tensor, "B D"]:
-    """What a gate looks at, as one row of numbers per sample.
+    """Collect what a gate looks at, as one row of numbers per sample.
 
     Raises:
         PolicyError: if some of it is missing.
@@ -75,7 +75,7 @@ def gate_inputs(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GatePolicy(Policy):
-    """Stop at the first exit whose gate says so; the last exit always stops.
+    """Stop at the first exit whose gate says so, or at the last.
 
     Attributes:
         gates: one per early exit, choosing between 0 (stop) and 1 (go on); None where the exit is
@@ -114,14 +114,18 @@ class GatePolicy(Policy):
         return len(self.gates) + 1
 
     def looks_at(self, exit: int) -> bool:
-        """Whether the policy is asked at this exit: its gate is open. The last one's output is
-        there anyway.
+        """Whether the gate of this exit is open.
+
+        At the last exit the output is there anyway.
         """
         return exit == len(self.gates) or self.gates[exit] is not None
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether gates look at outputs; gates on features alone are asked before the head runs."""
+        """Whether gates look at outputs.
+
+        Gates that look at features alone are asked before the head runs.
+        """
         return self.inputs != "features"
 
     @property
@@ -164,7 +168,10 @@ class GatePolicy(Policy):
     def exits_of_each(
         cls, policies: Sequence[Self], recording: Recorded
     ) -> Iterator[Int[Tensor, "N"]]:
-        """Give the exits under each policy; what gates look at is computed once for all."""
+        """Give the exits under each of several policies.
+
+        What gates look at is computed once for all.
+        """
         outputs = recording.outputs
         pooled = features_of(recording) if any(part.needs_features for part in policies) else ()
 
@@ -182,7 +189,7 @@ class GatePolicy(Policy):
             yield exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each
-        """The policy in words."""
+        """Describe the policy in words."""
         rules = ("closed" if gate is None else "gate" for gate in self.gates)
         return Description(looks_at=f"{self.inputs} ({self.learner})", rules=(*rules, "always"))
 
@@ -251,8 +258,9 @@ def gate_time_s(
 def exit_times_s(
     policy: GatePolicy, costs: CostProfile, *, statistic: Statistic = "mean", batch_size: int = 1
 ) -> Float[Tensor, "K"]:
-    """Seconds until each exit has answered under a policy: stages, the heads that run, and the
-    gates.
+    """Compute the seconds until each exit has answered under a policy.
+
+    They are those of the stages, of the heads that run, and of the gates.
     """
     run = costs.cumulative_s(
         "interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits()

@@ -59,7 +59,7 @@ class DrawnPolicy(CombinedPolicy):
         return stops if given is None else stops.to(given.device)
 
     def for_rows(self, rows: Int[Tensor, "R"]) -> Self:
-        """The rule for these samples of the batch, when it goes on with them only."""
+        """Return the rule for these samples of the batch."""
         return dataclasses.replace(
             self,
             fast=self.fast.for_rows(rows),
@@ -68,7 +68,7 @@ class DrawnPolicy(CombinedPolicy):
         )
 
     def sees(self, node: int) -> tuple[int, ...]:
-        """The networks of a cascade whose outputs are needed to decide at this one."""
+        """Return the networks whose outputs are needed to decide at this one."""
         seen = {known for policy, _ in self._followed() for known in policy.sees(node) or (node,)}
         return tuple(sorted(seen))
 
@@ -91,19 +91,19 @@ class DrawnPolicy(CombinedPolicy):
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
     ) -> Int[Tensor, "N"]:
-        """The exit that answers each recorded sample."""
+        """Return the exit that answers each recorded sample."""
         fast, slow = (policy.exits_of(outputs, features) for policy in (self.fast, self.slow))
         return torch.where(self.is_slow, slow, fast)
 
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
-        """What it does to a recording; see `Policy.outcome`."""
+        """Apply it to a recording, as `Policy.outcome` says."""
         fast, slow = (
             policy.outcome(recording, costs, **which) for policy in (self.fast, self.slow)
         )
         return fast.where(self.is_slow, slow)
 
     def described(self, exits: Sequence[str]) -> Description:
-        """The policy in words."""
+        """Describe the policy in words."""
         return _described(float(self.is_slow.double().mean()), exits)
 
     def _followed(self) -> list[tuple[Policy, Tensor]]:
@@ -113,7 +113,9 @@ class DrawnPolicy(CombinedPolicy):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MixedPolicy(CombinedPolicy):
-    """For each sample, one of two policies of any kinds, drawn by a seeded coin before its run.
+    """One of two policies for each sample, drawn before its run.
+
+    The policies may be of any kinds; the coin is seeded.
 
     The sample keeps its policy through all exits. Give a mixture of mixtures seeds of their own, or
     their coins fall alike.
@@ -152,7 +154,7 @@ class MixedPolicy(CombinedPolicy):
         return torch.rand(samples, generator=coin) < self.share
 
     def for_run(self, samples: int, run: int = 0) -> DrawnPolicy:
-        """The rule of one run: its samples are drawn, so that all exits agree on them."""
+        """Draw the samples of one run, so that all exits agree on them."""
         return DrawnPolicy(
             fast=self.fast.for_run(samples, run),
             slow=self.slow.for_run(samples, run),
@@ -165,7 +167,7 @@ class MixedPolicy(CombinedPolicy):
         outputs: Float[Tensor, "B C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
-        """Which samples are done at this exit, if these are those of run 0."""
+        """Which samples of run 0 are done at this exit."""
         given = outputs if outputs is not None else pooled
         if given is None:
             raise PolicyError("give stops the outputs of the exit, its pooled features, or both.")
@@ -174,15 +176,15 @@ class MixedPolicy(CombinedPolicy):
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
     ) -> Int[Tensor, "N"]:
-        """The exit that answers each recorded sample, in run 0."""
+        """Return the exit that answers each recorded sample, in run 0."""
         return self.for_run(outputs.shape[1]).exits_of(outputs, features)
 
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
-        """What it does to a recording, in run 0; see `Policy.outcome`."""
+        """Apply it to a recording in run 0, as `Policy.outcome` says."""
         return self.for_run(len(recording.labels)).outcome(recording, costs, **which)
 
     def described(self, exits: Sequence[str]) -> Description:
-        """The policy in words."""
+        """Describe the policy in words."""
         return _described(self.share, exits)
 
 
@@ -195,7 +197,7 @@ def _described(share: float, exits: Sequence[str]) -> Description:
 
 
 class Point(Reached, Protocol):
-    """A policy, and what it does on the split it was fitted on: one point of a curve."""
+    """One point of a curve: a policy, and its results when fitted."""
 
     @property
     def policy(self) -> Policy: ...
@@ -229,8 +231,9 @@ class PolicyPoint:
 
 
 def hull_of(times_s: Sequence[float], accuracies: Sequence[float]) -> tuple[int, ...]:
-    """Which points are on the upper hull of accuracy over time, from the fastest to the first of
-    the most accurate.
+    """Find the points on the upper hull of accuracy over time.
+
+    They go from the fastest to the first of the most accurate.
 
     Mixing two of them at random reaches every point between, and no mixture of all the points is
     better.
@@ -261,8 +264,9 @@ def _below_line(
 
 
 def lower_hull(points: Sequence[SomePoint]) -> tuple[SomePoint, ...]:
-    """The points of a sweep worth having: the lower hull of error over mean time, the fastest
-    first.
+    """Keep the points of a sweep that are worth having.
+
+    They are the lower hull of error over mean time, the fastest first.
     """
     kept = hull_of([point.mean_time_s for point in points], [point.accuracy for point in points])
     return tuple(points[index] for index in kept)
@@ -271,8 +275,9 @@ def lower_hull(points: Sequence[SomePoint]) -> tuple[SomePoint, ...]:
 def neighbours(
     times_s: Sequence[float], accuracies: Sequence[float], mean_time_s: float
 ) -> tuple[int, int, float]:
-    """The two neighbours on the hull around a mean time, and the share of the slower with which it
-    is met in expectation.
+    """Find the two neighbours on the hull around a mean time.
+
+    The third number is the share of the slower one with which the time is met in expectation.
 
     More time than the most accurate one needs is not used.
 
@@ -293,7 +298,9 @@ def neighbours(
 
 
 def mix(points: Sequence[Point], *, mean_time_s: float, seed: int = 0) -> MixedPolicy:
-    """Mix two policies of a curve so that the expected mean time is exactly what is allowed.
+    """Mix two policies of a curve to meet a mean time.
+
+    The mixture's expected mean time is exactly what is allowed.
 
     No mixture of the curve's policies is more accurate on the split they were fitted on.
 

@@ -1,4 +1,4 @@
-"""What a policy does to each sample of a recording, and what that costs."""
+"""What a policy does to each recorded sample, and what that costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcome:
         return self.interruptible_s.gather(1, self.exits[:, None])[:, 0]
 
     def expected(self, budget: Budget, hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
-        """Per sample, the probability of a right answer in time.
+        """Compute each sample's probability of a right answer in time.
 
         It is that of the last exit on the sample's way that fits the budget.
         """
@@ -71,7 +71,7 @@ class Outcome:
 def expected_hits(
     budget: Budget, costs_s: Sequence[float], hits: Float[Tensor, "K N"]
 ) -> Float[Tensor, "N"]:
-    """Per sample, the probability of a right answer in time.
+    """Compute each sample's probability of a right answer in time.
 
     It is that of the deepest exit that fits the budget.
     """

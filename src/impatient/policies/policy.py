@@ -1,4 +1,4 @@
-"""What a policy is: all that the rest of the library asks of one.
+"""What a policy is, and all that the library asks of one.
 
 A new kind of policy derives from `Policy`, says what it does at an exit, and is at once evaluated,
 reported, saved and run like any other. To write one of your own, define `num_exits`, `looks_at` and
@@ -72,7 +72,7 @@ class Description:
 
 
 class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
-    """A rule that says at every exit which samples are done, or which network they run next."""
+    """A rule that stops samples at exits, or sends them to networks."""
 
     __slots__ = ()
 
@@ -104,7 +104,10 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
     @abc.abstractmethod
     def looks_at(self, exit: int) -> bool:
-        """Whether it is asked at this exit; if not, the exit's head need not run."""
+        """Whether it is asked at this exit.
+
+        If not, the exit's head need not run.
+        """
 
     @abc.abstractmethod
     def stops(
@@ -125,7 +128,10 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether it looks at outputs; if not, a head runs only where samples leave."""
+        """Whether it looks at outputs.
+
+        If not, a head runs only where samples leave.
+        """
         return True
 
     @property
@@ -134,7 +140,10 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return False
 
     def open_exits(self) -> tuple[bool, ...]:
-        """Per exit, whether its head runs when it is passed; the last one always answers."""
+        """Per exit, whether its head runs when it is passed.
+
+        The head of the last exit always runs.
+        """
         early = (self.needs_outputs and self.looks_at(exit) for exit in range(self.num_exits - 1))
         return (*early, True)
 
@@ -146,7 +155,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
     @property
     def split(self) -> str | None:
-        """The split on which it was fitted; None if it was set by hand."""
+        """The split on which it was fitted, or None."""
         return None
 
     @property
@@ -156,7 +165,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
     @property
     def target(self) -> Mapping[str, float]:
-        """What was asked for when it was fitted, and what was reached on that split."""
+        """What was asked for when it was fitted, and what was reached."""
         return _NOTHING
 
     @property
@@ -165,7 +174,9 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return "time"
 
     def marked(self, *, split: str, provenance: Provenance) -> Policy:
-        """The same policy, said to come from this split and these weights and data.
+        """Give the policy this split and these weights and data.
+
+        A policy that has no such fields stays as it is.
 
         A policy that has no such fields is given back as it is.
         """
@@ -178,7 +189,9 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
     # --- running it -------------------------------------------------------------------------------
 
     def for_run(self, samples: int, run: int = 0) -> Policy:  # noqa: ARG002  most draw nothing
-        """The rule of one run: of a policy that draws at random, its draw for these samples.
+        """Return the rule of one run.
+
+        A policy that draws at random gives its draw for these samples.
 
         Args:
             samples: batch size.
@@ -187,16 +200,19 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return self
 
     def for_rows(self, rows: Int[Tensor, "R"]) -> Policy:  # noqa: ARG002  most treat all rows alike
-        """The rule for these samples of the batch, when it goes on with them only."""
+        """Return the rule for these samples of the batch.
+
+        It is used when the run goes on with them only.
+        """
         return self
 
     @property
     def routes(self) -> bool:
-        """Whether it chooses the network that comes next, so that only a cascade can run it."""
+        """Whether it chooses the next network: only a cascade can run it."""
         return False
 
     def sees(self, node: int) -> tuple[int, ...]:
-        """The networks of a cascade whose outputs are needed to decide at this one."""
+        """Return the networks whose outputs are needed to decide at this one."""
         return (node,)
 
     def next_node(
@@ -227,7 +243,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
     ) -> Int[Tensor, "N"]:
-        """The exit that answers each recorded sample.
+        """Return the exit that answers each recorded sample.
 
         Args:
             outputs: of all exits.
@@ -246,7 +262,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return torch.stack([*done, last]).int().argmax(0)
 
     def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
-        """The exit that answers each sample of a recording.
+        """Return the exit that answers each sample of a recording.
 
         Raises:
             PolicyError: if it looks at features and the recording has none.
@@ -259,7 +275,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
     def exits_of_each(
         cls, policies: Sequence[Self], recording: Recorded
     ) -> Iterator[Int[Tensor, "N"]]:
-        """Give the exits under each of several policies of this kind, one policy after the other."""
+        """Give the exits under each of several policies of this kind."""
         return (policy.exits_on(recording) for policy in policies)
 
     def outcome(
@@ -271,7 +287,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         statistic: Statistic = "mean",
         batch_size: int = 1,
     ) -> Outcome:
-        """What it does to a recording.
+        """Apply it to every sample of a recording.
 
         Args:
             recording: with pooled features, if it looks at them.
@@ -303,13 +319,16 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         )
 
     def full_network(self) -> Policy | None:
-        """The policy that always gives the last network's answer, where its own kind says how."""
+        """Return the policy that always gives the last network's answer.
+
+        None where a kind of policy has no such form.
+        """
         return None
 
     # --- telling what it is -----------------------------------------------------------------------
 
     def described(self, exits: Sequence[str]) -> Description:
-        """The policy in words.
+        """Describe the policy in words.
 
         Args:
             exits: names of the exits, or networks.
@@ -318,15 +337,15 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return Description(looks_at=type(self).__name__, rules=(*rules, "always"))
 
     def summary(self) -> str:
-        """The policy in one line, for who has just fitted it; empty if it has no such line."""
+        """Describe a fitted policy in one line, or say nothing."""
         return ""
 
     def shown_score(self) -> ScoreName:
-        """The score by which its answers are shown."""
+        """Return the name of the score by which answers are shown."""
         return "max_probability"
 
     def portable_rule(self) -> dict[str, Any]:
-        """What an exported network needs of it to stop without torch.
+        """Return what an exported network needs to stop without torch.
 
         Raises:
             PolicyError: if it cannot be exported.
@@ -347,7 +366,7 @@ _NOTHING: Mapping[str, float] = MappingProxyType({})
 
 
 class CombinedPolicy(Policy):
-    """A policy made of others; the last of its parts speaks for it."""
+    """A policy made of others, of which the last speaks for it."""
 
     __slots__ = ()
 
@@ -378,7 +397,7 @@ class CombinedPolicy(Policy):
 
     @property
     def target(self) -> Mapping[str, float]:
-        """What was asked for when its last part was fitted, and what was reached."""
+        """What was asked for when its last part was fitted."""
         return self.parts[-1].target
 
     @property
@@ -402,7 +421,10 @@ class CombinedPolicy(Policy):
         return any(part.needs_features for part in self.asked)
 
     def looks_at(self, exit: int) -> bool:
-        """Whether a part is asked at this exit; never where a cascade asks it."""
+        """Whether a part is asked at this exit.
+
+        Never where a cascade asks it.
+        """
         return not self.routes and any(part.looks_at(exit) for part in self.asked)
 
     def full_network(self) -> Policy | None:
@@ -426,7 +448,7 @@ def check_policy(policy: object) -> None:
 
 
 def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostProfile) -> None:
-    """Raise an error unless a recording and a cost profile have as many exits."""
+    """Raise an error unless recording and profile have as many exits."""
     count = len(recording.outputs)
     if count != costs.num_exits:
         raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")

@@ -5,10 +5,10 @@
     controlled = control_risk(candidates, calibration, epsilon=0.01, delta=0.05)
     print(controlled.certificate.statement)
 
-Candidates go from safe to bold, in an order that the calibration split had no part in. They are
-tested in this order until the first fails, so that any number of them shares one probability of
-error. Before the first stands the full network, which loses nothing. The guarantee is for new
-inputs drawn like those of the calibration split, and for no others.
+Candidates go from conservative to aggressive, in an order that the calibration split had no part
+in. They are tested in this order until the first fails, so that any number of them shares one
+probability of error. Before the first stands the full network, which loses nothing. The guarantee
+is for new inputs drawn like those of the calibration split, and for no others.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"
 def exit_losses(
     outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss: Loss
 ) -> Float[Tensor, "K N"]:
-    """What stopping at each exit loses against the full network, the last exit.
+    """Compute what each exit loses against the full network.
+
+    The full network is the last exit.
 
     Args:
         outputs: of all exits.
@@ -81,13 +83,16 @@ def exit_losses(
 def policy_losses(
     candidates: Sequence[Policy], recording: Recorded, loss: Loss
 ) -> Float[Tensor, "J N"]:
-    """What each candidate loses on each sample; see `exit_losses`."""
+    """Compute what each candidate loses on each sample.
+
+    See `exit_losses`.
+    """
     losses_KN = exit_losses(recording.outputs, recording.labels, loss)
     return losses_KN[_answering(candidates, recording), torch.arange(losses_KN.shape[1])]
 
 
 def _answering(candidates: Sequence[Policy], recording: Recorded) -> Int[Tensor, "J N"]:
-    """The exit, or the network, that answers; what candidates of one kind share is done once."""
+    """Return the exit, or network, that answers under each candidate."""
     kinds = {type(policy) for policy in candidates}
     # the base class asks each policy by itself
     kind = kinds.pop() if len(kinds) == 1 else Policy
@@ -109,8 +114,8 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
         samples: of the calibration split.
         split: its name.
         candidates: how many were given.
-        chosen: the index of the one chosen, the boldest that passed; None for the full network,
-            when none did.
+        chosen: the index of the one chosen, the most aggressive that passed; None for the full
+            network, when none did.
         risk: mean loss of the chosen one on the calibration split.
         bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a
             guarantee: of many candidates, one was chosen for it.
@@ -162,7 +167,9 @@ _SAID: Mapping[Loss, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlledPolicy(CombinedPolicy):
-    """A policy, to be run, judged and saved as any other, and what is known of it.
+    """A policy, and the guarantee that it keeps.
+
+    It is run, judged and saved like any other.
 
     Attributes:
         policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds
@@ -193,29 +200,29 @@ class ControlledPolicy(CombinedPolicy):
         return self.policy.added_s()
 
     def for_run(self, samples: int, run: int = 0) -> Policy:
-        """The policy's own rule of one run."""
+        """Return the policy's own rule of one run."""
         return self.policy.for_run(samples, run)
 
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
     ) -> Int[Tensor, "N"]:
-        """The exit that answers each recorded sample."""
+        """Return the exit that answers each recorded sample."""
         return self.policy.exits_of(outputs, features)
 
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
-        """What it does to a recording; see `Policy.outcome`."""
+        """Apply it to a recording, as `Policy.outcome` says."""
         return self.policy.outcome(recording, costs, **which)
 
     def described(self, exits: Sequence[str]) -> Description:
-        """The policy in words."""
+        """Describe the policy in words."""
         return self.policy.described(exits)
 
     def shown_score(self) -> ScoreName:
-        """The score by which its answers are shown."""
+        """Return the name of the score by which answers are shown."""
         return self.policy.shown_score()
 
     def portable_rule(self) -> dict[str, Any]:
-        """What an exported network needs of it to stop without torch."""
+        """Return what an exported network needs to stop without torch."""
         return self.policy.portable_rule()
 
 
@@ -228,11 +235,13 @@ def control_risk(
     method: Method = "learn_then_test",
     loss: Loss = "positive_gap",
 ) -> ControlledPolicy:
-    """Choose the boldest candidate that is shown to lose at most epsilon against the full network.
+    """Choose the most aggressive candidate that loses at most epsilon.
+
+    The loss is measured against the full network.
 
     Args:
-        candidates: policies from safe to bold: `threshold_family`, `scaled_family`, or gates or
-            selections fitted to rising prices of time.
+        candidates: policies from conservative to aggressive: `threshold_family`, `scaled_family`,
+            or gates or selections fitted to rising prices of time.
         recording: of the calibration split, on which neither the network nor a candidate was
             fitted; see `split_recording`.
         epsilon: most mean loss, 0.01 for one point or one per cent.
@@ -247,8 +256,8 @@ def control_risk(
         NoEffectWarning.
     Raises:
         InfeasibleTarget: if the split is too small for any candidate to pass, with the size needed.
-        PolicyError: if a candidate was fitted on this split, or the candidates go from bold to
-            safe.
+        PolicyError: if a candidate was fitted on this split, or the candidates go from aggressive
+            to conservative.
         StaleInput: if a candidate belongs to other weights.
     Source:
         Risk control for early exits: Jazbec et al. 2024 (Fast yet Safe); Schuster et al. 2022
@@ -269,9 +278,8 @@ def control_risk(
         needed = samples_needed(epsilon=epsilon, delta=delta, method=method, loss=loss)
         raise InfeasibleTarget(
             f"{samples} samples of {recording.split!r} are too few: even a policy that never loses "
-            f"could not be shown to keep "
-            f"epsilon={epsilon:g} with delta={delta:g} by {method}. Expected at least {needed} samples, or a "
-            f"larger epsilon."
+            f"could not be shown to keep epsilon={epsilon:g} with delta={delta:g} by {method}. "
+            f"Expected at least {needed} samples, or a larger epsilon."
         )
     _check_order(candidates, recording)
     # bets need an order that says nothing
@@ -293,7 +301,7 @@ def control_risk(
     )
     if chosen < 0:
         warnings.warn(
-            f"{certificate.statement} Give safer candidates, or more samples.",
+            f"{certificate.statement} Give more conservative candidates, or more samples.",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -309,8 +317,9 @@ def samples_needed(
     method: Method = "learn_then_test",
     loss: Loss = "positive_gap",
 ) -> int:
-    """The smallest calibration split on which a candidate that never loses passes; one that loses
-    needs more.
+    """Compute the size of the smallest calibration split of any use.
+
+    On it a candidate that never loses passes; one that loses needs more.
 
     Example:
         >>> bounded = samples_needed(epsilon=0.01, method="conformal_risk_control")
@@ -375,9 +384,8 @@ def _check_fitted_elsewhere(index: int, policy: Policy, recording: Recorded) -> 
     if made is None or made.data == recording.provenance.data:
         raise PolicyError(
             f"candidate {index} was fitted on {split!r}, which shares samples with the calibration "
-            f"split {recording.split!r}: "
-            "nothing could be guaranteed. Fit on one part of split_recording(recording), and "
-            "control on the other."
+            f"split {recording.split!r}: nothing could be guaranteed. Fit on one part of "
+            f"split_recording(recording), and control on the other."
         )
 
 
@@ -387,8 +395,8 @@ def _check_order(candidates: Sequence[Policy], recording: Recorded) -> None:
     if first < last and not candidates[0].routes:
         raise PolicyError(
             f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: "
-            f"they go from bold to safe. "
-            "Give them from safe to bold, such as candidates[::-1]."
+            f"they go from aggressive to conservative. "
+            "Give them from conservative to aggressive, such as candidates[::-1]."
         )
 
 
@@ -400,7 +408,10 @@ def _full_network(recording: Recorded) -> ThresholdPolicy:
 
 
 def _marked(policy: Policy, recording: Recorded) -> Policy:
-    """The policy, with the split that holds all it was fitted and controlled on."""
+    """Mark the policy with the split of all its data.
+
+    That split holds all it was fitted and controlled on.
+    """
     pairs = zip((policy.split or "").split("/"), recording.split.split("/"), strict=False)
     whole = "/".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     return policy.marked(split=whole or recording.split, provenance=recording.provenance)
@@ -415,8 +426,9 @@ def threshold_family(
     score: ScoreName = "max_probability",
     grid: Sequence[float] | None = None,
 ) -> tuple[ThresholdPolicy, ...]:
-    """One threshold for all exits, in many policies from safe to bold, which is from high to low
-    thresholds.
+    """Make policies of one threshold each, from conservative to aggressive.
+
+    That is from high to low thresholds; each is the same at all exits.
 
     Args:
         base: the number of exits; or a recording, not the calibration split, whose scores give the
@@ -462,15 +474,16 @@ def threshold_family(
 def scaled_family(
     policy: ThresholdPolicy, grid: Sequence[float] | None = None
 ) -> tuple[ThresholdPolicy, ...]:
-    """A fitted policy, made safer and bolder: the distance of its thresholds to certainty, times
-    many factors.
+    """Make a fitted policy more conservative and more aggressive.
+
+    The distance of its thresholds to certainty is multiplied by many factors.
 
     Args:
         policy: fitted on another split than the one to control on. Closed exits stay closed.
         grid: factors, at least 0, in any order; 1 is the policy itself, 0 lets out only samples of
             score 1. By default 0 and 64 from 1/64 to 4, 1 among them.
     Returns:
-        Policies from safe to bold, which is from small to large factors.
+        Policies from conservative to aggressive, which is from small to large factors.
     Example:
         >>> base = ThresholdPolicy(score="margin", thresholds=(0.75, 0.5, -math.inf))
         >>> [family.thresholds for family in scaled_family(base, [1.0, 0.5])]

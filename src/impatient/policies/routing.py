@@ -37,7 +37,7 @@ Inputs = Literal["path", "node"]
 def selection_features(
     outputs: Sequence[Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"] | None = None
 ) -> Float[Tensor, "B F"]:
-    """What a decision at a node sees of the networks that have run.
+    """Collect what a decision sees of the networks that have run.
 
     Of each network how sure it is (`confidence_features`); of each two networks whether they agree,
     and the probability that the later one gives to the earlier one's answer.
@@ -160,7 +160,7 @@ class SelectionPolicy(Policy):
         return self.pooled
 
     def looks_at(self, exit: int) -> bool:  # noqa: ARG002  the same at every exit
-        """Whether it is asked at this exit: never, since the cascade asks for the next network."""
+        """Never: the cascade asks for the next network instead."""
         return False
 
     def stops(
@@ -176,12 +176,16 @@ class SelectionPolicy(Policy):
 
     @property
     def visits(self) -> tuple[int, ...]:
-        """The nodes that samples may come to; the other networks need not be loaded."""
+        """The nodes that samples may come to.
+
+        The other networks need not be loaded.
+        """
         return tuple(node for node, moves in enumerate(self.moves) if moves)
 
     def sees(self, node: int) -> tuple[int, ...]:
-        """The nodes whose outputs the decision at a node needs, itself last; none where there is
-        nothing to decide.
+        """Return the nodes whose outputs a decision needs, itself last.
+
+        None where there is nothing to decide.
         """
         if node not in self.decisions:
             return ()
@@ -230,7 +234,7 @@ class SelectionPolicy(Policy):
     def route(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()
     ) -> Route:
-        """What recorded samples would do.
+        """Follow recorded samples through the networks.
 
         Args:
             outputs: of all networks, before softmax.
@@ -261,7 +265,7 @@ class SelectionPolicy(Policy):
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
     ) -> Int[Tensor, "N"]:
-        """The network that answers each recorded sample."""
+        """Return the network that answers each recorded sample."""
         return self.route(outputs, features).answering
 
     def outcome(
@@ -273,7 +277,7 @@ class SelectionPolicy(Policy):
         statistic: Statistic = "mean",
         batch_size: int = 1,
     ) -> Outcome:
-        """What it does to a recording; see `Policy.outcome`."""
+        """Apply it to a recording, as `Policy.outcome` says."""
         route = self.route(recording.outputs, features_of(recording) if self.pooled else ())
         decided_s = torch.zeros(costs.num_exits)
         if cost == "time":
@@ -295,7 +299,7 @@ class SelectionPolicy(Policy):
         )
 
     def full_network(self) -> Policy:
-        """The policy that sends all samples the fastest way to the last network."""
+        """Send all samples the fastest way to the last network."""
         way = self.topology.cheapest_paths(self.node_s)[-1]
         after = dict(zip(way, (*way[1:], STOP), strict=True))
         moves = tuple((after[node],) if node in after else () for node in range(self.num_exits))
@@ -304,7 +308,7 @@ class SelectionPolicy(Policy):
         )
 
     def described(self, exits: Sequence[str]) -> Description:
-        """The policy in words."""
+        """Describe the policy in words."""
         moves = [
             ["stop" if move < 0 else f"to {exits[move]}" for move in row] for row in self.moves
         ]
@@ -321,7 +325,10 @@ class SelectionPolicy(Policy):
 
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:
-    """Raise PolicyError unless there is a time for every network, and for a decision."""
+    """Raise PolicyError unless all times are possible.
+
+    There is one for every network, and one for a decision.
+    """
     if len(node_s) != len(topology.nodes) or not all(
         math.isfinite(time) and time > 0 for time in node_s
     ):

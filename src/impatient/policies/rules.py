@@ -65,7 +65,10 @@ class ThresholdPolicy(Policy):
         return len(self.thresholds)
 
     def looks_at(self, exit: int) -> bool:
-        """Whether the exit is open; the last one's output is there anyway."""
+        """Whether the exit is open.
+
+        The last one's output is there anyway.
+        """
         return self.thresholds[exit] < math.inf
 
     def stops(
@@ -85,7 +88,10 @@ class ThresholdPolicy(Policy):
     def exits_of_each(
         cls, policies: Sequence[Self], recording: Recorded
     ) -> Iterator[Int[Tensor, "N"]]:
-        """Give the exits under each policy; scores are computed once for all."""
+        """Give the exits under each of several policies.
+
+        Scores are computed once for all.
+        """
         outputs = recording.outputs
 
         @functools.cache
@@ -101,31 +107,32 @@ class ThresholdPolicy(Policy):
             yield exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one threshold each
-        """The policy in words."""
+        """Describe the policy in words."""
         words = {math.inf: "closed", -math.inf: "always"}
         rules = tuple(words.get(bound, f"{bound:.4f}") for bound in self.thresholds)
         return Description(looks_at=self.score.replace("_", " "), rules=rules)
 
     def summary(self) -> str:
-        """The thresholds of the early exits."""
+        """List the thresholds of the early exits."""
         bounds = self.thresholds[:-1]
         words = ("closed" if bound == math.inf else f"{bound:.3f}" for bound in bounds)
         return f"thresholds: {', '.join(words)}" if bounds else ""
 
     def shown_score(self) -> ScoreName:
-        """The score by which its answers are shown: its own."""
+        """Return its own score."""
         return self.score
 
     def portable_rule(self) -> dict[str, Any]:
-        """What an exported network needs of it to stop without torch."""
+        """Return score and thresholds, which need no torch."""
         return {"score": self.score, "thresholds": list(self.thresholds)}
 
 
 def thresholds_for_shares(
     scores_KN: Float[Tensor, "K N"], share_K: Sequence[float]
 ) -> tuple[float, ...]:
-    """Score bounds that let a given share of all samples leave at each exit; `inf` where an exit
-    gets none.
+    """Choose thresholds that let a share of all samples leave at each exit.
+
+    The threshold is `inf` where an exit gets none.
 
     Source:
         MSDNet (Huang et al. 2018), budgeted batch classification.
@@ -266,7 +273,7 @@ class _Search:
         self.count, self.samples = self.scores.shape
 
     def candidates(self, target: Target) -> list[_Candidate]:
-        """Judge policies over a range of prices, by shares, and all leaving at one exit."""
+        """Judge policies over a range of prices, and of shares."""
         whole = self.cost_of([True] * self.count)[-1]
         prices = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
         found = [candidate for _, candidate in target.search(self._solve, prices, 20)]
@@ -277,8 +284,9 @@ class _Search:
         return found
 
     def _solve(self, price: float, sweeps: int = 3) -> _Candidate:
-        """Thresholds that make errors plus price x cost least, found backwards, then again for the
-        samples that arrive.
+        """Find thresholds that make errors plus price x cost least.
+
+        They are found backwards, then again for the samples that arrive.
         """
         heads = [True] * self.count
         arrives = np.ones((self.count, self.samples))
@@ -296,8 +304,9 @@ class _Search:
         return self._judge(tuple(float(entry) for entry in thresholds))
 
     def _threshold(self, exit: int, gain: np.ndarray) -> float:
-        """The threshold above which the summed gain of stopping is largest; inf if stopping never
-        gains.
+        """Find the threshold above which the summed gain of stopping is largest.
+
+        It is inf if stopping never gains.
         """
         order = self.order[exit]
         scores = self.scores[exit][order]

@@ -27,8 +27,9 @@ def margin(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
 
 
 def entropy(outputs: Float[Tensor, "... C"]) -> Float[Tensor, "..."]:
-    """One minus the entropy of the class probabilities over its maximum, in [0, 1]: a score, so
-    surer is higher.
+    """One minus the entropy over its maximum, in [0, 1].
+
+    It is a score, so higher is surer.
     """
     if outputs.shape[-1] < 2:
         return torch.ones(outputs.shape[:-1], device=outputs.device)

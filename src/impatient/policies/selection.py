@@ -34,7 +34,9 @@ Reference = Literal["none", "full"]
 
 
 class SelectionSettings(TypedDict, total=False):
-    """How decisions are learned; all may be left out.
+    """How decisions are learned.
+
+    All may be left out.
 
     Attributes:
         reference: "none" (default): each wrong answer costs 1; "full": only one that the full
@@ -64,7 +66,7 @@ class SelectionSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SelectionPoint:
-    """A fitted policy, and what it does on the split it was fitted on."""
+    """A fitted policy, and its results on the split it was fitted on."""
 
     policy: SelectionPolicy
     mean_time_s: float
@@ -141,7 +143,9 @@ def sweep_selection(
     time_prices: Sequence[float] | None = None,
     **settings: Unpack[SelectionSettings],
 ) -> tuple[SelectionPoint, ...]:
-    """Fit a policy for each of many prices of time: the whole curve of accuracy over mean time.
+    """Fit a policy for each of many prices of time.
+
+    They make the whole curve of accuracy over mean time.
 
     Args:
         recording: as for `fit_selection`.
@@ -168,8 +172,9 @@ def decision_time_s(
     warm_up: int = 20,
     clock: Clock = SYSTEM_CLOCK,
 ) -> float:
-    """Measure what one decision takes on this machine, at batch size 1: the mean of the nodes that
-    decide; 0 if none does.
+    """Measure what one decision takes on this machine.
+
+    It is the mean over the nodes that decide, at batch size 1; 0 if none does.
 
     Fit once, measure, and fit again with this as `gate_s`.
 
@@ -258,7 +263,10 @@ class _Problem:
         return (0.0, *np.geomspace(low, high, count).tolist())
 
     def solve(self, price: float) -> SelectionPoint:
-        """The policy for a price; of several sweeps the one of least cost."""
+        """Fit the policy for a price.
+
+        Of several sweeps it is the one of least cost.
+        """
         checks.not_negative(PolicyError, time_price=price)
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
         found = []
@@ -286,9 +294,7 @@ class _Problem:
     def _pruned(
         self, price: float, arrives: Float[Tensor, "K N"]
     ) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
-        """Fit, leave out the moves that nobody takes, fit again what that touches, until every move
-        is taken.
-        """
+        """Fit, leave out unused moves, and fit again until all are used."""
         offered = {node: (STOP, *self.topology.moves(node)) for node in self.order}
         fitted: dict[int, _Fitted] = {}
         while True:
@@ -395,8 +401,9 @@ class _Problem:
 
 
 def reference_losses(losses: Float[Tensor, "K N"], reference: Reference) -> Float[Tensor, "K N"]:
-    """What stopping at each node loses: all of it, or only what the last network does not lose as
-    well.
+    """Compute what stopping at each node loses.
+
+    It is all of it, or only what the last network does not lose as well.
 
     Example:
         >>> reference_losses(torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]), "full").tolist()

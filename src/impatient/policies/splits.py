@@ -19,7 +19,9 @@ SomeRecording = TypeVar("SomeRecording", bound=Recorded)
 def split_recording(
     recording: SomeRecording, share: float = 0.5, *, seed: int = 0
 ) -> tuple[SomeRecording, SomeRecording]:
-    """Two parts of a recording at random: one to fit on, one to control or judge on.
+    """Split a recording into two parts at random.
+
+    One is to fit on, the other to control or judge on.
 
     Args:
         recording: such as one of "validation".

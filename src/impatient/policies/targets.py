@@ -1,4 +1,4 @@
-"""What a policy is fitted to, and the search for the price of time that meets it."""
+"""What a policy is fitted to, and the search that meets it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Target:
         return cls(name=name, wanted=wanted, floor=floor)
 
     def is_crossed(self, point: Reached) -> bool:
-        """Whether the price of this point is so high that the target is crossed."""
+        """Whether a point lies where prices are beyond the target."""
         if self.name == LOSS:
             return point.accuracy < self.floor
         return point.mean_time_s <= self.wanted
@@ -90,7 +90,7 @@ class Target:
     def bisect(
         self, solve: Callable[[float], SomePoint], low: float, high: float, steps: int
     ) -> Found[SomePoint]:
-        """Halve a range of prices towards the one at which the target is crossed."""
+        """Halve a range of prices towards where the target is crossed."""
         found: Found[SomePoint] = []
         for _ in range(steps):
             middle = math.sqrt(low * high) if low > 0 else high / 2
@@ -100,7 +100,9 @@ class Target:
         return found
 
     def best(self, points: Sequence[SomePoint]) -> SomePoint:
-        """Choose the fastest point that is accurate enough, or the most accurate that is fast enough.
+        """Choose the best point that keeps the target.
+
+        It is the fastest that is accurate enough, or the most accurate that is fast enough.
 
         Raises:
             InfeasibleTarget: if all points take longer than wanted.
@@ -112,7 +114,8 @@ class Target:
         if not kept:
             least = min(point.mean_time_s for point in points)
             raise InfeasibleTarget(
-                f"{self.name}={self.wanted:g} cannot be reached: the fastest way to an "
-                f"answer takes {least:g}. Ask for at least that, or use an earlier exit or a faster network."
+                f"{self.name}={self.wanted:g} cannot be reached: the fastest way to an answer "
+                f"takes {least:g}. Ask for at least that, or use an earlier exit or a faster "
+                f"network."
             )
         return max(kept, key=lambda point: (point.accuracy, -point.mean_time_s))

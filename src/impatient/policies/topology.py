@@ -14,8 +14,9 @@ from impatient.errors import PolicyError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The moves that are allowed between networks: a graph without cycles, in which one node comes
-    first.
+    """The moves that are allowed between networks.
+
+    They form a graph without cycles, in which one node comes first.
 
     Attributes:
         nodes: names, in the order of the recording; the last is the full network.
@@ -62,8 +63,9 @@ class Topology:
 
     @classmethod
     def of(cls, moves: Mapping[str, Sequence[str]]) -> Self:
-        """From the nodes that may follow each node, with an entry for every node, in the order of
-        the recording.
+        """Make a topology from the nodes that may follow each node.
+
+        Every node has an entry, in the order of the recording.
         """
         places = {name: place for place, name in enumerate(moves)}
         unknown = {name for after in moves.values() for name in after} - set(places)
@@ -85,15 +87,19 @@ class Topology:
 
     @classmethod
     def full(cls, nodes: int | Sequence[str]) -> Self:
-        """Every later node from every earlier one; the paper's tree A -> {stop, G -> R, R} with
-        three.
+        """Allow every later node after every earlier one.
+
+        With three nodes it is the paper's tree A -> {stop, G -> R, R}.
         """
         names = _names(nodes)
         return cls(nodes=names, edges=tuple(itertools.combinations(range(len(names)), 2)))
 
     @classmethod
     def star(cls, nodes: int | Sequence[str]) -> Self:
-        """From the first node to any other, which stops; with two nodes the pair A -> R."""
+        """Allow one move, from the first node to any other.
+
+        With two nodes it is the pair A -> R.
+        """
         names = _names(nodes)
         return cls(nodes=names, edges=tuple((0, node) for node in range(1, len(names))))
 
@@ -103,7 +109,7 @@ class Topology:
         return self.order()[0]
 
     def order(self) -> tuple[int, ...]:
-        """The nodes, each after all that may come before it."""
+        """Sort the nodes, each after all that may come before it."""
         return tuple(
             graphlib.TopologicalSorter(
                 {node: self._before(node) for node in range(len(self.nodes))}
@@ -111,12 +117,13 @@ class Topology:
         )
 
     def moves(self, node: int) -> tuple[int, ...]:
-        """The nodes that may follow a node."""
+        """Return the nodes that may follow a node."""
         return tuple(after for before, after in self.edges if before == node)
 
     def known(self, node: int) -> tuple[int, ...]:
-        """The nodes that every path to a node has run, itself last: the outputs that are there
-        however a sample came.
+        """Return the nodes that every path to a node has run, itself last.
+
+        Their outputs are there however a sample came.
 
         Example:
             >>> Topology.chain(3).known(2), Topology.full(3).known(2)
@@ -125,7 +132,7 @@ class Topology:
         return _known(self)[node]
 
     def cheapest_paths(self, node_s: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-        """Per node, the path from the source to it that takes the least time."""
+        """Find the fastest path from the source to each node."""
         paths: dict[int, tuple[int, ...]] = {}
         for node in self.order():
             ways = [paths[before] for before in self._before(node)]

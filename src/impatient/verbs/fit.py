@@ -100,8 +100,8 @@ def target_name(targets: Mapping[str, float]) -> str:
 def fit(options: FitOptions) -> impatient.Policy:
     """Fit thresholds, or with a learner gates, and keep them under a name.
 
-    With delta, half of the recording is kept back to find the boldest policy that loses at most the
-    target, with probability 1 - delta; the certificate is kept, too.
+    With delta, half of the recording is kept back to find the fastest policy that loses at most
+    the target, with probability 1 - delta. The certificate is kept, too.
     """
     from impatient.verbs.run_directory import RunDirectory
 
@@ -171,7 +171,7 @@ def _asking_s(
 def _certified(
     recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions, delta: float
 ) -> tuple[Any, impatient.policies.Certificate]:
-    """Find the boldest of a family fitted on one half, by what the other half shows."""
+    """Find the most aggressive of a family fitted on one half, by what the other half shows."""
     targets = options.targets
     if set(targets) != {"max_accuracy_loss"}:
         raise PolicyError(
@@ -186,7 +186,7 @@ def _certified(
     else:
         learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
         asking_s = _asking_s(part, costs, learned)
-        # at rising prices of time: from safe to bold
+        # at rising prices of time: from conservative to aggressive
         candidates = [
             point.policy
             for point in impatient.policies.sweep_gates(part, costs, gate_s=asking_s, **learned)
