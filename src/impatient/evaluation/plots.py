@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -477,11 +478,7 @@ def _ms(parts: Sequence[Any], statistic: str) -> np.ndarray:
 def _shades(count: int) -> list[str]:
     """Choose colours from shallow to deep, each lighter than before."""
     places = np.linspace(0.28, 0.95, count) if count > 1 else [0.5]
-    return [_hex(mpl.colormaps["viridis"](place)) for place in places]
-
-
-def _hex(rgba: Any) -> str:
-    return "#" + "".join(f"{round(float(part) * 255):02x}" for part in rgba[:3])
+    return [to_hex(mpl.colormaps["viridis"](place)) for place in places]
 
 
 def _on(colour: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from impatient import checks
 from impatient.errors import PolicyError
 
 # losses [..., N], epsilon -> [...]
@@ -192,7 +193,7 @@ def learn_then_test(
         >>> learn_then_test(losses, epsilon=0.05).tolist()
         [True, False, False]
     """
-    check_levels(epsilon, delta)
+    checks.true_share(PolicyError, epsilon=epsilon, delta=delta)
     return _until_failure(p_values(losses, epsilon) <= delta)
 
 
@@ -220,7 +221,7 @@ def conformal_risk_control(
         >>> conformal_risk_control(losses, epsilon=0.05).tolist()
         [True, False]
     """
-    check_levels(epsilon, 0.5)
+    checks.true_share(PolicyError, epsilon=epsilon)
     # room for rounding alone
     return expected_bound(losses) <= epsilon * (1 + 1e-12)
 
@@ -243,12 +244,3 @@ def require(holds: bool, need: str) -> None:
     """Raise PolicyError unless losses are what a method needs."""
     if not holds:
         raise PolicyError(f"{need}; others were given. Scale them, or take another method.")
-
-
-def check_levels(epsilon: float, delta: float) -> None:
-    """Raise PolicyError unless both are between 0 and 1."""
-    if not (0 < epsilon < 1 and 0 < delta < 1):
-        raise PolicyError(
-            f"epsilon={epsilon}, delta={delta}; expected both between 0 and 1, such as 0.01 and "
-            f"0.05."
-        )

@@ -186,7 +186,11 @@ def fit_decision(
     if not np.isfinite(price).all() or not np.isfinite(counts).all() or (counts < 0).any():
         raise PolicyError("costs and weights must be finite, and weights not negative.")
     seen = features if isinstance(features, Standardised) else Standardised.of(features)
-    machines, children, root = _METHODS[method](seen.values, price, counts, _Fit(learner, seed))
+
+    def fit(features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
+        return _LEARNERS[learner](features, target, weights / weights.mean(), seed)
+
+    machines, children, root = _METHODS[method](seen.values, price, counts, fit)
     return Decision(
         num_actions=price.shape[1],
         mean=torch.from_numpy(seen.mean),
@@ -200,23 +204,13 @@ def fit_decision(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Fit:
-    learner: Learner
-    seed: int
-
-    def binary(self, features: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Arrays:
-        return _BINARY[self.learner](features, second, weights / weights.mean(), self.seed)
-
-    def regression(self, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
-        return _REGRESSION[self.learner](features, target, weights / weights.mean(), self.seed)
-
-
+# features [N, D], labels or targets [N], weights [N] -> one scoring function; labels are booleans
+Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], Arrays]
 # scoring functions, children, root
 Found = tuple[list[Arrays], list[tuple[int, int]], int]
 
 
-def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
+def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: Fit) -> Found:
     """Learn comparisons from the leaves of a tree up.
 
     Each is learned on all samples, with what the winners below it cost them.
@@ -239,7 +233,7 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
             if wins.all() or not wins.any():
                 met.append((second, second_cost) if wins.any() else (first, first_cost))
                 continue
-            machines.append(fit.binary(features[kept], wins, weights[kept]))
+            machines.append(fit(features[kept], wins, weights[kept]))
             children.append((first, second))
             goes = _scored([machines[-1]], features)[:, 0] > 0
             met.append((actions + len(machines) - 1, np.where(goes, second_cost, first_cost)))
@@ -262,18 +256,18 @@ def _waiting(row: Sequence[tuple[int, np.ndarray]], counts: np.ndarray) -> tuple
     )
 
 
-def _regression(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: _Fit) -> Found:
+def _regression(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fit: Fit) -> Found:
     if costs.shape[1] == 1 or not counts.any():
         return [], [], 0
     kept = counts > 0.0
     # what all actions cost alike decides nothing
     costs = costs[kept] - costs[kept].mean(1, keepdims=True)
     spread = costs.std() or 1.0
-    machines = [fit.regression(features[kept], cost / spread, counts[kept]) for cost in costs.T]
+    machines = [fit(features[kept], cost / spread, counts[kept]) for cost in costs.T]
     return machines, [], REGRESSION
 
 
-_METHODS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, _Fit], Found]] = {
+_METHODS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, Fit], Found]] = {
     "filter_tree": _filter_tree,
     "regression": _regression,
 }
@@ -329,7 +323,7 @@ def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
     return _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features)).numpy()
 
 
-# --- learners: features [N, D], label or target [N], weights [N] of mean 1 -> arrays --------------
+# --- learners, of weights with mean 1 ------------------------------------------------------------
 
 
 @contextmanager
@@ -346,18 +340,21 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+def _logistic(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
     """Fit by Newton's method.
 
     Scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems.
     """
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    if target.dtype != bool:
+        return _of_linear(Ridge(alpha=RIDGE, random_state=seed).fit(features, target, weights))
     from scipy.special import expit
 
     columns = np.hstack([features, np.ones((len(features), 1))])
     # the offset is free
     ridge = np.append(np.full(features.shape[1], RIDGE), 0.0)
     slopes = np.zeros(len(ridge))
-    target = second.astype(float)
     for _ in range(25):
         odds = expit(columns @ slopes)
         gradient = columns.T @ (weights * (odds - target)) + ridge * slopes
@@ -370,86 +367,60 @@ def _logistic(features: np.ndarray, second: np.ndarray, weights: np.ndarray, see
         # near the end a step squares the error: no need to look again
         if np.abs(gradient).max() <= 1e-4 * len(features):
             return {"slopes": slopes[:-1], "offsets": slopes[-1]}
-    from sklearn.linear_model import LogisticRegression
-
     with _quick():
         return _of_linear(
-            LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, second, weights)
+            LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, target, weights)
         )
 
 
-def _svm(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    from sklearn.svm import LinearSVC
+def _svm(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.svm import LinearSVC, LinearSVR
 
-    with _quick():
-        machine = LinearSVC(C=1.0 / RIDGE, dual="auto", random_state=seed)
-        return _of_linear(machine.fit(features, second, sample_weight=weights))
-
-
-def _mlp(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    from sklearn.neural_network import MLPClassifier
-
-    model = MLPClassifier(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
-    return _of_mlp(model, features, second, weights)
-
-
-def _boosting(features: np.ndarray, second: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    from sklearn.ensemble import GradientBoostingClassifier
-
-    model = GradientBoostingClassifier(
-        n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed
-    )
-    return _of_trees(model.fit(features, second, weights), 0.0)
-
-
-def _ridge(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    from sklearn.linear_model import Ridge
-
-    return _of_linear(Ridge(alpha=RIDGE, random_state=seed).fit(features, target, weights))
-
-
-def _svr(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
-    from sklearn.svm import LinearSVR
-
-    machine = LinearSVR(
-        C=1.0 / RIDGE, loss="squared_epsilon_insensitive", dual="auto", random_state=seed
+    options = {"C": 1.0 / RIDGE, "dual": "auto", "random_state": seed}
+    model = (
+        LinearSVC(**options)
+        if target.dtype == bool
+        else LinearSVR(loss="squared_epsilon_insensitive", **options)
     )
     with _quick():
-        return _of_linear(machine.fit(features, target, sample_weight=weights))
+        return _of_linear(model.fit(features, target, sample_weight=weights))
 
 
-def _mlp_regression(
-    features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int
-) -> Arrays:
-    from sklearn.neural_network import MLPRegressor
+def _mlp(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.neural_network import MLPClassifier, MLPRegressor
 
-    model = MLPRegressor(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
-    return _of_mlp(model, features, target, weights)
-
-
-def _boosted_regression(
-    features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int
-) -> Arrays:
-    from sklearn.ensemble import GradientBoostingRegressor
-
-    centre = float(np.average(target, weights=weights))
-    model = GradientBoostingRegressor(
-        n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed
-    )
-    return _of_trees(model.fit(features, target - centre, weights), centre)
+    kind = MLPClassifier if target.dtype == bool else MLPRegressor
+    model = kind(hidden_layer_sizes=HIDDEN, solver="lbfgs", alpha=RIDGE, random_state=seed)
+    with _quick():
+        model.fit(features, target, sample_weight=weights)
+    inner, outer = model.coefs_
+    inner_offsets, offsets = model.intercepts_
+    return {
+        "inner_slopes": inner.T,
+        "inner_offsets": inner_offsets,
+        "slopes": outer[:, 0],
+        "offsets": offsets[0],
+    }
 
 
-_BINARY: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
+def _boosting(features: np.ndarray, target: np.ndarray, weights: np.ndarray, seed: int) -> Arrays:
+    from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
+
+    kind = GradientBoostingClassifier
+    centre = 0.0
+    if target.dtype != bool:
+        kind = GradientBoostingRegressor
+        centre = float(np.average(target, weights=weights))
+        target = target - centre
+    model = kind(n_estimators=TREES, max_depth=DEPTH, init="zero", random_state=seed)
+    return _of_trees(model.fit(features, target, weights), centre)
+
+
+_LEARNERS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
     "logistic": _logistic,
     "svm": _svm,
     "mlp": _mlp,
     "boosting": _boosting,
-}
-_REGRESSION: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray, int], Arrays]] = {
-    "logistic": _ridge,
-    "svm": _svr,
-    "mlp": _mlp_regression,
-    "boosting": _boosted_regression,
 }
 
 
@@ -457,19 +428,6 @@ def _of_linear(model: Any) -> Arrays:
     return {
         "slopes": np.ravel(model.coef_).astype(float),
         "offsets": np.asarray(np.ravel(model.intercept_)[0]),
-    }
-
-
-def _of_mlp(model: Any, features: np.ndarray, target: np.ndarray, weights: np.ndarray) -> Arrays:
-    with _quick():
-        model.fit(features, target, sample_weight=weights)
-    (inner, outer) = model.coefs_
-    (inner_offsets, offsets) = model.intercepts_
-    return {
-        "inner_slopes": inner.T,
-        "inner_offsets": inner_offsets,
-        "slopes": outer[:, 0],
-        "offsets": offsets[0],
     }
 
 

@@ -311,10 +311,12 @@ class _Problem:
         self.losses: Float[Tensor, "K N"] = (
             recording.outputs.argmax(-1) != recording.labels
         ).double()
-        measured = self.costs.at(self.batch_size)
+        stages, heads = self.costs.parts(
+            "time", statistic=self.statistic, batch_size=self.batch_size
+        )
         self.times = GateTimes(
-            stages=tuple(part.of_statistic(self.statistic) for part in measured.stages),
-            heads=tuple(part.of_statistic(self.statistic) for part in measured.heads),
+            stages=stages,
+            heads=heads,
             gates=per_gate(self.gate_s, len(self.features)),
             heads_first=self.inputs != "features",
         )

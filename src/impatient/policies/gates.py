@@ -31,6 +31,7 @@ from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision, Learner
+from impatient.policies.outcome import as_doubles
 from impatient.policies.policy import Description, Policy, Recorded, features_of
 from impatient.policies.scores import confidence_features
 from impatient.provenance import Provenance
@@ -265,6 +266,4 @@ def exit_times_s(
     run = costs.cumulative_s(
         "interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits()
     )
-    return torch.tensor(run, dtype=torch.float64) + torch.tensor(
-        policy.added_s(), dtype=torch.float64
-    )
+    return as_doubles(run) + as_doubles(policy.added_s())

@@ -90,12 +90,9 @@ def node_times_s(
     Raises:
         PolicyError: if one takes no time.
     """
-    batch = costs.at(batch_size)
     # a head is the handing over of an output that is there
-    parts = zip(batch.stages, batch.heads, strict=True)
-    times = tuple(
-        stage.of_statistic(statistic) + head.of_statistic(statistic) for stage, head in parts
-    )
+    parts = zip(*costs.parts("time", statistic=statistic, batch_size=batch_size), strict=True)
+    times = tuple(stage + head for stage, head in parts)
     if not all(time > 0.0 for time in times):
         raise PolicyError(
             f"networks that take {times} s; measure the cascade again, without a router."

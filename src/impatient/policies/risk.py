@@ -33,7 +33,6 @@ from impatient.errors import InfeasibleTarget, NoEffectWarning, PolicyError
 from impatient.policies.bounds import (
     betting_p_values,
     binomial_p_values,
-    check_levels,
     conformal_risk_control,
     expected_bound,
     learn_then_test,
@@ -263,8 +262,7 @@ def control_risk(
         Risk control for early exits: Jazbec et al. 2024 (Fast yet Safe); Schuster et al. 2022
             (CALM).
     """
-    check_levels(epsilon, delta)
-    _check_names(method, loss)
+    _check_request(epsilon, delta, method, loss)
     if not candidates:
         raise PolicyError(
             "no candidates; expected at least one, such as those of threshold_family."
@@ -326,8 +324,7 @@ def samples_needed(
         >>> samples_needed(epsilon=0.01, delta=0.05), bounded
         (299, 99)
     """
-    check_levels(epsilon, delta)
-    _check_names(method, loss)
+    _check_request(epsilon, delta, method, loss)
 
     def enough(samples: int) -> bool:
         none = torch.zeros(1, samples, dtype=torch.float64)
@@ -369,7 +366,8 @@ def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: 
     return 1.0 if lost == samples else float(betaincinv(lost + 1, samples - lost, 1 - delta))
 
 
-def _check_names(method: str, loss: str) -> None:
+def _check_request(epsilon: float, delta: float, method: str, loss: str) -> None:
+    checks.true_share(PolicyError, epsilon=epsilon, delta=delta)
     checks.one_of(PolicyError, Method, method=method)
     checks.one_of(PolicyError, Loss, loss=loss)
 

@@ -260,7 +260,11 @@ class SelectionPolicy(Policy):
             going = self.next_node(node, seen, features[node][here] if self.pooled else None)
             answering[here[going == STOP]] = node
             visited[here[going != STOP], going[going != STOP]] = True
-        return Route(visited=visited, answering=answering, time_s=visited.double() @ self._paid())
+        paid = [
+            time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)
+        ]
+        time_s = visited.double() @ as_doubles(paid)
+        return Route(visited=visited, answering=answering, time_s=time_s)
 
     def exits_of(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Tensor] = ()
@@ -288,8 +292,7 @@ class SelectionPolicy(Policy):
             stages, heads = costs.parts(cost)
             node_s = as_doubles(stages) + as_doubles(heads)
         so_far = (route.visited * (node_s + decided_s)).cumsum(1)
-        parts = zip(costs.stage_macs, costs.head_macs, strict=True)
-        macs = as_doubles([stage + head for stage, head in parts])
+        macs = as_doubles(costs.stage_macs) + as_doubles(costs.head_macs)
         return Outcome(
             exits=route.answering,
             visited=route.visited,
@@ -316,12 +319,6 @@ class SelectionPolicy(Policy):
             looks_at="what has run" if self.inputs == "path" else "the network that has just run",
             rules=tuple(" or ".join(row) if row else "nobody comes" for row in moves),
         )
-
-    def _paid(self) -> Float[Tensor, "K"]:
-        gated = [
-            time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)
-        ]
-        return torch.tensor(gated, dtype=torch.float64)
 
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:
