@@ -48,19 +48,21 @@ def executed(network: AnytimeNet, x: Tensor) -> tuple[tuple[str, ...], ...]:
 def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
     """Make a row for each iteration of the default schedule.
 
-    A row has the parts that ran, their number so far, and the numbers of `growth.tally` and the
+    A row has the parts that ran, their number so far, and the numbers of `growth.trace` and the
     paper.
     """
     counts = dict.fromkeys(PAPER_PARTS, 0)
+    tally = 0
     rows = []
-    for index, (names, tallied) in enumerate(
-        zip(executed(network, x), growth.tally(network.schedule), strict=True)
+    for index, (names, scheduled) in enumerate(
+        zip(executed(network, x), growth.trace(network.schedule), strict=True)
     ):
+        tally += len(scheduled)
         for name in names:
             counts[name.split(".")[0]] += 1
         total = sum(counts.values())
         paper = PAPER_CUMULATIVE[index]
-        agreed = (*counts.values(), total) == tallied and total == paper
+        agreed = names == scheduled and total == paper
         rows.append(
             {
                 "iteration": index + 1,
@@ -69,7 +71,7 @@ def table(network: AnytimeNet, x: Tensor) -> list[dict[str, Any]]:
                 "parts": len(names),
                 **{f"{name} so far": count for name, count in counts.items()},
                 "cumulative": total,
-                "tally": tallied[-1],
+                "tally": tally,
                 "paper": paper,
                 "equal": "yes" if agreed else "no",
             }

@@ -68,7 +68,7 @@ def _execution_part(folder: Path) -> list[str]:
             "executed": row["executed"],
             "parts": row["parts"],
             "so far": row["cumulative"],
-            "`growth.tally`": row["tally"],
+            "`growth.trace`": row["tally"],
             "the paper": row["paper"],
             "equal": row["equal"],
         }

@@ -204,7 +204,7 @@ def per_part(net: Net, result: Mapping[str, Any]) -> tuple[float, float]:
     They are those of BASELINE and of a complete run of AnytimeNet.
     """
     whole = [row[-1] for row in result["cumulative"]]
-    counts = sum(net.schedule.final) + 2, growth.tally(net.schedule)[-1][-1]
+    counts = sum(net.schedule.final) + 2, sum(map(len, growth.trace(net.schedule)))
     return Middle.of(result["plain"]).median / counts[0], Middle.of(whole).median / counts[1]
 
 

@@ -766,7 +766,7 @@ def test_networks_that_cannot_be_are_refused() -> None:
         growing(nn.Identity(), [blocks], nn.Flatten(), [(2,)])
     assert growing(nn.Identity(), [blocks], nn.Flatten(), [(2,)], num_classes=4).num_classes == 4
     for option in ("outs", "norms"):
-        with pytest.raises(NetworkError, match=f"{option}='mine'; expected 'shared' or 'own'"):
+        with pytest.raises(NetworkError, match=f"{option}='mine'; expected one of shared, own"):
             AnytimeNet(**{option: "mine"})
 
 

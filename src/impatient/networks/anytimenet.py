@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from impatient import checks
 from impatient.anytime import Exit, Network, Run
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.counting import StageFacts, count_macs, module_name
@@ -246,6 +247,9 @@ def _in_iteration(index: int) -> Iterator[None]:
         _iteration.reset(token)
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class IterationBatchNorm(_BatchNorm):
     """Batch norm with separate running statistics for each iteration.
 
@@ -267,7 +271,7 @@ class IterationBatchNorm(_BatchNorm):
         self.weight = norm.weight
         self.bias = norm.bias
         self.training = norm.training
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
+        for name in _STATISTICS:
             self.register_buffer(name, _per_row(getattr(norm, name), len(iterations)))
         self._row = {iteration: row for row, iteration in enumerate(iterations)}
 
@@ -295,7 +299,7 @@ class IterationBatchNorm(_BatchNorm):
         return f"{plain}, iterations={list(self._row)}"
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
+        for name in _STATISTICS:
             given = state_dict.get(prefix + name)
             own = getattr(self, name)
             if given is not None and given.dim() == own.dim() - 1:
@@ -437,9 +441,7 @@ class GrowingNetwork(Network):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        for option, given in (("outs", outs), ("norms", norms or "own")):
-            if given not in ("shared", "own"):
-                raise NetworkError(f"{option}={given!r}; expected 'shared' or 'own'.")
+        checks.one_of(NetworkError, Sharing, outs=outs, norms=norms or "own")
         self.backbone = backbone
         self.schedule = Schedule.of(schedule)
         if backbone.counts != self.schedule.final:
@@ -455,14 +457,10 @@ class GrowingNetwork(Network):
         self.heads = nn.ModuleList(copy.deepcopy(backbone.out) for _ in range(early))
         if norms != "shared":
             self._own_norms()
-            if norms and not any(
-                isinstance(module, IterationBatchNorm) for module in self.modules()
-            ):
+            if norms and not any(isinstance(part, IterationBatchNorm) for part in self.modules()):
                 warnings.warn(
-                    (
-                        "norms='own' changed nothing: no batch norm with running statistics runs "
-                        "in several iterations."
-                    ),
+                    "norms='own' changed nothing: no batch norm with running statistics runs in "
+                    "several iterations.",
                     NoEffectWarning,
                     stacklevel=2,
                 )

@@ -289,23 +289,21 @@ class Cascade(Network):
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """Return shape, MACs and parameters of each network."""
-        facts = []
         with evaluating(self), torch.no_grad():
-            for name, network in zip(self.exit_names, self.networks, strict=True):
-                facts.append(
-                    StageFacts(
-                        exit=name,
-                        features=tuple(output_tensor(call_model(network, x)).shape),
-                        head="(the network's own)",
-                        stage_macs=count_macs(network, x),
-                        head_macs=0,
-                        stage_parameters=sum(
-                            parameter.numel() for parameter in network.parameters()
-                        ),
-                        head_parameters=0,
-                    )
+            return [
+                StageFacts(
+                    exit=name,
+                    features=tuple(output.shape),
+                    head="(the network's own)",
+                    stage_macs=count_macs(network, x),
+                    head_macs=0,
+                    stage_parameters=sum(map(Tensor.numel, network.parameters())),
+                    head_parameters=0,
                 )
-        return facts
+                for name, network, output in zip(
+                    self.exit_names, self.networks, self(x), strict=True
+                )
+            ]
 
     def _call(self, ambient: Ambient, node: int, x: Any) -> tuple[Tensor, Tensor | None]:
         """Return a network's output, and the input of its last linear layer."""

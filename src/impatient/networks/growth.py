@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -178,26 +177,6 @@ def trace(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
         )
         for before, after in zip(befores, schedule.counts, strict=False)
     )
-
-
-def tally(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
-    """Count the executions up to and including each iteration.
-
-    A row has the executions of IN, of the blocks of each section, of OUT, and of all together.
-
-    Source:
-        AnytimeNet, table I.
-    Example:
-        >>> tally(PAPER)[-1]
-        (1, 8, 10, 12, 7, 38)
-    """
-    parts = ("IN", *(f"S{section + 1}" for section in range(len(schedule.final))), "OUT")
-    executed: Counter[str] = Counter()
-    rows = []
-    for names in trace(schedule):
-        executed.update(name.split(".")[0] for name in names)
-        rows.append((*(executed[part] for part in parts), executed.total()))
-    return tuple(rows)
 
 
 # --- costs ----------------------------------------------------------------------------------------

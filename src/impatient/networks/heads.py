@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient.errors import HeadError
+from impatient.inputs import evaluating
 
 # N batch, C or D channels, T tokens or time, H and W space
 Layout = Literal["ND", "NTD", "NCT", "NCHW", "NHWC", "NCTHW", "NTHWC"]
@@ -93,22 +94,16 @@ def _last_width(module: nn.Module) -> tuple[int | None, bool]:
 
     The second value tells whether the layer works on the last dimension.
     """
-    width = None
-    channels_last = False
-    for layer in module.modules():
+    for layer in reversed(list(module.modules())):
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            width = layer.out_channels
-            channels_last = False
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            width = layer.num_features
-            channels_last = False
-        elif isinstance(layer, nn.Linear):
-            width = layer.out_features
-            channels_last = True
-        elif isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
-            width = layer.normalized_shape[0]
-            channels_last = True
-    return width, channels_last
+            return layer.out_channels, False
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return layer.num_features, False
+        if isinstance(layer, nn.Linear):
+            return layer.out_features, True
+        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1:
+            return layer.normalized_shape[0], True
+    return None, False
 
 
 class Pool(nn.Module):
@@ -187,9 +182,8 @@ def adaptive(features: FeatureShape, num_classes: int, size: int = 2) -> nn.Modu
     If the map is smaller than that, its own size is kept. The linear layer takes all positions.
     """
     _check_map("adaptive", features)
-    height, width = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
-    height = min(size, height)
-    width = min(size, width)
+    sizes = features.shape[2:] if features.layout == "NCHW" else features.shape[1:3]
+    height, width = (min(size, own) for own in sizes)
     return nn.Sequential(
         *_channels_first(features),
         nn.AdaptiveAvgPool2d((height, width)),
@@ -230,9 +224,8 @@ def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int 
 
 def _conv1x1_head(channels: int, widen: int, num_classes: int) -> tuple[nn.Module, ...]:
     width = widen * channels
-    convolution = nn.Conv2d(channels, width, 1, bias=False)
     return (
-        convolution,
+        nn.Conv2d(channels, width, 1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         Pool("NCHW"),
@@ -346,17 +339,13 @@ def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) 
     Raises:
         HeadError: if the head fails or gives something else.
     """
-    modes = {module: module.training for module in head.modules()}
     try:
-        with torch.no_grad():
-            output = head.eval()(features)
+        with evaluating(head), torch.no_grad():
+            output = head(features)
     except Exception as error:
         raise HeadError(
             f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise HeadError(

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,31 +73,42 @@ def trace(model: nn.Module, x: Any, names: Sequence[str], *, features: bool = Tr
     """
     ended: dict[tuple[str, int], float] = {}
     outputs: dict[tuple[str, int], Tensor] = {}
-    calls: Counter[str] = Counter()
-    modules = dict(model.named_modules())
 
-    def record(name: str, output: Any) -> None:
-        key = (name, calls[name])
-        calls[name] += 1
-        ended[key] = time.perf_counter()
+    def record(name: str, call: int, output: Any) -> None:
+        ended[name, call] = time.perf_counter()
         if features:
             # NetworkError: the output has no tensor, so no exit can be attached here.
             with contextlib.suppress(NetworkError):
-                outputs[key] = first_tensor(output).detach().clone()
+                outputs[name, call] = first_tensor(output).detach().clone()
 
-    hooks = [
-        modules[name].register_forward_hook(lambda _m, _a, output, name=name: record(name, output))
-        for name in names
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            begin = time.perf_counter()
-            call_model(model, x)
-            total = time.perf_counter() - begin
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model), torch.no_grad(), _at_calls(model, names, record):
+        begin = time.perf_counter()
+        call_model(model, x)
+        total = time.perf_counter() - begin
     return Trace({key: at - begin for key, at in ended.items()}, outputs, total)
+
+
+@contextlib.contextmanager
+def _at_calls(
+    model: nn.Module, names: Iterable[str], visit: Callable[[str, int, Any], Any]
+) -> Iterator[None]:
+    """Call `visit(name, call, output)` after every call of the named modules.
+
+    What it returns replaces the output, unless it is None.
+    """
+    calls: Counter[str] = Counter()
+
+    def visited(name: str, output: Any) -> Any:
+        calls[name] += 1
+        return visit(name, calls[name] - 1, output)
+
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda _m, _a, output, name=name: visited(name, output)
+            )
+            hooks.callback(hook.remove)
+        yield
 
 
 def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
@@ -227,16 +238,16 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
     """
     levels = (_readable(model, x, trace(model, x, names)) for names in _levels(model))
     blocks = next((level for level in levels if len(level) > 1), [])
+    if not blocks:
+        raise ExitNotFound(
+            f"{type(model).__name__} has no repeated blocks to count a period in; name modules "
+            "with after=[...]."
+        )
     if not 1 <= period < len(blocks):
         raise ExitNotFound(
             f"a period of {period} blocks; {type(model).__name__} has {len(blocks)} that could be "
-            f"found by structure ({', '.join(map(str, blocks)) or 'none'}); expected 1 to "
+            f"found by structure ({', '.join(map(str, blocks))}); expected 1 to "
             f"{len(blocks) - 1}, or modules named with after=[...]."
-            if len(blocks) > 1
-            else (
-                f"{type(model).__name__} has no repeated blocks to count a period in; name modules "
-                "with after=[...]."
-            )
         )
     return blocks[(len(blocks) - 1) % period : -1 : period]
 
@@ -344,38 +355,19 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
 
     It is true where features cannot be replaced.
     """
-    calls: Counter[str] = Counter()
     replaced: list[Tensor] = []
 
-    def disturb(name: str, output: Any) -> Any:
-        cut = Cut(name, calls[name])
-        calls[name] += 1
-        if cut not in cuts:
-            # For torch, None means that the output is not replaced.
+    def disturb(name: str, call: int, output: Any) -> Any:
+        if Cut(name, call) not in cuts:
             return None
         features = first_tensor(output)
-        waves = (
-            torch.arange(features.numel(), device=features.device)
-            .cos()
-            .view(features.shape)
-            .to(features.dtype)
-        )
-        other = features + features.abs().mean() * waves
+        waves = torch.arange(features.numel(), device=features.device).cos().view_as(features)
+        other = features + features.abs().mean() * waves.to(features.dtype)
         replaced.extend(leaf for leaf in tree_leaves(output) if leaf is features)
         return tree_map(lambda leaf: other if leaf is features else leaf, output)
 
-    names = {cut.module for cut in cuts}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, _a, output, name=name: disturb(name, output)
-        )
-        for name in names
-    ]
-    try:
+    with _at_calls(model, {cut.module for cut in cuts}, disturb):
         output = output_tensor(call_model(model, x))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return not replaced or not torch.equal(output, untouched)
 
 
@@ -423,18 +415,11 @@ def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Blocks are composite members of plain containers, and composite siblings of one class.
     """
-    children = list(module.named_children())
-    composite = [
-        (name, child) for name, child in children if next(child.children(), None) is not None
-    ]
-    repeated = any(
-        n > 1
-        for n in Counter(
-            type(child) for _, child in composite if type(child) not in _CONTAINERS
-        ).values()
-    )
+    composite = _composite_children(module)
+    kinds = [type(child) for _, child in composite if type(child) not in _CONTAINERS]
+    repeated = len(set(kinds)) < len(kinds)
     for name, child in composite:
-        if type(child) in _CONTAINERS and _has_blocks(child):
+        if type(child) in _CONTAINERS and _composite_children(child):
             yield from _blocks(f"{prefix}{name}.", child)
         elif type(module) in _CONTAINERS or repeated:
             yield f"{prefix}{name}", child
@@ -442,5 +427,6 @@ def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _blocks(f"{prefix}{name}.", child)
 
 
-def _has_blocks(container: nn.Module) -> bool:
-    return any(next(child.children(), None) is not None for child in container.children())
+def _composite_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the children that have children themselves."""
+    return [(name, child) for name, child in module.named_children() if list(child.children())]

@@ -190,9 +190,14 @@ class PreActResNet(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.classifier = nn.Linear(widths[-1], num_classes)
         initialise_convolutions(self)
-        if depth is not None:
-            _check_depth(depth, len(blocks))
-        if depth is not None and depth < len(blocks):
+        if depth is None:
+            return
+        if type(depth) is not int or not 1 <= depth <= len(blocks):
+            raise ModelSpecError(
+                f"PreActResNet(depth={depth!r}); expected a whole number of blocks from 1 to "
+                f"{len(blocks)}, or None for all of them."
+            )
+        if depth < len(blocks):
             # After the complete network has been initialised, so that these blocks have its
             # weights.
             self.blocks = self.blocks[:depth]
@@ -220,14 +225,6 @@ def _large_stem(in_channels: int, c: int) -> nn.Module:
 
 
 _STEMS = {"cifar": _small_stem, "imagenet": _large_stem}
-
-
-def _check_depth(depth: object, blocks: int) -> None:
-    if type(depth) is not int or not 1 <= depth <= blocks:
-        raise ModelSpecError(
-            f"PreActResNet(depth={depth!r}); expected a whole number of blocks from 1 to {blocks}, "
-            "or None for all of them."
-        )
 
 
 class ImageNetResNet(NamedTuple):
