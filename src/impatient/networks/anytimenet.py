@@ -29,7 +29,7 @@ from impatient.anytime import Exit, Network, Run
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.counting import StageFacts, count_macs, module_name
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
-from impatient.inputs import call_model, evaluating, first_tensor, synchronise
+from impatient.inputs import call_model, evaluating, synchronise
 from impatient.networks import growth
 from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
@@ -349,9 +349,7 @@ class GrowthRun(Run):
         last = index == self._network.num_exits - 1
         ambient = self._position.ambient
         try:
-            features = ambient.call(
-                lambda _: self._network._grow(index, self._cached, self._x), first_tensor(self._x)
-            )
+            features = ambient.within(self._network._grow, index, self._cached, self._x)
             if self._keep and not last:
                 features = ambient.call(torch.clone, features)
             self._position.exit = index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -143,16 +144,15 @@ class CascadeRun(Run):
                 f"before it {tuple(self._answer.shape[1:])}; expected the same classes in the same "
                 "order."
             )
-        everyone = (
-            output
-            if whole
-            else output.new_zeros(self._count, *output.shape[1:]).index_copy(0, rows, output)
-        )
-        self._outputs[node] = everyone
-        # A new tensor, because the last one was given to the caller.
-        self._answer = (
-            everyone if whole or self._answer is None else self._answer.index_copy(0, rows, output)
-        )
+        if whole:
+            self._outputs[node] = output
+            self._answer = output
+        else:
+            # Never in place, because earlier answers were given to the caller.
+            zeros = output.new_zeros(self._count, *output.shape[1:])
+            self._outputs[node] = zeros.index_copy(0, rows, output)
+            answer = zeros if self._answer is None else self._answer
+            self._answer = answer.index_copy(0, rows, output)
         self._answering[rows] = node
 
     def _send_on(self, node: int, rows: Tensor, features: Tensor | None) -> None:
@@ -174,10 +174,9 @@ class CascadeRun(Run):
                     f"larger number, at most {last}. Order the networks so that every move goes up."
                 )
             sent = rows[going == following]
-            others = self._waiting.get(following)
-            self._waiting[following] = (
-                sent if others is None else torch.cat([others, sent]).sort().values
-            )
+            if following in self._waiting:
+                sent = torch.cat([self._waiting[following], sent]).sort().values
+            self._waiting[following] = sent
 
 
 class Cascade(Network):
@@ -317,12 +316,10 @@ class Cascade(Network):
                 read[:] = args[:1]
 
         layer = self._linear[node]
-        hook = layer.register_forward_pre_hook(keep) if layer is not None else None
-        try:
-            output = ambient.call(lambda _: output_tensor(call_model(network, x)), first_tensor(x))
-        finally:
-            if hook is not None:
-                hook.remove()
+        with contextlib.ExitStack() as hooks:
+            if layer is not None:
+                hooks.callback(layer.register_forward_pre_hook(keep).remove)
+            output = output_tensor(ambient.within(call_model, network, x))
         return output, read[0] if read else None
 
 

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -208,7 +208,7 @@ class EANN(Network):
                 (exit - begin for exit in range(begin, end) if self._answers[exit] == exit),
                 end - begin,
             )
-            for begin, end in zip(self._first, self._first[1:], strict=False)
+            for begin, end in pairwise(self._first)
         )
 
     def forward(self, x: Any) -> tuple[Tensor, ...]:
@@ -329,9 +329,4 @@ def _reread(network: nn.Module, _incompatible: Any) -> None:
     assert isinstance(network, EANN)
     # Single precision has seven digits.
     flat = [round(error, 7) for error in network.errors.tolist()]
-    network._use(
-        tuple(
-            tuple(flat[begin:end])
-            for begin, end in zip(network._first, network._first[1:], strict=False)
-        )
-    )
+    network._use(tuple(tuple(flat[begin:end]) for begin, end in pairwise(network._first)))
