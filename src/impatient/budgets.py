@@ -1,10 +1,12 @@
 """Distributions p(t) over time budgets, and the two sides of one integral.
 
-`exit_weights` says how often each exit is the deepest one that a random budget can pay for.
-Training with these weights minimises the expected loss of the answer a caller receives;
-`expected_accuracy` is the same sum over accuracies. Budgets are times, or as well
-multiply-accumulates, bytes or joules: then costs of the same kind go with them. `exit_weights_many`
-does the first for thousands of budgets at once.
+`exit_weights` gives the probability that each exit is the deepest one that a random budget can pay
+for. Training with these weights minimises the expected loss of the answer that a caller receives.
+`expected_accuracy` is the same sum over accuracies. `exit_weights_many` computes the weights of
+thousands of budgets at once.
+
+A budget is a time, or a number of multiply-accumulates, bytes or joules. It is compared with costs
+of the same kind.
 """
 
 from __future__ import annotations
@@ -26,19 +28,26 @@ from impatient.costs import UNITS, Cost, check_increasing
 from impatient.errors import BudgetError
 from impatient.store import Stored
 
-# e-folds of the exponential across the range. Impatient DNNs give no parameters; their row means
-# (0.26 T for small budgets likely, 0.905 T for large) are far steeper than a linear ramp and lie
-# near this.
+# E-folds of the exponential across the range. The paper Impatient DNNs gives no parameters. Its row
+# means (0.26 T for small budgets likely, 0.905 T for large) are far steeper than a linear ramp, and
+# close to this.
 STEEPNESS = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(Stored, made_by="impatient.budgets"):
-    """A distribution over budgets: of time in seconds, or of another cost in its unit, wherever
-    seconds are spoken of.
+    """A distribution over budgets.
 
     Make one with a function of this module: `uniform`, `small_likely`, `large_likely`, `normal`,
-    `log_uniform`, `point`, `empirical`.
+    `log_uniform`, `point`, `empirical`. Where seconds are named here, a budget of another cost is
+    in the unit of that cost.
+
+    Attributes:
+        shape: name of the function that makes such a budget.
+        low: smallest budget, seconds.
+        high: largest budget, seconds.
+        samples_s: all budgets of a log in order, seconds; empty for a distribution with a formula.
+        cost: what is limited.
     """
 
     shape: str
@@ -50,33 +59,26 @@ class Budget(Stored, made_by="impatient.budgets"):
     def __post_init__(self) -> None:
         checks.one_of(BudgetError, (*_SHAPES, *_LISTED), shape=self.shape)
         checks.one_of(BudgetError, Cost, cost=self.cost)
+        span = f"{self.low} to {self.high} s"
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             raise BudgetError(
-                f"budget range {self.low} to {self.high} s is not finite; give seconds, such as "
-                f"0.0 to 0.010."
+                f"budget range {span} is not finite; give seconds, such as 0.0 to 0.010."
             )
         if not 0.0 <= self.low <= self.high or self.high <= 0.0:
             raise BudgetError(
-                f"budget range {self.low} to {self.high} s is empty or negative; expected 0 <= low "
-                f"< high, in seconds."
+                f"budget range {span} is empty or negative; expected 0 <= low < high, in seconds."
             )
-        listed = self.shape in _LISTED
         ends = (self.samples_s[0], self.samples_s[-1]) if self.samples_s else None
-        if listed and (
-            ends != (self.low, self.high)
-            or list(self.samples_s) != sorted(self.samples_s)
-            or self.low <= 0.0
-        ):
+        if self.shape in _LISTED:
+            in_order = list(self.samples_s) == sorted(self.samples_s)
+            if ends != (self.low, self.high) or not in_order or self.low == 0.0:
+                raise BudgetError(
+                    f"a budget of shape {self.shape} needs its samples in order; use point() or "
+                    "empirical()."
+                )
+        elif ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0):
             raise BudgetError(
-                f"a budget of shape {self.shape} needs its samples in order; use point() or "
-                f"empirical()."
-            )
-        if not listed and (
-            ends or self.low == self.high or (self.shape == "log_uniform" and self.low == 0.0)
-        ):
-            raise BudgetError(
-                f"no budget of shape {self.shape} has the range {self.low} to {self.high} s and "
-                f"samples {ends}."
+                f"no budget of shape {self.shape} has the range {span} and samples {ends}."
             )
 
     @overload
@@ -84,8 +86,9 @@ class Budget(Stored, made_by="impatient.budgets"):
     @overload
     def probability_below(self, time_s: np.ndarray) -> np.ndarray: ...
     def probability_below(self, time_s: float | np.ndarray) -> float | np.ndarray:
-        """P(budget < time_s); strictly below, so that a budget of exactly an exit's cost pays for
-        that exit.
+        """Return P(budget < time_s).
+
+        It is strictly below, so that a budget of exactly an exit's cost pays for this exit.
 
         Args:
             time_s: one time, or an array of any shape.
@@ -97,14 +100,15 @@ class Budget(Stored, made_by="impatient.budgets"):
         return below if times.ndim else float(below)
 
     def mean_s(self) -> float:
-        """Mean budget, seconds."""
+        """Return the mean budget, seconds."""
         if self.samples_s:
             return float(np.mean(self.samples_s))
         return _SHAPES[self.shape].mean(self.low, self.high)
 
     def density(self, times_s: np.ndarray) -> np.ndarray:
-        """Probability density at the given times, 1/s; for plots. Empirical and point budgets have
-        none and give zeros.
+        """Return the probability density at some times, 1/s, for plots.
+
+        Empirical and point budgets have no density and give zeros.
         """
         if self.samples_s:
             return np.zeros_like(times_s)
@@ -123,13 +127,16 @@ class Budget(Stored, made_by="impatient.budgets"):
 
 
 class _Shape(NamedTuple):
-    """A distribution from low to high in closed form; scipy takes a millisecond to set one up."""
+    """A distribution from low to high in closed form.
 
-    # P(budget < time), of times from low to high
+    A distribution of scipy takes a millisecond to set up.
+    """
+
+    # P(budget < time) for times from low to high.
     below: Callable[[np.ndarray, Any, Any], np.ndarray]
     density: Callable[[np.ndarray, float, float], np.ndarray]
     mean: Callable[[float, float], float]
-    # the inverse of `below`
+    # The inverse of `below`.
     quantile: Callable[[np.ndarray, float, float], np.ndarray]
 
 
@@ -146,7 +153,7 @@ _UNIFORM = _Shape(
 
 
 def _exponential(rate: float) -> _Shape:
-    """Density that changes by exp(rate) from low to high."""
+    """Make a density that changes by the factor exp(rate) from low to high."""
     total = math.expm1(rate)
     return _Shape(
         below=lambda times, low, high: np.expm1(rate * _share(times, low, high)) / total,
@@ -159,10 +166,10 @@ def _exponential(rate: float) -> _Shape:
 
 
 def _normal(deviations: float) -> _Shape:
-    """Normal around the middle, cut off at so many standard deviations on each side."""
+    """Make a normal distribution, cut off at some standard deviations on each side."""
 
     def below(times: np.ndarray, low: Any, high: Any) -> np.ndarray:
-        # imported here: it takes 0.1 s, and no other shape needs it
+        # The import takes 0.1 s, and no other shape needs it.
         from scipy.special import ndtr
 
         tail = ndtr(-deviations)
@@ -185,8 +192,8 @@ def _normal(deviations: float) -> _Shape:
 
 
 def _log_ratio(low: Any, high: Any) -> Any:
-    """Natural logarithm of high / low."""
-    # log1p, not log: the ends may lie close together
+    """Return the natural logarithm of high / low."""
+    # log1p, not log, because the ends may lie close together.
     return np.log1p((high - low) / low)
 
 
@@ -203,13 +210,14 @@ _SHAPES = {
     "normal": _normal(3.0),
     "log_uniform": _LOG_UNIFORM,
 }
-# budgets that are listed, not drawn from a formula
+# Shapes of budgets that are listed, not drawn from a formula.
 _LISTED = ("point", "empirical")
 
 
 def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
-    """P(budget < time) of every budget [B] at every time [T], shape [B, T]; budgets of one shape
-    are taken together.
+    """Return P(budget < time) of budgets [B] at times [T], shape [B, T].
+
+    Budgets of one shape are computed together.
     """
     below = np.empty((len(budgets), len(times_s)))
     members: dict[str, list[int]] = defaultdict(list)
@@ -217,16 +225,14 @@ def _all_below(budgets: Sequence[Budget], times_s: np.ndarray) -> np.ndarray:
         members[budget.shape].append(row)
     for shape, rows in members.items():
         if shape in _LISTED:
-            # bisect, not searchsorted: a long log is not copied for a handful of times
             for row in rows:
                 samples = budgets[row].samples_s
-                below[row] = [
-                    bisect_left(samples, time) / len(samples) for time in times_s.tolist()
-                ]
+                # bisect, not searchsorted, so that a long log is not copied for a few times.
+                counts = [bisect_left(samples, time) for time in times_s.tolist()]
+                below[row] = np.divide(counts, len(samples))
         else:
-            low, high = (
-                np.array([[getattr(budgets[row], end)] for row in rows]) for end in ("low", "high")
-            )
+            low = np.array([[budgets[row].low] for row in rows])
+            high = np.array([[budgets[row].high] for row in rows])
             inside = _SHAPES[shape].below(np.clip(times_s, low, high), low, high)
             below[rows] = np.where(times_s >= high, 1.0, np.minimum(inside, 1.0))
     return below
@@ -236,24 +242,26 @@ def _over(shape: str, low_s: float, high_s: float, cost: Cost = "time") -> Budge
     if not low_s < high_s:
         raise BudgetError(
             f"budget range {low_s} to {high_s} s is empty or not a number; expected low < high, in "
-            f"seconds."
+            "seconds."
         )
     return Budget(shape=shape, low=float(low_s), high=float(high_s), cost=cost)
 
 
 def uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Every budget between two times is equally likely.
+    """Make every budget between two times equally likely.
 
     Args:
-        low_s: the smallest budget, in seconds or in the unit of `cost`.
-        high_s: the largest budget, in seconds or in the unit of `cost`.
-        cost: what is limited; here and in the other shapes.
+        low_s: smallest budget, in seconds or in the unit of `cost`.
+        high_s: largest budget, in seconds or in the unit of `cost`.
+        cost: what is limited.
     """
     return _over("uniform", low_s, high_s, cost)
 
 
 def small_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Small budgets are likely: density falls exponentially, by exp(4) across the range.
+    """Make small budgets likely.
+
+    The density falls exponentially, by exp(4) across the range.
 
     Source:
         Impatient DNNs, Table 1. We differ: the paper gives no formula; see STEEPNESS.
@@ -262,31 +270,32 @@ def small_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
 
 
 def large_likely(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Large budgets are likely: the mirror image of `small_likely`."""
+    """Make large budgets likely, as the mirror image of `small_likely`."""
     return _over("large_likely", low_s, high_s, cost)
 
 
 def normal(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Normal around the middle of the range, cut off at three standard deviations, which are its
-    ends.
+    """Make a normal distribution around the middle of the range.
+
+    The ends of the range are three standard deviations away, and the rest is cut off.
     """
     return _over("normal", low_s, high_s, cost)
 
 
 def log_uniform(low_s: float, high_s: float, *, cost: Cost = "time") -> Budget:
-    """Every order of magnitude between two positive times is equally likely."""
+    """Make every order of magnitude between two positive times equally likely."""
     positive_seconds(low_s, "lower end of a log-uniform budget")
     return _over("log_uniform", low_s, high_s, cost)
 
 
 def point(budget_s: float, *, cost: Cost = "time") -> Budget:
-    """Always the same budget."""
+    """Make a budget that is always the same."""
     seconds = positive_seconds(budget_s, "budget")
     return Budget(shape="point", low=seconds, high=seconds, samples_s=(seconds,), cost=cost)
 
 
 def empirical(budgets_s: Sequence[float], *, cost: Cost = "time") -> Budget:
-    """The budgets of a log, each as likely as it was frequent."""
+    """Make the budgets of a log as likely as they were frequent."""
     samples = tuple(sorted(positive_seconds(value, "a logged budget") for value in budgets_s))
     if not samples:
         raise BudgetError("the log of budgets is empty; expected at least one time in seconds.")
@@ -297,8 +306,9 @@ STANDARD = ("uniform", "small_likely", "large_likely", "normal")
 
 
 def standard(horizon_s: float) -> dict[str, Budget]:
-    """The four shapes of Impatient DNNs' Table 1 on [0, horizon]; by convention the time of the
-    whole network.
+    """Make the four shapes of Impatient DNNs' Table 1 on [0, horizon].
+
+    By convention, the horizon is the time of the whole network.
     """
     return {shape: _over(shape, 0.0, horizon_s) for shape in STANDARD}
 
@@ -306,18 +316,18 @@ def standard(horizon_s: float) -> dict[str, Budget]:
 def exit_weights(
     budget: Budget, costs_s: Sequence[float], *, normalise: bool = False
 ) -> tuple[float, ...]:
-    """Probability that each exit is the deepest one a random budget can pay for.
+    """Give each exit's probability of being the deepest that a budget can pay for.
 
     Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a
     caller receives.
 
     Args:
-        budget: the distribution p(t).
+        budget: distribution p(t) of budgets.
         costs_s: cumulative cost of each exit, seconds, strictly increasing, length K:
             `costs.interruptible_s()` when the budget is not known in advance, `costs.contract_s()`
             when it is.
-        normalise: divide by the sum, so that weights add up to 1. Without it they add up to 1 -
-            P(budget < costs_s[0]), since a budget below the first exit buys no answer.
+        normalise: whether the weights are divided by their sum. Otherwise their sum is
+            1 - P(budget < costs_s[0]), because a budget below the first exit buys no answer.
     Returns:
         K weights, shallowest exit first.
     Raises:
@@ -337,17 +347,17 @@ def exit_weights(
 def exit_weights_many(
     budgets: Sequence[Budget], costs_s: Sequence[float], *, normalise: bool = False
 ) -> np.ndarray:
-    """`exit_weights` of many budgets at once: a sweep over distributions, or one distribution per
-    sample.
+    """Compute `exit_weights` of many budgets at once.
 
-    Where the budget depends on the input, p(t | x), row i holds the weights of sample i's losses.
+    The budgets are a sweep over distributions, or one distribution per sample. If the budget
+    depends on the input, p(t | x), row i has the weights of sample i's losses.
 
     Args:
-        budgets: B distributions, of any shapes.
-        costs_s: as in `exit_weights`.
-        normalise: as in `exit_weights`.
+        budgets: B distributions of any shapes.
+        costs_s: cumulative cost of each exit, as in `exit_weights`.
+        normalise: whether each row is divided by its sum, as in `exit_weights`.
     Returns:
-        Weights, float64, shape [B, K]; row i is that of `exit_weights(budgets[i], costs_s)`.
+        Weights, float64, shape [B, K]; row i is `exit_weights(budgets[i], costs_s)`.
     Raises:
         CostOrderError: if costs_s does not increase strictly.
         BudgetError: if a budget can pay for no exit and the weights are to be normalised.
@@ -360,7 +370,7 @@ def exit_weights_many(
     """
     costs = check_increasing(costs_s)
     below = _all_below(budgets, np.asarray(costs))
-    # rounded, so that 0.1, 0.2 and 0.4 come out as such
+    # Rounded, so that 0.1, 0.2 and 0.4 come out exactly.
     weights = np.round(np.diff(below, axis=1, append=1.0), 15)
     if not normalise:
         return weights
@@ -369,18 +379,16 @@ def exit_weights_many(
         if total <= 0.0:
             raise BudgetError(
                 f"no budget between {budget.low:g} and {budget.high:g} s pays for the first exit "
-                f"({costs[0]:g} s); "
-                "use larger budgets or an earlier exit."
+                f"({costs[0]:g} s); use larger budgets or an earlier exit."
             )
     return np.asarray(weights / totals[:, None])
 
 
 def deepest_for_some(costs_s: Sequence[float]) -> tuple[int, ...]:
-    """The exits that are cheaper than every deeper one; no other is ever the deepest that a budget
-    can pay for.
+    """Return the exits that cost less than every deeper one.
 
-    In contract mode a costly head can make an exit dearer than a deeper one. Weights are then taken
-    over these exits alone.
+    No other exit is ever the deepest that a budget can pay for. In contract mode, an expensive head
+    can make an exit cost more than a deeper one. Then only the exits returned here get weights.
 
     Example:
         >>> deepest_for_some([1.5, 4.0, 3.2])
@@ -397,13 +405,14 @@ def expected_accuracy(
     *,
     without_answer: float = 0.0,
 ) -> float:
-    """Accuracy of the answer a caller receives under random budgets.
+    """Compute the expected accuracy of the answer under random budgets.
 
     Args:
-        costs_s: as in `exit_weights`.
+        budget: distribution p(t) of budgets.
+        costs_s: cumulative cost of each exit, as in `exit_weights`.
         accuracies: accuracy of each exit, in [0, 1], length K.
-        without_answer: accuracy credited to budgets too small for any exit; 0 counts them as
-            failures.
+        without_answer: accuracy counted for budgets that are too small for any exit; 0 counts them
+            as failures.
     Source:
         Impatient DNNs, Table 1's metric.
     """
@@ -413,13 +422,12 @@ def expected_accuracy(
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget from one word: "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or
-    "log:FILE".
+    """Read a budget from text.
 
-    A unit behind the last number says what is limited instead: millions of multiply-accumulates
-    ("uniform:0:40mmacs"), megabytes moved ("mb", 10^6 bytes) or millijoules ("mj"); "ms" may be
-    said, too. A log is a text file with one budget in milliseconds per line. Such units belong at
-    the door: this is for command lines.
+    The text is "SHAPE:LOW:HIGH" or "point:T" with times in milliseconds, or "log:FILE" with a text
+    file of one budget in milliseconds per line. A unit after the last number limits something else:
+    "uniform:0:40mmacs" is in millions of multiply-accumulates, "mb" is megabytes moved (10^6 bytes)
+    and "mj" is millijoules; "ms" is allowed, too. These units are only for command lines.
 
     Example:
         >>> parse_budget("uniform:0:10").high
@@ -431,15 +439,14 @@ def parse_budget(text: str) -> Budget:
     shape, _, rest = text.partition(":")
     try:
         if shape == "log":
-            return empirical(
-                [float(line) / 1e3 for line in Path(rest).read_text(encoding="utf-8").split()]
-            )
+            lines = Path(rest).read_text(encoding="utf-8").split()
+            return empirical([float(line) / 1e3 for line in lines])
         amounts, cost, scale = _without_unit(rest)
-        # division where the unit is small: 9 / 1000 is 0.009, 9 * 0.001 is not
-        parts = amounts.split(":") if amounts else []
+        # Division if the unit is small, because 9 / 1000 is 0.009 and 9 * 0.001 is not.
         numbers = [
             float(part) * scale if scale >= 1.0 else float(part) / round(1.0 / scale)
-            for part in parts
+            for part in amounts.split(":")
+            if amounts
         ]
         if shape == "point" and len(numbers) == 1:
             return point(numbers[0], cost=cost)
@@ -447,28 +454,26 @@ def parse_budget(text: str) -> Budget:
             return _RANGES[shape](*numbers, cost=cost)
     except OSError as error:
         raise BudgetError(f"cannot read the log of budgets {rest!r}: {error.strerror}.") from error
+    except BudgetError:
+        raise
     except ValueError as error:
-        if isinstance(error, BudgetError):
-            raise
         raise BudgetError(f"{text!r} holds something that is not a number ({error}).") from error
     raise BudgetError(
         f"cannot read {text!r} as a budget; expected one of {', '.join(_RANGES)} as SHAPE:LOW:HIGH "
-        f"in milliseconds "
-        "(uniform:0:10), point:T (point:8), or log:FILE."
+        "in milliseconds (uniform:0:10), point:T (point:8), or log:FILE."
     )
 
 
 def _without_unit(text: str) -> tuple[str, Cost, float]:
-    """Numbers without the unit behind them, the cost it is of, and what one of it is inside."""
+    """Split the unit from numbers, and return the numbers, its cost and its size."""
     found = re.search(r"(?<=[\d.])[a-z]+$", text, re.IGNORECASE)
-    if not found:
-        return text, *UNITS["ms"]
-    if found[0].lower() not in UNITS:
+    unit = found[0].lower() if found else "ms"
+    if unit not in UNITS:
         raise BudgetError(
-            f"unknown unit {found[0]!r} in {text!r}; expected one of {', '.join(UNITS)}, or none "
-            f"for ms."
+            f"unknown unit {unit!r} in {text!r}; expected one of {', '.join(UNITS)}, or none for "
+            "ms."
         )
-    return text[: found.start()], *UNITS[found[0].lower()]
+    return text[: found.start()] if found else text, *UNITS[unit]
 
 
 _RANGES = {
