@@ -316,7 +316,7 @@ def standard(horizon_s: float) -> dict[str, Budget]:
 def exit_weights(
     budget: Budget, costs_s: Sequence[float], *, normalise: bool = False
 ) -> tuple[float, ...]:
-    """Give each exit's probability of being the deepest that a budget can pay for.
+    """Compute the probability that each exit is the deepest affordable one.
 
     Weighting the loss of exit k by w[k] makes the joint loss the expected loss of the answer a
     caller receives.
@@ -465,7 +465,7 @@ def parse_budget(text: str) -> Budget:
 
 
 def _without_unit(text: str) -> tuple[str, Cost, float]:
-    """Split the unit from numbers, and return the numbers, its cost and its size."""
+    """Split numbers from their unit, and return them with its cost and size."""
     found = re.search(r"(?<=[\d.])[a-z]+$", text, re.IGNORECASE)
     unit = found[0].lower() if found else "ms"
     if unit not in UNITS:

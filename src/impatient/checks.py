@@ -14,8 +14,12 @@ Raised = type[ImpatientError]
 
 
 def one_of(error: Raised, known: Any, **values: object) -> None:
-    """Refuse what is not one of the known values: a Literal type's, or listed ones.
+    """Refuse values that are not among the known ones.
 
+    Args:
+        error: class of the error.
+        known: a Literal type, or a collection of values.
+        **values: the values to check, by their names.
     Example:
         >>> one_of(ImpatientError, ("crop", "none"), augment="rotate")
         Traceback (most recent call last):
@@ -28,37 +32,37 @@ def one_of(error: Raised, known: Any, **values: object) -> None:
 
 
 def positive(error: Raised, **values: float) -> None:
-    """Refuse what is not a finite number above 0."""
+    """Refuse values that are not finite numbers above 0."""
     for name, value in values.items():
         _check(0.0 < value < math.inf, error, name, value, "a positive number")
 
 
 def not_negative(error: Raised, **values: float) -> None:
-    """Refuse what is not a finite number of at least 0."""
+    """Refuse values that are not finite numbers of at least 0."""
     for name, value in values.items():
         _check(0.0 <= value < math.inf, error, name, value, "0 or a positive number")
 
 
 def share(error: Raised, **values: float) -> None:
-    """Refuse what is not from 0 to 1."""
+    """Refuse values that are not from 0 to 1."""
     for name, value in values.items():
         _check(0.0 <= value <= 1.0, error, name, value, "a share from 0 to 1")
 
 
 def share_below_one(error: Raised, **values: float) -> None:
-    """Refuse what is not from 0 to 1, or is 1."""
+    """Refuse values that are not from 0 to 1, and 1 itself."""
     for name, value in values.items():
         _check(0.0 <= value < 1.0, error, name, value, "0 or a share below 1")
 
 
 def true_share(error: Raised, **values: float) -> None:
-    """Refuse what is not between 0 and 1, neither included."""
+    """Refuse values that are not strictly between 0 and 1."""
     for name, value in values.items():
         _check(0.0 < value < 1.0, error, name, value, "a share between 0 and 1, such as 0.1")
 
 
 def at_least(error: Raised, least: int, **values: float) -> None:
-    """Refuse what is below the least number."""
+    """Refuse values below the least allowed number."""
     for name, value in values.items():
         _check(value >= least, error, name, value, f"{least} or more")
 

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for."""
+"""Import the names of a package when they are first used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 def deferred(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Make the `__getattr__` and the `__dir__` of a package whose names wait in its modules.
+    """Make the `__getattr__` and `__dir__` of a package with lazy names.
 
     Args:
-        package: the package's own `__name__`.
-        homes: the names that each module of the package gives; a module's own name gives the
-            module.
+        package: `__name__` of the package.
+        homes: names that each module of the package defines; the module's own name stands for the
+            module itself.
     Source:
         PEP 562; like lazy_loader of Scientific Python.
     """
@@ -27,7 +27,7 @@ def deferred(
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         home = importlib.import_module(f"{package}.{home_of[name]}")
         value = home if name == home_of[name] else getattr(home, name)
-        # the next time it is found without coming here
+        # Next time, Python finds it without this function.
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,4 +1,4 @@
-"""Plain files, written whole or not at all: JSON and safetensors, never pickle."""
+"""Plain files, written atomically: JSON and safetensors, never pickle."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it into place if the block succeeds, remove it
-    otherwise.
+    """Yield a temporary path that becomes the file if the block succeeds.
+
+    If the block fails, the temporary file is removed and an old file stays as it is.
 
     Raises:
-        StorageError: if the disk is full or the folder cannot be written; the old file is
-            untouched.
+        StorageError: if the disk is full or the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -36,11 +36,11 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush_to_disk(temporary)
-        # mkstemp makes files private; results are for reading
+        # mkstemp makes files private, but results are for others to read.
         temporary.chmod(0o644)
         temporary.replace(path)
     except StorageError:
-        # says already what went wrong, and from what
+        # It says already what went wrong.
         raise
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -56,21 +56,18 @@ def _flush_to_disk(path: Path) -> None:
 def _cannot_write(path: Path, error: OSError) -> StorageError:
     return StorageError(
         f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or "
-        f"choose another "
-        "folder, then run the same command again."
+        "choose another folder, then run the same command again."
     )
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file whole or not at all; infinities are written as Python's json does
-    (Infinity).
-    """
+    """Write a JSON file atomically, with infinities as Python's json writes them."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -99,67 +96,59 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    """Write named tensors and a JSON header as one safetensors file, whole or not at all."""
+    """Write named tensors and a JSON header as one safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    # a copy per tensor: safetensors refuses memory shared between entries (tied weights)
+    # Each tensor is copied, because safetensors refuses shared memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
         try:
             save_file(plain, str(temporary), metadata={"header": json.dumps(dict(header))})
         except Exception as error:
-            # safetensors wraps OSError in its own type
+            # safetensors wraps OSError in its own type.
             if isinstance(error, OSError):
                 raise
             raise StorageError(f"cannot write {path}: {error}. Nothing was changed.") from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_tensors` wrote.
+    """Read a file of `write_tensors`: the tensors and the header.
 
     Raises:
         StorageError: if the file is missing, damaged or was written by something else.
     """
+    with _opened(path) as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118  safe_open is no mapping
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Read only the JSON header of a file of `write_tensors`."""
+    with _opened(path) as (_, header):
+        return header
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import safe_open
 
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise StorageError(f"cannot read {path}: no such file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = _header(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+            header = json.loads((file.metadata() or {}).get("header", "null"))
+            if not isinstance(header, dict):
+                raise StorageError("it lacks the header that impatient writes")
+            yield file, header
     except Exception as error:
         raise StorageError(
             f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
         ) from error
-    return tensors, header
 
 
 def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """Return the tensors whose names begin with a prefix, without the prefix."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """Read only the JSON header of a file that `write_tensors` wrote."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return _header(file.metadata())
-    except Exception as error:
-        raise StorageError(
-            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
-        ) from error
-
-
-def _header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    header = json.loads((metadata or {}).get("header", "null"))
-    if not isinstance(header, dict):
-        raise StorageError("it lacks the header that impatient writes")
-    return header

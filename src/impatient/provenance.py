@@ -1,4 +1,4 @@
-"""Where a file comes from, and whether it still belongs to what is at hand."""
+"""Where a value comes from, and whether it still fits network and data."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What produced a value; the parts that do not apply are None.
+    """Origin of a value. Attributes that do not apply are None.
 
     Attributes:
         network: fingerprint of the network's structure (modules, shapes, cuts), without the
             weights.
         weights: fingerprint of the weights.
         data: fingerprint of the data set.
-        seed: the seed of whatever was random.
-        device: such as "cpu" or "cuda:0".
-        processor: the device's own name.
-        threads: intra-op threads torch used.
-        dtype: of the network's parameters.
-        engine: what ran the network.
-        versions: of Python, torch and impatient.
+        seed: seed of the random numbers.
+        device: device that the network ran on, such as "cpu" or "cuda:0".
+        processor: name of the device's model.
+        threads: number of intra-op threads of torch.
+        dtype: data type of the network's parameters.
+        engine: engine that ran the network.
+        versions: versions of Python, torch and impatient.
         created: UTC time, ISO 8601.
     """
 
@@ -50,22 +50,22 @@ class Provenance:
     created: str
 
     def require(self, what: str, remedy: str, **expected: Any) -> None:
-        """Raise StaleInput unless every named attribute equals what is expected.
+        """Raise StaleInput unless every named attribute has the expected value.
 
         Args:
-            what: the file's name in the message, such as "the recording of split 'test'".
+            what: name of the value in the message, such as "the recording of split 'test'".
             remedy: what to do about it, such as "run `impatient record DIR`".
+            **expected: expected values of attributes.
         """
         for name, wanted in expected.items():
             if getattr(self, name) != wanted:
                 raise StaleInput(
-                    f"{what} was made with another {_SPOKEN.get(name, name)}: "
-                    f"{getattr(self, name)!r}, "
-                    f"but here it is {wanted!r}. To mend it, {remedy}."
+                    f"{what} was made with another {_PHRASES.get(name, name)}: "
+                    f"{getattr(self, name)!r}, but here it is {wanted!r}. To fix this, {remedy}."
                 )
 
 
-_SPOKEN = {
+_PHRASES = {
     "weights": "set of weights",
     "data": "data set",
     "network": "network structure",
@@ -74,32 +74,34 @@ _SPOKEN = {
 
 
 def provenance(**known: Any) -> Provenance:
-    """Provenance of something made here and now; say what is known of network, weights, data, seed,
-    device.
+    """Make the provenance of a value that is made now.
+
+    Args:
+        **known: attributes of `Provenance` that are known, such as network, weights and data.
     """
     return Provenance(
         versions=versions(), created=datetime.now(UTC).isoformat(timespec="seconds"), **known
     )
 
 
-@functools.cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    import torch
-
-    return (
-        ("python", platform.python_version()),
-        ("torch", str(torch.__version__)),
-        ("impatient", own_version()),
-    )
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python, torch and impatient."""
+    """Return the versions of Python, torch and impatient."""
     return dict(_versions())
 
 
+@functools.cache
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "impatient": own_version(),
+    }
+
+
 def own_version() -> str:
-    """This package's version, or "unknown" when it runs from a folder that was never installed."""
+    """Return this package's version, or "unknown" if it was never installed."""
     try:
         return metadata.version("impatient")
     except metadata.PackageNotFoundError:
@@ -107,7 +109,7 @@ def own_version() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Describe what measured times depend on besides the network: device and thread count."""
+    """Describe what measured times depend on besides the network."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor_name()
@@ -125,7 +127,7 @@ def _processor_name() -> str:
 
 
 def fingerprint_bytes(*parts: bytes) -> str:
-    """Short hash of bytes; 16 hex digits, for noticing change, not for security."""
+    """Return a short hash of bytes, to notice changes, not for security."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -133,14 +135,14 @@ def fingerprint_bytes(*parts: bytes) -> str:
 
 
 def fingerprint_structure(tensors: Mapping[str, Tensor]) -> str:
-    """Short hash of named tensors without their values: names, types and shapes."""
+    """Return a short hash of the names, types and shapes of tensors."""
     return fingerprint_bytes(
         *(f"{name}{value.dtype}{tuple(value.shape)};".encode() for name, value in tensors.items())
     )
 
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Short hash of named tensors: names, types, shapes and every byte."""
+    """Return a short hash of the names, types, shapes and bytes of tensors."""
     import torch
 
     digest = hashlib.sha256()

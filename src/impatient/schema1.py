@@ -1,7 +1,7 @@
 """Rewrite files of version 0.1.0 in memory as this version writes them.
 
-They differ in where tensors are named, in a few entries, and in saying their schema inside of the
-provenance. To be deleted when nobody has such files any more.
+Old files name tensors differently, differ in a few entries, and have the schema inside of the
+provenance. Delete this module when nobody has such files any more.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ Tensors = dict[str, "Tensor"]
 
 
 def upgraded(tree: Tree, tensors: Tensors) -> tuple[Tree, Tensors]:
-    """The JSON and the tensors of a file, with the tensors put into the JSON where it is a policy.
+    """Convert the JSON and the tensors of an old file.
 
-    Tensors that have found their place are left out of those returned.
+    Where tensors are named differently, they are put into the JSON and left out of the result.
     """
+    tree = _without_schema(tree)
     upgrade = _UPGRADES.get(tree.get("kind", ""))
-    if upgrade is None:
-        return _without_schema(tree), tensors
-    return _without_schema(upgrade(tree, tensors)), {}
+    return (upgrade(tree, tensors), {}) if upgrade else (tree, tensors)
 
 
 def _without_schema(entry: Any) -> Any:
-    """Without the version that stood in each provenance."""
+    """Remove the version from each provenance."""
     if isinstance(entry, dict):
         parts = {key: _without_schema(part) for key, part in entry.items()}
         if {"versions", "created", "schema"} <= parts.keys() and parts["schema"] == 1:
@@ -46,13 +45,11 @@ def _recording(tree: Tree, tensors: Tensors) -> Tree:
 
 
 def _thresholds(tree: Tree, _: Tensors) -> Tree:
-    target = tree.get("target")
-    saved = "macs" if isinstance(target, dict) and "mean_macs" in target else "time"
-    return {"cost": saved} | tree
+    return {"cost": "macs" if "mean_macs" in (tree.get("target") or ()) else "time"} | tree
 
 
 def _cost_profile(tree: Tree, _: Tensors) -> Tree:
-    # which stood for "not known"
+    # -1 meant "not known".
     return {
         name: None if name.startswith("exit_free_") and entry == -1 else entry
         for name, entry in tree.items()
@@ -64,24 +61,20 @@ def _certificate(tree: Tree, _: Tensors) -> Tree:
 
 
 def _gates(tree: Tree, tensors: Tensors) -> Tree:
-    rest = dict(tree)
-    are_open = rest.pop("open", None)
-    if not isinstance(are_open, list):
-        return tree
     gates = [
-        _decision(tensors, f"{exit}/") if is_open else None for exit, is_open in enumerate(are_open)
+        _decision(tensors, f"{exit}/") if is_open else None
+        for exit, is_open in enumerate(tree["open"])
     ]
-    return rest | {"gates": gates}
+    return {name: entry for name, entry in tree.items() if name != "open"} | {"gates": gates}
 
 
 def _selection(tree: Tree, tensors: Tensors) -> Tree:
-    moves = tree.get("moves")
-    several = [
-        str(node)
-        for node, left in enumerate(moves if isinstance(moves, list) else [])
-        if isinstance(left, list) and len(left) > 1
-    ]
-    return tree | {"decisions": {node: _decision(tensors, f"{node}/") for node in several}}
+    decisions = {
+        str(node): _decision(tensors, f"{node}/")
+        for node, moves in enumerate(tree["moves"])
+        if len(moves) > 1
+    }
+    return tree | {"decisions": decisions}
 
 
 def _decision(tensors: Tensors, prefix: str) -> Tree:

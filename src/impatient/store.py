@@ -58,7 +58,9 @@ class Stored:
             cls.made_by = made_by
 
     def save(self, path: str | Path) -> None:
-        """Write one file atomically: JSON, or safetensors with a JSON header if it has tensors.
+        """Write one file atomically.
+
+        It is JSON, or safetensors with a JSON header if the value has tensors.
 
         Raises:
             StorageError: if it cannot be written.
@@ -112,7 +114,7 @@ def _versioned(value: Any, plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Convert a value to JSON, and collect its tensors in `tensors` by their path."""
+    """Convert a value to JSON, and collect its tensors by their path."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -146,7 +148,7 @@ def from_plain(
     tensors: Mapping[str, Tensor] | None = None,
     where: str = "this value",
 ) -> Value:
-    """Make a value from the result of `to_plain`, or from the content of a file.
+    """Make a value from the content of a file or of `to_plain`.
 
     Args:
         content: the JSON.
@@ -193,9 +195,10 @@ def from_plain(
 
 
 def _is_safetensors(path: str | Path) -> bool:
-    """Whether a file begins with the length of a safetensors header, which no JSON does."""
+    """Whether a file begins with the length of a safetensors header."""
     try:
         with Path(path).open("rb") as file:
+            # The length has zeros, and JSON has none.
             return b"\0" in file.read(8)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error

@@ -510,7 +510,7 @@ def test_a_profile_of_another_engine_is_refused(timed: MultiExitNetwork, clock: 
     check_profile(other, there, "measure again")
     with pytest.raises(
         StaleInput,
-        match=r"another engine: 'eager', but here it is 'onnxruntime'. To mend it, measure again",
+        match=r"another engine: 'eager', but here it is 'onnxruntime'. To fix this, measure again",
     ):
         check_profile(eager, there, "measure again")
     with pytest.raises(StaleInput, match=r"another engine: 'onnxruntime', but here it is 'eager'"):

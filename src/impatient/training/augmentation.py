@@ -10,12 +10,12 @@ from impatient.errors import TrainingError
 
 
 def augmented(images: Tensor, how: str) -> Tensor:
-    """Shift and mirror each image of a batch [B, C, H, W] at random.
+    """Shift and mirror each image of a batch at random.
 
     A shift is by up to an eighth of the height and of the width, and fills the border with zeros.
 
     Args:
-        images: a batch of inputs.
+        images: a batch of images [B, C, H, W].
         how: "none", "crop" (shift each image) or "crop-flip" (also mirror half of them).
     Raises:
         TrainingError: if the inputs are not images.

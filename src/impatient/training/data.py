@@ -569,7 +569,7 @@ def _lazy(
     read: Callable[[Any], Tensor],
     size: tuple[int, int],
 ) -> _Raw:
-    """Make a data set of images that are decoded when they are asked for.
+    """Make a data set of images that are decoded on demand.
 
     Args:
         rows: for "train" and "test", the source, the identity and the label of each image.

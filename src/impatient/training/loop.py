@@ -272,7 +272,7 @@ class _Training:
         ]
 
     def _early_parameters(self) -> dict[int, int]:
-        """Per parameter of an early head, by its id, the exit of that head."""
+        """Map the id of each parameter of an early head to its exit."""
         return {
             id(parameter): exit
             for exit, head in enumerate(self.network.early_heads())
