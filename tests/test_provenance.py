@@ -161,9 +161,8 @@ def test_what_agrees_passes():
 )
 def test_a_stale_file_says_what_differs_and_what_to_do(name, spoken):
     message = (
-        f"the recording was made with another {spoken}: 'old', but here it is 'new'. To "
-        f"mend "
-        f"it, run `impatient record D`."
+        f"the recording was made with another {spoken}: 'old', but here it is 'new'. To fix this, "
+        "run `impatient record D`."
     )
     with pytest.raises(StaleInput) as caught:
         provenance(**{name: "old"}).require(
