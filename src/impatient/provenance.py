@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from impatient.errors import StaleInput
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +124,11 @@ def _processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def dtype_of(model: nn.Module) -> str | None:
+    """Return the type of a model's first parameter, None if it has no parameters."""
+    return next((str(each.dtype).removeprefix("torch.") for each in model.parameters()), None)
 
 
 def fingerprint_bytes(*parts: bytes) -> str:

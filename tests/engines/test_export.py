@@ -28,7 +28,7 @@ from impatient import (
     profile,
     to_engine,
 )
-from impatient.engines.export import add_costs, differences, varied
+from impatient.engines.export import add_costs, check_agreement, differences, varied
 from impatient.errors import ExportFailed, NetworkError, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json
 from impatient.networks.multi_exit import MultiExitNetwork
@@ -383,6 +383,21 @@ def test_a_network_that_differs_is_refused_and_nothing_is_left(
         to_engine(other, "openvino", example=torch.randn(3, 8), directory=tmp_path / "made")
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["exits", "whole"])
+def test_an_engine_that_gives_no_numbers_is_refused(wrong: str) -> None:
+    network = toy_network()
+    broken = toy_network()
+    nn.init.constant_(broken.backbone.classifier.weight, math.nan)
+
+    class Engine:
+        engine = "broken"
+        backbone = (broken if wrong == "whole" else network).backbone
+        exits = staticmethod((broken if wrong == "exits" else network).exits)
+
+    with pytest.raises(ExportFailed, match=r"exit 1 \(output\) differs from the network by nan"):
+        check_agreement(network, Engine(), torch.randn(3, 8))  # type: ignore[arg-type]
 
 
 def test_answers_that_are_always_the_same_show_no_agreement() -> None:

@@ -16,7 +16,7 @@ from impatient.errors import ExitNotReached, ExportFailed, NetworkError
 from impatient.networks import MultiExitNetwork, attach_exits, load_model
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.specs import import_torchvision
-from impatient.portable import StagedRun
+from impatient.portable import Staged, StagedRun
 from toys import ToyBackbone
 
 Batch = Callable[[int], Any]
@@ -166,7 +166,7 @@ class Cut:
 
     def run(self, x: Any) -> StagedRun:
         values = input_tensors(x, self.parts.wiring.inputs)
-        return StagedRun(self.parts.wiring, self.parts.stages, self.parts.heads, values)
+        return Staged(self.parts.wiring, self.parts.stages, self.parts.heads)(values)
 
     def agree(self, one: Tensor, other: Tensor) -> bool:
         if self.case.exact:
@@ -308,7 +308,7 @@ def test_whatever_skips_across_the_cuts_arrives(seed: int) -> None:
     ).eval()
     parts = partition(network, vectors(1))
     x = vectors(3)
-    given = [exit.output() for exit in StagedRun(parts.wiring, parts.stages, parts.heads, [x])]
+    given = [exit.output() for exit in Staged(parts.wiring, parts.stages, parts.heads)([x])]
     for one, other in zip(given, network(x), strict=True):
         assert torch.equal(one, other)
         assert float(one.std()) > 1e-3

@@ -36,7 +36,7 @@ from impatient.portable import (
     Cancelled,
     EnginePart,
     OpenVinoPart,
-    StagedRun,
+    Staged,
     Thresholds,
     TimePredictor,
     Wiring,
@@ -414,7 +414,7 @@ def test_a_run_whose_stage_was_cancelled_can_go_on(engine: str, long_path: Path)
         features=("y",),
         batch_dims={"x": 0, "y": 0},
     )
-    run = StagedRun(wiring, [part], [None], [x])
+    run = Staged(wiring, [part], [None])([x])
     assert isinstance(Calling(lambda: next(run)).ended_by(run.cancel).error, Cancelled)
     np.testing.assert_array_equal(next(run).output(), part.one(x))
     run.cancel()

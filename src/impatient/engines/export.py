@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
@@ -40,7 +40,7 @@ from impatient.files import read_json, write_json, write_text
 from impatient.inputs import batch_size_of, call_model, evaluating, map_samples
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
-from impatient.provenance import machine, provenance
+from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
 
 # Engines whose networks are written to files.
@@ -423,7 +423,7 @@ def _bundle(
         network=facts.structure,
         weights=facts.weights,
         engine=engine_label(settings.engine, settings.precision),
-        dtype=_dtype_of(parts.whole),
+        dtype=dtype_of(parts.whole),
         **{**machine("cpu"), "threads": settings.threads},
     )
     return {
@@ -463,12 +463,6 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
         "stages": [f"stage{index}.{ending}" for index in range(len(parts.stages))],
         "heads": [head and f"head{index}.{ending}" for index, head in enumerate(parts.heads)],
     }
-
-
-def _dtype_of(module: nn.Module) -> str | None:
-    return next(
-        (str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()), None
-    )
 
 
 def _shape(value: Tensor, batch_dim: int | None) -> list[int | None]:
@@ -543,33 +537,34 @@ def differences(
         noise: whether to add noise to the example.
         sizes: batch sizes to compare at, besides that of the example.
     """
-    apart, scale, spread = ([0.0] * network.num_exits for _ in range(3))
+    found = []
     for size in dict.fromkeys((*sizes, batch_size_of(example))):
         x = varied(example, size, noise)
         with evaluating(network), torch.inference_mode():
             wanted = network(x)
             with made.exits(x) as run:
-                found = [exit.output() for exit in run]
-            found_alone = call_model(made.backbone, x)
-        for index, (here, there) in enumerate(zip(wanted, found, strict=True)):
-            apart[index] = max(apart[index], float((here - there).abs().max()))
-            scale[index] = max(scale[index], float(here.abs().max()))
-            spread[index] = max(spread[index], float((here - here[:1]).abs().max()))
-        apart[-1] = max(apart[-1], float((wanted[-1] - found_alone).abs().max()))
-    for index, name in enumerate(network.exit_names):
-        if spread[index] == 0.0:
+                given = [exit.output() for exit in run]
+            whole = call_model(made.backbone, x)
+        apart = [_largest(here - there) for here, there in zip(wanted, given, strict=True)]
+        alone = _largest(wanted[-1] - whole)
+        apart[-1] = float(np.maximum(apart[-1], alone))
+        spread = [_largest(here - here[:1]) for here in wanted]
+        found.append((apart, spread, [_largest(here) for here in wanted]))
+    # numpy's maxima, because Python's would lose NaN.
+    most = np.max(found, axis=0).tolist()
+    for index, (_, spread, _) in enumerate(zip(*most, strict=True)):
+        if spread == 0.0:
             warnings.warn(
-                (
-                    f"exit {index} ({name}) gives the same output for every input, so comparing it "
-                    "shows nothing; expected a trained network."
-                ),
+                f"exit {index} ({network.exit_names[index]}) gives the same output for every "
+                "input, so comparing it shows nothing; expected a trained network.",
                 NoEffectWarning,
                 stacklevel=2,
             )
-    return [
-        difference / largest if largest else difference
-        for difference, largest in zip(apart, scale, strict=True)
-    ]
+    return [apart / (scale or 1.0) for apart, _, scale in zip(*most, strict=True)]
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())
 
 
 def varied(x: Any, size: int, noise: bool = True) -> Any:

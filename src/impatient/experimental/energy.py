@@ -20,12 +20,12 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class RaplMeter:
-    """Energy of all processor packages, without memory, from the counters of Linux's powercap.
+    """Energy of all processor packages, without memory, from Linux's powercap.
 
     Args:
-        powercap: where the counters are, if not where Linux shows them.
+        powercap: directory of the counters; the default is where Linux shows them.
     Raises:
-        EnergyUnavailable: if there are none, or they may not be read.
+        EnergyUnavailable: if there are no counters, or they may not be read.
     """
 
     def __init__(self, powercap: Path | None = None) -> None:
@@ -48,17 +48,12 @@ class RaplMeter:
         self._before = self._read()
 
     def end(self) -> float:
-        """Joules since `begin`; a counter that wrapped round more than once meanwhile, after
-        minutes, cannot be told.
+        """Return the joules since `begin`.
+
+        A counter wraps round after minutes. More than one wrap cannot be noticed.
         """
         passed = zip(self._before, self._read(), self._ranges, strict=True)
-        return (
-            sum(
-                after - before if after >= before else after - before + most
-                for before, after, most in passed
-            )
-            / 1e6
-        )
+        return sum(after - before + most * (after < before) for before, after, most in passed) / 1e6
 
     def _read(self) -> list[int]:
         return [_number(counter) for counter in self._counters]
@@ -81,11 +76,13 @@ def _number(file: Path) -> int:
 
 
 class ZeusMeter:
-    """Energy of one GPU, or of a whole system on a chip (Jetson, Apple silicon), from the zeus
-    package.
+    """Energy of one GPU or system on a chip, from zeus.
+
+    Systems on a chip are Jetson and Apple silicon.
 
     Args:
-        device: "cuda", "cuda:1"; "cpu" or "mps" on a system on a chip, of which all is measured.
+        device: "cuda" or "cuda:1"; on a system on a chip, which is measured as a whole, also "cpu"
+            or "mps".
     Raises:
         EnergyUnavailable: if zeus is not installed, or sees no such device.
     """
@@ -101,8 +98,7 @@ class ZeusMeter:
             ) from error
         self._gpu = int(index or 0)
         try:
-            # cpu_indices=[]: what zeus knows of processors is RAPL, and it starts a process to
-            # watch that
+            # cpu_indices=[]: for processors, zeus would start a process that watches RAPL.
             self._monitor: Any = ZeusMonitor(gpu_indices=[], cpu_indices=[])
             self._on_chip = bool(getattr(self._monitor, "soc_is_present", False))
             if kind == "cuda" and not self._on_chip:
@@ -117,12 +113,12 @@ class ZeusMeter:
         self._window = 0
 
     def begin(self) -> None:
-        # a name of its own: zeus refuses one that an error left open
+        # A new name each time: zeus refuses a name that an error has left open.
         self._window += 1
         self._monitor.begin_window(f"impatient {self._window}")
 
     def end(self) -> float:
-        """Joules since `begin`."""
+        """Return the joules since `begin`."""
         measured = self._monitor.end_window(f"impatient {self._window}")
         return (
             _on_chip_joules(measured.soc_energy)
@@ -132,8 +128,9 @@ class ZeusMeter:
 
 
 def _on_chip_joules(measured: Any) -> float:
-    """The board's total where there is one (Jetson), else the sum of the parts (Apple silicon);
-    zeus gives millijoules.
+    """Return the board's total, or else the sum of its parts.
+
+    Zeus has a total for Jetson and parts for Apple silicon, in millijoules.
     """
     total = getattr(measured, "total_energy_mj", None)
     parts = [
@@ -146,13 +143,15 @@ def _on_chip_joules(measured: Any) -> float:
 
 
 def find_meter(device: str, *, powercap: Path | None = None) -> EnergyMeter:
-    """Find the meter of a device: of the processor packages for "cpu", of the GPU for "cuda".
+    """Find the meter of a device.
+
+    "cpu" stands for the processor packages, "cuda" for the GPU.
 
     Example:
         meter = find_meter("cpu")
         costs = impatient.profile(network, x, energy=meter)
     Raises:
-        EnergyUnavailable: if there is none, saying why.
+        EnergyUnavailable: if there is no meter, with the reasons.
     """
     makers: list[Callable[[], EnergyMeter]] = [lambda: ZeusMeter(device)]
     if device.startswith("cpu"):

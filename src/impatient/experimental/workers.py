@@ -3,9 +3,9 @@
 Status: tested on a fake clock and on threads of a CPU; timed on 2 cores (benchmarks/workers.py).
 Not proven: more than 2 cores, a GPU, and that it is ever worth more than threads within operators.
 
-The workers are threads, since torch works outside the interpreter's lock: networks that spend their
-time in torch's operators gain, tiny ones, which spend it in Python, do not (benchmarks/workers.py).
-Processes would have to be handed every input.
+The workers are threads, because torch computes outside the interpreter's lock. Networks that spend
+their time in torch's operators gain. Tiny networks, which spend it in Python, do not
+(benchmarks/workers.py). Every input would have to be sent to processes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
+from impatient import checks
 from impatient.anytime import Exit
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline
 from impatient.errors import RunError
@@ -27,11 +28,11 @@ from impatient.runtime.interruptible import BackgroundRun, Worker
 
 
 class Ensemble(Protocol):
-    """What the workers need of an ensemble.
+    """An ensemble as the workers use it.
 
     Attributes:
-        networks: the networks, shallow to deep.
-        validation_errors: how good each of their exits is.
+        networks: networks of the ensemble, shallow to deep.
+        validation_errors: validation error of each exit of each network.
     """
 
     @property
@@ -44,32 +45,32 @@ class Ensemble(Protocol):
 class ParallelEANN:
     """Run the networks of an ensemble on M workers at a time.
 
-    A worker takes the next deeper network from the queue when it has ended one. Every exit posts
-    its answer, and the answer of a run is the best by validation error of all that were posted,
-    whichever network it comes from; of equals, the deeper. A head whose exit is no match for what
-    has been posted does not run. At the deadline every worker leaves its network at the next
-    boundary; whoever asked has the answer by then.
+    A worker takes the next deeper network from the queue when it has finished one. Every exit posts
+    its answer. The answer of a run is the best posted one by validation error, whichever network it
+    comes from; among equals, the deepest. A head does not run if a better answer has been posted.
+    At the deadline every worker leaves its network at the next boundary; the caller has the answer
+    by then.
 
-    More workers than free cores, or any number on one GPU, take turns: then each network takes
+    More workers than free cores, or any number on one GPU, take turns. Then each network takes
     longer in proportion, and the first answers come later than with one worker. The formulas of
     `papers.anytime_neural_networks.inflation` hold for workers that do not slow each other down.
 
     Args:
         ensemble: an `EANN`, in eval mode.
-        workers: M; more than there are networks are of no use.
-        threads: of torch, per operator. By default what torch uses now, shared out among the
-            workers. Torch has one such
-            setting for the whole process: it is changed here, and put back by `close`.
-        when_late: what to do when there is no answer at the deadline: wait for the first and say so
-            ("answer"), or "raise".
-        clock: where time comes from.
+        workers: number of workers, M; more workers than networks are of no use.
+        threads: torch's threads per operator; the default divides torch's present number among the
+            workers. Torch has one such setting for the whole process, which is changed here and
+            restored by `close`.
+        when_late: what to do without an answer at the deadline: "answer" waits for the first answer
+            and marks it late; "raise" raises an error.
+        clock: clock to read and wait on.
     Raises:
-        RunError: if a number or `when_late` is not possible.
+        RunError: if `workers`, `threads` or `when_late` is not possible.
 
     Thread:
-        `run` and `start` may be called from several threads; runs queue behind each other, with
-        their deadlines ticking. A worker goes on to the next run when no network of the present one
-        is left in the queue.
+        `run` and `start` may be called from several threads. Runs are computed one after the other;
+        time in that queue counts against their deadlines. A worker continues with the next run when
+        no network of the present one is left in the queue.
     Source:
         EANN (Hu et al.), "parallel workers". We differ: the best answer of all posted, not only of
         the last finished and the running network.
@@ -98,32 +99,33 @@ class ParallelEANN:
         when_late: Literal["answer", "raise"] = "answer",
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        if workers < 1 or (threads is not None and threads < 1):
-            raise RunError(f"workers={workers}, threads={threads}; expected at least 1 of each.")
-        if when_late not in ("answer", "raise"):
-            raise RunError(f"when_late={when_late!r}; expected 'answer' or 'raise'.")
+        before = torch.get_num_threads()
+        threads = max(1, before // max(1, workers)) if threads is None else threads
+        checks.at_least(RunError, 1, workers=workers, threads=threads)
+        checks.one_of(RunError, ("answer", "raise"), when_late=when_late)
         self.ensemble = ensemble
         self.clock = clock
         self._when_late = when_late
         self._plan = _Plan(tuple(ensemble.networks), ensemble.validation_errors)
-        self._threads_before = torch.get_num_threads()
+        self._threads_before = before
         self._workers = [Worker() for _ in range(workers)]
         for worker in self._workers:
             weakref.finalize(self, worker.forget).atexit = False
         self._lock = threading.Lock()
         self._closed = False
-        torch.set_num_threads(threads or max(1, self._threads_before // workers))
+        torch.set_num_threads(threads)
 
     def run(self, x: Any, *, deadline: Deadline = NEVER) -> Answer:
-        """Give the best answer there is at the deadline, or when all networks have run.
+        """Return the best answer at the deadline, or when all networks have run.
 
         Args:
-            x: as the networks take it; all share it, so none may change it.
-            deadline: `Deadline.after(0.008)`; stamp it where the request comes in.
+            x: input of the networks, which share it, so none may change it.
+            deadline: deadline, such as `Deadline.after(0.008)`; make it where the request comes in.
         Returns:
-            The answer; its exit is the one that gave it, numbered through the ensemble.
+            The answer. Its exit is numbered through the whole ensemble.
         Raises:
-            NoAnswerInTime: if there is none yet and the workers were made with when_late="raise".
+            NoAnswerInTime: if there is no answer yet and the workers were made with
+                when_late="raise".
             RunError: after `close`.
         """
         with self.start(x, deadline=deadline) as run:
@@ -132,7 +134,7 @@ class ParallelEANN:
     def start(self, x: Any, *, deadline: Deadline = NEVER) -> ParallelRun:
         """Start the workers on an input and return at once.
 
-        Use it in a `with` block: leaving it abandons what is still being computed.
+        Use it in a `with` block: leaving the block abandons what is still being computed.
 
         Raises:
             RunError: after `close`.
@@ -142,13 +144,14 @@ class ParallelEANN:
             if self._closed:
                 raise RunError("these workers were closed; make new ones.")
             for worker in self._workers:
-                # holds these workers, which so outlive their runs
+                # The function keeps `self` alive, so that the workers outlive their runs.
                 worker.do(run, lambda: self._take_part(run, x))
         return run
 
     def close(self) -> None:
-        """End the workers, each at its next boundary, and give torch its threads back; does not
-        wait.
+        """End the workers, each at its next boundary, without waiting.
+
+        Torch gets its previous number of threads back.
         """
         with self._lock:
             closed = self._closed
@@ -169,7 +172,7 @@ class ParallelEANN:
 
 
 class _Plan:
-    """The networks, and which exit is better than which."""
+    """The networks, and a rank of their exits."""
 
     def __init__(
         self, networks: Sequence[Any], validation_errors: Sequence[Sequence[float]]
@@ -182,12 +185,12 @@ class _Plan:
                 f"{len(errors)} validation errors for {self.first[-1]} exits; expected one for "
                 "each."
             )
-        # the smaller, the better
+        # A smaller rank is better.
         self.rank = [(error, -exit) for exit, error in enumerate(errors)]
 
 
 class ParallelRun(BackgroundRun):
-    """An interruptible run of several networks at a time; made by `ParallelEANN.start`.
+    """An interruptible run of several networks at a time, made by `ParallelEANN.start`.
 
     Thread:
         All methods may be called from any thread.
@@ -198,20 +201,18 @@ class ParallelRun(BackgroundRun):
         self._plan = plan
         self._waiting = list(enumerate(plan.networks))
         self._in_flight = 0
-        self._complete = (
-            # no network was left before its end, and no answer came too late to be taken
-            True
-        )
+        # Whether all networks ran to their ends, and all answers came in time.
+        self._complete = True
 
     def _work_through(self, x: Any) -> None:
         """Run network after network on a worker, until none is left or wanted."""
         while (taken := self._take()) is not None:
             complete = False
             try:
-                complete = self._walk_one(*taken, x)
+                complete = self._run_one(*taken, x)
             except BaseException as error:
                 with self._changed:
-                    # an answer that was there when it was due is not taken back
+                    # An answer that was ready when it was due is not withdrawn.
                     if not self._over():
                         self._error = error
             finally:
@@ -224,7 +225,7 @@ class ParallelRun(BackgroundRun):
             if self._waiting and not self._over():
                 self._in_flight += 1
                 return self._waiting.pop(0)
-            # not when all workers have been here: one may be held up by the run before
+            # Do not wait for all workers, because one may be delayed by the previous run.
             if not self._in_flight:
                 if self._latest is not None and self._complete and not self._waiting:
                     self._latest = replace(self._latest, stopped_by="final")
@@ -232,12 +233,12 @@ class ParallelRun(BackgroundRun):
                 self._changed.notify_all()
             return None
 
-    def _walk_one(self, number: int, network: Any, x: Any) -> bool:
-        """Run one network and post its answers; False when it was left before its end."""
+    def _run_one(self, number: int, network: Any, x: Any) -> bool:
+        """Run one network, and tell whether it ran to its end."""
         with torch.inference_mode(), network.exits(x) as run:
             for exit in run:
-                # asked before the head and again before the next stage: each is paid only if
-                # somebody wants it
+                # Checked before the head and before the next stage, so that each is computed only
+                # if it is wanted.
                 if self._over() or not self._post(self._plan.first[number] + exit.index, exit):
                     return False
                 if exit.index == network.num_exits - 1:
@@ -249,12 +250,16 @@ class ParallelRun(BackgroundRun):
         )
 
     def _post(self, number: int, exit: Exit) -> bool:
-        """Take an exit's answer if it is the best so far; False when it came too late."""
+        """Post an exit's answer if it is the best, unless it is late.
+
+        Returns:
+            Whether it came in time.
+        """
         rank = self._plan.rank
         best = self._latest
         if best is not None and rank[number] > rank[best.exit]:
             return True
-        # a head may return a view of the features, which a later stage may write over
+        # A copy: a head may return a view of the features, which a later stage may overwrite.
         output = exit.output().clone()
         answer = answered(
             output,

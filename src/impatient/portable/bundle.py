@@ -250,9 +250,7 @@ class Bundle:
             )
             return Streamed(self.wiring, session)
         stages = [self._part(name) for name in self.description["stages"]]
-        heads = [
-            None if name is None else self._part(name).one for name in self.description["heads"]
-        ]
+        heads = [name and self._part(name).one for name in self.description["heads"]]
         return Staged(self.wiring, stages, heads)
 
     def _part(self, name: str) -> EnginePart:
@@ -269,16 +267,13 @@ class Bundle:
             )
         for name, spec in specs.items():
             check_input(name, given[name], spec)
-        sizes = {given[name].shape[dim] for name, dim in self._input_dims()}
+        dims = [(name, self.wiring.batch_dims[name]) for name in self.wiring.inputs]
+        sizes = {given[name].shape[dim] for name, dim in dims if dim is not None}
         if len(sizes) > 1 or 0 in sizes:
             raise BundleError(
                 f"inputs of {sorted(sizes)} samples; expected the same number in each, at least 1."
             )
         return [given[name] for name in self.wiring.inputs]
-
-    def _input_dims(self) -> list[tuple[str, int]]:
-        dims = [(name, self.wiring.batch_dims[name]) for name in self.wiring.inputs]
-        return [(name, dim) for name, dim in dims if dim is not None]
 
     def _here(self) -> dict[str, Any]:
         return {"processor": processor_name(), "threads": self.threads, "engine": self.engine}

@@ -173,7 +173,7 @@ class Staged:
         return len(self.stages)
 
     def __call__(self, inputs: Sequence[Any]) -> StagedRun:
-        return StagedRun(self.wiring, self.stages, self.heads, inputs)
+        return StagedRun(self, inputs)
 
 
 class StagedRun(Run):
@@ -182,16 +182,11 @@ class StagedRun(Run):
     Values are arrays of one kind: numpy arrays or torch tensors.
     """
 
-    def __init__(
-        self,
-        wiring: Wiring,
-        stages: Sequence[Part],
-        heads: Sequence[Head | None],
-        inputs: Sequence[Any],
-    ) -> None:
+    def __init__(self, network: Staged, inputs: Sequence[Any]) -> None:
+        wiring = network.wiring
         self._wiring = wiring
-        self._stages = stages
-        self._heads = heads
+        self._stages = network.stages
+        self._heads = network.heads
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()

@@ -41,10 +41,6 @@ def unwritten(rows: int, columns: int, dtype: Any) -> Array:
     return np.full((rows, columns), UNWRITTEN[size], f"u{size}").view(dtype)
 
 
-def _bits(output: Array) -> Array:
-    return output.view(f"u{output.dtype.itemsize}")
-
-
 def _has_come(bits: Array) -> bool:
     """Tell whether an output has been written completely."""
     unwritten = UNWRITTEN[bits.dtype.itemsize]
@@ -103,33 +99,15 @@ class Streamed:
     def __init__(self, wiring: Wiring, session: Session) -> None:
         self.wiring = wiring
         self.session = session
-        self._steps = Steps()
+        # The least seconds between each exit and the one before it, by number of rows and exit.
+        self._least_s: dict[tuple[int, int], float] = {}
 
     @property
     def num_exits(self) -> int:
         return len(self.wiring.features)
 
     def __call__(self, inputs: Sequence[Array]) -> StreamedRun:
-        return StreamedRun(self.session, inputs, self.wiring.batch_size(inputs), self._steps)
-
-
-class Steps:
-    """The least time between each exit and the one before it.
-
-    A stored time grows a little in every run, so that an old minimum is forgotten.
-    """
-
-    def __init__(self) -> None:
-        # Seconds by number of rows and exit.
-        self._least_s: dict[tuple[int, int], float] = {}
-
-    def expected_s(self, rows: int, exit: int) -> float:
-        return self._least_s.get((rows, exit), 0.0)
-
-    def observe(self, rows: int, exit: int, seconds: float) -> None:
-        self._least_s[rows, exit] = min(
-            seconds, FORGETTING * self._least_s.get((rows, exit), seconds)
-        )
+        return StreamedRun(self.session, inputs, self.wiring.batch_size(inputs), self._least_s)
 
 
 class StreamedRun(Run):
@@ -139,14 +117,20 @@ class StreamedRun(Run):
     only outputs, which are ready when the exit is returned.
     """
 
-    def __init__(self, session: Session, inputs: Sequence[Array], rows: int, steps: Steps) -> None:
+    def __init__(
+        self,
+        session: Session,
+        inputs: Sequence[Array],
+        rows: int,
+        least_s: dict[tuple[int, int], float],
+    ) -> None:
         self._flight: Flight | None = None
         self._session = session
         self._inputs = inputs
         self._count = rows
-        self._steps = steps
+        self._least_s = least_s
         self._outputs = session.memory(rows)
-        self._bits = [_bits(output) for output in self._outputs]
+        self._bits = [output.view(f"u{output.dtype.itemsize}") for output in self._outputs]
         self._next = 0
         # Rows that are kept. None: all.
         self._rows: Array | None = None
@@ -219,12 +203,10 @@ class StreamedRun(Run):
     def _look_until(self, index: int, flight: Flight) -> None:
         """Look at an output repeatedly until it is complete."""
         begin = time.perf_counter()
-        expected_s = (
-            0.0
-            if self._before is None
-            else self._steps.expected_s(self._count, index) + self._before - begin
-        )
-        sleep_s = FIRST_LOOK * expected_s
+        step = (self._count, index)
+        sleep_s = 0.0
+        if self._before is not None:
+            sleep_s = FIRST_LOOK * (self._least_s.get(step, 0.0) + self._before - begin)
         while not _has_come(self._bits[index]) and not flight.ended():
             if self._cancelled.wait(max(sleep_s, SHORTEST_LOOK_S)):
                 # The flight ends at its next operator.
@@ -232,5 +214,7 @@ class StreamedRun(Run):
             sleep_s = min(LOOK_SHARE * (time.perf_counter() - begin), LONGEST_LOOK_S)
         now = time.perf_counter()
         if self._before is not None:
-            self._steps.observe(self._count, index, now - self._before)
+            taken_s = now - self._before
+            # The stored time grows a little in every run, so that an old minimum is forgotten.
+            self._least_s[step] = min(taken_s, FORGETTING * self._least_s.get(step, taken_s))
         self._before = now

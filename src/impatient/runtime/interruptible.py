@@ -1,4 +1,4 @@
-"""Runs on a thread of their own, whose latest answer is there at any time.
+"""Runs on a separate thread, whose latest answer is there at any time.
 
 The worker posts the answer of every exit. The caller takes the latest one.
 """

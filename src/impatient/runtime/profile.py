@@ -26,7 +26,7 @@ from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantil
 from impatient.counting import count_macs, count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.inputs import call_model, evaluating, first_tensor, resized, synchronise
-from impatient.provenance import Provenance, machine, provenance, versions
+from impatient.provenance import Provenance, dtype_of, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
 
 log = logging.getLogger(__name__)
@@ -256,10 +256,9 @@ def _measure_energy(
 
 
 def _provenance(network: Network, device: torch.device) -> Provenance:
-    dtype = next((str(p.dtype).removeprefix("torch.") for p in network.parameters()), None)
     made = provenance(
         network=network.structure_fingerprint,
-        dtype=dtype,
+        dtype=dtype_of(network),
         engine=network.engine,
         **_machine(str(device), network.threads),
     )
