@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from impatient.clock import SYSTEM_CLOCK, Clock
+from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.errors import EnergyUnavailable
 
 # Seconds. The counters of GPUs change only some ten times a second.
@@ -53,11 +54,9 @@ def joules_per_run(
     Raises:
         EnergyUnavailable: if the meter did not change in a window.
     """
-    measured: list[list[float]] = [[] for _ in jobs]
-    for turn in range(rounds):
-        for place in range(len(jobs)) if turn % 2 else reversed(range(len(jobs))):
-            measured[place].append(_in_window(meter, jobs[place], window_s, clock))
-    return tuple(statistics.median(values) for values in measured)
+    windows = [functools.partial(_in_window, meter, job, window_s, clock) for job in jobs]
+    measured = interleaved(windows, repeats=rounds)
+    return tuple(map(statistics.median, zip(*measured, strict=True)))
 
 
 def _in_window(
