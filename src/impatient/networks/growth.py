@@ -337,12 +337,8 @@ def plan(
         )
     # A label has the total cost, the sum of the cumulative costs, and the path. In that sum, a cost
     # counts once for its own iteration and once for each later one.
-    labels: dict[Counts, _Label] = {}
-    for counts in layers[0]:
-        if _visits(None, counts, points):
-            cost = parts.step(None, counts)
-            labels[counts] = cost, cost * len(layers), (counts,)
-    for left, layer in zip(range(len(layers) - 1, 0, -1), layers[1:], strict=True):
+    labels: dict[Counts | None, _Label] = {None: (0.0, 0.0, ())}
+    for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
         labels = _next_labels(labels, layer, left, parts, points)
     if not labels:
         raise ModelSpecError(
@@ -457,18 +453,19 @@ def _visits(before: Counts | None, after: Counts, points: Sequence[Counts]) -> b
 
 
 def _next_labels(
-    labels: dict[Counts, _Label],
+    labels: dict[Counts | None, _Label],
     layer: Sequence[Counts],
     left: int,
     parts: BlockCosts,
     points: Sequence[Counts],
-) -> dict[Counts, _Label]:
+) -> dict[Counts | None, _Label]:
     """Find the best path to each of the next iteration's block counts."""
     wanted = set(layer)
-    reached: dict[Counts, _Label] = {}
+    reached: dict[Counts | None, _Label] = {}
     for before, (total, early, path) in labels.items():
+        smallest = before or (1,) * len(parts.counts)
         larger = itertools.product(
-            *(range(old, count + 1) for old, count in zip(before, parts.counts, strict=True))
+            *(range(old, count + 1) for old, count in zip(smallest, parts.counts, strict=True))
         )
         for after in wanted.intersection(larger) - {before}:
             if _visits(before, after, points):
