@@ -1,6 +1,4 @@
-"""Networks grown over cached tensors: what runs, that it equals the sub-networks, and how it fits
-in with the library.
-"""
+"""Networks that grow: what runs, and that it equals the sub-networks."""
 
 import copy
 import gc
@@ -73,9 +71,7 @@ def growing(
 
 
 def residual(schedule: Schedule | Sequence[Sequence[int]], **options: Any) -> GrowingNetwork:
-    """A network of such blocks, with weights, statistics and outputs that differ from block to
-    block.
-    """
+    """A network of such blocks, all different in weights and statistics."""
     counts = Schedule.of(schedule).final
     out = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
     sections = [[Residual() for _ in range(count)] for count in counts]
@@ -105,11 +101,9 @@ def images(count: int = 2, channels: int = 1) -> Tensor:
 
 
 def alone(network: GrowingNetwork, index: int, x: Tensor) -> Tensor:
-    """The output of one iteration's sub-network, run by itself from the input to the end, over
-    nothing cached.
+    """Run the sub-network of one iteration by itself, without cached tensors.
 
-    Where statistics are not shared, a block goes by those of the iteration that would have run it
-    last.
+    If statistics are not shared, a block uses those of the last iteration that runs it.
     """
     x = network.backbone.stem(x)
     ran = trace(network.schedule)[: index + 1]

@@ -24,7 +24,7 @@ STOP = -1
 
 
 class Table(Router):
-    """A router that knows each sample by its number, and where it goes from each network."""
+    """A router with a table of the next network of each sample."""
 
     def __init__(self, moves: Mapping[int, Sequence[int]]) -> None:
         self.moves = moves
@@ -38,9 +38,10 @@ class Table(Router):
         return torch.tensor([self.moves[node][int(sample)] for sample in outputs[node][:, 1]])
 
 
-class Told:
-    """A network whose output is its own number and the sample's, and which writes down who came,
-    and takes time.
+class RecordingNetwork:
+    """A network that records its samples and takes time.
+
+    Its output has its own number and those of the samples.
     """
 
     def __init__(self, number: int, clock: FakeClock | None = None, seconds: float = 0.0) -> None:
@@ -85,7 +86,7 @@ def test_every_sample_runs_its_own_way_and_nothing_else(
     table: tuple[int, dict[int, list[int]]],
 ) -> None:
     count, moves = table
-    networks = [Told(number) for number in moves]
+    networks = [RecordingNetwork(number) for number in moves]
     with Cascade(networks, router=Table(moves)).exits(samples(count)) as run:
         exits = list(run)
     paths = [alone(moves, sample) for sample in range(count)]
@@ -108,7 +109,7 @@ def test_every_sample_runs_its_own_way_and_nothing_else(
 
 
 def test_without_a_router_all_run_everything() -> None:
-    networks = [Told(0), Told(1)]
+    networks = [RecordingNetwork(0), RecordingNetwork(1)]
     cascade = Cascade(networks, ["small", "large"])
     with cascade.exits(samples(3)) as run:
         assert [(exit.index, exit.exits, exit.upcoming) for exit in run] == [
@@ -120,7 +121,7 @@ def test_without_a_router_all_run_everything() -> None:
 
 
 def test_nothing_runs_before_it_is_asked_for_or_after_the_end() -> None:
-    networks = [Told(0), Told(1)]
+    networks = [RecordingNetwork(0), RecordingNetwork(1)]
     run = Cascade(networks).exits(samples(1))
     assert networks[0].came == []
     next(run)
@@ -131,9 +132,9 @@ def test_nothing_runs_before_it_is_asked_for_or_after_the_end() -> None:
 
 
 def test_answers_that_were_given_stay_as_they_were() -> None:
-    with Cascade([Told(0), Told(1)], router=Table({0: [1, STOP], 1: [STOP, STOP]})).exits(
-        samples(2)
-    ) as run:
+    with Cascade(
+        [RecordingNetwork(0), RecordingNetwork(1)], router=Table({0: [1, STOP], 1: [STOP, STOP]})
+    ).exits(samples(2)) as run:
         first = next(run).output()
         kept = first.clone()
         next(run)
@@ -158,9 +159,10 @@ def test_a_router_that_goes_back_is_refused() -> None:
                 NetworkError,
                 match=f"from network 1 to {target}; expected a larger number, at most 2",
             ),
-            Cascade([Told(0), Told(1), Told(2)], router=Table({0: [1], 1: [target]})).exits(
-                samples(1)
-            ) as run,
+            Cascade(
+                [RecordingNetwork(0), RecordingNetwork(1), RecordingNetwork(2)],
+                router=Table({0: [1], 1: [target]}),
+            ).exits(samples(1)) as run,
         ):
             list(run)
 
@@ -177,14 +179,17 @@ def test_senseless_cascades_are_refused() -> None:
     with pytest.raises(NetworkError, match="no networks"):
         Cascade([])
     with pytest.raises(NetworkError, match="one for each, all different"):
-        Cascade([Told(0), Told(1)], ["a", "a"])
+        Cascade([RecordingNetwork(0), RecordingNetwork(1)], ["a", "a"])
 
 
 # --- as an anytime network ------------------------------------------------------------------------
 
 
 def runner(
-    networks: Sequence[Told], moves: Mapping[int, Sequence[int]], clock: FakeClock, batch: int
+    networks: Sequence[RecordingNetwork],
+    moves: Mapping[int, Sequence[int]],
+    clock: FakeClock,
+    batch: int,
 ) -> Runner:
     costs = costs_of([network.seconds for network in networks], sizes=[batch])
     names = [f"exit {number}" for number in range(len(networks))]
@@ -195,7 +200,9 @@ def runner(
 
 def test_a_contract_run_pays_only_the_networks_on_the_way_and_plans_for_the_next_one() -> None:
     clock = FakeClock()
-    networks = [Told(number, clock, seconds) for number, seconds in enumerate((1.0, 2.0, 8.0))]
+    networks = [
+        RecordingNetwork(number, clock, seconds) for number, seconds in enumerate((1.0, 2.0, 8.0))
+    ]
     moves = {0: [2, 1], 1: [STOP, STOP], 2: [STOP, STOP]}
     run = runner(networks, moves, clock, 1)
     # 1 + 8, without network 1
@@ -215,7 +222,7 @@ def test_a_contract_run_pays_only_the_networks_on_the_way_and_plans_for_the_next
 
 def test_each_sample_of_a_batch_is_answered_by_the_end_of_its_way() -> None:
     clock = FakeClock()
-    networks = [Told(number, clock, 1.0) for number in range(3)]
+    networks = [RecordingNetwork(number, clock, 1.0) for number in range(3)]
     run = runner(networks, {0: [STOP, 1, 2, 1], 1: [STOP] * 4, 2: [STOP] * 4}, clock, 4)
     answer = run.run(samples(4))
     assert answer.exits == (0, 1, 2, 1)
@@ -225,7 +232,7 @@ def test_each_sample_of_a_batch_is_answered_by_the_end_of_its_way() -> None:
 
 def test_interruptible_runs_post_every_answer_and_end_with_the_way() -> None:
     clock = FakeClock()
-    networks = [Told(number, clock, 1.0) for number in range(3)]
+    networks = [RecordingNetwork(number, clock, 1.0) for number in range(3)]
     with (
         runner(networks, {0: [1], 1: [STOP], 2: [STOP]}, clock, 1) as own,
         own.start(samples(1)) as run,
@@ -236,7 +243,7 @@ def test_interruptible_runs_post_every_answer_and_end_with_the_way() -> None:
 
 def test_part_of_a_batch_says_nothing_about_drift() -> None:
     clock = FakeClock()
-    networks = [Told(0, clock, 1.0), Told(1, clock, 1.0)]
+    networks = [RecordingNetwork(0, clock, 1.0), RecordingNetwork(1, clock, 1.0)]
     run = runner(networks, {0: [STOP, 1], 1: [STOP, STOP]}, clock, 2)
     networks[1].seconds = 10.0
     run.run(samples(2))

@@ -1,6 +1,4 @@
-"""Ensembles of growing depth: who answers, what is not run, and that the rest of the library takes
-one for a network.
-"""
+"""Ensembles of growing depth: which exit answers, and what does not run."""
 
 import copy
 import gc

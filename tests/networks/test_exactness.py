@@ -1,8 +1,7 @@
-"""The promise the library rests on: the last exit of a cut model is the untouched model, bit for
-bit, in both modes.
+"""The last exit equals the untouched model, bit for bit.
 
-A comparison of zeros proves nothing, so each model is first shown to be informative: its output
-varies, hangs on the features at every cut, and reaches its parameters with gradients.
+A comparison of zeros proves nothing. So each model is first shown to be informative: its output
+varies and depends on the features at every cut, and its parameters get gradients.
 """
 
 import copy
@@ -91,8 +90,9 @@ def small_vit() -> nn.Module:
 
 
 class UntilSmall(nn.Module):
-    """Control flow that depends on the data: one block called until its input has shrunk, and
-    others only for some inputs.
+    """A model whose control flow depends on the data.
+
+    One block is called until its input has shrunk, and others only for some inputs.
     """
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ class Pair:
     batch: Batch
 
     def begin(self, *, training: bool) -> None:
-        """Put both in one mode and one state, whatever statistics earlier runs have moved."""
+        """Put both in one mode and one state, statistics included."""
         self.untouched.load_state_dict(self.network.backbone.state_dict(), strict=True)
         self.untouched.train(training)
         self.network.train(training)
@@ -249,9 +249,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def make_informative(model: nn.Module, batch: Batch) -> None:
-    """Undo what makes fresh models answer nothing: heads that start at zero, statistics that fit no
-    data.
-    """
+    """Give a fresh model weights and statistics with which its output varies."""
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and not layer.weight.abs().sum():
             nn.init.normal_(layer.weight, std=0.1)

@@ -1,6 +1,4 @@
-"""How gradients meet at the exits: values stay the same to the last bit, gradients follow the
-formulas.
-"""
+"""Gradients at the exits follow the formulas, and values stay the same."""
 
 import math
 

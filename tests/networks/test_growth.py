@@ -1,6 +1,4 @@
-"""Schedules, what they execute and cost, and that the planner finds the best: by hand, by the
-paper, by brute force.
-"""
+"""Schedules, their executions and costs, and the planner against brute force."""
 
 import itertools
 import math

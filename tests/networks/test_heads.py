@@ -1,4 +1,4 @@
-"""What reads the features at a cut, and what a network is made of in numbers."""
+"""Heads, layouts, and the counts of MACs and parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -132,7 +132,7 @@ def test_layout_must_fit_the_shape() -> None:
 
 
 class ChannelsLast(nn.Module):
-    """Like Swin, but with as many channels as rows, so that nothing tells its layout for sure."""
+    """Like Swin, but of ambiguous layout, with as many channels as rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -534,8 +534,9 @@ def test_backbone_that_is_no_module_is_refused() -> None:
 
 
 class Counted(nn.Module):
-    """Small enough to count by hand: 8x8 images, two convolutions (one of them in two groups), a
-    linear layer.
+    """A model that is small enough to count by hand.
+
+    It has two convolutions, one of them in two groups, and a linear layer, for 8x8 images.
     """
 
     def __init__(self) -> None:
@@ -610,8 +611,9 @@ def test_parameters_of_a_shared_block_count_once() -> None:
 
 
 class Features(nn.Module):
-    """A layer whose output has 6 channels in the layout asked for: maps of 80 places, 4 tokens, or
-    a vector.
+    """A layer whose output has 6 channels in a given layout.
+
+    It has maps of 80 places, 4 tokens, or a vector.
     """
 
     def __init__(self, layout: str) -> None:

@@ -37,7 +37,7 @@ class Hidden:
 
 
 class Shaped(nn.Module):
-    """Takes two tensors, one by keyword, and gives its output in the form asked for."""
+    """A model of two tensors whose output has a given form."""
 
     def __init__(
         self, form: Callable[[Tensor], Any], inner_form: Callable[[Tensor], Any] = lambda x: x
@@ -143,7 +143,7 @@ class Pair(NamedTuple):
 
 
 class Batch(UserDict[str, Any]):
-    """A mapping of a kind that torch does not know, such as a tokenizer's."""
+    """A mapping that torch does not know, such as a tokenizer's."""
 
 
 def inputs_of(words: Tensor, mask: Tensor) -> list[Any]:

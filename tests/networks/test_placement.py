@@ -1,4 +1,4 @@
-"""Where exits go: by themselves, or where a user says, with errors that help."""
+"""Places of exits, found automatically or named by a user."""
 
 import contextlib
 import itertools
@@ -128,7 +128,7 @@ def test_one_block_called_often_is_cut_between_its_calls() -> None:
 
 
 class Slow(nn.Module):
-    """Blocks that take the time they are told to, on a clock that nothing else moves."""
+    """Blocks that take given times, on a clock that nothing else moves."""
 
     def __init__(self, clock: SimpleNamespace, costs_s: Sequence[float]) -> None:
         super().__init__()
@@ -268,9 +268,7 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
 
 
 class Sideways(nn.Module):
-    """Blocks of which some are on a side path: what they give, or the first tensor of it, goes
-    nowhere.
-    """
+    """Blocks of which some are on a side path that is not used."""
 
     def __init__(
         self, idle: Sequence[int], *, tuples: bool = False, zero_head: bool = False
@@ -372,8 +370,9 @@ def test_model_without_blocks_is_refused() -> None:
 
 
 class Awkward(nn.Module):
-    """Blocks of which no head can read the features: integers, no tensor, another batch size, six
-    dimensions.
+    """Blocks whose features no head can read.
+
+    They are integers, no tensor, of another batch size, or of six dimensions.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Going on with some samples of a batch, and finding out which networks can."""
+"""Runs that go on with some samples, and the trial for it."""
 
 import threading
 from collections.abc import Callable
@@ -19,8 +19,9 @@ CUTS = ["blocks.0", "blocks.1"]
 
 
 class Chain(nn.Module):
-    """Three blocks whose features are all that crosses a cut; writes down how many rows each block
-    ran on.
+    """Three blocks that record how many rows they ran on.
+
+    Only the features cross a cut.
     """
 
     def __init__(self) -> None:
@@ -65,8 +66,9 @@ class Centred(Chain):
 
 
 class Ordered(Chain):
-    """Remembers the largest entry of every sample, and looks it up by place: right in number, wrong
-    in row.
+    """A model that looks up a stored value of each sample by place.
+
+    With fewer samples the number of values is right, but their rows are wrong.
     """
 
     from_end = False
@@ -120,8 +122,9 @@ class Wrapping(nn.Module):
 
 
 class Attending(nn.Module):
-    """Token ids and, if given, a mask that all blocks see; the mask is dropped where it masks
-    nothing, as libraries do.
+    """A model of token ids and an optional mask, which all blocks see.
+
+    A mask that masks nothing is dropped, as libraries do.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,7 @@
-"""The mechanism that pauses an untouched forward; its known traps have a file each."""
+"""The mechanism that pauses an untouched forward.
+
+Its known traps have a file each.
+"""
 
 import copy
 

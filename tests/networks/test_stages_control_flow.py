@@ -1,4 +1,4 @@
-"""Models whose control flow depends on the data; cuts by call number."""
+"""Models whose control flow depends on the data, and cuts by call number."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from staging import CLASSES, WIDTH, assert_same, attach, by_break, linear, stage
 
 
 class Halting(nn.Module):
-    """Calls one block until the input has shrunk enough, then perhaps a second one."""
+    """A model that repeats a block until its input has shrunk."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Exceptions of a model or a head come out, and everything can be used again."""
+"""Exceptions come out, and everything can be used again."""
 
 import pytest
 import torch

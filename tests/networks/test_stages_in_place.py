@@ -1,4 +1,4 @@
-"""What a model overwrites after a cut is not answered, unless it was kept."""
+"""Features that a model overwrites after a cut are refused, unless kept."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def in_place(inplace: bool = True) -> nn.Module:
 
 @pytest.fixture
 def overwriting() -> tuple[MultiExitNetwork, Tensor, Tensor]:
-    """Give a network that overwrites its exit's features, an input and the right output."""
+    """Return a network that overwrites its features, an input and the right output."""
     x = torch.randn(5, 2, 6, 6)
     network = attach(in_place(), "0", example=x)
     with torch.no_grad():

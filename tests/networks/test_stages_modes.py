@@ -1,4 +1,4 @@
-"""Gradient, inference and autocast modes and context variables do not leak at a pause."""
+"""Modes of torch and context variables do not leak at a pause."""
 
 import contextvars
 from collections.abc import Iterator

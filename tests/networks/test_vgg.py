@@ -127,8 +127,9 @@ def test_sizes_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    """Torchvision's own, unchanged; its 130 million normal weights would take as long to draw as
-    the rest of the test.
+    """Build torchvision's model with uniform instead of normal weights.
+
+    Drawing its 130 million normal weights would take as long as the rest of the test.
     """
     with torch.device("meta"):
         model = load_model(f"torchvision:{name}", num_classes=CLASSES)

@@ -1,5 +1,6 @@
-"""Exits attached by themselves to a dozen of the architectures that benchmarks/coverage.py runs, by
-the same comparisons.
+"""A dozen of the architectures of benchmarks/coverage.py, compared as there.
+
+Their exits are placed automatically.
 """
 
 import csv
@@ -88,8 +89,9 @@ def test_time_first_features_are_named_as_the_reason() -> None:
 
 
 class Backbone(nn.Module):
-    """Four blocks; in other hands it may answer nothing, ignore its blocks, or change once it has
-    hooks.
+    """Four blocks and, if asked for, a fault that the script must see.
+
+    Outputs are zero, blocks are ignored, or the output changes once there are hooks.
     """
 
     def __init__(self, fault: str = "") -> None:
