@@ -21,7 +21,13 @@ if typing.TYPE_CHECKING:
         save_figure,
         where_time_goes,
     )
-    from impatient.evaluation.report import Example, figure_svg, report_html, select_examples
+    from impatient.evaluation.report import (
+        Example,
+        Report,
+        figure_svg,
+        report_html,
+        select_examples,
+    )
 
 __all__ = [
     "BudgetRow",
@@ -31,6 +37,7 @@ __all__ = [
     "Monotonicity",
     "PolicyOutcomes",
     "Recording",
+    "Report",
     "Row",
     "StaticBaseline",
     "accuracy_time",
@@ -62,6 +69,13 @@ if not typing.TYPE_CHECKING:
                 "save_figure",
                 "where_time_goes",
             ],
-            "report": ["report", "Example", "figure_svg", "report_html", "select_examples"],
+            "report": [
+                "report",
+                "Example",
+                "Report",
+                "figure_svg",
+                "report_html",
+                "select_examples",
+            ],
         },
     )

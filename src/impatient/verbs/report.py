@@ -53,7 +53,7 @@ def report(options: ReportOptions) -> Path:
         if ":" in name and budget.cost == "time"
     ]
     early, late = _examples(run, spec, policies)
-    page = impatient.evaluation.report_html(
+    page = impatient.evaluation.Report(
         title=run.path.resolve().name,
         evaluation=evaluation,
         costs=run.profile(any_machine=options.any_profile),
@@ -70,7 +70,7 @@ def report(options: ReportOptions) -> Path:
         },
         facts=_facts(spec),
     )
-    write_text(run.report_file, page)
+    write_text(run.report_file, impatient.evaluation.report_html(page))
     log.info("report: %s", run.report_file)
     return run.report_file
 
