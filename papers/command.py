@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from impatient.errors import ImpatientError
-from impatient.verbs.options import POSITIVE, Flag
+from impatient.verbs.options import Flag, Positive
 from papers.results import fill
 
 
@@ -34,7 +34,7 @@ Out = Annotated[
 Runs = Annotated[
     Path, tyro.conf.arg(help="Folder of checkpoints, recordings and results of single runs.")
 ]
-Workers = Annotated[int, POSITIVE, tyro.conf.arg(help="Runs at a time; measurements run alone.")]
+Workers = Annotated[Positive, tyro.conf.arg(help="Runs at a time; measurements run alone.")]
 Publish = Annotated[
     Flag, tyro.conf.arg(help="Only write the tables of what is finished; run nothing.")
 ]

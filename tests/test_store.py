@@ -20,7 +20,7 @@ from impatient.policies.gates import GatePolicy
 from impatient.policies.risk import Certificate
 from impatient.policies.routing import SelectionPolicy
 from impatient.store import SCHEMA, Stored, from_plain, to_plain
-from impatient.verbs.run_directory import NetworkSpec
+from impatient.verbs.network_spec import NetworkSpec
 from recordings import drawn
 
 OLD = Path(__file__).parent / "data" / "0.1.0"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from impatient.verbs.options import POSITIVE
+from impatient.verbs.options import PositiveOrNone
 from papers.adaptive_neural_networks import exiting, recipe, selecting, tables, times
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
 from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
@@ -51,8 +51,7 @@ def main(
     runs: Runs = ROOT / "runs" / "papers" / "adaptive_neural_networks",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None,
-        POSITIVE,
+        PositiveOrNone,
         tyro.conf.arg(help="How many divisions of a test split; by default the scale's."),
     ] = None,
     publish: Publish = False,

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from impatient.verbs.options import POSITIVE
+from impatient.verbs.options import PositiveOrNone
 from papers.anytime_neural_networks import recipe, tables
 from papers.anytime_neural_networks.curves import alone, ensemble
 from papers.anytime_neural_networks.recipe import ENSEMBLES
@@ -46,7 +46,7 @@ def main(
     runs: Runs = ROOT / "runs" / "papers" / "anytime_neural_networks",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
+        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
     publish: Publish = False,
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from impatient.verbs.options import POSITIVE
+from impatient.verbs.options import PositiveOrNone
 from papers.anytimenet import recipe, tables, times
 from papers.command import Out, Publish, Runs, ScaleName, Workers, carry_out, start
 from papers.data import ROOT
@@ -49,7 +49,7 @@ def main(
     runs: Runs = ROOT / "runs" / "papers" / "anytimenet",
     workers: Workers = 2,
     seeds: Annotated[
-        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
+        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
     publish: Publish = False,
 ) -> None:

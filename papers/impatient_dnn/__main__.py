@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from impatient.errors import ImpatientError
-from impatient.verbs.options import POSITIVE
+from impatient.verbs.options import PositiveOrNone
 from papers.command import Out, ScaleName, start
 from papers.data import ROOT
 from papers.impatient_dnn import recipe, tables
@@ -42,10 +42,10 @@ def main(
         Path, tyro.conf.arg(help="Folder of checkpoints and results of single runs.")
     ] = RUNS,
     workers: Annotated[
-        int | None, POSITIVE, tyro.conf.arg(help="Runs at a time; by default the scale's.")
+        PositiveOrNone, tyro.conf.arg(help="Runs at a time; by default the scale's.")
     ] = None,
     seeds: Annotated[
-        int | None, POSITIVE, tyro.conf.arg(help="How many seeds; by default the scale's.")
+        PositiveOrNone, tyro.conf.arg(help="How many seeds; by default the scale's.")
     ] = None,
 ) -> None:
     """Reproduce Table 1 of Impatient DNNs.

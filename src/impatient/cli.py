@@ -32,10 +32,7 @@ from impatient.verbs.notes import log
 if TYPE_CHECKING:
     from impatient.table import Table
 
-DESCRIPTION = (
-    "Make any PyTorch network anytime: a crude answer early, better ones as time allows, an answer "
-    "by the deadline."
-)
+DESCRIPTION = "Make any PyTorch network answer by a deadline, and better as time allows."
 CONFIG = (
     tyro.conf.OmitArgPrefixes,
     tyro.conf.DisallowNone,
@@ -49,26 +46,27 @@ err = Console(stderr=True)
 
 
 class Verb(NamedTuple):
-    """A step: what it takes, what it does, and what is printed of its result."""
+    """A step: its options, its work, and what is printed of the result."""
 
     options: type
     work: Callable[[Any], Any]
     shown: Callable[[Any, Any], Iterable[Table | str]] = lambda _options, _result: ()
 
 
+# in the order in which one works, then what is beside the way
 VERBS = {
     "train": Verb(train.TrainOptions, train.train),
-    "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
-    "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
     "profile": Verb(profile.ProfileOptions, profile.profile, profile.shown),
-    "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
     "record": Verb(record.RecordOptions, record.record),
     "fit": Verb(fit.FitOptions, fit.fit, fit.shown),
-    "select": Verb(select.SelectOptions, select.select, select.shown),
     "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, evaluate.shown),
     "report": Verb(report.ReportOptions, report.report),
     "run": Verb(run.RunOptions, run.run, run.shown),
     "export": Verb(export.ExportOptions, export.export, export.shown),
+    "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
+    "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
+    "select": Verb(select.SelectOptions, select.select, select.shown),
+    "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
     "demo": Verb(demo.DemoOptions, demo.demo, demo.shown),
 }
 
@@ -81,7 +79,7 @@ class Notes(logging.Handler):
 
 
 def main() -> None:
-    """Run a verb: errors of ours are one message, Ctrl-C is a clean stop."""
+    """Run a verb, turning errors into one message and Ctrl-C into a clean stop."""
     # other processes of the same training stay silent
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     log.setLevel(logging.INFO)
@@ -108,7 +106,7 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """Read a command line as the options of its verb; says what is wrong with it and exits."""
+    """Read a command line as its verb's options, or say what is wrong and exit."""
     return tyro.extras.subcommand_cli_from_dict(
         {name: verb.options for name, verb in VERBS.items()},
         prog="impatient",

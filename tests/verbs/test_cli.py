@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from command_line import TINY, Call
 from impatient.files import read_json, write_json, write_tensors
-from impatient.verbs.run_directory import RunDirectory, save_weights
+from impatient.verbs.network_spec import save_weights
+from impatient.verbs.run_directory import RunDirectory
 
 
 @pytest.fixture

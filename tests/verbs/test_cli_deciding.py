@@ -101,9 +101,9 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert (code, "use another directory, or --force" in text) == (1, True)
     code, text = call("select", run.path, small, "nowhere:nothing", "--force", "--quiet")
     # what was there still is
-    assert (code, run.policy_names()) == (1, ["price-0.01"])
+    assert (code, list(run.policy_files())) == (1, ["price-0.01"])
     code, text = call("select", run.path, small, large, "--force", "--quiet", "--repeats", "20")
-    assert (code, run.policy_names()) == (0, ["loss-1"])
+    assert (code, list(run.policy_files())) == (0, ["loss-1"])
     code, text = call("train", run.path, "--epochs", "1")
     assert (code, "is made of trained members" in text) == (1, True)
     code, text = call(

@@ -11,7 +11,8 @@ import torch
 from command_line import Call
 from impatient.files import read_json, write_json
 from impatient.verbs.export import ExportOptions, export
-from impatient.verbs.run_directory import RunDirectory, save_weights
+from impatient.verbs.network_spec import save_weights
+from impatient.verbs.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,34 @@ def test_every_option_of_the_first_version_is_still_there(
     assert [name for name in OPTIONS_OF_0_1_0[verb].split() if f"--{name}" not in words] == []
 
 
+def test_help_fits_a_narrow_terminal_and_says_nothing_of_defaults_that_are_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for verb in cli.VERBS:
+        # the usage line is not wrapped
+        lines = help_of(verb, capsys).splitlines()[1:]
+        assert max(map(len, lines)) <= 80
+        text = " ".join(" ".join(lines).replace("│", " ").split())
+        assert "(default: )" not in text
+        assert "(default: '')" not in text
+        # of Recipe, which knows nothing of the command line
+        assert text.count("(default: None)") == (verb == "train")
+
+
+def test_the_first_help_has_one_line_for_each_verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    first = next(place for place, line in enumerate(lines) if "• train" in line)
+    shown = [line.strip("│ •").split() for line in lines[first:-1]]
+    assert [words[0] for words in shown] == list(cli.VERBS)
+    assert all(3 <= len(words) <= 13 and words[-1].endswith(".") for words in shown)
+
+
 def test_every_option_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in cli.VERBS:
         text = help_of(verb, capsys)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompareOptions:
-    """Compare two profiles exit by exit, and say which differences are more than noise.
+    """Compare two cost profiles exit by exit.
 
     Attributes:
         a: A profile, or a directory with a profile.json.
-        b: Another profile; how many times as fast it is is what is shown.
+        b: Another profile; the table shows how many times as fast it is, and what is noise.
         any_network: Compare although they are of different networks.
     """
 
@@ -47,7 +47,7 @@ def compare(
 
 
 def load_profile(path: str | Path) -> impatient.CostProfile:
-    """Load a profile from its file, or from a directory that has a profile.json."""
+    """Load a profile from its file, or from a directory with a profile.json."""
     given = Path(path)
     file = given / "profile.json" if given.is_dir() else given
     if not file.is_file():
@@ -61,7 +61,7 @@ def load_profile(path: str | Path) -> impatient.CostProfile:
 def shown(
     _: CompareOptions, found: tuple[impatient.CostProfile, impatient.CostProfile, list[Comparison]]
 ) -> Iterator[Table | str]:
-    """Give what differs in how the profiles were made, and a table per batch size."""
+    """Give what differs between the profiles' origins, and a table per batch size."""
     first, second, rows = found
     for name, (one, other) in first.differences(second).items():
         yield f"{name}: {one} (A), {other} (B)"

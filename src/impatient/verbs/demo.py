@@ -11,8 +11,16 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.clock import Deadline
+from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
-from impatient.verbs.options import POSITIVE, Quiet
+from impatient.verbs.evaluate import EvaluateOptions, evaluate
+from impatient.verbs.fit import FitOptions, fit
+from impatient.verbs.options import Positive, Quiet
+from impatient.verbs.profile import ProfileOptions, profile
+from impatient.verbs.record import RecordOptions, record
+from impatient.verbs.report import ReportOptions, report
+from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.train import TrainOptions, train
 
 if TYPE_CHECKING:
     from impatient.training.data import Split
@@ -20,15 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
-    """All of it on the digits that come with scikit-learn, from training to answers by deadlines.
+    """Take every step once, on digits that come with scikit-learn.
 
     Attributes:
-        directory: Where to put the run.
+        directory: The run directory to make.
         epochs: Passes over the training split.
     """
 
     directory: Annotated[Positional[Path], arg(metavar="[DIR]")] = Path("impatient-demo")
-    epochs: Annotated[int, POSITIVE] = 20
+    epochs: Positive = 20
     quiet: Quiet = False
 
 
@@ -46,16 +54,8 @@ class DeadlineRow:
 
 
 def demo(options: DemoOptions) -> list[DeadlineRow]:
-    """Take every step, and then the whole test split under one deadline after the other."""
-    from impatient.recipe import Recipe
+    """Take every step, then answer for the test split under each deadline."""
     from impatient.runtime.runner import RESERVE_S
-    from impatient.verbs.evaluate import EvaluateOptions, evaluate
-    from impatient.verbs.fit import FitOptions, fit
-    from impatient.verbs.profile import ProfileOptions, profile
-    from impatient.verbs.record import RecordOptions, record
-    from impatient.verbs.report import ReportOptions, report
-    from impatient.verbs.run_directory import RunDirectory
-    from impatient.verbs.train import TrainOptions, train
 
     directory = options.directory
     quiet = options.quiet
@@ -85,7 +85,7 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
 def under_deadlines(
     runner: impatient.Runner, data: impatient.Data, split: Split, deadlines_s: Sequence[float]
 ) -> list[DeadlineRow]:
-    """Answer for every sample of a split under each deadline, on the real clock, one by one."""
+    """Answer for a split's samples one by one, under each deadline, in real time."""
     import numpy as np
 
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]
@@ -112,7 +112,7 @@ def under_deadlines(
 
 
 def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table | str]:
-    """Give what each deadline gave on the real clock, and where the report is."""
+    """Give a row per deadline, and where the report is."""
     yield Table(
         title=f"{rows[0].samples} test images answered one by one under each deadline, on the real "
         "clock",

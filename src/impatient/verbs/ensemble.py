@@ -1,4 +1,4 @@
-"""Make one network of several, or let the exits of one answer together."""
+"""Combine networks, or the exits of one, into an ensemble."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import RunError, StaleInput, StorageError
+from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import Force, NewDirectory
+from impatient.verbs.options import OFF, Force, NewDirectory
+from impatient.verbs.run_directory import RunDirectory
 
-if TYPE_CHECKING:
-    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
+Rule = Literal["arithmetic", "geometric", "poe", "caching"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleOptions:
-    """Make one network of several, or let the exits of one answer together.
-
-    Several networks are run one after the other: an ensemble of growing depth (EANN).
+    """Combine networks, or the exits of one, into an ensemble.
 
     Attributes:
-        members: Trained run directories, shallow to deep.
+        members: Trained run directories, shallow to deep. Several run one after the other: an
+            ensemble of growing depth (EANN).
         rule: With one member: how its exits answer together.
     """
 
     directory: NewDirectory
-    members: Annotated[Positional[tuple[Path, ...]], arg(metavar="MEMBER...")]
-    rule: Literal["arithmetic", "geometric", "poe", "caching"] = "geometric"
+    members: Annotated[Positional[tuple[Path, ...]], arg(metavar="MEMBER..."), OFF]
+    rule: Rule = "geometric"
     force: Force = False
 
 
@@ -47,8 +47,6 @@ def ensemble(options: EnsembleOptions) -> None:
         StorageError: if the directory is taken, or a member has no validation recording.
         StaleInput: if the members were trained on different data.
     """
-    from impatient.verbs.run_directory import RunDirectory, save_weights
-
     if not options.members:
         raise RunError("no members; expected at least one trained run directory.")
     run = RunDirectory(options.directory)
@@ -66,10 +64,10 @@ def ensemble(options: EnsembleOptions) -> None:
     )
     shutil.rmtree(run.path, ignore_errors=True)
     save_weights(network, run.weights_file)
-    alone = parts[-1].exit_free_weights_file
-    if alone.is_file():
-        run.exit_free.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(alone, run.exit_free_weights_file)
+    alone = parts[-1].exit_free
+    if alone.is_trained:
+        run.exit_free.here.mkdir()
+        shutil.copyfile(alone.weights_file, run.exit_free.weights_file)
     # last: a directory without it is none
     spec.save(run.spec_file)
     log.info(network.describe(spec.example()))
@@ -81,7 +79,6 @@ def _eann(
     networks: Sequence[Any],
     recordings: Sequence[impatient.Recording],
 ) -> tuple[impatient.networks.EANN, NetworkSpec]:
-
     specs = [part.spec() for part in parts]
     for part, spec in zip(parts, specs, strict=True):
         if spec.data_fingerprint != specs[0].data_fingerprint:
@@ -103,26 +100,22 @@ def _eann(
 
 
 def _running_ensemble(
-    part: RunDirectory, network: Any, recording: impatient.Recording, rule: Any
+    part: RunDirectory, network: Any, recording: impatient.Recording, rule: Rule
 ) -> tuple[impatient.networks.RunningEnsemble, NetworkSpec]:
     """Fit temperatures for exits that answer together."""
-    from impatient.ensembling import Rule
     from impatient.evaluation import ensembled
 
     spec = part.spec()
     if spec.members or spec.ensembling:
         raise RunError(
-            f"{part.path} is an ensemble already; give a directory that `impatient train` made."
+            f"{part.path} is an ensemble already; expected a directory that `impatient train` made."
         )
-    named = Rule(name=rule)
     before = impatient.policies.fit_temperatures(recording)
-    # caching promises that the answer's confidence never falls; a temperature of each exit's own
-    # would break that
-    after = (
-        None
-        if rule == "caching"
-        else impatient.policies.fit_temperatures(ensembled(recording, named, temperatures=before))
-    )
-    together = impatient.networks.RunningEnsemble(network, named, before, recalibration=after)
+    after = None
+    # caching promises that the confidence never falls; a temperature per exit would break that
+    if rule != "caching":
+        combined = ensembled(recording, rule, temperatures=before)
+        after = impatient.policies.fit_temperatures(combined)
+    together = impatient.networks.RunningEnsemble(network, rule, before, recalibration=after)
     spec = dataclasses.replace(spec, ensembling=rule, provenance=spec.provenance_of(together))
     return together.eval(), spec

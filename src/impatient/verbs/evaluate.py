@@ -13,13 +13,22 @@ from tyro.conf import UseAppendAction, arg
 
 import impatient
 from impatient.errors import PolicyError, RunError
+from impatient.files import read_json
 from impatient.table import Table
 from impatient.verbs.notes import log
-from impatient.verbs.options import COUNT, AnyProfile, Directory, Engine, Threads, use_threads
+from impatient.verbs.options import (
+    AnyProfile,
+    Count,
+    Directory,
+    Engine,
+    Text,
+    Threads,
+    use_threads,
+)
+from impatient.verbs.run_directory import EAGER, RunDirectory
 
 if TYPE_CHECKING:
     from impatient.evaluation.paired import PairedComparison
-    from impatient.verbs.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,25 +38,24 @@ class EvaluateOptions:
     Attributes:
         budget: A distribution over budgets in ms, such as uniform:0:10, or in mmacs, mb or mj:
             uniform:0:40mmacs.
-        against: Run directory of a smaller network: its network without exits is judged, too, and
-            timed in turn with this one. May be given several times.
-        real: Also answer so many test samples one by one under every policy, and show what that
-            takes beside what was predicted.
+        against: Run directory of a smaller network, whose network without exits is judged, too,
+            and timed in turn with this one.
+        real: Test samples to answer one by one under every policy, to show what that takes beside
+            what was predicted.
     """
 
     directory: Directory
-    budget: str | None = None
+    budget: Text = None
     against: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
-    real: Annotated[int, COUNT] = 0
+    real: Count = 0
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
 
 
 def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
-    """Judge every exit and fitted policy, beside the networks without exits of other runs."""
+    """Judge every exit and fitted policy, beside networks without exits."""
     from impatient.evaluation.evaluate import standard_budgets
-    from impatient.verbs.run_directory import EAGER, RunDirectory
 
     use_threads(options.threads)
     engine = options.engine
@@ -64,13 +72,15 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         raise PolicyError(
             f"{run.path} has no policy to answer under; run `impatient fit {run.path}`."
         )
+    alone = run.exit_free
+    # recorded in full precision, and the profile's time is another's
+    judged_alone = alone.is_trained and "int8" not in engine
     evaluation = impatient.evaluate(
         recording,
         costs,
         policies,
         same_weights=not run.spec().ensembling,
-        # recorded in full precision, and the profile's time is another's
-        exit_free=None if "int8" in engine else run.exit_free_recording("test"),
+        exit_free=alone.recording("test") if judged_alone else None,
         static=_static(run, costs, [RunDirectory(other) for other in options.against]),
         budgets=standard_budgets(costs.interruptible_s()) | _chosen_budget(run, options.budget),
     )
@@ -84,7 +94,6 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
 def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterator[Table]:
     """Give rows, answers of the engine beside torch's, real times, and budgets."""
     from impatient.evaluation import tables
-    from impatient.verbs.run_directory import EAGER
 
     yield tables.evaluation_table(evaluation)
     if options.engine != EAGER:
@@ -98,7 +107,6 @@ def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterato
 def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, ...]:
     """Compare what an engine answered on the test split with what torch answered."""
     from impatient.evaluation.paired import beside
-    from impatient.verbs.run_directory import RunDirectory
 
     run = RunDirectory(directory)
     return beside(run.engine(engine).recording("test"), run.recording("test"))
@@ -162,9 +170,9 @@ def _static(
     recordings = []
     for other in others:
         run.check_data(other.data())
-        alone = other.exit_free_recording("test")
-        recordings.append(other.recording("test") if alone is None else alone)
-        networks.append(other.network()[0] if alone is None else other.exit_free_network()[0])
+        judged = other.exit_free if other.exit_free.is_trained else other
+        recordings.append(judged.recording("test"))
+        networks.append(judged.network()[0])
     here, *times = impatient.runtime.time_in_turn([network.exit_free for network in networks], x)
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
@@ -179,9 +187,7 @@ def _static(
 
 
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, impatient.Budget]:
-    """Give the budget asked for, or the one the network was trained for, by name."""
-    from impatient.files import read_json
-
+    """Give the budget asked for, else the one the network was trained for."""
     if text is None:
         training = run.path / "training.json"
         trained = read_json(training)["weights"] if training.is_file() else ""

@@ -13,7 +13,17 @@ from tyro.conf import arg
 import impatient
 from impatient.table import Table, in_ms
 from impatient.verbs.notes import log
-from impatient.verbs.options import POSITIVE, Directory, Flag, Quiet, Threads, use_threads
+from impatient.verbs.options import (
+    OFF,
+    Directory,
+    Flag,
+    Positive,
+    Quiet,
+    Text,
+    Threads,
+    use_threads,
+)
+from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.engines.export import EngineTimes
@@ -27,15 +37,16 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """Export the network to another engine, check that it answers the same, and measure it there.
+    """Export the network to another engine, and check it there.
 
     Attributes:
-        engine: onnxruntime or openvino, which run without torch, a session per stage; with -session
-            behind the name, one session with all exits; or aoti (torch's compiler, ahead of time).
-        precision: fp32, int8-dynamic (weights and linear layers in 8 bits) or int8-static
-            (features, too; their ranges come from the training split).
-        policy: Name of a fitted policy of thresholds, to go with it.
-        place: Write there instead of DIR/engines/ENGINE[-PRECISION].
+        engine: Engine: onnxruntime or openvino, which run without torch, a session per stage;
+            these with -session behind the name, one session with all exits; or aoti (torch's
+            compiler, ahead of time).
+        precision: Precision: fp32, int8-dynamic (weights and linear layers in 8 bits) or
+            int8-static (features, too; their ranges come from the training split).
+        policy: Name of a fitted policy of thresholds, to go with the network.
+        place: Where to write instead of DIR/engines/ENGINE[-PRECISION].
         lean: Leave out the network without exits, for comparisons only.
         repeats: Measurements of each stage.
         force: Replace what is there.
@@ -44,17 +55,17 @@ class ExportOptions:
     directory: Directory
     engine: Engine = "onnxruntime"
     precision: Precision = "fp32"
-    policy: str | None = None
-    place: Annotated[Path | None, arg(name="out")] = None
+    policy: Text = None
+    place: Annotated[Path | None, arg(name="out"), OFF] = None
     lean: Flag = False
-    repeats: Annotated[int, POSITIVE] = 300
+    repeats: Positive = 300
     threads: Threads = 0
     force: Flag = False
     quiet: Quiet = False
 
 
 def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
-    """Export the trained network, measure it in the engine, and compare it with torch.
+    """Export the trained network, measure it, and compare it with torch.
 
     Nothing is fitted. Inputs for the check of agreement, and for the ranges of 8 bits, are the
     first of the training split.
@@ -63,7 +74,6 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
 
     from impatient.engines.export import add_costs, engine_times, read_bundle
     from impatient.engines.network import engine_label
-    from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
     engine = options.engine
@@ -77,7 +87,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     batches = run.data().batches("train", CALIBRATION_BATCH)
     samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
     target = impatient.export(
-        network,  # type: ignore[arg-type]
+        network,
         options.place or seen.here,
         engine=engine,
         precision=options.precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,39 +13,52 @@ import impatient
 from impatient.errors import PolicyError
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
-    MILLIONS,
-    MJ,
-    MS,
-    POINTS,
+    OFF,
     AnyProfile,
     Directory,
+    Millijoules,
+    Millions,
+    Milliseconds,
+    Number,
+    Points,
+    Text,
     Threads,
     one_of,
     use_threads,
 )
+from impatient.verbs.run_directory import RunDirectory
 
 Score = Literal["max_probability", "margin", "entropy"]
 GateInputs = Literal["confidences", "features", "both"]
 Cost = Literal["time", "macs", "bytes", "energy"]
 Learner = Literal["logistic", "svm", "mlp", "boosting"]
 
+# what targets are called in the names of policies, and their units
+UNITS = {
+    "max_accuracy_loss": ("loss", 100.0),
+    "mean_time_s": ("ms", 1e3),
+    "mean_macs": ("mmacs", 1e-6),
+    "mean_bytes": ("mb", 1e-6),
+    "mean_energy_j": ("mj", 1e3),
+    "time_price": ("price", 1.0),
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitOptions:
     """Fit a policy to a target on the validation split.
 
-    Without a target, to lose at most 1 point of accuracy.
-
     Attributes:
-        max_accuracy_loss: Points of accuracy that may be lost against the last exit.
+        max_accuracy_loss: Points of accuracy that may be lost against the last exit; 1 unless
+            another target is given.
         mean_time_s: Mean time per sample in ms.
         mean_macs: Mean millions of multiply-accumulates per sample.
         mean_bytes: Mean megabytes that operators read and write per sample.
         mean_energy_j: Mean millijoules per sample; needs a profile with joules.
-        cost: What --max-loss is to save; by default time.
+        cost: Cost that --max-loss is to save; by default time.
         score: How sure an answer looks.
-        learner: Learn a gate per exit instead of a threshold.
-        inputs: What gates look at: confidences; features, before the head is paid (they must be
+        learner: Learner of gates, one per exit, instead of thresholds.
+        inputs: Inputs of gates: confidences; features, before the head is paid (they must be
             recorded, with --features); or both.
         delta: Guarantee --max-loss with probability 1 - DELTA, say 0.05: half of the validation
             split is kept back to show it.
@@ -52,26 +66,19 @@ class FitOptions:
     """
 
     directory: Directory
-    max_accuracy_loss: Annotated[float | None, POINTS, arg(name="max-loss")] = None
-    mean_time_s: Annotated[float | None, MS, arg(name="mean-ms")] = None
-    mean_macs: Annotated[float | None, MILLIONS, arg(name="mean-mmacs")] = None
-    mean_bytes: Annotated[float | None, MILLIONS, arg(name="mean-mb")] = None
-    mean_energy_j: Annotated[float | None, MJ, arg(name="mean-mj")] = None
-    cost: Annotated[Cost | None, one_of(Cost)] = None
+    max_accuracy_loss: Annotated[Points, arg(name="max-loss")] = None
+    mean_time_s: Annotated[Milliseconds, arg(name="mean-ms")] = None
+    mean_macs: Annotated[Millions, arg(name="mean-mmacs")] = None
+    mean_bytes: Annotated[Millions, arg(name="mean-mb")] = None
+    mean_energy_j: Annotated[Millijoules, arg(name="mean-mj")] = None
+    cost: Annotated[Cost | None, one_of(Cost), OFF] = None
     score: Score = "max_probability"
-    learner: Annotated[Learner | None, one_of(Learner)] = None
+    learner: Annotated[Learner | None, one_of(Learner), OFF] = None
     inputs: GateInputs = "confidences"
-    delta: float | None = None
-    name: str | None = None
+    delta: Number = None
+    name: Text = None
     any_profile: AnyProfile = False
     threads: Threads = 0
-
-    @property
-    def targets(self) -> dict[str, float]:
-        """The targets that are given; a loss of 1 point if none is."""
-        names = ("max_accuracy_loss", "mean_time_s", "mean_macs", "mean_bytes", "mean_energy_j")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given or {"max_accuracy_loss": 0.01}
 
     @property
     def policy_name(self) -> str:
@@ -79,21 +86,20 @@ class FitOptions:
         how = f"-{self.cost}" if self.cost else ""
         learned = f"-{self.learner}-{self.inputs}" if self.learner else ""
         sure = "" if self.delta is None else "-sure"
-        return self.name or target_name(self.targets) + how + learned + sure
+        return self.name or target_name(self) + how + learned + sure
 
 
-def target_name(targets: Mapping[str, float]) -> str:
-    """Name a policy after its first target, in the units of the command line."""
-    units = {
-        "max_accuracy_loss": ("loss", 100.0),
-        "mean_time_s": ("ms", 1e3),
-        "mean_macs": ("mmacs", 1e-6),
-        "mean_bytes": ("mb", 1e-6),
-        "mean_energy_j": ("mj", 1e3),
-        "time_price": ("price", 1.0),
-    }
-    target, value = next(iter(targets.items()))
-    kind, scale = units[target]
+def targets_of(options: Any) -> dict[str, Any]:
+    """Collect the targets that are given, or a loss of 1 point if none is."""
+    names = [entry.name for entry in dataclasses.fields(options) if entry.name in UNITS]
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return given or {"max_accuracy_loss": 0.01}
+
+
+def target_name(options: Any) -> str:
+    """Name a policy after its first target, in the command line's units."""
+    target, value = next(iter(targets_of(options).items()))
+    kind, scale = UNITS[target]
     return f"{kind}-{value * scale:g}"
 
 
@@ -103,8 +109,6 @@ def fit(options: FitOptions) -> impatient.Policy:
     With delta, half of the recording is kept back to find the fastest policy that loses at most
     the target, with probability 1 - delta. The certificate is kept, too.
     """
-    from impatient.verbs.run_directory import RunDirectory
-
     use_threads(options.threads)
     run = RunDirectory(options.directory)
     if options.cost not in (None, "time") and (options.learner or options.delta is not None):
@@ -113,7 +117,6 @@ def fit(options: FitOptions) -> impatient.Policy:
         )
     recording = run.recording("validation")
     costs = run.profile(any_machine=options.any_profile)
-    targets: dict[str, Any] = options.targets
     policy: impatient.Policy
     certificate = None
     with warnings_as_notes():
@@ -123,7 +126,7 @@ def fit(options: FitOptions) -> impatient.Policy:
             policy = _gates(recording, costs, options)
         else:
             policy = impatient.fit_thresholds(
-                recording, costs, score=options.score, cost=options.cost, **targets
+                recording, costs, score=options.score, cost=options.cost, **targets_of(options)
             )
     file = run.save_policy(options.policy_name, policy, certificate)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
@@ -141,8 +144,8 @@ def shown(_: FitOptions, policy: impatient.Policy) -> Iterator[str]:
 def _gates(
     recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions
 ) -> impatient.policies.GatePolicy:
-    """Fit gates, with what asking them takes."""
-    targets: dict[str, Any] = options.targets
+    """Fit gates, with the time that asking them takes."""
+    targets = targets_of(options)
     if not targets.keys() <= {"mean_time_s", "max_accuracy_loss"}:
         raise PolicyError(
             "gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away."
@@ -171,8 +174,8 @@ def _asking_s(
 def _certified(
     recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions, delta: float
 ) -> tuple[Any, impatient.policies.Certificate]:
-    """Find the most aggressive of a family fitted on one half, by what the other half shows."""
-    targets = options.targets
+    """Find the most aggressive policy fitted on one half that the other half allows."""
+    targets = targets_of(options)
     if set(targets) != {"max_accuracy_loss"}:
         raise PolicyError(
             "a guarantee is one about accuracy; give --delta with --max-loss, and no other target."

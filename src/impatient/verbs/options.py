@@ -1,4 +1,4 @@
-"""What the options of several verbs share: units, bounds and lists."""
+"""Types of options that several verbs share: units, bounds and lists."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def _reader(
 
 
 def _spec(
-    metavar: str, read: Callable[[str], Any], shown: Callable[[Any], str]
+    metavar: str, read: Callable[[str], Any], shown: Callable[[Any], str] = str
 ) -> PrimitiveConstructorSpec[Any]:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
         instance_from_str=lambda texts: read(texts[0]),
         is_instance=lambda _: True,
-        str_from_instance=lambda value: ["none" if value is None else shown(value)],
+        str_from_instance=lambda value: ["" if value is None else shown(value)],
     )
 
 
 def one_of(choices: Any) -> PrimitiveConstructorSpec[Any]:
-    """Describe an option that takes one of a Literal's values, or is left out."""
+    """Describe an option that takes a Literal's values, or is left out."""
     names = get_args(choices)
-    return dataclasses.replace(_spec(f"{{{','.join(names)}}}", str, str), choices=names)
+    return dataclasses.replace(_spec(f"{{{','.join(names)}}}", str), choices=names)
 
 
 def _listed(
@@ -56,7 +56,11 @@ def _listed(
             raise ValueError(f"{text!r}; expected {metavar}.")
         return parts
 
-    return _spec(metavar, values, lambda value: ",".join(map(shown, value)) or "none")
+    return _spec(metavar, values, lambda value: ",".join(map(shown, value)))
+
+
+def _part(metavar: str, of: float) -> PrimitiveConstructorSpec[Any]:
+    return _spec(metavar, lambda text: _number(text) / of, lambda value: f"{value * of:g}")
 
 
 def _seconds(text: str) -> float:
@@ -69,29 +73,47 @@ def _in_ms(seconds: float) -> str:
 
 _number = _reader(float, "a number")
 _count = _reader(int, "a whole number, 0 or more", 0)
+_positive = _reader(int, "a whole number, 1 or more", 1)
+_share = _reader(float, "a share from 0 to 1", 0.0, 1.0)
+
+# help says nothing of a default that is nothing
+OFF = arg(
+    help_behavior_hint=lambda default: (
+        "" if default in ("", "''", "None", "False") else f"(default: {default})"
+    )
+)
 
 # units at the door, and what they are inside: seconds, shares, numbers of operations or bytes
-MS = _spec("MS", _seconds, _in_ms)
-POINTS = _spec("POINTS", lambda text: _number(text) / 100, lambda share: f"{share * 100:g}")
-MILLIONS = _spec("MILLIONS", lambda text: _number(text) * 1e6, lambda count: f"{count / 1e6:g}")
-MJ = _spec("MJ", lambda text: _number(text) / 1e3, lambda joules: f"{joules * 1e3:g}")
+Milliseconds = Annotated[float | None, _spec("MS", _seconds, _in_ms), OFF]
+Points = Annotated[float | None, _part("POINTS", 100), OFF]
+Millions = Annotated[
+    float | None,
+    _spec("MILLIONS", lambda text: _number(text) * 1e6, lambda count: f"{count / 1e6:g}"),
+    OFF,
+]
+Millijoules = Annotated[float | None, _part("MJ", 1e3), OFF]
 
 # bounds
-SHARE = _spec("SHARE", _reader(float, "a share from 0 to 1", 0.0, 1.0), str)
-COUNT = _spec("COUNT", _count, str)
-POSITIVE = _spec("COUNT", _reader(int, "a whole number, 1 or more", 1), str)
+Share = Annotated[float, _spec("SHARE", _share)]
+Count = Annotated[int, _spec("COUNT", _count)]
+Positive = Annotated[int, _spec("COUNT", _positive)]
+PositiveOrNone = Annotated[int | None, _spec("COUNT", _positive), OFF]
 
 # values with commas between
-NAMES = _listed("NAME,NAME,...", str)
-COUNTS = _listed("COUNT,COUNT,...", _count)
-TIMES_MS = _listed("MS,MS,...", _seconds, _in_ms)
+Names = Annotated[tuple[str, ...], _listed("NAME,NAME,...", str), OFF]
+Counts = Annotated[tuple[int, ...], _listed("COUNT,COUNT,...", _count), OFF]
+Times = Annotated[tuple[float, ...], _listed("MS,MS,...", _seconds, _in_ms), OFF]
 
-Flag = Annotated[bool, FlagCreatePairsOff]
+Text = Annotated[str | None, OFF]
+Number = Annotated[float | None, OFF]
+Flag = Annotated[bool, FlagCreatePairsOff, OFF]
+
+# options of several verbs
 Directory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory.")]
 NewDirectory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory to make.")]
 AnyProfile = Annotated[Flag, arg(help="Use a profile of another machine or version all the same.")]
 Threads = Annotated[
-    int, COUNT, arg(help="Threads of torch within an operation; 0 leaves its own choice.")
+    Count, arg(help="Threads of torch within an operation; 0 leaves its own choice.")
 ]
 Engine = Annotated[
     str, arg(help="eager, compile, or one that `impatient export` has made in DIR/engines.")
@@ -101,7 +123,7 @@ Force = Annotated[Flag, arg(help="Redo even if up to date.")]
 
 
 def use_threads(threads: int) -> None:
-    """Set torch's threads within an operation; 0 leaves its own choice."""
+    """Set torch's threads within an operation, unless it is 0."""
     if threads:
         import torch
 

@@ -11,7 +11,15 @@ from tyro.conf import arg
 import impatient
 from impatient.errors import ModelSpecError
 from impatient.table import Table, in_ms
-from impatient.verbs.options import COUNTS, POSITIVE, TIMES_MS, Threads, use_threads
+from impatient.verbs.network_spec import fresh_model
+from impatient.verbs.options import (
+    Counts,
+    Positive,
+    PositiveOrNone,
+    Threads,
+    Times,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from impatient.networks.growth import GrowthCosts
@@ -19,32 +27,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """Measure the blocks of a network that grows, and find the order of growing that costs least.
+    """Find the cheapest order in which a network can grow.
 
     Attributes:
         model: A network that grows: impatient:anytimenet[:key=value,...], or package.module:factory
             of a GrowingNetwork.
-        data: Data as for train: it decides the size of the input.
-        iterations: How many iterations, in the order of least overhead.
-        sizes: Instead of --iterations: blocks that the iterations are to have, with commas between.
-        times_s: Instead of --iterations: times at which they are to end, with commas between.
+        data: Data as for train; decides the size of the input.
+        iterations: Number of iterations, in the order of least overhead.
+        sizes: Blocks of each iteration, instead of --iterations.
+        times_s: Times at which the iterations are to end, instead of --iterations.
         batch_size: Samples at a time.
         repeats: Measurements of each block.
     """
 
     model: str = "impatient:anytimenet"
     data: str = "digits"
-    iterations: Annotated[int | None, POSITIVE] = None
-    sizes: Annotated[tuple[int, ...], COUNTS] = ()
-    times_s: Annotated[tuple[float, ...], TIMES_MS, arg(name="times-ms")] = ()
-    batch_size: Annotated[int, POSITIVE] = 1
-    repeats: Annotated[int, POSITIVE] = 200
+    iterations: PositiveOrNone = None
+    sizes: Counts = ()
+    times_s: Annotated[Times, arg(name="times-ms")] = ()
+    batch_size: Positive = 1
+    repeats: Positive = 200
     threads: Threads = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthPlan:
-    """A schedule for a network that grows, beside the one the model came with.
+    """A schedule for a network that grows, beside the model's own.
 
     Attributes:
         schedule: The planned schedule.
@@ -60,7 +68,7 @@ class GrowthPlan:
 
 
 def plan(options: PlanOptions) -> GrowthPlan:
-    """Measure every block of a network that grows, and find the order of least overhead.
+    """Measure every block of a network, and find the order of least overhead.
 
     With neither iterations, sizes nor times, the model's own schedule is only costed.
 
@@ -69,15 +77,14 @@ def plan(options: PlanOptions) -> GrowthPlan:
             met.
     """
     from impatient.networks import growth
-    from impatient.networks.anytimenet import GrowingNetwork, block_times
-    from impatient.verbs.run_directory import fresh_model
+    from impatient.networks.anytimenet import block_times
 
     use_threads(options.threads)
     if sum(map(bool, (options.iterations, options.sizes, options.times_s))) > 1:
         raise ModelSpecError("expected one of iterations, sizes and times, or none of them.")
     data = impatient.load_data(options.data, seed=0)
     network = fresh_model(options.model, data.num_classes, data.preprocess, seed=0)
-    if not isinstance(network, GrowingNetwork):
+    if not isinstance(network, impatient.networks.GrowingNetwork):
         raise ModelSpecError(
             f"{options.model} is a {type(network).__name__}, which does not grow; expected "
             "impatient:anytimenet, or a factory of your own that returns a GrowingNetwork."

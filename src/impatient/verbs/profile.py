@@ -14,7 +14,8 @@ import impatient
 from impatient.errors import StaleInput
 from impatient.table import Table
 from impatient.verbs.notes import log
-from impatient.verbs.options import COUNTS, NAMES, POSITIVE, Directory, Force, Quiet
+from impatient.verbs.options import Counts, Directory, Force, Names, Positive, Quiet
+from impatient.verbs.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,30 +23,28 @@ class ProfileOptions:
     """Measure what every stage and head costs on this machine.
 
     Attributes:
-        batch_sizes: Batch sizes to measure, with commas between.
+        batch_sizes: Batch sizes to measure.
         repeats: Measurements of each stage and head.
-        engines: Engines to measure, with commas between: eager, compile, or one that `impatient
-            export` has made in DIR/engines. Each has its own profile.json.
-        threads: Thread counts to measure, with commas between; 0 leaves torch's own choice. The
-            first is that of profile.json, another that of profile-t2.json.
+        engines: Engines to measure: eager, compile, or one that `impatient export` has made in
+            DIR/engines. Each has its own profile.json.
+        threads: Thread counts to measure; 0 leaves torch's own choice. The first is that of
+            profile.json, another that of profile-t2.json.
     """
 
     directory: Directory
-    batch_sizes: Annotated[tuple[int, ...], COUNTS] = (1,)
-    repeats: Annotated[int, POSITIVE] = 300
-    engines: Annotated[tuple[str, ...], NAMES, arg(name="engine", aliases=["--engines"])] = (
-        "eager",
-    )
-    threads: Annotated[tuple[int, ...], COUNTS] = (0,)
+    batch_sizes: Counts = (1,)
+    repeats: Positive = 300
+    engines: Annotated[Names, arg(name="engine", aliases=["--engines"])] = ("eager",)
+    threads: Counts = (0,)
     force: Force = False
     quiet: Quiet = False
 
 
 def profile(options: ProfileOptions) -> dict[Path, impatient.CostProfile]:
-    """Profile a run in several engines and with several thread counts, one file for each.
+    """Profile a run in several engines and with several thread counts.
 
-    A profile of this network, engine and machine that is there already is kept. The first thread
-    count's is the engine's profile.json, which the other steps read.
+    Each profile has a file; one of this network, engine and machine that is there already is kept.
+    The first thread count's is the engine's profile.json, which the other steps read.
 
     Returns:
         The profiles by file.
@@ -70,8 +69,6 @@ def profile(options: ProfileOptions) -> dict[Path, impatient.CostProfile]:
 def _profiled(
     options: ProfileOptions, engine: str, name: str
 ) -> tuple[Path, impatient.CostProfile]:
-    from impatient.verbs.run_directory import RunDirectory
-
     run = RunDirectory(options.directory).engine(engine)
     network, _ = run.network()
     file = run.profile_file.with_name(name)
@@ -97,7 +94,7 @@ def _profiled(
 def _not_fresh(
     costs: impatient.CostProfile, network: Any, batch_sizes: Sequence[int], repeats: int
 ) -> str:
-    """Say why a profile must be made again; empty if it need not."""
+    """Say why a profile must be made again, or nothing."""
     from impatient.runtime.profile import check_profile
 
     try:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import impatient
 from impatient.errors import ImpatientError
 from impatient.verbs.notes import log
-from impatient.verbs.options import NAMES, Directory, Engine, Flag, Force, Quiet
+from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet
+from impatient.verbs.run_directory import EAGER, RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions:
-    """Record the outputs of all exits, so that policies are fitted and judged without the network.
+    """Record the outputs of all exits, to fit and judge policies on.
 
     Attributes:
-        splits: Splits to record, with commas between.
+        splits: Splits to record.
         features: Keep pooled features too, for learned gates.
     """
 
     directory: Directory
-    splits: Annotated[tuple[str, ...], NAMES] = ("validation", "test")
+    splits: Names = ("validation", "test")
     features: Flag = False
     engine: Engine = "eager"
     force: Force = False
@@ -30,17 +30,16 @@ class RecordOptions:
 
 
 def record(options: RecordOptions) -> None:
-    """Record the splits; with torch, also of the network without exits if there is one."""
-    from impatient.verbs.run_directory import EAGER, RunDirectory
-
+    """Record the splits, in torch also of the network without exits."""
     run = RunDirectory(options.directory).engine(options.engine)
     data = run.data()
-    networks = [(*run.network(), run.recording_file)]
-    if run.exit_free_weights_file.is_file() and options.engine == EAGER:
-        networks.append((*run.exit_free_network(), run.exit_free_recording_file))
-    for network, weights, place in networks:
+    recorded = [run]
+    if run.exit_free.is_trained and options.engine == EAGER:
+        recorded.append(run.exit_free)
+    for part in recorded:
+        network, weights = part.network()
         for split in options.splits:
-            file = place(split)
+            file = part.recording_file(split)
             if not options.force and _is_fresh(file, weights, data, options.features):
                 log.info("up to date: %s (--force to record again)", file)
                 continue
@@ -55,7 +54,6 @@ def record(options: RecordOptions) -> None:
 
 
 def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) -> bool:
-
     if not file.is_file():
         return False
     try:

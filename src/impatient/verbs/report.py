@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import impatient
 from impatient.errors import StorageError
+from impatient.files import write_text
+from impatient.verbs.evaluate import beside_eager
+from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.notes import log
 from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
+from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +32,6 @@ class ReportOptions:
 
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
-    from impatient.files import write_text
-    from impatient.verbs.evaluate import beside_eager
-    from impatient.verbs.run_directory import RunDirectory
-
     use_threads(options.threads)
     run = RunDirectory(options.directory)
     if not run.evaluation_file.is_file():
@@ -94,15 +93,13 @@ def _examples(
     run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, impatient.Policy]
 ) -> tuple[list[impatient.evaluation.Example], list[impatient.evaluation.Example]]:
     """Pick test inputs that left early and late under the first policy."""
-    from impatient.policies.scores import SCORES
-
     if not policies:
         return [], []
     policy = next(iter(policies.values()))
     recording = run.recording("test")
     data = run.data()
     exits = policy.exits_on(recording)
-    score = SCORES[policy.shown_score()]
+    score = impatient.policies.scores.SCORES[policy.shown_score()]
 
     def example(index: int) -> impatient.evaluation.Example:
         exit = int(exits[index])
@@ -120,9 +117,7 @@ def _examples(
 
 
 def _png(raw: Tensor) -> bytes | None:
-    """Encode a raw input [C, H, W] as PNG; None if it is no picture of bytes."""
-    import io
-
+    """Encode a raw input [C, H, W] as PNG, if it is a picture of bytes."""
     import torch
     from PIL import Image
 

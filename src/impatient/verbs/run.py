@@ -14,20 +14,22 @@ import impatient
 from impatient.clock import NEVER, Deadline
 from impatient.errors import DataError, RunError
 from impatient.table import Cell, Table, in_ms
+from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.options import (
-    MS,
+    OFF,
     AnyProfile,
     Directory,
     Engine,
     Flag,
+    Milliseconds,
+    Text,
     Threads,
     use_threads,
 )
+from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from impatient.verbs.run_directory import NetworkSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +46,9 @@ class RunOptions:
     """
 
     directory: Directory
-    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
-    deadline_s: Annotated[float | None, MS, arg(name="deadline-ms")] = None
-    policy: str | None = None
+    inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE..."), OFF]
+    deadline_s: Annotated[Milliseconds, arg(name="deadline-ms")] = None
+    policy: Text = None
     when_late: Literal["answer", "raise"] = "answer"
     engine: Engine = "eager"
     json: Flag = False
@@ -56,7 +58,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileAnswer:
-    """The answer for one file: its most probable class, and how the run went."""
+    """An answer for one file: the most probable class, and how the run went."""
 
     file: Path
     label: str
@@ -66,8 +68,6 @@ class FileAnswer:
 
 def run(options: RunOptions) -> list[FileAnswer]:
     """Answer for each input file by the deadline."""
-    from impatient.verbs.run_directory import RunDirectory
-
     use_threads(options.threads)
     if not options.inputs:
         raise RunError("no input files; expected at least one image (or .npy array) to answer for.")

@@ -8,50 +8,60 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import NoEffectWarning, StaleInput
 from impatient.table import Table, in_ms
-from impatient.verbs.fit import Learner, target_name
+from impatient.verbs.evaluate import EvaluateOptions, evaluate
+from impatient.verbs.fit import Learner, target_name, targets_of
+from impatient.verbs.network_spec import (
+    NetworkSpec,
+    fresh_model,
+    load_weights,
+    save_weights,
+    spec_of,
+)
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
-    MS,
-    POINTS,
-    POSITIVE,
-    SHARE,
+    OFF,
     Force,
+    Milliseconds,
     NewDirectory,
+    Number,
+    Points,
+    Positive,
     Quiet,
+    Share,
+    Text,
     Threads,
     use_threads,
 )
-
-if TYPE_CHECKING:
-    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
-
+from impatient.verbs.profile import ProfileOptions, profile
+from impatient.verbs.record import RecordOptions, record
+from impatient.verbs.run_directory import RunDirectory
 
 Method = Literal["filter_tree", "regression"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectOptions:
-    """Learn which of several networks each sample needs, without training any of them.
+    """Learn which of several networks each sample needs.
 
     Attributes:
-        members: Networks from cheap to dear: run directories, model specs with pretrained weights,
-            or SPEC@FILE.safetensors.
+        members: Networks from the fastest to the slowest: run directories, model specs with
+            pretrained weights, or SPEC@FILE.safetensors. None of them is trained here.
         data: Data as for train; the networks should not have been trained on its validation split.
         max_accuracy_loss: Points of accuracy that may be lost against the last network; 1 unless
             another target is given.
         mean_time_s: Mean time per sample in ms.
-        time_price: What a second costs, in wrong answers.
+        time_price: Price of a second, in wrong answers.
         topology: Allowed moves: full (to any later network), chain (to the next) or star (from the
             first to any).
-        learner: How moves are learned.
-        method: How one of more than two moves is learned.
+        learner: Learner that decides between two moves.
+        method: Method by which it decides between more than two moves.
         name: Name of the policy; by default the target.
         validation: Share of the training examples held out, to learn on.
         seed: Seed of the splits.
@@ -59,33 +69,26 @@ class SelectOptions:
     """
 
     directory: NewDirectory
-    members: Annotated[Positional[tuple[str, ...]], arg(metavar="MEMBER...")]
+    members: Annotated[Positional[tuple[str, ...]], arg(metavar="MEMBER..."), OFF]
     data: str = "digits"
-    max_accuracy_loss: Annotated[float | None, POINTS, arg(name="max-loss")] = None
-    mean_time_s: Annotated[float | None, MS, arg(name="mean-ms")] = None
-    time_price: Annotated[float | None, arg(name="price")] = None
+    max_accuracy_loss: Annotated[Points, arg(name="max-loss")] = None
+    mean_time_s: Annotated[Milliseconds, arg(name="mean-ms")] = None
+    time_price: Annotated[Number, arg(name="price")] = None
     topology: Literal["full", "chain", "star"] = "full"
     learner: Learner = "logistic"
     method: Method = "filter_tree"
-    name: str | None = None
-    validation: Annotated[float, SHARE] = 0.1
+    name: Text = None
+    validation: Share = 0.1
     seed: int = 0
-    repeats: Annotated[int, POSITIVE] = 300
+    repeats: Positive = 300
     threads: Threads = 0
     force: Force = False
     quiet: Quiet = False
 
     @property
-    def targets(self) -> dict[str, float]:
-        """The targets that are given; a loss of 1 point if none is."""
-        names = ("max_accuracy_loss", "mean_time_s", "time_price")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given or {"max_accuracy_loss": 0.01}
-
-    @property
     def policy_name(self) -> str:
         """The name the policy is kept under."""
-        return self.name or target_name(self.targets)
+        return self.name or target_name(self)
 
     @property
     def cascade_name(self) -> str:
@@ -94,30 +97,21 @@ class SelectOptions:
 
 
 def select(options: SelectOptions) -> impatient.Evaluation:
-    """Make a cascade of networks, learn which of them a sample needs, and judge it.
+    """Make a cascade, learn which network a sample needs, and judge it.
 
     Raises:
         StaleInput: if the directory holds another cascade.
         ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
     """
-    from impatient.policies.outcome import node_times_s
     from impatient.policies.selection import decision_time_s
-    from impatient.verbs.evaluate import EvaluateOptions, evaluate
-    from impatient.verbs.profile import ProfileOptions, profile
-    from impatient.verbs.record import RecordOptions, record
-    from impatient.verbs.run_directory import RunDirectory
 
     use_threads(options.threads)
     run = RunDirectory(options.directory)
     if options.force or not run.spec_file.is_file():
         _begin_cascade(run, options)
     spec = run.spec()
-    if (
-        not spec.cascade
-        or spec.model != options.cascade_name
-        or (spec.data, spec.seed, spec.validation)
-        != (options.data, options.seed, options.validation)
-    ):
+    wanted = (True, options.cascade_name, options.data, options.seed, options.validation)
+    if (spec.cascade, spec.model, spec.data, spec.seed, spec.validation) != wanted:
         raise StaleInput(
             f"{run.path} holds {spec.model} on {spec.data}, not {options.cascade_name} on "
             f"{options.data}; use another directory, or --force to throw it away."
@@ -127,24 +121,16 @@ def select(options: SelectOptions) -> impatient.Evaluation:
     costs = run.profile()
     record(RecordOptions(directory=run.path, quiet=quiet))
     recording = run.recording("validation")
-    graphs = {
-        "chain": impatient.policies.Topology.chain,
-        "full": impatient.policies.Topology.full,
-        "star": impatient.policies.Topology.star,
-    }
-    problem = (recording, node_times_s(costs), graphs[options.topology](spec.after))
-    wanted: dict[str, Any] = {
-        "learner": options.learner,
-        "method": options.method,
-        **options.targets,
-    }
+    topology = getattr(impatient.policies.Topology, options.topology)(spec.after)
+    problem = (recording, impatient.policies.node_times_s(costs), topology)
+    how = {"learner": options.learner, "method": options.method, **targets_of(options)}
     with warnings.catch_warnings():
         # the second fit says so, if it is so
         warnings.simplefilter("ignore", NoEffectWarning)
-        first = impatient.policies.fit_selection(*problem, **wanted)
+        first = impatient.policies.fit_selection(*problem, **how)
     with warnings_as_notes():
         policy = impatient.policies.fit_selection(
-            *problem, gate_s=decision_time_s(first, recording), **wanted
+            *problem, gate_s=decision_time_s(first, recording), **how
         )
     file = run.save_policy(options.policy_name, policy)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
@@ -168,24 +154,15 @@ def shown(options: SelectOptions, evaluation: impatient.Evaluation) -> Iterator[
 
 
 def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
-    from impatient.verbs.run_directory import save_weights
-
     data = impatient.load_data(options.data, seed=options.seed, validation=options.validation)
-    specs = []
-    networks = []
-    for member in options.members:
-        spec, network = _member(member, data, options)
-        specs.append(spec)
-        networks.append(network)
-    names = [
-        (member.rpartition("@")[0] or member).rstrip("/").rpartition("/")[2]
-        for member in options.members
-    ]
+    members = [_member(member, data, options) for member in options.members]
+    specs = tuple(spec for spec, _ in members)
+    networks = [network for _, network in members]
+    # without the file of weights
+    models = [member.rpartition("@")[0] or member for member in options.members]
+    names = [model.rstrip("/").rpartition("/")[2] for model in models]
     if len(set(names)) < len(names):
-        names = [
-            f"{index} {member.rpartition('@')[0] or member}"
-            for index, member in enumerate(options.members)
-        ]
+        names = [f"{index} {model}" for index, model in enumerate(models)]
     cascade = impatient.networks.Cascade(networks, names)
     if run.spec_file.is_file():
         # not before all members are there
@@ -195,7 +172,7 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
         specs[-1],
         model=options.cascade_name,
         after=cascade.exit_names,
-        members=tuple(specs),
+        members=specs,
         cascade=True,
         ensembling="",
         provenance=specs[-1].provenance_of(cascade),
@@ -205,14 +182,7 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
 
 
 def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:
-    """Load one network of a cascade, without exits, and say how to build it again."""
-    from impatient.verbs.run_directory import (
-        RunDirectory,
-        fresh_model,
-        load_weights,
-        spec_of,
-    )
-
+    """Load one network of a cascade, without exits, and describe it."""
     part = RunDirectory(member)
     if part.spec_file.is_file():
         spec = part.spec()
@@ -220,8 +190,8 @@ def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[
             raise StaleInput(
                 f"{part.path} is a cascade itself, or was trained on other data than {data.name}."
             )
-        trained = part.exit_free_network if part.exit_free_weights_file.is_file() else part.network
-        return spec, trained()[0].backbone
+        trained = part.exit_free if part.exit_free.is_trained else part
+        return spec, trained.network()[0].backbone
     model, _, weights = (
         member.rpartition("@") if member.endswith(".safetensors") else (member, "", "")
     )

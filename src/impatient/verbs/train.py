@@ -11,14 +11,34 @@ from tyro.conf import arg
 
 import impatient
 from impatient.errors import ModelSpecError, RunError, StaleInput
+from impatient.files import read_json, write_json
 from impatient.recipe import Recipe
+from impatient.verbs.network_spec import (
+    DEFAULT_EXITS,
+    OWN_HEADS,
+    NetworkSpec,
+    fresh_model,
+    save_weights,
+    spec_of,
+)
 from impatient.verbs.notes import log
-from impatient.verbs.options import NAMES, POSITIVE, SHARE, Directory, Flag, Quiet, one_of
+from impatient.verbs.options import (
+    OFF,
+    Directory,
+    Flag,
+    Names,
+    Positive,
+    PositiveOrNone,
+    Quiet,
+    Share,
+    Text,
+    one_of,
+)
+from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.costs import Cost
     from impatient.training.loop import ExitWeights
-    from impatient.verbs.run_directory import NetworkSpec, RunDirectory
 
 ExitRule = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
 Head = Literal[
@@ -36,7 +56,7 @@ Head = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
-    """Train a network with exits; go on from the checkpoint if there is one.
+    """Train a network with exits, or go on from its checkpoint.
 
     Attributes:
         model: Network, as SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
@@ -44,16 +64,16 @@ class TrainOptions:
         data: Data set: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
-        after: Instead of --exits: modules to exit after, or every:2 for every second block.
+        after: Modules to exit after, instead of --exits; or every:2 for every second block.
         heads: Kind of early prediction layers; by default linear, or the model's own.
         weights: Exit weights: uniform, linear, half_end, sieve, exp_lin or inverse_square, with
             options (sieve:last_to_early=2,total=all); adaloss; numbers such as 1,0.5,1; or a budget
             in ms (uniform:0:10, small_likely:0:10, log:FILE), or with one of the units
             mmacs, mb and mj (uniform:0:40mmacs). By default uniform, or the model's own.
         mode: Costs behind a budget's weights.
-        ensembling: How exits answer together. Boosted is for training; for the others there is
-            rather the verb `ensemble`.
-        exit_free: Also train the backbone without exits, to compare with.
+        ensembling: How exits answer together. Boosted is for training; for the others use rather
+            `impatient ensemble`.
+        exit_free: Also train the backbone without exits, for comparison.
         validation: Share of the training examples held out.
         accelerator: Device as in Lightning Fabric: auto, cpu, cuda, mps.
         devices: Number of processes, one per device.
@@ -65,17 +85,17 @@ class TrainOptions:
     directory: Directory
     model: str = "impatient:resnet"
     data: str = "digits"
-    exits: Annotated[int | None, POSITIVE] = None
-    after: Annotated[tuple[str, ...], NAMES] = ()
-    heads: Annotated[Head | None, one_of(Head)] = None
-    weights: str | None = None
+    exits: PositiveOrNone = None
+    after: Names = ()
+    heads: Annotated[Head | None, one_of(Head), OFF] = None
+    weights: Text = None
     mode: Literal["interruptible", "contract"] = "interruptible"
-    ensembling: Annotated[ExitRule | None, one_of(ExitRule)] = None
+    ensembling: Annotated[ExitRule | None, one_of(ExitRule), OFF] = None
     recipe: Annotated[Recipe, arg(name="")] = field(default_factory=Recipe)
     exit_free: bool = True
-    validation: Annotated[float, SHARE] = 0.1
+    validation: Share = 0.1
     accelerator: str = "auto"
-    devices: Annotated[int, POSITIVE] = 1
+    devices: Positive = 1
     strategy: str = "auto"
     precision: str = "32-true"
     restart: Flag = False
@@ -89,8 +109,6 @@ class TrainOptions:
 
 def train(options: TrainOptions) -> None:
     """Train a network with exits, and beside it the same backbone without exits."""
-    from impatient.verbs.run_directory import RunDirectory, save_weights
-
     run = RunDirectory(options.directory)
     if options.restart and run.spec_file.is_file():
         shutil.rmtree(run.path)
@@ -104,39 +122,30 @@ def train(options: TrainOptions) -> None:
     weights = _exit_weights(run, options, network)
     # starts the other processes, if any; they come through all of this too
     fabric = _fabric(options)
-    impatient.fit(
-        network,
-        data,
-        weights=weights,
-        recipe=recipe,
-        fabric=fabric,
-        progress=not options.quiet,
-        checkpoint=run.path / "checkpoint.safetensors",
-        metrics_csv=run.path / "metrics.csv",
-    )
-    if fabric.is_global_zero:
-        save_weights(network, run.weights_file)
-    if options.exit_free:
-        log.info("the same backbone without exits, to compare with:")
-        alone = spec.build_exit_free()
+
+    def fit(part: RunDirectory, network: Any, **how: Any) -> None:
         impatient.fit(
-            alone,
+            network,
             data,
-            recipe=dataclasses.replace(recipe, regime="joint"),
             fabric=fabric,
             progress=not options.quiet,
-            checkpoint=run.exit_free / "checkpoint.safetensors",
-            metrics_csv=run.exit_free / "metrics.csv",
+            checkpoint=part.here / "checkpoint.safetensors",
+            metrics_csv=part.here / "metrics.csv",
+            **how,
         )
         if fabric.is_global_zero:
-            save_weights(alone, run.exit_free_weights_file)
+            save_weights(network, part.weights_file)
+
+    fit(run, network, weights=weights, recipe=recipe)
+    if options.exit_free:
+        log.info("the same backbone without exits, for comparison:")
+        joint = dataclasses.replace(recipe, regime="joint")
+        fit(run.exit_free, spec.build_exit_free(), recipe=joint)
     log.info("trained: %s", run.weights_file)
 
 
 def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> NetworkSpec:
-    """Give the network's description: a new one, or that of the run, which must agree."""
-    from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS
-
+    """Describe a new network, or give the run's description, which must agree."""
     if not run.spec_file.is_file():
         spec = _new_spec(options, data)
         spec.save(run.spec_file)
@@ -144,8 +153,8 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
     spec = run.spec()
     if spec.members:
         raise RunError(
-            f"{run.path} is made of trained members; train those, and make it anew with `impatient "
-            "ensemble` or `select`."
+            f"{run.path} is made of trained members; train those, and make it again with "
+            "`impatient ensemble` or `select`."
         )
     # of a model with exits of its own nothing need be said
     heads, exits = (
@@ -181,18 +190,14 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
 
 
 def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
-    """Place the exits of a model and describe the result; a model may have exits of its own.
+    """Place the exits of a model that has none, and describe the network.
 
     Raises:
-        ModelSpecError: if it has, and yet `after`, `exits` or `heads` is given.
+        ModelSpecError: if the model has exits, and yet `after`, `exits` or `heads` is given.
     """
-    from impatient.anytime import Network
-    from impatient.ensembling import Rule
-    from impatient.verbs.run_directory import DEFAULT_EXITS, OWN_HEADS, fresh_model, spec_of
-
     seed = options.recipe.seed
     network: Any = fresh_model(options.model, data.num_classes, data.preprocess, seed)
-    if isinstance(network, Network):
+    if isinstance(network, impatient.Network):
         if options.after or options.exits is not None or options.heads is not None:
             raise ModelSpecError(
                 f"{options.model} has {network.num_exits} exits of its own; leave --exits, --after "
@@ -210,7 +215,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
             num_classes=data.num_classes,
         )
     if options.ensembling:
-        network = impatient.networks.RunningEnsemble(network, Rule(name=options.ensembling))
+        network = impatient.networks.RunningEnsemble(network, options.ensembling)
     spec = spec_of(network, data, model=options.model, seed=seed, validation=options.validation)
     return dataclasses.replace(
         spec,
@@ -222,8 +227,6 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
 
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Find where a rule puts the exits."""
-    from impatient.verbs.run_directory import fresh_model
-
     backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
     return tuple(
         map(str, impatient.attach_exits(backbone, example=spec.example(), after=rule).cuts)
@@ -248,10 +251,7 @@ def _fabric(options: TrainOptions) -> Any:
 
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
-    """Give weights by name, or from a budget and this machine's costs; or those of the run."""
-    from impatient.files import read_json, write_json
-    from impatient.training.weights import parse_weights
-
+    """Give the run's weights: by name, or from a budget and this machine's costs."""
     wanted = options.weights or network.default_weights
     file = run.path / "training.json"
     if file.is_file():
@@ -273,7 +273,7 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
             budget, costs.cumulative(budget.cost, options.mode), normalise=True
         )
     else:
-        numbers = parse_weights(wanted, network.num_exits)
+        numbers = impatient.training.weights.parse_weights(wanted, network.num_exits)
     log.info("exit weights: %s", ", ".join(f"{number:.3f}" for number in numbers))
     if unwanted := [
         name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0
@@ -284,7 +284,6 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
 
 
 def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatient.CostProfile:
-
     known = impatient.CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
     # joules need a meter, which only a caller from Python can bring
     if known is not None and (known.holds(cost) or cost == "energy"):

@@ -1,0 +1,195 @@
+"""What it takes to build the network of a run again, and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import impatient
+from impatient.errors import ModelSpecError, StorageError
+from impatient.files import read_tensors, write_tensors
+from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
+from impatient.store import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEFAULT_EXITS = 4
+# what stands for the heads of a model that has exits of its own
+OWN_HEADS = "own"
+
+AnyModule = TypeVar("AnyModule", bound="nn.Module")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
+    """What it takes to build a run's network again, but for the weights.
+
+    Attributes:
+        after: Names of the cuts, or of the exits that a model has of its own.
+        heads: Kind of heads as for `attach_exits`, or "own".
+        ensembling: Rule by which the exits answer together (`RunningEnsemble`); empty if each
+            answers for itself.
+        members: Members of an ensemble of growing depth (`EANN`), shallow to deep, or the networks
+            of a cascade; empty for one network.
+        cascade: Whether the members are the networks of a cascade, each without its exits; `after`
+            then names them all.
+        validation_errors: Errors of every member's exits, by which the ensemble chooses.
+    """
+
+    model: str
+    after: tuple[str, ...]
+    heads: str
+    num_classes: int
+    example_shape: tuple[int, ...]
+    example_dtype: str
+    class_names: tuple[str, ...]
+    preprocess: impatient.training.Preprocess
+    data: str
+    data_fingerprint: str
+    seed: int
+    validation: float
+    provenance: Provenance
+    ensembling: str = ""
+    members: tuple[NetworkSpec, ...] = ()
+    cascade: bool = False
+    validation_errors: tuple[tuple[float, ...], ...] = ()
+
+    def example(self, batch_size: int = 1) -> Tensor:
+        """Make an input of the right shape and type, of zeros."""
+        import torch
+
+        dtype = getattr(torch, self.example_dtype)
+        return torch.zeros((batch_size, *self.example_shape), dtype=dtype)
+
+    def provenance_of(self, network: nn.Module) -> Provenance:
+        """Give this provenance to another network."""
+        structure = fingerprint_structure(network.state_dict())
+        return dataclasses.replace(self.provenance, network=structure)
+
+    def build(self) -> impatient.Network:
+        """Build the network with fresh weights, drawn from the spec's seed."""
+        if self.cascade:
+            backbones = [member.build_exit_free().backbone for member in self.members]
+            return impatient.networks.Cascade(backbones, self.after)
+        if self.members:
+            members = [member.build() for member in self.members]
+            return impatient.networks.EANN(members, self.validation_errors)
+        network = self._model()
+        if self.heads != OWN_HEADS:
+            network = impatient.attach_exits(
+                network,
+                example=self.example(),
+                after=list(self.after),
+                heads=self.heads,
+                num_classes=self.num_classes,
+            )
+        if self.ensembling:
+            network = impatient.networks.RunningEnsemble(network, self.ensembling)  # type: ignore[arg-type]
+        built: impatient.Network = network
+        return built
+
+    def build_exit_free(self) -> impatient.MultiExitNetwork:
+        """Build the same backbone without early exits, from the same seed.
+
+        Of several networks it is that of the last.
+        """
+        if self.members:
+            return self.members[-1].build_exit_free()
+        model = self._model()
+        backbone = model.exit_free if isinstance(model, impatient.Network) else model
+        return impatient.MultiExitNetwork(backbone, [], [], [], self.num_classes)
+
+    def _model(self) -> Any:
+        return fresh_model(self.model, self.num_classes, self.preprocess, self.seed)
+
+
+def fresh_model(
+    model: str, num_classes: int, preprocess: impatient.training.Preprocess, seed: int
+) -> nn.Module:
+    """Load a model for some data, its weights drawn from a seed.
+
+    It is a backbone, or a network that has exits of its own.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    return impatient.load_model(
+        model, num_classes=num_classes, in_channels=preprocess.channels or None
+    )
+
+
+def spec_of(
+    network: nn.Module, data: impatient.Data, *, model: str, seed: int, validation: float
+) -> NetworkSpec:
+    """Describe a network for some data, without exits of its own."""
+    example = data.example()
+    return NetworkSpec(
+        model=model,
+        after=(),
+        heads="linear",
+        num_classes=data.num_classes,
+        example_shape=tuple(example.shape[1:]),
+        example_dtype=str(example.dtype).removeprefix("torch."),
+        class_names=data.class_names,
+        preprocess=data.preprocess,
+        data=data.name,
+        data_fingerprint=data.fingerprint,
+        seed=seed,
+        validation=validation,
+        provenance=provenance(
+            network=fingerprint_structure(network.state_dict()), data=data.fingerprint, seed=seed
+        ),
+    )
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write weights.
+
+    Raises:
+        ModelSpecError: if one of them is NaN or infinite.
+    """
+    state = network.state_dict()
+    _check_finite(state, "the network to be saved")
+    write_tensors(path, state, {"kind": "weights", "fingerprint": fingerprint_tensors(state)})
+
+
+def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyModule, str]:
+    """Load weights into a network in eval mode, and give their fingerprint.
+
+    Raises:
+        StorageError: if the file is missing, damaged or of another network.
+        ModelSpecError: if a weight is NaN or infinite.
+    """
+    state = read_weights(path, directory)
+    _check_finite(state, str(path))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise StorageError(f"{path} does not fit {directory / 'network.json'}: {error}") from error
+    return network.eval(), fingerprint_tensors(state)
+
+
+def read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
+    """Read the weights of a run directory.
+
+    Raises:
+        StorageError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise StorageError(
+            f"{directory} has no trained weights; run `impatient train {directory}`."
+        )
+    return read_tensors(path)[0]
+
+
+def _check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ModelSpecError(
+                f"{where} holds NaN or infinite weights in {name!r}; such a network answers "
+                "nothing. Train again with a lower learning rate, or load other weights."
+            )
