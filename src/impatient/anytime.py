@@ -36,16 +36,26 @@ class Exit:
         index: number of the exit, 0-based, shallow to deep.
         features: input of the head, which a gate may see before the head runs.
         output: the output itself, or the head that computes it from the features.
+        mask: padding mask of the samples, shape [B, T], 0 where there is padding; None without.
     Attributes:
         index: number of the exit.
         features: input of the head; at the last exit usually the output.
+        mask: padding mask of the samples; None without.
     """
 
-    __slots__ = ("_output", "features", "index")
+    __slots__ = ("_output", "features", "index", "mask")
 
-    def __init__(self, index: int, features: Any, output: Tensor | Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self,
+        index: int,
+        features: Any,
+        output: Tensor | Callable[[Any], Tensor],
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
         self.index = index
         self.features = features
+        self.mask = mask
         self._output: Any = output
 
     def output(self) -> Tensor:

@@ -69,6 +69,22 @@ def output_tensor(value: Any) -> Tensor:
     return logits if isinstance(logits, Tensor) else first_tensor(value)
 
 
+# Where an input has its padding mask: a key of a mapping, a place in a tuple, or a function.
+MaskName = str | int | Callable[[Any], Tensor | None] | None
+
+
+def mask_of(x: Any, name: MaskName) -> Tensor | None:
+    """Return the padding mask [B, T] of an input, not 0 where there are tokens; None without."""
+    if name is None or isinstance(x, Tensor):
+        return None
+    if callable(name):
+        return name(x)
+    if isinstance(x, Mapping):
+        return x.get(name)
+    within = isinstance(name, int) and isinstance(x, (tuple, list)) and name < len(x)
+    return x[name] if within else None  # type: ignore[call-overload, no-any-return]
+
+
 def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
     """Change every tensor of an input.
 

@@ -129,6 +129,8 @@ class EngineExit(Exit):
     def __init__(self, exit: portable.Exit) -> None:
         self._exit = exit
         self._output = None
+        # stages have pooled already what is masked
+        self.mask = None
         self.index = exit.index
         self.whole = exit.whole
 

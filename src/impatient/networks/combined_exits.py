@@ -40,7 +40,7 @@ class CombinedRun(Run):
             # Without this exit, later exits would be combined wrongly.
             self.close()
             raise
-        return Exit(exit.index, exit.features, output)
+        return Exit(exit.index, exit.features, output, mask=exit.mask)
 
     def close(self) -> None:
         self._run.close()

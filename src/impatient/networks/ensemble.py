@@ -244,7 +244,8 @@ class EANN(Network):
     def pooled(self, exit: Exit) -> Tensor:
         """Return the running member's features averaged over space or tokens, shape [B, D]."""
         member = bisect.bisect_right(self._first, exit.index) - 1
-        inner = Exit(exit.index - self._first[member], exit.features, lambda _: exit.output())
+        index = exit.index - self._first[member]
+        inner = Exit(index, exit.features, lambda _: exit.output(), mask=exit.mask)
         return self._members()[member].pooled(inner)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:

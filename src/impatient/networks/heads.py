@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -109,20 +110,54 @@ def _last_width(module: nn.Module) -> tuple[int | None, bool]:
 class Pool(nn.Module):
     """Mean over space, time or tokens, to features [B,C].
 
-    Features [B,D] are not changed.
+    Features [B,D] are not changed. With a mask [B,T], the mean is over tokens that are not padding.
     """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.layout == "ND":
             return features
-        return features.mean([dim for dim, letter in enumerate(self.layout) if letter in "THW"])
+        positions = [dim for dim, letter in enumerate(self.layout) if letter in "THW"]
+        return features.mean(positions) if mask is None else _mean(features, positions, mask)
 
     def extra_repr(self) -> str:
         return self.layout
+
+
+def _mean(features: Tensor, positions: list[int], mask: Tensor) -> Tensor:
+    """Average over the tokens that a mask [B,T] does not leave out."""
+    sizes = [features.shape[dim] for dim in positions]
+    if mask.dim() != 2 or sizes != [mask.shape[1], *[1] * (len(sizes) - 1)]:
+        raise HeadError(
+            f"the padding mask has shape {tuple(mask.shape)}, but the features {sizes} positions; "
+            "expected a mask [B,T] with one entry per position, 0 where there is padding. Name "
+            "another with attach_exits(..., mask=...), or let heads read all with mask=None."
+        )
+    shape = [1] * features.dim()
+    shape[0] = mask.shape[0]
+    shape[positions[0]] = mask.shape[1]
+    real = (mask != 0).reshape(shape)
+    # not a product: padding may hold infinities
+    kept = torch.where(real, features, 0.0)
+    return kept.sum(positions) / real.sum(positions).clamp(min=1)
+
+
+class Layers(nn.Sequential):
+    """Layers of a head, one after another; a padding mask reaches the pool among them."""
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        for layer in self:
+            pools = mask is not None and isinstance(layer, Pool)
+            features = layer(features, mask) if pools else layer(features)
+        return features
+
+
+def takes_mask(head: nn.Module) -> bool:
+    """Tell whether a head can leave padding out: its forward has an argument `mask`."""
+    return "mask" in inspect.signature(head.forward).parameters
 
 
 def linear(features: FeatureShape, num_classes: int) -> nn.Module:
@@ -130,7 +165,7 @@ def linear(features: FeatureShape, num_classes: int) -> nn.Module:
 
     It takes C x num_classes MACs.
     """
-    return nn.Sequential(Pool(features.layout), nn.Linear(features.channels, num_classes))
+    return Layers(Pool(features.layout), nn.Linear(features.channels, num_classes))
 
 
 def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
@@ -139,7 +174,7 @@ def relu_linear(features: FeatureShape, num_classes: int) -> nn.Module:
     Source:
         Anytime Neural Networks (Hu et al.), the head of every experiment.
     """
-    return nn.Sequential(nn.ReLU(), *linear(features, num_classes).children())
+    return Layers(nn.ReLU(), *linear(features, num_classes).children())
 
 
 def mlp(
@@ -149,7 +184,7 @@ def mlp(
 
     It has a hidden layer of `hidden` units with ReLU, dropout if that is not 0, and a linear layer.
     """
-    return nn.Sequential(
+    return Layers(
         Pool(features.layout),
         nn.Linear(features.channels, hidden),
         nn.ReLU(),
@@ -201,7 +236,7 @@ def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Modu
     Source:
         Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
     """
-    return nn.Sequential(
+    return Layers(
         *_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes)
     )
 
@@ -333,15 +368,25 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
     return HEADS[head](features, num_classes)
 
 
-def check_head(head: nn.Module, features: Tensor, num_classes: int, where: str) -> None:
+def check_head(
+    head: nn.Module, features: Tensor, num_classes: int, where: str, mask: Tensor | None = None
+) -> None:
     """Check that a head gives [B, num_classes] on example features.
 
     Raises:
         HeadError: if the head fails or gives something else.
     """
+    if mask is not None and not takes_mask(head):
+        raise HeadError(
+            f"the head at {where}, a {type(head).__name__}, would read padding, which the input's "
+            "mask leaves out; expected a head whose forward has an argument `mask`, such as "
+            "'linear' or 'mlp'. Or let heads read all with attach_exits(..., mask=None)."
+        )
     try:
         with evaluating(head), torch.no_grad():
-            output = head(features)
+            output = head(features, **({} if mask is None else {"mask": mask}))
+    except HeadError:
+        raise
     except Exception as error:
         raise HeadError(
             f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}"

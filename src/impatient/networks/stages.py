@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
 from impatient.inputs import call_model, first_tensor, output_tensor
+from impatient.networks.heads import takes_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +182,17 @@ class StagedExit(Exit):
     __slots__ = ("_head", "_kept", "_position")
 
     def __init__(
-        self, index: int, features: Tensor, head: Head | None, position: Position, kept: bool
+        self,
+        index: int,
+        features: Tensor,
+        head: Head | None,
+        position: Position,
+        kept: bool,
+        mask: Tensor | None = None,
     ) -> None:
         self.index = index
         self.features = features
+        self.mask = mask
         self._head = head
         self._position = position
         self._kept = kept
@@ -212,8 +220,14 @@ class StagedExit(Exit):
                     "network.exits(x, keep=True)."
                 )
             assert self._head is not None
-            self._output = self._position.ambient.call(self._head, self.features)
+            head = self._head if self.mask is None else with_mask(self._head, self.mask)
+            self._output = self._position.ambient.call(head, self.features)
         return self._output
+
+
+def with_mask(head: nn.Module, mask: Tensor | None) -> Head:
+    """Bind a padding mask to a head that takes one."""
+    return head if mask is None or not takes_mask(head) else functools.partial(head, mask=mask)
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
@@ -347,6 +361,7 @@ class StagedRun(Run):
         cuts: places where the run pauses.
         heads: heads of the exits; None for the last one.
         keep: copy the features of each exit, so that its output may be asked for later.
+        mask: padding mask of the input, for the heads, shape [B, T]; None without.
         shrinks: function that tells whether the model can go on with some samples of an input; the
             method `keep` asks it.
 
@@ -362,6 +377,7 @@ class StagedRun(Run):
         heads: Sequence[Head | None],
         *,
         keep: bool = False,
+        mask: Tensor | None = None,
         shrinks: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         self._position = Position(Ambient.now())
@@ -370,6 +386,7 @@ class StagedRun(Run):
         self._cuts = cuts
         self._heads = heads
         self._keep = keep
+        self._mask = mask
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
         # Rows of the present exit to go on with; None for all.
@@ -400,7 +417,9 @@ class StagedRun(Run):
             raise
         self._position.exit = index
         self._finished = index == self._last
-        return StagedExit(index, kept, self._heads[index], self._position, self._keep)
+        return StagedExit(
+            index, kept, self._heads[index], self._position, self._keep, self._mask
+        )
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only, in this order.
@@ -430,6 +449,8 @@ class StagedRun(Run):
         rows = torch.as_tensor(rows, dtype=torch.long)
         self._rows = rows if self._rows is None else self._rows[rows.to(self._rows.device)]
         self._size = len(rows)
+        if self._mask is not None:
+            self._mask = self._mask[rows.to(self._mask.device)]
 
     def _check_rows(self, index: int, value: Tensor) -> None:
         # Without this, a value of the old batch could be broadcast over one kept row unnoticed.
