@@ -82,7 +82,7 @@ def mask_of(x: Any, name: MaskName) -> Tensor | None:
     if isinstance(x, Mapping):
         return x.get(name)
     within = isinstance(name, int) and isinstance(x, (tuple, list)) and name < len(x)
-    return x[name] if within else None  # type: ignore[call-overload, no-any-return]
+    return x[name] if within else None
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from impatient import portable
 from impatient.anytime import Exit, Network, Run
 from impatient.counting import StageFacts
-from impatient.engines.partition import Parts, any_batch, exporting, input_tensors
+from impatient.engines.partition import Parts, any_batch, exporting, input_tensors, pools_of
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
 from impatient.inputs import resized
 from impatient.networks.heads import Layout, Pool
@@ -89,7 +89,11 @@ class NetworkFacts:
         return cls(
             exit_names=network.exit_names,
             num_classes=network.num_classes,
-            layouts=network.layouts,
+            # what a stage has pooled is [B, D]
+            layouts=tuple(
+                layout if pool is None else "ND"
+                for layout, pool in zip(network.layouts, pools_of(network, x), strict=True)
+            ),
             stages=tuple(network.stage_facts(resized(x, 1))),
             structure=network.structure_fingerprint,
             weights=network.weights_fingerprint,

@@ -22,8 +22,9 @@ from torch import Tensor, fx, nn
 from impatient.counting import without_fused_attention
 from impatient.errors import ExitNotReached, ExportFailed, NetworkError
 from impatient.inputs import batch_size_of, evaluating, output_tensor
+from impatient.networks.heads import Layers, Pool, takes_mask
 from impatient.networks.multi_exit import MultiExitNetwork
-from impatient.networks.stages import CutMap, tapped
+from impatient.networks.stages import tapped
 from impatient.portable import Wiring
 
 _SIZE = torch.ops.aten.sym_size.int
@@ -83,7 +84,8 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     tensors = [tensor.detach() for tensor in _tensors(x).values()]
     # Exactly two samples: torch.export would take the 1 of a batch of one for a constant.
     both = _rows(tensors, dims, torch.arange(2) % batch_size_of(x))
-    traced = _Traced(network.backbone, x, names, network._cut_map())
+    pools = pools_of(network, x)
+    traced = _Traced(network, x, names, pools)
     graph = _export(traced, type(network.backbone).__name__, both, dims)
     whole = _whole(graph, names)
     _check_batch_of_one(traced, whole, _rows(both, dims, slice(1)))
@@ -93,9 +95,12 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     with torch.no_grad():
         values = values_of(stages, wiring, both)
     heads: list[nn.Module | None] = []
-    for head, name, features in zip(
-        network.heads, network.exit_names, wiring.features, strict=False
+    for head, pool, name, features in zip(
+        network.heads, pools, network.exit_names, wiring.features, strict=False
     ):
+        if pool is not None:
+            # its stage has done the first layer
+            head = Layers(*list(head.children())[1:])
         exported = _export(_Alone(head), f"the head after {name}", [values[features]], [0])
         heads.append(_whole(exported, ["features"]))
     return Parts(
@@ -107,6 +112,27 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
         exit_names=network.exit_names,
         num_classes=network.num_classes,
     )
+
+
+def pools_of(network: MultiExitNetwork, x: Any) -> list[Pool | None]:
+    """Return the pools of heads that stages compute, since only stages have the padding mask.
+
+    Raises:
+        NetworkError: if a head needs the mask after its first layer.
+    """
+    if network.mask_of(x) is None:
+        return [None] * len(network.heads)
+    pools: list[Pool | None] = []
+    for head, layout, name in zip(network.heads, network.layouts, network.exit_names, strict=False):
+        masked = layout != "ND" and takes_mask(head)
+        first = head[0] if isinstance(head, Layers) else None
+        if masked and not isinstance(first, Pool):
+            raise NetworkError(
+                f"the head after {name} cannot get the padding mask in an engine; expected a head "
+                "that pools first, such as 'linear' or 'mlp'. engine=\"eager\" runs every head."
+            )
+        pools.append(first if masked and isinstance(first, Pool) else None)
+    return pools
 
 
 def input_names(x: Any) -> tuple[str, ...]:
@@ -217,20 +243,32 @@ class _Traced(nn.Module):
     The marks are returned so that torch does not remove them.
     """
 
-    def __init__(self, backbone: nn.Module, x: Any, names: Sequence[str], cuts: CutMap) -> None:
+    def __init__(
+        self,
+        network: MultiExitNetwork,
+        x: Any,
+        names: Sequence[str],
+        pools: Sequence[Pool | None],
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = network.backbone
+        # in a list: its heads are no part of this module
+        self._network = [network]
         self._x = x
         self._names = names
-        self._cuts = cuts
+        self._pools = pools
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         marks: list[Tensor] = []
+        x = self._refilled(tensors)
+        network = self._network[0]
+        mask = network.mask_of(x)
 
         def visit(index: int, features: Tensor) -> None:
-            marks.append(_mark(features, index))
+            pool = self._pools[index]
+            marks.append(_mark(features if pool is None else pool(features, mask), index))
 
-        output = output_tensor(tapped(self.backbone, self._refilled(tensors), self._cuts, visit))
+        output = output_tensor(tapped(self.backbone, x, network._cut_map(), visit))
         return output, *marks
 
     def _refilled(self, tensors: Sequence[Tensor]) -> Any:

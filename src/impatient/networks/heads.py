@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from impatient.errors import HeadError
@@ -130,19 +131,39 @@ class Pool(nn.Module):
 def _mean(features: Tensor, positions: list[int], mask: Tensor) -> Tensor:
     """Average over the tokens that a mask [B,T] does not leave out."""
     sizes = [features.shape[dim] for dim in positions]
-    if mask.dim() != 2 or sizes != [mask.shape[1], *[1] * (len(sizes) - 1)]:
+    real = _coarser(mask, sizes[0]) if mask.dim() == 2 else None
+    if real is None or any(size != 1 for size in sizes[1:]):
         raise HeadError(
-            f"the padding mask has shape {tuple(mask.shape)}, but the features {sizes} positions; "
-            "expected a mask [B,T] with one entry per position, 0 where there is padding. Name "
-            "another with attach_exits(..., mask=...), or let heads read all with mask=None."
+            f"the padding mask has shape {tuple(mask.shape)}, but the features have {sizes} "
+            "positions; expected a mask [B,T] with one entry per position, 0 where there is "
+            "padding. Name another with attach_exits(..., mask=...), or let heads read all with "
+            "mask=None."
         )
     shape = [1] * features.dim()
-    shape[0] = mask.shape[0]
-    shape[positions[0]] = mask.shape[1]
-    real = (mask != 0).reshape(shape)
-    # not a product: padding may hold infinities
+    shape[0] = real.shape[0]
+    shape[positions[0]] = real.shape[1]
+    real = real.reshape(shape)
+    # Not a product, because padding may hold infinities.
     kept = torch.where(real, features, 0.0)
     return kept.sum(positions) / real.sum(positions).clamp(min=1)
+
+
+def _coarser(mask: Tensor, count: int) -> Tensor | None:
+    """Return a mask of fewer positions, each for a whole number of tokens; None if there is none.
+
+    A position is real if one of its tokens is.
+    """
+    tokens = mask.shape[1]
+    span = -(-tokens // max(count, 1))
+    missing = span * count - tokens
+    if not 0 <= missing < span:
+        return None
+    real = mask != 0
+    if span == 1:
+        return real
+    padded: Tensor = functional.pad(real, (0, missing))
+    windows: Tensor = padded.unflatten(1, (count, span))  # type: ignore[no-untyped-call]
+    return windows.any(-1)
 
 
 class Layers(nn.Sequential):
@@ -236,9 +257,7 @@ def conv1x1(features: FeatureShape, num_classes: int, widen: int = 2) -> nn.Modu
     Source:
         Anytime Neural Networks' code, `prediction_feature=1x1`; the width is ours.
     """
-    return Layers(
-        *_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes)
-    )
+    return Layers(*_channels_first(features), *_conv1x1_head(features.channels, widen, num_classes))
 
 
 def rescale(features: FeatureShape, num_classes: int, size: int = 7, widen: int = 2) -> nn.Module:

@@ -17,7 +17,7 @@ from impatient.errors import (
     HeadError,
     NetworkError,
 )
-from impatient.inputs import call_model, evaluating, output_tensor
+from impatient.inputs import MaskName, call_model, evaluating, mask_of, output_tensor
 from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.heads import (
@@ -30,7 +30,7 @@ from impatient.networks.heads import (
     check_head,
     guess_layout,
 )
-from impatient.networks.stages import Cut, StagedRun, install, tapped
+from impatient.networks.stages import Cut, StagedRun, install, tapped, with_mask
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class MultiExitNetwork(Network):
         cuts: places of the early exits.
         layouts: meaning of the dimensions of each early exit's features.
         num_classes: width of every output.
+        mask: where an input has its padding mask.
     """
 
     num_classes: int
@@ -57,6 +58,8 @@ class MultiExitNetwork(Network):
         cuts: Sequence[Cut],
         layouts: Sequence[Layout],
         num_classes: int,
+        *,
+        mask: MaskName = "attention_mask",
     ) -> None:
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
@@ -69,6 +72,7 @@ class MultiExitNetwork(Network):
         self.cuts = tuple(cuts)
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
+        self.mask = mask
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
         # Modules, not ids, because a copied network has its own modules.
@@ -107,10 +111,12 @@ class MultiExitNetwork(Network):
             ExitNotReached: if this input never came to an exit.
         """
         early: dict[int, Tensor] = {}
+        mask = self.mask_of(x)
 
         def visit(index: int, features: Tensor) -> Tensor:
             # Not after the backbone, because an in-place operation may overwrite the features.
-            early[index] = self.heads[index](gradients.into_head(features, index, self.num_exits))
+            head = with_mask(self.heads[index], mask)
+            early[index] = head(gradients.into_head(features, index, self.num_exits))
             return gradients.onward(
                 features, index, self.num_exits, channel_dim(self.layouts[index])
             )
@@ -164,14 +170,19 @@ class MultiExitNetwork(Network):
             self._shrinks[kind] = verdict.shrinks
         return self._shrinks[kind]
 
+    def mask_of(self, x: Any) -> Tensor | None:
+        """Return the padding mask of an input, shape [B, T]; None without."""
+        return mask_of(x, self.mask)
+
     def pooled(self, exit: Exit) -> Tensor:
         """Average an exit's features over space or tokens, to shape [B, D]."""
         if exit.index == len(self.cuts):
             return torch.as_tensor(exit.features)
-        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features))
+        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features, exit.mask))
 
     def _run(self, x: Any, **options: Any) -> StagedRun:
-        return StagedRun(self.backbone, x, self._cut_map(), [*self.heads, None], **options)
+        heads = [*self.heads, None]
+        return StagedRun(self.backbone, x, self._cut_map(), heads, mask=self.mask_of(x), **options)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
         # Not stored, because ids change when the network is copied.
@@ -190,6 +201,7 @@ def attach_exits(
     heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
     layout: Layout | None = None,
+    mask: MaskName = "attention_mask",
 ) -> MultiExitNetwork:
     """Give a model exits without changing it.
 
@@ -208,6 +220,9 @@ def attach_exits(
         num_classes: width of the output; the default is what the backbone gives on the example.
         layout: meaning of the dimensions of features with as many dimensions, such as "NHWC" or
             "NCT", for models where the guess is wrong.
+        mask: where an input has its padding mask [B, T], 0 where there is padding, so that heads
+            and gates leave padding out: a key of a mapping, a place in a tuple, or a function of
+            the input. None lets heads read padding.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -231,8 +246,10 @@ def attach_exits(
         )
     classes = _check_classes(backbone, example, num_classes)
     cuts = _place(backbone, example, after, count)
-    built, layouts = _build_heads(backbone, example, cuts, heads, classes, layout)
-    return MultiExitNetwork(backbone, built, cuts, layouts, classes)
+    built, layouts = _build_heads(
+        backbone, example, cuts, heads, classes, layout, mask_of(example, mask)
+    )
+    return MultiExitNetwork(backbone, built, cuts, layouts, classes, mask=mask)
 
 
 def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count: int) -> list[Cut]:
@@ -279,6 +296,7 @@ def _build_heads(
     heads: str | HeadFactory | Sequence[str | HeadFactory],
     num_classes: int,
     layout: Layout | None,
+    mask: Tensor | None,
 ) -> tuple[list[nn.Module], list[Layout]]:
     kinds: list[Any] = (
         [heads] * len(cuts) if isinstance(heads, str) or callable(heads) else list(heads)
@@ -300,7 +318,7 @@ def _build_heads(
             tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
         )
         head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
-        check_head(head, features, num_classes, str(cut))
+        check_head(head, features, num_classes, str(cut), None if shape.layout == "ND" else mask)
         built.append(head)
         layouts.append(shape.layout)
     return built, layouts

@@ -225,7 +225,7 @@ class StagedExit(Exit):
         return self._output
 
 
-def with_mask(head: nn.Module, mask: Tensor | None) -> Head:
+def with_mask(head: Any, mask: Tensor | None) -> Head:
     """Bind a padding mask to a head that takes one."""
     return head if mask is None or not takes_mask(head) else functools.partial(head, mask=mask)
 
@@ -417,9 +417,7 @@ class StagedRun(Run):
             raise
         self._position.exit = index
         self._finished = index == self._last
-        return StagedExit(
-            index, kept, self._heads[index], self._position, self._keep, self._mask
-        )
+        return StagedExit(index, kept, self._heads[index], self._position, self._keep, self._mask)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only, in this order.
