@@ -162,7 +162,7 @@ def _coarser(mask: Tensor, count: int) -> Tensor | None:
     if span == 1:
         return real
     padded: Tensor = functional.pad(real, (0, missing))
-    windows: Tensor = padded.unflatten(1, (count, span))  # type: ignore[no-untyped-call]
+    windows: Tensor = padded.unflatten(1, (count, span))
     return windows.any(-1)
 
 
