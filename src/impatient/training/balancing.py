@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,18 +89,21 @@ class Learner:
         checks.share(TrainingError, gamma=self.gamma, last_reward_rate=self.last_reward_rate)
 
 
-class Balancer(Protocol):
-    """Exit weights that change during training.
+class Balancer:
+    """Exit weights for every step of a training run.
 
-    Each step calls `weights` once before the backward pass and `observe` once after it.
+    Those of this class never change. Each step calls `weights` once before the backward pass and `observe` once after it.
     """
+
+    def __init__(self, base: Sequence[float]) -> None:
+        self.base = torch.tensor(base, dtype=torch.float64)
 
     def weights(self) -> Float[Tensor, "K"]:
         """Return the weights for the next step, float32 on the CPU.
 
         A sampler draws another exit at every call.
         """
-        ...
+        return self.base.float()
 
     def observe(self, losses_K: Float[Tensor, "K"]) -> None:
         """Learn from a step's mean loss per exit.
@@ -108,15 +111,13 @@ class Balancer(Protocol):
         With several processes, give the mean over all of them. Otherwise their weights would
         diverge. A step whose losses are not all finite changes nothing.
         """
-        ...
 
     def begin_epoch(self, epoch: int) -> None:
         """Tell which epoch, from 0, the next steps belong to."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """Return everything that changes, as plain values for a JSON file."""
-        ...
+        return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state, bit for bit.
@@ -124,7 +125,16 @@ class Balancer(Protocol):
         Raises:
             StaleInput: if the state is from another kind of balancer or number of exits.
         """
-        ...
+        if _sizes(state) != _sizes(self.state()):
+            raise StaleInput(
+                f"this state belongs to other exit weights: it has {_sizes(state)} (numbers per "
+                f"entry), expected {_sizes(self.state())}. Continue with the weights and the "
+                "sampler it was made with, or start again."
+            )
+
+
+def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    return {name: len(value) if isinstance(value, list) else 1 for name, value in state.items()}
 
 
 def balancer(
@@ -160,14 +170,14 @@ def balancer(
     """
     checks.one_of(TrainingError, Sampler, sampler=sampler)
     checks.not_negative(TrainingError, gamma=gamma)
-    inner: Balancer = (
-        _Adaptive(base, count) if isinstance(base, AdaLoss) else _Static(check_weights(base, count))
+    inner = (
+        _Adaptive(base, count)
+        if isinstance(base, AdaLoss)
+        else Balancer(check_weights(base, count))
     )
-    return (
-        inner
-        if sampler == "none"
-        else _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
-    )
+    if sampler == "none":
+        return inner
+    return _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
 
 
 # --- the rules, as plain functions ----------------------------------------------------------------
@@ -272,39 +282,14 @@ def _grown(values_K: Tensor, gains_K: Tensor, gamma: float) -> Tensor:
 # --- the balancers, which keep state --------------------------------------------------------------
 
 
-class _Static:
-    """Balancer that gives the same base weights at every step."""
-
-    def __init__(self, base: Sequence[float]) -> None:
-        self.base = torch.tensor(base, dtype=torch.float32)
-
-    def weights(self) -> Tensor:
-        return self.base.clone()
-
-    def observe(self, losses_K: Tensor) -> None:
-        pass
-
-    def begin_epoch(self, epoch: int) -> None:
-        pass
-
-    def state(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        _check_state(state, self.state())
-
-
-class _Adaptive:
+class _Adaptive(Balancer):
     """Balancer that follows the losses by AdaLoss."""
 
     def __init__(self, settings: AdaLoss, count: int) -> None:
+        super().__init__(const(count))
         self.settings = settings
-        self.base = torch.tensor(const(count), dtype=torch.float64)
         self.averages = torch.zeros_like(self.base)
         self.steps = 0
-
-    def weights(self) -> Tensor:
-        return self.base.float()
 
     def observe(self, losses_K: Tensor) -> None:
         losses = _finite_losses(losses_K, len(self.base))
@@ -317,20 +302,17 @@ class _Adaptive:
         if self.steps % self.settings.update_every == 0:
             self.base = adaloss_weights(self.averages, self.settings)
 
-    def begin_epoch(self, epoch: int) -> None:
-        pass
-
     def state(self) -> dict[str, Any]:
         return {"base": self.base.tolist(), "averages": self.averages.tolist(), "steps": self.steps}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        _check_state(state, self.state())
+        super().restore(state)
         self.base = torch.tensor(state["base"], dtype=torch.float64)
         self.averages = torch.tensor(state["averages"], dtype=torch.float64)
         self.steps = state["steps"]
 
 
-class _Sampled:
+class _Sampled(Balancer):
     """Balancer that adds a bonus for one drawn exit to another balancer."""
 
     def __init__(
@@ -394,7 +376,7 @@ class _Sampled:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        _check_state(state, self.state())
+        super().restore(state)
         self.inner.restore(state["inner"])
         self.values = torch.tensor(state["values"], dtype=torch.float64)
         self.drawn = state["drawn"]
@@ -411,17 +393,3 @@ def _finite_losses(losses_K: Tensor, count: int) -> Tensor | None:
         )
     losses = losses_K.detach().to("cpu", torch.float64)
     return losses if bool(torch.isfinite(losses).all()) else None
-
-
-def _check_state(state: Mapping[str, Any], like: Mapping[str, Any]) -> None:
-    def sizes(values: Mapping[str, Any]) -> dict[str, int]:
-        return {
-            name: len(value) if isinstance(value, list) else 1 for name, value in values.items()
-        }
-
-    if sizes(state) != sizes(like):
-        raise StaleInput(
-            f"this state belongs to other exit weights: it has {sizes(state)} (numbers per entry), "
-            f"expected {sizes(like)}. Continue with the weights and the sampler it was made with, "
-            "or start again."
-        )

@@ -51,7 +51,7 @@ class Preprocess:
         if not self.mean:
             return raw
         x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()
-        shape = (1, -1, *(1,) * (raw.dim() - 2)) if raw.dim() > 2 else (1, -1)
+        shape = (1, -1, *(1,) * (raw.dim() - 2))
         mean = torch.tensor(self.mean, device=x.device).view(shape)
         std = torch.tensor(self.std, device=x.device).view(shape)
         return (x - mean) / std
