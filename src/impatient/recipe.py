@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from impatient import checks
 from impatient.errors import TrainingError
@@ -19,6 +19,20 @@ PHASES: dict[Regime, tuple[str, ...]] = {
     "frozen": ("heads",),
     "mixed": ("backbone", "joint"),
 }
+
+
+class Phase(NamedTuple):
+    """Consecutive epochs that train the same parameters.
+
+    Attributes:
+        name: parameters to train: "joint" (all of them), "heads" or "backbone".
+        start: index of the first epoch.
+        end: index after the last epoch.
+    """
+
+    name: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,10 +116,10 @@ class Recipe:
                 "everything."
             )
 
-    def phases(self) -> list[tuple[str, int, int]]:
-        """Give (name, first epoch, epoch after the last) of each phase."""
-        names = PHASES[self.regime]
-        if len(names) == 1:
-            return [(names[0], 0, self.epochs)]
+    def phases(self) -> list[Phase]:
+        """Return the phases of training in order."""
+        first, *others = PHASES[self.regime]
+        if not others:
+            return [Phase(first, 0, self.epochs)]
         turn = min(max(1, round(self.epochs * self.backbone_share)), self.epochs - 1)
-        return [(names[0], 0, turn), (names[1], turn, self.epochs)]
+        return [Phase(first, 0, turn), Phase(others[0], turn, self.epochs)]

@@ -92,7 +92,8 @@ class Learner:
 class Balancer:
     """Exit weights for every step of a training run.
 
-    Those of this class never change. Each step calls `weights` once before the backward pass and `observe` once after it.
+    Those of this class never change. Each step calls `weights` once before the backward pass and
+    `observe` once after it.
     """
 
     def __init__(self, base: Sequence[float]) -> None:

@@ -28,7 +28,7 @@ from impatient.errors import StaleInput, TrainingDiverged, TrainingError
 from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
-from impatient.recipe import Recipe
+from impatient.recipe import Phase, Recipe
 from impatient.store import from_plain
 from impatient.training import schedules
 from impatient.training.augmentation import augmented
@@ -188,9 +188,7 @@ class _Training:
             gamma=recipe.sampler_gamma,
             seed=recipe.seed,
         )
-        self.shown = TrainingProgress(
-            self.progress and self.fabric.is_global_zero, self.recipe.epochs
-        )
+        self.shown = TrainingProgress(self.progress and self.fabric.is_global_zero, recipe.epochs)
         self.history: list[EpochMetrics] = []
         # Batches of the running epoch that are done, their summed losses and hits, and their time
         # in seconds.
@@ -212,36 +210,28 @@ class _Training:
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer_state = self._resume()
-        self.trainable = {
-            name: parameter.requires_grad for name, parameter in self.network.named_parameters()
-        }
+        self.trainable = [
+            parameter for parameter in self.network.parameters() if parameter.requires_grad
+        ]
         try:
             with self.shown, interruptible() as self.interrupt:
-                for phase, first, last in self.recipe.phases():
-                    if len(self.history) < last:
-                        inside = len(self.history) > first or self.step > 0
-                        self._run_phase(phase, first, last, optimizer_state if inside else None)
+                for phase in self.recipe.phases():
+                    if len(self.history) < phase.end:
+                        inside = len(self.history) > phase.start or self.step > 0
+                        self._run_phase(phase, optimizer_state if inside else None)
         finally:
-            for name, parameter in self.network.named_parameters():
-                parameter.requires_grad_(self.trainable[name])
+            for parameter in self.trainable:
+                parameter.requires_grad_(True)
             self.network.eval()
         return History(epochs=tuple(self.history))
 
-    def _run_phase(
-        self, phase: str, first: int, last: int, optimizer_state: dict[int, dict[str, Any]] | None
-    ) -> None:
-        early = self._early_parameters()
-        for name, parameter in self.network.named_parameters():
-            # A zero gradient would not be enough: momentum and weight decay would still change the
-            # parameter.
-            in_phase = phase == "joint" or (id(parameter) in early) == (phase == "heads")
-            parameter.requires_grad_(in_phase and self.trainable[name])
-        groups = self._parameter_groups()
+    def _run_phase(self, phase: Phase, optimizer_state: dict[int, dict[str, Any]] | None) -> None:
+        groups = self._parameter_groups(phase)
         if not groups:
             raise TrainingError(
-                f"nothing to train in the phase {phase!r} of the regime {self.recipe.regime!r}: "
-                "the network has no such parameters, or all of them are frozen. Attach exits, or "
-                "set requires_grad."
+                f"nothing to train in the phase {phase.name!r} of the regime "
+                f"{self.recipe.regime!r}: the network has no such parameters, or all of them are "
+                "frozen. Attach exits, or set requires_grad."
             )
         optimizer: Any = torch.optim.SGD(
             groups,
@@ -254,36 +244,40 @@ class _Training:
             optimizer.load_state_dict(
                 {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
             )
-        model, optimizer = self.fabric.setup(self.network, optimizer)
-        for epoch in range(len(self.history), last):
-            self._run_epoch(model, optimizer, phase, epoch, (first, last))
+        self.model, self.optimizer = self.fabric.setup(self.network, optimizer)
+        for epoch in range(len(self.history), phase.end):
+            self._run_epoch(phase, epoch)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Group the trainable parameters by weight decay: each early head, and the rest."""
-        owner = self._early_parameters()
-        members: dict[int | None, list[nn.Parameter]] = {}
-        for parameter in self.network.parameters():
-            if parameter.requires_grad:
-                members.setdefault(owner.get(id(parameter)), []).append(parameter)
-        decays = [*self.head_decays, self.recipe.weight_decay]
-        return [
-            {"params": parameters, "weight_decay": decays[-1 if exit is None else exit]}
-            for exit, parameters in members.items()
-        ]
+    def _parameter_groups(self, phase: Phase) -> list[dict[str, Any]]:
+        """Group the parameters to train by weight decay: each early head, and the rest.
 
-    def _early_parameters(self) -> dict[int, int]:
-        """Map the id of each parameter of an early head to its exit."""
-        return {
+        The other parameters are frozen. A zero gradient would not be enough, because momentum and
+        weight decay would still change them.
+        """
+        exit_of = {
             id(parameter): exit
             for exit, head in enumerate(self.network.early_heads())
             for parameter in head.parameters()
         }
+        # The last of the decays below belongs to parameters outside of early heads.
+        rest = -1
+        members: dict[int, list[nn.Parameter]] = {}
+        for parameter in self.trainable:
+            exit = exit_of.get(id(parameter), rest)
+            parameter.requires_grad_(
+                phase.name == "joint" or (exit != rest) == (phase.name == "heads")
+            )
+            if parameter.requires_grad:
+                members.setdefault(exit, []).append(parameter)
+        decays = [*self.head_decays, self.recipe.weight_decay]
+        return [
+            {"params": parameters, "weight_decay": decays[exit]}
+            for exit, parameters in members.items()
+        ]
 
-    def _run_epoch(
-        self, model: nn.Module, optimizer: Any, phase: str, epoch: int, span: tuple[int, int]
-    ) -> None:
-        model.train()
-        if phase == "heads":
+    def _run_epoch(self, phase: Phase, epoch: int) -> None:
+        self.model.train()
+        if phase.name == "heads":
             # A frozen backbone keeps its batch-norm statistics.
             self.network.eval()
             for head in self.network.early_heads():
@@ -294,15 +288,15 @@ class _Training:
         started = time.perf_counter()
         lr = 0.0
         while self.step < len(batches):
-            done = (epoch - span[0] + self.step / len(batches)) / (span[1] - span[0])
+            done = (epoch - phase.start + self.step / len(batches)) / (phase.end - phase.start)
             lr = schedules.learning_rate(self.recipe, done)
-            self.sums += self._update(model, optimizer, phase, batches[self.step], lr)
+            self.sums += self._update(phase.name, batches[self.step], lr)
             seen += len(batches[self.step])
             self.step += 1
-            self.shown.step(epoch, phase, self.step / len(batches), self.sums / seen)
+            self.shown.step(epoch, phase.name, self.step / len(batches), self.sums / seen)
             if self.interrupt.asked and self.step < len(batches):
                 self.seconds += time.perf_counter() - started
-                self._save(optimizer)
+                self._save()
                 raise KeyboardInterrupt
         train = self._over_processes(self.sums / seen)
         validation = self._validate("validation")
@@ -311,7 +305,7 @@ class _Training:
         self.history.append(
             EpochMetrics(
                 epoch=epoch + 1,
-                phase=phase,
+                phase=phase.name,
                 lr=lr,
                 seconds=self.seconds + time.perf_counter() - started,
                 train_loss=tuple(train[0].tolist()),
@@ -323,21 +317,19 @@ class _Training:
         self.step = 0
         self.seconds = 0.0
         self.sums = torch.zeros_like(self.sums)
-        self._save(optimizer)
+        self._save()
         self._write_metrics()
         self.shown.epoch(self.history[-1])
         if self.interrupt.asked:
             raise KeyboardInterrupt
 
-    def _update(
-        self, model: nn.Module, optimizer: Any, phase: str, indices: Tensor, lr: float
-    ) -> Tensor:
+    def _update(self, phase: str, indices: Tensor, lr: float) -> Tensor:
         """Take one step of gradient descent.
 
         Returns:
             Summed losses and hits per exit on the CPU, shape [2, K].
         """
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         examples = self.data.examples("train")
         labels = examples.labels[indices].to(self.fabric.device)
@@ -348,17 +340,17 @@ class _Training:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         joint = GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
         flow = joint if phase == "joint" else PLAIN
-        outputs = model(inputs) if flow == PLAIN else model(inputs, gradients=flow)
+        outputs = self.model(inputs) if flow == PLAIN else self.model(inputs, gradients=flow)
         losses = sample_losses(outputs, labels, recipe.label_smoothing)
         loss = self._objective(losses, outputs, phase, indices)
         exit_losses = losses.detach().mean(1)
         if not torch.isfinite(loss):
             raise _diverged("loss", exit_losses, lr)
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         self.fabric.backward(loss)
         if recipe.clip_norm:
-            self.fabric.clip_gradients(model, optimizer, max_norm=recipe.clip_norm)
-        optimizer.step()
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=recipe.clip_norm)
+        self.optimizer.step()
         hits = exit_hits(outputs, labels).float()
         sums = torch.stack([exit_losses * len(labels), hits]).double().cpu()
         if phase != "backbone":
@@ -419,7 +411,7 @@ class _Training:
         if self.metrics_csv and self.fabric.is_global_zero:
             write_text(self.metrics_csv, History(epochs=tuple(self.history)).to_csv())
 
-    def _save(self, optimizer: Any) -> None:
+    def _save(self) -> None:
         if self.checkpoint is None or not self.fabric.is_global_zero:
             return
         header = {
@@ -431,7 +423,7 @@ class _Training:
             "balancer": self.balancer.state(),
             "history": [dataclasses.asdict(entry) for entry in self.history],
         }
-        save_checkpoint(self.checkpoint, self.network, optimizer, header)
+        save_checkpoint(self.checkpoint, self.network, self.optimizer, header)
 
     def _resume(self) -> dict[int, dict[str, Any]] | None:
         """Resume from the checkpoint if there is one, and return the optimizer's state."""
