@@ -175,16 +175,17 @@ def values() -> dict[str, Any]:
         [
             training.weights.sieve(16),
             impatient.exit_weights(
-                impatient.budgets.uniform(0.0, 0.02), costs.cumulative_s("interruptible")
+                impatient.budgets.uniform(0.0, 0.02), costs.cumulative("time", "interruptible")
             ),
             impatient.exit_weights(
-                impatient.budgets.small_likely(0.0, 0.02), costs.cumulative_s("interruptible")
+                impatient.budgets.small_likely(0.0, 0.02), costs.cumulative("time", "interruptible")
             ),
             impatient.exit_weights(
-                impatient.budgets.normal(0.003, 0.02), costs.cumulative_s("interruptible")
+                impatient.budgets.normal(0.003, 0.02), costs.cumulative("time", "interruptible")
             ),
             impatient.exit_weights(
-                impatient.budgets.log_uniform(0.001, 0.02), costs.cumulative_s("interruptible")
+                impatient.budgets.log_uniform(0.001, 0.02),
+                costs.cumulative("time", "interruptible"),
             ),
         ]
     )

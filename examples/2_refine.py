@@ -29,7 +29,7 @@ def main(epochs: int = 3, pictures: int = 200) -> dict[str, float]:
 
     runner = impatient.Runner(network, impatient.profile(network, x[:1], repeats=50))
     runner.warm_up(x)
-    crude_macs = runner.costs.cumulative_macs("contract")[0]
+    crude_macs = runner.costs.cumulative("macs", "contract")[0]
     crude = []
     refined = []
     for picture, label in zip(x, labels, strict=True):

@@ -114,13 +114,13 @@ def test_a_contract_run_pays_only_the_head_that_answers():
     ],
 )
 def test_a_head_that_does_not_run_when_passed_is_paid_only_by_its_own_exit(heads, wanted):
-    assert made().cumulative_s("interruptible", heads=heads) == wanted
+    assert made().cumulative("time", "interruptible", heads=heads) == wanted
 
 
 def test_multiply_accumulates_add_up_like_seconds():
-    assert made().cumulative_macs("contract") == (15, 36, 67, 100)
-    assert made().cumulative_macs("interruptible") == (15, 41, 78, 118)
-    assert made().cumulative_macs("interruptible", heads=[False, True, True, True]) == (
+    assert made().cumulative("macs", "contract") == (15, 36, 67, 100)
+    assert made().cumulative("macs", "interruptible") == (15, 41, 78, 118)
+    assert made().cumulative("macs", "interruptible", heads=[False, True, True, True]) == (
         15,
         36,
         73,
@@ -143,14 +143,6 @@ def test_every_cost_adds_up_in_the_same_way(cost, contract, interruptible, exit_
     assert made().cumulative(cost, "interruptible", heads=[False] * 4) == contract
     assert made().exit_free(cost) == exit_free
     assert made().holds(cost)
-
-
-def test_the_old_names_are_the_new_one():
-    options = {"statistic": "p99", "batch_size": 8, "heads": [True, False, True, True]}
-    assert made().cumulative_s("interruptible", **options) == made().cumulative(
-        "time", "interruptible", **options
-    )
-    assert made().cumulative_macs("contract") == made().cumulative("macs", "contract")
 
 
 @pytest.mark.parametrize(("cost", "remedy"), [("bytes", "eager"), ("energy", "energy.find_meter")])
@@ -220,15 +212,15 @@ def test_a_batch_size_that_was_not_measured_is_refused_with_those_that_were():
 )
 def test_an_unknown_mode_or_statistic_is_refused(mode, statistic):
     with pytest.raises(CostError, match=r"(mode|statistic)=.*; expected "):
-        made().cumulative_s(mode, statistic=statistic)
+        made().cumulative("time", mode, statistic=statistic)
 
 
 @pytest.mark.parametrize("heads", [[True], [True] * 5, []])
 def test_a_mask_of_another_length_is_refused(heads):
     with pytest.raises(CostError, match=f"{len(heads)} .* 4 exits"):
-        made().cumulative_s("interruptible", heads=heads)
+        made().cumulative("time", "interruptible", heads=heads)
     with pytest.raises(CostError, match=f"{len(heads)} .* 4 exits"):
-        made().cumulative_macs("interruptible", heads=heads)
+        made().cumulative("macs", "interruptible", heads=heads)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def soft_oracle(
     """
     mode: Literal["contract", "interruptible"] = "contract" if pays == "chosen" else "interruptible"
     times = torch.tensor(
-        costs.cumulative_s(mode, statistic=statistic, batch_size=batch_size), dtype=torch.float64
+        costs.cumulative("time", mode, statistic=statistic, batch_size=batch_size),
+        dtype=torch.float64,
     )
     right_KN = recording.outputs.argmax(-1) == recording.labels
     # the first of equals

@@ -388,22 +388,6 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         total = self._per_sample(cost)[2]
         return sum(stages) if total is None else float(total)
 
-    def cumulative_s(
-        self,
-        mode: Mode,
-        *,
-        statistic: Statistic = "mean",
-        batch_size: int = 1,
-        heads: Sequence[bool] | None = None,
-    ) -> tuple[float, ...]:
-        """Return the seconds until the answer of each exit.
-
-        Arguments and errors are as for `cumulative`.
-        """
-        return self.cumulative(
-            "time", mode, statistic=statistic, batch_size=batch_size, heads=heads
-        )
-
     def interruptible_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
     ) -> tuple[float, ...]:
@@ -411,7 +395,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
 
         Every exit on the way answers, too. This is t_A in Impatient DNNs.
         """
-        return self.cumulative_s("interruptible", statistic=statistic, batch_size=batch_size)
+        return self.cumulative("time", "interruptible", statistic=statistic, batch_size=batch_size)
 
     def contract_s(
         self, *, statistic: Statistic = "mean", batch_size: int = 1
@@ -420,15 +404,11 @@ class CostProfile(Stored, made_by="`impatient profile`"):
 
         Only this exit's head runs. This is t_B in Impatient DNNs.
         """
-        return self.cumulative_s("contract", statistic=statistic, batch_size=batch_size)
+        return self.cumulative("time", "contract", statistic=statistic, batch_size=batch_size)
 
     def exit_free_s(self, *, statistic: Statistic = "mean", batch_size: int = 1) -> float:
         """Return the seconds of the untouched backbone, measured in the same interleaved run."""
         return self.exit_free("time", statistic=statistic, batch_size=batch_size)
-
-    def cumulative_macs(self, mode: Mode, heads: Sequence[bool] | None = None) -> tuple[float, ...]:
-        """Return the multiply-accumulates until the answer of each exit."""
-        return self.cumulative("macs", mode, heads=heads)
 
     def compare(self, other: CostProfile, *, any_network: bool = False) -> tuple[Comparison, ...]:
         """Compare the times of two profiles exit by exit, with their noise.

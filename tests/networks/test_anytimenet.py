@@ -878,7 +878,7 @@ def test_profile_and_runner_take_it_for_a_network() -> None:
     assert costs.exits == SMALL.names
     assert costs.exit_free_macs == round(block_macs(network.backbone, x).plain)
     counted = growth.costs(SMALL, block_macs(network.backbone, x))
-    assert costs.cumulative_macs("interruptible") == counted.cumulative
+    assert costs.cumulative("macs", "interruptible") == counted.cumulative
     expected = network(x)
     runner = Runner(network, costs)
     final = runner.run(x)

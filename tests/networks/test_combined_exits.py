@@ -356,7 +356,7 @@ def test_its_profile_has_the_heads_in_the_stages(inner, toy_input, costs):
     heads = costs.batches[5].heads
     stages = costs.batches[5].stages
     assert max(head.p50 for head in heads) < min(stage.p50 for stage in stages) / 4
-    assert costs.cumulative_macs("contract") == costs.cumulative_macs("interruptible")
+    assert costs.cumulative("macs", "contract") == costs.cumulative("macs", "interruptible")
 
 
 def test_a_runner_gives_the_combined_answer(inner, toy_input, costs):

@@ -56,7 +56,7 @@ def test_thresholds_per_network_leave_closed_networks_out():
     route = chain_route(closed, FEW.outputs, FEW_S)
     assert not route.visited[:, 0].any()
     assert set(route.time_s.tolist()) == {2.0, 6.0}
-    assert chain_costs(FEW_S).cumulative_s("interruptible", heads=closed.open_exits()) == (
+    assert chain_costs(FEW_S).cumulative("time", "interruptible", heads=closed.open_exits()) == (
         1.0,
         2.0,
         6.0,

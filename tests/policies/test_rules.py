@@ -1,7 +1,6 @@
 """Rules for stopping: what a policy does, and whether fitted thresholds keep what was asked for."""
 
 import dataclasses
-import functools
 import itertools
 import math
 
@@ -40,17 +39,16 @@ def by_hand(*thresholds, score="max_probability"):
     return ThresholdPolicy(score=score, thresholds=thresholds)
 
 
-def judged(policy, recording, costs, cost_of=None):
+def judged(policy, recording, costs, cost="time"):
     """Mean cost and accuracy per sample, straight from the definition: heads that are looked at on
     the way are paid.
     """
     exits = policy.exits_of(recording.outputs)
-    cost = torch.tensor(
-        (cost_of or costs.cumulative_s)("interruptible", heads=policy.open_exits()),
-        dtype=torch.float64,
+    spent = torch.tensor(
+        costs.cumulative(cost, "interruptible", heads=policy.open_exits()), dtype=torch.float64
     )
     right = recording.hits()[exits, torch.arange(len(exits))].double()
-    return cost[exits], right
+    return spent[exits], right
 
 
 # --- what a policy does ---------------------------------------------------------------------------
@@ -202,9 +200,7 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
     recording = drawn(400, seed=3)
     policy = fit_thresholds(recording, COSTS, score=score, **target)
     (name, wanted), *_ = target.items()
-    cost, right = judged(
-        policy, recording, COSTS, functools.partial(COSTS.cumulative, LIMITS.get(name, "time"))
-    )
+    cost, right = judged(policy, recording, COSTS, LIMITS.get(name, "time"))
     assert policy.cost == LIMITS.get(name, "time")
     assert policy.target[name] == wanted
     assert policy.target["mean_cost"] == pytest.approx(float(cost.mean()))
@@ -223,9 +219,7 @@ def test_the_cheapest_policy_is_cheapest_in_what_it_is_to_save(cost):
         for saved in LIMITS.values()
     }
     spent = {
-        saved: float(
-            judged(policy, recording, COSTS, functools.partial(COSTS.cumulative, cost))[0].mean()
-        )
+        saved: float(judged(policy, recording, COSTS, cost)[0].mean())
         for saved, policy in fitted.items()
     }
     assert min(spent, key=spent.__getitem__) == cost or spent[cost] == pytest.approx(
@@ -387,7 +381,7 @@ def every_policy(recording, costs):
     for early in itertools.product(*([*np.unique(row), INF] for row in scores[:-1])):
         exits = (scores >= np.array([*early, -INF])[:, None]).argmax(0)
         used = np.bincount(exits, minlength=count) > 0
-        cost = np.array(costs.cumulative_s("interruptible", heads=used.tolist()))
+        cost = np.array(costs.cumulative("time", "interruptible", heads=used.tolist()))
         found.append((cost[exits].mean(), right[exits, np.arange(samples)].mean()))
     return np.array(found).T
 

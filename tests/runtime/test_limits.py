@@ -109,7 +109,7 @@ def test_a_run_stays_within_its_macs_and_goes_no_less_deep_than_it_may(
     stages, heads = (tuple(values) for values in zip(*parts, strict=True))
     known = costs(stages, heads)
     network = FakeNetwork(FakeClock(), [1.0] * len(parts), [0.5] * len(parts))
-    reached = known.cumulative_macs("contract")
+    reached = known.cumulative("macs", "contract")
     deepest = 0
     while deepest + 1 < len(parts) and reached[deepest + 1] <= most:
         deepest += 1

@@ -254,7 +254,7 @@ def test_runs_that_are_open_at_a_time_are_independent_and_leave_no_mode_behind(
 
 def macs_up_to(runner: Runner, exit: int) -> dict[Any, float]:
     """A limit that allows this exit and no deeper one, after every head on the way."""
-    return {"macs": runner.costs.cumulative_macs("interruptible")[exit]}
+    return {"macs": runner.costs.cumulative("macs", "interruptible")[exit]}
 
 
 # --- interruptible runs ---------------------------------------------------------------------------

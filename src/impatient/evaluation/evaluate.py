@@ -285,7 +285,7 @@ class _Judge:
         self.exit_costs = [
             as_doubles(costs.interruptible_s(**options)),
             as_doubles(costs.contract_s(**options)),
-            as_doubles(costs.cumulative_macs("contract")),
+            as_doubles(costs.cumulative("macs", "contract")),
         ]
         # once they are judged
         self.policies: dict[str, Policy] = {}

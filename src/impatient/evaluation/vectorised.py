@@ -126,10 +126,10 @@ def judge_policies(
 
     @functools.cache
     def looked_at(heads: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        times = costs.cumulative_s(
-            "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
+        times = costs.cumulative(
+            "time", "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
         )
-        return times, costs.cumulative_macs("interruptible", heads)
+        return times, costs.cumulative("macs", "interruptible", heads=heads)
 
     # [P, 2, K], also for no policy at all
     paid = np.array([looked_at(policy.open_exits()) for policy in policies]).reshape(

@@ -263,7 +263,11 @@ def exit_times_s(
 
     They are those of the stages, of the heads that run, and of the gates.
     """
-    run = costs.cumulative_s(
-        "interruptible", statistic=statistic, batch_size=batch_size, heads=policy.open_exits()
+    run = costs.cumulative(
+        "time",
+        "interruptible",
+        statistic=statistic,
+        batch_size=batch_size,
+        heads=policy.open_exits(),
     )
     return as_doubles(run) + as_doubles(policy.added_s())

@@ -315,7 +315,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
             visited=torch.arange(costs.num_exits) <= exits[:, None],
             contract_s=(until(heads) + asking)[exits],
             interruptible_s=(until(None) + asking).expand(len(exits), -1),
-            macs=as_doubles(costs.cumulative_macs("interruptible", heads))[exits],
+            macs=as_doubles(costs.cumulative("macs", "interruptible", heads=heads))[exits],
         )
 
     def full_network(self) -> Policy | None:
