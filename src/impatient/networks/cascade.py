@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -316,10 +315,12 @@ class Cascade(Network):
                 read[:] = args[:1]
 
         layer = self._linear[node]
-        with contextlib.ExitStack() as hooks:
-            if layer is not None:
-                hooks.callback(layer.register_forward_pre_hook(keep).remove)
+        hook = layer.register_forward_pre_hook(keep) if layer is not None else None
+        try:
             output = output_tensor(ambient.within(call_model, network, x))
+        finally:
+            if hook is not None:
+                hook.remove()
         return output, read[0] if read else None
 
 
