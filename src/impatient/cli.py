@@ -79,7 +79,7 @@ class Notes(logging.Handler):
 
 
 def main() -> None:
-    """Run a verb, turning errors into one message and Ctrl-C into a clean stop."""
+    """Run a verb, and end errors and Ctrl-C with one message."""
     # other processes of the same training stay silent
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     log.setLevel(logging.INFO)
@@ -106,7 +106,7 @@ def main() -> None:
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """Read a command line as its verb's options, or say what is wrong and exit."""
+    """Read a command line as its verb's options, or exit with a message."""
     return tyro.extras.subcommand_cli_from_dict(
         {name: verb.options for name, verb in VERBS.items()},
         prog="impatient",

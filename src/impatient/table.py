@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -24,7 +24,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column that is shown in one place only, since the other has no room for it or a figure."""
+    """A column that is shown in one place only."""
 
     title: str
     only: Literal["terminal", "page"]
@@ -35,7 +35,7 @@ Row = Sequence[str | Cell]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What a table says; how it looks is decided where it is shown.
+    """What a table says, without how it looks.
 
     Attributes:
         title: What the table is about.
@@ -52,24 +52,22 @@ class Table:
     kinds: Sequence[str] = ()
 
     def shown_in(self, place: Literal["terminal", "page"]) -> Table:
-        """Give the table without the columns that are only for another place."""
+        """Leave out the columns that are only for another place."""
         kept = [
             index
             for index, column in enumerate(self.columns)
             if not isinstance(column, Column) or column.only == place
         ]
         titles = [self.columns[index] for index in kept]
-        return Table(
-            title=self.title,
+        return replace(
+            self,
             columns=[title.title if isinstance(title, Column) else title for title in titles],
             rows=[[row[index] for index in kept] for row in self.rows],
-            left=self.left,
-            kinds=self.kinds,
         )
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """Write a share for people; its unit stays on the same line."""
+    """Write a share for people, its unit on the same line."""
     return f"{share * 100:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
@@ -79,11 +77,11 @@ def milliseconds(seconds: float) -> str:
 
 
 def three_digits(seconds: float) -> str:
-    """Write a time with three digits, for a column that names its unit: milliseconds."""
+    """Write a time in ms with three digits, without the unit."""
     number = seconds * 1e3
     return f"{number:#.3g}".rstrip(".") if number < 1e3 else f"{number:.0f}"
 
 
 def in_ms(seconds: float) -> str:
-    """Write a time in milliseconds for a column that names the unit."""
+    """Write a time in ms with three decimals, without the unit."""
     return f"{seconds * 1e3:.3f}"

@@ -6,6 +6,7 @@ Each function returns a `Figure`; nothing is shown, and no state is kept.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from impatient.budgets import Budget
 from impatient.costs import CostProfile
 from impatient.errors import StorageError
-from impatient.evaluation.evaluate import Evaluation, Row
+from impatient.evaluation.evaluate import Evaluation, Kind, Row
 from impatient.files import written_whole
 from impatient.table import milliseconds, percent
 
@@ -39,16 +40,20 @@ INK = "#22262b"
 PAPER = "#ffffff"
 MUTED = "#808890"
 WHITE = "#fefefe"
-POLICY_LOOKS = [
-    (ORANGE, "s"),
-    (GREEN, "D"),
-    (PURPLE, "v"),
-    (SKY, "<"),
-    (VERMILION, ">"),
-    (MUTED, "h"),
-]
-FREE_LOOKS = [(VERMILION, "*"), (INK, "X")]
-STATIC_MARKERS = ["^", "p", "d"]
+# colour, marker and size of the points of each kind of row, the first one's first
+LOOKS: dict[Kind, list[tuple[str, str, float]]] = {
+    "policy": [
+        (ORANGE, "s", 7.5),
+        (GREEN, "D", 7.5),
+        (PURPLE, "v", 7.5),
+        (SKY, "<", 7.5),
+        (VERMILION, ">", 7.5),
+        (MUTED, "h", 7.5),
+    ],
+    "exit_free": [(VERMILION, "*", 14.0), (INK, "X", 9.5)],
+    "static": [(MUTED, "^", 8.0), (MUTED, "p", 8.0), (MUTED, "d", 8.0)],
+    "oracle": [(MUTED, "P", 8.0)],
+}
 # 720 px at 100 dpi, the width of a page of text
 WIDTH_INCHES = 7.2
 # times further apart than this are shown on a logarithmic axis
@@ -114,18 +119,9 @@ def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = No
         right = _limits(axes, evaluation, budget)
         axes.grid(axis="y")
         _draw_exits(axes, evaluation.of("exit"), right)
-        for row, (colour, marker) in zip(
-            evaluation.of("policy"), POLICY_LOOKS * len(evaluation.rows), strict=False
-        ):
-            _point(axes, row, f"policy {row.name}", colour, marker, 7.5)
-        for row, (colour, marker) in zip(evaluation.of("exit_free"), FREE_LOOKS, strict=False):
-            _point(axes, row, row.name, colour, marker, 14.0 if marker == "*" else 9.5)
-        for row, marker in zip(
-            evaluation.of("static"), STATIC_MARKERS * len(evaluation.rows), strict=False
-        ):
-            _point(axes, row, row.name, MUTED, marker, 8.0)
-        for row in evaluation.of("oracle"):
-            _point(axes, row, "oracle: cheapest right exit", MUTED, "P", 8.0)
+        for kind, looks in LOOKS.items():
+            for row, look in zip(evaluation.of(kind), itertools.cycle(looks), strict=False):
+                _point(axes, row, *look)
         if budget:
             _draw_budget(axes, *budget)
         _legend(figure, axes, "exits,", "policy", "no", "static", "oracle:")
@@ -373,12 +369,13 @@ def _draw_exits(axes: Axes, rows: Sequence[Row], right: float) -> None:
         )
 
 
-def _point(axes: Axes, row: Row, label: str, colour: str, marker: str, size: float) -> None:
+def _point(axes: Axes, row: Row, colour: str, marker: str, size: float) -> None:
+    labels = {"policy": f"policy {row.name}", "oracle": "oracle: cheapest right exit"}
     _points(
         axes,
         [row],
         [row.contract_s * 1e3],
-        label=_short(label, 40),
+        label=_short(labels.get(row.kind, row.name), 40),
         color=colour,
         marker=marker,
         markersize=size,

@@ -307,7 +307,7 @@ def _than(change: str, what: str) -> str:
 
 
 def _section(heading: str, note: str, *parts: str) -> str:
-    """Put parts under a heading; without any, leave the heading out, too."""
+    """Put parts under a heading, or nothing if there are none."""
     body = "\n".join(filter(None, parts))
     explained = f'<p class="note">{_e(note)}</p>' if note else ""
     return f"<section>\n<h2>{heading}</h2>\n{explained}\n{body}\n</section>" if body else ""
@@ -318,7 +318,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _table(table: Table) -> str:
-    """Write a table whose rows have their kinds as classes; none without rows."""
+    """Write a table, if it has rows, with their kinds as classes."""
     shown = table.shown_in("page")
     if not shown.rows:
         return ""

@@ -6,7 +6,7 @@ Times are in milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile, Noise, Quantiles
@@ -164,7 +164,10 @@ def budgets_table(evaluation: Evaluation, chosen: str | None = None) -> Table:
     budgets = sorted(evaluation.budgets, key=lambda name: name != chosen)
     names = list(dict.fromkeys(row.name for row in evaluation.under_budgets))
     found = {(row.budget, row.name): row.accuracy for row in evaluation.under_budgets}
-    best = {budget: _best(found, budget) for budget in budgets}
+    best = dict.fromkeys(budgets, 0.0)
+    for row in evaluation.under_budgets:
+        if row.name != _ORACLE:
+            best[row.budget] = max(best[row.budget], row.accuracy.value)
 
     def cell(budget: str, name: str) -> str | Cell:
         accuracy = found.get((budget, name))
@@ -183,17 +186,6 @@ def budgets_table(evaluation: Evaluation, chosen: str | None = None) -> Table:
 
 # knows each budget and the accuracy of every exit
 _ORACLE = "static oracle"
-
-
-def _best(found: Mapping[tuple[str, str], Estimate], budget: str) -> float:
-    return max(
-        (
-            accuracy.value
-            for (under, name), accuracy in found.items()
-            if under == budget and name != _ORACLE
-        ),
-        default=0.0,
-    )
 
 
 def budget_words(budget: Budget) -> str:

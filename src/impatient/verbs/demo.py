@@ -85,7 +85,7 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
 def under_deadlines(
     runner: impatient.Runner, data: impatient.Data, split: Split, deadlines_s: Sequence[float]
 ) -> list[DeadlineRow]:
-    """Answer for a split's samples one by one, under each deadline, in real time."""
+    """Answer for a split's samples one by one under each deadline."""
     import numpy as np
 
     samples = [(x, int(y)) for x, y in data.batches(split, 1)]

@@ -90,7 +90,7 @@ class FitOptions:
 
 
 def targets_of(options: Any) -> dict[str, Any]:
-    """Collect the targets that are given, or a loss of 1 point if none is."""
+    """Collect the targets that are given, by default a loss of 1 point."""
     names = [entry.name for entry in dataclasses.fields(options) if entry.name in UNITS]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return given or {"max_accuracy_loss": 0.01}
@@ -174,7 +174,7 @@ def _asking_s(
 def _certified(
     recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions, delta: float
 ) -> tuple[Any, impatient.policies.Certificate]:
-    """Find the most aggressive policy fitted on one half that the other half allows."""
+    """Fit policies on one half, and choose among them on the other."""
     targets = targets_of(options)
     if set(targets) != {"max_accuracy_loss"}:
         raise PolicyError(

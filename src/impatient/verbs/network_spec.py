@@ -1,4 +1,4 @@
-"""What it takes to build the network of a run again, and its weights."""
+"""What it takes to build a run's network again, and its weights."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _examples(
 
 
 def _png(raw: Tensor) -> bytes | None:
-    """Encode a raw input [C, H, W] as PNG, if it is a picture of bytes."""
+    """Encode a raw input [C, H, W] as PNG if it holds bytes."""
     import torch
     from PIL import Image
 

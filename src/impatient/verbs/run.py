@@ -58,7 +58,7 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileAnswer:
-    """An answer for one file: the most probable class, and how the run went."""
+    """An answer for one file, with its most probable class."""
 
     file: Path
     label: str

@@ -63,7 +63,7 @@ class RunDirectory:
     # --- the same run, seen otherwise -------------------------------------------------------------
 
     def engine(self, name: str) -> RunDirectory:
-        """Look at the run as another engine sees it; "eager" is torch itself."""
+        """Look at the run as another engine, or torch ("eager"), sees it."""
         return self if name == EAGER else EngineDirectory(self.path, name)
 
     def engine_names(self) -> list[str]:
@@ -112,7 +112,7 @@ class RunDirectory:
             )
 
     def network(self) -> tuple[Any, str]:
-        """Load the trained network in eval mode, and give the fingerprint of its weights.
+        """Load the trained network in eval mode, and fingerprint its weights.
 
         Raises:
             StorageError: if it has not been trained, or the file is damaged.
@@ -187,7 +187,7 @@ class RunDirectory:
         policy: impatient.Policy,
         certificate: impatient.policies.Certificate | None = None,
     ) -> Path:
-        """Write a policy in the place of any other of this name, and its certificate."""
+        """Write a policy and its certificate, replacing any of this name."""
         plain = self.path / "policies" / f"{name}.json"
         learned = self.path / "policies" / f"{name}.safetensors"
         file, other = (learned, plain) if holds_tensors(policy) else (plain, learned)
@@ -242,7 +242,7 @@ class ExitFreeDirectory(RunDirectory):
         return self.weights_file.is_file()
 
     def network(self) -> tuple[Any, str]:
-        """Load the backbone in eval mode, and give the fingerprint of its weights."""
+        """Load the backbone in eval mode, and fingerprint its weights."""
         return load_weights(self.spec().build_exit_free(), self.weights_file, self.path)
 
 
@@ -265,7 +265,7 @@ class EngineDirectory(RunDirectory):
         self.remedy = f"run `impatient export {self.path} --engine {engine}{flag}`"
 
     def network(self) -> tuple[Any, str]:
-        """Load the network in this engine, with as many threads as torch has now.
+        """Load the network in this engine, with torch's number of threads.
 
         Raises:
             StorageError: if it has not been exported.

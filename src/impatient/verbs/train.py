@@ -251,7 +251,7 @@ def _fabric(options: TrainOptions) -> Any:
 
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
-    """Give the run's weights: by name, or from a budget and this machine's costs."""
+    """Give the exit weights, from a name or a budget, and keep them."""
     wanted = options.weights or network.default_weights
     file = run.path / "training.json"
     if file.is_file():
