@@ -15,7 +15,7 @@ from scipy import stats
 from impatient.errors import StaleInput, TrainingError
 from impatient.recipe import Sampler
 from impatient.training import balancing
-from impatient.training.balancing import AdaLoss, Learner, balancer
+from impatient.training.balancing import AdaLoss, balancer
 from impatient.training.weights import only, sieve
 
 SAMPLERS = get_args(Sampler)
@@ -278,8 +278,9 @@ def test_the_bonus_of_a_learner_is_half_of_the_sum_whatever_the_exit_weighs(samp
 
 
 @pytest.mark.parametrize("sampler", LEARNERS)
-def test_learners_find_a_planted_best_exit(sampler):
-    made = balancer([1.0] * 5, sampler, count=5, learner=Learner(last_reward_rate=0.5))
+def test_learners_find_a_planted_best_exit(sampler, monkeypatch):
+    monkeypatch.setattr(balancing, "LAST_REWARD_RATE", 0.5)
+    made = balancer([1.0] * 5, sampler, count=5)
     made.begin_epoch(1)
     random = torch.Generator().manual_seed(0)
     for _ in range(600):
@@ -290,17 +291,6 @@ def test_learners_find_a_planted_best_exit(sampler):
     assert max(range(5), key=counts.__getitem__) == 1
     # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
     assert counts[1] / 500 > (0.6 if sampler != "avgl" else 0.4)
-
-
-@pytest.mark.parametrize("sampler", LEARNERS)
-def test_learners_learn_with_their_own_constants(sampler):
-    learner = Learner(gamma=0.1, last_reward_rate=0.0)
-    made = learning(sampler, learner=learner)
-    usual = learning(sampler)
-    for each in (made, usual):
-        each.weights()
-        each.observe(losses(1.0, 0.9, 0.8))
-    assert made.state()["values"] != usual.state()["values"]
 
 
 def test_exp3_learns_nothing_of_a_step_without_a_draw():
@@ -385,7 +375,7 @@ def test_adaloss_weights_lie_between_gamma_and_one_and_the_largest_is_one(
 @given(data=st.data(), adaptive=st.booleans(), gamma=st.floats(0.0, 1.0))
 def test_weights_are_finite_whatever_the_losses(count, sampler, data, adaptive, gamma):
     base = AdaLoss(update_every=1, momentum=0.5, gamma=gamma) if adaptive else [1.0] * count
-    made = balancer(base, sampler, count=count, learner=Learner(gamma=gamma))
+    made = balancer(base, sampler, count=count)
     made.begin_epoch(1)
     for step in data.draw(st.lists(losses_of[count], min_size=1, max_size=6)):
         assert torch.isfinite(made.weights()).all()
@@ -547,9 +537,7 @@ def test_a_bonus_that_is_no_share_is_refused(gamma):
         (AdaLoss, {"final_extra": -1.0}),
         (AdaLoss, {"final_extra": math.inf}),
         (AdaLoss, {"gamma": 1.1}),
-        (Learner, {"gamma": -0.1}),
-        (Learner, {"gamma": math.nan}),
-        (Learner, {"last_reward_rate": 2.0}),
+        (AdaLoss, {"gamma": math.nan}),
     ],
 )
 def test_constants_out_of_range_are_refused_by_name(value, options):

@@ -32,6 +32,12 @@ from impatient.training.weights import check_weights, const
 # Below any loss worth balancing. It keeps 1 / loss and loss / loss finite.
 EPS = 1e-8
 
+# Constants of "exp3", "rwm" and "avgl", from the authors of Anytime Neural Networks.
+# Share of the drawing probability that is spread evenly, and learning rate of "exp3" and "rwm".
+EVEN_SHARE = 0.3
+# Reward of the last exit, which has no next exit to compare with, as a share of the best reward.
+LAST_REWARD_RATE = 0.85
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaLoss:
@@ -66,27 +72,6 @@ class AdaLoss:
         checks.at_least(TrainingError, 1, update_every=self.update_every)
         checks.not_negative(TrainingError, final_extra=self.final_extra)
         checks.share(TrainingError, gamma=self.gamma)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learner:
-    """Constants with which "exp3", "rwm" and "avgl" learn which exit to draw.
-
-    Attributes:
-        gamma: share of the drawing probability that is spread evenly over the exits, and the
-            learning rate of "exp3" and "rwm".
-        last_reward_rate: reward of the last exit as a share of the best reward of the other exits;
-            the last exit has no next exit to compare with.
-
-    Source:
-        Anytime Neural Networks, appendix, with the authors' constants.
-    """
-
-    gamma: float = 0.3
-    last_reward_rate: float = 0.85
-
-    def __post_init__(self) -> None:
-        checks.share(TrainingError, gamma=self.gamma, last_reward_rate=self.last_reward_rate)
 
 
 class Balancer:
@@ -144,7 +129,6 @@ def balancer(
     *,
     count: int,
     gamma: float = 0.5,
-    learner: Learner | None = None,
     seed: int = 0,
 ) -> Balancer:
     """Make exit weights for every step of a training run.
@@ -156,7 +140,6 @@ def balancer(
             learn, from the second epoch on, to draw the exits that the next one improves on most.
         count: number of exits.
         gamma: bonus of the drawn exit, as a share of the sum of the base weights.
-        learner: constants of "exp3", "rwm" and "avgl".
         seed: seed of a separate generator for the draws; other random numbers do not change.
     Raises:
         TrainingError: if the base does not fit the number of exits or the sampler is unknown.
@@ -178,7 +161,7 @@ def balancer(
     )
     if sampler == "none":
         return inner
-    return _Sampled(inner, sampler, count, gamma, learner or Learner(), seed)
+    return _Sampled(inner, sampler, count, gamma, seed)
 
 
 # --- the rules, as plain functions ----------------------------------------------------------------
@@ -316,13 +299,10 @@ class _Adaptive(Balancer):
 class _Sampled(Balancer):
     """Balancer that adds a bonus for one drawn exit to another balancer."""
 
-    def __init__(
-        self, inner: Balancer, sampler: str, count: int, bonus: float, learner: Learner, seed: int
-    ) -> None:
+    def __init__(self, inner: Balancer, sampler: str, count: int, bonus: float, seed: int) -> None:
         self.inner = inner
         self.sampler = sampler
         self.bonus = bonus
-        self.learner = learner
         self.random = np.random.default_rng(seed)
         # The sum of rewards of avgl starts at 0. The values of the others start equal.
         self.values = torch.full(
@@ -346,9 +326,9 @@ class _Sampled(Balancer):
         losses = _finite_losses(losses_K, len(self.values))
         if losses is None or self.sampler == "alternating" or self.epoch < 1:
             return
-        gained = rewards(losses, self.learner.last_reward_rate)
+        gained = rewards(losses, LAST_REWARD_RATE)
         if self.sampler == "rwm":
-            self.values = rwm(self.values, gained, self.learner.gamma)
+            self.values = rwm(self.values, gained, EVEN_SHARE)
         elif self.sampler == "avgl":
             self.values = avgl(self.values, gained)
         elif self.drawn >= 0:
@@ -357,11 +337,11 @@ class _Sampled(Balancer):
                 gained,
                 self.drawn,
                 float(self._learned()[self.drawn]),
-                self.learner.gamma,
+                EVEN_SHARE,
             )
 
     def _learned(self) -> Tensor:
-        return mixed(self.values, self.learner.gamma)
+        return mixed(self.values, EVEN_SHARE)
 
     def begin_epoch(self, epoch: int) -> None:
         self.inner.begin_epoch(epoch)
