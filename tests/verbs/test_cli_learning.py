@@ -41,7 +41,7 @@ def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
     assert RunDirectory(tmp_path).spec().after == ("blocks.1", "blocks.3")
     code, text = call("train", tmp_path, *options[:3], "every:3", *options[4:])
     assert code == 1
-    assert "was begun with --after blocks.2, not blocks.1,blocks.3" in text
+    assert "was begun with --after blocks.1,blocks.3, not blocks.2" in text
 
 
 @pytest.mark.parametrize(

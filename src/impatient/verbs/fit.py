@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -150,17 +150,17 @@ def _gates(
         raise PolicyError(
             "gates are fitted to time; give --mean-ms or --max-loss, or leave --learner away."
         )
-    learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
-    asking_s = _asking_s(recording, costs, learned)
-    return impatient.policies.fit_gates(recording, costs, gate_s=asking_s, **learned, **targets)
+    gates = _gate_options(recording, costs, options)
+    return impatient.policies.fit_gates(recording, costs, **gates, **targets)
 
 
-def _asking_s(
-    recording: impatient.Recording, costs: impatient.CostProfile, learned: Mapping[str, Any]
-) -> float:
-    """Measure how long asking a gate takes, on gates fitted without it."""
+def _gate_options(
+    recording: impatient.Recording, costs: impatient.CostProfile, options: FitOptions
+) -> dict[str, Any]:
+    """Say how gates are learned, and how long asking one takes."""
     import numpy as np
 
+    learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
     # at one of them gates are open whose asking can be timed
     prices = np.geomspace(0.01, 10.0, 7) / costs.contract_s()[-1]
     measured = [
@@ -168,7 +168,7 @@ def _asking_s(
         for point in impatient.policies.sweep_gates(recording, costs, prices.tolist(), **learned)
     ]
     asked = [seconds for gates in measured for seconds in gates if seconds > 0.0]
-    return float(np.median(asked)) if asked else 0.0
+    return {**learned, "gate_s": float(np.median(asked)) if asked else 0.0}
 
 
 def _certified(
@@ -187,12 +187,9 @@ def _certified(
         fitted = impatient.fit_thresholds(part, costs, score=options.score, max_accuracy_loss=loss)
         candidates = impatient.policies.scaled_family(fitted)
     else:
-        learned: dict[str, Any] = {"learner": options.learner, "inputs": options.inputs}
-        asking_s = _asking_s(part, costs, learned)
+        gates = _gate_options(part, costs, options)
         # at rising prices of time: from conservative to aggressive
-        candidates = [
-            point.policy
-            for point in impatient.policies.sweep_gates(part, costs, gate_s=asking_s, **learned)
-        ]
+        points = impatient.policies.sweep_gates(part, costs, **gates)
+        candidates = [point.policy for point in points]
     controlled = impatient.policies.control_risk(candidates, calibration, epsilon=loss, delta=delta)
     return controlled.policy, controlled.certificate

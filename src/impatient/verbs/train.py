@@ -157,27 +157,22 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
             "`impatient ensemble` or `select`."
         )
     # of a model with exits of its own nothing need be said
-    heads, exits = (
-        (OWN_HEADS, len(spec.after) + 1) if spec.heads == OWN_HEADS else ("linear", DEFAULT_EXITS)
-    )
+    own = spec.heads == OWN_HEADS
     wanted: dict[str, object] = {
         "model": options.model,
         "data": options.data,
-        "heads": options.heads or heads,
+        "heads": options.heads or (OWN_HEADS if own else "linear"),
         "seed": options.recipe.seed,
         "validation": options.validation,
         "ensembling": options.ensembling or "",
     }
     begun = {name: getattr(spec, name) for name in wanted}
-    if options.rule:
-        begun["after"] = _placed(spec, options.rule)
-        wanted["after"] = spec.after
-    elif options.after:
+    if options.after:
         begun["after"] = spec.after
-        wanted["after"] = options.after
+        wanted["after"] = _placed(spec, options.rule) if options.rule else options.after
     else:
         begun["exits"] = len(spec.after) + 1
-        wanted["exits"] = exits if options.exits is None else options.exits
+        wanted["exits"] = options.exits or (begun["exits"] if own else DEFAULT_EXITS)
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -210,7 +205,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
             network,
             example=data.example(),
             after=options.rule or list(options.after) or "auto",
-            count=DEFAULT_EXITS if options.exits is None else options.exits,
+            count=options.exits or DEFAULT_EXITS,
             heads=heads,
             num_classes=data.num_classes,
         )
@@ -262,10 +257,18 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
             f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say "
             "so again, use another directory, or --restart to throw the old run away."
         )
+    numbers = _weights_in_numbers(run, wanted, options, network)
+    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers})
+    return numbers or wanted
+
+
+def _weights_in_numbers(
+    run: RunDirectory, wanted: str, options: TrainOptions, network: Any
+) -> tuple[float, ...] | None:
+    """Turn the name of exit weights into numbers, but for AdaLoss."""
     if wanted == "adaloss":
         log.info("exit weights: they follow the losses (AdaLoss)")
-        write_json(file, {"weights": wanted, "mode": options.mode, "numbers": None})
-        return wanted
+        return None
     if ":" in wanted and "=" not in wanted:
         budget = impatient.budgets.parse_budget(wanted)
         costs = _profile_for_weights(run, network, budget.cost)
@@ -275,11 +278,11 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
     else:
         numbers = impatient.training.weights.parse_weights(wanted, network.num_exits)
     log.info("exit weights: %s", ", ".join(f"{number:.3f}" for number in numbers))
-    if unwanted := [
-        name for name, number in zip(network.exit_names, numbers, strict=True) if number == 0.0
-    ]:
+    unwanted = [
+        name for name, number in zip(network.exit_names, numbers, strict=True) if not number
+    ]
+    if unwanted:
         log.info("exits of weight 0, which are not trained: %s", ", ".join(unwanted))
-    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers})
     return numbers
 
 
