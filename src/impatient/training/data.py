@@ -469,8 +469,9 @@ def _imagefolder(rest: str) -> _Raw:
     classes = sorted({label for found in files.values() for _, label in found})
     if not classes:
         raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
+    numbers = {label: number for number, label in enumerate(classes)}
     if "test" not in files:
-        test = _carved_out(np.array([classes.index(label) for _, label in files["train"]]))
+        test = _carved_out(np.array([numbers[label] for _, label in files["train"]]))
         both = list(zip(files["train"], test, strict=True))
         files = {
             "train": [file for file, is_test in both if not is_test],
@@ -478,7 +479,7 @@ def _imagefolder(rest: str) -> _Raw:
         }
     rows = {
         split: [
-            (path, f"{path.parent.name}/{path.name}/{path.stat().st_size}", classes.index(label))
+            (path, f"{path.parent.name}/{path.name}/{path.stat().st_size}", numbers[label])
             for path, label in found
         ]
         for split, found in files.items()

@@ -249,7 +249,9 @@ class _Training:
             self._run_epoch(phase, epoch)
 
     def _parameter_groups(self, phase: Phase) -> list[dict[str, Any]]:
-        """Group the parameters to train by weight decay: each early head, and the rest.
+        """Group the parameters to train by weight decay.
+
+        Each early head is a group, and the rest is one.
 
         The other parameters are frozen. A zero gradient would not be enough, because momentum and
         weight decay would still change them.
