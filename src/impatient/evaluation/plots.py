@@ -142,7 +142,7 @@ def exit_shares(evaluation: Evaluation) -> Figure:
         left = np.zeros(len(rows))
         for exit, colour in enumerate(_shades(exits)):
             shares = np.array([row.shares[exit] for row in rows])
-            axes.barh(
+            bars = axes.barh(
                 range(len(rows)),
                 shares,
                 left=left,
@@ -151,17 +151,9 @@ def exit_shares(evaluation: Evaluation) -> Figure:
                 edgecolor=PAPER,
                 label=f"exit {exit}",
             )
-            for place, (share, start) in enumerate(zip(shares, left, strict=True)):
-                if share >= 0.05:
-                    axes.text(
-                        start + share / 2,
-                        place,
-                        percent(share, 0),
-                        ha="center",
-                        va="center",
-                        color=_on(colour),
-                        size=9.5,
-                    )
+            # a narrow bar has no room
+            labels = [percent(share, 0) if share >= 0.05 else "" for share in shares]
+            axes.bar_label(bars, labels, label_type="center", color=_on(colour), size=9.5)
             left += shares
         axes.set_yticks(range(len(rows)), [_short(row.name, 28) for row in rows])
         axes.invert_yaxis()

@@ -165,20 +165,18 @@ def _static(
 
     if not others:
         return {}
-    x = run.spec().example()
-    networks = [run.network()[0]]
-    recordings = []
     for other in others:
         run.check_data(other.data())
-        judged = other.exit_free if other.exit_free.is_trained else other
-        recordings.append(judged.recording("test"))
-        networks.append(judged.network()[0])
-    here, *times = impatient.runtime.time_in_turn([network.exit_free for network in networks], x)
+    judged = [other.exit_free if other.exit_free.is_trained else other for other in others]
+    recordings = [part.recording("test") for part in judged]
+    x = run.spec().example()
+    networks = [part.network()[0].exit_free for part in (run, *judged)]
+    here, *times = impatient.runtime.time_in_turn(networks, x)
     # in proportion, since the machine may be faster or slower now than when the profile was made
     scale = costs.exit_free_s() / here
     return {
         f"static {other.path.resolve().name}": impatient.evaluation.StaticBaseline(
-            recording=recording, time_s=time_s * scale, macs=count_macs(network.exit_free, x)
+            recording=recording, time_s=time_s * scale, macs=count_macs(network, x)
         )
         for other, recording, network, time_s in zip(
             others, recordings, networks[1:], times, strict=True
