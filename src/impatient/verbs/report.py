@@ -46,18 +46,19 @@ def report(options: ReportOptions) -> Path:
         f"run `impatient evaluate {run.path}` again",
         weights=run.weights_fingerprint(),
     )
-    chosen = [
+    # others are the standard ones, or cannot be drawn over time
+    chosen = (
         (name, budget)
         for name, budget in evaluation.budgets.items()
         if ":" in name and budget.cost == "time"
-    ]
+    )
     early, late = _examples(run, spec, policies)
     page = impatient.evaluation.Report(
         title=run.path.resolve().name,
         evaluation=evaluation,
         costs=run.profile(any_machine=options.any_profile),
         policies=policies,
-        chosen_budget=chosen[0] if chosen else None,
+        chosen_budget=next(chosen, None),
         early=early,
         late=late,
         engines={
