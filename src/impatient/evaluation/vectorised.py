@@ -5,7 +5,6 @@ The numbers are those of `evaluate`, without its intervals.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,32 +112,26 @@ def judge_policies(
     check_exits(RecordingError, recording, costs)
     for index, policy in enumerate(policies):
         check_judged(str(index), policy, recording)
-    samples = len(recording.labels)
-    rows = np.arange(samples)
+    samples = np.arange(len(recording.labels))
     hits = recording.hits().numpy()
-    leaving = np.zeros((len(policies), costs.num_exits))
-    right = np.zeros(len(policies))
-    for row, answering in enumerate(ThresholdPolicy.exits_of_each(policies, recording)):
-        exits = answering.numpy()
-        leaving[row] = np.bincount(exits, minlength=costs.num_exits)
-        right[row] = hits[exits, rows].sum()
-    shares = leaving / samples
-
-    @functools.cache
-    def looked_at(heads: tuple[bool, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        times = costs.cumulative(
+    accuracy = np.zeros(len(policies))
+    shares = np.zeros((len(policies), costs.num_exits))
+    # until each exit, with the heads that a policy looks at: seconds, multiply-accumulates
+    paid = np.zeros((len(policies), 2, costs.num_exits))
+    answering = ThresholdPolicy.exits_of_each(policies, recording)
+    for row, (policy, answers) in enumerate(zip(policies, answering, strict=True)):
+        exits = answers.numpy()
+        accuracy[row] = hits[exits, samples].mean(dtype=np.float64)
+        shares[row] = np.bincount(exits, minlength=costs.num_exits) / len(samples)
+        heads = policy.open_exits()
+        contract = costs.cumulative(
             "time", "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
         )
-        return times, costs.cumulative("macs", "interruptible", heads=heads)
-
-    # [P, 2, K], also for no policy at all
-    paid = np.array([looked_at(policy.open_exits()) for policy in policies]).reshape(
-        -1, 2, costs.num_exits
-    )
+        paid[row] = contract, costs.cumulative("macs", "interruptible", heads=heads)
     every = np.asarray(costs.interruptible_s(statistic=statistic, batch_size=batch_size))
     contract_s, macs = (paid * shares[:, None]).sum(-1).T
     return PolicyOutcomes(
-        accuracy=torch.from_numpy(right / samples),
+        accuracy=torch.from_numpy(accuracy),
         interruptible_s=torch.from_numpy(shares @ every),
         contract_s=torch.from_numpy(contract_s),
         macs=torch.from_numpy(macs),

@@ -196,10 +196,7 @@ def fit_decision(
         mean=torch.from_numpy(seen.mean),
         scale=torch.from_numpy(seen.scale),
         root=root,
-        machines={
-            name: torch.from_numpy(np.stack([row[name] for row in machines]))
-            for name in (machines or [{}])[0]
-        },
+        machines=_stacked(machines),
         children=torch.tensor(children, dtype=torch.int64).reshape(-1, 2),
     )
 
@@ -235,7 +232,7 @@ def _filter_tree(features: np.ndarray, costs: np.ndarray, counts: np.ndarray, fi
                 continue
             machines.append(fit(features[kept], wins, weights[kept]))
             children.append((first, second))
-            goes = _scored([machines[-1]], features)[:, 0] > 0
+            goes = _scored(machines[-1], features) > 0
             met.append((actions + len(machines) - 1, np.where(goes, second_cost, first_cost)))
         row = [*row[:low], *met, *row[high:]]
     return machines, children, row[0][0]
@@ -316,11 +313,16 @@ _SCORES: dict[tuple[str, ...], Callable[[Mapping[str, Tensor], Tensor], Tensor]]
 }
 
 
-def _scored(machines: Sequence[Arrays], features: np.ndarray) -> np.ndarray:
-    stacked = {
-        name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in machines[0]
-    }
-    return _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features)).numpy()
+def _stacked(machines: Sequence[Arrays]) -> dict[str, Tensor]:
+    """Put scoring functions of one kind together, a row for each."""
+    names = machines[0] if machines else ()
+    return {name: torch.from_numpy(np.stack([row[name] for row in machines])) for name in names}
+
+
+def _scored(machine: Arrays, features: np.ndarray) -> np.ndarray:
+    stacked = _stacked([machine])
+    scores = _SCORES[tuple(sorted(stacked))](stacked, torch.from_numpy(features))
+    return scores[:, 0].numpy()
 
 
 # --- learners, of weights with mean 1 ------------------------------------------------------------

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
-from impatient.costs import CostProfile, Quantiles, Statistic
+from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision, Learner
 from impatient.policies.outcome import as_doubles
@@ -212,10 +213,8 @@ def gate_time_s(
     policy: GatePolicy,
     recording: Recorded,
     *,
-    batch_size: int = 1,
     repeats: int = 200,
     warm_up: int = 20,
-    statistic: Statistic = "mean",
     clock: Clock = SYSTEM_CLOCK,
 ) -> tuple[float, ...]:
     """Measure what asking each gate takes on this machine, without the head.
@@ -225,22 +224,18 @@ def gate_time_s(
 
     Args:
         policy: as fitted.
-        recording: whose first samples are asked about.
-        batch_size: samples that are asked about at once.
+        recording: whose first sample is asked about.
         repeats: how often each gate is asked.
         warm_up: how often each gate is asked before that, without counting.
-        statistic: of the repeats.
         clock: where time comes from.
     Returns:
-        Seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed exits,
-        constant gates.
+        Mean seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed
+        exits, constant gates.
     """
+    outputs = recording.outputs[:, :1]
     pooled: Sequence[Tensor | None] = [None] * policy.num_exits
     if policy.needs_features:
-        pooled = [entry[:batch_size] for entry in features_of(recording)]
-    outputs = (
-        recording.outputs[:, :batch_size] if policy.needs_outputs else [None] * policy.num_exits
-    )
+        pooled = [entry[:1] for entry in features_of(recording)]
 
     @torch.inference_mode()
     def ask(exit: int) -> bool:
@@ -252,7 +247,7 @@ def gate_time_s(
         if gate is not None and gate.constant is None:
             asked = functools.partial(ask, exit)
             times = times_of(asked, repeats=repeats, warm_up=warm_up, clock=clock)
-            found[exit] = Quantiles.of(times).of_statistic(statistic)
+            found[exit] = statistics.fmean(times)
     return tuple(found)
 
 

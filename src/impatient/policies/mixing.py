@@ -16,7 +16,7 @@ from impatient import checks
 from impatient.costs import CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
-from impatient.policies.policy import ANSWER, CombinedPolicy, Description, Policy, Recorded
+from impatient.policies.policy import ANSWER, CombinedPolicy, Description, Policy, Recorded, hits_of
 from impatient.policies.targets import Reached
 
 
@@ -222,11 +222,10 @@ class PolicyPoint:
             points = [PolicyPoint.of(policy, recording, costs) for policy in thresholds]
         """
         done = policy.outcome(recording, costs)
-        answers = recording.outputs[done.exits, torch.arange(len(done.exits))].argmax(-1)
         return cls(
             policy=policy,
             mean_time_s=float(done.contract_s.mean()),
-            accuracy=float((answers == recording.labels).double().mean()),
+            accuracy=float(hits_of(recording, done.exits).double().mean()),
         )
 
 

@@ -454,6 +454,12 @@ def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostPro
         raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
 
 
+def hits_of(recording: Recorded, exits: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Compute 1 where the exit that answers a sample is right, else 0."""
+    answers = recording.outputs[exits, torch.arange(len(exits))].argmax(-1)
+    return (answers == recording.labels).float()
+
+
 def features_of(recording: Recorded) -> tuple[Tensor, ...]:
     """Pooled features of every exit.
 

@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -445,19 +445,14 @@ def threshold_family(
     exits = base if isinstance(base, int) else len(base.outputs)
     split = None
     made = None
-    if grid is None and isinstance(base, int):
+    if grid is None:
         grid = np.linspace(1.0, 0.0, 101).tolist()
-    elif grid is None:
-        recording = cast("Recorded", base)
-        scores = (
-            torch.stack([SCORES[score](output) for output in recording.outputs[:-1]])
-            .double()
-            .numpy()
-        )
-        grid = np.quantile(scores, np.linspace(1.0, 0.0, 101)).tolist()
-        split = recording.split
-        made = recording.provenance
-    values = sorted({float(value) for value in grid or ()}, reverse=True)
+        if not isinstance(base, int):
+            scores = torch.stack([SCORES[score](output) for output in base.outputs[:-1]])
+            grid = np.quantile(scores.double().numpy(), grid).tolist()
+            split = base.split
+            made = base.provenance
+    values = sorted({float(value) for value in grid}, reverse=True)
     return tuple(
         ThresholdPolicy(
             score=score,

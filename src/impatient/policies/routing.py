@@ -23,7 +23,7 @@ from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision
 from impatient.policies.outcome import Outcome, as_doubles, node_times_s
-from impatient.policies.policy import ANSWER, Description, Policy, Recorded, features_of
+from impatient.policies.policy import ANSWER, Description, Policy, Recorded, features_of, hits_of
 from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
@@ -83,8 +83,7 @@ class Route:
 
     def hits(self, recording: Recorded) -> Float[Tensor, "N"]:
         """1 where the answer is right, else 0."""
-        answers = recording.outputs[self.answering, torch.arange(len(self.answering))].argmax(-1)
-        return (answers == recording.labels).float()
+        return hits_of(recording, self.answering)
 
     def accuracy(self, recording: Recorded) -> float:
         """Share of right answers."""

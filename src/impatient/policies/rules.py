@@ -300,8 +300,8 @@ class _Search:
                 ahead = np.where(self.scores[exit] >= thresholds[exit], risk[exit], ahead)
             stops = self.scores >= thresholds[:, None]
             arrives[1:] = ~np.logical_or.accumulate(stops, axis=0)[:-1]
-            heads = [bool(entry) for entry in thresholds < math.inf]
-        return self._judge(tuple(float(entry) for entry in thresholds))
+            heads = (thresholds < math.inf).tolist()
+        return self._judge(tuple(thresholds.tolist()))
 
     def _threshold(self, exit: int, gain: np.ndarray) -> float:
         """Find the threshold above which the summed gain of stopping is largest.

@@ -44,15 +44,16 @@ def split_recording(
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
     def part(name: str, places: Int[Tensor, "M"]) -> SomeRecording:
-        kept: dict[str, Any] = {
-            "outputs": recording.outputs[:, places],
-            "labels": recording.labels[places],
-        }
-        if recording.features:
-            kept["features"] = tuple(entry[places] for entry in recording.features)
-        named = f"{recording.split}/{name}({share:g},{seed})"
+        value: Any = recording
         return cast(
-            "SomeRecording", dataclasses.replace(cast("Any", recording), **kept, split=named)
+            "SomeRecording",
+            dataclasses.replace(
+                value,
+                outputs=recording.outputs[:, places],
+                labels=recording.labels[places],
+                features=tuple(entry[places] for entry in recording.features),
+                split=f"{recording.split}/{name}({share:g},{seed})",
+            ),
         )
 
     return part("fit", order[:first].sort().values), part(
