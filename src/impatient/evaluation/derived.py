@@ -42,7 +42,7 @@ def ensembled(
     outputs = combine(
         recording.outputs, rule, temperatures=temperatures, recalibration=recalibration
     )
-    made = f"{Rule.of(rule)} {_told(temperatures)} {_told(recalibration)}"
+    made = f"{Rule.of(rule)} {_listed(temperatures)} {_listed(recalibration)}"
     return _derived(recording, outputs, made)
 
 
@@ -58,11 +58,11 @@ def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording
     if checked is None:
         raise PolicyError("no temperatures; expected one per exit, from fit_temperatures.")
     return _derived(
-        recording, recording.outputs / checked[:, None, None], f"calibrated {_told(temperatures)}"
+        recording, recording.outputs / checked[:, None, None], f"calibrated {_listed(temperatures)}"
     )
 
 
-def _told(temperatures: Sequence[float] | None) -> str:
+def _listed(temperatures: Sequence[float] | None) -> str:
     return "1" if temperatures is None else " ".join(f"{value!r}" for value in temperatures)
 
 

@@ -242,8 +242,8 @@ def check_judged(name: str, policy: Policy, recording: Recording) -> None:
     if reused and policy.provenance.data == recording.provenance.data:
         raise SplitReuseError(
             f"policy {name!r} was fitted on split {policy.split!r} and cannot be judged on it: the "
-            f"result would be too good. "
-            "Judge it on a recording of another split, such as record(network, data, split='test')."
+            "result would be too good. Judge it on a recording of another split, such as "
+            "record(network, data, split='test')."
         )
 
 
@@ -253,7 +253,7 @@ def _check_same_split(other: Recording, recording: Recording) -> None:
     if other.split != recording.split:
         raise RecordingError(
             f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the "
-            f"same split."
+            "same split."
         )
 
 

@@ -30,7 +30,7 @@ class PairedComparison:
     same: Estimate
 
 
-def beside(recording: Recording, reference: Recording) -> tuple[PairedComparison, ...]:
+def compare_exits(recording: Recording, reference: Recording) -> tuple[PairedComparison, ...]:
     """Compare the exits of two recordings of one split.
 
     Args:
@@ -46,8 +46,8 @@ def beside(recording: Recording, reference: Recording) -> tuple[PairedComparison
     if (recording.split, recording.exits) != (reference.split, reference.exits):
         raise RecordingError(
             f"one recording is of split {recording.split!r} and exits "
-            f"{', '.join(recording.exits)}, the other of "
-            f"{reference.split!r} and {', '.join(reference.exits)}; expected the same of both."
+            f"{', '.join(recording.exits)}, the other of {reference.split!r} and "
+            f"{', '.join(reference.exits)}; expected the same of both."
         )
     hits = recording.hits()
     wanted = reference.hits()

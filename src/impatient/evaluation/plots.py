@@ -227,7 +227,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     if kind not in ("png", "svg"):
         raise StorageError(
             f"cannot write a figure as {Path(path).name!r}; expected a name that ends in .png or "
-            f".svg."
+            ".svg."
         )
     # dates and versions inside would make equal figures differ
     metadata = {"Date": None} if kind == "svg" else {"Software": None}

@@ -54,15 +54,13 @@ class Recording(Stored, made_by="`impatient record`"):
         if self.outputs.dim() != 3 or self.outputs.shape[:2] != expected or len(self.labels) == 0:
             raise RecordingError(
                 f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits "
-                f"and {len(self.labels)} "
-                "labels; expected [K, N, C] with at least one sample."
+                f"and {len(self.labels)} labels; expected [K, N, C] with at least one sample."
             )
         for index, output in enumerate(self.outputs):
             if not torch.isfinite(output).all():
                 raise RecordingError(
                     f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the "
-                    f"weights, or train again "
-                    "with a lower learning rate."
+                    "weights, or train again with a lower learning rate."
                 )
         check_labels(self.labels, self.outputs.shape[2])
 
@@ -114,8 +112,7 @@ def record(
     if len(set(answered)) > 1:
         raise RecordingError(
             f"of {data.size(split)} samples the exits answered {answered}; record a network whose "
-            f"inputs all "
-            "come to every exit."
+            "inputs all come to every exit."
         )
     return Recording(
         outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(),

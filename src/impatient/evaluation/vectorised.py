@@ -79,7 +79,7 @@ def expected_accuracies(
     if len(hits) != len(costs_s):
         raise RecordingError(
             f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost "
-            f"per exit."
+            "per exit."
         )
     kept = list(deepest_for_some(costs_s))
     weights = torch.from_numpy(exit_weights_many(budgets, [costs_s[exit] for exit in kept]))

@@ -194,7 +194,9 @@ def learn_then_test(
         [True, False, False]
     """
     checks.true_share(PolicyError, epsilon=epsilon, delta=delta)
-    return _until_failure(p_values(losses, epsilon) <= delta)
+    passes = p_values(losses, epsilon) <= delta
+    # until the first failure
+    return passes.int().cumprod(-1).bool()
 
 
 def conformal_risk_control(
@@ -234,10 +236,6 @@ def expected_bound(losses: Float[Tensor, "*batch J N"]) -> Float[Tensor, "*batch
     require(bool((losses <= 1).all()), "conformal risk control needs losses of at most 1")
     charged = losses.double().cummax(-2).values.clamp(min=0.0)
     return (charged.sum(-1) + 1) / (losses.shape[-1] + 1)
-
-
-def _until_failure(passes: Bool[Tensor, "*batch J"]) -> Bool[Tensor, "*batch J"]:
-    return passes.int().cumprod(-1).bool()
 
 
 def require(holds: bool, need: str) -> None:

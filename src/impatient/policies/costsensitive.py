@@ -77,7 +77,7 @@ class Decision:
         if self.constant is None and not any(set(self.machines) == set(names) for names in _SCORES):
             raise PolicyError(
                 f"scoring functions of {sorted(self.machines)}; expected the arrays of one kind of "
-                f"learner."
+                "learner."
             )
 
     @property
@@ -100,7 +100,7 @@ class Decision:
         if features.shape[1] != len(self.mean):
             raise PolicyError(
                 f"{features.shape[1]} features were given to a decision on {len(self.mean)}; fit "
-                f"it again."
+                "it again."
             )
         scores = self.scores(features)
         if self.root == REGRESSION:
@@ -181,7 +181,7 @@ def fit_decision(
     if not len(given) == len(price) == len(counts) > 0 or price.shape[1] == 0:
         raise PolicyError(
             f"features of {tuple(given.shape)}, costs of {price.shape}, {len(counts)} weights; "
-            f"expected [N, D], [N, A] and N."
+            "expected [N, D], [N, A] and N."
         )
     if not np.isfinite(price).all() or not np.isfinite(counts).all() or (counts < 0).any():
         raise PolicyError("costs and weights must be finite, and weights not negative.")

@@ -28,7 +28,7 @@ from impatient.policies.gates import (
     gate_inputs,
     per_gate,
 )
-from impatient.policies.policy import Recorded, check_exits, features_of
+from impatient.policies.policy import Recorded, check_exits, errors_of, features_of
 from impatient.policies.targets import PRICE, Target
 
 # --- the recursion --------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def fit_gates(
     if all(gate is None for gate in best.policy.gates):
         warnings.warn(
             f"with {target.name}={target.wanted:g} no sample leaves early: the policy is the last "
-            f"exit. Give time a higher price, or allow a larger loss or less time.",
+            "exit. Give time a higher price, or allow a larger loss or less time.",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -308,9 +308,7 @@ class _Problem:
             for seen in zip(pooled[:-1], recording.outputs[:-1], strict=True)
         ]
         self.standard = [Standardised.of(features) for features in self.features]
-        self.losses: Float[Tensor, "K N"] = (
-            recording.outputs.argmax(-1) != recording.labels
-        ).double()
+        self.losses = errors_of(recording)
         stages, heads = self.costs.parts(
             "time", statistic=self.statistic, batch_size=self.batch_size
         )

@@ -63,8 +63,7 @@ def gate_inputs(
         ]
         raise PolicyError(
             f"gates on {inputs!r} were given {' and '.join(given) or 'nothing'}; give stops the "
-            f"pooled features of the "
-            "exit, and its outputs for 'confidences' and 'both'."
+            "pooled features of the exit, and its outputs for 'confidences' and 'both'."
         )
     parts = [] if pooled is None or inputs == "confidences" else [pooled.flatten(1).float()]
     if outputs is not None and inputs != "features":
@@ -204,7 +203,7 @@ def per_gate(gate_s: float | Sequence[float], count: int) -> tuple[float, ...]:
     if len(seconds) != count or not all(math.isfinite(entry) and entry >= 0.0 for entry in seconds):
         raise PolicyError(
             f"gate_s={gate_s}; expected one time in seconds, or one per early exit ({count}), not "
-            f"negative."
+            "negative."
         )
     return seconds
 

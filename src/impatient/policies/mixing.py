@@ -137,7 +137,7 @@ class MixedPolicy(CombinedPolicy):
         if self.fast.num_exits != self.slow.num_exits:
             raise PolicyError(
                 f"policies for {self.fast.num_exits} and {self.slow.num_exits} exits cannot be "
-                f"mixed."
+                "mixed."
             )
 
     @property
@@ -288,7 +288,7 @@ def neighbours(
         least = f"{times_s[hull[0]]:g} s" if hull else "unknown: there is no policy"
         raise InfeasibleTarget(
             f"mean_time_s={mean_time_s:g} cannot be reached: the fastest takes {least}. Ask for "
-            f"more."
+            "more."
         )
     for fast, slow in itertools.pairwise(hull):
         if mean_time_s < times_s[slow]:

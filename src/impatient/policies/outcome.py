@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,13 +60,8 @@ class Outcome:
         def pick(mine: Tensor, others: Tensor) -> Tensor:
             return torch.where(is_other[:, None] if mine.dim() == 2 else is_other, others, mine)
 
-        return Outcome(
-            exits=pick(self.exits, other.exits),
-            visited=pick(self.visited, other.visited),
-            contract_s=pick(self.contract_s, other.contract_s),
-            interruptible_s=pick(self.interruptible_s, other.interruptible_s),
-            macs=pick(self.macs, other.macs),
-        )
+        names = [field.name for field in dataclasses.fields(self)]
+        return Outcome(**{name: pick(getattr(self, name), getattr(other, name)) for name in names})
 
 
 def expected_hits(

@@ -91,7 +91,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
             meant = f" ({', '.join(sorted(near))} in its place?)" if near else ""
             raise PolicyError(
                 f"{cls.__name__} does not define {', '.join(missing)}{meant}; a policy defines "
-                f"num_exits, looks_at and stops."
+                "num_exits, looks_at and stops."
             )
         return super().__new__(cls)
 
@@ -352,7 +352,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """
         raise PolicyError(
             f"a {type(self).__name__} cannot be exported; an exported network takes thresholds: "
-            f"fit some with `impatient fit`, without --learner."
+            "fit some with `impatient fit`, without --learner."
         )
 
     def _check_count(self, exits: int) -> None:
@@ -443,7 +443,7 @@ def check_policy(policy: object) -> None:
     if not isinstance(policy, Policy):
         raise PolicyError(
             f"a {type(policy).__name__} is no policy; expected a class derived from "
-            f"impatient.Policy that defines num_exits, looks_at and stops."
+            "impatient.Policy that defines num_exits, looks_at and stops."
         )
 
 
@@ -452,6 +452,11 @@ def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostPro
     count = len(recording.outputs)
     if count != costs.num_exits:
         raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
+
+
+def errors_of(recording: Recorded) -> Float[Tensor, "K N"]:
+    """Compute 1 where an exit is wrong, else 0."""
+    return (recording.outputs.argmax(-1) != recording.labels).double()
 
 
 def hits_of(recording: Recorded, exits: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
@@ -470,6 +475,6 @@ def features_of(recording: Recorded) -> tuple[Tensor, ...]:
         raise PolicyError(
             f"the recording holds the features of {len(recording.features)} of "
             f"{len(recording.outputs)} exits; gates on features need them all. Record it with "
-            f"record(..., features=True)."
+            "record(..., features=True)."
         )
     return recording.features

@@ -13,6 +13,7 @@ is for new inputs drawn like those of the calibration split, and for no others.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -139,9 +140,8 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
         if self.chosen is None:
             return (
                 f"None of {self.candidates} candidates could be shown on {self.samples} samples of "
-                f"{self.split!r} to keep "
-                f"epsilon={self.epsilon:g}: this is the full network, which loses nothing and "
-                f"saves no time."
+                f"{self.split!r} to keep epsilon={self.epsilon:g}: this is the full network, which "
+                "loses nothing and saves no time."
             )
         sure = (
             "On average over calibration splits"
@@ -150,8 +150,7 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
         )
         return (
             f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} "
-            f"samples of {self.split!r}, "
-            f"on which it was {100 * self.risk:.3g} %)."
+            f"samples of {self.split!r}, on which it was {100 * self.risk:.3g} %)."
         )
 
 
@@ -333,12 +332,8 @@ def samples_needed(
     high = 1
     while not enough(high):
         high *= 2
-    # is not enough; 0 is not either
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    # half of it is not enough
+    return bisect.bisect_left(range(high), True, lo=high // 2 + 1, key=enough)
 
 
 def _certified(
@@ -383,7 +378,7 @@ def _check_fitted_elsewhere(index: int, policy: Policy, recording: Recorded) -> 
         raise PolicyError(
             f"candidate {index} was fitted on {split!r}, which shares samples with the calibration "
             f"split {recording.split!r}: nothing could be guaranteed. Fit on one part of "
-            f"split_recording(recording), and control on the other."
+            "split_recording(recording), and control on the other."
         )
 
 
@@ -393,8 +388,8 @@ def _check_order(candidates: Sequence[Policy], recording: Recorded) -> None:
     if first < last and not candidates[0].routes:
         raise PolicyError(
             f"the first candidate stops at exit {first:.2f} on average, the last at {last:.2f}: "
-            f"they go from aggressive to conservative. "
-            "Give them from conservative to aggressive, such as candidates[::-1]."
+            "they go from aggressive to conservative. Give them from conservative to aggressive, "
+            "such as candidates[::-1]."
         )
 
 

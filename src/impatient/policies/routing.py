@@ -211,7 +211,7 @@ class SelectionPolicy(Policy):
         if not moves:
             raise PolicyError(
                 f"no sample comes to node {self.topology.nodes[node]}, which was pruned; fit the "
-                f"policy again."
+                "policy again."
             )
         if len(moves) == 1:
             some = next(iter(outputs.values()))
@@ -222,7 +222,7 @@ class SelectionPolicy(Policy):
             what = f"outputs of nodes {sorted(missing)}" if missing else "its pooled features"
             raise PolicyError(
                 f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples "
-                f"have run."
+                "have run."
             )
         features = selection_features(
             [outputs[known] for known in seen], pooled if self.pooled else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import NoEffectWarning, PolicyError
-from impatient.policies.policy import Description, Policy, Recorded, check_exits
+from impatient.policies.policy import Description, Policy, Recorded, check_exits, errors_of
 from impatient.policies.scores import SCORES, ScoreName
 from impatient.policies.targets import Target
 from impatient.provenance import Provenance
@@ -57,7 +57,7 @@ class ThresholdPolicy(Policy):
         if self.thresholds[-1] != -math.inf:
             raise PolicyError(
                 f"the last threshold is {self.thresholds[-1]}; expected -inf, since the last exit "
-                f"always stops."
+                "always stops."
             )
 
     @property
@@ -214,7 +214,7 @@ def fit_thresholds(
     if cost not in (None, saved):
         raise PolicyError(
             f"{target.name} limits {saved}, but cost={cost!r} was given, which goes with "
-            f"max_accuracy_loss alone."
+            "max_accuracy_loss alone."
         )
 
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
@@ -226,7 +226,7 @@ def fit_thresholds(
     if not any(best.exits < costs.num_exits - 1):
         warnings.warn(
             f"with {target.name}={target.wanted:g} no sample leaves early: the policy is the last "
-            f"exit. Allow a larger loss or less time.",
+            "exit. Allow a larger loss or less time.",
             NoEffectWarning,
             stacklevel=2,
         )
@@ -267,7 +267,7 @@ class _Search:
 
     def __init__(self, recording: Recorded, score: ScoreName, cost_of: CostOf) -> None:
         self.scores = SCORES[score](recording.outputs).double().numpy()
-        self.errors = (recording.outputs.argmax(-1) != recording.labels).double().numpy()
+        self.errors = errors_of(recording).numpy()
         self.cost_of = cost_of
         self.order = np.argsort(-self.scores[:-1], axis=1, kind="stable")
         self.count, self.samples = self.scores.shape

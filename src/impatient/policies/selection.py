@@ -18,7 +18,8 @@ from impatient import checks
 from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
-from impatient.policies.policy import Recorded, features_of
+from impatient.policies.outcome import as_doubles
+from impatient.policies.policy import Recorded, errors_of, features_of
 from impatient.policies.routing import (
     STOP,
     Inputs,
@@ -127,7 +128,7 @@ def fit_selection(
         if not best.policy.decisions:
             warnings.warn(
                 f"with {target.name}={target.wanted:g} nothing is decided: all samples take one "
-                f"way. Allow a larger loss, or other networks.",
+                "way. Allow a larger loss, or other networks.",
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -158,10 +159,8 @@ def sweep_selection(
         One point per price, in their order; `hull_of` and `mix` take it from there.
     """
     problem = _Problem(recording, node_s, topology, **settings)
-    return tuple(
-        problem.solve(price)
-        for price in (problem.prices(30) if time_prices is None else time_prices)
-    )
+    prices = problem.prices(30) if time_prices is None else time_prices
+    return tuple(problem.solve(price) for price in prices)
 
 
 def decision_time_s(
@@ -240,7 +239,7 @@ class _Problem:
         checks.at_least(PolicyError, 0, sweeps=self.sweeps)
         self.node_s = tuple(map(float, self.times_s))
         self.order = topology.order()
-        self.errors = (recording.outputs.argmax(-1) != recording.labels).double()
+        self.errors = errors_of(recording)
         given = self.errors if self.losses is None else self.losses.double()
         self.lost = reference_losses(given, self.reference)
         if self.lost.shape != self.errors.shape:
@@ -310,8 +309,10 @@ class _Problem:
                 touched.add(node)
             visited = self._visited(fitted)
             taken = {
-                node: self._taken(fitted[node], visited[node])
-                for node in offered
+                node: tuple(
+                    move for move in moves if (fitted[node].chosen[visited[node]] == move).any()
+                )
+                for node, moves in offered.items()
                 if visited[node].any()
             }
             if taken == offered:
@@ -358,9 +359,6 @@ class _Problem:
                     visited[move] |= visited[node] & (fitted[node].chosen == move)
         return visited
 
-    def _taken(self, fitted: _Fitted, here: Bool[Tensor, "N"]) -> tuple[int, ...]:
-        return tuple(move for move in fitted.offered if (fitted.chosen[here] == move).any())
-
     def _route(self, fitted: Mapping[int, _Fitted]) -> Route:
         visited = self._visited(fitted)
         answering = torch.full((self.samples,), STOP)
@@ -370,7 +368,7 @@ class _Problem:
             time + self.gate_s * (k in fitted and fitted[k].decision is not None)
             for k, time in enumerate(self.node_s)
         ]
-        time_s = torch.tensor(paid, dtype=torch.float64) @ visited.double()
+        time_s = as_doubles(paid) @ visited.double()
         return Route(visited=visited.T, answering=answering, time_s=time_s)
 
     def _mean(self, values: Float[Tensor, "K N"], route: Route) -> float:

@@ -39,7 +39,7 @@ def split_recording(
     if not 0 < first < samples:
         raise RecordingError(
             f"share={share} of {samples} samples leaves an empty part; expected a share between 0 "
-            f"and 1."
+            "and 1."
         )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 

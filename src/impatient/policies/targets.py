@@ -9,7 +9,7 @@ from typing import Protocol, Self, TypeVar
 
 from impatient import checks
 from impatient.errors import InfeasibleTarget, PolicyError
-from impatient.policies.policy import Recorded
+from impatient.policies.policy import Recorded, errors_of
 
 LOSS = "max_accuracy_loss"
 PRICE = "time_price"
@@ -62,9 +62,8 @@ class Target:
             checks.not_negative(PolicyError, **{name: wanted})
         elif name != PRICE:
             checks.positive(PolicyError, **{name: wanted})
-        errors = (recording.outputs[-1].argmax(-1) != recording.labels).double()
         # room for rounding alone
-        floor = 1.0 - float(errors.mean()) - wanted - 1e-12
+        floor = 1.0 - float(errors_of(recording)[-1].mean()) - wanted - 1e-12
         return cls(name=name, wanted=wanted, floor=floor)
 
     def is_crossed(self, point: Reached) -> bool:
@@ -116,6 +115,6 @@ class Target:
             raise InfeasibleTarget(
                 f"{self.name}={self.wanted:g} cannot be reached: the fastest way to an answer "
                 f"takes {least:g}. Ask for at least that, or use an earlier exit or a faster "
-                f"network."
+                "network."
             )
         return max(kept, key=lambda point: (point.accuracy, -point.mean_time_s))

@@ -40,7 +40,7 @@ class Topology:
             if not all(0 <= node < count for node in edge) or edge[0] == edge[1]:
                 raise PolicyError(
                     f"edge {edge} does not lead from one of the {count} nodes to another; count "
-                    f"them from 0."
+                    "them from 0."
                 )
         if len(set(self.edges)) < len(self.edges):
             raise PolicyError(f"edges {self.edges}; expected each at most once.")
@@ -50,15 +50,14 @@ class Topology:
             names = " -> ".join(self.nodes[node] for node in reversed(error.args[1]))
             raise PolicyError(
                 f"the moves {names} are a cycle, on which a sample could go for ever; leave one "
-                f"out."
+                "out."
             ) from error
         sources = [node for node in range(count) if not self._before(node)]
         if len(sources) > 1:
             raise PolicyError(
                 f"no move leads to any of {', '.join(self.nodes[node] for node in sources)}; "
-                f"expected one, where every "
-                "sample begins. Add moves to the others, or leave them out of topology and "
-                "recording."
+                "expected one, where every sample begins. Add moves to the others, or leave them "
+                "out of topology and recording."
             )
 
     @classmethod
@@ -72,7 +71,7 @@ class Topology:
         if unknown:
             raise PolicyError(
                 f"moves lead to {', '.join(sorted(unknown))} without an entry; give one, [] if it "
-                f"only stops."
+                "only stops."
             )
         return cls(
             nodes=tuple(moves),

@@ -106,10 +106,10 @@ def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterato
 
 def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, ...]:
     """Compare what an engine answered on the test split with what torch answered."""
-    from impatient.evaluation.paired import beside
+    from impatient.evaluation.paired import compare_exits
 
     run = RunDirectory(directory)
-    return beside(run.engine(engine).recording("test"), run.recording("test"))
+    return compare_exits(run.engine(engine).recording("test"), run.recording("test"))
 
 
 def _with_real_times(
