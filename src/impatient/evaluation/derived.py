@@ -32,8 +32,8 @@ def ensembled(
     weight; fit and judge on recordings made the same way.
 
     Args:
-        recording: of the network alone.
-        rule: by name, or with settings of its own.
+        recording: recording of the network alone.
+        rule: rule by name, or with settings of its own.
         temperatures: one per exit, applied before combining (`fit_temperatures`).
         recalibration: one per exit, applied after combining.
     Raises:

@@ -36,7 +36,7 @@ class RealTime:
     """Samples answered one by one on the real clock.
 
     Attributes:
-        samples: how many.
+        samples: number of samples.
         mean_s: seconds until the answer.
         predicted_s: mean of what the recording and the cost profile say of the same samples.
     """
@@ -51,8 +51,8 @@ class Row:
     """One way to answer.
 
     Attributes:
-        name, kind: what it is.
-        accuracy: with its 95 % interval.
+        name, kind: the name and kind of this way to answer.
+        accuracy: share of right answers, with its 95 % interval.
         interruptible_s: mean seconds per sample when every head on the way runs.
         contract_s: mean seconds when only the heads that are looked at run.
         macs: mean multiply-accumulates per sample, in contract mode.
@@ -92,7 +92,7 @@ class StaticBaseline:
     """Another network, which answers once: what one could run instead.
 
     Attributes:
-        recording: of the same split of the same data; its last exit answers.
+        recording: recording of the same split of the same data; its last exit answers.
         time_s: mean seconds per sample; measure it in turn with the network that is judged
             (`time_in_turn`).
         macs: multiply-accumulates per sample.
@@ -148,8 +148,8 @@ def evaluate(
     """Judge every exit and policy on a recording.
 
     Args:
-        recording: of the split to judge on, usually "test".
-        costs: of the same network.
+        recording: recording of the split to judge on, usually "test".
+        costs: cost profile of the same network.
         policies: one, or several by name: thresholds, gates, mixtures, selections.
         exit_free: recording of the same backbone trained without exits, on the same split; K = 1.
         same_weights: whether the last exit's output is the untouched backbone's own, so that it

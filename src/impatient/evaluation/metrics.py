@@ -88,7 +88,7 @@ def true_label_probabilities(
     Its mean over the samples is the overall confidence of an exit.
 
     Args:
-        outputs: of all exits, before softmax.
+        outputs: outputs of all exits, before softmax.
         labels: true classes.
     Returns:
         Probabilities in [0, 1].
@@ -131,8 +131,8 @@ class Monotonicity:
     Attributes:
         tolerances: falls that are still no violation.
         violations: per tolerance, the share of samples with a larger fall.
-        mean_fall: of the largest fall of each sample.
-        fall_p95, fall_max: likewise, in probability.
+        mean_fall: mean of the largest falls of the samples.
+        fall_p95, fall_max: 95th percentile and maximum of the largest falls, in probability.
     """
 
     tolerances: tuple[float, ...]
@@ -150,7 +150,7 @@ def largest_falls(
     It is the largest fall between two exits, the shallower one first.
 
     Args:
-        outputs: of all exits, before softmax.
+        outputs: outputs of all exits, before softmax.
         labels: the class of each sample; by default the one that the last exit answers.
     Returns:
         Largest p_i - p_j over exits i <= j, in [0, 1]; 0 where it never falls.
@@ -175,7 +175,7 @@ def conditional_monotonicity(
     Accuracies tell it only on average.
 
     Args:
-        outputs: of all exits, before softmax.
+        outputs: outputs of all exits, before softmax.
         labels: the true classes; by default what the last exit answers.
         tolerances: a sample is counted if the probability of its class falls by more than this
             between any two exits.

@@ -14,7 +14,7 @@ class PairedComparison:
     """One exit in two recordings of the same samples.
 
     Attributes:
-        exit, name: which one.
+        exit, name: number and name of the exit.
         accuracy, reference: shares of right answers, of the recording in question and of the one
             beside it.
         difference: accuracy minus reference; its interval is that of paired samples, far narrower

@@ -82,8 +82,8 @@ def record(
     """Run a network over one split and keep the outputs of all exits.
 
     Args:
-        network: from `attach_exits`, or a `Network` of your own; it is put in eval mode.
-        data: from `load_data`.
+        network: the result of `attach_exits`, or a `Network` of your own; it is put in eval mode.
+        data: the result of `load_data`.
         split: "train", "validation" or "test".
         features: keep the pooled features of every exit too, for learned gates.
         batch_size: samples at a time.

@@ -56,8 +56,8 @@ def expected_accuracies(
     """Compute the accuracy a caller receives under each of many budgets.
 
     Args:
-        recording: of the split to judge on; or `recording.hits()`, or any other right (1) or wrong
-            (0) per exit and sample.
+        recording: recording of the split to judge on; or `recording.hits()`, or any other right (1)
+            or wrong (0) per exit and sample.
         costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` or
             `costs.contract_s()`. An exit that costs as much as a deeper one is never the answer.
         budgets: B distributions.
@@ -99,8 +99,8 @@ def judge_policies(
     Scores are computed once for each kind of score, so that a policy costs comparisons alone.
 
     Args:
-        recording: of the split to judge on, usually "test".
-        costs: of the same network.
+        recording: recording of the split to judge on, usually "test".
+        costs: cost profile of the same network.
         policies: P of them; their scores may differ.
         statistic: which of the measured times is used.
         batch_size: size of the batches whose times are used.

@@ -85,8 +85,8 @@ def betting_p_values(
     the losses is needed, so signed gaps are not rescaled to [0, 1], which would halve all stakes.
 
     Args:
-        losses: independent, in an order that says nothing about them.
-        epsilon: from 0 to 1.
+        losses: independent losses, in an order that says nothing about them.
+        epsilon: the mean that is bet against, from 0 to 1.
         delta: level for which the stakes are set; p-values are valid at any other too.
     Source:
         Waudby-Smith and Ramdas 2024; stakes as in Bates et al. 2021 (RCPS). We differ: there losses
@@ -115,7 +115,8 @@ def waudby_smith_ramdas_bound(
     below Hoeffding's.
 
     Args:
-        losses: at most 1, signed ones too; independent, in an order that says nothing about them.
+        losses: losses of at most 1, signed ones too; independent, in an order that says nothing
+            about them.
         delta: probability that a bound is below its mean.
     Returns:
         Bounds from 0 to 1, to within 1e-12 above the root.
@@ -178,8 +179,8 @@ def learn_then_test(
     With probability 1 - delta, the mean losses of all that are accepted are at most epsilon.
 
     Args:
-        losses: of J candidates from conservative to aggressive, in an order that these losses had
-            no part in. They need not be monotone.
+        losses: losses of J candidates from conservative to aggressive, in an order that these
+            losses had no part in. They need not be monotone.
         epsilon: most mean loss allowed.
         delta: probability that any that passes loses more.
         p_values: valid for these losses: `binomial_p_values` (0 or 1), `hoeffding_bentkus_p_values`
@@ -210,9 +211,9 @@ def conformal_risk_control(
     more than epsilon.
 
     Args:
-        losses: at most 1, of J candidates from conservative to aggressive. A candidate is charged,
-            sample by sample, the greatest loss of those up to it, and at least 0, that of the full
-            network: what comes of it is monotone, as the proof needs it.
+        losses: losses of at most 1, of J candidates from conservative to aggressive. A candidate is
+            charged, sample by sample, the greatest loss of those up to it, and at least 0, that of
+            the full network: what comes of it is monotone, as the proof needs it.
         epsilon: most expected mean loss.
     Returns:
         True for those that pass, which are the first ones.

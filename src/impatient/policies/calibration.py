@@ -35,7 +35,7 @@ def fit_temperatures(recording: Recorded) -> tuple[float, ...]:
     Outputs divided by it have the least negative log-likelihood.
 
     Args:
-        recording: of a split that the network was not trained on; usually "validation".
+        recording: recording of a split that the network was not trained on; usually "validation".
     Returns:
         K temperatures; above 1 where an exit is too sure, below 1 where it is not sure enough.
     Source:

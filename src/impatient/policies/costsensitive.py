@@ -48,7 +48,7 @@ class Decision:
 
     Attributes:
         num_actions: A.
-        mean, scale: by which features are standardised.
+        mean, scale: mean and deviation by which features are standardised.
         machines: the scoring functions' arrays, M rows each: of linear functions, of networks with
             a hidden layer, or of trees.
         children: the two items that each comparison is between.
@@ -152,14 +152,14 @@ def fit_decision(
     Args:
         features: what the choice may depend on; standardised inside, unless they are already.
         costs: of each action for each sample, in any unit; only differences matter.
-        learner: of the binary problems or of the regressions: "logistic" (or ridge regression),
-            "svm" (linear, squared hinge or squared error), "mlp" (8 hidden units) or "boosting" (50
-            trees of depth 3).
+        learner: what solves the binary problems or the regressions: "logistic" (or ridge
+            regression), "svm" (linear, squared hinge or squared error), "mlp" (8 hidden units) or
+            "boosting" (50 trees of depth 3).
         method: "filter_tree", which with two actions is the weighted binary problem itself; or
             "regression" of each action's cost, of which the least is chosen.
         weights: how much each sample counts, such as how often it comes here; by default all count
             alike.
-        seed: of what a learner draws ("mlp", "svm").
+        seed: seed of what a learner draws ("mlp", "svm").
     Returns:
         A decision. Where nothing tells two actions apart, it takes the first.
     Raises:

@@ -48,7 +48,7 @@ def stop_gain(
     The sign is a gate's label, the size the label's weight.
 
     Args:
-        loss: of the exit's own answer.
+        loss: loss of the exit's own answer.
         ahead: loss of the answer that the later gates, fixed, will give.
         full: loss of the last exit's answer.
         saved_s: seconds that stopping saves.
@@ -128,10 +128,10 @@ def backward(
     gates are open or looking costs nothing.
 
     Args:
-        losses: of each exit's answer.
-        times: what is paid where.
+        losses: losses of each exit's answer.
+        times: seconds of stages, heads and gates.
         decide: learns a gate from the gains, and says what it does.
-        time_price, reference: as for `stop_gain`.
+        time_price, reference: the arguments of `stop_gain` of these names.
         close: close gates that gain no more than looking costs; else all are paid by everyone who
             comes by.
     Returns:
@@ -183,14 +183,14 @@ class GateSettings(TypedDict, total=False):
 
     Attributes:
         reference: what an error is held against; "full" by default, see `stop_gain`.
-        learner: of the gates; "logistic" by default, see `fit_decision`.
+        learner: what learns the gates; "logistic" by default, see `fit_decision`.
         inputs: what gates look at, which decides whether heads are paid in passing; "confidences"
             by default. "features" and "both" need a recording with features.
         gate_s: seconds that asking a gate takes, or one time per early exit (`gate_time_s`); 0 by
             default.
-        seed: of what a learner draws; 0 by default.
+        seed: seed of what a learner draws; 0 by default.
         statistic: which measured number of each stage and head is added up; "mean" by default.
-        batch_size: at which the costs were measured; 1 by default.
+        batch_size: batch size at which the costs were measured; 1 by default.
     """
 
     reference: Reference
@@ -214,9 +214,9 @@ def fit_gates(
     """Learn one gate per early exit.
 
     Args:
-        recording: of a split that trained neither the network nor will judge the policy; usually
-            "validation".
-        costs: of the same network.
+        recording: recording of a split that neither trained the network nor will judge the policy;
+            usually "validation".
+        costs: cost profile of the same network.
         time_price: what a second is worth, in loss units (errors): 10 spends 1 ms to spare 1 error
             in 100; or
         mean_time_s: most accurate policy whose mean time is at most this; or
@@ -267,8 +267,8 @@ def sweep_gates(
     They make the whole curve of accuracy against mean time.
 
     Args:
-        recording: as for `fit_gates`.
-        costs: of the same network.
+        recording: the recording that `fit_gates` takes.
+        costs: cost profile of the same network.
         time_prices: loss units per second, infinity allowed; by default 100, from 0 to infinity.
         **settings: see `GateSettings`.
     Returns:

@@ -86,7 +86,7 @@ class GatePolicy(Policy):
             constant gates take none.
         time_price: loss units per second for which it was fitted.
         reference, learner: how it was fitted.
-        split: on which it was fitted, None if by hand.
+        split: the split on which it was fitted; None if it was set by hand.
         target: what was asked for, and what was reached on that split.
         provenance: weights and data it belongs to.
     """
@@ -150,7 +150,7 @@ class GatePolicy(Policy):
 
         Args:
             exit: its index.
-            outputs: of the head; expected unless the gates look at features alone.
+            outputs: outputs of the head; expected unless the gates look at features alone.
             pooled: features before the head, `network.pooled(exit)`; expected unless the gates look
                 at confidences alone.
         Raises:
@@ -222,7 +222,7 @@ def gate_time_s(
     once, measure, and fit again with these times as `gate_s`.
 
     Args:
-        policy: as fitted.
+        policy: the fitted policy.
         recording: whose first sample is asked about.
         repeats: how often each gate is asked.
         warm_up: how often each gate is asked before that, without counting.

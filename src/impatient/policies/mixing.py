@@ -124,7 +124,7 @@ class MixedPolicy(CombinedPolicy):
         fast: the policy of the samples that the coin does not choose.
         slow: the policy of the samples that it chooses.
         share: probability of `slow`.
-        seed: of the coin.
+        seed: seed of the coin.
     """
 
     fast: Policy
@@ -304,10 +304,10 @@ def mix(points: Sequence[Point], *, mean_time_s: float, seed: int = 0) -> MixedP
     No mixture of the curve's policies is more accurate on the split they were fitted on.
 
     Args:
-        points: of `sweep_gates` or `sweep_selection`, or a `PolicyPoint` of any policy.
+        points: points of `sweep_gates` or `sweep_selection`, or a `PolicyPoint` of any policy.
         mean_time_s: allowed. If it is more than the most accurate policy takes, that policy is
             given alone.
-        seed: of the mixture's coin.
+        seed: seed of the mixture's coin.
     Raises:
         InfeasibleTarget: if even the fastest takes longer.
     """

@@ -120,7 +120,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
 
         Args:
             exit: its index.
-            outputs: of the exit's head, before softmax; given if `needs_outputs`.
+            outputs: outputs of the exit's head, before softmax; given if `needs_outputs`.
             pooled: features before the head, `network.pooled(exit)`; given if `needs_features`.
         """
 
@@ -224,8 +224,9 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """Where samples that have run a network of a cascade go from there.
 
         Args:
-            node: at which all of them are.
-            outputs: of the networks they have run, at least of those it `sees`, before softmax.
+            node: the network at which all of them are.
+            outputs: outputs of the networks they have run, at least of those it `sees`, before
+                softmax.
             pooled: features of this node's network, if it `needs_features`.
         Returns:
             The next network of each sample; -1 where this one's output is the answer.
@@ -246,7 +247,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """Return the exit that answers each recorded sample.
 
         Args:
-            outputs: of all exits.
+            outputs: outputs of all exits.
             features: pooled features of all exits, if it `needs_features`.
         Raises:
             PolicyError: if numbers of exits differ.
@@ -290,12 +291,12 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """Apply it to every sample of a recording.
 
         Args:
-            recording: with pooled features, if it looks at them.
-            costs: of the same network.
+            recording: the recording, with pooled features if it looks at them.
+            costs: cost profile of the same network.
             cost: what is spent, instead of time: multiply-accumulates, bytes or joules. What asking
                 the policy takes is known in seconds only, and counts as nothing in these.
             statistic: which measured number of each stage and head is used.
-            batch_size: at which the costs were measured.
+            batch_size: batch size at which the costs were measured.
         Raises:
             PolicyError: if it looks at what the recording lacks.
         """

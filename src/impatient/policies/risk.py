@@ -62,7 +62,7 @@ def exit_losses(
     The full network is the last exit.
 
     Args:
-        outputs: of all exits.
+        outputs: outputs of all exits.
         labels: true classes; "disagreement" does not look at them.
         loss: "accuracy_gap", 1[full right] - 1[exit right] in {-1, 0, 1}; "positive_gap", its
             positive part, in {0, 1} and never below it; or "disagreement", 1[another answer than
@@ -108,18 +108,18 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
 
     Attributes:
         epsilon: the mean loss that is not exceeded: the guarantee.
-        delta: with which probability it may be, over calibration splits; None where it holds on
+        delta: probability that it is exceeded, over calibration splits; None where it holds on
             average over them.
-        method, loss: how it was shown, and of what.
-        samples: of the calibration split.
+        method, loss: the method by which it was shown, and the loss that it limits.
+        samples: size of the calibration split.
         split: its name.
-        candidates: how many were given.
+        candidates: number of candidates that were given.
         chosen: the index of the one chosen, the most aggressive that passed; None for the full
             network, when none did.
         risk: mean loss of the chosen one on the calibration split.
         bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a
             guarantee: of many candidates, one was chosen for it.
-        provenance: of the recording.
+        provenance: provenance of the recording.
     """
 
     epsilon: float
@@ -173,7 +173,7 @@ class ControlledPolicy(CombinedPolicy):
         policy: the candidate chosen. Where candidates have a `split`, it is now the one that holds
             all they were fitted and controlled on, so that it is not judged there. If none passed,
             a policy that lets the full network answer.
-        certificate: what it keeps.
+        certificate: the guarantee that it keeps.
     """
 
     policy: Policy
@@ -240,8 +240,8 @@ def control_risk(
     Args:
         candidates: policies from conservative to aggressive: `threshold_family`, `scaled_family`,
             or gates or selections fitted to rising prices of time.
-        recording: of the calibration split, on which neither the network nor a candidate was
-            fitted; see `split_recording`.
+        recording: recording of the calibration split, on which neither the network nor a candidate
+            was fitted; see `split_recording`.
         epsilon: most mean loss, 0.01 for one point or one per cent.
         delta: probability that it is exceeded nevertheless; not heeded by "conformal_risk_control".
         method: "learn_then_test", exact binomial tails for losses of 0 and 1 and betting for

@@ -43,8 +43,8 @@ def selection_features(
     and the probability that the later one gives to the earlier one's answer.
 
     Args:
-        outputs: before softmax, of the networks known, that of the node itself last.
-        pooled: features of the node's own network, put beside these.
+        outputs: outputs before softmax of the known networks, that of the node itself last.
+        pooled: pooled features of the node's own network, put beside these.
     """
     # all networks in one go: a batch of one pays per operator
     stacked = torch.stack([output.float() for output in outputs])
@@ -95,17 +95,17 @@ class SelectionPolicy(Policy):
     """A learned decision per node: stop, or which network comes next.
 
     Attributes:
-        topology: as it was given.
+        topology: the allowed moves, as they were given.
         moves: per node the moves that are left, `STOP` (-1) or the next node; one alone needs no
             decision, and a node that nobody is sent to has none.
-        decisions: of the nodes with several moves: which of `moves`.
+        decisions: at each node with several moves, which of `moves` is taken.
         node_s: seconds of each network.
         gate_s: seconds of one decision, paid at nodes with several moves.
         inputs: "path": decisions see all that is known on every path to their node; "node": their
             own network alone.
         pooled: whether they see its pooled features too.
         time_price: loss units per second it was fitted for; None where nothing was learned.
-        split: on which it was fitted, None for one set by hand.
+        split: the split on which it was fitted; None if it was set by hand.
         target: what was asked for, and what was reached on that split.
         provenance: weights and data it belongs to.
     """
@@ -199,8 +199,9 @@ class SelectionPolicy(Policy):
         """Where samples that have run a node go from there.
 
         Args:
-            node: at which all of them are.
-            outputs: of the nodes they have run, at least of those it `sees`, before softmax.
+            node: the network at which all of them are.
+            outputs: outputs of the nodes they have run, at least of those it `sees`, before
+                softmax.
             pooled: features of this node's network, if the policy was fitted with them.
         Returns:
             The next node of each sample; `STOP` (-1) where this node's output is the answer.
@@ -236,7 +237,7 @@ class SelectionPolicy(Policy):
         """Follow recorded samples through the networks.
 
         Args:
-            outputs: of all networks, before softmax.
+            outputs: outputs of all networks, before softmax.
             features: pooled features of each network, if the policy was fitted with them.
         Raises:
             PolicyError: if numbers of networks differ, or features are missing.

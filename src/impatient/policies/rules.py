@@ -37,7 +37,7 @@ class ThresholdPolicy(Policy):
         score: "max_probability", "margin" or "entropy".
         thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is
             `-inf`.
-        split: on which it was fitted, None for thresholds set by hand.
+        split: the split on which it was fitted; None for thresholds set by hand.
         target: what was asked for, and what was reached on that split.
         cost: what the target's `mean_cost` is in: seconds, multiply-accumulates, bytes or joules.
         provenance: weights and data it belongs to.
@@ -178,8 +178,9 @@ def fit_thresholds(
     returned.
 
     Args:
-        recording: of a split that will not be used to judge the policy; usually "validation".
-        costs: of the same network.
+        recording: recording of a split that will not be used to judge the policy; usually
+            "validation".
+        costs: cost profile of the same network.
         mean_time_s: most accurate policy whose mean time is at most this; or
         mean_macs: most accurate policy with at most so many multiply-accumulates; or
         mean_bytes: most accurate policy that reads and writes at most so many bytes; or
@@ -190,7 +191,7 @@ def fit_thresholds(
             "energy".
         score: how sure an output is.
         statistic: which measured number of each stage and head is added up.
-        batch_size: at which the costs were measured.
+        batch_size: batch size at which the costs were measured.
     Returns:
         A policy; its `target` says what was asked for and what was reached here.
     Raises:

@@ -51,7 +51,7 @@ class SelectionSettings(TypedDict, total=False):
             node; the best is kept.
         inputs: "path" (default) or "node": what a decision sees.
         pooled: whether it sees pooled features (default: no).
-        seed: of the learner.
+        seed: seed of the learner.
     """
 
     reference: Reference
@@ -92,8 +92,8 @@ def fit_selection(
     pruned, and nodes that nobody is sent to.
 
     Args:
-        recording: of the networks, on data that none of them was trained on: networks are too sure
-            of their training data.
+        recording: recording of the networks, on data that none of them was trained on: networks are
+            too sure of their training data.
         node_s: measured seconds of each network alone.
         topology: the allowed moves.
         time_price: loss units per second; cost = loss + time_price x time. Or
@@ -149,10 +149,10 @@ def sweep_selection(
     They make the whole curve of accuracy over mean time.
 
     Args:
-        recording: as for `fit_selection`.
-        node_s: as for `fit_selection`.
-        topology: as for `fit_selection`.
-        **settings: as for `fit_selection`.
+        recording: the recording that `fit_selection` takes.
+        node_s: the times that `fit_selection` takes.
+        topology: the moves that `fit_selection` takes.
+        **settings: see `SelectionSettings`.
         time_prices: loss units per second; by default 0 and 30 from one at which time is next to
             nothing to one at which the source always answers.
     Returns:

@@ -24,9 +24,9 @@ def split_recording(
     One is to fit on, the other to control or judge on.
 
     Args:
-        recording: such as one of "validation".
-        share: of the samples that go into the first part.
-        seed: of the division.
+        recording: the recording to divide, such as that of "validation".
+        share: share of the samples that goes into the first part.
+        seed: seed of the division.
     Returns:
         Parts named like "validation/fit(0.5,0)" and "validation/calibration(0.5,0)": share and seed
         are in the name, so that parts of different divisions, which share samples, are not mistaken
