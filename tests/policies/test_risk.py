@@ -260,7 +260,7 @@ def test_bounds_are_below_the_true_mean_no_more_often_than_delta(samples, values
 
 # --- which candidates pass: how often the word is broken ------------------------------------------
 
-# true risks of candidates from conservative to aggressive; the first that breaks epsilon = 0.05 breaks it by a
+# true risks, from conservative to aggressive; the first that breaks epsilon = 0.05 breaks it by a
 # hair, the worst case
 RISKS = torch.tensor([0.0, 0.02, 0.0501, 0.06, 0.2])
 
