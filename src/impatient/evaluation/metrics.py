@@ -117,9 +117,9 @@ def expected_calibration_error(
     """
     places = (confidence.double() * bins).ceil().clamp(1, bins).long() - 1
     count = torch.bincount(places, minlength=bins).double()
-    accuracy = torch.bincount(places, weights=correct.double(), minlength=bins)
-    sureness = torch.bincount(places, weights=confidence.double(), minlength=bins)
-    return float((accuracy - sureness).abs().sum() / count.sum())
+    right = torch.bincount(places, weights=correct.double(), minlength=bins)
+    expected = torch.bincount(places, weights=confidence.double(), minlength=bins)
+    return float((right - expected).abs().sum() / count.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

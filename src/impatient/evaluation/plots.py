@@ -27,7 +27,7 @@ from impatient.evaluation.evaluate import Evaluation, Kind, Row
 from impatient.files import written_whole
 from impatient.table import milliseconds, percent
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness; these read on
+# Okabe and Ito's colours, distinct with every common kind of colour blindness; these read on
 # white and on black
 BLUE = "#0072b2"
 ORANGE = "#e69f00"

@@ -1,7 +1,7 @@
 """Learn to choose an action where every wrong choice has its own price.
 
 A choice between two actions is an importance-weighted binary problem: the label is the cheaper
-action, the weight what the dearer one costs more. More actions are a filter tree of such problems,
+action, the weight what the other costs more. More actions are a filter tree of such problems,
 or a regression of each action's cost.
 """
 

@@ -352,7 +352,7 @@ class _Problem:
         )
 
     def always(self, exit: int) -> SweepPoint:
-        """Everybody leaves at one exit."""
+        """Make all samples leave at one exit."""
         early = len(self.features)
         stops = torch.zeros(early, self.losses.shape[1], dtype=torch.bool)
         stops[exit : exit + 1] = True

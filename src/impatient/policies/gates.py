@@ -8,8 +8,8 @@ What a gate may look at decides which time is paid:
   sample leaves there;
 * **features**, pooled before the head: the head runs only where the sample leaves.
 
-A gate at which nobody stops, or that saves less than looking costs, is closed: neither it nor its
-head is paid.
+A gate at which no sample stops, or that saves less than looking costs, is closed: neither it nor
+its head is paid.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class GatePolicy(Policy):
     def looks_at(self, exit: int) -> bool:
         """Whether the gate of this exit is open.
 
-        At the last exit the output is there anyway.
+        The output of the last exit is always computed.
         """
         return exit == len(self.gates) or self.gates[exit] is not None
 

@@ -243,7 +243,7 @@ def control_risk(
         recording: recording of the calibration split, on which neither the network nor a candidate
             was fitted; see `split_recording`.
         epsilon: most mean loss, 0.01 for one point or one per cent.
-        delta: probability that it is exceeded nevertheless; not heeded by "conformal_risk_control".
+        delta: probability that it is exceeded all the same; "conformal_risk_control" ignores it.
         method: "learn_then_test", exact binomial tails for losses of 0 and 1 and betting for
             "accuracy_gap"; "upper_confidence", betting for all; or "conformal_risk_control", which
             holds on average over splits only.

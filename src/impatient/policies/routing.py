@@ -97,7 +97,7 @@ class SelectionPolicy(Policy):
     Attributes:
         topology: the allowed moves, as they were given.
         moves: per node the moves that are left, `STOP` (-1) or the next node; one alone needs no
-            decision, and a node that nobody is sent to has none.
+            decision, and a node that no sample reaches has none.
         decisions: at each node with several moves, which of `moves` is taken.
         node_s: seconds of each network.
         gate_s: seconds of one decision, paid at nodes with several moves.
@@ -206,7 +206,7 @@ class SelectionPolicy(Policy):
         Returns:
             The next node of each sample; `STOP` (-1) where this node's output is the answer.
         Raises:
-            PolicyError: if nobody comes to this node, or something the decision needs is missing.
+            PolicyError: if no sample reaches this node, or something the decision needs is missing.
         """
         moves = self.moves[node]
         if not moves:

@@ -67,7 +67,7 @@ class ThresholdPolicy(Policy):
     def looks_at(self, exit: int) -> bool:
         """Whether the exit is open.
 
-        The last one's output is there anyway.
+        The output of the last exit is always computed.
         """
         return self.thresholds[exit] < math.inf
 
@@ -335,7 +335,7 @@ class _Search:
         stops[-1] = True
         exits = stops.argmax(axis=0)
         used = np.bincount(exits, minlength=self.count) > 0
-        # an exit that nobody leaves at is closed, so that its head is not paid
+        # an exit at which no sample leaves is closed, so that its head is not paid
         early = zip(thresholds[:-1], used, strict=False)
         final = (*(bound if is_used else math.inf for bound, is_used in early), -math.inf)
         cost = np.asarray(self.cost_of([bound < math.inf for bound in final]))

@@ -89,7 +89,7 @@ def fit_selection(
     From the ends of the graph to its source each node's decision is fitted with those after it
     fixed: a cost-sensitive problem whose costs are the loss of stopping, or the price of the time
     and the loss that lie ahead. All samples train all decisions. Moves that none of them takes are
-    pruned, and nodes that nobody is sent to.
+    pruned, and nodes that no sample reaches.
 
     Args:
         recording: recording of the networks, on data that none of them was trained on: networks are
@@ -273,7 +273,7 @@ class _Problem:
             fitted, visited = self._pruned(price, arrives)
             route = self._route(fitted)
             found.append((self._mean(self.lost, route) + price * route.mean_time_s, fitted))
-            # a node that nobody comes to yet keeps all samples, so that it can be found worth a
+            # a node that no sample reaches yet keeps all samples, so that it can be found worth a
             # visit
             arrives = torch.where(visited.any(1, keepdim=True), visited.double(), 1.0)
         return self._point(min(found, key=lambda entry: entry[0])[1], price)
