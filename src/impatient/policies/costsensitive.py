@@ -347,9 +347,9 @@ def _logistic(features: np.ndarray, target: np.ndarray, weights: np.ndarray, see
 
     Scikit-learn's checks alone would take longer, and a sweep solves thousands of these problems.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge
-
     if target.dtype != bool:
+        from sklearn.linear_model import Ridge
+
         return _of_linear(Ridge(alpha=RIDGE, random_state=seed).fit(features, target, weights))
     from scipy.special import expit
 
@@ -369,6 +369,8 @@ def _logistic(features: np.ndarray, target: np.ndarray, weights: np.ndarray, see
         # near the end a step squares the error: no need to look again
         if np.abs(gradient).max() <= 1e-4 * len(features):
             return {"slopes": slopes[:-1], "offsets": slopes[-1]}
+    from sklearn.linear_model import LogisticRegression
+
     with _quick():
         return _of_linear(
             LogisticRegression(C=1.0 / RIDGE, random_state=seed).fit(features, target, weights)
