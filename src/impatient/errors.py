@@ -138,3 +138,15 @@ class StorageError(ImpatientError, OSError):
 
 class NoEffectWarning(UserWarning):
     """A call changed nothing, such as a threshold that no sample reaches."""
+
+
+class LogitsWarning(UserWarning):
+    """An output does not look like the logits of two or more classes."""
+
+
+# What to do where one output column is taken for a class.
+ONE_COLUMN = (
+    "The softmax of one number is always 1, so that every sample would look sure at the first "
+    "exit. Give the model two columns, such as torch.cat([-z, z], 1) / 2 for a logit z, or stop "
+    "with a policy of your own that does without scores."
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -60,13 +61,93 @@ def batch_size_of(x: Any) -> int:
     return int(first_tensor(x).shape[0])
 
 
-def output_tensor(value: Any) -> Tensor:
-    """Return a model's output, its `logits` or the first tensor in it."""
+# Which part of what a model returns is the answer: a key or attribute, a place, or a function.
+OutputName = str | int | Callable[[Any], Tensor] | None
+
+
+def output_tensor(value: Any, name: OutputName = None) -> Tensor:
+    """Return a model's output as one tensor.
+
+    Without a name it is the value itself, its `logits`, or the only tensor [B, C] in it.
+
+    Raises:
+        NetworkError: if that is not one tensor.
+    """
+    if callable(name):
+        return _tensor(name(value), "the function output=")
+    if isinstance(value, Tensor):
+        return value
+    if name is not None:
+        return _named_output(value, name)
     if isinstance(value, Mapping):
         logits = value.get("logits")
     else:
         logits = value.logits if hasattr(value, "logits") else None
-    return logits if isinstance(logits, Tensor) else first_tensor(value)
+    return logits if isinstance(logits, Tensor) else _only_output(value)
+
+
+def _tensor(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise NetworkError(f"{what} gives a {type(value).__name__}; expected a tensor [B, C].")
+    return value
+
+
+def _named_output(value: Any, name: str | int) -> Tensor:
+    try:
+        if isinstance(name, int):
+            found = list(_entries(value))[name]
+        else:
+            found = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    except (LookupError, AttributeError):
+        there = ", ".join(str(place) for place, _ in _tensors(value)) or "no tensors"
+        raise NetworkError(
+            f"the model returns a {type(value).__name__} without output={name!r}; expected one of "
+            f"what it holds: {there}."
+        ) from None
+    return _tensor(found, f"output={name!r}")
+
+
+def _only_output(value: Any) -> Tensor:
+    """Return the only tensor [B, C] of a value, or its only tensor."""
+    found = _tensors(value)
+    tables = [entry for entry in found if entry[1].dim() == 2] or found
+    if len(tables) == 1:
+        return tables[0][1]
+    if not tables:
+        return first_tensor(value)
+    listed = ", ".join(f"{place} {tuple(tensor.shape)}" for place, tensor in tables)
+    several = (
+        "Networks that answer several times derive from impatient.Network (see "
+        "docs/how-to/own-network.md). "
+        if isinstance(value, (list, tuple)) and len({tensor.shape for _, tensor in tables}) == 1
+        else ""
+    )
+    raise NetworkError(
+        f"the model returns a {type(value).__name__} of several tensors that may be its answer: "
+        f"{listed}; expected one, or `logits`. {several}Say which is the answer, such as "
+        f"attach_exits(..., output={tables[-1][0]!r}), or wrap the model in a module that returns "
+        "it."
+    )
+
+
+def _tensors(value: Any) -> list[tuple[str | int, Tensor]]:
+    """Return the different tensors in a value, each with the place of its outermost entry."""
+    if isinstance(value, Tensor):
+        return [(0, value)]
+    names = _places(value)
+    found: dict[int, tuple[str | int, Tensor]] = {}
+    for name, entry in zip(names, _entries(value), strict=False):
+        for _, tensor in _tensors(entry):
+            found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
+
+
+def _places(value: Any) -> Iterable[str | int]:
+    if isinstance(value, Mapping):
+        return value.keys()
+    if is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    return itertools.count()
 
 
 # Where an input has its padding mask: a key of a mapping, a place in a tuple, or a function.

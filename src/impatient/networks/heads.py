@@ -21,6 +21,10 @@ _BY_DIMENSIONS: dict[int, tuple[Layout, Layout]] = {
     4: ("NCHW", "NHWC"),
     5: ("NCTHW", "NTHWC"),
 }
+_NESTED = (
+    "the features are a nested tensor, which nn.TransformerEncoder makes of padded inputs in eval "
+    "mode; expected a plain tensor. Build it with enable_nested_tensor=False."
+)
 HeadFactory = Callable[["FeatureShape", int], nn.Module]
 
 
@@ -66,6 +70,8 @@ def guess_layout(features: Tensor, module: nn.Module) -> Layout:
         HeadError: if the features have fewer than 2 or more than 5 dimensions, or are not floating
             point.
     """
+    if features.is_nested:
+        raise HeadError(_NESTED)
     shape = tuple(features.shape)
     if not features.is_floating_point():
         raise HeadError(
@@ -121,6 +127,8 @@ class Pool(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.layout == "ND":
             return features
+        if features.is_nested:
+            raise HeadError(_NESTED)
         positions = [dim for dim, letter in enumerate(self.layout) if letter in "THW"]
         return features.mean(positions) if mask is None else _mean(features, positions, mask)
 

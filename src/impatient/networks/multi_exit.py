@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from impatient.anytime import Exit, Network
 from impatient.errors import (
+    ONE_COLUMN,
     ClassCountMismatch,
     ExitNotFound,
     ExitNotReached,
     HeadError,
+    LogitsWarning,
     NetworkError,
 )
-from impatient.inputs import MaskName, call_model, evaluating, mask_of, output_tensor
+from impatient.inputs import (
+    MaskName,
+    OutputName,
+    batch_size_of,
+    call_model,
+    evaluating,
+    mask_of,
+    output_tensor,
+)
 from impatient.networks import placement, shrinking
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.heads import (
@@ -47,6 +58,7 @@ class MultiExitNetwork(Network):
         layouts: meaning of the dimensions of each early exit's features.
         num_classes: width of every output.
         mask: where an input has its padding mask.
+        output: which part of what the backbone returns is its answer.
     """
 
     num_classes: int
@@ -60,6 +72,7 @@ class MultiExitNetwork(Network):
         num_classes: int,
         *,
         mask: MaskName = "attention_mask",
+        output: OutputName = None,
     ) -> None:
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
@@ -73,11 +86,14 @@ class MultiExitNetwork(Network):
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
         self.mask = mask
+        self.output = output
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
         # Modules, not ids, because a copied network has its own modules.
-        self._cut_modules = tuple(backbone.get_submodule(cut.module) for cut in self.cuts)
-        install(self._cut_modules)
+        self._cut_modules: tuple[nn.Module, ...] = ()
+        # Every member on the way to a cut: its parent, its name there, and itself.
+        self._members: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
+        self._find_cuts()
 
     @property
     def num_exits(self) -> int:
@@ -121,7 +137,7 @@ class MultiExitNetwork(Network):
                 features, index, self.num_exits, channel_dim(self.layouts[index])
             )
 
-        last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit))
+        last = output_tensor(tapped(self.backbone, x, self._cut_map(), visit), self.output)
         missing = [name for index, name in enumerate(self.exit_names[:-1]) if index not in early]
         if missing:
             raise ExitNotReached(
@@ -182,9 +198,33 @@ class MultiExitNetwork(Network):
 
     def _run(self, x: Any, **options: Any) -> StagedRun:
         heads = [*self.heads, None]
-        return StagedRun(self.backbone, x, self._cut_map(), heads, mask=self.mask_of(x), **options)
+        options |= {"mask": self.mask_of(x), "output": self.output}
+        return StagedRun(self.backbone, x, self._cut_map(), heads, **options)
+
+    def _find_cuts(self) -> None:
+        """Find the modules at the cuts by their names, and put the hook on them."""
+        members = {}
+        for cut in self.cuts:
+            parent = self.backbone
+            for name in cut.module.split("."):
+                child = parent._modules.get(name)
+                if child is None:
+                    raise NetworkError(
+                        f"the backbone has no module {cut.module!r} any more, after which there "
+                        "was an exit. Attach exits after modules have been replaced."
+                    )
+                members[id(parent), name] = (parent, name, child)
+                parent = child
+        self._members = tuple(members.values())
+        self._cut_modules = tuple(self.backbone.get_submodule(cut.module) for cut in self.cuts)
+        install(self._cut_modules)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:
+        for parent, name, child in self._members:
+            if parent._modules.get(name) is not child:
+                # Replaced after exits were attached, such as by LoRA.
+                self._find_cuts()
+                break
         # Not stored, because ids change when the network is copied.
         return {
             (id(module), cut.call): index
@@ -202,6 +242,7 @@ def attach_exits(
     num_classes: int | None = None,
     layout: Layout | None = None,
     mask: MaskName = "attention_mask",
+    output: OutputName = None,
 ) -> MultiExitNetwork:
     """Give a model exits without changing it.
 
@@ -223,6 +264,8 @@ def attach_exits(
         mask: where an input has its padding mask [B, T], 0 where there is padding, so that heads
             and gates leave padding out: a key of a mapping, a place in a tuple, or a function of
             the input. None lets heads read padding.
+        output: which part of what the backbone returns is its answer, where it is not unmistakable:
+            a key or attribute, a place, or a function of what it returns.
     Returns:
         A network whose last output equals the untouched backbone's bit for bit.
     Raises:
@@ -244,20 +287,27 @@ def attach_exits(
             f"a {type(backbone).__name__} has exits already; expected a model without, such as the "
             "backbone of a network: attach_exits(network.backbone, ...)."
         )
-    classes = _check_classes(backbone, example, num_classes)
-    cuts = _place(backbone, example, after, count)
+    _refuse_compiled(backbone)
+    classes = _check_classes(backbone, example, num_classes, output)
+    cuts = _place(backbone, example, after, count, output)
     built, layouts = _build_heads(
         backbone, example, cuts, heads, classes, layout, mask_of(example, mask)
     )
-    return MultiExitNetwork(backbone, built, cuts, layouts, classes, mask=mask)
+    return MultiExitNetwork(backbone, built, cuts, layouts, classes, mask=mask, output=output)
 
 
-def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count: int) -> list[Cut]:
+def _place(
+    backbone: nn.Module,
+    example: Any,
+    after: Sequence[str] | str,
+    count: int,
+    output: OutputName,
+) -> list[Cut]:
     if not isinstance(after, str):
         return placement.resolve(backbone, example, after)
     rule, _, period = after.partition(":")
     if after == "auto":
-        cuts = placement.choose(backbone, example, count)
+        cuts = placement.choose(backbone, example, count, output=output)
     elif rule == "every" and period.isdecimal():
         cuts = placement.every(backbone, example, int(period))
     else:
@@ -272,9 +322,11 @@ def _place(backbone: nn.Module, example: Any, after: Sequence[str] | str, count:
     return cuts
 
 
-def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -> int:
+def _check_classes(
+    backbone: nn.Module, example: Any, num_classes: int | None, name: OutputName
+) -> int:
     with evaluating(backbone), torch.no_grad():
-        output = output_tensor(call_model(backbone, example))
+        output = output_tensor(call_model(backbone, example), name)
     if output.dim() != 2:
         raise ClassCountMismatch(
             f"the backbone gives an output of shape {tuple(output.shape)}; expected "
@@ -286,7 +338,41 @@ def _check_classes(backbone: nn.Module, example: Any, num_classes: int | None) -
             f"Build the backbone with {num_classes} classes, or replace its last layer; its "
             f"weights for {output.shape[1]} classes do not fit."
         )
+    _warn_of_no_logits(output)
     return int(output.shape[1])
+
+
+def _warn_of_no_logits(output: Tensor) -> None:
+    """Warn if an output [B, C] does not look like logits, to which a softmax is applied."""
+    if output.shape[1] == 1:
+        warnings.warn(
+            f"the backbone gives one output column; expected the logits of two or more classes. "
+            f"{ONE_COLUMN}",
+            LogitsWarning,
+            stacklevel=3,
+        )
+    elif bool((output >= 0).all()) and bool(((output.double().sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the backbone's outputs on the example look like probabilities (not negative, rows "
+            "that sum to 1); expected logits. A softmax is applied on top, so that its sure "
+            "answers look unsure. Let the model return logits: leave out its last softmax.",
+            LogitsWarning,
+            stacklevel=3,
+        )
+
+
+def _refuse_compiled(backbone: nn.Module) -> None:
+    """Refuse a graph that never calls its inner modules, so that nothing can pause there."""
+    # "_guards_fn" only checks inputs; torch.export adds it.
+    graph = isinstance(backbone, fx.GraphModule) and all(
+        node.target == "_guards_fn" for node in backbone.graph.nodes if node.op == "call_module"
+    )
+    if graph or isinstance(backbone, torch.jit.ScriptModule):
+        raise NetworkError(
+            f"a {type(backbone).__name__} is a model that was scripted, traced or exported; "
+            "expected the Python model it was made of, whose inner modules are called. Attach "
+            "exits to that, then export the network with to_engine or `impatient export`."
+        )
 
 
 def _build_heads(
@@ -306,14 +392,22 @@ def _build_heads(
             f"{len(kinds)} heads for {len(cuts)} early exits ({[str(cut) for cut in cuts]}); "
             "expected one per exit."
         )
-    traced = placement.trace(backbone, example, sorted({cut.module for cut in cuts}))
+    names = sorted({cut.module for cut in cuts})
+    traced = placement.trace(backbone, example, names)
+    resized_shapes = placement.shapes_with_one_more(backbone, example, names)
     built = []
     layouts = []
     for cut, kind in zip(cuts, kinds, strict=True):
         features = traced.features.get((cut.module, cut.call))
         if features is None:
             raise HeadError(f"module {str(cut)!r} gives no tensor; cut at a module that does.")
-        guessed = guess_layout(features, backbone.get_submodule(cut.module))
+        module = backbone.get_submodule(cut.module)
+        obstacle = placement.obstacle(
+            features, module, batch_size_of(example), resized_shapes.get((cut.module, cut.call))
+        )
+        if obstacle:
+            raise HeadError(f"no head can read module {str(cut)!r}: {obstacle}")
+        guessed = guess_layout(features, module)
         shape = FeatureShape(
             tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
         )

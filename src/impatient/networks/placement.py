@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import statistics
 import time
 from collections import Counter
@@ -19,9 +20,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
-from impatient.inputs import batch_size_of, call_model, evaluating, first_tensor, output_tensor
+from impatient.inputs import (
+    OutputName,
+    batch_size_of,
+    call_model,
+    evaluating,
+    first_tensor,
+    output_tensor,
+    resized,
+)
 from impatient.networks.heads import guess_layout
 from impatient.networks.stages import Cut
+
+log = logging.getLogger(__name__)
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 # Share of the total time by which an exit may miss its place. With less, exits would be placed
@@ -121,6 +132,11 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     """
     modules = dict(model.named_modules())
     wanted = [Cut.parse(name) for name in after]
+    aliases = dict(model.named_modules(remove_duplicate=False))
+    first_names = {id(module): name for name, module in modules.items()}
+    wanted = [
+        (first_names[id(aliases[name])] if name in aliases else name, call) for name, call in wanted
+    ]
     for name, _ in wanted:
         if name not in modules or name == "":
             raise ExitNotFound(
@@ -173,7 +189,9 @@ def _similar(name: str, model: nn.Module) -> list[str]:
     return list(dict.fromkeys([*difflib.get_close_matches(name, names, n=4), *top, *blocks]))[:12]
 
 
-def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
+def choose(
+    model: nn.Module, x: Any, count: int, repeats: int = 5, *, output: OutputName = None
+) -> list[Cut]:
     """Place count - 1 cuts at even shares of measured time.
 
     The cuts are among the outermost blocks of the model's repeated structure, if there are enough
@@ -198,7 +216,7 @@ def choose(model: nn.Module, x: Any, count: int, repeats: int = 5) -> list[Cut]:
         most = max(most, usable, key=len)
         if len(usable) < count - 1:
             continue
-        cuts, missed = _evenly(model, x, usable, _shares(model, x, usable, repeats), count)
+        cuts, missed = _evenly(model, x, usable, _shares(model, x, usable, repeats), count, output)
         if missed < miss / 2:
             chosen = cuts
             miss = missed
@@ -256,25 +274,65 @@ def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:
     """Return the calls whose features a head can read, in running order."""
     modules = dict(model.named_modules())
     batch = batch_size_of(x)
+    shapes = shapes_with_one_more(model, x, sorted({name for name, _ in traced.features}))
     return [
         Cut(name, call)
         for (name, call), features in traced.features.items()
-        if not _obstacle(features, modules[name], batch)
+        if not obstacle(features, modules[name], batch, shapes.get((name, call)))
     ]
 
 
-def _obstacle(features: Tensor, module: nn.Module, batch: int) -> str:
-    """Return why no head can read these features, or an empty string."""
+def shapes_with_one_more(
+    model: nn.Module, x: Any, names: Sequence[str]
+) -> Mapping[tuple[str, int], tuple[int, ...]]:
+    """Find the shapes of the modules' outputs for one sample more than an example has.
+
+    They tell which dimension is the batch where others are as long. There are none if the model
+    takes no other number of samples.
+    """
+    try:
+        more = trace(model, resized(x, batch_size_of(x) + 1), names)
+    except Exception as error:
+        # Whatever a model raises that fits one batch size.
+        log.info("batch dimensions are judged by the example alone: %s", error)
+        return {}
+    return {
+        key: tuple(features.shape)
+        for key, features in more.features.items()
+        if not features.is_nested
+    }
+
+
+def obstacle(
+    features: Tensor, module: nn.Module, batch: int, with_one_more: tuple[int, ...] | None
+) -> str:
+    """Return why no head can read these features, or an empty string.
+
+    Args:
+        features: output of the module on an example.
+        module: module that gave them.
+        batch: number of samples of the example.
+        with_one_more: shape of the same features for one sample more; None if unknown.
+    """
     try:
         guess_layout(features, module)
     except HeadError as error:
         return str(error)
-    if features.shape[0] != batch:
-        return (
-            f"its features, of shape {tuple(features.shape)}, do not begin with the batch size "
-            f"{batch}."
-        )
-    return ""
+    shape = tuple(features.shape)
+    more = with_one_more or (batch + 1, *shape[1:])
+    if shape[0] == batch and more[0] == batch + 1:
+        return ""
+    for dim, sizes in enumerate(zip(shape, more, strict=False)):
+        if sizes == (batch, batch + 1):
+            return (
+                f"its features, of shape {shape}, have the samples in dimension {dim}; expected "
+                "them in the first. Build the layer with batch_first=True, or transpose its input "
+                "before it."
+            )
+    return (
+        f"its features, of shape {shape}, do not begin with the batch size {batch}; expected one "
+        "row per sample."
+    )
 
 
 def _passed_over(model: nn.Module, x: Any) -> str:
@@ -284,10 +342,11 @@ def _passed_over(model: nn.Module, x: Any) -> str:
     """
     modules = dict(model.named_modules())
     for level in _levels(model):
+        shapes = shapes_with_one_more(model, x, level)
         for (name, call), features in trace(model, x, level).features.items():
-            obstacle = _obstacle(features, modules[name], batch_size_of(x))
-            if obstacle:
-                return f" Passed over, for one: {Cut(name, call)}: {obstacle}"
+            reason = obstacle(features, modules[name], batch_size_of(x), shapes.get((name, call)))
+            if reason:
+                return f" Passed over, for one: {Cut(name, call)}: {reason}"
     return ""
 
 
@@ -319,7 +378,12 @@ def _shares(model: nn.Module, x: Any, cuts: Sequence[Cut], repeats: int) -> list
 
 
 def _evenly(
-    model: nn.Module, x: Any, cuts: Sequence[Cut], shares: Sequence[float], count: int
+    model: nn.Module,
+    x: Any,
+    cuts: Sequence[Cut],
+    shares: Sequence[float],
+    count: int,
+    output: OutputName,
 ) -> tuple[list[Cut], float]:
     """Return the cuts nearest to even shares, and the largest distance from these.
 
@@ -329,7 +393,7 @@ def _evenly(
     left = list(zip(cuts, shares, strict=True))
     while len(left) >= count - 1:
         picked = [left[index] for index in _even([share for _, share in left], count)]
-        idle = _idle(model, x, [cut for cut, _ in picked], cuts)
+        idle = _idle(model, x, [cut for cut, _ in picked], cuts, output)
         if not idle:
             missed = max(
                 abs(share - target / count) for target, (_, share) in enumerate(picked, start=1)
@@ -339,18 +403,22 @@ def _evenly(
     return [], float("inf")
 
 
-def _idle(model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut]) -> list[Cut]:
+def _idle(
+    model: nn.Module, x: Any, picked: Sequence[Cut], cuts: Sequence[Cut], name: OutputName
+) -> list[Cut]:
     """Return the picked cuts whose features do not affect the output.
 
     If no cut at all affects the output (a last layer of zeros), none is returned.
     """
     with evaluating(model), torch.no_grad():
-        untouched = output_tensor(call_model(model, x))
-        idle = [cut for cut in picked if not _matters(model, x, [cut], untouched)]
-        return idle if idle and _matters(model, x, cuts, untouched) else []
+        untouched = output_tensor(call_model(model, x), name)
+        idle = [cut for cut in picked if not _matters(model, x, [cut], untouched, name)]
+        return idle if idle and _matters(model, x, cuts, untouched, name) else []
 
 
-def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -> bool:
+def _matters(
+    model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor, output_name: OutputName
+) -> bool:
     """Tell whether changing the features at these cuts changes the output.
 
     It is true where features cannot be replaced.
@@ -367,7 +435,7 @@ def _matters(model: nn.Module, x: Any, cuts: Sequence[Cut], untouched: Tensor) -
         return tree_map(lambda leaf: other if leaf is features else leaf, output)
 
     with _at_calls(model, {cut.module for cut in cuts}, disturb):
-        output = output_tensor(call_model(model, x))
+        output = output_tensor(call_model(model, x), output_name)
     return not replaced or not torch.equal(output, untouched)
 
 

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
-from impatient.inputs import call_model, first_tensor, output_tensor
+from impatient.inputs import OutputName, call_model, first_tensor, output_tensor
 from impatient.networks.heads import takes_mask
 
 
@@ -362,6 +362,7 @@ class StagedRun(Run):
         heads: heads of the exits; None for the last one.
         keep: copy the features of each exit, so that its output may be asked for later.
         mask: padding mask of the input, for the heads, shape [B, T]; None without.
+        output: which part of what the model returns is its answer.
         shrinks: function that tells whether the model can go on with some samples of an input; the
             method `keep` asks it.
 
@@ -378,6 +379,7 @@ class StagedRun(Run):
         *,
         keep: bool = False,
         mask: Tensor | None = None,
+        output: OutputName = None,
         shrinks: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         self._position = Position(Ambient.now())
@@ -387,6 +389,7 @@ class StagedRun(Run):
         self._heads = heads
         self._keep = keep
         self._mask = mask
+        self._output = output
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
         # Rows of the present exit to go on with; None for all.
@@ -483,7 +486,7 @@ class StagedRun(Run):
             if runner.dead:
                 # A finished run keeps nothing alive.
                 self._runner = self._model = self._x = self._shrinks = None
-        return (self._last, output_tensor(result)) if runner.dead else result
+        return (self._last, output_tensor(result, self._output)) if runner.dead else result
 
     def close(self) -> None:
         """Throw away the rest of the run, if there is any."""
