@@ -262,7 +262,7 @@ def test_features_that_do_not_begin_with_the_batch_are_named() -> None:
 
     with pytest.raises(
         ExitNotFound,
-        match=r"0 places.*blocks\.0: its features, of shape \(5, 2, 8\), have the samples in dimension 1",
+        match=r"0 places.*blocks\.0: its features, of shape \(5, 2, 8\), have .* dimension 1",
     ):
         choose(TimeFirst(), torch.randn(2, 5, 8), 2)
 
