@@ -99,6 +99,10 @@ def main() -> None:
             markup=False,
             highlight=False,
         )
+    except OSError as error:
+        # of a place that is no file of ours, such as a terminal that has gone
+        code = 1
+        err.print(f"error (StorageError): {error}", soft_wrap=True, markup=False, highlight=False)
     except KeyboardInterrupt:
         code = STOPPED
         err.print("\nstopped; what was finished is kept. Run the same command again to go on.")

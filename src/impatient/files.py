@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,8 @@ from impatient.errors import StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -45,7 +50,119 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # An error of its own must not hide the first one.
+            temporary.unlink(missing_ok=True)
+
+
+def plain_name(name: str, what: str) -> str:
+    """Give a name back if it can be the name of one file.
+
+    Raises:
+        StorageError: if it is empty, hidden, too long, or leads to another folder.
+    """
+    unfit = not name.isprintable() or name != name.strip() or name.startswith(".")
+    if unfit or not name or any(letter in name for letter in "/\\") or len(name.encode()) > 200:
+        raise StorageError(
+            f"{what} {name!r} cannot be a file name; expected one plain name without slashes, "
+            "such as fast-1."
+        )
+    return name
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there.
+
+    Raises:
+        StorageError: if its folder cannot be read.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there.
+
+    Raises:
+        StorageError: if it cannot be removed.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error.strerror or error}.") from error
+
+
+def move(path: Path, target: Path) -> None:
+    """Move a file or a folder to a place on the same disk, and make that place's folder.
+
+    Raises:
+        StorageError: if it cannot be moved.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    except OSError as error:
+        raise StorageError(f"cannot move {path} to {target}: {error.strerror or error}.") from error
+
+
+# Directories that are worked on, by their path: the process and the thread.
+_held: dict[Path, tuple[int, int]] = {}
+
+
+@contextlib.contextmanager
+def working_on(directory: Path, *, make: bool = False) -> Iterator[None]:
+    """Let no other process, and no other thread, work on a directory in the meantime.
+
+    The lock is the kernel's, on the directory itself. So nothing is left behind, however the
+    process ends. Within one thread it may be taken several times.
+
+    Args:
+        directory: the directory; without `make` nothing is locked if it does not exist.
+        make: whether to make the directory; it is removed again if it stays empty.
+    Raises:
+        StorageError: if somebody else works on the directory, or it cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        # Windows has no such locks.
+        yield
+        return
+    place = directory.resolve()
+    me = (os.getpid(), threading.get_ident())
+    made = [folder for folder in (place, *place.parents) if make and not folder.exists()]
+    if _held.get(place) == me or not (make or place.exists()):
+        yield
+        return
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_write(directory, error) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(
+                f"another process works on {directory} now. Wait until it has ended, or use "
+                "another directory."
+            ) from error
+        except OSError:
+            # Some network disks lock no directories; then nobody is kept out.
+            log.info("%s is on a disk without locks; let one process work on it", directory)
+        _held[place] = me
+        try:
+            yield
+        finally:
+            del _held[place]
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                # Fails unless the folder is empty.
+                folder.rmdir()
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -82,7 +199,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(
             f"{path} is not valid JSON ({error}); it was damaged or is another file. Make it again."
         ) from error
@@ -101,9 +218,11 @@ def write_tensors(
 
     # Each tensor is copied, because safetensors refuses shared memory (tied weights).
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(dict(header))
+    metadata = {"header": text, "checksum": _checksum(text, plain)}
     with written_whole(path) as temporary:
         try:
-            save_file(plain, str(temporary), metadata={"header": json.dumps(dict(header))})
+            save_file(plain, str(temporary), metadata=metadata)
         except Exception as error:
             # safetensors wraps OSError in its own type.
             if isinstance(error, OSError):
@@ -114,11 +233,18 @@ def write_tensors(
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file of `write_tensors`: the tensors and the header.
 
+    The checksum is compared; files of 0.1.0 have none.
+
     Raises:
         StorageError: if the file is missing, damaged or was written by something else.
     """
     with _opened(path) as (file, header):
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118  safe_open is no mapping
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+        metadata = file.metadata()
+        without = metadata.keys() == {"header"}
+        if not without and _checksum(metadata["header"], tensors) != metadata.get("checksum"):
+            raise StorageError("its content does not fit its checksum")
+    return tensors, header
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -131,7 +257,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     from safetensors import safe_open
 
-    if not Path(path).is_file():
+    if not is_file(Path(path)):
         raise StorageError(f"cannot read {path}: no such file.")
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -143,6 +269,20 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise StorageError(
             f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
         ) from error
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    """Compute a checksum over a header and the names, types, shapes and bytes of tensors."""
+    import torch
+
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        # The memory itself, without a copy.
+        view = tensor.reshape(-1).contiguous().view(torch.uint8) if tensor.numel() else None
+        digest.update(view.numpy().data if view is not None else b"")
+    return digest.hexdigest()
 
 
 def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import importlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,35 @@ def load_model(
             f"{spec!r} returned a {type(model).__name__}; expected a torch.nn.Module."
         )
     return model
+
+
+# Options of the known sources by which they would run code or unpickle files.
+_RUNNING_CODE = ("trust_remote_code", "code_revision", "checkpoint_path", "pretrained_cfg")
+
+
+def check_trusted(spec: str, trust: Sequence[str]) -> None:
+    """Refuse to build a model whose spec was written by somebody else, unless it is trusted.
+
+    Nothing is imported.
+
+    Args:
+        spec: the spec, as read from a file.
+        trust: modules, or MODULE:NAME, that the user trusts.
+    Raises:
+        ModelSpecError: if its source is no known one and not trusted, or an option of it would run
+            code.
+    """
+    source, name, options = _parse(spec)
+    if source in trust or f"{source}:{name}" in trust:
+        return
+    running = [option for option in options if option.startswith(_RUNNING_CODE)]
+    if source not in _SOURCES or running:
+        what = f"the option {running[0]}" if source in _SOURCES else f"{source}:{name}"
+        raise ModelSpecError(
+            f"the model {spec!r} was named by a file, not by you, and to build it would call "
+            f"{what}, which could do anything. If you wrote the file, or trust whoever did, say "
+            f"--trust {source}:{name} (in Python: RunDirectory(path, trust=[...]))."
+        )
 
 
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:

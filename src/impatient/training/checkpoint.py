@@ -33,7 +33,10 @@ def save_checkpoint(
                 tensors[f"optimizer/{index}/{name}"] = value
             else:
                 numbers[f"{index}/{name}"] = value
-    write_tensors(path, tensors, {**header, "optimizer_numbers": numbers})
+    count = len(entries_under("optimizer/", tensors))
+    write_tensors(
+        path, tensors, {**header, "optimizer_numbers": numbers, "optimizer_tensors": count}
+    )
 
 
 def load_checkpoint(
@@ -52,10 +55,18 @@ def load_checkpoint(
             f"{path} is not a training checkpoint: it has no random state. Delete it to start "
             "again."
         )
+    weights = entries_under("model/", tensors)
     try:
-        model.load_state_dict(entries_under("model/", tensors))
-    except RuntimeError as error:
+        check_types(weights, model)
+        model.load_state_dict(weights)
+    except (RuntimeError, StorageError) as error:
         raise StorageError(f"{path} belongs to another network: {error}") from error
+    found = len(entries_under("optimizer/", tensors))
+    if found != header.get("optimizer_tensors", found):
+        raise StorageError(
+            f"{path} is damaged: it has {found} of the {header['optimizer_tensors']} tensors of "
+            "the optimizer. Delete it to start again."
+        )
     state: dict[int, dict[str, Any]] = {}
     for key, value in {
         **entries_under("optimizer/", tensors),
@@ -67,3 +78,14 @@ def load_checkpoint(
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
     return header, state
+
+
+def check_types(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Compare types of weights with the model's, which torch would convert without a word.
+
+    Raises:
+        StorageError: if whole numbers stand for fractions, or the other way round.
+    """
+    for name, own in model.state_dict().items():
+        if name in state and state[name].is_floating_point() != own.is_floating_point():
+            raise StorageError(f"{name} is {state[name].dtype}; expected {own.dtype}.")

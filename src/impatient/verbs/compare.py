@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import StorageError
+from impatient.files import is_file
 from impatient.table import Table, in_ms
 from impatient.verbs.options import Flag
 
@@ -50,7 +51,7 @@ def load_profile(path: str | Path) -> impatient.CostProfile:
     """Load a profile from its file, or from a directory with a profile.json."""
     given = Path(path)
     file = given / "profile.json" if given.is_dir() else given
-    if not file.is_file():
+    if not is_file(file):
         raise StorageError(
             f"no profile at {file}; make one with `impatient profile "
             f"{given if given.is_dir() else 'DIR'}`."

@@ -15,7 +15,11 @@ from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import FitOptions, fit
-from impatient.verbs.options import Positive, Quiet
+from impatient.verbs.options import (
+    Positive,
+    Quiet,
+    alone,
+)
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
 from impatient.verbs.report import ReportOptions, report
@@ -53,6 +57,7 @@ class DeadlineRow:
     accuracy: float
 
 
+@alone(make=True)
 def demo(options: DemoOptions) -> list[DeadlineRow]:
     """Take every step, then answer for the test split under each deadline."""
     from impatient.runtime.runner import RESERVE_S

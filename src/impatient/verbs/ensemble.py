@@ -13,9 +13,17 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import RunError, StaleInput, StorageError
+from impatient.files import is_file, written_whole
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Force, NewDirectory
+from impatient.verbs.options import (
+    OFF,
+    Force,
+    NewDirectory,
+    Trust,
+    alone,
+)
+from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
 
 Rule = Literal["arithmetic", "geometric", "poe", "caching"]
@@ -35,8 +43,10 @@ class EnsembleOptions:
     members: Annotated[Positional[tuple[Path, ...]], arg(metavar="MEMBER..."), OFF]
     rule: Rule = "geometric"
     force: Force = False
+    trust: Trust = ()
 
 
+@alone(make=True)
 def ensemble(options: EnsembleOptions) -> None:
     """Make a run directory of trained ones.
 
@@ -50,8 +60,8 @@ def ensemble(options: EnsembleOptions) -> None:
     if not options.members:
         raise RunError("no members; expected at least one trained run directory.")
     run = RunDirectory(options.directory)
-    parts = [RunDirectory(member) for member in options.members]
-    if run.spec_file.is_file() and not options.force:
+    parts = [RunDirectory(member, trust=options.trust) for member in options.members]
+    if is_file(run.spec_file) and not options.force:
         raise StorageError(
             f"{run.path} is a run directory already; use another one, or --force to throw it away."
         )
@@ -62,14 +72,15 @@ def ensemble(options: EnsembleOptions) -> None:
         if len(parts) > 1
         else _running_ensemble(parts[0], networks[0], recordings[0], options.rule)
     )
-    shutil.rmtree(run.path, ignore_errors=True)
-    save_weights(network, run.weights_file)
-    alone = parts[-1].exit_free
-    if alone.is_trained:
-        run.exit_free.here.mkdir()
-        shutil.copyfile(alone.weights_file, run.exit_free.weights_file)
-    # last: a directory without it is none
-    spec.save(run.spec_file)
+    with replaced(run.path) as place:
+        new = RunDirectory(place)
+        save_weights(network, new.weights_file)
+        single = parts[-1].exit_free
+        if single.is_trained:
+            with written_whole(new.exit_free.weights_file) as copy:
+                shutil.copyfile(single.weights_file, copy)
+        spec.save(new.spec_file)
+    discard_old(run.path)
     log.info(network.describe(spec.example()))
     log.info("made: %s", run.path)
 

@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction, arg
 
 import impatient
 from impatient.errors import PolicyError, RunError
-from impatient.files import read_json
+from impatient.files import is_file, read_json
 from impatient.table import Table
 from impatient.verbs.notes import log
 from impatient.verbs.options import (
@@ -23,6 +23,8 @@ from impatient.verbs.options import (
     Engine,
     Text,
     Threads,
+    Trust,
+    alone,
     use_threads,
 )
 from impatient.verbs.run_directory import EAGER, RunDirectory
@@ -51,15 +53,17 @@ class EvaluateOptions:
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
+    trust: Trust = ()
 
 
+@alone()
 def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
     """Judge every exit and fitted policy, beside networks without exits."""
     from impatient.evaluation.evaluate import standard_budgets
 
     use_threads(options.threads)
     engine = options.engine
-    run = RunDirectory(options.directory).engine(engine)
+    run = RunDirectory(options.directory, trust=options.trust).engine(engine)
     if options.against and engine != EAGER:
         raise RunError(
             f"--against times other runs in torch, not in {engine}; leave out one of --against and "
@@ -81,7 +85,9 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         policies,
         same_weights=not run.spec().ensembling,
         exit_free=alone.recording("test") if judged_alone else None,
-        static=_static(run, costs, [RunDirectory(other) for other in options.against]),
+        static=_static(
+            run, costs, [RunDirectory(other, trust=options.trust) for other in options.against]
+        ),
         budgets=standard_budgets(costs.interruptible_s()) | _chosen_budget(run, options.budget),
     )
     if options.real:
@@ -188,7 +194,7 @@ def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, impatient.B
     """Give the budget asked for, else the one the network was trained for."""
     if text is None:
         training = run.path / "training.json"
-        trained = read_json(training)["weights"] if training.is_file() else ""
+        trained = read_json(training)["weights"] if is_file(training) else ""
         # "=" is in the options of a rule: sieve:total=all
         text = trained if ":" in trained and "=" not in trained else ""
     return {text: impatient.budgets.parse_budget(text)} if text else {}

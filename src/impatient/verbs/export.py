@@ -21,6 +21,8 @@ from impatient.verbs.options import (
     Quiet,
     Text,
     Threads,
+    Trust,
+    alone,
     use_threads,
 )
 from impatient.verbs.run_directory import RunDirectory
@@ -62,8 +64,10 @@ class ExportOptions:
     threads: Threads = 0
     force: Flag = False
     quiet: Quiet = False
+    trust: Trust = ()
 
 
+@alone()
 def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     """Export the trained network, measure it, and compare it with torch.
 
@@ -77,7 +81,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
 
     use_threads(options.threads)
     engine = options.engine
-    run = RunDirectory(options.directory)
+    run = RunDirectory(options.directory, trust=options.trust)
     seen = run.engine(engine_label(engine, options.precision))
     (network, _) = run.network()
     rule = run.policy(options.policy) if options.policy else None

@@ -23,6 +23,7 @@ from impatient.verbs.options import (
     Points,
     Text,
     Threads,
+    alone,
     one_of,
     use_threads,
 )
@@ -103,6 +104,7 @@ def target_name(options: Any) -> str:
     return f"{kind}-{value * scale:g}"
 
 
+@alone()
 def fit(options: FitOptions) -> impatient.Policy:
     """Fit thresholds, or with a learner gates, and keep them under a name.
 
@@ -115,6 +117,8 @@ def fit(options: FitOptions) -> impatient.Policy:
         raise PolicyError(
             f"--cost {options.cost} goes with plain thresholds; leave --learner and --delta away."
         )
+    # A name that cannot be a file's is refused before anything is computed.
+    run.certificate_file(options.policy_name)
     recording = run.recording("validation")
     costs = run.profile(any_machine=options.any_profile)
     policy: impatient.Policy

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import impatient
 from impatient.errors import ModelSpecError, StorageError
-from impatient.files import read_tensors, write_tensors
+from impatient.files import is_file, read_tensors, write_tensors
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.store import Stored
 
@@ -70,15 +70,21 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         structure = fingerprint_structure(network.state_dict())
         return dataclasses.replace(self.provenance, network=structure)
 
-    def build(self) -> impatient.Network:
-        """Build the network with fresh weights, drawn from the spec's seed."""
+    def build(self, trust: Sequence[str] = ()) -> impatient.Network:
+        """Build the network with fresh weights, drawn from the spec's seed.
+
+        Args:
+            trust: Modules, or MODULE:NAME, that may be called to build the model.
+        Raises:
+            ModelSpecError: if the model is none of the known sources', and not trusted.
+        """
         if self.cascade:
-            backbones = [member.build_exit_free().backbone for member in self.members]
+            backbones = [member.build_exit_free(trust).backbone for member in self.members]
             return impatient.networks.Cascade(backbones, self.after)
         if self.members:
-            members = [member.build() for member in self.members]
+            members = [member.build(trust) for member in self.members]
             return impatient.networks.EANN(members, self.validation_errors)
-        network = self._model()
+        network = self._model(trust)
         if self.heads != OWN_HEADS:
             network = impatient.attach_exits(
                 network,
@@ -92,18 +98,21 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         built: impatient.Network = network
         return built
 
-    def build_exit_free(self) -> impatient.MultiExitNetwork:
+    def build_exit_free(self, trust: Sequence[str] = ()) -> impatient.MultiExitNetwork:
         """Build the same backbone without early exits, from the same seed.
 
         Of several networks it is that of the last.
         """
         if self.members:
-            return self.members[-1].build_exit_free()
-        model = self._model()
+            return self.members[-1].build_exit_free(trust)
+        model = self._model(trust)
         backbone = model.exit_free if isinstance(model, impatient.Network) else model
         return impatient.MultiExitNetwork(backbone, [], [], [], self.num_classes)
 
-    def _model(self) -> Any:
+    def _model(self, trust: Sequence[str]) -> Any:
+        from impatient.networks.specs import check_trusted
+
+        check_trusted(self.model, trust)
         return fresh_model(self.model, self.num_classes, self.preprocess, self.seed)
 
 
@@ -166,9 +175,12 @@ def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyMo
     """
     state = read_weights(path, directory)
     _check_finite(state, str(path))
+    from impatient.training.checkpoint import check_types
+
     try:
+        check_types(state, network)
         network.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, StorageError) as error:
         raise StorageError(f"{path} does not fit {directory / 'network.json'}: {error}") from error
     return network.eval(), fingerprint_tensors(state)
 
@@ -179,11 +191,17 @@ def read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
     Raises:
         StorageError: if the file is missing or damaged.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise StorageError(
             f"{directory} has no trained weights; run `impatient train {directory}`."
         )
-    return read_tensors(path)[0]
+    state, header = read_tensors(path)
+    if header.get("fingerprint", "") not in ("", fingerprint_tensors(state)):
+        raise StorageError(
+            f"{path} is damaged: its weights do not fit the fingerprint written with them. Train "
+            "again, or take the file from a backup."
+        )
+    return state
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:

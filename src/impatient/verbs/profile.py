@@ -12,9 +12,19 @@ from tyro.conf import arg
 
 import impatient
 from impatient.errors import StaleInput
+from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.notes import log
-from impatient.verbs.options import Counts, Directory, Force, Names, Positive, Quiet
+from impatient.verbs.options import (
+    Counts,
+    Directory,
+    Force,
+    Names,
+    Positive,
+    Quiet,
+    Trust,
+    alone,
+)
 from impatient.verbs.run_directory import RunDirectory
 
 
@@ -38,8 +48,10 @@ class ProfileOptions:
     threads: Counts = (0,)
     force: Force = False
     quiet: Quiet = False
+    trust: Trust = ()
 
 
+@alone()
 def profile(options: ProfileOptions) -> dict[Path, impatient.CostProfile]:
     """Profile a run in several engines and with several thread counts.
 
@@ -69,10 +81,10 @@ def profile(options: ProfileOptions) -> dict[Path, impatient.CostProfile]:
 def _profiled(
     options: ProfileOptions, engine: str, name: str
 ) -> tuple[Path, impatient.CostProfile]:
-    run = RunDirectory(options.directory).engine(engine)
+    run = RunDirectory(options.directory, trust=options.trust).engine(engine)
     network, _ = run.network()
     file = run.profile_file.with_name(name)
-    if file.is_file() and not options.force:
+    if is_file(file) and not options.force:
         known = impatient.CostProfile.load(file)
         reason = _not_fresh(known, network, options.batch_sizes, options.repeats)
         if not reason:

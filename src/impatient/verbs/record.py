@@ -7,8 +7,18 @@ from pathlib import Path
 
 import impatient
 from impatient.errors import ImpatientError
+from impatient.files import is_file
 from impatient.verbs.notes import log
-from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet
+from impatient.verbs.options import (
+    Directory,
+    Engine,
+    Flag,
+    Force,
+    Names,
+    Quiet,
+    Trust,
+    alone,
+)
 from impatient.verbs.run_directory import EAGER, RunDirectory
 
 
@@ -27,11 +37,13 @@ class RecordOptions:
     engine: Engine = "eager"
     force: Force = False
     quiet: Quiet = False
+    trust: Trust = ()
 
 
+@alone()
 def record(options: RecordOptions) -> None:
     """Record the splits, in torch also of the network without exits."""
-    run = RunDirectory(options.directory).engine(options.engine)
+    run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     data = run.data()
     recorded = [run]
     if run.exit_free.is_trained and options.engine == EAGER:
@@ -54,7 +66,7 @@ def record(options: RecordOptions) -> None:
 
 
 def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) -> bool:
-    if not file.is_file():
+    if not is_file(file):
         return False
     try:
         recording = impatient.Recording.load(file)

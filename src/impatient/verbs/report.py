@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 
 import impatient
 from impatient.errors import StorageError
-from impatient.files import write_text
+from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.notes import log
-from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
+from impatient.verbs.options import (
+    AnyProfile,
+    Directory,
+    Threads,
+    alone,
+    use_threads,
+)
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -30,11 +36,12 @@ class ReportOptions:
     threads: Threads = 0
 
 
+@alone()
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
     use_threads(options.threads)
     run = RunDirectory(options.directory)
-    if not run.evaluation_file.is_file():
+    if not is_file(run.evaluation_file):
         raise StorageError(
             f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
         )

@@ -24,6 +24,7 @@ from impatient.verbs.options import (
     Milliseconds,
     Text,
     Threads,
+    Trust,
     use_threads,
 )
 from impatient.verbs.run_directory import RunDirectory
@@ -54,6 +55,7 @@ class RunOptions:
     json: Flag = False
     any_profile: AnyProfile = False
     threads: Threads = 0
+    trust: Trust = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def run(options: RunOptions) -> list[FileAnswer]:
     use_threads(options.threads)
     if not options.inputs:
         raise RunError("no input files; expected at least one image (or .npy array) to answer for.")
-    run = RunDirectory(options.directory).engine(options.engine)
+    run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     spec = run.spec()
     # all are read before the first deadline is stamped
     inputs = [_read_input(spec, file) for file in options.inputs]

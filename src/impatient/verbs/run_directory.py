@@ -13,16 +13,24 @@ report.html
 exit_free/                 the same backbone trained without exits: weights, recordings, ...
 engines/NAME/              the network in another engine (`impatient export`), with its own
                            profile.json, recordings and evaluation.json
+replaced/                  the run that `train --restart` replaces, until the new one is trained
+
+A network is built from what network.json says. In a directory of somebody else's this could call
+any function of any module. So only this library's models and those of torchvision, timm and
+transformers are built, and modules that the caller trusts by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import impatient
-from impatient.errors import StaleInput, StorageError
+from impatient.errors import ModelSpecError, StaleInput, StorageError
+from impatient.files import is_file, plain_name, remove, written_whole
 from impatient.provenance import fingerprint_tensors
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
@@ -37,6 +45,7 @@ class RunDirectory:
     Args:
         path: The run directory.
         part: The folder in it that holds what is recorded and measured; by default itself.
+        trust: Modules, or MODULE:NAME, that may be called to build its network.
     """
 
     engine_name = EAGER
@@ -45,8 +54,9 @@ class RunDirectory:
     # arguments of a command that makes one of these files again
     arguments = ""
 
-    def __init__(self, path: str | Path, part: str = "") -> None:
+    def __init__(self, path: str | Path, part: str = "", *, trust: Sequence[str] = ()) -> None:
         self.path = Path(path)
+        self.trust = tuple(trust)
         self.here = self.path / part
         self.spec_file = self.path / "network.json"
         self.weights_file = self.path / "weights.safetensors"
@@ -55,16 +65,16 @@ class RunDirectory:
         self.evaluation_file = self.here / "evaluation.json"
 
     def recording_file(self, split: str) -> Path:
-        return self.here / "recordings" / f"{split}.safetensors"
+        return self.here / "recordings" / f"{plain_name(split, 'split')}.safetensors"
 
     def certificate_file(self, name: str) -> Path:
-        return self.path / "certificates" / f"{name}.json"
+        return self.path / "certificates" / f"{plain_name(name, 'policy')}.json"
 
     # --- the same run, seen otherwise -------------------------------------------------------------
 
     def engine(self, name: str) -> RunDirectory:
         """Look at the run as another engine, or torch ("eager"), sees it."""
-        return self if name == EAGER else EngineDirectory(self.path, name)
+        return self if name == EAGER else EngineDirectory(self.path, name, trust=self.trust)
 
     def engine_names(self) -> list[str]:
         """List the engines in which this run has been evaluated."""
@@ -73,7 +83,7 @@ class RunDirectory:
     @property
     def exit_free(self) -> ExitFreeDirectory:
         """The same backbone, trained without exits."""
-        return ExitFreeDirectory(self.path)
+        return ExitFreeDirectory(self.path, trust=self.trust)
 
     # --- network and data -------------------------------------------------------------------------
 
@@ -83,7 +93,7 @@ class RunDirectory:
         Raises:
             StorageError: if this is no run directory.
         """
-        if not self.spec_file.is_file():
+        if not is_file(self.spec_file):
             raise StorageError(
                 f"{self.path} is no run directory (no network.json); make one with `impatient "
                 f"train {self.path}`."
@@ -117,7 +127,7 @@ class RunDirectory:
         Raises:
             StorageError: if it has not been trained, or the file is damaged.
         """
-        return load_weights(self.spec().build(), self.weights_file, self.path)
+        return load_weights(self.spec().build(self.trust), self.weights_file, self.path)
 
     def weights_fingerprint(self) -> str:
         """Take the fingerprint of the trained weights, without building the network."""
@@ -136,7 +146,7 @@ class RunDirectory:
 
         network = self.spec().provenance.network
         command = f"`impatient profile {self.path}{self.arguments}`"
-        if not self.profile_file.is_file():
+        if not is_file(self.profile_file):
             raise StorageError(f"{self.here} has no cost profile; run {command}.")
         costs = impatient.CostProfile.load(self.profile_file)
         remedy = f"run {command} again, with the --threads that you use"
@@ -160,7 +170,7 @@ class RunDirectory:
         what = f"recording of split {split!r}"
         remedy = f"run `impatient record {self.path}{self.arguments}`"
         file = self.recording_file(split)
-        if not file.is_file():
+        if not is_file(file):
             raise StorageError(f"{self.here} has no {what}; {remedy}.")
         recording = impatient.Recording.load(file)
         weights = self.weights_fingerprint()
@@ -178,7 +188,7 @@ class RunDirectory:
     def policy_files(self) -> dict[str, Path]:
         """Find the files of all fitted policies, by name."""
         folder = self.path / "policies"
-        files = [*folder.glob("*.safetensors"), *folder.glob("*.json")]
+        files = [*folder.glob("[!.]*.safetensors"), *folder.glob("[!.]*.json")]
         return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
     def save_policy(
@@ -188,15 +198,19 @@ class RunDirectory:
         certificate: impatient.policies.Certificate | None = None,
     ) -> Path:
         """Write a policy and its certificate, replacing any of this name."""
+        about = self.certificate_file(name)
         plain = self.path / "policies" / f"{name}.json"
         learned = self.path / "policies" / f"{name}.safetensors"
         file, other = (learned, plain) if holds_tensors(policy) else (plain, learned)
-        # first: it must never stand beside a policy it is not about
-        self.certificate_file(name).unlink(missing_ok=True)
-        policy.save(file)
-        other.unlink(missing_ok=True)
-        if certificate is not None:
-            certificate.save(self.certificate_file(name))
+        with contextlib.ExitStack() as both:
+            if certificate is not None:
+                certificate.save(both.enter_context(written_whole(about)))
+            with written_whole(file) as new:
+                policy.save(new)
+                # All is written. The old certificate goes before its policy does: it must never
+                # stand beside a policy that it is not about.
+                remove(about)
+            remove(other)
         return file
 
     def policy(self, name: str) -> impatient.Policy:
@@ -232,18 +246,18 @@ class RunDirectory:
 class ExitFreeDirectory(RunDirectory):
     """A run directory as the backbone that was trained without exits sees it."""
 
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path, "exit_free")
+    def __init__(self, path: str | Path, *, trust: Sequence[str] = ()) -> None:
+        super().__init__(path, "exit_free", trust=trust)
         self.weights_file = self.here / "weights.safetensors"
 
     @property
     def is_trained(self) -> bool:
         """Whether there is such a backbone."""
-        return self.weights_file.is_file()
+        return is_file(self.weights_file)
 
     def network(self) -> tuple[Any, str]:
         """Load the backbone in eval mode, and fingerprint its weights."""
-        return load_weights(self.spec().build_exit_free(), self.weights_file, self.path)
+        return load_weights(self.spec().build_exit_free(self.trust), self.weights_file, self.path)
 
 
 class EngineDirectory(RunDirectory):
@@ -253,10 +267,11 @@ class EngineDirectory(RunDirectory):
         path: The run directory.
         name: The engine, with the precision behind a hyphen if it is not fp32: a folder in
             `engines`, or "compile", which needs none.
+        trust: As of a run directory; "aoti" for that engine's programs.
     """
 
-    def __init__(self, path: str | Path, name: str) -> None:
-        super().__init__(path, f"engines/{name}")
+    def __init__(self, path: str | Path, name: str, *, trust: Sequence[str] = ()) -> None:
+        super().__init__(path, f"engines/{plain_name(name, 'engine')}", trust=trust)
         self.engine_name = name
         self.arguments = f" --engine {name}"
         engine, precision = impatient.engines.network.engine_and_precision(name)
@@ -281,12 +296,17 @@ class EngineDirectory(RunDirectory):
             example = self.spec().example()
             made = impatient.to_engine(network, "compile", example=example, threads=threads)
             return made, weights
-        if not bundle_file(self.here).is_file():
+        if not is_file(bundle_file(self.here)):
             there = sorted(file.parent.name for file in self.path.glob("engines/*/bundle.json"))
             raise StorageError(
                 f"{self.path} has no engine {self.engine_name!r} (there: "
                 f"{', '.join(there) or 'none yet'}; eager and compile need no export). To make "
                 f"one, {self.remedy}; it knows {', '.join(WRITTEN)}."
+            )
+        if self.engine_name == "aoti" and "aoti" not in self.trust:
+            raise ModelSpecError(
+                "files of the engine aoti are compiled programs, which could do anything. If you "
+                "made them, or trust whoever did, say --trust aoti."
             )
         engine = impatient.load_engine(self.here, threads=threads)
         if engine.facts.weights != self.weights_fingerprint():

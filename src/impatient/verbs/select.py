@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import NoEffectWarning, StaleInput
+from impatient.files import is_file
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import Learner, target_name, targets_of
@@ -37,10 +37,13 @@ from impatient.verbs.options import (
     Share,
     Text,
     Threads,
+    Trust,
+    alone,
     use_threads,
 )
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
+from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
 
 Method = Literal["filter_tree", "regression"]
@@ -84,6 +87,7 @@ class SelectOptions:
     threads: Threads = 0
     force: Force = False
     quiet: Quiet = False
+    trust: Trust = ()
 
     @property
     def policy_name(self) -> str:
@@ -96,6 +100,7 @@ class SelectOptions:
         return "cascade of " + " -> ".join(self.members)
 
 
+@alone(make=True)
 def select(options: SelectOptions) -> impatient.Evaluation:
     """Make a cascade, learn which network a sample needs, and judge it.
 
@@ -106,8 +111,12 @@ def select(options: SelectOptions) -> impatient.Evaluation:
     from impatient.policies.selection import decision_time_s
 
     use_threads(options.threads)
-    run = RunDirectory(options.directory)
-    if options.force or not run.spec_file.is_file():
+    # The members' specs stand on the command line, so they are the user's own.
+    named = (member.rpartition("@")[0] or member for member in options.members)
+    trust = (*options.trust, *(":".join(name.split(":")[:2]) for name in named if ":" in name))
+    run = RunDirectory(options.directory, trust=trust)
+    run.certificate_file(options.policy_name)
+    if options.force or not is_file(run.spec_file):
         _begin_cascade(run, options)
     spec = run.spec()
     wanted = (True, options.cascade_name, options.data, options.seed, options.validation)
@@ -117,9 +126,9 @@ def select(options: SelectOptions) -> impatient.Evaluation:
             f"{options.data}; use another directory, or --force to throw it away."
         )
     quiet = options.quiet
-    profile(ProfileOptions(directory=run.path, repeats=options.repeats, quiet=quiet))
+    profile(ProfileOptions(directory=run.path, repeats=options.repeats, quiet=quiet, trust=trust))
     costs = run.profile()
-    record(RecordOptions(directory=run.path, quiet=quiet))
+    record(RecordOptions(directory=run.path, quiet=quiet, trust=trust))
     recording = run.recording("validation")
     topology = getattr(impatient.policies.Topology, options.topology)(spec.after)
     problem = (recording, impatient.policies.node_times_s(costs), topology)
@@ -134,7 +143,7 @@ def select(options: SelectOptions) -> impatient.Evaluation:
         )
     file = run.save_policy(options.policy_name, policy)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
-    return evaluate(EvaluateOptions(directory=run.path))
+    return evaluate(EvaluateOptions(directory=run.path, trust=trust))
 
 
 def shown(options: SelectOptions, evaluation: impatient.Evaluation) -> Iterator[Table | str]:
@@ -164,10 +173,6 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
     if len(set(names)) < len(names):
         names = [f"{index} {model}" for index, model in enumerate(models)]
     cascade = impatient.networks.Cascade(networks, names)
-    if run.spec_file.is_file():
-        # not before all members are there
-        shutil.rmtree(run.path)
-    save_weights(cascade, run.weights_file)
     spec = dataclasses.replace(
         specs[-1],
         model=options.cascade_name,
@@ -177,14 +182,17 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
         ensembling="",
         provenance=specs[-1].provenance_of(cascade),
     )
-    # last: a directory without it is none
-    spec.save(run.spec_file)
+    with replaced(run.path) as place:
+        new = RunDirectory(place)
+        save_weights(cascade, new.weights_file)
+        spec.save(new.spec_file)
+    discard_old(run.path)
 
 
 def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:
     """Load one network of a cascade, without exits, and describe it."""
-    part = RunDirectory(member)
-    if part.spec_file.is_file():
+    part = RunDirectory(member, trust=options.trust)
+    if is_file(part.spec_file):
         spec = part.spec()
         if spec.cascade or spec.data_fingerprint != data.fingerprint:
             raise StaleInput(

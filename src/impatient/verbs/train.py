@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from tyro.conf import arg
 
 import impatient
 from impatient.errors import ModelSpecError, RunError, StaleInput
-from impatient.files import read_json, write_json
+from impatient.files import is_file, read_json, write_json
 from impatient.recipe import Recipe
 from impatient.verbs.network_spec import (
     DEFAULT_EXITS,
@@ -32,8 +33,10 @@ from impatient.verbs.options import (
     Quiet,
     Share,
     Text,
+    alone,
     one_of,
 )
+from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -79,7 +82,8 @@ class TrainOptions:
         devices: Number of processes, one per device.
         strategy: Strategy as in Lightning Fabric: auto, ddp, ...
         precision: Precision as in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...
-        restart: Throw an earlier run in DIR away.
+        restart: Replace an earlier run in DIR. It stays in DIR/replaced until the new one is
+            trained. Files that are not of a run are left alone.
     """
 
     directory: Directory
@@ -107,21 +111,29 @@ class TrainOptions:
         return self.after[0] if len(self.after) == 1 and ":" in self.after[0] else None
 
 
+@alone(make=True)
 def train(options: TrainOptions) -> None:
     """Train a network with exits, and beside it the same backbone without exits."""
-    run = RunDirectory(options.directory)
-    if options.restart and run.spec_file.is_file():
-        shutil.rmtree(run.path)
+    # the user has named the model, and _spec has compared it
+    trust = (options.model, ":".join(options.model.split(":")[:2]))
+    run = RunDirectory(options.directory, trust=trust)
     recipe = options.recipe
     data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
-    spec = _spec(run, options, data)
-    network = spec.build()
-    # _spec has refused to train one
-    assert not isinstance(network, impatient.networks.EANN | impatient.networks.Cascade)
-    log.info(network.describe(spec.example()))
-    weights = _exit_weights(run, options, network)
-    # starts the other processes, if any; they come through all of this too
-    fabric = _fabric(options)
+    # other processes of this training come through all of this, too, after the first one
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_new = not is_file(run.spec_file) or (options.restart and first)
+    # whatever is wrong is found before the old run is touched
+    with replaced(run.path) if is_new else contextlib.nullcontext(run.path) as place:
+        begun = RunDirectory(place, trust=trust)
+        spec = _spec(begun, options, data)
+        network = spec.build(trust)
+        # _spec has refused to train one
+        assert not isinstance(network, impatient.networks.EANN | impatient.networks.Cascade)
+        log.info(network.describe(spec.example()))
+        weights = _exit_weights(begun, options, network)
+        fabric = _fabric(options)
+    # starts the other processes, if any
+    fabric.launch()
 
     def fit(part: RunDirectory, network: Any, **how: Any) -> None:
         impatient.fit(
@@ -140,13 +152,15 @@ def train(options: TrainOptions) -> None:
     if options.exit_free:
         log.info("the same backbone without exits, for comparison:")
         joint = dataclasses.replace(recipe, regime="joint")
-        fit(run.exit_free, spec.build_exit_free(), recipe=joint)
+        fit(run.exit_free, spec.build_exit_free(trust), recipe=joint)
+    if fabric.is_global_zero:
+        discard_old(run.path)
     log.info("trained: %s", run.weights_file)
 
 
 def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     """Describe a new network, or give the run's description, which must agree."""
-    if not run.spec_file.is_file():
+    if not is_file(run.spec_file):
         spec = _new_spec(options, data)
         spec.save(run.spec_file)
         return spec
@@ -167,12 +181,20 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
         "ensembling": options.ensembling or "",
     }
     begun = {name: getattr(spec, name) for name in wanted}
+    # before its model is built: the file may name another one than the user
+    _compare(run, begun, wanted)
     if options.after:
         begun["after"] = spec.after
         wanted["after"] = _placed(spec, options.rule) if options.rule else options.after
     else:
         begun["exits"] = len(spec.after) + 1
         wanted["exits"] = options.exits or (begun["exits"] if own else DEFAULT_EXITS)
+    _compare(run, begun, wanted)
+    run.check_data(data)
+    return spec
+
+
+def _compare(run: RunDirectory, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if begun[name] != value:
             raise StaleInput(
@@ -180,8 +202,6 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
                 f"{_written(value)}. Say the old value, use another directory, or --restart to "
                 "throw the old run away."
             )
-    run.check_data(data)
-    return spec
 
 
 def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
@@ -235,21 +255,19 @@ def _written(value: Any) -> str:
 def _fabric(options: TrainOptions) -> Any:
     from lightning_fabric import Fabric
 
-    fabric = Fabric(
+    return Fabric(
         accelerator=options.accelerator,
         devices=options.devices,
         strategy=options.strategy,
         precision=options.precision,
     )
-    fabric.launch()
-    return fabric
 
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
     """Give the exit weights, from a name or a budget, and keep them."""
     wanted = options.weights or network.default_weights
     file = run.path / "training.json"
-    if file.is_file():
+    if is_file(file):
         begun = read_json(file)
         if (begun["weights"], begun["mode"]) == (wanted, options.mode):
             return tuple(begun["numbers"]) if begun["numbers"] else wanted
@@ -287,7 +305,7 @@ def _weights_in_numbers(
 
 
 def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatient.CostProfile:
-    known = impatient.CostProfile.load(run.profile_file) if run.profile_file.is_file() else None
+    known = impatient.CostProfile.load(run.profile_file) if is_file(run.profile_file) else None
     # joules need a meter, which only a caller from Python can bring
     if known is not None and (known.holds(cost) or cost == "energy"):
         return known
