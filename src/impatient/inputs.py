@@ -58,7 +58,13 @@ def _entries(value: Any) -> Iterable[Any]:
 
 def batch_size_of(x: Any) -> int:
     """Return the number of samples in an input of any accepted kind."""
-    return int(first_tensor(x).shape[0])
+    tensor = first_tensor(x)
+    if not tensor.numel() and (not tensor.dim() or not tensor.shape[0]):
+        raise NetworkError(
+            f"an input of shape {tuple(tensor.shape)} has no samples; expected at least one in the "
+            "first dimension. Do not run empty batches."
+        )
+    return int(tensor.shape[0])
 
 
 # Which part of what a model returns is the answer: a key or attribute, a place, or a function.

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from impatient.anytime import Network, check_network
-from impatient.errors import RecordingError
+from impatient.errors import ONE_COLUMN, ClassCountMismatch, RecordingError
 from impatient.evaluation.metrics import check_labels
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
@@ -93,6 +93,11 @@ def record(
         RecordingError: if an exit gives NaN or infinite outputs, or is not reached by every input.
     """
     check_network(network)
+    if network.num_classes == 1:
+        raise ClassCountMismatch(
+            "the network has one output column; expected the logits of two or more classes. "
+            f"{ONE_COLUMN}"
+        )
     network.eval()
     outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
     kept: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
@@ -108,6 +113,13 @@ def record(
                 if features:
                     kept[exit.index].append(network.pooled(exit).float().cpu())
         labels.append(targets)
+        classes = outputs[0][-1].shape[1] if outputs[0] else None
+        if classes is not None and len(targets) and int(targets.max()) >= classes:
+            raise ClassCountMismatch(
+                f"the network has {classes} outputs, but {split} has the label "
+                f"{int(targets.max())}; expected labels from 0 to {classes - 1}. Record a network "
+                "with an output for every class."
+            )
     answered = [sum(map(len, parts)) for parts in outputs]
     if len(set(answered)) > 1:
         raise RecordingError(

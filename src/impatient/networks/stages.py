@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
+from types import FrameType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import greenlet
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _is_any_autocast_enabled
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
@@ -66,6 +68,7 @@ Head = Callable[[Tensor], Tensor]
 T = TypeVar("T")
 
 
+_REENTRANT = CheckpointFunction.forward.__code__
 _AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
 
 
@@ -144,6 +147,12 @@ class Ambient:
     def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call any function in these modes, and restore also what it changes itself."""
         outside = _Autocast.now()
+        if self._grad and not is_grad_enabled() and _in_reentrant_checkpoint():
+            raise NetworkError(
+                "a cut lies inside torch.utils.checkpoint with use_reentrant=True, which runs the "
+                "block without gradients, so that an early exit would not train it; expected "
+                "use_reentrant=False."
+            )
         # The guard remembers the thread's whole autograd state and restores exactly that, in
         # whatever order guards are left.
         with torch.inference_mode(self._inference):
@@ -154,6 +163,27 @@ class Ambient:
             finally:
                 # Before the guard, which also switches autocast back, but not its type and cache.
                 outside.restore()
+
+
+def _visited(ambient: Ambient, visit: Callable[[Tensor], T], features: Tensor) -> T:
+    """Call a head in these modes, and keep what it saves for its gradients.
+
+    A checkpoint around the cut would count it, and would not find it when it runs the block again.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return ambient.call(visit, features)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        return ambient.call(visit, features)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Tell whether a reentrant checkpoint is under way on this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _trainable(features: Tensor) -> Tensor:
@@ -335,7 +365,11 @@ def tapped(
     ambient = Ambient.now()
     current = greenlet.getcurrent()
     _taps.stack.append(
-        (cuts, {}, lambda index, features: ambient.call(functools.partial(visit, index), features))
+        (
+            cuts,
+            {},
+            lambda index, features: _visited(ambient, functools.partial(visit, index), features),
+        )
     )
     try:
         if not isinstance(current, _Forward):

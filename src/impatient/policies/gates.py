@@ -122,6 +122,10 @@ class GatePolicy(Policy):
         return exit == len(self.gates) or self.gates[exit] is not None
 
     @property
+    def reads_classes(self) -> bool:
+        return self.inputs != "features"
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether gates look at outputs.
 

@@ -135,6 +135,11 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return True
 
     @property
+    def reads_classes(self) -> bool:
+        """Whether it takes outputs for the logits of two or more classes."""
+        return False
+
+    @property
     def needs_features(self) -> bool:
         """Whether it looks at pooled features."""
         return False

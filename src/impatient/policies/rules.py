@@ -64,6 +64,10 @@ class ThresholdPolicy(Policy):
     def num_exits(self) -> int:
         return len(self.thresholds)
 
+    @property
+    def reads_classes(self) -> bool:
+        return True
+
     def looks_at(self, exit: int) -> bool:
         """Whether the exit is open.
 

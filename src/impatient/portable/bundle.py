@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import platform
 import threading
 import time
@@ -77,6 +78,7 @@ class Bundle:
         }
         self._predictors: dict[tuple[int, str], TimePredictor] = {}
         self._worker = ThreadPoolExecutor(1, "impatient")
+        self._process = os.getpid()
         self.costs, self._measured_on = self._read_costs()
 
     @property
@@ -173,6 +175,10 @@ class Bundle:
             deadline_s: seconds from now to the deadline; None runs until the policy stops.
             policy: whether to stop early where the exported policy says so.
         """
+        if self._process != os.getpid():
+            # A forked process does not have the thread.
+            self._process = os.getpid()
+            self._worker = ThreadPoolExecutor(1, "impatient")
         run, progress = self._begin(x, self._clock(), deadline_s)
         begun = InterruptibleRun(run, progress, self.policy if policy else None)
         self._worker.submit(begun.work)
@@ -337,6 +343,7 @@ class InterruptibleRun:
         self._run = run
         self._progress = progress
         self._rule = rule
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._latest: Answer[Array] | None = None
         # The answer that was returned. It never changes afterwards.
@@ -354,6 +361,7 @@ class InterruptibleRun:
 
         Whichever comes first counts. The answer is the one that `interrupt` would return.
         """
+        self._check_process()
         left_s = self._progress.left_s()
         with self._changed:
             self._changed.wait_for(
@@ -368,8 +376,16 @@ class InterruptibleRun:
         The stage in flight is ended early. Before the first exit, this call waits for it. A second
         call returns the same answer. An error of the run is raised here.
         """
+        self._check_process()
         with self._changed:
             return self._stop("interrupt")
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise BundleError(
+                "this run was started in another process, whose thread computes it; expected a "
+                "run of this process. Start a new one after the fork."
+            )
 
     def _stop(self, reason: StoppedBy) -> Answer[Array]:
         self._changed.wait_for(lambda: self._latest or self._finished)

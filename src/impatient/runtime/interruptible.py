@@ -6,6 +6,7 @@ The worker posts the answer of every exit. The caller takes the latest one.
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import weakref
@@ -42,6 +43,7 @@ class BackgroundRun:
         self._deadline = deadline
         self._when_late = when_late
         self._begin = clock.now()
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._latest: Answer | None = None
         # The answer that was returned. It never changes afterwards.
@@ -72,6 +74,7 @@ class BackgroundRun:
                 when_late="raise".
             RunError: if the run was closed before its first exit.
         """
+        self._check_process()
         with self._changed:
             while (
                 not (self._answer or self._finished or self._abandoned)
@@ -91,11 +94,22 @@ class BackgroundRun:
                 when_late="raise".
             RunError: if the run was closed before its first exit.
         """
+        self._check_process()
         with self._changed:
             return self._stop()
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise RunError(
+                "this run was started in another process, whose thread computes it; expected a "
+                "run of this process. Start a new one after the fork."
+            )
+
     def close(self) -> None:
         """Abandon what is still being computed. Closing twice is allowed."""
+        if self._process != os.getpid():
+            # Nothing is computed here, and the lock may have been held when the process forked.
+            return
         with self._changed:
             self._abandon()
 
@@ -203,6 +217,7 @@ class InterruptibleRun(BackgroundRun):
             RunError: if the run was not started with resumable=True, has not been stopped, or was
                 closed.
         """
+        self._check_process()
         check_deadline(deadline)
         with self._changed:
             self._check_refinable()
@@ -227,6 +242,8 @@ class InterruptibleRun(BackgroundRun):
 
     def close(self) -> None:
         """Abandon what is still being computed, so that `refine` is not possible either."""
+        if self._process != os.getpid():
+            return
         with self._changed:
             if self._finished and self._resumable and not self._closed and self._jobs is not None:
                 self._jobs.put(self._state.close)
@@ -343,6 +360,11 @@ class Worker:
     """
 
     def __init__(self) -> None:
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Forget all threads and runs: a forked process has neither."""
+        self._process = os.getpid()
         self._lock = threading.Lock()
         # None while there is no thread to take jobs.
         self._jobs: queue.SimpleQueue[Any] | None = None
@@ -361,6 +383,8 @@ class Worker:
             job: function to call on the thread.
             state: state that the job may leave unfinished; it is closed on the same thread.
         """
+        if self._process != os.getpid():
+            self._begin_anew()
         with self._lock:
             if not self._threads:
                 atexit.register(self.end)
@@ -382,6 +406,8 @@ class Worker:
                 weakref.finalize(run, self._jobs.put, state.close).atexit = False
 
     def stop(self) -> None:
+        if self._process != os.getpid():
+            self._begin_anew()
         with self._lock:
             jobs = self._jobs
             self._jobs = None

@@ -15,12 +15,15 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from impatient import checks
 from impatient.anytime import Network, check_network
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
-from impatient.errors import CostError, NoAnswerInTime, PolicyError, RunError
+from impatient.errors import ONE_COLUMN, CostError, NoAnswerInTime, PolicyError, RunError
 from impatient.inputs import batch_size_of, resized
 from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy, check_policy
@@ -229,6 +232,11 @@ class Runner:
                 f"the policy is for {policy.num_exits} exits, the network has {network.num_exits}; "
                 "fit it again."
             )
+        if policy.reads_classes and network.num_classes == 1:
+            raise PolicyError(
+                f"a {type(policy).__name__} cannot stop a network with one output column. "
+                f"{ONE_COLUMN}"
+            )
         if policy.routes and not isinstance(network, Cascade):
             raise PolicyError(
                 f"a policy that chooses among networks cannot run a {type(network).__name__}; "
@@ -236,6 +244,11 @@ class Runner:
             )
 
     def _new_state(self, x: Any) -> RunState:
+        if self.network.training and any(map(_differs_in_training, self.network.modules())):
+            raise RunError(
+                "the network is in training mode, in which its answers are random or change its "
+                "batch-norm statistics; expected eval mode. Call network.eval() first."
+            )
         policy = self.drawn(self.policy, batch_size_of(x))
         return RunState(self.network, x, policy, self._compaction)
 
@@ -269,6 +282,10 @@ class Runner:
                 f"{needed_s * 1e3:.3f} ms. Allow more time, attach an earlier exit, or use "
                 "when_late='answer'."
             )
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    return isinstance(module, (_NormBase, _DropoutNd))
 
 
 class ContractRun:

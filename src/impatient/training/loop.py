@@ -24,7 +24,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from impatient.anytime import Network, check_network
-from impatient.errors import StaleInput, TrainingDiverged, TrainingError
+from impatient.errors import (
+    ONE_COLUMN,
+    ClassCountMismatch,
+    StaleInput,
+    TrainingDiverged,
+    TrainingError,
+)
 from impatient.files import read_header, write_text
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
@@ -94,6 +100,7 @@ def fit(
         AdaLoss); Kubaty et al. 2025 (mixed regime).
     """
     check_network(network)
+    check_classes(network.num_classes, data.num_classes, data.name)
     recipe = recipe or Recipe()
     checked = checked_weights(
         network.default_weights if weights is None else weights,
@@ -111,6 +118,38 @@ def fit(
         metrics_csv=metrics_csv,
         progress=progress,
     ).run()
+
+
+def check_classes(outputs: int | None, classes: int, data: str) -> None:
+    """Check that a network has an output for every class of some data.
+
+    Raises:
+        ClassCountMismatch: if it has fewer, or a single one.
+    """
+    if outputs == 1:
+        raise ClassCountMismatch(
+            f"the network has one output column, {data} has {classes} classes; expected an output "
+            f"for every class. {ONE_COLUMN}"
+        )
+    if outputs is not None and outputs < classes:
+        raise ClassCountMismatch(
+            f"the network has {outputs} outputs, {data} has {classes} classes; expected an output "
+            f"for every class. Build the network with num_classes={classes}."
+        )
+
+
+def frozen_modules(network: nn.Module) -> list[nn.Module]:
+    """Return the modules that the user has frozen: in eval mode, no parameter to be trained.
+
+    They stay in eval mode in training, so that their batch-norm statistics stay, too.
+    """
+    return [
+        module
+        for module in network.modules()
+        if not module.training
+        and any(True for _ in module.parameters())
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
 
 
 def checked_weights(
@@ -210,6 +249,7 @@ class _Training:
         if self.recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer_state = self._resume()
+        self.frozen = frozen_modules(self.network)
         self.trainable = [
             parameter for parameter in self.network.parameters() if parameter.requires_grad
         ]
@@ -279,6 +319,8 @@ class _Training:
 
     def _run_epoch(self, phase: Phase, epoch: int) -> None:
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         if phase.name == "heads":
             # A frozen backbone keeps its batch-norm statistics.
             self.network.eval()
