@@ -95,7 +95,7 @@ class Three:
 
 
 def test_fewer_outputs_than_classes_are_refused_when_recording() -> None:
-    with pytest.raises(ClassCountMismatch, match="has 2 outputs, but test has the label 2"):
+    with pytest.raises(ClassCountMismatch, match="test has the label 2 for 2 outputs"):
         impatient.record(toy(2), Three(), split="test")
     with pytest.warns(LogitsWarning):
         single = toy(1)

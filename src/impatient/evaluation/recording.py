@@ -116,9 +116,9 @@ def record(
         classes = outputs[0][-1].shape[1] if outputs[0] else None
         if classes is not None and len(targets) and int(targets.max()) >= classes:
             raise ClassCountMismatch(
-                f"the network has {classes} outputs, but {split} has the label "
-                f"{int(targets.max())}; expected labels from 0 to {classes - 1}. Record a network "
-                "with an output for every class."
+                f"{split} has the label {int(targets.max())} for {classes} outputs of the "
+                f"network; expected labels from 0 to {classes - 1}. Record a network with an "
+                "output for every class."
             )
     answered = [sum(map(len, parts)) for parts in outputs]
     if len(set(answered)) > 1:
