@@ -5,7 +5,9 @@ command line.
 import contextlib
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -983,3 +985,24 @@ def test_what_the_command_line_cannot_do_it_says(
             _load(str(export() / name))
     with pytest.raises(SystemExit), contextlib.redirect_stdout(None):
         main(Path(), ["--help"])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_forked_process_starts_runs_of_its_own_and_refuses_its_parents(export: Export):
+    bundle = Bundle(export())
+    parents = bundle.start(X)
+    wanted = parents.result().output
+    child = os.fork()
+    if child == 0:
+        # an alarm ends what hangs
+        signal.alarm(20)
+        code = 2
+        try:
+            right = np.array_equal(bundle.start(X).result().output, wanted)
+            with pytest.raises(BundleError, match="another process"):
+                parents.result()
+            code = 0 if right else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(bundle.start(X).result().output, wanted)
