@@ -569,7 +569,9 @@ def test_images_of_many_sizes_become_224(tmp_path):
 def test_grey_transparent_and_palette_images_become_rgb(tmp_path):
     folder_of(tmp_path, {"train": 4, "test": 2})
     for mode in ("L", "RGBA", "LA"):
-        paint(tmp_path / "train" / "cat" / f"{mode}.png", 40, mode=mode)
+        paint(tmp_path / "train" / "cat" / f"{mode}.png", 40)
+        with Image.open(tmp_path / "train" / "cat" / f"{mode}.png") as image:
+            image.convert(mode).save(tmp_path / "train" / "cat" / f"{mode}.png")
     paint(tmp_path / "train" / "dog" / "palette.gif", 0, mode="P")
     paint(tmp_path / "train" / "dog" / "deep" / "inside.bmp", 200)
     data = load_data(f"imagefolder:{tmp_path}")
@@ -799,6 +801,23 @@ def test_a_damaged_picture_in_a_table_is_refused(hub, tmp_path):
     data = load_data(on_disk(hub, tmp_path, train=table(hub, 20), test=broken))
     with pytest.raises(DataError, match="picture 19 is damaged"):
         list(data.batches("test"))
+
+
+@pytest.mark.parametrize(("place", "size"), [(3, ""), (15, ":size=8"), (60, "")])
+def test_a_row_without_a_picture_is_refused_with_its_number(hub, tmp_path, place, size):
+    whole = (folder_of(tmp_path, {"train": 1}) / "train" / "cat" / "0.png").read_bytes()
+    pictures: list[Any] = [{"bytes": whole, "path": None}] * 70
+    pictures[place] = None
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=["cat", "dog"])})
+    rows = hub.Dataset.from_dict({"image": pictures, "label": [0, 1] * 35}, features=features)
+
+    def read_all() -> None:
+        data = load_data(on_disk(hub, tmp_path, train=rows, test=table(hub, 4)) + size)
+        list(data.batches("train"))
+        list(data.batches("validation"))
+
+    with pytest.raises(DataError, match=f"row {place} has no picture"):
+        read_all()
 
 
 def test_a_name_that_cannot_be_loaded_is_refused(hub, tmp_path):

@@ -14,17 +14,23 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from impatient import checks
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
+from impatient.training.pictures import (
+    class_files,
+    image_tensor,
+    read_image,
+    shown_size,
+    size_of,
+    split_folders,
+)
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Indices = Sequence[int] | Tensor | np.ndarray
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -465,7 +471,7 @@ def _imagefolder(rest: str) -> _Raw:
         raise DataError(
             f"no folder {root}; expected one with train/CLASS/*.png and test/CLASS/*.png."
         )
-    files = {split: _class_files(folder) for split, folder in _split_folders(root).items()}
+    files = {split: class_files(folder) for split, folder in split_folders(root).items()}
     classes = sorted({label for found in files.values() for _, label in found})
     if not classes:
         raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
@@ -485,70 +491,14 @@ def _imagefolder(rest: str) -> _Raw:
         for split, found in files.items()
     }
     some = files["train"][:: max(1, len(files["train"]) // 50)]
-    shown = size or _common_size(_size_of(path) for path, _ in some)
+    shown = size or _common_size(size_of(path) for path, _ in some)
     return _lazy(rows, classes, lambda path: read_image(path, shown, 3), shown)
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    for test in ("test", "val", "validation"):
-        if (root / "train").is_dir() and (root / test).is_dir():
-            return {"train": root / "train", "test": root / test}
-    return {"train": root / "train" if (root / "train").is_dir() else root}
-
-
-def _class_files(folder: Path) -> list[tuple[Path, str]]:
-    return [
-        (path, label.name)
-        for label in sorted(folder.iterdir())
-        if label.is_dir()
-        for path in sorted(label.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    with _opened(path) as image:
-        return image.height, image.width
 
 
 def _common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Return the size that all images have, or 224 x 224."""
     found = set(sizes)
     return found.pop() if len(found) == 1 else (224, 224)
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as an image: {error}.") from error
-
-
-def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
-    """Decode, crop and resize an image file to uint8 [C, H, W].
-
-    Raises:
-        DataError: if the file is missing, not an image or damaged.
-    """
-    with _opened(path) as image:
-        try:
-            return image_tensor(image, size, channels)
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{path} is damaged: {error}.") from error
-
-
-def image_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
-    """Convert a picture to uint8 [C, H, W].
-
-    The largest centred part with the proportions of `size` is cut out and resized.
-    """
-    from PIL import ImageOps
-
-    picture = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
-    if (picture.height, picture.width) != size:
-        picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(picture))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _path_and_size(rest: str) -> tuple[str, tuple[int, int] | None]:
@@ -630,27 +580,40 @@ def _hugging_face(rest: str) -> _Raw:
         for split, table in (("train", train), ("test", test))
     }
     numbers = [number for split in rows.values() for _, _, number in split]
-    odd = [number for number in numbers if not isinstance(number, int)]
+    odd = [place for place, number in enumerate(numbers) if not isinstance(number, int)]
     if odd:
+        row = odd[0] if odd[0] < len(train) else odd[0] - len(train)
         raise DataError(
-            f"{name}: labels must be integers, but {odd[0]!r} is among them; make the column a "
-            "ClassLabel."
+            f"{name}: labels must be integers, but {numbers[odd[0]]!r} is among them, in row {row} "
+            f"of {'train' if odd[0] < len(train) else 'test'}; make the column a ClassLabel."
         )
 
     def read(source: tuple[Any, int]) -> Tensor:
         table, place = source
-        try:
-            picture = table[place][image]
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"picture {place} is damaged: {error}.") from error
-        return image_tensor(picture, shown, 3)
+        return image_tensor(_picture(table, place, image), shown, 3, f"picture {place}")
 
     feature = train.features[label]
     named = isinstance(feature, datasets.ClassLabel)
     classes = feature.names if named else map(str, range(max(train[label]) + 1))
-    some = train[: min(50, len(train))][image]
-    shown = size or _common_size((picture.height, picture.width) for picture in some)
+    some = range(min(50, len(train)))
+    shown = size or _common_size(shown_size(_picture(train, place, image)) for place in some)
     return _lazy(rows, list(classes), read, shown)
+
+
+def _picture(table: Any, place: int, column: str) -> Any:
+    """Decode the picture of one row.
+
+    Raises:
+        DataError: if there is none, or it is damaged.
+    """
+    try:
+        picture = table[place][column]
+    except Exception as error:
+        # Pillow's errors, and those of datasets for files that are gone.
+        raise DataError(f"picture {place} is damaged: {error}.") from error
+    if picture is None:
+        raise DataError(f"row {place} has no picture; remove the row.")
+    return picture
 
 
 def _columns(table: Any, datasets: Any, name: str) -> tuple[str, str]:

@@ -1,0 +1,185 @@
+"""Read pictures as a viewer shows them, and find them in folders as people have them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from impatient.errors import DataError
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif"),
+    *(".ppm", ".pgm", ".tif", ".tiff"),
+)
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
+# The EXIF tag of how a picture is turned; from 5 on, height and width change places.
+_ORIENTATION = 0x0112
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+    """Decode, crop and resize an image file to uint8 [C, H, W].
+
+    Raises:
+        DataError: if the file is missing, not an image, too large or damaged.
+    """
+    with _opened(path) as image:
+        return image_tensor(image, size, channels, str(path))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return the height and width of an image file as a viewer shows it."""
+    with _opened(path) as image:
+        return shown_size(image)
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width of a picture as a viewer shows it."""
+    turned = _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        # Damaged EXIF data; a viewer shows the picture as it is stored.
+        return 1
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except Exception as error:
+        # OSError, and Pillow's own for pictures that are too large.
+        raise DataError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def image_tensor(image: Image.Image, size: tuple[int, int], channels: int, name: str) -> Tensor:
+    """Convert a picture to uint8 [C, H, W].
+
+    It is turned as its EXIF data say, 16 bits become 8, and what is transparent becomes white. The
+    largest centred part with the proportions of `size` is cut out and resized.
+
+    Args:
+        image: the picture.
+        size: height and width.
+        channels: 1, 3 or 4.
+        name: name of the picture in errors.
+    Raises:
+        DataError: if the picture is damaged, or of a kind that has no brightness from 0 to 1.
+    """
+    try:
+        picture = _plain(image, channels, name)
+        if (picture.height, picture.width) != size:
+            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
+    except DataError:
+        raise
+    except Exception as error:
+        # Pillow raises OSError, SyntaxError, ValueError, struct.error and others.
+        raise DataError(f"{name} is damaged: {error}.") from error
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _plain(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """Convert a picture to 8 bits, upright and without transparency."""
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise DataError(
+            f"{name} holds floating-point numbers, whose range is unknown; save it with 8 or 16 "
+            "bits, or put the numbers into an npz file."
+        )
+    if image.mode.startswith("I"):
+        numbers = np.asarray(image).astype(np.int64)
+        if numbers.min() < 0 or numbers.max() > 65535:
+            raise DataError(
+                f"{name} holds numbers from {numbers.min()} to {numbers.max()}; expected 16 bits, "
+                "0 to 65535."
+            )
+        image = Image.fromarray(np.round(numbers / 257.0).astype(np.uint8))
+    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        seen = image.convert("RGBA")
+        if np.asarray(seen)[..., 3].min() < 255:
+            white = Image.new("RGBA", seen.size, "white")
+            image = Image.alpha_composite(white, seen)
+    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Find the folders of the splits by their usual names, in any case.
+
+    Without a folder for training, the whole folder is for training.
+
+    Raises:
+        DataError: if two folders could be the same split.
+    """
+    found = {name: _named(root, name) for name in (*TRAIN_FOLDERS, *TEST_FOLDERS)}
+    train = [folder for name in TRAIN_FOLDERS for folder in found[name]]
+    tests = [folder for name in TEST_FOLDERS for folder in found[name]]
+    for folders in (train, *found.values()):
+        if len(folders) > 1:
+            raise DataError(
+                f"{root} has the folders {' and '.join(folder.name for folder in folders)}; "
+                "expected one of them. Rename or join them."
+            )
+    if not train:
+        return {"train": root}
+    if len(tests) > 1:
+        others = ", ".join(folder.name for folder in tests[1:])
+        log.warning("%s: %s is the test split; left out: %s", root, tests[0].name, others)
+    return {"train": train[0], **({"test": tests[0]} if tests else {})}
+
+
+def _named(root: Path, name: str) -> list[Path]:
+    return [folder for folder in _visible(root) if folder.name.lower() == name and folder.is_dir()]
+
+
+def class_files(folder: Path) -> list[tuple[Path, str]]:
+    """List the image files of a split with their classes, which are the names of folders.
+
+    What is hidden is passed over; other files are counted and said.
+    """
+    found: list[tuple[Path, str]] = []
+    others: Counter[str] = Counter()
+    for label in _visible(folder):
+        for path in _below(label, ()) if label.is_dir() else [label]:
+            if label.is_dir() and path.suffix.lower() in IMAGE_SUFFIXES:
+                found.append((path, label.name))
+            else:
+                others[path.suffix.lower() or "without suffix"] += 1
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        log.warning("%s: files that are no pictures of a class are left out: %s", folder, counts)
+    return found
+
+
+def _below(folder: Path, above: Sequence[Path]) -> list[Path]:
+    """List all files in a folder, linked ones too, but no folder that contains itself."""
+    here = folder.resolve()
+    if here in above:
+        return []
+    files: list[Path] = []
+    for path in _visible(folder):
+        files += _below(path, (*above, here)) if path.is_dir() else [path]
+    return sorted(files)
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror or error}.") from error
+    # The second is what macOS leaves in archives.
+    return [path for path in entries if not path.name.startswith((".", "__MACOSX"))]
