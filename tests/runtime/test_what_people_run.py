@@ -21,6 +21,7 @@ from impatient.errors import (
     RunError,
 )
 from impatient.networks import MultiExitNetwork, attach_exits
+from impatient.policies.mixing import MixedPolicy
 from impatient.policies.rules import ThresholdPolicy
 from impatient.training.loop import frozen_modules
 
@@ -77,6 +78,9 @@ def test_one_column_is_refused_where_it_would_be_a_class() -> None:
     with pytest.raises(PolicyError, match=r"one output column.*two columns"):
         Runner(network, costs_of(network), policy)
     assert Runner(network, costs_of(network)).run(X).exit is not None
+    mixed = MixedPolicy(fast=policy, slow=policy, share=0.5)
+    with pytest.raises(PolicyError, match="one output column"):
+        Runner(network, costs_of(network), mixed)
 
 
 # --- training and recording -----------------------------------------------------------------------

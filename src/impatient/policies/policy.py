@@ -417,6 +417,10 @@ class CombinedPolicy(Policy):
         return any(part.routes for part in self.parts)
 
     @property
+    def reads_classes(self) -> bool:
+        return any(part.reads_classes for part in self.asked)
+
+    @property
     def needs_outputs(self) -> bool:
         """Whether a part that is asked looks at outputs."""
         return any(part.needs_outputs for part in self.asked)
