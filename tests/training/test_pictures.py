@@ -134,3 +134,21 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "linked" / "ant").symlink_to(place / "ant")
     (place / "ant" / "again").symlink_to(place / "ant")
     assert len(class_files(tmp_path / "linked")) == 6
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "complaint"),
+    [
+        (np.zeros((40, 8), np.float32), 10**12, "no plausible class"),
+        (np.zeros((40, 8, 8, 3), np.uint16), 0, "pictures or token ids"),
+        (np.zeros((40, 3, 8, 8), np.int32), 0, "pictures or token ids"),
+    ],
+)
+def test_arrays_that_cannot_be_meant_are_refused(
+    tmp_path: Path, x: np.ndarray, label: int, complaint: str
+) -> None:
+    y = np.arange(40) % 4
+    y[0] = label
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[4:8], y_test=y[4:8])
+    with pytest.raises(DataError, match=complaint):
+        load_data(f"npz:{tmp_path / 'a.npz'}")

@@ -322,3 +322,19 @@ def test_compiled_programs_are_not_loaded_unless_trusted(run_dir: Path) -> None:
 def test_the_tests_run_as_the_first_process() -> None:
     # the lock is the first process's; without this the tests of it would show nothing
     assert os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@pytest.mark.parametrize("what", ["complex", "text", "damaged header"])
+def test_an_array_that_is_no_input_is_refused(
+    call: Call, run_dir: Path, tmp_path: Path, what: str
+) -> None:
+    file = tmp_path / "x.npy"
+    kind = {"complex": "complex64", "text": "U1"}.get(what, "uint8")
+    np.save(file, np.zeros((1, 8, 8), kind))
+    if what == "damaged header":
+        damaged = bytearray(file.read_bytes())
+        damaged[22] = 0
+        file.write_bytes(damaged)
+    code, printed = call("run", run_dir, file)
+    assert code == 1
+    assert "cannot be read as a plain array" in printed

@@ -29,6 +29,7 @@ from impatient.training.pictures import (
 )
 
 Split = Literal["train", "validation", "test"]
+MOST_CLASSES = 1_000_000
 SPLITS: tuple[Split, ...] = get_args(Split)
 Indices = Sequence[int] | Tensor | np.ndarray
 
@@ -430,6 +431,16 @@ def _one_part(inputs: np.ndarray, labels: np.ndarray, where: str) -> ArrayExampl
         raise DataError(
             f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape "
             f"{labels.shape}."
+        )
+    if labels.max() >= MOST_CLASSES:
+        raise DataError(
+            f"{where}: the label {labels.max()} is no plausible class; expected numbers below "
+            f"{MOST_CLASSES:,}. An unsigned -1 looks like this."
+        )
+    if inputs.ndim == 4 and inputs.dtype.kind in "iu" and inputs.dtype != np.uint8:
+        raise DataError(
+            f"{where}: inputs of shape {inputs.shape} are {inputs.dtype}, which could be pictures "
+            "or token ids. Save pictures as uint8, or as floats from 0 to 1; token ids as [N, T]."
         )
     if np.issubdtype(inputs.dtype, np.floating):
         with np.errstate(over="ignore"):

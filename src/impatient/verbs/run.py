@@ -169,6 +169,10 @@ def _read_array(file: Path) -> Tensor:
     import torch
 
     try:
-        return torch.from_numpy(np.load(file, allow_pickle=False))[None]
-    except (ValueError, OSError, EOFError, TypeError) as error:
+        array = np.load(file, allow_pickle=False)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"it holds {array.dtype}; expected numbers.")
+        return torch.from_numpy(array)[None]
+    except Exception as error:
+        # numpy reads the header as Python, and raises what that raises.
         raise DataError(f"{file} cannot be read as a plain array: {error}") from error
