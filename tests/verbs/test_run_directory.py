@@ -338,3 +338,26 @@ def test_an_array_that_is_no_input_is_refused(
     code, printed = call("run", run_dir, file)
     assert code == 1
     assert "cannot be read as a plain array" in printed
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("class_names", ["a", "b"]),
+        ("class_names", [[]] * 10),
+        ("mean", []),
+        ("mean", [float("nan")]),
+        ("std", [0.0]),
+        ("std", {}),
+        ("std", [1.0, 1.0]),
+    ],
+)
+def test_a_description_with_numbers_that_do_not_fit_is_refused(
+    run_dir: Path, entry: str, value: Any
+) -> None:
+    file = run_dir / "network.json"
+    spec = json.loads(file.read_text())
+    (spec if entry in spec else spec["preprocess"])[entry] = value
+    file.write_text(json.dumps(spec))
+    with pytest.raises(StorageError, match=r"network\.json"):
+        RunDirectory(run_dir).spec()

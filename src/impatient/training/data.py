@@ -6,6 +6,7 @@ The validation split is taken from the training examples, by a seed.
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,16 @@ class Preprocess:
     std: tuple[float, ...]
     size: tuple[int, int] | None = None
     channels: int = 0
+
+    def __post_init__(self) -> None:
+        fit = len(self.mean) == len(self.std) and self.channels in (0, len(self.mean))
+        if not fit or not all(map(math.isfinite, self.mean)):
+            raise DataError(
+                f"mean={self.mean} and std={self.std} for {self.channels} channels; expected a "
+                "finite number of each per channel."
+            )
+        for std in self.std:
+            checks.positive(DataError, std=std)
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Convert raw inputs, batch first, on the device of `raw`."""

@@ -58,6 +58,13 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
     cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.num_classes:
+            raise StorageError(
+                f"{len(self.class_names)} class names for {self.num_classes} classes; expected one "
+                "per class."
+            )
+
     def example(self, batch_size: int = 1) -> Tensor:
         """Make an input of the right shape and type, of zeros."""
         import torch
