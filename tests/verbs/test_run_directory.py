@@ -361,3 +361,17 @@ def test_a_description_with_numbers_that_do_not_fit_is_refused(
     file.write_text(json.dumps(spec))
     with pytest.raises(StorageError, match=r"network\.json"):
         RunDirectory(run_dir).spec()
+
+
+def test_an_export_that_was_stopped_before_it_was_measured_goes_on(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ["export", run_dir, "--repeats", 5, "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr("impatient.load_engine", stopped)
+        assert call(*command)[0] == 130
+    assert call(*command)[0] == 0
+    assert "already an exported network" in call(*command)[1]

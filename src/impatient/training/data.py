@@ -6,8 +6,8 @@ The validation split is taken from the training examples, by a seed.
 from __future__ import annotations
 
 import concurrent.futures
-import math
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

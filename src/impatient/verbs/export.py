@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg
 
 import impatient
+from impatient.files import is_file
 from impatient.table import Table, in_ms
 from impatient.verbs.notes import log
 from impatient.verbs.options import (
@@ -90,6 +91,8 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         rule.portable_rule()
     batches = run.data().batches("train", CALIBRATION_BATCH)
     samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
+    # a run that was stopped before the profile was written is done again
+    stopped = options.place is None and not is_file(seen.profile_file)
     target = impatient.export(
         network,
         options.place or seen.here,
@@ -100,7 +103,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         calibration=samples,
         policy=rule,
         lean=options.lean,
-        force=options.force,
+        force=options.force or stopped,
     )
     log.info("exported: %s", target)
     if engine != "aoti":
