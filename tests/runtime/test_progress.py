@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blocks import CLASSES, MOST, NETWORK, WIDTH, Blocks, attach, made, x_of
 from fakes import batch_costs, costs_of, runner_of
+from impatient import portable
 from impatient.anytime import Exit, Network, Run
 from impatient.clock import Deadline, FakeClock
 from impatient.costs import CostProfile
@@ -472,9 +473,8 @@ class Staged(Network):
         def head(h: Any) -> Any:
             return h[:, :CLASSES] * 3.0
 
-        run = StagedRun(
-            self.wiring, stages, [head, head, None], [x.numpy() if self.arrays == "numpy" else x]
-        )
+        staged = portable.Staged(self.wiring, stages, [head, head, None])
+        run = StagedRun(staged, [x.numpy() if self.arrays == "numpy" else x])
         return EngineRun(run, self.arrays)
 
     def shrinks(self, x: Any) -> bool:

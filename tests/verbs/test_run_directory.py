@@ -363,6 +363,15 @@ def test_a_description_with_numbers_that_do_not_fit_is_refused(
         RunDirectory(run_dir).spec()
 
 
+@pytest.mark.parametrize("name", ["nn", "no_such", "Tensor"])
+def test_a_description_with_a_dtype_that_torch_lacks_is_refused(run_dir: Path, name: str) -> None:
+    file = run_dir / "network.json"
+    spec = json.loads(file.read_text())
+    file.write_text(json.dumps({**spec, "example_dtype": name}))
+    with pytest.raises(StorageError, match=f"example_dtype is '{name}'; expected"):
+        RunDirectory(run_dir).spec().example()
+
+
 def test_an_export_that_was_stopped_before_it_was_measured_goes_on(
     call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

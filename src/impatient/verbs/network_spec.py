@@ -66,10 +66,19 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
             )
 
     def example(self, batch_size: int = 1) -> Tensor:
-        """Make an input of the right shape and type, of zeros."""
+        """Make an input of the right shape and type, of zeros.
+
+        Raises:
+            StorageError: if the type is none of torch's.
+        """
         import torch
 
-        dtype = getattr(torch, self.example_dtype)
+        dtype = vars(torch).get(self.example_dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise StorageError(
+                f"example_dtype is {self.example_dtype!r}; expected the name of a dtype of torch. "
+                "network.json was damaged: train again."
+            )
         return torch.zeros((batch_size, *self.example_shape), dtype=dtype)
 
     def provenance_of(self, network: nn.Module) -> Provenance:
