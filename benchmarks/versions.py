@@ -5,9 +5,11 @@
     # seconds, to see that it runs
     python benchmarks/versions.py OLD_CHECKOUT --smoke
 
-One process for each checkout, both alive from the start, work in turn; each round is timed in both,
-and which one begins changes from round to round. Networks have random weights from one seed, batch
-1 unless the row says otherwise, one thread. Both checkouts must know the calls of version 0.1.0.
+Three processes, one with the old code and two with the new, work in turn; their order goes through
+all permutations from round to round. All three are started again after each quarter of the rounds,
+since equal code is faster in one process than in another, by chance, for as long as both live.
+Networks have random weights from one seed, batch 1 unless the row says otherwise, one thread. Both
+checkouts must know the calls of version 0.1.0.
 
 "new / old" is the median over the rounds of the ratio of their times, with its 95 % interval by
 order statistics. "new / new" is the same with this checkout against itself: what the machine alone
@@ -16,6 +18,7 @@ makes of equal code.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,9 +28,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS, SMOKE_ROUNDS = 60, 3
+ROUNDS, SMOKE_ROUNDS = 72, 4
+# how often the processes are started
+STARTS = 4
 # seconds of one measurement in one process
-SLICE_S = 0.15
+SLICE_S = 0.1
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -128,24 +133,30 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"{len(checkouts)} checkouts given; expected one: the old code.")
     from common import median_interval, write_results
 
-    old, new, again = (Worker(path) for path in (Path(checkouts[0]).resolve(), ROOT, ROOT))
-    rows = []
     rounds = SMOKE_ROUNDS if smoke else ROUNDS
-    for name in new.names:
-        ratios: dict[str, list[float]] = {"new / old": [], "new / new": []}
-        for number in range(rounds):
-            order = [old, new, again] if number % 2 else [again, new, old]
-            taken = {worker: worker.seconds(name) for worker in order}
-            ratios["new / old"].append(taken[new] / taken[old])
-            ratios["new / new"].append(taken[new] / taken[again])
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for start in range(STARTS):
+        print(f"start {start + 1} of {STARTS}", flush=True)
+        old, new, again = (Worker(path) for path in (Path(checkouts[0]).resolve(), ROOT, ROOT))
+        for name in new.names:
+            found = ratios.setdefault(name, {"new / old": [], "new / new": []})
+            orders = itertools.cycle(itertools.permutations((old, new, again)))
+            for order in itertools.islice(orders, rounds // STARTS):
+                taken = {worker: worker.seconds(name) for worker in order}
+                found["new / old"].append(taken[new] / taken[old])
+                found["new / new"].append(taken[new] / taken[again])
+        for worker in (old, new, again):
+            worker.process.kill()
+    rows: list[dict[str, object]] = []
+    for name, columns in ratios.items():
         row: dict[str, object] = {"call": name, "rounds": rounds}
-        for column, values in ratios.items():
+        for column, values in columns.items():
             middle, low, high = median_interval(values)
             row[column] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
         print(row, flush=True)
         rows.append(row)
     if not smoke:
-        text = (__doc__ or "").partition("One process")
+        text = (__doc__ or "").partition("Three processes")
         described = subprocess.run(
             ["git", "-C", checkouts[0], "describe", "--always", "--dirty"],
             capture_output=True,
