@@ -32,8 +32,6 @@ from impatient.provenance import fingerprint_bytes
 
 # how long a stopped job may take to write its checkpoint
 STOP_S = 30.0
-# how often Ctrl-C is looked for while jobs run, in seconds
-LOOK_S = 1.0
 
 
 class JobsFailed(ImpatientError):
@@ -197,8 +195,7 @@ def _run_apart(
                 process.start()
                 running[process.sentinel] = (job, process)
                 progress.started(job.name)
-            # A Ctrl-C just before a wait without end would be seen only when the next job ends.
-            for sentinel in wait(list(running), timeout=LOOK_S):
+            for sentinel in wait(list(running)):
                 job, process = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 error = _error_of(job, process, folder)
