@@ -126,8 +126,11 @@ def test_processes_of_their_own_report_errors_and_deaths_and_keep_the_rest(tasks
 def test_ctrl_c_stops_the_workers_cleanly(tasks, tmp_path):
     script = tmp_path / "main.py"
     script.write_text(
-        "from pathlib import Path\nimport paper_tasks\nfrom papers.jobs import Job, run_jobs\n"
+        "from pathlib import Path\nimport signal\nimport paper_tasks\n"
+        "from papers.jobs import Job, run_jobs\n"
         "if __name__ == '__main__':\n"
+        # a shell starts its background commands, and so these tests, deaf to SIGINT
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    jobs = [Job(name, paper_tasks.wait, {}) for name in ('one', 'two', 'three')]\n"
         "    try:\n        run_jobs(jobs, Path('runs'), workers=2)\n"
         "    except KeyboardInterrupt:\n        print('stopped', flush=True)\n"
