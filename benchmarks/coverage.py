@@ -164,7 +164,7 @@ def _output(model: nn.Module, x: Any) -> Tensor:
 
 
 def _gradients(model: nn.Module, x: Any, run: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """Of one training step's loss, by parameter; dropout and the like from one seed."""
+    """Compute the gradients of one training step, by parameter and from one seed."""
     model.train()
     model.zero_grad()
     _seed()

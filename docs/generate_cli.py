@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the command line itself; with --check, fail if it is out of date."""
+"""Write docs/cli.md from the command line, or check it with --check."""
 
 from __future__ import annotations
 

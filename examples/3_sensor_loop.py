@@ -1,13 +1,13 @@
-"""A sensor loop, 30 frames a second: AnytimeNet answers in the time that other tasks leave; a
-static network is often late.
+"""Run a sensor loop at 30 frames a second, with AnytimeNet and with a static network.
+
+AnytimeNet answers in the time that other tasks leave. The static network is often late.
 
 python examples/3_sensor_loop.py
 
 The other tasks are made up: how much of each frame they leave is drawn beforehand. The networks are
 not: they run on this machine, by its clock, in turn on the same frames. The time left is scaled to
-    what the static network takes here, so that on
-a slower or faster machine the picture is the same: it fits in two thirds of the frames, and is late
-    in the others.
+what the static network takes here, so that on a slower or faster machine the picture is the same:
+it fits in two thirds of the frames, and is late in the others.
 
 Run it on a machine with a processor to spare. Where other programs hold the loop up for longer than
 a frame's time left, the runner, which plans by the p99 it has measured, stops after the first
@@ -129,7 +129,7 @@ def report(made: Mapping[str, list[Frame]]) -> None:
 
 
 def draw(made: Mapping[str, list[Frame]], names: Sequence[str], rate: float) -> Figure:
-    """Time left and taken, frame by frame; below, the iteration of AnytimeNet that answered."""
+    """Draw the time left and taken per frame, and below it the iteration that answered."""
     left_ms = 1e3 * np.array([frame.left_s for frame in made["AnytimeNet"]])
     seconds = np.arange(len(left_ms)) / rate
     top = 1.4 * left_ms.max()

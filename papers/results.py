@@ -140,7 +140,7 @@ class Claim:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; of a single value, everything.
+    """Compute the 95 % interval of the mean by Student's t, everything for a single value.
 
     Example:
         >>> low, high = interval([1.0, 2.0, 3.0])

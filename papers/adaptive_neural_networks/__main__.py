@@ -116,7 +116,7 @@ def policy_jobs(scale: Scale, measured: Mapping[str, Any]) -> list[Job]:
 
 
 def splits(what: Case | Exits, scale: Scale) -> range:
-    """Seeds of the divisions; there is one where policies are fitted on a validation split."""
+    """Return the seeds of the divisions, one if policies are fitted on a validation split."""
     case = what if isinstance(what, Case) else what.case
     return range(scale.judging.splits if case.fitted_on == "test" else 1)
 

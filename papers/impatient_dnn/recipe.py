@@ -257,7 +257,7 @@ def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
 
 
 def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
-    """Train the network without exits on the source; keep its weights."""
+    """Train the network without exits on the source, and keep its weights."""
     source = data.load(
         pair.source, train=settings.source_train, validation=settings.validation, seed=seed
     )

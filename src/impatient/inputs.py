@@ -161,7 +161,10 @@ MaskName = str | int | Callable[[Any], Tensor | None] | None
 
 
 def mask_of(x: Any, name: MaskName) -> Tensor | None:
-    """Return the padding mask [B, T] of an input, not 0 where there are tokens; None without."""
+    """Return the padding mask of an input, or None if it has none.
+
+    Its shape is [B, T]; it is 0 where there is padding, and not 0 where there are tokens.
+    """
     if name is None or isinstance(x, Tensor):
         return None
     if callable(name):

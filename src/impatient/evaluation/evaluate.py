@@ -274,8 +274,12 @@ class _Judge:
     ) -> None:
         self.recording = recording
         self.costs = costs
-        # networks that answer once
-        self.once = once
+        labels = recording.labels
+        # networks that answer once, with what is judged of their answers
+        self.once = {
+            name: (kind, other, _judged(other.recording.outputs[-1:], labels)[:, 0])
+            for name, (kind, other) in once.items()
+        }
         self.options = options
         self.count = costs.num_exits
         self.samples = torch.arange(len(recording.labels))
@@ -306,16 +310,9 @@ class _Judge:
     def references(self) -> list[Row]:
         """Judge the networks that answer once, and the oracle."""
         shares = (*(0.0,) * (self.count - 1), 1.0)
-        labels = self.recording.labels
         rows = [
-            _row(
-                name,
-                kind,
-                _judged(other.recording.outputs[-1:], labels)[:, 0],
-                (other.time_s, other.time_s, other.macs),
-                shares,
-            )
-            for name, (kind, other) in self.once.items()
+            _row(name, kind, judged, (other.time_s, other.time_s, other.macs), shares)
+            for name, (kind, other, judged) in self.once.items()
         ]
         # the first exit that is right; 0, the cheapest, when none is
         return [*rows, self._row_of_exits("oracle", "oracle", self.hits.argmax(0))]
@@ -359,12 +356,12 @@ class _Judge:
         }
         for name, policy in self.policies.items():
             ways[name] = functools.partial(self._outcome(policy, cost).expected, hits=self.hits)
-        for name, (kind, other) in self.once.items():
+        for name, (kind, other, judged) in self.once.items():
             known = {"time": other.time_s, "macs": other.macs}
             if kind == "exit_free":
                 known[cost] = self.costs.exit_free(cost, **self.options)
             if cost in known:
-                ways[name] = of((known[cost],), other.recording.hits()[-1:])
+                ways[name] = of((known[cost],), judged[:1])
         return ways
 
     def _best_so_far(self, cost: Sequence[float]) -> list[int]:

@@ -157,9 +157,9 @@ def _mean(features: Tensor, positions: list[int], mask: Tensor) -> Tensor:
 
 
 def _coarser(mask: Tensor, count: int) -> Tensor | None:
-    """Return a mask of fewer positions, each for a whole number of tokens; None if there is none.
+    """Return a mask of fewer positions, or None if there is none.
 
-    A position is real if one of its tokens is.
+    Each position stands for the same number of tokens. A position is real if one of its tokens is.
     """
     tokens = mask.shape[1]
     span = -(-tokens // max(count, 1))
@@ -175,7 +175,10 @@ def _coarser(mask: Tensor, count: int) -> Tensor | None:
 
 
 class Layers(nn.Sequential):
-    """Layers of a head, one after another; a padding mask reaches the pool among them."""
+    """Layers of a head, one after another.
+
+    A padding mask reaches the pool among them.
+    """
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:

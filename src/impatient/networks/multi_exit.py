@@ -187,7 +187,7 @@ class MultiExitNetwork(Network):
         return self._shrinks[kind]
 
     def mask_of(self, x: Any) -> Tensor | None:
-        """Return the padding mask of an input, shape [B, T]; None without."""
+        """Return the padding mask of an input, shape [B, T], or None if it has none."""
         return mask_of(x, self.mask)
 
     def pooled(self, exit: Exit) -> Tensor:
