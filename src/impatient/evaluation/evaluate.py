@@ -190,17 +190,12 @@ def evaluate(
     once |= {name: ("static", other) for name, other in (static or {}).items()}
     for _, other in once.values():
         _check_same_split(other.recording, recording)
-    judge = _Judge(recording, costs, once, options)
+    judge = _Judge(recording, costs, named, once, options)
     distributions = (
         standard_budgets(costs.interruptible_s(**options)) if budgets is None else dict(budgets)
     )
-    rows = [
-        *judge.exits(),
-        *(judge.policy(name, policy) for name, policy in named.items()),
-        *judge.references(),
-    ]
     return Evaluation(
-        rows=tuple(rows),
+        rows=(*judge.exits(), *judge.policies(), *judge.references()),
         under_budgets=tuple(judge.under_budgets(distributions)),
         budgets=distributions,
         split=recording.split,
@@ -269,30 +264,32 @@ class _Judge:
         self,
         recording: Recording,
         costs: CostProfile,
+        policies: Mapping[str, Policy],
         once: Mapping[str, tuple[Kind, StaticBaseline]],
         options: _Options,
     ) -> None:
         self.recording = recording
         self.costs = costs
+        self.options = options
+        self.named = policies
+        # rows and budgets of time look at the same outcomes
+        self.timed = {name: self._outcome(policy, "time") for name, policy in policies.items()}
         labels = recording.labels
         # networks that answer once, with what is judged of their answers
         self.once = {
             name: (kind, other, _judged(other.recording.outputs[-1:], labels)[:, 0])
             for name, (kind, other) in once.items()
         }
-        self.options = options
         self.count = costs.num_exits
-        self.samples = torch.arange(len(recording.labels))
-        self.hits: Float[Tensor, "K N"] = recording.hits()
-        self.judged = _judged(recording.outputs, recording.labels)
+        self.samples = torch.arange(len(labels))
+        self.judged = _judged(recording.outputs, labels)
+        self.hits: Float[Tensor, "K N"] = self.judged[0]
         # of each exit: interruptible seconds, contract seconds, multiply-accumulates
         self.exit_costs = [
             as_doubles(costs.interruptible_s(**options)),
             as_doubles(costs.contract_s(**options)),
             as_doubles(costs.cumulative("macs", "contract")),
         ]
-        # once they are judged
-        self.policies: dict[str, Policy] = {}
 
     def exits(self) -> list[Row]:
         """Judge every exit."""
@@ -301,11 +298,12 @@ class _Judge:
             for k in range(self.count)
         ]
 
-    def policy(self, name: str, policy: Policy) -> Row:
-        """Judge a policy, and keep it for `under_budgets`."""
-        self.policies[name] = policy
-        done = self._outcome(policy, "time")
-        return self._row(name, "policy", done.exits, (done.spent_s(), done.contract_s, done.macs))
+    def policies(self) -> list[Row]:
+        """Judge every policy."""
+        return [
+            self._row(name, "policy", done.exits, (done.spent_s(), done.contract_s, done.macs))
+            for name, done in self.timed.items()
+        ]
 
     def references(self) -> list[Row]:
         """Judge the networks that answer once, and the oracle."""
@@ -354,8 +352,9 @@ class _Judge:
             "contract": of(contract, self.hits),
             "static oracle": of(contract, self.hits[self._best_so_far(contract)]),
         }
-        for name, policy in self.policies.items():
-            ways[name] = functools.partial(self._outcome(policy, cost).expected, hits=self.hits)
+        for name, policy in self.named.items():
+            done = self.timed[name] if cost == "time" else self._outcome(policy, cost)
+            ways[name] = functools.partial(done.expected, hits=self.hits)
         for name, (kind, other, judged) in self.once.items():
             known = {"time": other.time_s, "macs": other.macs}
             if kind == "exit_free":
