@@ -16,7 +16,8 @@ from impatient.files import read_tensors, write_tensors
 from impatient.policies import selection
 from impatient.policies.costsensitive import Decision
 from impatient.policies.mixing import mix, neighbours
-from impatient.policies.routing import STOP, SelectionPolicy, selection_features
+from impatient.policies.policy import STOP
+from impatient.policies.routing import SelectionPolicy, selection_features
 from impatient.policies.selection import (
     fit_selection,
     reference_losses,

@@ -7,7 +7,7 @@ from impatient.policies.gate_fitting import SweepPoint, fit_gates, sweep_gates
 from impatient.policies.gates import GatePolicy, gate_time_s
 from impatient.policies.mixing import DrawnPolicy, MixedPolicy, PolicyPoint, lower_hull, mix
 from impatient.policies.outcome import Outcome, node_times_s
-from impatient.policies.policy import Description, Policy
+from impatient.policies.policy import STOP, Description, Policy
 from impatient.policies.risk import (
     Certificate,
     ControlledPolicy,
@@ -16,7 +16,7 @@ from impatient.policies.risk import (
     scaled_family,
     threshold_family,
 )
-from impatient.policies.routing import STOP, Route, SelectionPolicy
+from impatient.policies.routing import Route, SelectionPolicy
 from impatient.policies.rules import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.policies.selection import (
     SelectionPoint,

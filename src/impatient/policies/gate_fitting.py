@@ -20,7 +20,7 @@ from impatient.costs import CostProfile, Statistic
 from impatient.errors import NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Standardised, fit_decision
 from impatient.policies.gates import (
-    STOP,
+    STOP_ACTION,
     GatePolicy,
     Inputs,
     Reference,
@@ -340,7 +340,7 @@ class _Problem:
             gates[exit] = fit_decision(
                 self.standard[exit], columns, learner=self.learner, seed=self.seed
             )
-            return gates[exit].choose(self.features[exit]) == STOP
+            return gates[exit].choose(self.features[exit]) == STOP_ACTION
 
         stops = backward(
             self.losses, self.times, decide, time_price=price, reference=self.reference

@@ -40,8 +40,8 @@ from impatient.provenance import Provenance
 Inputs = Literal["confidences", "features", "both"]
 Reference = Literal["full", "none", "downstream"]
 
-# the action of a gate's decision; 1 goes on
-STOP = 0
+# the action of a gate's decision that stops; 1 goes on
+STOP_ACTION = 0
 
 
 # --- what a gate sees -----------------------------------------------------------------------------
@@ -166,8 +166,10 @@ class GatePolicy(Policy):
         gate = self.gates[exit] if exit < len(self.gates) else None
         action = gate.constant if gate is not None else int(exit < len(self.gates))
         if gate is None or action is not None:
-            return torch.full((len(given),), action == STOP, device=given.device)
-        return gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP
+            return torch.full((len(given),), action == STOP_ACTION, device=given.device)
+        return (
+            gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP_ACTION
+        )
 
     @classmethod
     def exits_of_each(
@@ -190,7 +192,7 @@ class GatePolicy(Policy):
             # so that the first exit has the last word
             for exit, gate in reversed(list(enumerate(policy.gates))):
                 if gate is not None:
-                    exits[gate.choose(seen(policy.inputs, exit)) == STOP] = exit
+                    exits[gate.choose(seen(policy.inputs, exit)) == STOP_ACTION] = exit
             yield exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each

@@ -16,7 +16,7 @@ from impatient import checks
 from impatient.costs import CostProfile
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
-from impatient.policies.policy import ANSWER, CombinedPolicy, Description, Policy, Recorded, hits_of
+from impatient.policies.policy import STOP, CombinedPolicy, Description, Policy, Recorded, hits_of
 from impatient.policies.targets import Reached
 
 
@@ -80,7 +80,7 @@ class DrawnPolicy(CombinedPolicy):
     ) -> Int[Tensor, "B"]:
         """Where samples that have run a network of a cascade go from there."""
         some = next(iter(outputs.values()))
-        going = torch.full((len(some),), ANSWER, dtype=torch.long, device=some.device)
+        going = torch.full((len(some),), STOP, dtype=torch.long, device=some.device)
         for policy, mine in self._followed():
             rows = mine.nonzero()[:, 0].to(some.device)
             seen = {known: output[rows] for known, output in outputs.items()}

@@ -35,8 +35,8 @@ from impatient.policies.scores import ScoreName
 from impatient.provenance import Provenance
 from impatient.store import Stored
 
-# what stands for "answer here" where a policy says which network comes next
-ANSWER = -1
+# the move that answers here, where a policy says which network comes next
+STOP = -1
 
 
 class Recorded(Protocol):
@@ -181,8 +181,6 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
     def marked(self, *, split: str, provenance: Provenance) -> Policy:
         """Give the policy this split and these weights and data.
 
-        A policy that has no such fields stays as it is.
-
         A policy that has no such fields is given back as it is.
         """
         value: Any = self
@@ -239,9 +237,9 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         here = outputs[node]
         going = torch.full((len(here),), node + 1, dtype=torch.long, device=here.device)
         if node == self.num_exits - 1:
-            return torch.full_like(going, ANSWER)
+            return torch.full_like(going, STOP)
         if self.looks_at(node):
-            going[self.stops(node, here, pooled).to(here.device)] = ANSWER
+            going[self.stops(node, here, pooled).to(here.device)] = STOP
         return going
 
     # --- judging it on a recording ----------------------------------------------------------------

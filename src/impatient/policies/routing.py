@@ -23,13 +23,10 @@ from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision
 from impatient.policies.outcome import Outcome, as_doubles, node_times_s
-from impatient.policies.policy import ANSWER, Description, Policy, Recorded, features_of, hits_of
+from impatient.policies.policy import STOP, Description, Policy, Recorded, features_of, hits_of
 from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
-
-# the move that answers
-STOP = ANSWER
 
 Inputs = Literal["path", "node"]
 

@@ -19,9 +19,8 @@ from impatient.clock import SYSTEM_CLOCK, Clock, times_of
 from impatient.errors import NoEffectWarning, PolicyError
 from impatient.policies.costsensitive import Decision, Learner, Method, fit_decision
 from impatient.policies.outcome import as_doubles
-from impatient.policies.policy import Recorded, errors_of, features_of
+from impatient.policies.policy import STOP, Recorded, errors_of, features_of
 from impatient.policies.routing import (
-    STOP,
     Inputs,
     Route,
     SelectionPolicy,
