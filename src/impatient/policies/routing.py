@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -246,17 +246,12 @@ class SelectionPolicy(Policy):
                 f"networks{' and their pooled features' if self.pooled else ''}, the recording has "
                 f"{outputs.shape[0]} and {len(features)}."
             )
-        visited = torch.zeros(outputs.shape[1], count, dtype=torch.bool)
-        visited[:, self.topology.source] = True
-        answering = torch.full((outputs.shape[1],), STOP)
-        for node in self.topology.order():
-            here = visited[:, node].nonzero()[:, 0]
-            if not len(here):
-                continue
+
+        def going(node: int, here: Int[Tensor, "R"]) -> Int[Tensor, "R"]:
             seen = {known: outputs[known, here] for known in self.sees(node) or (node,)}
-            going = self.next_node(node, seen, features[node][here] if self.pooled else None)
-            answering[here[going == STOP]] = node
-            visited[here[going != STOP], going[going != STOP]] = True
+            return self.next_node(node, seen, features[node][here] if self.pooled else None)
+
+        visited, answering = follow(self.topology, outputs.shape[1], going)
         paid = [
             time + self.gate_s * (node in self.decisions) for node, time in enumerate(self.node_s)
         ]
@@ -316,6 +311,32 @@ class SelectionPolicy(Policy):
             looks_at="what has run" if self.inputs == "path" else "the network that has just run",
             rules=tuple(" or ".join(row) if row else "nobody comes" for row in moves),
         )
+
+
+def follow(
+    topology: Topology,
+    samples: int,
+    going: Callable[[int, Int[Tensor, "R"]], Int[Tensor, "R"]],
+) -> tuple[Bool[Tensor, "N K"], Int[Tensor, "N"]]:
+    """Lead samples from the source to the networks that answer them.
+
+    Args:
+        topology: the allowed moves.
+        samples: how many there are.
+        going: the moves of the samples, given by their places, that come to a node.
+    Returns:
+        Which networks each sample ran, and which one answered it.
+    """
+    visited = torch.zeros(samples, len(topology.nodes), dtype=torch.bool)
+    visited[:, topology.source] = True
+    answering = torch.full((samples,), STOP)
+    for node in topology.order():
+        here = visited[:, node].nonzero()[:, 0]
+        if len(here):
+            moves = going(node, here)
+            answering[here[moves == STOP]] = node
+            visited[here[moves != STOP], moves[moves != STOP]] = True
+    return visited, answering
 
 
 def check_costs(node_s: Sequence[float], topology: Topology, gate_s: float) -> None:

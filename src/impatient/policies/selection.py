@@ -11,7 +11,7 @@ from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient import checks
@@ -25,6 +25,7 @@ from impatient.policies.routing import (
     Route,
     SelectionPolicy,
     check_costs,
+    follow,
     selection_features,
 )
 from impatient.policies.targets import PRICE, Target
@@ -269,29 +270,31 @@ class _Problem:
         arrives = torch.ones(self.count, self.samples, dtype=torch.float64)
         found = []
         for _ in range(1 + self.sweeps):
-            fitted, visited = self._pruned(price, arrives)
-            route = self._route(fitted)
-            found.append((self._mean(self.lost, route) + price * route.mean_time_s, fitted))
+            fitted, route = self._pruned(price, arrives)
+            cost = self._mean(self.lost, route) + price * route.mean_time_s
+            found.append((cost, fitted, route))
             # a node that no sample reaches yet keeps all samples, so that it can be found worth a
             # visit
+            visited = route.visited.T.contiguous()
             arrives = torch.where(visited.any(1, keepdim=True), visited.double(), 1.0)
-        return self._point(min(found, key=lambda entry: entry[0])[1], price)
+        _, fitted, route = min(found, key=lambda entry: entry[0])
+        return self._point(fitted, route, price)
 
     def one_way(self) -> list[SelectionPoint]:
         """Policies without decisions: the fastest way to each network."""
         free = torch.zeros(self.samples, dtype=torch.float64)
         ways = [
-            zip(path, (*path[1:], STOP), strict=True)
+            {
+                node: self._always(after, free)
+                for node, after in zip(path, (*path[1:], STOP), strict=True)
+            }
             for path in self.topology.cheapest_paths(self.node_s)
         ]
-        return [
-            self._point({node: self._always(after, free) for node, after in way}, None)
-            for way in ways
-        ]
+        return [self._point(way, self._route(way), None) for way in ways]
 
     def _pruned(
         self, price: float, arrives: Float[Tensor, "K N"]
-    ) -> tuple[dict[int, _Fitted], Bool[Tensor, "K N"]]:
+    ) -> tuple[dict[int, _Fitted], Route]:
         """Fit, leave out unused moves, and fit again until all are used."""
         offered = {node: (STOP, *self.topology.moves(node)) for node in self.order}
         fitted: dict[int, _Fitted] = {}
@@ -306,16 +309,18 @@ class _Problem:
                     continue
                 fitted[node] = self._fit(node, offered[node], price, fitted, arrives[node])
                 touched.add(node)
-            visited = self._visited(fitted)
+            route = self._route(fitted)
             taken = {
                 node: tuple(
-                    move for move in moves if (fitted[node].chosen[visited[node]] == move).any()
+                    move
+                    for move in moves
+                    if (fitted[node].chosen[route.visited[:, node]] == move).any()
                 )
                 for node, moves in offered.items()
-                if visited[node].any()
+                if route.visited[:, node].any()
             }
             if taken == offered:
-                return {node: fitted[node] for node in offered}, visited
+                return {node: fitted[node] for node in offered}, route
             offered = taken
 
     def _fit(
@@ -349,32 +354,23 @@ class _Problem:
     def _always(self, move: int, cost: Float[Tensor, "N"]) -> _Fitted:
         return _Fitted((move,), None, torch.full((self.samples,), move), cost)
 
-    def _visited(self, fitted: Mapping[int, _Fitted]) -> Bool[Tensor, "K N"]:
-        visited = torch.zeros(self.count, self.samples, dtype=torch.bool)
-        visited[self.order[0]] = True
-        for node in self.order:
-            for move in self.topology.moves(node):
-                if visited[node].any():
-                    visited[move] |= visited[node] & (fitted[node].chosen == move)
-        return visited
-
     def _route(self, fitted: Mapping[int, _Fitted]) -> Route:
-        visited = self._visited(fitted)
-        answering = torch.full((self.samples,), STOP)
-        for node, entry in fitted.items():
-            answering[visited[node] & (entry.chosen == STOP)] = node
+        visited, answering = follow(
+            self.topology, self.samples, lambda node, here: fitted[node].chosen[here]
+        )
         paid = [
             time + self.gate_s * (k in fitted and fitted[k].decision is not None)
             for k, time in enumerate(self.node_s)
         ]
-        time_s = as_doubles(paid) @ visited.double()
-        return Route(visited=visited.T, answering=answering, time_s=time_s)
+        time_s = as_doubles(paid) @ visited.T.contiguous().double()
+        return Route(visited=visited, answering=answering, time_s=time_s)
 
     def _mean(self, values: Float[Tensor, "K N"], route: Route) -> float:
         return float(values[route.answering, torch.arange(self.samples)].mean())
 
-    def _point(self, fitted: Mapping[int, _Fitted], price: float | None) -> SelectionPoint:
-        route = self._route(fitted)
+    def _point(
+        self, fitted: Mapping[int, _Fitted], route: Route, price: float | None
+    ) -> SelectionPoint:
         accuracy = 1.0 - self._mean(self.errors, route)
         mean_s = route.mean_time_s
         policy = SelectionPolicy(
