@@ -19,6 +19,7 @@ from impatient.policies.mixing import mix, neighbours
 from impatient.policies.policy import STOP
 from impatient.policies.routing import SelectionPolicy, selection_features
 from impatient.policies.selection import (
+    decision_time_s,
     fit_selection,
     reference_losses,
     sweep_selection,
@@ -432,6 +433,8 @@ def test_pooled_features_decide_where_outputs_cannot():
         policy.next_node(0, {0: outputs[0]})
     with pytest.raises(PolicyError, match="0 of 4"):
         fit_selection(drawn(20, seed=1), [1.0] * 4, Topology.chain(4), time_price=0.1, pooled=True)
+    with pytest.raises(PolicyError, match="0 of 2"):
+        decision_time_s(policy, recording_of(outputs, labels), repeats=1)
 
 
 def test_losses_of_ones_own():

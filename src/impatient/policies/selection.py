@@ -184,7 +184,7 @@ def decision_time_s(
         clock: where time comes from.
     """
     first = recording.outputs[:, :1]
-    pooled = recording.features
+    pooled = features_of(recording) if policy.pooled else ()
 
     @torch.inference_mode()
     def decide(node: int, seen: dict[int, Tensor]) -> None:
