@@ -151,10 +151,10 @@ def test_outcomes_by_hand():
     costs = costs_of(
         [1.0, 2.0, 3.0], [0.5, 0.25, 0.0], stage_macs=[10, 20, 30], head_macs=[1, 2, 0]
     )
-    # 0 and 3 leave first, exit 1 is closed
-    # all but the last leave first
     policies = [
+        # 0 and 3 leave first, exit 1 is closed
         ThresholdPolicy(score="max_probability", thresholds=(0.75, INF, -INF)),
+        # all but the last leave first
         ThresholdPolicy(score="max_probability", thresholds=(0.6, 0.9, -INF)),
         ThresholdPolicy(score="max_probability", thresholds=(INF, INF, -INF)),
     ]

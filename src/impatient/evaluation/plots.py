@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from impatient.budgets import Budget
-from impatient.costs import CostProfile
+from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import StorageError
 from impatient.evaluation.evaluate import Evaluation, Kind, Row
 from impatient.files import written_whole
@@ -460,8 +460,8 @@ def _costs_title(costs: CostProfile, batch_size: int) -> str:
     )
 
 
-def _ms(parts: Sequence[Any], statistic: str) -> np.ndarray:
-    return np.array([getattr(part, statistic) * 1e3 for part in parts])
+def _ms(parts: Sequence[Quantiles], statistic: Statistic) -> np.ndarray:
+    return np.array([part.of_statistic(statistic) * 1e3 for part in parts])
 
 
 def _shades(count: int) -> list[str]:
