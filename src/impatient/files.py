@@ -21,6 +21,34 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+# What to do where nothing could be written.
+_UNCHANGED = (
+    "Nothing was changed; free some space or choose another folder, then run the same command "
+    "again."
+)
+
+
+@contextlib.contextmanager
+def file_errors(doing: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors of the file system into ours, which say what could not be done.
+
+    Args:
+        doing: what is done in the block, such as "read FILE".
+        remedy: what to do if it fails.
+    Raises:
+        StorageError: if the block raises an OSError.
+    """
+    try:
+        yield
+    except StorageError:
+        # It says already what went wrong.
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot {doing}: {error.strerror or error}. {remedy}".rstrip()
+        ) from error
+
+
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that becomes the file if the block succeeds.
@@ -31,28 +59,21 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         StorageError: if the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    try:
+    with file_errors(f"write {path}", _UNCHANGED):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush_to_disk(temporary)
-        # mkstemp makes files private, but results are for others to read.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except StorageError:
-        # It says already what went wrong.
-        raise
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            # An error of its own must not hide the first one.
-            temporary.unlink(missing_ok=True)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _flush_to_disk(temporary)
+            # mkstemp makes files private, but results are for others to read.
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                # An error of its own must not hide the first one.
+                temporary.unlink(missing_ok=True)
 
 
 def plain_name(name: str, what: str) -> str:
@@ -76,10 +97,8 @@ def is_file(path: Path) -> bool:
     Raises:
         StorageError: if its folder cannot be read.
     """
-    try:
+    with file_errors(f"read {path}"):
         return path.is_file()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def remove(path: Path) -> None:
@@ -88,10 +107,8 @@ def remove(path: Path) -> None:
     Raises:
         StorageError: if it cannot be removed.
     """
-    try:
+    with file_errors(f"remove {path}"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot remove {path}: {error.strerror or error}.") from error
 
 
 def move(path: Path, target: Path) -> None:
@@ -100,11 +117,9 @@ def move(path: Path, target: Path) -> None:
     Raises:
         StorageError: if it cannot be moved.
     """
-    try:
+    with file_errors(f"move {path} to {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
-    except OSError as error:
-        raise StorageError(f"cannot move {path} to {target}: {error.strerror or error}.") from error
 
 
 # Directories that are worked on, by their path: the process and the thread.
@@ -136,11 +151,9 @@ def working_on(directory: Path, *, make: bool = False) -> Iterator[None]:
     if _held.get(place) == me or not (make or place.exists()):
         yield
         return
-    try:
+    with file_errors(f"write {directory}", _UNCHANGED):
         place.mkdir(parents=True, exist_ok=True)
         handle = os.open(place, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_write(directory, error) from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,13 +183,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _cannot_write(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"cannot write {path}: {error.strerror or error}. Nothing was changed; free some space or "
-        "choose another folder, then run the same command again."
-    )
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with written_whole(path) as temporary:
@@ -196,9 +202,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
+        with file_errors(f"read {path}"):
+            value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise StorageError(
             f"{path} is not valid JSON ({error}); it was damaged or is another file. Make it again."

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from impatient.errors import ImpatientError, StorageError
-from impatient.files import read_json, read_tensors, write_json, write_tensors
+from impatient.files import file_errors, read_json, read_tensors, write_json, write_tensors
 from impatient.schema1 import upgraded
 
 if TYPE_CHECKING:
@@ -196,12 +196,9 @@ def from_plain(
 
 def _is_safetensors(path: str | Path) -> bool:
     """Whether a file begins with the length of a safetensors header."""
-    try:
-        with Path(path).open("rb") as file:
-            # The length has zeros, and JSON has none.
-            return b"\0" in file.read(8)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
+    with file_errors(f"read {path}"), Path(path).open("rb") as file:
+        # The length has zeros, and JSON has none.
+        return b"\0" in file.read(8)
 
 
 def _filled(entry: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -36,7 +36,7 @@ from impatient.engines.network import (
 from impatient.engines.onnx_files import quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
-from impatient.files import read_json, write_json, write_text
+from impatient.files import file_errors, read_json, write_json, write_text
 from impatient.inputs import batch_size_of, call_model, evaluating, map_samples
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
@@ -372,7 +372,8 @@ def _check_place(directory: Path, force: bool) -> None:
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces a directory if the block succeeds."""
-    try:
+    remedy = "Nothing was changed; free some space or choose another place."
+    with file_errors(f"write {directory}", remedy):
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(
             tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent)
@@ -386,13 +387,6 @@ def _replacing(directory: Path) -> Iterator[Path]:
             folder.rename(directory)
         finally:
             shutil.rmtree(temporary)
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {directory}: {error.strerror or error}. Nothing was changed; free some "
-            "space or choose another place."
-        ) from error
 
 
 def _write_parts(

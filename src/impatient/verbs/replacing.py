@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from impatient.errors import StorageError
-from impatient.files import is_file, move, remove
+from impatient.files import file_errors, is_file, move, remove
 
 # What `impatient export` writes into a directory.
 EXPORTED = (
@@ -32,15 +31,13 @@ OLD = "replaced"
 
 def _files(directory: Path) -> list[Path]:
     """List the files of a run, network.json last."""
-    try:
+    with file_errors(f"read {directory}"):
         found = {
             file.relative_to(directory)
             for pattern in KNOWN
             for file in directory.glob(pattern)
             if file.is_file()
         }
-    except OSError as error:
-        raise StorageError(f"cannot read {directory}: {error.strerror or error}.") from error
     return sorted(found, key=lambda file: (file.name == "network.json", file))
 
 
@@ -84,11 +81,9 @@ def replaced(directory: Path) -> Iterator[Path]:
     The old files go to the folder "replaced"; see `discard_old`. Only files that this library
     writes are moved, and none if the directory holds no run.
     """
-    try:
+    with file_errors(f"write {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new.", suffix=".tmp", dir=directory))
-    except OSError as error:
-        raise StorageError(f"cannot write {directory}: {error.strerror or error}.") from error
     try:
         yield new
         old = directory / OLD
