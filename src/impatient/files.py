@@ -278,16 +278,19 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
     """Compute a checksum over a header and the names, types, shapes and bytes of tensors."""
-    import torch
-
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        # The memory itself, without a copy.
-        view = tensor.reshape(-1).contiguous().view(torch.uint8) if tensor.numel() else None
-        digest.update(view.numpy().data if view is not None else b"")
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's memory in the order of its entries, if possible without a copy."""
+    import torch
+
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data
 
 
 def entries_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -148,11 +148,11 @@ def fingerprint_structure(tensors: Mapping[str, Tensor]) -> str:
 
 def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return a short hash of the names, types, shapes and bytes of tensors."""
-    import torch
+    from impatient.files import bytes_of
 
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()[:16]

@@ -189,7 +189,7 @@ def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyMo
         StorageError: if the file is missing, damaged or of another network.
         ModelSpecError: if a weight is NaN or infinite.
     """
-    state = read_weights(path, directory)
+    state, fingerprint = read_weights(path, directory)
     _check_finite(state, str(path))
     from impatient.training.checkpoint import check_types
 
@@ -198,11 +198,11 @@ def load_weights(network: AnyModule, path: Path, directory: Path) -> tuple[AnyMo
         network.load_state_dict(state)
     except (RuntimeError, StorageError) as error:
         raise StorageError(f"{path} does not fit {directory / 'network.json'}: {error}") from error
-    return network.eval(), fingerprint_tensors(state)
+    return network.eval(), fingerprint
 
 
-def read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
-    """Read the weights of a run directory.
+def read_weights(path: Path, directory: Path) -> tuple[dict[str, Tensor], str]:
+    """Read the weights of a run directory, and take their fingerprint.
 
     Raises:
         StorageError: if the file is missing or damaged.
@@ -212,12 +212,13 @@ def read_weights(path: Path, directory: Path) -> dict[str, Tensor]:
             f"{directory} has no trained weights; run `impatient train {directory}`."
         )
     state, header = read_tensors(path)
-    if header.get("fingerprint", "") not in ("", fingerprint_tensors(state)):
+    fingerprint = fingerprint_tensors(state)
+    if header.get("fingerprint", "") not in ("", fingerprint):
         raise StorageError(
             f"{path} is damaged: its weights do not fit the fingerprint written with them. Train "
             "again, or take the file from a backup."
         )
-    return state
+    return state, fingerprint
 
 
 def _check_finite(state: Mapping[str, Tensor], where: str) -> None:

@@ -31,7 +31,6 @@ from typing import Any
 import impatient
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.files import is_file, plain_name, remove, written_whole
-from impatient.provenance import fingerprint_tensors
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
 
@@ -131,7 +130,7 @@ class RunDirectory:
 
     def weights_fingerprint(self) -> str:
         """Take the fingerprint of the trained weights, without building the network."""
-        return fingerprint_tensors(read_weights(self.weights_file, self.path))
+        return read_weights(self.weights_file, self.path)[1]
 
     # --- what was measured and recorded -----------------------------------------------------------
 
