@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from impatient.errors import ImpatientError
+from impatient.errors import ImpatientError, StorageError
 from impatient.verbs import (
     compare,
     demo,
@@ -28,6 +28,7 @@ from impatient.verbs import (
     train,
 )
 from impatient.verbs.notes import log
+from impatient.verbs.processes import is_first
 
 if TYPE_CHECKING:
     from impatient.table import Table
@@ -81,7 +82,7 @@ class Notes(logging.Handler):
 def main() -> None:
     """Run a verb, and end errors and Ctrl-C with one message."""
     # other processes of the same training stay silent
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = is_first()
     log.setLevel(logging.INFO)
     log.handlers = [Notes() if first else logging.NullHandler()]
     code = 0
@@ -91,18 +92,13 @@ def main() -> None:
         result = verb.work(options)
         for part in verb.shown(options, result) if first else ():
             show(part)
-    except ImpatientError as error:
+    except (ImpatientError, OSError) as error:
         code = 1
+        # an OSError is of a place that is no file of ours, such as a terminal that has gone
+        kind = type(error) if isinstance(error, ImpatientError) else StorageError
         err.print(
-            f"error ({type(error).__name__}): {error}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            f"error ({kind.__name__}): {error}", soft_wrap=True, markup=False, highlight=False
         )
-    except OSError as error:
-        # of a place that is no file of ours, such as a terminal that has gone
-        code = 1
-        err.print(f"error (StorageError): {error}", soft_wrap=True, markup=False, highlight=False)
     except KeyboardInterrupt:
         code = STOPPED
         err.print("\nstopped; what was finished is kept. Run the same command again to go on.")

@@ -15,11 +15,8 @@ from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import FitOptions, fit
-from impatient.verbs.options import (
-    Positive,
-    Quiet,
-    alone,
-)
+from impatient.verbs.options import Positive, Quiet
+from impatient.verbs.processes import alone
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
 from impatient.verbs.report import ReportOptions, report

@@ -16,13 +16,8 @@ from impatient.errors import RunError, StaleInput, StorageError
 from impatient.files import is_file, written_whole
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import (
-    OFF,
-    Force,
-    NewDirectory,
-    Trust,
-    alone,
-)
+from impatient.verbs.options import OFF, Force, NewDirectory, Trust
+from impatient.verbs.processes import alone
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
 

@@ -24,9 +24,9 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
-    alone,
     use_threads,
 )
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 
 if TYPE_CHECKING:
@@ -76,15 +76,15 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         raise PolicyError(
             f"{run.path} has no policy to answer under; run `impatient fit {run.path}`."
         )
-    alone = run.exit_free
+    exit_free = run.exit_free
     # recorded in full precision, and the profile's time is another's
-    judged_alone = alone.is_trained and "int8" not in engine
+    judged = exit_free.is_trained and "int8" not in engine
     evaluation = impatient.evaluate(
         recording,
         costs,
         policies,
         same_weights=not run.spec().ensembling,
-        exit_free=alone.recording("test") if judged_alone else None,
+        exit_free=exit_free.recording("test") if judged else None,
         static=_static(
             run, costs, [RunDirectory(other, trust=options.trust) for other in options.against]
         ),

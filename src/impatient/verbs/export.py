@@ -23,9 +23,9 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
-    alone,
     use_threads,
 )
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:

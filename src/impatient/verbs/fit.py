@@ -23,10 +23,10 @@ from impatient.verbs.options import (
     Points,
     Text,
     Threads,
-    alone,
     one_of,
     use_threads,
 )
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 Score = Literal["max_probability", "margin", "entropy"]

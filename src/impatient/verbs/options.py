@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_args
+from typing import Annotated, Any, get_args
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from impatient.clock import positive_ms
-from impatient.files import working_on
 
 
 def _reader(
@@ -130,40 +127,6 @@ Engine = Annotated[
 ]
 Quiet = Annotated[Flag, arg(help="Show no progress bars.")]
 Force = Annotated[Flag, arg(help="Redo even if up to date.")]
-
-
-Options = TypeVar("Options", bound="InDirectory")
-Result = TypeVar("Result")
-
-
-class InDirectory(Protocol):
-    """Options of a verb that works on one run directory."""
-
-    @property
-    def directory(self) -> Path: ...
-
-
-def alone(
-    *, make: bool = False
-) -> Callable[[Callable[[Options], Result]], Callable[[Options], Result]]:
-    """Let a verb run only while no other process works on its run directory.
-
-    Args:
-        make: whether the verb makes the directory.
-    """
-
-    def guarded(work: Callable[[Options], Result]) -> Callable[[Options], Result]:
-        @functools.wraps(work)
-        def run_alone(options: Options) -> Result:
-            # Further processes of one training work together with the first.
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                return work(options)
-            with working_on(options.directory, make=make):
-                return work(options)
-
-        return run_alone
-
-    return guarded
 
 
 def use_threads(threads: int) -> None:

@@ -15,16 +15,8 @@ from impatient.errors import StaleInput
 from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.notes import log
-from impatient.verbs.options import (
-    Counts,
-    Directory,
-    Force,
-    Names,
-    Positive,
-    Quiet,
-    Trust,
-    alone,
-)
+from impatient.verbs.options import Counts, Directory, Force, Names, Positive, Quiet, Trust
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 

@@ -9,16 +9,8 @@ import impatient
 from impatient.errors import ImpatientError
 from impatient.files import is_file
 from impatient.verbs.notes import log
-from impatient.verbs.options import (
-    Directory,
-    Engine,
-    Flag,
-    Force,
-    Names,
-    Quiet,
-    Trust,
-    alone,
-)
+from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet, Trust
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 
 

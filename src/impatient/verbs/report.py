@@ -14,13 +14,8 @@ from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.notes import log
-from impatient.verbs.options import (
-    AnyProfile,
-    Directory,
-    Threads,
-    alone,
-    use_threads,
-)
+from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
+from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -38,9 +38,9 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
-    alone,
     use_threads,
 )
+from impatient.verbs.processes import alone
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
 from impatient.verbs.replacing import discard_old, replaced

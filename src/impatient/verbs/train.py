@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,9 +32,9 @@ from impatient.verbs.options import (
     Quiet,
     Share,
     Text,
-    alone,
     one_of,
 )
+from impatient.verbs.processes import alone, is_first
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
 
@@ -120,8 +119,7 @@ def train(options: TrainOptions) -> None:
     recipe = options.recipe
     data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
     # other processes of this training come through all of this, too, after the first one
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    is_new = not is_file(run.spec_file) or (options.restart and first)
+    is_new = not is_file(run.spec_file) or (options.restart and is_first())
     # whatever is wrong is found before the old run is touched
     with replaced(run.path) if is_new else contextlib.nullcontext(run.path) as place:
         begun = RunDirectory(place, trust=trust)
