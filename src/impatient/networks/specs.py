@@ -92,13 +92,13 @@ def check_trusted(spec: str, trust: Sequence[str]) -> None:
 
     Args:
         spec: the spec, as read from a file.
-        trust: modules, or MODULE:NAME, that the user trusts.
+        trust: modules, MODULE:NAME, or whole specs, that the user trusts.
     Raises:
         ModelSpecError: if its source is no known one and not trusted, or an option of it would run
             code.
     """
     source, name, options = _parse(spec)
-    if source in trust or f"{source}:{name}" in trust:
+    if {source, f"{source}:{name}", spec} & set(trust):
         return
     running = [option for option in options if option.startswith(_RUNNING_CODE)]
     if source not in _SOURCES or running:

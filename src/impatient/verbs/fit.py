@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 import impatient
 from impatient.errors import PolicyError
+from impatient.files import plain_name
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
     OFF,
@@ -118,7 +119,7 @@ def fit(options: FitOptions) -> impatient.Policy:
             f"--cost {options.cost} goes with plain thresholds; leave --learner and --delta away."
         )
     # A name that cannot be a file's is refused before anything is computed.
-    run.certificate_file(options.policy_name)
+    name = plain_name(options.policy_name, "policy")
     recording = run.recording("validation")
     costs = run.profile(any_machine=options.any_profile)
     policy: impatient.Policy
@@ -132,7 +133,7 @@ def fit(options: FitOptions) -> impatient.Policy:
             policy = impatient.fit_thresholds(
                 recording, costs, score=options.score, cost=options.cost, **targets_of(options)
             )
-    file = run.save_policy(options.policy_name, policy, certificate)
+    file = run.save_policy(name, policy, certificate)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
     if certificate is not None:
         log.info(certificate.statement)

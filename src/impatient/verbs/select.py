@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.errors import NoEffectWarning, StaleInput
-from impatient.files import is_file
+from impatient.files import is_file, plain_name
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import Learner, target_name, targets_of
@@ -112,10 +112,10 @@ def select(options: SelectOptions) -> impatient.Evaluation:
 
     use_threads(options.threads)
     # The members' specs stand on the command line, so they are the user's own.
-    named = (member.rpartition("@")[0] or member for member in options.members)
-    trust = (*options.trust, *(":".join(name.split(":")[:2]) for name in named if ":" in name))
+    models = (_model_and_weights(member)[0] for member in options.members)
+    trust = (*options.trust, *(model for model in models if ":" in model))
     run = RunDirectory(options.directory, trust=trust)
-    run.certificate_file(options.policy_name)
+    name = plain_name(options.policy_name, "policy")
     if options.force or not is_file(run.spec_file):
         _begin_cascade(run, options)
     spec = run.spec()
@@ -141,7 +141,7 @@ def select(options: SelectOptions) -> impatient.Evaluation:
         policy = impatient.policies.fit_selection(
             *problem, gate_s=decision_time_s(first, recording), **how
         )
-    file = run.save_policy(options.policy_name, policy)
+    file = run.save_policy(name, policy)
     log.info("fitted on %d validation samples: %s", len(recording.labels), file)
     return evaluate(EvaluateOptions(directory=run.path, trust=trust))
 
@@ -167,8 +167,7 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
     members = [_member(member, data, options) for member in options.members]
     specs = tuple(spec for spec, _ in members)
     networks = [network for _, network in members]
-    # without the file of weights
-    models = [member.rpartition("@")[0] or member for member in options.members]
+    models = [_model_and_weights(member)[0] for member in options.members]
     names = [model.rstrip("/").rpartition("/")[2] for model in models]
     if len(set(names)) < len(names):
         names = [f"{index} {model}" for index, model in enumerate(models)]
@@ -200,11 +199,17 @@ def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[
             )
         trained = part.exit_free if part.exit_free.is_trained else part
         return spec, trained.network()[0].backbone
-    model, _, weights = (
-        member.rpartition("@") if member.endswith(".safetensors") else (member, "", "")
-    )
+    model, weights = _model_and_weights(member)
     network = fresh_model(model, data.num_classes, data.preprocess, options.seed)
     if weights:
         load_weights(network, Path(weights), Path(weights).parent)
     spec = spec_of(network, data, model=model, seed=options.seed, validation=options.validation)
     return spec, network.eval()
+
+
+def _model_and_weights(member: str) -> tuple[str, str]:
+    """Split a member into what it is and its file of weights, if it has one."""
+    if not member.endswith(".safetensors"):
+        return member, ""
+    model, _, weights = member.rpartition("@")
+    return model, weights

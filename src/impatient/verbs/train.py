@@ -114,7 +114,7 @@ class TrainOptions:
 def train(options: TrainOptions) -> None:
     """Train a network with exits, and beside it the same backbone without exits."""
     # the user has named the model, and _spec has compared it
-    trust = (options.model, ":".join(options.model.split(":")[:2]))
+    trust = (options.model,)
     run = RunDirectory(options.directory, trust=trust)
     recipe = options.recipe
     data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
