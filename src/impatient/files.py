@@ -33,7 +33,7 @@ def file_errors(doing: str, remedy: str = "") -> Iterator[None]:
     """Turn errors of the file system into ours, which say what could not be done.
 
     Args:
-        doing: what is done in the block, such as "read FILE".
+        doing: what is done in the block, for the message, such as "read FILE".
         remedy: what to do if it fails.
     Raises:
         StorageError: if the block raises an OSError.
@@ -287,7 +287,7 @@ def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's memory in the order of its entries, if possible without a copy."""
+    """Return the memory of a tensor, in the order of its entries."""
     import torch
 
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data

@@ -208,7 +208,7 @@ def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[
 
 
 def _model_and_weights(member: str) -> tuple[str, str]:
-    """Split a member into what it is and its file of weights, if it has one."""
+    """Split a member into its model and its file of weights, if any."""
     if not member.endswith(".safetensors"):
         return member, ""
     model, _, weights = member.rpartition("@")
