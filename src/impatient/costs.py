@@ -498,7 +498,8 @@ _MISSING = {
     ),
     "energy": (
         "it was not measured. Profile again from Python with a meter: "
-        'impatient.profile(network, x, energy=impatient.experimental.energy.find_meter("cpu")).'
+        "from impatient.experimental import energy, then "
+        'impatient.profile(network, x, energy=energy.find_meter("cpu")).'
     ),
 }
 
