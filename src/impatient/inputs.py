@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -37,7 +36,7 @@ def first_tensor(value: Any) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    for entry in _entries(value):
+    for _, entry in _entries(value):
         if isinstance(entry, Tensor):
             return entry
     raise NetworkError(
@@ -46,13 +45,15 @@ def first_tensor(value: Any) -> Tensor:
     )
 
 
-def _entries(value: Any) -> Iterable[Any]:
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of a value, each after its key, place or name."""
     if isinstance(value, Mapping):
-        return value.values()
+        return value.items()
     if isinstance(value, (tuple, list)):
-        return value
+        return enumerate(value)
     if is_dataclass(value):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+        fields = dataclasses.fields(value)
+        return [(field.name, getattr(value, field.name)) for field in fields]
     return ()
 
 
@@ -101,7 +102,7 @@ def _tensor(value: Any, what: str) -> Tensor:
 def _named_output(value: Any, name: str | int) -> Tensor:
     try:
         if isinstance(name, int):
-            found = list(_entries(value))[name]
+            found = list(_entries(value))[name][1]
         else:
             found = value[name] if isinstance(value, Mapping) else getattr(value, name)
     except (LookupError, AttributeError):
@@ -140,20 +141,11 @@ def _tensors(value: Any) -> list[tuple[str | int, Tensor]]:
     """Return the different tensors in a value, each with the place of its outermost entry."""
     if isinstance(value, Tensor):
         return [(0, value)]
-    names = _places(value)
     found: dict[int, tuple[str | int, Tensor]] = {}
-    for name, entry in zip(names, _entries(value), strict=False):
+    for name, entry in _entries(value):
         for _, tensor in _tensors(entry):
             found.setdefault(id(tensor), (name, tensor))
     return list(found.values())
-
-
-def _places(value: Any) -> Iterable[str | int]:
-    if isinstance(value, Mapping):
-        return value.keys()
-    if is_dataclass(value):
-        return [field.name for field in dataclasses.fields(value)]
-    return itertools.count()
 
 
 # Where an input has its padding mask: a key of a mapping, a place in a tuple, or a function.
