@@ -23,7 +23,7 @@ from impatient.counting import StageFacts
 from impatient.engines.partition import Parts, any_batch, exporting, input_tensors, pools_of
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
 from impatient.inputs import resized
-from impatient.networks.heads import Layout, Pool
+from impatient.networks.heads import Layout, pooled
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.portable import Staged, Streamed, Wiring
 from impatient.store import Stored
@@ -332,7 +332,7 @@ class EngineNetwork(Network):
     def pooled(self, exit: Exit) -> Tensor:
         if exit.index == len(self.facts.layouts):
             return torch.as_tensor(exit.features)
-        return torch.as_tensor(Pool(self.facts.layouts[exit.index])(exit.features))
+        return pooled(exit.features, self.facts.layouts[exit.index])
 
     def stage_facts(self, x: Any) -> list[StageFacts]:  # noqa: ARG002  an engine does not show them
         """Return the facts that were found in the eager network."""

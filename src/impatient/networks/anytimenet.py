@@ -34,7 +34,7 @@ from impatient.networks import growth
 from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
-from impatient.networks.heads import Layout, Pool, _last_width
+from impatient.networks.heads import Layout, Pool, _last_width, pooled
 from impatient.networks.stages import Ambient, Position, StagedExit
 
 Sharing = Literal["shared", "own"]
@@ -525,7 +525,7 @@ class GrowingNetwork(Network):
 
     def pooled(self, exit: Exit) -> Tensor:
         """Average an exit's features over space or tokens, to shape [B, D]."""
-        return torch.as_tensor(Pool(self.layout)(exit.features))
+        return pooled(exit.features, self.layout)
 
     def stage_facts(self, x: Any) -> list[StageFacts]:
         """Return shape, MACs and parameters of each iteration and its OUT.

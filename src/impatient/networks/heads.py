@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as functional
@@ -125,15 +126,20 @@ class Pool(nn.Module):
         self.layout = layout
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.layout == "ND":
-            return features
-        if features.is_nested:
-            raise HeadError(_NESTED)
-        positions = [dim for dim, letter in enumerate(self.layout) if letter in "THW"]
-        return features.mean(positions) if mask is None else _mean(features, positions, mask)
+        return pooled(features, self.layout, mask)
 
     def extra_repr(self) -> str:
         return self.layout
+
+
+def pooled(features: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
+    """Average features over space, time or tokens, as `Pool` does."""
+    if layout == "ND":
+        return features
+    if features.is_nested:
+        raise HeadError(_NESTED)
+    positions = [dim for dim, letter in enumerate(layout) if letter in "THW"]
+    return features.mean(positions) if mask is None else _mean(features, positions, mask)
 
 
 def _mean(features: Tensor, positions: list[int], mask: Tensor) -> Tensor:
@@ -189,7 +195,18 @@ class Layers(nn.Sequential):
 
 def takes_mask(head: nn.Module) -> bool:
     """Tell whether a head can leave padding out: its forward has an argument `mask`."""
-    return "mask" in inspect.signature(head.forward).parameters
+    return _has_mask(type(head).forward)
+
+
+# Remembered, because every exit of every run asks.
+@functools.lru_cache(maxsize=64)
+def _has_mask(forward: Callable[..., Any]) -> bool:
+    return "mask" in inspect.signature(forward).parameters
+
+
+def with_mask(head: Any, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Bind a padding mask to a head that takes one."""
+    return head if mask is None or not takes_mask(head) else functools.partial(head, mask=mask)
 
 
 def linear(features: FeatureShape, num_classes: int) -> nn.Module:
@@ -414,7 +431,7 @@ def check_head(
         )
     try:
         with evaluating(head), torch.no_grad():
-            output = head(features, **({} if mask is None else {"mask": mask}))
+            output = with_mask(head, mask)(features)
     except HeadError:
         raise
     except Exception as error:

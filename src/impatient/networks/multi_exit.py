@@ -35,13 +35,14 @@ from impatient.networks.heads import (
     FeatureShape,
     HeadFactory,
     Layout,
-    Pool,
     build_head,
     channel_dim,
     check_head,
     guess_layout,
+    pooled,
+    with_mask,
 )
-from impatient.networks.stages import Cut, StagedRun, install, tapped, with_mask
+from impatient.networks.stages import Cut, StagedRun, install, tapped
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class MultiExitNetwork(Network):
         """Average an exit's features over space or tokens, to shape [B, D]."""
         if exit.index == len(self.cuts):
             return torch.as_tensor(exit.features)
-        return torch.as_tensor(Pool(self.layouts[exit.index])(exit.features, exit.mask))
+        return pooled(exit.features, self.layouts[exit.index], exit.mask)
 
     def _run(self, x: Any, **options: Any) -> StagedRun:
         heads = [*self.heads, None]
@@ -204,6 +205,7 @@ class MultiExitNetwork(Network):
     def _find_cuts(self) -> None:
         """Find the modules at the cuts by their names, and put the hook on them."""
         members = {}
+        modules = []
         for cut in self.cuts:
             parent = self.backbone
             for name in cut.module.split("."):
@@ -215,8 +217,9 @@ class MultiExitNetwork(Network):
                     )
                 members[id(parent), name] = (parent, name, child)
                 parent = child
+            modules.append(parent)
         self._members = tuple(members.values())
-        self._cut_modules = tuple(self.backbone.get_submodule(cut.module) for cut in self.cuts)
+        self._cut_modules = tuple(modules)
         install(self._cut_modules)
 
     def _cut_map(self) -> dict[tuple[int, int], int]:

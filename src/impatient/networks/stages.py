@@ -37,7 +37,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
 from impatient.inputs import OutputName, call_model, first_tensor, output_tensor
-from impatient.networks.heads import takes_mask
+from impatient.networks.heads import with_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,14 +250,9 @@ class StagedExit(Exit):
                     "network.exits(x, keep=True)."
                 )
             assert self._head is not None
-            head = self._head if self.mask is None else with_mask(self._head, self.mask)
+            head = with_mask(self._head, self.mask)
             self._output = self._position.ambient.call(head, self.features)
         return self._output
-
-
-def with_mask(head: Any, mask: Tensor | None) -> Head:
-    """Bind a padding mask to a head that takes one."""
-    return head if mask is None or not takes_mask(head) else functools.partial(head, mask=mask)
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
