@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocks import NETWORK, x_of
 from fakes import costs_of
@@ -249,6 +249,16 @@ def test_finished_samples_are_taken_out_of_what_is_given_next(
         left,
         left,
     ]
+
+
+def test_a_network_in_training_mode_is_refused() -> None:
+    runner, device = gpu_runner()
+    runner.network.add_module("dropout", nn.Dropout())
+    with pytest.raises(RunError, match=r"training mode.*network\.eval\(\)"):
+        runner.run(x_of(1))
+    assert device.given == []
+    runner.network.eval()
+    assert runner.run(x_of(1)).exit == 3
 
 
 def test_limits_hold() -> None:

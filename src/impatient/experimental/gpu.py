@@ -203,7 +203,7 @@ class _RunAhead:
         self._count = len(self._places)
         # Size of one sample's features at the exit submitted last.
         self._row_bytes = 0.0
-        self._policy = runner.drawn(runner.policy, len(self._places))
+        self._policy = runner.begun(len(self._places))
         wanted = (
             self._policy is not None
             and len(self._places) > 1

@@ -9,13 +9,13 @@ not worth its cost. Both can be stopped and continued later from where they were
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -216,10 +216,27 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def begun(self, samples: int) -> Policy | None:
+        """Check that the network can answer, and make the random draws of one run."""
+        if self.network.training and self._differs_in_training:
+            raise RunError(
+                "the network is in training mode, in which its answers are random or change its "
+                "batch-norm statistics; expected eval mode. Call network.eval() first."
+            )
+        return self._draw(self.policy, samples)
+
     def drawn(self, policy: Policy | None, samples: int) -> Policy | None:
-        """Check a policy, and make the random draws of one run."""
+        """Check another policy, and make the random draws of one run."""
         self._check_policy(policy, self.network)
+        return self._draw(policy, samples)
+
+    def _draw(self, policy: Policy | None, samples: int) -> Policy | None:
         return None if policy is None else policy.for_run(samples, next(self._runs))
+
+    @functools.cached_property
+    def _differs_in_training(self) -> bool:
+        """Tell whether a module of the network computes something else in training mode."""
+        return any(isinstance(module, (_NormBase, _DropoutNd)) for module in self.network.modules())
 
     @staticmethod
     def _check_policy(policy: Policy | None, network: Network) -> None:
@@ -244,13 +261,7 @@ class Runner:
             )
 
     def _new_state(self, x: Any) -> RunState:
-        if self.network.training and any(map(_differs_in_training, self.network.modules())):
-            raise RunError(
-                "the network is in training mode, in which its answers are random or change its "
-                "batch-norm statistics; expected eval mode. Call network.eval() first."
-            )
-        policy = self.drawn(self.policy, batch_size_of(x))
-        return RunState(self.network, x, policy, self._compaction)
+        return RunState(self.network, x, self.begun(batch_size_of(x)), self._compaction)
 
     def _predictor(self, size: int) -> TimePredictor:
         if size in self._predictors:
@@ -282,10 +293,6 @@ class Runner:
                 f"{needed_s * 1e3:.3f} ms. Allow more time, attach an earlier exit, or use "
                 "when_late='answer'."
             )
-
-
-def _differs_in_training(module: nn.Module) -> bool:
-    return isinstance(module, (_NormBase, _DropoutNd))
 
 
 class ContractRun:
