@@ -38,6 +38,7 @@ from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
 from impatient.networks.gradients import GradientFlow
 from impatient.networks.growth import PAPER, Schedule, in_turn, trace
+from impatient.networks.heads import Pool
 from impatient.networks.resnet import PreActBlock, PreActBottleneck
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile
@@ -571,6 +572,15 @@ def test_detached_channels_are_trained_by_the_exits_before_only() -> None:
     )
     network(torch.randn(3, 8), gradients=GradientFlow(detach=0.5))[1].sum().backward()
     reached = sections[0][0].weight.grad.abs().sum(1) > 0
+    assert reached.tolist() == [True, True, False, False]
+
+
+def test_channels_to_detach_are_found_where_they_come_before_time() -> None:
+    sections = [[nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1)], [nn.Identity()]]
+    out = nn.Sequential(Pool("NCT"), nn.Linear(4, CLASSES))
+    network = growing(nn.Conv1d(8, 4, 1), sections, out, [(1, 1), (2, 1)], layout="NCT")
+    network(torch.randn(3, 8, 6), gradients=GradientFlow(detach=0.5))[1].sum().backward()
+    reached = sections[0][0].weight.grad.abs().sum((1, 2)) > 0
     assert reached.tolist() == [True, True, False, False]
 
 

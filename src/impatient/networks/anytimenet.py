@@ -34,7 +34,7 @@ from impatient.networks import growth
 from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
-from impatient.networks.heads import Layout, Pool, _last_width, pooled
+from impatient.networks.heads import Layout, Pool, _last_width, channel_dim, pooled
 from impatient.networks.stages import Ambient, Position, StagedExit
 
 Sharing = Literal["shared", "own"]
@@ -501,14 +501,14 @@ class GrowingNetwork(Network):
         """
         cached: dict[int, Tensor] = {}
         outputs = []
-        channel_dim = 1 if self.layout in ("NCHW", "ND") else -1
+        channels = channel_dim(self.layout)
         for index in range(self.num_exits):
             features = self._grow(index, cached, x)
             if index < self.num_exits - 1:
                 features = gradients.into_head(features, index, self.num_exits)
             outputs.append(self._answer(index, features))
             for section, tensor in cached.items():
-                cached[section] = gradients.onward(tensor, index, self.num_exits, channel_dim)
+                cached[section] = gradients.onward(tensor, index, self.num_exits, channels)
         return tuple(outputs)
 
     def exits(self, x: Any, *, keep: bool = False) -> GrowthRun:

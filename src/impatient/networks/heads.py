@@ -57,7 +57,7 @@ class FeatureShape:
 
 def channel_dim(layout: Layout) -> int:
     """Return which dimension holds the channels, 1 or -1."""
-    return 1 if layout.startswith("NC") else -1
+    return 1 if layout[1] in "CD" else -1
 
 
 def guess_layout(features: Tensor, module: nn.Module) -> Layout:
