@@ -167,6 +167,9 @@ class Staged:
         self.wiring = wiring
         self.stages = stages
         self.heads = heads
+        # For each value, the last stage that takes it or whose exit it feeds.
+        uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
+        self.last_use = {name: index for index, names in enumerate(uses) for name in names}
 
     @property
     def num_exits(self) -> int:
@@ -187,13 +190,12 @@ class StagedRun(Run):
         self._wiring = wiring
         self._stages = network.stages
         self._heads = network.heads
+        self._last_use = network.last_use
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()
         # Number of the thread on which a stage is in flight.
         self._thread: int | None = None
-        uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
-        self._last_use = {name: index for index, names in enumerate(uses) for name in names}
 
     def __next__(self) -> Exit:
         index = self._next
