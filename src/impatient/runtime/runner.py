@@ -217,7 +217,7 @@ class Runner:
         self.close()
 
     def begun(self, samples: int) -> Policy | None:
-        """Check that the network can answer, and make the random draws of one run."""
+        """Check the network's mode, and make the random draws of one run."""
         if self.network.training and self._differs_in_training:
             raise RunError(
                 "the network is in training mode, in which its answers are random or change its "
