@@ -121,6 +121,15 @@ def test_a_replaced_run_is_kept_until_it_is_discarded(run_dir: Path) -> None:
     assert content(run_dir) == {run_dir / "network.json": b"{ }"}
 
 
+def test_an_exported_network_is_set_aside_with_all_it_holds(call: Call, run_dir: Path) -> None:
+    assert call("export", run_dir, "--repeats", 5, "--quiet")[0] == 0
+    # what `python run.py --profile` writes there
+    (run_dir / "engines" / "onnxruntime" / "costs.json").write_text("{}")
+    with replaced(run_dir) as new:
+        (new / "network.json").write_text("{}")
+    assert not (run_dir / "engines").exists()
+
+
 def test_a_directory_that_is_no_run_keeps_its_files(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     with replaced(tmp_path) as new:

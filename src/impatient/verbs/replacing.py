@@ -10,9 +10,10 @@ from pathlib import Path
 
 from impatient.files import file_errors, is_file, move, remove
 
-# What `impatient export` writes into a directory.
+# What `impatient export` writes into a directory, and what `python run.py --profile` adds to it.
 EXPORTED = (
-    *("bundle.json", "README.txt", "run.py", "standalone/*.py", "standalone/__pycache__/*.pyc"),
+    *("bundle.json", "costs.json", "README.txt", "run.py"),
+    *("standalone/*.py", "standalone/__pycache__/*.pyc"),
     *("stage*.*", "head*.*", "whole.*", "session.*", "aoti.*"),
 )
 # The files of a run, without those of other people.
