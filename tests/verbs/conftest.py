@@ -1,5 +1,6 @@
 """The command line in this process, and a run directory in which every verb has run."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,3 +52,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             assert run_command_line(patch, verb[0], directory, *verb[1:]) == 0
     return directory
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run directory, to spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,12 +21,6 @@ from command_line import TINY, Call
 from impatient.files import read_json, write_json, write_tensors
 from impatient.verbs.network_spec import save_weights
 from impatient.verbs.run_directory import RunDirectory
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it to spoil."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ units than time.
 
 import dataclasses
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,6 @@ from impatient.policies import ThresholdPolicy
 from impatient.recipe import Recipe
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.train import TrainOptions, train
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def with_joules(run_dir: Path) -> None:

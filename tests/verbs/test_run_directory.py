@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +22,6 @@ from impatient.networks.specs import check_trusted
 from impatient.training.checkpoint import load_checkpoint
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
-
-
-@pytest.fixture
-def run_dir(finished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def content(folder: Path) -> dict[Path, bytes]:
