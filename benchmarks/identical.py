@@ -9,7 +9,9 @@ nothing depends on the clock. Every value is printed as a hash of its bytes or a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -33,9 +35,10 @@ def digest(*tensors: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Flatten a value for JSON, with tensors as hashes and without file names."""
-    import dataclasses
+    """Flatten a value for JSON, with tensors as hashes.
 
+    Of a dataclass, the values of its fields count and not their names, which versions may change.
+    """
     import numpy as np
     import torch
 
@@ -44,14 +47,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return digest(torch.from_numpy(np.ascontiguousarray(value)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        # of a mixture: the first names are those of version 0.1.0
-        now = {"cheap": "fast", "dear": "slow"}
-        return {
-            now.get(name, name): plain(entry)
-            for name, entry in fields.items()
-            if name != "provenance"
-        }
+        # provenance names the commit and the machine
+        names = [field.name for field in dataclasses.fields(value) if field.name != "provenance"]
+        return [plain(getattr(value, name)) for name in names]
     if isinstance(value, dict):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -68,13 +66,11 @@ def invented_costs(network: Any, example: Any) -> Any:
         file = Path(folder) / "profile.json"
         costs.save(file)
         content = json.loads(file.read_text())
-        count = 0
+        numbers = itertools.count(1)
 
         def invent(entry: Any, name: str = "") -> Any:
-            nonlocal count
             if isinstance(entry, dict) and "p50" in entry:
-                count += 1
-                base = (1e-4 if name == "heads" else 3e-3) + 1e-5 * count
+                base = (1e-4 if name == "heads" else 3e-3) + 1e-5 * next(numbers)
                 order = ("mean", "p50", "p90", "p99", "p999", "max")
                 steps = {name: base * (1 + 0.1 * place) for place, name in enumerate(order)}
                 return {name: steps.get(name, value) for name, value in entry.items()}
@@ -101,25 +97,18 @@ def values() -> dict[str, Any]:
     torch.set_num_threads(1)
     data = impatient.load_data("digits")
     found: dict[str, Any] = {"data": data.fingerprint}
-    recipes = {
-        "uniform": {},
-        "sieve": {"augment": "none"},
-        "alternating": {"sampler": "alternating"},
-    }
     made = {}
-    for name, options in recipes.items():
+    for name, weights, sampler in (
+        ("uniform", "uniform", "none"),
+        ("sieve", "sieve", "none"),
+        ("alternating", "uniform", "alternating"),
+    ):
         torch.manual_seed(0)
         backbone = impatient.load_model("impatient:resnet:n=1,c=8", num_classes=10, in_channels=1)
         network = impatient.attach_exits(
             backbone, example=data.example(), after="every:1", num_classes=10
         )
-        known = {
-            key: value
-            for key, value in options.items()
-            if key in impatient.Recipe.__dataclass_fields__
-        }
-        recipe = impatient.Recipe(epochs=2, batch_size=64, seed=0, **known)
-        weights = "sieve" if name == "sieve" else "uniform"
+        recipe = impatient.Recipe(epochs=2, batch_size=64, sampler=sampler, seed=0)
         impatient.fit(network, data, weights=weights, recipe=recipe)
         made[name] = network.eval()
         found[f"weights {name}"] = digest(*network.state_dict().values())
@@ -146,14 +135,11 @@ def values() -> dict[str, Any]:
         )
     points = policies.sweep_gates(validation, costs, inputs="confidences")
     found["sweep"] = [[repr(point.mean_time_s), repr(point.accuracy)] for point in points]
-    fitted["mixed"] = policies.mix(
-        points, mean_time_s=sum(sorted(point.mean_time_s for point in points)[:2]) / 2
-    )
+    times = [point.mean_time_s for point in points]
+    fitted["mixed"] = policies.mix(points, mean_time_s=(min(times) + max(times)) / 2)
     for name, policy in fitted.items():
         found[f"policy {name}"] = plain(policy)
-        evaluation = plain(impatient.evaluate(test, costs, policy))
-        evaluation.pop("policies", None)
-        found[f"evaluation {name}"] = evaluation
+        found[f"evaluation {name}"] = plain(impatient.evaluate(test, costs, policy))
     found["temperatures"] = plain(policies.fit_temperatures(validation))
     cascade = networks.Cascade([other.backbone for other in made.values()], list(made))
     torch.manual_seed(0)
@@ -171,24 +157,17 @@ def values() -> dict[str, Any]:
         found["anytimenet"] = [digest(out) for out in anytime(data.example(2))]
         eann = networks.EANN([made["uniform"], made["sieve"]], [[0.3] * 3, [0.2] * 3])
         found["eann"] = [digest(out) for out in eann.eval()(data.example(2))]
-    found["budget weights"] = plain(
-        [
-            training.weights.sieve(16),
-            impatient.exit_weights(
-                impatient.budgets.uniform(0.0, 0.02), costs.cumulative("time", "interruptible")
-            ),
-            impatient.exit_weights(
-                impatient.budgets.small_likely(0.0, 0.02), costs.cumulative("time", "interruptible")
-            ),
-            impatient.exit_weights(
-                impatient.budgets.normal(0.003, 0.02), costs.cumulative("time", "interruptible")
-            ),
-            impatient.exit_weights(
-                impatient.budgets.log_uniform(0.001, 0.02),
-                costs.cumulative("time", "interruptible"),
-            ),
-        ]
+    interruptible_s = costs.cumulative("time", "interruptible")
+    budgets = (
+        impatient.budgets.uniform(0.0, 0.02),
+        impatient.budgets.small_likely(0.0, 0.02),
+        impatient.budgets.normal(0.003, 0.02),
+        impatient.budgets.log_uniform(0.001, 0.02),
     )
+    found["budget weights"] = [
+        plain(training.weights.sieve(16)),
+        *(plain(impatient.exit_weights(budget, interruptible_s)) for budget in budgets),
+    ]
     return found
 
 
