@@ -32,9 +32,10 @@ from impatient.files import read_json, write_json, write_text
 from impatient.networks import MultiExitNetwork
 from impatient.provenance import fingerprint_tensors, machine, versions
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 # git-ignored: exported networks, trained weights, finished cases
-KEPT = Path(__file__).parent.parent / "runs" / "bench"
+KEPT = ROOT / "runs" / "bench"
 
 Row = dict[str, object]
 # by name and number of things in it
@@ -42,12 +43,10 @@ Calls = Mapping[tuple[str, int], Callable[[], object]]
 M = TypeVar("M", bound=nn.Module)
 
 
-def commit() -> str:
-    """Return the checked-out commit, with "-dirty" if files were changed."""
+def commit(checkout: Path = ROOT) -> str:
+    """Return the commit of a checkout, with "-dirty" if files were changed."""
     command = ["git", "describe", "--always", "--dirty"]
-    described = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    described = subprocess.run(command, capture_output=True, text=True, cwd=checkout, check=False)
     return described.stdout.strip() or "unknown"
 
 

@@ -13,11 +13,11 @@ Asked for: all public names at most 0.25 s beyond torch, `impatient --help` at m
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
-import time
 
-from common import Row, median_interval, write_results
+from common import Row, in_turn, with_interval, write_results
 
 ROUNDS, SMOKE_ROUNDS = 15, 2
 ALL_NAMES = "import torch, impatient; [getattr(impatient, name) for name in impatient.__all__]"
@@ -29,32 +29,28 @@ PROCESSES = {
 }
 
 
-def seconds(arguments: list[str]) -> float:
-    """Time one process of Python."""
-    begin = time.perf_counter()
+def run_python(arguments: list[str]) -> None:
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
 
 
 def main() -> None:
     smoke = "--smoke" in sys.argv
-    taken: dict[str, list[float]] = {name: [] for name in PROCESSES}
-    # the first round warms the disk's cache, and is not counted
-    for number in range(1 + (SMOKE_ROUNDS if smoke else ROUNDS)):
-        for name, arguments in PROCESSES.items():
-            second = seconds(arguments)
-            if number:
-                taken[name].append(second)
+    calls = {
+        name: functools.partial(run_python, arguments) for name, arguments in PROCESSES.items()
+    }
+    # the round that warms up fills the disk's cache
+    taken = in_turn(calls, rounds=SMOKE_ROUNDS if smoke else ROUNDS, warm_up=1)
     rows: list[Row] = []
-    torch = taken["import torch"]
     for name, values in taken.items():
-        beyond = [value - base for value, base in zip(values, torch, strict=True)]
-        row: Row = {"process": name, "n": len(values)}
-        for column, found in (("s", values), ("beyond torch s", beyond)):
-            middle, low, high = median_interval(found)
-            row[f"{column} (95 % interval)"] = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        print(row)
-        rows.append(row)
+        rows.append(
+            {
+                "process": name,
+                "n": len(values),
+                "s (95 % interval)": with_interval(values, 2),
+                "beyond torch s (95 % interval)": with_interval(values - taken["import torch"], 2),
+            }
+        )
+        print(rows[-1])
     if not smoke:
         write_results("startup", "Before anything is computed", __doc__ or "", rows)
 

@@ -18,6 +18,7 @@ makes of equal code.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import subprocess
@@ -127,17 +128,19 @@ def main(arguments: list[str]) -> None:
     if arguments == ["--work"]:
         work()
         return
-    smoke = "--smoke" in arguments
-    checkouts = [argument for argument in arguments if not argument.startswith("--")]
-    if len(checkouts) != 1:
-        raise SystemExit(f"{len(checkouts)} checkouts given; expected one: the old code.")
-    from common import median_interval, write_results
+    # not at the top: it imports names that the old code may lack
+    from common import Row, commit, with_interval, write_results
 
-    rounds = SMOKE_ROUNDS if smoke else ROUNDS
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("old", type=Path, help="a checkout with the old code")
+    parser.add_argument("--smoke", action="store_true", help="seconds; writes nothing")
+    asked = parser.parse_args(arguments)
+    old_checkout = asked.old.resolve()
+    rounds = SMOKE_ROUNDS if asked.smoke else ROUNDS
     ratios: dict[str, dict[str, list[float]]] = {}
     for start in range(STARTS):
         print(f"start {start + 1} of {STARTS}", flush=True)
-        old, new, again = (Worker(path) for path in (Path(checkouts[0]).resolve(), ROOT, ROOT))
+        old, new, again = (Worker(path) for path in (old_checkout, ROOT, ROOT))
         for name in new.names:
             found = ratios.setdefault(name, {"new / old": [], "new / new": []})
             orders = itertools.cycle(itertools.permutations((old, new, again)))
@@ -147,23 +150,14 @@ def main(arguments: list[str]) -> None:
                 found["new / new"].append(taken[new] / taken[again])
         for worker in (old, new, again):
             worker.process.kill()
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for name, columns in ratios.items():
-        row: dict[str, object] = {"call": name, "rounds": rounds}
-        for column, values in columns.items():
-            middle, low, high = median_interval(values)
-            row[column] = f"{middle:.3f} ({low:.3f} to {high:.3f})"
-        print(row, flush=True)
-        rows.append(row)
-    if not smoke:
+        intervals = {column: with_interval(values, 3) for column, values in columns.items()}
+        rows.append({"call": name, "rounds": rounds, **intervals})
+        print(rows[-1], flush=True)
+    if not asked.smoke:
         text = (__doc__ or "").partition("Three processes")
-        described = subprocess.run(
-            ["git", "-C", checkouts[0], "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
-        page = f"{text[1]}{text[2]}\n\nOld: commit {described}."
+        page = f"{text[1]}{text[2]}\n\nOld: commit {commit(old_checkout)}."
         write_results("versions", "The same calls with the code of two commits", page, rows)
 
 
