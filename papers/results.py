@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,6 +138,11 @@ class Claim:
     paper: str
     ours: str
     verdict: str
+
+
+def claim_rows(claims: Iterable[Claim]) -> list[dict[str, object]]:
+    """Return claims as rows of a table."""
+    return [dataclasses.asdict(claim) for claim in claims]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ It runs every training, measurement and fit that is missing, and writes tables a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,29 +88,19 @@ def _run(scale: Scale, folder: Path, table: Table, workers: int) -> None:
 def policy_jobs(scale: Scale, measured: Mapping[str, Any]) -> list[Job]:
     """Fits on every division, for what has been measured."""
     made = []
-    for case in (case for case in scale.cases if times.name(case) in measured):
-        result = measured[times.name(case)]
-        known = {
-            "case": case,
-            "node_s": result["node_s"],
-            "gate_s": result["gate_s"],
-            "judging": scale.judging,
-        }
+    for what in (what for what in scale.parts if times.name(what) in measured):
+        result = measured[times.name(what)]
+        judge: Callable[..., dict[str, Any]]
+        if isinstance(what, Case):
+            judge = selecting.judge_split
+            known = {"case": what, "node_s": result["node_s"]}
+        else:
+            judge = exiting.judge_split
+            known = {"exits": what, "costs": result["costs"]}
+        known |= {"gate_s": result["gate_s"], "judging": scale.judging}
         made += [
-            Job(split_name(case, seed), selecting.judge_split, known | {"seed": seed})
-            for seed in splits(case, scale)
-        ]
-    for exits in (exits for exits in scale.exits if times.name(exits) in measured):
-        result = measured[times.name(exits)]
-        known = {
-            "exits": exits,
-            "costs": result["costs"],
-            "gate_s": result["gate_s"],
-            "judging": scale.judging,
-        }
-        made += [
-            Job(split_name(exits, seed), exiting.judge_split, known | {"seed": seed})
-            for seed in splits(exits, scale)
+            Job(split_name(what, seed), judge, known | {"seed": seed})
+            for seed in splits(what, scale)
         ]
     return made
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,15 @@ def judge_split(
             fit, judged, node_s, TOPOLOGIES[topology], "boosting", gate_s, judging.boosted
         )
     found |= {method: [point for _, point in points] for method, points in swept.items()}
-    found["pairs, logistic"] = pairs(fit, judged, node_s, gate_s, judging.prices)
-    if later := later_first(fit, judged, node_s, gate_s, judging.prices):
-        found["later first, logistic"] = later
+    count = len(node_s)
+    prices = judging.prices
+    found["pairs, logistic"] = learned_on(
+        pairs(count), fit, judged, node_s, Topology.chain, gate_s, prices
+    )
+    if subsets := later_first(count):
+        found["later first, logistic"] = learned_on(
+            subsets, fit, judged, node_s, Topology.full, gate_s, prices
+        )
     found["any, logistic"] = [
         point for method, points in found.items() if method.endswith("logistic") for point in points
     ]
@@ -180,52 +186,37 @@ def time_prices(node_s: Sequence[float], count: int) -> list[float]:
     return [float(price) for price in np.geomspace(1e-3 / max(node_s), 1.0 / min(node_s), count)]
 
 
-def pairs(
+def learned_on(
+    subsets: Iterable[Sequence[int]],
     fit: Recording,
     judged: Recording,
     node_s: Sequence[float],
+    topology: Callable[[Sequence[str]], Topology],
     gate_s: Mapping[str, float],
     prices: int,
 ) -> list[Point]:
-    """Each cheaper network beside the full one, and nothing else."""
-    last = len(node_s) - 1
+    """Return what logistic policies on each of some subsets of the networks reach."""
     found: list[Point] = []
-    for first in range(last):
-        kept = [first, last]
+    for kept in subsets:
         one = only(fit, kept)
         other = only(judged, kept)
         own_s = [node_s[node] for node in kept]
-        found += [
-            point
-            for _, point in learned(one, other, own_s, Topology.chain, "logistic", gate_s, prices)
-        ]
+        points = learned(one, other, own_s, topology, "logistic", gate_s, prices)
+        found += [point for _, point in points]
     return found
 
 
-def later_first(
-    fit: Recording,
-    judged: Recording,
-    node_s: Sequence[float],
-    gate_s: Mapping[str, float],
-    prices: int,
-) -> list[Point]:
-    """Return topologies without the first one, two, ... networks.
+def pairs(count: int) -> list[tuple[int, int]]:
+    """Return each cheaper network beside the full one, and nothing else."""
+    return [(first, count - 1) for first in range(count - 1)]
 
-    Each has all moves upward. The first network of a topology is always paid for, so it matters
-    which one that is.
+
+def later_first(count: int) -> list[range]:
+    """Return the networks without the first one, two, ... of them, down to three.
+
+    The first network of a topology is always paid for, so it matters which one that is.
     """
-    found: list[Point] = []
-    # two networks are a pair
-    for first in range(1, len(node_s) - 2):
-        kept = range(first, len(node_s))
-        one = only(fit, kept)
-        other = only(judged, kept)
-        own_s = node_s[first:]
-        found += [
-            point
-            for _, point in learned(one, other, own_s, Topology.full, "logistic", gate_s, prices)
-        ]
-    return found
+    return [range(first, count) for first in range(1, count - 2)]
 
 
 def only(recording: Recording, nodes: Sequence[int]) -> Recording:

@@ -26,7 +26,7 @@ from impatient.files import write_text
 from papers.adaptive_neural_networks import exiting, selecting, times
 from papers.adaptive_neural_networks.curves import share_of_saving
 from papers.adaptive_neural_networks.recipe import Case, Exits, Scale
-from papers.results import Claim, Spread, made_by, markdown, spread, write_csv
+from papers.results import Claim, Spread, claim_rows, made_by, markdown, spread, write_csv
 
 # times faster at a point lost; how far a real run may be from its prediction
 WANTED = 2.8
@@ -60,9 +60,9 @@ def write(scale: Scale, found: Found, folder: Path) -> str:
     made = [exits for exits in scale.exits if found.splits[exits.name]]
     judgements = [*claims(cases, made, found)]
     if judgements:
-        write_csv(folder / "claims.csv", _claim_rows(judgements))
+        write_csv(folder / "claims.csv", claim_rows(judgements))
     parts = [
-        *(["**Claims**", markdown(_claim_rows(judgements))] if judgements else []),
+        *(["**Claims**", markdown(claim_rows(judgements))] if judgements else []),
         *(part for case in cases for part in _selection_part(case, found, folder)),
         *(_exits_part(made, found, folder) if made else []),
         *_guarantee_part([*cases, *made], found, folder),
@@ -475,13 +475,6 @@ def _better(case: Case, splits: Sequence[Result]) -> str:
 def _paired(splits: Sequence[Result], own: str, other: str, loss: float, what: str) -> Spread:
     pairs = zip(values(splits, own, loss), values(splits, other, loss), strict=True)
     return spread([one[what] - two[what] for one, two in pairs])
-
-
-def _claim_rows(judgements: Sequence[Claim]) -> list[dict[str, object]]:
-    return [
-        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
-        for one in judgements
-    ]
 
 
 # --- files and figures ----------------------------------------------------------------------------

@@ -52,7 +52,7 @@ from papers.anytime_neural_networks.recipe import (
     milestone_nets,
     opt_depths,
 )
-from papers.results import Claim, Spread, made_by, markdown, write_csv
+from papers.results import Spread, claim_rows, made_by, markdown, write_csv
 
 COLOURS = {
     "const": VERMILION,
@@ -124,7 +124,7 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
             for name, rate in rates.items()
         ],
     )
-    write_csv(folder / "milestone_claims.csv", _claim_rows(claims))
+    write_csv(folder / "milestone_claims.csv", claim_rows(claims))
     save_figure(draw_milestones(scale, results, table), folder / "milestones.png")
     wins = [
         {
@@ -146,7 +146,7 @@ def _milestone_part(scale: Scale, results: Results, folder: Path) -> list[str]:
         ),
         markdown(wins),
         "**Claims**",
-        markdown(_claim_rows(claims)),
+        markdown(claim_rows(claims)),
     ]
 
 
@@ -161,7 +161,7 @@ def _ensemble_part(
     growth = base(scale)
     write_csv(folder / "eann.csv", [_flat(row) for row in rows])
     write_csv(folder / "eann_curves.csv", _budget_rows(compared))
-    write_csv(folder / "eann_claims.csv", _claim_rows(claims))
+    write_csv(folder / "eann_claims.csv", claim_rows(claims))
     save_figure(draw_ensembles(compared), folder / "eann.png")
     formulas = "; ".join(
         f"{name} at most {sup:.2f}, mean {mean:.2f}"
@@ -183,14 +183,7 @@ def _ensemble_part(
         f"Cost inflation by formula, base {growth:.2g}, for members competitive from "
         f"1/{growth:.2g} of their depth on: {formulas}.{checked}",
         "**Claims**",
-        markdown(_claim_rows(claims)),
-    ]
-
-
-def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
-    return [
-        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
-        for one in claims
+        markdown(claim_rows(claims)),
     ]
 
 

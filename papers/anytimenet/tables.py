@@ -19,7 +19,7 @@ from papers.anytimenet import execution, learning, times
 from papers.anytimenet.learning import NORMS_IN_WORDS, Results, per_iteration
 from papers.anytimenet.recipe import NORMS, Case, Net, Scale, key
 from papers.anytimenet.times import Middle
-from papers.results import Claim, Spread, made_by, markdown, write_csv
+from papers.results import Spread, claim_rows, made_by, markdown, write_csv
 
 UNITLESS = ("correlation over classes", "over samples")
 COLOURS = {"shared": BLUE, "own": ORANGE}
@@ -45,9 +45,9 @@ def write(scale: Scale, results: Results, folder: Path) -> str:
     claims = [*learning.claims(scale.cases, seeds, results)]
     claims += [claim for net, result in timed for claim in times.claims(net, result)]
     if claims:
-        write_csv(folder / "claims.csv", _claim_rows(claims))
+        write_csv(folder / "claims.csv", claim_rows(claims))
     parts = [
-        *(["**Claims**", markdown(_claim_rows(claims))] if claims else []),
+        *(["**Claims**", markdown(claim_rows(claims))] if claims else []),
         *_execution_part(folder),
         *took,
         *learnt,
@@ -197,13 +197,6 @@ def _case_in_words(case: Case, results: Results) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _claim_rows(claims: Sequence[Claim]) -> list[dict[str, object]]:
-    return [
-        {"claim": one.claim, "paper": one.paper, "ours": one.ours, "verdict": one.verdict}
-        for one in claims
-    ]
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, object]:
