@@ -122,65 +122,44 @@ def _enliven(layer: nn.Module, name: str, values: Tensor) -> None:
 # --- the list -------------------------------------------------------------------------------------
 
 
+# four layers of width 32
+_WIDTH_32 = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
 def _listed(library: str, batch: Batch, *names: str) -> list[Architecture]:
     return [Architecture(f"{library}:{name}", batch) for name in names]
 
 
 def _config(name: str, batch: Batch, **options: Any) -> Architecture:
-    listed = ",".join(f"{key}={value}".replace(" ", "") for key, value in options.items())
+    """Configure a model of transformers. Options of None are left out."""
+    given = {key: value for key, value in options.items() if value is not None}
+    listed = ",".join(f"{key}={value}".replace(" ", "") for key, value in given.items())
     return Architecture(f"transformers:{name}Config:{listed}", batch)
 
 
 def _text(name: str, **options: Any) -> Architecture:
-    """Configure a text encoder of four layers of width 32.
-
-    Options of None are left out.
-    """
-    usual = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "pad_token_id": 0,
-    }
-    return _config(
-        name,
-        text,
-        **{key: value for key, value in {**usual, **options}.items() if value is not None},
-    )
+    """Configure a text encoder of four layers of width 32."""
+    usual = {"vocab_size": VOCABULARY, **_WIDTH_32, "pad_token_id": 0}
+    return _config(name, text, **{**usual, **options})
 
 
-def _vision(name: str, size: int = 32, **options: Any) -> Architecture:
-    """Configure a vision transformer of four layers of width 32.
-
-    It has patches of 8 pixels. Options of None are left out.
-    """
-    usual = {
-        "image_size": size,
-        "patch_size": 8,
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    }
-    return _config(
-        name,
-        named_images(size),
-        **{key: value for key, value in {**usual, **options}.items() if value is not None},
-    )
+def _vision(name: str) -> Architecture:
+    """Configure a vision transformer of four layers of width 32, with patches of 8 pixels."""
+    return _config(name, named_images(32), image_size=32, patch_size=8, **_WIDTH_32)
 
 
 def _pictures(name: str, size: int = 64, **options: Any) -> Architecture:
     return _config(name, named_images(size), **options)
 
 
-def _sound(name: str, **options: Any) -> Architecture:
-    usual = {
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
+def _sound(name: str) -> Architecture:
+    options = {
+        **_WIDTH_32,
         "conv_dim": [32, 32, 32],
         "conv_stride": [5, 4, 4],
         "conv_kernel": [10, 4, 4],
@@ -188,14 +167,18 @@ def _sound(name: str, **options: Any) -> Architecture:
         "num_conv_pos_embedding_groups": 2,
         "num_feat_extract_layers": 3,
     }
-    return _config(name, sound(2400), **{**usual, **options})
+    return _config(name, sound(2400), **options)
 
 
-_NO_WIDTH = {
-    "hidden_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "intermediate_size": None,
+# of models that call their width by other names
+_NO_WIDTH = dict.fromkeys(_WIDTH_32)
+_SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 2, 2],
+    "num_heads": [1, 2, 2],
+    "window_size": 4,
 }
 _PYRAMID = {"depths": [1, 2, 2, 1], "hidden_sizes": [8, 16, 24, 32]}
 _BART = {
@@ -400,26 +383,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _vision("Dinov2"),
     _vision("Dinov2WithRegisters"),
     _vision("ViTMSN"),
-    _pictures(
-        "Swin",
-        32,
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[1, 2, 2],
-        num_heads=[1, 2, 2],
-        window_size=4,
-    ),
-    _pictures(
-        "Swinv2",
-        32,
-        image_size=32,
-        patch_size=2,
-        embed_dim=8,
-        depths=[1, 2, 2],
-        num_heads=[1, 2, 2],
-        window_size=4,
-    ),
+    _pictures("Swin", 32, **_SWIN),
+    _pictures("Swinv2", 32, **_SWIN),
     _pictures("ConvNext", **_PYRAMID),
     _pictures("ConvNextV2", **_PYRAMID),
     _pictures("ResNet", embedding_size=8, **_PYRAMID),
@@ -457,10 +422,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _config(
         "AST",
         lambda batch: {"input_values": torch.randn(batch, 64, 32)},
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
+        **_WIDTH_32,
         max_length=64,
         num_mel_bins=32,
         patch_size=8,
@@ -473,9 +435,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         image_size=32,
         patch_size=8,
         num_frames=4,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
+        **_WIDTH_32,
     ),
 )
