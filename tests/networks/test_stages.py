@@ -13,7 +13,6 @@ from impatient.networks import MultiExitNetwork
 from staging import (
     CLASSES,
     WIDTH,
-    Counting,
     assert_same,
     attach,
     linear,
@@ -125,14 +124,6 @@ def test_backbone_called_by_itself_is_not_disturbed_by_its_hooks(
     network = toy_network(toy)
     assert network.backbone is toy
     assert_same([toy(toy_input)], [before])
-
-
-@pytest.fixture
-def counted(toy: nn.Module) -> MultiExitNetwork:
-    network = toy_network(toy, heads=lambda features, classes: Counting())
-    for head in network.heads:
-        head.seen.clear()
-    return network
 
 
 def calls(network: MultiExitNetwork) -> list[int]:

@@ -170,18 +170,6 @@ def test_gradients_survive_a_step_taken_under_no_grad(
     assert toy.blocks[0][0].weight.grad.abs().sum() > 0
 
 
-@pytest.fixture
-def counted(toy: nn.Module) -> MultiExitNetwork:
-    network = toy_network(toy, heads=lambda features, classes: Counting())
-    for head in network.heads:
-        head.seen.clear()
-    return network
-
-
-def calls(network: MultiExitNetwork) -> list[int]:
-    return [len(head.seen) for head in network.heads]
-
-
 @every_mode
 def test_forward_runs_heads_in_the_callers_modes_not_in_the_models(mode: str) -> None:
     network = attach(Modal(mode), "inside", heads=lambda features, classes: Counting())

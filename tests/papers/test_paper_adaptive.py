@@ -30,7 +30,7 @@ from papers.adaptive_neural_networks.networks import (
 from papers.adaptive_neural_networks.recipe import SCALES, key
 from papers.data import shared_folder
 from recordings import costs_of, drawn, recording_of
-from smoke_runs import invoke, read, run_smoke
+from smoke_runs import assert_only_lost_runs_again, invoke, read, run_smoke, smoke_arguments
 
 # --- networks -------------------------------------------------------------------------------------
 
@@ -629,16 +629,8 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
 
 def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke) -> None:
     folder, arguments = smoke
-    runs = folder / "runs" / "smoke"
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
-    lost = runs / "policies-digits-split0" / "result.json"
-    old = lost.read_text()
-    lost.unlink()
-    assert invoke(command.main, [*arguments, "--table", "policies"]).exit_code == 0
-    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
-    assert [line for line in lost.read_text().splitlines() if '"seconds"' not in line] == [
-        line for line in old.splitlines() if '"seconds"' not in line
-    ]
+    lost = folder / "runs" / "smoke" / "policies-digits-split0" / "result.json"
+    assert_only_lost_runs_again(command.main, [*arguments, "--table", "policies"], lost)
 
 
 def test_heads_leave_the_network_as_it_was(smoke) -> None:
@@ -657,16 +649,7 @@ def test_heads_leave_the_network_as_it_was(smoke) -> None:
 
 
 def test_without_runs_there_is_a_page_that_says_so(tmp_path) -> None:
-    arguments = [
-        "--scale",
-        "smoke",
-        "--publish",
-        "--out",
-        str(tmp_path / "out"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    assert invoke(command.main, arguments).exit_code == 0
+    assert invoke(command.main, smoke_arguments(tmp_path, "--publish")).exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.md"}
     assert "no runs" in (tmp_path / "out" / "results.md").read_text()
     assert not (tmp_path / "runs").exists()

@@ -19,7 +19,7 @@ from papers.anytime_neural_networks.curves import (
 from papers.anytime_neural_networks.recipe import SAMPLERS, SCALES, WEIGHTINGS, Net, opt_depths
 from papers.jobs import finished
 from papers.results import Spread, spread
-from smoke_runs import invoke, run_smoke
+from smoke_runs import assert_only_lost_runs_again, invoke, run_smoke, smoke_arguments
 
 SCALE = dataclasses.replace(SCALES["cpu"], networks=((2, 4),), members=(1, 2), channels=4, seeds=2)
 
@@ -356,33 +356,12 @@ def test_an_ensemble_run_as_a_network_is_what_was_assembled_from_its_members(smo
 
 def test_only_what_is_missing_is_trained_again(smoke):
     folder, arguments = smoke
-    runs = folder / "runs" / "smoke"
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
-    lost = runs / "n2-c4-sieve-none-seed0" / "result.json"
-    old = lost.read_text()
-    lost.unlink()
-    assert invoke(command.main, arguments).exit_code == 0
-    changed = {path for path in before if path.stat().st_mtime_ns != before[path]}
-    assert changed == {lost}
-    # seeded
-    assert _without_times(lost.read_text()) == _without_times(old)
-
-
-def _without_times(text):
-    return [line for line in text.splitlines() if "seconds" not in line]
+    lost = folder / "runs" / "smoke" / "n2-c4-sieve-none-seed0" / "result.json"
+    assert_only_lost_runs_again(command.main, arguments, lost)
 
 
 def test_publishing_trains_nothing(tmp_path):
-    arguments = [
-        "--scale",
-        "smoke",
-        "--publish",
-        "--out",
-        str(tmp_path / "out"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    done = invoke(command.main, arguments)
+    done = invoke(command.main, smoke_arguments(tmp_path, "--publish"))
     assert done.exit_code == 0
     assert "No seed of any table is complete yet" in done.output
     assert not list(itertools.chain(tmp_path.rglob("*.json"), tmp_path.rglob("*.png")))

@@ -17,7 +17,7 @@ from papers.anytimenet import __main__ as command
 from papers.anytimenet import execution, learning, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
 from papers.anytimenet.times import Middle
-from smoke_runs import invoke, read, run_smoke
+from smoke_runs import assert_only_lost_runs_again, invoke, read, run_smoke, smoke_arguments
 
 SCALE = dataclasses.replace(SCALES["cpu"], seeds=2)
 CASES = {case.name: case for case in SCALE.cases}
@@ -396,33 +396,13 @@ def test_the_smoke_run_writes_every_table(smoke) -> None:
 
 def test_only_what_is_missing_is_run_again_and_with_the_same_result(smoke) -> None:
     folder, arguments = smoke
-    runs = folder / "runs" / "smoke"
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("result.json")}
-    lost = runs / "scarce-anytime-seed0" / "result.json"
-    old = lost.read_text()
-    lost.unlink()
-    assert invoke(command.main, [*arguments, "--table", "accuracy"]).exit_code == 0
-    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
-    # seeded
-    assert without_times(lost.read_text()) == without_times(old)
-
-
-def without_times(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "seconds" not in line]
+    lost = folder / "runs" / "smoke" / "scarce-anytime-seed0" / "result.json"
+    assert_only_lost_runs_again(command.main, [*arguments, "--table", "accuracy"], lost)
 
 
 @pytest.mark.parametrize("option", [["--publish"], ["--table", "blocks"]])
 def test_table_1_needs_no_runs(tmp_path, option) -> None:
-    arguments = [
-        "--scale",
-        "smoke",
-        *option,
-        "--out",
-        str(tmp_path / "out"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
-    done = invoke(command.main, arguments)
+    done = invoke(command.main, smoke_arguments(tmp_path, *option))
     assert done.exit_code == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"blocks.csv", "results.md"}
     assert not (tmp_path / "runs").exists()

@@ -32,22 +32,32 @@ def invoke(main: Command, arguments: Sequence[str]) -> Done:
     return Done(code, printed.getvalue())
 
 
+def smoke_arguments(folder: Path, *options: str) -> list[str]:
+    """Return the arguments of a smoke run into a folder."""
+    return ["--scale", "smoke", *options, "--out", f"{folder}/out", "--runs", f"{folder}/runs"]
+
+
 def run_smoke(main: Command, folder: Path, *options: str) -> list[str]:
     """Run all of the smoke scale into a folder; returns the arguments, to run it again with."""
-    arguments = [
-        "--scale",
-        "smoke",
-        *options,
-        "--workers",
-        "1",
-        "--out",
-        f"{folder}/out",
-        "--runs",
-        f"{folder}/runs",
-    ]
+    arguments = smoke_arguments(folder, *options, "--workers", "1")
     done = invoke(main, arguments)
     assert done.exit_code == 0, done.output
     return arguments
+
+
+def assert_only_lost_runs_again(main: Command, arguments: Sequence[str], lost: Path) -> None:
+    """Delete one job's result and run again: that job alone runs, and finds the same."""
+    before = {path: path.stat().st_mtime_ns for path in lost.parent.parent.rglob("result.json")}
+    old = lost.read_text()
+    lost.unlink()
+    assert invoke(main, arguments).exit_code == 0
+    assert {path for path in before if path.stat().st_mtime_ns != before[path]} == {lost}
+    # seeded
+    assert _without_times(lost.read_text()) == _without_times(old)
+
+
+def _without_times(text: str) -> list[str]:
+    return [line for line in text.splitlines() if '"seconds"' not in line]
 
 
 def read(file: Path) -> Iterator[dict[str, str]]:

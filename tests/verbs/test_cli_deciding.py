@@ -1,6 +1,5 @@
 """The command line of deciding: cascades, learned gates, guarantees."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,58 +119,52 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert (code, "invalid choice 'ring'" in text) == (2, True)
 
 
-def test_gates_are_fitted_judged_and_run(call: Call, finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_gates_are_fitted_judged_and_run(call: Call, run_dir: Path) -> None:
     for inputs in ("confidences", "features"):
         code, text = call(
-            "fit", folder, "--max-loss", "30", "--learner", "logistic", "--inputs", inputs
+            "fit", run_dir, "--max-loss", "30", "--learner", "logistic", "--inputs", inputs
         )
         assert code == 0, text
-    run = RunDirectory(folder)
+    run = RunDirectory(run_dir)
     gates = run.policy("loss-30-logistic-features")
     assert isinstance(gates, GatePolicy)
     # asking was measured
     assert max(gates.gate_s) > 0.0
-    for verb in (["evaluate", folder, "--real", "3"], ["report", folder]):
+    for verb in (["evaluate", run_dir, "--real", "3"], ["report", run_dir]):
         code, text = call(*verb)
         assert code == 0, text
-    names = {row["name"] for row in read_json(folder / "evaluation.json")["rows"]}
+    names = {row["name"] for row in read_json(run_dir / "evaluation.json")["rows"]}
     assert {"loss-30-logistic-features", "loss-30-logistic-confidences"} <= names
-    code, text = call("fit", folder, "--mean-mmacs", "1", "--learner", "logistic")
+    code, text = call("fit", run_dir, "--mean-mmacs", "1", "--learner", "logistic")
     assert (code, "--mean-ms or --max-loss" in text) == (1, True)
 
 
 def test_a_mixture_in_a_run_directory_goes_through_every_verb(
-    call: Call, finished: Path, tmp_path: Path
+    call: Call, run_dir: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    run = RunDirectory(folder)
+    run = RunDirectory(run_dir)
     thresholds = run.policy("loss-2")
     costs = run.profile(any_machine=True)
     gates = fit_gates(run.recording("validation"), costs, max_accuracy_loss=0.5)
     run.save_policy("mixed", MixedPolicy(fast=gates, slow=thresholds, share=0.5))
-    code, text = call("evaluate", folder)
+    code, text = call("evaluate", run_dir)
     assert (code, "mixed" in text) == (0, True), text
-    code, text = call("report", folder)
+    code, text = call("report", run_dir)
     assert code == 0, text
-    assert "50% follow the slower policy" in (folder / "report.html").read_text()
+    assert "50% follow the slower policy" in (run_dir / "report.html").read_text()
     image = tmp_path / "digit.npy"
     np.save(image, load_data("digits").examples("test").take([0])[0].numpy())
-    code, text = call("run", folder, image, "--policy", "mixed")
+    code, text = call("run", run_dir, image, "--policy", "mixed")
     assert code == 0, text
-    code, text = call("export", folder, "--policy", "mixed")
+    code, text = call("export", run_dir, "--policy", "mixed")
     assert (code, "an exported network takes thresholds" in text) == (1, True)
 
 
 def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
-    call: Call, finished: Path, tmp_path: Path
+    call: Call, run_dir: Path
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    run = RunDirectory(folder)
-    command = ["fit", folder, "--max-loss", "30", "--delta", "0.2", "--name", "sure"]
+    run = RunDirectory(run_dir)
+    command = ["fit", run_dir, "--max-loss", "30", "--delta", "0.2", "--name", "sure"]
     code, text = call(*command)
     assert code == 0, text
     assert "With probability 80 %" in text
@@ -180,12 +173,12 @@ def test_a_guarantee_is_kept_with_its_policy_and_forgotten_with_it(
     code, text = call(*command, "--learner", "logistic")
     assert code == 0, text
     assert isinstance(run.policy("sure"), GatePolicy)
-    assert len(list((folder / "policies").glob("sure.*"))) == 1
-    code, text = call("fit", folder, "--max-loss", "30", "--name", "sure")
+    assert len(list((run_dir / "policies").glob("sure.*"))) == 1
+    code, text = call("fit", run_dir, "--max-loss", "30", "--name", "sure")
     assert code == 0, text
     assert not run.certificate_file("sure").is_file()
-    code, text = call("fit", folder, "--max-loss", "0.1", "--delta", "0.05")
+    code, text = call("fit", run_dir, "--max-loss", "0.1", "--delta", "0.05")
     # so many samples are not there
     assert (code, "samples" in text) == (1, True)
-    code, text = call("fit", folder, "--mean-ms", "100", "--delta", "0.05")
+    code, text = call("fit", run_dir, "--mean-ms", "100", "--delta", "0.05")
     assert (code, "give --delta with --max-loss" in text) == (1, True)
