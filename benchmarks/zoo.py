@@ -149,7 +149,7 @@ def _text(name: str, **options: Any) -> Architecture:
 
 
 def _vision(name: str) -> Architecture:
-    """Configure a vision transformer of four layers of width 32, with patches of 8 pixels."""
+    """Configure a vision transformer of four layers of width 32."""
     return _config(name, named_images(32), image_size=32, patch_size=8, **_WIDTH_32)
 
 

@@ -212,7 +212,7 @@ def pairs(count: int) -> list[tuple[int, int]]:
 
 
 def later_first(count: int) -> list[range]:
-    """Return the networks without the first one, two, ... of them, down to three.
+    """Return the last networks, fewer each time, down to three.
 
     The first network of a topology is always paid for, so it matters which one that is.
     """

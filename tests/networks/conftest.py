@@ -1,4 +1,4 @@
-"""Shared by the tests of networks: a network that counts the calls of its heads."""
+"""A network that counts the calls of its heads, for several files of tests."""
 
 import pytest
 from torch import nn

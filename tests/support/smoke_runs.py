@@ -46,7 +46,7 @@ def run_smoke(main: Command, folder: Path, *options: str) -> list[str]:
 
 
 def assert_only_lost_runs_again(main: Command, arguments: Sequence[str], lost: Path) -> None:
-    """Delete one job's result and run again: that job alone runs, and finds the same."""
+    """Run again without one job's result: it alone runs, and finds the same."""
     before = {path: path.stat().st_mtime_ns for path in lost.parent.parent.rglob("result.json")}
     old = lost.read_text()
     lost.unlink()
