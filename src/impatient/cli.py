@@ -41,9 +41,9 @@ CONFIG = (
 )
 # the shell's own code for a command that Ctrl-C ended
 STOPPED = 130
-# a pipe or a file has no width that tables must fit in
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
-err = Console(stderr=True)
+# a pipe or a file has no width that tables must fit in; a model "mynet:factory:n=2" is no emoji
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140, emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 class Verb(NamedTuple):

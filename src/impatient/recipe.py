@@ -102,7 +102,7 @@ class Recipe:
             warmup=self.warmup,
             detach=self.detach,
         )
-        checks.not_negative(TrainingError, weight_decay=self.weight_decay)
+        checks.not_negative(TrainingError, weight_decay=self.weight_decay, seed=self.seed)
         checks.share(TrainingError, distillation=self.distillation)
         checks.true_share(TrainingError, backbone_share=self.backbone_share)
         checks.one_of(TrainingError, Schedule, schedule=self.schedule)

@@ -134,6 +134,11 @@ def test_a_validation_share_that_is_no_share_is_refused(share):
         load_data("digits", validation=share)
 
 
+def test_a_negative_seed_is_refused():
+    with pytest.raises(DataError, match="seed=-1; expected 0 or a positive number"):
+        load_data("digits", seed=-1)
+
+
 # --- npz ------------------------------------------------------------------------------------------
 
 

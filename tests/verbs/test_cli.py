@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from command_line import TINY, Call
 from impatient.files import read_json, write_json, write_tensors
+from impatient.table import Table
 from impatient.verbs.network_spec import save_weights
 from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.terminal import rich_table
 
 
 @pytest.fixture
@@ -269,6 +273,27 @@ def test_bad_policy_options_are_named(call: Call, run_dir: Path) -> None:
     assert (code, "'max_probability', 'margin', 'entropy'" in text) == (2, True)
     assert "cannot be reached" in call("fit", run_dir, "--mean-ms", "0.000001")[1]
     assert "exactly one target" in call("fit", run_dir, "--mean-ms", "1", "--max-loss", "1")[1]
+    policies = sorted((run_dir / "policies").iterdir())
+    assert "name their --learner" in call("fit", run_dir, "--inputs", "features")[1]
+    assert sorted((run_dir / "policies").iterdir()) == policies
+
+
+def test_names_that_look_like_emoji_are_printed_as_they_are(call: Call, run_dir: Path) -> None:
+    spec = json.loads((run_dir / "network.json").read_text())
+    named = {**spec, "model": "some_module:factory:width=8"}
+    (run_dir / "network.json").write_text(json.dumps(named))
+    code, text = call("profile", run_dir, "--force")
+    assert (code, "the model 'some_module:factory:width=8'" in text) == (1, True)
+
+
+def test_names_are_folded_in_narrow_tables_and_not_cut_off() -> None:
+    names = [f"loss-{number}-logistic-confidences" for number in (5, 6)]
+    printed = StringIO()
+    table = Table(title="Policies.", columns=["policy", "ms"], rows=[[name, "1"] for name in names])
+    Console(width=30, file=printed).print(rich_table(table))
+    lines = printed.getvalue().splitlines()
+    column = "".join(line[1:].split("\u2502")[0].strip() for line in lines)
+    assert all(name in column for name in names)
 
 
 def test_an_unknown_policy_is_answered_with_the_known_ones(

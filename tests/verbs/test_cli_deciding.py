@@ -98,6 +98,8 @@ def test_a_cascade_of_run_directories_specs_and_files_goes_through_every_verb(
     assert "stop or to" in run.report_file.read_text() or "to large" in run.report_file.read_text()
     code, text = call(*command[:2], small, large, *command[5:])
     assert (code, "use another directory, or --force" in text) == (1, True)
+    code, text = call("select", run.path, small, "--force", "--quiet")
+    assert (code, "1 network to choose among; expected two or more" in text) == (1, True)
     code, text = call("select", run.path, small, "nowhere:nothing", "--force", "--quiet")
     # what was there still is
     assert (code, list(run.policy_files())) == (1, ["price-0.01"])

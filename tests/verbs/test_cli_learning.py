@@ -50,6 +50,10 @@ def test_a_period_places_the_exits(call: Call, tmp_path: Path) -> None:
         (["--weights", "heavy"], "cannot read 'heavy' as exit weights"),
         (["--detach", "1"], "detach=1.0"),
         (["--after", "every:9"], "a period of 9 blocks"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--precision", "fp16"], "Lightning Fabric cannot train with --accelerator auto"),
+        (["--accelerator", "abacus"], "--accelerator abacus"),
+        (["--strategy", "none-such"], "--strategy none-such"),
     ],
 )
 def test_senseless_options_are_one_message(

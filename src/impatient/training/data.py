@@ -204,6 +204,7 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
         DataError: if the data set is missing, empty or malformed.
     """
     checks.true_share(DataError, validation=validation)
+    checks.not_negative(DataError, seed=seed)
     source, _, rest = spec.partition(":")
     loaders: dict[str, Callable[[str], _Raw]] = {
         "digits": _digits,

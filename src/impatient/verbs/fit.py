@@ -118,6 +118,11 @@ def fit(options: FitOptions) -> impatient.Policy:
         raise PolicyError(
             f"--cost {options.cost} goes with plain thresholds; leave --learner and --delta away."
         )
+    if options.inputs != "confidences" and options.learner is None:
+        raise PolicyError(
+            f"--inputs {options.inputs} is of learned gates; name their --learner, such as "
+            "logistic, or leave --inputs away."
+        )
     # A name that cannot be a file's is refused before anything is computed.
     name = plain_name(options.policy_name, "policy")
     recording = run.recording("validation")

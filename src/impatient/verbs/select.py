@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import impatient
-from impatient.errors import NoEffectWarning, StaleInput
+from impatient.errors import NoEffectWarning, RunError, StaleInput
 from impatient.files import is_file, plain_name
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
@@ -105,11 +105,17 @@ def select(options: SelectOptions) -> impatient.Evaluation:
     """Make a cascade, learn which network a sample needs, and judge it.
 
     Raises:
+        RunError: if there are not two networks to choose among.
         StaleInput: if the directory holds another cascade.
         ModelSpecError, StorageError: if a member cannot be built or its weights do not fit.
     """
     from impatient.policies.selection import decision_time_s
 
+    if len(options.members) < 2:
+        raise RunError(
+            f"{len(options.members)} network to choose among; expected two or more, from the "
+            "fastest to the slowest."
+        )
     use_threads(options.threads)
     # The members' specs stand on the command line, so they are the user's own.
     models = (_model_and_weights(member)[0] for member in options.members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import rich.table
 from rich.text import Text
 
@@ -15,7 +17,9 @@ def rich_table(table: Table) -> rich.table.Table:
         title=Text(shown.title, style="italic"), title_justify="left", header_style="bold"
     )
     for index, title in enumerate(shown.columns):
-        made.add_column(_text(title), justify="left" if index < shown.left else "right")
+        # folded, not cut off: names that begin alike stay apart
+        justify: Literal["left", "right"] = "left" if index < shown.left else "right"
+        made.add_column(_text(title), justify=justify, overflow="fold")
     for row in shown.rows:
         made.add_row(*map(_text, row))
     return made

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 import impatient
-from impatient.errors import ModelSpecError, RunError, StaleInput
+from impatient.errors import ModelSpecError, RunError, StaleInput, TrainingError
 from impatient.files import is_file, read_json, write_json
 from impatient.recipe import Recipe
 from impatient.verbs.network_spec import (
@@ -253,12 +253,20 @@ def _written(value: Any) -> str:
 def _fabric(options: TrainOptions) -> Any:
     from lightning_fabric import Fabric
 
-    return Fabric(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        strategy=options.strategy,
-        precision=options.precision,
-    )
+    wanted = {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "strategy": options.strategy,
+        "precision": options.precision,
+    }
+    try:
+        return Fabric(**wanted)
+    except Exception as error:
+        # its plug-ins raise what they like: ValueError, RuntimeError, exceptions of their own
+        asked = " ".join(f"--{name} {value}" for name, value in wanted.items())
+        raise TrainingError(
+            f"Lightning Fabric cannot train with {asked}: {error} Give others, or leave them away."
+        ) from error
 
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
