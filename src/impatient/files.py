@@ -272,7 +272,8 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             yield file, header
     except Exception as error:
         raise StorageError(
-            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file."
+            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file. "
+            "Make it again."
         ) from error
 
 

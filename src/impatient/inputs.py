@@ -129,11 +129,13 @@ def _only_output(value: Any) -> Tensor:
         if isinstance(value, (list, tuple)) and len({tensor.shape for _, tensor in tables}) == 1
         else ""
     )
+    places = [place for place, _ in tables]
+    # one entry with several of them is no name: only a function reaches into it
+    name = repr(places[-1]) if places.count(places[-1]) == 1 else "FUNCTION OF WHAT IT RETURNS"
     raise NetworkError(
         f"the model returns a {type(value).__name__} of several tensors that may be its answer: "
         f"{listed}; expected one, or `logits`. {several}Say which is the answer, such as "
-        f"attach_exits(..., output={tables[-1][0]!r}), or wrap the model in a module that returns "
-        "it."
+        f"attach_exits(..., output={name}), or wrap the model in a module that returns it."
     )
 
 

@@ -69,6 +69,7 @@ _PHRASES = {
     "weights": "set of weights",
     "data": "data set",
     "network": "network structure",
+    "threads": "number of threads",
     "versions": "set of versions",
 }
 

@@ -70,6 +70,13 @@ def test_an_answer_is_named_and_not_guessed(form: str) -> None:
     torch.testing.assert_close(made.exit_free(X), truth)
 
 
+def test_answers_within_one_entry_are_taken_out_by_a_function() -> None:
+    make, name = FORMS["function"]
+    with pytest.raises(NetworkError, match=r"output=FUNCTION OF WHAT IT RETURNS"):
+        attach_exits(Several(make).eval(), after=["blocks.0"], example=X)
+    attach_exits(Several(make).eval(), after=["blocks.0"], example=X, output=name)
+
+
 def test_a_list_of_outputs_of_one_shape_points_to_networks_of_ones_own() -> None:
     with pytest.raises(NetworkError, match=r"derive from impatient\.Network"):
         attach_exits(Several(lambda _, logits: [logits, logits * 2]), after=["blocks.0"], example=X)

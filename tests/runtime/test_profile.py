@@ -524,7 +524,7 @@ def test_an_engine_s_threads_and_version_must_be_those_of_its_profile(
         InEngine(timed, "onnxruntime-int8-dynamic", threads=2), EXAMPLE, repeats=1, clock=clock
     )
     assert "onnxruntime" in costs.provenance.versions
-    with pytest.raises(StaleInput, match=r"another threads: 2, but here it is 3"):
+    with pytest.raises(StaleInput, match=r"another number of threads: 2, but here it is 3"):
         check_profile(
             costs, InEngine(timed, "onnxruntime-int8-dynamic", threads=3), "measure again"
         )

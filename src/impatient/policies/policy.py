@@ -483,6 +483,6 @@ def features_of(recording: Recorded) -> tuple[Tensor, ...]:
         raise PolicyError(
             f"the recording holds the features of {len(recording.features)} of "
             f"{len(recording.outputs)} exits; gates on features need them all. Record it with "
-            "record(..., features=True)."
+            "record(..., features=True), or `impatient record DIR --features`."
         )
     return recording.features

@@ -227,7 +227,7 @@ def parse_weights(text: str, count: int) -> tuple[float, ...]:
     except ValueError as error:
         raise TrainingError(
             f"cannot read {text!r} as exit weights ({error}); expected one of {', '.join(STATIC)}, "
-            f"or {count} numbers separated by commas, such as 1,0.5,1."
+            f"adaloss, or {count} numbers separated by commas, such as 1,0.5,1."
         ) from error
     return rescaled(
         check_weights(made, count),

@@ -117,7 +117,8 @@ class RunDirectory:
             raise StaleInput(
                 f"the data {spec.data!r} has changed since {self.spec_file} was written "
                 f"(fingerprint {data.fingerprint}, then {spec.data_fingerprint}). Put the old "
-                "files back, or train into a new directory."
+                "files back, train into a new directory, or replace this run with "
+                "`impatient train --restart`."
             )
 
     def network(self) -> tuple[Any, str]:
