@@ -977,12 +977,18 @@ def test_the_command_line_profiles_and_meets_a_deadline(export: Export, command:
     assert list(json.loads((directory / "costs.json").read_text())["costs"]) == ["1"]
 
 
-def test_what_the_command_line_cannot_do_it_says(
-    export: Export, capsys: pytest.CaptureFixture[str]
-):
+def test_what_the_command_line_cannot_do_it_says(export: Export, tmp_path: Path):
     for name in ("nothing.npy", "bundle.json"):
         with pytest.raises(BundleError, match=f"cannot read .*{name}.*numpy.save"):
             _load(str(export() / name))
+    np.savez(tmp_path / "half.npz", x=X)
+    (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:200])
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    (tmp_path / "picture.npy").write_bytes(b"\x89PNG\r\n")
+    for name in ("half.npz", "objects.npz", "picture.npy"):
+        with pytest.raises(BundleError, match=f"cannot read .*{name}.*numpy.save") as refused:
+            _load(str(tmp_path / name))
+        assert "pickle" not in str(refused.value)
     with pytest.raises(SystemExit), contextlib.redirect_stdout(None):
         main(Path(), ["--help"])
 

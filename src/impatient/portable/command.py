@@ -69,12 +69,16 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
 
 def _load(path: str) -> Inputs:
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with Path(path).open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
+    except Exception as error:
+        # numpy reads headers as Python and archives as zip, and raises what these raise;
+        # of a file that is none of its own it says to unpickle it, which nobody should
+        reason = "it holds no plain array" if type(error) is ValueError else error
         raise BundleError(
-            f"cannot read {path}: {error}. Expected a file written by numpy.save or numpy.savez."
+            f"cannot read {path}: {reason}. Expected a file written by numpy.save or numpy.savez."
         ) from error
-    return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
 
 
 def _as_json(answer: Answer[Array]) -> str:
