@@ -142,6 +142,14 @@ def test_the_user_says_where_the_mask_is(mask: Any) -> None:
     assert_alike(outputs(network, short), outputs(network, padded))
 
 
+@pytest.mark.parametrize(("kind", "mask"), [(dict, "mask"), (dict, 1), (tuple, 2), (tuple, "mask")])
+def test_a_mask_that_is_named_and_not_there_is_refused(kind: type, mask: str | int) -> None:
+    both = text([4, 9], 9)
+    example = both if kind is dict else tuple(both.values())
+    with pytest.raises(NetworkError, match=f"mask={mask!r} is not in the example"):
+        attach_exits(Encoder(), after=["blocks.0"], example=example, mask=mask)
+
+
 def test_a_run_that_shrinks_shrinks_its_mask() -> None:
     torch.manual_seed(0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ from impatient.networks.heads import (
 from impatient.networks.stages import Cut, StagedRun, install, tapped
 
 log = logging.getLogger(__name__)
+# as transformers call it; an input may do without
+USUAL_MASK = "attention_mask"
 
 
 class MultiExitNetwork(Network):
@@ -72,7 +74,7 @@ class MultiExitNetwork(Network):
         layouts: Sequence[Layout],
         num_classes: int,
         *,
-        mask: MaskName = "attention_mask",
+        mask: MaskName = USUAL_MASK,
         output: OutputName = None,
     ) -> None:
         super().__init__()
@@ -244,7 +246,7 @@ def attach_exits(
     heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
     layout: Layout | None = None,
-    mask: MaskName = "attention_mask",
+    mask: MaskName = USUAL_MASK,
     output: OutputName = None,
 ) -> MultiExitNetwork:
     """Give a model exits without changing it.
@@ -291,12 +293,25 @@ def attach_exits(
             "backbone of a network: attach_exits(network.backbone, ...)."
         )
     _refuse_compiled(backbone)
+    _check_mask(example, mask)
     classes = _check_classes(backbone, example, num_classes, output)
     cuts = _place(backbone, example, after, count, output)
     built, layouts = _build_heads(
         backbone, example, cuts, heads, classes, layout, mask_of(example, mask)
     )
     return MultiExitNetwork(backbone, built, cuts, layouts, classes, mask=mask, output=output)
+
+
+def _check_mask(example: Any, mask: MaskName) -> None:
+    """Refuse a mask that is named but not in the example."""
+    named = mask != USUAL_MASK and isinstance(mask, (str, int))
+    if named and not isinstance(example, Tensor) and mask_of(example, mask) is None:
+        kind = type(example).__name__
+        there = ", ".join(map(str, example)) if isinstance(example, Mapping) else f"a {kind}"
+        raise NetworkError(
+            f"mask={mask!r} is not in the example ({there}); expected a key of a mapping, a place "
+            "in a tuple, or a function of the input."
+        )
 
 
 def _place(
