@@ -12,10 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from impatient.inputs import batch_size_of, call_model, evaluating
+from impatient.trees import leaves
 
 
 def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -124,7 +124,7 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.numel()]
+    return [leaf for leaf in leaves(tree) if leaf.numel()]
 
 
 def _traffic(func: Any, given: list[Tensor], results: list[Tensor]) -> int:

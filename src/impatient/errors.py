@@ -92,6 +92,10 @@ class EnergyUnavailable(CostError):
     """Joules cannot be measured on this machine or by this user."""
 
 
+class TreeError(ImpatientError, ValueError):
+    """Samples, targets or outputs do not fit together."""
+
+
 class DataError(ImpatientError, ValueError):
     """A data set is missing, empty or malformed."""
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from impatient.errors import NetworkError
+from impatient.trees import entries, map_samples
 
 
 def call_model(model: Callable[..., Any], x: Any) -> Any:
@@ -36,25 +34,13 @@ def first_tensor(value: Any) -> Tensor:
     """
     if isinstance(value, Tensor):
         return value
-    for _, entry in _entries(value):
+    for _, entry in entries(value):
         if isinstance(entry, Tensor):
             return entry
     raise NetworkError(
         f"a module at a cut returned {type(value).__name__} without a tensor in it; expected a "
         "tensor, or a tuple, list, mapping or dataclass that holds one. Cut somewhere else."
     )
-
-
-def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the entries of a value, each after its key, place or name."""
-    if isinstance(value, Mapping):
-        return value.items()
-    if isinstance(value, (tuple, list)):
-        return enumerate(value)
-    if is_dataclass(value):
-        fields = dataclasses.fields(value)
-        return [(field.name, getattr(value, field.name)) for field in fields]
-    return ()
 
 
 def batch_size_of(x: Any) -> int:
@@ -102,7 +88,7 @@ def _tensor(value: Any, what: str) -> Tensor:
 def _named_output(value: Any, name: str | int) -> Tensor:
     try:
         if isinstance(name, int):
-            found = list(_entries(value))[name][1]
+            found = list(entries(value))[name][1]
         else:
             found = value[name] if isinstance(value, Mapping) else getattr(value, name)
     except (LookupError, AttributeError):
@@ -144,7 +130,7 @@ def _tensors(value: Any) -> list[tuple[str | int, Tensor]]:
     if isinstance(value, Tensor):
         return [(0, value)]
     found: dict[int, tuple[str | int, Tensor]] = {}
-    for name, entry in _entries(value):
+    for name, entry in entries(value):
         for _, tensor in _tensors(entry):
             found.setdefault(id(tensor), (name, tensor))
     return list(found.values())
@@ -167,29 +153,6 @@ def mask_of(x: Any, name: MaskName) -> Tensor | None:
         return x.get(name)
     within = isinstance(name, int) and isinstance(x, (tuple, list)) and name < len(x)
     return x[name] if within else None
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Change every tensor of an input.
-
-    Its structure, named tuples included, stays the same. A mapping of a kind that torch does not
-    know becomes a dict.
-    """
-
-    def changed(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return change(leaf)
-        return map_tensors(change, dict(leaf)) if isinstance(leaf, Mapping) else leaf
-
-    return tree_map(changed, x)
-
-
-def map_samples(change: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Change every tensor of an input that has one row per sample."""
-    count = batch_size_of(x)
-    return map_tensors(
-        lambda value: change(value) if value.dim() and value.shape[0] == count else value, x
-    )
 
 
 def resized(x: Any, batch_size: int) -> Any:

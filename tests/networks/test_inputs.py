@@ -14,13 +14,12 @@ from impatient.inputs import (
     batch_size_of,
     call_model,
     first_tensor,
-    map_samples,
-    map_tensors,
     output_tensor,
     resized,
 )
 from impatient.networks import attach_exits
 from impatient.networks.shrinking import kind_of
+from impatient.trees import leaves, map_samples
 from staging import CLASSES, WIDTH, assert_same, attach, linear, staged, x_of
 
 
@@ -163,19 +162,8 @@ def test_an_input_of_any_kind_is_resized_and_keeps_its_kind(kind: int) -> None:
     found = resized(x, 6)
     assert type(found) is (dict if isinstance(x, Batch) else type(x))
     assert batch_size_of(found) == 6
-    for part, other in zip(parts_of(found), parts_of(wanted), strict=True):
+    for part, other in zip(leaves(found), leaves(wanted), strict=True):
         assert torch.equal(part, other)
-
-
-def parts_of(x: Any) -> list[Tensor]:
-    parts: list[Tensor] = []
-
-    def collect(value: Tensor) -> Tensor:
-        parts.append(value)
-        return value
-
-    map_tensors(collect, x)
-    return parts
 
 
 def test_what_has_no_row_per_sample_stays_as_it_is() -> None:

@@ -37,11 +37,12 @@ from impatient.engines.onnx_files import quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
 from impatient.files import file_errors, read_json, write_json, write_text
-from impatient.inputs import batch_size_of, call_model, evaluating, map_samples
+from impatient.inputs import batch_size_of, call_model, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
+from impatient.trees import map_samples
 
 # Engines whose networks are written to files.
 WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")

@@ -17,10 +17,10 @@ from impatient.inputs import (
     call_model,
     evaluating,
     first_tensor,
-    map_samples,
     output_tensor,
 )
 from impatient.networks.stages import Ambient
+from impatient.trees import map_samples
 
 
 class Router(Protocol):

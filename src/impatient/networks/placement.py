@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from impatient.errors import AmbiguousCut, CutOrderError, ExitNotFound, HeadError, NetworkError
 from impatient.inputs import (
@@ -31,6 +30,7 @@ from impatient.inputs import (
 )
 from impatient.networks.heads import guess_layout
 from impatient.networks.stages import Cut
+from impatient.trees import leaves, map_leaves
 
 log = logging.getLogger(__name__)
 
@@ -431,8 +431,8 @@ def _matters(
         features = first_tensor(output)
         waves = torch.arange(features.numel(), device=features.device).cos().view_as(features)
         other = features + features.abs().mean() * waves.to(features.dtype)
-        replaced.extend(leaf for leaf in tree_leaves(output) if leaf is features)
-        return tree_map(lambda leaf: other if leaf is features else leaf, output)
+        replaced.extend(leaf for leaf in leaves(output) if leaf is features)
+        return map_leaves(lambda leaf: other if leaf is features else leaf, output)
 
     with _at_calls(model, {cut.module for cut in cuts}, disturb):
         output = output_tensor(call_model(model, x), output_name)

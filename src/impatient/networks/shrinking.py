@@ -8,15 +8,14 @@ that of the same sample in the first run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from impatient.anytime import Run
-from impatient.inputs import map_samples
+from impatient.trees import map_samples, named_leaves
 
 # Largest allowed difference, as a share of the distance between two samples' outputs. Rounding
 # differs far less, and a wrong sample by 1.
@@ -106,16 +105,7 @@ def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
 
 def kind_of(x: Any) -> Hashable:
     """Return an input's structure, and its samples' shapes, types and devices."""
-    leaves, structure = tree_flatten(x)
-    kinds = (
-        (leaf.shape[1:], leaf.dtype, leaf.device)
-        if isinstance(leaf, Tensor)
-        else tuple((name, kind_of(value)) for name, value in leaf.items())
-        if isinstance(leaf, Mapping)
-        else str(type(leaf))
-        for leaf in leaves
-    )
-    return (str(structure), *kinds)
+    return tuple((name, leaf.shape[1:], leaf.dtype, leaf.device) for name, leaf in named_leaves(x))
 
 
 def probe(x: Any, count: int) -> Any:

@@ -18,12 +18,11 @@ the cut then returns only these.
 from __future__ import annotations
 
 import contextvars
-import dataclasses
 import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -31,13 +30,13 @@ import greenlet
 import torch
 from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
 from torch._C import _is_any_autocast_enabled
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
 from impatient.inputs import OutputName, call_model, first_tensor, output_tensor
 from impatient.networks.heads import with_mask
+from impatient.trees import map_leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,18 +326,10 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
 def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
     """Return a module's output with its features replaced."""
 
-    def changed(value: Any) -> Any:
+    def changed(value: Tensor) -> Tensor:
         return onward if value is features else value
 
-    if is_dataclass(output) and not isinstance(output, Mapping | type):
-        return dataclasses.replace(
-            output,
-            **{
-                field.name: changed(getattr(output, field.name))
-                for field in dataclasses.fields(output)
-            },
-        )
-    return tree_map(changed, output)
+    return map_leaves(changed, output)
 
 
 def install(modules: Sequence[nn.Module]) -> None:
