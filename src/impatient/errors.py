@@ -15,6 +15,7 @@
     ├── CostError                    a cost profile is malformed
     │   ├── CostOrderError           cumulative costs do not increase
     │   └── EnergyUnavailable        joules cannot be measured on this machine or by this user
+    ├── TreeError                    samples, targets or outputs do not fit together
     ├── DataError                    a data set is missing, empty or malformed
     ├── TrainingError                training cannot start or continue
     │   └── TrainingDiverged         a loss is NaN or infinite

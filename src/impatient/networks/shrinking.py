@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from impatient.anytime import Run
-from impatient.trees import map_samples, named_leaves
+from impatient.trees import entries, map_samples
 
 # Largest allowed difference, as a share of the distance between two samples' outputs. Rounding
 # differs far less, and a wrong sample by 1.
@@ -105,7 +105,9 @@ def _compared(whole: Tensor, reduced: Tensor, places: Sequence[int]) -> Verdict:
 
 def kind_of(x: Any) -> Hashable:
     """Return an input's structure, and its samples' shapes, types and devices."""
-    return tuple((name, leaf.shape[1:], leaf.dtype, leaf.device) for name, leaf in named_leaves(x))
+    if isinstance(x, Tensor):
+        return (x.shape[1:], x.dtype, x.device)
+    return (type(x), *((key, kind_of(entry)) for key, entry in entries(x)))
 
 
 def probe(x: Any, count: int) -> Any:
