@@ -18,6 +18,9 @@ from impatient.portable import SESSIONS
 
 # Bytes: the limit of protobuf, less some room for the graph.
 LARGEST_FILE = 2**31 - 2**24
+# Weights in 7 bits: processors without VNNI add products of two 8-bit numbers in 16 bits, which
+# overflows.
+REDUCED = True
 # Norms and softmax stay in 32 bits: they take little time, and 8 bits make them inaccurate.
 STATIC_KINDS = [
     "Conv",
@@ -208,6 +211,7 @@ def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[st
             file,
             weight_type=QuantType.QInt8,
             per_channel=True,
+            reduce_range=REDUCED,
             use_external_data_format=large,
         )
         return
@@ -223,8 +227,7 @@ def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[st
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         use_external_data_format=large,
-        # Processors without VNNI add products of two 8-bit numbers in 16 bits, which overflows.
-        reduce_range=True,
+        reduce_range=REDUCED,
         # Logits on a grid of 256 values would tie. Features are rounded at the next part anyway.
         extra_options={
             "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
