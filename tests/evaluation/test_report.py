@@ -1,9 +1,13 @@
 """Figures and the report: complete, honest, self-contained, safe, and the same every time."""
 
+import base64
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import math
+import re
 import sys
 from html.parser import HTMLParser
 
@@ -19,6 +23,7 @@ from impatient.errors import StorageError
 from impatient.evaluation import (
     Example,
     Report,
+    Said,
     accuracy_time,
     evaluate,
     exit_shares,
@@ -63,17 +68,19 @@ def made(name="one point", **changes):
     }
     recording = drawn(300, seed=2, split="test")
     alone = drawn(300, seed=3, split="test", gains=(4.0,))
-    example = Example(picture=picture(), label=name, predicted="something else", exit=0, score=0.25)
+    said = Said(answer="something else", top=(("something else", 0.75), (name, 0.25)))
+    example = Example(sample=0, picture=picture(), label=name, exits=(said,) * 4)
     report = Report(
         title=name,
         evaluation=evaluate(
             recording, COSTS, policies, exit_free=alone, budgets={name: BUDGETS["uniform"]}
         ),
+        recording=recording,
         costs=dataclasses.replace(COSTS, exits=("block0", "block1", name, "output")),
         policies=policies,
         chosen_budget=(name, BUDGETS["uniform"]),
-        early=[example],
-        late=[dataclasses.replace(example, picture=None)],
+        examples=[example, dataclasses.replace(example, sample=1, picture=None)],
+        compared={name: evaluate(recording, COSTS, {name: policies[name]})},
         facts={"model": name, name: "a fact"},
     )
     return dataclasses.replace(report, **changes)
@@ -147,13 +154,19 @@ class Page(HTMLParser):
 def check_self_contained(text):
     page = Page(text)
     assert page.open == []
-    assert not {"script", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not {"iframe", "object", "embed", "base", "form", "link rel=stylesheet"} & set(page.tags)
+    # the recording, and the one script, whose hash is the only one that may run
+    data, script = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    json.loads(data)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert re.findall(r"script-src ([^;]*);", text) == [f"'sha256-{digest}'"]
     # pictures, the icon and references inside the figures
     assert page.addresses
     assert [address for address in page.addresses if not address.startswith(("#", "data:"))] == []
     assert page.handlers == []
     assert "@import" not in text
     assert [part[:20] for part in text.split("url(")[1:] if not part.startswith("#")] == []
+    assert len(text) < 250_000
     return page
 
 
@@ -193,10 +206,10 @@ def test_the_page_shows_every_row_and_number(page):
 
 def test_figures_and_examples_are_inside(page):
     seen = Page(page)
-    assert seen.tags.count("svg") == 3
+    # without JavaScript two figures stand for those that the script draws
+    assert seen.tags.count("svg") == 2
     assert sum(address.startswith("data:image/png;base64,") for address in seen.addresses) == 1
-    assert "one point ✗" not in seen.words
-    assert "something else ✗ is one point" in seen.words
+    assert re.search(r"one point answered at exit \d: something else [✓✗]", seen.words)
 
 
 def test_the_same_values_give_the_same_bytes():
@@ -211,12 +224,16 @@ def test_hostile_names_are_only_text():
     assert seen.tags.count("img") == 1
     # title, heading, policy, budget, exits, class, facts
     assert seen.words.count("<script>alert(1)</script>") >= 8
+    page = report_html(made("a\u202eb\x1b[31m"))
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    assert "a⟨U+202E⟩b⟨U+001B⟩[31m" in page
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"policies": {}, "early": (), "late": ()},
+        {"policies": {}, "examples": (), "compared": {}},
         {"chosen_budget": None, "facts": {}},
         {"chosen_budget": ("not judged", BUDGETS["log"])},
     ],
@@ -228,8 +245,16 @@ def test_a_page_with_less_is_still_a_page(changes):
 def test_a_network_with_one_exit_and_no_policy_has_a_page():
     recording = recording_of(*sure([[1, 0, 1]], [[0.9] * 3]), split="test")
     costs = costs_of([1e-3], [0.0])
-    report = Report(title="plain", evaluation=evaluate(recording, costs), costs=costs, policies={})
-    assert "No policy was judged" in Page(report_html(report)).words
+    report = Report(
+        title="plain",
+        evaluation=evaluate(recording, costs),
+        recording=recording,
+        costs=costs,
+        policies={},
+    )
+    words = Page(report_html(report)).words
+    assert "it is right on 66.7 %, after 1.00 ms" in words
+    assert "This network has one exit" in words
 
 
 # --- the headline ---------------------------------------------------------------------------------
@@ -244,27 +269,35 @@ def headline(exit_free_s, head_s=1e-4):
     )
     half = ThresholdPolicy(score="max_probability", thresholds=(0.8, -math.inf))
     evaluation = evaluate(recording, costs, {"half": half})
-    report = Report(title="t", evaluation=evaluation, costs=costs, policies={"half": half})
+    report = Report(
+        title="t",
+        evaluation=evaluation,
+        recording=recording,
+        costs=costs,
+        policies={"half": half},
+    )
     return Page(report_html(report)).words
 
 
-def test_the_headline_says_what_a_policy_saves():
-    # two of four leave after 1.1 ms, two after 2.1 ms
+def test_the_first_sentence_says_what_a_policy_saves():
+    # two of four leave after 1.1 ms, two after 2.1 ms; all exits fit 2.1 ms and the reserve
     words = headline(2e-3)
-    assert "right on 75.0 % of 4 samples of split “test”" in words
     assert (
-        "in 1.60 ms a sample on average, 20 % less time than without exits, with 24 % fewer MACs"
-        in words
-    )
+        "In 2.20 ms it is right on 75.0 %, after 1.60 ms on average: 20 % less than the network "
+        "without exits."
+    ) in words
+    assert "Policy half. 95 % interval of this accuracy:" in words
+    assert "Exits pay here: policy half takes 20 % less time" in words
 
 
 @pytest.mark.parametrize(
-    ("exit_free_s", "verdict"), [(1e-3, "60 % more time than"), (1.6e-3, "as much time as")]
+    ("exit_free_s", "verdict"), [(1e-3, "60 % more than"), (1.6e-3, "as long as")]
 )
-def test_the_headline_says_when_a_policy_saves_nothing(exit_free_s, verdict):
+def test_the_first_sentence_says_when_a_policy_saves_nothing(exit_free_s, verdict):
     words = headline(exit_free_s)
-    assert f"saves no time: {verdict} without exits" in words
-    assert "less time" not in words
+    assert f"after 1.60 ms on average: {verdict} the network without exits." in words
+    assert "Exits save no time on average here: policy half takes 1.60 ms" in words
+    assert "Exits pay here" not in words
 
 
 # --- examples -------------------------------------------------------------------------------------

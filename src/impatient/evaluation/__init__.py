@@ -24,6 +24,7 @@ if typing.TYPE_CHECKING:
     from impatient.evaluation.report import (
         Example,
         Report,
+        Said,
         figure_svg,
         report_html,
         select_examples,
@@ -39,6 +40,7 @@ __all__ = [
     "Recording",
     "Report",
     "Row",
+    "Said",
     "StaticBaseline",
     "accuracy_time",
     "calibrated",
@@ -73,6 +75,7 @@ if not typing.TYPE_CHECKING:
                 "report",
                 "Example",
                 "Report",
+                "Said",
                 "figure_svg",
                 "report_html",
                 "select_examples",

@@ -1,32 +1,43 @@
-"""Write one self-contained page about one network."""
+"""Write one self-contained page about one network.
+
+The recording travels in the page, so that every number follows the reader's dials. The page says
+its result without them, too: without JavaScript it is a static report.
+"""
 
 from __future__ import annotations
 
 import base64
-import html
+import hashlib
 import io
 import itertools
+import json
+import math
 import re
-import string
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
 
+import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile
+from impatient.evaluation.advice import advice, bolder
 from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.evaluation.paired import PairedComparison
+from impatient.evaluation.payload import Payload, make_payload
 from impatient.evaluation.plots import (
     BLUE,
     INK,
+    LOG_BEYOND,
     PAPER,
     accuracy_time,
     exit_shares,
     styled,
-    where_time_goes,
 )
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.tables import (
@@ -35,13 +46,13 @@ from impatient.evaluation.tables import (
     costs_table,
     engine_table,
     evaluation_table,
-    interval,
     real_times_table,
 )
 from impatient.policies.policy import Policy
 from impatient.policies.scores import SCORES
+from impatient.portable.timing import RESERVE_S
 from impatient.provenance import Provenance, fingerprint_bytes
-from impatient.table import Cell, Column, Table, milliseconds, percent
+from impatient.table import Cell, Table, milliseconds, percent
 
 _CURVE = (
     "The line is what an interruptible run holds at each moment: every head on the way runs, in "
@@ -54,10 +65,6 @@ _BUDGETS = (
     "Share of right answers when the time allowed is drawn from a distribution; no answer in time "
     "counts as wrong. Below each, its 95 % interval. Bold: the best of a column, but for the "
     "static oracle, which knows each budget and the accuracy of every exit."
-)
-_SHARES = (
-    "An exit answers when its score reaches the threshold; a closed exit is passed without "
-    "running its head."
 )
 _RULES = (
     "A number is a threshold: an exit answers if its score is at least this. A gate decides by "
@@ -73,29 +80,38 @@ _ENGINES = (
     "8 bits they are others, and what that costs stands here. The difference is one of paired "
     "samples, so its interval is narrower than either accuracy's."
 )
-_EXAMPLES = (
-    "Samples that the first policy let go at once because it was sure, and samples it kept for "
-    "the deeper exits."
-)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What one exit says about a sample.
+
+    Attributes:
+        answer: the answer in a word or two.
+        top: the likeliest answers and their probabilities, the likeliest first.
+    """
+
+    answer: str
+    top: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One judged sample, to look at.
+    """One recorded sample, to look at.
 
     Attributes:
-        picture: PNG, or None where there is nothing to see.
-        label: Name of the true class.
-        predicted: Name of the class that was answered.
-        exit: Which exit answered.
-        score: How sure it was.
+        sample: its index in the recording.
+        label: name of the true class, or what else is true.
+        exits: what each exit says, shallow to deep.
+        picture: bytes of a picture, or None where there is nothing to see.
+        media: media type of the picture.
     """
 
-    picture: bytes | None
+    sample: int
     label: str
-    predicted: str
-    exit: int
-    score: float
+    exits: tuple[Said, ...]
+    picture: bytes | None = None
+    media: str = "image/png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,27 +119,31 @@ class Report:
     """Everything that a page about one network shows.
 
     Attributes:
-        title: Title of the page.
-        evaluation: What the page is about.
-        costs: The profile of the same network.
-        policies: Policies by the names they have in the evaluation.
-        chosen_budget: Name and distribution of the budgets this network was made for.
-        early: Samples that the first policy let go early.
-        late: Samples that the first policy kept late.
-        engines: Answers of other engines beside torch's, and their evaluations, by name.
-        facts: What else made the network: model spec, data, commands.
+        title: title of the page.
+        evaluation: what the page is about.
+        recording: the recording that was evaluated; it travels in the page.
+        costs: the profile of the same network.
+        policies: policies by the names they have in the evaluation.
+        chosen_budget: name and distribution of the budgets this network was made for.
+        examples: samples to look at.
+        engines: answers of other engines beside torch's, and their evaluations, by name.
+        compared: evaluations of other networks on the same data, or on other machines, by name.
+        network: a picture of the network, as SVG whose text is escaped.
+        facts: what else made the network: model spec, data, commands.
     """
 
     title: str
     evaluation: Evaluation
+    recording: Recording
     costs: CostProfile
     policies: Mapping[str, Policy]
     chosen_budget: tuple[str, Budget] | None = None
-    early: Sequence[Example] = ()
-    late: Sequence[Example] = ()
+    examples: Sequence[Example] = ()
     engines: Mapping[str, tuple[Sequence[PairedComparison], Evaluation]] = field(
         default_factory=dict
     )
+    compared: Mapping[str, Evaluation] = field(default_factory=dict)
+    network: Markup | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -168,11 +188,17 @@ def figure_svg(figure: Figure) -> str:
     # matplotlib's ids are unique in a figure, not on a page
     mark = f"f{fingerprint_bytes(svg.encode())[:8]}-"
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", svg)
-    title = _e(" ".join(text.get_text() for text in figure.texts))
+    # hundredths of a pixel are enough
+    svg = re.sub(
+        r' (?:d|x|y|transform)="[^"]*"',
+        lambda found: re.sub(r"(\.\d\d)\d+|\s*\n", r"\1", found[0]),
+        svg,
+    )
+    title = escape(" ".join(text.get_text() for text in figure.texts))
     return re.sub(
         r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
-        lambda found: f'<svg {found[1]} role="img" aria-label="{title}">',
-        svg,
+        lambda found: f'<svg {found[1]} role="img" aria-label="{visible(title)}">',
+        visible(svg),
         count=1,
     )
 
@@ -180,171 +206,368 @@ def figure_svg(figure: Figure) -> str:
 def report_html(report: Report) -> str:
     """Write one self-contained page.
 
-    The same values give the same bytes. Opening the page loads nothing from anywhere.
+    The same values give the same bytes. Opening the page loads nothing from anywhere, and no script
+    but the page's own runs in it.
     """
     evaluation = report.evaluation
     costs = report.costs
+    payload = make_payload(report.recording, costs, report.policies)
+    opening = _opening(report, payload)
+    script = _file("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    content = payload.content | _content(report, payload, opening)
     budget = report.chosen_budget
-    sections = [
-        _section(
-            "Accuracy over time",
-            _CURVE,
-            _figure(accuracy_time(evaluation, budget)),
-            _table(evaluation_table(evaluation, costs.exits)),
-            _table(real_times_table(evaluation)),
-        ),
-        _section(
-            "When time is short",
-            _BUDGETS,
-            _table(budgets_table(evaluation, budget[0] if budget else None)),
-        ),
-        _section(
-            "Who answers",
-            _SHARES,
-            _figure(exit_shares(evaluation)),
-            _table(_policies_table(report.policies, costs.exits)),
-        ),
-        _section(
-            "Where the time goes",
-            _COSTS,
-            *(
-                _figure(where_time_goes(costs, size)) + _table(costs_table(costs, size))
-                for size in sorted(costs.batches)
+    return (
+        _environment()
+        .from_string(_file("report.html"))
+        .render(
+            title=report.title,
+            style=_file("report.css"),
+            script=script,
+            script_hash=f"sha256-{digest}",
+            data=_embedded(content),
+            line=Markup("<br>"),
+            exits_word=_many(costs.num_exits, "exit"),
+            samples=f"{evaluation.samples:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+            split=evaluation.split,
+            machine=_machine(costs),
+            opening=opening,
+            change=_against(
+                opening.time_ms / 1e3, costs.exit_free_s(batch_size=min(costs.batches))
             ),
-        ),
-        _section(
-            "In other engines",
-            _ENGINES,
-            *(_table(engine_table(name, *found)) for name, found in report.engines.items()),
-        ),
-        _section(
-            "What is easy and what is hard",
-            _EXAMPLES,
-            _examples("Left early", report.early),
-            _examples("Stayed longest", report.late),
-        ),
-        _section("Where this comes from", "", _origins(evaluation, costs, report.facts)),
-    ]
-    return string.Template(_file("report.html")).substitute(
-        title=_e(report.title),
-        style=_file("report.css"),
-        headline=_headline(evaluation),
-        sections="\n".join(filter(None, sections)),
-        version=_e(evaluation.provenance.versions.get("impatient", "")),
+            interval=_interval(opening.interval),
+            words=content["words"],
+            advice=_advice(report, payload),
+            figures=[
+                figure_svg(figure)
+                for figure in (
+                    accuracy_time(evaluation, budget),
+                    exit_shares(evaluation),
+                )
+            ],
+            compared=content["compared"],
+            examples=[_card(report, payload, example) for example in report.examples],
+            network=report.network,
+            sections=list(_sections(report)),
+            origins=_origins(evaluation, costs, report.facts),
+            version=evaluation.provenance.versions.get("impatient", ""),
+        )
     )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        keep_trailing_newline=True,
+    )
+
+
+def visible(text: str) -> str:
+    r"""Write characters that steer a terminal or turn text round by their numbers.
+
+    Example:
+        >>> visible("safe\u202etxt.exe")
+        'safe⟨U+202E⟩txt.exe'
+    """
+    return "".join(f"⟨U+{ord(letter):04X}⟩" if _steers(letter) else letter for letter in text)
+
+
+_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+
+
+def _steers(letter: str) -> bool:
+    if unicodedata.category(letter) == "Cc":
+        return letter not in "\t\n"
+    return unicodedata.bidirectional(letter) in _TURNING
+
+
+def _embedded(content: Any) -> str:
+    """Write JSON that cannot end the element it stands in."""
+    text = json.dumps(
+        _all_visible(content), ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+    for letter in "<>&\u2028\u2029":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    return text
+
+
+def _all_visible(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _all_visible(entry) for key, entry in value.items()}
+    return [*map(_all_visible, value)] if isinstance(value, list | tuple) else value
 
 
 def _file(name: str) -> str:
     return (resources.files("impatient.evaluation") / name).read_text("utf-8")
 
 
-def _e(value: object) -> str:
-    return html.escape(str(value))
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def _against(value: float, reference: float) -> str:
-    """Say how much less or more than a reference."""
-    change = value / reference - 1.0 if reference else 0.0
+def _machine(costs: CostProfile) -> str:
+    made = costs.provenance
+    threads = f"{_many(made.threads, 'thread')} of " if made.threads else ""
+    return f"{threads}{made.processor or made.device or 'an unknown machine'}"
+
+
+# --- the first sentence ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """The numbers of the first sentence, before anybody turns a dial.
+
+    Attributes:
+        deadline_ms: a deadline that every exit meets.
+        policy: name of the policy, or of the family of thresholds.
+        fitted: whether it is a policy that was fitted.
+        quality: mean quality.
+        interval: its 95 % interval, or None.
+        time_ms: mean time.
+    """
+
+    deadline_ms: float
+    policy: str
+    fitted: bool
+    quality: float
+    interval: tuple[float, float] | None
+    time_ms: float
+
+    @property
+    def quality_words(self) -> str:
+        """Write the quality for people."""
+        return percent(self.quality)
+
+    @property
+    def deadline_words(self) -> str:
+        """Write the deadline for people."""
+        return milliseconds(self.deadline_ms / 1e3)
+
+    @property
+    def time_words(self) -> str:
+        """Write the mean time for people."""
+        return milliseconds(self.time_ms / 1e3)
+
+
+def _opening(report: Report, payload: Payload) -> Opening:
+    costs = report.costs
+    size = min(costs.batches)
+    stages, heads = costs.parts("time", batch_size=size)
+    slow_stages, slow_heads = costs.parts("time", statistic="p99", batch_size=size)
+    needed = RESERVE_S + max(
+        sum(stages[:exit]) + sum(heads[:exit]) + slow_stages[exit] + slow_heads[exit]
+        for exit in range(costs.num_exits)
+    )
+    rows = {row.name: row for row in report.evaluation.of("policy")}
+    # what the page shows first
+    first = payload.families[0].name if payload.families else next(iter(rows), "")
+    fitted = not payload.families or payload.families[0].fitted
+    if fitted and first in rows:
+        row: Row = rows[first]
+        return Opening(
+            deadline_ms=_rounded_up(needed * 1e3),
+            policy=first,
+            fitted=True,
+            quality=row.accuracy.value,
+            interval=(row.accuracy.low, row.accuracy.high),
+            time_ms=row.contract_s * 1e3,
+        )
+    exits = report.evaluation.of("exit")
+    if not payload.families:
+        return Opening(
+            deadline_ms=_rounded_up(needed * 1e3),
+            policy="the last exit",
+            fitted=False,
+            quality=exits[-1].accuracy.value,
+            interval=(exits[-1].accuracy.low, exits[-1].accuracy.high),
+            time_ms=exits[-1].contract_s * 1e3,
+        )
+    family = payload.families[0]
+    shown = family.steps[family.start]
+    outcome = shown.outcome(report.recording, costs, batch_size=size)
+    quality = report.recording.hits().double().numpy()
+    return Opening(
+        deadline_ms=_rounded_up(needed * 1e3),
+        policy=family.name,
+        fitted=False,
+        quality=float(quality[outcome.exits.numpy(), np.arange(quality.shape[1])].mean()),
+        interval=None,
+        time_ms=float(outcome.contract_s.mean()) * 1e3,
+    )
+
+
+def _against(time_s: float, reference_s: float) -> str:
+    change = time_s / reference_s - 1.0 if reference_s else 0.0
     if abs(change) < 0.005:
-        return "as much"
-    return f"{percent(abs(change), 0)} {'less' if change < 0 else 'more'}"
+        return "as long as"
+    return f"{percent(abs(change), 0)} {'less' if change < 0 else 'more'} than"
 
 
-def _headline(evaluation: Evaluation) -> str:
-    last = evaluation.of("exit")[-1]
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
+
+
+def _rounded_up(number: float) -> float:
+    """Round up to three digits."""
+    digit = 10.0 ** (math.floor(math.log10(number)) - 2)
+    return float(f"{math.ceil(number / digit - 1e-9) * digit:.6g}")
+
+
+# --- what the script reads ------------------------------------------------------------------------
+
+
+def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, Any]:
+    """Return what a page's script needs beside the recording."""
+    evaluation = report.evaluation
+    rows = [_row(row) for row in evaluation.rows]
+    low, high, logarithmic = _range(report, opening)
+    others = {f"engine {name}": found[1] for name, found in report.engines.items()}
+    others |= report.compared
     free = evaluation.of("exit_free")
-    text = (
-        f"The last exit is right on <strong>{percent(last.accuracy.value)}</strong> of "
-        f"{evaluation.samples} samples of split “{_e(evaluation.split)}” (95 % interval "
-        f"{interval(last.accuracy)}), after {milliseconds(last.interruptible_s)} if every exit on "
-        "the way answers too."
-    )
-    if free:
-        text += f" The same network without exits takes {milliseconds(free[0].contract_s)}"
-    for row in free:
-        if "alone" in row.name:
-            text += f"; trained alone it is right on {percent(row.accuracy.value)}"
-    lines = [_policy_line(row, last, free[0] if free else None) for row in evaluation.of("policy")]
-    judged = "".join(f"<li>{line}</li>" for line in lines)
-    return f'<p class="lead">{text.removesuffix(".")}.</p>' + (
-        f'<ul class="lead">{judged}</ul>' if judged else "<p>No policy was judged.</p>"
-    )
+    return {
+        "rows": rows,
+        "free": _row(max(free, key=lambda row: row.accuracy.value)) if free else None,
+        "deadline": opening.deadline_ms,
+        "reserve": RESERVE_S * 1e3,
+        "range": [low, high],
+        "logarithmic": logarithmic,
+        "budget": _budget(report.chosen_budget, low, high),
+        "words": {
+            "quality": "accuracy",
+            "it_is": "it is right on",
+            "only": "the only exit",
+            "good": "right",
+            "bad": "wrong",
+        },
+        "yes_or_no": True,
+        "compared": [
+            {
+                "name": name,
+                "exits": [
+                    [row.interruptible_s * 1e3, row.accuracy.value] for row in other.of("exit")
+                ],
+                "policies": [
+                    {
+                        "name": row.name,
+                        "time": row.contract_s * 1e3,
+                        "quality": row.accuracy.value,
+                    }
+                    for row in other.of("policy")
+                ],
+            }
+            for name, other in others.items()
+        ],
+        "examples": [_example(payload, example) for example in report.examples],
+    }
 
 
-def _policy_line(row: Row, last: Row, free: Row | None) -> str:
-    """Say what a policy saves in measured time, even if that is nothing."""
-    points = (row.accuracy.value - last.accuracy.value) * 100
-    accuracy = (
-        f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
-        if abs(points) >= 0.05
-        else "as often as"
-    )
-    judged = (
-        f"Policy <strong>{_e(row.name)}</strong> is right on {percent(row.accuracy.value)} "
-        f"({interval(row.accuracy)}), {accuracy} the last exit, in "
-        f"{milliseconds(row.contract_s)} a sample on average"
-    )
-    if free is None:
-        return f"{judged}."
-    time = _against(row.contract_s, free.contract_s)
-    macs = _against(row.macs, free.macs)
-    if row.contract_s < 0.995 * free.contract_s:
-        verdict = f"<strong>{time} time</strong> than without exits, with {_than(macs, 'MACs')}"
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "kind": row.kind,
+        "quality": row.accuracy.value,
+        "interval": [row.accuracy.low, row.accuracy.high],
+        "interruptible": row.interruptible_s * 1e3,
+        "contract": row.contract_s * 1e3,
+    }
+
+
+def _range(report: Report, opening: Opening) -> tuple[float, float, bool]:
+    """Find the ends of the axis of time, in milliseconds, and whether it is logarithmic."""
+    times = [
+        time * 1e3
+        for row in report.evaluation.rows
+        for time in (row.contract_s, row.interruptible_s)
+        if time > 0.0
+    ]
+    high = max(1.25 * opening.deadline_ms, 1.05 * max(times))
+    logarithmic = max(times) > LOG_BEYOND * min(times)
+    return (min(times) / 1.4 if logarithmic else 0.0), high, logarithmic
+
+
+def _budget(budget: tuple[str, Budget] | None, low: float, high: float) -> dict[str, Any] | None:
+    """Return how likely budgets of each time are, relative to the likeliest."""
+    if budget is None or budget[1].cost != "time":
+        return None
+    name, distribution = budget
+    edges = np.linspace(max(low, 1e-6), high, 121)
+    below = np.asarray(distribution.probability_below(edges / 1e3))
+    heights = np.diff(below)
+    tallest = float(heights.max())
+    if tallest <= 0.0:
+        return None
+    return {
+        "name": name,
+        "times": ((edges[1:] + edges[:-1]) / 2).round(6).tolist(),
+        "heights": (heights / tallest).round(4).tolist(),
+    }
+
+
+def _example(payload: Payload, example: Example) -> dict[str, Any]:
+    places = np.flatnonzero(payload.rows == example.sample)
+    return {
+        "row": int(places[0]) if len(places) else None,
+        "label": example.label,
+        "answers": [
+            {"said": said.answer, "top": [[name, round(share, 4)] for name, share in said.top]}
+            for said in example.exits
+        ],
+    }
+
+
+def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
+    """Say of a sample where it leaves before anybody turns a dial."""
+    if payload.families:
+        shown: Policy = payload.families[0].steps[payload.families[0].start]
+        exit = int(shown.exits_on(report.recording)[example.sample])
     else:
-        verdict = (
-            f"which <strong>saves no time</strong>: {_than(time, 'time')} without exits, "
-            f"with {_than(macs, 'MACs')}"
-        )
-    return f"{judged}, {verdict}."
+        exit = report.costs.num_exits - 1
+    source = ""
+    if example.picture is not None:
+        data = base64.b64encode(example.picture).decode("ascii")
+        source = f"data:{example.media};base64,{data}"
+    return {
+        "source": source,
+        "label": example.label,
+        "exit": exit,
+        "answer": example.exits[exit].answer,
+        "right": bool(report.recording.hits()[exit, example.sample] > 0.5),
+    }
 
 
-def _than(change: str, what: str) -> str:
-    if change == "as much":
-        return f"as much {what} as" if what == "time" else f"as many {what}"
-    return (
-        f"{change} {what} than" if what == "time" else f"{change.replace('less', 'fewer')} {what}"
+def _advice(report: Report, payload: Payload) -> list[str]:
+    said = list(advice(report.evaluation, report.costs, report.chosen_budget))
+    families = [family for family in payload.families if family.fitted]
+    said += bolder(families, report.recording, report.costs)
+    return said
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def _sections(report: Report) -> Iterator[tuple[str, str, list[Table]]]:
+    evaluation = report.evaluation
+    costs = report.costs
+    chosen = report.chosen_budget[0] if report.chosen_budget else None
+    ways = [evaluation_table(evaluation, costs.exits), real_times_table(evaluation)]
+    yield "Every way to answer", _CURVE, ways
+    yield "When time is short", _BUDGETS, [budgets_table(evaluation, chosen)]
+    yield "Policies", "", [_policies_table(report.policies, costs.exits)]
+    yield (
+        "Where the time goes",
+        _COSTS,
+        [costs_table(costs, size) for size in sorted(costs.batches)],
     )
-
-
-def _section(heading: str, note: str, *parts: str) -> str:
-    """Put parts under a heading, or nothing if there are none."""
-    body = "\n".join(filter(None, parts))
-    explained = f'<p class="note">{_e(note)}</p>' if note else ""
-    return f"<section>\n<h2>{heading}</h2>\n{explained}\n{body}\n</section>" if body else ""
-
-
-def _figure(figure: Figure) -> str:
-    return f"<figure>{figure_svg(figure)}</figure>"
-
-
-def _table(table: Table) -> str:
-    """Write a table, if it has rows, with their kinds as classes."""
-    shown = table.shown_in("page")
-    if not shown.rows:
-        return ""
-    head = "".join(f'<th scope="col">{_cell(column, "<br>")}</th>' for column in shown.columns)
-    body = []
-    # the first cell of each row names it
-    for (name, *cells), kind in zip(shown.rows, shown.kinds or [""] * len(shown.rows), strict=True):
-        mark = f' class="{kind}"' if kind else ""
-        body.append(
-            f'<tr{mark}><th scope="row">{_cell(name, " ")}</th>'
-            + "".join(f"<td>{_cell(cell, '<br>')}</td>" for cell in cells)
-            + "</tr>"
-        )
-    titled = f"<caption>{_e(shown.title)}</caption>" if shown.title else ""
-    return (
-        f'<div class="wide"><table>{titled}<thead><tr>{head}</tr></thead><tbody>\n'
-        + "\n".join(body)
-        + "\n</tbody></table></div>"
+    yield (
+        "In other engines",
+        _ENGINES,
+        [engine_table(name, *found) for name, found in report.engines.items()],
     )
-
-
-def _cell(cell: str | Cell | Column, space: str) -> str:
-    if not isinstance(cell, Cell):
-        return _e(cell)
-    text = f"<strong>{_e(cell.text)}</strong>" if cell.strong else _e(cell.text)
-    return f"{text}{space}<small>{_e(cell.detail)}</small>" if cell.detail else text
 
 
 def _policies_table(policies: Mapping[str, Policy], exits: Sequence[str]) -> Table:
@@ -377,44 +600,21 @@ def _asked(name: str, value: float) -> str:
     return f"{amount(value, cost.get(name, 'time'))} at most"
 
 
-def _examples(heading: str, examples: Sequence[Example]) -> str:
-    cards = "\n".join(map(_card, examples))
-    return f'<h3>{heading}</h3>\n<div class="examples">{cards}</div>' if cards else ""
-
-
-def _card(example: Example) -> str:
-    picture = ""
-    if example.picture is not None:
-        data = base64.b64encode(example.picture).decode("ascii")
-        picture = f'<img src="data:image/png;base64,{data}" alt="{_e(example.label)}">'
-    right = example.predicted == example.label
-    verdict = "✓" if right else f"✗ <small>is {_e(example.label)}</small>"
-    return (
-        f'<figure class="{"right" if right else "wrong"}">{picture}<figcaption>'
-        f"{_e(example.predicted)} {verdict}<br>"
-        f"<small>exit {example.exit}, score {example.score:.3f}</small></figcaption></figure>"
-    )
-
-
-def _origins(evaluation: Evaluation, costs: CostProfile, facts: Mapping[str, str]) -> str:
+def _origins(
+    evaluation: Evaluation, costs: CostProfile, facts: Mapping[str, str]
+) -> list[tuple[str, list[tuple[str, object]]]]:
     judged = {
         "split": evaluation.split,
         "samples": evaluation.samples,
         **_origin(evaluation.provenance, "network", "weights", "data", "seed"),
     }
     machine = ("network", "device", "processor", "threads", "dtype", "engine")
-    parts = {
+    parts: dict[str, Mapping[str, object]] = {
         "Network": facts,
         "Evaluation": judged,
         "Times": _origin(costs.provenance, *machine),
     }
-    return "\n".join(
-        f"<h3>{heading}</h3>\n<dl>"
-        + "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in entries.items())
-        + "</dl>"
-        for heading, entries in parts.items()
-        if entries
-    )
+    return [(heading, list(entries.items())) for heading, entries in parts.items()]
 
 
 def _origin(source: Provenance, *names: str) -> dict[str, object]:

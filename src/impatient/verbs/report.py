@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import UseAppendAction, arg
 
 import impatient
 from impatient.errors import StorageError
@@ -21,12 +23,22 @@ from impatient.verbs.run_directory import RunDirectory
 if TYPE_CHECKING:
     from torch import Tensor
 
+# pixels; larger pictures of samples are made smaller
+LARGEST = 64
+# bytes; pictures that take more as PNG become JPEG
+SMALL = 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportOptions:
-    """Write one self-contained HTML page about the run."""
+    """Write one self-contained HTML page about the run.
+
+    Attributes:
+        beside: Run directories on the same data, to show beside this one.
+    """
 
     directory: Directory
+    beside: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
     any_profile: AnyProfile = False
     threads: Threads = 0
 
@@ -54,15 +66,16 @@ def report(options: ReportOptions) -> Path:
         for name, budget in evaluation.budgets.items()
         if ":" in name and budget.cost == "time"
     )
-    early, late = _examples(run, spec, policies)
+    costs = run.profile(any_machine=options.any_profile)
+    recording = run.recording("test")
     page = impatient.evaluation.Report(
         title=run.path.resolve().name,
         evaluation=evaluation,
-        costs=run.profile(any_machine=options.any_profile),
+        recording=recording,
+        costs=costs,
         policies=policies,
         chosen_budget=next(chosen, None),
-        early=early,
-        late=late,
+        examples=_examples(run, spec, recording, policies),
         engines={
             name: (
                 beside_eager(run.path, name),
@@ -70,11 +83,29 @@ def report(options: ReportOptions) -> Path:
             )
             for name in run.engine_names()
         },
+        compared=_compared(run, options.beside),
         facts=_facts(spec),
     )
     write_text(run.report_file, impatient.evaluation.report_html(page))
     log.info("report: %s", run.report_file)
     return run.report_file
+
+
+def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.Evaluation]:
+    """Read the evaluations of other runs on the same data."""
+    found = {}
+    for path in others:
+        other = RunDirectory(path)
+        if not is_file(other.evaluation_file):
+            raise StorageError(f"{path} has not been evaluated; run `impatient evaluate {path}`.")
+        evaluation = impatient.Evaluation.load(other.evaluation_file)
+        evaluation.provenance.require(
+            f"the evaluation of {path}",
+            "compare runs on the same data",
+            data=run.spec().data_fingerprint,
+        )
+        found[path.resolve().name] = evaluation
+    return found
 
 
 def _facts(spec: NetworkSpec) -> dict[str, str]:
@@ -93,40 +124,55 @@ def _facts(spec: NetworkSpec) -> dict[str, str]:
 
 
 def _examples(
-    run: RunDirectory, spec: NetworkSpec, policies: Mapping[str, impatient.Policy]
-) -> tuple[list[impatient.evaluation.Example], list[impatient.evaluation.Example]]:
+    run: RunDirectory,
+    spec: NetworkSpec,
+    recording: impatient.Recording,
+    policies: Mapping[str, impatient.Policy],
+) -> list[impatient.evaluation.Example]:
     """Pick test inputs that left early and late under the first policy."""
     if not policies:
-        return [], []
-    policy = next(iter(policies.values()))
-    recording = run.recording("test")
-    data = run.data()
-    exits = policy.exits_on(recording)
-    score = impatient.policies.scores.SCORES[policy.shown_score()]
+        return []
+    early, late = impatient.evaluation.select_examples(recording, next(iter(policies.values())))
+    chosen = [*early, *late]
+    inputs = run.data().examples("test").take(chosen) if spec.preprocess.size else None
 
-    def example(index: int) -> impatient.evaluation.Example:
-        exit = int(exits[index])
-        output = recording.outputs[exit, index]
+    def example(place: int, index: int) -> impatient.evaluation.Example:
+        media, picture = _picture(inputs[place]) if inputs is not None else ("", None)
         return impatient.evaluation.Example(
-            picture=_png(data.examples("test").take([index])[0]) if spec.preprocess.size else None,
+            sample=index,
             label=spec.class_names[int(recording.labels[index])],
-            predicted=spec.class_names[int(output.argmax())],
-            exit=exit,
-            score=float(score(output)),
+            exits=tuple(_said(output[index], spec.class_names) for output in recording.outputs),
+            picture=picture,
+            media=media,
         )
 
-    early, late = impatient.evaluation.select_examples(recording, policy)
-    return [example(index) for index in early], [example(index) for index in late]
+    return [example(place, index) for place, index in enumerate(chosen)]
 
 
-def _png(raw: Tensor) -> bytes | None:
-    """Encode a raw input [C, H, W] as PNG if it holds bytes."""
+def _said(output: Tensor, names: Sequence[str]) -> impatient.evaluation.Said:
+    """Say the likeliest classes of one output."""
+    top = output.softmax(-1).topk(min(3, len(output)))
+    shares = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    return impatient.evaluation.Said(
+        answer=names[int(output.argmax())],
+        top=tuple((names[index], share) for share, index in shares),
+    )
+
+
+def _picture(raw: Tensor) -> tuple[str, bytes | None]:
+    """Encode a raw input [C, H, W] if it holds bytes; a large one becomes small."""
     import torch
     from PIL import Image
 
     if raw.dtype != torch.uint8 or raw.dim() != 3 or raw.shape[0] not in (1, 3):
-        return None
+        return "", None
     pixels = raw[0].numpy() if raw.shape[0] == 1 else raw.permute(1, 2, 0).numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG")
-    return stream.getvalue()
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((LARGEST, LARGEST))
+    exact = io.BytesIO()
+    picture.save(exact, format="PNG", optimize=True)
+    if exact.tell() <= SMALL:
+        return "image/png", exact.getvalue()
+    close = io.BytesIO()
+    picture.save(close, format="JPEG", quality=85)
+    return "image/jpeg", close.getvalue()

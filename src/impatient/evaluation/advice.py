@@ -1,0 +1,186 @@
+"""Say what follows from the numbers of an evaluation: what to do next, in sentences."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from impatient.budgets import Budget
+from impatient.costs import CostProfile
+from impatient.evaluation.evaluate import Evaluation
+from impatient.evaluation.payload import Family
+from impatient.evaluation.recording import Recording
+from impatient.evaluation.vectorised import judge_policies
+from impatient.table import milliseconds, percent
+
+# shares, and changes of times, below this are nothing to act on
+SMALL = 0.02
+# so many points more or less accuracy make no difference that one would act on
+POINT = 0.01
+
+
+def advice(
+    evaluation: Evaluation, costs: CostProfile, budget: tuple[str, Budget] | None = None
+) -> tuple[str, ...]:
+    """Say whether exits pay here, and what to change.
+
+    Args:
+        evaluation: what was judged.
+        costs: cost profile of the same network.
+        budget: name and distribution of the time budgets that the network is for.
+    Returns:
+        Sentences, of which the first says whether exits pay. None of them is a guess: each
+        compares numbers that are in the evaluation.
+    """
+    return tuple(
+        itertools.chain(
+            _whether_exits_pay(evaluation),
+            _too_late(evaluation, budget),
+            _beaten_by_others(evaluation),
+            _useless_exits(evaluation),
+            _noise(costs),
+        )
+    )
+
+
+def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
+    free = next(iter(evaluation.of("exit_free")), None)
+    policies = evaluation.of("policy")
+    exits = evaluation.of("exit")
+    if len(exits) == 1:
+        yield "This network has one exit, so it always takes the same time; attach more exits."
+        return
+    early = (
+        f"They still pay where the time varies: exit 0 is there after "
+        f"{milliseconds(exits[0].contract_s)}, with {percent(exits[0].accuracy.value)}."
+    )
+    if free is None or not policies:
+        yield (
+            f"No policy was judged, so no sample leaves early. {early} "
+            "Fit a policy with `impatient fit`."
+            if not policies
+            else f"There is no network without exits to compare with. {early}"
+        )
+        return
+    # the one that saves most among those that lose little
+    whole = max(row.accuracy.value for row in (*evaluation.of("exit_free"), exits[-1]))
+    near = [row for row in policies if row.accuracy.value >= whole - 2 * POINT]
+    best = min(near or policies, key=lambda row: row.contract_s)
+    saved = 1.0 - best.contract_s / free.contract_s
+    change = _points(best.accuracy.value - whole)
+    if saved < SMALL:
+        yield (
+            f"Exits save no time on average here: policy {best.name} takes "
+            f"{milliseconds(best.contract_s)}, the network without exits "
+            f"{milliseconds(free.contract_s)}. {early}"
+        )
+    else:
+        yield (
+            f"Exits pay here: policy {best.name} takes {percent(saved, 0)} less time than the "
+            f"best network without exits, {change}."
+        )
+
+
+def _points(change: float) -> str:
+    if abs(change) < 0.0005:
+        return "with as much accuracy"
+    return f"for {abs(change) * 100:.1f} points {'less' if change < 0 else 'more'} accuracy"
+
+
+def _too_late(evaluation: Evaluation, budget: tuple[str, Budget] | None) -> Iterator[str]:
+    if budget is None or budget[1].cost != "time":
+        return
+    first = evaluation.of("exit")[0].contract_s
+    late = budget[1].probability_below(first)
+    if late >= SMALL:
+        yield (
+            f"The first exit comes too late for {percent(late, 0)} of your budgets "
+            f"({budget[0]}): it answers after {milliseconds(first)}. Place an exit earlier, or run "
+            "in a faster engine (`impatient export`)."
+        )
+
+
+def _beaten_by_others(evaluation: Evaluation) -> Iterator[str]:
+    """Name networks that are better and faster than an exit, since nothing speaks for it then."""
+    exits = list(enumerate(evaluation.of("exit")))
+    for other in evaluation.of("static"):
+        beaten = [
+            exit
+            for exit, row in exits
+            if other.contract_s <= row.contract_s and other.accuracy.low > row.accuracy.high
+        ]
+        if beaten:
+            yield (
+                f"Network {other.name!r} is surely better than {_exits(beaten)} in no more "
+                "time: for a fixed time near that, take it."
+            )
+
+
+def _useless_exits(evaluation: Evaluation) -> Iterator[str]:
+    exits = evaluation.of("exit")
+    policies = evaluation.of("policy")
+    worse = [
+        exit
+        for exit in range(1, len(exits))
+        if exits[exit].accuracy.high < max(row.accuracy.low for row in exits[:exit])
+    ]
+    if worse:
+        yield (
+            f"{_exits(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} surely worse than "
+            f"a shallower one: leave {_them(worse)} away, or train longer."
+        )
+    unused = [
+        exit
+        for exit in range(len(exits) - 1)
+        if policies and all(row.shares[exit] == 0.0 for row in policies) and exit not in worse
+    ]
+    if unused:
+        yield (
+            f"{_exits(unused).capitalize()} never answer{'s' if len(unused) == 1 else ''} under "
+            f"any policy: if no deadline needs {_them(unused)}, leave {_them(unused)} away."
+        )
+
+
+def _them(numbers: Sequence[int]) -> str:
+    return "it" if len(numbers) == 1 else "them"
+
+
+def _exits(numbers: Sequence[int]) -> str:
+    words = [str(number) for number in numbers]
+    if len(words) == 1:
+        return f"exit {words[0]}"
+    return f"exits {', '.join(words[:-1])} and {words[-1]}"
+
+
+def _noise(costs: CostProfile) -> Iterator[str]:
+    noise = costs.at(min(costs.batches)).noise
+    if noise is not None and noise.too_noisy:
+        yield (
+            "The machine was too noisy for small differences while times were measured: close "
+            "other programs and run `impatient profile --force`."
+        )
+
+
+def bolder(families: Sequence[Family], recording: Recording, costs: CostProfile) -> tuple[str, ...]:
+    """Say where bolder thresholds than the fitted ones would have lost nothing.
+
+    Args:
+        families: fitted thresholds, and bolder and more careful ones.
+        recording: recording on which they are judged.
+        costs: cost profile of the same network.
+    """
+    said = []
+    for family in families:
+        judged = judge_policies(
+            recording, costs, family.steps[: family.start + 1], batch_size=min(costs.batches)
+        )
+        fitted = judged.accuracy[-1]
+        best = int((judged.accuracy >= fitted).int().argmax())
+        saved = 1.0 - float(judged.contract_s[best] / judged.contract_s[-1])
+        if saved >= SMALL:
+            said.append(
+                f"Policy {family.name} could be {family.words[best]} and lose nothing on these "
+                f"samples, with {percent(saved, 0)} less time: fit it again with a larger "
+                "--max-loss, and judge it anew."
+            )
+    return tuple(said)

@@ -1,0 +1,325 @@
+"""What travels in the page about a network: a recording and its policies, in a few bytes.
+
+Scores become one byte each, by where they stand among the thresholds that the page offers. So what
+the page computes for these thresholds is exact: a score passes a threshold as it does in full
+precision.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from impatient.costs import CostProfile, Statistic
+from impatient.errors import InfeasibleTarget, NoEffectWarning
+from impatient.evaluation.recording import Recording
+from impatient.policies.policy import Policy
+from impatient.policies.risk import ControlledPolicy, control_risk, scaled_family, threshold_family
+from impatient.policies.rules import ThresholdPolicy
+from impatient.policies.scores import SCORES
+
+# a byte has so many thresholds below which a score may stand
+MOST_THRESHOLDS = 255
+# what a closed exit has for a threshold: no score reaches it
+CLOSED = 256
+# of a larger recording so many bytes travel, which are samples drawn at random
+MOST_BYTES = 110_000
+# at most so many policies can be turned; others are points
+MOST_FAMILIES = 5
+# losses against the full network that a page can ask a guarantee for, and how sure it is
+LEVELS = (0.005, 0.01, 0.02, 0.05)
+DELTA = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Thresholds from bold to careful, of which a dial chooses one.
+
+    Attributes:
+        name: name of the policy it is made of, or of what it does.
+        steps: its members, from bold to careful.
+        words: what each member is called.
+        start: index of the member that is shown first.
+        fitted: whether the first one shown is a fitted policy.
+        certified: for each level in `LEVELS` the index of the boldest member that is shown to keep
+            it; its number of members where none does, and None where there are too few samples.
+    """
+
+    name: str
+    steps: tuple[ThresholdPolicy, ...]
+    words: tuple[str, ...]
+    start: int
+    fitted: bool
+    certified: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Payload:
+    """A page's data, and which samples of the recording are in it.
+
+    Attributes:
+        content: what becomes JSON.
+        families: what the dials turn.
+        rows: indices of the recorded samples that travel.
+    """
+
+    content: dict[str, Any]
+    families: tuple[Family, ...]
+    rows: np.ndarray = field(repr=False)
+
+
+def make_payload(
+    recording: Recording, costs: CostProfile, policies: Mapping[str, Policy]
+) -> Payload:
+    """Quantise a recording for the thresholds that a page offers.
+
+    Args:
+        recording: the recording that the page is about, K exits and N samples.
+        costs: cost profile of the same network.
+        policies: fitted policies by name.
+    Returns:
+        The data: qualities, scores of the early exits, families of thresholds, the exits at which
+        other policies stop, and times in milliseconds.
+    """
+    families = tuple(_families(recording, policies))
+    turned = {family.name for family in families if family.fitted}
+    points = {name: policy for name, policy in policies.items() if name not in turned}
+    scores = sorted({family.steps[0].score for family in families})
+    exits = len(recording.exits)
+    quality = recording.hits().double().numpy()
+    rows = _chosen_rows(quality, bytes_each=(exits - 1) * len(scores) + exits + len(points))
+    edges = {score: _edges(families, score, exits) for score in scores}
+    content = {
+        "exits": list(recording.exits),
+        "samples": len(rows),
+        "recorded": quality.shape[1],
+        **_quality(quality[:, rows]),
+        "scores": {
+            score: packed(
+                np.stack(
+                    [
+                        np.searchsorted(edge, values, side="right")
+                        for edge, values in zip(
+                            edges[score], _scores(recording, score, rows), strict=True
+                        )
+                    ]
+                )
+                if exits > 1
+                else np.zeros((0, len(rows)))
+            )
+            for score in scores
+        },
+        "families": [_family(family, edges[family.steps[0].score]) for family in families],
+        "points": [_point(name, policy, recording, costs, rows) for name, policy in points.items()],
+        "times": times(costs),
+        "levels": list(LEVELS),
+        "delta": DELTA,
+    }
+    return Payload(content=content, families=families, rows=rows)
+
+
+def times(costs: CostProfile) -> dict[str, Any]:
+    """Return the times of stages and heads at batch size 1, or the smallest, in milliseconds."""
+    size = min(costs.batches)
+
+    def parts(statistic: Statistic) -> dict[str, list[float]]:
+        stages, heads = costs.parts("time", statistic=statistic, batch_size=size)
+        return {"stages": [time * 1e3 for time in stages], "heads": [time * 1e3 for time in heads]}
+
+    wanted: tuple[Statistic, ...] = ("mean", "p50", "p99")
+    return {
+        **{statistic: parts(statistic) for statistic in wanted},
+        "free": costs.exit_free_s(batch_size=size) * 1e3,
+        "batch": size,
+    }
+
+
+def packed(numbers: np.ndarray) -> str:
+    """Write whole numbers from 0 to 255 as text, a byte each."""
+    return base64.b64encode(numbers.astype(np.uint8).tobytes()).decode("ascii")
+
+
+# --- families -------------------------------------------------------------------------------------
+
+
+def _families(recording: Recording, policies: Mapping[str, Policy]) -> Iterable[Family]:
+    """Make a family of every policy of thresholds, and one of a common threshold."""
+    exits = len(recording.exits)
+    if exits < 2:
+        return
+    plain = {name: _thresholds(policy) for name, policy in policies.items()}
+    turned = {name: policy for name, policy in plain.items() if policy is not None}
+    turned = dict(list(turned.items())[: MOST_FAMILIES - 1])
+    # a common one, and for each policy its members
+    count = (MOST_THRESHOLDS - 1) // (len(turned) + 1)
+    for name, policy in turned.items():
+        yield _scaled(name, policy, recording, min(count, 65))
+    score = next(iter(turned.values())).score if turned else "max_probability"
+    # half of them close to 1, where scores crowd; not from these scores, or nothing could be shown
+    half = min(count, 101) // 2
+    grid = {*np.linspace(0.0, 0.9, half).tolist(), *(1.0 - np.geomspace(0.1, 1e-6, half)).tolist()}
+    members = threshold_family(exits, grid=sorted(grid), score=score)[::-1]
+    yield Family(
+        name="one threshold for all exits",
+        steps=members,
+        words=tuple(_bound(member.thresholds[0]) for member in members),
+        start=_boldest(members, recording),
+        fitted=False,
+        certified=_certified(members, recording),
+    )
+
+
+def _thresholds(policy: Policy) -> ThresholdPolicy | None:
+    """Return the thresholds by which a policy stops, if that is all it does."""
+    inner = policy.policy if isinstance(policy, ControlledPolicy) else policy
+    return inner if isinstance(inner, ThresholdPolicy) else None
+
+
+def _scaled(name: str, policy: ThresholdPolicy, recording: Recording, count: int) -> Family:
+    careful = np.geomspace(1 / 64, 1, count * 3 // 4).tolist()
+    factors = sorted({0.0, *careful, *np.geomspace(1, 4, count - len(careful)).tolist()})
+    members = scaled_family(policy, factors)[::-1]
+    start = len(factors) - 1 - factors.index(1.0)
+    words = tuple(map(_factor, reversed(factors)))
+    return Family(
+        name=name,
+        steps=(*members[:start], policy, *members[start + 1 :]),
+        words=words,
+        start=start,
+        fitted=True,
+        certified=_certified(members, recording),
+    )
+
+
+def _bound(bound: float) -> str:
+    # as many digits as tell it from 1
+    digits = 2 if bound < 0.9 else min(6, 2 - math.floor(math.log10(1.0 - bound)))
+    return f"at least {bound:.{digits}f}"
+
+
+def _factor(factor: float) -> str:
+    if factor == 1.0:
+        return "as fitted"
+    if factor == 0.0:
+        return "only if certain"
+    if factor > 1.0:
+        return f"{factor:.2g} times as bold"
+    return f"{1 / factor:.2g} times as careful"
+
+
+def _boldest(members: Sequence[ThresholdPolicy], recording: Recording) -> int:
+    """Find the boldest member that loses at most one point against the last exit."""
+    quality = recording.hits().double()
+    least = float(quality[-1].mean()) - 0.01
+    samples = torch.arange(quality.shape[1])
+    for place, exits in enumerate(ThresholdPolicy.exits_of_each(members, recording)):
+        if float(quality[exits, samples].mean()) >= least:
+            return place
+    return len(members) - 1
+
+
+def _certified(members: Sequence[ThresholdPolicy], recording: Recording) -> tuple[int | None, ...]:
+    """For each level find the boldest member that is shown to keep it on this recording."""
+    # judged where they were not fitted, they may be controlled there, too
+    candidates = [
+        dataclasses.replace(member, split=None, provenance=None) for member in reversed(members)
+    ]
+    found: list[int | None] = []
+    for level in LEVELS:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoEffectWarning)
+                kept = control_risk(candidates, recording, epsilon=level, delta=DELTA)
+        except InfeasibleTarget:
+            found.append(None)
+            continue
+        chosen = kept.certificate.chosen
+        found.append(len(members) if chosen is None else len(members) - 1 - chosen)
+    return tuple(found)
+
+
+# --- quantising -----------------------------------------------------------------------------------
+
+
+def _quality(quality: Float[np.ndarray, "K N"]) -> dict[str, Any]:
+    """Write qualities as bits if all are 0 or 1, else as bytes."""
+    if np.isin(quality, (0.0, 1.0)).all():
+        return {"quality": packed(np.packbits(quality.astype(np.uint8))), "bits": True}
+    return {"quality": packed(np.rint(quality * 255)), "bits": False}
+
+
+def _chosen_rows(quality: Float[np.ndarray, "K N"], bytes_each: int) -> np.ndarray:
+    count = quality.shape[1]
+    most = MOST_BYTES // bytes_each
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, size=most, replace=False))
+
+
+def _scores(
+    recording: Recording, score: str, rows: np.ndarray | slice = slice(None)
+) -> list[np.ndarray]:
+    """Compute the scores of the early exits, in single precision as policies compare them."""
+    return [SCORES[score](output).float().numpy()[rows] for output in recording.outputs[:-1]]
+
+
+def _edges(families: Sequence[Family], score: str, exits: int) -> list[Float[np.ndarray, "E"]]:
+    """Collect the finite thresholds at each early exit, in order."""
+    members = [step for family in families for step in family.steps if step.score == score]
+    bounds = [[member.thresholds[exit] for member in members] for exit in range(exits - 1)]
+    return [
+        np.unique(np.asarray([bound for bound in here if math.isfinite(bound)], dtype=np.float32))
+        for here in bounds
+    ]
+
+
+def _family(family: Family, edges: Sequence[np.ndarray]) -> dict[str, Any]:
+    def code(exit: int, bound: float) -> int:
+        if bound == math.inf:
+            return CLOSED
+        # a score reaches it if so many thresholds, itself among them, are not above the score
+        below = np.searchsorted(edges[exit], np.float32(bound), side="right")
+        return 0 if bound == -math.inf else int(below)
+
+    return {
+        "name": family.name,
+        "score": family.steps[0].score,
+        "start": family.start,
+        "fitted": family.fitted,
+        "words": list(family.words),
+        "codes": [
+            [code(exit, bound) for exit, bound in enumerate(step.thresholds[:-1])]
+            for step in family.steps
+        ],
+        "certified": list(family.certified),
+    }
+
+
+def _point(
+    name: str, policy: Policy, recording: Recording, costs: CostProfile, rows: np.ndarray
+) -> dict[str, Any]:
+    """Describe a policy whose rule does not travel by the exits at which it stops."""
+    size = min(costs.batches)
+    outcome = policy.outcome(recording, costs, batch_size=size)
+    exits = outcome.exits.numpy()
+    quality = recording.hits().double().numpy()
+    until = costs.cumulative("time", "interruptible", batch_size=size, heads=policy.open_exits())
+    added = policy.added_s()
+    return {
+        "name": name,
+        "routes": policy.routes,
+        "stops": packed(exits[rows]),
+        "until": [(time + asking) * 1e3 for time, asking in zip(until, added, strict=True)],
+        "open": list(map(bool, policy.open_exits())),
+        "quality": float(quality[exits, np.arange(len(exits))].mean()),
+        "time": float(outcome.contract_s.mean()) * 1e3,
+    }

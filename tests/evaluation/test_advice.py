@@ -1,0 +1,97 @@
+"""What to do next: every sentence follows from numbers, and only from these."""
+
+import dataclasses
+import math
+
+import pytest
+
+from impatient import budgets
+from impatient.costs import Noise
+from impatient.evaluation import StaticBaseline, evaluate
+from impatient.evaluation.advice import advice, bolder
+from impatient.evaluation.payload import make_payload
+from impatient.policies import ThresholdPolicy
+from recordings import costs_of, recording_of, sure
+
+COSTS = costs_of([1e-3] * 3, [1e-4, 1e-4, 0.0], exit_free_s=3e-3)
+
+
+def said(rights, bounds, *, costs=COSTS, surety=None, budget=None, **rest):
+    surety = surety or [[0.9] * len(rights[0])] * len(rights)
+    recording = recording_of(*sure(rights, surety), split="test")
+    policies = {
+        str(bound): ThresholdPolicy(score="max_probability", thresholds=bound) for bound in bounds
+    }
+    judged = evaluate(recording, costs, policies, **rest)
+    return " ".join(advice(judged, costs, budget)).replace("\N{NO-BREAK SPACE}", " ")
+
+
+ALL_EARLY = (0.8, math.inf, -math.inf)
+NONE_EARLY = (0.99, math.inf, -math.inf)
+RIGHT = [[1] * 100] * 3
+
+
+def test_exits_pay_where_a_policy_saves_time():
+    words = said(RIGHT, [ALL_EARLY])
+    assert "takes 63 % less time than the best network without exits, with as much" in words
+
+
+def test_exits_save_nothing_where_no_sample_leaves():
+    words = said(RIGHT, [NONE_EARLY])
+    assert "Exits save no time on average here" in words
+    assert "exit 0 is there after 1.10 ms, with 100.0 %" in words
+
+
+def test_without_a_policy_it_says_to_fit_one():
+    assert "`impatient fit`" in said(RIGHT, [])
+
+
+def test_exits_that_never_answer_are_named():
+    assert "Exit 1 never answers under any policy" in said(RIGHT, [ALL_EARLY])
+    both = said(RIGHT, [(math.inf, math.inf, -math.inf)])
+    assert "Exits 0 and 1 never answer under any policy: if no deadline needs them" in both
+    assert "never answer" not in said(RIGHT, [ALL_EARLY, (math.inf, 0.8, -math.inf)])
+
+
+def test_an_exit_that_is_surely_worse_than_a_shallower_one_is_named():
+    worse = [[1] * 100, [1] * 50 + [0] * 50, [1] * 100]
+    assert "Exit 1 is surely worse than a shallower one" in said(worse, [])
+    slightly = [[1] * 100, [1] * 99 + [0], [1] * 100]
+    assert "surely" not in said(slightly, [])
+
+
+@pytest.mark.parametrize(("low", "late"), [(0.0, True), (1.2e-3, False)])
+def test_a_first_exit_that_comes_too_late_is_named(low, late):
+    words = said(RIGHT, [], budget=("mine", budgets.uniform(low, 2.2e-3)))
+    assert ("comes too late for 50 % of your budgets (mine)" in words) == late
+
+
+def test_a_static_network_that_beats_exits_is_named():
+    better = recording_of(*sure([[1] * 100], [[0.9] * 100]), split="test")
+    rights = [[0] * 50 + [1] * 50, [0] * 50 + [1] * 50, [1] * 100]
+    baseline = StaticBaseline(recording=better, time_s=2.1e-3, macs=1.0)
+    words = said(rights, [], static={"small": baseline})
+    assert "Network 'small' is surely better than exit 1 in no more time" in words
+
+
+def test_noise_is_named():
+    noise = Noise(aa_ratio=1.0, aa_low=0.8, aa_high=1.2, spread=0.3, n=50)
+    batch = dataclasses.replace(COSTS.at(), noise=noise)
+    words = said(RIGHT, [], costs=dataclasses.replace(COSTS, batches={1: batch}))
+    assert "too noisy" in words
+
+
+def test_bolder_thresholds_that_lose_nothing_are_named():
+    # exit 0 is always right, and 70 % sure
+    recording = recording_of(*sure(RIGHT, [[0.7] * 100, [0.9] * 100, [0.9] * 100]), split="test")
+    careful = ThresholdPolicy(score="max_probability", thresholds=(0.9, 0.95, -math.inf))
+    bold = ThresholdPolicy(score="max_probability", thresholds=(0.6, 0.6, -math.inf))
+
+    def sentences(policy):
+        families = make_payload(recording, COSTS, {"mine": policy}).families[:1]
+        return bolder(families, recording, COSTS)
+
+    (sentence,) = sentences(careful)
+    assert "Policy mine could be" in sentence
+    assert "times as bold and lose nothing on these samples" in sentence
+    assert sentences(bold) == ()

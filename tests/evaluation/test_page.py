@@ -1,0 +1,237 @@
+"""The page in a real Chromium: its numbers, its dials, its console, on every width."""
+
+import math
+import os
+import re
+import shutil
+
+import pytest
+import torch
+
+from browser import browser
+from impatient import budgets
+from impatient.evaluation import (
+    Example,
+    Report,
+    Said,
+    StaticBaseline,
+    evaluate,
+    report_html,
+)
+from impatient.evaluation.payload import make_payload
+from impatient.policies import ThresholdPolicy, fit_gates, fit_thresholds
+from recordings import costs_of, drawn, recording_of
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+HOSTILE = """</script><img src=x onerror="console.error('ran')">'"`\u202e{{7*7}}"""
+COSTS = costs_of(
+    [0.7e-3, 0.5e-3, 0.6e-3, 0.4e-3],
+    [1e-4, 0.8e-4, 0.9e-4, 0.0],
+    exit_free_s=2.1e-3,
+    stage_macs=[10**6] * 4,
+    head_macs=[1000] * 3 + [0],
+)
+RECORDING = drawn(10_000, seed=2, split="test")
+
+
+@pytest.fixture(scope="module")
+def window():
+    if shutil.which("chromedriver") is None and not os.environ.get("CI"):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def policies():
+    fitted_on = drawn(1000, seed=1)
+    return {
+        "one point": fit_thresholds(fitted_on, COSTS, max_accuracy_loss=0.01),
+        HOSTILE: ThresholdPolicy(score="margin", thresholds=(0.7, math.inf, 0.4, -math.inf)),
+        "gates": fit_gates(fitted_on, COSTS, mean_time_s=1.5e-3),
+    }
+
+
+@pytest.fixture(scope="module")
+def page(policies, tmp_path_factory):
+    static = StaticBaseline(
+        recording=recording_of(RECORDING.outputs[1:2], RECORDING.labels, split="test"),
+        time_s=1e-3,
+        macs=1e6,
+    )
+    budget = budgets.uniform(0.0, 3e-3)
+    said = tuple(Said(answer=f"say {k}", top=((f"say {k}", 0.6), (HOSTILE, 0.4))) for k in range(4))
+    report = Report(
+        title=HOSTILE,
+        evaluation=evaluate(
+            RECORDING, COSTS, policies, static={HOSTILE: static}, budgets={HOSTILE: budget}
+        ),
+        recording=RECORDING,
+        costs=COSTS,
+        policies=policies,
+        chosen_budget=(HOSTILE, budget),
+        examples=[Example(sample=k, label=HOSTILE, exits=said) for k in range(3)],
+        compared={HOSTILE: evaluate(RECORDING, COSTS, policies)},
+        facts={HOSTILE: HOSTILE},
+    )
+    file = tmp_path_factory.mktemp("page") / "report.html"
+    file.write_text(report_html(report), encoding="utf-8")
+    return file
+
+
+def shown(window, **dials):
+    """Turn the dials by the address; returns the sentence and the numbers behind it."""
+    window.run("location.hash = arguments[0]", "&".join(f"{k}={v}" for k, v in dials.items()))
+    window.run("dispatchEvent(new HashChangeEvent('hashchange'))")
+    found = window.run("return {...document.getElementById('sentence').dataset}")
+    words = window.run("return document.getElementById('sentence').textContent")
+    return words.replace("\N{NO-BREAK SPACE}", " "), {k: float(v) for k, v in found.items()}
+
+
+def capped(policy, cap):
+    """The policy whose samples leave at this exit at the latest."""
+    bounds = policy.thresholds[:cap] + (-math.inf,) * (len(policy.thresholds) - cap)
+    return ThresholdPolicy(score=policy.score, thresholds=bounds)
+
+
+@pytest.mark.parametrize("way", [0, 1, 2])
+def test_the_page_computes_what_evaluate_does_for_thresholds(window, page, policies, way):
+    window.open(page)
+    family = make_payload(RECORDING, COSTS, policies).families[way]
+    # for each cap a deadline that fits it and no more: 1.0 ms, 1.6 ms, 2.3 ms, all
+    for deadline, cap in {1.0: 0, 1.6: 1, 2.3: 2, 9.0: 3}.items():
+        for step in range(0, len(family.steps), 7):
+            _, found = shown(window, policy=way, sure=step, deadline=deadline)
+            policy = capped(family.steps[step], cap)
+            row = evaluate(RECORDING, COSTS, {"it": policy})["it"]
+            assert found["cap"] == cap
+            assert found["computed"] == pytest.approx(row.accuracy.value, abs=0.001)
+            assert found["computedTime"] == pytest.approx(1e3 * row.contract_s, rel=1e-6)
+
+
+def test_the_page_computes_what_evaluate_does_for_gates(window, page, policies):
+    window.open(page)
+    row = evaluate(RECORDING, COSTS, policies)["gates"]
+    words, found = shown(window, policy=3, deadline=9.0)
+    assert found["computed"] == pytest.approx(row.accuracy.value, abs=0.001)
+    assert found["computedTime"] == pytest.approx(1e3 * row.contract_s, rel=1e-6)
+    assert f"{row.accuracy.value * 100:.1f} %" in words
+    # no sample goes deeper than exit 1: accuracy by hand
+    exits = policies["gates"].exits_on(RECORDING).clamp(max=1)
+    right = RECORDING.hits()[exits, torch.arange(len(exits))].mean()
+    assert shown(window, policy=3, deadline=1.6)[1]["computed"] == pytest.approx(
+        float(right), abs=0.001
+    )
+
+
+def test_a_fitted_policy_is_quoted_from_full_precision_with_and_without_script(
+    window, page, policies
+):
+    row = evaluate(RECORDING, COSTS, policies)["one point"]
+    sentence = re.search(r'<h1 id="sentence">(.*?)</h1>', page.read_text("utf-8"))[1]
+    still = re.sub("<.*?>", "", sentence)
+    window.open(page)
+    live = window.run("return document.getElementById('sentence').textContent")
+    assert live == still
+    assert f"{row.accuracy.value * 100:.1f}\N{NO-BREAK SPACE}%" in live
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 400])
+def test_nothing_is_said_on_the_console_and_nothing_overflows(window, page, width, scheme):
+    window.size(width)
+    window.scheme(scheme)
+    window.messages()
+    window.open(page)
+    for dials in (
+        {"policy": 1, "sure": 3, "deadline": 1.5, "guaranteed": 1, "level": 3},
+        {"policy": 3},
+        {"deadline": 0.01},
+        {"policy": "x", "sure": -1, "deadline": "NaN", "level": 99, "guaranteed": "<b>"},
+    ):
+        shown(window, **dials)
+    assert window.messages() == []
+    assert window.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert window.run("return document.querySelectorAll('svg text').length") > 20
+
+
+def test_names_from_outside_are_text(window, page):
+    window.messages()
+    window.open(page)
+    assert window.messages() == []
+    assert window.run("return document.images.length") == 0
+    words = window.run("return document.body.innerText")
+    assert "</script><img src=x" in words
+    assert "⟨U+202E⟩" in words
+    assert "\u202e" not in page.read_text("utf-8")
+    assert "{{7*7}}" in words
+
+
+def test_a_late_deadline_and_an_early_one_are_said(window, page):
+    window.open(page)
+    words, _ = shown(window, deadline=0.1)
+    assert words.startswith("In 0.100 ms no answer is sure to be there: the first takes up to 0.9")
+    words, found = shown(window, deadline=1.6)
+    assert found["cap"] == 1
+    under = window.run("return document.getElementById('under').textContent")
+    assert "Exit 1 (block1) is the deepest that fits." in under
+
+
+def test_the_keyboard_turns_dials_and_the_address_keeps_them(window, page):
+    window.open(page)
+    window.run("document.getElementById('sure').focus()")
+    before = window.run("return document.getElementById('sentence').textContent")
+    window.press("End")
+    after = window.run("return document.getElementById('sentence').textContent")
+    assert after != before
+    # the address follows when the dial rests
+    address = window.run("return new Promise((done) => setTimeout(() => done(location.hash), 600))")
+    assert "sure=" in address
+    assert after == window.run("return document.getElementById('spoken').textContent")
+    window.open(page, address)
+    assert window.run("return document.getElementById('sentence').textContent") == after
+
+
+def test_the_guarantee_is_that_of_control_risk(window, page, policies):
+    window.open(page)
+    family = make_payload(RECORDING, COSTS, policies).families[0]
+    limit = family.certified[1]
+    for step, kept in ((limit, "This one keeps it"), (limit - 1, "could not be shown")):
+        shown(window, policy=0, sure=step, guaranteed=1, level=1)
+        said = window.run("return document.getElementById('promise').textContent")
+        assert kept in said
+        assert "at most 1\N{NO-BREAK SPACE}% of inputs" in said
+
+
+def test_a_sample_is_watched_exit_by_exit(window, page):
+    window.open(page)
+    window.run("document.querySelectorAll('.sample')[0].focus()")
+    window.press("ArrowRight")
+    chosen = window.run("return document.querySelector('.sample.chosen').dataset.place")
+    assert chosen == "1"
+    columns = window.run(
+        "return [...document.querySelectorAll('#mind strong')].map(e => e.textContent)"
+    )
+    assert len(columns) == 4
+    assert sum(column.endswith("answers") for column in columns) == 1
+
+
+def test_on_paper_everything_is_open(window, page):
+    window.open(page)
+    window.run("dispatchEvent(new Event('beforeprint'))")
+    closed = "return document.querySelectorAll('details:not([open])').length"
+    assert window.run(closed) == 0
+
+
+def test_without_script_the_result_stands_there(window, page):
+    window.tool("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        window.open(page)
+        words = window.tool("Runtime.evaluate", expression="document.body.innerText")
+    finally:
+        window.tool("Emulation.setScriptExecutionDisabled", value=False)
+    text = words["result"]["value"].replace("\N{NO-BREAK SPACE}", " ")
+    assert re.search(r"In \d.* ms it is right on \d.* %, after \d.* ms on average", text)
+    assert "deadline" not in text.split("What to do next")[0]
+    assert "policy one point" in text
