@@ -15,6 +15,7 @@ from impatient.errors import ImpatientError, StorageError
 from impatient.verbs import (
     compare,
     demo,
+    describe,
     ensemble,
     evaluate,
     export,
@@ -25,9 +26,11 @@ from impatient.verbs import (
     report,
     run,
     select,
+    show,
     train,
 )
 from impatient.verbs.notes import log
+from impatient.verbs.options import VerbOptions
 from impatient.verbs.processes import is_first
 
 if TYPE_CHECKING:
@@ -47,22 +50,50 @@ err = Console(stderr=True, emoji=False)
 
 
 class Verb(NamedTuple):
-    """A step: its options, its work, and what is printed of the result."""
+    """A step: its options, its work, and what is said of it.
 
-    options: type
+    Attributes:
+        options: Its options.
+        work: What it does.
+        shown: What is printed of the result.
+        plain: What becomes JSON of the result.
+        kept: What Ctrl-C leaves.
+    """
+
+    options: type[VerbOptions]
     work: Callable[[Any], Any]
     shown: Callable[[Any, Any], Iterable[Table | str]] = lambda _options, _result: ()
+    plain: Callable[[Any], Any] = lambda result: result
+    kept: str = "what was finished is kept. Run the same command again to go on."
 
 
 # in the order in which one works, then what is beside the way
 VERBS = {
-    "train": Verb(train.TrainOptions, train.train),
-    "profile": Verb(profile.ProfileOptions, profile.profile, profile.shown),
-    "record": Verb(record.RecordOptions, record.record),
+    "train": Verb(
+        train.TrainOptions,
+        train.train,
+        kept="the checkpoint is kept, with every batch until it. Run the same command again to "
+        "go on from there.",
+    ),
+    "profile": Verb(
+        profile.ProfileOptions,
+        profile.profile,
+        profile.shown,
+        kept="profiles that were finished, and those from before, are kept; half a measurement "
+        "is not.",
+    ),
+    "record": Verb(
+        record.RecordOptions,
+        record.record,
+        kept="splits that were finished, and recordings from before, are kept. Run the same "
+        "command again for the others.",
+    ),
     "fit": Verb(fit.FitOptions, fit.fit, fit.shown),
     "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, evaluate.shown),
     "report": Verb(report.ReportOptions, report.report),
-    "run": Verb(run.RunOptions, run.run, run.shown),
+    "run": Verb(run.RunOptions, run.run, run.shown, run.plain),
+    "show": Verb(show.ShowOptions, show.show, show.shown),
+    "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown),
     "export": Verb(export.ExportOptions, export.export, export.shown),
     "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
     "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
@@ -75,23 +106,28 @@ VERBS = {
 class Notes(logging.Handler):
     """Print notes as they are: paths are not folded, brackets are no markup."""
 
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
     def emit(self, record: logging.LogRecord) -> None:
-        show(record.getMessage())
+        self.console.print(record.getMessage(), soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:
     """Run a verb, and end errors and Ctrl-C with one message."""
-    # other processes of the same training stay silent
-    first = is_first()
-    log.setLevel(logging.INFO)
-    log.handlers = [Notes() if first else logging.NullHandler()]
     code = 0
+    verb = VERBS["train"]
     try:
         options = parse(sys.argv[1:] or ["--help"])
         verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
+        # other processes of the same training stay silent
+        first = is_first()
+        log.setLevel(logging.INFO)
+        log.handlers = [Notes(err if options.json else out) if first else logging.NullHandler()]
         result = verb.work(options)
-        for part in verb.shown(options, result) if first else ():
-            show(part)
+        if first:
+            answer(verb, options, result)
     except (ImpatientError, OSError) as error:
         code = 1
         # an OSError is of a place that is no file of ours, such as a terminal that has gone
@@ -101,8 +137,19 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         code = STOPPED
-        err.print("\nstopped; what was finished is kept. Run the same command again to go on.")
+        err.print(f"\nstopped; {verb.kept}", soft_wrap=True, markup=False, highlight=False)
     sys.exit(code)
+
+
+def answer(verb: Verb, options: VerbOptions, result: Any) -> None:
+    """Print what a verb gave, for people or for scripts."""
+    if options.json:
+        from impatient.verbs.as_json import to_json
+
+        out.print(to_json(verb.plain(result)), soft_wrap=True, markup=False, highlight=False)
+        return
+    for part in verb.shown(options, result):
+        print_part(part)
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -116,14 +163,14 @@ def parse(arguments: Sequence[str]) -> Any:
     )
 
 
-def show(part: Table | str) -> None:
+def print_part(part: Table | str) -> None:
     """Print a table or a text."""
     if isinstance(part, str):
         out.print(part, soft_wrap=True, markup=False, highlight=False)
     else:
         from impatient.verbs.terminal import rich_table
 
-        out.print(rich_table(part))
+        out.print(rich_table(part, out.width))
 
 
 if __name__ == "__main__":

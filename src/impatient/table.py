@@ -24,10 +24,17 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column that is shown in one place only."""
+    """A column that is not shown everywhere.
+
+    Attributes:
+        title: What is in it.
+        only: The only place where it is shown; None where it is shown in all.
+        optional: Whether a narrow terminal may leave it out; the last such column goes first.
+    """
 
     title: str
-    only: Literal["terminal", "page"]
+    only: Literal["terminal", "page"] | None = None
+    optional: bool = False
 
 
 Row = Sequence[str | Cell]
@@ -53,15 +60,17 @@ class Table:
 
     def shown_in(self, place: Literal["terminal", "page"]) -> Table:
         """Leave out the columns that are only for another place."""
-        kept = [
-            index
-            for index, column in enumerate(self.columns)
-            if not isinstance(column, Column) or column.only == place
+        shown = [
+            not isinstance(column, Column) or column.only in (None, place)
+            for column in self.columns
         ]
-        titles = [self.columns[index] for index in kept]
+        return self.keep([index for index, is_shown in enumerate(shown) if is_shown])
+
+    def keep(self, kept: Sequence[int]) -> Table:
+        """Leave out all columns but these."""
         return replace(
             self,
-            columns=[title.title if isinstance(title, Column) else title for title in titles],
+            columns=[self.columns[index] for index in kept],
             rows=[[row[index] for index in kept] for row in self.rows],
         )
 

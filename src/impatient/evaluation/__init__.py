@@ -15,6 +15,7 @@ from impatient.evaluation.recording import Recording, record
 from impatient.evaluation.vectorised import PolicyOutcomes, expected_accuracies, judge_policies
 
 if typing.TYPE_CHECKING:
+    from impatient.evaluation.picture import Part, network_svg, parts_of
     from impatient.evaluation.plots import (
         accuracy_time,
         exit_shares,
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluation",
     "Example",
     "Monotonicity",
+    "Part",
     "PolicyOutcomes",
     "Recording",
     "Report",
@@ -51,6 +53,8 @@ __all__ = [
     "expected_accuracies",
     "figure_svg",
     "judge_policies",
+    "network_svg",
+    "parts_of",
     "record",
     "report_html",
     "save_figure",
@@ -64,6 +68,7 @@ if not typing.TYPE_CHECKING:
     __getattr__, __dir__ = deferred(
         __name__,
         {
+            "picture": ["picture", "Part", "network_svg", "parts_of"],
             "plots": [
                 "plots",
                 "accuracy_time",

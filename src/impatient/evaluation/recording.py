@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from impatient.anytime import Network, check_network
 from impatient.errors import ONE_COLUMN, ClassCountMismatch, RecordingError
 from impatient.evaluation.metrics import check_labels
+from impatient.progress import tracked
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
 
@@ -104,8 +104,8 @@ def record(
     labels = []
     batches = data.batches(split, batch_size)
     count = -(-data.size(split) // batch_size)
-    for inputs, targets in track(
-        batches, f"recording {split}", total=count, transient=True, disable=not progress
+    for inputs, targets in tracked(
+        batches, f"recording {split}", total=count, unit="batches", wanted=progress
     ):
         with torch.inference_mode(), network.exits(inputs.to(device)) as run:
             for exit in run:

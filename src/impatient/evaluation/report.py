@@ -13,13 +13,10 @@ import itertools
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
@@ -30,6 +27,7 @@ from impatient.evaluation.advice import advice, bolder
 from impatient.evaluation.evaluate import Evaluation, Row
 from impatient.evaluation.paired import PairedComparison
 from impatient.evaluation.payload import Payload, make_payload
+from impatient.evaluation.picture import Part, network_svg
 from impatient.evaluation.plots import (
     BLUE,
     INK,
@@ -48,6 +46,7 @@ from impatient.evaluation.tables import (
     evaluation_table,
     real_times_table,
 )
+from impatient.evaluation.templates import own_file, rendered, visible
 from impatient.policies.policy import Policy
 from impatient.policies.scores import SCORES
 from impatient.portable.timing import RESERVE_S
@@ -128,7 +127,7 @@ class Report:
         examples: samples to look at.
         engines: answers of other engines beside torch's, and their evaluations, by name.
         compared: evaluations of other networks on the same data, or on other machines, by name.
-        network: a picture of the network, as SVG whose text is escaped.
+        network: stages and heads of the network with their shares of the time, to draw.
         facts: what else made the network: model spec, data, commands.
     """
 
@@ -143,7 +142,7 @@ class Report:
         default_factory=dict
     )
     compared: Mapping[str, Evaluation] = field(default_factory=dict)
-    network: Markup | None = None
+    network: Sequence[Part] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -213,74 +212,41 @@ def report_html(report: Report) -> str:
     costs = report.costs
     payload = make_payload(report.recording, costs, report.policies)
     opening = _opening(report, payload)
-    script = _file("report.js")
+    script = own_file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     content = payload.content | _content(report, payload, opening)
     budget = report.chosen_budget
-    return (
-        _environment()
-        .from_string(_file("report.html"))
-        .render(
-            title=report.title,
-            style=_file("report.css"),
-            script=script,
-            script_hash=f"sha256-{digest}",
-            data=_embedded(content),
-            line=Markup("<br>"),
-            exits_word=_many(costs.num_exits, "exit"),
-            samples=f"{evaluation.samples:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
-            split=evaluation.split,
-            machine=_machine(costs),
-            opening=opening,
-            change=_against(
-                opening.time_ms / 1e3, costs.exit_free_s(batch_size=min(costs.batches))
-            ),
-            interval=_interval(opening.interval),
-            words=content["words"],
-            advice=_advice(report, payload),
-            figures=[
-                figure_svg(figure)
-                for figure in (
-                    accuracy_time(evaluation, budget),
-                    exit_shares(evaluation),
-                )
-            ],
-            compared=content["compared"],
-            examples=[_card(report, payload, example) for example in report.examples],
-            network=report.network,
-            sections=list(_sections(report)),
-            origins=_origins(evaluation, costs, report.facts),
-            version=evaluation.provenance.versions.get("impatient", ""),
-        )
+    return rendered(
+        "report.html",
+        title=report.title,
+        style=own_file("report.css"),
+        script=script,
+        script_hash=f"sha256-{digest}",
+        data=_embedded(content),
+        line=Markup("<br>"),
+        exits_word=_many(costs.num_exits, "exit"),
+        samples=f"{evaluation.samples:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+        split=evaluation.split,
+        machine=_machine(costs),
+        opening=opening,
+        change=_against(opening.time_ms / 1e3, costs.exit_free_s(batch_size=min(costs.batches))),
+        interval=_interval(opening.interval),
+        words=content["words"],
+        advice=_advice(report, payload),
+        figures=[
+            figure_svg(figure)
+            for figure in (
+                accuracy_time(evaluation, budget),
+                exit_shares(evaluation),
+            )
+        ],
+        compared=content["compared"],
+        examples=[_card(report, payload, example) for example in report.examples],
+        network=network_svg(report.network, timed=True) if report.network else "",
+        sections=list(_sections(report)),
+        origins=_origins(evaluation, costs, report.facts),
+        version=evaluation.provenance.versions.get("impatient", ""),
     )
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        keep_trailing_newline=True,
-    )
-
-
-def visible(text: str) -> str:
-    r"""Write characters that steer a terminal or turn text round by their numbers.
-
-    Example:
-        >>> visible("safe\u202etxt.exe")
-        'safe⟨U+202E⟩txt.exe'
-    """
-    return "".join(f"⟨U+{ord(letter):04X}⟩" if _steers(letter) else letter for letter in text)
-
-
-_TURNING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
-
-
-def _steers(letter: str) -> bool:
-    if unicodedata.category(letter) == "Cc":
-        return letter not in "\t\n"
-    return unicodedata.bidirectional(letter) in _TURNING
 
 
 def _embedded(content: Any) -> str:
@@ -299,10 +265,6 @@ def _all_visible(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _all_visible(entry) for key, entry in value.items()}
     return [*map(_all_visible, value)] if isinstance(value, list | tuple) else value
-
-
-def _file(name: str) -> str:
-    return (resources.files("impatient.evaluation") / name).read_text("utf-8")
 
 
 def _many(count: int, word: str) -> str:

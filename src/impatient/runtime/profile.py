@@ -16,7 +16,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import nn
 
 from impatient import checks
@@ -26,6 +25,7 @@ from impatient.costs import NOISE_LIMIT, BatchCosts, CostProfile, Noise, Quantil
 from impatient.counting import count_macs, count_traffic
 from impatient.errors import CostError, ExitNotReached, StaleInput
 from impatient.inputs import call_model, evaluating, first_tensor, resized, synchronise
+from impatient.progress import display
 from impatient.provenance import Provenance, dtype_of, machine, provenance, versions
 from impatient.runtime.joules import EnergyMeter, joules_per_run
 
@@ -92,9 +92,11 @@ def profile(
     one = resized(x, 1)
     counted = _count(network, one)
     batches = {}
-    with evaluating(network), Progress(transient=True, disable=not progress) as bar:
+    with evaluating(network), display(progress) as bar:
         for size in batch_sizes:
-            task = bar.add_task(f"profiling batch size {size}", total=repeats)
+            task = bar.add_task(
+                f"profiling batch size {size}", total=repeats, unit="rounds", note=""
+            )
             sized = resized(x, size)
             # Warmed up before the clock for `max_seconds` starts.
             list(_rounds(network, sized, stopwatch, repeats=0, warm_up=warm_up))

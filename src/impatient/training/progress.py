@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from impatient.progress import display
 from impatient.training.history import EpochMetrics
 
 
@@ -17,20 +16,11 @@ class TrainingProgress:
     def __init__(self, wanted: bool, epochs: int) -> None:
         self._wanted = wanted
         self._epochs = epochs
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            console=self._console,
-            transient=True,
-            disable=not wanted,
-        )
+        self._bar = display(wanted)
 
     def __enter__(self) -> Self:
         self._bar.__enter__()
-        self._task = self._bar.add_task("training", total=self._epochs, metrics="")
+        self._task = self._bar.add_task("training", total=self._epochs, unit="epochs", note="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,14 +41,14 @@ class TrainingProgress:
             self._bar.update(
                 self._task,
                 completed=epoch + share,
-                metrics=text,
+                note=text,
                 description=f"epoch {epoch + 1}/{self._epochs} {phase}",
             )
 
     def epoch(self, metrics: EpochMetrics) -> None:
         """Print the metrics of an epoch that is done."""
         if self._wanted:
-            self._console.print(
+            self._bar.console.print(
                 f"epoch {metrics.epoch}/{self._epochs} {metrics.phase:8} {metrics.seconds:6.1f} "
                 f"s  train loss {_row(metrics.train_loss, '.2f')}  validation accuracy % "
                 f"{_row(metrics.validation_accuracy, '.1%')}",

@@ -13,14 +13,14 @@ import impatient
 from impatient.errors import StorageError
 from impatient.files import is_file
 from impatient.table import Table, in_ms
-from impatient.verbs.options import Flag
+from impatient.verbs.options import Flag, VerbOptions
 
 if TYPE_CHECKING:
     from impatient.costs import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(VerbOptions):
     """Compare two cost profiles exit by exit.
 
     Attributes:

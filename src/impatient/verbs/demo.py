@@ -15,7 +15,7 @@ from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import FitOptions, fit
-from impatient.verbs.options import Positive, Quiet
+from impatient.verbs.options import Positive, Quiet, VerbOptions
 from impatient.verbs.processes import alone
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DemoOptions:
+class DemoOptions(VerbOptions):
     """Take every step once, on digits that come with scikit-learn.
 
     Attributes:
@@ -139,4 +139,15 @@ def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table |
             for row in rows
         ],
     )
-    yield f"the report: {(options.directory / 'report.html').resolve()}"
+    evaluation = impatient.Evaluation.load(RunDirectory(options.directory).evaluation_file)
+    policy = evaluation.of("policy")[0]
+    last = evaluation.of("exit")[-1]
+    lost = (last.accuracy.value - policy.accuracy.value) * 100
+    free = evaluation["no exits, same weights"].contract_s
+    met = sum(row.met for row in rows) / len(rows)
+    yield "promised: answers by the deadline, and a policy that loses about 1 point of accuracy"
+    yield (
+        f"measured: {met:.1%} of the answers by their deadline; {lost:.1f} points lost, "
+        f"in {in_ms(policy.contract_s)} ms on average instead of {in_ms(free)} ms"
+    )
+    yield f"to open:  {(options.directory / 'report.html').resolve()}"

@@ -16,7 +16,7 @@ from impatient.errors import RunError, StaleInput, StorageError
 from impatient.files import is_file, written_whole
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Force, NewDirectory, Trust
+from impatient.verbs.options import OFF, Force, NewDirectory, Trust, VerbOptions
 from impatient.verbs.processes import alone
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
@@ -25,7 +25,7 @@ Rule = Literal["arithmetic", "geometric", "poe", "caching"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnsembleOptions:
+class EnsembleOptions(VerbOptions):
     """Combine networks, or the exits of one, into an ensemble.
 
     Attributes:
@@ -42,7 +42,7 @@ class EnsembleOptions:
 
 
 @alone(make=True)
-def ensemble(options: EnsembleOptions) -> None:
+def ensemble(options: EnsembleOptions) -> Path:
     """Make a run directory of trained ones.
 
     What is fitted, the errors to choose by and the temperatures, comes from the members' validation
@@ -78,6 +78,7 @@ def ensemble(options: EnsembleOptions) -> None:
     discard_old(run.path)
     log.info(network.describe(spec.example()))
     log.info("made: %s", run.path)
+    return run.path
 
 
 def _eann(

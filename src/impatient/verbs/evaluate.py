@@ -24,6 +24,7 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
+    VerbOptions,
     use_threads,
 )
 from impatient.verbs.processes import alone
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(VerbOptions):
     """Judge every exit and policy on the test split.
 
     Attributes:

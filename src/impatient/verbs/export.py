@@ -23,6 +23,7 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
+    VerbOptions,
     use_threads,
 )
 from impatient.verbs.processes import alone
@@ -39,7 +40,7 @@ CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(VerbOptions):
     """Export the network to another engine, and check it there.
 
     Attributes:

@@ -24,6 +24,7 @@ from impatient.verbs.options import (
     Points,
     Text,
     Threads,
+    VerbOptions,
     one_of,
     use_threads,
 )
@@ -47,7 +48,7 @@ UNITS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FitOptions:
+class FitOptions(VerbOptions):
     """Fit a policy to a target on the validation split.
 
     Attributes:

@@ -129,6 +129,15 @@ Quiet = Annotated[Flag, arg(help="Show no progress bars.")]
 Force = Annotated[Flag, arg(help="Redo even if up to date.")]
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VerbOptions:
+    """Options of every verb."""
+
+    json: Annotated[Flag, arg(help="Print the result as JSON, and notes on the error stream.")] = (
+        False
+    )
+
+
 def use_threads(threads: int) -> None:
     """Set torch's threads within an operation, unless it is 0."""
     if threads:

@@ -18,6 +18,7 @@ from impatient.verbs.options import (
     PositiveOrNone,
     Threads,
     Times,
+    VerbOptions,
     use_threads,
 )
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(VerbOptions):
     """Find the cheapest order in which a network can grow.
 
     Attributes:

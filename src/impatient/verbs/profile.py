@@ -15,13 +15,22 @@ from impatient.errors import StaleInput
 from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.notes import log
-from impatient.verbs.options import Counts, Directory, Force, Names, Positive, Quiet, Trust
+from impatient.verbs.options import (
+    Counts,
+    Directory,
+    Force,
+    Names,
+    Positive,
+    Quiet,
+    Trust,
+    VerbOptions,
+)
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileOptions:
+class ProfileOptions(VerbOptions):
     """Measure what every stage and head costs on this machine.
 
     Attributes:

@@ -9,13 +9,13 @@ import impatient
 from impatient.errors import ImpatientError
 from impatient.files import is_file
 from impatient.verbs.notes import log
-from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet, Trust
+from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet, Trust, VerbOptions
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordOptions:
+class RecordOptions(VerbOptions):
     """Record the outputs of all exits, to fit and judge policies on.
 
     Attributes:
@@ -33,17 +33,23 @@ class RecordOptions:
 
 
 @alone()
-def record(options: RecordOptions) -> None:
-    """Record the splits, in torch also of the network without exits."""
+def record(options: RecordOptions) -> list[Path]:
+    """Record the splits, in torch also of the network without exits.
+
+    Returns:
+        The files, those that were up to date among them.
+    """
     run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     data = run.data()
     recorded = [run]
     if run.exit_free.is_trained and options.engine == EAGER:
         recorded.append(run.exit_free)
+    files = []
     for part in recorded:
         network, weights = part.network()
         for split in options.splits:
             file = part.recording_file(split)
+            files.append(file)
             if not options.force and _is_fresh(file, weights, data, options.features):
                 log.info("up to date: %s (--force to record again)", file)
                 continue
@@ -55,6 +61,7 @@ def record(options: RecordOptions) -> None:
                 progress=not options.quiet,
             ).save(file)
             log.info("recorded: %s", file)
+    return files
 
 
 def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) -> bool:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import UseAppendAction, arg
 
 import impatient
-from impatient.errors import StorageError
+from impatient.errors import ModelSpecError, StorageError
 from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.notes import log
-from impatient.verbs.options import AnyProfile, Directory, Threads, use_threads
+from impatient.verbs.options import AnyProfile, Directory, Threads, Trust, VerbOptions, use_threads
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
@@ -30,7 +30,7 @@ SMALL = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(VerbOptions):
     """Write one self-contained HTML page about the run.
 
     Attributes:
@@ -41,13 +41,14 @@ class ReportOptions:
     beside: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
     any_profile: AnyProfile = False
     threads: Threads = 0
+    trust: Trust = ()
 
 
 @alone()
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
     use_threads(options.threads)
-    run = RunDirectory(options.directory)
+    run = RunDirectory(options.directory, trust=options.trust)
     if not is_file(run.evaluation_file):
         raise StorageError(
             f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
@@ -84,6 +85,7 @@ def report(options: ReportOptions) -> Path:
             for name in run.engine_names()
         },
         compared=_compared(run, options.beside),
+        network=_network(run, costs),
         facts=_facts(spec),
     )
     write_text(run.report_file, impatient.evaluation.report_html(page))
@@ -106,6 +108,18 @@ def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.
         )
         found[path.resolve().name] = evaluation
     return found
+
+
+def _network(
+    run: RunDirectory, costs: impatient.CostProfile
+) -> tuple[impatient.evaluation.Part, ...]:
+    """Look at the network, to draw it, unless it is of a source that is not trusted."""
+    try:
+        network = run.spec().build(run.trust)
+    except ModelSpecError as error:
+        log.warning("note: the network is not drawn. %s", error)
+        return ()
+    return impatient.evaluation.parts_of(network.stage_facts(run.spec().example()), costs)
 
 
 def _facts(spec: NetworkSpec) -> dict[str, str]:

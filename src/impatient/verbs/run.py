@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -20,11 +19,11 @@ from impatient.verbs.options import (
     AnyProfile,
     Directory,
     Engine,
-    Flag,
     Milliseconds,
     Text,
     Threads,
     Trust,
+    VerbOptions,
     use_threads,
 )
 from impatient.verbs.run_directory import RunDirectory
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
+class RunOptions(VerbOptions):
     """Answer for images by a deadline.
 
     Attributes:
@@ -43,7 +42,6 @@ class RunOptions:
         deadline_s: Time for each answer in ms; without it, no limit.
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
-        json: Print JSON.
     """
 
     directory: Directory
@@ -52,7 +50,6 @@ class RunOptions:
     policy: Text = None
     when_late: Literal["answer", "raise"] = "answer"
     engine: Engine = "eager"
-    json: Flag = False
     any_profile: AnyProfile = False
     threads: Threads = 0
     trust: Trust = ()
@@ -103,11 +100,8 @@ def run(options: RunOptions) -> list[FileAnswer]:
     return answers
 
 
-def shown(options: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table | str]:
-    """Give a table of the answers, or JSON."""
-    if options.json:
-        yield to_json(answers)
-        return
+def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
+    """Give a table of the answers."""
     yield Table(
         title="",
         columns=("file", "answer", "probability", "exit", "ms", "stopped by", "in time"),
@@ -127,23 +121,20 @@ def shown(options: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table 
     )
 
 
-def to_json(answers: Sequence[FileAnswer]) -> str:
-    """Write answers as JSON, times in milliseconds."""
-    return json.dumps(
-        [
-            {
-                "file": str(row.file),
-                "answer": row.label,
-                "probability": round(row.probability, 6),
-                "exit": row.answer.exit,
-                "elapsed_ms": round(row.answer.elapsed_s * 1e3, 4),
-                "stopped_by": row.answer.stopped_by,
-                "deadline_met": row.answer.deadline_met,
-            }
-            for row in answers
-        ],
-        indent=1,
-    )
+def plain(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
+    """Give the answers as plain values, times in milliseconds."""
+    return [
+        {
+            "file": str(row.file),
+            "answer": row.label,
+            "probability": round(row.probability, 6),
+            "exit": row.answer.exit,
+            "elapsed_ms": round(row.answer.elapsed_s * 1e3, 4),
+            "stopped_by": row.answer.stopped_by,
+            "deadline_met": row.answer.deadline_met,
+        }
+        for row in answers
+    ]
 
 
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:

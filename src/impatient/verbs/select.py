@@ -38,6 +38,7 @@ from impatient.verbs.options import (
     Text,
     Threads,
     Trust,
+    VerbOptions,
     use_threads,
 )
 from impatient.verbs.processes import alone
@@ -50,7 +51,7 @@ Method = Literal["filter_tree", "regression"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(VerbOptions):
     """Learn which of several networks each sample needs.
 
     Attributes:

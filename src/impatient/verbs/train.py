@@ -32,6 +32,7 @@ from impatient.verbs.options import (
     Quiet,
     Share,
     Text,
+    VerbOptions,
     one_of,
 )
 from impatient.verbs.processes import alone, is_first
@@ -40,6 +41,7 @@ from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.costs import Cost
+    from impatient.training.history import History
     from impatient.training.loop import ExitWeights
 
 ExitRule = Literal["boosted", "arithmetic", "geometric", "poe", "caching"]
@@ -57,7 +59,7 @@ Head = Literal[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(VerbOptions):
     """Train a network with exits, or go on from its checkpoint.
 
     Attributes:
@@ -111,8 +113,12 @@ class TrainOptions:
 
 
 @alone(make=True)
-def train(options: TrainOptions) -> None:
-    """Train a network with exits, and beside it the same backbone without exits."""
+def train(options: TrainOptions) -> History:
+    """Train a network with exits, and beside it the same backbone without exits.
+
+    Returns:
+        What training reported of the network with exits.
+    """
     # the user has named the model, and _spec has compared it
     trust = (options.model,)
     run = RunDirectory(options.directory, trust=trust)
@@ -133,8 +139,8 @@ def train(options: TrainOptions) -> None:
     # starts the other processes, if any
     fabric.launch()
 
-    def fit(part: RunDirectory, network: Any, **how: Any) -> None:
-        impatient.fit(
+    def fit(part: RunDirectory, network: Any, **how: Any) -> History:
+        history = impatient.fit(
             network,
             data,
             fabric=fabric,
@@ -145,8 +151,9 @@ def train(options: TrainOptions) -> None:
         )
         if fabric.is_global_zero:
             save_weights(network, part.weights_file)
+        return history
 
-    fit(run, network, weights=weights, recipe=recipe)
+    history = fit(run, network, weights=weights, recipe=recipe)
     if options.exit_free:
         log.info("the same backbone without exits, for comparison:")
         joint = dataclasses.replace(recipe, regime="joint")
@@ -154,6 +161,7 @@ def train(options: TrainOptions) -> None:
     if fabric.is_global_zero:
         discard_old(run.path)
     log.info("trained: %s", run.weights_file)
+    return history
 
 
 def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> NetworkSpec:

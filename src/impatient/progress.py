@@ -1,0 +1,73 @@
+"""The one display of progress: what runs, how far it is, how fast, and how long it still takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Entry = TypeVar("Entry")
+
+
+class SpeedColumn(ProgressColumn):
+    """How many units are done in a second."""
+
+    def render(self, task: Task) -> Text:
+        """Write the speed, once it is known."""
+        speed = task.finished_speed or task.speed
+        if speed is None:
+            return Text("")
+        number = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
+        return Text(f"{number} {task.fields.get('unit', 'steps')}/s", style="progress.data.speed")
+
+
+def display(wanted: bool) -> Progress:
+    """Make the display, on the error stream, so that results can be piped.
+
+    Add tasks with `add_task(description, total=..., unit="samples")`; a task may have a text beside
+    its numbers, as `note`. The display disappears when all is done.
+
+    Args:
+        wanted: whether it is shown at all.
+    """
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20),
+        TaskProgressColumn(),
+        SpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not wanted,
+    )
+
+
+def tracked(
+    entries: Iterable[Entry], description: str, *, total: int, unit: str, wanted: bool
+) -> Iterator[Entry]:
+    """Give entries one by one, and show how many have been worked on.
+
+    Args:
+        entries: what is worked on.
+        description: what is done with them.
+        total: how many there are.
+        unit: what they are called, in plural.
+        wanted: whether anything is shown.
+    """
+    with display(wanted) as shown:
+        task = shown.add_task(description, total=total, unit=unit, note="")
+        for entry in entries:
+            yield entry
+            shown.advance(task)

@@ -1,0 +1,210 @@
+"""What the terminal shows: tables as wide as it is, JSON for scripts, no colours in pipes."""
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from command_line import Call
+from impatient import CostProfile, Evaluation, progress
+from impatient.evaluation import tables
+from impatient.table import Cell, Column, Table
+from impatient.verbs.as_json import to_json
+from impatient.verbs.terminal import rich_table
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "cifar10"
+
+
+def printed(table: Table, width: int) -> list[str]:
+    stream = io.StringIO()
+    Console(width=width, file=stream).print(rich_table(table, width))
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
+
+
+def the_tables() -> list[Table]:
+    evaluation = Evaluation.load(EXAMPLE / "evaluation.json")
+    costs = CostProfile.load(EXAMPLE / "profile.json")
+    return [
+        tables.evaluation_table(evaluation),
+        tables.budgets_table(evaluation),
+        tables.costs_table(costs, 1),
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_numbers_are_whole_at_every_width(width: int) -> None:
+    for table in the_tables():
+        lines = printed(table, width)
+        assert max(map(len, lines)) <= width
+        text = "\n".join(lines)
+        for row in table.rows:
+            number = row[1] if isinstance(row[1], str) else row[1].text
+            assert number in text
+
+
+def test_a_narrow_terminal_leaves_optional_columns_out_and_says_so() -> None:
+    table = the_tables()[0]
+    narrow = " ".join(" ".join(printed(table, 80)).split())
+    assert "not shown at this width: interruptible, ms, MACs, calibration error" in narrow
+    assert "95 % interval" in narrow
+    assert "not shown" not in " ".join(printed(table, 200))
+
+
+def test_details_stand_beside_their_cells_or_below_them() -> None:
+    table = Table(title="", columns=("name", "value"), rows=[("a", Cell("57 %", "56 to 58 %"))])
+    assert any("57 % (56 to 58 %)" in line for line in printed(table, 80))
+    below = printed(table, 16)
+    assert [line.split()[-1] for line in below if "%" in line] == ["%", "%"]
+    assert not any("(" in line for line in below)
+
+
+def test_optional_columns_go_one_by_one_from_the_right() -> None:
+    columns = ["name", *(Column(f"c{k}", optional=True) for k in range(6))]
+    table = Table(title="", columns=columns, rows=[("a", *("12345678",) * 6)])
+    shown = [sum(f"c{k}" in printed(table, width)[0] for k in range(6)) for width in (70, 46, 26)]
+    assert shown == [6, 4, 2]
+
+
+def test_json_has_no_infinities_and_no_nan() -> None:
+    assert json.loads(to_json([math.inf, -math.inf, math.nan, 0.5])) == ["inf", "-inf", None, 0.5]
+
+
+def test_what_has_no_json_is_refused() -> None:
+    with pytest.raises(TypeError, match="object has no JSON"):
+        to_json(object())
+
+
+def test_progress_says_what_how_far_and_how_fast() -> None:
+    with progress.display(wanted=True) as shown:
+        shown.console.file = io.StringIO()
+        shown.console._force_terminal = True
+        task = shown.add_task("recording", total=10, unit="batches", note="loss 0.5")
+        shown.update(task, completed=4)
+        text = "".join(part.text for part in shown.console.render(shown.get_renderable()))
+    for word in ("recording", "40%", "loss 0.5"):
+        assert word in text
+
+
+def test_progress_disappears_where_it_is_not_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    given = progress.tracked(range(5), "counting", total=5, unit="numbers", wanted=False)
+    assert list(given) == list(range(5))
+    captured = capsys.readouterr()
+    assert captured.out + captured.err == ""
+
+
+# --- on a real run --------------------------------------------------------------------------------
+
+
+RUNS = {
+    "profile": ["--repeats", "20", "--quiet"],
+    "record": ["--quiet"],
+    "fit": ["--max-loss", "3"],
+    "evaluate": [],
+    "report": [],
+    "show": [],
+    "describe": [],
+}
+
+
+@pytest.mark.parametrize("verb", RUNS)
+def test_every_verb_prints_json(run_dir: Path, verb: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "impatient.cli", verb, str(run_dir), *RUNS[verb], "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    value = json.loads(result.stdout)
+    if verb == "evaluate":
+        assert {row["name"] for row in value["rows"]} >= {"exit 0", "oracle"}
+    if verb == "show":
+        assert {entry["state"] for entry in value} <= {"up to date", "out of date", "missing"}
+    if verb == "fit":
+        assert value["thresholds"][-1] == "-inf"
+    if verb == "describe":
+        assert sum(p["stage_share"] + p["head_share"] for p in value["parts"]) == pytest.approx(1)
+
+
+def test_piped_output_has_no_colours(run_dir: Path) -> None:
+    for verb in ("show", "describe", "evaluate"):
+        result = subprocess.run(
+            [sys.executable, "-m", "impatient.cli", verb, str(run_dir)],
+            capture_output=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stderr
+        assert b"\x1b" not in result.stdout + result.stderr
+
+
+# --- show and describe ----------------------------------------------------------------------------
+
+
+def test_show_says_that_all_is_up_to_date(call: Call, run_dir: Path) -> None:
+    code, text = call("show", run_dir)
+    assert code == 0
+    assert "all is up to date" in text
+    for file in ("network.json", "profile.json", "recordings/test.safetensors", "report.html"):
+        assert file in text
+
+
+def test_show_says_what_is_missing_and_what_to_run(call: Call, run_dir: Path) -> None:
+    (run_dir / "profile.json").unlink()
+    (run_dir / "recordings" / "test.safetensors").unlink()
+    _, text = call("show", run_dir)
+    assert re.search(r"next: impatient profile \S+ impatient record \S+", text)
+
+
+def test_show_says_what_other_weights_make_out_of_date(call: Call, run_dir: Path) -> None:
+    from safetensors.torch import load_file
+
+    from impatient.files import write_tensors
+
+    state = load_file(run_dir / "weights.safetensors")
+    changed = {name: value + 1 for name, value in state.items() if value.is_floating_point()}
+    write_tensors(run_dir / "weights.safetensors", state | changed, {"kind": "weights"})
+    _, text = call("show", run_dir, "--json")
+    entries = {entry["file"]: entry for entry in json.loads(text)}
+    for file in ("recordings/test.safetensors", "policies/loss-2.json", "evaluation.json"):
+        assert entries[file]["state"] == "out of date"
+        assert entries[file]["command"].startswith("impatient ")
+
+
+def test_show_says_that_an_evaluation_misses_a_policy(call: Call, run_dir: Path) -> None:
+    call("fit", run_dir, "--max-loss", "4")
+    _, text = call("show", run_dir)
+    assert "it judged other policies than are there: loss-4." in text
+
+
+def test_show_says_what_is_damaged_and_changes_nothing(call: Call, run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text("{")
+    before = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    _, text = call("show", run_dir)
+    assert "evaluation.json: " in text
+    assert "not valid JSON" in text
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
+
+
+def test_show_needs_a_run_directory(call: Call, tmp_path: Path) -> None:
+    code, text = call("show", tmp_path)
+    assert (code, "no run directory" in text) == (1, True)
+
+
+def test_describe_draws_stages_and_their_shares(call: Call, run_dir: Path) -> None:
+    picture = run_dir / "network.svg"
+    code, text = call("describe", run_dir, "--svg", picture)
+    assert code == 0
+    assert "share of time" in text
+    svg = picture.read_text("utf-8")
+    assert svg.count('class="number"') == 3
+    (run_dir / "profile.json").unlink()
+    assert "share of MACs" in call("describe", run_dir)[1]
