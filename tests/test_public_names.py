@@ -20,6 +20,7 @@ FACES = [
     "impatient.evaluation",
     "impatient.runtime",
     "impatient.engines",
+    "impatient.serving",
 ]
 
 

@@ -25,6 +25,8 @@
     │   └── InfeasibleTarget         no policy of this family reaches the target
     ├── RunError                     a run against the clock cannot be done as asked
     │   └── NoAnswerInTime           not even the first exit fits, and the caller wanted an error
+    ├── ServingError                 a server cannot be set up, or a request cannot be served
+    │   └── BadRequest               a request breaks the protocol or a limit
     ├── StaleInput                   a file was made by another model, data set, machine or version
     └── StorageError                 a file cannot be read or written
 
@@ -131,6 +133,14 @@ class RunError(ImpatientError, RuntimeError):
 
 class NoAnswerInTime(RunError):
     """Not even the first exit fits, and the caller wanted an error."""
+
+
+class ServingError(ImpatientError, RuntimeError):
+    """A server cannot be set up, or a request cannot be served."""
+
+
+class BadRequest(ServingError, ValueError):
+    """A request breaks the protocol or a limit."""
 
 
 class StaleInput(ImpatientError, RuntimeError):

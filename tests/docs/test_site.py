@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("networks", "training", "policies", "evaluation", "runtime", "engines", "portable")
+ROOMS = (
+    "networks",
+    "training",
+    "policies",
+    "evaluation",
+    "runtime",
+    "engines",
+    "serving",
+    "portable",
+)
 
 
 @pytest.fixture(scope="module")
