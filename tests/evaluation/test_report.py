@@ -33,7 +33,13 @@ from impatient.evaluation import (
     select_examples,
     where_time_goes,
 )
-from impatient.policies import ThresholdPolicy, fit_thresholds
+from impatient.policies import (
+    ThresholdPolicy,
+    Topology,
+    fit_selection,
+    fit_thresholds,
+    node_times_s,
+)
 from recordings import costs_of, drawn, recording_of, sure
 
 HOSTILE = (
@@ -298,6 +304,23 @@ def test_the_first_sentence_says_when_a_policy_saves_nothing(exit_free_s, verdic
     assert f"after 1.60 ms on average: {verdict} the network without exits." in words
     assert "Exits save no time on average here: policy half takes 1.60 ms" in words
     assert "Exits pay here" not in words
+
+
+def test_the_first_sentence_is_of_the_first_policy_whatever_its_kind():
+    fitted_on = drawn(300, seed=1)
+    recording = drawn(300, seed=2, split="test")
+    chosen = fit_selection(
+        fitted_on, node_times_s(COSTS), Topology.chain(fitted_on.exits), mean_time_s=2.5e-3
+    )
+    policies = {"chosen": chosen, "thresholds": fit_thresholds(fitted_on, COSTS, mean_macs=4e6)}
+    evaluation = evaluate(recording, COSTS, policies)
+    report = Report(
+        title="t", evaluation=evaluation, recording=recording, costs=COSTS, policies=policies
+    )
+    words = Page(report_html(report)).words
+    accuracy = evaluation["chosen"].accuracy.value
+    assert f"Without a deadline it is right on {accuracy * 100:.1f} %, after" in words
+    assert "Policy chosen. 95 % interval" in words
 
 
 # --- examples -------------------------------------------------------------------------------------

@@ -69,11 +69,17 @@ class Payload:
     Attributes:
         content: what becomes JSON.
         families: what the dials turn.
+        first: name of what the page shows first.
+        shown: the policy that stands for it; None if the last exit answers always.
+        fitted: whether it is one of the fitted policies.
         rows: indices of the recorded samples that travel.
     """
 
     content: dict[str, Any]
     families: tuple[Family, ...]
+    first: str
+    shown: Policy | None
+    fitted: bool
     rows: np.ndarray = field(repr=False)
 
 
@@ -124,7 +130,26 @@ def make_payload(
         "levels": list(LEVELS),
         "delta": DELTA,
     }
-    return Payload(content=content, families=families, rows=rows)
+    first, shown = _shown_first(families, policies)
+    return Payload(
+        content=content | {"first": first},
+        families=families,
+        first=first,
+        shown=shown,
+        fitted=bool(policies),
+        rows=rows,
+    )
+
+
+def _shown_first(
+    families: Sequence[Family], policies: Mapping[str, Policy]
+) -> tuple[str, Policy | None]:
+    """Choose what a page shows before anybody turns a dial: the first policy, if there is one."""
+    for name, policy in policies.items():
+        return name, policy
+    for family in families:
+        return family.name, family.steps[family.start]
+    return "the last exit", None
 
 
 def times(costs: CostProfile) -> dict[str, Any]:

@@ -111,8 +111,9 @@
   // --- the dials and the address ---
 
   const ways = [
-    ...data.families.map((family) => ({ name: family.name, family })),
+    ...data.families.filter((family) => family.fitted).map((family) => ({ name: family.name, family })),
     ...data.points.map((point) => ({ name: point.name, point, stops: bytes(point.stops) })),
+    ...data.families.filter((family) => !family.fitted).map((family) => ({ name: family.name, family })),
   ].map((way, index) => ({ ...way, index }));
   if (!ways.length) ways.push({ name: words.only, index: 0, point: { until: untilExits([true]), open: [true], name: words.only }, stops: new Uint8Array(samples) });
   const range = data.range;
@@ -122,8 +123,9 @@
   const state = {};
 
   function asItWas() {
-    Object.assign(state, { way: 0, deadline: data.deadline, guaranteed: false, level: 1 });
-    state.step = ways[0].family ? ways[0].family.start : 0;
+    const first = Math.max(0, ways.findIndex((way) => way.name === data.first));
+    Object.assign(state, { way: first, deadline: data.deadline, guaranteed: false, level: 1 });
+    state.step = ways[first].family ? ways[first].family.start : 0;
   }
   function readAddress() {
     asItWas();
@@ -173,9 +175,14 @@
     parent.append(made);
     return made;
   }
+  // measured once: asking while drawing would lay the page out again and again
+  const widths = {};
+  function measure() {
+    for (const id of ["curve", "leaves", "clock"]) widths[id] = Math.max(280, $(id).clientWidth);
+  }
   function canvas(id, height, label) {
     const box = $(id);
-    const width = Math.max(280, box.clientWidth);
+    const width = widths[id];
     const svg = document.createElementNS(SVG, "svg");
     for (const [name, value] of Object.entries({ viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": label })) svg.setAttribute(name, value);
     box.replaceChildren(svg);
@@ -424,8 +431,9 @@
     const found = quoted(way, cap, here);
     const sentence = $("sentence");
     const number = (text) => html(sentence, "b", {}, text);
-    sentence.replaceChildren("In ");
-    number(ms(state.deadline));
+    const routes = way.point && way.point.routes;
+    sentence.replaceChildren(routes ? "Without a deadline" : "In ");
+    if (!routes) number(ms(state.deadline));
     if (cap < 0) {
       const needed = times.p99.stages[0] + times.p99.heads[0] + data.reserve;
       sentence.append(" no answer is sure to be there: the first takes up to ");
@@ -443,6 +451,7 @@
     const under = $("under");
     under.replaceChildren();
     if (cap < 0) under.append(`The runner would give exit 0's answer, late, or raise an error if you say so.`);
+    else if (routes) under.append("This policy chooses which network comes next; the deadline is not applied to it here. ");
     else {
       under.append(`Exit ${cap} (`);
       html(under, "bdi", {}, exits[cap]);
@@ -531,6 +540,7 @@
   readAddress();
   setDials();
   drawLegend();
+  measure();
   redraw();
   listenToSamples();
   $("deadline").addEventListener("input", (event) => {
@@ -569,8 +579,10 @@
   });
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth !== width) redraw();
+    if (innerWidth === width) return;
     width = innerWidth;
+    measure();
+    redraw();
   });
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
 })();

@@ -288,6 +288,7 @@ class Opening:
         deadline_ms: a deadline that every exit meets.
         policy: name of the policy, or of the family of thresholds.
         fitted: whether it is a policy that was fitted.
+        routes: whether it chooses among networks, so that no deadline is applied to it.
         quality: mean quality.
         interval: its 95 % interval, or None.
         time_ms: mean time.
@@ -296,6 +297,7 @@ class Opening:
     deadline_ms: float
     policy: str
     fitted: bool
+    routes: bool
     quality: float
     interval: tuple[float, float] | None
     time_ms: float
@@ -325,38 +327,26 @@ def _opening(report: Report, payload: Payload) -> Opening:
         sum(stages[:exit]) + sum(heads[:exit]) + slow_stages[exit] + slow_heads[exit]
         for exit in range(costs.num_exits)
     )
-    rows = {row.name: row for row in report.evaluation.of("policy")}
-    # what the page shows first
-    first = payload.families[0].name if payload.families else next(iter(rows), "")
-    fitted = not payload.families or payload.families[0].fitted
-    if fitted and first in rows:
-        row: Row = rows[first]
+    deadline_ms = _rounded_up(needed * 1e3)
+    if payload.shown is None or payload.fitted:
+        rows = report.evaluation.of("policy") if payload.fitted else report.evaluation.of("exit")
+        row = next((row for row in rows if row.name == payload.first), rows[-1])
         return Opening(
-            deadline_ms=_rounded_up(needed * 1e3),
-            policy=first,
-            fitted=True,
+            deadline_ms=deadline_ms,
+            policy=payload.first,
+            fitted=payload.fitted,
+            routes=payload.shown is not None and payload.shown.routes,
             quality=row.accuracy.value,
             interval=(row.accuracy.low, row.accuracy.high),
             time_ms=row.contract_s * 1e3,
         )
-    exits = report.evaluation.of("exit")
-    if not payload.families:
-        return Opening(
-            deadline_ms=_rounded_up(needed * 1e3),
-            policy="the last exit",
-            fitted=False,
-            quality=exits[-1].accuracy.value,
-            interval=(exits[-1].accuracy.low, exits[-1].accuracy.high),
-            time_ms=exits[-1].contract_s * 1e3,
-        )
-    family = payload.families[0]
-    shown = family.steps[family.start]
-    outcome = shown.outcome(report.recording, costs, batch_size=size)
+    outcome = payload.shown.outcome(report.recording, costs, batch_size=size)
     quality = report.recording.hits().double().numpy()
     return Opening(
-        deadline_ms=_rounded_up(needed * 1e3),
-        policy=family.name,
+        deadline_ms=deadline_ms,
+        policy=payload.first,
         fitted=False,
+        routes=False,
         quality=float(quality[outcome.exits.numpy(), np.arange(quality.shape[1])].mean()),
         interval=None,
         time_ms=float(outcome.contract_s.mean()) * 1e3,
@@ -484,11 +474,9 @@ def _example(payload: Payload, example: Example) -> dict[str, Any]:
 
 def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
     """Say of a sample where it leaves before anybody turns a dial."""
-    if payload.families:
-        shown: Policy = payload.families[0].steps[payload.families[0].start]
-        exit = int(shown.exits_on(report.recording)[example.sample])
-    else:
-        exit = report.costs.num_exits - 1
+    exit = report.costs.num_exits - 1
+    if payload.shown is not None:
+        exit = int(payload.shown.exits_on(report.recording)[example.sample])
     source = ""
     if example.picture is not None:
         data = base64.b64encode(example.picture).decode("ascii")
