@@ -30,11 +30,13 @@ class Column:
         title: What is in it.
         only: The only place where it is shown; None where it is shown in all.
         optional: Whether a narrow terminal may leave it out; the last such column goes first.
+        folds: Whether its cells are lists, which may be folded.
     """
 
     title: str
     only: Literal["terminal", "page"] | None = None
     optional: bool = False
+    folds: bool = False
 
 
 Row = Sequence[str | Cell]

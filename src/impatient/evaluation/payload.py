@@ -32,7 +32,7 @@ MOST_THRESHOLDS = 255
 # what a closed exit has for a threshold: no score reaches it
 CLOSED = 256
 # of a larger recording so many bytes travel, which are samples drawn at random
-MOST_BYTES = 110_000
+MOST_BYTES = 75_000
 # at most so many policies can be turned; others are points
 MOST_FAMILIES = 5
 # losses against the full network that a page can ask a guarantee for, and how sure it is
@@ -84,7 +84,10 @@ class Payload:
 
 
 def make_payload(
-    recording: Recording, costs: CostProfile, policies: Mapping[str, Policy]
+    recording: Recording,
+    costs: CostProfile,
+    policies: Mapping[str, Policy],
+    keep: Sequence[int] = (),
 ) -> Payload:
     """Quantise a recording for the thresholds that a page offers.
 
@@ -92,6 +95,7 @@ def make_payload(
         recording: the recording that the page is about, K exits and N samples.
         costs: cost profile of the same network.
         policies: fitted policies by name.
+        keep: samples that travel even where only a part of the recording does.
     Returns:
         The data: qualities, scores of the early exits, families of thresholds, the exits at which
         other policies stop, and times in milliseconds.
@@ -102,7 +106,8 @@ def make_payload(
     scores = sorted({family.steps[0].score for family in families})
     exits = len(recording.exits)
     quality = recording.hits().double().numpy()
-    rows = _chosen_rows(quality, bytes_each=(exits - 1) * len(scores) + exits + len(points))
+    bytes_each = (exits - 1) * len(scores) + len(points) + exits / (8 if _are_bits(quality) else 1)
+    rows = _chosen_rows(quality.shape[1], int(MOST_BYTES / bytes_each), keep)
     edges = {score: _edges(families, score, exits) for score in scores}
     content = {
         "exits": list(recording.exits),
@@ -275,19 +280,23 @@ def _certified(members: Sequence[ThresholdPolicy], recording: Recording) -> tupl
 # --- quantising -----------------------------------------------------------------------------------
 
 
+def _are_bits(quality: Float[np.ndarray, "K N"]) -> bool:
+    return bool(np.isin(quality, (0.0, 1.0)).all())
+
+
 def _quality(quality: Float[np.ndarray, "K N"]) -> dict[str, Any]:
     """Write qualities as bits if all are 0 or 1, else as bytes."""
-    if np.isin(quality, (0.0, 1.0)).all():
+    if _are_bits(quality):
         return {"quality": packed(np.packbits(quality.astype(np.uint8))), "bits": True}
     return {"quality": packed(np.rint(quality * 255)), "bits": False}
 
 
-def _chosen_rows(quality: Float[np.ndarray, "K N"], bytes_each: int) -> np.ndarray:
-    count = quality.shape[1]
-    most = MOST_BYTES // bytes_each
+def _chosen_rows(count: int, most: int, keep: Sequence[int]) -> np.ndarray:
     if count <= most:
         return np.arange(count)
-    return np.sort(np.random.default_rng(0).choice(count, size=most, replace=False))
+    drawn = np.random.default_rng(0).permutation(count)
+    others = drawn[~np.isin(drawn, keep)][: most - len(keep)]
+    return np.sort(np.concatenate([np.asarray(keep, dtype=others.dtype), others]))
 
 
 def _scores(

@@ -363,7 +363,6 @@
     const { stopsAt } = stepOf(way, state.step);
     cards.forEach((card, index) => {
       const example = data.examples[index];
-      if (example.row === null) return;
       const exit = Math.min(stopsAt(example.row), Math.max(cap, 0));
       const right = quality[exit * samples + example.row] > 127;
       card.classList.toggle("wrong", !right);
@@ -375,7 +374,7 @@
   }
   function drawMind(index, way, cap) {
     const example = data.examples[index];
-    const exit = example.row === null ? last : Math.min(stepOf(way, state.step).stopsAt(example.row), Math.max(cap, 0));
+    const exit = Math.min(stepOf(way, state.step).stopsAt(example.row), Math.max(cap, 0));
     state.example = index;
     document.querySelectorAll(".sample").forEach((card, place) => card.classList.toggle("chosen", place === index));
     const mind = $("mind");

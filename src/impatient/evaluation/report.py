@@ -34,7 +34,6 @@ from impatient.evaluation.plots import (
     LOG_BEYOND,
     PAPER,
     accuracy_time,
-    exit_shares,
     styled,
 )
 from impatient.evaluation.recording import Recording
@@ -210,7 +209,8 @@ def report_html(report: Report) -> str:
     """
     evaluation = report.evaluation
     costs = report.costs
-    payload = make_payload(report.recording, costs, report.policies)
+    samples = [example.sample for example in report.examples]
+    payload = make_payload(report.recording, costs, report.policies, keep=samples)
     opening = _opening(report, payload)
     script = own_file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -233,13 +233,7 @@ def report_html(report: Report) -> str:
         interval=_interval(opening.interval),
         words=content["words"],
         advice=_advice(report, payload),
-        figures=[
-            figure_svg(figure)
-            for figure in (
-                accuracy_time(evaluation, budget),
-                exit_shares(evaluation),
-            )
-        ],
+        figure=figure_svg(accuracy_time(evaluation, budget)),
         compared=content["compared"],
         examples=[_card(report, payload, example) for example in report.examples],
         network=network_svg(report.network, timed=True) if report.network else "",
@@ -461,9 +455,8 @@ def _budget(budget: tuple[str, Budget] | None, low: float, high: float) -> dict[
 
 
 def _example(payload: Payload, example: Example) -> dict[str, Any]:
-    places = np.flatnonzero(payload.rows == example.sample)
     return {
-        "row": int(places[0]) if len(places) else None,
+        "row": int(np.flatnonzero(payload.rows == example.sample)[0]),
         "label": example.label,
         "answers": [
             {"said": said.answer, "top": [[name, round(share, 4)] for name, share in said.top]}

@@ -75,7 +75,7 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
             "against no exits",
             Column("MACs", optional=True),
             Column("calibration error", optional=True),
-            Column("answered by each exit, %", only="terminal"),
+            Column("answered by each exit, %", folds=True),
         ),
         rows=[
             (

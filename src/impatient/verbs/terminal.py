@@ -88,8 +88,7 @@ def _cells(text: str) -> int:
 
 
 def _is_long(column: str | Cell | Column) -> bool:
-    # a list of numbers, which may be folded
-    return isinstance(column, Column) and column.only == "terminal"
+    return isinstance(column, Column) and column.folds
 
 
 def _words(cell: str | Cell | Column) -> str:
