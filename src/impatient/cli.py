@@ -26,6 +26,7 @@ from impatient.verbs import (
     report,
     run,
     select,
+    serve,
     show,
     train,
 )
@@ -98,6 +99,7 @@ VERBS = {
     "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
     "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
     "select": Verb(select.SelectOptions, select.select, select.shown),
+    "serve": Verb(serve.ServeOptions, serve.serve),
     "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
     "demo": Verb(demo.DemoOptions, demo.demo, demo.shown),
 }

@@ -325,6 +325,10 @@ class Scheduler:
         """Refuse all requests from now on; those that are here are served."""
         self.draining = True
 
+    def holds(self, request: int) -> bool:
+        """Tell whether a request is here and has no reply yet."""
+        return request in self._pending
+
     @property
     def waiting(self) -> int:
         """Return the number of requests that have no reply yet."""

@@ -1,0 +1,433 @@
+"""The server's HTTP side: a plain ASGI application of the Open Inference Protocol v2.
+
+No framework lies between: deadlines count from a request's first byte, before its body is read, and
+a caller that goes away must be noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Mapping,
+    MutableMapping,
+)
+from importlib.resources import files
+from typing import Any
+
+from impatient.errors import BadRequest
+from impatient.provenance import own_version
+from impatient.serving.protocol import (
+    HEADER_LENGTH,
+    InferRequest,
+    budget_s,
+    flag_of,
+    metadata,
+    priority_of,
+    read_request,
+    write_reply,
+)
+from impatient.serving.scheduler import Refuse
+from impatient.serving.service import RECENT_S, Answered, Hosted, Service
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Reply = tuple[int, bytes, dict[str, str]]
+
+STATUS = {"too late": 503, "queue full": 429, "draining": 503, "expired": 504, "failed": 500}
+MESSAGES = {
+    "too late": "not even the first exit can be reached by the deadline; allow more time, try "
+    "again later, or say best_effort.",
+    "queue full": "too many requests wait; try again later.",
+    "draining": "the server is stopping; try another.",
+    "expired": "the deadline passed before the first exit; allow more time, or say best_effort.",
+    "failed": "the network failed on this request before its first exit; see the server's log.",
+}
+EXTENSIONS = ["binary_tensor_data", "parameters", "schedule_policy", "statistics"]
+SECURITY = {
+    "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+class Gone(Exception):
+    """The caller has gone; nothing is to be sent."""
+
+
+class _Status(BadRequest):
+    """A bad request with a status of its own."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class App:
+    """The ASGI application.
+
+    Args:
+        service: what answers.
+        token: if given, requests must carry it as `authorization: Bearer TOKEN`; the health
+            addresses and the page need none.
+        drain_s: most seconds that open requests are waited for at the end.
+    """
+
+    def __init__(self, service: Service, *, token: str = "", drain_s: float = 5.0) -> None:
+        self.service = service
+        self._token = token
+        self._drain_s = drain_s
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            arrival = self.service.clock.now()
+            with contextlib.suppress(Gone):
+                await self._http(scope, receive, send, arrival)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await self.service.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self.service.drain()
+        await self.service.drained(self._drain_s)
+        self.service.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _http(
+        self, scope: Mapping[str, Any], receive: Receive, send: Send, arrival: float
+    ) -> None:
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        path = scope["path"].strip("/").split("/")
+        try:
+            self._check_token(path, headers)
+            match (scope["method"], path):
+                case ("POST", ["v2", "models", name, *version, ("infer" | "stream") as what]):
+                    self._check_version(version)
+                    await self._infer(name, what, headers, receive, send, arrival)
+                    return
+                case _:
+                    reply = self._answer(scope["method"], path)
+        except _Status as error:
+            reply = _error(error.status, str(error))
+        except BadRequest as error:
+            reply = _error(400, str(error))
+        await _send(send, reply)
+
+    def _check_token(self, path: list[str], headers: Mapping[str, str]) -> None:
+        if not self._token or path == [""] or path[:2] == ["v2", "health"]:
+            return
+        given = headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise _Status(401, "expected the header 'authorization: Bearer TOKEN'.")
+
+    @staticmethod
+    def _check_version(version: list[str]) -> None:
+        if version not in ([], ["versions", "1"]):
+            raise _Status(404, f"no {'/'.join(version)[:100]}; expected versions/1.")
+
+    def _hosted(self, name: str) -> Hosted:
+        if name not in self.service.hosted:
+            known = ", ".join(self.service.hosted)
+            raise _Status(404, f"no model {name[:100]!r}; there are: {known}.")
+        return self.service.hosted[name]
+
+    # --- what needs no inference ------------------------------------------------------------------
+
+    def _answer(self, method: str, path: list[str]) -> Reply:
+        if method not in ("GET", "HEAD"):
+            raise _Status(404, f"nothing to {method[:20]} at /{'/'.join(path)[:200]}.")
+        ready = self.service.ready
+        match path:
+            case [""]:
+                page = (files("impatient.serving") / "page.html").read_bytes()
+                return 200, page, {"content-type": "text/html; charset=utf-8", **SECURITY}
+            case ["metrics"]:
+                text = self.service.metrics().encode()
+                return 200, text, {"content-type": "text/plain; version=0.0.4"}
+            case ["v2"]:
+                version = own_version()
+                return _json(
+                    200, {"name": "impatient", "version": version, "extensions": EXTENSIONS}
+                )
+            case ["v2", "health", "live"]:
+                return _json(200, {"live": True})
+            case ["v2", "health", "ready"]:
+                return _json(200 if ready else 503, {"ready": ready})
+            case ["v2", "recent"]:
+                return _json(200, self._recent())
+            case ["v2", "models"]:
+                return _json(200, {"models": list(self.service.hosted)})
+            case ["v2", "models", name, *rest]:
+                return self._of_model(self._hosted(name), rest, ready)
+        raise _Status(404, f"nothing is at /{'/'.join(path)[:200]}.")
+
+    def _of_model(self, one: Hosted, rest: list[str], ready: bool) -> Reply:
+        if rest[:2] == ["versions", "1"]:
+            rest = rest[2:]
+        name = one.model.name
+        match rest:
+            case []:
+                return _json(200, metadata(name, one.input, one.classes))
+            case ["ready"]:
+                return _json(200 if ready else 503, {"name": name, "ready": ready})
+            case ["config"]:
+                return _json(
+                    200,
+                    {
+                        "name": name,
+                        "platform": "impatient",
+                        "max_batch_size": one.model.max_batch,
+                        "parameters": {
+                            "exits": one.model.num_exits,
+                            "quality": one.model.quality,
+                            "stages_ms": {
+                                str(size): [round(seconds * 1e3, 4) for seconds in row]
+                                for size, row in one.model.stages_s.items()
+                            },
+                            "default_timeout_ms": self.service.limits.default_s * 1e3,
+                            "most_timeout_ms": self.service.limits.most_s * 1e3,
+                        },
+                    },
+                )
+            case ["stats"]:
+                return _json(200, {"model_stats": [self._stats(name)]})
+        raise _Status(404, f"nothing is at /v2/models/{name}/{'/'.join(rest)[:200]}.")
+
+    def _stats(self, name: str) -> dict[str, Any]:
+        counters = self.service.counters[name]
+        answers = sum(counters.answers.values())
+        return {
+            "name": name,
+            "version": "1",
+            "inference_count": counters.rows,
+            "execution_count": counters.works,
+            "inference_stats": {
+                "success": {"count": answers, "ns": int(counters.elapsed_s * 1e9)},
+                "fail": {"count": sum(counters.refusals.values()), "ns": 0},
+                "cancel": {"count": counters.cancelled, "ns": 0},
+                "compute_infer": {"count": counters.works, "ns": int(counters.busy_s * 1e9)},
+            },
+        }
+
+    def _recent(self) -> dict[str, Any]:
+        now = self.service.clock.now()
+        return {
+            "waiting": self.service.scheduler.waiting,
+            "requests": [
+                {
+                    "ago_s": round(now - when, 3),
+                    "budget_ms": round(budget * 1e3, 3),
+                    "elapsed_ms": round(elapsed * 1e3, 3),
+                    "exit": exit,
+                    "in_time": in_time,
+                    "model": model,
+                }
+                for when, budget, elapsed, exit, in_time, model in self.service.recent
+                if now - when <= RECENT_S
+            ],
+        }
+
+    # --- inference --------------------------------------------------------------------------------
+
+    async def _infer(
+        self,
+        name: str,
+        what: str,
+        headers: Mapping[str, str],
+        receive: Receive,
+        send: Send,
+        arrival: float,
+    ) -> None:
+        hosted = self._hosted(name)
+        length = self._json_length(headers)
+        body = await self._body(headers, receive)
+        if (len(body) if length is None else length) > self.service.limits.json_bytes:
+            raise _Status(
+                413,
+                f"more than {self.service.limits.json_bytes} bytes of JSON; send tensors in "
+                "binary (binary_data_size), or fewer samples.",
+            )
+        request = read_request(body, length, hosted.input)
+        answers = self.service.answers(
+            name,
+            request.array,
+            arrival=arrival,
+            budget_s=budget_s(request.parameters, headers),
+            priority=priority_of(request.parameters),
+            best_effort=flag_of(request.parameters, "best_effort"),
+            streamed=what == "stream",
+        )
+        async with contextlib.aclosing(_until_gone(answers, receive)) as events:
+            if what == "stream":
+                await self._stream(hosted, request, events, send)
+                return
+            async for event in events:
+                await _send(send, _final(hosted, request, event))
+                log.info(
+                    "%s",
+                    json.dumps({"model": name, "id": request.id, **_facts(event, hosted)}),
+                )
+
+    async def _stream(
+        self,
+        hosted: Hosted,
+        request: InferRequest,
+        events: AsyncIterator[Answered | Refuse],
+        send: Send,
+    ) -> None:
+        begun = False
+        async for event in events:
+            if not begun and isinstance(event, Refuse):
+                await _send(send, _refusal(event))
+                return
+            if not begun:
+                begun = True
+                head = {"content-type": "text/event-stream", "cache-control": "no-store"}
+                await _start(send, 200, head)
+            output = event.output.tolist() if isinstance(event, Answered) else None
+            data = json.dumps({"id": request.id, **_facts(event, hosted), "output": output})
+            kind = "exit" if isinstance(event, Answered) and not event.stopped_by else "answer"
+            text = f"event: {kind}\ndata: {data}\n\n".encode()
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+        if not begun:
+            raise Gone
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @staticmethod
+    def _json_length(headers: Mapping[str, str]) -> int | None:
+        text = headers.get(HEADER_LENGTH)
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 12):
+            raise BadRequest(f"{HEADER_LENGTH} is {text[:40]!r}; expected a number of bytes.")
+        return int(text)
+
+    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
+        """Read a body, which must be there within the longest deadline."""
+        most = self.service.limits.body_bytes
+        if headers.get("content-encoding", "identity") != "identity":
+            raise _Status(415, "compressed bodies are not read; send it as it is.")
+        announced = headers.get("content-length", "0")
+        if announced.isdigit() and int(announced[:20]) > most:
+            raise _Status(413, f"the body has more than {most} bytes, the server's limit.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.service.limits.most_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise _Status(413, f"the body has more than {most} bytes, the limit.")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise _Status(408, "the body did not come within the longest deadline.") from None
+
+
+async def _until_gone(
+    answers: AsyncGenerator[Answered | Refuse], receive: Receive
+) -> AsyncGenerator[Answered | Refuse]:
+    """Give answers as long as the caller is there; when it goes, the request is cancelled."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    waits: asyncio.Future[Answered | Refuse] | None = None
+    try:
+        while True:
+            waits = asyncio.ensure_future(anext(answers))
+            await asyncio.wait({waits, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not waits.done():
+                raise Gone
+            try:
+                yield waits.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        watch.cancel()
+        if waits is not None and not waits.done():
+            waits.cancel()
+            # It ends at once, and with it the request.
+            await asyncio.wait({waits})
+
+
+def _facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:
+    if isinstance(event, Refuse):
+        return {"refused": event.why, "error": MESSAGES[event.why]}
+    return {
+        "exit": event.exit,
+        "n_exits": hosted.model.num_exits,
+        "elapsed_ms": round(event.elapsed_s * 1e3, 4),
+        "score": round(event.score, 6),
+        **(
+            {"stopped_by": event.stopped_by, "deadline_met": event.in_time}
+            if event.stopped_by
+            else {}
+        ),
+    }
+
+
+def _final(hosted: Hosted, request: InferRequest, event: Answered | Refuse) -> Reply:
+    if isinstance(event, Refuse):
+        return _refusal(event)
+    body, headers = write_reply(
+        hosted.model.name,
+        request.id,
+        event.output,
+        _facts(event, hosted),
+        binary=request.binary,
+    )
+    return 200, body, headers
+
+
+def _refusal(event: Refuse) -> Reply:
+    status, body, headers = _error(STATUS[event.why], MESSAGES[event.why])
+    if event.retry_after_s > 0.0:
+        # The header knows whole seconds only.
+        headers["retry-after"] = str(max(1, round(event.retry_after_s)))
+    return status, body, headers
+
+
+def _error(status: int, text: str) -> Reply:
+    return _json(status, {"error": text})
+
+
+def _json(status: int, value: Any) -> Reply:
+    return status, json.dumps(value).encode(), {"content-type": "application/json"}
+
+
+async def _start(send: Send, status: int, headers: Mapping[str, str]) -> None:
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        }
+    )
+
+
+async def _send(send: Send, reply: Reply) -> None:
+    status, body, headers = reply
+    await _start(send, status, {**headers, "content-length": str(len(body))})
+    await send({"type": "http.response.body", "body": body})

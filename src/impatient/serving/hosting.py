@@ -1,0 +1,81 @@
+"""Load networks from run directories to serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from impatient.anytime import Network
+from impatient.costs import CostProfile
+from impatient.errors import ServingError
+from impatient.evaluation.recording import Recording
+from impatient.policies.scores import max_probability
+from impatient.runtime.profile import profile
+from impatient.serving.model import GainTable, ServedModel
+from impatient.serving.protocol import InputSpec
+from impatient.serving.service import Hosted
+from impatient.training.data import Preprocess
+
+BATCH_SIZES = (1, 2, 4, 8)
+
+
+def hosted_network(
+    name: str,
+    network: Network,
+    recording: Recording,
+    *,
+    preprocess: Preprocess,
+    classes: Sequence[str],
+    example: np.ndarray,
+    datatypes: Sequence[str],
+    costs: CostProfile | None = None,
+    max_batch: int = 8,
+    repeats: int = 50,
+) -> Hosted:
+    """Make a network ready to be served.
+
+    Args:
+        name: the name by which callers ask for it.
+        network: the network, in eval mode.
+        recording: its recording of the validation split, for what its exits are worth.
+        preprocess: how raw samples become its input.
+        classes: names of the classes.
+        example: one raw sample, without a batch dimension.
+        datatypes: number types of raw samples, by their names in the protocol.
+        costs: its cost profile; by default it is measured now, with one thread.
+        max_batch: most samples in one batch, and in one request.
+        repeats: measurements of each stage if it is measured now.
+    Raises:
+        ServingError: if the recording has another number of exits than the network.
+    """
+    import torch
+
+    hits = recording.hits().double().numpy()
+    if len(hits) != network.num_exits:
+        raise ServingError(
+            f"the recording of {name!r} has {len(hits)} exits, the network {network.num_exits}; "
+            "record it again."
+        )
+    if costs is None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            x = preprocess(torch.from_numpy(example[None].copy()))
+            sizes = [size for size in BATCH_SIZES if size <= max_batch]
+            costs = profile(network, x, batch_sizes=sizes, repeats=repeats, max_seconds=5.0)
+        finally:
+            torch.set_num_threads(before)
+    gains = GainTable.of(hits, max_probability(recording.outputs).double().numpy())
+    return Hosted(
+        network=network,
+        model=ServedModel.of(name, costs, hits.mean(1), gains=gains, max_batch=max_batch),
+        input=InputSpec(
+            name="input",
+            datatypes=tuple(datatypes),
+            shape=example.shape,
+            most_rows=max_batch,
+        ),
+        preprocess=preprocess,
+        classes=tuple(classes),
+    )

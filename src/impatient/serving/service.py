@@ -1,0 +1,428 @@
+"""Requests on an event loop, stages in another thread, the scheduler between them."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import itertools
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from impatient import checks
+from impatient.anytime import Network
+from impatient.clock import SYSTEM_CLOCK
+from impatient.errors import ServingError
+from impatient.serving.model import ServedModel
+from impatient.serving.protocol import DATATYPES, InputSpec
+from impatient.serving.rules import GreedyGain
+from impatient.serving.scheduler import Action, Refuse, Reply, Request, Rule, Scheduler, Work
+from impatient.serving.worker import Done, InferenceThread, Job
+from impatient.training.data import Preprocess
+
+log = logging.getLogger(__name__)
+
+# Time kept before every deadline for writing the reply.
+RESERVE_S = 0.001
+# A network that has not come back so long after a deadline is taken to hang.
+HANG_S = 2.0
+RECENT_S = 60.0
+BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """A network that is served.
+
+    Attributes:
+        network: the network, in eval mode.
+        model: what the scheduler knows of it.
+        input: what it takes.
+        preprocess: how raw samples become its input.
+        classes: names of the classes.
+    """
+
+    network: Network
+    model: ServedModel
+    input: InputSpec
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+
+    @property
+    def warm_up(self) -> tuple[np.ndarray, ...]:
+        """Raw inputs with which it is run before the first request: of one sample, and of most."""
+        dtype = DATATYPES[self.input.datatypes[0]]
+        return tuple(
+            np.zeros((rows, *self.input.shape), dtype) for rows in (1, self.model.max_batch)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What callers may ask for.
+
+    Attributes:
+        default_s: time for an answer where a request says nothing.
+        most_s: the longest time that a request may have; more is cut down to it.
+        waiting: most requests without a reply.
+        body_bytes: longest body.
+        json_bytes: longest JSON in a body, since reading it holds up everybody.
+    """
+
+    default_s: float = 0.1
+    most_s: float = 10.0
+    waiting: int = 256
+    body_bytes: int = 16 * 2**20
+    json_bytes: int = 2**20
+
+    def __post_init__(self) -> None:
+        checks.positive(ServingError, default_s=self.default_s, most_s=self.most_s)
+        checks.at_least(
+            ServingError,
+            1,
+            waiting=self.waiting,
+            body_bytes=self.body_bytes,
+            json_bytes=self.json_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """An answer: of an exit on the way, or the one that stands.
+
+    Attributes:
+        output: before softmax, [rows, C].
+        exit: the exit that gave it.
+        elapsed_s: seconds since the request's first byte.
+        score: how sure its least sure sample looks.
+        stopped_by: why it stands; empty on the way.
+        in_time: whether its deadline has not passed.
+    """
+
+    output: np.ndarray
+    exit: int
+    elapsed_s: float
+    score: float
+    stopped_by: str = ""
+    in_time: bool = True
+
+
+@dataclass(slots=True)
+class _Call:
+    request: Request
+    array: np.ndarray
+    streamed: bool
+    # What the caller has not taken yet; one that streams gets every exit.
+    events: asyncio.Queue[Answered | Refuse] = field(default_factory=asyncio.Queue)
+    latest: Answered | None = None
+    group: int | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened to a model's requests, for metrics and the page."""
+
+    answers: collections.Counter[tuple[int, str, bool]] = field(default_factory=collections.Counter)
+    refusals: collections.Counter[str] = field(default_factory=collections.Counter)
+    cancelled: int = 0
+    works: int = 0
+    rows: int = 0
+    busy_s: float = 0.0
+    elapsed_s: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * len(BUCKETS_S))
+
+
+class Service:
+    """Answers requests for several models, each by its deadline.
+
+    Args:
+        hosted: the networks.
+        limits: what callers may ask for.
+        rule: the scheduling rule.
+    Thread:
+        All methods belong to one event loop, on which `start` was called.
+    """
+
+    def __init__(
+        self, hosted: Sequence[Hosted], limits: Limits | None = None, rule: Rule | None = None
+    ) -> None:
+        self.hosted = {one.model.name: one for one in hosted}
+        if not hosted or len(self.hosted) != len(hosted):
+            raise ServingError(
+                f"models {[one.model.name for one in hosted]}; expected at least one, and "
+                "different names."
+            )
+        self.limits = limits or Limits()
+        self.counters = {name: Counters() for name in self.hosted}
+        # Latest requests: instant, budget, elapsed, exit (-1: none), in time, model.
+        self.recent: collections.deque[tuple[float, float, float, int, bool, str]] = (
+            collections.deque(maxlen=4000)
+        )
+        self.scheduler = Scheduler(
+            models={name: one.model for name, one in self.hosted.items()},
+            rule=rule or GreedyGain(),
+            reserve_s=RESERVE_S,
+            max_waiting=self.limits.waiting,
+        )
+        self._calls: dict[int, _Call] = {}
+        self._members: dict[int, set[int]] = {}
+        self._over: list[int] = []
+        self._numbers = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+        self._began = 0.0
+        self._working: Work | None = None
+        self.clock = SYSTEM_CLOCK
+
+    async def start(self) -> None:
+        """Begin the inference thread, on the running event loop, and run every network once."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = InferenceThread(
+            {name: one.network for name, one in self.hosted.items()},
+            {name: one.preprocess for name, one in self.hosted.items()},
+            self._report,
+            {name: one.warm_up for name, one in self.hosted.items()},
+        )
+        await asyncio.to_thread(self._thread.warmed.wait)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken: not draining, and the inference thread comes back."""
+        stuck = self._working is not None and self.clock.now() - self._began > max(
+            HANG_S, 20.0 * self._working.seconds
+        )
+        return self._thread.alive and not stuck and not self.scheduler.draining
+
+    async def answers(
+        self,
+        model: str,
+        array: np.ndarray,
+        *,
+        arrival: float,
+        budget_s: float | None = None,
+        priority: int = 0,
+        best_effort: bool = False,
+        streamed: bool = False,
+    ) -> AsyncGenerator[Answered | Refuse]:
+        """Give the answer of a request, and before it those of the exits on the way if streamed.
+
+        Whoever stops iterating cancels the request.
+
+        Args:
+            model: name of the model.
+            array: raw samples, checked.
+            arrival: instant of the first byte.
+            budget_s: seconds from there to the deadline; None for the default.
+            priority: its gains count 1 + priority times.
+            best_effort: answer late if need be.
+            streamed: give every exit's answer.
+        """
+        budget_s = min(budget_s or self.limits.default_s, self.limits.most_s)
+        request = Request(
+            id=next(self._numbers),
+            model=model,
+            deadline=arrival + budget_s,
+            arrival=arrival,
+            rows=len(array),
+            priority=priority,
+            best_effort=best_effort,
+        )
+        call = _Call(request, array, streamed)
+        self._calls[request.id] = call
+        try:
+            self._take(self.scheduler.arrived(request, self.clock.now()))
+            while True:
+                event = await self._next(call)
+                yield event
+                if isinstance(event, Refuse) or event.stopped_by:
+                    return
+        finally:
+            if self._calls.pop(request.id, None) is not None and self._forget(call):
+                self._take(self.scheduler.cancelled(request.id, self.clock.now()))
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self.scheduler.drain()
+
+    async def drained(self, most_s: float) -> bool:
+        """Wait until all requests have their replies; tells whether they do in time."""
+        end = self.clock.now() + most_s
+        while self.scheduler.waiting and self.clock.now() < end:
+            await asyncio.sleep(0.01)
+        return not self.scheduler.waiting
+
+    def stop(self) -> None:
+        """End the inference thread."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._thread.stop(1.0)
+
+    async def _next(self, call: _Call) -> Answered | Refuse:
+        """Wait for the next event of a call; a network that hangs is not waited for."""
+        left_s = call.request.deadline - self.clock.now()
+        try:
+            return await asyncio.wait_for(call.events.get(), max(left_s, 0.0) + HANG_S)
+        except TimeoutError:
+            self.counters[call.request.model].refusals["failed"] += 1
+            self._take(self.scheduler.cancelled(call.request.id, self.clock.now()))
+            self._forget(call)
+            return Refuse(request=call.request.id, why="failed")
+
+    def _forget(self, call: _Call) -> bool:
+        """Let a call go whose reply nobody waits for; tells whether it had none."""
+        if call.group is not None:
+            members = self._members.get(call.group, set())
+            members.discard(call.request.id)
+            if not members and self._members.pop(call.group, None) is not None:
+                self._over.append(call.group)
+        open_ = self.scheduler.holds(call.request.id)
+        if open_:
+            self.counters[call.request.model].cancelled += 1
+        return open_
+
+    def _report(self, done: Done) -> None:
+        """Hand a result from the inference thread to the event loop."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._finished, done)
+
+    def _finished(self, done: Done) -> None:
+        now = self.clock.now()
+        self._working = None
+        counters = self.counters[done.work.model]
+        counters.works += 1
+        counters.rows += sum(len(output) for output in done.outputs.values())
+        counters.busy_s += now - self._began
+        if done.error:
+            self._take(self.scheduler.failed(done.work, now))
+            return
+        for name, output in done.outputs.items():
+            call = self._calls.get(name)
+            if call is None or not self.scheduler.holds(name):
+                continue
+            call.latest = Answered(
+                output=output,
+                exit=done.work.last,
+                elapsed_s=now - call.request.arrival,
+                score=done.scores[name],
+            )
+            if call.streamed:
+                call.events.put_nowait(call.latest)
+        self._take(self.scheduler.finished(done.work, done.scores, now))
+
+    def _tick(self) -> None:
+        self._take(self.scheduler.tick(self.clock.now()))
+
+    def _take(self, actions: Sequence[Action]) -> None:
+        """Carry out the scheduler's actions, and set the alarm for its next tick."""
+        for action in actions:
+            if isinstance(action, Work):
+                self._do(action)
+            else:
+                self._reply(action)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = self.clock.now()
+        due = self.scheduler.next_tick(now)
+        if math.isfinite(due):
+            self._timer = self._loop.call_later(max(0.0, due - now), self._tick)
+
+    def _do(self, work: Work) -> None:
+        calls = [self._calls[name] for name in work.requests]
+        if work.first == 0:
+            self._members[work.group] = set(work.requests)
+        for call in calls:
+            call.group = work.group
+        over, self._over = tuple(self._over), []
+        self._working = work
+        self._began = self.clock.now()
+        self._thread.do(
+            Job(
+                work=work,
+                inputs={call.request.id: call.array for call in calls} if work.first == 0 else {},
+                rows={call.request.id: call.request.rows for call in calls},
+                over=over,
+            )
+        )
+
+    def _reply(self, action: Reply | Refuse) -> None:
+        call = self._calls.get(action.request)
+        if call is None:
+            return
+        now = self.clock.now()
+        elapsed_s = now - call.request.arrival
+        counters = self.counters[call.request.model]
+        exit = -1
+        event: Answered | Refuse
+        if isinstance(action, Refuse):
+            event = action
+            counters.refusals[action.why] += 1
+        elif call.latest is not None:
+            exit = action.exit
+            in_time = now <= call.request.deadline
+            event = Answered(
+                output=call.latest.output,
+                exit=exit,
+                elapsed_s=elapsed_s,
+                score=call.latest.score,
+                stopped_by=action.stopped_by,
+                in_time=in_time,
+            )
+            counters.answers[exit, action.stopped_by, in_time] += 1
+            counters.elapsed_s += elapsed_s
+            for place, bound in enumerate(BUCKETS_S):
+                counters.buckets[place] += elapsed_s <= bound
+        else:
+            raise ServingError(f"{action} is for a request that no exit has answered.")
+        in_time = isinstance(event, Answered) and event.in_time
+        budget_s = call.request.deadline - call.request.arrival
+        self.recent.append((now, budget_s, elapsed_s, exit, in_time, call.request.model))
+        call.events.put_nowait(event)
+        self._forget(call)
+
+    def metrics(self) -> str:
+        """Write all counts in the text format of Prometheus."""
+        lines = [
+            "# TYPE impatient_waiting gauge",
+            f"impatient_waiting {self.scheduler.waiting}",
+            "# TYPE impatient_answers_total counter",
+            *(
+                f'impatient_answers_total{{model="{name}",exit="{exit}",stopped_by="{why}",'
+                f'in_time="{str(in_time).lower()}"}} {count}'
+                for name, one in self.counters.items()
+                for (exit, why, in_time), count in sorted(one.answers.items())
+            ),
+            "# TYPE impatient_refusals_total counter",
+            *(
+                f'impatient_refusals_total{{model="{name}",why="{why}"}} {count}'
+                for name, one in self.counters.items()
+                for why, count in sorted(one.refusals.items())
+            ),
+        ]
+        each: dict[str, Callable[[Counters], float]] = {
+            "cancelled_total": lambda one: one.cancelled,
+            "works_total": lambda one: one.works,
+            "rows_total": lambda one: one.rows,
+            "busy_seconds_total": lambda one: one.busy_s,
+        }
+        for kind, value in each.items():
+            lines.append(f"# TYPE impatient_{kind} counter")
+            lines += [
+                f'impatient_{kind}{{model="{model}"}} {value(one)}'
+                for model, one in self.counters.items()
+            ]
+        lines.append("# TYPE impatient_answer_seconds histogram")
+        for model, one in self.counters.items():
+            count = sum(one.answers.values())
+            lines += [
+                f'impatient_answer_seconds_bucket{{model="{model}",le="{bound}"}} {below}'
+                for bound, below in zip(BUCKETS_S, one.buckets, strict=True)
+            ]
+            lines += [
+                f'impatient_answer_seconds_bucket{{model="{model}",le="+Inf"}} {count}',
+                f'impatient_answer_seconds_sum{{model="{model}"}} {one.elapsed_s}',
+                f'impatient_answer_seconds_count{{model="{model}"}} {count}',
+            ]
+        return "\n".join(lines) + "\n"

@@ -1,0 +1,140 @@
+"""Serve networks to many callers, each with a deadline."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from impatient.errors import ServingError
+from impatient.verbs.notes import log
+from impatient.verbs.options import OFF, Count, Milliseconds, Positive, Trust, VerbOptions
+from impatient.verbs.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from impatient.serving.service import Hosted
+
+# names of the protocol for torch's names
+DATATYPES = {"int64": "INT64", "int32": "INT32"}
+TOKEN = "IMPATIENT_TOKEN"  # noqa: S105  the name of a variable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeOptions(VerbOptions):
+    """Answer requests over HTTP, each by its deadline.
+
+    The protocol is the Open Inference Protocol v2. If the variable IMPATIENT_TOKEN is set, requests
+    must carry it.
+
+    Attributes:
+        directories: Run directories; a model is called as its directory is.
+        host: Address to listen at; only this machine can reach the default.
+        port: Port to listen at; 0 takes a free one.
+        default_s: Time for an answer where a request says nothing, in ms.
+        most_s: The longest time that a request may have, in ms.
+        waiting: Most requests without a reply; more are refused.
+        max_batch: Most samples in one batch.
+        drain_s: How long open requests are waited for at the end, in ms.
+    """
+
+    directories: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR..."), OFF]
+    host: str = "127.0.0.1"
+    port: Count = 8000
+    default_s: Annotated[Milliseconds, arg(name="default-ms")] = 0.1
+    most_s: Annotated[Milliseconds, arg(name="most-ms")] = 10.0
+    waiting: Positive = 256
+    max_batch: Positive = 8
+    drain_s: Annotated[Milliseconds, arg(name="drain-ms")] = 5.0
+    trust: Trust = ()
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what is open."""
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ServingError(
+            "serving needs uvicorn, which is not installed; run pip install 'impatient[serve]'."
+        ) from error
+    from impatient.serving.app import App
+    from impatient.serving.service import Limits, Service
+
+    if not options.directories:
+        raise ServingError("no run directories; expected at least one to serve.")
+    token = os.environ.get(TOKEN, "")
+    if not token and not _is_loopback(options.host):
+        raise ServingError(
+            f"{options.host} can be reached from other machines, and no token is set; set the "
+            f"variable {TOKEN} to a secret, or serve at 127.0.0.1 behind a proxy."
+        )
+    limits = Limits(
+        default_s=options.default_s or 0.1,
+        most_s=options.most_s or 10.0,
+        waiting=options.waiting,
+    )
+    service = Service([hosted(path, options) for path in options.directories], limits)
+    drain_s = options.drain_s or 5.0
+    listener = _listener(options.host, options.port)
+    config = uvicorn.Config(
+        App(service, token=token, drain_s=drain_s),
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        # Streams that are open then do not keep the server from ending.
+        timeout_graceful_shutdown=max(1, round(drain_s)),
+        timeout_keep_alive=30,
+        limit_concurrency=4 * options.waiting,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    log.info("serving %s at http://%s:%d", ", ".join(service.hosted), shown, port)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def hosted(path: Path, options: ServeOptions) -> Hosted:
+    """Load a run directory's network, and measure it on this machine."""
+    import numpy as np
+
+    from impatient.serving.hosting import hosted_network
+
+    run = RunDirectory(path, trust=options.trust)
+    spec = run.spec()
+    network, _ = run.network()
+    dtype = spec.example_dtype
+    name = path.resolve().name
+    log.info("measuring %s", name)
+    return hosted_network(
+        name,
+        network,
+        run.recording("validation"),
+        preprocess=spec.preprocess,
+        classes=spec.class_names,
+        example=np.zeros(spec.example_shape, DATATYPES.get(dtype, "float32").lower()),
+        datatypes=(DATATYPES[dtype],) if dtype in DATATYPES else ("FP32", "UINT8"),
+        max_batch=options.max_batch,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Open the socket before the server starts, so that a port in use is said at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise ServingError(
+            f"cannot listen at {host} port {port}: {error}. Choose another --port, or 0 for a free "
+            "one."
+        ) from error

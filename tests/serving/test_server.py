@@ -1,0 +1,406 @@
+"""The server on a real socket, asked by clients that are not ours."""
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.http as triton
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fakes import wait_until
+from impatient import Exit, Network, Run
+from impatient.errors import BadRequest, ServingError
+from impatient.serving.app import App
+from impatient.serving.model import ServedModel
+from impatient.serving.protocol import InputSpec, read_request
+from impatient.serving.service import Hosted, Limits, Service
+from impatient.training.data import Preprocess
+
+HEAD = b"POST /v2/models/net/infer HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n"
+SPEC = InputSpec(name="input", datatypes=("FP32",), shape=(4,), most_rows=4)
+
+
+class Gated(Network):
+    """Three exits of four classes; a test may hold a stage still, or let it fail."""
+
+    num_exits = 3
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.at = {}
+
+    def exits(self, x, *, keep=False):
+        return Run(self._exits(x))
+
+    def _exits(self, x):
+        for index, stage in enumerate(self.stages):
+            if index in self.at:
+                self.at[index]()
+            x = stage(x)
+            yield Exit(index, x, x)
+
+
+def hosted(network: Network, name: str = "net") -> Hosted:
+    model = ServedModel(name=name, stages_s={1: (1e-4,) * 3}, quality=(0.5, 0.7, 0.9), max_batch=4)
+    return Hosted(
+        network=network.eval(),
+        model=model,
+        input=SPEC,
+        preprocess=Preprocess(mean=(), std=()),
+        classes=("a", "b", "c", "d"),
+    )
+
+
+@contextmanager
+def serving(*networks: Network, token: str = "", **limits) -> Iterator[tuple[Service, int]]:
+    """A server on a free port, in a thread of its own."""
+    models = [hosted(one, name) for one, name in zip(networks, ("net", "other"), strict=False)]
+    service = Service(models, Limits(**{"default_s": 5.0, **limits}))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            App(service, token=token),
+            lifespan="on",
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            loop="asyncio",
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield service, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def ask(port, path, body=None, headers=None, method=None):
+    """Send one request; returns status, headers, body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
+        reply = connection.getresponse()
+        return reply.status, dict(reply.getheaders()), reply.read()
+    finally:
+        connection.close()
+
+
+def body_of(values, **parameters) -> bytes:
+    array = np.asarray(values, dtype=float).reshape(-1, 4)
+    tensor = {"name": "input", "datatype": "FP32", "shape": list(array.shape)}
+    tensor["data"] = array.ravel().tolist()
+    return json.dumps({"id": "a", "inputs": [tensor], "parameters": parameters}).encode()
+
+
+def infer(port, values=(1, 2, 3, 4), model="net", **parameters):
+    status, headers, body = ask(port, f"/v2/models/{model}/infer", body_of(values, **parameters))
+    return status, headers, json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def shared():
+    torch.manual_seed(0)
+    network = Gated()
+    with serving(network, Gated()) as (_service, port):
+        yield network, port
+
+
+def expected(network, values, exit):
+    with torch.inference_mode():
+        return network(torch.tensor(np.asarray(values, dtype="float32").reshape(-1, 4)))[exit]
+
+
+def test_tritons_own_client_is_answered_with_the_networks_output(shared) -> None:
+    network, port = shared
+    client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+    try:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("net")
+        assert client.get_server_metadata()["name"] == "impatient"
+        assert client.get_model_metadata("net")["inputs"][0]["shape"] == [-1, 4]
+        assert client.get_model_config("net")["max_batch_size"] == 4
+        values = np.arange(8, dtype=np.float32).reshape(2, 4)
+        for binary in (True, False):
+            tensor = triton.InferInput("input", values.shape, "FP32")
+            tensor.set_data_from_numpy(values, binary_data=binary)
+            wanted = triton.InferRequestedOutput("output", binary_data=binary)
+            reply = client.infer("net", [tensor], outputs=[wanted], timeout=2_000_000, priority=1)
+            told = reply.get_response()["parameters"]
+            assert (told["exit"], told["stopped_by"], told["deadline_met"]) == (2, "final", True)
+            torch.testing.assert_close(
+                torch.tensor(reply.as_numpy("output")), expected(network, values, 2)
+            )
+        stats = client.get_inference_statistics("net")["model_stats"][0]
+        assert stats["inference_stats"]["success"]["count"] >= 2
+    finally:
+        client.close()
+
+
+def test_a_stream_has_every_exit_and_then_the_answer(shared) -> None:
+    network, port = shared
+    status, headers, body = ask(port, "/v2/models/net/stream", body_of([1, 2, 3, 4]))
+    assert (status, headers["content-type"]) == (200, "text/event-stream")
+    parts = body.decode().strip().split("\n\n")
+    assert [part.split("\n")[0] for part in parts] == ["event: exit"] * 3 + ["event: answer"]
+    found = [json.loads(part.split("data: ")[1]) for part in parts]
+    assert [one["exit"] for one in found] == [0, 1, 2, 2]
+    for one in found:
+        torch.testing.assert_close(
+            torch.tensor(one["output"]), expected(network, [1, 2, 3, 4], one["exit"])
+        )
+    assert found[-1]["stopped_by"] == "final"
+
+
+def test_the_latest_answer_comes_at_the_deadline_while_a_stage_runs() -> None:
+    network = Gated()
+    with serving(network) as (_service, port):
+        held = threading.Event()
+        network.at[1] = lambda: held.wait(20)
+        status, _headers, reply = infer(port, timeout=300_000)
+        held.set()
+        assert status == 200
+        told = reply["parameters"]
+        assert (told["exit"], told["stopped_by"]) == (0, "deadline")
+        # a machine with other work may wake the server late, which it then says
+        assert 250 < told["elapsed_ms"] < 2000
+        assert told["deadline_met"] == (told["elapsed_ms"] <= 300)
+        # the network is free again
+        network.at.clear()
+        assert infer(port)[2]["parameters"]["exit"] == 2
+
+
+def test_a_network_that_raises_gives_the_answers_it_has(caplog) -> None:
+    network = Gated()
+    with serving(network) as (_service, port):
+        network.at[1] = lambda: 1 / 0
+        told = infer(port)[2]["parameters"]
+        assert (told["exit"], told["stopped_by"]) == (0, "failed")
+        network.at = {0: lambda: 1 / 0}
+        status, _headers, reply = infer(port)
+        assert status == 500
+        assert "failed on this request" in reply["error"]
+        network.at.clear()
+        assert infer(port)[0] == 200
+
+
+def test_many_callers_at_once_each_get_their_own_answer(shared) -> None:
+    network, port = shared
+    inputs = np.random.default_rng(0).normal(size=(120, 4)).round(3)
+
+    def one(number: int) -> None:
+        model = "net"
+        status, _headers, reply = infer(port, inputs[number], model, priority=number % 3)
+        assert status == 200
+        right = expected(network, inputs[number], reply["parameters"]["exit"])
+        torch.testing.assert_close(torch.tensor([reply["outputs"][0]["data"]]), right)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(len(inputs))))
+    text = ask(port, "/metrics")[2].decode()
+    assert "impatient_waiting 0" in text
+    assert 'impatient_answer_seconds_bucket{model="net",le="+Inf"}' in text
+
+
+def test_a_caller_that_goes_frees_its_place() -> None:
+    network = Gated()
+    with serving(network) as (service, port):
+        held = threading.Event()
+        begun = threading.Event()
+        network.at[0] = lambda: (begun.set(), held.wait(20))
+        body = body_of([1, 2, 3, 4])
+        caller = socket.create_connection(("127.0.0.1", port))
+        caller.sendall(HEAD % len(body) + body)
+        assert begun.wait(20)
+        assert service.scheduler.waiting == 1
+        caller.close()
+        wait_until(lambda: service.scheduler.waiting == 0)
+        held.set()
+        network.at.clear()
+        assert infer(port)[0] == 200
+        assert 'cancelled_total{model="net"} 1' in service.metrics()
+
+
+def test_full_queues_and_hopeless_deadlines_are_refused_with_a_reason() -> None:
+    network = Gated()
+    with serving(network, waiting=1) as (_service, port):
+        status, _headers, reply = infer(port, timeout=1)
+        assert status == 503
+        assert "allow more time" in reply["error"]
+        held, begun = threading.Event(), threading.Event()
+        network.at[0] = lambda: (begun.set(), held.wait(20))
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(infer, port)
+            assert begun.wait(20)
+            status, headers, _reply = infer(port)
+            held.set()
+            assert (status, headers["retry-after"]) == (429, "1")
+            assert first.result()[0] == 200
+
+
+def test_a_token_is_asked_for() -> None:
+    with serving(Gated(), token="secret") as (_service, port):
+        assert infer(port)[0] == 401
+        assert ask(port, "/v2/health/live")[0] == 200
+        right = {"authorization": "Bearer secret"}
+        assert ask(port, "/v2/models/net/infer", body_of([1, 2, 3, 4]), right)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "reason"),
+    [
+        ("/v2/models/nett/infer", b"{}", {}, 404, "there are: net, other"),
+        ("/v2/models/..%2F..%2Fetc/infer", b"{}", {}, 404, "expected versions/1"),
+        ("/v2/models/net/versions/2/infer", b"{}", {}, 404, "expected versions/1"),
+        ("/v2/models/net/infer", b"{", {}, 400, "not JSON"),
+        ("/v2/models/net/infer", b"[" * 5000, {}, 400, "not JSON"),
+        ("/v2/models/net/infer", b'{"inputs": [NaN]}', {}, 400, "finite"),
+        ("/v2/models/net/infer", b"{}", {"content-encoding": "gzip"}, 415, "as it is"),
+        ("/v2/models/net/infer", b"x" * 5000, {"inference-header-content-length": "6000"}, 400, ""),
+        ("/v2/models/net/infer", b"x", {"inference-header-content-length": "-1"}, 400, "bytes"),
+        ("/v2/models/net/infer", b"x" * (2**20 + 1), {}, 413, "binary"),
+        ("/v2/models/net/infer", b"x" * (2**24 + 1), {}, 413, "limit"),
+        ("/v2/nothing", None, {}, 404, "nothing is at"),
+        ("/v2/models/net/nothing", None, {}, 404, "nothing is at"),
+    ],
+)
+def test_bad_requests_have_a_reason(shared, path, body, headers, status, reason) -> None:
+    found, _headers, reply = ask(shared[1], path, body, headers)
+    assert found == status
+    assert reason in json.loads(reply)["error"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"timeout": -1}, "positive"),
+        ({"timeout": "soon"}, "positive"),
+        ({"deadline_ms": 0}, "positive"),
+        ({"deadline_ms": True}, "positive"),
+        ({"priority": 11}, "0 to 10"),
+        ({"best_effort": "yes"}, "true or false"),
+    ],
+)
+def test_bad_parameters_have_a_reason(shared, parameters, reason) -> None:
+    status, _headers, reply = infer(shared[1], **parameters)
+    assert status == 400
+    assert reason in reply["error"]
+
+
+def test_a_body_that_never_ends_is_not_waited_for() -> None:
+    with serving(Gated(), default_s=0.1, most_s=0.2) as (_service, port):
+        caller = socket.create_connection(("127.0.0.1", port), timeout=20)
+        caller.sendall(HEAD % 99 + b"{")
+        assert b"408" in caller.recv(1000)
+        caller.close()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+TENSOR = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.just("input") | ANYTHING,
+        "datatype": st.just("FP32") | ANYTHING,
+        "shape": st.just([1, 4]) | st.lists(st.integers(), max_size=3) | ANYTHING,
+        "data": st.just([1, 2, 3, 4]) | ANYTHING,
+        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers()}) | ANYTHING,
+    },
+)
+BODY = st.fixed_dictionaries(
+    {"inputs": st.lists(TENSOR, min_size=1, max_size=1) | ANYTHING},
+    optional={
+        "id": ANYTHING,
+        "outputs": ANYTHING,
+        "parameters": st.dictionaries(
+            st.sampled_from(["timeout", "deadline_ms", "priority", "best_effort"]), ANYTHING
+        ),
+    },
+)
+
+
+WORDS = BODY.map(json.dumps).map(str.encode)
+
+
+@given(body=WORDS | st.binary(max_size=60), tail=st.binary(max_size=20))
+def test_whatever_comes_is_read_or_refused(body, tail) -> None:
+    for length, whole in ((None, body), (len(body), body + tail)):
+        try:
+            request = read_request(whole, length, SPEC)
+        except BadRequest:
+            continue
+        assert request.array.shape[1:] == (4,)
+        assert np.isfinite(request.array).all()
+
+
+def test_whatever_comes_over_http_is_never_an_error_of_the_server() -> None:
+    """The application without a socket, so that thousands of inputs are quick."""
+    service = Service([hosted(Gated())], Limits(default_s=5.0))
+    app = App(service)
+
+    async def status_of(body: bytes, headers: list[tuple[bytes, bytes]]) -> int:
+        sent = []
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+        forever = asyncio.Event()
+
+        async def receive():
+            message = next(messages, None)
+            if message is None:
+                await forever.wait()
+            return message
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v2/models/net/infer",
+            "headers": headers,
+        }
+        await app(scope, receive, send)
+        kinds = [message["type"] for message in sent]
+        assert kinds == ["http.response.start", "http.response.body"]
+        return sent[0]["status"]
+
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(service.start())
+
+        @given(body=WORDS, length=st.none() | st.text(max_size=5))
+        def check(body, length) -> None:
+            headers = []
+            if length is not None:
+                headers = [(b"inference-header-content-length", length.encode("utf-8"))]
+            status = loop.run_until_complete(status_of(body, headers))
+            assert status in (200, 400, 503)
+
+        check()
+    finally:
+        service.stop()
+        loop.close()
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(ServingError, match="different names"):
+        Service([hosted(Gated()), hosted(Gated())])

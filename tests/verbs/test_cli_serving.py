@@ -1,0 +1,107 @@
+"""The server as a process of its own, on a run directory."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command_line import Call
+from impatient.verbs.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(finished: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, "-m", "impatient.cli", "serve", str(finished), "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--drain-ms", "2000"], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for line in process.stdout:
+        found = re.search(r"serving digits at http://127\.0\.0\.1:(\d+)", line)
+        if found:
+            break
+    # what else it says is read, so that it never waits for us
+    reader = threading.Thread(target=process.stdout.read)
+    reader.start()
+    yield process, int(found[1])
+    process.kill()
+    process.wait()
+    reader.join()
+    process.stdout.close()
+
+
+def ask(connection: http.client.HTTPConnection, what: str, body: object) -> bytes:
+    """Post a request and read the whole reply."""
+    connection.request("POST", f"/v2/models/digits/{what}", json.dumps(body))
+    return connection.getresponse().read()
+
+
+def body_of(raw: np.ndarray, **parameters: object) -> dict[str, object]:
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, *raw.shape]}
+    return {"inputs": [{**tensor, "data": raw.ravel().tolist()}], "parameters": parameters}
+
+
+def test_the_command_of_the_guide_asks_the_server(server) -> None:
+    _process, port = server
+    guide = (ROOT / "docs" / "how-to" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```text\n(.*?)```", guide, re.DOTALL)
+    (command,) = [block for block in blocks if "curl" in block]
+    command = command.replace(":8000", f":{port}").replace("impatient-demo", "digits")
+    command = command.replace("python -c", f"{sys.executable} -c")
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    reply = json.loads(told.stdout)
+    assert len(reply["outputs"][0]["data"]) == 10
+    assert reply["parameters"]["n_exits"] == 3
+
+
+def test_a_served_network_is_as_right_as_its_recording_and_ends_when_told(server, finished) -> None:
+    process, port = server
+    run = RunDirectory(finished)
+    preprocess = run.spec().preprocess
+    data = run.data()
+    recording = run.recording("test")
+    mean, std = (np.array(part)[:, None, None] for part in (preprocess.mean, preprocess.std))
+    inputs, labels = next(data.batches("test", 40))
+    right = []
+    exits = []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    for x, label in zip(inputs, labels, strict=True):
+        body = body_of(x.numpy() * std + mean, deadline_ms=2000)
+        reply = json.loads(ask(connection, "infer", body))
+        exits.append(reply["parameters"]["exit"])
+        right.append(np.argmax(reply["outputs"][0]["data"]) == int(label))
+    known = recording.hits()[exits, range(40)].bool().tolist()
+    assert right == known
+
+    # the connection that is open does not keep the server from ending
+    assert b"event: answer" in ask(connection, "stream", body_of(inputs[0].numpy()))
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) in (0, -signal.SIGTERM)
+    assert time.monotonic() - begin < 8
+    connection.close()
+
+
+def test_what_cannot_be_served_is_said(call: Call, finished: Path, monkeypatch) -> None:
+    monkeypatch.delenv("IMPATIENT_TOKEN", raising=False)
+    code, said = call("serve")
+    assert code == 1
+    assert "expected at least one to serve" in said
+    code, said = call("serve", finished, "--host", "0.0.0.0")
+    assert code == 1
+    assert "set the variable IMPATIENT_TOKEN" in said
+    code, said = call("serve", finished / "nothing")
+    assert code == 1
+    assert "is no run directory" in said
