@@ -5,90 +5,23 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from fakes import wait_until
-from impatient import Exit, Network, Run
 from impatient.errors import BadRequest, ServingError
 from impatient.serving.app import App
-from impatient.serving.model import ServedModel
-from impatient.serving.protocol import InputSpec, read_request
-from impatient.serving.service import Hosted, Limits, Service
-from impatient.training.data import Preprocess
+from impatient.serving.protocol import read_request
+from impatient.serving.service import Limits, Service
+from served import SPEC, Gated, hosted, serving
 
 HEAD = b"POST /v2/models/net/infer HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n"
-SPEC = InputSpec(name="input", datatypes=("FP32",), shape=(4,), most_rows=4)
-
-
-class Gated(Network):
-    """Three exits of four classes; a test may hold a stage still, or let it fail."""
-
-    num_exits = 3
-    num_classes = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.at = {}
-
-    def exits(self, x, *, keep=False):
-        return Run(self._exits(x))
-
-    def _exits(self, x):
-        for index, stage in enumerate(self.stages):
-            if index in self.at:
-                self.at[index]()
-            x = stage(x)
-            yield Exit(index, x, x)
-
-
-def hosted(network: Network, name: str = "net") -> Hosted:
-    model = ServedModel(name=name, stages_s={1: (1e-4,) * 3}, quality=(0.5, 0.7, 0.9), max_batch=4)
-    return Hosted(
-        network=network.eval(),
-        model=model,
-        input=SPEC,
-        preprocess=Preprocess(mean=(), std=()),
-        classes=("a", "b", "c", "d"),
-    )
-
-
-@contextmanager
-def serving(*networks: Network, token: str = "", **limits) -> Iterator[tuple[Service, int]]:
-    """A server on a free port, in a thread of its own."""
-    models = [hosted(one, name) for one, name in zip(networks, ("net", "other"), strict=False)]
-    service = Service(models, Limits(**{"default_s": 5.0, **limits}))
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            App(service, token=token),
-            lifespan="on",
-            log_level="critical",
-            timeout_graceful_shutdown=1,
-            loop="asyncio",
-        )
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield service, listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-        assert not thread.is_alive()
 
 
 def ask(port, path, body=None, headers=None, method=None):

@@ -58,6 +58,10 @@ class Browser:
         self._post("/url", {"url": "about:blank"})
         self._post("/url", {"url": file.resolve().as_uri() + fragment})
 
+    def go(self, address: str) -> None:
+        """Open an address."""
+        self._post("/url", {"url": address})
+
     def size(self, width: int, height: int = 900) -> None:
         """Set the size of the page's window in pixels."""
         self.tool(

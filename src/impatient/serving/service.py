@@ -25,8 +25,10 @@ from impatient.training.data import Preprocess
 
 log = logging.getLogger(__name__)
 
-# Time kept before every deadline for writing the reply.
-RESERVE_S = 0.001
+# Time kept before every deadline for writing the reply, since epoll wakes a loop in whole
+# milliseconds. How late the loop has woken of late is added, up to a bound.
+RESERVE_S = 0.0015
+MOST_LATE_S = 0.02
 # A network that has not come back so long after a deadline is taken to hang.
 HANG_S = 2.0
 RECENT_S = 60.0
@@ -171,6 +173,7 @@ class Service:
         self._members: dict[int, set[int]] = {}
         self._over: list[int] = []
         self._numbers = itertools.count()
+        self._lateness = collections.deque([0.0] * 100, maxlen=100)
         self._timer: asyncio.TimerHandle | None = None
         self._began = 0.0
         self._working: Work | None = None
@@ -311,7 +314,11 @@ class Service:
                 call.events.put_nowait(call.latest)
         self._take(self.scheduler.finished(done.work, done.scores, now))
 
-    def _tick(self) -> None:
+    def _tick(self, due: float) -> None:
+        late_s = min(max(0.0, self.clock.now() - due), MOST_LATE_S)
+        self._lateness.append(late_s)
+        # The largest but one of the latest hundred, as one that stands alone says nothing.
+        self.scheduler.reserve_s = RESERVE_S + sorted(self._lateness)[-2]
         self._take(self.scheduler.tick(self.clock.now()))
 
     def _take(self, actions: Sequence[Action]) -> None:
@@ -327,7 +334,7 @@ class Service:
         now = self.clock.now()
         due = self.scheduler.next_tick(now)
         if math.isfinite(due):
-            self._timer = self._loop.call_later(max(0.0, due - now), self._tick)
+            self._timer = self._loop.call_later(max(0.0, due - now), self._tick, due)
 
     def _do(self, work: Work) -> None:
         calls = [self._calls[name] for name in work.requests]

@@ -1,0 +1,85 @@
+"""A network that a test can hold still, served on a real socket."""
+
+import dataclasses
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from torch import nn
+
+from fakes import wait_until
+from impatient import Exit, Network, Run
+from impatient.serving.app import App
+from impatient.serving.model import ServedModel
+from impatient.serving.protocol import InputSpec
+from impatient.serving.service import Hosted, Limits, Service
+from impatient.training.data import Preprocess
+
+SPEC = InputSpec(name="input", datatypes=("FP32",), shape=(4,), most_rows=4)
+
+
+class Gated(Network):
+    """Three exits of four classes; a test may hold a stage still, or let it fail."""
+
+    num_exits = 3
+    num_classes = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.at: dict[int, Any] = {}
+
+    def exits(self, x, *, keep=False):
+        return Run(self._exits(x))
+
+    def _exits(self, x):
+        x = x.flatten(1)
+        for index, stage in enumerate(self.stages):
+            if index in self.at:
+                self.at[index]()
+            x = stage(x)
+            yield Exit(index, x, x)
+
+
+def hosted(network: Network, name: str = "net", shape: tuple[int, ...] = (4,)) -> Hosted:
+    model = ServedModel(name=name, stages_s={1: (1e-4,) * 3}, quality=(0.5, 0.7, 0.9), max_batch=4)
+    return Hosted(
+        network=network.eval(),
+        model=model,
+        input=dataclasses.replace(SPEC, shape=shape),
+        preprocess=Preprocess(mean=(), std=()),
+        classes=("a", "b", "c", "d"),
+    )
+
+
+@contextmanager
+def serving(
+    *networks: Network, token: str = "", shape: tuple[int, ...] = (4,), **limits: Any
+) -> Iterator[tuple[Service, int]]:
+    """A server on a free port, in a thread of its own."""
+    names = ("net", "other")
+    models = [hosted(one, name, shape) for one, name in zip(networks, names, strict=False)]
+    service = Service(models, Limits(**{"default_s": 5.0, **limits}))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            App(service, token=token),
+            lifespan="on",
+            log_level="critical",
+            timeout_graceful_shutdown=1,
+            loop="asyncio",
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield service, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive()
