@@ -136,9 +136,16 @@ class InferenceThread:
             for raw in inputs * 3:
                 try:
                     with torch.inference_mode():
-                        self._networks[name](self._preprocess[name](torch.from_numpy(raw)))
+                        self._run_whole(name, raw)
                 except Exception:
                     log.exception("the model %s failed while it was warmed up", name)
+
+    def _run_whole(self, name: str, raw: np.ndarray) -> None:
+        """Run as requests do: the first time, a network also tries out whether it shrinks."""
+        x = self._preprocess[name](torch.from_numpy(raw.copy()))
+        with _Batch(self._networks[name], x, {0: len(raw)}).run as run:
+            for exit in run:
+                max_probability(exit.output())
 
     def _close(self, group: int) -> None:
         batch = self._batches.pop(group, None)
