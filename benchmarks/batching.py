@@ -32,8 +32,8 @@ from impatient import Runner, attach_exits, load_model, profile
 from impatient.networks import MultiExitNetwork
 from impatient.policies import ThresholdPolicy
 from impatient.policies.rules import thresholds_for_shares
-from impatient.policies.scores import SCORES
 from impatient.runtime.compaction import When
+from impatient.tasks.scores import SCORES
 
 BATCH = 32
 SHARES = {

@@ -24,6 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# The provenance names the commit and the machine; what follows has come with tasks.
+NOT_COMPARED = {"provenance", "task", "own_task", "metrics", "quality_name"}
+
+
 def digest(*tensors: Any) -> str:
     """Hash the shapes, types and bytes of tensors."""
     found = hashlib.sha256()
@@ -47,9 +51,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return digest(torch.from_numpy(np.ascontiguousarray(value)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # provenance names the commit and the machine
-        names = [field.name for field in dataclasses.fields(value) if field.name != "provenance"]
-        return [plain(getattr(value, name)) for name in names]
+        names = [field.name for field in dataclasses.fields(value)]
+        return [plain(getattr(value, name)) for name in names if name not in NOT_COMPARED]
     if isinstance(value, dict):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -33,7 +33,7 @@ def judge_gates(
     policies: Sequence[GatePolicy], recording: Recording, costs: CostProfile
 ) -> list[tuple[float, float]]:
     """Accuracy and mean seconds of each."""
-    hits = recording.hits()
+    hits = recording.quality
     samples = torch.arange(len(recording.labels))
     return [
         (float(hits[exits, samples].mean()), float(exit_times_s(policy, costs)[exits].mean()))

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import facts, write_results
-from impatient.policies.scores import max_probability
 from impatient.serving import (
     ClockworkLike,
     DynamicProgramme,
@@ -34,6 +33,7 @@ from impatient.serving import (
     fluid_bound,
     simulate,
 )
+from impatient.tasks.scores import max_probability
 from impatient.verbs.run_directory import RunDirectory
 
 RULES: dict[str, Callable[[], Rule]] = {
@@ -62,11 +62,11 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     run = RunDirectory(args.directory)
     costs = run.profile(any_machine=True)
     seen, test = run.recording("validation"), run.recording("test")
-    hits = seen.hits().double().numpy()
+    hits = seen.quality.double().numpy()
     quality, scores = (
-        part.double().numpy() for part in (test.hits(), max_probability(test.outputs))
+        part.double().numpy() for part in (test.quality, max_probability(test.logits()))
     )
-    gains = GainTable.of(hits, max_probability(seen.outputs).double().numpy())
+    gains = GainTable.of(hits, max_probability(seen.logits()).double().numpy())
     planned = ServedModel.of("net", costs, hits.mean(1), gains=gains, max_batch=args.max_batch)
     last = planned.num_exits - 1
     sizes = range(1, args.max_batch + 1)

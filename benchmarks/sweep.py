@@ -21,8 +21,8 @@ from impatient.budgets import Budget, exit_weights_many
 from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.evaluation import Recording
 from impatient.evaluation.vectorised import expected_accuracies, judge_policies
-from impatient.policies.scores import SCORES
 from impatient.provenance import provenance
+from impatient.tasks.scores import SCORES
 
 
 def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recording:
@@ -32,9 +32,7 @@ def random_recording(samples: int, exits: int, classes: int, seed: int) -> Recor
     outputs = torch.randn(exits, samples, classes, generator=random)
     outputs[:, torch.arange(samples), labels] += torch.linspace(1.0, 4.0, exits)[:, None]
     names = tuple(f"exit{k}" for k in range(exits))
-    return Recording(
-        outputs=outputs, labels=labels, split="test", exits=names, provenance=provenance()
-    )
+    return Recording.of(outputs, labels, split="test", exits=names, provenance=provenance())
 
 
 def even_costs(exits: int) -> CostProfile:

@@ -29,7 +29,7 @@ def trained(data: impatient.Data, n: int, epochs: int) -> impatient.MultiExitNet
 
 
 def report(name: str, recording: impatient.Recording) -> list[float]:
-    accuracy = recording.hits().mean(1).tolist()
+    accuracy = recording.quality.mean(1).tolist()
     falls = (
         conditional_monotonicity(recording.outputs, recording.labels, tolerances=(0.1,))
         .violations[0]
@@ -48,7 +48,7 @@ def main(epochs: int = 8) -> dict[str, list[float]]:
     large = trained(data, 2, epochs)
     validation = {network: impatient.record(network, data) for network in (small, large)}
 
-    errors = [(1.0 - validation[network].hits().mean(1)).tolist() for network in (small, large)]
+    errors = [(1.0 - validation[network].quality.mean(1)).tolist() for network in (small, large)]
     growing = EANN([small, large], errors)
 
     before = fit_temperatures(validation[large])

@@ -199,7 +199,7 @@ def main(
     anytime = trained(data, epochs, schedule=in_turn(blocks))
     # in one iteration: a BaseResNet, run whole
     static = trained(data, epochs, schedule=[blocks])
-    hits = impatient.record(anytime, data, split="test").hits().mean(1).tolist()
+    hits = impatient.record(anytime, data, split="test").quality.mean(1).tolist()
     print("AnytimeNet by iteration:", " ".join(f"{value:.1%}" for value in hits))
 
     frames = drawn_frames(data, "test", round(seconds * rate))

@@ -39,7 +39,7 @@ from impatient.experimental.graphs import cuda_graphs
 from impatient.files import read_json, write_json
 from impatient.policies import ThresholdPolicy
 from impatient.policies.rules import thresholds_for_shares
-from impatient.policies.scores import SCORES
+from impatient.tasks.scores import SCORES
 
 KEPT = Path("runs/gpu/running")
 

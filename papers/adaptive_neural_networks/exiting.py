@@ -89,7 +89,7 @@ def judge_split(
         "exits": [
             {"exit": name, "s": time, "accuracy": accuracy}
             for name, time, accuracy in zip(
-                profile.exits, profile.contract_s(), judged.hits().mean(1).tolist(), strict=True
+                profile.exits, profile.contract_s(), judged.quality.mean(1).tolist(), strict=True
             )
         ],
         "full": {"s": full.mean_s, "accuracy": full.accuracy},
@@ -104,7 +104,10 @@ def judge_split(
 def full_network(fit: Recording, judged: Recording, costs: CostProfile) -> Point:
     """Measure the network without exits."""
     on_fit, on_judged = (
-        (torch.full((len(part.labels),), costs.exit_free_s(), dtype=torch.float64), part.hits()[-1])
+        (
+            torch.full((len(part),), costs.exit_free_s(), dtype=torch.float64),
+            part.quality[-1],
+        )
         for part in (fit, judged)
     )
     return point_of(on_fit, on_judged)
@@ -138,7 +141,7 @@ def _seen(
     found = policy.outcome(part, costs)
     exits = found.exits
     seconds = found.contract_s
-    return seconds, part.hits()[exits, torch.arange(len(exits))]
+    return seconds, part.quality[exits, torch.arange(len(exits))]
 
 
 def gates(
@@ -161,7 +164,7 @@ def gates(
     )
     policies = [entry.policy for entry in swept]
     samples = torch.arange(len(judged.labels))
-    hits = judged.hits().double()
+    hits = judged.quality.double()
     points = []
     for entry, exits in zip(swept, GatePolicy.exits_of_each(policies, judged), strict=True):
         seconds = exit_times_s(entry.policy, costs)[exits]
@@ -179,7 +182,7 @@ def time_prices(costs: CostProfile, count: int) -> list[float]:
 def oracles(judged: Recording, costs: CostProfile) -> dict[str, Any]:
     """Evaluate the soft oracle by both ways of counting time."""
     found: dict[str, Any] = {}
-    hits = judged.hits()
+    hits = judged.quality
     samples = torch.arange(len(judged.labels))
     for pays in ("path", "chosen"):
         exits, seconds = soft_oracle(judged, costs, pays=pays)

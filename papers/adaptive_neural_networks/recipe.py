@@ -466,7 +466,7 @@ def _recorded(network: Any, data: Data, case: Case, folder: Path) -> dict[str, l
     for split in splits:
         recording = record(network, data, split=split, features=True, device=_device(network))
         recording.save(folder / f"{split}.safetensors")
-        accuracy[split] = recording.hits().double().mean(1).tolist()
+        accuracy[split] = recording.quality.double().mean(1).tolist()
     return accuracy
 
 
@@ -526,9 +526,9 @@ def recording_of(case: Case, split: str, runs: Path) -> Recording:
     """Join the recordings of a case's networks to one."""
     parts = [Recording.load(runs / key(case, net) / f"{split}.safetensors") for net in case.nets]
     whose = [f"{part.provenance.weights}{part.provenance.network}".encode() for part in parts]
-    return Recording(
-        outputs=torch.cat([part.outputs for part in parts]),
-        labels=parts[0].labels,
+    return Recording.of(
+        torch.cat([part.logits() for part in parts]),
+        parts[0].labels,
         split=split,
         exits=case.names,
         features=tuple(part.features[0] for part in parts),
@@ -568,12 +568,7 @@ def judged_places(count: int, case: Case, seed: int) -> Tensor:
 
 def taken(recording: Recording, places: Tensor) -> Recording:
     """Select samples of a recording, with repetitions."""
-    return dataclasses.replace(
-        recording,
-        outputs=recording.outputs[:, places],
-        labels=recording.labels[places],
-        features=tuple(entry[places] for entry in recording.features),
-    )
+    return recording.take(places)
 
 
 def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ Learned policies on all topologies are compared with baselines.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -221,9 +220,8 @@ def later_first(count: int) -> list[range]:
 
 def only(recording: Recording, nodes: Sequence[int]) -> Recording:
     """Select some of the networks of a recording."""
-    return dataclasses.replace(
-        recording,
-        outputs=recording.outputs[list(nodes)],
+    return recording.with_outputs(
+        recording.logits()[list(nodes)],
         exits=tuple(recording.exits[node] for node in nodes),
         features=tuple(recording.features[node] for node in nodes if recording.features),
     )
@@ -248,7 +246,7 @@ def oracles(judged: Recording, node_s: Sequence[float], full: Point) -> dict[str
     """
     topology = Topology.full(judged.exits)
     result: dict[str, Any] = {}
-    right: Tensor = judged.hits()
+    right: Tensor = judged.quality
     paths = topology.cheapest_paths(node_s)
     for pays in ("path", "chosen"):
         route = oracle_route(judged, node_s, topology, pays=pays)

@@ -18,9 +18,9 @@ from impatient.errors import PolicyError
 from impatient.policies.policy import Recorded
 from impatient.policies.routing import Route, check_costs
 from impatient.policies.rules import ThresholdPolicy, fit_thresholds
-from impatient.policies.scores import ScoreName
 from impatient.policies.topology import Topology
 from impatient.provenance import provenance
+from impatient.tasks.scores import ScoreName
 
 
 def single_route(node: int, count: int, node_s: Sequence[float]) -> Route:

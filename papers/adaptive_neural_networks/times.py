@@ -255,7 +255,7 @@ def really(
             for way in (by_policy, by_full) if place % 2 else (by_full, by_policy):
                 way(x, label)
     expected = policy.outcome(recorded, runner.costs)
-    hits = recorded.hits()[expected.exits, torch.arange(len(images))]
+    hits = recorded.quality[expected.exits, torch.arange(len(images))]
     ways = measured.pop("way")
     return {
         **measured,

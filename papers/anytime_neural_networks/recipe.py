@@ -308,7 +308,7 @@ def train(training: Training, net: Net, seed: int, keep: bool, *, folder: Path) 
     device = str(next(network.parameters()).device)
     errors = {
         split: (
-            1.0 - record(network, data, split=split, device=device).hits().double().mean(1)
+            1.0 - record(network, data, split=split, device=device).quality.double().mean(1)
         ).tolist()
         for split in ("validation", "test")
     }
@@ -382,7 +382,7 @@ def check_ensemble(
     ensemble = EANN(networks, validation_errors)
     facts = ensemble.stage_facts(data.example(1))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hits = record(ensemble.to(device), data, split="test", device=device).hits()
+    hits = record(ensemble.to(device), data, split="test", device=device).quality
     return {
         "stage_macs": [fact.stage_macs for fact in facts],
         "head_macs": [fact.head_macs for fact in facts],

@@ -3,7 +3,7 @@
 It is measured over all samples and for each class.
 
 It needs the true labels, so it measures how good a network is. A run can only look at the largest
-class probability, the score `impatient.policies.scores.max_probability`. Both are here.
+class probability, the score `impatient.tasks.scores.max_probability`. Both are here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from impatient.evaluation.metrics import Z95, Estimate, mean_share, true_label_probabilities
 from impatient.evaluation.recording import Recording
-from impatient.policies.scores import max_probability
 from impatient.provenance import Provenance
+from impatient.tasks.scores import max_probability
 
 
 def correlation(first: Float[Tensor, "N"], second: Float[Tensor, "N"]) -> Estimate | None:
@@ -106,7 +106,7 @@ def class_confidence(recording: Recording) -> ClassConfidence:
         over classes stands that over single samples, which is where it begins.
     """
     labels = recording.labels.long()
-    hits_KN = recording.hits()
+    hits_KN = recording.quality
     true_KN = true_label_probabilities(recording.outputs, labels)
     counts_C = torch.bincount(labels, minlength=recording.outputs.shape[2])
     confidence, accuracy = (_class_means(values, labels, counts_C) for values in (true_KN, hits_KN))

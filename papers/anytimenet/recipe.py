@@ -344,14 +344,14 @@ def judged(recording: Recording) -> dict[str, Any]:
     surest = class_confidence(cached)
     there = list(found.classes)
     return {
-        "accuracy": recording.hits().double().mean(1).tolist(),
+        "accuracy": recording.quality.double().mean(1).tolist(),
         "p_true": [estimate.value for estimate in found.overall],
         "p_max": [estimate.value for estimate in found.max_probability],
         "correlation": [estimate and estimate.value for estimate in found.correlations],
         "sample_correlation": [
             estimate and estimate.value for estimate in found.sample_correlations
         ],
-        "surest_accuracy": cached.hits().double().mean(1).tolist(),
+        "surest_accuracy": cached.quality.double().mean(1).tolist(),
         "surest_p_true": [estimate.value for estimate in surest.overall],
         "surest_p_max": [estimate.value for estimate in surest.max_probability],
         "classes": there,

@@ -92,9 +92,10 @@ def linear_probes(
     )
     return tuple(
         dataclasses.replace(
-            recording,
-            outputs=torch.stack(
-                [_decide(probe, recording, exit).float() for exit, probe in enumerate(probes)]
+            recording.with_outputs(
+                torch.stack(
+                    [_decide(probe, recording, exit).float() for exit, probe in enumerate(probes)]
+                )
             ),
             provenance=dataclasses.replace(recording.provenance, weights=weights),
         )

@@ -391,7 +391,7 @@ def _judged(network: MultiExitNetwork, target: Data) -> dict[str, list[float]]:
 
 
 def _accuracies(recording: Recording) -> list[float]:
-    return recording.hits().mean(1).tolist()
+    return recording.quality.mean(1).tolist()
 
 
 def _probes(backbone: nn.Module, pair: Pair, target: Data) -> dict[str, Any]:
@@ -425,9 +425,9 @@ def _features(backbone: nn.Module, pair: Pair, target: Data, split: Split) -> Re
         weights=fingerprint_tensors(state),
         data=target.fingerprint,
     )
-    return Recording(
-        outputs=torch.zeros(len(cuts), len(labels), target.num_classes),
-        labels=labels,
+    return Recording.of(
+        torch.zeros(len(cuts), len(labels), target.num_classes),
+        labels,
         split=split,
         exits=tuple(cuts),
         features=tuple(torch.cat(parts) for parts in kept),

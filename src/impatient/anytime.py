@@ -25,6 +25,7 @@ from impatient.counting import (
 from impatient.errors import ExitNotReached, NetworkError
 from impatient.inputs import batch_size_of, evaluating
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
+from impatient.tasks import Task, classification
 
 
 class Exit:
@@ -148,6 +149,7 @@ class Network(nn.Module):
 
     Attributes:
         num_classes: width of every output; None if it is not known.
+        task: what the outputs mean; one of several classes unless said otherwise.
         default_weights: scheme of the exits' loss weights that `fit` uses by default.
         engine: name of the engine that computes the stages.
         threads: intra-op threads of the engine; None for those of torch.
@@ -173,6 +175,7 @@ class Network(nn.Module):
     """
 
     num_classes: int | None = None
+    task: Task = classification()
     default_weights: str = "uniform"
     engine: str = "eager"
     threads: int | None = None

@@ -16,6 +16,7 @@
     │   ├── CostOrderError           cumulative costs do not increase
     │   └── EnergyUnavailable        joules cannot be measured on this machine or by this user
     ├── TreeError                    samples, targets or outputs do not fit together
+    ├── TaskError                    a task does not fit the outputs, targets or policy
     ├── DataError                    a data set is missing, empty or malformed
     ├── TrainingError                training cannot start or continue
     │   └── TrainingDiverged         a loss is NaN or infinite
@@ -97,6 +98,10 @@ class EnergyUnavailable(CostError):
 
 class TreeError(ImpatientError, ValueError):
     """Samples, targets or outputs do not fit together."""
+
+
+class TaskError(ImpatientError, ValueError):
+    """A task does not fit the outputs, targets or policy."""
 
 
 class DataError(ImpatientError, ValueError):

@@ -41,7 +41,27 @@ def _recording(tree: Tree, tensors: Tensors) -> Tree:
     features = entries_under("features/", tensors)
     ordered = [features[name] for name in sorted(features, key=int)]
     own = {name: value for name, value in tensors.items() if not name.startswith("features/")}
-    return tree | own | {"features": ordered}
+    return tree | _tables(own) | {"features": ordered}
+
+
+def _tables(tensors: Tensors) -> Tree:
+    """Judge the outputs of an old recording, in which there were no tables."""
+    import torch
+
+    from impatient.tasks import classification
+
+    outputs, labels = tensors["outputs"], tensors["labels"]
+    rows = [classification().tables(output, labels) for output in outputs]
+    return {
+        "task": "classification",
+        "quality": torch.stack([quality for quality, _, _ in rows]),
+        "scores": {
+            name: torch.stack([scores[name] for _, scores, _ in rows]) for name in rows[0][1]
+        },
+        "statistics": None,
+        "outputs": outputs,
+        "targets": labels,
+    }
 
 
 def _thresholds(tree: Tree, _: Tensors) -> Tree:

@@ -122,7 +122,8 @@ def _plain(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
         return {_TENSOR: name}
     if dataclasses.is_dataclass(value):
         own: dict[str, Any] = {"kind": value.kind} if isinstance(value, Stored) else {}
-        value = own | {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        parts = [part for part in dataclasses.fields(value) if part.metadata.get("stored", True)]
+        value = own | {part.name: getattr(value, part.name) for part in parts}
     elif isinstance(value, Stored):
         raise StorageError(
             f"a {type(value).__name__} cannot be saved; expected a frozen dataclass."

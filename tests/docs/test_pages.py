@@ -124,7 +124,7 @@ def test_the_tutorial_ends_with_an_answer_from_a_network_that_works(
     tutorial: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, names = tutorial
-    accuracy = names["recording"].hits().mean(1)
+    accuracy = names["recording"].quality.mean(1)
     assert accuracy[-1] > 0.8
     assert (folder / "runs/digits/report.html").is_file()
 
@@ -135,7 +135,7 @@ def test_the_readme_runs_by_itself(tmp_path: Path) -> None:
 
     assert names["answer"].output.shape == (1, 10)
     # a newcomer sees a network that works, to the last exit
-    assert names["recording"].hits().mean(1)[-1] > 0.8
+    assert names["recording"].quality.mean(1)[-1] > 0.8
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_under_a_budget_the_answer_is_the_last_on_the_way_that_fits(
     recording = fresh()
     policy, costs = (selection(), NODES) if name == "selection" else (POLICIES[name], COSTS)
     found = policy.outcome(recording, costs)
-    hits = recording.hits()
+    hits = recording.quality
     expected = [held(found, hits, sample, time_s) for sample in range(400)]
     assert found.expected(point(time_s), hits).tolist() == expected
 
@@ -169,7 +169,7 @@ def test_evaluations_hold_policies_of_every_kind() -> None:
         found = policy.outcome(recording, COSTS)
         assert rows[name].contract_s == pytest.approx(float(found.contract_s.mean()))
         assert rows[name].accuracy.value == pytest.approx(
-            float(recording.hits()[found.exits, torch.arange(400)].mean())
+            float(recording.quality[found.exits, torch.arange(400)].mean())
         )
     chosen = evaluate(recording, NODES, selection())
     assert chosen["policy"].contract_s == pytest.approx(

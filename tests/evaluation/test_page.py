@@ -120,7 +120,7 @@ def test_the_page_computes_what_evaluate_does_for_gates(window, page, policies):
     assert f"{row.accuracy.value * 100:.1f} %" in words
     # no sample goes deeper than exit 1: accuracy by hand
     exits = policies["gates"].exits_on(RECORDING).clamp(max=1)
-    right = RECORDING.hits()[exits, torch.arange(len(exits))].mean()
+    right = RECORDING.quality[exits, torch.arange(len(exits))].mean()
     assert shown(window, policy=2, deadline=1.6)[1]["computed"] == pytest.approx(
         float(right), abs=0.001
     )

@@ -79,7 +79,7 @@ def test_right_and_wrong_are_bits():
     content = make_payload(recording, COSTS, {}).content
     bits = np.unpackbits(numbers(content["quality"]))[: 4 * 1001].reshape(4, 1001)
     assert content["bits"]
-    assert (bits == recording.hits().numpy()).all()
+    assert (bits == recording.quality.numpy()).all()
 
 
 def test_a_large_recording_travels_in_part_and_says_so():
@@ -122,7 +122,7 @@ def test_what_is_guaranteed_grows_with_the_level_and_needs_samples():
 def test_a_guarantee_is_kept_on_new_samples():
     """The validity of the switch: chosen on one recording, it holds on a large other one."""
     large = drawn(50_000, seed=100, split="new")
-    quality = large.hits().numpy()
+    quality = large.quality.numpy()
     broken = 0
     for seed in range(20):
         family = make_payload(drawn(2000, seed=seed, split="test"), COSTS, {}).families[0]

@@ -18,7 +18,7 @@ from impatient.errors import (
 from impatient.evaluation import evaluate
 from impatient.evaluation.vectorised import expected_accuracies, judge_policies
 from impatient.policies import ThresholdPolicy, fit_thresholds
-from impatient.policies.scores import SCORES
+from impatient.tasks.scores import SCORES
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
@@ -84,7 +84,7 @@ def test_expected_accuracies_are_those_of_one_budget_at_a_time():
     recording = drawn(300, seed=2)
     made = many_budgets(21)
     cost = COSTS.interruptible_s()
-    exits = recording.hits().double().mean(1).tolist()
+    exits = recording.quality.double().mean(1).tolist()
     for credit in (0.0, 0.2):
         wanted = [
             budgets.expected_accuracy(budget, cost, exits, without_answer=credit) for budget in made
@@ -100,7 +100,7 @@ def test_right_and_wrong_may_be_given_instead_of_a_recording():
     made = many_budgets(14)
     policy = ThresholdPolicy(score="margin", thresholds=(0.6, 0.4, 0.3, -INF))
     held = torch.minimum(torch.arange(4)[:, None], policy.exits_of(recording.outputs)[None])
-    hits = recording.hits()[held, torch.arange(200)]
+    hits = recording.quality[held, torch.arange(200)]
     rows = evaluate(
         recording, COSTS, policy, budgets={str(index): entry for index, entry in enumerate(made)}
     ).under_budgets

@@ -44,7 +44,7 @@ def test_the_oracles_choices_are_explicit():
 def test_single_networks():
     route = single_route(2, 500, FEW_S)
     assert route.time_s.tolist() == [4.0] * 500
-    assert route.accuracy(FEW) == pytest.approx(FEW.hits()[2].mean().item())
+    assert route.accuracy(FEW) == pytest.approx(FEW.quality[2].mean().item())
 
 
 def test_thresholds_per_network_leave_closed_networks_out():

@@ -1,6 +1,5 @@
 """Confidence: by hand, against plain loops and scipy; what is left out."""
 
-import dataclasses
 import itertools
 
 import pytest
@@ -109,7 +108,7 @@ def test_classes_are_those_of_a_plain_loop(pair):
     recording = recording_of(*pair)
     found = class_confidence(recording)
     true = true_label_probabilities(recording.outputs, recording.labels).double()
-    hits = recording.hits().double()
+    hits = recording.quality.double()
     assert set(found.classes) == set(recording.labels.tolist())
     assert sorted(found.classes + found.absent) == list(range(recording.outputs.shape[2]))
     for label in found.classes:
@@ -186,9 +185,8 @@ def test_few_pairs_say_little():
 
 def test_correlations_are_over_classes_with_samples_each_counted_once():
     recording = drawn(400, seed=2, classes=8)
-    recording = dataclasses.replace(
-        recording, labels=torch.where(recording.labels == 3, 4, recording.labels)
-    )
+    labels = torch.where(recording.labels == 3, 4, recording.labels)
+    recording = recording.with_outputs(recording.outputs, labels)
     found = class_confidence(recording)
     assert found.absent == (3,)
     for exit, estimate in enumerate(found.correlations):

@@ -203,9 +203,9 @@ def test_own_statistics_leave_the_trained_network_and_its_weights_alone(digits) 
 def recording(outputs, labels) -> Recording:
     outputs = torch.tensor(outputs).log()
     exits = tuple(map(str, range(len(outputs))))
-    return Recording(
-        outputs=outputs,
-        labels=torch.tensor(labels),
+    return Recording.of(
+        outputs,
+        torch.tensor(labels),
         split="test",
         exits=exits,
         provenance=provenance(),

@@ -44,7 +44,7 @@ def featured(
 
 
 def accuracies(recording):
-    return recording.hits().mean(1).tolist()
+    return recording.quality.mean(1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_class_that_was_not_there_to_learn_is_never_the_answer():
         probed.outputs[..., [2, 4]], (least - 1.0)[..., None].expand(-1, -1, 2), atol=1e-5
     )
     seen = torch.isin(test.labels, torch.tensor([0, 1, 3]))
-    assert probed.hits()[1][seen].mean() > 0.9
+    assert probed.quality[1][seen].mean() > 0.9
 
 
 def test_two_classes_of_many_and_one_class_of_many():
@@ -137,7 +137,7 @@ def test_two_classes_of_many_and_one_class_of_many():
     (two,) = linear_probes(
         featured(200, 1, labels=torch.arange(200) % 2 * 2, split="train"), None, test
     )
-    assert two.hits()[1][(test.labels == 0) | (test.labels == 2)].mean() > 0.9
+    assert two.quality[1][(test.labels == 0) | (test.labels == 2)].mean() > 0.9
     assert set(two.outputs.argmax(-1).flatten().tolist()) == {0, 2}
     (one,) = linear_probes(featured(50, 1, labels=torch.full((50,), 2), split="train"), None, test)
     assert one.outputs.argmax(-1).unique().tolist() == [2]
@@ -245,7 +245,7 @@ def test_a_policy_of_one_network_is_refused_for_the_other(splits):
     train, validation, test = splits
     probed = linear_probes(train, validation, test)[0]
     elsewhere = linear_probes(
-        dataclasses.replace(train, labels=train.labels.flip(0)), validation, test
+        train.with_outputs(train.outputs, train.labels.flip(0)), validation, test
     )[0]
     assert (
         len({test.provenance.weights, probed.provenance.weights, elsewhere.provenance.weights}) == 3

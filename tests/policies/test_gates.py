@@ -16,7 +16,7 @@ from impatient.policies.gate_fitting import GateTimes, backward, fit_gates, stop
 from impatient.policies.gates import GatePolicy, gate_time_s
 from impatient.policies.mixing import MixedPolicy, hull_of, lower_hull, mix, neighbours
 from impatient.policies.risk import threshold_family
-from impatient.policies.scores import confidence_features
+from impatient.tasks.scores import confidence_features
 from papers.adaptive_neural_networks.exit_baselines import always, soft_oracle
 from recordings import costs_of, drawn, recording_of, sure
 
@@ -41,7 +41,7 @@ def mean_s(policy, recording, costs=COSTS):
 
 def accuracy(policy, recording, costs=COSTS):
     exits = outcome_on(policy, recording, costs)[0]
-    return float(recording.hits()[exits, torch.arange(len(exits))].mean())
+    return float(recording.quality[exits, torch.arange(len(exits))].mean())
 
 
 # --- what a gate sees -----------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, inputs):
     if name == "mean_time_s":
         assert policy.target["mean_cost"] <= wanted
     else:
-        assert policy.target["accuracy"] >= float(recording.hits()[-1].mean()) - wanted - 1e-6
+        assert policy.target["accuracy"] >= float(recording.quality[-1].mean()) - wanted - 1e-6
         assert policy.target["mean_cost"] < 4.0
 
 
@@ -276,8 +276,8 @@ def test_gates_beat_rules_that_see_less_on_fresh_data(reference):
     fresh = drawn(3000, seed=5, split="test")
     gates = fit_gates(known, COSTS, mean_time_s=2.5, reference=reference)
     # two exits mixed without a look at the input
-    fast, slow, share = neighbours(COSTS.contract_s(), known.hits().mean(1).tolist(), 2.5)
-    right = fresh.hits().mean(1)
+    fast, slow, share = neighbours(COSTS.contract_s(), known.quality.mean(1).tolist(), 2.5)
+    right = fresh.quality.mean(1)
     blind = float((1.0 - share) * right[fast] + share * right[slow])
     # one threshold for all exits
     in_time = [policy for policy in threshold_family(known) if mean_s(policy, known) <= 2.5]
@@ -290,7 +290,7 @@ def test_gates_beat_rules_that_see_less_on_fresh_data(reference):
 @pytest.mark.slow
 def test_where_features_say_what_confidences_do_not_gates_on_features_are_better():
     recording = drawn(1000, seed=6)
-    told = tuple(hits[:, None].float() + 0.1 * torch.randn(1000, 1) for hits in recording.hits())
+    told = tuple(hits[:, None].float() + 0.1 * torch.randn(1000, 1) for hits in recording.quality)
     recording = with_features(recording, told)
     reached = {
         inputs: fit_gates(recording, COSTS, max_accuracy_loss=0.0, inputs=inputs).target[
@@ -477,7 +477,7 @@ def sweep():
 def test_a_sweep_goes_from_the_whole_network_to_the_first_exit(sweep):
     recording, points = sweep
     assert len(points) == 100
-    assert points[0].accuracy == pytest.approx(float(recording.hits()[-1].mean()))
+    assert points[0].accuracy == pytest.approx(float(recording.quality[-1].mean()))
     assert points[0].mean_time_s == pytest.approx(4.0)
     assert points[-1].mean_time_s == pytest.approx(1.1)
     for point in points[10:90:20]:

@@ -2,7 +2,6 @@
 break their word.
 """
 
-import dataclasses
 import functools
 import math
 from typing import get_args
@@ -76,7 +75,7 @@ def test_losses_by_hand():
         "disagreement": [0, 1, 1, 0, 1],
     }
     for loss, values in expected.items():
-        found = exit_losses(outputs, labels, loss)
+        found = exit_losses(recording_of(outputs, labels), loss)
         assert found[0].tolist() == values
         # the full network loses nothing against itself
         assert not found[1].any()
@@ -89,7 +88,7 @@ def test_a_family_is_judged_as_its_policies_judge_one_by_one(score):
         *threshold_family(4, score=score),
         *scaled_family(ThresholdPolicy(score=score, thresholds=(INF, 0.5, 0.4, -INF))),
     ]
-    right = recording.hits()
+    right = recording.quality
     slow = [
         right[-1] - right[policy.exits_of(recording.outputs), torch.arange(300)]
         for policy in family
@@ -402,9 +401,7 @@ def truth(loss):
 @functools.cache
 def calibration(seed, samples=1000):
     places = torch.randint(50_000, (samples,), generator=random(seed))
-    return dataclasses.replace(
-        POPULATION, outputs=POPULATION.outputs[:, places], labels=POPULATION.labels[places]
-    )
+    return POPULATION.take(places)
 
 
 @pytest.mark.slow
@@ -475,9 +472,7 @@ def test_the_order_of_the_recording_does_not_matter():
     recording = calibration(2)
     losses = policy_losses(FAMILY, recording, "positive_gap")
     order = losses.sum(0).argsort()
-    ordered = dataclasses.replace(
-        recording, outputs=recording.outputs[:, order], labels=recording.labels[order]
-    )
+    ordered = recording.take(order)
     # in this order all would pass
     betting = functools.partial(betting_p_values, delta=0.05)
     assert learn_then_test(losses[:, order], epsilon=0.02, p_values=betting).all()
@@ -539,9 +534,7 @@ def routed(node):
 
 def test_selections_among_networks_are_controlled_by_who_answers():
     same = drawn(400, seed=6)
-    same = dataclasses.replace(
-        same, outputs=same.outputs[[3, 0, 3]], exits=("twin", "weak", "full")
-    )
+    same = same.with_outputs(same.outputs[[3, 0, 3]], exits=("twin", "weak", "full"))
     boldest = control_risk([routed(2), routed(0)], same, epsilon=0.01)
     assert boldest.policy.moves == routed(0).moves
     with pytest.warns(NoEffectWarning, match="full network"):

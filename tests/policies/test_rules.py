@@ -11,8 +11,8 @@ import torch
 from impatient.errors import CostError, InfeasibleTarget, NoEffectWarning, PolicyError, StorageError
 from impatient.files import read_json, write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
-from impatient.policies.scores import SCORES
 from impatient.store import from_plain, to_plain
+from impatient.tasks.scores import SCORES
 from recordings import costs_of, drawn, recording_of, sure
 
 INF = math.inf
@@ -47,7 +47,7 @@ def judged(policy, recording, costs, cost="time"):
     spent = torch.tensor(
         costs.cumulative(cost, "interruptible", heads=policy.open_exits()), dtype=torch.float64
     )
-    right = recording.hits()[exits, torch.arange(len(exits))].double()
+    right = recording.quality[exits, torch.arange(len(exits))].double()
     return spent[exits], right
 
 
@@ -106,7 +106,9 @@ def test_thresholds_that_make_no_policy_are_refused(thresholds, complaint):
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(StorageError, match=r"gut feeling not in .* @ \$\.score"):
+    with pytest.raises(
+        StorageError, match=r"gut feeling.* expected one of max_probability, margin"
+    ):
         from_plain({**to_plain(by_hand(-INF)), "score": "gut feeling"}, ThresholdPolicy)
 
 
@@ -206,7 +208,7 @@ def test_a_target_is_kept_on_the_recording_it_was_fitted_on(target, score):
     assert policy.target["mean_cost"] == pytest.approx(float(cost.mean()))
     assert policy.target["accuracy"] == pytest.approx(float(right.mean()))
     if name == "max_accuracy_loss":
-        assert float(right.mean()) >= float(recording.hits()[-1].double().mean()) - wanted - 1e-9
+        assert float(right.mean()) >= float(recording.quality[-1].double().mean()) - wanted - 1e-9
     else:
         assert float(cost.mean()) <= wanted + 1e-9
 
@@ -281,7 +283,7 @@ def test_a_fitted_accuracy_loss_is_met_on_fresh_data():
     for seed in range(12):
         policy = fit_thresholds(drawn(5000, seed=2 * seed), COSTS, max_accuracy_loss=0.02)
         fresh = drawn(5000, seed=2 * seed + 1, split="test")
-        lost = fresh.hits()[-1].double() - judged(policy, fresh, COSTS)[1]
+        lost = fresh.quality[-1].double() - judged(policy, fresh, COSTS)[1]
         misses += float(lost.mean()) - 1.96 * float(lost.std()) * math.sqrt(2 / 5000) > 0.02
     assert misses <= 3
 
@@ -375,7 +377,7 @@ def test_neighbouring_scores_are_told_apart_in_single_precision():
 def every_policy(recording, costs):
     """Mean cost and accuracy of all combinations of thresholds."""
     scores = SCORES["max_probability"](recording.outputs).numpy()
-    right = recording.hits().double().numpy()
+    right = recording.quality.double().numpy()
     (count, samples) = scores.shape
     found = []
     for early in itertools.product(*([*np.unique(row), INF] for row in scores[:-1])):
@@ -403,7 +405,7 @@ def test_on_the_hull_fitting_finds_the_cheapest_policy_there_is(tiny):
     costs, cases = tiny
     gaps = []
     for recording, cost, accuracy in cases:
-        last = recording.hits()[-1].double().mean().item()
+        last = recording.quality[-1].double().mean().item()
         hull = {
             float(accuracy[int((1 - accuracy + price * cost).argmin())])
             for price in np.geomspace(1e-2, 1.0, 40)
@@ -427,7 +429,7 @@ def test_off_the_hull_fitting_is_near_the_best_policy_there_is(tiny):
     dearer = []
     worse = []
     for recording, cost, accuracy in cases:
-        last = recording.hits()[-1].double().mean().item()
+        last = recording.quality[-1].double().mean().item()
         for loss in (0.0, 0.09, 0.2):
             fitted = fit_thresholds(recording, costs, max_accuracy_loss=loss)
             dearer.append(

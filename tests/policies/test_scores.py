@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from impatient.policies.scores import SCORES, entropy, margin, max_probability
+from impatient.tasks.scores import SCORES, entropy, margin, max_probability
 
 EVERY = pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 # softmax gives these probabilities back

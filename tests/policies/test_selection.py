@@ -44,7 +44,7 @@ def problem(right, probabilities, times=1):
 def cost_of(policy, recording, price, reference="none"):
     """Loss plus priced time per sample of what a policy does, straight from the definition."""
     route = policy.route(recording.outputs, recording.features)
-    losses = reference_losses(1.0 - recording.hits().double(), reference)
+    losses = reference_losses(1.0 - recording.quality.double(), reference)
     return losses[route.answering, torch.arange(len(route.answering))] + price * route.time_s
 
 
@@ -180,7 +180,7 @@ def fit_table(features, costs, *, weights=None, **_):
 
 def best_of_all_tables(recording, node_s, topology, price, reference):
     """Find the least cost of any assignment of moves to distinct feature values at each node."""
-    losses = reference_losses(1.0 - recording.hits().double(), reference).numpy()
+    losses = reference_losses(1.0 - recording.quality.double(), reference).numpy()
     states = {}
     for node in topology.order():
         rows = selection_features([recording.outputs[k] for k in topology.known(node)]).tolist()
@@ -268,7 +268,7 @@ def test_the_prices_of_nothing_and_of_everything_are_the_two_ends():
         free = fit_selection(
             recording, node_s, topology, time_price=0.0, reference=reference
         ).route(recording.outputs)
-        assert free.accuracy(recording) >= recording.hits()[-1].mean().item() - 1e-6
+        assert free.accuracy(recording) >= recording.quality[-1].mean().item() - 1e-6
         dear = fit_selection(recording, node_s, topology, time_price=2.0, reference=reference)
         assert dear.visits == (0,)
         assert dear.route(recording.outputs).time_s.tolist() == [1.0] * 500
@@ -280,7 +280,7 @@ TOY_S = [1.0, 4.0, 14.0]
 
 
 def test_corrected_labels_escalate_more_as_the_price_falls():
-    assert (1 - TOY.hits().mean(1)).tolist() == pytest.approx([0.59, 0.21, 0.058], abs=0.012)
+    assert (1 - TOY.quality.mean(1)).tolist() == pytest.approx([0.59, 0.21, 0.058], abs=0.012)
     points = sweep_selection(
         TOY, TOY_S, Topology.chain(3), time_prices=[1 / 40, 1 / 80, 1 / 160, 1 / 320]
     )
@@ -296,7 +296,7 @@ def test_corrected_labels_escalate_more_as_the_price_falls():
     for point in points:
         route = point.policy.route(fresh.outputs)
         # the best mixture of two networks that does not look at the input
-        accuracies = fresh.hits().double().mean(1).tolist()
+        accuracies = fresh.quality.double().mean(1).tolist()
         fast, slow, share = neighbours(TOY_S, accuracies, route.mean_time_s)
         blind = (1.0 - share) * accuracies[fast] + share * accuracies[slow]
         gains.append(route.accuracy(fresh) - blind)

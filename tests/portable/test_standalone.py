@@ -29,7 +29,6 @@ from impatient.clock import FakeClock
 from impatient.costs import Quantiles
 from impatient.engines.export import copy_standalone
 from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES as TORCH_SCORES
 from impatient.portable import (
     ENGINES,
     Answer,
@@ -48,6 +47,7 @@ from impatient.portable.command import _load, main
 from impatient.portable.staged import CancellablePart
 from impatient.portable.thresholds import SCORES, probabilities
 from impatient.provenance import machine
+from impatient.tasks.scores import SCORES as TORCH_SCORES
 
 pytestmark = pytest.mark.engine
 

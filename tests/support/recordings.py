@@ -51,9 +51,9 @@ def recording_of(
     data: str = "data",
     **rest: Any,
 ) -> Recording:
-    return Recording(
-        outputs=outputs,
-        labels=labels,
+    return Recording.of(
+        outputs,
+        labels,
         split=split,
         exits=(*(f"block{k}" for k in range(len(outputs) - 1)), "output"),
         provenance=provenance(network="network", weights=weights, data=data),

@@ -148,7 +148,7 @@ def test_networks_of_growing_depth_are_one_network_through_every_verb(
     assert network.num_exits == 6
     rows = {row["name"]: row for row in read_json(together / "evaluation.json")["rows"]}
     best = max(1.0 - errors[-1] for errors in RunDirectory(together).spec().validation_errors)
-    validation = RunDirectory(together).recording("validation").hits().mean(1)
+    validation = RunDirectory(together).recording("validation").quality.mean(1)
     # the best last exit by validation answers at the end
     assert float(validation[-1]) == pytest.approx(best)
     assert rows["no exits, trained alone"]["macs"] < rows["exit 5"]["macs"]

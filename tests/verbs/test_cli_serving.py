@@ -82,7 +82,7 @@ def test_a_served_network_is_as_right_as_its_recording_and_ends_when_told(server
         reply = json.loads(ask(connection, "infer", body))
         exits.append(reply["parameters"]["exit"])
         right.append(np.argmax(reply["outputs"][0]["data"]) == int(label))
-    known = recording.hits()[exits, range(40)].bool().tolist()
+    known = recording.quality[exits, range(40)].bool().tolist()
     assert right == known
 
     # the connection that is open does not keep the server from ending

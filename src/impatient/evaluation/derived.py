@@ -40,7 +40,7 @@ def ensembled(
         PolicyError: if the rule is unknown, or there are not K positive temperatures.
     """
     outputs = combine(
-        recording.outputs, rule, temperatures=temperatures, recalibration=recalibration
+        recording.logits(), rule, temperatures=temperatures, recalibration=recalibration
     )
     made = f"{Rule.of(rule)} {_listed(temperatures)} {_listed(recalibration)}"
     return _derived(recording, outputs, made)
@@ -58,7 +58,9 @@ def calibrated(recording: Recording, temperatures: Sequence[float]) -> Recording
     if checked is None:
         raise PolicyError("no temperatures; expected one per exit, from fit_temperatures.")
     return _derived(
-        recording, recording.outputs / checked[:, None, None], f"calibrated {_listed(temperatures)}"
+        recording,
+        recording.logits() / checked[:, None, None],
+        f"calibrated {_listed(temperatures)}",
     )
 
 
@@ -69,7 +71,7 @@ def _listed(temperatures: Sequence[float] | None) -> str:
 def _derived(recording: Recording, outputs: Float[Tensor, "K N C"], made: str) -> Recording:
     old = recording.provenance
     renamed = replace(old, network=_renamed(old.network, made), weights=_renamed(old.weights, made))
-    return replace(recording, outputs=outputs, provenance=renamed)
+    return replace(recording.with_outputs(outputs), provenance=renamed)
 
 
 def _renamed(fingerprint: str | None, made: str) -> str | None:

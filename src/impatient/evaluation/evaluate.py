@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict, get_args
 
 import torch
@@ -17,16 +17,17 @@ from impatient.errors import PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.metrics import (
     Estimate,
     expected_calibration_error,
+    mean_quality,
     mean_share,
-    proportion,
     true_label_probabilities,
 )
 from impatient.evaluation.recording import Recording
 from impatient.policies.outcome import Outcome, as_doubles, expected_hits
-from impatient.policies.policy import Policy, check_exits, check_policy
+from impatient.policies.policy import Policy, check_exits, check_policy, is_classification
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
+from impatient.tasks import Task, known
 
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
@@ -52,13 +53,15 @@ class Row:
 
     Attributes:
         name, kind: the name and kind of this way to answer.
-        accuracy: share of right answers, with its 95 % interval.
+        accuracy: share of right answers, or mean quality, with its 95 % interval.
         interruptible_s: mean seconds per sample when every head on the way runs.
         contract_s: mean seconds when only the heads that are looked at run.
         macs: mean multiply-accumulates per sample, in contract mode.
-        calibration_error: expected calibration error of the largest class probability.
+        calibration_error: expected calibration error of the largest class probability; None where
+            outputs are not of classes, or were not kept.
         p_true: mean probability of the true class, AnytimeNet's overall confidence; None in
             evaluations made before it was.
+        metrics: metrics of the whole split by name, such as RMSE, where the task has some.
         real: what it took when some samples were really answered; None where they were not.
         shares: share of the samples answered by each exit.
     """
@@ -69,9 +72,10 @@ class Row:
     interruptible_s: float
     contract_s: float
     macs: float
-    calibration_error: float
+    calibration_error: float | None
     shares: tuple[float, ...]
     p_true: Estimate | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     real: RealTime | None = None
 
 
@@ -111,6 +115,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
         rows: exits, policies, networks without exits, oracle.
         under_budgets: expected accuracies.
         budgets: the distributions, by name.
+        quality_name: what `accuracy` is called for the task.
         split, samples: what it was judged on.
         provenance: weights, data and the machine the times come from.
     """
@@ -121,6 +126,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
     split: str
     samples: int
     provenance: Provenance
+    quality_name: str = "accuracy"
 
     def of(self, kind: Kind) -> tuple[Row, ...]:
         """Return the rows of one kind."""
@@ -142,6 +148,7 @@ def evaluate(
     same_weights: bool = True,
     static: Mapping[str, StaticBaseline] | None = None,
     budgets: Mapping[str, Budget] | None = None,
+    task: Task | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
 ) -> Evaluation:
@@ -159,6 +166,7 @@ def evaluate(
             name; by default the four standard shapes of time from 0 to 1.25 times the interruptible
             cost of the last exit. Of `static` networks only time and multiply-accumulates are
             known, so they are left out under budgets of bytes or energy.
+        task: the recording's task, if it is one of your own that has a summary.
         statistic: which of the measured times is used.
         batch_size: size of the batches whose times are used.
     Returns:
@@ -190,7 +198,8 @@ def evaluate(
     once |= {name: ("static", other) for name, other in (static or {}).items()}
     for _, other in once.values():
         _check_same_split(other.recording, recording)
-    judge = _Judge(recording, costs, named, once, options)
+    meaning = task or known(recording.task)
+    judge = _Judge(recording, costs, named, once, options, meaning)
     distributions = (
         standard_budgets(costs.interruptible_s(**options)) if budgets is None else dict(budgets)
     )
@@ -199,7 +208,8 @@ def evaluate(
         under_budgets=tuple(judge.under_budgets(distributions)),
         budgets=distributions,
         split=recording.split,
-        samples=len(recording.labels),
+        quality_name=meaning.quality_name if meaning else "quality",
+        samples=len(recording),
         provenance=provenance(
             network=recording.provenance.network,
             weights=recording.provenance.weights,
@@ -223,10 +233,10 @@ def standard_budgets(interruptible_s: Sequence[float]) -> dict[str, Budget]:
 def check_judged(name: str, policy: Policy, recording: Recording) -> None:
     """Refuse a policy of another network, or fitted on this split."""
     check_policy(policy)
-    if policy.num_exits != recording.outputs.shape[0]:
+    if policy.num_exits != len(recording.exits):
         raise PolicyError(
             f"policy {name!r} is for {policy.num_exits} exits, the recording has "
-            f"{recording.outputs.shape[0]}."
+            f"{len(recording.exits)}."
         )
     if policy.provenance is None:
         return
@@ -267,22 +277,23 @@ class _Judge:
         policies: Mapping[str, Policy],
         once: Mapping[str, tuple[Kind, StaticBaseline]],
         options: _Options,
+        task: Task | None,
     ) -> None:
         self.recording = recording
         self.costs = costs
         self.options = options
+        self.summary = task.summary if task else None
         self.named = policies
         # rows and budgets of time look at the same outcomes
         self.timed = {name: self._outcome(policy, "time") for name, policy in policies.items()}
-        labels = recording.labels
         # networks that answer once, with what is judged of their answers
         self.once = {
-            name: (kind, other, _judged(other.recording.outputs[-1:], labels)[:, 0])
+            name: (kind, other, _judged(other.recording)[:, -1])
             for name, (kind, other) in once.items()
         }
         self.count = costs.num_exits
-        self.samples = torch.arange(len(labels))
-        self.judged = _judged(recording.outputs, labels)
+        self.samples = torch.arange(len(recording))
+        self.judged = _judged(recording)
         self.hits: Float[Tensor, "K N"] = self.judged[0]
         # of each exit: interruptible seconds, contract seconds, multiply-accumulates
         self.exit_costs = [
@@ -309,7 +320,14 @@ class _Judge:
         """Judge the networks that answer once, and the oracle."""
         shares = (*(0.0,) * (self.count - 1), 1.0)
         rows = [
-            _row(name, kind, judged, (other.time_s, other.time_s, other.macs), shares)
+            _row(
+                name,
+                kind,
+                judged,
+                (other.time_s, other.time_s, other.macs),
+                shares,
+                self._metrics(other.recording, torch.full_like(self.samples, -1)),
+            )
             for name, (kind, other, judged) in self.once.items()
         ]
         # the first exit that is right; 0, the cheapest, when none is
@@ -322,12 +340,19 @@ class _Judge:
         """Judge what costs no more than the exit that answers."""
         return self._row(name, kind, exits, [cost[exits] for cost in self.exit_costs])
 
+    def _metrics(self, recording: Recording, exits: Int[Tensor, "N"]) -> Mapping[str, float]:
+        if recording.statistics is None or self.summary is None:
+            return {}
+        return self.summary(recording.statistics[exits, self.samples].sum(0))
+
     def _row(
         self, name: str, kind: Kind, exits: Int[Tensor, "N"], costs: Sequence[Float[Tensor, "N"]]
     ) -> Row:
         shares = torch.bincount(exits, minlength=self.count).double() / len(exits)
         means = [float(cost.mean()) for cost in costs]
-        return _row(name, kind, self.judged[:, exits, self.samples], means, shares.tolist())
+        judged = self.judged[:, exits, self.samples]
+        metrics = self._metrics(self.recording, exits)
+        return _row(name, kind, judged, means, shares.tolist(), metrics)
 
     def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
         """Judge all under every distribution of budgets."""
@@ -373,31 +398,37 @@ class _Judge:
         return [max(exits, key=lambda k: (accuracy[k], -k)) for exits in affordable]
 
 
-def _judged(outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"]) -> Float[Tensor, "3 K N"]:
-    """Compute whether answers are right, how sure, and p(truth)."""
-    right = (outputs.argmax(-1) == labels).float()
-    confidence = outputs.softmax(-1).amax(-1)
-    return torch.stack([right, confidence, true_label_probabilities(outputs, labels)])
+def _judged(recording: Recording) -> Float[Tensor, "J K N"]:
+    """Collect the qualities; of classifications how sure answers are, and p(truth), too."""
+    if recording.outputs is None or not is_classification(recording.task):
+        return recording.quality[None]
+    sure = recording.scores["max_probability"]
+    truth = true_label_probabilities(recording.outputs, recording.labels)
+    return torch.stack([recording.quality, sure, truth])
 
 
 def _row(
     name: str,
     kind: Kind,
-    judged: Float[Tensor, "3 N"],
+    judged: Float[Tensor, "J N"],
     costs: Sequence[float],
     shares: Sequence[float],
+    metrics: Mapping[str, float],
 ) -> Row:
     """Make a row from its three mean costs."""
-    right, confidence, p_true = judged
+    quality, *classes = judged
     interruptible_s, contract_s, macs = costs
     return Row(
         name=name,
         kind=kind,
-        accuracy=proportion(float(right.sum()), len(right)),
+        accuracy=mean_quality(quality),
         interruptible_s=interruptible_s,
         contract_s=contract_s,
         macs=macs,
-        calibration_error=expected_calibration_error(confidence, right.bool()),
+        calibration_error=(
+            expected_calibration_error(classes[0], quality.bool()) if classes else None
+        ),
         shares=tuple(shares),
-        p_true=mean_share(p_true),
+        p_true=mean_share(classes[1]) if classes else None,
+        metrics=metrics,
     )

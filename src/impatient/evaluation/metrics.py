@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.errors import RecordingError
+from impatient.tasks.classification import check_labels
 
 # two-sided 95 % of the normal distribution
 Z95 = 1.959963984540054
@@ -52,6 +52,13 @@ def mean(values: Float[Tensor, "N"]) -> Estimate:
     return Estimate(centre, centre - half, centre + half)
 
 
+def mean_quality(values: Float[Tensor, "N"]) -> Estimate:
+    """Estimate the mean of qualities: a share of successes where all are 0 or 1."""
+    if bool(((values == 0) | (values == 1)).all()):
+        return proportion(float(values.sum()), len(values))
+    return mean_share(values)
+
+
 def mean_share(values: Float[Tensor, "N"]) -> Estimate:
     """Estimate the mean of values between 0 and 1.
 
@@ -59,14 +66,6 @@ def mean_share(values: Float[Tensor, "N"]) -> Estimate:
     """
     found = mean(values)
     return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
-
-
-def check_labels(labels: Int[Tensor, "N"], classes: int) -> None:
-    """Raise RecordingError unless every label is one of the classes."""
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {classes} outputs."
-        )
 
 
 def class_probabilities(

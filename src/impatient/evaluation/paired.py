@@ -49,10 +49,10 @@ def compare_exits(recording: Recording, reference: Recording) -> tuple[PairedCom
             f"{', '.join(recording.exits)}, the other of {reference.split!r} and "
             f"{', '.join(reference.exits)}; expected the same of both."
         )
-    hits = recording.hits()
-    wanted = reference.hits()
-    same = recording.outputs.argmax(-1) == reference.outputs.argmax(-1)
-    count = len(recording.labels)
+    hits = recording.quality
+    wanted = reference.quality
+    same = recording.logits().argmax(-1) == reference.logits().argmax(-1)
+    count = len(recording)
     return tuple(
         PairedComparison(
             exit=exit,

@@ -24,8 +24,7 @@ from impatient.errors import InfeasibleTarget, NoEffectWarning
 from impatient.evaluation.recording import Recording
 from impatient.policies.policy import Policy
 from impatient.policies.risk import ControlledPolicy, control_risk, scaled_family, threshold_family
-from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES
+from impatient.policies.rules import ThresholdPolicy, scores_of
 
 # a byte has so many thresholds below which a score may stand
 MOST_THRESHOLDS = 255
@@ -105,7 +104,7 @@ def make_payload(
     points = {name: policy for name, policy in policies.items() if name not in turned}
     scores = sorted({family.steps[0].score for family in families})
     exits = len(recording.exits)
-    quality = recording.hits().double().numpy()
+    quality = recording.quality.double().numpy()
     bytes_each = (exits - 1) * len(scores) + len(points) + exits / (8 if _are_bits(quality) else 1)
     rows = _chosen_rows(quality.shape[1], int(MOST_BYTES / bytes_each), keep)
     edges = {score: _edges(families, score, exits) for score in scores}
@@ -193,11 +192,11 @@ def _families(recording: Recording, policies: Mapping[str, Policy]) -> Iterable[
     count = (MOST_THRESHOLDS - 1) // (len(turned) + 1)
     for name, policy in turned.items():
         yield _scaled(name, policy, recording, min(count, 65))
-    score = next(iter(turned.values())).score if turned else "max_probability"
+    score = next(iter(turned.values())).score if turned else next(iter(recording.scores))
     # half of them close to 1, where scores crowd; not from these scores, or nothing could be shown
     half = min(count, 101) // 2
     grid = {*np.linspace(0.0, 0.9, half).tolist(), *(1.0 - np.geomspace(0.1, 1e-6, half)).tolist()}
-    members = threshold_family(exits, grid=sorted(grid), score=score)[::-1]
+    members = threshold_family(recording, grid=sorted(grid), score=score)[::-1]
     yield Family(
         name="one threshold for all exits",
         steps=members,
@@ -248,7 +247,7 @@ def _factor(factor: float) -> str:
 
 def _boldest(members: Sequence[ThresholdPolicy], recording: Recording) -> int:
     """Find the boldest member that loses at most one point against the last exit."""
-    quality = recording.hits().double()
+    quality = recording.quality.double()
     least = float(quality[-1].mean()) - 0.01
     samples = torch.arange(quality.shape[1])
     for place, exits in enumerate(ThresholdPolicy.exits_of_each(members, recording)):
@@ -302,8 +301,8 @@ def _chosen_rows(count: int, most: int, keep: Sequence[int]) -> np.ndarray:
 def _scores(
     recording: Recording, score: str, rows: np.ndarray | slice = slice(None)
 ) -> list[np.ndarray]:
-    """Compute the scores of the early exits, in single precision as policies compare them."""
-    return [SCORES[score](output).float().numpy()[rows] for output in recording.outputs[:-1]]
+    """Return the scores of the early exits, in single precision as policies compare them."""
+    return [table.numpy()[rows] for table in scores_of(recording, score)[:-1]]
 
 
 def _edges(families: Sequence[Family], score: str, exits: int) -> list[Float[np.ndarray, "E"]]:
@@ -345,7 +344,7 @@ def _point(
     size = min(costs.batches)
     outcome = policy.outcome(recording, costs, batch_size=size)
     exits = outcome.exits.numpy()
-    quality = recording.hits().double().numpy()
+    quality = recording.quality.double().numpy()
     until = costs.cumulative("time", "interruptible", batch_size=size, heads=policy.open_exits())
     added = policy.added_s()
     return {

@@ -1,21 +1,27 @@
-"""Record the outputs of all exits on one named split."""
+"""Record how good and how sure all exits are, on one named split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from impatient.anytime import Network, check_network
-from impatient.errors import ONE_COLUMN, ClassCountMismatch, RecordingError
-from impatient.evaluation.metrics import check_labels
+from impatient.errors import ONE_COLUMN, ClassCountMismatch, RecordingError, TaskError
+from impatient.policies.policy import is_classification
 from impatient.progress import tracked
-from impatient.provenance import Provenance, provenance
+from impatient.provenance import Provenance
+from impatient.provenance import provenance as made_now
 from impatient.store import Stored
+from impatient.tasks import Task, named
+from impatient.tasks.classification import check_labels
+from impatient.trees import leaves, map_leaves, size
 
 
 class LabelledData(Protocol):
@@ -26,47 +32,269 @@ class LabelledData(Protocol):
 
     def size(self, split: Any) -> int: ...
 
-    def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Any, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recording(Stored, made_by="`impatient record`"):
-    """Outputs of all exits on one split of one data set.
+    """How good and how sure the answers of all exits are, on one split of one data set.
+
+    Everything that follows reads these tables. Make one with `record`, or from outputs of your own
+    with `Recording.of`.
 
     Attributes:
-        outputs: before softmax, float32, shape [K, N, C].
-        labels: true classes, shape [N].
+        quality: how good each answer is, float32, shape [K, N]; for classes 1 if right, else 0.
+        scores: by name, how sure each answer looks, float32, shape [K, N].
         split: the split's name; a policy fitted on it is not judged on it.
         exits: names of the exits.
+        task: name of the task, with its options.
+        statistics: numbers of each answer whose sums give metrics of the data set, float64, shape
+            [K, N, S]; None where the task has none.
+        outputs: outputs of all exits, float32, shape [K, N, C], or None where they were not kept.
+            Classifications keep them, as logits.
+        targets: what was right, shape [N] for classes; None where outputs are.
         features: pooled features per exit, each [N, D], or empty.
         provenance: weights, data, versions.
     """
 
-    outputs: Float[Tensor, "K N C"]
-    labels: Int[Tensor, "N"]
+    quality: Float[Tensor, "K N"]
+    scores: Mapping[str, Tensor]
     split: str
     exits: tuple[str, ...]
+    task: str = "classification"
+    statistics: Float[Tensor, "K N S"] | None = None
+    outputs: Float[Tensor, "K N *C"] | None = None
+    targets: Tensor | None = None
     features: tuple[Tensor, ...] = ()
     provenance: Provenance
 
     def __post_init__(self) -> None:
-        expected = (len(self.exits), len(self.labels))
-        if self.outputs.dim() != 3 or self.outputs.shape[:2] != expected or len(self.labels) == 0:
-            raise RecordingError(
-                f"outputs of shape {tuple(self.outputs.shape)} do not fit {len(self.exits)} exits "
-                f"and {len(self.labels)} labels; expected [K, N, C] with at least one sample."
-            )
-        for index, output in enumerate(self.outputs):
-            if not torch.isfinite(output).all():
+        expected = (len(self.exits), len(self))
+        tables = {"quality": self.quality, "statistics": self.statistics, "outputs": self.outputs}
+        tables |= {f"score {name!r}": table for name, table in self.scores.items()}
+        for name, table in tables.items():
+            if table is not None and (tuple(table.shape[:2]) != expected or len(self) == 0):
                 raise RecordingError(
-                    f"exit {index} ({self.exits[index]}) gives NaN or infinite outputs; check the "
-                    "weights, or train again with a lower learning rate."
+                    f"{name} of shape {tuple(table.shape)} for {expected[0]} exits and "
+                    f"{expected[1]} samples; expected [K, N, ...] with at least one sample."
                 )
-        check_labels(self.labels, self.outputs.shape[2])
+        if not self.scores:
+            raise RecordingError("a recording without scores; expected at least one table [K, N].")
+        if not 0.0 <= float(self.quality.min()) <= float(self.quality.max()) <= 1.0:
+            raise RecordingError("qualities outside of [0, 1], or not numbers.")
+        if self.targets is not None and len(self.targets) != len(self):
+            raise RecordingError(f"{len(self.targets)} targets for {len(self)} samples.")
+        if self.outputs is not None:
+            for name, output in zip(self.exits, self.outputs, strict=True):
+                _check_finite(name, output)
+            if is_classification(self.task):
+                self._check_tables()
 
-    def hits(self) -> Float[Tensor, "K N"]:
-        """1 where an exit is right, else 0."""
-        return (self.outputs.argmax(-1) == self.labels).float()
+    def _check_tables(self) -> None:
+        """Refuse tables that are not of these outputs, such as after `dataclasses.replace`."""
+        judge = named(self.task).quality
+        found = [judge(output, self.labels) for output in self.logits()]
+        if not torch.equal(torch.stack(found), self.quality):
+            raise RecordingError(
+                "the qualities are not those of the outputs; to change outputs, use "
+                "recording.with_outputs(...)."
+            )
+
+    def __len__(self) -> int:
+        return self.quality.shape[1]
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Float[Tensor, "K N *C"] | Sequence[Any],
+        targets: Any,
+        *,
+        split: str,
+        task: str | Task = "classification",
+        exits: Sequence[str] = (),
+        features: Sequence[Tensor] = (),
+        keep_outputs: bool = True,
+        provenance: Provenance | None = None,
+    ) -> Self:
+        """Make a recording from outputs of any network with exits, yours included.
+
+        Args:
+            outputs: outputs of K exits on the same N samples, shallow to deep: one tensor, or one
+                tree each. For classes logits [K, N, C].
+            targets: what was right, the samples first.
+            split: the split's name, such as "validation".
+            task: what the outputs mean: a `Task`, or the name of a ready one.
+            exits: their names; by default "exit 0" and so on.
+            features: pooled features of every exit, each [N, D], for learned gates.
+            keep_outputs: keep outputs and targets, if they are tensors.
+            provenance: where they come from; a policy is refused on other weights and data.
+        Raises:
+            RecordingError: if shapes do not fit, or outputs are NaN or infinite.
+            TaskError: if outputs or targets do not fit the task.
+        Example:
+            >>> logits = torch.tensor([[[2.0, 1.0], [2.0, 1.0]], [[3.0, 0.0], [0.0, 3.0]]])
+            >>> recording = Recording.of(logits, torch.tensor([0, 1]), split="validation")
+            >>> recording.quality.tolist()
+            [[1.0, 0.0], [1.0, 1.0]]
+        """
+        task = named(task)
+        names = tuple(exits) or tuple(f"exit {exit}" for exit in range(len(outputs)))
+        if task.is_logits:
+            _check_logits(outputs, targets, len(names))
+        for name, output in zip(names, outputs, strict=False):
+            _check_finite(name, output)
+        tables = Tables(task)
+        tables.add(outputs, targets)
+        quality, scores, statistics = tables.joined()
+        kept = outputs if keep_outputs and isinstance(outputs, Tensor) else None
+        return cls(
+            quality=quality,
+            scores=scores,
+            statistics=statistics,
+            split=split,
+            exits=names,
+            task=task.name,
+            outputs=kept,
+            targets=targets if kept is not None and isinstance(targets, Tensor) else None,
+            features=tuple(features),
+            provenance=provenance or made_now(),
+        )
+
+    def logits(self) -> Float[Tensor, "K N C"]:
+        """Return the outputs of a classification, before softmax.
+
+        Raises:
+            TaskError: if it is of another task.
+            RecordingError: if they were not kept.
+        """
+        if not self.task.startswith("classification"):
+            raise TaskError(
+                f"this needs class probabilities; the recording is of task {self.task!r}."
+            )
+        if self.outputs is None:
+            raise RecordingError(
+                "the recording holds no outputs; record it with keep_outputs=True."
+            )
+        return self.outputs
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]:
+        """True classes of a classification."""
+        self.logits()
+        if self.targets is None:
+            raise RecordingError("the recording holds outputs but no targets.")
+        return self.targets
+
+    def as_task(self, task: str | Task) -> Self:
+        """Judge the same outputs by another task, such as "classification:top=5".
+
+        Raises:
+            RecordingError: if outputs and targets were not kept.
+        """
+        if self.outputs is None or self.targets is None:
+            raise RecordingError(
+                "the recording holds no outputs; record again for that task (keep_outputs=True)."
+            )
+        return self.with_outputs(self.outputs, task=task)
+
+    def with_outputs(
+        self,
+        outputs: Float[Tensor, "K N *C"],
+        targets: Tensor | None = None,
+        *,
+        task: str | Task | None = None,
+        exits: Sequence[str] | None = None,
+        features: Sequence[Tensor] | None = None,
+    ) -> Self:
+        """Replace the outputs, or more, and judge them anew."""
+        return self.of(
+            outputs,
+            self.targets if targets is None else targets,
+            split=self.split,
+            task=task or self.task,
+            exits=self.exits if exits is None else exits,
+            features=self.features if features is None else features,
+            provenance=self.provenance,
+        )
+
+    def take(self, places: Int[Tensor, "M"], split: str = "") -> Self:
+        """Return the recording of some of the samples; the split may be named."""
+
+        def rows(table: Tensor | None) -> Any:
+            return None if table is None else table[:, places]
+
+        return dataclasses.replace(
+            self,
+            quality=self.quality[:, places],
+            scores={name: table[:, places] for name, table in self.scores.items()},
+            statistics=rows(self.statistics),
+            outputs=rows(self.outputs),
+            targets=None if self.targets is None else self.targets[places],
+            features=tuple(entry[places] for entry in self.features),
+            split=split or self.split,
+        )
+
+
+class Tables:
+    """Quality, scores and statistics of all exits, collected batch by batch."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._parts: list[tuple[Tensor, dict[str, Tensor], Tensor | None]] = []
+
+    def add(self, outputs: Iterable[Any], targets: Any) -> None:
+        """Judge one batch: the outputs of all exits, shallow to deep."""
+        rows = []
+        before: Any = None
+        for output in outputs:
+            quality, scores, statistics = self._task.tables(output, targets)
+            if self._task.distance is not None and not self._task.is_logits:
+                # sure if the answer has hardly changed; the first exit has nothing to agree with
+                sure = torch.full_like(quality, -math.inf)
+                if before is not None:
+                    sure = -self._task.distance(output, before).float()
+                scores = scores | {"agreement": sure}
+            before = output
+            rows.append((quality, scores, statistics))
+        qualities, scored, statistics_K = zip(*rows, strict=True)
+        self._parts.append(
+            (
+                torch.stack(qualities),
+                {name: torch.stack([scores[name] for scores in scored]) for name in scored[0]},
+                None if statistics_K[0] is None else torch.stack(statistics_K),
+            )
+        )
+
+    def joined(self) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Return all tables, [K, N] and [K, N, S]."""
+        qualities, scores, statistics = zip(*self._parts, strict=True)
+        return (
+            torch.cat(qualities, 1),
+            {name: torch.cat([part[name] for part in scores], 1) for name in scores[0]},
+            None if statistics[0] is None else torch.cat(statistics, 1),
+        )
+
+
+def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
+    expected = (exits, len(labels))
+    if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[:2] != expected:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise RecordingError(
+            f"outputs of shape {shape} do not fit {exits} exits and {len(labels)} labels; expected "
+            "[K, N, C] with at least one sample."
+        )
+    if len(labels) == 0:
+        raise RecordingError("no samples; expected at least one.")
+    check_labels(labels, outputs.shape[2])
+
+
+def _check_finite(name: str, output: Any) -> None:
+    for leaf in leaves(output):
+        if not bool(torch.isfinite(leaf).all()):
+            raise RecordingError(
+                f"exit {name} gives NaN or infinite outputs; check the weights, or train again "
+                "with a lower learning rate."
+            )
 
 
 def record(
@@ -74,65 +302,83 @@ def record(
     data: LabelledData,
     *,
     split: str = "validation",
+    task: str | Task | None = None,
     features: bool = False,
+    keep_outputs: bool | None = None,
     batch_size: int = 256,
     device: str = "cpu",
     progress: bool = False,
 ) -> Recording:
-    """Run a network over one split and keep the outputs of all exits.
+    """Run a network over one split and judge the outputs of all exits.
 
     Args:
         network: the result of `attach_exits`, or a `Network` of your own; it is put in eval mode.
         data: the result of `load_data`.
         split: "train", "validation" or "test".
+        task: what the outputs mean; by default the network's own task.
         features: keep the pooled features of every exit too, for learned gates.
+        keep_outputs: keep outputs and targets; by default those of classifications. Temperatures,
+            ensembles and selections need them.
         batch_size: samples at a time.
         device: where the network is.
         progress: show a bar.
     Raises:
         RecordingError: if an exit gives NaN or infinite outputs, or is not reached by every input.
+        TaskError: if outputs or targets do not fit the task.
     """
     check_network(network)
-    if network.num_classes == 1:
+    task = network.task if task is None else named(task)
+    if task.is_logits and network.num_classes == 1:
         raise ClassCountMismatch(
             "the network has one output column; expected the logits of two or more classes. "
             f"{ONE_COLUMN}"
         )
     network.eval()
+    keeps = task.is_logits if keep_outputs is None else keep_outputs
+    tables = Tables(task)
     outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
     kept: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
-    labels = []
+    answered = [0] * network.num_exits
+    targets = []
     batches = data.batches(split, batch_size)
     count = -(-data.size(split) // batch_size)
-    for inputs, targets in tracked(
+    for inputs, truth in tracked(
         batches, f"recording {split}", total=count, unit="batches", wanted=progress
     ):
-        with torch.inference_mode(), network.exits(inputs.to(device)) as run:
+        found: list[Any] = []
+        with torch.inference_mode(), network.exits(map_leaves(_to(device), inputs)) as run:
             for exit in run:
-                outputs[exit.index].append(exit.output().float().cpu())
+                output = map_leaves(_as_recorded, exit.output())
+                _check_finite(f"{exit.index} ({network.exit_names[exit.index]})", output)
+                found.append(output)
+                answered[exit.index] += size(output)
+                if keeps:
+                    outputs[exit.index].append(output)
                 if features:
                     kept[exit.index].append(network.pooled(exit).float().cpu())
-        labels.append(targets)
-        classes = outputs[0][-1].shape[1] if outputs[0] else None
-        if classes is not None and len(targets) and int(targets.max()) >= classes:
-            raise ClassCountMismatch(
-                f"{split} has the label {int(targets.max())} for {classes} outputs of the "
-                f"network; expected labels from 0 to {classes - 1}. Record a network with an "
-                "output for every class."
-            )
-    answered = [sum(map(len, parts)) for parts in outputs]
+        if keeps:
+            targets.append(truth)
+        if task.is_logits and found:
+            _check_classes(split, truth, found[0].shape[1])
+        if len(found) == network.num_exits:
+            tables.add(found, truth)
     if len(set(answered)) > 1:
         raise RecordingError(
             f"of {data.size(split)} samples the exits answered {answered}; record a network whose "
             "inputs all come to every exit."
         )
+    quality, scores, statistics = tables.joined()
     return Recording(
-        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone(),
-        labels=torch.cat(labels),
+        quality=quality,
+        scores=scores,
+        statistics=statistics,
+        task=task.name,
+        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone() if keeps else None,
+        targets=torch.cat(targets) if keeps else None,
         split=split,
         exits=network.exit_names,
         features=tuple(torch.cat(parts) for parts in kept) if features else (),
-        provenance=provenance(
+        provenance=made_now(
             data=data.fingerprint,
             device=device,
             network=network.structure_fingerprint,
@@ -140,3 +386,20 @@ def record(
             engine=network.engine,
         ),
     )
+
+
+def _check_classes(split: str, labels: Tensor, classes: int) -> None:
+    if len(labels) and int(labels.max()) >= classes:
+        raise ClassCountMismatch(
+            f"{split} has the label {int(labels.max())} for {classes} outputs of the network; "
+            f"expected labels from 0 to {classes - 1}. Record a network with an output for every "
+            "class."
+        )
+
+
+def _to(device: str) -> Callable[[Tensor], Tensor]:
+    return lambda leaf: leaf.to(device)
+
+
+def _as_recorded(leaf: Tensor) -> Tensor:
+    return leaf.float().cpu() if leaf.is_floating_point() else leaf.cpu()

@@ -47,7 +47,7 @@ from impatient.evaluation.tables import (
 )
 from impatient.evaluation.templates import own_file, rendered, visible
 from impatient.policies.policy import Policy
-from impatient.policies.scores import SCORES
+from impatient.policies.rules import scores_of
 from impatient.portable.timing import RESERVE_S
 from impatient.provenance import Provenance, fingerprint_bytes
 from impatient.table import Cell, Table, milliseconds, percent
@@ -156,7 +156,7 @@ def select_examples(
         Two lists of at most `count` indices into the recording.
     """
     exits = policy.exits_on(recording)
-    scores = SCORES[policy.shown_score()](recording.outputs)[exits, np.arange(len(exits))]
+    scores = scores_of(recording, policy.shown_score())[exits, np.arange(len(exits))]
     order = np.lexsort((-scores.double().numpy(), exits.numpy()))
     early = order[: min(count, (len(order) + 1) // 2)]
     late = order[len(early) :][::-1][:count]
@@ -335,7 +335,7 @@ def _opening(report: Report, payload: Payload) -> Opening:
             time_ms=row.contract_s * 1e3,
         )
     outcome = payload.shown.outcome(report.recording, costs, batch_size=size)
-    quality = report.recording.hits().double().numpy()
+    quality = report.recording.quality.double().numpy()
     return Opening(
         deadline_ms=deadline_ms,
         policy=payload.first,
@@ -479,7 +479,7 @@ def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
         "label": example.label,
         "exit": exit,
         "answer": example.exits[exit].answer,
-        "right": bool(report.recording.hits()[exit, example.sample] > 0.5),
+        "right": bool(report.recording.quality[exit, example.sample] > 0.5),
     }
 
 

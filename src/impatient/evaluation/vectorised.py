@@ -56,8 +56,8 @@ def expected_accuracies(
     """Compute the accuracy a caller receives under each of many budgets.
 
     Args:
-        recording: recording of the split to judge on; or `recording.hits()`, or any other right (1)
-            or wrong (0) per exit and sample.
+        recording: recording of the split to judge on; or `recording.quality`, or any other numbers
+            from 0 to 1 per exit and sample.
         costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` or
             `costs.contract_s()`. An exit that costs as much as a deeper one is never the answer.
         budgets: B distributions.
@@ -75,7 +75,7 @@ def expected_accuracies(
         >>> expected_accuracies(hits, [2.0, 4.0], [uniform(0.0, 8.0), point(3.0)]).tolist()
         [0.4375, 0.25]
     """
-    hits = recording.hits() if isinstance(recording, Recording) else recording
+    hits = recording.quality if isinstance(recording, Recording) else recording
     if len(hits) != len(costs_s):
         raise RecordingError(
             f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost "
@@ -112,8 +112,8 @@ def judge_policies(
     check_exits(RecordingError, recording, costs)
     for index, policy in enumerate(policies):
         check_judged(str(index), policy, recording)
-    samples = np.arange(len(recording.labels))
-    hits = recording.hits().numpy()
+    samples = np.arange(len(recording))
+    hits = recording.quality.numpy()
     accuracy = np.zeros(len(policies))
     shares = np.zeros((len(policies), costs.num_exits))
     # until each exit, with the heads that a policy looks at: seconds, multiply-accumulates

@@ -118,7 +118,7 @@ class EANN(Network):
     Args:
         networks: networks from `attach_exits`, or of your own, shallow to deep.
         validation_errors: errors in [0, 1] of the exits on a validation split, one sequence per
-            network: `1 - record(network, data).hits().mean(1)`. They are kept in single precision
+            network: `1 - record(network, data).quality.mean(1)`. They are kept in single precision
             in the state_dict.
     Attributes:
         networks: members of the ensemble.
@@ -313,7 +313,7 @@ def _checked(validation_errors: Sequence[Sequence[float]], counts: Sequence[int]
         raise PolicyError(
             f"validation errors for networks of {[len(member) for member in errors]} exits; the "
             f"networks have {list(counts)}. Give one error per exit of each network: "
-            "1 - recording.hits().mean(1)."
+            "1 - recording.quality.mean(1)."
         )
     for number, member in enumerate(errors):
         wrong = [error for error in member if not 0.0 <= error <= 1.0]

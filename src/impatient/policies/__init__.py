@@ -1,6 +1,6 @@
 """Decide when to stop, or which network comes next, from recordings alone."""
 
-from impatient.policies import bounds, scores
+from impatient.policies import bounds
 from impatient.policies.calibration import fit_temperatures
 from impatient.policies.costsensitive import Decision, fit_decision
 from impatient.policies.gate_fitting import SweepPoint, fit_gates, sweep_gates
@@ -57,7 +57,6 @@ __all__ = [
     "node_times_s",
     "samples_needed",
     "scaled_family",
-    "scores",
     "split_recording",
     "sweep_gates",
     "sweep_selection",

@@ -43,7 +43,7 @@ def fit_temperatures(recording: Recorded) -> tuple[float, ...]:
         ruled out are left out, since no temperature can repair them and each would count as much as
         thousands of others.
     """
-    return tuple(_fit(outputs, recording.labels) for outputs in recording.outputs)
+    return tuple(_fit(outputs, recording.labels) for outputs in recording.logits())
 
 
 def _fit(outputs_NC: Float[Tensor, "N C"], labels_N: Int[Tensor, "N"]) -> float:

@@ -27,6 +27,7 @@ from impatient.policies.gates import (
     exit_times_s,
     gate_inputs,
     per_gate,
+    seen_on,
 )
 from impatient.policies.policy import Recorded, check_exits, errors_of, features_of
 from impatient.policies.targets import PRICE, Target
@@ -299,13 +300,16 @@ class _Problem:
         check_exits(PolicyError, recording, self.costs)
         checks.one_of(PolicyError, Inputs, inputs=self.inputs)
         pooled = (
-            [None] * len(recording.outputs)
+            [None] * len(recording.quality)
             if self.inputs == "confidences"
             else features_of(recording)
         )
+        looks: Sequence[Tensor | None] = (
+            [None] * len(recording.quality) if self.inputs == "features" else seen_on(recording)
+        )
         self.features = [
             gate_inputs(self.inputs, *seen).double()
-            for seen in zip(pooled[:-1], recording.outputs[:-1], strict=True)
+            for seen in zip(pooled[:-1], looks[:-1], strict=True)
         ]
         self.standard = [Standardised.of(features) for features in self.features]
         self.losses = errors_of(recording)
@@ -375,6 +379,7 @@ class _Problem:
             learner=self.learner,
             split=recording.split,
             provenance=recording.provenance,
+            task=recording.task,
         )
         exits = torch.cat([stops, torch.ones_like(samples, dtype=torch.bool)[None]]).int().argmax(0)
         times_s = exit_times_s(

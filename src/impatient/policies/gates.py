@@ -21,7 +21,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -33,9 +33,17 @@ from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision, Learner
 from impatient.policies.outcome import as_doubles
-from impatient.policies.policy import Description, Policy, Recorded, features_of
-from impatient.policies.scores import confidence_features
+from impatient.policies.policy import (
+    Description,
+    Policy,
+    Recorded,
+    check_task,
+    features_of,
+    is_classification,
+    task_of,
+)
 from impatient.provenance import Provenance
+from impatient.tasks import Task, named
 
 Inputs = Literal["confidences", "features", "both"]
 Reference = Literal["full", "none", "downstream"]
@@ -47,18 +55,20 @@ STOP_ACTION = 0
 # --- what a gate sees -----------------------------------------------------------------------------
 
 
-def gate_inputs(
-    inputs: Inputs, pooled: Tensor | None, outputs: Tensor | None
-) -> Float[Tensor, "B D"]:
+def gate_inputs(inputs: Inputs, pooled: Tensor | None, seen: Tensor | None) -> Float[Tensor, "B D"]:
     """Collect what a gate looks at, as one row of numbers per sample.
 
+    Args:
+        inputs: the kind of it.
+        pooled: pooled features, if it looks at them.
+        seen: what the task says of the outputs (`Task.seen`), if it looks at them.
     Raises:
         PolicyError: if some of it is missing.
     """
-    if (pooled is None and inputs != "confidences") or (outputs is None and inputs != "features"):
+    if (pooled is None and inputs != "confidences") or (seen is None and inputs != "features"):
         given = [
             name
-            for name, value in (("pooled features", pooled), ("outputs", outputs))
+            for name, value in (("pooled features", pooled), ("outputs", seen))
             if value is not None
         ]
         raise PolicyError(
@@ -66,9 +76,18 @@ def gate_inputs(
             "pooled features of the exit, and its outputs for 'confidences' and 'both'."
         )
     parts = [] if pooled is None or inputs == "confidences" else [pooled.flatten(1).float()]
-    if outputs is not None and inputs != "features":
-        parts.append(confidence_features(outputs).to(parts[0].device if parts else outputs.device))
+    if seen is not None and inputs != "features":
+        parts.append(seen.to(parts[0].device if parts else seen.device))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def seen_on(recording: Recorded) -> tuple[Float[Tensor, "N D"], ...]:
+    """Return what gates see of the outputs of every exit of a recording."""
+    if is_classification(recording.task):
+        seen = named(recording.task).seen
+        return tuple(seen(output) for output in recording.logits())
+    scores = [table for name, table in recording.scores.items() if name != "agreement"]
+    return tuple(torch.stack(scores, 2))
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -89,6 +108,8 @@ class GatePolicy(Policy):
         split: the split on which it was fitted; None if it was set by hand.
         target: what was asked for, and what was reached on that split.
         provenance: weights and data it belongs to.
+        task: name of the task that says what gates see of an output.
+        own_task: the task itself, where it is not ready-made; see `for_task`. It is not saved.
     """
 
     gates: tuple[Decision | None, ...]
@@ -100,6 +121,10 @@ class GatePolicy(Policy):
     split: str | None = None
     target: Mapping[str, float] = dataclasses.field(default_factory=dict)
     provenance: Provenance | None = None
+    task: str = "classification"
+    own_task: Any = dataclasses.field(
+        default=None, repr=False, compare=False, metadata={"stored": False}
+    )
 
     def __post_init__(self) -> None:
         checks.one_of(PolicyError, Inputs, inputs=self.inputs)
@@ -123,7 +148,11 @@ class GatePolicy(Policy):
 
     @property
     def reads_classes(self) -> bool:
-        return self.inputs != "features"
+        return self.inputs != "features" and is_classification(self.task)
+
+    def for_task(self, task: Task) -> GatePolicy:
+        """Return the policy with the functions of this task."""
+        return dataclasses.replace(self, own_task=check_task(self.task, task))
 
     @property
     def needs_outputs(self) -> bool:
@@ -167,9 +196,9 @@ class GatePolicy(Policy):
         action = gate.constant if gate is not None else int(exit < len(self.gates))
         if gate is None or action is not None:
             return torch.full((len(given),), action == STOP_ACTION, device=given.device)
-        return (
-            gate.choose(gate_inputs(self.inputs, pooled, outputs)).to(given.device) == STOP_ACTION
-        )
+        looks = outputs is not None and self.needs_outputs
+        seen = task_of(self.task, self.own_task).seen(outputs) if looks else None
+        return gate.choose(gate_inputs(self.inputs, pooled, seen)).to(given.device) == STOP_ACTION
 
     @classmethod
     def exits_of_each(
@@ -179,21 +208,27 @@ class GatePolicy(Policy):
 
         What gates look at is computed once for all.
         """
-        outputs = recording.outputs
         pooled = features_of(recording) if any(part.needs_features for part in policies) else ()
+        looks = seen_on(recording) if any(part.needs_outputs for part in policies) else ()
 
         @functools.cache
         def seen(inputs: Inputs, exit: int) -> Tensor:
-            return gate_inputs(inputs, pooled[exit] if pooled else None, outputs[exit]).double()
+            features = pooled[exit] if pooled else None
+            return gate_inputs(inputs, features, looks[exit] if looks else None).double()
 
         for policy in policies:
-            policy._check_count(len(outputs))
-            exits = torch.full((outputs.shape[1],), len(policy.gates))
+            policy._check_count(len(recording.quality))
+            exits = torch.full((len(recording),), len(policy.gates))
             # so that the first exit has the last word
             for exit, gate in reversed(list(enumerate(policy.gates))):
                 if gate is not None:
                     exits[gate.choose(seen(policy.inputs, exit)) == STOP_ACTION] = exit
             yield exits
+
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """Return the exit that answers each sample of a recording."""
+        [exits] = self.exits_of_each([self], recording)
+        return exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each
         """Describe the policy in words."""
@@ -237,7 +272,7 @@ def gate_time_s(
         Mean seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed
         exits, constant gates.
     """
-    outputs = recording.outputs[:, :1]
+    outputs = recording.logits()[:, :1]
     pooled: Sequence[Tensor | None] = [None] * policy.num_exits
     if policy.needs_features:
         pooled = [entry[:1] for entry in features_of(recording)]

@@ -18,6 +18,7 @@ from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.outcome import Outcome
 from impatient.policies.policy import STOP, CombinedPolicy, Description, Policy, Recorded, hits_of
 from impatient.policies.targets import Reached
+from impatient.tasks import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,6 +96,11 @@ class DrawnPolicy(CombinedPolicy):
         fast, slow = (policy.exits_of(outputs, features) for policy in (self.fast, self.slow))
         return torch.where(self.is_slow, slow, fast)
 
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """Return the exit that answers each sample of a recording."""
+        fast, slow = (policy.exits_on(recording) for policy in (self.fast, self.slow))
+        return torch.where(self.is_slow, slow, fast)
+
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
         """Apply it to a recording, as `Policy.outcome` says."""
         fast, slow = (
@@ -153,6 +159,12 @@ class MixedPolicy(CombinedPolicy):
         coin = torch.Generator().manual_seed(self.seed * 1_000_003 + run)
         return torch.rand(samples, generator=coin) < self.share
 
+    def for_task(self, task: Task) -> MixedPolicy:
+        """Return the policy with the functions of this task."""
+        return dataclasses.replace(
+            self, fast=self.fast.for_task(task), slow=self.slow.for_task(task)
+        )
+
     def for_run(self, samples: int, run: int = 0) -> DrawnPolicy:
         """Draw the samples of one run, so that all exits agree on them."""
         return DrawnPolicy(
@@ -179,9 +191,13 @@ class MixedPolicy(CombinedPolicy):
         """Return the exit that answers each recorded sample, in run 0."""
         return self.for_run(outputs.shape[1]).exits_of(outputs, features)
 
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """Return the exit that answers each sample of a recording, in run 0."""
+        return self.for_run(len(recording)).exits_on(recording)
+
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
         """Apply it to a recording in run 0, as `Policy.outcome` says."""
-        return self.for_run(len(recording.labels)).outcome(recording, costs, **which)
+        return self.for_run(len(recording)).outcome(recording, costs, **which)
 
     def described(self, exits: Sequence[str]) -> Description:
         """Describe the policy in words."""

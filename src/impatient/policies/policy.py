@@ -29,11 +29,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from impatient.costs import Cost, CostProfile, Statistic
-from impatient.errors import ImpatientError, PolicyError
+from impatient.errors import ImpatientError, PolicyError, TaskError
 from impatient.policies.outcome import Outcome, as_doubles
-from impatient.policies.scores import ScoreName
 from impatient.provenance import Provenance
 from impatient.store import Stored
+from impatient.tasks import Task, named
 
 # the move that answers here, where a policy says which network comes next
 STOP = -1
@@ -43,10 +43,16 @@ class Recorded(Protocol):
     """What policies, and fitting them, need of a recording."""
 
     @property
-    def outputs(self) -> Float[Tensor, "K N C"]: ...
+    def quality(self) -> Float[Tensor, "K N"]: ...
 
     @property
-    def labels(self) -> Int[Tensor, "N"]: ...
+    def scores(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def outputs(self) -> Float[Tensor, "K N *C"] | None: ...
 
     @property
     def features(self) -> tuple[Tensor, ...]: ...
@@ -56,6 +62,15 @@ class Recorded(Protocol):
 
     @property
     def provenance(self) -> Provenance: ...
+
+    @property
+    def labels(self) -> Int[Tensor, "N"]: ...
+
+    def __len__(self) -> int: ...
+
+    def logits(self) -> Float[Tensor, "K N C"]: ...
+
+    def take(self, places: Int[Tensor, "M"], split: str) -> Self: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +217,16 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """
         return self
 
+    def for_task(self, task: Task) -> Policy:  # noqa: ARG002  most ask nothing of it
+        """Return the policy with the functions of the network's task.
+
+        Runners ask for it; it matters for tasks that are not ready-made.
+
+        Raises:
+            TaskError: if the policy was fitted for another task.
+        """
+        return self
+
     def for_rows(self, rows: Int[Tensor, "R"]) -> Policy:  # noqa: ARG002  most treat all rows alike
         """Return the rule for these samples of the batch.
 
@@ -271,6 +296,11 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         Raises:
             PolicyError: if it looks at features and the recording has none.
         """
+        if recording.outputs is None:
+            raise PolicyError(
+                f"a {type(self).__name__} looks at outputs, and the recording holds none; record "
+                "with keep_outputs=True."
+            )
         return self.exits_of(
             recording.outputs, features_of(recording) if self.needs_features else ()
         )
@@ -344,9 +374,9 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         """Describe a fitted policy in one line, or say nothing."""
         return ""
 
-    def shown_score(self) -> ScoreName:
-        """Return the name of the score by which answers are shown."""
-        return "max_probability"
+    def shown_score(self) -> str:
+        """Return the name of the score by which answers are shown; "" for the task's default."""
+        return ""
 
     def portable_rule(self) -> dict[str, Any]:
         """Return what an exported network needs to stop without torch.
@@ -455,22 +485,49 @@ def check_policy(policy: object) -> None:
         )
 
 
+def is_classification(task: str) -> bool:
+    """Whether a task of this name is about classes."""
+    return task.partition(":")[0] == "classification"
+
+
+def check_task(fitted_for: str, task: Task) -> Task:
+    """Return the task of a network, if a policy that was fitted for a task fits it.
+
+    Raises:
+        TaskError: if it is another one. Options, such as top=5, may differ: scores do not.
+    """
+    if fitted_for.partition(":")[0] != task.name.partition(":")[0]:
+        raise TaskError(
+            f"the policy was fitted for task {fitted_for!r}, the network's is {task.name!r}; fit a "
+            "policy on a recording of this network."
+        )
+    return task
+
+
+def task_of(name: str, own: Task | None) -> Task:
+    """Return a policy's task: the one it was given, or the ready-made one of this name.
+
+    Raises:
+        TaskError: if there is none.
+    """
+    return named(name) if own is None else own
+
+
 def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostProfile) -> None:
     """Raise an error unless recording and profile have as many exits."""
-    count = len(recording.outputs)
+    count = len(recording.quality)
     if count != costs.num_exits:
         raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")
 
 
 def errors_of(recording: Recorded) -> Float[Tensor, "K N"]:
-    """Compute 1 where an exit is wrong, else 0."""
-    return (recording.outputs.argmax(-1) != recording.labels).double()
+    """Compute what each answer lacks to the best quality: 1 where a class is wrong, else 0."""
+    return 1.0 - recording.quality.double()
 
 
 def hits_of(recording: Recorded, exits: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """Compute 1 where the exit that answers a sample is right, else 0."""
-    answers = recording.outputs[exits, torch.arange(len(exits))].argmax(-1)
-    return (answers == recording.labels).float()
+    """Return the quality of the exit that answers each sample."""
+    return recording.quality[exits, torch.arange(len(exits))]
 
 
 def features_of(recording: Recorded) -> tuple[Tensor, ...]:
@@ -479,10 +536,10 @@ def features_of(recording: Recorded) -> tuple[Tensor, ...]:
     Raises:
         PolicyError: if the recording has none.
     """
-    if len(recording.features) != len(recording.outputs):
+    if len(recording.features) != len(recording.quality):
         raise PolicyError(
             f"the recording holds the features of {len(recording.features)} of "
-            f"{len(recording.outputs)} exits; gates on features need them all. Record it with "
+            f"{len(recording.quality)} exits; gates on features need them all. Record it with "
             "record(..., features=True), or `impatient record DIR --features`."
         )
     return recording.features

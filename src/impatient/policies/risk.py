@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,12 +40,19 @@ from impatient.policies.bounds import (
     waudby_smith_ramdas_bound,
 )
 from impatient.policies.outcome import Outcome
-from impatient.policies.policy import CombinedPolicy, Description, Policy, Recorded, check_policy
-from impatient.policies.rules import ThresholdPolicy
-from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.policy import (
+    CombinedPolicy,
+    Description,
+    Policy,
+    Recorded,
+    check_policy,
+    is_classification,
+)
+from impatient.policies.rules import ThresholdPolicy, scores_of
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance
 from impatient.store import Stored
+from impatient.tasks import Task
 
 Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
 Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"]
@@ -54,29 +61,22 @@ Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def exit_losses(
-    outputs: Float[Tensor, "K N C"], labels: Int[Tensor, "N"], loss: Loss
-) -> Float[Tensor, "K N"]:
+def exit_losses(recording: Recorded, loss: Loss) -> Float[Tensor, "K N"]:
     """Compute what each exit loses against the full network.
 
     The full network is the last exit.
 
     Args:
-        outputs: outputs of all exits.
-        labels: true classes; "disagreement" does not look at them.
-        loss: "accuracy_gap", 1[full right] - 1[exit right] in {-1, 0, 1}; "positive_gap", its
-            positive part, in {0, 1} and never below it; or "disagreement", 1[another answer than
-            the full network's], never below either.
-    Example:
-        >>> outputs = torch.eye(3)[torch.tensor([[0, 1, 2], [0, 0, 1]])]  # answers of two exits
-        >>> exit_losses(outputs, torch.tensor([0, 1, 1]), "accuracy_gap")[0].tolist()
-        [0.0, -1.0, 1.0]
+        recording: qualities; "disagreement" looks at the classes that are answered.
+        loss: "accuracy_gap", the full network's quality minus the exit's, in [-1, 1]; for classes
+            1[full right] - 1[exit right]; "positive_gap", its positive part, never below it; or
+            "disagreement", 1[another class than the full network's], never below either.
     """
-    answers = outputs.argmax(-1)
     if loss == "disagreement":
+        answers = recording.logits().argmax(-1)
         return (answers != answers[-1]).double()
-    right = (answers == labels).double()
-    gap = right[-1] - right
+    quality = recording.quality.double()
+    gap = quality[-1] - quality
     return gap.clamp(min=0.0) if loss == "positive_gap" else gap
 
 
@@ -87,7 +87,7 @@ def policy_losses(
 
     See `exit_losses`.
     """
-    losses_KN = exit_losses(recording.outputs, recording.labels, loss)
+    losses_KN = exit_losses(recording, loss)
     return losses_KN[_answering(candidates, recording), torch.arange(losses_KN.shape[1])]
 
 
@@ -197,6 +197,10 @@ class ControlledPolicy(CombinedPolicy):
         """Per exit, seconds that asking the policy takes until that exit answers."""
         return self.policy.added_s()
 
+    def for_task(self, task: Task) -> ControlledPolicy:
+        """Return the policy with the functions of this task."""
+        return dataclasses.replace(self, policy=self.policy.for_task(task))
+
     def for_run(self, samples: int, run: int = 0) -> Policy:
         """Return the policy's own rule of one run."""
         return self.policy.for_run(samples, run)
@@ -207,6 +211,10 @@ class ControlledPolicy(CombinedPolicy):
         """Return the exit that answers each recorded sample."""
         return self.policy.exits_of(outputs, features)
 
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """Return the exit that answers each sample of a recording."""
+        return self.policy.exits_on(recording)
+
     def outcome(self, recording: Recorded, costs: CostProfile, **which: Any) -> Outcome:
         """Apply it to a recording, as `Policy.outcome` says."""
         return self.policy.outcome(recording, costs, **which)
@@ -215,7 +223,7 @@ class ControlledPolicy(CombinedPolicy):
         """Describe the policy in words."""
         return self.policy.described(exits)
 
-    def shown_score(self) -> ScoreName:
+    def shown_score(self) -> str:
         """Return the name of the score by which answers are shown."""
         return self.policy.shown_score()
 
@@ -269,10 +277,14 @@ def control_risk(
     for index, policy in enumerate(candidates):
         check_policy(policy)
         _check_fitted_elsewhere(index, policy, recording)
-    samples = len(recording.labels)
-    certify = functools.partial(_certified, epsilon=epsilon, delta=delta, method=method, loss=loss)
+    samples = len(recording)
+    # graded qualities need bets; the exact tail is for losses of 0 and 1
+    bets = loss == "accuracy_gap" or (
+        loss == "positive_gap" and not is_classification(recording.task)
+    )
+    certify = functools.partial(_certified, epsilon=epsilon, delta=delta, method=method, bets=bets)
     if not certify(torch.zeros(1, samples, dtype=torch.float64)).all():
-        needed = samples_needed(epsilon=epsilon, delta=delta, method=method, loss=loss)
+        needed = _needed(certify)
         raise InfeasibleTarget(
             f"{samples} samples of {recording.split!r} are too few: even a policy that never loses "
             f"could not be shown to keep epsilon={epsilon:g} with delta={delta:g} by {method}. "
@@ -293,7 +305,7 @@ def control_risk(
         candidates=len(candidates),
         chosen=None if chosen < 0 else chosen,
         risk=0.0 if chosen < 0 else float(losses_JN[chosen].mean()),
-        bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], delta, method, loss),
+        bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], delta, method, bets),
         provenance=recording.provenance,
     )
     if chosen < 0:
@@ -324,10 +336,17 @@ def samples_needed(
         (299, 99)
     """
     _check_request(epsilon, delta, method, loss)
+    bets = loss == "accuracy_gap"
+    return _needed(
+        functools.partial(_certified, epsilon=epsilon, delta=delta, method=method, bets=bets)
+    )
+
+
+def _needed(certify: Callable[[Tensor], Tensor]) -> int:
+    """Find the least number of samples on which a policy that never loses passes."""
 
     def enough(samples: int) -> bool:
-        none = torch.zeros(1, samples, dtype=torch.float64)
-        return bool(_certified(none, epsilon=epsilon, delta=delta, method=method, loss=loss).all())
+        return bool(certify(torch.zeros(1, samples, dtype=torch.float64)).all())
 
     high = 1
     while not enough(high):
@@ -337,21 +356,20 @@ def samples_needed(
 
 
 def _certified(
-    losses_JN: Float[Tensor, "J N"], *, epsilon: float, delta: float, method: Method, loss: Loss
+    losses_JN: Float[Tensor, "J N"], *, epsilon: float, delta: float, method: Method, bets: bool
 ) -> Bool[Tensor, "J"]:
     if method == "conformal_risk_control":
         return conformal_risk_control(losses_JN, epsilon=epsilon)
     signed = functools.partial(betting_p_values, delta=delta)
-    bets = method == "upper_confidence" or loss == "accuracy_gap"
-    tails = signed if bets else binomial_p_values
+    tails = signed if bets or method == "upper_confidence" else binomial_p_values
     return learn_then_test(losses_JN, epsilon=epsilon, delta=delta, p_values=tails)
 
 
-def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, loss: Loss) -> float:
+def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, bets: bool) -> float:
     """Of the last of these candidates, by the method that it passed."""
     if method == "conformal_risk_control":
         return float(expected_bound(losses_JN)[-1])
-    if method == "upper_confidence" or loss == "accuracy_gap":
+    if bets or method == "upper_confidence":
         return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
     lost = int(losses_JN[-1].sum())
     samples = losses_JN.shape[1]
@@ -394,9 +412,12 @@ def _check_order(candidates: Sequence[Policy], recording: Recorded) -> None:
 
 
 def _full_network(recording: Recorded) -> ThresholdPolicy:
-    closed = (math.inf,) * (len(recording.outputs) - 1)
+    closed = (math.inf,) * (len(recording.quality) - 1)
     return ThresholdPolicy(
-        score="max_probability", thresholds=(*closed, -math.inf), provenance=recording.provenance
+        score=next(iter(recording.scores)),
+        thresholds=(*closed, -math.inf),
+        provenance=recording.provenance,
+        task=recording.task,
     )
 
 
@@ -416,7 +437,7 @@ def _marked(policy: Policy, recording: Recorded) -> Policy:
 def threshold_family(
     base: int | Recorded,
     *,
-    score: ScoreName = "max_probability",
+    score: str | None = None,
     grid: Sequence[float] | None = None,
 ) -> tuple[ThresholdPolicy, ...]:
     """Make policies of one threshold each, from conservative to aggressive.
@@ -426,7 +447,7 @@ def threshold_family(
     Args:
         base: the number of exits; or a recording, not the calibration split, whose scores give the
             grid.
-        score: how sure an output is.
+        score: name of the score; by default the task's first, or "max_probability".
         grid: thresholds, in any order; by default 1, 0.99 ... 0, or the percentiles of the
             recording's scores before the last
             exit, which are finer where scores crowd: near 1, in most networks.
@@ -437,13 +458,16 @@ def threshold_family(
         >>> [policy.thresholds for policy in threshold_family(2, grid=[0.5, 0.9])]
         [(0.9, -inf), (0.5, -inf)]
     """
-    exits = base if isinstance(base, int) else len(base.outputs)
+    exits = base if isinstance(base, int) else len(base.quality)
+    task = "classification" if isinstance(base, int) else base.task
+    if score is None:
+        score = "max_probability" if isinstance(base, int) else next(iter(base.scores))
     split = None
     made = None
     if grid is None:
         grid = np.linspace(1.0, 0.0, 101).tolist()
         if not isinstance(base, int):
-            scores = torch.stack([SCORES[score](output) for output in base.outputs[:-1]])
+            scores = scores_of(base, score)[:-1]
             grid = np.quantile(scores.double().numpy(), grid).tolist()
             split = base.split
             made = base.provenance
@@ -454,6 +478,7 @@ def threshold_family(
             thresholds=(*(value,) * (exits - 1), -math.inf),
             split=split,
             provenance=made,
+            task=task,
         )
         for value in values
     )

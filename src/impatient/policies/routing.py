@@ -24,9 +24,9 @@ from impatient.errors import PolicyError
 from impatient.policies.costsensitive import Decision
 from impatient.policies.outcome import Outcome, as_doubles, node_times_s
 from impatient.policies.policy import STOP, Description, Policy, Recorded, features_of, hits_of
-from impatient.policies.scores import confidence_features
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
+from impatient.tasks.scores import confidence_features
 
 Inputs = Literal["path", "node"]
 
@@ -274,7 +274,7 @@ class SelectionPolicy(Policy):
         batch_size: int = 1,
     ) -> Outcome:
         """Apply it to a recording, as `Policy.outcome` says."""
-        route = self.route(recording.outputs, features_of(recording) if self.pooled else ())
+        route = self.route(recording.logits(), features_of(recording) if self.pooled else ())
         decided_s = torch.zeros(costs.num_exits)
         if cost == "time":
             node_s = as_doubles(node_times_s(costs, statistic=statistic, batch_size=batch_size))

@@ -8,7 +8,6 @@ what a score is worth.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,20 @@ from torch import Tensor
 from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
 from impatient.errors import NoEffectWarning, PolicyError
-from impatient.policies.policy import Description, Policy, Recorded, check_exits, errors_of
-from impatient.policies.scores import SCORES, ScoreName
+from impatient.policies.policy import (
+    Description,
+    Policy,
+    Recorded,
+    check_exits,
+    check_task,
+    errors_of,
+    is_classification,
+    task_of,
+)
 from impatient.policies.targets import Target
 from impatient.provenance import Provenance
+from impatient.tasks.scores import SCORES
+from impatient.tasks.task import Score, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,24 +43,31 @@ class ThresholdPolicy(Policy):
     """Stop at the first exit whose score reaches its threshold.
 
     Attributes:
-        score: "max_probability", "margin" or "entropy".
+        score: name of a score of the task; for classes "max_probability", "margin" or "entropy".
         thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is
             `-inf`.
         split: the split on which it was fitted; None for thresholds set by hand.
         target: what was asked for, and what was reached on that split.
         cost: what the target's `mean_cost` is in: seconds, multiply-accumulates, bytes or joules.
         provenance: weights and data it belongs to.
+        task: name of the task whose score it is.
+        own_task: the task itself, where it is not ready-made; see `for_task`. It is not saved.
     """
 
-    score: ScoreName
+    score: str
     thresholds: tuple[float, ...]
     split: str | None = None
     target: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cost: Cost = "time"
     provenance: Provenance | None = None
+    task: str = "classification"
+    own_task: Any = dataclasses.field(
+        default=None, repr=False, compare=False, metadata={"stored": False}
+    )
 
     def __post_init__(self) -> None:
-        checks.one_of(PolicyError, SCORES, score=self.score)
+        if is_classification(self.task):
+            checks.one_of(PolicyError, SCORES, score=self.score)
         if not self.thresholds or any(math.isnan(value) for value in self.thresholds):
             raise PolicyError(f"thresholds {self.thresholds} must be numbers, one per exit.")
         if self.thresholds[-1] != -math.inf:
@@ -66,7 +82,14 @@ class ThresholdPolicy(Policy):
 
     @property
     def reads_classes(self) -> bool:
-        return True
+        return is_classification(self.task)
+
+    def for_task(self, task: Task) -> ThresholdPolicy:
+        """Return the policy with the functions of this task."""
+        return dataclasses.replace(self, own_task=check_task(self.task, task))
+
+    def _score(self) -> Score:
+        return task_of(self.task, self.own_task).score(self.score)
 
     def looks_at(self, exit: int) -> bool:
         """Whether the exit is open.
@@ -86,7 +109,7 @@ class ThresholdPolicy(Policy):
             raise PolicyError("thresholds look at outputs; give the outputs of the exit.")
         if exit == self.num_exits - 1:
             return torch.ones(outputs.shape[0], dtype=torch.bool, device=outputs.device)
-        return SCORES[self.score](outputs) >= self.thresholds[exit]
+        return self._score()(outputs) >= self.thresholds[exit]
 
     @classmethod
     def exits_of_each(
@@ -94,21 +117,21 @@ class ThresholdPolicy(Policy):
     ) -> Iterator[Int[Tensor, "N"]]:
         """Give the exits under each of several policies.
 
-        Scores are computed once for all.
+        They are read from the recording's tables.
         """
-        outputs = recording.outputs
-
-        @functools.cache
-        def scores(name: ScoreName) -> list[Float[Tensor, "N"]]:
-            return [SCORES[name](output) for output in outputs]
-
         for policy in policies:
-            policy._check_count(len(outputs))
-            exits = torch.full((outputs.shape[1],), policy.num_exits - 1)
+            policy._check_count(len(recording.quality))
+            scores = scores_of(recording, policy.score)
+            exits = torch.full((len(recording),), policy.num_exits - 1)
             for exit in reversed(range(policy.num_exits - 1)):
                 if policy.looks_at(exit):
-                    exits[scores(policy.score)[exit] >= policy.thresholds[exit]] = exit
+                    exits[scores[exit] >= policy.thresholds[exit]] = exit
             yield exits
+
+    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
+        """Return the exit that answers each sample of a recording."""
+        [exits] = self.exits_of_each([self], recording)
+        return exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one threshold each
         """Describe the policy in words."""
@@ -122,13 +145,34 @@ class ThresholdPolicy(Policy):
         words = ("closed" if bound == math.inf else f"{bound:.3f}" for bound in bounds)
         return f"thresholds: {', '.join(words)}" if bounds else ""
 
-    def shown_score(self) -> ScoreName:
+    def shown_score(self) -> str:
         """Return its own score."""
         return self.score
 
     def portable_rule(self) -> dict[str, Any]:
         """Return score and thresholds, which need no torch."""
+        if not self.reads_classes:
+            raise PolicyError(
+                f"thresholds of task {self.task!r} cannot be exported yet; expected those of a "
+                "classification. Export without a policy."
+            )
         return {"score": self.score, "thresholds": list(self.thresholds)}
+
+
+def scores_of(recording: Recorded, score: str = "") -> Float[Tensor, "K N"]:
+    """Return a table of scores; by default the task's first.
+
+    Raises:
+        PolicyError: if the recording has none of this name.
+    """
+    if not score:
+        return next(iter(recording.scores.values()))
+    if score not in recording.scores:
+        raise PolicyError(
+            f"score={score!r}; the recording of task {recording.task!r} has "
+            f"{', '.join(recording.scores)}. Name one of these."
+        )
+    return recording.scores[score]
 
 
 def thresholds_for_shares(
@@ -170,7 +214,7 @@ def fit_thresholds(
     mean_energy_j: float | None = None,
     max_accuracy_loss: float | None = None,
     cost: Cost | None = None,
-    score: ScoreName = "max_probability",
+    score: str | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
 ) -> ThresholdPolicy:
@@ -193,7 +237,7 @@ def fit_thresholds(
             exit (0.01: one point).
         cost: what the cheapest policy is to save: "time" unless said otherwise, "macs", "bytes" or
             "energy".
-        score: how sure an output is.
+        score: name of the score that thresholds are on; by default the task's first.
         statistic: which measured number of each stage and head is added up.
         batch_size: batch size at which the costs were measured.
     Returns:
@@ -215,6 +259,7 @@ def fit_thresholds(
         max_accuracy_loss=max_accuracy_loss,
     )
     check_exits(PolicyError, recording, costs)
+    score = score or next(iter(recording.scores))
     saved = _TARGETS.get(target.name, cost or "time")
     if cost not in (None, saved):
         raise PolicyError(
@@ -243,10 +288,11 @@ def fit_thresholds(
             target.name: target.wanted,
             "mean_cost": best.mean_time_s,
             "accuracy": best.accuracy,
-            "samples": float(len(recording.labels)),
+            "samples": float(len(recording)),
         },
         cost=saved,
         provenance=recording.provenance,
+        task=recording.task,
     )
 
 
@@ -270,8 +316,8 @@ class _Candidate:
 class _Search:
     """The thresholds of all prices, on one recording."""
 
-    def __init__(self, recording: Recorded, score: ScoreName, cost_of: CostOf) -> None:
-        self.scores = SCORES[score](recording.outputs).double().numpy()
+    def __init__(self, recording: Recorded, score: str, cost_of: CostOf) -> None:
+        self.scores = scores_of(recording, score).double().numpy()
         self.errors = errors_of(recording).numpy()
         self.cost_of = cost_of
         self.order = np.argsort(-self.scores[:-1], axis=1, kind="stable")

@@ -183,7 +183,7 @@ def decision_time_s(
             counting.
         clock: where time comes from.
     """
-    first = recording.outputs[:, :1]
+    first = recording.logits()[:, :1]
     pooled = features_of(recording) if policy.pooled else ()
 
     @torch.inference_mode()
@@ -230,7 +230,7 @@ class _Problem:
     def __post_init__(self) -> None:
         recording = self.recording
         topology = self.topology
-        self.count, self.samples = recording.outputs.shape[:2]
+        self.count, self.samples = recording.quality.shape
         if self.count != len(topology.nodes):
             raise PolicyError(
                 f"the recording is of {self.count} networks, the topology of {len(topology.nodes)}."
@@ -246,12 +246,13 @@ class _Problem:
             raise PolicyError(
                 f"losses of shape {tuple(self.lost.shape)}; expected {tuple(self.errors.shape)}."
             )
+        logits = recording.logits()
         own = features_of(recording) if self.pooled else (None,) * self.count
         self.features = {}
         for node in self.order:
             if topology.moves(node):
                 known = topology.known(node) if self.inputs == "path" else (node,)
-                seen = [recording.outputs[k] for k in known]
+                seen = [logits[k] for k in known]
                 self.features[node] = selection_features(seen, own[node])
 
     def prices(self, count: int) -> tuple[float, ...]:

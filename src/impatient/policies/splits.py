@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int
@@ -34,7 +33,7 @@ def split_recording(
     Raises:
         RecordingError: if a part would be empty.
     """
-    samples = len(recording.labels)
+    samples = len(recording)
     first = round(share * samples) if math.isfinite(share) else 0
     if not 0 < first < samples:
         raise RecordingError(
@@ -44,17 +43,7 @@ def split_recording(
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
     def part(name: str, places: Int[Tensor, "M"]) -> SomeRecording:
-        value: Any = recording
-        return cast(
-            "SomeRecording",
-            dataclasses.replace(
-                value,
-                outputs=recording.outputs[:, places],
-                labels=recording.labels[places],
-                features=tuple(entry[places] for entry in recording.features),
-                split=f"{recording.split}/{name}({share:g},{seed})",
-            ),
-        )
+        return recording.take(places, f"{recording.split}/{name}({share:g},{seed})")
 
     return part("fit", order[:first].sort().values), part(
         "calibration", order[first:].sort().values

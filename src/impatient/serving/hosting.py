@@ -10,11 +10,11 @@ from impatient.anytime import Network
 from impatient.costs import CostProfile
 from impatient.errors import ServingError
 from impatient.evaluation.recording import Recording
-from impatient.policies.scores import max_probability
 from impatient.runtime.profile import profile
 from impatient.serving.model import GainTable, ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted
+from impatient.tasks.scores import max_probability
 from impatient.training.data import Preprocess
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -51,7 +51,7 @@ def hosted_network(
     """
     import torch
 
-    hits = recording.hits().double().numpy()
+    hits = recording.quality.double().numpy()
     if len(hits) != network.num_exits:
         raise ServingError(
             f"the recording of {name!r} has {len(hits)} exits, the network {network.num_exits}; "
@@ -66,7 +66,7 @@ def hosted_network(
             costs = profile(network, x, batch_sizes=sizes, repeats=repeats, max_seconds=5.0)
         finally:
             torch.set_num_threads(before)
-    gains = GainTable.of(hits, max_probability(recording.outputs).double().numpy())
+    gains = GainTable.of(hits, max_probability(recording.logits()).double().numpy())
     return Hosted(
         network=network,
         model=ServedModel.of(name, costs, hits.mean(1), gains=gains, max_batch=max_batch),

@@ -13,8 +13,8 @@ import torch
 
 from impatient.anytime import Network, Run
 from impatient.errors import ServingError
-from impatient.policies.scores import max_probability
 from impatient.serving.scheduler import Work
+from impatient.tasks.scores import max_probability
 from impatient.training.data import Preprocess
 
 log = logging.getLogger(__name__)

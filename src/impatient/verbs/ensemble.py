@@ -93,7 +93,7 @@ def _eann(
                 f"{part.path} was trained on other data ({spec.data}) than {parts[0].path} "
                 f"({specs[0].data})."
             )
-    errors = [(1.0 - recording.hits().mean(1)).tolist() for recording in recordings]
+    errors = [(1.0 - recording.quality.mean(1)).tolist() for recording in recordings]
     network = impatient.networks.EANN(networks, errors)
     spec = dataclasses.replace(
         specs[-1],

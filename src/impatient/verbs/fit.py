@@ -140,7 +140,7 @@ def fit(options: FitOptions) -> impatient.Policy:
                 recording, costs, score=options.score, cost=options.cost, **targets_of(options)
             )
     file = run.save_policy(name, policy, certificate)
-    log.info("fitted on %d validation samples: %s", len(recording.labels), file)
+    log.info("fitted on %d validation samples: %s", len(recording), file)
     if certificate is not None:
         log.info(certificate.statement)
     return policy

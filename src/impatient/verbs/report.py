@@ -155,7 +155,7 @@ def _examples(
         return impatient.evaluation.Example(
             sample=index,
             label=spec.class_names[int(recording.labels[index])],
-            exits=tuple(_said(output[index], spec.class_names) for output in recording.outputs),
+            exits=tuple(_said(output[index], spec.class_names) for output in recording.logits()),
             picture=picture,
             media=media,
         )

@@ -149,7 +149,7 @@ def select(options: SelectOptions) -> impatient.Evaluation:
             *problem, gate_s=decision_time_s(first, recording), **how
         )
     file = run.save_policy(name, policy)
-    log.info("fitted on %d validation samples: %s", len(recording.labels), file)
+    log.info("fitted on %d validation samples: %s", len(recording), file)
     return evaluate(EvaluateOptions(directory=run.path, trust=trust))
 
 

@@ -158,7 +158,7 @@ def _profile(run: RunDirectory) -> str:
 
 def _samples(run: RunDirectory, split: str) -> str:
     recording = run.recording(split)
-    exits, samples = recording.hits().shape
+    exits, samples = recording.quality.shape
     features = ", with features" if recording.features else ""
     return f"{samples} samples, {exits} exit{'' if exits == 1 else 's'}{features}"
 

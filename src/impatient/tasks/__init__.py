@@ -1,0 +1,19 @@
+"""What an output means: losses, quality and scores, as plain functions."""
+
+from impatient.tasks.binary import binary
+from impatient.tasks.classification import classification
+from impatient.tasks.multi_label import multi_label
+from impatient.tasks.named import READY, known, named
+from impatient.tasks.regression import regression
+from impatient.tasks.task import Task
+
+__all__ = [
+    "READY",
+    "Task",
+    "binary",
+    "classification",
+    "known",
+    "multi_label",
+    "named",
+    "regression",
+]

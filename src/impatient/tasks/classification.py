@@ -1,0 +1,83 @@
+"""One of several classes per sample, from logits [B, C]."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from impatient import checks
+from impatient.errors import RecordingError, TaskError
+from impatient.tasks.scores import SCORES, confidence_features
+from impatient.tasks.task import Task
+
+
+@functools.cache
+def classification(top: int = 1) -> Task:
+    """Make the task of naming one class per sample.
+
+    Targets are class numbers, int64 [B]. Quality is 1 where the true class is among the `top`
+    likeliest, else 0.
+
+    Args:
+        top: how many classes an answer may name.
+    Raises:
+        TaskError: if `top` is not a positive whole number.
+    Example:
+        >>> logits = torch.tensor([[0.1, 0.7, 0.2]])
+        >>> [float(classification(top).quality(logits, torch.tensor([2]))) for top in (1, 2)]
+        [0.0, 1.0]
+    """
+    checks.at_least(TaskError, 1, top=top)
+    return Task(
+        name="classification" if top == 1 else f"classification:top={top}",
+        losses=losses,
+        quality=functools.partial(quality, top=top),
+        scores=SCORES,
+        quality_name="accuracy" if top == 1 else f"top-{top} accuracy",
+        looks=confidence_features,
+        distance=distance,
+        is_logits=True,
+    )
+
+
+def losses(output: Float[Tensor, "B C"], target: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Compute the cross-entropy of each sample."""
+    return F.cross_entropy(output.float(), target, reduction="none")
+
+
+def quality(
+    output: Float[Tensor, "B C"], target: Int[Tensor, "B"], top: int = 1
+) -> Float[Tensor, "B"]:
+    """Compute 1 where the target is among the likeliest classes, else 0.
+
+    Raises:
+        RecordingError: if a target has no output.
+    """
+    check_labels(target, output.shape[-1])
+    if top == 1:
+        return (output.argmax(-1) == target).float()
+    # of equal outputs only `top` count, as in a list of answers
+    best = output.topk(min(top, output.shape[-1]), dim=-1).indices
+    return (best == target[..., None]).any(-1).float()
+
+
+def distance(output: Float[Tensor, "B C"], other: Float[Tensor, "B C"]) -> Float[Tensor, "B"]:
+    """Compute half the sum of differences of the class probabilities, in [0, 1]."""
+    return (output.float().softmax(-1) - other.float().softmax(-1)).abs().sum(-1) / 2
+
+
+def check_labels(labels: Int[Tensor, "N"], classes: int) -> None:
+    """Raise RecordingError unless every label is one of the classes."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise RecordingError(
+            f"labels of type {labels.dtype}; expected whole numbers, the true classes. For other "
+            "targets name the task, such as task='regression'."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise RecordingError(
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {classes} outputs."
+        )

@@ -1,0 +1,143 @@
+"""The one value that says what an output means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from impatient.errors import TaskError
+
+# output, target -> one number per sample, [B]; [B, S] for statistics
+Judge = Callable[[Any, Any], Tensor]
+# output -> one number per sample, [B]
+Score = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Task:
+    """What an output means: how wrong it is, how good, and how sure it looks.
+
+    Outputs and targets are tensors, or trees of them (`impatient.trees`), the samples first.
+
+    Attributes:
+        name: name with options, such as "regression:tolerance=0.5"; it goes into recordings and
+            policies.
+        losses: loss of each sample, [B], for training.
+        quality: how good each answer is, [B], from 0 to 1: what policies trade for time. Its mean
+            is what tables show; it need not be the metric of the whole data set.
+        scores: by name, how sure each output looks, [B], without targets; higher is surer. The
+            first is used unless another is named.
+        quality_name: what the mean quality is called in tables.
+        looks: what gates see of an output, [B, D]; by default all scores.
+        head: makes an exit's head from the features of its stage and an output of the network, both
+            of example samples; by default a pooled or dense linear head by their shapes.
+        distance: how far outputs are from others, [B]: for distillation and agreement.
+        statistics: numbers of each sample, [B, S], whose sums over samples give the metrics of the
+            data set.
+        summary: metrics of the data set by name, from the sums of `statistics`, [S].
+        is_logits: whether outputs are logits of two or more classes, of which each sample has one.
+    Example:
+        >>> task = Task(
+        ...     name="halves",
+        ...     losses=lambda output, target: (output[:, 0] - target) ** 2,
+        ...     quality=lambda output, target: ((output[:, 0] - target).abs() <= 0.5).float(),
+        ...     scores={"small": lambda output: -output[:, 0].abs()},
+        ... )
+        >>> task.default_score
+        'small'
+    """
+
+    name: str
+    losses: Judge
+    quality: Judge
+    scores: Mapping[str, Score]
+    quality_name: str = "quality"
+    looks: Callable[[Any], Float[Tensor, "B D"]] | None = None
+    head: Callable[[Any, Any], nn.Module] | None = None
+    distance: Judge | None = None
+    statistics: Judge | None = None
+    summary: Callable[[Float[Tensor, "S"]], Mapping[str, float]] | None = None
+    is_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.scores:
+            raise TaskError(
+                f"task {self.name!r} has no scores; expected at least one function that says how "
+                "sure an output looks."
+            )
+        if (self.statistics is None) != (self.summary is None):
+            raise TaskError(
+                f"task {self.name!r} has only one of statistics and summary; expected both or none."
+            )
+
+    @property
+    def default_score(self) -> str:
+        """The name of the score that is used unless another is named."""
+        return next(iter(self.scores))
+
+    def score(self, name: str) -> Score:
+        """Return a score by name.
+
+        Raises:
+            TaskError: if there is none of this name.
+        """
+        if name not in self.scores:
+            raise TaskError(
+                f"score={name!r}; task {self.name!r} has {', '.join(self.scores)}. Name one of "
+                "these."
+            )
+        return self.scores[name]
+
+    def seen(self, output: Any) -> Float[Tensor, "B D"]:
+        """Collect what a gate sees of an output, one row of numbers per sample."""
+        if self.looks is not None:
+            return self.looks(output)
+        return torch.stack([score(output).float() for score in self.scores.values()], 1)
+
+    def tables(self, output: Any, target: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Judge one exit's outputs.
+
+        Returns:
+            Quality [B], float32; scores [B] by name, float32; statistics [B, S], float64, or None.
+        Raises:
+            TaskError: if a function gives numbers of another shape, not finite ones, or a quality
+                that is not from 0 to 1.
+        """
+        quality = self._checked("quality", self.quality(output, target).float())
+        if len(quality) and not 0.0 <= float(quality.min()) <= float(quality.max()) <= 1.0:
+            raise TaskError(
+                f"the quality of task {self.name!r} goes from {float(quality.min()):g} to "
+                f"{float(quality.max()):g}; expected numbers from 0 to 1."
+            )
+        scores = {
+            name: self._checked(f"score {name!r}", score(output).float(), len(quality))
+            for name, score in self.scores.items()
+        }
+        if self.statistics is None:
+            return quality, scores, None
+        statistics = self.statistics(output, target).double()
+        if statistics.dim() != 2 or len(statistics) != len(quality):
+            raise TaskError(
+                f"the statistics of task {self.name!r} have shape {tuple(statistics.shape)} for "
+                f"{len(quality)} samples; expected [B, S]."
+            )
+        return quality, scores, statistics
+
+    def _checked(self, what: str, values: Tensor, count: int | None = None) -> Tensor:
+        if values.dim() != 1 or count not in (None, len(values)):
+            expected = "[B]" if count is None else f"[{count}]"
+            raise TaskError(
+                f"the {what} of task {self.name!r} has shape {tuple(values.shape)}; expected one "
+                f"number per sample, {expected}."
+            )
+        if not bool(torch.isfinite(values).all()):
+            raise TaskError(
+                f"the {what} of task {self.name!r} is NaN or infinite for some samples; check the "
+                "targets and the network's weights."
+            )
+        return values
