@@ -12,8 +12,9 @@ from impatient.costs import Cost
 from impatient.engines import network as engine_network
 from impatient.engines.export import WRITTEN
 from impatient.networks import heads
-from impatient.policies import costsensitive, gates, scores
+from impatient.policies import costsensitive, gates
 from impatient.recipe import Recipe
+from impatient.tasks import scores
 from impatient.verbs import export, fit, select, train
 from impatient.verbs.evaluate import EvaluateOptions
 
