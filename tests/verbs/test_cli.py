@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -401,7 +402,8 @@ def test_ctrl_c_stops_every_verb_cleanly(
     code, text = call(verb, run_dir, *more)
 
     assert code == 130
-    assert "stopped" in text
+    kept = {"train": "the checkpoint is kept", "record": "splits that were finished"}
+    assert f"stopped; {kept.get(verb, '')}" in text
     assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == before
 
 
@@ -457,4 +459,9 @@ def test_the_demo_ends_with_answers_by_deadlines(call: Call, tmp_path: Path) -> 
 
     assert code == 0
     assert "answered in time" in text
+    assert re.search(
+        r"promised: answers by the deadline.* measured: \d+\.\d% of the answers by their deadline; "
+        r"-?\d+\.\d points lost, in \d.* ms on average instead of \d.* ms to open: /.*report.html",
+        text,
+    )
     assert (tmp_path / "demo" / "report.html").is_file()

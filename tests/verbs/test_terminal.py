@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,47 @@ def test_piped_output_has_no_colours(run_dir: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert b"\x1b" not in result.stdout + result.stderr
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_a_report_shows_other_runs_beside_it(call: Call, run_dir: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "the other run"))
+    code, _ = call("report", run_dir, "--beside", other)
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert code == 0
+    content = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])
+    (beside,) = content["compared"]
+    assert beside["name"] == "the other run"
+    assert len(beside["exits"]) == 3
+    assert {policy["name"] for policy in beside["policies"]} == {"loss-2", "ms-1000"}
+    assert "Beside others" in page
+
+
+def test_only_runs_on_the_same_data_stand_beside_each_other(
+    call: Call, run_dir: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(run_dir, tmp_path / "other"))
+    evaluation = json.loads((other / "evaluation.json").read_text())
+    evaluation["provenance"]["data"] = "others"
+    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    code, text = call("report", run_dir, "--beside", other)
+    assert (code, "compare runs on the same data" in text) == (1, True)
+    (other / "evaluation.json").unlink()
+    code, text = call("report", run_dir, "--beside", other)
+    assert (code, "has not been evaluated" in text) == (1, True)
+
+
+def test_the_report_draws_the_network_and_shows_samples(run_dir: Path) -> None:
+    page = (run_dir / "report.html").read_text("utf-8")
+    assert 'aria-label="The network: 3 stages' in page
+    assert page.count("data:image/png;base64,") == 16
+    content = json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])
+    for example in content["examples"]:
+        for answer in example["answers"]:
+            assert answer["said"] == answer["top"][0][0]
+            assert sum(share for _, share in answer["top"]) <= 1.001
 
 
 # --- show and describe ----------------------------------------------------------------------------

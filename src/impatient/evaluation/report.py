@@ -383,14 +383,8 @@ def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, An
         "range": [low, high],
         "logarithmic": logarithmic,
         "budget": _budget(report.chosen_budget, low, high),
-        "words": {
-            "quality": "accuracy",
-            "it_is": "it is right on",
-            "only": "the only exit",
-            "good": "right",
-            "bad": "wrong",
-        },
-        "yes_or_no": True,
+        "words": _words("accuracy", yes_or_no=payload.content["bits"]),
+        "yes_or_no": payload.content["bits"],
         "compared": [
             {
                 "name": name,
@@ -410,6 +404,19 @@ def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, An
         ],
         "examples": [_example(payload, example) for example in report.examples],
     }
+
+
+def _words(quality: str, *, yes_or_no: bool) -> dict[str, str]:
+    """Say what the quality of an answer is called, and what is good and bad of it."""
+    if yes_or_no:
+        right = {"it_is": "it is right on", "good": "right", "bad": "wrong"}
+    else:
+        right = {
+            "it_is": f"its {quality} is",
+            "good": quality,
+            "bad": "what lacks to a perfect one",
+        }
+    return {"quality": quality, "only": "the only exit", **right}
 
 
 def _row(row: Row) -> dict[str, Any]:
