@@ -203,6 +203,11 @@ def test_the_guarantee_is_that_of_control_risk(window, page, policies):
         said = window.run("return document.getElementById('promise').textContent")
         assert kept in said
         assert "at most 1\N{NO-BREAK SPACE}% of inputs" in said
+        assert "cuts short" not in said
+    # a deadline that sends samples out earlier is no part of what was shown
+    shown(window, policy=0, sure=limit, guaranteed=1, level=1, deadline=1.6)
+    said = window.run("return document.getElementById('promise').textContent")
+    assert "not about answers that the deadline cuts short" in said
 
 
 def test_a_sample_is_watched_exit_by_exit(window, page):

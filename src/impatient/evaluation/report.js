@@ -334,8 +334,9 @@
       end += stage + head;
       return part;
     });
-    const longest = Math.max(end * 1.12, Math.min(state.deadline * 1.05, end * 1.6));
-    const x = (time) => left + Math.min(time / longest, 1) * (width - left - 8);
+    const longest = Math.max(...parts.map((part) => part.late), Math.min(state.deadline * 1.05, end * 1.6));
+    // room for the last exit's accuracy
+    const x = (time) => left + Math.min(time / longest, 1) * (width - left - 56);
     for (const tick of niceTicks(0, longest, width / 110)) {
       put(svg, "line", { class: "grid", x1: x(tick), x2: x(tick), y1: 4, y2: row * count + 8 });
       put(svg, "text", { x: x(tick), y: height - 6, "text-anchor": "middle" }, plain(tick));
@@ -346,6 +347,8 @@
       const name = put(svg, "text", { x: left - 8, y: top + 12, "text-anchor": "end" }, `${exit}  ${cut(exits[exit], Math.floor((left - 24) / 7))}`);
       put(name, "title", {}, exits[exit]);
       put(svg, "line", { class: `whisker${pale}`, x1: x(part.start + part.stage + part.head), x2: x(part.late), y1: top + 8, y2: top + 8 });
+      const good = data.rows[exit].quality;
+      put(svg, "text", { class: exit > cap ? "" : "strong", x: Math.max(x(part.late), x(part.start + part.stage + part.head)) + 6, y: top + 12 }, percent(good));
       put(svg, "rect", { class: `stage${pale}`, x: x(part.start), y: top, width: x(part.start + part.stage) - x(part.start), height: 16 });
       put(svg, "rect", { class: `head${pale}`, x: x(part.start + part.stage), y: top, width: x(part.start + part.stage + part.head) - x(part.start + part.stage), height: 16 });
     });
@@ -466,7 +469,7 @@
     sentence.dataset.cap = cap;
   }
 
-  function sayPromise(way) {
+  function sayPromise(way, cap) {
     const family = way.family;
     const limit = family ? family.certified[state.level] : undefined;
     $("promise").hidden = !state.guaranteed;
@@ -481,7 +484,9 @@
       $("shade").style.width = `${(100 * limit) / Math.max(family.codes.length - 1, 1)}%`;
       const kept = state.step >= limit ? "This one keeps it" : "This one is bolder, and could not be shown to keep it";
       const most = limit < family.codes.length ? `from “${family.words[limit]}” on (right of the shaded part)` : "by none of these thresholds";
-      promise.textContent = `With probability ${percent(1 - data.delta, 0)}, at most ${level} of inputs are answered wrongly that the whole network answers rightly: shown on these samples ${most}. ${kept}. Choose the level before you look, and only one.`;
+      const lost = data.yes_or_no ? `at most ${level} of inputs are answered wrongly that the whole network answers rightly` : `at most ${level} of ${words.quality} is lost against the whole network, on average`;
+      const short = cap < last ? " It is about the policy, not about answers that the deadline cuts short." : "";
+      promise.textContent = `With probability ${percent(1 - data.delta, 0)}, ${lost}: shown on these samples ${most}. ${kept}.${short} Choose the level before you look, and only one.`;
     }
   }
 
@@ -507,7 +512,7 @@
     const cap = capNow();
     const here = drawCurve(way, cap);
     say(way, cap, here);
-    sayPromise(way);
+    sayPromise(way, cap);
     drawLeaves(here);
     drawClock(stepOf(way, state.step), cap);
     drawSamples(way, cap);

@@ -53,11 +53,9 @@ from impatient.provenance import Provenance, fingerprint_bytes
 from impatient.table import Cell, Table, milliseconds, percent
 
 _CURVE = (
-    "The line is what an interruptible run holds at each moment: every head on the way runs, in "
-    "case it is the last. A hollow circle is the same exit when the time was known and only its "
-    "head ran. Policies, and the networks without exits, stand at their mean time. Bars are 95 % "
-    "intervals. The oracle knows the truth and takes the cheapest exit that is right: no policy "
-    "gets there."
+    "Interruptible is the time when every head on the way runs, in case it is the last; contract "
+    "when the time was known and only heads that are looked at run. The oracle knows the truth and "
+    "takes the cheapest exit that is right: no policy gets there."
 )
 _BUDGETS = (
     "Share of right answers when the time allowed is drawn from a distribution; no answer in time "
