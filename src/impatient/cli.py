@@ -13,6 +13,7 @@ from rich.console import Console
 
 from impatient.errors import ImpatientError, StorageError
 from impatient.verbs import (
+    bench_serve,
     compare,
     demo,
     describe,
@@ -100,6 +101,7 @@ VERBS = {
     "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
     "select": Verb(select.SelectOptions, select.select, select.shown),
     "serve": Verb(serve.ServeOptions, serve.serve),
+    "bench-serve": Verb(bench_serve.BenchServeOptions, bench_serve.bench_serve, bench_serve.shown),
     "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
     "demo": Verb(demo.DemoOptions, demo.demo, demo.shown),
 }

@@ -41,7 +41,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 # more than these would be docs that nobody checks
-MOST_NOT_RUN = 6
+MOST_NOT_RUN = 7
 
 pytestmark = pytest.mark.filterwarnings("ignore::impatient.errors.NoEffectWarning")
 

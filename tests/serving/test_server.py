@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -85,6 +86,20 @@ def test_tritons_own_client_is_answered_with_the_networks_output(shared) -> None
         assert stats["inference_stats"]["success"]["count"] >= 2
     finally:
         client.close()
+
+
+def test_replies_do_not_wait_for_acknowledgements(shared) -> None:
+    _network, port = shared
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        connection.request("POST", "/v2/models/net/infer", body_of([1, 2, 3, 4]))
+        connection.getresponse().read()
+        times.append(time.perf_counter() - begin)
+    connection.close()
+    # Nagle's algorithm and delayed acknowledgements make it 40 ms, each time
+    assert min(times[2:]) < 0.03
 
 
 def test_a_stream_has_every_exit_and_then_the_answer(shared) -> None:

@@ -1,7 +1,6 @@
 """A network that a test can hold still, served on a real socket."""
 
 import dataclasses
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from torch import nn
 
 from fakes import wait_until
 from impatient import Exit, Network, Run
-from impatient.serving.app import App
+from impatient.serving.app import App, listening_socket
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted, Limits, Service
@@ -63,7 +62,7 @@ def serving(
     names = ("net", "other")
     models = [hosted(one, name, shape) for one, name in zip(networks, names, strict=False)]
     service = Service(models, Limits(**{"default_s": 5.0, **limits}))
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listening_socket("127.0.0.1", 0)
     server = uvicorn.Server(
         uvicorn.Config(
             App(service, token=token),

@@ -66,6 +66,41 @@ def test_the_command_of_the_guide_asks_the_server(server) -> None:
     assert reply["parameters"]["n_exits"] == 3
 
 
+def test_a_load_is_counted_as_its_callers_see_it(server, finished, call, tmp_path) -> None:
+    _process, port = server
+    instants = tmp_path / "instants.npy"
+    np.save(instants, np.linspace(0.0, 7.0, 40))
+    known = float(RunDirectory(finished).recording("test").hits().mean())
+    for extra in (["--arrivals", "gamma"], ["--trace", instants]):
+        code, said = call(
+            "bench-serve",
+            finished,
+            "--address",
+            f"http://127.0.0.1:{port}",
+            "--requests",
+            40,
+            "--rate",
+            40,
+            "--budgets-ms",
+            "2000,3000",
+            "--json",
+            *extra,
+        )
+        assert code == 0
+        found = json.loads(said)
+        assert found["requests"] == 40
+        assert found["status"] == {"200": 40}
+        assert found["in_time"] == 1.0
+        assert abs(found["timely_accuracy"] - known) < 0.3
+        assert sum(found["exits"].values()) == 40
+
+
+def test_a_load_without_a_server_says_what_to_start(call, finished) -> None:
+    code, said = call("bench-serve", finished, "--address", "http://127.0.0.1:1")
+    assert code == 1
+    assert "impatient serve DIR" in said
+
+
 def test_a_served_network_is_as_right_as_its_recording_and_ends_when_told(server, finished) -> None:
     process, port = server
     run = RunDirectory(finished)

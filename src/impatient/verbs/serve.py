@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +60,7 @@ def serve(options: ServeOptions) -> None:
         raise ServingError(
             "serving needs uvicorn, which is not installed; run pip install 'impatient[serve]'."
         ) from error
-    from impatient.serving.app import App
+    from impatient.serving.app import App, listening_socket
     from impatient.serving.service import Limits, Service
 
     if not options.directories:
@@ -79,7 +78,7 @@ def serve(options: ServeOptions) -> None:
     )
     service = Service([hosted(path, options) for path in options.directories], limits)
     drain_s = options.drain_s or 5.0
-    listener = _listener(options.host, options.port)
+    listener = listening_socket(options.host, options.port)
     config = uvicorn.Config(
         App(service, token=token, drain_s=drain_s),
         lifespan="on",
@@ -126,15 +125,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """Open the socket before the server starts, so that a port in use is said at once."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
-    except OSError as error:
-        raise ServingError(
-            f"cannot listen at {host} port {port}: {error}. Choose another --port, or 0 for a free "
-            "one."
-        ) from error

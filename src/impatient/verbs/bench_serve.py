@@ -1,0 +1,147 @@
+"""Load a server with requests at planned instants, and say what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from impatient.errors import DataError, ServingError
+from impatient.table import Table, in_ms
+from impatient.verbs.options import OFF, Count, Directory, Positive, Text, Times, VerbOptions
+from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.serve import TOKEN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchServeOptions(VerbOptions):
+    """Load a running server with the test split, and count timely answers.
+
+    Late, refused and missing answers count as wrong. Requests are sent at planned instants, whether
+    or not earlier ones have been answered, and their times count from there.
+
+    Attributes:
+        address: Address of the server.
+        model: Name of the model; by default that of the directory.
+        arrivals: Pattern of arrivals: poisson; gamma (uneven gaps); mmpp (switching between slow
+            and fast); ramp (from nothing to twice the rate).
+        trace: A .npy file of instants of arrival in seconds, instead of a pattern; it is stretched
+            to the rate.
+        rate: Mean requests per second.
+        requests: Number of requests.
+        budgets_s: Shortest and longest time for an answer in ms; between them all ratios are
+            equally likely.
+        seed: Seed of instants and times.
+    """
+
+    directory: Directory
+    address: str = "http://127.0.0.1:8000"
+    model: Text = None
+    arrivals: Literal["poisson", "gamma", "mmpp", "ramp"] = "poisson"
+    trace: Annotated[Path | None, OFF] = None
+    rate: float = 50.0
+    requests: Positive = 1000
+    budgets_s: Annotated[Times, arg(name="budgets-ms")] = (0.01, 0.1)
+    seed: Count = 0
+
+
+def bench_serve(options: BenchServeOptions) -> dict[str, Any]:
+    """Send the requests, and summarise what became of them."""
+    import numpy as np
+
+    from impatient.serving.load import arrivals, send_load
+
+    if len(options.budgets_s) != 2 or options.budgets_s[0] > options.budgets_s[1]:
+        raise ServingError(
+            f"--budgets-ms has {len(options.budgets_s)} values; expected the shortest and the "
+            "longest time, such as 10,100."
+        )
+    inputs, labels = _samples(RunDirectory(options.directory), options.requests)
+    if options.trace is None:
+        instants = arrivals(
+            options.arrivals, rate=options.rate, count=options.requests, seed=options.seed
+        )
+    else:
+        instants = _traced(options.trace, options.requests, options.rate)
+    rng = np.random.default_rng(options.seed)
+    low, high = np.log(options.budgets_s)
+    result = asyncio.run(
+        send_load(
+            options.address,
+            options.model or options.directory.resolve().name,
+            inputs,
+            labels,
+            arrivals_s=instants,
+            budgets_s=np.exp(rng.uniform(low, high, len(instants))),
+            token=os.environ.get(TOKEN, ""),
+        )
+    )
+    return {"rate": len(instants) / max(float(instants[-1]), 1e-9), **result.summary()}
+
+
+def _samples(run: RunDirectory, most: int) -> tuple[Any, list[int]]:
+    """Take raw samples of the test split, and their classes."""
+    import torch
+
+    preprocess = run.spec().preprocess
+    if not preprocess.mean:
+        raise DataError(
+            f"{run.path} has no images; requests can be made only of images, whose numbers are "
+            "floats."
+        )
+    x, labels = next(run.data().batches("test", most))
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    mean, std = (torch.tensor(part).view(shape) for part in (preprocess.mean, preprocess.std))
+    return (x * std + mean).numpy(), labels.tolist()
+
+
+def _traced(file: Path, requests: int, rate: float) -> Any:
+    import numpy as np
+
+    try:
+        instants = np.load(file, allow_pickle=False).astype(float)[:requests]
+        if instants.ndim != 1 or len(instants) < 2 or not (np.diff(instants) >= 0).all():
+            raise ValueError("they do not increase")
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise DataError(
+            f"{file} cannot be read as instants: {error}. Expected a .npy file of at "
+            "least two increasing numbers, in seconds."
+        ) from error
+    span_s = max(float(instants[-1] - instants[0]), 1e-9)
+    return (instants - instants[0]) * (len(instants) / rate / span_s)
+
+
+def shown(_options: BenchServeOptions, result: dict[str, Any]) -> Iterator[Table | str]:
+    """Give a table of one row, and the shares of statuses and exits."""
+    yield Table(
+        title="what became of the requests, as their callers saw it",
+        columns=(
+            "requests",
+            "per second",
+            "in time",
+            "timely accuracy",
+            "p50 ms",
+            "p99 ms",
+            "own lag p99 ms",
+        ),
+        left=0,
+        rows=[
+            (
+                str(result["requests"]),
+                f"{result['rate']:.1f}",
+                f"{result['in_time']:.1%}",
+                f"{result['timely_accuracy']:.1%}",
+                in_ms(result["p50_s"]),
+                in_ms(result["p99_s"]),
+                in_ms(result["lag_p99_s"]),
+            )
+        ],
+    )
+    for what in ("status", "exits"):
+        shares = (f"{name}: {count}" for name, count in result[what].items())
+        yield f"{what}: {', '.join(shares)}"
