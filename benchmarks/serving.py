@@ -33,7 +33,6 @@ from impatient.serving import (
     fluid_bound,
     simulate,
 )
-from impatient.tasks.scores import max_probability
 from impatient.verbs.run_directory import RunDirectory
 
 RULES: dict[str, Callable[[], Rule]] = {
@@ -64,9 +63,9 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     seen, test = run.recording("validation"), run.recording("test")
     hits = seen.quality.double().numpy()
     quality, scores = (
-        part.double().numpy() for part in (test.quality, max_probability(test.logits()))
+        part.double().numpy() for part in (test.quality, test.scores["max_probability"])
     )
-    gains = GainTable.of(hits, max_probability(seen.logits()).double().numpy())
+    gains = GainTable.of(hits, seen.scores["max_probability"].double().numpy())
     planned = ServedModel.of("net", costs, hits.mean(1), gains=gains, max_batch=args.max_batch)
     last = planned.num_exits - 1
     sizes = range(1, args.max_batch + 1)

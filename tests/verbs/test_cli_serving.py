@@ -70,7 +70,7 @@ def test_a_load_is_counted_as_its_callers_see_it(server, finished, call, tmp_pat
     _process, port = server
     instants = tmp_path / "instants.npy"
     np.save(instants, np.linspace(0.0, 7.0, 40))
-    known = float(RunDirectory(finished).recording("test").hits().mean())
+    known = float(RunDirectory(finished).recording("test").quality.mean())
     for extra in (["--arrivals", "gamma"], ["--trace", instants]):
         code, said = call(
             "bench-serve",

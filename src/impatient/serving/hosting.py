@@ -14,7 +14,6 @@ from impatient.runtime.profile import profile
 from impatient.serving.model import GainTable, ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted
-from impatient.tasks.scores import max_probability
 from impatient.training.data import Preprocess
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -47,29 +46,36 @@ def hosted_network(
         max_batch: most samples in one batch, and in one request.
         repeats: measurements of each stage if it is measured now.
     Raises:
-        ServingError: if the recording has another number of exits than the network.
+        ServingError: if the recording has another number of exits than the network, or its outputs
+            are no tensors [B, C].
     """
     import torch
 
-    hits = recording.quality.double().numpy()
-    if len(hits) != network.num_exits:
+    quality = recording.quality.double().numpy()
+    if len(quality) != network.num_exits:
         raise ServingError(
-            f"the recording of {name!r} has {len(hits)} exits, the network {network.num_exits}; "
+            f"the recording of {name!r} has {len(quality)} exits, the network {network.num_exits}; "
             "record it again."
+        )
+    x = preprocess(torch.from_numpy(example[None].copy()))
+    with torch.inference_mode():
+        output = network(x)[-1]
+    if not isinstance(output, torch.Tensor) or output.dim() != 2:
+        raise ServingError(
+            f"the outputs of {name!r} are no tensors [B, C]; only such outputs can be served."
         )
     if costs is None:
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            x = preprocess(torch.from_numpy(example[None].copy()))
             sizes = [size for size in BATCH_SIZES if size <= max_batch]
             costs = profile(network, x, batch_sizes=sizes, repeats=repeats, max_seconds=5.0)
         finally:
             torch.set_num_threads(before)
-    gains = GainTable.of(hits, max_probability(recording.logits()).double().numpy())
+    gains = GainTable.of(quality, recording.scores[network.task.default_score].double().numpy())
     return Hosted(
         network=network,
-        model=ServedModel.of(name, costs, hits.mean(1), gains=gains, max_batch=max_batch),
+        model=ServedModel.of(name, costs, quality.mean(1), gains=gains, max_batch=max_batch),
         input=InputSpec(
             name="input",
             datatypes=tuple(datatypes),

@@ -14,7 +14,6 @@ import torch
 from impatient.anytime import Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
-from impatient.tasks.scores import max_probability
 from impatient.training.data import Preprocess
 
 log = logging.getLogger(__name__)
@@ -145,7 +144,12 @@ class InferenceThread:
         x = self._preprocess[name](torch.from_numpy(raw.copy()))
         with _Batch(self._networks[name], x, {0: len(raw)}).run as run:
             for exit in run:
-                max_probability(exit.output())
+                self._sure(name, exit.output())
+
+    def _sure(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Compute how sure each sample's output looks, by the default score of the task."""
+        task = self._networks[name].task
+        return task.score(task.default_score)(output)
 
     def _close(self, group: int) -> None:
         batch = self._batches.pop(group, None)
@@ -177,7 +181,7 @@ class InferenceThread:
             raise ServingError(f"this input never came to exit {work.last}.")
         if not torch.isfinite(output).all():
             raise ServingError(f"exit {work.last} gave NaN or infinite outputs.")
-        sure = max_probability(output)
+        sure = self._sure(work.model, output)
         return Done(
             work=work,
             outputs={
