@@ -457,7 +457,7 @@ def test_checking_a_head_leaves_the_modes_of_its_parts_and_its_statistics() -> N
     frozen = nn.BatchNorm1d(6)
     head = nn.Sequential(nn.Linear(6, 6), frozen, nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
     frozen.eval()
-    check_head(head, torch.randn(3, 6), CLASSES, "somewhere")
+    check_head(head, torch.randn(3, 6), (1, CLASSES), "somewhere")
     assert [layer.training for layer in head] == [True, False, True, True]
     assert head[2].num_batches_tracked == 0
 

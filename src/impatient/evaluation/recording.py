@@ -21,6 +21,7 @@ from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 from impatient.tasks import Task, named
 from impatient.tasks.classification import check_labels
+from impatient.tasks.task import AGREEMENT
 from impatient.trees import leaves, map_leaves, size
 
 
@@ -253,7 +254,7 @@ class Tables:
                 sure = torch.full_like(quality, -math.inf)
                 if before is not None:
                     sure = -self._task.distance(output, before).float()
-                scores = scores | {"agreement": sure}
+                scores = scores | {AGREEMENT: sure}
             before = output
             rows.append((quality, scores, statistics))
         qualities, scored, statistics_K = zip(*rows, strict=True)

@@ -415,10 +415,77 @@ def build_head(head: str | HeadFactory, features: FeatureShape, num_classes: int
     return HEADS[head](features, num_classes)
 
 
+def head_for(head: str | HeadFactory, features: FeatureShape, output: Tensor) -> nn.Module:
+    """Build a head whose outputs have the shape of the network's own.
+
+    For [B, D] it is the head that is named, for [B] one of a single column. Dense maps
+    [B, C, H, W] get `Dense`; "linear" stands for it.
+
+    Raises:
+        HeadError: if the features do not fit.
+    """
+    if output.dim() == 2:
+        return build_head(head, features, output.shape[1])
+    if output.dim() == 1:
+        return Column(build_head(head, features, 1))
+    if head != "linear":
+        return build_head(head, features, output.shape[1])
+    return Dense(features, output)
+
+
+class Column(nn.Module):
+    """A head of one column, whose outputs are [B]."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.as_tensor(with_mask(self.head, mask)(features)).squeeze(1)
+
+
+class Dense(nn.Module):
+    """A 1x1 convolution and a bilinear resize to maps of the network's output.
+
+    The convolution runs on the small map, and the resize keeps the ratio of output to feature map
+    of the example, so that inputs of other sizes fit.
+    """
+
+    def __init__(self, features: FeatureShape, output: Tensor) -> None:
+        super().__init__()
+        if features.layout not in ("NCHW", "NHWC"):
+            raise HeadError(
+                f"features {features!r} for maps of shape {tuple(output.shape)}; expected features "
+                "[B,C,H,W] or [B,H,W,C]. Attach the exit where there are maps."
+            )
+        self.channels_last = features.layout == "NHWC"
+        sizes = features.shape[1:3] if self.channels_last else features.shape[2:]
+        self.ratio = tuple(
+            whole / part for whole, part in zip(output.shape[2:], sizes, strict=True)
+        )
+        self.classifier = nn.Conv2d(features.channels, output.shape[1], 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.channels_last:
+            features = features.permute(0, 3, 1, 2)
+        maps = self.classifier(features)
+        size = [
+            round(ratio * length) for ratio, length in zip(self.ratio, maps.shape[2:], strict=True)
+        ]
+        resized: Tensor = functional.interpolate(
+            maps, size=size, mode="bilinear", align_corners=False
+        )
+        return resized
+
+
 def check_head(
-    head: nn.Module, features: Tensor, num_classes: int, where: str, mask: Tensor | None = None
+    head: nn.Module,
+    features: Tensor,
+    expected: tuple[int, ...],
+    where: str,
+    mask: Tensor | None = None,
 ) -> None:
-    """Check that a head gives [B, num_classes] on example features.
+    """Check that a head gives outputs of the network's own shape on example features.
 
     Raises:
         HeadError: if the head fails or gives something else.
@@ -438,8 +505,7 @@ def check_head(
         raise HeadError(
             f"the head at {where} fails on features of shape {tuple(features.shape)}: {error}"
         ) from error
-    if not isinstance(output, Tensor) or tuple(output.shape) != (features.shape[0], num_classes):
+    wanted = (features.shape[0], *expected[1:])
+    if not isinstance(output, Tensor) or tuple(output.shape) != wanted:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise HeadError(
-            f"the head at {where} gives {got}; expected shape {(features.shape[0], num_classes)}."
-        )
+        raise HeadError(f"the head at {where} gives {got}; expected shape {wanted}.")

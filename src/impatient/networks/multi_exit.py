@@ -19,6 +19,7 @@ from impatient.errors import (
     HeadError,
     LogitsWarning,
     NetworkError,
+    TaskError,
 )
 from impatient.inputs import (
     MaskName,
@@ -35,14 +36,15 @@ from impatient.networks.heads import (
     FeatureShape,
     HeadFactory,
     Layout,
-    build_head,
     channel_dim,
     check_head,
     guess_layout,
+    head_for,
     pooled,
     with_mask,
 )
 from impatient.networks.stages import Cut, StagedRun, install, tapped
+from impatient.tasks import Task, named
 
 log = logging.getLogger(__name__)
 # as transformers call it; an input may do without
@@ -62,6 +64,7 @@ class MultiExitNetwork(Network):
         num_classes: width of every output.
         mask: where an input has its padding mask.
         output: which part of what the backbone returns is its answer.
+        task: what the outputs mean.
     """
 
     num_classes: int
@@ -76,6 +79,7 @@ class MultiExitNetwork(Network):
         *,
         mask: MaskName = USUAL_MASK,
         output: OutputName = None,
+        task: str | Task = "classification",
     ) -> None:
         super().__init__()
         if not len(heads) == len(cuts) == len(layouts):
@@ -90,6 +94,7 @@ class MultiExitNetwork(Network):
         self.num_classes = num_classes
         self.mask = mask
         self.output = output
+        self.task = named(task)
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
         # Modules, not ids, because a copied network has its own modules.
@@ -245,6 +250,7 @@ def attach_exits(
     count: int = 4,
     heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
+    task: str | Task = "classification",
     layout: Layout | None = None,
     mask: MaskName = USUAL_MASK,
     output: OutputName = None,
@@ -252,8 +258,9 @@ def attach_exits(
     """Give a model exits without changing it.
 
     Args:
-        backbone: any `nn.Module` whose output is [B, num_classes], or holds such a tensor
-            (`logits`).
+        backbone: any `nn.Module` whose output is a tensor, or holds one that is unmistakable
+            (`logits`, or the only [B, C]). For classes it is [B, num_classes]; other tasks take
+            [B], [B, D] and dense maps [B, C, H, W] as well.
         example: an input of the kind the model will see; batch size 1 is enough. A mapping is
             passed as keywords.
         after: modules after which to exit, in running order. "block@2" is after the third call of a
@@ -264,6 +271,8 @@ def attach_exits(
         heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable
             (FeatureShape, num_classes) -> nn.Module; or a sequence of these, one per early exit.
         num_classes: width of the output; the default is what the backbone gives on the example.
+        task: what the outputs mean: the name of a ready-made task, such as "regression", or a
+            `Task` of your own. It decides what `fit`, `record` and runners do with them.
         layout: meaning of the dimensions of features with as many dimensions, such as "NHWC" or
             "NCT", for models where the guess is wrong.
         mask: where an input has its padding mask [B, T], 0 where there is padding, so that heads
@@ -276,6 +285,7 @@ def attach_exits(
     Raises:
         ExitNotFound, AmbiguousCut, CutOrderError: if `after` cannot be followed.
         ClassCountMismatch: if the backbone's output does not have `num_classes` columns.
+        TaskError: if its shape does not fit the task.
         HeadError: if no head can be built for the features at a cut.
         NetworkError: if the backbone has exits already.
     Example:
@@ -294,12 +304,16 @@ def attach_exits(
         )
     _refuse_compiled(backbone)
     _check_mask(example, mask)
-    classes = _check_classes(backbone, example, num_classes, output)
+    meaning = named(task)
+    answer = _answer(backbone, example, output)
+    classes = _check_answer(answer, num_classes, meaning)
     cuts = _place(backbone, example, after, count, output)
     built, layouts = _build_heads(
-        backbone, example, cuts, heads, classes, layout, mask_of(example, mask)
+        backbone, example, cuts, heads, answer, meaning, layout, mask_of(example, mask)
     )
-    return MultiExitNetwork(backbone, built, cuts, layouts, classes, mask=mask, output=output)
+    return MultiExitNetwork(
+        backbone, built, cuts, layouts, classes, mask=mask, output=output, task=meaning
+    )
 
 
 def _check_mask(example: Any, mask: MaskName) -> None:
@@ -340,16 +354,30 @@ def _place(
     return cuts
 
 
-def _check_classes(
-    backbone: nn.Module, example: Any, num_classes: int | None, name: OutputName
-) -> int:
+def _answer(backbone: nn.Module, example: Any, name: OutputName) -> Tensor:
+    """Return the backbone's output on the example."""
     with evaluating(backbone), torch.no_grad():
-        output = output_tensor(call_model(backbone, example), name)
-    if output.dim() != 2:
+        return output_tensor(call_model(backbone, example), name)
+
+
+def _check_answer(output: Tensor, num_classes: int | None, task: Task) -> int:
+    """Check the backbone's output, and return its width."""
+    if task.is_logits and output.dim() != 2:
         raise ClassCountMismatch(
             f"the backbone gives an output of shape {tuple(output.shape)}; expected "
-            "[B, num_classes]. Wrap it in a module that pools or picks what you classify."
+            "[B, num_classes]. Wrap it in a module that pools or picks what you classify, or name "
+            "the task, such as attach_exits(..., task='regression')."
         )
+    if not task.is_logits:
+        if output.dim() not in (1, 2, 4):
+            raise TaskError(
+                f"the backbone gives an output of shape {tuple(output.shape)}; expected [B], "
+                "[B, D] or [B, C, H, W]. Give the task a `head` that makes outputs of this shape."
+            )
+        # what an output alone can show wrong of a task
+        for score in task.scores.values():
+            score(output)
+        return int(output.shape[1]) if output.dim() > 1 else 1
     if num_classes is not None and output.shape[1] != num_classes:
         raise ClassCountMismatch(
             f"the backbone gives {output.shape[1]} classes; expected num_classes={num_classes}. "
@@ -398,7 +426,8 @@ def _build_heads(
     example: Any,
     cuts: Sequence[Cut],
     heads: str | HeadFactory | Sequence[str | HeadFactory],
-    num_classes: int,
+    answer: Tensor,
+    task: Task,
     layout: Layout | None,
     mask: Tensor | None,
 ) -> tuple[list[nn.Module], list[Layout]]:
@@ -429,8 +458,10 @@ def _build_heads(
         shape = FeatureShape(
             tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
         )
-        head = build_head(kind, shape, num_classes).to(device=features.device, dtype=features.dtype)
-        check_head(head, features, num_classes, str(cut), None if shape.layout == "ND" else mask)
+        made = task.head(features, answer) if task.head else head_for(kind, shape, answer)
+        head = made.to(device=features.device, dtype=features.dtype)
+        own_mask = None if shape.layout == "ND" else mask
+        check_head(head, features, tuple(answer.shape), str(cut), own_mask)
         built.append(head)
         layouts.append(shape.layout)
     return built, layouts

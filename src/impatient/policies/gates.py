@@ -44,6 +44,7 @@ from impatient.policies.policy import (
 )
 from impatient.provenance import Provenance
 from impatient.tasks import Task, named
+from impatient.tasks.task import AGREEMENT
 
 Inputs = Literal["confidences", "features", "both"]
 Reference = Literal["full", "none", "downstream"]
@@ -86,7 +87,7 @@ def seen_on(recording: Recorded) -> tuple[Float[Tensor, "N D"], ...]:
     if is_classification(recording.task):
         seen = named(recording.task).seen
         return tuple(seen(output) for output in recording.logits())
-    scores = [table for name, table in recording.scores.items() if name != "agreement"]
+    scores = [table for name, table in recording.scores.items() if name != AGREEMENT]
     return tuple(torch.stack(scores, 2))
 
 

@@ -35,7 +35,8 @@ from impatient.policies.policy import (
 from impatient.policies.targets import Target
 from impatient.provenance import Provenance
 from impatient.tasks.scores import SCORES
-from impatient.tasks.task import Score, Task
+from impatient.tasks.task import AGREEMENT, Score, Task
+from impatient.trees import size, take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +93,15 @@ class ThresholdPolicy(Policy):
         return task_of(self.task, self.own_task).score(self.score)
 
     def looks_at(self, exit: int) -> bool:
-        """Whether the exit is open.
+        """Whether the exit is open, or the next one compares with it.
 
         The output of the last exit is always computed.
         """
-        return self.thresholds[exit] < math.inf
+        return looked_at(self.score, [bound < math.inf for bound in self.thresholds])[exit]
+
+    def for_run(self, samples: int, run: int = 0) -> Policy:  # noqa: ARG002  nothing is drawn
+        """Return the rule of one run, which remembers outputs if it compares them."""
+        return AgreementRun(self, None) if self.score == AGREEMENT else self
 
     def stops(
         self,
@@ -109,6 +114,11 @@ class ThresholdPolicy(Policy):
             raise PolicyError("thresholds look at outputs; give the outputs of the exit.")
         if exit == self.num_exits - 1:
             return torch.ones(outputs.shape[0], dtype=torch.bool, device=outputs.device)
+        if self.score == AGREEMENT:
+            raise PolicyError(
+                "agreement compares an output with the one before; ask policy.for_run(samples), "
+                "which remembers it, once per run."
+            )
         return self._score()(outputs) >= self.thresholds[exit]
 
     @classmethod
@@ -157,6 +167,64 @@ class ThresholdPolicy(Policy):
                 "classification. Export without a policy."
             )
         return {"score": self.score, "thresholds": list(self.thresholds)}
+
+
+def looked_at(score: str, is_open: Sequence[bool]) -> list[bool]:
+    """Tell which heads run for a score: those of open exits, and those compared with."""
+    if score != AGREEMENT:
+        return list(is_open)
+    after = [*is_open[1:], False]
+    # the last exit always answers and is compared with nothing
+    after[-2:-1] = [False]
+    return [here or needed for here, needed in zip(is_open, after, strict=True)]
+
+
+class AgreementRun(Policy):
+    """Thresholds on agreement in one run: it remembers the outputs of the exit before.
+
+    Args:
+        policy: the thresholds.
+        before: outputs of the exit before; None at the first.
+    """
+
+    __slots__ = ("_before", "_policy")
+
+    def __init__(self, policy: ThresholdPolicy, before: Any) -> None:
+        self._policy = policy
+        self._before = before
+
+    @property
+    def num_exits(self) -> int:
+        return self._policy.num_exits
+
+    def looks_at(self, exit: int) -> bool:
+        """Whether the exit is open, or the next one compares with it."""
+        return self._policy.looks_at(exit)
+
+    def for_rows(self, rows: Int[Tensor, "R"]) -> Policy:
+        """Return the rule for these samples of the batch."""
+        return AgreementRun(
+            self._policy, None if self._before is None else take(self._before, rows)
+        )
+
+    def stops(
+        self,
+        exit: int,
+        outputs: Any = None,
+        pooled: Float[Tensor, "B *D"] | None = None,  # noqa: ARG002  it compares outputs alone
+    ) -> Bool[Tensor, "B"]:
+        """Which samples are done at this exit."""
+        before = self._before
+        self._before = outputs
+        if exit == self.num_exits - 1:
+            return torch.ones(size(outputs), dtype=torch.bool)
+        bound = self._policy.thresholds[exit]
+        if before is None:
+            return torch.full((size(outputs),), bound == -math.inf)
+        task = task_of(self._policy.task, self._policy.own_task)
+        if task.distance is None:
+            raise PolicyError(f"task {task.name!r} has no distance, which agreement needs.")
+        return -task.distance(outputs, before).float() >= bound
 
 
 def scores_of(recording: Recorded, score: str = "") -> Float[Tensor, "K N"]:
@@ -268,8 +336,9 @@ def fit_thresholds(
         )
 
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
+        looked = looked_at(score, heads)
         return costs.cumulative(
-            saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
+            saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=looked
         )
 
     best = target.best(_Search(recording, score, cost_of).candidates(target))

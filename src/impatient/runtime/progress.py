@@ -173,7 +173,8 @@ class BatchProgress:
         here = slice(None) if self._places is None else self._places
         outputs = self._output.clone()
         exits = self._exits.clone()
-        outputs[here] = torch.where(now[:, None], output, outputs[here])
+        chosen = now.reshape(-1, *(1,) * (output.dim() - 1))
+        outputs[here] = torch.where(chosen, output, outputs[here])
         exits[here] = torch.where(now, exit.index, exits[here])
         return outputs, exits
 

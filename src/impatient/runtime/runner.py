@@ -97,7 +97,7 @@ class Runner:
             )
         self.network = network
         self.costs = costs
-        self.policy = policy
+        self.policy = None if policy is None else policy.for_task(network.task)
         self.clock = clock
         self.when_late = when_late
         if not isinstance(compaction, Compaction):
@@ -228,7 +228,8 @@ class Runner:
     def drawn(self, policy: Policy | None, samples: int) -> Policy | None:
         """Check another policy, and make the random draws of one run."""
         self._check_policy(policy, self.network)
-        return self._draw(policy, samples)
+        task = self.network.task
+        return self._draw(None if policy is None else policy.for_task(task), samples)
 
     def _draw(self, policy: Policy | None, samples: int) -> Policy | None:
         return None if policy is None else policy.for_run(samples, next(self._runs))

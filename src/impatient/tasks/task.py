@@ -14,6 +14,8 @@ from impatient.errors import TaskError
 
 # output, target -> one number per sample, [B]; [B, S] for statistics
 Judge = Callable[[Any, Any], Tensor]
+# the score that compares an output with that of the exit before, by the task's distance
+AGREEMENT = "agreement"
 # output -> one number per sample, [B]
 Score = Callable[[Any], Tensor]
 

@@ -44,8 +44,8 @@ from impatient.training.data import Data, Split
 from impatient.training.history import EpochMetrics, History
 from impatient.training.losses import (
     distilled,
-    exit_hits,
-    sample_losses,
+    summed_quality,
+    task_losses,
     weighted_loss,
     weighted_sample_loss,
 )
@@ -100,8 +100,14 @@ def fit(
         AdaLoss); Kubaty et al. 2025 (mixed regime).
     """
     check_network(network)
-    check_classes(network.num_classes, data.num_classes, data.name)
     recipe = recipe or Recipe()
+    if network.task.is_logits:
+        check_classes(network.num_classes, data.num_classes, data.name)
+    elif recipe.distillation or recipe.label_smoothing:
+        raise TrainingError(
+            f"distillation={recipe.distillation} and label_smoothing={recipe.label_smoothing} are "
+            f"of classes, but the network's task is {network.task.name!r}; expected 0 for both."
+        )
     checked = checked_weights(
         network.default_weights if weights is None else weights,
         network.num_exits,
@@ -385,7 +391,7 @@ class _Training:
         joint = GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
         flow = joint if phase == "joint" else PLAIN
         outputs = self.model(inputs) if flow == PLAIN else self.model(inputs, gradients=flow)
-        losses = sample_losses(outputs, labels, recipe.label_smoothing)
+        losses = task_losses(self.network.task, outputs, labels, recipe.label_smoothing)
         loss = self._objective(losses, outputs, phase, indices)
         exit_losses = losses.detach().mean(1)
         if not torch.isfinite(loss):
@@ -395,7 +401,7 @@ class _Training:
         if recipe.clip_norm:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=recipe.clip_norm)
         self.optimizer.step()
-        hits = exit_hits(outputs, labels).float()
+        hits = summed_quality(self.network.task, outputs, labels)
         sums = torch.stack([exit_losses * len(labels), hits]).double().cpu()
         if phase != "backbone":
             self.balancer.observe(self._over_processes(sums[0] / len(labels)))
@@ -447,8 +453,9 @@ class _Training:
         for inputs, labels in self.data.batches(split, 512):
             outputs = self.network(inputs.to(self.fabric.device))
             labels = labels.to(self.fabric.device)
-            losses = sample_losses(outputs, labels).sum(1)
-            sums += torch.stack([losses, exit_hits(outputs, labels).float()]).double().cpu()
+            losses = task_losses(self.network.task, outputs, labels).sum(1)
+            hits = summed_quality(self.network.task, outputs, labels)
+            sums += torch.stack([losses, hits]).double().cpu()
         return sums / self.data.size(split)
 
     def _write_metrics(self) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from impatient.tasks import Task
 
 
 def sample_losses(
@@ -98,3 +101,18 @@ def exit_hits(
 ) -> Int[Tensor, "K"]:
     """Count the samples that each exit classifies correctly, shape [K]."""
     return (torch.stack(list(outputs_K)).argmax(-1) == labels_B).sum(1)
+
+
+def task_losses(
+    task: Task, outputs_K: Sequence[Any], targets: Any, label_smoothing: float = 0.0
+) -> Float[Tensor, "K B"]:
+    """Compute the loss of every exit on every sample by a task, shape [K, B]."""
+    if task.is_logits:
+        return sample_losses(outputs_K, targets, label_smoothing)
+    return torch.stack([task.losses(output, targets) for output in outputs_K])
+
+
+def summed_quality(task: Task, outputs_K: Sequence[Any], targets: Any) -> Float[Tensor, "K"]:
+    """Sum the quality of every exit over the samples, shape [K]."""
+    with torch.no_grad():
+        return torch.stack([task.quality(output, targets).sum() for output in outputs_K]).float()
