@@ -14,7 +14,6 @@ from impatient.engines.export import WRITTEN
 from impatient.networks import heads
 from impatient.policies import costsensitive, gates
 from impatient.recipe import Recipe
-from impatient.tasks import scores
 from impatient.verbs import export, fit, select, train
 from impatient.verbs.evaluate import EvaluateOptions
 
@@ -105,7 +104,6 @@ def test_every_option_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> 
     [
         (train.Head, heads.HEADS),
         (train.ExitRule, get_args(ensembling.RuleName)),
-        (fit.Score, scores.SCORES),
         (fit.Cost, get_args(Cost)),
         (fit.Learner, get_args(costsensitive.Learner)),
         (fit.GateInputs, get_args(gates.Inputs)),

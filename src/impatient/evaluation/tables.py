@@ -60,6 +60,8 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
     """
     free = next((row.contract_s for row in evaluation.of("exit_free")), 0.0)
     names = [Cell(row.name) for row in evaluation.rows]
+    # metrics of the whole split, where the task has some
+    metrics = tuple(evaluation.rows[0].metrics)
     names[: len(exits)] = [Cell(f"exit {k}", exit) for k, exit in enumerate(exits)]
     return Table(
         title=f"Every way to answer, judged on {evaluation.samples} samples of split "
@@ -67,8 +69,9 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
         "compares this time with the untouched backbone's.",
         columns=(
             "",
-            "accuracy",
+            evaluation.quality_name,
             "95 % interval",
+            *metrics,
             Column("probability of the truth", only="page"),
             Column("interruptible, ms", optional=True),
             "contract, ms",
@@ -82,12 +85,13 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
                 name,
                 percent(row.accuracy.value),
                 interval(row.accuracy),
+                *(f"{row.metrics[name]:.4g}" for name in metrics),
                 percent(row.p_true.value) if row.p_true else "",
                 three_digits(row.interruptible_s),
                 three_digits(row.contract_s),
                 _signed(row.contract_s / free - 1.0 if free else 0.0),
                 count(row.macs),
-                f"{row.calibration_error:.3f}",
+                "" if row.calibration_error is None else f"{row.calibration_error:.3f}",
                 " ".join(f"{share * 100:.0f}" for share in row.shares),
             )
             for name, row in zip(names, evaluation.rows, strict=True)

@@ -31,7 +31,6 @@ from impatient.verbs.options import (
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
-Score = Literal["max_probability", "margin", "entropy"]
 GateInputs = Literal["confidences", "features", "both"]
 Cost = Literal["time", "macs", "bytes", "energy"]
 Learner = Literal["logistic", "svm", "mlp", "boosting"]
@@ -59,7 +58,8 @@ class FitOptions(VerbOptions):
         mean_bytes: Mean megabytes that operators read and write per sample.
         mean_energy_j: Mean millijoules per sample; needs a profile with joules.
         cost: Cost that --max-loss is to save; by default time.
-        score: How sure an answer looks.
+        score: How sure an answer looks: max_probability, margin or entropy for classes; agreement
+            with the exit before, or another score of the task. By default the task's first.
         learner: Learner of gates, one per exit, instead of thresholds.
         inputs: Inputs of gates: confidences; features, before the head is paid (they must be
             recorded, with --features); or both.
@@ -75,7 +75,7 @@ class FitOptions(VerbOptions):
     mean_bytes: Annotated[Millions, arg(name="mean-mb")] = None
     mean_energy_j: Annotated[Millijoules, arg(name="mean-mj")] = None
     cost: Annotated[Cost | None, one_of(Cost), OFF] = None
-    score: Score = "max_probability"
+    score: Text = None
     learner: Annotated[Learner | None, one_of(Learner), OFF] = None
     inputs: GateInputs = "confidences"
     delta: Number = None

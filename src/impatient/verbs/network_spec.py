@@ -37,6 +37,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
             of a cascade; empty for one network.
         cascade: Whether the members are the networks of a cascade, each without its exits; `after`
             then names them all.
+        task: Name of the task of its outputs.
         validation_errors: Errors of every member's exits, by which the ensemble chooses.
     """
 
@@ -57,13 +58,19 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
     members: tuple[NetworkSpec, ...] = ()
     cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
+    task: str = "classification"
 
     def __post_init__(self) -> None:
-        if len(self.class_names) != self.num_classes:
+        if self.means.is_logits and len(self.class_names) != self.num_classes:
             raise StorageError(
                 f"{len(self.class_names)} class names for {self.num_classes} classes; expected one "
                 "per class."
             )
+
+    @property
+    def means(self) -> impatient.tasks.Task:
+        """What the outputs mean."""
+        return impatient.tasks.named(self.task)
 
     def example(self, batch_size: int = 1) -> Tensor:
         """Make an input of the right shape and type, of zeros.
@@ -108,6 +115,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
                 after=list(self.after),
                 heads=self.heads,
                 num_classes=self.num_classes,
+                task=self.task,
             )
         if self.ensembling:
             network = impatient.networks.RunningEnsemble(network, self.ensembling)  # type: ignore[arg-type]
@@ -123,7 +131,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
             return self.members[-1].build_exit_free(trust)
         model = self._model(trust)
         backbone = model.exit_free if isinstance(model, impatient.Network) else model
-        return impatient.MultiExitNetwork(backbone, [], [], [], self.num_classes)
+        return impatient.MultiExitNetwork(backbone, [], [], [], self.num_classes, task=self.task)
 
     def _model(self, trust: Sequence[str]) -> Any:
         from impatient.networks.specs import check_trusted
@@ -148,7 +156,13 @@ def fresh_model(
 
 
 def spec_of(
-    network: nn.Module, data: impatient.Data, *, model: str, seed: int, validation: float
+    network: nn.Module,
+    data: impatient.Data,
+    *,
+    model: str,
+    seed: int,
+    validation: float,
+    task: str = "classification",
 ) -> NetworkSpec:
     """Describe a network for some data, without exits of its own."""
     example = data.example()
@@ -156,7 +170,7 @@ def spec_of(
         model=model,
         after=(),
         heads="linear",
-        num_classes=data.num_classes,
+        num_classes=outputs_for(data, task),
         example_shape=tuple(example.shape[1:]),
         example_dtype=str(example.dtype).removeprefix("torch."),
         class_names=data.class_names,
@@ -165,10 +179,19 @@ def spec_of(
         data_fingerprint=data.fingerprint,
         seed=seed,
         validation=validation,
+        task=task,
         provenance=provenance(
             network=fingerprint_structure(network.state_dict()), data=data.fingerprint, seed=seed
         ),
     )
+
+
+def outputs_for(data: impatient.Data, task: str) -> int:
+    """Return how many outputs a network needs for some data and task."""
+    if impatient.tasks.named(task).is_logits:
+        return data.num_classes
+    targets = data.examples("train").labels
+    return int(targets.shape[1]) if targets.dim() == 2 else 1
 
 
 def save_weights(network: nn.Module, path: Path) -> None:

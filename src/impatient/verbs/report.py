@@ -144,7 +144,7 @@ def _examples(
     policies: Mapping[str, impatient.Policy],
 ) -> list[impatient.evaluation.Example]:
     """Pick test inputs that left early and late under the first policy."""
-    if not policies:
+    if not policies or not spec.means.is_logits:
         return []
     early, late = impatient.evaluation.select_examples(recording, next(iter(policies.values())))
     chosen = [*early, *late]

@@ -57,11 +57,14 @@ class RunOptions(VerbOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileAnswer:
-    """An answer for one file, with its most probable class."""
+    """An answer for one file, with its most probable class, or in numbers.
+
+    The probability is None where the task is not of classes.
+    """
 
     file: Path
     label: str
-    probability: float
+    probability: float | None
     answer: impatient.Answer
 
 
@@ -87,17 +90,18 @@ def run(options: RunOptions) -> list[FileAnswer]:
     for file, x in zip(options.inputs, inputs, strict=True):
         limit_s = options.deadline_s
         answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
-        probabilities = answer.output.float().softmax(-1)[0]
-        best = int(probabilities.argmax())
-        answers.append(
-            FileAnswer(
-                file=file,
-                label=spec.class_names[best],
-                probability=float(probabilities[best]),
-                answer=answer,
-            )
-        )
+        label, probability = _said(spec, answer.output[0])
+        answers.append(FileAnswer(file=file, label=label, probability=probability, answer=answer))
     return answers
+
+
+def _said(spec: NetworkSpec, output: Tensor) -> tuple[str, float | None]:
+    """Say an output of one sample: its class, or its numbers."""
+    if not spec.means.is_logits:
+        return ", ".join(f"{value:.4g}" for value in output.float().flatten().tolist()), None
+    probabilities = output.float().softmax(-1)
+    best = int(probabilities.argmax())
+    return spec.class_names[best], float(probabilities[best])
 
 
 def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
@@ -110,7 +114,7 @@ def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
             (
                 str(row.file),
                 row.label,
-                f"{row.probability:.1%}",
+                "" if row.probability is None else f"{row.probability:.1%}",
                 str(row.answer.exit),
                 in_ms(row.answer.elapsed_s),
                 row.answer.stopped_by,
@@ -127,7 +131,7 @@ def plain(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
         {
             "file": str(row.file),
             "answer": row.label,
-            "probability": round(row.probability, 6),
+            "probability": None if row.probability is None else round(row.probability, 6),
             "exit": row.answer.exit,
             "elapsed_ms": round(row.answer.elapsed_s * 1e3, 4),
             "stopped_by": row.answer.stopped_by,

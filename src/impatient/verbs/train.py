@@ -18,6 +18,7 @@ from impatient.verbs.network_spec import (
     OWN_HEADS,
     NetworkSpec,
     fresh_model,
+    outputs_for,
     save_weights,
     spec_of,
 )
@@ -66,6 +67,8 @@ class TrainOptions(VerbOptions):
         model: Network, as SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
             transformers:..., package.module:factory.
         data: Data set: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
+        task: What the outputs mean: classification (with :top=5, ...), binary, multi_label, or
+            regression (with :tolerance=0.5 or :scale=2).
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
         after: Modules to exit after, instead of --exits; or every:2 for every second block.
@@ -90,6 +93,7 @@ class TrainOptions(VerbOptions):
     directory: Directory
     model: str = "impatient:resnet"
     data: str = "digits"
+    task: str = "classification"
     exits: PositiveOrNone = None
     after: Names = ()
     heads: Annotated[Head | None, one_of(Head), OFF] = None
@@ -181,6 +185,7 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
     wanted: dict[str, object] = {
         "model": options.model,
         "data": options.data,
+        "task": impatient.tasks.named(options.task).name,
         "heads": options.heads or (OWN_HEADS if own else "linear"),
         "seed": options.recipe.seed,
         "validation": options.validation,
@@ -217,7 +222,9 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
         ModelSpecError: if the model has exits, and yet `after`, `exits` or `heads` is given.
     """
     seed = options.recipe.seed
-    network: Any = fresh_model(options.model, data.num_classes, data.preprocess, seed)
+    task = impatient.tasks.named(options.task).name
+    outputs = outputs_for(data, task)
+    network: Any = fresh_model(options.model, outputs, data.preprocess, seed)
     if isinstance(network, impatient.Network):
         if options.after or options.exits is not None or options.heads is not None:
             raise ModelSpecError(
@@ -233,11 +240,19 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
             after=options.rule or list(options.after) or "auto",
             count=options.exits or DEFAULT_EXITS,
             heads=heads,
-            num_classes=data.num_classes,
+            num_classes=outputs,
+            task=task,
         )
     if options.ensembling:
         network = impatient.networks.RunningEnsemble(network, options.ensembling)
-    spec = spec_of(network, data, model=options.model, seed=seed, validation=options.validation)
+    spec = spec_of(
+        network,
+        data,
+        model=options.model,
+        seed=seed,
+        validation=options.validation,
+        task=task,
+    )
     return dataclasses.replace(
         spec,
         after=network.exit_names[:-1],
