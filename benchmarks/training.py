@@ -17,7 +17,8 @@ from common import median_interval, write_results
 
 from impatient import Data, Recipe, attach_exits, fit
 from impatient.networks import MultiExitNetwork, PreActResNet
-from impatient.training.data import ArrayExamples, Preprocess
+from impatient.training import Preprocess
+from impatient.training.examples import ArrayExamples
 
 # with the output, 5 exits of 15 blocks
 EVERY_THIRD = [f"blocks.{block}" for block in (2, 5, 8, 11)]

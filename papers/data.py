@@ -18,7 +18,7 @@ from impatient import Data, load_data
 from impatient.errors import DataError
 from impatient.files import written_whole
 from impatient.provenance import fingerprint_bytes
-from impatient.training.data import Examples
+from impatient.training.examples import Examples
 
 ROOT = Path(__file__).parent.parent
 CONVERTED = ROOT / "runs" / "data"

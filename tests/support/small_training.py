@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.training import Data, History, Recipe, fit, load_data
-from impatient.training.data import ArrayExamples
+from impatient.training.examples import ArrayExamples
 
 
 class SmallNet(nn.Module):

@@ -16,7 +16,8 @@ from PIL import Image
 from impatient.errors import DataError
 from impatient.store import from_plain, to_plain
 from impatient.training import Data, Preprocess, load_data
-from impatient.training.data import SPLITS, read_image
+from impatient.training.data import SPLITS
+from impatient.training.pictures import read_image
 
 
 def split_of(data: Data, split: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,7 +119,8 @@ def test_an_unknown_split_is_refused(digits):
 )
 def test_an_unknown_spec_is_refused_with_those_that_are_known(spec):
     with pytest.raises(
-        DataError, match="expected digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH"
+        DataError,
+        match="expected digits, npz:FILE, imagefolder:DIR, text:FILE-OR-DIR or hf:NAME-OR-PATH",
     ):
         load_data(spec)
 
@@ -224,7 +226,7 @@ def test_tokens_pass_as_they_are(tmp_path):
     inputs, _ = split_of(data, "test")
     assert inputs.dtype == torch.int64
     assert torch.equal(data.preprocess(inputs), torch.from_numpy(tokens[:10].astype(np.int64)))
-    assert data.preprocess == Preprocess(mean=(), std=())
+    assert data.preprocess == Preprocess(mean=(), std=(), dtype="int64")
 
 
 def test_classes_are_named_as_the_file_says(tmp_path):

@@ -27,7 +27,7 @@ from impatient.files import read_header, read_tensors, write_tensors
 from impatient.networks import MultiExitNetwork
 from impatient.training import History, Recipe, fit, loop
 from impatient.training.augmentation import augmented
-from impatient.training.data import ArrayExamples
+from impatient.training.examples import ArrayExamples
 from impatient.training.loop import checked_weights
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import STATIC, sieve
@@ -795,7 +795,7 @@ MADE = """
     from torch import nn
     from impatient.networks import attach_exits
     from impatient.training import Data, Preprocess, Recipe
-    from impatient.training.data import ArrayExamples
+    from impatient.training.examples import ArrayExamples
 
     def made():
         torch.manual_seed(0)

@@ -142,8 +142,6 @@ def plain(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
 
 
 def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
-    import torch
-
     if not file.is_file():
         raise DataError(
             f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}."
@@ -154,9 +152,8 @@ def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
             f"{file} has shape {tuple(raw.shape[1:])}; expected one raw sample of shape "
             f"{spec.example_shape}, without a batch dimension."
         )
-    if not torch.isfinite(raw).all():
-        raise DataError(f"{file} holds NaN or infinite values; expected finite numbers.")
-    return spec.preprocess(raw)
+    prepared: Tensor = spec.preprocess(spec.preprocess.checked(raw, str(file)))
+    return prepared
 
 
 def _read_array(file: Path) -> Tensor:

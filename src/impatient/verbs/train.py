@@ -66,7 +66,7 @@ class TrainOptions(VerbOptions):
     Attributes:
         model: Network, as SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
             transformers:..., package.module:factory.
-        data: Data set: digits, npz:FILE, imagefolder:DIR or hf:NAME-OR-PATH.
+        data: Data set: digits, npz:FILE, imagefolder:DIR, text:FILE-OR-DIR or hf:NAME-OR-PATH.
         task: What the outputs mean: classification (with :top=5, ...), binary, multi_label, or
             regression (with :tolerance=0.5 or :scale=2).
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
@@ -128,6 +128,7 @@ def train(options: TrainOptions) -> History:
     run = RunDirectory(options.directory, trust=trust)
     recipe = options.recipe
     data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
+    log.info("inputs: %s", data.preprocess)
     # other processes of this training come through all of this, too, after the first one
     is_new = not is_file(run.spec_file) or (options.restart and is_first())
     # whatever is wrong is found before the old run is touched

@@ -1,0 +1,110 @@
+"""Data sets of pictures in folders, one folder per class."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from impatient.errors import DataError
+from impatient.provenance import fingerprint_bytes
+from impatient.training.examples import LazyExamples, Raw
+from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
+from impatient.training.pictures import class_files, read_image, size_of, split_folders
+from impatient.training.splitting import carved_out
+
+
+def imagefolder(rest: str) -> tuple[Raw, DataOptions]:
+    """Read DIR or DIR:options."""
+    name, options = read_options(rest, PICTURE_OPTIONS)
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise DataError(
+            f"no folder {root}; expected one with train/CLASS/*.png and test/CLASS/*.png."
+        )
+    files = {split: class_files(folder) for split, folder in split_folders(root).items()}
+    classes = sorted({label for found in files.values() for _, label in found})
+    if not classes:
+        raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
+    numbers = {label: number for number, label in enumerate(classes)}
+    if "test" not in files:
+        test = carved_out(np.array([numbers[label] for _, label in files["train"]]))
+        both = list(zip(files["train"], test, strict=True))
+        files = {
+            "train": [file for file, is_test in both if not is_test],
+            "test": [file for file, is_test in both if is_test],
+        }
+    folders = split_folders(root)
+    paths = {split: [path for path, _ in found] for split, found in files.items()}
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as threads:
+        hashes = {split: list(threads.map(hash_of_file, found)) for split, found in paths.items()}
+    rows = {
+        split: [
+            (path, f"{path.relative_to(folders.get(split, folders['train']))}/{hashed}", number)
+            for (path, label), hashed in zip(found, hashes[split], strict=True)
+            for number in [numbers[label]]
+        ]
+        for split, found in files.items()
+    }
+    some = files["train"][:: max(1, len(files["train"]) // 50)]
+    shown = options.size or common_size(size_of(path) for path, _ in some)
+    return lazy_pictures(rows, classes, lambda path: read_image(path, shown, 3), shown), options
+
+
+def hash_of_file(path: Path) -> str:
+    """Hash a file's contents; threads help, because reading and hashing release the lock."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that all images have, or 224 x 224."""
+    found = set(sizes)
+    return found.pop() if len(found) == 1 else (224, 224)
+
+
+def lazy_pictures(
+    rows: Mapping[str, Sequence[tuple[Any, str, int]]],
+    classes: Sequence[str],
+    read: Callable[[Any], Tensor],
+    size: tuple[int, int],
+    *,
+    named: bool = True,
+) -> Raw:
+    """Make a data set of images that are decoded on demand.
+
+    Args:
+        rows: for "train" and "test", the source, the identity and the label of each image.
+        classes: name of each class.
+        read: function that makes the raw input from a source.
+        size: height and width of the inputs.
+        named: whether the classes have names.
+    """
+    empty = [split for split in ("train", "test") if not rows[split]]
+    if empty:
+        raise DataError(f"no images for {' and '.join(empty)}.")
+    threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+
+    def examples(split: str) -> LazyExamples:
+        sources, _, labels = zip(*rows[split], strict=True)
+        return LazyExamples(sources, torch.tensor(labels, dtype=torch.int64), read, threads)
+
+    listed = "".join(
+        f"{split}/{identity}:{label};" for split in rows for _, identity, label in rows[split]
+    )
+    return Raw(
+        train=examples("train"),
+        test=examples("test"),
+        class_names=tuple(classes),
+        named=named,
+        content=fingerprint_bytes(listed.encode(), f"{size}".encode()),
+    )

@@ -1,0 +1,337 @@
+"""Read tables of texts with their labels, through a tokenizer of transformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from impatient.errors import DataError
+from impatient.provenance import fingerprint_bytes
+from impatient.training.examples import Examples, Indices, Raw, rows_of
+from impatient.training.options import DataOptions, read_options
+from impatient.training.pictures import TEST_FOLDERS, TRAIN_FOLDERS
+from impatient.training.splitting import carved_out
+
+log = logging.getLogger(__name__)
+
+TEXT_OPTIONS = ("tokenizer", "text", "label", "length")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+# Some tokenizers say that any length will do.
+USUAL_LENGTH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class TextExamples(Examples):
+    """Texts as token ids, padded per batch to the longest of the batch.
+
+    Attributes:
+        tokens: for each entry of the network's input, the numbers of every text.
+        labels: true classes, int64 [N].
+        padding: what each entry is padded with.
+        side: where padding stands.
+    """
+
+    tokens: Mapping[str, Sequence[Tensor]]
+    labels: Any
+    padding: Mapping[str, int]
+    side: Literal["left", "right"]
+
+    def take(self, indices: Indices) -> dict[str, Tensor]:
+        return {
+            name: pad_sequence(
+                [lists[int(index)] for index in indices],
+                batch_first=True,
+                padding_value=self.padding[name],
+                padding_side=self.side,
+            )
+            for name, lists in self.tokens.items()
+        }
+
+    def subset(self, indices: Indices) -> TextExamples:
+        tokens = {
+            name: [lists[int(index)] for index in indices] for name, lists in self.tokens.items()
+        }
+        return TextExamples(tokens, rows_of(self.labels, indices), self.padding, self.side)
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(ids) for ids in self.tokens["input_ids"]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows of one split.
+
+    Attributes:
+        texts: for each column of text, all its rows.
+        labels: numbers or names of the classes.
+    """
+
+    texts: Sequence[Sequence[str | None]]
+    labels: Sequence[Any]
+
+
+def text(rest: str) -> tuple[Raw, DataOptions]:
+    """Read FILE:options, or DIR:options with train.csv and test.csv (or tsv, jsonl, parquet)."""
+    name, options = read_options(rest, TEXT_OPTIONS)
+    path = Path(name).expanduser()
+    files = _files(path)
+    tables = {split: _columns(_read(file), options, str(file)) for split, file in files.items()}
+    return from_tables(tables, options, str(path)), options
+
+
+def _files(path: Path) -> dict[str, Path]:
+    if path.is_file():
+        return {"train": path}
+    if not path.is_dir():
+        raise DataError(
+            f"no file or folder {path}; expected a file of the kinds {', '.join(SUFFIXES)}, or a "
+            "folder with train and test as such files."
+        )
+    found = {
+        file.stem.lower(): file
+        for file in sorted(path.iterdir())
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+    }
+    train = [found[name] for name in TRAIN_FOLDERS if name in found]
+    test = [found[name] for name in (*TEST_FOLDERS, "dev") if name in found]
+    if len(train) != 1:
+        raise DataError(
+            f"{path} has the tables {', '.join(found) or 'none'}; expected one named train, and "
+            f"test or validation, of the kinds {', '.join(SUFFIXES)}."
+        )
+    if len(test) > 1:
+        others = ", ".join(file.name for file in test[1:])
+        log.warning("%s: %s is the test split; left out: %s", path, test[0].name, others)
+    return {"train": train[0], **({"test": test[0]} if test else {})}
+
+
+def _read(file: Path) -> Any:
+    """Read a file as an Arrow table."""
+    try:
+        import pyarrow
+        from pyarrow import csv, json, parquet
+    except ImportError as error:
+        raise DataError(
+            "text: needs the package pyarrow. Install it with: pip install 'impatient[hub]'."
+        ) from error
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return parquet.read_table(file)
+        if suffix == ".jsonl":
+            return json.read_json(file)
+        if suffix in (".csv", ".tsv"):
+            tabs = suffix == ".tsv"
+            # Quotes in a tsv file are part of the text.
+            parse = csv.ParseOptions(
+                delimiter="\t" if tabs else ",",
+                quote_char=False if tabs else '"',
+                newlines_in_values=not tabs,
+            )
+            return csv.read_csv(file, parse_options=parse)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as {suffix}: {error}") from error
+    raise DataError(f"{file} is of the kind {suffix!r}; expected {', '.join(SUFFIXES)}.")
+
+
+def _columns(table: Any, options: DataOptions, where: str) -> Table:
+    names = table.column_names
+    texts, label = choose_columns(names, options, where)
+    return Table(texts=[table[name].to_pylist() for name in texts], labels=table[label].to_pylist())
+
+
+def choose_columns(
+    names: Sequence[str], options: DataOptions, where: str
+) -> tuple[Sequence[str], str]:
+    """Return the columns of text, and that of the labels.
+
+    Raises:
+        DataError: if a named column is missing, or none or several have a usual name.
+    """
+    texts = options.text.split("+") if options.text else [n for n in names if n in TEXT_COLUMNS]
+    labels = [options.label] if options.label else [n for n in names if n in LABEL_COLUMNS]
+    absent = [name for name in (*texts, *labels) if name not in names]
+    if absent or len(labels) != 1 or not texts or (len(texts) != 1 and not options.text):
+        raise DataError(
+            f"{where} has the columns {', '.join(names)}; expected one of text and one of labels"
+            f"{f', and no {absent[0]!r} is there' if absent else ''}. Name them, such as "
+            "text=review,label=stars (pairs of texts: text=question+answer)."
+        )
+    return texts, labels[0]
+
+
+def from_tables(
+    tables: Mapping[str, Table],
+    options: DataOptions,
+    where: str,
+    class_names: Sequence[str] = (),
+) -> Raw:
+    """Turn tables of texts into token ids.
+
+    Args:
+        tables: those of "train" and "test"; without a test table a fixed fifth is carved out.
+        options: tokenizer and longest length.
+        where: name of the tables in errors.
+        class_names: names of the classes where labels are numbers.
+    Raises:
+        DataError: if a row lacks its text or label, or the tokenizer cannot be loaded.
+    """
+    for split, table in tables.items():
+        _check_rows(table, f"{where}, {split}")
+    names, numbers = _numbered(tables, class_names, where)
+    tokenizer = load_tokenizer(options, where)
+    parts = {
+        split: _tokenized(tokenizer, table, numbers[split], options, f"{where}, {split}")
+        for split, table in tables.items()
+    }
+    if "test" not in parts:
+        test = carved_out(numbers["train"])
+        whole = parts["train"]
+        parts = {
+            "train": whole.subset(np.flatnonzero(~test)),
+            "test": whole.subset(np.flatnonzero(test)),
+        }
+    content = [
+        numbers.tobytes()
+        for part in parts.values()
+        for numbers in (
+            part.lengths.numpy(),
+            *(torch.cat(list(lists)).numpy() for lists in part.tokens.values()),
+            part.labels.numpy(),
+        )
+    ]
+    given = bool(class_names) or not isinstance(tables["train"].labels[0], int)
+    return Raw(
+        train=parts["train"],
+        test=parts["test"],
+        class_names=names,
+        named=given,
+        content=fingerprint_bytes(*content),
+    )
+
+
+def _check_rows(table: Table, where: str) -> None:
+    if not table.labels:
+        raise DataError(f"{where} has no rows; expected some.")
+    kinds = {type(label) for label in table.labels}
+    for what, column in (*(("text", texts) for texts in table.texts), ("label", table.labels)):
+        empty = [row for row, value in enumerate(column) if value is None or value == ""]
+        if empty:
+            raise DataError(
+                f"{where}: {len(empty)} rows have no {what}, the first is row {empty[0]}; remove "
+                "them."
+            )
+    for texts in table.texts:
+        odd = [row for row, value in enumerate(texts) if not isinstance(value, str)]
+        if odd:
+            raise DataError(
+                f"{where}: row {odd[0]} holds {texts[odd[0]]!r} as its text; expected text. Name "
+                "the column, such as text=review."
+            )
+    if not kinds <= {str} and not kinds <= {int, bool}:
+        listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise DataError(
+            f"{where}: labels are of the kinds {listed}; expected names of classes, or integers "
+            "from 0."
+        )
+
+
+def _numbered(
+    tables: Mapping[str, Table], class_names: Sequence[str], where: str
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """Return the names of the classes, and the number of each row's class."""
+    found = {label for table in tables.values() for label in table.labels}
+    if len({isinstance(label, str) for label in found}) > 1:
+        raise DataError(f"{where}: labels are names in one table and numbers in another.")
+    if isinstance(next(iter(found)), str):
+        names = tuple(class_names) or tuple(sorted(found))
+        places = {name: place for place, name in enumerate(names)}
+        unknown = sorted(found - places.keys())
+        if unknown:
+            raise DataError(f"{where}: the label {unknown[0]!r} is none of {', '.join(names)}.")
+        numbers = {
+            split: np.array([places[label] for label in table.labels], np.int64)
+            for split, table in tables.items()
+        }
+        return names, numbers
+    numbers = {split: np.array(table.labels, np.int64) for split, table in tables.items()}
+    most = max(int(part.max()) for part in numbers.values())
+    if most > 1_000_000:
+        raise DataError(f"{where}: the label {most} is no plausible class.")
+    return tuple(class_names) or tuple(map(str, range(most + 1))), numbers
+
+
+def load_tokenizer(options: DataOptions, where: str) -> Any:
+    """Load the tokenizer that the options name.
+
+    Raises:
+        DataError: if none is named, it cannot be loaded, or it cannot pad.
+    """
+    if not options.tokenizer:
+        raise DataError(
+            f"{where} holds texts; expected to be told how to turn them into token ids. Name a "
+            "tokenizer of transformers, such as tokenizer=bert-base-uncased, or its folder."
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise DataError(
+            "texts need the package transformers. Install it with: pip install 'impatient[text]'."
+        ) from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            options.tokenizer, trust_remote_code=False
+        )
+    except Exception as error:
+        # transformers raises OSError, ValueError, KeyError and those of the Hub.
+        first = str(error).strip().splitlines()[:1]
+        raise DataError(
+            f"transformers cannot load the tokenizer {options.tokenizer!r}: {' '.join(first)}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise DataError(
+            f"the tokenizer {options.tokenizer!r} has no padding token; expected one. Set "
+            "tokenizer.pad_token, and save it with save_pretrained."
+        )
+    return tokenizer
+
+
+def _tokenized(
+    tokenizer: Any, table: Table, labels: np.ndarray, options: DataOptions, where: str
+) -> TextExamples:
+    most = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    # Only the cut off texts are as long as this.
+    encoded = tokenizer(
+        *(list(texts) for texts in table.texts),
+        truncation=True,
+        max_length=most + 1,
+        return_attention_mask=True,
+    )
+    cut = sum(len(ids) > most for ids in encoded["input_ids"])
+    if cut:
+        log.warning("%s: %d of %d texts are cut off after %d tokens", where, cut, len(labels), most)
+        encoded = tokenizer(
+            *(list(texts) for texts in table.texts),
+            truncation=True,
+            max_length=most,
+            return_attention_mask=True,
+        )
+    names = [name for name in encoded if name in tokenizer.model_input_names]
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return TextExamples(
+        tokens={name: [torch.tensor(ids) for ids in encoded[name]] for name in names},
+        labels=torch.from_numpy(labels),
+        padding={name: padding.get(name, 0) for name in names},
+        side=tokenizer.padding_side,
+    )
