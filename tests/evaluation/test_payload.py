@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from impatient.evaluation import Recording
 from impatient.evaluation.payload import CLOSED, MOST_BYTES, make_payload
 from impatient.policies import ThresholdPolicy, fit_gates, fit_thresholds
+from impatient.provenance import provenance
 from recordings import costs_of, drawn, recording_of, sure
 
 COSTS = costs_of([1e-3] * 4, [1e-4] * 3 + [0.0])
@@ -149,3 +152,39 @@ def test_times_are_in_milliseconds():
     times = make_payload(drawn(50, seed=2, split="test"), costs, {}).content["times"]
     assert times["mean"] == {"stages": [1.0] * 4, "heads": [0.1] * 3 + [0.0]}
     assert times["batch"] == 2
+
+
+def graded(samples, seed, split="validation"):
+    """Numbers with an error that shrinks with depth, judged by how far off they are."""
+    random = torch.Generator().manual_seed(seed)
+    truth = torch.randn(samples, generator=random)
+    noise = torch.randn(3, samples, generator=random) * torch.tensor([1.0, 0.5, 0.2])[:, None]
+    return Recording.of(
+        (truth + noise)[..., None],
+        truth[:, None],
+        split=split,
+        task="regression",
+        provenance=provenance(network="network", weights="weights", data="data"),
+    )
+
+
+def test_graded_qualities_travel_as_bytes_and_other_scores_have_dials_too():
+    costs = costs_of([1e-3] * 3, [1e-4, 1e-4, 0.0])
+    recording = graded(800, seed=2, split="test")
+    fitted_on = graded(400, seed=1)
+    fitted = fit_thresholds(fitted_on, costs, mean_time_s=2.4e-3, score="agreement")
+    payload = make_payload(recording, costs, {"fitted": fitted})
+    content = payload.content
+    assert not content["bits"]
+    quality = numbers(content["quality"]).reshape(3, 800) / 255
+    assert np.abs(quality - recording.quality.numpy()).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(quality.mean(1) - recording.quality.mean(1).numpy()).max() < 0.001
+    for family, made in zip(payload.families, content["families"], strict=True):
+        # their scores have no known range, so nothing is shown of them
+        assert family.certified == ()
+        depths = [float(step.exits_on(recording).double().mean()) for step in family.steps]
+        assert depths == sorted(depths)
+        for step, policy in enumerate(family.steps):
+            expected = policy.exits_on(recording).numpy()
+            assert (stops(content, made, step, 800) == expected).all()
+    assert payload.families[0].words[payload.families[0].start] == "as fitted"

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 import matplotlib as mpl
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,6 +23,7 @@ from impatient.costs import Quantiles
 from impatient.errors import StorageError
 from impatient.evaluation import (
     Example,
+    Recording,
     Report,
     Said,
     accuracy_time,
@@ -40,6 +42,7 @@ from impatient.policies import (
     fit_thresholds,
     node_times_s,
 )
+from impatient.provenance import provenance
 from recordings import costs_of, drawn, recording_of, sure
 
 HOSTILE = (
@@ -321,6 +324,27 @@ def test_the_first_sentence_is_of_the_first_policy_whatever_its_kind():
     accuracy = evaluation["chosen"].accuracy.value
     assert f"Without a deadline it is right on {accuracy * 100:.1f} %, after" in words
     assert "Policy chosen. 95 % interval" in words
+
+
+def test_a_page_of_another_task_calls_quality_by_its_name():
+    truth = torch.linspace(-1.0, 1.0, 200)
+    errors = torch.tensor([[0.8], [0.1]]) * torch.cos(50 * truth)
+    made = Recording.of(
+        (truth + errors)[..., None],
+        truth[:, None],
+        split="test",
+        task="regression",
+        provenance=provenance(network="network", weights="weights", data="data"),
+    )
+    costs = costs_of([1e-3, 1e-3], [1e-4, 0.0])
+    report = Report(
+        title="t", evaluation=evaluate(made, costs), recording=made, costs=costs, policies={}
+    )
+    text = report_html(report)
+    words = Page(text).words
+    assert "its quality is" in words
+    assert "right on" not in words
+    check_self_contained(text)
 
 
 # --- examples -------------------------------------------------------------------------------------

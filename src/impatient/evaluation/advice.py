@@ -67,7 +67,7 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
     near = [row for row in policies if row.accuracy.value >= whole - 2 * POINT]
     best = min(near or policies, key=lambda row: row.contract_s)
     saved = 1.0 - best.contract_s / free.contract_s
-    change = _points(best.accuracy.value - whole)
+    change = _points(best.accuracy.value - whole, evaluation.quality_name)
     if saved < SMALL:
         yield (
             f"Exits save no time on average here: policy {best.name} takes "
@@ -81,10 +81,10 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
         )
 
 
-def _points(change: float) -> str:
+def _points(change: float, quality: str) -> str:
     if abs(change) < 0.0005:
-        return "with as much accuracy"
-    return f"for {abs(change) * 100:.1f} points {'less' if change < 0 else 'more'} accuracy"
+        return f"with as much {quality}"
+    return f"for {abs(change) * 100:.1f} points {'less' if change < 0 else 'more'} {quality}"
 
 
 def _too_late(evaluation: Evaluation, budget: tuple[str, Budget] | None) -> Iterator[str]:

@@ -192,19 +192,51 @@ def _families(recording: Recording, policies: Mapping[str, Policy]) -> Iterable[
     count = (MOST_THRESHOLDS - 1) // (len(turned) + 1)
     for name, policy in turned.items():
         yield _scaled(name, policy, recording, min(count, 65))
-    score = next(iter(turned.values())).score if turned else next(iter(recording.scores))
-    # half of them close to 1, where scores crowd; not from these scores, or nothing could be shown
-    half = min(count, 101) // 2
-    grid = {*np.linspace(0.0, 0.9, half).tolist(), *(1.0 - np.geomspace(0.1, 1e-6, half)).tolist()}
+    score = next(iter(turned.values())).score if turned else _telling_score(recording)
+    yield _common(recording, score, min(count, 101))
+
+
+def _telling_score(recording: Recording) -> str:
+    """Choose the first score that tells samples apart, or the first."""
+    for name in recording.scores:
+        known = _finite(recording, name)
+        if known.min() < known.max():
+            return name
+    return next(iter(recording.scores))
+
+
+def _common(recording: Recording, score: str, count: int) -> Family:
+    """Make a family of one threshold for all exits."""
+    known = _finite(recording, score)
+    bounded = _is_share(known)
+    if bounded:
+        # half of them close to 1, where scores crowd; not from these scores, which must have no
+        # part in the order if something is to be shown on them
+        near = (1.0 - np.geomspace(0.1, 1e-6, count // 2)).tolist()
+        grid = {*np.linspace(0.0, 0.9, count // 2).tolist(), *near}
+    else:
+        grid = set(np.quantile(known, np.linspace(0.0, 1.0, count)).tolist())
     members = threshold_family(recording, grid=sorted(grid), score=score)[::-1]
-    yield Family(
+    return Family(
         name="one threshold for all exits",
         steps=members,
-        words=tuple(_bound(member.thresholds[0]) for member in members),
+        words=tuple(_bound(member.thresholds[0], bounded=bounded) for member in members),
         start=_boldest(members, recording),
         fitted=False,
-        certified=_certified(members, recording),
+        certified=_certified(members, recording) if bounded else (),
     )
+
+
+def _finite(recording: Recording, score: str) -> np.ndarray:
+    """Collect the scores of the early exits that are numbers; 0 if none is."""
+    known = np.concatenate(_scores(recording, score)).astype(float)
+    known = known[np.isfinite(known)]
+    return known if len(known) else np.zeros(1)
+
+
+def _is_share(scores: np.ndarray) -> bool:
+    """Whether scores are from 0 to 1, 1 being certain, as those of classes are."""
+    return bool(((scores >= 0.0) & (scores <= 1.0)).all())
 
 
 def _thresholds(policy: Policy) -> ThresholdPolicy | None:
@@ -214,22 +246,46 @@ def _thresholds(policy: Policy) -> ThresholdPolicy | None:
 
 
 def _scaled(name: str, policy: ThresholdPolicy, recording: Recording, count: int) -> Family:
-    careful = np.geomspace(1 / 64, 1, count * 3 // 4).tolist()
-    factors = sorted({0.0, *careful, *np.geomspace(1, 4, count - len(careful)).tolist()})
-    members = scaled_family(policy, factors)[::-1]
-    start = len(factors) - 1 - factors.index(1.0)
-    words = tuple(map(_factor, reversed(factors)))
+    """Make a family of a fitted policy, bolder and more careful."""
+    known = _finite(recording, policy.score)
+    bounded = _is_share(known)
+    if bounded:
+        careful = np.geomspace(1 / 64, 1, count * 3 // 4).tolist()
+        factors = sorted({0.0, *careful, *np.geomspace(1, 4, count - len(careful)).tolist()})
+        members = scaled_family(policy, factors)[::-1]
+        start = len(factors) - 1 - factors.index(1.0)
+        words = tuple(map(_factor, reversed(factors)))
+    else:
+        half = count // 2
+        shifts = (np.arange(-half, half + 1) / half * 2.0 * known.std()).tolist()
+        members = tuple(_shifted(policy, shift) for shift in shifts)
+        start = half
+        words = tuple(map(_shift, shifts))
     return Family(
         name=name,
         steps=(*members[:start], policy, *members[start + 1 :]),
         words=words,
         start=start,
         fitted=True,
-        certified=_certified(members, recording),
+        certified=_certified(members, recording) if bounded else (),
     )
 
 
-def _bound(bound: float) -> str:
+def _shifted(policy: ThresholdPolicy, shift: float) -> ThresholdPolicy:
+    """Raise or lower all thresholds; closed exits stay closed."""
+    moved = tuple(bound + shift for bound in policy.thresholds[:-1])
+    return dataclasses.replace(policy, thresholds=(*moved, policy.thresholds[-1]), target={})
+
+
+def _shift(shift: float) -> str:
+    if shift == 0.0:
+        return "as fitted"
+    return f"{'more careful' if shift > 0.0 else 'bolder'} by {abs(shift):.3g}"
+
+
+def _bound(bound: float, *, bounded: bool) -> str:
+    if not bounded:
+        return f"at least {bound:.3g}"
     # as many digits as tell it from 1
     digits = 2 if bound < 0.9 else min(6, 2 - math.floor(math.log10(1.0 - bound)))
     return f"at least {bound:.{digits}f}"

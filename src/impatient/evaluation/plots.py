@@ -115,7 +115,7 @@ def accuracy_time(evaluation: Evaluation, budget: tuple[str, Budget] | None = No
     with styled():
         figure, axes = _figure(_curve_title(evaluation), 4.6)
         axes.set_xlabel("time per sample, ms")
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel(evaluation.quality_name)
         right = _limits(axes, evaluation, budget)
         axes.grid(axis="y")
         _draw_exits(axes, evaluation.of("exit"), right)
@@ -430,9 +430,9 @@ def _curve_title(evaluation: Evaluation) -> str:
     exits = evaluation.of("exit")
     alone = evaluation.of("exit_free")
     ends = [exits[0], exits[-1]] if len(exits) > 1 else [exits[0]]
+    right = "right after" if evaluation.quality_name == "accuracy" else "after"
     title = ", ".join(
-        f"{percent(row.accuracy.value)} right after {milliseconds(row.interruptible_s)}"
-        for row in ends
+        f"{percent(row.accuracy.value)} {right} {milliseconds(row.interruptible_s)}" for row in ends
     )
     if not alone:
         return title

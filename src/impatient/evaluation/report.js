@@ -385,6 +385,7 @@
     example.answers.forEach((answer, place) => {
       const column = html(mind, "div", place > exit ? { class: "left" } : {});
       html(column, "strong", {}, `exit ${place}${place === exit ? " answers" : place > exit ? " is not run" : ""}`);
+      if (!answer.top.length) html(column, "div", {}, answer.said);
       for (const [name, share] of answer.top) {
         const bar = html(column, "div", { class: name === example.label ? "bar true" : "bar" });
         html(bar, "span").style.width = `${share * 100}%`;
@@ -471,14 +472,14 @@
 
   function sayPromise(way, cap) {
     const family = way.family;
-    const limit = family ? family.certified[state.level] : undefined;
+    const limit = family && family.certified.length ? family.certified[state.level] : undefined;
     $("promise").hidden = !state.guaranteed;
     $("shade").hidden = !state.guaranteed || limit === undefined;
     if (!state.guaranteed) return;
     const level = percent(data.levels[state.level], 1).replace(".0", "");
     const promise = $("promise");
     promise.classList.toggle("late", limit === undefined || limit === null || state.step < limit);
-    if (!family) promise.textContent = "Only thresholds can be tested here; use `impatient fit --delta` for a guarantee of gates.";
+    if (limit === undefined) promise.textContent = "Only thresholds on scores from 0 to 1 can be tested here; use impatient fit --delta for other policies.";
     else if (limit === null) promise.textContent = `${plural(data.recorded, "sample")} are too few to show that at most ${level} is lost.`;
     else {
       $("shade").style.width = `${(100 * limit) / Math.max(family.codes.length - 1, 1)}%`;

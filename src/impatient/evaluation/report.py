@@ -381,7 +381,7 @@ def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, An
         "range": [low, high],
         "logarithmic": logarithmic,
         "budget": _budget(report.chosen_budget, low, high),
-        "words": _words("accuracy", yes_or_no=payload.content["bits"]),
+        "words": _words(evaluation.quality_name, yes_or_no=payload.content["bits"]),
         "yes_or_no": payload.content["bits"],
         "compared": [
             {
@@ -406,7 +406,7 @@ def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, An
 
 def _words(quality: str, *, yes_or_no: bool) -> dict[str, str]:
     """Say what the quality of an answer is called, and what is good and bad of it."""
-    if yes_or_no:
+    if yes_or_no and quality == "accuracy":
         right = {"it_is": "it is right on", "good": "right", "bad": "wrong"}
     else:
         right = {

@@ -13,6 +13,7 @@ from tyro.conf import UseAppendAction, arg
 import impatient
 from impatient.errors import ModelSpecError, StorageError
 from impatient.files import is_file, write_text
+from impatient.policies.policy import is_classification
 from impatient.verbs.evaluate import beside_eager
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.notes import log
@@ -148,14 +149,23 @@ def _examples(
         return []
     early, late = impatient.evaluation.select_examples(recording, next(iter(policies.values())))
     chosen = [*early, *late]
+    # of other tasks an answer has no name, and its quality stands for it
+    classes = is_classification(recording.task) and recording.outputs is not None
     inputs = run.data().examples("test").take(chosen) if spec.preprocess.size else None
 
     def example(place: int, index: int) -> impatient.evaluation.Example:
         media, picture = _picture(inputs[place]) if inputs is not None else ("", None)
         return impatient.evaluation.Example(
             sample=index,
-            label=spec.class_names[int(recording.labels[index])],
-            exits=tuple(_said(output[index], spec.class_names) for output in recording.logits()),
+            label=spec.class_names[int(recording.labels[index])] if classes else f"sample {index}",
+            exits=tuple(
+                _said(recording.logits()[exit, index], spec.class_names)
+                if classes
+                else impatient.evaluation.Said(
+                    answer=f"{float(recording.quality[exit, index]):.2f}"
+                )
+                for exit in range(len(recording.exits))
+            ),
             picture=picture,
             media=media,
         )
