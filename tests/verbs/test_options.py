@@ -149,7 +149,6 @@ def test_units_and_lists_are_read_in_one_place(
         (["train", "run", "--validation", "1.5"], "expected a share from 0 to 1"),
         (["run", "run", "a.png", "--deadline-ms", "-5"], "expected a positive number"),
         (["profile", "run", "--threads="], "expected COUNT,COUNT,..."),
-        (["fit", "run", "--score", "guess"], "'max_probability', 'margin', 'entropy'"),
         (["fit", "run", "--learner", "guess"], "'logistic', 'svm', 'mlp', 'boosting'"),
     ],
 )

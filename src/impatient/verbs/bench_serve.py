@@ -1,4 +1,8 @@
-"""Load a server with requests at planned instants, and say what became of them."""
+"""Load a server with requests at planned instants, and say what became of them.
+
+Late, refused and missing answers count as wrong. Requests are sent whether or not earlier ones have
+been answered, and their times count from the planned instants.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,7 @@ from impatient.verbs.serve import TOKEN
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchServeOptions(VerbOptions):
-    """Load a running server with the test split, and count timely answers.
-
-    Late, refused and missing answers count as wrong. Requests are sent at planned instants, whether
-    or not earlier ones have been answered, and their times count from there.
+    """Load a running server, and count timely answers.
 
     Attributes:
         address: Address of the server.

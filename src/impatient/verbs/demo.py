@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions(VerbOptions):
-    """Take every step once, on digits that come with scikit-learn.
+    """Take every step once, on digits of scikit-learn.
 
     Attributes:
         directory: The run directory to make.

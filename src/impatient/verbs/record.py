@@ -16,7 +16,7 @@ from impatient.verbs.run_directory import EAGER, RunDirectory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordOptions(VerbOptions):
-    """Record the outputs of all exits, to fit and judge policies on.
+    """Record what all exits answer, to fit and judge policies.
 
     Attributes:
         splits: Splits to record.

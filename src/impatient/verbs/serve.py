@@ -27,12 +27,10 @@ TOKEN = "IMPATIENT_TOKEN"  # noqa: S105  the name of a variable
 class ServeOptions(VerbOptions):
     """Answer requests over HTTP, each by its deadline.
 
-    The protocol is the Open Inference Protocol v2. If the variable IMPATIENT_TOKEN is set, requests
-    must carry it.
-
     Attributes:
         directories: Run directories; a model is called as its directory is.
-        host: Address to listen at; only this machine can reach the default.
+        host: Address to listen at, for the Open Inference Protocol v2; only this machine can reach
+            the default. If the variable IMPATIENT_TOKEN is set, requests must carry it.
         port: Port to listen at; 0 takes a free one.
         default_s: Time for an answer where a request says nothing, in ms.
         most_s: The longest time that a request may have, in ms.
