@@ -17,3 +17,10 @@ class ToyBackbone(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.classifier(x)
+
+
+def mlp(num_classes: int = 3, inputs: int = 8, width: int = 32) -> nn.Sequential:
+    """Make a multilayer perceptron of three blocks and a linear layer."""
+    sizes = [inputs, width, width]
+    blocks = [nn.Sequential(nn.Linear(size, width), nn.ReLU()) for size in sizes]
+    return nn.Sequential(*blocks, nn.Linear(width, num_classes))

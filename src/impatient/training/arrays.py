@@ -69,6 +69,8 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
     )
     _check_alike(train, test, where)
     names = _class_names(arrays.get("class_names"))
+    if not _are_classes(train.labels):
+        return _measured(train, test, names, where, options)
     if options.labels == "renumber":
         train, test, names = _renumbered(train, test, names, where)
     classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -93,6 +95,76 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
         groups=groups,
         content=fingerprint_bytes(*content),
     )
+
+
+def _are_classes(targets: Tensor) -> bool:
+    return targets.dim() == 1 and not targets.is_floating_point()
+
+
+def _measured(
+    train: ArrayExamples,
+    test: ArrayExamples,
+    names: tuple[str, ...],
+    where: str,
+    options: DataOptions,
+) -> Raw:
+    """Make a data set whose targets are no classes: numbers, labels by column, or masks."""
+    one, other = train.labels, test.labels
+    if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
+        raise DataError(
+            f"{where}: training targets are {one.dtype} of shape {tuple(one.shape)}, test targets "
+            f"{other.dtype} of shape {tuple(other.shape)}; expected the same but for the number of "
+            "samples."
+        )
+    if options.labels == "renumber":
+        raise DataError(
+            f"{where}: labels={options.labels} is for classes, [N]; targets have shape "
+            f"{tuple(one.shape)}. Leave it away."
+        )
+    log.info("%s: targets of shape %s and type %s", where, tuple(one.shape), one.dtype)
+    content = [
+        values.numpy().tobytes()
+        for part in (train, test)
+        for values in (*(tensor for _, tensor in named_leaves(part.inputs)), part.labels)
+    ]
+    return Raw(
+        train=train,
+        test=test,
+        class_names=names,
+        named=bool(names),
+        groups=None,
+        content=fingerprint_bytes(*content),
+    )
+
+
+def _targets(values: np.ndarray, where: str) -> Tensor:
+    """Read targets: classes [N], or numbers [N], [N, D], or masks [N, H, W].
+
+    Raises:
+        DataError: if they are no numbers, NaN or infinite, or no plausible classes.
+    """
+    if values.dtype.kind not in "iufb":
+        raise DataError(f"{where}: targets are {values.dtype}; expected numbers.")
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise DataError(
+                f"{where}: {int((~np.isfinite(values)).sum())} target values are NaN or infinite; "
+                "leave these samples out."
+            )
+        return torch.from_numpy(values.astype(np.float32))
+    if values.ndim > 1:
+        return torch.from_numpy(values.astype(np.int64))
+    if values.min() < 0:
+        raise DataError(
+            f"{where}: labels must be integers from 0, but {values.min()} is among them; hidden "
+            "labels cannot be used."
+        )
+    if values.max() >= MOST_CLASSES:
+        raise DataError(
+            f"{where}: the label {values.max()} is no plausible class; expected numbers below "
+            f"{MOST_CLASSES:,}. An unsigned -1 looks like this."
+        )
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _inputs(arrays: Mapping[str, np.ndarray], name: str) -> Any:
@@ -161,17 +233,7 @@ def _one_part(
                 f"{where}: {len(each)} inputs and {len(labels)} labels; expected as many of each, "
                 "and some."
             )
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise DataError(
-            f"{where}: labels must be a list of integers from 0, got {labels.dtype} of shape "
-            f"{labels.shape}."
-        )
-    if labels.max() >= MOST_CLASSES:
-        raise DataError(
-            f"{where}: the label {labels.max()} is no plausible class; expected numbers below "
-            f"{MOST_CLASSES:,}. An unsigned -1 looks like this."
-        )
-    targets = torch.from_numpy(labels.astype(np.int64))
+    targets = _targets(labels, where)
     if "" in inputs:
         return ArrayExamples(as_input(inputs[""], where, options.layout), targets)
     if options.layout:

@@ -238,10 +238,16 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
 
 
 def _finish(name: str, raw: Raw, options: DataOptions, seed: int, validation: float) -> Data:
-    _check_labels(name, raw)
-    labels = raw.train.labels.numpy()
-    held_out = held_out_mask(labels if raw.groups is None else raw.groups, labels, seed, validation)
-    _check_classes(name, raw)
+    if task_of(raw.train.labels) == "classification":
+        _check_labels(name, raw)
+        labels = raw.train.labels.numpy()
+        groups = labels if raw.groups is None else raw.groups
+        held_out = held_out_mask(groups, labels, seed, validation)
+        _check_classes(name, raw)
+    else:
+        # nothing to stratify by
+        labels = np.zeros(size(raw.train.labels), dtype=np.int64)
+        held_out = held_out_mask(labels, labels, seed, validation)
     splits: dict[Split, Examples] = {
         "train": raw.train.subset(np.flatnonzero(~held_out)),
         "validation": raw.train.subset(np.flatnonzero(held_out)),

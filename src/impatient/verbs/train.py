@@ -224,6 +224,11 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     """
     seed = options.recipe.seed
     task = impatient.tasks.named(options.task).name
+    if impatient.tasks.named(task).is_logits and data.task_hint != "classification":
+        raise TrainingError(
+            f"{options.data} has targets that look like {data.task_hint or 'no ready-made task'}, "
+            f"but --task is {task}; expected classes. Say --task {data.task_hint or 'NAME'}."
+        )
     outputs = outputs_for(data, task)
     network: Any = fresh_model(options.model, outputs, data.preprocess, seed)
     if isinstance(network, impatient.Network):

@@ -1,0 +1,75 @@
+"""Tasks that are not classes, through every verb, on data that comes with scikit-learn."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes, load_digits
+
+import toys
+from impatient.evaluation import Evaluation, Recording
+
+TASKS = ["regression:tolerance=0.5", "binary", "multi_label"]
+
+
+def arrays(task: str) -> dict[str, np.ndarray]:
+    if task.startswith("regression"):
+        table = load_diabetes()
+        x = table.data.astype(np.float32)
+        y = ((table.target - table.target.mean()) / table.target.std()).astype(np.float32)[:, None]
+    else:
+        table = load_digits()
+        x = (table.data / 16).astype(np.float32)
+        # even; and which strokes: even, above four, a multiple of three
+        facts = [table.target % 2 == 0, table.target > 4, table.target % 3 == 0]
+        y = np.stack(facts[: 1 if task == "binary" else 3], 1).astype(np.float32)
+    train = np.random.default_rng(0).permutation(len(x)) < 0.8 * len(x)
+    return {"x_train": x[train], "y_train": y[train], "x_test": x[~train], "y_test": y[~train]}
+
+
+def call(*arguments: object) -> str:
+    """Run the command line in a process of its own."""
+    paths = [str(Path(toys.__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from impatient.cli import main; main()", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    found = arrays(request.param)
+    np.savez(folder / "data.npz", **found)
+    run = folder / "run"
+    model = f"toys:mlp:inputs={found['x_train'].shape[1]}"
+    recipe = ["--epochs", 15, "--batch-size", 32, "--lr", 0.05, "--quiet"]
+    data = ["--data", f"npz:{folder / 'data.npz'}", "--task", request.param]
+    call("train", run, *data, "--model", model, "--after", "0,1", *recipe)
+    call("profile", run, "--repeats", 20, "--trust", "toys")
+    call("record", run, "--quiet", "--trust", "toys")
+    return run
+
+
+def test_every_verb_speaks_of_the_tasks_own_quality(trained: Path) -> None:
+    recording = Recording.load(trained / "recordings" / "test.safetensors")
+    score = ["--score", "agreement"] if recording.task.startswith("regression") else []
+    call("fit", trained, "--max-loss", 5, *score)
+    call("evaluate", trained, "--trust", "toys")
+    evaluation = Evaluation.load(trained / "evaluation.json")
+    assert evaluation["exit 2"].accuracy.value == pytest.approx(float(recording.quality[2].mean()))
+    assert evaluation["exit 2"].metrics
+    call("report", trained)
+    np.save(trained / "x.npy", np.load(trained.parent / "data.npz")["x_test"][0])
+    [answer] = json.loads(call("run", trained, trained / "x.npy", "--json", "--trust", "toys"))
+    assert answer["probability"] is None
+    assert len(answer["answer"].split(", ")) == (3 if recording.task == "multi_label" else 1)
