@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor
 
 from impatient import Data, MultiExitNetwork, Recipe, Recording, attach_exits, fit, record
 from impatient.evaluation.derived import ensembled
+from impatient.files import written_whole
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet, recalibrate
 from impatient.provenance import machine
@@ -63,6 +65,7 @@ class Training:
     warmup: float
     calibration: int | None
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    weight_decay: float = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +258,8 @@ def train(
 ) -> dict[str, Any]:
     """Train one network, or resume from its checkpoint.
 
+    The trained weights, of AnytimeNet with its own statistics, stay in `weights.safetensors`.
+
     Returns:
         Per kind of batch-norm statistics what `judged` says of the test split; training seconds and
         last training loss.
@@ -267,18 +272,22 @@ def train(
         network,
         data,
         weights="inverse_square",
-        recipe=_recipe(case, training, seed),
+        recipe=recipe_of(case, training, seed),
         fabric=_fabric(training),
         checkpoint=checkpoint,
         progress=False,
     )
     device = str(next(network.parameters()).device)
     result = {"shared": judged(record(network, data, split="test", device=device))}
+    trained: torch.nn.Module = network
     if isinstance(network, AnytimeNet):
         own = with_own_norms(
             network, net, data, calibration(data, case.batch_size, training.calibration, seed)
         )
         result["own"] = judged(record(own, data, split="test", device=device))
+        trained = own
+    with written_whole(folder / "weights.safetensors") as temporary:
+        save_model(trained, str(temporary))
     checkpoint.unlink(missing_ok=True)
     return {
         **result,
@@ -361,7 +370,7 @@ def judged(recording: Recording) -> dict[str, Any]:
     }
 
 
-def _recipe(case: Case, training: Training, seed: int) -> Recipe:
+def recipe_of(case: Case, training: Training, seed: int) -> Recipe:
     return Recipe(
         epochs=case.epochs,
         batch_size=case.batch_size,
@@ -369,7 +378,7 @@ def _recipe(case: Case, training: Training, seed: int) -> Recipe:
         schedule=training.schedule,
         warmup=training.warmup,
         augment=case.augment,
-        weight_decay=1e-4,
+        weight_decay=training.weight_decay,
         channels_last=True,
         seed=seed,
     )

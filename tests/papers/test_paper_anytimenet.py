@@ -158,7 +158,7 @@ def test_the_gpu_scale_is_the_papers_recipe() -> None:
     scale = SCALES["gpu"]
     assert (scale.net.counts, scale.net.width) == (growth.PAPER.counts, 16)
     for case in scale.cases:
-        made = recipe._recipe(case, scale.training, seed=0)
+        made = recipe.recipe_of(case, scale.training, seed=0)
         rates = [
             schedules.learning_rate(made, epoch / made.epochs)
             for epoch in (0, 99, 100, 149, 150, 199)
