@@ -244,7 +244,7 @@ def test_budgets_that_pay_for_no_exit_weigh_nothing_and_cannot_be_normalised():
     poor = budgets.uniform(0.0, 0.5)
     assert exit_weights(poor, COSTS) == (0.0, 0.0, 0.0, 0.0)
     with pytest.raises(
-        BudgetError, match=r"no budget between 0 and 0\.5 s pays for the first exit \(1 s\)"
+        BudgetError, match=r"no budget between 0 and 0\.5 s pays for the cheapest exit \(1 s\)"
     ):
         exit_weights(poor, COSTS, normalise=True)
 
@@ -275,10 +275,30 @@ def test_contract_and_interruptible_costs_give_different_weights():
     assert exit_weights(budget, costs.interruptible_s()) == pytest.approx((0.3, 0.2, 0.2))
 
 
-@pytest.mark.parametrize(
-    "costs", [[1.0, 1.0], [2.0, 1.0], [], [0.0, 1.0], [-1.0, 1.0], [1.0, math.nan], [1.0, math.inf]]
+def test_an_exit_that_costs_as_much_as_a_deeper_one_weighs_nothing():
+    budget = budgets.uniform(0.0, 10.0)
+    assert exit_weights(budget, [1.0, 4.0, 3.0, 3.0, 8.0]) == (0.2, 0.0, 0.0, 0.5, 0.2)
+    assert exit_weights(budget, [2.0, 1.0]) == (0.0, 0.9)
+    with pytest.raises(BudgetError, match=r"pays for the cheapest exit \(3 s\)"):
+        exit_weights(budgets.uniform(0.0, 2.5), [4.0, 3.0], normalise=True)
+
+
+@given(
+    st.lists(st.floats(0.1, 12.0), min_size=1, max_size=6),
+    st.lists(st.floats(0.0, 12.0), min_size=1, max_size=20),
 )
-def test_costs_that_do_not_increase_are_refused(costs):
+def test_in_any_order_of_costs_weights_count_the_deepest_affordable_exit(costs, log):
+    log = [budget + 0.01 for budget in log]
+    deepest = [
+        max((exit for exit, cost in enumerate(costs) if cost <= budget), default=None)
+        for budget in log
+    ]
+    wanted = [deepest.count(exit) / len(log) for exit in range(len(costs))]
+    assert exit_weights(budgets.empirical(log), costs) == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("costs", [[], [0.0, 1.0], [-1.0, 1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_costs_that_are_not_positive_are_refused(costs):
     with pytest.raises(CostOrderError, match="cumulative costs must"):
         exit_weights(budgets.uniform(0.0, 10.0), costs)
 
@@ -311,7 +331,7 @@ def test_weights_of_many_budgets_are_their_own_in_their_order():
 
 def test_of_many_budgets_the_one_that_pays_for_nothing_is_named():
     with pytest.raises(
-        BudgetError, match=r"no budget between 0\.25 and 0\.5 s pays for the first exit \(1 s\)"
+        BudgetError, match=r"no budget between 0\.25 and 0\.5 s pays for the cheapest exit \(1 s\)"
     ):
         exit_weights_many([over("uniform"), budgets.uniform(0.25, 0.5)], COSTS, normalise=True)
 
@@ -319,7 +339,7 @@ def test_of_many_budgets_the_one_that_pays_for_nothing_is_named():
 def test_no_budgets_have_no_weights():
     assert exit_weights_many([], COSTS).shape == (0, 4)
     with pytest.raises(CostOrderError):
-        exit_weights_many([], [2.0, 1.0])
+        exit_weights_many([], [2.0, -1.0])
 
 
 def test_a_thousand_budgets_and_sixteen_exits_take_far_less_than_half_a_second():

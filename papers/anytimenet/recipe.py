@@ -371,6 +371,7 @@ def judged(recording: Recording) -> dict[str, Any]:
 
 
 def recipe_of(case: Case, training: Training, seed: int) -> Recipe:
+    """Put together how a case is trained at a scale."""
     return Recipe(
         epochs=case.epochs,
         batch_size=case.batch_size,

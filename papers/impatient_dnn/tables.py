@@ -44,19 +44,6 @@ PAPER = {
 METHODS = ("orig", "ft", "joint", "no_exits")
 
 
-def affordable(costs_s: Sequence[float]) -> list[int]:
-    """Return the exits that are the deepest affordable one for some budget.
-
-    A priori, an exit with its head can cost as much as a deeper one; then it is never the deepest
-    that fits.
-    """
-    return [
-        index
-        for index, own in enumerate(costs_s)
-        if own < min(costs_s[index + 1 :], default=math.inf)
-    ]
-
-
 def expected_percent(
     budget: Budget, costs_s: Sequence[float], accuracies: Sequence[float]
 ) -> float:
@@ -64,10 +51,7 @@ def expected_percent(
 
     A budget below the first exit counts as a failure.
     """
-    kept = affordable(costs_s)
-    return 100.0 * expected_accuracy(
-        budget, [costs_s[index] for index in kept], [accuracies[index] for index in kept]
-    )
+    return 100.0 * expected_accuracy(budget, costs_s, accuracies)
 
 
 def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 
 from impatient import checks
 from impatient.clock import positive_seconds
-from impatient.costs import UNITS, Cost, check_increasing
+from impatient.costs import UNITS, Cost, check_positive
 from impatient.errors import BudgetError
 from impatient.store import Stored
 
@@ -323,15 +323,15 @@ def exit_weights(
 
     Args:
         budget: distribution p(t) of budgets.
-        costs_s: cumulative cost of each exit, seconds, strictly increasing, length K:
-            `costs.interruptible_s()` when the budget is not known in advance, `costs.contract_s()`
-            when it is.
+        costs_s: cumulative cost of each exit, seconds, length K: `costs.interruptible_s()` when the
+            budget is not known in advance, `costs.contract_s()` when it is. An exit that costs at
+            least as much as a deeper one gets 0: see `deepest_for_some`.
         normalise: whether the weights are divided by their sum. Otherwise their sum is
-            1 - P(budget < costs_s[0]), because a budget below the first exit buys no answer.
+            1 - P(budget < min(costs_s)), because a budget below every exit buys no answer.
     Returns:
         K weights, shallowest exit first.
     Raises:
-        CostOrderError: if costs_s does not increase strictly.
+        CostOrderError: if costs are not finite and positive.
         BudgetError: if no budget can pay for any exit and the weights are to be normalised.
     Source:
         Amthor, Rodner, Denzler 2016 (Impatient DNNs): the risk under p(t). With budgets independent
@@ -340,6 +340,9 @@ def exit_weights(
     Example:
         >>> exit_weights(uniform(0.0, 10.0), costs_s=[1.0, 2.0, 4.0, 8.0])
         (0.1, 0.2, 0.4, 0.2)
+        >>> # a costly head at the second exit, whose budgets the third one takes better
+        >>> exit_weights(uniform(0.0, 10.0), costs_s=[1.0, 4.0, 3.0])
+        (0.2, 0.0, 0.7)
     """
     return tuple(exit_weights_many([budget], costs_s, normalise=normalise)[0].tolist())
 
@@ -359,7 +362,7 @@ def exit_weights_many(
     Returns:
         Weights, float64, shape [B, K]; row i is `exit_weights(budgets[i], costs_s)`.
     Raises:
-        CostOrderError: if costs_s does not increase strictly.
+        CostOrderError: if costs are not finite and positive.
         BudgetError: if a budget can pay for no exit and the weights are to be normalised.
     Source:
         Impatient DNNs: the risk under p(x, y, t), there with t independent of (x, y).
@@ -368,18 +371,20 @@ def exit_weights_many(
         >>> exit_weights_many(budgets, costs_s=[1.0, 2.0, 4.0, 8.0]).tolist()
         [[0.1, 0.2, 0.4, 0.2], [0.0, 0.0, 1.0, 0.0]]
     """
-    costs = check_increasing(costs_s)
-    below = _all_below(budgets, np.asarray(costs))
+    costs = check_positive(costs_s)
+    kept = list(deepest_for_some(costs))
+    below = _all_below(budgets, np.asarray([costs[exit] for exit in kept]))
+    weights = np.zeros((len(budgets), len(costs)))
     # Rounded, so that 0.1, 0.2 and 0.4 come out exactly.
-    weights = np.round(np.diff(below, axis=1, append=1.0), 15)
+    weights[:, kept] = np.round(np.diff(below, axis=1, append=1.0), 15)
     if not normalise:
         return weights
     totals = weights.sum(axis=1)
     for budget, total in zip(budgets, totals.tolist(), strict=True):
         if total <= 0.0:
             raise BudgetError(
-                f"no budget between {budget.low:g} and {budget.high:g} s pays for the first exit "
-                f"({costs[0]:g} s); use larger budgets or an earlier exit."
+                f"no budget between {budget.low:g} and {budget.high:g} s pays for the cheapest "
+                f"exit ({costs[kept[0]]:g} s); use larger budgets or an earlier exit."
             )
     return np.asarray(weights / totals[:, None])
 

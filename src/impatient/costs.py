@@ -549,11 +549,11 @@ def _origin(made: Provenance) -> dict[str, str]:
     }
 
 
-def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
-    """Return cumulative costs of any kind as floats after checking their order.
+def check_positive(costs_s: Sequence[float]) -> tuple[float, ...]:
+    """Return cumulative costs of any kind and order as floats.
 
     Raises:
-        CostOrderError: if they are not finite, positive and strictly increasing.
+        CostOrderError: if there are none, or they are not finite and positive.
     """
     costs = tuple(float(cost) for cost in costs_s)
     if not costs or not all(math.isfinite(cost) and cost > 0 for cost in costs):
@@ -561,6 +561,16 @@ def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
             f"cumulative costs must be positive and finite, got {costs}. Take them from a "
             "CostProfile."
         )
+    return costs
+
+
+def check_increasing(costs_s: Sequence[float]) -> tuple[float, ...]:
+    """Return cumulative costs of any kind as floats after checking their order.
+
+    Raises:
+        CostOrderError: if they are not finite, positive and strictly increasing.
+    """
+    costs = check_positive(costs_s)
     for index, (before, after) in enumerate(itertools.pairwise(costs)):
         if after <= before:
             raise CostOrderError(

@@ -112,6 +112,30 @@ def test_the_exits_of_one_network_answer_together_through_every_verb(
 
 
 @pytest.mark.slow
+def test_an_early_head_dearer_than_the_rest_of_the_network_weighs_nothing_in_contract_mode(
+    call: Call, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    code, text = call(
+        "train",
+        run,
+        *BRIEF,
+        *("--exits", "3", "--heads", "msdnet", "--mode", "contract"),
+        *("--weights", "uniform:0:1mmacs"),
+    )
+    assert code == 0, text
+    costs = RunDirectory(run).profile().cumulative("macs", "contract")
+    dominated = [
+        exit for exit, cost in enumerate(costs) if any(later <= cost for later in costs[exit + 1 :])
+    ]
+    numbers = read_json(run / "training.json")["numbers"]
+    assert dominated
+    assert [exit for exit, number in enumerate(numbers) if number == 0.0] == dominated
+    assert sum(numbers) == pytest.approx(1.0)
+    assert "exits of weight 0, which are not trained" in text
+
+
+@pytest.mark.slow
 def test_networks_of_growing_depth_are_one_network_through_every_verb(
     call: Call, tmp_path: Path
 ) -> None:

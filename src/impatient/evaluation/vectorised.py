@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from impatient.budgets import Budget, deepest_for_some, exit_weights_many
+from impatient.budgets import Budget, exit_weights_many
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import RecordingError
 from impatient.evaluation.evaluate import check_judged
@@ -81,9 +81,8 @@ def expected_accuracies(
             f"{len(hits)} exits were recorded, but {len(costs_s)} costs are given; give one cost "
             "per exit."
         )
-    kept = list(deepest_for_some(costs_s))
-    weights = torch.from_numpy(exit_weights_many(budgets, [costs_s[exit] for exit in kept]))
-    return weights @ hits[kept].double().mean(1) + (1.0 - weights.sum(1)) * without_answer
+    weights = torch.from_numpy(exit_weights_many(budgets, costs_s))
+    return weights @ hits.double().mean(1) + (1.0 - weights.sum(1)) * without_answer
 
 
 def judge_policies(

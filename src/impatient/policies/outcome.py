@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.budgets import Budget, deepest_for_some, exit_weights
+from impatient.budgets import Budget, exit_weights
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError
 
@@ -71,9 +71,8 @@ def expected_hits(
 
     It is that of the deepest exit that fits the budget.
     """
-    kept = list(deepest_for_some(costs_s))
-    weights = as_doubles(exit_weights(budget, [costs_s[exit] for exit in kept]))
-    return (weights[:, None] * hits[kept].double()).sum(0)
+    weights = as_doubles(exit_weights(budget, costs_s))
+    return (weights[:, None] * hits.double()).sum(0)
 
 
 def node_times_s(
