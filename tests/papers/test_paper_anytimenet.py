@@ -6,17 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_model
 
-from impatient import Recording, load_data
+from impatient import Recording, load_data, record
 from impatient.clock import FakeClock
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, IterationBatchNorm
 from impatient.provenance import provenance
 from impatient.training import schedules
 from papers.anytimenet import __main__ as command
-from papers.anytimenet import execution, learning, recipe, tables, times
+from papers.anytimenet import execution, learning, long, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
 from papers.anytimenet.times import Middle
+from papers.data import load
+from papers.jobs import finished
 from smoke_runs import assert_only_lost_runs_again, invoke, read, run_smoke, smoke_arguments
 
 SCALE = dataclasses.replace(SCALES["cpu"], seeds=2)
@@ -152,6 +155,22 @@ def test_the_scarce_case_has_as_few_images_a_class_as_sfcars() -> None:
         next(case for case in SCALES["gpu"].cases if case.name == "scarce").images,
     } == {43 * 41}
     assert 8144 // 196 == 41
+
+
+def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(tmp_path: Path) -> None:
+    long.main([str(tmp_path), "--smoke"])
+    scale = long.smoke()
+    (case,) = scale.cases
+    results = finished(recipe.jobs(scale), tmp_path)
+    assert set(results) == {key(case, kind, 0) for kind in KINDS}
+    folder = tmp_path / key(case, "anytime", 0)
+    assert not (folder / "checkpoint.safetensors").exists()
+    data = load(case.data, train=case.images, validation=case.validation, seed=0)
+    network = AnytimeNet(10, scale.net.schedule, width=scale.net.width, in_channels=1, norms="own")
+    load_model(network, folder / "weights.safetensors")
+    network.eval()
+    again = recipe.judged(record(network, data, split="test"))
+    assert again["accuracy"] == results[key(case, "anytime", 0)]["own"]["accuracy"]
 
 
 def test_the_gpu_scale_is_the_papers_recipe() -> None:
