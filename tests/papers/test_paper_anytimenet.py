@@ -301,6 +301,8 @@ def found(results: dict[str, dict]) -> dict[str, str]:
 def test_every_claim_holds_where_it_is_planted() -> None:
     verdicts = found(planted(rising, plain=0.3))
     assert len(verdicts) == 2 * (6 + 3 + 1 + 3)
+    order = {name for name in verdicts if name.startswith("GTSRB is answered best")}
+    assert {verdicts.pop(name) for name in order} == {"not testable here"}
     assert set(verdicts.values()) == {"yes"}
 
 
