@@ -1,12 +1,10 @@
 """Tasks that are not classes, from training to a run by a deadline."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import impatient
 from impatient.clock import Deadline
@@ -16,27 +14,11 @@ from impatient.policies import fit_gates, fit_thresholds
 from impatient.policies.risk import control_risk, scaled_family
 from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.splits import split_recording
+from plain_data import Plain
 from recordings import costs_of
 
 COSTS = costs_of([1.0, 1.0, 1.0], [0.1, 0.1, 0.0])
 SAMPLES = 600
-
-
-@dataclass
-class Plain:
-    """Inputs and targets of any kind, in three splits that differ."""
-
-    inputs: dict[str, Tensor]
-    targets: dict[str, Tensor]
-    fingerprint: str = "plain"
-
-    def size(self, split: str) -> int:
-        return len(self.inputs[split])
-
-    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(
-            self.inputs[split].split(batch_size), self.targets[split].split(batch_size), strict=True
-        )
 
 
 def plain(kind: str) -> Plain:

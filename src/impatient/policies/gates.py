@@ -177,7 +177,7 @@ class GatePolicy(Policy):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit.

@@ -48,7 +48,7 @@ class DrawnPolicy(CombinedPolicy):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit."""
@@ -176,7 +176,7 @@ class MixedPolicy(CombinedPolicy):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples of run 0 are done at this exit."""

@@ -128,7 +128,7 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit.

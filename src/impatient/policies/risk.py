@@ -187,7 +187,7 @@ class ControlledPolicy(CombinedPolicy):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit."""

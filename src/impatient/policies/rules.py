@@ -106,7 +106,7 @@ class ThresholdPolicy(Policy):
     def stops(
         self,
         exit: int,
-        outputs: Float[Tensor, "B C"] | None = None,
+        outputs: Float[Tensor, "B *C"] | None = None,
         pooled: Float[Tensor, "B *D"] | None = None,  # noqa: ARG002  scores are of outputs alone
     ) -> Bool[Tensor, "B"]:
         """Which samples are done at this exit."""

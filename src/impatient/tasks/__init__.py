@@ -2,9 +2,11 @@
 
 from impatient.tasks.binary import binary
 from impatient.tasks.classification import classification
+from impatient.tasks.embedding import embedding
 from impatient.tasks.multi_label import multi_label
 from impatient.tasks.named import READY, known, named
 from impatient.tasks.regression import regression
+from impatient.tasks.segmentation import segmentation
 from impatient.tasks.task import Task
 
 __all__ = [
@@ -12,8 +14,10 @@ __all__ = [
     "Task",
     "binary",
     "classification",
+    "embedding",
     "known",
     "multi_label",
     "named",
     "regression",
+    "segmentation",
 ]

@@ -9,12 +9,15 @@ from typing import Any
 from impatient.errors import TaskError
 from impatient.tasks.binary import binary
 from impatient.tasks.classification import classification
+from impatient.tasks.embedding import embedding
 from impatient.tasks.multi_label import multi_label
 from impatient.tasks.regression import regression
+from impatient.tasks.segmentation import segmentation
 from impatient.tasks.task import Task
 
 READY: Mapping[str, Callable[..., Task]] = {
-    make.__name__: make for make in (classification, binary, multi_label, regression)
+    make.__name__: make
+    for make in (classification, binary, multi_label, regression, segmentation, embedding)
 }
 
 

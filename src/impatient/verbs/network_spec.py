@@ -191,6 +191,9 @@ def outputs_for(data: impatient.Data, task: str) -> int:
     if impatient.tasks.named(task).is_logits:
         return data.num_classes
     targets = data.examples("train").labels
+    if task.startswith("segmentation"):
+        ignore = int(task.partition("ignore=")[2] or 255)
+        return int(targets[targets != ignore].max()) + 1
     return int(targets.shape[1]) if targets.dim() == 2 else 1
 
 

@@ -1,0 +1,44 @@
+"""A vector per sample, [B, D], that is to point where a given one does."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from impatient.errors import TaskError
+from impatient.tasks.regression import constant
+from impatient.tasks.task import Task
+
+
+@functools.cache
+def embedding() -> Task:
+    """Make the task of giving a vector that points where the target does.
+
+    Outputs and targets are [B, D]. Targets are vectors of a teacher, or of the last exit. Quality
+    is (1 + cosine) / 2. An output alone does not say how sure it is: use the score "agreement" with
+    the exit before, which `record` adds, or gates on features.
+    """
+    return Task(
+        name="embedding",
+        losses=lambda output, target: 1.0 - cosine(output, target),
+        quality=lambda output, target: ((1.0 + cosine(output, target)) / 2).clamp(0.0, 1.0),
+        scores={"constant": constant},
+        quality_name="agreement with target",
+        distance=lambda output, other: 1.0 - cosine(output, other),
+    )
+
+
+def cosine(output: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
+    """Compute the cosine of the angle between vectors."""
+    if output.dim() != 2 or output.shape != target.shape:
+        raise TaskError(
+            f"targets of shape {tuple(target.shape)} for outputs of shape {tuple(output.shape)}; "
+            "expected both [B, D]."
+        )
+    if not bool(torch.isfinite(target).all()):
+        raise TaskError("targets that are NaN or infinite; leave these samples out.")
+    return F.cosine_similarity(output.float(), target.float(), dim=1)

@@ -1,0 +1,148 @@
+"""A class for every pixel, from logits [B, C, H, W]."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from impatient.errors import TaskError
+from impatient.tasks.task import Task
+
+# the share of pixels that may be less sure than `low_probability`
+LOW = 0.05
+
+
+@functools.cache
+def segmentation(ignore: int = 255) -> Task:
+    """Make the task of naming a class for every pixel.
+
+    Outputs are logits [B, C, H, W]; targets are class numbers [B, H, W], of the same height and
+    width. Quality is the mean IoU of that image, over the classes in its prediction or its target.
+    Its mean over images is not the mIoU of the data set: that is in the summary, exact, beside the
+    share of right pixels. An image whose pixels are all ignored has quality 1 and loss 0.
+
+    Args:
+        ignore: the number of pixels that count nowhere.
+    Example:
+        >>> logits = torch.eye(2)[torch.tensor([[[0, 1], [1, 1]]])].movedim(-1, 1)
+        >>> round(float(segmentation().quality(logits, torch.tensor([[[0, 1], [0, 255]]]))), 3)
+        0.5
+    """
+    return Task(
+        name="segmentation" if ignore == 255 else f"segmentation:ignore={ignore}",
+        losses=functools.partial(losses, ignore=ignore),
+        quality=functools.partial(quality, ignore=ignore),
+        scores={"mean_probability": mean_probability, "low_probability": low_probability},
+        quality_name="IoU of an image",
+        distance=distance,
+        statistics=functools.partial(statistics, ignore=ignore),
+        summary=summary,
+    )
+
+
+def losses(
+    output: Float[Tensor, "B C H W"], target: Int[Tensor, "B H W"], *, ignore: int = 255
+) -> Float[Tensor, "B"]:
+    """Compute the mean cross-entropy of each image, over the pixels that count."""
+    counts = _counting(output, target, ignore)
+    truth = torch.where(counts, target.long(), 0)
+    each = F.cross_entropy(output.float(), truth, reduction="none")
+    return (each * counts).sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)
+
+
+def quality(
+    output: Float[Tensor, "B C H W"], target: Int[Tensor, "B H W"], *, ignore: int = 255
+) -> Float[Tensor, "B"]:
+    """Compute the mean IoU of each image."""
+    both, either = _overlaps(output, target, ignore)
+    present = either > 0
+    shares = both / either.clamp(min=1)
+    found = (shares * present).sum(1) / present.sum(1).clamp(min=1)
+    return torch.where(present.any(1), found, 1.0).float()
+
+
+def mean_probability(output: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+    """Mean over pixels of the largest class probability."""
+    return output.float().softmax(1).amax(1).mean((1, 2))
+
+
+def low_probability(output: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:
+    """Largest class probability that all but 5 % of the pixels reach."""
+    sure = output.float().softmax(1).amax(1).flatten(1)
+    place = max(1, round(LOW * sure.shape[1]))
+    return sure.kthvalue(place, dim=1).values
+
+
+def distance(
+    output: Float[Tensor, "B C H W"], other: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B"]:
+    """Compute the share of pixels that get another class."""
+    return (output.argmax(1) != other.argmax(1)).float().mean((1, 2))
+
+
+def statistics(
+    output: Float[Tensor, "B C H W"], target: Int[Tensor, "B H W"], *, ignore: int = 255
+) -> Float[Tensor, "B S"]:
+    """Count intersection and union of every class, pixels that count, and right ones."""
+    both, either = _overlaps(output, target, ignore)
+    counts = _counting(output, target, ignore)
+    return torch.cat([both, either, counts.sum((1, 2))[:, None], both.sum(1, keepdim=True)], 1)
+
+
+def summary(sums: Float[Tensor, "S"]) -> dict[str, float]:
+    """Compute mIoU, over the classes that occur, and the share of right pixels.
+
+    Both are 1 where no pixel counts.
+    """
+    classes = (len(sums) - 2) // 2
+    both, either, rest = sums.split([classes, classes, 2])
+    present = either > 0
+    counted, right = rest.tolist()
+    return {
+        "mIoU": float((both[present] / either[present]).mean()) if bool(present.any()) else 1.0,
+        "pixels right": right / counted if counted else 1.0,
+    }
+
+
+def _overlaps(output: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """Count the pixels of intersection and union, float64 [B, C] each."""
+    counts = _counting(output, target, ignore)
+    classes = output.shape[1]
+    said = _per_class(output.argmax(1), counts, classes)
+    true = _per_class(target, counts, classes)
+    both = _per_class(target, counts & (output.argmax(1) == target), classes)
+    return both, said + true - both
+
+
+def _per_class(labels: Tensor, counts: Bool[Tensor, "B H W"], classes: int) -> Tensor:
+    """Count the pixels of each class among those that count."""
+    batch = len(labels)
+    rows = torch.arange(batch, device=labels.device)[:, None, None] * classes
+    places = (rows + labels.long())[counts]
+    found = torch.bincount(places, minlength=batch * classes)
+    return found.view(batch, classes).double()
+
+
+def _counting(output: Tensor, target: Tensor, ignore: int) -> Bool[Tensor, "B H W"]:
+    """Return which pixels count, once output and target fit each other."""
+    if output.dim() != 4 or target.shape != (len(output), *output.shape[2:]):
+        raise TaskError(
+            f"targets of shape {tuple(target.shape)} for outputs of shape {tuple(output.shape)}; "
+            "expected [B, H, W] for [B, C, H, W]. Resize the targets, or let the network give "
+            "outputs of their size."
+        )
+    if target.is_floating_point():
+        raise TaskError(f"targets of type {target.dtype}; expected whole numbers, the classes.")
+    counts = target != ignore
+    kept = target[counts]
+    if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < output.shape[1]:
+        raise TaskError(
+            f"classes from {int(kept.min())} to {int(kept.max())} for {output.shape[1]} outputs; "
+            f"expected 0 to {output.shape[1] - 1}, or {ignore} for pixels that do not count "
+            "(segmentation:ignore=NUMBER)."
+        )
+    return counts
