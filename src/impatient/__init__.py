@@ -15,7 +15,7 @@ if typing.TYPE_CHECKING:
     from impatient.errors import ImpatientError
     from impatient.evaluation.evaluate import Evaluation, evaluate
     from impatient.evaluation.recording import Recording, record
-    from impatient.networks import MultiExitNetwork, attach_exits, load_model
+    from impatient.networks import MultiExitNetwork, attach_exits, load_model, load_weights
     from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
     from impatient.runtime import Answer, ContractRun, InterruptibleRun, Runner
     from impatient.runtime.profile import profile
@@ -59,6 +59,7 @@ __all__ = [
     "load_data",
     "load_engine",
     "load_model",
+    "load_weights",
     "networks",
     "profile",
     "record",
@@ -79,7 +80,13 @@ if not typing.TYPE_CHECKING:
             "ensembling": ["ensembling"],
             "errors": ["errors", "ImpatientError"],
             "evaluation": ["evaluation", "Evaluation", "Recording", "evaluate", "record"],
-            "networks": ["networks", "MultiExitNetwork", "attach_exits", "load_model"],
+            "networks": [
+                "networks",
+                "MultiExitNetwork",
+                "attach_exits",
+                "load_model",
+                "load_weights",
+            ],
             "policies": ["policies", "Policy", "ThresholdPolicy", "fit_thresholds"],
             "provenance": ["provenance"],
             "runtime": [

@@ -13,6 +13,7 @@ Regime = Literal["joint", "frozen", "mixed"]
 Augmentation = Literal["none", "crop", "crop-flip"]
 Sampler = Literal["none", "alternating", "exp3", "rwm", "avgl"]
 HeadDecay = Literal["plain", "scaled"]
+Optimizer = Literal["sgd", "adamw"]
 
 PHASES: dict[Regime, tuple[str, ...]] = {
     "joint": ("joint",),
@@ -42,9 +43,9 @@ class Recipe:
     Attributes:
         epochs: Passes over the training split, all phases together.
         batch_size: Samples per step and process.
-        lr: Peak learning rate.
-        momentum: Nesterov momentum of SGD.
-        weight_decay: Weight decay of SGD.
+        lr: Peak learning rate; for adamw something like 0.001.
+        momentum: Momentum of SGD, or the first beta of AdamW.
+        weight_decay: Weight decay; adamw subtracts it from the weights, not through the gradient.
         schedule: Learning rate over each phase; step means a tenth after 1/2 and 3/4.
         warmup: Share of each phase during which the learning rate grows.
         regime: What is trained: everything, only the heads, or the backbone before everything.
@@ -61,6 +62,9 @@ class Recipe:
         temperature: Softmax temperature for distillation.
         head_decay: Weight decay of early heads: plain, or scaled by their exits' weights.
         seed: Seed of weights, order, augmentation, dropout, splits and the sampler.
+        optimizer: SGD with momentum, or AdamW.
+        nesterov: Nesterov's form of the momentum of SGD, instead of the plain one.
+        backbone_lr: Peak learning rate of parameters that came from given weights; lr by default.
     """
 
     epochs: int = 20
@@ -84,6 +88,9 @@ class Recipe:
     temperature: float = 1.0
     head_decay: HeadDecay = "plain"
     seed: int = 0
+    optimizer: Optimizer = "sgd"
+    nesterov: bool = True
+    backbone_lr: float | None = None
 
     def __post_init__(self) -> None:
         checks.positive(
@@ -94,6 +101,7 @@ class Recipe:
             temperature=self.temperature,
             sampler_gamma=self.sampler_gamma,
             clip_norm=1.0 if self.clip_norm is None else self.clip_norm,
+            backbone_lr=1.0 if self.backbone_lr is None else self.backbone_lr,
         )
         checks.share_below_one(
             TrainingError,
@@ -110,6 +118,7 @@ class Recipe:
         checks.one_of(TrainingError, Augmentation, augment=self.augment)
         checks.one_of(TrainingError, Sampler, sampler=self.sampler)
         checks.one_of(TrainingError, HeadDecay, head_decay=self.head_decay)
+        checks.one_of(TrainingError, Optimizer, optimizer=self.optimizer)
         if self.regime == "mixed" and self.epochs < 2:
             raise TrainingError(
                 "the mixed regime needs at least 2 epochs: one for the backbone, one for "

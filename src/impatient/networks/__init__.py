@@ -10,6 +10,7 @@ from impatient.networks.anytimenet import (
 from impatient.networks.cascade import Cascade
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
+from impatient.networks.given_weights import GivenWeights, load_weights
 from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
@@ -24,6 +25,7 @@ __all__ = [
     "BaseResNet",
     "Cascade",
     "FeatureShape",
+    "GivenWeights",
     "GrowingNetwork",
     "MultiExitNetwork",
     "PreActResNet",
@@ -34,6 +36,7 @@ __all__ = [
     "StagedRun",
     "attach_exits",
     "load_model",
+    "load_weights",
     "preact_resnet_imagenet",
     "recalibrate",
 ]

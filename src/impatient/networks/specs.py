@@ -110,6 +110,26 @@ def check_trusted(spec: str, trust: Sequence[str]) -> None:
         )
 
 
+def has_trained_weights(spec: str) -> bool | None:
+    """Tell whether a spec names a model with trained weights.
+
+    Returns:
+        None where that is not known: a factory may load some.
+    Example:
+        >>> has_trained_weights("torchvision:resnet50:weights=DEFAULT")
+        True
+        >>> has_trained_weights("impatient:resnet")
+        False
+    """
+    source, name, options = _parse(spec)
+    if source not in _SOURCES:
+        return None
+    if source == "transformers":
+        return not name.endswith(("Config", ".json"))
+    option = {"torchvision": "weights", "timm": "pretrained"}.get(source)
+    return bool(option and options.get(option))
+
+
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:
     source, colon, rest = spec.partition(":")
     name, _, options = rest.partition(":")

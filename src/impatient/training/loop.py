@@ -32,6 +32,7 @@ from impatient.errors import (
     TrainingError,
 )
 from impatient.files import read_header, write_text
+from impatient.networks.given_weights import GivenWeights
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.recipe import Phase, Recipe
@@ -67,6 +68,7 @@ def fit(
     weights: ExitWeights | None = None,
     recipe: Recipe | None = None,
     fabric: Fabric | None = None,
+    given: GivenWeights | None = None,
     checkpoint: str | Path | None = None,
     metrics_csv: str | Path | None = None,
     progress: bool = True,
@@ -85,6 +87,8 @@ def fit(
         recipe: options of training.
         fabric: Lightning Fabric for another device, several processes or mixed precision; the
             default is one device, the accelerator if there is one.
+        given: what `load_weights` said of the network or of its backbone. Its parameters learn at
+            the recipe's `backbone_lr`, and a classifier that it replaced is trained with the heads.
         checkpoint: file to save to after every epoch and on Ctrl-C, and to resume from if it
             exists.
         metrics_csv: file for loss and accuracy per epoch, split and exit.
@@ -94,6 +98,7 @@ def fit(
     Raises:
         TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
+        TrainingError: if the options do not fit each other, the network or its task.
         KeyboardInterrupt: on Ctrl-C, after the checkpoint has been written.
     Source:
         Impatient DNNs (joint training); Anytime Neural Networks (static and alternating weights,
@@ -108,6 +113,9 @@ def fit(
             f"distillation={recipe.distillation} and label_smoothing={recipe.label_smoothing} are "
             f"of classes, but the network's task is {network.task.name!r}; expected 0 for both."
         )
+    fabric = fabric or _default_fabric()
+    check_precision(fabric)
+    check_given(network, recipe, given)
     checked = checked_weights(
         network.default_weights if weights is None else weights,
         network.num_exits,
@@ -119,11 +127,52 @@ def fit(
         data=data,
         weights=checked,
         recipe=recipe,
-        fabric=fabric or _default_fabric(),
+        fabric=fabric,
+        given=given,
         checkpoint=Path(checkpoint) if checkpoint else None,
         metrics_csv=metrics_csv,
         progress=progress,
     ).run()
+
+
+def check_precision(fabric: Fabric) -> None:
+    """Refuse precisions that would change the type of the weights themselves.
+
+    Raises:
+        TrainingError: if the weights would be anything but float32.
+    """
+    with fabric.init_tensor():
+        dtype = torch.empty(()).dtype
+    if dtype != torch.float32:
+        short = str(dtype).removeprefix("torch.")
+        raise TrainingError(
+            f"the precision of Lightning Fabric turns the weights into {short}; expected float32. "
+            "Small steps would vanish in fewer bits, and profiles, recordings and checkpoints "
+            "belong to the float32 network. Train with precision bf16-mixed or 32-true."
+        )
+
+
+def check_given(network: Network, recipe: Recipe, given: GivenWeights | None) -> None:
+    """Check that the weights somebody gave are those of this network.
+
+    Raises:
+        TrainingError: if none of them is the network's, or `backbone_lr` has nothing to act on.
+    """
+    if given is None:
+        if recipe.backbone_lr is not None:
+            raise TrainingError(
+                f"backbone_lr={recipe.backbone_lr:g} is for parameters that came from given "
+                "weights, and there are none; expected `--init FILE_OR_RUN` (in Python: "
+                "fit(..., given=load_weights(...))). Give weights, or leave backbone_lr away."
+            )
+        return
+    own = {id(parameter) for parameter in network.parameters()}
+    if not own & {id(parameter) for parameter in given.parameters()}:
+        raise TrainingError(
+            f"the weights of {given.source} were loaded into a {type(given.module).__name__} none "
+            "of whose parameters is the network's; expected its backbone. Load them into "
+            "network.backbone, or into the model before exits are attached, without a copy."
+        )
 
 
 def check_classes(outputs: int | None, classes: int, data: str) -> None:
@@ -209,6 +258,7 @@ class _Training:
     weights: CheckedWeights
     recipe: Recipe
     fabric: Fabric
+    given: GivenWeights | None
     checkpoint: Path | None
     metrics_csv: str | Path | None
     progress: bool
@@ -248,6 +298,7 @@ class _Training:
             "processes": self.fabric.world_size,
             "network": fingerprint_structure(self.network.state_dict()),
             "exits": list(self.network.exit_names),
+            "given": self.given.fingerprint if self.given else None,
         }
 
     def run(self) -> History:
@@ -279,13 +330,7 @@ class _Training:
                 f"{self.recipe.regime!r}: the network has no such parameters, or all of them are "
                 "frozen. Attach exits, or set requires_grad."
             )
-        optimizer: Any = torch.optim.SGD(
-            groups,
-            lr=self.recipe.lr,
-            momentum=self.recipe.momentum,
-            weight_decay=self.recipe.weight_decay,
-            nesterov=self.recipe.momentum > 0,
-        )
+        optimizer: Any = _optimizer(self.recipe, groups)
         if optimizer_state:
             optimizer.load_state_dict(
                 {"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]}
@@ -295,9 +340,11 @@ class _Training:
             self._run_epoch(phase, epoch)
 
     def _parameter_groups(self, phase: Phase) -> list[dict[str, Any]]:
-        """Group the parameters to train by weight decay.
+        """Group the parameters to train by weight decay and learning rate.
 
-        Each early head is a group, and the rest is one.
+        Each early head is a group, and the rest is one, or two if part of it has a learning rate of
+        its own. A classifier that replaces the one of given weights is trained with the heads, and
+        with the backbone, too.
 
         The other parameters are frozen. A zero gradient would not be enough, because momentum and
         weight decay would still change them.
@@ -309,18 +356,27 @@ class _Training:
         }
         # The last of the decays below belongs to parameters outside of early heads.
         rest = -1
-        members: dict[int, list[nn.Parameter]] = {}
+        given = self.given.parameters() if self.given else ()
+        replaced = self.given.replaced_parameters() if self.given else ()
+        slow = {id(parameter) for parameter in given} if self.recipe.backbone_lr else set()
+        fresh = {id(parameter) for parameter in replaced}
+        factor = (self.recipe.backbone_lr or self.recipe.lr) / self.recipe.lr
+        members: dict[tuple[int, float], list[nn.Parameter]] = {}
         for parameter in self.trainable:
             exit = exit_of.get(id(parameter), rest)
-            parameter.requires_grad_(
-                phase.name == "joint" or (exit != rest) == (phase.name == "heads")
-            )
+            parts = {
+                "joint": True,
+                "heads": exit != rest or id(parameter) in fresh,
+                "backbone": exit == rest,
+            }
+            parameter.requires_grad_(parts[phase.name])
             if parameter.requires_grad:
-                members.setdefault(exit, []).append(parameter)
+                kind = (exit, factor if id(parameter) in slow else 1.0)
+                members.setdefault(kind, []).append(parameter)
         decays = [*self.head_decays, self.recipe.weight_decay]
         return [
-            {"params": parameters, "weight_decay": decays[exit]}
-            for exit, parameters in members.items()
+            {"params": parameters, "weight_decay": decays[exit], "lr_factor": lr_factor}
+            for (exit, lr_factor), parameters in members.items()
         ]
 
     def _run_epoch(self, phase: Phase, epoch: int) -> None:
@@ -380,7 +436,7 @@ class _Training:
             Summed losses and hits per exit on the CPU, shape [2, K].
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         examples = self.data.examples("train")
         labels = examples.labels[indices].to(self.fabric.device)
         inputs = self.data.preprocess(examples.take(indices.tolist()).to(self.fabric.device))
@@ -493,13 +549,29 @@ class _Training:
 
     def _check_identity(self, header: Mapping[str, Any]) -> None:
         for name, wanted in json.loads(json.dumps(self.identity)).items():
-            if header.get(name) != wanted:
-                was, now = _differing(header.get(name), wanted)
+            begun = header.get(name)
+            if name == "recipe" and isinstance(begun, Mapping):
+                # An older version knew fewer options, and did what their defaults do.
+                begun = {**dataclasses.asdict(Recipe()), **begun}
+            if begun != wanted:
+                was, now = _differing(begun, wanted)
                 raise StaleInput(
                     f"the checkpoint {self.checkpoint} was made with another {name}: {was}, but "
                     f"here it is {now}. Continue with the old settings, or delete the checkpoint "
                     "to start again (`impatient train --restart`)."
                 )
+
+
+def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Make a recipe's optimizer; the groups have their own weight decay."""
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+    )
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -42,6 +43,7 @@ from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.costs import Cost
+    from impatient.networks import GivenWeights
     from impatient.training.history import History
     from impatient.training.loop import ExitWeights
 
@@ -69,6 +71,8 @@ class TrainOptions(VerbOptions):
         data: Data set: digits, npz:FILE, imagefolder:DIR, text:FILE-OR-DIR or hf:NAME-OR-PATH.
         task: What the outputs mean: classification (with :top=5, ...), binary, multi_label, or
             regression (with :tolerance=0.5 or :scale=2).
+        init: Weights of the same model to begin with: a .safetensors or .pt file, or another run
+            directory. A classifier of another width starts anew.
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
         after: Modules to exit after, instead of --exits; or every:2 for every second block.
@@ -85,7 +89,7 @@ class TrainOptions(VerbOptions):
         accelerator: Device as in Lightning Fabric: auto, cpu, cuda, mps.
         devices: Number of processes, one per device.
         strategy: Strategy as in Lightning Fabric: auto, ddp, ...
-        precision: Precision as in Lightning Fabric: 32-true, bf16-mixed, 16-mixed, ...
+        precision: Precision as in Lightning Fabric: 32-true, bf16-mixed or 16-mixed.
         restart: Replace an earlier run in DIR. It stays in DIR/replaced until the new one is
             trained. Files that are not of a run are left alone.
     """
@@ -94,6 +98,7 @@ class TrainOptions(VerbOptions):
     model: str = "impatient:resnet"
     data: str = "digits"
     task: str = "classification"
+    init: Text = None
     exits: PositiveOrNone = None
     after: Names = ()
     heads: Annotated[Head | None, one_of(Head), OFF] = None
@@ -139,8 +144,16 @@ def train(options: TrainOptions) -> History:
         # _spec has refused to train one
         assert not isinstance(network, impatient.networks.EANN | impatient.networks.Cascade)
         log.info(network.describe(spec.example()))
-        weights = _exit_weights(begun, options, network)
         fabric = _fabric(options)
+        given = _given(run, options, spec, network)
+        for note in given.notes if given else ():
+            log.info(note)
+        impatient.training.loop.check_given(network, recipe, given)
+        if is_new:
+            _check_is_trained(options)
+        bare = spec.build_exit_free(trust) if options.exit_free else None
+        bare_given = _given(run, options, spec, bare) if bare else None
+        weights = _exit_weights(begun, options, network)
     # starts the other processes, if any
     fabric.launch()
 
@@ -158,11 +171,11 @@ def train(options: TrainOptions) -> History:
             save_weights(network, part.weights_file)
         return history
 
-    history = fit(run, network, weights=weights, recipe=recipe)
-    if options.exit_free:
+    history = fit(run, network, given=given, weights=weights, recipe=recipe)
+    if bare:
         log.info("the same backbone without exits, for comparison:")
         joint = dataclasses.replace(recipe, regime="joint")
-        fit(run.exit_free, spec.build_exit_free(trust), recipe=joint)
+        fit(run.exit_free, bare, given=bare_given, recipe=joint)
     if fabric.is_global_zero:
         discard_old(run.path)
     log.info("trained: %s", run.weights_file)
@@ -267,6 +280,43 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
     )
 
 
+def _given(
+    run: RunDirectory, options: TrainOptions, spec: NetworkSpec, network: Any
+) -> GivenWeights | None:
+    """Load the weights to begin with, if there are any, into a network or its backbone."""
+    if options.init is None:
+        return None
+    if Path(options.init).resolve().is_relative_to(run.path.resolve()):
+        raise TrainingError(
+            f"--init {options.init} is in {run.path}, whose weights this training writes; expected "
+            "weights from elsewhere. Train into another directory."
+        )
+    while isinstance(network, impatient.networks.RunningEnsemble):
+        network = network.network
+    is_whole = spec.heads == OWN_HEADS and not isinstance(network, impatient.MultiExitNetwork)
+    module = network if is_whole else network.backbone
+    return impatient.load_weights(module, options.init, num_classes=spec.num_classes)
+
+
+def _check_is_trained(options: TrainOptions) -> None:
+    """Refuse to train heads alone on a backbone that nobody has trained."""
+    if options.recipe.regime != "frozen" or options.init is not None:
+        return
+    trained = impatient.networks.specs.has_trained_weights(options.model)
+    if trained is None:
+        log.warning(
+            "note: --regime frozen trains the heads only; expected that %s loads trained weights, "
+            "which is not known here. If it does not, say --init FILE_OR_RUN.",
+            options.model,
+        )
+    elif not trained:
+        raise TrainingError(
+            f"--regime frozen leaves the backbone as it is, and that of {options.model} is drawn "
+            "at random; expected a trained one. Say --init FILE_OR_RUN, name a model with trained "
+            "weights, or train it as well (--regime joint or mixed)."
+        )
+
+
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Find where a rule puts the exits."""
     backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
@@ -289,21 +339,31 @@ def _fabric(options: TrainOptions) -> Any:
         "precision": options.precision,
     }
     try:
-        return Fabric(**wanted)
+        fabric = Fabric(**wanted)
     except Exception as error:
         # its plug-ins raise what they like: ValueError, RuntimeError, exceptions of their own
         asked = " ".join(f"--{name} {value}" for name, value in wanted.items())
         raise TrainingError(
             f"Lightning Fabric cannot train with {asked}: {error} Give others, or leave them away."
         ) from error
+    impatient.training.loop.check_precision(fabric)
+    return fabric
 
 
 def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> ExitWeights:
     """Give the exit weights, from a name or a budget, and keep them."""
     wanted = options.weights or network.default_weights
+    init = options.init or ""
     file = run.path / "training.json"
     if is_file(file):
         begun = read_json(file)
+        # files from before there was --init have none
+        was = begun.get("init", "")
+        if was != init:
+            raise StaleInput(
+                f"{run.path} was begun with --init {was or '(none)'}, not {init or '(none)'}. Say "
+                "the old value, use another directory, or --restart to throw the old run away."
+            )
         if (begun["weights"], begun["mode"]) == (wanted, options.mode):
             return tuple(begun["numbers"]) if begun["numbers"] else wanted
         raise StaleInput(
@@ -311,7 +371,7 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
             "so again, use another directory, or --restart to throw the old run away."
         )
     numbers = _weights_in_numbers(run, wanted, options, network)
-    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers})
+    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers, "init": init})
     return numbers or wanted
 
 

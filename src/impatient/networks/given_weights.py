@@ -1,0 +1,366 @@
+"""Load weights that somebody brings: checkpoint files as people save them, and run directories."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from impatient.errors import ModelSpecError, NetworkError, StorageError
+from impatient.files import file_errors, is_file, read_tensors
+from impatient.provenance import fingerprint_tensors
+
+log = logging.getLogger(__name__)
+
+# Where a checkpoint has the weights among other things.
+ENTRIES = ("state_dict", "model_state_dict", "model", "net", "module", "weights")
+# What wrappers, Lightning and our own networks put before the names of a model.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.")
+PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+# Batch norm has counted its batches since torch 1.0; older files lack the count.
+COUNTER = "num_batches_tracked"
+CLASSIFIERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GivenWeights:
+    """What was loaded into a module, and what was not.
+
+    Attributes:
+        module: the module itself, which now has the weights.
+        source: file or run directory that they came from.
+        fingerprint: fingerprint of the weights that were loaded.
+        loaded: names in the module's state_dict whose values were loaded.
+        replaced: names of the classifier, which has another width than the one given; its values
+            are the module's own.
+        left: names in the source that belong to other parts, such as the heads of a run.
+        notes: what of this a user should know, a sentence each.
+    """
+
+    module: nn.Module
+    source: str
+    fingerprint: str
+    loaded: tuple[str, ...]
+    replaced: tuple[str, ...]
+    left: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that were loaded."""
+        return self._named(self.loaded)
+
+    def replaced_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the classifier that was replaced, if any."""
+        return self._named(self.replaced)
+
+    def _named(self, names: tuple[str, ...]) -> Iterator[nn.Parameter]:
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        return (own[name] for name in names if name in own)
+
+
+def load_weights(
+    module: nn.Module, path: str | Path, *, num_classes: int | None = None
+) -> GivenWeights:
+    """Load weights from a checkpoint file or a run directory into a module.
+
+    Names and shapes are compared one by one, and nothing is loaded unless all of them fit. Only a
+    classifier may have another width: then the module keeps its own, and the log says so. Weights
+    in another floating-point type are converted.
+
+    Args:
+        module: the model, usually without exits; of a network with exits its `backbone`.
+        path: a .safetensors file; a .pt, .pth, .ckpt, .bin or .tar file of `torch.save`, read with
+            weights_only=True, so that nothing in it can run; or a run directory, of whose trained
+            network the part with the module's names is taken. Weights may stand under one of the
+            usual entries (`state_dict`, `model`, `net`, ...), and their names may have the usual
+            prefixes (`module.`, `model.`, `_orig_mod.`, `backbone.`, ...).
+        num_classes: width of the module's classifier, if it is known.
+    Returns:
+        What was loaded; pass it to `fit(..., given=...)`.
+    Raises:
+        StorageError: if the file is missing, damaged, or holds other things than weights.
+        NetworkError: if names or shapes do not fit.
+        ModelSpecError: if a weight is NaN or infinite.
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "model.pt"
+        >>> torch.save({"state_dict": nn.Linear(4, 10).state_dict()}, file)
+        >>> load_weights(nn.Linear(4, 10), file).loaded
+        ('weight', 'bias')
+    """
+    path = Path(path)
+    given = _read(path)
+    own = {
+        name: value
+        for name, value in module.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
+    }
+    prefix = _prefix(given, own, path, type(module).__name__)
+    inside = {
+        name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)
+    }
+    left = tuple(name for name in given if not name.startswith(prefix))
+    replaced = _replaced(module, inside, own, num_classes)
+    _check_names(inside, own, replaced, f"{path} does not fit {type(module).__name__}")
+    chosen = {name: value for name, value in inside.items() if name not in replaced}
+    for name, value in chosen.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ModelSpecError(
+                f"{path} holds NaN or infinite weights in {name!r}; expected finite ones. Take a "
+                "checkpoint from before training diverged."
+            )
+    notes = _notes(path, prefix, chosen, own, inside, replaced, left)
+    for note in notes:
+        log.info(note)
+    module.load_state_dict({**module.state_dict(), **chosen})
+    return GivenWeights(
+        module=module,
+        source=str(path),
+        fingerprint=fingerprint_tensors(chosen),
+        loaded=tuple(chosen),
+        replaced=replaced,
+        left=left,
+        notes=notes,
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from a file or a run directory."""
+    if path.is_dir():
+        file = path / "weights.safetensors"
+        if not is_file(file):
+            raise StorageError(
+                f"{path} has no trained weights (no weights.safetensors); expected a run directory "
+                "of `impatient train`, or a file. Name the file with the weights itself."
+            )
+        return read_tensors(file)[0]
+    if not is_file(path):
+        raise StorageError(
+            f"there is no file {path} (looked in {Path.cwd()}); expected weights in .safetensors "
+            "or .pt, or a run directory. Check the path."
+        )
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLED:
+        return _weights_in(_read_pickled(path), path)
+    raise StorageError(
+        f"{path} ends in {path.suffix or 'nothing'!r}; expected .safetensors or one of "
+        f"{', '.join(PICKLED)}. Give the file with the weights; of several parts make one."
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of any origin; ours are compared with their checksum."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if "header" not in (file.metadata() or {}):
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    except Exception as error:
+        # safetensors has an error type of its own, which is not public.
+        raise StorageError(
+            f"{path} cannot be read as safetensors ({error}); it was damaged or is another file. "
+            "Get it again."
+        ) from error
+    return read_tensors(path)[0]
+
+
+def _read_pickled(path: Path) -> Any:
+    with file_errors(f"read {path}"):
+        path.open("rb").close()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damaged files make torch and its unpickler raise nearly anything.
+        raise StorageError(
+            f"{path} cannot be read as tensors and plain values alone ({_reason(error)}); it was "
+            "damaged, or something in it would have to run. Get it again; or, where you trust it, "
+            "save its weights anew with torch.save(model.state_dict(), FILE) or as .safetensors."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say in a line why torch refuses a file; its own advice is to trust it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    inner = [line for line in lines if line.startswith("WeightsUnpickler error:")]
+    first = (inner or lines or [""])[0]
+    return f"{type(error).__name__}: {first}".rstrip(": ")[:200]
+
+
+def _weights_in(value: Any, path: Path) -> dict[str, Tensor]:
+    """Find the weights in what a checkpoint holds, which may be nested."""
+    if _are_weights(value):
+        return dict(value)
+    if not isinstance(value, Mapping):
+        raise StorageError(
+            f"{path} holds a {type(value).__name__}; expected named tensors. Save "
+            "model.state_dict()."
+        )
+    found = [name for name in ENTRIES if isinstance(value.get(name), Mapping)]
+    if len(found) == 1:
+        return _weights_in(value[found[0]], path)
+    there = _listed(map(str, value))
+    if found:
+        raise StorageError(
+            f"{path} has weights in several entries ({', '.join(found)}); expected them in one. "
+            f"Save the one you mean: torch.save(checkpoint[{found[0]!r}], FILE)."
+        )
+    raise StorageError(
+        f"{path} has the entries {there or '(none)'}, none of which holds weights; expected named "
+        f"tensors, or those under one of {', '.join(ENTRIES)}. Save model.state_dict()."
+    )
+
+
+def _are_weights(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+        and all(isinstance(entry, Tensor) for entry in value.values())
+    )
+
+
+def _prefix(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, model: str) -> str:
+    """Find the prefix behind which a source has most of a module's names."""
+    prefixes = [""]
+    # It grows while it is walked: prefixes are stripped one after the other.
+    for prefix in prefixes:
+        if len(prefix.split(".")) <= 5:
+            prefixes += [
+                prefix + more
+                for more in PREFIXES
+                if any(name.startswith(prefix + more) for name in given)
+            ]
+    counts = {prefix: sum(prefix + name in given for name in own) for prefix in prefixes}
+    most = max(counts.values())
+    best = [prefix for prefix, count in counts.items() if count == most]
+    if own and not most:
+        raise NetworkError(
+            f"{path} does not fit {model}: no name is the same. It has {_listed(given)}; expected "
+            f"{_listed(own)}. Build the model that the weights were made for, or rename them."
+        )
+    if len(best) > 1 and own:
+        raise NetworkError(
+            f"{path} has the weights of several models, under {' and '.join(map(repr, best))}; "
+            f"expected those of one {model}. Save the one you mean by itself."
+        )
+    return best[0]
+
+
+def _replaced(
+    module: nn.Module,
+    given: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    num_classes: int | None,
+) -> tuple[str, ...]:
+    """Name the tensors of the classifier, if it is all that has another shape.
+
+    Only linear layers and convolutions count whose number of outputs alone differs. Were it an
+    inner layer's, then the layer behind it would have another number of inputs. All of them must go
+    from one width to one other, which is the number of classes where that is known.
+    """
+    differing = [
+        name for name, value in own.items() if name in given and given[name].shape != value.shape
+    ]
+    widths = set()
+    for name in differing:
+        holder, _, entry = name.rpartition(".")
+        was, now = given[name].shape, own[name].shape
+        fits = (
+            isinstance(module.get_submodule(holder), CLASSIFIERS)
+            and entry in ("weight", "bias")
+            and len(was) == len(now) > 0
+            and was[1:] == now[1:]
+        )
+        if not fits:
+            return ()
+        widths.add((was[0], now[0]))
+    if len(widths) != 1 or num_classes not in (None, *(now for _, now in widths)):
+        return ()
+    return tuple(differing)
+
+
+def _check_names(
+    given: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    replaced: tuple[str, ...],
+    what: str,
+) -> None:
+    """Refuse weights that lack names, have others, or have other shapes or types."""
+    # A tied tensor has several names, of which safetensors keeps one.
+    there = {id(value) for name, value in own.items() if name in given}
+    missing = [
+        name
+        for name, value in own.items()
+        if name not in given and id(value) not in there and not name.endswith(COUNTER)
+    ]
+    shapes = [
+        f"{name} {list(given[name].shape)}, not {list(value.shape)}"
+        for name, value in own.items()
+        if name in given and name not in replaced and given[name].shape != value.shape
+    ]
+    types = [
+        f"{name} {given[name].dtype}, not {value.dtype}"
+        for name, value in own.items()
+        if name in given and given[name].is_floating_point() != value.is_floating_point()
+    ]
+    wrong = {
+        "missing": missing,
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": shapes,
+        "of another type": types,
+    }
+    said = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
+    if said:
+        raise NetworkError(
+            f"{what}. {'. '.join(said)}. Expected the names and shapes of this very model, with at "
+            "most a classifier of another width. Build the model that the weights were made for "
+            "(see its options), or rename the tensors."
+        )
+
+
+def _notes(
+    path: Path,
+    prefix: str,
+    chosen: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    inside: Mapping[str, Tensor],
+    replaced: tuple[str, ...],
+    left: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Say what is loaded, converted, replaced and left away."""
+    behind = f", whose names there begin with {prefix!r}" if prefix else ""
+    said = [f"weights from {path}: {len(chosen)} tensors{behind}"]
+    converted = {
+        f"{value.dtype} to {own[name].dtype}".replace("torch.", "")
+        for name, value in chosen.items()
+        if value.dtype != own[name].dtype
+    }
+    if converted:
+        said.append(f"weights are converted: {', '.join(sorted(converted))}")
+    if replaced:
+        was, now = inside[replaced[0]].shape[0], own[replaced[0]].shape[0]
+        said.append(
+            f"the classifier ({_listed(replaced)}) is {was} wide there and {now} here: it is not "
+            "loaded, and starts anew"
+        )
+    uncounted = [name for name in own if name.endswith(COUNTER) and name not in inside]
+    if uncounted:
+        said.append(f"{len(uncounted)} batch norms have no count of batches there; it starts anew")
+    if left:
+        said.append(f"left away, for they are no part of the model: {_listed(left)}")
+    return tuple(said)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """List the first names, and count the others."""
+    every = list(names)
+    more = len(every) - SHOWN
+    return ", ".join(every[:SHOWN]) + (f" and {more} others" if more > 0 else "")
