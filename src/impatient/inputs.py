@@ -156,7 +156,12 @@ def mask_of(x: Any, name: MaskName) -> Tensor | None:
 
 
 def resized(x: Any, batch_size: int) -> Any:
-    """Make a batch of another size by repeating the first sample."""
+    """Make a batch of another size by repeating the first sample.
+
+    Raises:
+        NetworkError: if there is no sample.
+    """
+    batch_size_of(x)
     return map_samples(lambda value: value[:1].expand(batch_size, *value.shape[1:]).contiguous(), x)
 
 

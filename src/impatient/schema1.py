@@ -50,6 +50,9 @@ def _tables(tensors: Tensors) -> Tree:
 
     from impatient.tasks import classification
 
+    if not {"outputs", "labels"} <= tensors.keys():
+        # another file, which is refused for what it lacks
+        return {}
     outputs, labels = tensors["outputs"], tensors["labels"]
     rows = [classification().tables(output, labels) for output in outputs]
     return {

@@ -441,7 +441,13 @@ def test_threads_without_work_leave_the_processor_alone(engine: str, tmp_path: P
 def test_an_int8_part_runs_the_same_way(engine: str, parts: Path, tmp_path: Path):
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(parts / "whole.onnx", tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        parts / "whole.onnx",
+        tmp_path / "int8.onnx",
+        weight_type=QuantType.QInt8,
+        # products of 8 bits overflow on processors without VNNI
+        reduce_range=True,
+    )
     kinds = {entry.op_type for entry in onnx.load(tmp_path / "int8.onnx").graph.node}
     assert "MatMulInteger" in kinds
     output = ENGINES[engine](tmp_path / "int8.onnx").one(X)

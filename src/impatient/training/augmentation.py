@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,23 +11,23 @@ from torch.nn import functional as F
 from impatient.errors import TrainingError
 
 
-def augmented(images: Tensor, how: str) -> Tensor:
+def augmented(images: Any, how: str) -> Any:
     """Shift and mirror each image of a batch at random.
 
     A shift is by up to an eighth of the height and of the width, and fills the border with zeros.
 
     Args:
-        images: a batch of images [B, C, H, W].
+        images: a batch of images [B, C, H, W]; with "none" any inputs.
         how: "none", "crop" (shift each image) or "crop-flip" (also mirror half of them).
     Raises:
         TrainingError: if the inputs are not images.
     """
     if how == "none":
         return images
-    if images.dim() != 4:
-        raise TrainingError(
-            f"augment={how!r} is for images [B,C,H,W]; the inputs have shape {tuple(images.shape)}."
-        )
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        is_tensor = isinstance(images, Tensor)
+        got = f"shape {tuple(images.shape)}" if is_tensor else "several arrays"
+        raise TrainingError(f"augment={how!r} is for images [B,C,H,W]; the inputs have {got}.")
     count, channels, height, width = images.shape
     most_down = max(1, height // 8)
     most_across = max(1, width // 8)

@@ -52,6 +52,7 @@ from impatient.training.losses import (
 )
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import check_weights, parse_weights
+from impatient.trees import map_leaves, take
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -438,11 +439,12 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         examples = self.data.examples("train")
-        labels = examples.labels[indices].to(self.fabric.device)
-        inputs = self.data.preprocess(examples.take(indices.tolist()).to(self.fabric.device))
+        labels = map_leaves(self.fabric.to_device, take(examples.labels, indices))
+        taken = map_leaves(self.fabric.to_device, examples.take(indices.tolist()))
+        inputs = self.data.preprocess(taken)
         recipe = self.recipe
         inputs = augmented(inputs, recipe.augment)
-        if recipe.channels_last and inputs.dim() == 4:
+        if recipe.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         joint = GradientFlow(equilibrium=recipe.equilibrium, detach=recipe.detach)
         flow = joint if phase == "joint" else PLAIN
@@ -458,9 +460,9 @@ class _Training:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=recipe.clip_norm)
         self.optimizer.step()
         hits = summed_quality(self.network.task, outputs, labels)
-        sums = torch.stack([exit_losses * len(labels), hits]).double().cpu()
+        sums = torch.stack([exit_losses * len(indices), hits]).double().cpu()
         if phase != "backbone":
-            self.balancer.observe(self._over_processes(sums[0] / len(labels)))
+            self.balancer.observe(self._over_processes(sums[0] / len(indices)))
         return sums
 
     def _objective(
@@ -507,8 +509,8 @@ class _Training:
         self.network.eval()
         sums = torch.zeros_like(self.sums)
         for inputs, labels in self.data.batches(split, 512):
-            outputs = self.network(inputs.to(self.fabric.device))
-            labels = labels.to(self.fabric.device)
+            outputs = self.network(map_leaves(self.fabric.to_device, inputs))
+            labels = map_leaves(self.fabric.to_device, labels)
             losses = task_losses(self.network.task, outputs, labels).sum(1)
             hits = summed_quality(self.network.task, outputs, labels)
             sums += torch.stack([losses, hits]).double().cpu()

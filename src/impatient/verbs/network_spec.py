@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import impatient
-from impatient.errors import ModelSpecError, StorageError
+from impatient.errors import DataError, ModelSpecError, StorageError
 from impatient.files import is_file, read_tensors, write_tensors
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.store import Stored
@@ -164,8 +164,18 @@ def spec_of(
     validation: float,
     task: str = "classification",
 ) -> NetworkSpec:
-    """Describe a network for some data, without exits of its own."""
+    """Describe a network for some data, without exits of its own.
+
+    Raises:
+        DataError: if samples are several arrays.
+    """
     example = data.example()
+    if isinstance(example, Mapping):
+        raise DataError(
+            f"the samples of {data.name} are several arrays ({', '.join(example)}); a run "
+            "directory holds one per sample so far. Train in Python: impatient.fit, record and "
+            "Runner take such samples."
+        )
     return NetworkSpec(
         model=model,
         after=(),
