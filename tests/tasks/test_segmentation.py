@@ -10,7 +10,7 @@ import impatient
 from impatient.clock import Deadline
 from impatient.errors import TaskError
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
-from impatient.tasks import embedding, segmentation
+from impatient.tasks import embedding, named, segmentation
 from plain_data import Plain
 from recordings import costs_of
 
@@ -69,12 +69,40 @@ def test_an_image_without_a_pixel_that_counts_loses_nothing() -> None:
     assert segmentation().summary(statistics.sum(0)) == {"mIoU": 1.0, "pixels right": 1.0}
 
 
+def test_a_pixel_that_does_not_count_may_have_an_infinite_loss() -> None:
+    output, target = maps()
+    expected = segmentation().losses(output, target)
+    output = output.masked_fill((target == 255)[:, None], 0.0)
+    # class 0, which stands in for the number to ignore, is ruled out there
+    output[:, 0].masked_fill_(target == 255, -torch.inf)
+    output.requires_grad_()
+    found = segmentation().losses(output, target)
+    assert torch.allclose(found, expected)
+    found.sum().backward()
+    assert bool(torch.isfinite(output.grad).all())
+
+
+def test_the_number_to_ignore_is_whole() -> None:
+    assert named("segmentation:ignore=-1").name == "segmentation:ignore=-1"
+    with pytest.raises(TaskError, match=r"ignore=1\.5; expected a whole number"):
+        named("segmentation:ignore=1.5")
+
+
 def test_scores_are_of_the_pixels_largest_probabilities() -> None:
     output, _ = maps()
     sure = output.softmax(1).amax(1).flatten(1)
     scores = segmentation().scores
     assert torch.allclose(scores["mean_probability"](output), sure.mean(1))
     assert torch.equal(scores["low_probability"](output), sure.sort(1).values[:, 4])
+
+
+def test_the_distance_is_the_share_of_pixels_of_another_class() -> None:
+    output, _ = maps(2)
+    other = output.clone()
+    # 3 of 99 pixels of the second image get the class that was the least likely
+    least = output[1, :, 0, :3].argmin(0)
+    other[1, least, 0, torch.arange(3)] = 10.0
+    assert segmentation().distance(output, other).tolist() == pytest.approx([0.0, 3 / 99])
 
 
 @pytest.mark.parametrize(

@@ -76,3 +76,20 @@ def test_texts_are_not_cropped(data: impatient.Data) -> None:
         impatient.fit(
             attached(data), data, recipe=impatient.Recipe(epochs=1, augment="crop"), progress=False
         )
+
+
+def test_images_are_not_moved_away_from_their_masks(tmp_path: Path) -> None:
+    masks = np.zeros((40, 8, 8), np.int64)
+    pictures = np.zeros((40, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "maps.npz", x_train=pictures, y_train=masks, x_test=pictures, y_test=masks)
+    maps = impatient.load_data(f"npz:{tmp_path / 'maps.npz'}")
+    network = impatient.attach_exits(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)),
+        example=maps.example(2),
+        after=["0"],
+        task="segmentation",
+    )
+    with pytest.raises(TrainingError, match="moves the images but not their targets"):
+        impatient.fit(
+            network, maps, recipe=impatient.Recipe(epochs=1, augment="crop"), progress=False
+        )

@@ -27,11 +27,17 @@ def segmentation(ignore: int = 255) -> Task:
 
     Args:
         ignore: the number of pixels that count nowhere.
+    Raises:
+        TaskError: if `ignore` is no whole number.
     Example:
         >>> logits = torch.eye(2)[torch.tensor([[[0, 1], [1, 1]]])].movedim(-1, 1)
         >>> round(float(segmentation().quality(logits, torch.tensor([[[0, 1], [0, 255]]]))), 3)
         0.5
     """
+    if not isinstance(ignore, int):
+        raise TaskError(
+            f"ignore={ignore!r}; expected a whole number, that of the pixels that do not count."
+        )
     return Task(
         name="segmentation" if ignore == 255 else f"segmentation:ignore={ignore}",
         losses=functools.partial(losses, ignore=ignore),
@@ -51,7 +57,9 @@ def losses(
     counts = _counting(output, target, ignore)
     truth = torch.where(counts, target.long(), 0)
     each = F.cross_entropy(output.float(), truth, reduction="none")
-    return (each * counts).sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)
+    # chosen, not multiplied: the loss of a pixel that does not count may be infinite
+    kept = torch.where(counts, each, 0.0)
+    return kept.sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)
 
 
 def quality(

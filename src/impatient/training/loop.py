@@ -117,6 +117,12 @@ def fit(
     fabric = fabric or _default_fabric()
     check_precision(fabric)
     check_given(network, recipe, given)
+    targets = data.examples("train").labels
+    if recipe.augment != "none" and isinstance(targets, Tensor) and targets.dim() > 2:
+        raise TrainingError(
+            f"augment={recipe.augment!r} moves the images but not their targets of shape "
+            f"{tuple(targets.shape[1:])}; expected 'none' for maps."
+        )
     checked = checked_weights(
         network.default_weights if weights is None else weights,
         network.num_exits,
