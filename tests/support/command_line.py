@@ -1,6 +1,11 @@
 """What the tests of the command line share."""
 
+import sys
 from collections.abc import Callable
+
+import pytest
+
+from impatient import cli
 
 TINY = [
     "--model",
@@ -14,3 +19,14 @@ TINY = [
     "--quiet",
 ]
 Call = Callable[..., tuple[int, str]]
+
+
+def run_command_line(patch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run it in this process; returns the exit code."""
+    patch.setenv("COLUMNS", "200")
+    patch.setattr(sys, "argv", ["impatient", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0

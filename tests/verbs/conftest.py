@@ -1,25 +1,12 @@
 """The command line in this process, and a run directory in which every verb has run."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from command_line import TINY, Call
-from impatient import cli
-
-
-def run_command_line(patch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run it in this process; returns the exit code."""
-    patch.setenv("COLUMNS", "200")
-    patch.setattr(sys, "argv", ["impatient", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    return 0
+from command_line import TINY, Call, run_command_line
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ from impatient.training.losses import (
     weighted_loss,
     weighted_sample_loss,
 )
+from impatient.training.ordering import batches_of_epoch
 from impatient.training.progress import TrainingProgress
 from impatient.training.weights import check_weights, parse_weights
 from impatient.trees import map_leaves, take
@@ -395,7 +396,13 @@ class _Training:
             self.network.eval()
             for head in self.network.early_heads():
                 head.train()
-        batches = self._order(self.data.size("train"), epoch)
+        batches = batches_of_epoch(
+            self.data.size("train"),
+            self.recipe.batch_size,
+            seed=self.recipe.seed * 1_000_003 + epoch,
+            lengths=self.data.examples("train").lengths,
+            process=(self.fabric.global_rank, self.fabric.world_size),
+        )
         self.balancer.begin_epoch(epoch)
         seen = sum(len(batch) for batch in batches[: self.step])
         started = time.perf_counter()
@@ -484,21 +491,6 @@ class _Training:
         if isinstance(self.weights, Tensor):
             return weighted_sample_loss(losses_KB, self.weights[indices].to(losses_KB.device))
         return weighted_loss(losses_KB.mean(1), self.balancer.weights().to(losses_KB.device))
-
-    def _order(self, count: int, epoch: int) -> list[Tensor]:
-        """Return the indices of this process's batches in one epoch.
-
-        They are the same whether or not the run was interrupted.
-        """
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(count, generator=generator)
-        world = self.fabric.world_size
-        order = order[: count - count % world][self.fabric.global_rank :: world]
-        batches = list(order.split(self.recipe.batch_size))
-        # Batch norm cannot train on a single sample.
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            batches.pop()
-        return batches
 
     def _over_processes(self, values: Tensor) -> Tensor:
         if self.fabric.world_size == 1:

@@ -15,6 +15,7 @@ from impatient.provenance import Provenance, fingerprint_structure, fingerprint_
 from impatient.store import Stored
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 DEFAULT_EXITS = 4
@@ -22,6 +23,56 @@ DEFAULT_EXITS = 4
 OWN_HEADS = "own"
 
 AnyModule = TypeVar("AnyModule", bound="nn.Module")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleArray:
+    """One of the arrays that make a sample.
+
+    Attributes:
+        shape: Its shape, without a batch dimension; padded ones may also be longer or shorter.
+        dtype: Its type, such as "int64".
+        fill: A number that occurs in it, of which examples are made: a token id, 1 for a mask.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    fill: int = 0
+
+    def example(self, batch_size: int) -> Tensor:
+        """Make an array of that shape and type.
+
+        Raises:
+            StorageError: if the type is none of torch's.
+        """
+        import torch
+
+        return torch.full((batch_size, *self.shape), self.fill, dtype=self.torch_dtype())
+
+    def torch_dtype(self) -> torch.dtype:
+        """Return the type as torch's.
+
+        Raises:
+            StorageError: if it is none of them.
+        """
+        import torch
+
+        dtype = vars(torch).get(self.dtype)
+        if not isinstance(dtype, torch.dtype):
+            raise StorageError(
+                f"example_dtype is {self.dtype!r}; expected the name of a dtype of torch. "
+                "network.json was damaged: train again."
+            )
+        return dtype
+
+
+def _array_of(batch: Tensor) -> SampleArray:
+    whole = not batch.is_floating_point() and batch.numel() > 0
+    return SampleArray(
+        shape=tuple(batch.shape[1:]),
+        dtype=str(batch.dtype).removeprefix("torch."),
+        fill=int(batch.max()) if whole else 0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +89,8 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         cascade: Whether the members are the networks of a cascade, each without its exits; `after`
             then names them all.
         task: Name of the task of its outputs.
+        example_parts: Arrays of a sample by their names, where it is several; else none, and
+            `example_shape` and `example_dtype` say what it is.
         validation_errors: Errors of every member's exits, by which the ensemble chooses.
     """
 
@@ -59,6 +112,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
     cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
     task: str = "classification"
+    example_parts: Mapping[str, SampleArray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.means.is_logits and len(self.class_names) != self.num_classes:
@@ -72,21 +126,15 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         """What the outputs mean."""
         return impatient.tasks.named(self.task)
 
-    def example(self, batch_size: int = 1) -> Tensor:
-        """Make an input of the right shape and type, of zeros.
+    def example(self, batch_size: int = 1) -> Any:
+        """Make an input of the right shapes and types: a tensor, or several by their names.
 
         Raises:
-            StorageError: if the type is none of torch's.
+            StorageError: if a type is none of torch's.
         """
-        import torch
-
-        dtype = vars(torch).get(self.example_dtype)
-        if not isinstance(dtype, torch.dtype):
-            raise StorageError(
-                f"example_dtype is {self.example_dtype!r}; expected the name of a dtype of torch. "
-                "network.json was damaged: train again."
-            )
-        return torch.zeros((batch_size, *self.example_shape), dtype=dtype)
+        if self.example_parts:
+            return {name: part.example(batch_size) for name, part in self.example_parts.items()}
+        return SampleArray(shape=self.example_shape, dtype=self.example_dtype).example(batch_size)
 
     def provenance_of(self, network: nn.Module) -> Provenance:
         """Give this provenance to another network."""
@@ -167,22 +215,28 @@ def spec_of(
     """Describe a network for some data, without exits of its own.
 
     Raises:
-        DataError: if samples are several arrays.
+        DataError: if samples are neither one array nor arrays by name.
     """
+    from torch import Tensor
+
     example = data.example()
-    if isinstance(example, Mapping):
+    several = isinstance(example, Mapping)
+    arrays = example if several else {"": example}
+    if not all(isinstance(array, Tensor) for array in arrays.values()):
         raise DataError(
-            f"the samples of {data.name} are several arrays ({', '.join(example)}); a run "
-            "directory holds one per sample so far. Train in Python: impatient.fit, record and "
-            "Runner take such samples."
+            f"the samples of {data.name} are a {type(example).__name__}; a run directory holds one "
+            "array per sample, or several by their names. Train in Python: impatient.fit, record "
+            "and Runner take such samples."
         )
+    parts = {name: _array_of(array) for name, array in arrays.items()}
     return NetworkSpec(
         model=model,
         after=(),
         heads="linear",
         num_classes=outputs_for(data, task),
-        example_shape=tuple(example.shape[1:]),
-        example_dtype=str(example.dtype).removeprefix("torch."),
+        example_shape=() if several else parts[""].shape,
+        example_dtype="" if several else parts[""].dtype,
+        example_parts=parts if several else {},
         class_names=data.class_names,
         preprocess=data.preprocess,
         data=data.name,

@@ -11,8 +11,9 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.clock import NEVER, Deadline
-from impatient.errors import DataError, RunError
+from impatient.errors import RunError
 from impatient.table import Cell, Table, in_ms
+from impatient.verbs.input_files import read_input
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.options import (
     OFF,
@@ -38,7 +39,8 @@ class RunOptions(VerbOptions):
 
     Attributes:
         inputs: Image files, or .npy files of one raw sample each, without a batch dimension:
-            pixels of 0 to 255 (uint8) or 0 to 1; they are standardised here.
+            pixels of 0 to 255 (uint8) or 0 to 1; they are standardised here. Samples of several
+            arrays are .npz files, which hold them by their names.
         deadline_s: Time for each answer in ms; without it, no limit.
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
@@ -76,7 +78,7 @@ def run(options: RunOptions) -> list[FileAnswer]:
     run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     spec = run.spec()
     # all are read before the first deadline is stamped
-    inputs = [_read_input(spec, file) for file in options.inputs]
+    inputs = [read_input(spec, file) for file in options.inputs]
     network, _ = run.network()
     runner = impatient.Runner(
         network,
@@ -139,32 +141,3 @@ def plain(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
         }
         for row in answers
     ]
-
-
-def _read_input(spec: NetworkSpec, file: Path) -> Tensor:
-    if not file.is_file():
-        raise DataError(
-            f"{file} is a folder; name its files." if file.is_dir() else f"no such file: {file}."
-        )
-    raw = _read_array(file) if file.suffix == ".npy" else spec.preprocess.image(file)
-    if tuple(raw.shape[1:]) != spec.example_shape:
-        raise DataError(
-            f"{file} has shape {tuple(raw.shape[1:])}; expected one raw sample of shape "
-            f"{spec.example_shape}, without a batch dimension."
-        )
-    prepared: Tensor = spec.preprocess(spec.preprocess.checked(raw, str(file)))
-    return prepared
-
-
-def _read_array(file: Path) -> Tensor:
-    import numpy as np
-    import torch
-
-    try:
-        array = np.load(file, allow_pickle=False)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"it holds {array.dtype}; expected numbers.")
-        return torch.from_numpy(array)[None]
-    except Exception as error:
-        # numpy reads the header as Python, and raises what that raises.
-        raise DataError(f"{file} cannot be read as a plain array: {error}") from error

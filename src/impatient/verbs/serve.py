@@ -102,6 +102,12 @@ def hosted(path: Path, options: ServeOptions) -> Hosted:
 
     run = RunDirectory(path, trust=options.trust)
     spec = run.spec()
+    if spec.example_parts:
+        raise ServingError(
+            f"the samples of {path} are several arrays ({', '.join(spec.example_parts)}); the "
+            "server takes one per sample so far. Answer in Python (impatient.Runner) or with "
+            "`impatient run`."
+        )
     network, _ = run.network()
     dtype = spec.example_dtype
     name = path.resolve().name
