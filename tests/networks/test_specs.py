@@ -124,24 +124,6 @@ def test_torchvision_models_with_auxiliary_outputs_come_without_them() -> None:
     assert isinstance(model.train()(torch.randn(2, 3, 64, 64)), torch.Tensor)
 
 
-def test_classes_are_not_forced_on_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    def get_model(name: str, **options: Any) -> nn.Module:
-        asked.append(options)
-        return nn.Identity()
-
-    monkeypatch.setattr(import_torchvision().models, "get_model", get_model)
-    load_model("torchvision:resnet18:weights=DEFAULT", num_classes=4)
-    load_model("torchvision:googlenet:weights=DEFAULT", num_classes=4)
-    load_model("torchvision:resnet18:weights=None", num_classes=4)
-    assert asked == [
-        {"weights": "DEFAULT"},
-        {"weights": "DEFAULT"},
-        {"weights": None, "num_classes": 4},
-    ]
-
-
 def test_misspelt_torchvision_model_is_refused_with_near_names() -> None:
     with pytest.raises(
         ModelSpecError, match=r"torchvision has no model 'resnet5'. Similar names: .*resnet50"

@@ -10,6 +10,7 @@ import torch
 from command_line import TINY, Call
 from impatient.files import read_json, read_tensors
 from impatient.verbs.run_directory import RunDirectory
+from pretrained import timm_folder
 
 ONE = [*TINY[:4], "--epochs", "1", "--batch-size", "64", "--quiet"]
 FROZEN = [*ONE, "--no-exit-free", "--regime", "frozen"]
@@ -82,6 +83,35 @@ def test_a_network_with_exits_of_its_own_takes_weights_for_all_of_them(
     )
     assert code == 0, text
     assert "is 10 wide there and 4 here" in text
+
+
+def test_heads_and_a_replaced_classifier_are_trained_on_a_librarys_weights(
+    call: Call, tmp_path: Path, four: str
+) -> None:
+    theirs = timm_folder(tmp_path / "model").state_dict()
+    model = ["--model", f"timm:{tmp_path}/model:pretrained=true", "--exits", "2"]
+    # it goes through twice: training begins, and goes on from its checkpoint
+    for _ in range(2):
+        code, text = call("train", tmp_path / "run", *FROZEN, *model, "--data", four)
+        assert code == 0, text
+    assert "the classifier (fc.weight, fc.bias) is 5 wide there and 4 here" in text
+    backbone = RunDirectory(tmp_path / "run").network()[0].backbone.state_dict()
+    assert {name for name in theirs if not torch.equal(theirs[name], backbone[name])} == {
+        "conv1.0.weight",
+        "fc.weight",
+        "fc.bias",
+    }
+    assert backbone["fc.weight"].shape[0] == 4
+    # and it may learn more slowly than the rest
+    slow = ["--backbone-lr", "1e-12", "--weight-decay", "0", "--no-exit-free"]
+    code, text = call("train", tmp_path / "joint", *ONE, *model, "--data", four, *slow)
+    assert code == 0, text
+    torch.testing.assert_close(
+        RunDirectory(tmp_path / "joint")
+        .network()[0]
+        .backbone.state_dict()["layer1.0.conv1.weight"],
+        theirs["layer1.0.conv1.weight"],
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from impatient.networks.given_weights import GivenWeights, load_weights
 from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
+from impatient.networks.pretrained import Loaded
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
-from impatient.networks.specs import load_model
+from impatient.networks.specs import load_model, load_with_weights
 from impatient.networks.stages import StagedRun
 from impatient.networks.vgg import SmallVGG
 
@@ -27,6 +28,7 @@ __all__ = [
     "FeatureShape",
     "GivenWeights",
     "GrowingNetwork",
+    "Loaded",
     "MultiExitNetwork",
     "PreActResNet",
     "RunningEnsemble",
@@ -37,6 +39,7 @@ __all__ = [
     "attach_exits",
     "load_model",
     "load_weights",
+    "load_with_weights",
     "preact_resnet_imagenet",
     "recalibrate",
 ]

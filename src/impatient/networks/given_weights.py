@@ -106,7 +106,12 @@ def load_weights(
         name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)
     }
     left = tuple(name for name in given if not name.startswith(prefix))
-    replaced = _replaced(module, inside, own, num_classes)
+    shapes = {
+        name: (tuple(inside[name].shape), tuple(value.shape))
+        for name, value in own.items()
+        if name in inside and inside[name].shape != value.shape
+    }
+    replaced = replaced_classifier(module, shapes, num_classes)
     _check_names(inside, own, replaced, f"{path} does not fit {type(module).__name__}")
     chosen = {name: value for name, value in inside.items() if name not in replaced}
     for name, value in chosen.items():
@@ -206,7 +211,7 @@ def _weights_in(value: Any, path: Path) -> dict[str, Tensor]:
     found = [name for name in ENTRIES if isinstance(value.get(name), Mapping)]
     if len(found) == 1:
         return _weights_in(value[found[0]], path)
-    there = _listed(map(str, value))
+    there = listed(map(str, value))
     if found:
         raise StorageError(
             f"{path} has weights in several entries ({', '.join(found)}); expected them in one. "
@@ -243,8 +248,8 @@ def _prefix(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, 
     best = [prefix for prefix, count in counts.items() if count == most]
     if own and not most:
         raise NetworkError(
-            f"{path} does not fit {model}: no name is the same. It has {_listed(given)}; expected "
-            f"{_listed(own)}. Build the model that the weights were made for, or rename them."
+            f"{path} does not fit {model}: no name is the same. It has {listed(given)}; expected "
+            f"{listed(own)}. Build the model that the weights were made for, or rename them."
         )
     if len(best) > 1 and own:
         raise NetworkError(
@@ -254,10 +259,9 @@ def _prefix(given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, 
     return best[0]
 
 
-def _replaced(
+def replaced_classifier(
     module: nn.Module,
-    given: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     num_classes: int | None,
 ) -> tuple[str, ...]:
     """Name the tensors of the classifier, if it is all that has another shape.
@@ -265,14 +269,15 @@ def _replaced(
     Only linear layers and convolutions count whose number of outputs alone differs. Were it an
     inner layer's, then the layer behind it would have another number of inputs. All of them must go
     from one width to one other, which is the number of classes where that is known.
+
+    Args:
+        module: the model.
+        shapes: of every tensor with another shape, its shape there and its shape in the model.
+        num_classes: width of the model's output, if it is known.
     """
-    differing = [
-        name for name, value in own.items() if name in given and given[name].shape != value.shape
-    ]
     widths = set()
-    for name in differing:
+    for name, (was, now) in shapes.items():
         holder, _, entry = name.rpartition(".")
-        was, now = given[name].shape, own[name].shape
         fits = (
             isinstance(module.get_submodule(holder), CLASSIFIERS)
             and entry in ("weight", "bias")
@@ -284,7 +289,24 @@ def _replaced(
         widths.add((was[0], now[0]))
     if len(widths) != 1 or num_classes not in (None, *(now for _, now in widths)):
         return ()
-    return tuple(differing)
+    return tuple(shapes)
+
+
+def given_by(
+    module: nn.Module, source: str, fresh: tuple[str, ...], notes: tuple[str, ...]
+) -> GivenWeights:
+    """Say of a module's present weights that they were given, but for some that start anew."""
+    own = module.state_dict()
+    loaded = {name: value for name, value in own.items() if name not in fresh}
+    return GivenWeights(
+        module=module,
+        source=source,
+        fingerprint=fingerprint_tensors(loaded),
+        loaded=tuple(loaded),
+        replaced=fresh,
+        left=(),
+        notes=notes,
+    )
 
 
 def _check_names(
@@ -317,7 +339,7 @@ def _check_names(
         "of another shape": shapes,
         "of another type": types,
     }
-    said = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
+    said = [f"{len(names)} {kind}: {listed(names)}" for kind, names in wrong.items() if names]
     if said:
         raise NetworkError(
             f"{what}. {'. '.join(said)}. Expected the names and shapes of this very model, with at "
@@ -348,18 +370,18 @@ def _notes(
     if replaced:
         was, now = inside[replaced[0]].shape[0], own[replaced[0]].shape[0]
         said.append(
-            f"the classifier ({_listed(replaced)}) is {was} wide there and {now} here: it is not "
+            f"the classifier ({listed(replaced)}) is {was} wide there and {now} here: it is not "
             "loaded, and starts anew"
         )
     uncounted = [name for name in own if name.endswith(COUNTER) and name not in inside]
     if uncounted:
         said.append(f"{len(uncounted)} batch norms have no count of batches there; it starts anew")
     if left:
-        said.append(f"left away, for they are no part of the model: {_listed(left)}")
+        said.append(f"left away, for they are no part of the model: {listed(left)}")
     return tuple(said)
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """List the first names, and count the others."""
     every = list(names)
     more = len(every) - SHOWN

@@ -6,7 +6,7 @@ or "package.module:factory". This library's models are `PreActResNet` ("resnet")
 `AnytimeNet` ("anytimenet"), which already has exits. Options follow a second colon, such as
 "torchvision:resnet50:weights=DEFAULT" or "impatient:resnet:n=5,c=16". A value may be a list:
 "impatient:resnet:n=[3,4,6,3],block=bottleneck". Pretrained weights are loaded by the loaders of
-those libraries.
+those libraries; a classifier of another width is replaced, and that is said.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ from torch import nn
 
 from impatient.errors import ModelSpecError
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet
+from impatient.networks.pretrained import (
+    Loaded,
+    from_timm,
+    from_torchvision,
+    from_transformers,
+    timm_name,
+)
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
 from impatient.networks.vgg import SmallVGG
 
@@ -50,7 +57,7 @@ def load_model(
             transformers, impatient, or a Python module whose attribute NAME is a factory that
             returns an `nn.Module`.
         num_classes: number of classes, passed on if the source has the option and the spec does not
-            set it.
+            set it. A trained classifier of another width is replaced, and the log says so.
         in_channels: channels of the image, passed on if the source has the option and the spec does
             not set it.
     Raises:
@@ -59,11 +66,24 @@ def load_model(
         >>> load_model("impatient:resnet:n=1,c=8", num_classes=10).classifier.out_features
         10
     """
+    loaded = load_with_weights(spec, num_classes=num_classes, in_channels=in_channels)
+    for note in loaded.notes:
+        log.info(note)
+    return loaded.model
+
+
+def load_with_weights(
+    spec: str, *, num_classes: int | None = None, in_channels: int | None = None
+) -> Loaded:
+    """Build the model that a spec names, and say what of it has trained weights.
+
+    Args, errors: as for `load_model`.
+    """
     source, name, options = _parse(spec)
     known = {"num_classes": num_classes, "in_channels": in_channels}
     build = _SOURCES.get(source) or functools.partial(_from_module, source)
     try:
-        model = build(name, options, known)
+        built = build(name, options, known)
     except ModelSpecError:
         raise
     except ImportError as error:
@@ -74,11 +94,12 @@ def load_model(
         raise ModelSpecError(
             f"cannot build the model {spec!r}: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(model, nn.Module):
+    loaded = built if isinstance(built, Loaded) else Loaded(model=built)
+    if not isinstance(loaded.model, nn.Module):
         raise ModelSpecError(
-            f"{spec!r} returned a {type(model).__name__}; expected a torch.nn.Module."
+            f"{spec!r} returned a {type(loaded.model).__name__}; expected a torch.nn.Module."
         )
-    return model
+    return loaded
 
 
 # Options of the known sources by which they would run code or unpickle files.
@@ -164,6 +185,8 @@ def _outer_commas(text: str) -> list[str]:
 
 
 def _literal(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -203,9 +226,7 @@ def _torchvision(name: str, options: dict[str, Any], known: dict[str, Any]) -> A
             f"torchvision has no model {name!r}. {_near(name, models.list_models())}"
         )
     if options.get("weights"):
-        # Pretrained weights determine the number of classes.
-        options.pop("num_classes", None)
-        return models.get_model(name, **options)
+        return from_torchvision(models, name, options, known["num_classes"])
     if known["num_classes"]:
         options.setdefault("num_classes", known["num_classes"])
     if name in ("googlenet", "inception_v3"):
@@ -218,11 +239,13 @@ def _timm(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
     import_torchvision()
     import timm
 
-    if not timm.is_model(name.split(".")[0]):
+    full = timm_name(name)
+    if full == name and not timm.is_model(name.split(".")[0]):
         raise ModelSpecError(f"timm has no model {name!r}. {_near(name, timm.list_models())}")
     # timm leaves out options that are None.
     usual = {"num_classes": known["num_classes"], "in_chans": known["in_channels"]}
-    return timm.create_model(name, **{**usual, **options})
+    model = timm.create_model(full, **{**usual, **options})
+    return from_timm(model, name, pretrained=bool(options.get("pretrained")))
 
 
 def _transformers(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
@@ -250,7 +273,7 @@ def _transformers(name: str, options: dict[str, Any], known: dict[str, Any]) -> 
         config = transformers.AutoConfig.from_pretrained(name, **options)
     else:
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        return _auto_class(transformers, config, text).from_pretrained(name, config=config)
+        return from_transformers(_auto_class(transformers, config, text), name, config)
     # transformers fails on None where a configuration belongs to several classes.
     config.architectures = config.architectures or []
     return _auto_class(transformers, config, text).from_config(config)

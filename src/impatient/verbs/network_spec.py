@@ -155,7 +155,11 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         if self.members:
             members = [member.build(trust) for member in self.members]
             return impatient.networks.EANN(members, self.validation_errors)
-        network = self._model(trust)
+        return self.with_exits(self.load_model(trust).model)
+
+    def with_exits(self, model: nn.Module) -> impatient.Network:
+        """Give a model of this spec its exits."""
+        network: Any = model
         if self.heads != OWN_HEADS:
             network = impatient.attach_exits(
                 network,
@@ -177,15 +181,23 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         """
         if self.members:
             return self.members[-1].build_exit_free(trust)
-        model = self._model(trust)
+        return self.without_exits(self.load_model(trust).model)
+
+    def without_exits(self, model: nn.Module) -> impatient.MultiExitNetwork:
+        """Give a model of this spec one exit, its output."""
         backbone = model.exit_free if isinstance(model, impatient.Network) else model
         return impatient.MultiExitNetwork(backbone, [], [], [], self.num_classes, task=self.task)
 
-    def _model(self, trust: Sequence[str]) -> Any:
+    def load_model(self, trust: Sequence[str] = ()) -> impatient.networks.Loaded:
+        """Load the model, without the exits that it is to be given.
+
+        Raises:
+            ModelSpecError: if the model is none of the known sources', and not trusted.
+        """
         from impatient.networks.specs import check_trusted
 
         check_trusted(self.model, trust)
-        return fresh_model(self.model, self.num_classes, self.preprocess, self.seed)
+        return load_fresh(self.model, self.num_classes, self.preprocess, self.seed)
 
 
 def fresh_model(
@@ -195,10 +207,17 @@ def fresh_model(
 
     It is a backbone, or a network that has exits of its own.
     """
+    return load_fresh(model, num_classes, preprocess, seed).model
+
+
+def load_fresh(
+    model: str, num_classes: int, preprocess: impatient.training.Preprocess, seed: int
+) -> impatient.networks.Loaded:
+    """Load a model as `fresh_model` does, and say what of it was trained before."""
     import torch
 
     torch.manual_seed(seed)
-    return impatient.load_model(
+    return impatient.networks.load_with_weights(
         model, num_classes=num_classes, in_channels=preprocess.channels or None
     )
 

@@ -43,7 +43,7 @@ from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from impatient.costs import Cost
-    from impatient.networks import GivenWeights
+    from impatient.networks import GivenWeights, Loaded
     from impatient.training.history import History
     from impatient.training.loop import ExitWeights
 
@@ -140,19 +140,18 @@ def train(options: TrainOptions) -> History:
     with replaced(run.path) if is_new else contextlib.nullcontext(run.path) as place:
         begun = RunDirectory(place, trust=trust)
         spec = _spec(begun, options, data)
-        network = spec.build(trust)
-        # _spec has refused to train one
-        assert not isinstance(network, impatient.networks.EANN | impatient.networks.Cascade)
+        loaded = spec.load_model(trust)
+        network = spec.with_exits(loaded.model)
         log.info(network.describe(spec.example()))
         fabric = _fabric(options)
-        given = _given(run, options, spec, network)
+        given = _given(run, options, spec, loaded)
         for note in given.notes if given else ():
             log.info(note)
         impatient.training.loop.check_given(network, recipe, given)
         if is_new:
             _check_is_trained(options)
-        bare = spec.build_exit_free(trust) if options.exit_free else None
-        bare_given = _given(run, options, spec, bare) if bare else None
+        bare_loaded = spec.load_model(trust) if options.exit_free else None
+        bare_given = _given(run, options, spec, bare_loaded) if bare_loaded else None
         weights = _exit_weights(begun, options, network)
     # starts the other processes, if any
     fabric.launch()
@@ -172,9 +171,10 @@ def train(options: TrainOptions) -> History:
         return history
 
     history = fit(run, network, given=given, weights=weights, recipe=recipe)
-    if bare:
+    if bare_loaded:
         log.info("the same backbone without exits, for comparison:")
         joint = dataclasses.replace(recipe, regime="joint")
+        bare = spec.without_exits(bare_loaded.model)
         fit(run.exit_free, bare, given=bare_given, recipe=joint)
     if fabric.is_global_zero:
         discard_old(run.path)
@@ -281,20 +281,19 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
 
 
 def _given(
-    run: RunDirectory, options: TrainOptions, spec: NetworkSpec, network: Any
+    run: RunDirectory, options: TrainOptions, spec: NetworkSpec, loaded: Loaded
 ) -> GivenWeights | None:
-    """Load the weights to begin with, if there are any, into a network or its backbone."""
+    """Say what of a model was trained before: by its library, or in what the user names."""
     if options.init is None:
-        return None
+        return loaded.given(spec.model)
     if Path(options.init).resolve().is_relative_to(run.path.resolve()):
         raise TrainingError(
             f"--init {options.init} is in {run.path}, whose weights this training writes; expected "
             "weights from elsewhere. Train into another directory."
         )
-    while isinstance(network, impatient.networks.RunningEnsemble):
-        network = network.network
-    is_whole = spec.heads == OWN_HEADS and not isinstance(network, impatient.MultiExitNetwork)
-    module = network if is_whole else network.backbone
+    model = loaded.model
+    # A user's own network with exits: weights are of the model that it was made from.
+    module = model.backbone if isinstance(model, impatient.MultiExitNetwork) else model
     return impatient.load_weights(module, options.init, num_classes=spec.num_classes)
 
 
