@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from impatient.counting import (
@@ -18,12 +17,12 @@ from impatient.counting import (
     ParameterUse,
     StageFacts,
     TrafficCounter,
+    counting,
     facts_table,
     module_name,
-    without_fused_attention,
 )
 from impatient.errors import ExitNotReached, NetworkError
-from impatient.inputs import batch_size_of, evaluating
+from impatient.inputs import batch_size_of
 from impatient.provenance import fingerprint_structure, fingerprint_tensors
 from impatient.tasks import Task, classification
 
@@ -405,7 +404,7 @@ def _by_part(
         ExitNotReached: if the example does not come to every exit.
     """
     found = []
-    with evaluating(network), torch.no_grad(), without_fused_attention(), network.exits(x) as run:
+    with counting(network), network.exits(x) as run:
         for exit in run:
             if exit.index == network.num_exits - 1:
                 # The last output belongs to its stage, also where it is computed only when asked.

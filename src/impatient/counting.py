@@ -55,7 +55,7 @@ class MacCounter(FlopCounterMode):
     """Add up multiply-accumulates while it is entered.
 
     Matrix products, convolutions and attention count (torch.utils.flop_counter, halved).
-    Element-wise work counts 0. Enter `without_fused_attention` as well.
+    Element-wise work counts 0. Enter `counting` as well.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class MacCounter(FlopCounterMode):
 def count_macs(model: nn.Module, x: Any) -> int:
     """Count the multiply-accumulates per sample of a plain run."""
     counter = MacCounter()
-    with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
+    with counting(model), counter:
         call_model(model, x)
     return counter.take() // batch_size_of(x)
 
@@ -88,7 +88,7 @@ def count_traffic(model: nn.Module, x: Any) -> int:
     operator moves internally is not counted. An engine that fuses operators moves less.
     """
     counter = TrafficCounter()
-    with evaluating(model), torch.no_grad(), without_fused_attention(), counter:
+    with counting(model), counter:
         call_model(model, x)
     return counter.take()
 
@@ -146,6 +146,21 @@ def _size(tensor: Tensor) -> int:
     """Return the bytes of the elements in memory, each broadcast one once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(size for size, stride in sizes if stride) * tensor.element_size()
+
+
+@contextlib.contextmanager
+def counting(model: nn.Module) -> Iterator[None]:
+    """Put a model into the state in which its operators are counted: eval mode, no gradients."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluating(model), torch.no_grad(), without_fused_attention():
+        try:
+            # torch's counter fails on a parameter that was expanded without gradients
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -282,7 +282,7 @@ class _Judge:
         self.recording = recording
         self.costs = costs
         self.options = options
-        self.summary = task.summary if task else None
+        self.task = task
         self.named = policies
         # rows and budgets of time look at the same outcomes
         self.timed = {name: self._outcome(policy, "time") for name, policy in policies.items()}
@@ -341,9 +341,9 @@ class _Judge:
         return self._row(name, kind, exits, [cost[exits] for cost in self.exit_costs])
 
     def _metrics(self, recording: Recording, exits: Int[Tensor, "N"]) -> Mapping[str, float]:
-        if recording.statistics is None or self.summary is None:
+        if recording.statistics is None or self.task is None:
             return {}
-        return self.summary(recording.statistics[exits, self.samples].sum(0))
+        return self.task.metrics(recording.statistics[exits, self.samples])
 
     def _row(
         self, name: str, kind: Kind, exits: Int[Tensor, "N"], costs: Sequence[Float[Tensor, "N"]]

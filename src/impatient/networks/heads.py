@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from impatient.errors import HeadError
+from impatient.errors import HeadError, TaskError
 from impatient.inputs import evaluating
 
 # N batch, C or D channels, T tokens or time, H and W space
@@ -430,6 +430,12 @@ def head_for(head: str | HeadFactory, features: FeatureShape, output: Tensor) ->
         return Column(build_head(head, features, 1))
     if head != "linear":
         return build_head(head, features, output.shape[1])
+    if output.dim() != 4:
+        raise TaskError(
+            f"the backbone gives an output of shape {tuple(output.shape)}; expected [B], [B, D] or "
+            "[B, C, H, W]. Give the task a `head` that makes outputs of this shape, or heads of "
+            "your own: attach_exits(..., heads=lambda features, outputs: MODULE)."
+        )
     return Dense(features, output)
 
 

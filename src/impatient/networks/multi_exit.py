@@ -19,7 +19,6 @@ from impatient.errors import (
     HeadError,
     LogitsWarning,
     NetworkError,
-    TaskError,
 )
 from impatient.inputs import (
     MaskName,
@@ -93,8 +92,8 @@ class MultiExitNetwork(Network):
         self.layouts = tuple(layouts)
         self.num_classes = num_classes
         self.mask = mask
-        self.output = output
         self.task = named(task)
+        self.output = self.task.reads if output is None else output
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
         # Modules, not ids, because a copied network has its own modules.
@@ -260,7 +259,7 @@ def attach_exits(
     Args:
         backbone: any `nn.Module` whose output is a tensor, or holds one that is unmistakable
             (`logits`, or the only [B, C]). For classes it is [B, num_classes]; other tasks take
-            [B], [B, D] and dense maps [B, C, H, W] as well.
+            [B], [B, D] and dense maps [B, C, H, W] as well; "detection" logits and boxes.
         example: an input of the kind the model will see; batch size 1 is enough. A mapping is
             passed as keywords.
         after: modules after which to exit, in running order. "block@2" is after the third call of a
@@ -305,6 +304,7 @@ def attach_exits(
     _refuse_compiled(backbone)
     _check_mask(example, mask)
     meaning = named(task)
+    output = meaning.reads if output is None else output
     answer = _answer(backbone, example, output)
     classes = _check_answer(answer, num_classes, meaning)
     cuts = _place(backbone, example, after, count, output)
@@ -369,11 +369,6 @@ def _check_answer(output: Tensor, num_classes: int | None, task: Task) -> int:
             "the task, such as attach_exits(..., task='regression')."
         )
     if not task.is_logits:
-        if output.dim() not in (1, 2, 4):
-            raise TaskError(
-                f"the backbone gives an output of shape {tuple(output.shape)}; expected [B], "
-                "[B, D] or [B, C, H, W]. Give the task a `head` that makes outputs of this shape."
-            )
         # what an output alone can show wrong of a task
         for score in task.scores.values():
             score(output)
@@ -458,7 +453,10 @@ def _build_heads(
         shape = FeatureShape(
             tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
         )
-        made = task.head(features, answer) if task.head else head_for(kind, shape, answer)
+        if task.head is None or callable(kind):
+            made = head_for(kind, shape, answer)
+        else:
+            made = task.head(features, answer)
         head = made.to(device=features.device, dtype=features.dtype)
         own_mask = None if shape.layout == "ND" else mask
         check_head(head, features, tuple(answer.shape), str(cut), own_mask)

@@ -2,6 +2,7 @@
 
 from impatient.tasks.binary import binary
 from impatient.tasks.classification import classification
+from impatient.tasks.detection import detection
 from impatient.tasks.embedding import embedding
 from impatient.tasks.multi_label import multi_label
 from impatient.tasks.named import READY, known, named
@@ -14,6 +15,7 @@ __all__ = [
     "Task",
     "binary",
     "classification",
+    "detection",
     "embedding",
     "known",
     "multi_label",

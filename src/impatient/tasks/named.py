@@ -9,6 +9,7 @@ from typing import Any
 from impatient.errors import TaskError
 from impatient.tasks.binary import binary
 from impatient.tasks.classification import classification
+from impatient.tasks.detection import detection
 from impatient.tasks.embedding import embedding
 from impatient.tasks.multi_label import multi_label
 from impatient.tasks.regression import regression
@@ -17,7 +18,15 @@ from impatient.tasks.task import Task
 
 READY: Mapping[str, Callable[..., Task]] = {
     make.__name__: make
-    for make in (classification, binary, multi_label, regression, segmentation, embedding)
+    for make in (
+        classification,
+        binary,
+        multi_label,
+        regression,
+        segmentation,
+        embedding,
+        detection,
+    )
 }
 
 

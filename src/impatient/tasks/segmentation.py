@@ -47,6 +47,7 @@ def segmentation(ignore: int = 255) -> Task:
         distance=distance,
         statistics=functools.partial(statistics, ignore=ignore),
         summary=summary,
+        outputs_for=lambda target: int(target[target != ignore].max()) + 1,
     )
 
 

@@ -39,9 +39,12 @@ class Task:
         head: makes an exit's head from the features of its stage and an output of the network, both
             of example samples; by default a pooled or dense linear head by their shapes.
         distance: how far outputs are from others, [B]: for distillation and agreement.
-        statistics: numbers of each sample, [B, S], whose sums over samples give the metrics of the
-            data set.
+        statistics: numbers of each sample, [B, S], from which the metrics of the data set follow.
         summary: metrics of the data set by name, from the sums of `statistics`, [S].
+        overall: metrics by name that are no sums, such as AP, from the `statistics` of all samples,
+            [N, S].
+        reads: makes one tensor of what a model returns, where its answer is several.
+        outputs_for: how many outputs a network needs for some targets; by default their columns.
         is_logits: whether outputs are logits of two or more classes, of which each sample has one.
     Example:
         >>> task = Task(
@@ -64,6 +67,9 @@ class Task:
     distance: Judge | None = None
     statistics: Judge | None = None
     summary: Callable[[Float[Tensor, "S"]], Mapping[str, float]] | None = None
+    overall: Callable[[Float[Tensor, "N S"]], Mapping[str, float]] | None = None
+    reads: Callable[[Any], Tensor] | None = None
+    outputs_for: Callable[[Any], int] | None = None
     is_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -76,6 +82,13 @@ class Task:
             raise TaskError(
                 f"task {self.name!r} has only one of statistics and summary; expected both or none."
             )
+
+    def metrics(self, statistics: Float[Tensor, "N S"] | None) -> Mapping[str, float]:
+        """Compute the metrics of a data set from the statistics of its samples."""
+        if statistics is None or self.summary is None:
+            return {}
+        found = dict(self.summary(statistics.sum(0)))
+        return found | dict(self.overall(statistics) if self.overall else {})
 
     @property
     def default_score(self) -> str:

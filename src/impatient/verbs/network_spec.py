@@ -271,12 +271,12 @@ def spec_of(
 
 def outputs_for(data: impatient.Data, task: str) -> int:
     """Return how many outputs a network needs for some data and task."""
-    if impatient.tasks.named(task).is_logits:
+    meaning = impatient.tasks.named(task)
+    if meaning.is_logits:
         return data.num_classes
     targets = data.examples("train").labels
-    if task.startswith("segmentation"):
-        ignore = int(task.partition("ignore=")[2] or 255)
-        return int(targets[targets != ignore].max()) + 1
+    if meaning.outputs_for is not None:
+        return meaning.outputs_for(targets)
     return int(targets.shape[1]) if targets.dim() == 2 else 1
 
 
