@@ -21,6 +21,7 @@ from impatient.verbs import (
     evaluate,
     export,
     fit,
+    import_outputs,
     plan,
     profile,
     record,
@@ -103,6 +104,9 @@ VERBS = {
     "serve": Verb(serve.ServeOptions, serve.serve),
     "bench-serve": Verb(bench_serve.BenchServeOptions, bench_serve.bench_serve, bench_serve.shown),
     "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
+    "import": Verb(
+        import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
+    ),
     "demo": Verb(demo.DemoOptions, demo.demo, demo.shown),
 }
 

@@ -12,6 +12,7 @@ takes one in any of them.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 from impatient import checks
 from impatient.errors import CostError, CostOrderError, StaleInput
 from impatient.provenance import Provenance
+from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 
 Statistic = Literal["mean", "p50", "p90", "p99", "p999", "max"]
@@ -40,6 +42,9 @@ UNITS: dict[str, tuple[Cost, float]] = {
     "mb": ("bytes", 1e6),
     "mj": ("energy", 1e-3),
 }
+
+# The engine of times that are known from elsewhere.
+GIVEN = "given"
 
 # If the median of the A/A ratios may be further from 1 than this, the differences that people ask
 # for cannot be seen.
@@ -296,9 +301,77 @@ class CostProfile(Stored, made_by="`impatient profile`"):
                     "again."
                 )
 
+    @classmethod
+    def of(
+        cls,
+        *,
+        cumulative_s: Sequence[float] = (),
+        stages_s: Sequence[float] = (),
+        heads_s: Sequence[float] = (),
+        exit_free_s: float | None = None,
+        stage_macs: Sequence[int] = (),
+        exits: Sequence[str] = (),
+        batch_size: int = 1,
+        provenance: Provenance | None = None,
+    ) -> Self:
+        """Make a profile of times that are known from elsewhere.
+
+        Give the times until each exit's answer, or those of every stage alone. `Runner` takes such
+        a profile with any_profile=True only, because nothing says that it is of this machine.
+
+        Args:
+            cumulative_s: seconds from the start until the answer of each exit, shallow to deep; or
+            stages_s: seconds of each stage alone.
+            heads_s: seconds of each head alone, beside `stages_s`; by default 0.
+            exit_free_s: seconds of the network without exits; by default the sum of its stages.
+            stage_macs: multiply-accumulates of each stage; by default they are not known.
+            exits: names of the exits; by default "exit 0" and so on.
+            batch_size: number of samples that took these times together.
+            provenance: where the times come from.
+        Raises:
+            CostError: if both or neither of cumulative and stage times are given, or if the numbers
+                of entries differ.
+            CostOrderError: if cumulative times do not increase.
+        Example:
+            >>> costs = CostProfile.of(cumulative_s=[0.001, 0.003, 0.004])
+            >>> costs.contract_s() == CostProfile.of(stages_s=[0.001, 0.002, 0.001]).contract_s()
+            True
+        """
+        if bool(len(cumulative_s)) == bool(len(stages_s)) or (len(heads_s) and not len(stages_s)):
+            raise CostError(
+                "expected either cumulative_s, the seconds until each exit's answer, or stages_s "
+                "with or without heads_s, the seconds of every part alone."
+            )
+        if len(cumulative_s):
+            reached = check_increasing(cumulative_s)
+            stages = [after - before for before, after in itertools.pairwise((0.0, *reached))]
+        else:
+            stages = [float(seconds) for seconds in stages_s]
+        unknown = (0,) * len(stages)
+        names = tuple(exits) or tuple(f"exit {exit}" for exit in range(len(stages)))
+        batch = BatchCosts(
+            stages=tuple(map(_given, stages)),
+            heads=tuple(map(_given, heads_s if len(heads_s) else unknown)),
+            exit_free=_given(sum(stages) if exit_free_s is None else exit_free_s),
+        )
+        return cls(
+            exits=names,
+            batches={batch_size: batch},
+            stage_macs=tuple(map(int, stage_macs)) or unknown,
+            head_macs=unknown,
+            stage_parameters=unknown,
+            head_parameters=unknown,
+            provenance=provenance or made_now(engine=GIVEN),
+        )
+
     @property
     def num_exits(self) -> int:
         return len(self.exits)
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the times were not measured by `profile`, but are known from elsewhere."""
+        return self.provenance.engine == GIVEN
 
     def at(self, batch_size: int = 1) -> BatchCosts:
         """Return the measured times at one batch size.
@@ -316,7 +389,14 @@ class CostProfile(Stored, made_by="`impatient profile`"):
 
     def holds(self, cost: Cost) -> bool:
         """Whether the profile has this cost."""
-        return cost == "time" or self._per_sample(cost)[0] is not None
+        stages = self._per_sample(cost)[0] if cost != "time" else ()
+        # Multiply-accumulates that nobody counted are zeros.
+        return cost == "time" or (any(stages or ()) if cost == "macs" else stages is not None)
+
+    def require(self, cost: Cost) -> None:
+        """Raise CostError unless the profile has this cost."""
+        if not self.holds(cost):
+            raise _missing(cost)
 
     def _per_sample(self, cost: Cost) -> _PerSample:
         checks.one_of(CostError, Cost, cost=cost)
@@ -347,7 +427,7 @@ class CostProfile(Stored, made_by="`impatient profile`"):
             )
         stages, heads, _ = self._per_sample(cost)
         if stages is None or heads is None:
-            raise CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")
+            raise _missing(cost)
         return tuple(map(float, stages)), tuple(map(float, heads))
 
     def cumulative(
@@ -469,6 +549,11 @@ class CostProfile(Stored, made_by="`impatient profile`"):
         }
 
 
+def _given(seconds: float) -> Quantiles:
+    """Make the distribution of a time that was not measured here: n is 0."""
+    return dataclasses.replace(Quantiles.of([float(seconds)]), n=0)
+
+
 def _cumulative(
     stages: Sequence[float], heads: Sequence[float], mode: Mode, paid: Sequence[bool] | None
 ) -> tuple[float, ...]:
@@ -492,6 +577,7 @@ def _cumulative(
 
 
 _MISSING = {
+    "macs": "none were counted. Give stage_macs to CostProfile.of, or measure with profile().",
     "bytes": (
         "it was made by an older version, or in an engine whose operators cannot be seen. Profile "
         "the network in eager mode with this version."
@@ -502,6 +588,10 @@ _MISSING = {
         'impatient.profile(network, x, energy=energy.find_meter("cpu")).'
     ),
 }
+
+
+def _missing(cost: Cost) -> CostError:
+    return CostError(f"this profile says nothing about {cost}: {_MISSING[cost]}")
 
 
 def _compared(a: CostProfile, b: CostProfile, size: int, exit: int | None) -> Comparison:

@@ -199,10 +199,12 @@ def evaluate(
     for _, other in once.values():
         _check_same_split(other.recording, recording)
     meaning = task or known(recording.task)
-    judge = _Judge(recording, costs, named, once, options, meaning)
     distributions = (
         standard_budgets(costs.interruptible_s(**options)) if budgets is None else dict(budgets)
     )
+    for budget in distributions.values():
+        costs.require(budget.cost)
+    judge = _Judge(recording, costs, named, once, options, meaning)
     return Evaluation(
         rows=(*judge.exits(), *judge.policies(), *judge.references()),
         under_budgets=tuple(judge.under_budgets(distributions)),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -107,7 +108,7 @@ class Recording(Stored, made_by="`impatient record`"):
     @classmethod
     def of(
         cls,
-        outputs: Float[Tensor, "K N *C"] | Sequence[Any],
+        outputs: Float[Tensor, "K N *C"] | np.ndarray | Sequence[Any],
         targets: Any,
         *,
         split: str,
@@ -120,8 +121,8 @@ class Recording(Stored, made_by="`impatient record`"):
         """Make a recording from outputs of any network with exits, yours included.
 
         Args:
-            outputs: outputs of K exits on the same N samples, shallow to deep: one tensor, or one
-                tree each. For classes logits [K, N, C].
+            outputs: outputs of K exits on the same N samples, shallow to deep: one tensor or array,
+                or one tree each. For classes logits [K, N, C].
             targets: what was right, the samples first.
             split: the split's name, such as "validation".
             task: what the outputs mean: a `Task`, or the name of a ready one.
@@ -139,6 +140,8 @@ class Recording(Stored, made_by="`impatient record`"):
             [[1.0, 0.0], [1.0, 1.0]]
         """
         task = named(task)
+        outputs = map_leaves(_as_recorded, _as_tensors(outputs))
+        targets = _as_tensors(targets)
         names = tuple(exits) or tuple(f"exit {exit}" for exit in range(len(outputs)))
         if task.is_logits:
             _check_logits(outputs, targets, len(names))
@@ -160,6 +163,44 @@ class Recording(Stored, made_by="`impatient record`"):
             features=tuple(features),
             provenance=provenance or made_now(),
         )
+
+    @classmethod
+    def of_splits(
+        cls,
+        outputs: Float[Tensor, "K N *C"] | np.ndarray,
+        targets: Any,
+        splits: Sequence[str],
+        **options: Any,
+    ) -> dict[str, Self]:
+        """Make a recording of each split from outputs of all samples together.
+
+        Args:
+            outputs: as for `of`, one tensor or array.
+            targets: what was right, one tensor or array.
+            splits: name of each sample's split, such as "validation" or "test".
+            **options: other arguments of `of`.
+        Raises:
+            RecordingError: if there are not as many names as samples.
+        Example:
+            >>> logits = torch.eye(2)[None]
+            >>> found = Recording.of_splits(logits, torch.tensor([0, 0]), ["validation", "test"])
+            >>> {name: recording.quality.tolist() for name, recording in found.items()}
+            {'validation': [[1.0]], 'test': [[0.0]]}
+        """
+        outputs = torch.as_tensor(outputs)
+        targets = _as_tensors(targets)
+        if outputs.dim() < 2 or not len(splits) == outputs.shape[1] == len(targets):
+            raise RecordingError(
+                f"{len(splits)} names of splits for outputs of shape {tuple(outputs.shape)} and "
+                f"{len(targets)} targets; expected [K, N, ...], and N of the others."
+            )
+        made = {"provenance": made_now()} | options
+        names = np.asarray(splits)
+        found = {}
+        for name in dict.fromkeys(names.tolist()):
+            rows = torch.from_numpy(np.flatnonzero(names == name))
+            found[name] = cls.of(outputs[:, rows], targets[rows], split=name, **made)
+        return found
 
     def logits(self) -> Float[Tensor, "K N C"]:
         """Return the outputs of a classification, before softmax.
@@ -400,6 +441,17 @@ def _check_classes(split: str, labels: Tensor, classes: int) -> None:
 
 def _to(device: str) -> Callable[[Tensor], Tensor]:
     return lambda leaf: leaf.to(device)
+
+
+def _as_tensors(value: Any) -> Any:
+    """Take arrays of numpy for tensors, and stack the outputs of exits where they are alike."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, list | tuple):
+        return value
+    parts = [_as_tensors(part) for part in value]
+    alike = {part.shape if isinstance(part, Tensor) else None for part in parts}
+    return torch.stack(parts) if len(alike) == 1 and None not in alike else parts
 
 
 def _as_recorded(leaf: Tensor) -> Tensor:

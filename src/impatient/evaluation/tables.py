@@ -62,6 +62,8 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
     names = [Cell(row.name) for row in evaluation.rows]
     # metrics of the whole split, where the task has some
     metrics = tuple(evaluation.rows[0].metrics)
+    # Times that came from elsewhere often come without them.
+    counted = any(row.macs for row in evaluation.rows)
     names[: len(exits)] = [Cell(f"exit {k}", exit) for k, exit in enumerate(exits)]
     return Table(
         title=f"Every way to answer, judged on {evaluation.samples} samples of split "
@@ -76,7 +78,7 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
             Column("interruptible, ms", optional=True),
             "contract, ms",
             "against no exits",
-            Column("MACs", optional=True),
+            *((Column("MACs", optional=True),) if counted else ()),
             Column("calibration error", optional=True),
             Column("answered by each exit, %", folds=True),
         ),
@@ -90,7 +92,7 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
                 three_digits(row.interruptible_s),
                 three_digits(row.contract_s),
                 _signed(row.contract_s / free - 1.0 if free else 0.0),
-                count(row.macs),
+                *((count(row.macs),) if counted else ()),
                 "" if row.calibration_error is None else f"{row.calibration_error:.3f}",
                 " ".join(f"{share * 100:.0f}" for share in row.shares),
             )
@@ -210,6 +212,10 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
     contract = costs.contract_s(batch_size=batch_size)
     interruptible = costs.interruptible_s(batch_size=batch_size)
     rows: list[Row] = []
+
+    def counts(macs: float, parameters: int) -> tuple[str, ...]:
+        return () if costs.is_given else (count(macs), f"{parameters:,}")
+
     for exit, name in enumerate(costs.exits):
         so_far = (three_digits(contract[exit]), three_digits(interruptible[exit]))
         macs = costs.head_macs[exit]
@@ -219,8 +225,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
             (
                 Cell(f"stage {exit}", f"to {name}"),
                 *_times(batch.stages[exit]),
-                count(costs.stage_macs[exit]),
-                f"{costs.stage_parameters[exit]:,}",
+                *counts(costs.stage_macs[exit], costs.stage_parameters[exit]),
                 *(so_far if headless else ("", "")),
             )
         )
@@ -229,19 +234,22 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
                 (
                     f"head {exit}",
                     *_times(batch.heads[exit]),
-                    count(macs),
-                    f"{parameters:,}",
+                    *counts(macs, parameters),
                     *so_far,
                 )
             )
     mean = three_digits(batch.exit_free.mean)
-    total = count(costs.exit_free("macs"))
-    size = f"{sum(costs.stage_parameters):,}"
-    rows.append(("untouched backbone", *_times(batch.exit_free), total, size, mean, mean))
+    total = counts(costs.exit_free("macs"), sum(costs.stage_parameters))
+    rows.append(("untouched backbone", *_times(batch.exit_free), *total, mean, mean))
     source = costs.provenance
+    measured = (
+        f"Measured times in ms in {source.engine or 'eager'} at batch size {batch_size}, "
+        f"{source.processor}, threads: {source.threads}; {noise_note(batch.noise)}."
+    )
+    counted = (Column("MACs", optional=True), Column("parameters", only="page"))
+    given = f"Times in ms at batch size {batch_size}, as they were given; not measured here."
     return Table(
-        title=f"Measured times in ms in {source.engine or 'eager'} at batch size {batch_size}, "
-        f"{source.processor}, threads: {source.threads}; {noise_note(batch.noise)}.",
+        title=given if costs.is_given else measured,
         columns=(
             "",
             "mean",
@@ -251,8 +259,7 @@ def costs_table(costs: CostProfile, batch_size: int) -> Table:
             Column("p99.9", only="page"),
             Column("max", only="page"),
             Column("n", optional=True),
-            Column("MACs", optional=True),
-            Column("parameters", only="page"),
+            *(() if costs.is_given else counted),
             "contract, ms",
             "interruptible, ms",
         ),

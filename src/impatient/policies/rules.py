@@ -334,6 +334,7 @@ def fit_thresholds(
             f"{target.name} limits {saved}, but cost={cost!r} was given, which goes with "
             "max_accuracy_loss alone."
         )
+    costs.require(saved)
 
     def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
         looked = looked_at(score, heads)

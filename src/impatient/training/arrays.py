@@ -29,19 +29,29 @@ def npz(rest: str) -> tuple[Raw, DataOptions]:
     """Read FILE or FILE:options."""
     name, options = read_options(rest, NPZ_OPTIONS)
     path = Path(name).expanduser()
+    arrays = read_archive(path, "x_train, y_train, x_test and y_test")
+    return from_arrays(arrays, where=str(path), options=options), options
+
+
+def read_archive(path: Path, expected: str) -> dict[str, np.ndarray]:
+    """Read all arrays of an npz file.
+
+    Args:
+        path: the file.
+        expected: what should be in it, in words.
+    Raises:
+        DataError: if it is missing, damaged, or holds anything but plain arrays.
+    """
     if not path.is_file():
-        raise DataError(
-            f"no data file {path}; expected an npz file with x_train, y_train, x_test and y_test."
-        )
+        raise DataError(f"no data file {path}; expected an npz file with {expected}.")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files}
     except Exception as error:
         # numpy raises ValueError, zipfile.BadZipFile, EOFError, zlib.error and others.
         raise DataError(
             f"{path} cannot be read as an npz file of plain arrays: {error}. Was it cut short?"
         ) from error
-    return from_arrays(arrays, where=str(path), options=options), options
 
 
 def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptions) -> Raw:
@@ -68,7 +78,7 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
         for split in ("train", "test")
     )
     _check_alike(train, test, where)
-    names = _class_names(arrays.get("class_names"))
+    names = read_names(arrays.get("class_names"))
     if not _are_classes(train.labels):
         return _measured(train, test, names, where, options)
     if options.labels == "renumber":
@@ -137,7 +147,7 @@ def _measured(
     )
 
 
-def _targets(values: np.ndarray, where: str) -> Tensor:
+def read_targets(values: np.ndarray, where: str) -> Tensor:
     """Read targets: classes [N], or numbers [N], [N, D], or masks [N, H, W].
 
     Raises:
@@ -175,7 +185,8 @@ def _inputs(arrays: Mapping[str, np.ndarray], name: str) -> Any:
     return {key.removeprefix(start): arrays[key] for key in arrays if key.startswith(start)}
 
 
-def _class_names(given: np.ndarray | None) -> tuple[str, ...]:
+def read_names(given: np.ndarray | None) -> tuple[str, ...]:
+    """Read an array of names, of text or bytes; none if there is no array."""
     if given is None:
         return ()
     return tuple(
@@ -233,7 +244,7 @@ def _one_part(
                 f"{where}: {len(each)} inputs and {len(labels)} labels; expected as many of each, "
                 "and some."
             )
-    targets = _targets(labels, where)
+    targets = read_targets(labels, where)
     if "" in inputs:
         return ArrayExamples(as_input(inputs[""], where, options.layout), targets)
     if options.layout:

@@ -15,6 +15,7 @@ import impatient
 from impatient.errors import PolicyError, RunError
 from impatient.files import is_file, read_json
 from impatient.table import Table
+from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
 from impatient.verbs.options import (
     AnyProfile,
@@ -64,7 +65,7 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
 
     use_threads(options.threads)
     engine = options.engine
-    run = RunDirectory(options.directory, trust=options.trust).engine(engine)
+    run = opened(options.directory, trust=options.trust).engine(engine)
     if options.against and engine != EAGER:
         raise RunError(
             f"--against times other runs in torch, not in {engine}; leave out one of --against and "
@@ -84,7 +85,7 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         recording,
         costs,
         policies,
-        same_weights=not run.spec().ensembling,
+        same_weights=not (run.has_network and run.spec().ensembling),
         exit_free=exit_free.recording("test") if judged else None,
         static=_static(
             run, costs, [RunDirectory(other, trust=options.trust) for other in options.against]

@@ -12,6 +12,7 @@ from tyro.conf import arg
 import impatient
 from impatient.errors import PolicyError
 from impatient.files import plain_name
+from impatient.verbs.imported import opened
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
     OFF,
@@ -29,7 +30,6 @@ from impatient.verbs.options import (
     use_threads,
 )
 from impatient.verbs.processes import alone
-from impatient.verbs.run_directory import RunDirectory
 
 GateInputs = Literal["confidences", "features", "both"]
 Cost = Literal["time", "macs", "bytes", "energy"]
@@ -114,7 +114,7 @@ def fit(options: FitOptions) -> impatient.Policy:
     the target, with probability 1 - delta. The certificate is kept, too.
     """
     use_threads(options.threads)
-    run = RunDirectory(options.directory)
+    run = opened(options.directory)
     if options.cost not in (None, "time") and (options.learner or options.delta is not None):
         raise PolicyError(
             f"--cost {options.cost} goes with plain thresholds; leave --learner and --delta away."

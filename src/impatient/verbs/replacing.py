@@ -18,7 +18,14 @@ EXPORTED = (
 )
 # The files of a run, without those of other people.
 KNOWN = (
-    *("network.json", "training.json", "metrics.csv", "evaluation.json", "report.html"),
+    *(
+        "network.json",
+        "imported.json",
+        "training.json",
+        "metrics.csv",
+        "evaluation.json",
+        "report.html",
+    ),
     *("weights.safetensors", "checkpoint.safetensors", "profile.json", "profile-t*.json"),
     *("recordings/*.safetensors", "policies/*.safetensors", "policies/*.json"),
     *("certificates/*.json", "exit_free/recordings/*.safetensors"),
@@ -26,12 +33,14 @@ KNOWN = (
     *("engines/*/profile.json", "engines/*/profile-t*.json", "engines/*/evaluation.json"),
     *("engines/*/recordings/*.safetensors", *(f"engines/*/{name}" for name in EXPORTED)),
 )
+# What says that a directory is a run's; it comes last and goes first.
+MARKS = ("network.json", "imported.json")
 # Where the files of a run are that is being replaced.
 OLD = "replaced"
 
 
 def _files(directory: Path) -> list[Path]:
-    """List the files of a run, network.json last."""
+    """List the files of a run, what says that it is one last."""
     with file_errors(f"read {directory}"):
         found = {
             file.relative_to(directory)
@@ -39,11 +48,11 @@ def _files(directory: Path) -> list[Path]:
             for file in directory.glob(pattern)
             if file.is_file()
         }
-    return sorted(found, key=lambda file: (file.name == "network.json", file))
+    return sorted(found, key=lambda file: (file.name in MARKS, file))
 
 
 def _move_files(directory: Path, target: Path, *, over: bool = False) -> None:
-    """Move the files of a run, network.json last.
+    """Move the files of a run, what says that it is one last.
 
     Args:
         directory: where they are.
@@ -88,7 +97,7 @@ def replaced(directory: Path) -> Iterator[Path]:
     try:
         yield new
         old = directory / OLD
-        if is_file(directory / "network.json"):
+        if any(is_file(directory / mark) for mark in MARKS):
             # An unfinished run does not push out a trained one that was set aside before.
             weights = "weights.safetensors"
             if is_file(directory / weights) or not is_file(old / weights):

@@ -14,7 +14,7 @@ import impatient
 from impatient.errors import ModelSpecError, StorageError
 from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager
-from impatient.verbs.network_spec import NetworkSpec
+from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
 from impatient.verbs.options import AnyProfile, Directory, Threads, Trust, VerbOptions, use_threads
 from impatient.verbs.processes import alone
@@ -48,13 +48,12 @@ class ReportOptions(VerbOptions):
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
     use_threads(options.threads)
-    run = RunDirectory(options.directory, trust=options.trust)
+    run = opened(options.directory, trust=options.trust)
     if not is_file(run.evaluation_file):
         raise StorageError(
             f"{run.path} has not been evaluated; run `impatient evaluate {run.path}`."
         )
     evaluation = impatient.Evaluation.load(run.evaluation_file)
-    spec = run.spec()
     policies = run.policies()
     evaluation.provenance.require(
         "the evaluation",
@@ -76,7 +75,7 @@ def report(options: ReportOptions) -> Path:
         costs=costs,
         policies=policies,
         chosen_budget=next(chosen, None),
-        examples=_examples(run, spec, recording, policies),
+        examples=_examples(run, recording, policies),
         engines={
             name: (
                 beside_eager(run.path, name),
@@ -86,7 +85,7 @@ def report(options: ReportOptions) -> Path:
         },
         compared=_compared(run, options.beside),
         network=_network(run, costs),
-        facts=_facts(spec),
+        facts=run.facts(),
     )
     write_text(run.report_file, impatient.evaluation.report_html(page))
     log.info("report: %s", run.report_file)
@@ -97,14 +96,14 @@ def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.
     """Read the evaluations of other runs on the same data."""
     found = {}
     for path in others:
-        other = RunDirectory(path)
+        other = opened(path)
         if not is_file(other.evaluation_file):
             raise StorageError(f"{path} has not been evaluated; run `impatient evaluate {path}`.")
         evaluation = impatient.Evaluation.load(other.evaluation_file)
         evaluation.provenance.require(
             f"the evaluation of {path}",
             "compare runs on the same data",
-            data=run.spec().data_fingerprint,
+            data=run.data_fingerprint(),
         )
         found[path.resolve().name] = evaluation
     return found
@@ -114,6 +113,8 @@ def _network(
     run: RunDirectory, costs: impatient.CostProfile
 ) -> tuple[impatient.evaluation.Part, ...]:
     """Look at the network, to draw it, unless it is of a source that is not trusted."""
+    if not run.has_network:
+        return ()
     try:
         network = run.spec().build(run.trust)
     except ModelSpecError as error:
@@ -122,24 +123,8 @@ def _network(
     return impatient.evaluation.parts_of(network.stage_facts(run.spec().example()), costs)
 
 
-def _facts(spec: NetworkSpec) -> dict[str, str]:
-    facts = {
-        "model": spec.model,
-        "members": ", ".join(member.model for member in spec.members),
-        "exits after": ", ".join(spec.after),
-        "heads": spec.heads,
-        "exits answer together": spec.ensembling,
-        "data": spec.data,
-        "classes": str(spec.num_classes),
-        "seed": str(spec.seed),
-    }
-    optional = ("members", "exits answer together")
-    return {name: fact for name, fact in facts.items() if fact or name not in optional}
-
-
 def _examples(
     run: RunDirectory,
-    spec: NetworkSpec,
     recording: impatient.Recording,
     policies: Mapping[str, impatient.Policy],
 ) -> list[impatient.evaluation.Example]:
@@ -152,15 +137,17 @@ def _examples(
     chosen = [*early, *late]
     # of other tasks an answer has no name, and its quality stands for it
     classes = is_classification(recording.task) and recording.outputs is not None
-    inputs = run.data().examples("test").take(chosen) if spec.preprocess.size else None
+    names = run.class_names()
+    pictures = run.has_network and run.spec().preprocess.size
+    inputs = run.data().examples("test").take(chosen) if pictures else None
 
     def example(place: int, index: int) -> impatient.evaluation.Example:
         media, picture = _picture(inputs[place]) if inputs is not None else ("", None)
         return impatient.evaluation.Example(
             sample=index,
-            label=spec.class_names[int(recording.labels[index])] if classes else f"sample {index}",
+            label=names[int(recording.labels[index])] if classes else f"sample {index}",
             exits=tuple(
-                _said(recording.logits()[exit, index], spec.class_names)
+                _said(recording.logits()[exit, index], names)
                 if classes
                 else impatient.evaluation.Said(
                     answer=f"{float(recording.quality[exit, index]):.2f}"

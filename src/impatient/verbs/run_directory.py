@@ -10,6 +10,8 @@ policies/NAME.json         a policy; NAME.safetensors if it holds tensors, as le
 certificates/NAME.json     what is guaranteed of a policy, and with what probability
 evaluation.json            every exit and policy, judged on the test split
 report.html
+imported.json              in place of network.json and weights: where outputs came from that
+                           `impatient import` took in
 exit_free/                 the same backbone trained without exits: weights, recordings, ...
 engines/NAME/              the network in another engine (`impatient export`), with its own
                            profile.json, recordings and evaluation.json
@@ -48,6 +50,8 @@ class RunDirectory:
     """
 
     engine_name = EAGER
+    # whether its network can be built: not where outputs alone were imported
+    has_network = True
     # what the fingerprint of recordings' weights has behind the run's
     weights_suffix = ""
     # arguments of a command that makes one of these files again
@@ -58,6 +62,7 @@ class RunDirectory:
         self.trust = tuple(trust)
         self.here = self.path / part
         self.spec_file = self.path / "network.json"
+        self.imported_file = self.path / "imported.json"
         self.weights_file = self.path / "weights.safetensors"
         self.report_file = self.path / "report.html"
         self.profile_file = self.here / "profile.json"
@@ -93,6 +98,12 @@ class RunDirectory:
             StorageError: if this is no run directory.
         """
         if not is_file(self.spec_file):
+            if is_file(self.imported_file):
+                raise StorageError(
+                    f"{self.path} holds outputs that were imported, without their network, which "
+                    "this step needs; expected one of fit, evaluate, report, show and compare. To "
+                    "run a network, make a run directory with `impatient train`."
+                )
             raise StorageError(
                 f"{self.path} is no run directory (no network.json); make one with `impatient "
                 f"train {self.path}`."
@@ -129,6 +140,34 @@ class RunDirectory:
         """
         return load_weights(self.spec().build(self.trust), self.weights_file, self.path)
 
+    def data_fingerprint(self) -> str | None:
+        """Return the fingerprint of the data that recordings must be of."""
+        return self.spec().data_fingerprint
+
+    def network_fingerprint(self) -> str | None:
+        """Return the fingerprint of the network that the profile must be of."""
+        return self.spec().provenance.network
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes, if the outputs are of classes."""
+        return self.spec().class_names
+
+    def facts(self) -> dict[str, str]:
+        """Say in words what made the answers, for the report."""
+        spec = self.spec()
+        facts = {
+            "model": spec.model,
+            "members": ", ".join(member.model for member in spec.members),
+            "exits after": ", ".join(spec.after),
+            "heads": spec.heads,
+            "exits answer together": spec.ensembling,
+            "data": spec.data,
+            "classes": str(spec.num_classes),
+            "seed": str(spec.seed),
+        }
+        optional = ("members", "exits answer together")
+        return {name: fact for name, fact in facts.items() if fact or name not in optional}
+
     def weights_fingerprint(self) -> str:
         """Take the fingerprint of the trained weights, without building the network."""
         return read_weights(self.weights_file, self.path)[1]
@@ -144,7 +183,7 @@ class RunDirectory:
         """
         from impatient.runtime.profile import check_machine
 
-        network = self.spec().provenance.network
+        network = self.network_fingerprint()
         command = f"`impatient profile {self.path}{self.arguments}`"
         if not is_file(self.profile_file):
             raise StorageError(f"{self.here} has no cost profile; run {command}.")
@@ -166,7 +205,7 @@ class RunDirectory:
         Raises:
             StaleInput: if it was made by other weights or on other data.
         """
-        data = self.spec().data_fingerprint
+        data = self.data_fingerprint()
         what = f"recording of split {split!r}"
         remedy = f"run `impatient record {self.path}{self.arguments}`"
         file = self.recording_file(split)

@@ -12,6 +12,7 @@ import impatient
 from impatient.errors import ImpatientError, StaleInput
 from impatient.files import is_file
 from impatient.table import Cell, Table
+from impatient.verbs.imported import ImportedDirectory, opened
 from impatient.verbs.options import Directory, VerbOptions
 from impatient.verbs.run_directory import RunDirectory
 
@@ -52,11 +53,16 @@ def show(options: ShowOptions) -> list[Entry]:
     Raises:
         StorageError: if it is no run directory.
     """
-    run = RunDirectory(options.directory)
-    spec = run.spec()
-    exits = f"{spec.model}, {len(spec.after) + 1} exits, {spec.data}"
-    entries = [Entry(file="network.json", holds=exits, state="up to date")]
-    entries += _of_part(run, spec_file=False)
+    run = opened(options.directory)
+    if isinstance(run, ImportedDirectory):
+        source = run.about()
+        exits = f"{len(source.exits)} exits, {source.source}"
+        entries = [Entry(file=run.imported_file.name, holds=exits, state="up to date")]
+    else:
+        spec = run.spec()
+        exits = f"{spec.model}, {len(spec.after) + 1} exits, {spec.data}"
+        entries = [Entry(file="network.json", holds=exits, state="up to date")]
+    entries += _of_part(run, spec_file=not run.has_network)
     policies = run.policy_files()
     for name, file in policies.items():
         entries.append(_entry(run, file, functools.partial(_policy, run, name), f"fit {run.path}"))
@@ -93,18 +99,22 @@ def show(options: ShowOptions) -> list[Entry]:
 
 def _of_part(run: RunDirectory, *, spec_file: bool) -> list[Entry]:
     """Look at what torch or another engine has measured and recorded."""
-    whole = RunDirectory(run.path)
+    whole = opened(run.path)
     arguments = f"{run.path}{run.arguments}"
     found = [] if spec_file else [_weights(run, whole)]
-    found.append(_entry(whole, run.profile_file, lambda: _profile(run), f"profile {arguments}"))
+    profile, record = (
+        (f"{verb} {arguments}" if run.has_network else f"import FILE --into {run.path} --force")
+        for verb in ("profile", "record")
+    )
+    found.append(_entry(whole, run.profile_file, lambda: _profile(run), profile))
     recordings = _recordings(run)
     found += [
-        _entry(whole, file, functools.partial(_samples, run, split), f"record {arguments}")
+        _entry(whole, file, functools.partial(_samples, run, split), record)
         for split, file in recordings
     ]
     there = {split for split, _ in recordings}
     found += [
-        _missing(whole, run.recording_file(split), f"a recording of {split}", f"record {arguments}")
+        _missing(whole, run.recording_file(split), f"a recording of {split}", record)
         for split in ("validation", "test")
         if split not in there
     ]
