@@ -169,7 +169,7 @@ class Recording(Stored, made_by="`impatient record`"):
         cls,
         outputs: Float[Tensor, "K N *C"] | np.ndarray,
         targets: Any,
-        splits: Sequence[str],
+        splits: Sequence[str] | np.ndarray,
         **options: Any,
     ) -> dict[str, Self]:
         """Make a recording of each split from outputs of all samples together.
