@@ -44,6 +44,13 @@ def test_an_answer_is_refined() -> None:
     assert right["refined"] > 0.5
 
 
+@pytest.mark.filterwarnings("ignore::impatient.errors.NoEffectWarning")
+def test_a_loop_cleans_pictures_until_they_hardly_change() -> None:
+    found = main_of("2_loop.py")(epochs=3)
+    assert found["last"] < 0.45
+    assert 1.0 <= found["turns"] < 6.0
+
+
 def test_a_late_answer_of_the_sensor_loop_is_a_wrong_one(tmp_path: Path) -> None:
     figure = tmp_path / "loop.png"
     made = main_of("3_sensor_loop.py")(

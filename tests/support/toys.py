@@ -40,3 +40,37 @@ class Compared(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.classifier(x)
+
+
+class Refiner(nn.Module):
+    """A loop that makes its answer, an image of the input's size, better by one step."""
+
+    def __init__(self, turns: int, width: int = 4) -> None:
+        super().__init__()
+        self.turns = turns
+        self.begin = nn.Conv2d(1, width, 3, padding=1)
+        self.step = Refining(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer, state = x, self.begin(x)
+        for _ in range(self.turns):
+            answer, state = self.step(answer, state)
+        return answer
+
+
+class Refining(nn.Module):
+    """One turn, which returns its answer first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.look = nn.Conv2d(width + 1, width, 3, padding=1)
+        self.change = nn.Conv2d(width, 1, 3, padding=1)
+
+    def forward(self, answer: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = state + self.look(torch.cat([answer, state], 1)).relu()
+        return answer + self.change(state), state
+
+
+def refiner(turns: int = 3) -> Refiner:
+    """Build a loop, for specs such as "toys:refiner:turns=3"."""
+    return Refiner(turns)

@@ -11,7 +11,9 @@ import pytest
 from sklearn.datasets import load_diabetes, load_digits
 
 import toys
+from command_line import Call
 from impatient.evaluation import Evaluation, Recording
+from impatient.verbs.run_directory import RunDirectory
 
 TASKS = ["regression:tolerance=0.5", "binary", "multi_label"]
 
@@ -31,7 +33,7 @@ def arrays(task: str) -> dict[str, np.ndarray]:
     return {"x_train": x[train], "y_train": y[train], "x_test": x[~train], "y_test": y[~train]}
 
 
-def call(*arguments: object) -> str:
+def alone(*arguments: object) -> str:
     """Run the command line in a process of its own."""
     paths = [str(Path(toys.__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -54,22 +56,42 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = f"toys:mlp:inputs={found['x_train'].shape[1]}"
     recipe = ["--epochs", 15, "--batch-size", 32, "--lr", 0.05, "--quiet"]
     data = ["--data", f"npz:{folder / 'data.npz'}", "--task", request.param]
-    call("train", run, *data, "--model", model, "--after", "0,1", *recipe)
-    call("profile", run, "--repeats", 20, "--trust", "toys")
-    call("record", run, "--quiet", "--trust", "toys")
+    alone("train", run, *data, "--model", model, "--after", "0,1", *recipe)
+    alone("profile", run, "--repeats", 20, "--trust", "toys")
+    alone("record", run, "--quiet", "--trust", "toys")
     return run
 
 
 def test_every_verb_speaks_of_the_tasks_own_quality(trained: Path) -> None:
     recording = Recording.load(trained / "recordings" / "test.safetensors")
     score = ["--score", "agreement"] if recording.task.startswith("regression") else []
-    call("fit", trained, "--max-loss", 5, *score)
-    call("evaluate", trained, "--trust", "toys")
+    alone("fit", trained, "--max-loss", 5, *score)
+    alone("evaluate", trained, "--trust", "toys")
     evaluation = Evaluation.load(trained / "evaluation.json")
     assert evaluation["exit 2"].accuracy.value == pytest.approx(float(recording.quality[2].mean()))
     assert evaluation["exit 2"].metrics
-    call("report", trained)
+    alone("report", trained)
     np.save(trained / "x.npy", np.load(trained.parent / "data.npz")["x_test"][0])
-    [answer] = json.loads(call("run", trained, trained / "x.npy", "--json", "--trust", "toys"))
+    [answer] = json.loads(alone("run", trained, trained / "x.npy", "--json", "--trust", "toys"))
     assert answer["probability"] is None
     assert len(answer["answer"].split(", ")) == (3 if recording.task == "multi_label" else 1)
+
+
+def test_a_loop_is_trained_and_run_from_the_command_line(call: Call, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    clean = draw.random((120, 1, 6, 6)).astype(np.float32)
+    noisy = clean + 0.3 * draw.normal(size=clean.shape).astype(np.float32)
+    parts = {"x_train": noisy[:100], "x_test": noisy[100:]}
+    np.savez(tmp_path / "data.npz", **parts, y_train=clean[:100], y_test=clean[100:])
+    np.save(tmp_path / "x.npy", noisy[0])
+    run = tmp_path / "run"
+    train = ["train", run, "--data", f"npz:{tmp_path / 'data.npz'}:layout=NCHW", "--quiet"]
+    train += ["--model", "toys:refiner", "--task", "regression", "--epochs", 1, "--no-exit-free"]
+    train += ["--after", "calls:step", "--heads", "identity", "--lr", 0.01]
+    # the second time it is found to be trained
+    for arguments in (train, train, ["profile", run, "--trust", "toys", "--repeats", 5]):
+        code, printed = call(*arguments)
+        assert code == 0, printed
+    code, printed = call("run", run, tmp_path / "x.npy", "--json", "--trust", "toys")
+    assert code == 0, printed
+    assert RunDirectory(run).spec().after == ("step", "step@1")

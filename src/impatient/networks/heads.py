@@ -380,7 +380,13 @@ def _conv_bn_relu(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
     )
 
 
+def identity(features: FeatureShape, num_classes: int) -> nn.Module:  # noqa: ARG001  a factory
+    """Build no layer: what comes out of the module is the answer, such as that of a loop's step."""
+    return nn.Identity()
+
+
 HEADS: dict[str, HeadFactory] = {
+    "identity": identity,
     "linear": linear,
     "relu_linear": relu_linear,
     "mlp": mlp,
@@ -419,14 +425,14 @@ def head_for(head: str | HeadFactory, features: FeatureShape, output: Tensor) ->
     """Build a head whose outputs have the shape of the network's own.
 
     For [B, D] it is the head that is named, for [B] one of a single column. Dense maps
-    [B, C, H, W] get `Dense`; "linear" stands for it.
+    [B, C, H, W] get `Dense`; "linear" stands for it. "identity" fits where features are answers.
 
     Raises:
         HeadError: if the features do not fit.
     """
     if output.dim() == 2:
         return build_head(head, features, output.shape[1])
-    if output.dim() == 1:
+    if output.dim() == 1 and head != "identity":
         return Column(build_head(head, features, 1))
     if head != "linear":
         return build_head(head, features, output.shape[1])

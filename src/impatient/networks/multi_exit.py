@@ -245,7 +245,7 @@ def attach_exits(
     backbone: nn.Module,
     *,
     example: Any,
-    after: Sequence[str] | str = "auto",
+    after: Sequence[str | Cut] | str = "auto",
     count: int = 4,
     heads: str | HeadFactory | Sequence[str | HeadFactory] = "linear",
     num_classes: int | None = None,
@@ -265,10 +265,12 @@ def attach_exits(
         after: modules after which to exit, in running order. "block@2" is after the third call of a
             module called several times. "auto" places the exits at even shares of measured time and
             logs where. "every:2" exits after every second block, counted back from the last, whose
-            exit is the output (the prediction period of ANN).
+            exit is the output (the prediction period of ANN). "calls:step" exits after every call
+            of one module but the last, such as the steps of a loop.
         count: number K of exits with "auto", the backbone's own output included.
         heads: "linear" (pool, linear) or another of `impatient.networks.heads.HEADS`, or a callable
             (FeatureShape, num_classes) -> nn.Module; or a sequence of these, one per early exit.
+            "identity" takes what the module returns for the answer.
         num_classes: width of the output; the default is what the backbone gives on the example.
         task: what the outputs mean: the name of a ready-made task, such as "regression", or a
             `Task` of your own. It decides what `fit`, `record` and runners do with them.
@@ -331,7 +333,7 @@ def _check_mask(example: Any, mask: MaskName) -> None:
 def _place(
     backbone: nn.Module,
     example: Any,
-    after: Sequence[str] | str,
+    after: Sequence[str | Cut] | str,
     count: int,
     output: OutputName,
 ) -> list[Cut]:
@@ -342,10 +344,12 @@ def _place(
         cuts = placement.choose(backbone, example, count, output=output)
     elif rule == "every" and period.isdecimal():
         cuts = placement.every(backbone, example, int(period))
+    elif rule == "calls" and period:
+        cuts = placement.every_call(backbone, example, period)
     else:
         raise ExitNotFound(
-            f"after={after!r} is one string; expected 'auto', 'every:2' or a list of module names: "
-            f"after=[{after!r}]."
+            f"after={after!r} is one string; expected 'auto', 'every:2', 'calls:MODULE' or a list "
+            f"of module names: after=[{after!r}]."
         )
     log.info(
         "exits placed after %s, and at the output",
@@ -453,10 +457,10 @@ def _build_heads(
         shape = FeatureShape(
             tuple(features.shape), layout if layout and features.dim() == len(layout) else guessed
         )
-        if task.head is None or callable(kind):
-            made = head_for(kind, shape, answer)
-        else:
+        if task.head is not None and kind == "linear":
             made = task.head(features, answer)
+        else:
+            made = head_for(kind, shape, answer)
         head = made.to(device=features.device, dtype=features.dtype)
         own_mask = None if shape.layout == "ND" else mask
         check_head(head, features, tuple(answer.shape), str(cut), own_mask)

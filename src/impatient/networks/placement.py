@@ -122,8 +122,10 @@ def _at_calls(
         yield
 
 
-def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
+def resolve(model: nn.Module, x: Any, after: Sequence[str | Cut]) -> list[Cut]:
     """Turn module names from a user into cuts, in running order.
+
+    A cut stands for itself; a name does not say which call is meant.
 
     Raises:
         ExitNotFound: if the model has no module of a name, or the example never calls it.
@@ -131,7 +133,9 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
         CutOrderError: if the names are not in running order, or one is named twice.
     """
     modules = dict(model.named_modules())
-    wanted = [Cut.parse(name) for name in after]
+    wanted = [
+        (each.module, each.call) if isinstance(each, Cut) else Cut.parse(each) for each in after
+    ]
     aliases = dict(model.named_modules(remove_duplicate=False))
     first_names = {id(module): name for name, module in modules.items()}
     wanted = [
@@ -150,8 +154,8 @@ def resolve(model: nn.Module, x: Any, after: Sequence[str]) -> list[Cut]:
     if cuts != running or len(set(cuts)) < len(cuts):
         right = list(dict.fromkeys(str(cut) for cut in running))
         raise CutOrderError(
-            f"exits after {list(after)}; expected each once, from shallow to deep. In running "
-            f"order: {right}."
+            f"exits after {list(map(str, after))}; expected each once, from shallow to deep. In "
+            f"running order: {right}."
         )
     return cuts
 
@@ -268,6 +272,26 @@ def every(model: nn.Module, x: Any, period: int) -> list[Cut]:
             f"{len(blocks) - 1}, or modules named with after=[...]."
         )
     return blocks[(len(blocks) - 1) % period : -1 : period]
+
+
+def every_call(model: nn.Module, x: Any, name: str) -> list[Cut]:
+    """Place an exit after every call of one module but the last.
+
+    Args:
+        model: a model with a loop.
+        x: an example input, on which calls are counted.
+        name: name of the module that the loop calls.
+    Raises:
+        ExitNotFound: if there is no such module, or it is called only once.
+    """
+    resolve(model, x, [f"{name}@0"])
+    calls = trace(model, x, [name], features=False).calls(name)
+    if calls == 1:
+        raise ExitNotFound(
+            f"module {name!r} is called once on the example; expected several calls, each but the "
+            f"last an exit. For one exit say after=[{name!r}]."
+        )
+    return resolve(model, x, [f"{name}@{call}" for call in range(calls - 1)])
 
 
 def _readable(model: nn.Module, x: Any, traced: Trace) -> list[Cut]:

@@ -60,6 +60,12 @@ class Cut:
         name, at, call = text.rpartition("@")
         return (name, int(call)) if at and call.isdigit() else (text, None)
 
+    @classmethod
+    def named(cls, text: str) -> Self:
+        """Return the cut that this is the text of; without "@" it is after the first call."""
+        name, call = cls.parse(text)
+        return cls(name, call or 0)
+
 
 # The index of an exit, by the id of the module before it and the number of the module's call.
 CutMap = Mapping[tuple[int, int], int]

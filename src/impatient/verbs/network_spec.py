@@ -159,12 +159,15 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
 
     def with_exits(self, model: nn.Module) -> impatient.Network:
         """Give a model of this spec its exits."""
+        from impatient.networks.stages import Cut
+
         network: Any = model
         if self.heads != OWN_HEADS:
             network = impatient.attach_exits(
                 network,
                 example=self.example(),
-                after=list(self.after),
+                # cuts, for the name alone does not say which call of a module is meant
+                after=[Cut.named(name) for name in self.after],
                 heads=self.heads,
                 num_classes=self.num_classes,
                 task=self.task,

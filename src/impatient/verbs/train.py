@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,6 +59,7 @@ Head = Literal[
     "conv1x1",
     "rescale",
     "msdnet",
+    "identity",
 ]
 
 
@@ -69,13 +71,14 @@ class TrainOptions(VerbOptions):
         model: Network, as SOURCE:NAME[:key=value,...]: impatient:resnet, torchvision:..., timm:...,
             transformers:..., package.module:factory.
         data: Data set: digits, npz:FILE, imagefolder:DIR, text:FILE-OR-DIR or hf:NAME-OR-PATH.
-        task: What the outputs mean: classification (with :top=5, ...), binary, multi_label, or
-            regression (with :tolerance=0.5 or :scale=2).
+        task: What the outputs mean: classification (with :top=5, ...), binary, multi_label,
+            regression (with :tolerance=0.5 or :scale=2), segmentation, embedding or detection.
         init: Weights of the same model to begin with: a .safetensors or .pt file, or another run
             directory. A classifier of another width starts anew.
         exits: Number of exits, placed by measured cost; the last is the output. By default 4, or
             the model's own.
-        after: Modules to exit after, instead of --exits; or every:2 for every second block.
+        after: Modules to exit after, instead of --exits; every:2 for every second block; calls:step
+            for every call of a loop's step.
         heads: Kind of early prediction layers; by default linear, or the model's own.
         weights: Exit weights: uniform, linear, half_end, sieve, exp_lin or inverse_square, with
             options (sieve:last_to_early=2,total=all); adaloss; numbers such as 1,0.5,1; or a budget
@@ -210,7 +213,9 @@ def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> Net
     _compare(run, begun, wanted)
     if options.after:
         begun["after"] = spec.after
-        wanted["after"] = _placed(spec, options.rule) if options.rule else options.after
+        wanted["after"] = (
+            _placed(spec, options.rule) if options.rule else _as_written(options.after)
+        )
     else:
         begun["exits"] = len(spec.after) + 1
         wanted["exits"] = options.exits or (begun["exits"] if own else DEFAULT_EXITS)
@@ -319,9 +324,17 @@ def _check_is_trained(options: TrainOptions) -> None:
 def _placed(spec: NetworkSpec, rule: str) -> tuple[str, ...]:
     """Find where a rule puts the exits."""
     backbone = fresh_model(spec.model, spec.num_classes, spec.preprocess, spec.seed)
-    return tuple(
-        map(str, impatient.attach_exits(backbone, example=spec.example(), after=rule).cuts)
+    network = impatient.attach_exits(
+        backbone, example=spec.example(), after=rule, heads=spec.heads, task=spec.task
     )
+    return tuple(map(str, network.cuts))
+
+
+def _as_written(after: Sequence[str]) -> tuple[str, ...]:
+    """Write the names of cuts as a spec does: without the number of a first call."""
+    from impatient.networks.stages import Cut
+
+    return tuple(str(Cut.named(name)) for name in after)
 
 
 def _written(value: Any) -> str:
