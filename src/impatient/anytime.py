@@ -208,7 +208,7 @@ class Network(nn.Module):
 
         For training with `equilibrium` it must also take `gradients`, a `GradientFlow`.
         """
-        with self.exits(x) as run:
+        with begin(self, x) as run:
             return tuple(exit.output() for exit in run)
 
     @property
@@ -329,6 +329,22 @@ class ToTheLastExit(nn.Module):
         raise ExitNotReached(f"this input never came to exit {network.num_exits - 1}, the last.")
 
 
+def begin(network: Network, x: Any) -> Run:
+    """Begin a run of a network, and check that it is one.
+
+    Raises:
+        NetworkError: if the network's `exits` returns anything but a `Run`.
+    """
+    run: object = network.exits(x)
+    if not isinstance(run, Run):
+        raise NetworkError(
+            f"{type(network).__name__}.exits(x) returned a {type(run).__name__}; expected an "
+            "impatient.Run. Return impatient.Run(generator), where the generator yields an Exit "
+            "after each stage."
+        )
+    return run
+
+
 def check_network(network: object) -> None:
     """Check that an object is a complete network with exits.
 
@@ -404,7 +420,7 @@ def _by_part(
         ExitNotReached: if the example does not come to every exit.
     """
     found = []
-    with counting(network), network.exits(x) as run:
+    with counting(network), begin(network, x) as run:
         for exit in run:
             if exit.index == network.num_exits - 1:
                 # The last output belongs to its stage, also where it is computed only when asked.

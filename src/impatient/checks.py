@@ -6,6 +6,7 @@ positive(TrainingError, lr=lr, temperature=temperature)
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from impatient.errors import ImpatientError
@@ -65,6 +66,27 @@ def at_least(error: Raised, least: int, **values: float) -> None:
     """Refuse values below the least allowed number."""
     for name, value in values.items():
         _check(value >= least, error, name, value, f"{least} or more")
+
+
+def provides(error: Raised, name: str, value: object, needed: Sequence[str], remedy: str) -> None:
+    """Refuse an object that lacks a method or an attribute of what is expected.
+
+    Args:
+        error: class of the error.
+        name: the argument's name.
+        value: the object.
+        needed: names that it must have.
+        remedy: what is expected, and what to do.
+    Example:
+        >>> provides(ImpatientError, "data", [1], ["batches"], "Give load_data(...).")
+        Traceback (most recent call last):
+        impatient.errors.ImpatientError: data is a list, which lacks 'batches'. Give load_data(...).
+    """
+    # looked for in the class, too, so that no property is computed
+    missing = [each for each in needed if each not in dir(value)]
+    if missing:
+        lacks = ", ".join(map(repr, missing))
+        raise error(f"{name} is a {type(value).__name__}, which lacks {lacks}. {remedy}")
 
 
 def _check(is_right: bool, error: Raised, name: str, value: float, expected: str) -> None:

@@ -13,8 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.anytime import Network, check_network
-from impatient.errors import ONE_COLUMN, ClassCountMismatch, RecordingError, TaskError
+from impatient import checks
+from impatient.anytime import Network, begin, check_network
+from impatient.errors import (
+    ONE_COLUMN,
+    ClassCountMismatch,
+    DataError,
+    RecordingError,
+    TaskError,
+)
 from impatient.policies.policy import is_classification
 from impatient.progress import tracked
 from impatient.provenance import Provenance
@@ -369,6 +376,14 @@ def record(
         TaskError: if outputs or targets do not fit the task.
     """
     check_network(network)
+    checks.provides(
+        DataError,
+        "data",
+        data,
+        ("fingerprint", "size", "batches"),
+        "Expected a Data from load_data, or an object of your own with fingerprint, size(split) "
+        "and batches(split, batch_size), which yields inputs and targets.",
+    )
     task = network.task if task is None else named(task)
     if task.is_logits and network.num_classes == 1:
         raise ClassCountMismatch(
@@ -388,7 +403,7 @@ def record(
         batches, f"recording {split}", total=count, unit="batches", wanted=progress
     ):
         found: list[Any] = []
-        with torch.inference_mode(), network.exits(map_leaves(_to(device), inputs)) as run:
+        with torch.inference_mode(), begin(network, map_leaves(_to(device), inputs)) as run:
             for exit in run:
                 output = map_leaves(_as_recorded, exit.output())
                 _check_finite(f"{exit.index} ({network.exit_names[exit.index]})", output)

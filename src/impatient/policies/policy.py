@@ -28,8 +28,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
-from impatient.errors import ImpatientError, PolicyError, TaskError
+from impatient.errors import CostError, ImpatientError, PolicyError, TaskError
 from impatient.policies.outcome import Outcome, as_doubles
 from impatient.provenance import Provenance
 from impatient.store import Stored
@@ -513,8 +514,26 @@ def task_of(name: str, own: Task | None) -> Task:
     return named(name) if own is None else own
 
 
+def check_costs(costs: object) -> None:
+    """Raise CostError unless an object is a cost profile."""
+    if not isinstance(costs, CostProfile):
+        raise CostError(
+            f"costs is a {type(costs).__name__}; expected a CostProfile, from profile(network, x) "
+            "or, for times that you know, CostProfile.of(cumulative_s=...)."
+        )
+
+
 def check_exits(error: type[ImpatientError], recording: Recorded, costs: CostProfile) -> None:
-    """Raise an error unless recording and profile have as many exits."""
+    """Raise an error unless recording and profile are such, and have as many exits."""
+    checks.provides(
+        error,
+        "recording",
+        recording,
+        ("quality", "scores", "split", "take"),
+        "Expected a Recording, from record(network, data) or, of outputs of your own, "
+        "Recording.of(outputs, targets, split=...).",
+    )
+    check_costs(costs)
     count = len(recording.quality)
     if count != costs.num_exits:
         raise error(f"the recording has {count} exits, the cost profile {costs.num_exits}.")

@@ -318,6 +318,7 @@ def fit_thresholds(
         The backward recursion is that of Bolukbasi et al. 2017 with thresholds for gates. We
         differ: prices are searched.
     """
+    check_exits(PolicyError, recording, costs)
     target = Target.of(
         recording,
         mean_time_s=mean_time_s,
@@ -326,7 +327,6 @@ def fit_thresholds(
         mean_energy_j=mean_energy_j,
         max_accuracy_loss=max_accuracy_loss,
     )
-    check_exits(PolicyError, recording, costs)
     score = score or next(iter(recording.scores))
     saved = _TARGETS.get(target.name, cost or "time")
     if cost not in (None, saved):

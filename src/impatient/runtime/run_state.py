@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from impatient.anytime import Exit, Network, Run
+from impatient.anytime import Exit, Network, Run, begin
 from impatient.errors import PolicyError, RunError
 from impatient.inputs import batch_size_of, first_tensor, synchronise
 from impatient.policies.policy import Policy
@@ -174,6 +174,6 @@ class RunState:
         self._run = (
             self._network.routed_exits(self._x, policy)
             if policy is not None and policy.routes
-            else self._network.exits(self._x)
+            else begin(self._network, self._x)
         )
         self._progress = BatchProgress(policy, self._network, self._x, self._run, self._compaction)

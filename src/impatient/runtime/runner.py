@@ -26,7 +26,7 @@ from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import ONE_COLUMN, CostError, NoAnswerInTime, PolicyError, RunError
 from impatient.inputs import batch_size_of, resized
 from impatient.networks.cascade import Cascade
-from impatient.policies.policy import Policy, check_policy
+from impatient.policies.policy import Policy, check_costs, check_policy
 from impatient.portable.timing import QUANTILES, SlowdownEstimator, TimePredictor
 
 # Exported from here, too, for code that plans deadlines.
@@ -81,6 +81,7 @@ class Runner:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         check_network(network)
+        check_costs(costs)
         if costs.num_exits != network.num_exits:
             raise CostError(
                 f"the cost profile has {costs.num_exits} exits, the network {network.num_exits}; "

@@ -6,11 +6,13 @@ from impatient.training.balancing import AdaLoss
 from impatient.training.data import Data, Preprocess, load_data
 from impatient.training.history import EpochMetrics, History
 from impatient.training.loop import fit
+from impatient.training.trainer import ForTrainer
 
 __all__ = [
     "AdaLoss",
     "Data",
     "EpochMetrics",
+    "ForTrainer",
     "History",
     "Preprocess",
     "Recipe",

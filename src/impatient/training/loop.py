@@ -27,6 +27,7 @@ from impatient.anytime import Network, check_network
 from impatient.errors import (
     ONE_COLUMN,
     ClassCountMismatch,
+    DataError,
     StaleInput,
     TrainingDiverged,
     TrainingError,
@@ -107,6 +108,11 @@ def fit(
         AdaLoss); Kubaty et al. 2025 (mixed regime).
     """
     check_network(network)
+    if not isinstance(data, Data):
+        raise DataError(
+            f"data is a {type(data).__name__}; expected a Data, from load_data. For a loop of your "
+            "own, the network's forward returns the outputs of all exits."
+        )
     recipe = recipe or Recipe()
     if network.task.is_logits:
         check_classes(network.num_classes, data.num_classes, data.name)
