@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_model
 from torch import nn
 
@@ -29,6 +31,7 @@ def cached_torchvision(
 
 def timm_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
     """Write a folder as timm writes it for the Hub; returns the model."""
+    import_torchvision()
     import timm
 
     torch.manual_seed(7)
@@ -47,6 +50,7 @@ def timm_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
 
 def transformers_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
     """Write a small image classifier as transformers does; returns the model."""
+    import_torchvision()
     import transformers
 
     torch.manual_seed(7)
@@ -62,6 +66,21 @@ def transformers_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Modu
     if about:
         (folder / "preprocessor_config.json").write_text(json.dumps(about))
     return model
+
+
+def pictures(folder: Path, count: int = 8) -> list[Path]:
+    """Write pictures of two classes, of different sizes and colours, half of them for testing."""
+    generator = np.random.default_rng(5)
+    files = []
+    for split in ("train", "test"):
+        for index in range(count):
+            rows, columns = generator.integers(60, 140, 2)
+            small = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+            file = folder / split / f"class{index % 2}" / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(small).resize((int(columns), int(rows))).save(file)
+            files.append(file)
+    return files
 
 
 def settled(model: nn.Module) -> nn.Module:

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_model
 
 from command_line import TINY, Call
 from impatient.files import read_json, read_tensors
+from impatient.networks.specs import import_torchvision
 from impatient.verbs.run_directory import RunDirectory
-from pretrained import timm_folder
+from pretrained import pictures, timm_folder
 
 ONE = [*TINY[:4], "--epochs", "1", "--batch-size", "64", "--quiet"]
 FROZEN = [*ONE, "--no-exit-free", "--regime", "frozen"]
@@ -112,6 +115,44 @@ def test_heads_and_a_replaced_classifier_are_trained_on_a_librarys_weights(
         .backbone.state_dict()["layer1.0.conv1.weight"],
         theirs["layer1.0.conv1.weight"],
     )
+
+
+def test_a_network_trained_elsewhere_is_as_good_inside_as_outside(
+    call: Call, tmp_path: Path
+) -> None:
+    import_torchvision()
+    import timm
+
+    about = {"mean": [0.3, 0.4, 0.5], "std": [0.1, 0.2, 0.3], "input_size": (3, 32, 32)}
+    model = timm_folder(tmp_path / "model", classes=2, **about)
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=about))
+    files = pictures(tmp_path / "drawn", count=40)
+    # outside it is always right: it has said itself which class each picture is of
+    with torch.no_grad():
+        outputs = model(torch.stack([theirs(Image.open(file)) for file in files]))
+    middle = (outputs[:, 1] - outputs[:, 0]).median()
+    answers = [int(output[1] - output[0] > middle) for output in outputs]
+    model.fc.bias.data += torch.tensor([middle / 2, -middle / 2])
+    save_model(model, str(tmp_path / "model" / "model.safetensors"))
+    for file, answer in zip(files, answers, strict=True):
+        new = tmp_path / "pictures" / file.parts[-3] / f"class{answer}" / f"{answer}{file.name}"
+        new.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(new)
+    accuracies = {}
+    for name, options in (("theirs", ""), ("other", ":normalise=fit")):
+        run = tmp_path / name
+        code, text = call(
+            *("train", run, "--data", f"imagefolder:{tmp_path}/pictures{options}", "--quiet"),
+            *("--model", f"timm:{tmp_path}/model:pretrained=true", "--exits", "2", "--epochs", "1"),
+            *("--regime", "frozen", "--no-exit-free"),
+        )
+        assert code == 0, text
+        assert call("record", run, "--splits", "test", "--quiet")[0] == 0
+        recording = RunDirectory(run).recording("test")
+        accuracies[name] = recording.quality[-1].float().mean().item()
+    assert accuracies["theirs"] == 1.0
+    assert accuracies["other"] < 0.9
+    assert "were made for the mean 0.3, 0.4, 0.5 and the deviation 0.1, 0.2, 0.3" in text
 
 
 @pytest.mark.parametrize(

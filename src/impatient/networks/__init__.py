@@ -16,8 +16,9 @@ from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.pretrained import Loaded
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
-from impatient.networks.specs import load_model, load_with_weights
+from impatient.networks.specs import load_model, load_with_weights, transform_of
 from impatient.networks.stages import StagedRun
+from impatient.networks.transforms import Resizing, Transform
 from impatient.networks.vgg import SmallVGG
 
 __all__ = [
@@ -31,15 +32,18 @@ __all__ = [
     "Loaded",
     "MultiExitNetwork",
     "PreActResNet",
+    "Resizing",
     "RunningEnsemble",
     "Schedule",
     "SectionedNetwork",
     "SmallVGG",
     "StagedRun",
+    "Transform",
     "attach_exits",
     "load_model",
     "load_weights",
     "load_with_weights",
     "preact_resnet_imagenet",
     "recalibrate",
+    "transform_of",
 ]

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from impatient.errors import ModelSpecError
+from impatient.errors import ImpatientError, ModelSpecError
 from impatient.networks.anytimenet import AnytimeNet, BaseResNet
 from impatient.networks.pretrained import (
     Loaded,
@@ -34,6 +34,12 @@ from impatient.networks.pretrained import (
     timm_name,
 )
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
+from impatient.networks.transforms import (
+    Transform,
+    of_timm,
+    of_torchvision,
+    of_transformers,
+)
 from impatient.networks.vgg import SmallVGG
 
 log = logging.getLogger(__name__)
@@ -149,6 +155,34 @@ def has_trained_weights(spec: str) -> bool | None:
         return not name.endswith(("Config", ".json"))
     option = {"torchvision": "weights", "timm": "pretrained"}.get(source)
     return bool(option and options.get(option))
+
+
+def transform_of(spec: str) -> Transform | None:
+    """Say what the trained weights that a spec names expect to be done to pictures.
+
+    Returns:
+        None if it names none, or that is not known.
+    """
+    source, name, options = _parse(spec)
+    if not has_trained_weights(spec):
+        return None
+    try:
+        if source == "torchvision":
+            return of_torchvision(import_torchvision().models, name, options["weights"])
+        if source == "timm":
+            import_torchvision()
+            return of_timm(importlib.import_module("timm"), timm_name(name))
+        with contextlib.suppress(ImportError):
+            import_torchvision()
+        return of_transformers(importlib.import_module("transformers"), name)
+    except ImpatientError:
+        raise
+    except Exception as error:
+        # Whatever is wrong with the spec is wrong when the model is built, too.
+        raise ModelSpecError(
+            f"cannot tell what {spec!r} expects to be done to pictures: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _parse(spec: str) -> tuple[str, str, dict[str, Any]]:

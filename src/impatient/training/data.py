@@ -5,9 +5,11 @@ The validation split is taken from the training examples, by a seed.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.errors import DataError
+from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.arrays import from_arrays, npz
 from impatient.training.examples import Examples, Raw, rows_of
@@ -48,6 +51,7 @@ class Preprocess:
         channels_at: dimension of the channels: 1, or -1 for series [N, T, C].
         dtype: type of the raw inputs that it was fitted on: "uint8", "float32" or "int64"; empty if
             that is not known.
+        resizing: how pictures in files come to this size.
     """
 
     mean: tuple[float, ...]
@@ -56,6 +60,7 @@ class Preprocess:
     channels: int = 0
     channels_at: int = 1
     dtype: str = ""
+    resizing: Resizing = field(default_factory=Resizing)
 
     def __post_init__(self) -> None:
         known = not self.channels or len(self.mean) in (0, self.channels)
@@ -81,14 +86,21 @@ class Preprocess:
 
     def __str__(self) -> str:
         """Say what is done to inputs, in one sentence."""
+        resized = ""
+        if self.size is not None:
+            resized = f"; of pictures of other sizes than {self.size[0]}x{self.size[1]}, "
+            resized += str(self.resizing)
         if not self.mean:
-            return "numbers reach the network as they are"
+            return f"numbers reach the network as they are{resized}"
         shown = [
             ", ".join(f"{number:.4g}" for number in numbers[:4]) + ", ..." * (len(numbers) > 4)
             for numbers in (self.mean, self.std)
         ]
         scaled = "bytes are scaled to [0, 1], then " if self.channels else ""
-        return f"{scaled}the mean {shown[0]} is subtracted, and divided by the deviation {shown[1]}"
+        return (
+            f"{scaled}the mean {shown[0]} is subtracted, and divided by the deviation {shown[1]}"
+            f"{resized}"
+        )
 
     def checked(self, raw: Tensor, where: str) -> Tensor:
         """Convert raw inputs to the type that the network was trained on.
@@ -125,7 +137,7 @@ class Preprocess:
             raise DataError(
                 f"cannot read {path}: this network was trained on inputs that are not images."
             )
-        return read_image(Path(path), self.size, self.channels)[None]
+        return read_image(Path(path), self.size, self.channels, self.resizing)[None]
 
 
 def _as_floats(raw: Tensor) -> Tensor:
@@ -212,7 +224,9 @@ def task_of(targets: Any) -> str:
     return "multi_label" if targets.dim() == 2 and zero_or_one else names.get(targets.dim(), "")
 
 
-def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
+def load_data(
+    spec: str, *, seed: int = 0, validation: float = 0.1, transform: Transform | None = None
+) -> Data:
     """Load a data set by name.
 
     Args:
@@ -224,6 +238,9 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
             "imagefolder:DIR:size=64,mean=0.5,std=0.25".
         seed: seed that chooses the validation split.
         validation: share of the training examples held out for validation, stratified by class.
+        transform: what trained weights expect to be done to pictures
+            (`impatient.networks.transform_of`), unless the spec says otherwise. Pictures in files
+            get its size; arrays keep theirs.
     Raises:
         DataError: if the data set is missing, empty or malformed.
     """
@@ -233,9 +250,9 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
     loaders: dict[str, Callable[[str], tuple[Raw, DataOptions]]] = {
         "digits": _digits,
         "npz": npz,
-        "imagefolder": imagefolder,
+        "imagefolder": functools.partial(imagefolder, transform=transform),
         "text": text,
-        "hf": hugging_face,
+        "hf": functools.partial(hugging_face, transform=transform),
     }
     if source not in loaders or (source != "digits" and not rest):
         raise DataError(
@@ -243,10 +260,17 @@ def load_data(spec: str, *, seed: int = 0, validation: float = 0.1) -> Data:
             "text:FILE-OR-DIR or hf:NAME-OR-PATH."
         )
     raw, options = loaders[source](rest)
-    return _finish(spec, raw, options, seed, validation)
+    return _finish(spec, raw, options, seed, validation, transform)
 
 
-def _finish(name: str, raw: Raw, options: DataOptions, seed: int, validation: float) -> Data:
+def _finish(
+    name: str,
+    raw: Raw,
+    options: DataOptions,
+    seed: int,
+    validation: float,
+    transform: Transform | None,
+) -> Data:
     if task_of(raw.train.labels) == "classification":
         _check_labels(name, raw)
         labels = raw.train.labels.numpy()
@@ -262,6 +286,8 @@ def _finish(name: str, raw: Raw, options: DataOptions, seed: int, validation: fl
         "validation": raw.train.subset(np.flatnonzero(held_out)),
         "test": raw.test,
     }
+    if transform is not None:
+        options = _as_expected(name, raw.train, options, transform)
     fingerprint = fingerprint_bytes(
         raw.content.encode(), f"{seed}|{validation}".encode(), options.said.encode()
     )
@@ -269,7 +295,7 @@ def _finish(name: str, raw: Raw, options: DataOptions, seed: int, validation: fl
         name=name,
         splits=splits,
         class_names=raw.class_names,
-        preprocess=_fit_preprocess(splits["train"], options),
+        preprocess=_fit_preprocess(splits["train"], options, raw.resizing),
         fingerprint=fingerprint,
     )
 
@@ -314,13 +340,40 @@ def _check_labels(name: str, raw: Raw) -> None:
         )
 
 
-def _fit_preprocess(train: Examples, options: DataOptions, most: int = 2000) -> Preprocess:
+def _as_expected(
+    name: str, train: Examples, options: DataOptions, transform: Transform
+) -> DataOptions:
+    """Fill in the mean and deviation that trained weights expect, where the user says none.
+
+    Raises:
+        DataError: if the pictures do not go from 0 to 1, which the weights expect.
+    """
+    if options.mean or options.normalise:
+        return options
+    count = size(train.labels)
+    sample = train.take(range(0, count, max(1, count // 200)))
+    if not isinstance(sample, Tensor) or sample.dim() != 4:
+        return options
+    least, most = sample.min().item(), sample.max().item()
+    if sample.dtype != torch.uint8 and not 0 <= least <= most <= 1:
+        raise DataError(
+            f"{name}: pictures hold numbers from {least:g} to {most:g}, but the weights of the "
+            "model expect 0 to 1 before mean and deviation. Say normalise=none if these numbers "
+            "are what they expect; or mean= and std=; or normalise=fit for those of the data."
+        )
+    expected = transform.for_channels(sample.shape[1])
+    return dataclasses.replace(options, mean=expected.mean, std=expected.std)
+
+
+def _fit_preprocess(
+    train: Examples, options: DataOptions, resizing: Resizing, most: int = 2000
+) -> Preprocess:
     """Compute mean and standard deviation of up to `most` training inputs.
 
     They are computed per channel for images and over all features for vectors.
     """
     count = size(train.labels)
-    fitted = options.normalise == "fit" and not options.mean
+    fitted = options.normalise != "none" and not options.mean
     step = max(1, count // most) if fitted else count
     sample = train.take(range(0, count, step))
     if not isinstance(sample, Tensor) or sample.dtype in (torch.int64, torch.int32):
@@ -349,6 +402,7 @@ def _fit_preprocess(train: Examples, options: DataOptions, most: int = 2000) -> 
         channels=channels if image else 0,
         channels_at=channels_at,
         dtype=str(sample.dtype).removeprefix("torch."),
+        resizing=resizing,
     )
 
 

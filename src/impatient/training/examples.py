@@ -6,13 +6,14 @@ import abc
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from impatient.networks.transforms import Resizing
 from impatient.trees import take
 
 Indices = Sequence[int] | Tensor | np.ndarray
@@ -97,6 +98,7 @@ class Raw:
             validation.
         named: whether the data name their classes; otherwise these are the labels' numbers.
         content: fingerprint of the examples.
+        resizing: how pictures in files come to their size.
     """
 
     train: Examples
@@ -105,3 +107,4 @@ class Raw:
     groups: np.ndarray | None = None
     named: bool = True
     content: str
+    resizing: Resizing = field(default_factory=Resizing)

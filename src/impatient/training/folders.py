@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from impatient.errors import DataError
+from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.examples import LazyExamples, Raw
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
-from impatient.training.pictures import class_files, read_image, size_of, split_folders
+from impatient.training.pictures import FIT, class_files, read_image, size_of, split_folders
 from impatient.training.splitting import carved_out
 
 
-def imagefolder(rest: str) -> tuple[Raw, DataOptions]:
-    """Read DIR or DIR:options."""
+def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, DataOptions]:
+    """Read DIR or DIR:options, resized as trained weights expect it."""
     name, options = read_options(rest, PICTURE_OPTIONS)
     root = Path(name).expanduser()
     if not root.is_dir():
@@ -53,8 +54,12 @@ def imagefolder(rest: str) -> tuple[Raw, DataOptions]:
         for split, found in files.items()
     }
     some = files["train"][:: max(1, len(files["train"]) // 50)]
-    shown = options.size or common_size(size_of(path) for path, _ in some)
-    return lazy_pictures(rows, classes, lambda path: read_image(path, shown, 3), shown), options
+    shown, resizing = shown_as(options, transform, (size_of(path) for path, _ in some))
+
+    def read(path: Path) -> Tensor:
+        return read_image(path, shown, 3, resizing)
+
+    return lazy_pictures(rows, classes, read, shown, resizing=resizing), options
 
 
 def hash_of_file(path: Path) -> str:
@@ -64,6 +69,22 @@ def hash_of_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def shown_as(
+    options: DataOptions, transform: Transform | None, sizes: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], Resizing]:
+    """Decide what size pictures get, and how: as the user says, the weights expect, or they have.
+
+    Args:
+        options: what the user says.
+        transform: what trained weights expect, if there are any.
+        sizes: sizes of some pictures.
+    """
+    if transform is None:
+        return options.size or common_size(sizes), FIT
+    expected = transform.at(options.size)
+    return expected.size, expected.resizing
 
 
 def common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -79,6 +100,7 @@ def lazy_pictures(
     size: tuple[int, int],
     *,
     named: bool = True,
+    resizing: Resizing = FIT,
 ) -> Raw:
     """Make a data set of images that are decoded on demand.
 
@@ -88,6 +110,7 @@ def lazy_pictures(
         read: function that makes the raw input from a source.
         size: height and width of the inputs.
         named: whether the classes have names.
+        resizing: how pictures come to this size.
     """
     empty = [split for split in ("train", "test") if not rows[split]]
     if empty:
@@ -101,10 +124,13 @@ def lazy_pictures(
     listed = "".join(
         f"{split}/{identity}:{label};" for split in rows for _, identity, label in rows[split]
     )
+    # Nothing for the usual way, as in older run directories.
+    resized = "" if resizing == FIT else f"{resizing}"
     return Raw(
         train=examples("train"),
         test=examples("test"),
         class_names=tuple(classes),
         named=named,
-        content=fingerprint_bytes(listed.encode(), f"{size}".encode()),
+        resizing=resizing,
+        content=fingerprint_bytes(listed.encode(), f"{size}{resized}".encode()),
     )

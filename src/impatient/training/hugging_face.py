@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from impatient.errors import DataError
+from impatient.networks.transforms import Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.examples import Raw
-from impatient.training.folders import common_size, hash_of_file, lazy_pictures
+from impatient.training.folders import hash_of_file, lazy_pictures, shown_as
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import image_tensor, shown_size
 from impatient.training.text import TEXT_OPTIONS, Table, choose_columns, from_tables
 
 
-def hugging_face(rest: str) -> tuple[Raw, DataOptions]:
+def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, DataOptions]:
     """Read NAME-OR-PATH or NAME-OR-PATH:options: a column of pictures or of texts, and labels."""
     try:
         import datasets
@@ -64,14 +65,17 @@ def hugging_face(rest: str) -> tuple[Raw, DataOptions]:
 
     def read(source: tuple[Any, int]) -> Tensor:
         table, place = source
-        return image_tensor(_picture(table, place, image), shown, 3, f"picture {place}")
+        return image_tensor(_picture(table, place, image), shown, 3, f"picture {place}", resizing)
 
     feature = train.features[label]
     named = isinstance(feature, datasets.ClassLabel)
     classes = feature.names if named else map(str, range(max(train[label]) + 1))
     some = range(min(50, len(train)))
-    shown = options.size or common_size(shown_size(_picture(train, place, image)) for place in some)
-    return lazy_pictures(rows, list(classes), read, shown, named=named), options
+    shown, resizing = shown_as(
+        options, transform, (shown_size(_picture(train, place, image)) for place in some)
+    )
+    raw = lazy_pictures(rows, list(classes), read, shown, named=named, resizing=resizing)
+    return raw, options
 
 
 def _identities(table: Any, column: str, datasets: Any) -> list[str]:

@@ -44,7 +44,8 @@ class DataOptions:
         layout: what each dimension of the arrays is; empty to go by shape and type.
         mean: mean to subtract, one number or one per channel; empty to fit it.
         std: standard deviation to divide by, one number or one per channel; empty to fit it.
-        normalise: "fit" for mean and deviation of the training split, "none" for no change.
+        normalise: "fit" for mean and deviation of the training split, "none" for no change; empty
+            for what trained weights expect, or else "fit".
         labels: "renumber" to number the classes anew from 0; "keep" to take them as they are.
         tokenizer: name or folder of the tokenizer for texts.
         text: column of the texts, or two joined by "+"; empty for the usual names.
@@ -56,7 +57,7 @@ class DataOptions:
     layout: str = ""
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    normalise: str = "fit"
+    normalise: str = ""
     labels: str = "keep"
     tokenizer: str = ""
     text: str = ""
@@ -65,7 +66,7 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         checks.one_of(DataError, LAYOUTS, layout=self.layout or LAYOUTS[0])
-        checks.one_of(DataError, ("fit", "none"), normalise=self.normalise)
+        checks.one_of(DataError, ("fit", "none"), normalise=self.normalise or "fit")
         checks.one_of(DataError, ("keep", "renumber"), labels=self.labels)
         if bool(self.mean) != bool(self.std):
             raise DataError(

@@ -13,9 +13,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from impatient.errors import DataError
+from impatient.networks.transforms import Resizing
 
 log = logging.getLogger(__name__)
 
+FIT = Resizing()
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".gif"),
     *(".ppm", ".pgm", ".tif", ".tiff"),
@@ -26,14 +28,16 @@ TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
 _ORIENTATION = 0x0112
 
 
-def read_image(path: Path, size: tuple[int, int], channels: int) -> Tensor:
+def read_image(
+    path: Path, size: tuple[int, int], channels: int, resizing: Resizing = FIT
+) -> Tensor:
     """Decode, crop and resize an image file to uint8 [C, H, W].
 
     Raises:
         DataError: if the file is missing, not an image, too large or damaged.
     """
     with _opened(path) as image:
-        return image_tensor(image, size, channels, str(path))
+        return image_tensor(image, size, channels, str(path), resizing)
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -64,24 +68,29 @@ def _opened(path: Path) -> Image.Image:
         raise DataError(f"{path} cannot be read as an image: {error}.") from error
 
 
-def image_tensor(image: Image.Image, size: tuple[int, int], channels: int, name: str) -> Tensor:
+def image_tensor(
+    image: Image.Image,
+    size: tuple[int, int],
+    channels: int,
+    name: str,
+    resizing: Resizing = FIT,
+) -> Tensor:
     """Convert a picture to uint8 [C, H, W].
 
-    It is turned as its EXIF data say, 16 bits become 8, and what is transparent becomes white. The
-    largest centred part with the proportions of `size` is cut out and resized.
+    It is turned as its EXIF data say, 16 bits become 8, and what is transparent becomes white.
 
     Args:
         image: the picture.
         size: height and width.
         channels: 1, 3 or 4.
         name: name of the picture in errors.
+        resizing: how it comes to this size; by default the largest centred part with the same
+            proportions is cut out.
     Raises:
         DataError: if the picture is damaged, or of a kind that has no brightness from 0 to 1.
     """
     try:
-        picture = _plain(image, channels, name)
-        if (picture.height, picture.width) != size:
-            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BILINEAR)
+        picture = resizing(_plain(image, channels, name), size)
     except DataError:
         raise
     except Exception as error:

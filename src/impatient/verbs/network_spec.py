@@ -91,6 +91,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         task: Name of the task of its outputs.
         example_parts: Arrays of a sample by their names, where it is several; else none, and
             `example_shape` and `example_dtype` say what it is.
+        transform: What the model's trained weights expect to be done to pictures, if that is known.
         validation_errors: Errors of every member's exits, by which the ensemble chooses.
     """
 
@@ -112,6 +113,7 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
     cascade: bool = False
     validation_errors: tuple[tuple[float, ...], ...] = ()
     task: str = "classification"
+    transform: impatient.networks.Transform | None = None
     example_parts: Mapping[str, SampleArray] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

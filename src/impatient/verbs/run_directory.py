@@ -117,7 +117,9 @@ class RunDirectory:
             StaleInput: if the files have changed.
         """
         spec = self.spec()
-        data = impatient.load_data(spec.data, seed=spec.seed, validation=spec.validation)
+        data = impatient.load_data(
+            spec.data, seed=spec.seed, validation=spec.validation, transform=spec.transform
+        )
         self.check_data(data)
         return data
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import impatient
-from impatient.errors import NoEffectWarning, RunError, StaleInput
+from impatient.errors import ModelSpecError, NoEffectWarning, RunError, StaleInput
 from impatient.files import is_file, plain_name
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
@@ -170,9 +170,12 @@ def shown(options: SelectOptions, evaluation: impatient.Evaluation) -> Iterator[
 
 
 def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
-    data = impatient.load_data(options.data, seed=options.seed, validation=options.validation)
+    transform = _common_transform(options)
+    data = impatient.load_data(
+        options.data, seed=options.seed, validation=options.validation, transform=transform
+    )
     members = [_member(member, data, options) for member in options.members]
-    specs = tuple(spec for spec, _ in members)
+    specs = tuple(dataclasses.replace(spec, transform=transform) for spec, _ in members)
     networks = [network for _, network in members]
     models = [_model_and_weights(member)[0] for member in options.members]
     names = [model.rstrip("/").rpartition("/")[2] for model in models]
@@ -193,6 +196,30 @@ def _begin_cascade(run: RunDirectory, options: SelectOptions) -> None:
         save_weights(cascade, new.weights_file)
         spec.save(new.spec_file)
     discard_old(run.path)
+
+
+def _common_transform(options: SelectOptions) -> impatient.networks.Transform | None:
+    """Return what all members expect to be done to pictures, since they get the same inputs.
+
+    Raises:
+        ModelSpecError: if they expect different things.
+    """
+    found = {}
+    for member in options.members:
+        part = RunDirectory(member)
+        model, weights = _model_and_weights(member)
+        if is_file(part.spec_file):
+            found[member] = part.spec().transform
+        else:
+            found[member] = None if weights else impatient.networks.transform_of(model)
+    first, *others = found.values()
+    if any(other != first for other in others):
+        listed = "; ".join(f"{member}: {one or 'nothing'}" for member, one in found.items())
+        raise ModelSpecError(
+            f"the members expect different things to be done to pictures ({listed}); expected the "
+            "same, for all of them get the same inputs. Train them as runs on one data spec."
+        )
+    return first
 
 
 def _member(member: str, data: impatient.Data, options: SelectOptions) -> tuple[NetworkSpec, Any]:

@@ -135,14 +135,17 @@ def train(options: TrainOptions) -> History:
     trust = (options.model,)
     run = RunDirectory(options.directory, trust=trust)
     recipe = options.recipe
-    data = impatient.load_data(options.data, seed=recipe.seed, validation=options.validation)
-    log.info("inputs: %s", data.preprocess)
+    transform = impatient.networks.transform_of(options.model)
+    data = impatient.load_data(
+        options.data, seed=recipe.seed, validation=options.validation, transform=transform
+    )
+    _say_inputs(options, data, transform)
     # other processes of this training come through all of this, too, after the first one
     is_new = not is_file(run.spec_file) or (options.restart and is_first())
     # whatever is wrong is found before the old run is touched
     with replaced(run.path) if is_new else contextlib.nullcontext(run.path) as place:
         begun = RunDirectory(place, trust=trust)
-        spec = _spec(begun, options, data)
+        spec = _spec(begun, options, data, transform)
         loaded = spec.load_model(trust)
         network = spec.with_exits(loaded.model)
         log.info(network.describe(spec.example()))
@@ -185,10 +188,41 @@ def train(options: TrainOptions) -> History:
     return history
 
 
-def _spec(run: RunDirectory, options: TrainOptions, data: impatient.Data) -> NetworkSpec:
+def _say_inputs(
+    options: TrainOptions, data: impatient.Data, transform: impatient.networks.Transform | None
+) -> None:
+    """Say what is done to inputs, and whether that is what trained weights expect."""
+    log.info("inputs: %s", data.preprocess)
+    size = data.preprocess.size
+    if transform is None or size is None:
+        return
+    expected = transform.for_channels(data.preprocess.channels)
+    if (data.preprocess.mean, data.preprocess.std) != (expected.mean, expected.std):
+        log.info(
+            "the weights of %s were made for the mean %s and the deviation %s; the data spec says "
+            "otherwise",
+            options.model,
+            ", ".join(f"{number:g}" for number in expected.mean),
+            ", ".join(f"{number:g}" for number in expected.std),
+        )
+    if size != transform.size:
+        log.info(
+            "the weights of %s were made for pictures of %dx%d; these are %dx%d",
+            options.model,
+            *transform.size,
+            *size,
+        )
+
+
+def _spec(
+    run: RunDirectory,
+    options: TrainOptions,
+    data: impatient.Data,
+    transform: impatient.networks.Transform | None,
+) -> NetworkSpec:
     """Describe a new network, or give the run's description, which must agree."""
     if not is_file(run.spec_file):
-        spec = _new_spec(options, data)
+        spec = dataclasses.replace(_new_spec(options, data), transform=transform)
         spec.save(run.spec_file)
         return spec
     spec = run.spec()
