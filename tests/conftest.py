@@ -5,6 +5,7 @@ Every test is seeded and has one torch thread: tiny networks gain nothing from m
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from browser import Browser, browser
 from fakes import FakeNetwork, all_forgotten, wait_until
 from impatient.clock import FakeClock
 from toys import ToyBackbone
@@ -52,6 +54,15 @@ def _collecting_is_quick() -> None:
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Browser]:
+    """Open a real Chromium; without one the test is skipped, but never in CI."""
+    if shutil.which("chromedriver") is None and not os.environ.get("CI"):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -1,14 +1,11 @@
 """The page in a real Chromium: its numbers, its dials, its console, on every width."""
 
 import math
-import os
 import re
-import shutil
 
 import pytest
 import torch
 
-from browser import browser
 from impatient import budgets
 from impatient.evaluation import (
     Example,
@@ -33,14 +30,6 @@ COSTS = costs_of(
     head_macs=[1000] * 3 + [0],
 )
 RECORDING = drawn(10_000, seed=2, split="test")
-
-
-@pytest.fixture(scope="module")
-def window():
-    if shutil.which("chromedriver") is None and not os.environ.get("CI"):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    with browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -365,6 +365,17 @@ def test_asking_a_gate_is_measured_and_closed_ones_take_nothing(inputs):
     assert all(seconds > 0 for seconds in gate_time_s(policy, recording, repeats=3, warm_up=0)[1:])
 
 
+@pytest.mark.parametrize("inputs", ["confidences", "features", "both"])
+def test_asking_a_gate_is_measured_where_no_outputs_were_kept(inputs):
+    recording = replace(with_features(drawn(200, seed=9)), outputs=None, targets=None)
+    tables = replace(recording, task="regression")
+    policy = fit_gates(tables, COSTS, time_price=0.25, inputs=inputs)
+    times = gate_time_s(policy, tables, repeats=5, warm_up=2, clock=Ticking())
+    open_gates = [gate is not None and gate.constant is None for gate in policy.gates]
+    assert any(open_gates)
+    assert times == pytest.approx([1e-3 * is_open for is_open in open_gates])
+
+
 # --- the policy -----------------------------------------------------------------------------------
 
 

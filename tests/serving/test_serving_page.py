@@ -1,22 +1,11 @@
 """The server's page, in a real browser."""
 
-import os
-import shutil
 import threading
 
 import pytest
 
-from browser import browser
 from fakes import wait_until
 from served import Gated, serving
-
-
-@pytest.fixture(scope="module")
-def window():
-    if shutil.which("chromedriver") is None and not os.environ.get("CI"):
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    with browser() as opened:
-        yield opened
 
 
 def text_of(window, name: str) -> str:

@@ -1,9 +1,13 @@
-"""Data sets of tensors, without a loader."""
+"""Data sets of tensors, without a loader, and a plain way to train on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from impatient.networks import MultiExitNetwork
+from impatient.training.losses import task_losses
 
 
 @dataclass
@@ -21,3 +25,14 @@ class Plain:
         return zip(
             self.inputs[split].split(batch_size), self.targets[split].split(batch_size), strict=True
         )
+
+
+def teach(network: MultiExitNetwork, data: Plain, *, steps: int, lr: float) -> None:
+    """Train all exits alike on the whole training split at each step, then set eval mode."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    for _ in range(steps):
+        losses = task_losses(network.task, network(data.inputs["train"]), data.targets["train"])
+        optimizer.zero_grad()
+        losses.mean(1).sum().backward()
+        optimizer.step()
+    network.eval()

@@ -11,7 +11,8 @@ from impatient.clock import Deadline
 from impatient.errors import TaskError
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.tasks import embedding, named, segmentation
-from plain_data import Plain
+from impatient.tasks.segmentation import width
+from plain_data import Plain, teach
 from recordings import costs_of
 
 CLASSES = 4
@@ -88,6 +89,14 @@ def test_the_number_to_ignore_is_whole() -> None:
         named("segmentation:ignore=1.5")
 
 
+def test_a_network_needs_as_many_outputs_as_there_are_classes_in_the_masks() -> None:
+    target = torch.tensor([[[0, 3], [255, 7]]])
+    assert width(target) == 8
+    assert width(target, ignore=7) == 256
+    with pytest.raises(TaskError, match="counts nowhere"):
+        width(torch.full((1, 2, 2), 255))
+
+
 def test_scores_are_of_the_pixels_largest_probabilities() -> None:
     output, _ = maps()
     sure = output.softmax(1).amax(1).flatten(1)
@@ -150,15 +159,7 @@ def test_a_network_of_maps_is_trained_recorded_and_run_by_its_deadline() -> None
         after=["0", "1"],
         task="segmentation",
     )
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
-    for _ in range(60):
-        losses = impatient.training.losses.task_losses(
-            network.task, network(data.inputs["train"]), data.targets["train"]
-        )
-        optimizer.zero_grad()
-        losses.mean(1).sum().backward()
-        optimizer.step()
-    network.eval()
+    teach(network, data, steps=60, lr=0.02)
     costs = costs_of([1.0, 1.0, 1.0], [0.1, 0.1, 0.0])
     validation = impatient.record(network, data, split="validation")
     assert fit_thresholds(validation, costs, mean_time_s=2.3).task == "segmentation"

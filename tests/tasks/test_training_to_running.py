@@ -14,7 +14,7 @@ from impatient.policies import fit_gates, fit_thresholds
 from impatient.policies.risk import control_risk, scaled_family
 from impatient.policies.rules import ThresholdPolicy
 from impatient.policies.splits import split_recording
-from plain_data import Plain
+from plain_data import Plain, teach
 from recordings import costs_of
 
 COSTS = costs_of([1.0, 1.0, 1.0], [0.1, 0.1, 0.0])
@@ -48,15 +48,8 @@ def trained(task: str, data: Plain) -> MultiExitNetwork:
         after=["0", "1"],
         task=task,
     )
-    optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
-    for _ in range(150):
-        losses = impatient.training.losses.task_losses(
-            network.task, network(data.inputs["train"]), data.targets["train"]
-        )
-        optimizer.zero_grad()
-        losses.mean(1).sum().backward()
-        optimizer.step()
-    return network.eval()
+    teach(network, data, steps=150, lr=0.01)
+    return network
 
 
 TASKS = ["regression", "regression:tolerance=0.2", "binary", "multi_label"]

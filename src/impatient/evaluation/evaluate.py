@@ -23,11 +23,11 @@ from impatient.evaluation.metrics import (
 )
 from impatient.evaluation.recording import Recording
 from impatient.policies.outcome import Outcome, as_doubles, expected_hits
-from impatient.policies.policy import Policy, check_exits, check_policy, is_classification
+from impatient.policies.policy import Policy, check_exits, check_policy
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
-from impatient.tasks import Task, known
+from impatient.tasks import Task, is_classification, known
 
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 

@@ -22,12 +22,11 @@ from impatient.errors import (
     RecordingError,
     TaskError,
 )
-from impatient.policies.policy import is_classification
 from impatient.progress import tracked
 from impatient.provenance import Provenance
 from impatient.provenance import provenance as made_now
 from impatient.store import Stored
-from impatient.tasks import Task, named
+from impatient.tasks import Task, is_classification, named
 from impatient.tasks.classification import check_labels
 from impatient.tasks.task import AGREEMENT
 from impatient.trees import leaves, map_leaves, size

@@ -470,17 +470,15 @@ class Dense(nn.Module):
                 f"features {features!r} for maps of shape {tuple(output.shape)}; expected features "
                 "[B,C,H,W] or [B,H,W,C]. Attach the exit where there are maps."
             )
-        self.channels_last = features.layout == "NHWC"
-        sizes = features.shape[1:3] if self.channels_last else features.shape[2:]
+        self.to_channels_first = nn.Sequential(*_channels_first(features))
+        sizes = features.shape[1:3] if features.layout == "NHWC" else features.shape[2:]
         self.ratio = tuple(
             whole / part for whole, part in zip(output.shape[2:], sizes, strict=True)
         )
         self.classifier = nn.Conv2d(features.channels, output.shape[1], 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.channels_last:
-            features = features.permute(0, 3, 1, 2)
-        maps = self.classifier(features)
+        maps = self.classifier(self.to_channels_first(features))
         size = [
             round(ratio * length) for ratio, length in zip(self.ratio, maps.shape[2:], strict=True)
         ]

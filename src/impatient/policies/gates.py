@@ -14,14 +14,13 @@ its head is paid.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,15 +34,11 @@ from impatient.policies.costsensitive import Decision, Learner
 from impatient.policies.outcome import as_doubles
 from impatient.policies.policy import (
     Description,
-    Policy,
     Recorded,
-    check_task,
     features_of,
-    is_classification,
-    task_of,
 )
-from impatient.provenance import Provenance
-from impatient.tasks import Task, named
+from impatient.policies.task_policy import TaskPolicy
+from impatient.tasks import is_classification, named
 from impatient.tasks.task import AGREEMENT
 
 Inputs = Literal["confidences", "features", "both"]
@@ -95,7 +90,7 @@ def seen_on(recording: Recorded) -> tuple[Float[Tensor, "N D"], ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GatePolicy(Policy):
+class GatePolicy(TaskPolicy):
     """Stop at the first exit whose gate says so, or at the last.
 
     Attributes:
@@ -106,11 +101,6 @@ class GatePolicy(Policy):
             constant gates take none.
         time_price: loss units per second for which it was fitted.
         reference, learner: how it was fitted.
-        split: the split on which it was fitted; None if it was set by hand.
-        target: what was asked for, and what was reached on that split.
-        provenance: weights and data it belongs to.
-        task: name of the task that says what gates see of an output.
-        own_task: the task itself, where it is not ready-made; see `for_task`. It is not saved.
     """
 
     gates: tuple[Decision | None, ...]
@@ -119,13 +109,6 @@ class GatePolicy(Policy):
     time_price: float | None = None
     reference: Reference = "full"
     learner: Learner = "logistic"
-    split: str | None = None
-    target: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    provenance: Provenance | None = None
-    task: str = "classification"
-    own_task: Any = dataclasses.field(
-        default=None, repr=False, compare=False, metadata={"stored": False}
-    )
 
     def __post_init__(self) -> None:
         checks.one_of(PolicyError, Inputs, inputs=self.inputs)
@@ -146,14 +129,6 @@ class GatePolicy(Policy):
         The output of the last exit is always computed.
         """
         return exit == len(self.gates) or self.gates[exit] is not None
-
-    @property
-    def reads_classes(self) -> bool:
-        return self.inputs != "features" and is_classification(self.task)
-
-    def for_task(self, task: Task) -> GatePolicy:
-        """Return the policy with the functions of this task."""
-        return dataclasses.replace(self, own_task=check_task(self.task, task))
 
     @property
     def needs_outputs(self) -> bool:
@@ -198,8 +173,16 @@ class GatePolicy(Policy):
         if gate is None or action is not None:
             return torch.full((len(given),), action == STOP_ACTION, device=given.device)
         looks = outputs is not None and self.needs_outputs
-        seen = task_of(self.task, self.own_task).seen(outputs) if looks else None
-        return gate.choose(gate_inputs(self.inputs, pooled, seen)).to(given.device) == STOP_ACTION
+        seen = self.means.seen(outputs) if looks else None
+        chosen = self.choice(exit, gate_inputs(self.inputs, pooled, seen))
+        return chosen.to(given.device) == STOP_ACTION
+
+    def choice(self, exit: int, inputs: Float[Tensor, "B D"]) -> Int[Tensor, "B"]:
+        """Choose 0, stop, or 1, go on, from what an open gate looks at."""
+        gate = self.gates[exit]
+        if gate is None:
+            raise PolicyError(f"exit {exit} is closed; expected one whose gate is open.")
+        return gate.choose(inputs)
 
     @classmethod
     def exits_of_each(
@@ -225,11 +208,6 @@ class GatePolicy(Policy):
                 if gate is not None:
                     exits[gate.choose(seen(policy.inputs, exit)) == STOP_ACTION] = exit
             yield exits
-
-    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
-        """Return the exit that answers each sample of a recording."""
-        [exits] = self.exits_of_each([self], recording)
-        return exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one gate each
         """Describe the policy in words."""
@@ -265,7 +243,8 @@ def gate_time_s(
 
     Args:
         policy: the fitted policy.
-        recording: whose first sample is asked about.
+        recording: whose first sample is asked about. Without outputs its scores are given, and
+            what computing them takes is not measured.
         repeats: how often each gate is asked.
         warm_up: how often each gate is asked before that, without counting.
         clock: where time comes from.
@@ -273,15 +252,19 @@ def gate_time_s(
         Mean seconds for each of the K - 1 early exits; 0 where there is nothing to ask: closed
         exits, constant gates.
     """
-    outputs = recording.logits()[:, :1]
-    pooled: Sequence[Tensor | None] = [None] * policy.num_exits
-    if policy.needs_features:
-        pooled = [entry[:1] for entry in features_of(recording)]
+    nothing: Sequence[Tensor | None] = [None] * policy.num_exits
+    pooled = [entry[:1] for entry in features_of(recording)] if policy.needs_features else nothing
+    outputs = None if recording.outputs is None else recording.outputs[:, :1]
+    looks = seen_on(recording) if policy.needs_outputs and outputs is None else ()
 
     @torch.inference_mode()
     def ask(exit: int) -> bool:
         # a runner asks that, and so waits
-        return bool(policy.stops(exit, outputs[exit], pooled[exit]).all())
+        if looks:
+            inputs = gate_inputs(policy.inputs, pooled[exit], looks[exit][:1])
+            return bool((policy.choice(exit, inputs) == STOP_ACTION).all())
+        output = None if outputs is None else outputs[exit]
+        return bool(policy.stops(exit, output, pooled[exit]).all())
 
     found = [0.0] * len(policy.gates)
     for exit, gate in enumerate(policy.gates):

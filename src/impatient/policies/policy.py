@@ -30,11 +30,11 @@ from torch import Tensor
 
 from impatient import checks
 from impatient.costs import Cost, CostProfile, Statistic
-from impatient.errors import CostError, ImpatientError, PolicyError, TaskError
+from impatient.errors import CostError, ImpatientError, PolicyError
 from impatient.policies.outcome import Outcome, as_doubles
 from impatient.provenance import Provenance
 from impatient.store import Stored
-from impatient.tasks import Task, named
+from impatient.tasks import Task
 
 # the move that answers here, where a policy says which network comes next
 STOP = -1
@@ -484,34 +484,6 @@ def check_policy(policy: object) -> None:
             f"a {type(policy).__name__} is no policy; expected a class derived from "
             "impatient.Policy that defines num_exits, looks_at and stops."
         )
-
-
-def is_classification(task: str) -> bool:
-    """Whether a task of this name is about classes."""
-    return task.partition(":")[0] == "classification"
-
-
-def check_task(fitted_for: str, task: Task) -> Task:
-    """Return the task of a network, if a policy that was fitted for a task fits it.
-
-    Raises:
-        TaskError: if it is another one. Options, such as top=5, may differ: scores do not.
-    """
-    if fitted_for.partition(":")[0] != task.name.partition(":")[0]:
-        raise TaskError(
-            f"the policy was fitted for task {fitted_for!r}, the network's is {task.name!r}; fit a "
-            "policy on a recording of this network."
-        )
-    return task
-
-
-def task_of(name: str, own: Task | None) -> Task:
-    """Return a policy's task: the one it was given, or the ready-made one of this name.
-
-    Raises:
-        TaskError: if there is none.
-    """
-    return named(name) if own is None else own
 
 
 def check_costs(costs: object) -> None:

@@ -46,13 +46,12 @@ from impatient.policies.policy import (
     Policy,
     Recorded,
     check_policy,
-    is_classification,
 )
 from impatient.policies.rules import ThresholdPolicy, scores_of
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance
 from impatient.store import Stored
-from impatient.tasks import Task
+from impatient.tasks import Task, is_classification
 
 Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
 Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"]

@@ -7,10 +7,9 @@ what a score is worth.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,44 +26,30 @@ from impatient.policies.policy import (
     Policy,
     Recorded,
     check_exits,
-    check_task,
     errors_of,
-    is_classification,
-    task_of,
 )
 from impatient.policies.targets import Target
-from impatient.provenance import Provenance
+from impatient.policies.task_policy import TaskPolicy
+from impatient.tasks import is_classification
 from impatient.tasks.scores import SCORES
-from impatient.tasks.task import AGREEMENT, Score, Task
+from impatient.tasks.task import AGREEMENT
 from impatient.trees import size, take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThresholdPolicy(Policy):
+class ThresholdPolicy(TaskPolicy):
     """Stop at the first exit whose score reaches its threshold.
 
     Attributes:
         score: name of a score of the task; for classes "max_probability", "margin" or "entropy".
         thresholds: one per exit; `inf` closes an exit, so that its head never runs; the last is
             `-inf`.
-        split: the split on which it was fitted; None for thresholds set by hand.
-        target: what was asked for, and what was reached on that split.
         cost: what the target's `mean_cost` is in: seconds, multiply-accumulates, bytes or joules.
-        provenance: weights and data it belongs to.
-        task: name of the task whose score it is.
-        own_task: the task itself, where it is not ready-made; see `for_task`. It is not saved.
     """
 
     score: str
     thresholds: tuple[float, ...]
-    split: str | None = None
-    target: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cost: Cost = "time"
-    provenance: Provenance | None = None
-    task: str = "classification"
-    own_task: Any = dataclasses.field(
-        default=None, repr=False, compare=False, metadata={"stored": False}
-    )
 
     def __post_init__(self) -> None:
         if is_classification(self.task):
@@ -81,23 +66,12 @@ class ThresholdPolicy(Policy):
     def num_exits(self) -> int:
         return len(self.thresholds)
 
-    @property
-    def reads_classes(self) -> bool:
-        return is_classification(self.task)
-
-    def for_task(self, task: Task) -> ThresholdPolicy:
-        """Return the policy with the functions of this task."""
-        return dataclasses.replace(self, own_task=check_task(self.task, task))
-
-    def _score(self) -> Score:
-        return task_of(self.task, self.own_task).score(self.score)
-
     def looks_at(self, exit: int) -> bool:
         """Whether the exit is open, or the next one compares with it.
 
         The output of the last exit is always computed.
         """
-        return looked_at(self.score, [bound < math.inf for bound in self.thresholds])[exit]
+        return is_asked(self.score, self.thresholds, exit)
 
     def for_run(self, samples: int, run: int = 0) -> Policy:  # noqa: ARG002  nothing is drawn
         """Return the rule of one run, which remembers outputs if it compares them."""
@@ -119,7 +93,7 @@ class ThresholdPolicy(Policy):
                 "agreement compares an output with the one before; ask policy.for_run(samples), "
                 "which remembers it, once per run."
             )
-        return self._score()(outputs) >= self.thresholds[exit]
+        return self.means.score(self.score)(outputs) >= self.thresholds[exit]
 
     @classmethod
     def exits_of_each(
@@ -137,11 +111,6 @@ class ThresholdPolicy(Policy):
                 if policy.looks_at(exit):
                     exits[scores[exit] >= policy.thresholds[exit]] = exit
             yield exits
-
-    def exits_on(self, recording: Recorded) -> Int[Tensor, "N"]:
-        """Return the exit that answers each sample of a recording."""
-        [exits] = self.exits_of_each([self], recording)
-        return exits
 
     def described(self, exits: Sequence[str]) -> Description:  # noqa: ARG002  one threshold each
         """Describe the policy in words."""
@@ -169,14 +138,12 @@ class ThresholdPolicy(Policy):
         return {"score": self.score, "thresholds": list(self.thresholds)}
 
 
-def looked_at(score: str, is_open: Sequence[bool]) -> list[bool]:
-    """Tell which heads run for a score: those of open exits, and those compared with."""
-    if score != AGREEMENT:
-        return list(is_open)
-    after = [*is_open[1:], False]
+def is_asked(score: str, thresholds: Sequence[float], exit: int) -> bool:
+    """Tell whether an exit's head runs for a score: it is open, or compared with by the next."""
+    if thresholds[exit] < math.inf:
+        return True
     # the last exit always answers and is compared with nothing
-    after[-2:-1] = [False]
-    return [here or needed for here, needed in zip(is_open, after, strict=True)]
+    return score == AGREEMENT and exit < len(thresholds) - 2 and thresholds[exit + 1] < math.inf
 
 
 class AgreementRun(Policy):
@@ -221,7 +188,7 @@ class AgreementRun(Policy):
         bound = self._policy.thresholds[exit]
         if before is None:
             return torch.full((size(outputs),), bound == -math.inf)
-        task = task_of(self._policy.task, self._policy.own_task)
+        task = self._policy.means
         if task.distance is None:
             raise PolicyError(f"task {task.name!r} has no distance, which agreement needs.")
         return -task.distance(outputs, before).float() >= bound
@@ -269,7 +236,7 @@ def thresholds_for_shares(
 
 
 # which early heads run -> cumulative cost of each exit
-CostOf = Callable[[Sequence[bool]], tuple[float, ...]]
+CostOf = Callable[[Sequence[float]], tuple[float, ...]]
 
 
 def fit_thresholds(
@@ -336,10 +303,10 @@ def fit_thresholds(
         )
     costs.require(saved)
 
-    def cost_of(heads: Sequence[bool]) -> tuple[float, ...]:
-        looked = looked_at(score, heads)
+    def cost_of(thresholds: Sequence[float]) -> tuple[float, ...]:
+        heads = [is_asked(score, thresholds, exit) for exit in range(len(thresholds))]
         return costs.cumulative(
-            saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=looked
+            saved, "interruptible", statistic=statistic, batch_size=batch_size, heads=heads
         )
 
     best = target.best(_Search(recording, score, cost_of).candidates(target))
@@ -395,7 +362,7 @@ class _Search:
 
     def candidates(self, target: Target) -> list[_Candidate]:
         """Judge policies over a range of prices, and of shares."""
-        whole = self.cost_of([True] * self.count)[-1]
+        whole = self.cost_of([-math.inf] * self.count)[-1]
         prices = [0.0, *np.geomspace(1e-3 / whole, 1e3 / whole, 40)]
         found = [candidate for _, candidate in target.search(self._solve, prices, 20)]
         found += [self._judge(self._by_shares(index / 20)) for index in range(1, 40)]
@@ -409,19 +376,17 @@ class _Search:
 
         They are found backwards, then again for the samples that arrive.
         """
-        heads = [True] * self.count
         arrives = np.ones((self.count, self.samples))
-        thresholds = np.full(self.count, math.inf)
+        # all exits open at first, so that all are paid
+        thresholds = np.full(self.count, -math.inf)
         for _ in range(sweeps):
-            risk = self.errors + price * np.asarray(self.cost_of(heads))[:, None]
-            thresholds[-1] = -math.inf
+            risk = self.errors + price * np.asarray(self.cost_of(thresholds.tolist()))[:, None]
             ahead = risk[-1]
             for exit in range(self.count - 2, -1, -1):
                 thresholds[exit] = self._threshold(exit, (ahead - risk[exit]) * arrives[exit])
                 ahead = np.where(self.scores[exit] >= thresholds[exit], risk[exit], ahead)
             stops = self.scores >= thresholds[:, None]
             arrives[1:] = ~np.logical_or.accumulate(stops, axis=0)[:-1]
-            heads = (thresholds < math.inf).tolist()
         return self._judge(tuple(thresholds.tolist()))
 
     def _threshold(self, exit: int, gain: np.ndarray) -> float:
@@ -458,7 +423,7 @@ class _Search:
         # an exit at which no sample leaves is closed, so that its head is not paid
         early = zip(thresholds[:-1], used, strict=False)
         final = (*(bound if is_used else math.inf for bound, is_used in early), -math.inf)
-        cost = np.asarray(self.cost_of([bound < math.inf for bound in final]))
+        cost = np.asarray(self.cost_of(final))
         samples = np.arange(self.samples)
         return _Candidate(
             final, exits, float(cost[exits].mean()), 1.0 - float(self.errors[exits, samples].mean())

@@ -5,7 +5,7 @@ from impatient.tasks.classification import classification
 from impatient.tasks.detection import detection
 from impatient.tasks.embedding import embedding
 from impatient.tasks.multi_label import multi_label
-from impatient.tasks.named import READY, known, named
+from impatient.tasks.named import READY, is_classification, known, named
 from impatient.tasks.regression import regression
 from impatient.tasks.segmentation import segmentation
 from impatient.tasks.task import Task
@@ -17,6 +17,7 @@ __all__ = [
     "classification",
     "detection",
     "embedding",
+    "is_classification",
     "known",
     "multi_label",
     "named",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,8 +40,21 @@ def named(task: str | Task) -> Task:
         >>> named("classification:top=5").quality_name
         'top-5 accuracy'
     """
-    if isinstance(task, Task):
-        return task
+    return task if isinstance(task, Task) else _made(task)
+
+
+def known(name: str) -> Task | None:
+    """Return a ready-made task, or None where the name is of somebody's own."""
+    return named(name) if name.partition(":")[0] in READY else None
+
+
+def is_classification(name: str) -> bool:
+    """Whether a task of this name is about classes."""
+    return name.partition(":")[0] == classification.__name__
+
+
+@functools.cache
+def _made(task: str) -> Task:
     name, *options = task.split(":")
     if name not in READY:
         raise TaskError(
@@ -58,11 +72,6 @@ def named(task: str | Task) -> Task:
             )
         given[key] = _number(task, key, value)
     return make(**given)
-
-
-def known(name: str) -> Task | None:
-    """Return a ready-made task, or None where the name is of somebody's own."""
-    return named(name) if name.partition(":")[0] in READY else None
 
 
 def _number(task: str, key: str, value: str) -> int | float:

@@ -45,9 +45,9 @@ def segmentation(ignore: int = 255) -> Task:
         scores={"mean_probability": mean_probability, "low_probability": low_probability},
         quality_name="IoU of an image",
         distance=distance,
+        outputs_for=functools.partial(width, ignore=ignore),
         statistics=functools.partial(statistics, ignore=ignore),
         summary=summary,
-        outputs_for=lambda target: int(target[target != ignore].max()) + 1,
     )
 
 
@@ -72,6 +72,21 @@ def quality(
     shares = both / either.clamp(min=1)
     found = (shares * present).sum(1) / present.sum(1).clamp(min=1)
     return torch.where(present.any(1), found, 1.0).float()
+
+
+def width(target: Int[Tensor, "B H W"], *, ignore: int = 255) -> int:
+    """Count the classes of masks, those between them that are absent included.
+
+    Raises:
+        TaskError: if no pixel counts.
+    """
+    counting = target[target != ignore]
+    if not len(counting):
+        raise TaskError(
+            f"every pixel of the masks is {ignore}, which counts nowhere; expected class numbers "
+            "from 0. Name another number with segmentation:ignore=N."
+        )
+    return int(counting.max()) + 1
 
 
 def mean_probability(output: Float[Tensor, "B C H W"]) -> Float[Tensor, "B"]:

@@ -131,7 +131,7 @@ def _examples(
     """Pick test inputs that left early and late under the first policy."""
     if not policies:
         return []
-    from impatient.policies.policy import is_classification
+    from impatient.tasks import is_classification
 
     early, late = impatient.evaluation.select_examples(recording, next(iter(policies.values())))
     chosen = [*early, *late]
