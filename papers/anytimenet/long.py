@@ -1,9 +1,8 @@
 """Trainings that take hours, one after the other: `python -m papers.anytimenet.long RUNS`.
 
-AnytimeNet and BASELINE on all of CIFAR-10, seed by seed, on one thread, in single precision: on
-processors without bfloat16 instructions (AVX-512 BF16 or AMX) bfloat16 is far slower, not faster.
-Stop them at any time; the same command goes on. Each result is in RUNS/NAME/result.json as soon as
-it is there.
+AnytimeNet and BASELINE on all of CIFAR-10, seed by seed, on one thread. The precision is the one
+in which a step was faster on this machine; RUNS/precision.json has the measurement. Stop them at
+any time; the same command goes on. Each result is in RUNS/NAME/result.json as soon as it is there.
 """
 
 from __future__ import annotations
@@ -13,33 +12,52 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from papers.anytimenet.recipe import SCALES, THIN, Case, Net, Scale, Training, jobs
-from papers.jobs import run_jobs
+import torch
 
-LONG = Scale(
-    cases=(
-        Case(
-            name="cifar10",
-            data="cifar10",
-            images=None,
-            validation=None,
-            epochs=10,
-            batch_size=128,
-            augment="crop-flip",
-        ),
-    ),
-    net=THIN,
-    # the learning rate rises for a quarter and falls along a cosine: one cycle
-    training=Training(
-        lr=0.4,
-        schedule="cosine",
-        warmup=0.25,
-        calibration=4096,
-        weight_decay=5e-4,
-    ),
-    timing=SCALES["cpu"].timing,
-    seeds=3,
-)
+from papers.anytimenet.recipe import SCALES, THIN, Case, Net, Scale, build, jobs
+from papers.data import load
+from papers.jobs import run_jobs
+from papers.throughput import chosen_precision
+
+
+def long_scale(case: Case, net: Net, *, epochs: int, seeds: int, width: int) -> Scale:
+    """Return a scale whose learning rate rises for a quarter and falls along a cosine: one cycle.
+
+    Its precision is still to be chosen.
+    """
+    cpu = SCALES["cpu"]
+    training = dataclasses.replace(
+        cpu.training, lr=0.4, warmup=0.25, calibration=4096, weight_decay=5e-4
+    )
+    return dataclasses.replace(
+        cpu,
+        cases=(dataclasses.replace(case, epochs=epochs, batch_size=128),),
+        net=dataclasses.replace(net, width=width),
+        training=training,
+        seeds=seeds,
+    )
+
+
+def smoke() -> Scale:
+    """Return the same trainings of a tiny network on digits, one seed."""
+    small = SCALES["smoke"]
+    scale = long_scale(small.cases[0], small.net, epochs=2, seeds=1, width=small.net.width)
+    training = dataclasses.replace(scale.training, lr=0.1, calibration=200)
+    return dataclasses.replace(scale, training=training)
+
+
+def in_faster_precision(scale: Scale, folder: Path) -> Scale:
+    """Measure a training step of the scale's AnytimeNet, unless the folder has a measurement."""
+    case = scale.cases[0]
+    data = load(case.data, train=case.images, validation=case.validation, seed=0)
+    images, labels = next(data.batches("train", case.batch_size))
+    network = build(scale.net, "anytime", data)
+    precision = chosen_precision(
+        network, images, torch.as_tensor(labels), folder / "precision.json"
+    )
+    return dataclasses.replace(
+        scale, training=dataclasses.replace(scale.training, precision=precision)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,17 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, help="folder of checkpoints and results")
     parser.add_argument("--smoke", action="store_true", help="on digits, to see that it runs")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=THIN.width, help="channels; the paper's: 16")
     options = parser.parse_args(arguments)
-    run_jobs(jobs(smoke() if options.smoke else LONG), options.runs, workers=1, threads=1)
-
-
-def smoke() -> Scale:
-    """Return the same trainings of a tiny network on digits, one seed."""
-    small = SCALES["smoke"]
-    net: Net = small.net
-    case = dataclasses.replace(small.cases[0], batch_size=64)
-    training = dataclasses.replace(LONG.training, lr=0.1, calibration=200)
-    return dataclasses.replace(LONG, cases=(case,), net=net, training=training, seeds=1)
+    torch.set_num_threads(1)
+    # crop and mirror, every image
+    case = SCALES["gpu"].cases[0]
+    scale = (
+        smoke()
+        if options.smoke
+        else long_scale(case, THIN, epochs=options.epochs, seeds=options.seeds, width=options.width)
+    )
+    ready = in_faster_precision(scale, options.runs)
+    run_jobs(jobs(ready), options.runs, workers=1, threads=1)
 
 
 if __name__ == "__main__":

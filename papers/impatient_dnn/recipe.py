@@ -36,6 +36,7 @@ from impatient.provenance import fingerprint_structure, fingerprint_tensors, pro
 from impatient.store import from_plain, to_plain
 from impatient.training.data import Split
 from papers import data
+from papers.impatient_dnn.mobilenet import MobileNet, imagenet_weights
 from papers.impatient_dnn.probes import linear_probes
 from papers.jobs import Job, run_jobs
 
@@ -52,7 +53,8 @@ class Pair:
 
     Attributes:
         name: of data and network, for people and folders.
-        target, source: data sets of `papers.data`.
+        target, source: data sets of `papers.data`; the source "imagenet" stands for the weights of
+            the shared data's MobileNet, which nobody here trains.
         network: a model spec whose blocks are named blocks.0, blocks.1, ...
         blocks: how many it has; an exit after each, the last one's being the network's own output.
     """
@@ -114,6 +116,8 @@ def _pairs(
         for name, (spec, blocks) in networks.items()
     )
 
+
+IMAGENET = "imagenet"
 
 # of the SVMs; a wider range takes most of the time and changed little
 STRENGTHS = (
@@ -258,6 +262,8 @@ def measure_costs(*, pair: Pair, repeats: int, folder: Path) -> dict[str, Any]:
 
 def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
     """Train the network without exits on the source, and keep its weights."""
+    if pair.source == IMAGENET:
+        return _imagenet(pair, seed, folder)
     source = data.load(
         pair.source, train=settings.source_train, validation=settings.validation, seed=seed
     )
@@ -270,6 +276,20 @@ def pretrain(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict
     )
     _checkpoint(folder).unlink()
     return {"validation": accuracy}
+
+
+def _imagenet(pair: Pair, seed: int, folder: Path) -> dict[str, Any]:
+    """Keep the weights of ImageNet as `pretrain` keeps trained ones."""
+    torch.manual_seed(seed)
+    network = load_model(pair.network)
+    assert isinstance(network, MobileNet)
+    imagenet_weights(network, data.shared_folder() / "mobilenets_imagenet_u8.npz")
+    write_tensors(
+        folder / "weights.safetensors",
+        network.state_dict(),
+        {"kind": "weights", "job": folder.name},
+    )
+    return {"validation": []}
 
 
 def probe_pretrained(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dict[str, Any]:
@@ -327,7 +347,13 @@ def standardised_linear(features: FeatureShape, num_classes: int) -> nn.Module:
 
 
 def _target(pair: Pair, settings: Settings, seed: int) -> Data:
-    return data.load(pair.target, train=settings.train, validation=settings.validation, seed=seed)
+    target = data.load(pair.target, train=settings.train, validation=settings.validation, seed=seed)
+    if pair.source != IMAGENET:
+        return target
+    # what the MobileNets were trained on: numbers from -1 to 1
+    middle = (0.5,) * target.preprocess.channels
+    seen = dataclasses.replace(target.preprocess, mean=middle, std=middle)
+    return dataclasses.replace(target, preprocess=seen)
 
 
 def _backbone(pair: Pair, examples: Data, seed: int) -> nn.Module:

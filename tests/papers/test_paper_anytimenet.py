@@ -1,7 +1,9 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +12,12 @@ from safetensors.torch import load_model
 
 from impatient import Recording, load_data, record
 from impatient.clock import FakeClock
+from impatient.files import read_json
 from impatient.networks import growth
 from impatient.networks.anytimenet import AnytimeNet, IterationBatchNorm
-from impatient.provenance import provenance
+from impatient.provenance import machine, provenance
 from impatient.training import schedules
+from papers import throughput
 from papers.anytimenet import __main__ as command
 from papers.anytimenet import execution, learning, long, recipe, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
@@ -159,7 +163,7 @@ def test_the_scarce_case_has_as_few_images_a_class_as_sfcars() -> None:
 
 def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(tmp_path: Path) -> None:
     long.main([str(tmp_path), "--smoke"])
-    scale = long.smoke()
+    scale = long.in_faster_precision(long.smoke(), tmp_path)
     (case,) = scale.cases
     results = finished(recipe.jobs(scale), tmp_path)
     assert set(results) == {key(case, kind, 0) for kind in KINDS}
@@ -171,6 +175,26 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(tmp_p
     network.eval()
     again = recipe.judged(record(network, data, split="test"))
     assert again["accuracy"] == results[key(case, "anytime", 0)]["own"]["accuracy"]
+
+
+def test_long_trainings_take_the_faster_precision_once_and_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faster(precision: str) -> None:
+        def rates(*_: object, modes: Sequence[throughput.Mode], repeats: int) -> dict[Any, Any]:
+            return {mode: [9.0 if mode.precision == precision else 5.0] * repeats for mode in modes}
+
+        monkeypatch.setattr(throughput, "step_rates", rates)
+
+    faster("bf16-mixed")
+    assert long.in_faster_precision(long.smoke(), tmp_path / "a").training.precision == "bf16-mixed"
+    faster("32-true")
+    # another machine, the same run: its precision stays
+    assert long.in_faster_precision(long.smoke(), tmp_path / "a").training.precision == "bf16-mixed"
+    assert long.in_faster_precision(long.smoke(), tmp_path / "b").training.precision == "32-true"
+    kept = read_json(tmp_path / "a" / "precision.json")
+    assert kept["images_per_second"] == {"32-true": 5.0, "bf16-mixed": 9.0}
+    assert (kept["batch"], kept["processor"]) == (128, machine("cpu")["processor"])
 
 
 def test_the_gpu_scale_is_the_papers_recipe() -> None:
