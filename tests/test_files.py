@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import pickle
 import resource
@@ -191,6 +192,33 @@ def test_a_file_that_holds_no_json_object_is_refused(tmp_path, written, complain
     (tmp_path / "file.json").write_bytes(written)
     with pytest.raises(StorageError, match=complaint):
         read_json(tmp_path / "file.json")
+
+
+def test_one_flipped_bit_anywhere_in_json_is_noticed(tmp_path):
+    path = tmp_path / "file.json"
+    # many digits: of two texts that are one number the other is noticed, too
+    write_json(path, {"a": 0.1 + 0.2, "b": [1, None], "c d": {"e": "f \u00d7 g", "h": math.inf}})
+    good = path.read_bytes()
+    # 3 and 8 have no common factor: every place of a bit in a byte has its turn
+    for bit in range(0, 8 * len(good), 3):
+        damaged = bytearray(good)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = read_json(path)
+        except StorageError:
+            continue
+        # the name of the checksum was hit: its reader does not know the entry
+        assert "checksum" not in found
+        assert len(found) == 4
+
+
+def test_json_may_be_laid_out_anew(tmp_path):
+    path = tmp_path / "file.json"
+    for value in ({"a": 0.1 + 0.2, "b": [1, "two  three"]}, {}):
+        write_json(path, value)
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=4).replace("\n", "\r\n"))
+        assert read_json(path) == value
 
 
 def test_json_that_is_not_there_is_named(tmp_path):

@@ -32,7 +32,7 @@ from impatient.verbs import (
     show,
     train,
 )
-from impatient.verbs.notes import log
+from impatient.verbs.notes import log, visible
 from impatient.verbs.options import VerbOptions
 from impatient.verbs.processes import is_first
 
@@ -119,7 +119,7 @@ class Notes(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(record.getMessage(), soft_wrap=True, markup=False, highlight=False)
+        print_text(self.console, record.getMessage())
 
 
 def main() -> None:
@@ -140,12 +140,10 @@ def main() -> None:
         code = 1
         # an OSError is of a place that is no file of ours, such as a terminal that has gone
         kind = type(error) if isinstance(error, ImpatientError) else StorageError
-        err.print(
-            f"error ({kind.__name__}): {error}", soft_wrap=True, markup=False, highlight=False
-        )
+        print_text(err, f"error ({kind.__name__}): {error}")
     except KeyboardInterrupt:
         code = STOPPED
-        err.print(f"\nstopped; {verb.kept}", soft_wrap=True, markup=False, highlight=False)
+        print_text(err, f"\nstopped; {verb.kept}")
     sys.exit(code)
 
 
@@ -154,7 +152,7 @@ def answer(verb: Verb, options: VerbOptions, result: Any) -> None:
     if options.json:
         from impatient.verbs.as_json import to_json
 
-        out.print(to_json(verb.plain(result)), soft_wrap=True, markup=False, highlight=False)
+        print_text(out, to_json(verb.plain(result)))
         return
     for part in verb.shown(options, result):
         print_part(part)
@@ -174,11 +172,16 @@ def parse(arguments: Sequence[str]) -> Any:
 def print_part(part: Table | str) -> None:
     """Print a table or a text."""
     if isinstance(part, str):
-        out.print(part, soft_wrap=True, markup=False, highlight=False)
+        print_text(out, part)
     else:
         from impatient.verbs.terminal import rich_table
 
         out.print(rich_table(part, out.width))
+
+
+def print_text(console: Console, text: str) -> None:
+    """Print a text as it is, but for characters that would control the terminal."""
+    console.print(visible(text), soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

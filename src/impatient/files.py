@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
+import re
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +17,8 @@ from impatient.errors import StorageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger(__name__)
-
-
 # What to do where nothing could be written.
-_UNCHANGED = (
+UNCHANGED = (
     "Nothing was changed; free some space or choose another folder, then run the same command "
     "again."
 )
@@ -59,7 +55,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         StorageError: if the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with file_errors(f"write {path}", _UNCHANGED):
+    with file_errors(f"write {path}", UNCHANGED):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -122,62 +118,6 @@ def move(path: Path, target: Path) -> None:
         path.replace(target)
 
 
-# Directories that are worked on, by their path: the process and the thread.
-_held: dict[Path, tuple[int, int]] = {}
-
-
-@contextlib.contextmanager
-def working_on(directory: Path, *, make: bool = False) -> Iterator[None]:
-    """Let no other process, and no other thread, work on a directory in the meantime.
-
-    The lock is the kernel's, on the directory itself. So nothing is left behind, however the
-    process ends. Within one thread it may be taken several times.
-
-    Args:
-        directory: the directory; without `make` nothing is locked if it does not exist.
-        make: whether to make the directory; it is removed again if it stays empty.
-    Raises:
-        StorageError: if somebody else works on the directory, or it cannot be made.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        # Windows has no such locks.
-        yield
-        return
-    place = directory.resolve()
-    me = (os.getpid(), threading.get_ident())
-    made = [folder for folder in (place, *place.parents) if make and not folder.exists()]
-    if _held.get(place) == me or not (make or place.exists()):
-        yield
-        return
-    with file_errors(f"write {directory}", _UNCHANGED):
-        place.mkdir(parents=True, exist_ok=True)
-        handle = os.open(place, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another process works on {directory} now. Wait until it has ended, or use "
-                "another directory."
-            ) from error
-        except OSError:
-            # Some network disks lock no directories; then nobody is kept out.
-            log.info("%s is on a disk without locks; let one process work on it", directory)
-        _held[place] = me
-        try:
-            yield
-        finally:
-            del _held[place]
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):
-            for folder in made:
-                # Fails unless the folder is empty.
-                folder.rmdir()
-
-
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -189,21 +129,31 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file atomically, with infinities as Python's json writes them."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+# What `write_json` ends a file with, without white space.
+_LAST_ENTRY = re.compile(r',?"checksum":"([0-9a-f]{64})"\}$')
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object and its checksum atomically.
+
+    Infinities are written as Python's json writes them. Line ends and indentation do not count for
+    the checksum.
+    """
+    checksum = _text_checksum("".join(json.dumps(value).split()))
+    write_text(path, json.dumps({**value, "checksum": checksum}, indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object, and compare its checksum if it has one.
 
     Raises:
-        StorageError: if the file is missing, not JSON or not an object.
+        StorageError: if the file is missing, not JSON, not an object or does not fit its checksum.
     """
     path = Path(path)
     try:
         with file_errors(f"read {path}"):
-            value = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StorageError(
             f"{path} is not valid JSON ({error}); it was damaged or is another file. Make it again."
@@ -212,7 +162,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise StorageError(
             f"{path} holds a JSON {type(value).__name__}; expected an object. Make it again."
         )
+    if value.pop("checksum", None) is not None and not _fits_its_checksum(text):
+        raise StorageError(
+            f"{path} does not fit its checksum: it was damaged, or changed by hand. Make it again; "
+            'if the change is yours, remove the entry "checksum".'
+        )
     return value
+
+
+def _fits_its_checksum(text: str) -> bool:
+    """Compare the text of a JSON object with the checksum that is its last entry."""
+    squeezed = "".join(text.split())
+    last = _LAST_ENTRY.search(squeezed)
+    return last is not None and last[1] == _text_checksum(squeezed[: last.start()] + "}")
+
+
+def _text_checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_tensors(

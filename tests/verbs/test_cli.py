@@ -280,9 +280,9 @@ def test_bad_policy_options_are_named(call: Call, run_dir: Path) -> None:
 
 
 def test_names_that_look_like_emoji_are_printed_as_they_are(call: Call, run_dir: Path) -> None:
-    spec = json.loads((run_dir / "network.json").read_text())
+    spec = read_json(run_dir / "network.json")
     named = {**spec, "model": "some_module:factory:width=8"}
-    (run_dir / "network.json").write_text(json.dumps(named))
+    write_json(run_dir / "network.json", named)
     code, text = call("profile", run_dir, "--force")
     assert (code, "the model 'some_module:factory:width=8'" in text) == (1, True)
 

@@ -145,7 +145,9 @@ def test_units_and_lists_are_read_in_one_place(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["evaluate", "run", "--threads", "-1"], "expected a whole number, 0 or more"),
+        (["evaluate", "run", "--threads", "-1"], "expected a whole number from 0 to 1024"),
+        (["fit", "run", "--threads", "100000"], "expected a whole number from 0 to 1024"),
+        (["profile", "run", "--threads", "1,100000"], "expected a whole number from 0 to 1024"),
         (["train", "run", "--exits", "2.5"], "expected a whole number, 1 or more"),
         (["train", "run", "--validation", "1.5"], "expected a share from 0 to 1"),
         (["run", "run", "a.png", "--deadline-ms", "-5"], "expected a positive number"),

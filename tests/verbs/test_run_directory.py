@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 from command_line import TINY, Call
 from impatient import files
+from impatient.directories import remove_stale, replaced_whole, working_on
 from impatient.errors import ModelSpecError, StorageError
-from impatient.files import plain_name, read_tensors, working_on, write_tensors
+from impatient.files import plain_name, read_json, read_tensors, write_json, write_tensors
 from impatient.networks.specs import check_trusted
 from impatient.training.checkpoint import load_checkpoint
 from impatient.verbs.replacing import discard_old, replaced
@@ -26,6 +27,11 @@ from impatient.verbs.run_directory import RunDirectory
 
 def content(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def changed(file: Path, **entries: Any) -> None:
+    """Change entries of a JSON file as somebody would who means it: the checksum fits."""
+    write_json(file, read_json(file) | entries)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def test_an_error_of_the_file_system_is_ours(
 
 _HOLD = """
 import sys, pathlib
-from impatient.files import working_on
+from impatient.directories import working_on
 with working_on(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -205,7 +211,81 @@ def test_one_thread_may_work_within_its_own_work_and_nothing_is_left_behind(tmp_
         assert not place.exists()
 
 
+def test_what_a_killed_process_left_behind_is_swept_and_nothing_else(
+    call: Call, run_dir: Path
+) -> None:
+    engine = run_dir / "engines" / "onnxruntime"
+    engine.mkdir(parents=True)
+    before = content(run_dir)
+    (run_dir / "policies" / ".loss-2.json.ab_cd3f9.tmp").write_text("half")
+    (engine / ".costs.json.4711.tmp").write_text("half")
+    (run_dir / ".new.abcdefgh.tmp" / "recordings").mkdir(parents=True)
+    mine = [run_dir / ".notes.tmp", run_dir / "mine" / ".a.abcdefgh.tmp"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    assert call("fit", run_dir, "--max-loss", 2)[0] == 0
+    found = content(run_dir)
+    assert found.keys() - before.keys() == {*mine}
+    assert not list(run_dir.glob(".new.*"))
+
+
+def test_a_directory_that_was_on_its_way_out_without_a_successor_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "engine"
+    place.mkdir()
+    (place / "file").write_text("old")
+    # the process is killed between the two renames
+    left = tmp_path / ".engine.abcdefgh.tmp"
+    (left / "new").mkdir(parents=True)
+    place.rename(left / "old")
+    remove_stale(tmp_path, ["."])
+    assert content(tmp_path) == {place / "file": b"old"}
+    # the disk fails at the second rename
+    kept = Path.rename
+
+    def denied(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return kept(self, target)
+
+    monkeypatch.setattr(Path, "rename", denied)
+    with pytest.raises(StorageError, match="Permission denied"), replaced_whole(place) as new:
+        (new / "file").write_text("new")
+    assert content(tmp_path) == {place / "file": b"old"}
+
+
 # --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ["mean", "std"])
+def test_a_plausible_number_that_was_damaged_is_noticed(run_dir: Path, entry: str) -> None:
+    file = run_dir / "network.json"
+    spec = json.loads(file.read_text())
+    spec["preprocess"][entry] = [0.9]
+    file.write_text(json.dumps(spec, indent=1))
+    with pytest.raises(StorageError, match=r'fit its checksum.*remove the entry "checksum"'):
+        RunDirectory(run_dir).spec()
+    del spec["checksum"]
+    file.write_text(json.dumps(spec))
+    assert getattr(RunDirectory(run_dir).spec().preprocess, entry) == (0.9,)
+
+
+@pytest.mark.parametrize("file", ["profile.json", "policies/loss-2.json", "training.json"])
+def test_a_damaged_file_is_made_again_by_its_verb_or_named(
+    call: Call, run_dir: Path, file: str
+) -> None:
+    path = run_dir / file
+    path.write_text(path.read_text().replace("1", "2", 1))
+    commands = {
+        "profile.json": ("profile", run_dir, "--repeats", 5, "--quiet"),
+        "policies/loss-2.json": ("fit", run_dir, "--max-loss", 2),
+        "training.json": ("train", run_dir, *TINY),
+    }
+    code, printed = call(*commands[file])
+    assert code == (1 if file == "training.json" else 0)
+    assert ("does not fit its checksum" in printed) == (file != "policies/loss-2.json")
 
 
 @pytest.mark.parametrize("file", ["weights", "checkpoint", "recordings/test"])
@@ -267,9 +347,7 @@ def test_a_directory_of_somebody_else_runs_nothing(
     call: Call, run_dir: Path, tmp_path: Path, model: str, verb: str
 ) -> None:
     mark = tmp_path / "mark"
-    spec = json.loads((run_dir / "network.json").read_text())
-    spec["model"] = model.replace("MARK", str(mark))
-    (run_dir / "network.json").write_text(json.dumps(spec))
+    changed(run_dir / "network.json", model=model.replace("MARK", str(mark)))
     np.save(tmp_path / "x.npy", np.zeros((1, 8, 8), np.uint8))
     arguments: dict[str, list[Any]] = {
         "run": [run_dir, tmp_path / "x.npy"],
@@ -293,8 +371,7 @@ def test_a_module_is_built_when_it_is_trusted_by_name_and_no_other(
         "def build(num_classes, in_channels):\n"
         "    return PreActResNet(n=1, c=8, num_classes=num_classes, in_channels=in_channels)\n"
     )
-    spec = json.loads((run_dir / "network.json").read_text())
-    (run_dir / "network.json").write_text(json.dumps({**spec, "model": "own_for_trust:build"}))
+    changed(run_dir / "network.json", model="own_for_trust:build")
     for trust in ((), ("own_for_trust:other",), ("own",)):
         with pytest.raises(ModelSpecError, match="--trust own_for_trust:build"):
             RunDirectory(run_dir, trust=trust).network()
@@ -359,9 +436,9 @@ def test_a_description_with_numbers_that_do_not_fit_is_refused(
     run_dir: Path, entry: str, value: Any
 ) -> None:
     file = run_dir / "network.json"
-    spec = json.loads(file.read_text())
+    spec = read_json(file)
     (spec if entry in spec else spec["preprocess"])[entry] = value
-    file.write_text(json.dumps(spec))
+    write_json(file, spec)
     with pytest.raises(StorageError, match=r"network\.json"):
         RunDirectory(run_dir).spec()
 
@@ -369,8 +446,7 @@ def test_a_description_with_numbers_that_do_not_fit_is_refused(
 @pytest.mark.parametrize("name", ["nn", "no_such", "Tensor"])
 def test_a_description_with_a_dtype_that_torch_lacks_is_refused(run_dir: Path, name: str) -> None:
     file = run_dir / "network.json"
-    spec = json.loads(file.read_text())
-    file.write_text(json.dumps({**spec, "example_dtype": name}))
+    changed(file, example_dtype=name)
     with pytest.raises(StorageError, match=f"example_dtype is '{name}'; expected"):
         RunDirectory(run_dir).spec().example()
 

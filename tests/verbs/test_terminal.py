@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from command_line import Call
 from impatient import CostProfile, Evaluation, progress
 from impatient.evaluation import tables
+from impatient.files import read_json, write_json
 from impatient.table import Cell, Column, Table
 from impatient.verbs.as_json import to_json
 from impatient.verbs.terminal import rich_table
@@ -167,9 +169,9 @@ def test_only_runs_on_the_same_data_stand_beside_each_other(
     call: Call, run_dir: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(run_dir, tmp_path / "other"))
-    evaluation = json.loads((other / "evaluation.json").read_text())
+    evaluation = read_json(other / "evaluation.json")
     evaluation["provenance"]["data"] = "others"
-    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    write_json(other / "evaluation.json", evaluation)
     code, text = call("report", run_dir, "--beside", other)
     assert (code, "compare runs on the same data" in text) == (1, True)
     (other / "evaluation.json").unlink()
@@ -186,6 +188,22 @@ def test_the_report_draws_the_network_and_shows_samples(run_dir: Path) -> None:
         for answer in example["answers"]:
             assert answer["said"] == answer["top"][0][0]
             assert sum(share for _, share in answer["top"]) <= 1.001
+
+
+def test_names_cannot_control_the_terminal(call: Call, run_dir: Path, tmp_path: Path) -> None:
+    wild = "ant\x1b[2J\x9b2J\u202e"
+    spec = read_json(run_dir / "network.json")
+    write_json(run_dir / "network.json", spec | {"class_names": [wild] * 10})
+    np.save(tmp_path / "x.npy", np.zeros((1, 8, 8), np.uint8))
+    for more in ([], ["--json"]):
+        code, text = call("run", run_dir, tmp_path / "x.npy", *more)
+        assert code == 0
+        assert r"ant\u001b[2J\u009b2J\u202e" in text
+        assert not set(text) & set(wild) - set("ant[2J")
+    assert json.loads(text)[0]["answer"] == wild
+    # names that are no text cannot be printed at all
+    code, text = call("run", run_dir, tmp_path / "\udcffx\x1b[2J.npy")
+    assert (code, r"\udcffx\u001b[2J.npy" in text) == (1, True)
 
 
 # --- show and describe ----------------------------------------------------------------------------

@@ -9,8 +9,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
 from impatient.counting import StageFacts
+from impatient.directories import replaced_whole
 from impatient.engines.network import (
     PRECISIONS,
     EngineNetwork,
@@ -36,7 +36,7 @@ from impatient.engines.network import (
 from impatient.engines.onnx_files import quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
-from impatient.files import file_errors, read_json, write_json, write_text
+from impatient.files import read_json, write_json, write_text
 from impatient.inputs import batch_size_of, call_model, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
@@ -169,7 +169,7 @@ def export(
     with evaluating(network):
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
-    with _replacing(Path(directory)) as folder:
+    with replaced_whole(Path(directory)) as folder:
         _write_parts(parts, facts, folder, settings, calibration, whole=not lean)
         bundle = _bundle(parts, facts, example, folder, settings)
         bundle["costs"] = costs and _costs_json(costs)
@@ -368,26 +368,6 @@ def _check_place(directory: Path, force: bool) -> None:
             f"{directory} is already an exported network; choose another place, or force=True "
             "(--force)."
         )
-
-
-@contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces a directory if the block succeeds."""
-    remedy = "Nothing was changed; free some space or choose another place."
-    with file_errors(f"write {directory}", remedy):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".tmp", dir=directory.parent)
-        )
-        try:
-            folder = temporary / "new"
-            folder.mkdir()
-            yield folder
-            if directory.exists():
-                directory.rename(temporary / "old")
-            folder.rename(directory)
-        finally:
-            shutil.rmtree(temporary)
 
 
 def _write_parts(

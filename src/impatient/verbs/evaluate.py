@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction, arg
 
 import impatient
 from impatient.errors import PolicyError, RunError
-from impatient.files import is_file, read_json
+from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
@@ -30,6 +30,7 @@ from impatient.verbs.options import (
 )
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
+from impatient.verbs.train import TrainingChoice
 
 if TYPE_CHECKING:
     from impatient.evaluation.paired import PairedComparison
@@ -195,8 +196,8 @@ def _static(
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, impatient.Budget]:
     """Give the budget asked for, else the one the network was trained for."""
     if text is None:
-        training = run.path / "training.json"
-        trained = read_json(training)["weights"] if is_file(training) else ""
+        file = run.path / "training.json"
+        trained = TrainingChoice.load(file).weights if is_file(file) else ""
         # "=" is in the options of a rule: sieve:total=all
         text = trained if ":" in trained and "=" not in trained else ""
     return {text: impatient.budgets.parse_budget(text)} if text else {}

@@ -74,6 +74,8 @@ def _in_ms(seconds: float) -> str:
 _number = _reader(float, "a number")
 _count = _reader(int, "a whole number, 0 or more", 0)
 _positive = _reader(int, "a whole number, 1 or more", 1)
+# With many thousands torch cannot start its threads, and ends the process.
+_threads = _reader(int, "a whole number from 0 to 1024", 0, 1024)
 _share = _reader(float, "a share from 0 to 1", 0.0, 1.0)
 
 # help says nothing of a default that is nothing
@@ -120,8 +122,12 @@ Directory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directo
 NewDirectory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory to make.")]
 AnyProfile = Annotated[Flag, arg(help="Use a profile of another machine or version all the same.")]
 Threads = Annotated[
-    Count, arg(help="Threads of torch within an operation; 0 leaves its own choice.")
+    int,
+    _spec("COUNT", _threads),
+    arg(help="Threads of torch within an operation; 0 leaves its own choice."),
 ]
+# the same, for several measurements in turn
+ThreadCounts = Annotated[tuple[int, ...], _listed("COUNT,COUNT,...", _threads), OFF]
 Engine = Annotated[
     str, arg(help="eager, compile, or one that `impatient export` has made in DIR/engines.")
 ]

@@ -8,10 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from impatient.files import working_on
+from impatient.directories import remove_stale, working_on
 
 Options = TypeVar("Options", bound="InDirectory")
 Result = TypeVar("Result")
+
+# The folders of a run directory into which verbs write.
+WRITTEN_TO = (
+    *(".", "recordings", "policies", "certificates", "exit_free", "exit_free/recordings"),
+    *("engines", "engines/*", "engines/*/recordings"),
+)
 
 
 class InDirectory(Protocol):
@@ -41,7 +47,9 @@ def alone(
             # Further processes of one training work together with the first.
             if not is_first():
                 return work(options)
-            with working_on(options.directory, make=make):
+            with working_on(options.directory, make=make) as is_alone:
+                if is_alone:
+                    remove_stale(options.directory, WRITTEN_TO)
                 return work(options)
 
         return run_alone

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 import impatient
-from impatient.errors import StaleInput
+from impatient.errors import StaleInput, StorageError
 from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.notes import log
@@ -22,6 +22,7 @@ from impatient.verbs.options import (
     Names,
     Positive,
     Quiet,
+    ThreadCounts,
     Trust,
     VerbOptions,
 )
@@ -46,7 +47,7 @@ class ProfileOptions(VerbOptions):
     batch_sizes: Counts = (1,)
     repeats: Positive = 300
     engines: Annotated[Names, arg(name="engine", aliases=["--engines"])] = ("eager",)
-    threads: Counts = (0,)
+    threads: ThreadCounts = (0,)
     force: Force = False
     quiet: Quiet = False
     trust: Trust = ()
@@ -86,8 +87,11 @@ def _profiled(
     network, _ = run.network()
     file = run.profile_file.with_name(name)
     if is_file(file) and not options.force:
-        known = impatient.CostProfile.load(file)
-        reason = _not_fresh(known, network, options.batch_sizes, options.repeats)
+        try:
+            known = impatient.CostProfile.load(file)
+            reason = _not_fresh(known, network, options.batch_sizes, options.repeats)
+        except StorageError as damage:
+            reason = str(damage)
         if not reason:
             log.info("up to date: %s (--force to measure again)", file)
             return file, known

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from impatient.table import Cell, Column, Table
+from impatient.verbs.notes import visible
 
 # spaces between two columns
 GAP = 2
@@ -43,7 +44,7 @@ def rich_table(table: Table, width: int) -> rich.table.Table:
 
 def _drawn(table: Table, *, wide: bool, left_out: list[str] | None = None) -> rich.table.Table:
     made = rich.table.Table(
-        title=Text(table.title, style="italic"),
+        title=Text(visible(table.title), style="italic"),
         title_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
@@ -114,7 +115,7 @@ def _title(table: Table, index: int, wide: bool) -> str:
 def _text(cell: str | Cell | Column, wide: bool) -> Text:
     # no markup: names may have brackets of their own
     if not isinstance(cell, Cell):
-        return Text(str(cell))
+        return Text(visible(str(cell)))
     detail = f" ({cell.detail})" if wide else f"\n{cell.detail}"
     text = f"{cell.text}{detail}" if cell.detail else cell.text
-    return Text(text, style="bold" if cell.strong else "")
+    return Text(visible(text), style="bold" if cell.strong else "")

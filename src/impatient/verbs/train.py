@@ -13,8 +13,9 @@ from tyro.conf import arg
 
 import impatient
 from impatient.errors import ModelSpecError, RunError, StaleInput, TrainingError
-from impatient.files import is_file, read_json, write_json
+from impatient.files import is_file
 from impatient.recipe import Recipe
+from impatient.store import Stored
 from impatient.verbs.network_spec import (
     DEFAULT_EXITS,
     OWN_HEADS,
@@ -122,6 +123,23 @@ class TrainOptions(VerbOptions):
     def rule(self) -> str | None:
         """The rule in `after`, if it is one: "every:2"."""
         return self.after[0] if len(self.after) == 1 and ":" in self.after[0] else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingChoice(Stored, kind="training", made_by="`impatient train`"):
+    """What a training was begun with, beside the recipe, and what followed from it.
+
+    Attributes:
+        weights: Exit weights as they were asked for.
+        mode: Costs behind a budget's weights.
+        numbers: These weights in numbers; None if they follow the losses.
+        init: Weights to begin with; empty if there are none.
+    """
+
+    weights: str
+    mode: str
+    numbers: tuple[float, ...] | None
+    init: str = ""
 
 
 @alone(make=True)
@@ -402,22 +420,21 @@ def _exit_weights(run: RunDirectory, options: TrainOptions, network: Any) -> Exi
     init = options.init or ""
     file = run.path / "training.json"
     if is_file(file):
-        begun = read_json(file)
-        # files from before there was --init have none
-        was = begun.get("init", "")
-        if was != init:
+        begun = TrainingChoice.load(file)
+        if begun.init != init:
             raise StaleInput(
-                f"{run.path} was begun with --init {was or '(none)'}, not {init or '(none)'}. Say "
-                "the old value, use another directory, or --restart to throw the old run away."
+                f"{run.path} was begun with --init {begun.init or '(none)'}, not "
+                f"{init or '(none)'}. Say the old value, use another directory, or --restart to "
+                "throw the old run away."
             )
-        if (begun["weights"], begun["mode"]) == (wanted, options.mode):
-            return tuple(begun["numbers"]) if begun["numbers"] else wanted
+        if (begun.weights, begun.mode) == (wanted, options.mode):
+            return begun.numbers or wanted
         raise StaleInput(
-            f"{run.path} was begun with --weights {begun['weights']} --mode {begun['mode']}. Say "
-            "so again, use another directory, or --restart to throw the old run away."
+            f"{run.path} was begun with --weights {begun.weights} --mode {begun.mode}. Say so "
+            "again, use another directory, or --restart to throw the old run away."
         )
     numbers = _weights_in_numbers(run, wanted, options, network)
-    write_json(file, {"weights": wanted, "mode": options.mode, "numbers": numbers, "init": init})
+    TrainingChoice(weights=wanted, mode=options.mode, numbers=numbers, init=init).save(file)
     return numbers or wanted
 
 
