@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,13 @@ def drawn(
     outputs = shared + torch.randn(len(gains), samples, classes, generator=random)
     outputs[:, torch.arange(samples), labels] += torch.tensor(gains)[:, None]
     return recording_of(outputs, labels, **rest)
+
+
+def in_top(recording: Recording, top: int) -> np.ndarray:
+    """Say of every answer [K, N] whether fewer than `top` classes are likelier than the truth."""
+    outputs = recording.logits().numpy()
+    places = np.broadcast_to(recording.labels.numpy()[:, None], (*outputs.shape[:2], 1))
+    return (outputs > np.take_along_axis(outputs, places, -1)).sum(-1) < top
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance, provenance
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, known
+from impatient.tasks.classification import top_of, top_probability
 
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
@@ -116,6 +117,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
         under_budgets: expected accuracies.
         budgets: the distributions, by name.
         quality_name: what `accuracy` is called for the task.
+        task: name of the task by which answers were judged.
         split, samples: what it was judged on.
         provenance: weights, data and the machine the times come from.
     """
@@ -127,6 +129,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
     samples: int
     provenance: Provenance
     quality_name: str = "accuracy"
+    task: str = "classification"
 
     def of(self, kind: Kind) -> tuple[Row, ...]:
         """Return the rows of one kind."""
@@ -211,6 +214,7 @@ def evaluate(
         budgets=distributions,
         split=recording.split,
         quality_name=meaning.quality_name if meaning else "quality",
+        task=recording.task,
         samples=len(recording),
         provenance=provenance(
             network=recording.provenance.network,
@@ -257,6 +261,11 @@ def check_judged(name: str, policy: Policy, recording: Recording) -> None:
 def _check_same_split(other: Recording, recording: Recording) -> None:
     what = "the recording to compare with"
     other.provenance.require(what, "record both on the same data", data=recording.provenance.data)
+    if other.task != recording.task:
+        raise RecordingError(
+            f"{what} was judged as {other.task!r}, the other as {recording.task!r}; judge both "
+            "alike, with recording.as_task(...)."
+        )
     if other.split != recording.split:
         raise RecordingError(
             f"{what} is of split {other.split!r}, the other of {recording.split!r}; record the "
@@ -404,7 +413,10 @@ def _judged(recording: Recording) -> Float[Tensor, "J K N"]:
     """Collect the qualities; of classifications how sure answers are, and p(truth), too."""
     if recording.outputs is None or not is_classification(recording.task):
         return recording.quality[None]
-    sure = recording.scores["max_probability"]
+    top = top_of(recording.task)
+    sure = (
+        recording.scores["max_probability"] if top == 1 else top_probability(recording.outputs, top)
+    )
     truth = true_label_probabilities(recording.outputs, recording.labels)
     return torch.stack([recording.quality, sure, truth])
 

@@ -52,6 +52,7 @@ from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification
+from impatient.tasks.classification import top_of
 
 Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
 Method = Literal["learn_then_test", "upper_confidence", "conformal_risk_control"]
@@ -69,11 +70,13 @@ def exit_losses(recording: Recorded, loss: Loss) -> Float[Tensor, "K N"]:
         recording: qualities; "disagreement" looks at the classes that are answered.
         loss: "accuracy_gap", the full network's quality minus the exit's, in [-1, 1]; for classes
             1[full right] - 1[exit right]; "positive_gap", its positive part, never below it; or
-            "disagreement", 1[another class than the full network's], never below either.
+            "disagreement", 1[other classes than the full network's], never below either.
     """
     if loss == "disagreement":
-        answers = recording.logits().argmax(-1)
-        return (answers != answers[-1]).double()
+        outputs = recording.logits()
+        top = min(top_of(recording.task), outputs.shape[-1])
+        answers = outputs.topk(top, dim=-1).indices.sort(-1).values
+        return (answers != answers[-1]).any(-1).double()
     quality = recording.quality.double()
     gap = quality[-1] - quality
     return gap.clamp(min=0.0) if loss == "positive_gap" else gap

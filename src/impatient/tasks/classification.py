@@ -44,6 +44,22 @@ def classification(top: int = 1) -> Task:
     )
 
 
+def top_of(task: str) -> int:
+    """Return how many classes an answer may name, from the name of a classification.
+
+    Example:
+        >>> top_of("classification"), top_of("classification:top=5")
+        (1, 5)
+    """
+    return int(task.partition("top=")[2] or 1)
+
+
+def top_probability(output: Float[Tensor, "*B C"], top: int) -> Float[Tensor, "*B"]:
+    """Compute the probability that the true class is among the `top` likeliest ones."""
+    likeliest = output.float().softmax(-1).topk(min(top, output.shape[-1]), dim=-1).values
+    return likeliest.sum(-1).clamp(max=1.0)
+
+
 def losses(output: Float[Tensor, "B C"], target: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Compute the cross-entropy of each sample."""
     return F.cross_entropy(output.float(), target, reduction="none")

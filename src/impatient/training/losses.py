@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.tasks import Task
+from impatient.tasks import Task, classification
 
 
 def sample_losses(
@@ -97,10 +97,17 @@ def distilled(
 
 
 def exit_hits(
-    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"]
+    outputs_K: Sequence[Float[Tensor, "B C"]], labels_B: Int[Tensor, "B"], top: int = 1
 ) -> Int[Tensor, "K"]:
-    """Count the samples that each exit classifies correctly, shape [K]."""
-    return (torch.stack(list(outputs_K)).argmax(-1) == labels_B).sum(1)
+    """Count the samples that each exit classifies correctly, shape [K].
+
+    Args:
+        outputs_K: output of every exit.
+        labels_B: true classes.
+        top: how many classes an answer may name.
+    """
+    quality = classification(top).quality
+    return torch.stack([quality(output, labels_B).sum() for output in outputs_K]).long()
 
 
 def task_losses(

@@ -24,6 +24,7 @@ from impatient.verbs.options import (
     Engine,
     Text,
     Threads,
+    Top,
     Trust,
     VerbOptions,
     use_threads,
@@ -53,6 +54,7 @@ class EvaluateOptions(VerbOptions):
     budget: Text = None
     against: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
     real: Count = 0
+    top: Top = None
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
@@ -73,7 +75,7 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
             "--engine."
         )
     costs = run.profile(any_machine=options.any_profile)
-    recording = run.recording("test")
+    recording = run.recording("test", top=options.top)
     policies = run.policies()
     if options.real and not policies:
         raise PolicyError(
@@ -87,9 +89,12 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
         costs,
         policies,
         same_weights=not (run.has_network and run.spec().ensembling),
-        exit_free=exit_free.recording("test") if judged else None,
+        exit_free=judged_as(exit_free.recording("test"), recording.task) if judged else None,
         static=_static(
-            run, costs, [RunDirectory(other, trust=options.trust) for other in options.against]
+            run,
+            costs,
+            [RunDirectory(other, trust=options.trust) for other in options.against],
+            recording.task,
         ),
         budgets=standard_budgets(costs.interruptible_s()) | _chosen_budget(run, options.budget),
     )
@@ -106,19 +111,28 @@ def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterato
 
     yield tables.evaluation_table(evaluation)
     if options.engine != EAGER:
-        paired = beside_eager(options.directory, options.engine)
+        paired = beside_eager(options.directory, options.engine, evaluation.task)
         yield tables.engine_table(options.engine, paired, evaluation)
     if options.real:
         yield tables.real_times_table(evaluation)
     yield tables.budgets_table(evaluation)
 
 
-def beside_eager(directory: str | Path, engine: str) -> tuple[PairedComparison, ...]:
-    """Compare what an engine answered on the test split with what torch answered."""
+def beside_eager(directory: str | Path, engine: str, task: str) -> tuple[PairedComparison, ...]:
+    """Compare what an engine answered on the test split with what torch answered.
+
+    Both are judged by the same task.
+    """
     from impatient.evaluation.paired import compare_exits
 
     run = RunDirectory(directory)
-    return compare_exits(run.engine(engine).recording("test"), run.recording("test"))
+    sides = (run.engine(engine).recording("test"), run.recording("test"))
+    return compare_exits(*(judged_as(recording, task) for recording in sides))
+
+
+def judged_as(recording: impatient.Recording, task: str) -> impatient.Recording:
+    """Return a recording as it is, or judged by another task of the same outputs."""
+    return recording if recording.task == task else recording.as_task(task)
 
 
 def _with_real_times(
@@ -167,7 +181,7 @@ def _with_real_times(
 
 
 def _static(
-    run: RunDirectory, costs: impatient.CostProfile, others: Sequence[RunDirectory]
+    run: RunDirectory, costs: impatient.CostProfile, others: Sequence[RunDirectory], task: str
 ) -> dict[str, impatient.evaluation.StaticBaseline]:
     """Measure other runs' networks without exits, in the terms of this run's profile."""
     from impatient.counting import count_macs
@@ -177,7 +191,7 @@ def _static(
     for other in others:
         run.check_data(other.data())
     judged = [other.exit_free if other.exit_free.is_trained else other for other in others]
-    recordings = [part.recording("test") for part in judged]
+    recordings = [judged_as(part.recording("test"), task) for part in judged]
     x = run.spec().example()
     networks = [part.network()[0].exit_free for part in (run, *judged)]
     here, *times = impatient.runtime.time_in_turn(networks, x)

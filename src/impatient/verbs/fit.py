@@ -25,6 +25,7 @@ from impatient.verbs.options import (
     Points,
     Text,
     Threads,
+    Top,
     VerbOptions,
     one_of,
     use_threads,
@@ -79,6 +80,7 @@ class FitOptions(VerbOptions):
     learner: Annotated[Learner | None, one_of(Learner), OFF] = None
     inputs: GateInputs = "confidences"
     delta: Number = None
+    top: Top = None
     name: Text = None
     any_profile: AnyProfile = False
     threads: Threads = 0
@@ -89,7 +91,8 @@ class FitOptions(VerbOptions):
         how = f"-{self.cost}" if self.cost else ""
         learned = f"-{self.learner}-{self.inputs}" if self.learner else ""
         sure = "" if self.delta is None else "-sure"
-        return self.name or target_name(self) + how + learned + sure
+        top = f"-top-{self.top}" if self.top else ""
+        return self.name or target_name(self) + how + learned + sure + top
 
 
 def targets_of(options: Any) -> dict[str, Any]:
@@ -126,7 +129,7 @@ def fit(options: FitOptions) -> impatient.Policy:
         )
     # A name that cannot be a file's is refused before anything is computed.
     name = plain_name(options.policy_name, "policy")
-    recording = run.recording("validation")
+    recording = run.recording("validation", top=options.top)
     costs = run.profile(any_machine=options.any_profile)
     policy: impatient.Policy
     certificate = None

@@ -12,6 +12,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from impatient.clock import positive_ms
+from impatient.errors import TaskError
 
 
 def _reader(
@@ -111,6 +112,15 @@ Number = Annotated[float | None, OFF]
 Flag = Annotated[bool, FlagCreatePairsOff, OFF]
 
 # options of several verbs
+Top = Annotated[
+    int | None,
+    _spec("COUNT", _positive),
+    OFF,
+    arg(
+        help="Take an answer for right if the true class is among its COUNT likeliest ones "
+        "(task classification:top=COUNT)."
+    ),
+]
 Trust = Annotated[
     Names,
     arg(
@@ -142,6 +152,25 @@ class VerbOptions:
     json: Annotated[Flag, arg(help="Print the result as JSON, and notes on the error stream.")] = (
         False
     )
+
+
+def with_top(task: str, top: int | None) -> str:
+    """Return the name of a task, with the number of classes that an answer may name.
+
+    Raises:
+        TaskError: if a number is given for another task than classification.
+    """
+    if top is None:
+        return task
+    # it imports torch
+    from impatient.tasks import named
+
+    kind = task.partition(":")[0]
+    if kind != "classification":
+        raise TaskError(
+            f"--top {top} is for classifications, but the task is {task}; leave it away."
+        )
+    return named(f"{kind}:top={top}").name
 
 
 def use_threads(threads: int) -> None:

@@ -9,7 +9,18 @@ import impatient
 from impatient.errors import ImpatientError
 from impatient.files import is_file
 from impatient.verbs.notes import log
-from impatient.verbs.options import Directory, Engine, Flag, Force, Names, Quiet, Trust, VerbOptions
+from impatient.verbs.options import (
+    Directory,
+    Engine,
+    Flag,
+    Force,
+    Names,
+    Quiet,
+    Top,
+    Trust,
+    VerbOptions,
+    with_top,
+)
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import EAGER, RunDirectory
 
@@ -26,6 +37,7 @@ class RecordOptions(VerbOptions):
     directory: Directory
     splits: Names = ("validation", "test")
     features: Flag = False
+    top: Top = None
     engine: Engine = "eager"
     force: Force = False
     quiet: Quiet = False
@@ -47,16 +59,18 @@ def record(options: RecordOptions) -> list[Path]:
     files = []
     for part in recorded:
         network, weights = part.network()
+        task = with_top(network.task.name, options.top)
         for split in options.splits:
             file = part.recording_file(split)
             files.append(file)
-            if not options.force and _is_fresh(file, weights, data, options.features):
+            if not options.force and _is_fresh(file, weights, data, options.features, task):
                 log.info("up to date: %s (--force to record again)", file)
                 continue
             impatient.record(
                 network,
                 data,
                 split=split,
+                task=task if options.top else None,
                 features=options.features,
                 progress=not options.quiet,
             ).save(file)
@@ -64,7 +78,7 @@ def record(options: RecordOptions) -> list[Path]:
     return files
 
 
-def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) -> bool:
+def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool, task: str) -> bool:
     if not is_file(file):
         return False
     try:
@@ -76,5 +90,6 @@ def _is_fresh(file: Path, weights: str, data: impatient.Data, features: bool) ->
     return (
         source.weights == weights
         and source.data == data.fingerprint
+        and recording.task == task
         and bool(recording.features) >= features
     )

@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction, arg
 import impatient
 from impatient.errors import ModelSpecError, StorageError
 from impatient.files import is_file, write_text
-from impatient.verbs.evaluate import beside_eager
+from impatient.verbs.evaluate import beside_eager, judged_as
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
 from impatient.verbs.options import AnyProfile, Directory, Threads, Trust, VerbOptions, use_threads
@@ -67,7 +67,7 @@ def report(options: ReportOptions) -> Path:
         if ":" in name and budget.cost == "time"
     )
     costs = run.profile(any_machine=options.any_profile)
-    recording = run.recording("test")
+    recording = judged_as(run.recording("test"), evaluation.task)
     page = impatient.evaluation.Report(
         title=run.path.resolve().name,
         evaluation=evaluation,
@@ -78,10 +78,10 @@ def report(options: ReportOptions) -> Path:
         examples=_examples(run, recording, policies),
         engines={
             name: (
-                beside_eager(run.path, name),
-                impatient.Evaluation.load(run.engine(name).evaluation_file),
+                beside_eager(run.path, name, judged.task),
+                judged,
             )
-            for name in run.engine_names()
+            for name, judged in _in_engines(run).items()
         },
         compared=_compared(run, options.beside),
         network=_network(run, costs),
@@ -90,6 +90,14 @@ def report(options: ReportOptions) -> Path:
     write_text(run.report_file, impatient.evaluation.report_html(page))
     log.info("report: %s", run.report_file)
     return run.report_file
+
+
+def _in_engines(run: RunDirectory) -> dict[str, impatient.Evaluation]:
+    """Read the evaluations of the same network in other engines."""
+    return {
+        name: impatient.Evaluation.load(run.engine(name).evaluation_file)
+        for name in run.engine_names()
+    }
 
 
 def _compared(run: RunDirectory, others: Sequence[Path]) -> dict[str, impatient.Evaluation]:

@@ -35,6 +35,7 @@ from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.files import is_file, plain_name, remove, written_whole
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
+from impatient.verbs.options import with_top
 
 # the engine that is torch, running the untouched model
 EAGER = "eager"
@@ -198,8 +199,8 @@ class RunDirectory:
             check_machine(costs, f"{remedy}, or pass --any-profile to use it all the same")
         return costs
 
-    def recording(self, split: str) -> impatient.Recording:
-        """Read the recording of one split.
+    def recording(self, split: str, *, top: int | None = None) -> impatient.Recording:
+        """Read the recording of one split, judged by its `top` likeliest classes if that is given.
 
         One made in 8 bits comes under the name of the weights that were exported, so that policies
         that were fitted on torch's answers may be judged on the engine's.
@@ -222,7 +223,9 @@ class RunDirectory:
             data=data,
         )
         made = dataclasses.replace(recording.provenance, weights=weights)
-        return dataclasses.replace(recording, provenance=made)
+        recording = dataclasses.replace(recording, provenance=made)
+        task = with_top(recording.task, top)
+        return recording if task == recording.task else recording.as_task(task)
 
     # --- policies ---------------------------------------------------------------------------------
 

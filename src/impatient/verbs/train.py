@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 import impatient
-from impatient.errors import ModelSpecError, RunError, StaleInput, TrainingError
+from impatient.errors import ModelSpecError, RunError, StaleInput, TaskError, TrainingError
 from impatient.files import is_file
 from impatient.recipe import Recipe
 from impatient.store import Stored
@@ -36,8 +36,10 @@ from impatient.verbs.options import (
     Quiet,
     Share,
     Text,
+    Top,
     VerbOptions,
     one_of,
+    with_top,
 )
 from impatient.verbs.processes import alone, is_first
 from impatient.verbs.replacing import discard_old, replaced
@@ -102,6 +104,7 @@ class TrainOptions(VerbOptions):
     model: str = "impatient:resnet"
     data: str = "digits"
     task: str = "classification"
+    top: Top = None
     init: Text = None
     exits: PositiveOrNone = None
     after: Names = ()
@@ -118,6 +121,14 @@ class TrainOptions(VerbOptions):
     precision: str = "32-true"
     restart: Flag = False
     quiet: Quiet = False
+
+    @property
+    def task_name(self) -> str:
+        """What the outputs mean, with the number of classes that an answer may name."""
+        task = with_top(self.task, self.top)
+        if self.top and ":" in self.task and task != self.task:
+            raise TaskError(f"--task {self.task} and --top {self.top}; expected one of them.")
+        return task
 
     @property
     def rule(self) -> str | None:
@@ -254,7 +265,7 @@ def _spec(
     wanted: dict[str, object] = {
         "model": options.model,
         "data": options.data,
-        "task": impatient.tasks.named(options.task).name,
+        "task": impatient.tasks.named(options.task_name).name,
         "heads": options.heads or (OWN_HEADS if own else "linear"),
         "seed": options.recipe.seed,
         "validation": options.validation,
@@ -293,7 +304,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
         ModelSpecError: if the model has exits, and yet `after`, `exits` or `heads` is given.
     """
     seed = options.recipe.seed
-    task = impatient.tasks.named(options.task).name
+    task = impatient.tasks.named(options.task_name).name
     if impatient.tasks.named(task).is_logits and data.task_hint != "classification":
         raise TrainingError(
             f"{options.data} has targets that look like {data.task_hint or 'no ready-made task'}, "
