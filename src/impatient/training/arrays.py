@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from torch import Tensor
 
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
-from impatient.training.examples import ArrayExamples, Raw
+from impatient.training.examples import ArrayExamples, Raw, checked_budgets
+from impatient.training.layouts import as_input, as_numbers
 from impatient.training.options import DataOptions, read_options
 from impatient.trees import named_leaves
 
 log = logging.getLogger(__name__)
 
 MOST_CLASSES = 1_000_000
-NPZ_OPTIONS = ("layout", "mean", "std", "normalise", "labels")
-# Numbers of channels by which a picture is known.
-USUAL_CHANNELS = (1, 3, 4)
+NPZ_OPTIONS = ("layout", "mean", "std", "normalise", "labels", "budget")
 
 
 def npz(rest: str) -> tuple[Raw, DataOptions]:
@@ -59,8 +59,8 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
 
     Args:
         arrays: x_train, y_train, x_test and y_test; the inputs may be several arrays, such as
-            x_train.input_ids and x_train.attention_mask. Optional are class_names and
-            groups_train.
+            x_train.input_ids and x_train.attention_mask. Optional are class_names, groups_train,
+            and the budgets that the options name.
         where: name of the arrays in errors.
         options: layout of the inputs, and what to do with the labels.
     Raises:
@@ -74,51 +74,48 @@ def from_arrays(arrays: Mapping[str, np.ndarray], where: str, options: DataOptio
             f"{where} lacks {', '.join(missing)}; it contains {', '.join(arrays) or 'nothing'}."
         )
     train, test = (
-        _one_part(inputs[split], arrays[f"y_{split}"], f"{where}, {split}", options)
-        for split in ("train", "test")
+        _one_part(inputs[split], arrays, split, where, options) for split in ("train", "test")
     )
     _check_alike(train, test, where)
     names = read_names(arrays.get("class_names"))
-    if not _are_classes(train.labels):
-        return _measured(train, test, names, where, options)
-    if options.labels == "renumber":
+    classes = _are_classes(train.labels)
+    if not classes:
+        _check_measured(train, test, where, options)
+    elif options.labels == "renumber":
         train, test, names = _renumbered(train, test, names, where)
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
     groups = arrays.get("groups_train")
-    if groups is not None and groups.shape != train.labels.shape:
+    if groups is not None and groups.shape != train.labels.shape[:1]:
         raise DataError(
             f"{where}: groups_train has shape {groups.shape}; expected one group per training "
-            f"example, {tuple(train.labels.shape)}."
+            f"example, {tuple(train.labels.shape[:1])}."
         )
-    content = [
-        values.numpy().tobytes()
-        for part in (train, test)
-        for values in (*(tensor for _, tensor in named_leaves(part.inputs)), part.labels)
-    ]
-    if groups is not None:
-        content.append(np.unique(groups, return_inverse=True)[1].tobytes())
+    count = int(max(train.labels.max(), test.labels.max())) + 1 if classes else 0
     return Raw(
         train=train,
         test=test,
-        class_names=names or tuple(map(str, range(classes))),
+        class_names=names or tuple(map(str, range(count))),
         named=bool(names),
         groups=groups,
-        content=fingerprint_bytes(*content),
+        content=_content((train, test), groups),
     )
+
+
+def _content(parts: Sequence[ArrayExamples], groups: np.ndarray | None) -> str:
+    """Fingerprint all arrays of a data set."""
+    content = [tensor.numpy().tobytes() for part in parts for tensor in part.tensors()]
+    if groups is not None:
+        content.append(np.unique(groups, return_inverse=True)[1].tobytes())
+    return fingerprint_bytes(*content)
 
 
 def _are_classes(targets: Tensor) -> bool:
     return targets.dim() == 1 and not targets.is_floating_point()
 
 
-def _measured(
-    train: ArrayExamples,
-    test: ArrayExamples,
-    names: tuple[str, ...],
-    where: str,
-    options: DataOptions,
-) -> Raw:
-    """Make a data set whose targets are no classes: numbers, labels by column, or masks."""
+def _check_measured(
+    train: ArrayExamples, test: ArrayExamples, where: str, options: DataOptions
+) -> None:
+    """Check targets that are no classes: numbers, labels by column, or masks."""
     one, other = train.labels, test.labels
     if one.shape[1:] != other.shape[1:] or one.dtype != other.dtype:
         raise DataError(
@@ -132,19 +129,6 @@ def _measured(
             f"{tuple(one.shape)}. Leave it away."
         )
     log.info("%s: targets of shape %s and type %s", where, tuple(one.shape), one.dtype)
-    content = [
-        values.numpy().tobytes()
-        for part in (train, test)
-        for values in (*(tensor for _, tensor in named_leaves(part.inputs)), part.labels)
-    ]
-    return Raw(
-        train=train,
-        test=test,
-        class_names=names,
-        named=bool(names),
-        groups=None,
-        content=fingerprint_bytes(*content),
-    )
 
 
 def read_targets(values: np.ndarray, where: str) -> Tensor:
@@ -216,22 +200,33 @@ def _check_alike(train: ArrayExamples, test: ArrayExamples, where: str) -> None:
 def _renumbered(
     train: ArrayExamples, test: ArrayExamples, names: tuple[str, ...], where: str
 ) -> tuple[ArrayExamples, ArrayExamples, tuple[str, ...]]:
-    """Number the classes that occur anew from 0; unnamed ones are called by their old numbers."""
+    """Number the classes that occur anew from 0.
+
+    Those without names are called by their old numbers.
+    """
     old = torch.cat([train.labels, test.labels]).unique()
     if names and len(names) != len(old):
         raise DataError(
             f"{where}: {len(old)} different labels and {len(names)} class names with "
             "labels=renumber; expected a name for each label, in their order."
         )
-    parts = [
-        ArrayExamples(part.inputs, torch.searchsorted(old, part.labels)) for part in (train, test)
-    ]
-    return parts[0], parts[1], names or tuple(map(str, old.tolist()))
+    one, other = (
+        dataclasses.replace(part, labels=torch.searchsorted(old, part.labels))
+        for part in (train, test)
+    )
+    return one, other, names or tuple(map(str, old.tolist()))
 
 
 def _one_part(
-    inputs: Mapping[str, np.ndarray], labels: np.ndarray, where: str, options: DataOptions
+    inputs: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
+    split: str,
+    where: str,
+    options: DataOptions,
 ) -> ArrayExamples:
+    """Read inputs, targets and budgets of one split."""
+    labels = arrays[f"y_{split}"]
+    where = f"{where}, {split}"
     if labels.ndim < 1 or any(each.ndim < 2 - (name != "") for name, each in inputs.items()):
         shapes = ", ".join(f"{name}{each.shape}" for name, each in inputs.items())
         raise DataError(
@@ -244,154 +239,39 @@ def _one_part(
                 f"{where}: {len(each)} inputs and {len(labels)} labels; expected as many of each, "
                 "and some."
             )
-    targets = read_targets(labels, where)
+    return ArrayExamples(
+        inputs=_tree(inputs, where, options),
+        labels=read_targets(labels, where),
+        budgets=_budgets(arrays, split, where, options),
+    )
+
+
+def _tree(inputs: Mapping[str, np.ndarray], where: str, options: DataOptions) -> Any:
+    """Convert the inputs of one split to a tensor, or to several by their names."""
     if "" in inputs:
-        return ArrayExamples(as_input(inputs[""], where, options.layout), targets)
+        return as_input(inputs[""], where, options.layout)
     if options.layout:
         raise DataError(
             f"{where}: layout={options.layout} is for one array of inputs, but there are "
             f"{', '.join(inputs)}, which reach the network as they are; leave it away."
         )
     # Several arrays are what the network takes by name, so their dimensions stay.
-    tree = {
-        name: torch.from_numpy(_numbers(each, f"{where}, {name}")) for name, each in inputs.items()
+    return {
+        name: torch.from_numpy(as_numbers(each, f"{where}, {name}"))
+        for name, each in inputs.items()
     }
-    return ArrayExamples(tree, targets)
 
 
-def as_input(inputs: np.ndarray, where: str, layout: str = "") -> Tensor:
-    """Convert an array to what a network takes: pictures [N,C,H,W], anything else as it stands.
-
-    Args:
-        inputs: pictures, series, vectors or token ids, [N, ...].
-        where: name of the array in errors.
-        layout: what each dimension is; empty to go by shape and type.
-    Raises:
-        DataError: if values are no finite numbers, or the array can be read in several ways.
-    """
-    letters = _checked_layout(inputs, where, layout) if layout else _layout(inputs, where)
-    picture = "H" in letters
-    values = _numbers(inputs, where, ids=letters == "NT", picture=picture)
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    if letters == "NHW":
-        return tensor[:, None]
-    return tensor.permute(0, 3, 1, 2).contiguous() if letters == "NHWC" else tensor
-
-
-def _checked_layout(inputs: np.ndarray, where: str, layout: str) -> str:
-    if len(layout) != inputs.ndim:
+def _budgets(
+    arrays: Mapping[str, np.ndarray], split: str, where: str, options: DataOptions
+) -> Tensor | None:
+    """Return the budgets of one split's samples, if the options name them."""
+    if not options.budget:
+        return None
+    name = f"{options.budget}_{split}"
+    if name not in arrays:
         raise DataError(
-            f"{where}: layout={layout} has {len(layout)} dimensions, but the inputs have shape "
-            f"{inputs.shape}; expected a letter per dimension."
+            f"{where}: budget={options.budget} asks for {name}, seconds per sample, but there are "
+            f"{', '.join(arrays)}."
         )
-    if layout == "NT" and inputs.dtype.kind not in "iu":
-        raise DataError(
-            f"{where}: layout=NT is for token ids, but the inputs are {inputs.dtype}; expected "
-            "integers. Say layout=ND for features."
-        )
-    return layout
-
-
-def _layout(inputs: np.ndarray, where: str) -> str:
-    """Tell what the dimensions of an array are, where shape and type leave one reading.
-
-    "N..." are dimensions that stay as they are.
-    """
-    dims = inputs.ndim
-    whole = inputs.dtype.kind in "iu" and inputs.dtype != np.uint8
-    if whole and dims == 2:
-        if inputs.min() >= 0:
-            return "NT"
-        raise _ambiguous(
-            inputs, where, "token ids, which are not negative", "ND", "measured numbers"
-        )
-    if whole:
-        raise _ambiguous(
-            inputs,
-            where,
-            "pictures or token ids" if dims == 4 else "series or token ids",
-            "NHWC or layout=NCHW" if dims == 4 else "NCT or layout=NTC",
-            "pictures (save them as uint8, or as floats from 0 to 1)" if dims == 4 else "series",
-        )
-    if dims == 3 and inputs.dtype == np.uint8:
-        return "NHW"
-    if dims == 3 and inputs.dtype.kind == "f":
-        if inputs.shape[1] == inputs.shape[2]:
-            raise _ambiguous(
-                inputs, where, "grey pictures or series", "NHW", "pictures, NCT or NTC for series"
-            )
-        log.info("%s: %s is taken for series; grey pictures need layout=NHW", where, inputs.shape)
-    return _picture_layout(inputs, where) if dims == 4 else "N..."
-
-
-def _picture_layout(inputs: np.ndarray, where: str) -> str:
-    """Tell whether pictures have their channels first or last."""
-    first, second, third = inputs.shape[1:]
-    can_be_first = first in USUAL_CHANNELS
-    can_be_last = third in USUAL_CHANNELS
-    if can_be_first != can_be_last:
-        return "NCHW" if can_be_first else "NHWC"
-    square_first = second == third
-    square_last = first == second
-    if square_first != square_last:
-        return "NCHW" if square_first else "NHWC"
-    raise _ambiguous(
-        inputs, where, "pictures with channels first or last", "NCHW", "the first, NHWC the last"
-    )
-
-
-def _ambiguous(
-    inputs: np.ndarray, where: str, readings: str, layout: str, meaning: str
-) -> DataError:
-    return DataError(
-        f"{where}: inputs of shape {inputs.shape} and type {inputs.dtype} could be {readings}; "
-        f"expected to be told. Say layout={layout} for {meaning}."
-    )
-
-
-def _numbers(
-    inputs: np.ndarray, where: str, *, ids: bool = True, picture: bool = False
-) -> np.ndarray:
-    """Convert to float32, uint8 or int64, whichever fits.
-
-    Args:
-        ids: integers that are not bytes are token ids or masks; otherwise they are measured.
-        picture: integers are brightness, from 0 to 255 or 65535.
-    """
-    if np.issubdtype(inputs.dtype, np.floating):
-        with np.errstate(over="ignore"):
-            inputs = inputs.astype(np.float32)
-        if not np.isfinite(inputs).all():
-            raise DataError(
-                f"{where}: {int((~np.isfinite(inputs)).sum())} input values are NaN or infinite; "
-                "clean them first."
-            )
-        return inputs
-    if inputs.dtype.kind not in "iub":
-        raise DataError(
-            f"{where}: inputs are {inputs.dtype}; expected floats, bytes (uint8) or token ids "
-            "(integers)."
-        )
-    if inputs.dtype == np.uint8:
-        return inputs
-    if picture and inputs.dtype.kind != "b":
-        return _brightness(inputs, where)
-    return inputs.astype(np.int64 if ids or inputs.dtype.kind == "b" else np.float32)
-
-
-def _brightness(inputs: np.ndarray, where: str) -> np.ndarray:
-    """Convert pictures of wide integers to bytes, or to floats from 0 to 1 if they have 16 bits."""
-    least, most = int(inputs.min()), int(inputs.max())
-    if least < 0 or most > 65535:
-        raise DataError(
-            f"{where}: pictures hold numbers from {least} to {most}; expected 0 to 255, or 0 to "
-            "65535 for 16 bits. Save them as floats."
-        )
-    if inputs.dtype == np.uint16:
-        return inputs.astype(np.float32) / np.float32(65535.0)
-    if most > 255:
-        raise DataError(
-            f"{where}: pictures of type {inputs.dtype} hold numbers up to {most}; expected at most "
-            "255. Save 16 bits as uint16."
-        )
-    return inputs.astype(np.uint8)
+    return checked_budgets(arrays[name], len(arrays[f"y_{split}"]), where)

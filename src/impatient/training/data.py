@@ -74,7 +74,10 @@ class Preprocess:
             checks.positive(DataError, std=std)
 
     def __call__(self, raw: Any) -> Any:
-        """Convert raw inputs, batch first, on the device of `raw`; a tree stays one."""
+        """Convert raw inputs, batch first, on the device of `raw`.
+
+        A tree of them stays a tree.
+        """
         if not self.mean:
             return map_leaves(_as_floats, raw)
         x = raw.float().div_(255.0) if raw.dtype == torch.uint8 else raw.float()

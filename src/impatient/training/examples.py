@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from impatient.errors import DataError
 from impatient.networks.transforms import Resizing
-from impatient.trees import take
+from impatient.trees import leaves, take
 
 Indices = Sequence[int] | Tensor | np.ndarray
 
@@ -24,10 +25,12 @@ class Examples(abc.ABC):
 
     Attributes:
         labels: true classes, int64 [N]; for other tasks a tree of targets, the samples first.
+        budgets: seconds that each sample may take, float64 [N], or None where nobody says.
     """
 
     __slots__ = ()
     labels: Any
+    budgets: Tensor | None
 
     @abc.abstractmethod
     def take(self, indices: Indices) -> Any:
@@ -39,13 +42,42 @@ class Examples(abc.ABC):
 
     @property
     def lengths(self) -> Tensor | None:
-        """Return the length of each sample, int64 [N], where batches are padded; else None."""
+        """Return the length of each sample, int64 [N], or None.
+
+        Only where batches are padded to their longest sample, lengths matter.
+        """
         return None
 
 
 def rows_of(tree: Any, indices: Indices) -> Any:
-    """Take the samples at these indices out of a tree."""
-    return take(tree, torch.as_tensor(np.asarray(indices)))
+    """Take the samples at these indices out of a tree.
+
+    None stays None.
+    """
+    return None if tree is None else take(tree, torch.as_tensor(np.asarray(indices)))
+
+
+def checked_budgets(values: Any, count: int, where: str) -> Tensor:
+    """Read the seconds that each sample may take, float64 [N].
+
+    Infinity is no limit.
+
+    Raises:
+        DataError: if there is not one per sample, or one is no time.
+    """
+    budgets = np.asarray(values)
+    if budgets.dtype.kind not in "iuf" or budgets.shape != (count,):
+        raise DataError(
+            f"{where}: budgets are {budgets.dtype} of shape {budgets.shape}; expected seconds, one "
+            f"per sample, ({count},)."
+        )
+    bad = np.flatnonzero(~(budgets >= 0))
+    if len(bad):
+        raise DataError(
+            f"{where}: the budget of sample {bad[0]} is {budgets[bad[0]]}; expected seconds, 0 or "
+            "more."
+        )
+    return torch.from_numpy(budgets.astype(np.float64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +86,21 @@ class ArrayExamples(Examples):
 
     inputs: Any
     labels: Any
+    budgets: Tensor | None = None
 
     def take(self, indices: Indices) -> Any:
         return rows_of(self.inputs, indices)
 
     def subset(self, indices: Indices) -> ArrayExamples:
-        return ArrayExamples(self.take(indices), rows_of(self.labels, indices))
+        return ArrayExamples(
+            inputs=self.take(indices),
+            labels=rows_of(self.labels, indices),
+            budgets=rows_of(self.budgets, indices),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that is held: inputs, targets, budgets."""
+        return leaves((self.inputs, self.labels, self.budgets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,10 @@ def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, Dat
 
 
 def hash_of_file(path: Path) -> str:
-    """Hash a file's contents; threads help, because reading and hashing release the lock."""
+    """Hash a file's contents.
+
+    Threads help, because reading and hashing release Python's global lock.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

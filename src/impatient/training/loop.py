@@ -569,7 +569,10 @@ class _Training:
 
 
 def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Make a recipe's optimizer; the groups have their own weight decay."""
+    """Make a recipe's optimizer.
+
+    Each group has a weight decay of its own.
+    """
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
     return torch.optim.SGD(

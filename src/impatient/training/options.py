@@ -27,6 +27,7 @@ EXAMPLES = {
     "std": "std=0.25 or std=[0.2,0.2,0.3]",
     "normalise": "normalise=none (numbers pass as they are) or normalise=fit",
     "labels": "labels=renumber (classes are numbered anew from 0)",
+    "budget": "budget=NAME (of the seconds that each sample may take)",
     "tokenizer": "tokenizer=NAME-OR-DIR (of transformers)",
     "text": "text=COLUMN (or text=FIRST+SECOND)",
     "label": "label=COLUMN",
@@ -47,6 +48,8 @@ class DataOptions:
         normalise: "fit" for mean and deviation of the training split, "none" for no change; empty
             for what trained weights expect, or else "fit".
         labels: "renumber" to number the classes anew from 0; "keep" to take them as they are.
+        budget: name of the column or array of the seconds that each sample may take; empty if
+            there is none.
         tokenizer: name or folder of the tokenizer for texts.
         text: column of the texts, or two joined by "+"; empty for the usual names.
         label: column of the labels; empty for the usual names.
@@ -59,6 +62,7 @@ class DataOptions:
     std: tuple[float, ...] = ()
     normalise: str = ""
     labels: str = "keep"
+    budget: str = ""
     tokenizer: str = ""
     text: str = ""
     label: str = ""
@@ -78,7 +82,7 @@ class DataOptions:
 
     @property
     def said(self) -> str:
-        """What the user said that changes inputs or labels, as one text; empty if nothing."""
+        """What the user said that changes inputs or labels, as one text."""
         changed = [
             f"{field.name}={getattr(self, field.name)}"
             for field in dataclasses.fields(self)
