@@ -74,6 +74,17 @@ def map_leaves(change: Callable[[Tensor], Any], tree: Any) -> Any:
     return _mapped(changed, tree)
 
 
+def map_values(change: Callable[[Any], Any], tree: Any, is_value: Callable[[Any], bool]) -> Any:
+    """Change everything in a tree that is no container, or that counts as one value.
+
+    Args:
+        change: what becomes of a value.
+        tree: the tree; its containers stay.
+        is_value: whether a container counts as a value, such as a list of numbers.
+    """
+    return _mapped(change, tree, is_value)
+
+
 def map_samples(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Change every tensor of a tree that has one row per sample."""
     count = size(tree)
@@ -157,15 +168,18 @@ def concatenate(batches: Sequence[Any]) -> Any:
     return _joined(batches, joined, "")
 
 
-def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
-    if isinstance(tree, (Tensor, Ragged)):
+def _mapped(
+    change: Callable[[Any], Any], tree: Any, is_value: Callable[[Any], bool] | None = None
+) -> Any:
+    if isinstance(tree, (Tensor, Ragged)) or (is_value is not None and is_value(tree)):
         return change(tree)
+    values = [_mapped(change, entry, is_value) for _, entry in entries(tree)]
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _replaced(tree, [_mapped(change, entry) for _, entry in entries(tree)])
+        return _replaced(tree, values)
     if isinstance(tree, Mapping):
-        return {key: _mapped(change, entry) for key, entry in tree.items()}
+        return dict(zip(tree, values, strict=True))
     if isinstance(tree, (tuple, list)):
-        return _rebuilt(tree, [_mapped(change, entry) for entry in tree])
+        return _rebuilt(tree, values)
     return change(tree)
 
 

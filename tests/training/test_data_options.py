@@ -209,6 +209,57 @@ def test_names_in_bytes_are_text(tmp_path):
     assert data.class_names == tuple(names)
 
 
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def test_budgets_follow_their_samples_and_count_in_the_fingerprint(tmp_path):
+    x = floats(5)
+    seconds = RANDOM.random(60)
+    seconds[3] = np.inf
+    budgets = {"limit_train": seconds, "limit_test": seconds[:30]}
+    data = load_data(saved(tmp_path, x, "budget=limit,normalise=none", **budgets))
+    for split in ("train", "validation", "test"):
+        for row, budget in zip(
+            data.examples(split).take(range(data.size(split))), data.budgets(split), strict=True
+        ):
+            assert budget == seconds[(x == row.numpy()).all(1).argmax()]
+    plain = load_data(saved(tmp_path, x, "normalise=none", **budgets))
+    assert plain.budgets("train") is None
+    other = budgets | {"limit_train": seconds + 1}
+    changed = load_data(saved(tmp_path, x, "budget=limit,normalise=none", **other))
+    assert len({each.fingerprint for each in (data, plain, changed)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("budgets", "complaint"),
+    [
+        (None, "asks for limit_train, seconds per sample"),
+        (np.full(60, -1.0), "the budget of sample 0 is -1.0"),
+        (np.full(60, np.nan), "the budget of sample 0 is nan"),
+        (np.ones((60, 2)), r"shape \(60, 2\); expected seconds, one per sample"),
+        (np.array(["1"] * 60), "budgets are <U1"),
+    ],
+)
+def test_budgets_that_are_no_times_are_refused(tmp_path, budgets, complaint):
+    others = {} if budgets is None else {"limit_train": budgets}
+    with pytest.raises(DataError, match=complaint):
+        load_data(saved(tmp_path, floats(5), "budget=limit", **others))
+
+
+def test_groups_stay_on_one_side_where_targets_are_measured_too(tmp_path):
+    groups = np.arange(60) // 6
+    x = np.stack([groups, np.arange(60)], 1).astype(np.float32)
+    spec = saved(
+        tmp_path, x, "normalise=none", y_train=x[:, 1], y_test=x[:30, 1], groups_train=groups
+    )
+    data = load_data(spec)
+    sides = [
+        set(data.examples(split).take(range(data.size(split)))[:, 0].tolist())
+        for split in ("train", "validation")
+    ]
+    assert not sides[0] & sides[1]
+
+
 # --- contents -------------------------------------------------------------------------------------
 
 

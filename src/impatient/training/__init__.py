@@ -6,16 +6,20 @@ from impatient.training.balancing import AdaLoss
 from impatient.training.data import Data, Preprocess, load_data
 from impatient.training.history import EpochMetrics, History
 from impatient.training.loop import fit
+from impatient.training.options import DataOptions
+from impatient.training.samples import Samples
 from impatient.training.trainer import ForTrainer
 
 __all__ = [
     "AdaLoss",
     "Data",
+    "DataOptions",
     "EpochMetrics",
     "ForTrainer",
     "History",
     "Preprocess",
     "Recipe",
+    "Samples",
     "balancing",
     "fit",
     "load_data",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,14 +22,16 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.arrays import from_arrays, npz
+from impatient.training.datasets import from_datasets
 from impatient.training.examples import Examples, Raw, rows_of
 from impatient.training.folders import imagefolder
 from impatient.training.hugging_face import hugging_face
 from impatient.training.options import DataOptions
 from impatient.training.pictures import read_image
+from impatient.training.samples import Samples
 from impatient.training.splitting import carved_out, held_out_mask
 from impatient.training.text import text
-from impatient.trees import map_leaves, size
+from impatient.trees import Ragged, map_leaves, size
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -167,6 +169,54 @@ class Data:
     preprocess: Preprocess
     fingerprint: str
 
+    @classmethod
+    def of(
+        cls,
+        train: Any,
+        validation: Any = None,
+        test: Any = None,
+        *,
+        samples: Samples | None = None,
+        class_names: Sequence[str] = (),
+        options: DataOptions | None = None,
+        name: str = "data of your own",
+        seed: int = 0,
+        share: float = 0.1,
+    ) -> Data:
+        """Make a data set of any torch data sets, loaders or lists of samples.
+
+        They are read once, for their targets and a fingerprint; inputs are read again when they are
+        asked for. What has no order, such as a generator, is kept in memory.
+
+        Args:
+            train: a map-style data set, a `DataLoader`, or anything finite to go through once.
+            validation: the same; by default a share of `train`, chosen by the seed.
+            test: the same; by default a fifth of `train`, whatever the seed.
+            samples: where the target stands in a sample, and how samples are batched. By default a
+                sample is a pair (input, target), or has one entry with a usual name of targets.
+            class_names: names of the classes; by default their numbers.
+            options: what is done to inputs; by default they reach the network as they are.
+            name: name of the data in messages.
+            seed: seed that chooses the validation split.
+            share: share of the training examples held out for validation.
+        Raises:
+            DataError: if the form of the data or of a sample is not known, or samples do not fit
+                together.
+        Example:
+            >>> x, y = torch.randn(100, 4), torch.arange(100) % 2
+            >>> data = Data.of(torch.utils.data.TensorDataset(x, y))
+            >>> [data.size(split) for split in ("train", "validation", "test")]
+            [72, 8, 20]
+        """
+        checks.true_share(DataError, share=share)
+        checks.not_negative(DataError, seed=seed)
+        options = options or DataOptions(normalise="none")
+        options.require_only("mean", "std", "normalise", "layout")
+        parts = {"train": train, "validation": validation, "test": test}
+        given = {split: part for split, part in parts.items() if part is not None}
+        raw = from_datasets(given, samples or Samples(), name, class_names)
+        return _finish(name, raw, options, seed, share)
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
@@ -183,6 +233,10 @@ class Data:
         if split not in self.splits:
             raise DataError(f"no split {split!r}; there are {', '.join(SPLITS)}.")
         return self.splits[split]
+
+    def budgets(self, split: Split) -> Tensor | None:
+        """Return the seconds that each sample of a split may take, float64 [N], if any say."""
+        return self.examples(split).budgets
 
     def batches(self, split: Split, batch_size: int = 256) -> Iterator[tuple[Any, Any]]:
         """Yield preprocessed inputs with their labels, in order."""
@@ -208,14 +262,19 @@ class Data:
     def task_hint(self) -> str:
         """Name the task that the targets look like.
 
-        It is "classification", "binary", "multi_label", "regression", "segmentation", or "" where
-        none fits.
+        It is "classification", "binary", "multi_label", "regression", "segmentation", "detection",
+        or "" where none fits.
         """
         return task_of(self.examples("train").labels)
 
 
 def task_of(targets: Any) -> str:
     """Name the task that targets look like, or "" if none fits."""
+    if isinstance(targets, Ragged):
+        boxes = all(
+            isinstance(each, Mapping) and {"boxes", "labels"} <= set(each) for each in targets
+        )
+        return "detection" if boxes else ""
     if not isinstance(targets, Tensor):
         return ""
     if targets.is_floating_point():
@@ -272,23 +331,14 @@ def _finish(
     options: DataOptions,
     seed: int,
     validation: float,
-    transform: Transform | None,
+    transform: Transform | None = None,
 ) -> Data:
-    if task_of(raw.train.labels) == "classification":
+    classes = task_of(raw.train.labels) == "classification"
+    if classes:
         _check_labels(name, raw)
-        labels = raw.train.labels.numpy()
-        groups = labels if raw.groups is None else raw.groups
-        held_out = held_out_mask(groups, labels, seed, validation)
+    splits = _splits(raw, classes, seed, validation)
+    if classes:
         _check_classes(name, raw)
-    else:
-        # nothing to stratify by
-        labels = np.zeros(size(raw.train.labels), dtype=np.int64)
-        held_out = held_out_mask(labels, labels, seed, validation)
-    splits: dict[Split, Examples] = {
-        "train": raw.train.subset(np.flatnonzero(~held_out)),
-        "validation": raw.train.subset(np.flatnonzero(held_out)),
-        "test": raw.test,
-    }
     if transform is not None:
         options = _as_expected(name, raw.train, options, transform)
     fingerprint = fingerprint_bytes(
@@ -301,6 +351,22 @@ def _finish(
         preprocess=_fit_preprocess(splits["train"], options, raw.resizing),
         fingerprint=fingerprint,
     )
+
+
+def _splits(raw: Raw, classes: bool, seed: int, share: float) -> dict[Split, Examples]:
+    """Take the validation split out of the training examples, unless there is one."""
+    if raw.validation is not None:
+        return {"train": raw.train, "validation": raw.validation, "test": raw.test}
+    count = size(raw.train.labels)
+    # without classes, there is nothing to stratify by
+    labels = raw.train.labels.numpy() if classes else np.zeros(count, dtype=np.int64)
+    groups = labels if raw.groups is None else raw.groups
+    held_out = held_out_mask(groups, labels, seed, share)
+    return {
+        "train": raw.train.subset(np.flatnonzero(~held_out)),
+        "validation": raw.train.subset(np.flatnonzero(held_out)),
+        "test": raw.test,
+    }
 
 
 def _check_classes(name: str, raw: Raw) -> None:
@@ -323,9 +389,11 @@ def _check_classes(name: str, raw: Raw) -> None:
 
 
 def _check_labels(name: str, raw: Raw) -> None:
-    train, test = (set(part.labels.tolist()) for part in (raw.train, raw.test))
-    least = min(train | test)
-    largest = max(train | test)
+    train = set(raw.train.labels.tolist())
+    others = {"test": raw.test, "validation": raw.validation}
+    held = {split: set(part.labels.tolist()) for split, part in others.items() if part is not None}
+    least = min(train.union(*held.values()))
+    largest = max(train.union(*held.values()))
     if least < 0:
         raise DataError(
             f"{name}: labels must be integers from 0, but {least} is among them; hidden labels "
@@ -335,12 +403,13 @@ def _check_labels(name: str, raw: Raw) -> None:
         raise DataError(
             f"{name} names {len(raw.class_names)} classes, but labels go up to {largest}."
         )
-    unseen = [raw.class_names[label] for label in sorted(test - train)]
-    if unseen:
-        raise DataError(
-            f"{name}: classes {', '.join(unseen[:10])} are in the test split but not in the "
-            "training split."
-        )
+    for split, labels in held.items():
+        unseen = [raw.class_names[label] for label in sorted(labels - train)]
+        if unseen:
+            raise DataError(
+                f"{name}: classes {', '.join(unseen[:10])} are in the {split} split but not in the "
+                "training split."
+            )
 
 
 def _as_expected(

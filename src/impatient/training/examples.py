@@ -7,11 +7,12 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from impatient.errors import DataError
 from impatient.networks.transforms import Resizing
@@ -55,6 +56,11 @@ def rows_of(tree: Any, indices: Indices) -> Any:
     None stays None.
     """
     return None if tree is None else take(tree, torch.as_tensor(np.asarray(indices)))
+
+
+def padded(values: Sequence[Tensor], number: int, side: Literal["left", "right"]) -> Tensor:
+    """Stack arrays of different lengths, filled up with a number to the longest."""
+    return pad_sequence(list(values), batch_first=True, padding_value=number, padding_side=side)
 
 
 def checked_budgets(values: Any, count: int, where: str) -> Tensor:
@@ -114,13 +120,17 @@ class LazyExamples(Examples):
     labels: Tensor
     read: Callable[[Any], Tensor]
     threads: concurrent.futures.ThreadPoolExecutor
+    budgets: Tensor | None = None
 
     def take(self, indices: Indices) -> Tensor:
         return torch.stack(list(self.threads.map(self.read, self._chosen(indices))))
 
     def subset(self, indices: Indices) -> LazyExamples:
         return dataclasses.replace(
-            self, sources=self._chosen(indices), labels=self.labels[torch.as_tensor(indices)]
+            self,
+            sources=self._chosen(indices),
+            labels=rows_of(self.labels, indices),
+            budgets=rows_of(self.budgets, indices),
         )
 
     def _chosen(self, indices: Indices) -> list[Any]:
@@ -140,6 +150,7 @@ class Raw:
         named: whether the data name their classes; otherwise these are the labels' numbers.
         content: fingerprint of the examples.
         resizing: how pictures in files come to their size.
+        validation: examples of a validation split of its own, or None to take some of `train`.
     """
 
     train: Examples
@@ -149,3 +160,4 @@ class Raw:
     named: bool = True
     content: str
     resizing: Resizing = field(default_factory=Resizing)
+    validation: Examples | None = None

@@ -44,6 +44,11 @@ def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, Da
     test = tables["test" if "test" in tables else "validation"]
     if options.tokenizer:
         return _texts({"train": train, "test": test}, datasets, options, name), options
+    if options.budget:
+        raise DataError(
+            f"{name}: budget={options.budget} is for texts and npz files; leave it away for "
+            "pictures."
+        )
     image, label = _columns(train, datasets, name)
     rows = {
         split: [
@@ -99,7 +104,11 @@ def _texts(tables: Mapping[str, Any], datasets: Any, options: DataOptions, name:
     feature = tables["train"].features[label]
     known = feature.names if isinstance(feature, datasets.ClassLabel) else ()
     found = {
-        split: Table(texts=[list(table[column]) for column in columns], labels=list(table[label]))
+        split: Table(
+            texts=[list(table[column]) for column in columns],
+            labels=list(table[label]),
+            budgets=list(table[options.budget]) if options.budget else None,
+        )
         for split, table in tables.items()
     }
     return from_tables(found, options, name, known)

@@ -110,7 +110,7 @@ def fit(
     check_network(network)
     if not isinstance(data, Data):
         raise DataError(
-            f"data is a {type(data).__name__}; expected a Data, from load_data. For a loop of your "
+            f"data is a {type(data).__name__}; expected a Data, from load_data or Data.of. For a loop of your "
             "own, the network's forward returns the outputs of all exits."
         )
     recipe = recipe or Recipe()
@@ -125,10 +125,16 @@ def fit(
     check_precision(fabric)
     check_given(network, recipe, given)
     targets = data.examples("train").labels
-    if recipe.augment != "none" and isinstance(targets, Tensor) and targets.dim() > 2:
+    places = not isinstance(targets, Tensor) or targets.dim() > 2
+    if recipe.augment != "none" and places:
+        said = (
+            f"of shape {tuple(targets.shape[1:])}"
+            if isinstance(targets, Tensor)
+            else f"in a {type(targets).__name__}"
+        )
         raise TrainingError(
-            f"augment={recipe.augment!r} moves the images but not their targets of shape "
-            f"{tuple(targets.shape[1:])}; expected 'none' for maps."
+            f"augment={recipe.augment!r} moves the images but not their targets {said}; expected "
+            "'none' for maps and boxes."
         )
     checked = checked_weights(
         network.default_weights if weights is None else weights,

@@ -80,6 +80,22 @@ class DataOptions:
         if self.mean and self.normalise == "none":
             raise DataError("normalise=none and mean= contradict each other; say one of them.")
 
+    def require_only(self, *names: str) -> None:
+        """Refuse options other than these.
+
+        Raises:
+            DataError: if another one is said.
+        """
+        others = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in names and getattr(self, field.name) != field.default
+        ]
+        if others:
+            raise DataError(
+                f"{', '.join(others)} cannot be said here; expected {', '.join(names)} alone."
+            )
+
     @property
     def said(self) -> str:
         """What the user said that changes inputs or labels, as one text."""

@@ -100,6 +100,33 @@ def image_tensor(
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
+def class_map(image: Image.Image, name: str) -> np.ndarray:
+    """Read a picture's pixels as class numbers [H, W]: places in its palette, or grey values.
+
+    Raises:
+        DataError: if the picture is damaged, or has colours instead of numbers.
+    """
+    try:
+        image.load()
+    except Exception as error:
+        # Pillow raises OSError, SyntaxError, ValueError, struct.error and others.
+        raise DataError(f"{name} is damaged: {error}.") from error
+    pixels = np.asarray(image)
+    if pixels.ndim == 3 and image.mode == "RGB" and (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., 0]
+    if pixels.ndim != 2 or pixels.dtype.kind not in "iub":
+        raise DataError(
+            f"{name} is a picture of mode {image.mode}, whose pixels are no class numbers; "
+            "expected a palette (P) or grey values (L). Save the numbers of the classes."
+        )
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(
+            f"{name} holds numbers from {pixels.min()} to {pixels.max()}; expected classes from 0 "
+            "to 254, and 255 for pixels that do not count."
+        )
+    return pixels.astype(np.uint8)
+
+
 def _plain(image: Image.Image, channels: int, name: str) -> Image.Image:
     """Convert a picture to 8 bits, upright and without transparency."""
     image.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
-from impatient.training.examples import Examples, Indices, Raw, rows_of
+from impatient.training.examples import (
+    Examples,
+    Indices,
+    Raw,
+    checked_budgets,
+    padded,
+    rows_of,
+)
 from impatient.training.options import DataOptions, read_options
 from impatient.training.pictures import TEST_FOLDERS, TRAIN_FOLDERS
 from impatient.training.splitting import carved_out
 
 log = logging.getLogger(__name__)
 
-TEXT_OPTIONS = ("tokenizer", "text", "label", "length")
+TEXT_OPTIONS = ("tokenizer", "text", "label", "length", "budget")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "document")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -39,21 +46,18 @@ class TextExamples(Examples):
         labels: true classes, int64 [N].
         padding: what each entry is padded with.
         side: where padding stands.
+        budgets: seconds that each text may take, or None.
     """
 
     tokens: Mapping[str, Sequence[Tensor]]
     labels: Any
     padding: Mapping[str, int]
     side: Literal["left", "right"]
+    budgets: Tensor | None = None
 
     def take(self, indices: Indices) -> dict[str, Tensor]:
         return {
-            name: pad_sequence(
-                [lists[int(index)] for index in indices],
-                batch_first=True,
-                padding_value=self.padding[name],
-                padding_side=self.side,
-            )
+            name: padded([lists[int(index)] for index in indices], self.padding[name], self.side)
             for name, lists in self.tokens.items()
         }
 
@@ -61,7 +65,12 @@ class TextExamples(Examples):
         tokens = {
             name: [lists[int(index)] for index in indices] for name, lists in self.tokens.items()
         }
-        return TextExamples(tokens, rows_of(self.labels, indices), self.padding, self.side)
+        return dataclasses.replace(
+            self,
+            tokens=tokens,
+            labels=rows_of(self.labels, indices),
+            budgets=rows_of(self.budgets, indices),
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -75,10 +84,12 @@ class Table:
     Attributes:
         texts: for each column of text, all its rows.
         labels: numbers or names of the classes.
+        budgets: seconds that each row may take, or None.
     """
 
     texts: Sequence[Sequence[str | None]]
     labels: Sequence[Any]
+    budgets: Sequence[Any] | None = None
 
 
 def text(rest: str) -> tuple[Raw, DataOptions]:
@@ -148,7 +159,11 @@ def _read(file: Path) -> Any:
 def _columns(table: Any, options: DataOptions, where: str) -> Table:
     names = table.column_names
     texts, label = choose_columns(names, options, where)
-    return Table(texts=[table[name].to_pylist() for name in texts], labels=table[label].to_pylist())
+    return Table(
+        texts=[table[name].to_pylist() for name in texts],
+        labels=table[label].to_pylist(),
+        budgets=table[options.budget].to_pylist() if options.budget else None,
+    )
 
 
 def choose_columns(
@@ -161,7 +176,8 @@ def choose_columns(
     """
     texts = options.text.split("+") if options.text else [n for n in names if n in TEXT_COLUMNS]
     labels = [options.label] if options.label else [n for n in names if n in LABEL_COLUMNS]
-    absent = [name for name in (*texts, *labels) if name not in names]
+    budget = [options.budget] if options.budget else []
+    absent = [name for name in (*texts, *labels, *budget) if name not in names]
     if absent or len(labels) != 1 or not texts or (len(texts) != 1 and not options.text):
         raise DataError(
             f"{where} has the columns {', '.join(names)}; expected one of text and one of labels"
@@ -209,6 +225,7 @@ def from_tables(
             part.lengths.numpy(),
             *(torch.cat(list(lists)).numpy() for lists in part.tokens.values()),
             part.labels.numpy(),
+            *(() if part.budgets is None else (part.budgets.numpy(),)),
         )
     ]
     given = bool(class_names) or not isinstance(tables["train"].labels[0], int)
@@ -334,4 +351,17 @@ def _tokenized(
         labels=torch.from_numpy(labels),
         padding={name: padding.get(name, 0) for name in names},
         side=tokenizer.padding_side,
+        budgets=_budgets(table, where),
     )
+
+
+def _budgets(table: Table, where: str) -> Tensor | None:
+    if table.budgets is None:
+        return None
+    empty = [row for row, value in enumerate(table.budgets) if value is None]
+    if empty:
+        raise DataError(
+            f"{where}: {len(empty)} rows have no budget, the first is row {empty[0]}; say inf for "
+            "no limit."
+        )
+    return checked_budgets(table.budgets, len(table.labels), where)
