@@ -110,8 +110,8 @@ def fit(
     check_network(network)
     if not isinstance(data, Data):
         raise DataError(
-            f"data is a {type(data).__name__}; expected a Data, from load_data or Data.of. For a loop of your "
-            "own, the network's forward returns the outputs of all exits."
+            f"data is a {type(data).__name__}; expected a Data, from load_data or Data.of. "
+            "For a loop of your own, the network's forward returns the outputs of all exits."
         )
     recipe = recipe or Recipe()
     if network.task.is_logits:
