@@ -51,8 +51,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return digest(torch.from_numpy(np.ascontiguousarray(value)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return [plain(getattr(value, name)) for name in names if name not in NOT_COMPARED]
+        names = {field.name for field in dataclasses.fields(value)} - NOT_COMPARED
+        # sorted, since fields move to base classes and change their names
+        return sorted((plain(getattr(value, name)) for name in names), key=repr)
     if isinstance(value, dict):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

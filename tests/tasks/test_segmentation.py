@@ -1,5 +1,7 @@
 """Segmentation and embeddings, against scikit-learn and numbers by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 import impatient
 from impatient.clock import Deadline
 from impatient.errors import TaskError
+from impatient.evaluation import StaticBaseline
+from impatient.evaluation.tables import evaluation_table
 from impatient.policies import ThresholdPolicy, fit_thresholds, thresholds_for_shares
 from impatient.tasks import embedding, named, segmentation
 from impatient.tasks.segmentation import width
@@ -182,6 +186,10 @@ def test_a_network_of_maps_is_trained_recorded_and_run_by_its_deadline() -> None
     expected = jaccard_score(data.targets["test"].flatten(), given.flatten(), average="macro")
     assert row.metrics["mIoU"] == pytest.approx(expected)
     assert expected > 0.6
+    # a network that came without statistics has no mIoU, and its row none either
+    bare = StaticBaseline(recording=replace(test, statistics=None), time_s=1e-3, macs=1)
+    rows = evaluation_table(impatient.evaluate(test, costs, static={"bare": bare})).rows
+    assert [bool(row[3]) for row in rows] == [row[0].text != "bare" for row in rows]
     measured = impatient.profile(network, data.inputs["test"][:1], batch_sizes=[1, 8], repeats=5)
     runner = impatient.Runner(network, measured, policy)
     answer = runner.run(data.inputs["test"][:8], deadline=Deadline.after(60.0))

@@ -6,7 +6,7 @@ Times are in milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile, Noise, Quantiles
@@ -87,7 +87,7 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
                 name,
                 percent(row.accuracy.value),
                 interval(row.accuracy),
-                *(f"{row.metrics[name]:.4g}" for name in metrics),
+                *(_metric(row.metrics, name) for name in metrics),
                 percent(row.p_true.value) if row.p_true else "",
                 three_digits(row.interruptible_s),
                 three_digits(row.contract_s),
@@ -100,6 +100,11 @@ def evaluation_table(evaluation: Evaluation, exits: Sequence[str] = ()) -> Table
         ],
         kinds=[row.kind for row in evaluation.rows],
     )
+
+
+def _metric(metrics: Mapping[str, float], name: str) -> str:
+    # networks from elsewhere may come without
+    return f"{metrics[name]:.4g}" if name in metrics else ""
 
 
 def engine_table(name: str, rows: Sequence[PairedComparison], evaluation: Evaluation) -> Table:
