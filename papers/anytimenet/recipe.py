@@ -18,7 +18,8 @@ from impatient import Data, MultiExitNetwork, Recipe, Recording, attach_exits, f
 from impatient.evaluation.derived import ensembled
 from impatient.files import written_whole
 from impatient.networks import growth
-from impatient.networks.anytimenet import AnytimeNet, BaseResNet, recalibrate
+from impatient.networks.anytimenet import AnytimeNet, BaseResNet
+from impatient.networks.recalibration import recalibrate
 from impatient.provenance import machine
 from papers.anytimenet.confidence import class_confidence
 from papers.data import load

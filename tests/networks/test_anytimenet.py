@@ -32,13 +32,13 @@ from impatient.networks.anytimenet import (
     _in_iteration,
     block_macs,
     block_times,
-    recalibrate,
 )
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN
 from impatient.networks.gradients import GradientFlow
 from impatient.networks.growth import PAPER, Schedule, in_turn, trace
 from impatient.networks.heads import Pool
+from impatient.networks.recalibration import recalibrate
 from impatient.networks.resnet import PreActBlock, PreActBottleneck
 from impatient.policies import ThresholdPolicy
 from impatient.runtime import Runner, profile

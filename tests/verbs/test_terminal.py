@@ -113,6 +113,7 @@ RUNS = {
     "report": [],
     "show": [],
     "describe": [],
+    "recalibrate": [],
 }
 
 

@@ -5,7 +5,6 @@ from impatient.networks.anytimenet import (
     BaseResNet,
     GrowingNetwork,
     SectionedNetwork,
-    recalibrate,
 )
 from impatient.networks.cascade import Cascade
 from impatient.networks.combined_exits import RunningEnsemble
@@ -15,6 +14,7 @@ from impatient.networks.growth import Schedule
 from impatient.networks.heads import FeatureShape
 from impatient.networks.multi_exit import MultiExitNetwork, attach_exits
 from impatient.networks.pretrained import Loaded
+from impatient.networks.recalibration import recalibrate
 from impatient.networks.resnet import PreActResNet, preact_resnet_imagenet
 from impatient.networks.specs import load_model, load_with_weights, transform_of
 from impatient.networks.stages import StagedRun

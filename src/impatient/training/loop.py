@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import signal
 import threading
 import time
@@ -41,6 +42,7 @@ from impatient.store import from_plain
 from impatient.training import schedules
 from impatient.training.augmentation import augmented
 from impatient.training.balancing import AdaLoss, balancer
+from impatient.training.batch_norm import behind
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
 from impatient.training.history import EpochMetrics, History
@@ -59,6 +61,8 @@ from impatient.trees import map_leaves, take
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+
+log = logging.getLogger(__name__)
 
 ExitWeights = Sequence[float] | str | AdaLoss | Tensor
 CheckedWeights = tuple[float, ...] | AdaLoss | Float[Tensor, "N K"]
@@ -97,7 +101,8 @@ def fit(
         metrics_csv: file for loss and accuracy per epoch, split and exit.
         progress: show a progress bar.
     Returns:
-        The metrics of every epoch. The network is left in eval mode.
+        The metrics of every epoch. The network is left in eval mode. If its batch norm has not
+        caught up with training, the log says so.
     Raises:
         TrainingDiverged: if a loss is NaN or infinite; the last checkpoint is kept.
         StaleInput: if the checkpoint was made with another recipe, data set, network or weights.
@@ -142,7 +147,7 @@ def fit(
         data.size("train"),
         recipe.sampler,
     )
-    return _Training(
+    history = _Training(
         network=network,
         data=data,
         weights=checked,
@@ -153,6 +158,14 @@ def fit(
         metrics_csv=metrics_csv,
         progress=progress,
     ).run()
+    found = behind(network, data, history, batch_size=recipe.batch_size, seed=recipe.seed)
+    if found and fabric.is_global_zero:
+        log.warning(
+            "batch norm has not caught up with training: %s. To bring it up to date: `impatient "
+            "recalibrate DIR` (in Python impatient.training.batch_norm.recalibrate_on).",
+            found,
+        )
+    return history
 
 
 def check_precision(fabric: Fabric) -> None:
