@@ -302,6 +302,72 @@ def empirical(budgets_s: Sequence[float], *, cost: Cost = "time") -> Budget:
     return Budget(shape="empirical", low=samples[0], high=samples[-1], samples_s=samples, cost=cost)
 
 
+@dataclass(frozen=True, slots=True)
+class SampleBudgets:
+    """A distribution of budgets for each sample, p(t | x), made by `per_sample`.
+
+    Attributes:
+        each: the budget of every sample.
+    """
+
+    each: tuple[Budget, ...]
+
+    def __post_init__(self) -> None:
+        costs = {budget.cost for budget in self.each}
+        if len(costs) != 1:
+            raise BudgetError(
+                f"budgets of {', '.join(sorted(costs)) or 'no samples'}; expected one kind of cost "
+                "for all samples."
+            )
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    @property
+    def cost(self) -> Cost:
+        """What is limited."""
+        return self.each[0].cost
+
+    def take(self, rows: Sequence[int]) -> SampleBudgets:
+        """Return the budgets of some samples."""
+        return SampleBudgets(tuple(self.each[row] for row in rows))
+
+    def weights(self, costs_s: Sequence[float]) -> np.ndarray:
+        """Compute the exit weights of every sample, shape [N, K], as in `exit_weights_many`."""
+        different = list(dict.fromkeys(self.each))
+        rows = {budget: row for row, budget in enumerate(different)}
+        return exit_weights_many(different, costs_s)[[rows[budget] for budget in self.each]]
+
+    def summary(self) -> Budget:
+        """Return the distribution of the samples' mean budgets, for tables and plots."""
+        return empirical([budget.mean_s() for budget in self.each], cost=self.cost)
+
+
+def per_sample(
+    budgets: Sequence[float] | Sequence[Budget] | np.ndarray, *, cost: Cost = "time"
+) -> SampleBudgets:
+    """Make the budgets of single samples: numbers that are known, or distributions p(t | x).
+
+    Args:
+        budgets: one per sample, in seconds or in the unit of `cost`; or one distribution each.
+        cost: what numbers limit; distributions say it themselves.
+    Raises:
+        BudgetError: if there are none, a number is negative or not finite, or kinds of cost differ.
+    Source:
+        Impatient DNNs: individual budgets, given a priori for each test example.
+    Example:
+        >>> expected_accuracy(per_sample([1.0, 5.0]), [1.0, 4.0], [[1.0, 0.0], [1.0, 1.0]])
+        1.0
+    """
+    return SampleBudgets(
+        tuple(
+            # a budget of 0 pays for nothing, and so does the smallest number
+            budget if isinstance(budget, Budget) else point(float(budget) or 5e-324, cost=cost)
+            for budget in budgets
+        )
+    )
+
+
 STANDARD = ("uniform", "small_likely", "large_likely", "normal")
 
 
@@ -404,26 +470,50 @@ def deepest_for_some(costs_s: Sequence[float]) -> tuple[int, ...]:
 
 
 def expected_accuracy(
-    budget: Budget,
+    budget: Budget | SampleBudgets,
     costs_s: Sequence[float],
-    accuracies: Sequence[float],
+    accuracies: Sequence[float] | Sequence[Sequence[float]] | np.ndarray,
     *,
     without_answer: float = 0.0,
 ) -> float:
     """Compute the expected accuracy of the answer under random budgets.
 
     Args:
-        budget: distribution p(t) of budgets.
+        budget: distribution p(t) of budgets, or those of single samples, p(t | x).
         costs_s: cumulative cost of each exit, as in `exit_weights`.
-        accuracies: accuracy of each exit, in [0, 1], length K.
+        accuracies: accuracy of each exit, in [0, 1], length K; with budgets of single samples the
+            quality of each exit's answer to each sample, [K, N].
         without_answer: accuracy counted for budgets that are too small for any exit; 0 counts them
             as failures.
     Source:
         Impatient DNNs, Table 1's metric.
     """
+    if isinstance(budget, SampleBudgets):
+        return _expected_quality(budget, costs_s, np.asarray(accuracies), without_answer)
     weights = exit_weights(budget, costs_s)
-    answered = sum(weight * accuracy for weight, accuracy in zip(weights, accuracies, strict=True))
+    shares = np.asarray(accuracies, dtype=np.float64)
+    if shares.shape != (len(weights),):
+        raise BudgetError(
+            f"accuracies of shape {shares.shape} for {len(weights)} exits; expected one per exit. "
+            "Budgets of single samples, which take [K, N], come from per_sample."
+        )
+    pairs = zip(weights, shares.tolist(), strict=True)
+    answered: float = sum(weight * accuracy for weight, accuracy in pairs)
     return answered + (1.0 - sum(weights)) * without_answer
+
+
+def _expected_quality(
+    budgets: SampleBudgets, costs_s: Sequence[float], quality: np.ndarray, without_answer: float
+) -> float:
+    """Average the expected quality of every sample under its own budgets."""
+    if quality.shape != (len(costs_s), len(budgets)):
+        raise BudgetError(
+            f"qualities of shape {quality.shape} for {len(costs_s)} exits and budgets of "
+            f"{len(budgets)} samples; expected [K, N], such as recording.quality."
+        )
+    weights = budgets.weights(costs_s)
+    answered = (weights * quality.T).sum(1) + (1.0 - weights.sum(1)) * without_answer
+    return float(answered.mean())
 
 
 def parse_budget(text: str) -> Budget:

@@ -10,6 +10,7 @@ from scipy import stats
 
 from impatient import budgets
 from impatient.errors import (
+    BudgetError,
     CostError,
     PolicyError,
     RecordingError,
@@ -515,3 +516,34 @@ def test_of_another_network_bytes_are_not_known(tmp_path):
 def test_budgets_of_a_cost_that_the_profile_lacks_are_refused():
     with pytest.raises(CostError, match="says nothing about energy"):
         evaluate(hand_made(), COSTS, budgets={"energy": budgets.point(1.0, cost="energy")})
+
+
+# --- budgets of single samples --------------------------------------------------------------------
+
+
+def test_every_way_to_answer_is_judged_under_the_samples_own_budgets():
+    recording = drawn(200, seed=5, split="test")
+    costs = costs_of([1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5])
+    policy = ThresholdPolicy(score="max_probability", thresholds=(0.6, 0.6, 0.6, -math.inf))
+    budgets_s = torch.linspace(0.5, 8.0, 200, dtype=torch.float64)
+    found = evaluate(
+        recording, costs, policy, budgets={"own": budgets.per_sample(budgets_s.tolist())}
+    )
+    hits = recording.quality
+    interruptible = [1.5, 3.0, 4.5, 6.0]
+    contract = [1.5, 2.5, 3.5, 4.5]
+    stops = policy.exits_on(recording)
+    by_hand = {"interruptible": 0.0, "contract": 0.0, "policy": 0.0}
+    for sample, budget_s in enumerate(budgets_s.tolist()):
+        for name, times, last in (
+            ("interruptible", interruptible, 3),
+            ("contract", contract, 3),
+            ("policy", interruptible, int(stops[sample])),
+        ):
+            paid = [exit for exit in range(last + 1) if times[exit] <= budget_s]
+            by_hand[name] += float(hits[paid[-1], sample]) / 200 if paid else 0.0
+    rows = {row.name: row.accuracy.value for row in found.under_budgets}
+    assert {name: rows[name] for name in by_hand} == pytest.approx(by_hand)
+    assert found.budgets["own"].mean_s() == pytest.approx(4.25)
+    with pytest.raises(BudgetError, match="budgets of 3 samples, the recording 200"):
+        evaluate(recording, costs, budgets={"own": budgets.per_sample([1.0, 2.0, 3.0])})

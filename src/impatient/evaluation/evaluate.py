@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from impatient.budgets import Budget, standard
+from impatient.budgets import Budget, SampleBudgets, standard
 from impatient.costs import Cost, CostProfile, Mode, Statistic
-from impatient.errors import PolicyError, RecordingError, SplitReuseError
+from impatient.errors import BudgetError, PolicyError, RecordingError, SplitReuseError
 from impatient.evaluation.metrics import (
     Estimate,
     expected_calibration_error,
@@ -30,6 +30,8 @@ from impatient.store import Stored
 from impatient.tasks import Task, is_classification, known
 from impatient.tasks.classification import top_of, top_probability
 
+# what one way to answer gets of each sample, under budgets
+ExpectedHits = Callable[[Budget | SampleBudgets], Tensor]
 Kind = Literal["exit", "policy", "exit_free", "static", "oracle"]
 
 
@@ -115,7 +117,7 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
     Attributes:
         rows: exits, policies, networks without exits, oracle.
         under_budgets: expected accuracies.
-        budgets: the distributions, by name.
+        budgets: the distributions, by name; of single samples' budgets that of their means.
         quality_name: what `accuracy` is called for the task.
         task: name of the task by which answers were judged.
         split, samples: what it was judged on.
@@ -150,7 +152,7 @@ def evaluate(
     exit_free: Recording | None = None,
     same_weights: bool = True,
     static: Mapping[str, StaticBaseline] | None = None,
-    budgets: Mapping[str, Budget] | None = None,
+    budgets: Mapping[str, Budget | SampleBudgets] | None = None,
     task: Task | None = None,
     statistic: Statistic = "mean",
     batch_size: int = 1,
@@ -168,7 +170,8 @@ def evaluate(
         budgets: distributions over budgets of time, or of any other cost that the profile holds, by
             name; by default the four standard shapes of time from 0 to 1.25 times the interruptible
             cost of the last exit. Of `static` networks only time and multiply-accumulates are
-            known, so they are left out under budgets of bytes or energy.
+            known, so they are left out under budgets of bytes or energy. Those of single samples
+            (`budgets.per_sample`) are for the samples of the recording, in their order.
         task: the recording's task, if it is one of your own that has a summary.
         statistic: which of the measured times is used.
         batch_size: size of the batches whose times are used.
@@ -177,6 +180,7 @@ def evaluate(
         with the same weights and if given with its own, and the oracle (the cheapest exit that is
         right) are always among the rows.
     Raises:
+        BudgetError: if there is not one budget per sample where they are of single samples.
         SplitReuseError: if a policy was fitted on this very split.
         StaleInput: if a policy was fitted on another network's recording, or `exit_free` is of
             other data.
@@ -202,16 +206,26 @@ def evaluate(
     for _, other in once.values():
         _check_same_split(other.recording, recording)
     meaning = task or known(recording.task)
-    distributions = (
-        standard_budgets(costs.interruptible_s(**options)) if budgets is None else dict(budgets)
+    distributions: dict[str, Budget | SampleBudgets] = (
+        dict(standard_budgets(costs.interruptible_s(**options)))
+        if budgets is None
+        else dict(budgets)
     )
-    for budget in distributions.values():
+    for name, budget in distributions.items():
         costs.require(budget.cost)
+        if isinstance(budget, SampleBudgets) and len(budget) != len(recording):
+            raise BudgetError(
+                f"{name!r} has budgets of {len(budget)} samples, the recording {len(recording)}; "
+                "expected one per sample, in the recording's order."
+            )
     judge = _Judge(recording, costs, named, once, options, meaning)
     return Evaluation(
         rows=(*judge.exits(), *judge.policies(), *judge.references()),
         under_budgets=tuple(judge.under_budgets(distributions)),
-        budgets=distributions,
+        budgets={
+            name: budget.summary() if isinstance(budget, SampleBudgets) else budget
+            for name, budget in distributions.items()
+        },
         split=recording.split,
         quality_name=meaning.quality_name if meaning else "quality",
         task=recording.task,
@@ -365,7 +379,7 @@ class _Judge:
         metrics = self._metrics(self.recording, exits)
         return _row(name, kind, judged, means, shares.tolist(), metrics)
 
-    def under_budgets(self, budgets: Mapping[str, Budget]) -> list[BudgetRow]:
+    def under_budgets(self, budgets: Mapping[str, Budget | SampleBudgets]) -> list[BudgetRow]:
         """Judge all under every distribution of budgets."""
         ways = {cost: self._ways(cost) for cost in {budget.cost for budget in budgets.values()}}
         return [
@@ -374,10 +388,10 @@ class _Judge:
             for name, of in ways[budget.cost].items()
         ]
 
-    def _ways(self, cost: Cost) -> dict[str, Callable[[Budget], Float[Tensor, "N"]]]:
+    def _ways(self, cost: Cost) -> dict[str, ExpectedHits]:
         """Return, by name, what computes expected hits under a budget."""
 
-        def of(costs: Sequence[float], hits: Tensor) -> Callable[[Budget], Float[Tensor, "N"]]:
+        def of(costs: Sequence[float], hits: Tensor) -> ExpectedHits:
             return functools.partial(expected_hits, costs_s=costs, hits=hits)
 
         interruptible, contract = (

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from impatient.budgets import Budget, exit_weights
+from impatient.budgets import Budget, SampleBudgets, exit_weights
 from impatient.costs import CostProfile, Statistic
 from impatient.errors import PolicyError
 
@@ -40,7 +40,9 @@ class Outcome:
         """Seconds until the answer of an interruptible run."""
         return self.interruptible_s.gather(1, self.exits[:, None])[:, 0]
 
-    def expected(self, budget: Budget, hits: Float[Tensor, "K N"]) -> Float[Tensor, "N"]:
+    def expected(
+        self, budget: Budget | SampleBudgets, hits: Float[Tensor, "K N"]
+    ) -> Float[Tensor, "N"]:
         """Compute each sample's probability of a right answer in time.
 
         It is that of the last exit on the sample's way that fits the budget.
@@ -51,7 +53,8 @@ class Outcome:
             rows = (which == number).nonzero()[:, 0]
             exits = way.nonzero()[:, 0]
             costs = self.interruptible_s[rows[0], exits].tolist()
-            right[rows] = expected_hits(budget, costs, hits[exits][:, rows])
+            own = budget.take(rows.tolist()) if isinstance(budget, SampleBudgets) else budget
+            right[rows] = expected_hits(own, costs, hits[exits][:, rows])
         return right
 
     def where(self, is_other: Bool[Tensor, "N"], other: Outcome) -> Outcome:
@@ -65,12 +68,14 @@ class Outcome:
 
 
 def expected_hits(
-    budget: Budget, costs_s: Sequence[float], hits: Float[Tensor, "K N"]
+    budget: Budget | SampleBudgets, costs_s: Sequence[float], hits: Float[Tensor, "K N"]
 ) -> Float[Tensor, "N"]:
     """Compute each sample's probability of a right answer in time.
 
     It is that of the deepest exit that fits the budget.
     """
+    if isinstance(budget, SampleBudgets):
+        return (torch.from_numpy(budget.weights(costs_s)).T * hits.double()).sum(0)
     weights = as_doubles(exit_weights(budget, costs_s))
     return (weights[:, None] * hits.double()).sum(0)
 
