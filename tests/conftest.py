@@ -3,9 +3,11 @@
 Every test is seeded and has one torch thread: tiny networks gain nothing from more.
 """
 
+import functools
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -63,6 +65,15 @@ def window() -> Iterator[Browser]:
         pytest.skip("needs Debian's chromium and chromium-driver")
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def _exporting_is_quick() -> None:
+    """Let torch's exporter make its table of ONNX functions once, instead of once a file."""
+    found = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if found is not None and isinstance(vars(found.ONNXRegistry)["from_torchlib"], classmethod):
+        make = functools.cache(found.ONNXRegistry.from_torchlib)
+        found.ONNXRegistry.from_torchlib = staticmethod(make)
 
 
 @pytest.fixture

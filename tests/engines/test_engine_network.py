@@ -327,12 +327,9 @@ def test_compiled_stages_give_the_same_answers(shallow: MultiExitNetwork) -> Non
 def test_packages_give_the_same_answers_with_their_own_thread_count_only(
     shallow: MultiExitNetwork, tmp_path: Path
 ) -> None:
-    network = aoti(
-        partition(shallow, EXAMPLE),
-        NetworkFacts.of(shallow, EXAMPLE),
-        tmp_path / "packages",
-        threads=1,
-    )
+    parts, facts = partition(shallow, EXAMPLE), NetworkFacts.of(shallow, EXAMPLE)
+    aoti(parts, facts, tmp_path / "packages", threads=1)
+    network = load_aoti(tmp_path / "packages")
     assert (network.engine, network.threads) == ("aoti", 1)
     for batch in (1, 3):
         agree(network, shallow, batch)

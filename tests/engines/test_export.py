@@ -213,7 +213,11 @@ def test_the_description_says_how_far_it_agrees_and_holds_the_policy(
     assert bundle["policy"] == {
         "score": "max_probability",
         "thresholds": [0.5, math.inf, -math.inf],
+        "compares": False,
+        "compare": None,
     }
+    assert bundle["task"] == "classification"
+    assert bundle["outputs"] == [{"name": "output", "dtype": "float32", "shape": [None, 10]}]
     assert bundle["inputs"] == [{"name": "x", "dtype": "float32", "shape": [None, 3, 32, 32]}]
     assert {file.name for file in directory.iterdir()} == {
         "bundle.json",

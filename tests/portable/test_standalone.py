@@ -44,10 +44,9 @@ from impatient.portable import (
 )
 from impatient.portable.bundle import _quantiles, processor_name
 from impatient.portable.command import _load, main
-from impatient.portable.staged import CancellablePart
-from impatient.portable.thresholds import SCORES, probabilities
+from impatient.portable.staged import CancellablePart, Exit
+from impatient.portable.thresholds import Scores, probabilities
 from impatient.provenance import machine
-from impatient.tasks.scores import SCORES as TORCH_SCORES
 
 pytestmark = pytest.mark.engine
 
@@ -120,8 +119,15 @@ def write_parts(directory: Path) -> None:
     )
     write_onnx(directory / "stage1.onnx", SECOND, {"h": eight}, {"u": eight})
     write_onnx(directory / "stage2.onnx", [back, *LAST], {"u": eight, "skip": [8, "b"]}, {"y": out})
-    write_onnx(directory / "head0.onnx", [node("MatMul", "h p", "z")], {"h": eight}, {"z": out})
-    write_onnx(directory / "head1.onnx", [node("MatMul", "u q", "z")], {"u": eight}, {"z": out})
+    # as heads that say how sure they are: the largest probability
+    score = [
+        node("Softmax", "z", "shares", axis=-1),
+        node("ReduceMax", "shares", "score", axes=[-1], keepdims=0),
+    ]
+    given = {"z": out, "score": ["b"]}
+    for index, (takes, weights) in enumerate((("h", "p"), ("u", "q"))):
+        head = node("MatMul", f"{takes} {weights}", "z")
+        write_onnx(directory / f"head{index}.onnx", [head, *score], {takes: eight}, given)
     write_onnx(directory / "whole.onnx", [*FIRST, *SECOND, *LAST], {"x": ["b", 6]}, {"y": out})
 
 
@@ -534,10 +540,19 @@ def test_a_deadline_needs_costs_that_were_measured_here(export: Export):
 
 def policy_between(exit: int, outputs: Any = None) -> dict[str, Any]:
     """Thresholds of which two of the four samples reach that of an exit, and none any other."""
-    scores = np.sort(SCORES["max_probability"](truth(X)[exit]))
     thresholds = [INF, INF, -INF]
-    thresholds[exit] = float(scores[1:3].mean())
-    return {"score": "max_probability", "thresholds": thresholds}
+    thresholds[exit] = float(np.sort(sureness(truth(X)[exit]))[1:3].mean())
+    return rule_of(thresholds)
+
+
+def sureness(outputs: Any) -> Any:
+    """The score that the heads compute: the largest probability."""
+    return probabilities(outputs).max(-1)
+
+
+def rule_of(thresholds: Sequence[float], **changes: Any) -> dict[str, Any]:
+    rule = {"score": "max_probability", "thresholds": thresholds}
+    return rule | {"compares": False, "compare": None} | changes
 
 
 @BOTH
@@ -550,7 +565,7 @@ def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engin
         sizes.append(inputs[0].shape[0]) or stage(*inputs)
     )
     answer = bundle.run(X)
-    stops = SCORES["max_probability"](truth(X)[exit]) >= bundle.policy.thresholds[exit]
+    stops = sureness(truth(X)[exit]) >= bundle.policy.thresholds[exit]
     wanted = np.where(stops[:, None], truth(X)[exit], truth(X)[2])
     assert_close(answer.output, wanted)
     assert answer.exits == tuple(np.where(stops, exit, 2).tolist())
@@ -559,7 +574,7 @@ def test_sure_samples_leave_the_batch_and_the_rest_goes_on(export: Export, engin
 
 
 def test_when_all_are_sure_the_policy_stops_the_run(export: Export):
-    timed = Timed(export(policy={"score": "margin", "thresholds": [INF, 0.0, -INF]}))
+    timed = Timed(export(policy=rule_of([INF, 0.0, -INF])))
     answer = timed.run(deadline_s=1.0)
     assert (answer.exits, answer.stopped_by) == ((1,) * 4, "policy")
     assert timed.ran == ["stage 0", "stage 1", "head 1"]
@@ -644,7 +659,7 @@ def test_at_its_deadline_a_started_run_returns_the_latest_answer(export: Export)
 
 
 def test_a_started_run_keeps_to_the_policy_and_raises_what_went_wrong(export: Export):
-    bundle = Bundle(export(policy={"score": "margin", "thresholds": [INF, 0.0, -INF]}))
+    bundle = Bundle(export(policy=rule_of([INF, 0.0, -INF])))
     assert bundle.start(X).result().stopped_by == "policy"
     assert bundle.start(X, policy=False).result().stopped_by == "final"
 
@@ -739,14 +754,11 @@ DAMAGES = {
         "2 heads for 3 exits",
     ),
     "no such file": (description("onnxruntime") | {"whole": "all.onnx"}, "no file all.onnx"),
-    "an unknown score": (
-        description("onnxruntime") | {"policy": {"score": "luck", "thresholds": [0, 0, 0]}},
-        "score 'luck'",
+    "a policy of 0.1.0, whose heads give no scores": (
+        description("onnxruntime") | {"policy": {"score": "margin", "thresholds": [0, 0, 0]}},
+        "an entry is missing .*compare.*Export the network again",
     ),
-    "a threshold too few": (
-        description("onnxruntime") | {"policy": {"score": "margin", "thresholds": [0]}},
-        "1 thresholds",
-    ),
+    "a threshold too few": (description("onnxruntime") | {"policy": rule_of([0])}, "1 thresholds"),
     "a value from nowhere": (
         rewired(takes=[["x"], ["v"], ["u", "skip"]]),
         "no stage gives the value 'v'",
@@ -834,43 +846,46 @@ def test_an_input_of_the_wrong_kind_is_refused(export: Export, x: Any, message: 
 # --- the same rules as the library
 
 
-OUTPUTS = arrays.arrays(
-    np.float32,
-    st.tuples(st.integers(1, 5), st.integers(1, 6)),
-    elements=st.floats(-40, 40, width=32),
-)
+THRESHOLDS = st.floats(-0.1, 1.1) | st.sampled_from([INF, -INF, 0.7, 1.0])
+COLUMNS = arrays.arrays(np.float32, st.integers(1, 5), elements=st.floats(-40, 40, width=32))
 
 
-@given(OUTPUTS, st.sampled_from(sorted(SCORES)))
-def test_scores_are_those_of_the_library(outputs: Any, score: str):
-    mine = SCORES[score](outputs)
-    theirs = TORCH_SCORES[score](torch.from_numpy(outputs)).numpy()
-    assert mine.dtype == theirs.dtype == np.float32
-    np.testing.assert_allclose(mine, theirs, atol=2e-6)
+@given(st.lists(COLUMNS, min_size=3, max_size=3), st.lists(THRESHOLDS, min_size=2, max_size=2))
+def test_thresholds_are_those_of_the_library(columns: list[Any], early: list[float]):
+    count = min(map(len, columns))
+    scores = [column[:count] for column in columns]
+    for name in ("constant", "agreement"):
+        thresholds = (*early, -INF)
+        mine = Thresholds(score=name, thresholds=thresholds, compares=name == "agreement")
+        theirs = ThresholdPolicy(score=name, thresholds=thresholds, task="regression:scale=1.0")
+        run = theirs.for_run(count)
+        given_scores = Scores(Agreement() if mine.compares else None)
+        for exit in range(3):
+            assert mine.looks_at(exit) == theirs.looks_at(exit)
+            if mine.looks_at(exit):
+                out = scores[exit][:, None]
+                zeros = np.zeros(count, np.float32)
+                seen = given_scores.of(Exit(exit, None, None, out, zeros))
+                wanted = run.stops(exit, torch.from_numpy(out)).numpy()
+                np.testing.assert_array_equal(mine.stops(exit, seen), wanted)
 
 
-@given(
-    OUTPUTS,
-    st.sampled_from(sorted(SCORES)),
-    st.floats(-0.1, 1.1) | st.sampled_from([INF, -INF, 0.7, 1.0]),
-)
-def test_thresholds_are_those_of_the_library(outputs: Any, score: str, threshold: float):
-    thresholds = (threshold, INF, -INF)
-    mine = Thresholds(score=score, thresholds=thresholds)
-    theirs = ThresholdPolicy(score=score, thresholds=thresholds)
-    # where the last bit of a softmax may decide
-    close = np.abs(SCORES[score](outputs) - threshold) < 4e-6
-    for exit in range(3):
-        assert mine.looks_at(exit) == theirs.looks_at(exit)
-        equal = mine.stops(exit, outputs) == theirs.stops(exit, torch.from_numpy(outputs)).numpy()
-        assert (equal | (close if exit == 0 else False)).all()
+class Agreement:
+    """A part that compares numbers, as regression does."""
+
+    def one(self, output: Any, before: Any) -> Any:
+        return -np.abs(output - before)[:, 0]
 
 
 def test_a_threshold_is_compared_in_single_precision():
-    outputs = np.log(np.array([[0.7, 0.3]], np.float32))
-    score = float(SCORES["max_probability"](outputs)[0])
-    exact = Thresholds(score="max_probability", thresholds=(score + 1e-9, -INF))
-    assert exact.stops(0, outputs).all()
+    score = np.array([0.7], np.float32)
+    exact = Thresholds(score="max_probability", thresholds=(float(score[0]) + 1e-9, -INF))
+    assert exact.stops(0, score).all()
+
+
+def test_a_policy_that_is_set_later_needs_scores():
+    with pytest.raises(BundleError, match="exported without a policy"):
+        Scores().of(Exit(0, None, None, X))
 
 
 @given(st.lists(st.floats(0.0, 200.0), max_size=60), st.sampled_from([0.5, 0.9, 0.99, 0.999]))

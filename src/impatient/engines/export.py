@@ -33,15 +33,16 @@ from impatient.engines.network import (
     engine_label,
     load_aoti,
 )
-from impatient.engines.onnx_files import quantise, write_parts
+from impatient.engines.onnx_files import COMPARE, Scoring, quantise, write_parts
 from impatient.engines.partition import Parts, input_tensors, partition
-from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError
+from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError, TaskError
 from impatient.files import read_json, write_json, write_text
 from impatient.inputs import batch_size_of, call_model, evaluating
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
+from impatient.tasks.task import AGREEMENT, Task
 from impatient.trees import map_samples
 
 # Engines whose networks are written to files.
@@ -90,7 +91,8 @@ def to_engine(
         return network
     if engine == "compile":
         with evaluating(network):
-            made = compiled(partition(network, example), NetworkFacts.of(network, example))
+            facts = NetworkFacts.of(network, example)
+            made = compiled(partition(network, example), facts, network.task)
         check_agreement(network, made, example, precision)
         return made
     options: dict[str, Any] = {
@@ -101,10 +103,11 @@ def to_engine(
         "calibration": calibration,
     }
     if directory is not None:
-        return load_engine(export(network, directory, **options))
+        return load_engine(export(network, directory, **options), task=network.task)
     temporary = tempfile.mkdtemp(prefix="impatient-")
     try:
-        made = load_engine(export(network, Path(temporary) / "network", **options))
+        place = export(network, Path(temporary) / "network", **options)
+        made = load_engine(place, task=network.task)
     except BaseException:
         shutil.rmtree(temporary)
         raise
@@ -143,7 +146,7 @@ def export(
         precision: "fp32"; for ONNX Runtime and OpenVINO also "int8-dynamic" or "int8-static".
         calibration: batches of inputs for "int8-static".
         costs: profile of this network in this engine (see `add_costs`).
-        policy: threshold policy to export with the network.
+        policy: threshold policy to export with the network. Its score is computed by the files.
         lean: leave out the backbone without exits, which is only for comparison and takes half of
             the size.
         force: replace an exported network in `directory`.
@@ -166,17 +169,20 @@ def export(
         raise RunError(
             f"the network is on {device}, and {engine} runs on the CPU here; export network.cpu()."
         )
+    rule = None if policy is None else _rule(policy, network.task, settings)
     with evaluating(network):
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
     with replaced_whole(Path(directory)) as folder:
-        _write_parts(parts, facts, folder, settings, calibration, whole=not lean)
+        scoring = _scoring(network.task, rule)
+        _write_parts(parts, facts, folder, settings, calibration, scoring, whole=not lean)
         bundle = _bundle(parts, facts, example, folder, settings)
         bundle["costs"] = costs and _costs_json(costs)
-        bundle["policy"] = policy and policy.portable_rule()
+        bundle["policy"] = rule
         write_json(folder / BUNDLE, bundle)
         try:
-            agreement = check_agreement(network, load_engine(folder), example, precision)
+            made = load_engine(folder, task=network.task)
+            agreement = check_agreement(network, made, example, precision)
         except portable.BundleError as error:
             raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
         write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
@@ -184,6 +190,33 @@ def export(
             copy_standalone(folder)
         write_text(folder / "README.txt", _readme(engine, threads))
     return Path(directory)
+
+
+def _rule(policy: Policy, task: Task, settings: EngineSettings) -> dict[str, Any]:
+    """Describe a policy in JSON, and say which file compares outputs, if any does."""
+    if settings.engine == "aoti":
+        raise RunError(
+            "a policy goes with networks that run without torch, and packages of aoti need torch. "
+            "Export without it, and give the policy to Runner."
+        )
+    rule = policy.for_task(task).portable_rule()
+    compares = rule["score"] == AGREEMENT
+    alone = compares and settings.engine not in portable.SESSIONS
+    return {**rule, "compares": compares, "compare": f"{COMPARE}.onnx" if alone else None}
+
+
+def _scoring(task: Task, rule: Mapping[str, Any] | None) -> Scoring:
+    """Find the functions of a policy's score."""
+    if rule is None:
+        return Scoring()
+    if not rule["compares"]:
+        return Scoring(of=task.score(rule["score"]))
+    if task.distance is None:
+        raise TaskError(
+            f"task {task.name!r} has no distance, which agreement needs; expected a task with one. "
+            "Fit a policy on another score."
+        )
+    return Scoring(distance=task.distance)
 
 
 def copy_standalone(folder: Path) -> None:
@@ -196,21 +229,25 @@ def copy_standalone(folder: Path) -> None:
     write_text(folder / "run.py", _RUN)
 
 
-def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineNetwork:
+def load_engine(
+    directory: str | Path, *, threads: int | None = None, task: Task | None = None
+) -> EngineNetwork:
     """Load a network that `export` wrote.
 
     Args:
         directory: exported directory.
         threads: threads of one operation; the default is the number it was exported with. Packages
             of "aoti" run with that number only.
+        task: what the outputs mean; needed only where the task is not ready-made.
     Raises:
+        TaskError: if the network was exported with a task of somebody's own, and none is given.
         StorageError: if the directory is not an exported network, or is damaged.
         StaleInput: if it was built for another torch version or thread count, where that matters.
     """
     directory = Path(directory)
     bundle = read_bundle(directory)
     if bundle["engine"] == "aoti":
-        return load_aoti(directory)
+        return load_aoti(directory, task)
     try:
         facts = _facts(bundle)
         made = portable.Bundle(directory, threads)
@@ -224,6 +261,7 @@ def load_engine(directory: str | Path, *, threads: int | None = None) -> EngineN
         _exit_free(made),
         EngineSettings(engine=made.engine, precision=bundle["precision"], threads=made.threads),
         arrays="numpy",
+        task=task,
     )
 
 
@@ -376,13 +414,14 @@ def _write_parts(
     folder: Path,
     settings: EngineSettings,
     calibration: Sequence[Any],
+    scoring: Scoring,
     *,
     whole: bool,
 ) -> None:
     if settings.engine == "aoti":
         aoti(parts, facts, folder, threads=settings.threads or 1)
         return
-    write_parts(parts, folder, settings.engine, whole=whole)
+    write_parts(parts, folder, settings.engine, whole=whole, scoring=scoring)
     if settings.precision != "fp32":
         batches = [tuple(input_tensors(x, parts.wiring.inputs)) for x in calibration]
         quantise(parts, folder, settings, batches)
@@ -408,14 +447,9 @@ def _bundle(
         "precision": settings.precision,
         "exits": list(parts.exit_names),
         "num_classes": parts.num_classes,
-        "inputs": [
-            {
-                "name": name,
-                "dtype": str(value.dtype).removeprefix("torch."),
-                "shape": _shape(value, wiring.batch_dims[name]),
-            }
-            for name, value in tensors
-        ],
+        "task": facts.task,
+        "inputs": [_described(name, value, wiring.batch_dims[name]) for name, value in tensors],
+        "outputs": [_described("output", parts.examples[wiring.features[-1]], 0)],
         "wiring": dataclasses.asdict(wiring),
         **_files(parts, settings.engine, ending),
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
@@ -440,8 +474,13 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
     }
 
 
-def _shape(value: Tensor, batch_dim: int | None) -> list[int | None]:
-    return [None if dim == batch_dim else size for dim, size in enumerate(value.shape)]
+def _described(name: str, value: Tensor, batch_dim: int | None) -> dict[str, Any]:
+    """Describe a tensor; sizes that are free are None."""
+    return {
+        "name": name,
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": [None if dim == batch_dim else size for dim, size in enumerate(value.shape)],
+    }
 
 
 def _costs_json(costs: CostProfile) -> dict[str, Any]:
@@ -463,6 +502,7 @@ def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
         stages=stages,
         structure=bundle["provenance"]["network"],
         weights=bundle["provenance"]["weights"],
+        task=bundle.get("task", "classification"),
     )
 
 

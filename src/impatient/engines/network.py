@@ -27,6 +27,7 @@ from impatient.networks.heads import Layout, pooled
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.portable import Staged, Streamed, Wiring
 from impatient.store import Stored
+from impatient.tasks import Task, named
 
 Arrays = Literal["torch", "numpy"]
 PRECISIONS = ("fp32", "int8-dynamic", "int8-static")
@@ -74,6 +75,7 @@ class NetworkFacts:
         stages: shapes, MACs and parameters of each stage and head.
         structure: fingerprint of the network's structure, for profiles.
         weights: fingerprint of its weights, for recordings.
+        task: name of the task of its outputs.
     """
 
     exit_names: tuple[str, ...]
@@ -82,6 +84,7 @@ class NetworkFacts:
     stages: tuple[StageFacts, ...]
     structure: str
     weights: str
+    task: str = "classification"
 
     @classmethod
     def of(cls, network: MultiExitNetwork, x: Any) -> Self:
@@ -97,6 +100,7 @@ class NetworkFacts:
             stages=tuple(network.stage_facts(resized(x, 1))),
             structure=network.structure_fingerprint,
             weights=network.weights_fingerprint,
+            task=network.task.name,
         )
 
 
@@ -165,7 +169,7 @@ class EngineExit(Exit):
         """Compute the head at the first call, which may also come later.
 
         Returns:
-            Output of this exit, shape [B, num_classes]; before softmax.
+            Output of this exit, the samples first, such as [B, num_classes] before softmax.
         """
         if self._output is None:
             with torch.inference_mode():
@@ -240,6 +244,7 @@ class EngineNetwork(Network):
         whole: function from the inputs, in order, to the output of the network without exits.
         settings: engine, precision and threads.
         arrays: kind of array that `parts` and `whole` take and return.
+        task: what the outputs mean; needed only where it is not ready-made.
 
     Attributes:
         backbone: network without exits in the same engine, a module that is called as the backbone.
@@ -255,6 +260,7 @@ class EngineNetwork(Network):
         whole: Callable[..., Any],
         settings: EngineSettings,
         arrays: Arrays = "torch",
+        task: Task | None = None,
     ) -> None:
         if parts.num_exits != len(facts.exit_names):
             raise NetworkError(
@@ -267,6 +273,7 @@ class EngineNetwork(Network):
         self.precision = settings.precision
         self.threads = settings.threads
         self.num_classes = facts.num_classes
+        self.task = named(facts.task) if task is None else task
         self.backbone = ExitFreeNetwork(whole, parts.wiring.inputs, arrays)
         self._parts = parts
         self._arrays = arrays
@@ -339,13 +346,14 @@ class EngineNetwork(Network):
         return list(self.facts.stages)
 
 
-def exported(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
+def exported(parts: Parts, facts: NetworkFacts, task: Task | None = None) -> EngineNetwork:
     """Run the exported graphs in torch, as a reference for engines."""
     staged = Staged(parts.wiring, parts.stages, parts.heads)
-    return EngineNetwork(facts, staged, parts.whole, EngineSettings(engine="exported"))
+    settings = EngineSettings(engine="exported")
+    return EngineNetwork(facts, staged, parts.whole, settings, task=task)
 
 
-def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
+def compiled(parts: Parts, facts: NetworkFacts, task: Task | None = None) -> EngineNetwork:
     """Compile every part by torch.compile, with the weights as constants.
 
     Later changes to the weights have no effect. The first run compiles, which takes seconds per
@@ -363,13 +371,12 @@ def compiled(parts: Parts, facts: NetworkFacts) -> EngineNetwork:
 
     heads = [head and made(head) for head in parts.heads]
     staged = Staged(parts.wiring, [made(stage) for stage in parts.stages], heads)
-    return EngineNetwork(facts, staged, made(parts.whole), EngineSettings(engine="compile"))
+    settings = EngineSettings(engine="compile")
+    return EngineNetwork(facts, staged, made(parts.whole), settings, task=task)
 
 
-def aoti(
-    parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1
-) -> EngineNetwork:
-    """Compile every part ahead of time by AOTInductor, and load the packages.
+def aoti(parts: Parts, facts: NetworkFacts, directory: str | Path, *, threads: int = 1) -> None:
+    """Compile every part ahead of time by AOTInductor.
 
     Args:
         parts: parts of the network.
@@ -401,10 +408,9 @@ def aoti(
     _package(parts.whole, wiring.inputs, parts, directory / "whole.pt2")
     made = Packages(threads=threads, torch=str(torch.__version__), wiring=wiring, facts=facts)
     made.save(directory / _AOTI)
-    return load_aoti(directory)
 
 
-def load_aoti(directory: str | Path) -> EngineNetwork:
+def load_aoti(directory: str | Path, task: Task | None = None) -> EngineNetwork:
     """Load packages that `aoti` wrote.
 
     The packages are machine code and run as such: load only what you have built.
@@ -438,6 +444,7 @@ def load_aoti(directory: str | Path) -> EngineNetwork:
         Staged(made.wiring, stages, [*heads, None]),
         _load(directory / "whole.pt2"),
         EngineSettings(engine="aoti", threads=made.threads),
+        task=task,
     )
 
 

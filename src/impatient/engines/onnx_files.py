@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from impatient.engines.network import EngineSettings
 from impatient.engines.partition import Parts, any_batch, values_of
 from impatient.errors import ExportFailed
 from impatient.portable import SESSIONS
+from impatient.tasks.task import Judge, Score
 
 # Bytes: the limit of protobuf, less some room for the graph.
 LARGEST_FILE = 2**31 - 2**24
@@ -34,10 +37,54 @@ STATIC_KINDS = [
     "AveragePool",
     "GlobalAveragePool",
 ]
+WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
-def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None:
+# The part that compares outputs with those of the exit before.
+COMPARE = "compare"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """The score that a policy looks at, to be computed by the files.
+
+    Attributes:
+        of: how sure outputs look; or
+        distance: how far outputs are from those of the exit before, which is the score negated.
+    """
+
+    of: Score | None = None
+    distance: Judge | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxFile:
+    """One ONNX file to write.
+
+    Attributes:
+        name: name of the file, without its ending.
+        part: what it computes.
+        takes: an example of each input by name.
+        batch_dims: dimension of the batch in each input, in order.
+        gives: names of its outputs.
+        scored: whether a score is part of it.
+    """
+
+    name: str
+    part: nn.Module
+    takes: Mapping[str, Tensor]
+    batch_dims: Sequence[int | None]
+    gives: Sequence[str]
+    scored: bool = False
+
+
+def write_parts(
+    parts: Parts, folder: Path, engine: str, *, whole: bool, scoring: Scoring | None = None
+) -> None:
     """Write stage0.onnx, head0.onnx, ..., or session.onnx, and, if asked for, whole.onnx.
+
+    With a scoring, heads give a second output, the score [B], or compare.onnx computes it from the
+    outputs of two exits. A session gives it in the columns of its outputs.
 
     Raises:
         ExportFailed: if a part cannot be written as ONNX, or the packages for it are missing.
@@ -48,101 +95,180 @@ def write_parts(parts: Parts, folder: Path, engine: str, *, whole: bool) -> None
                 f"writing ONNX needs {package}, which is not installed: pip install "
                 "'impatient[onnx]'."
             )
-    for name, part, takes, gives in _named_parts(parts, engine):
-        if whole or name != "whole":
-            _write(part, parts, takes, gives, folder / f"{name}.onnx")
+    for file in _files(parts, engine, scoring or Scoring()):
+        if whole or file.name != "whole":
+            write_file(file, folder)
 
 
-def _named_parts(
-    parts: Parts, engine: str
-) -> Iterator[tuple[str, nn.Module, tuple[str, ...], tuple[str, ...]]]:
-    """Yield name, module and names of inputs and outputs for every file."""
+def _files(parts: Parts, engine: str, scoring: Scoring) -> Iterator[OnnxFile]:
+    """Yield what every file computes."""
     wiring = parts.wiring
+
+    def file(
+        name: str,
+        part: nn.Module,
+        takes: Sequence[str],
+        gives: Sequence[str],
+        *,
+        scored: bool = False,
+    ) -> OnnxFile:
+        return OnnxFile(
+            name=name,
+            part=part,
+            takes={name: parts.examples[name] for name in takes},
+            batch_dims=[wiring.batch_dims[name] for name in takes],
+            gives=gives,
+            scored=scored,
+        )
+
     if engine in SESSIONS:
         outputs = tuple(f"output{index}" for index in range(len(parts.stages)))
-        yield (
-            "session",
-            _AllExits(parts, late=engine == "onnxruntime-session"),
-            wiring.inputs,
-            outputs,
-        )
+        late = engine == "onnxruntime-session"
+        session = _AllExits(parts, scoring, late=late)
+        scored = scoring != Scoring()
+        yield file("session", session, wiring.inputs, outputs, scored=scored)
     else:
-        for index, (stage, takes, gives) in enumerate(
-            zip(parts.stages, wiring.takes, wiring.gives, strict=True)
-        ):
-            yield f"stage{index}", stage, takes, gives
+        for index, stage in enumerate(parts.stages):
+            yield file(f"stage{index}", stage, wiring.takes[index], wiring.gives[index])
         for index, (head, features) in enumerate(zip(parts.heads, wiring.features, strict=True)):
-            if head is not None:
-                yield f"head{index}", head, (features,), ("output",)
-    yield "whole", parts.whole, wiring.inputs, ("output",)
+            if head is not None and scoring.of is not None:
+                part = _Scored(head, scoring.of)
+                yield file(f"head{index}", part, (features,), ("output", "score"), scored=True)
+            elif head is not None:
+                yield file(f"head{index}", head, (features,), ("output",))
+        if scoring.distance is not None:
+            output = parts.examples[wiring.features[-1]]
+            yield OnnxFile(
+                name=COMPARE,
+                part=_Compared(scoring.distance),
+                takes={"output": output, "before": output},
+                batch_dims=(0, 0),
+                gives=("score",),
+                scored=True,
+            )
+    yield file("whole", parts.whole, wiring.inputs, ("output",))
+
+
+class _Scored(nn.Module):
+    """A head that also says how sure its output looks."""
+
+    def __init__(self, head: nn.Module, score: Score) -> None:
+        super().__init__()
+        self._head = head
+        self._score = score
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        output = self._head(features)
+        return output, self._score(output).float()
+
+
+class _Compared(nn.Module):
+    """Agreement of an output with the one before: their distance, negated."""
+
+    def __init__(self, distance: Judge) -> None:
+        super().__init__()
+        self._distance = distance
+
+    def forward(self, output: Tensor, before: Tensor) -> Tensor:
+        return -self._distance(output, before).float()
 
 
 class _AllExits(nn.Module):
     """All stages and heads as one module, with outputs that are readable early.
 
     portable/streamed.py reads the outputs while the module computes. Each output is written by a
-    gather, which copies final values.
+    gather, which copies final values: a row of numbers per sample, with the score behind it.
     The gather repeats the first column, because engines would otherwise remove it as an operation
     without effect.
 
     Args:
         parts: parts of the network.
+        scoring: the score that is written behind each output, if there is any.
         late: write the gathers at the end of the file, the deepest exit's first. ONNX Runtime
             (1.31) computes depth first, beginning at the last node whose output no node takes, so
             that every output then comes as early as possible. OpenVINO (2026.4) computes in the
             order of the file.
     """
 
-    def __init__(self, parts: Parts, *, late: bool) -> None:
+    def __init__(self, parts: Parts, scoring: Scoring, *, late: bool) -> None:
         super().__init__()
         self._wiring = parts.wiring
+        self._scoring = scoring
         self._late = late
         self._stages = nn.ModuleList(parts.stages)
         self._heads = nn.ModuleList(filter(None, parts.heads))
-        self.register_buffer("_columns", torch.tensor([*range(parts.num_classes), 0]))
+        width = parts.examples[parts.wiring.features[-1]][0].numel()
+        width += scoring != Scoring()
+        self.register_buffer("_columns", torch.tensor([*range(width), 0]))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(self._wiring.inputs, inputs, strict=True))
-        outputs = []
+        outputs: list[Tensor] = []
+        before = None
         heads = [*self._heads, nn.Identity()]
         for index, (stage, head) in enumerate(zip(self._stages, heads, strict=True)):
             given = stage(*(values[name] for name in self._wiring.takes[index]))
             values.update(zip(self._wiring.gives[index], given, strict=True))
             output = head(values[self._wiring.features[index]])
-            outputs.append(output if self._late else self._readable(output))
+            row = self._with_score(output, before)
+            outputs.append(row if self._late else self._readable(row))
+            before = output
         if self._late:
             outputs = [self._readable(output) for output in reversed(outputs)][::-1]
         return tuple(outputs)
 
-    def _readable(self, output: Tensor) -> Tensor:
-        return output.index_select(1, self.get_buffer("_columns"))
+    def _with_score(self, output: Tensor, before: Tensor | None) -> Tensor:
+        """Make a row of numbers of each sample's output, with its score behind."""
+        row = output.reshape(output.shape[0], -1)
+        if self._scoring.of is not None:
+            score = self._scoring.of(output)
+        elif self._scoring.distance is None:
+            return row
+        elif before is None:
+            score = torch.full_like(row[:, 0], -torch.inf)
+        else:
+            score = -self._scoring.distance(output, before)
+        return torch.cat([row, score.to(row.dtype)[:, None]], 1)
+
+    def _readable(self, row: Tensor) -> Tensor:
+        return row.index_select(1, self.get_buffer("_columns"))
 
 
-def _write(
-    part: nn.Module, parts: Parts, takes: Sequence[str], gives: Sequence[str], file: Path
-) -> None:
+def write_file(file: OnnxFile, folder: Path) -> None:
     """Write one part with a dynamic batch size."""
-    shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
+    part = file.part
+    shapes = any_batch(file.batch_dims)
     # Cloned, because torch would merge two inputs that are the same tensor.
-    arguments = tuple(parts.examples[name].clone() for name in takes)
+    arguments = tuple(tensor.clone() for tensor in file.takes.values())
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # torch warns about its own use of deprecated names.
             warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                part, arguments, dynamic_shapes=(shapes,) if isinstance(part, _AllExits) else shapes
-            )
+            shapes_as_taken = (shapes,) if _takes_any_number(part) else shapes
+            exported = torch.export.export(part, arguments, dynamic_shapes=shapes_as_taken)
             program: Any = torch.onnx.export(exported, arguments, dynamo=True, verbose=False)
-            _name_values(program.model.graph, takes, gives)
-            program.save(str(file), external_data=size > LARGEST_FILE)
+            _name_values(program.model.graph, tuple(file.takes), file.gives)
+            program.save(str(folder / f"{file.name}.onnx"), external_data=size > LARGEST_FILE)
     except Exception as error:
         # The exporter's passes raise errors of many types.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = (
+            "Its policy's score is part of it: that must be computed by torch alone, from values "
+            "of any batch size (x.shape[0], not len(x)). "
+            if file.scored
+            else ""
+        )
         raise ExportFailed(
-            f"{file.stem} of this network cannot be written as ONNX: {reason} "
+            f"{file.name} of this network cannot be written as ONNX: {reason} {advice}"
             'engine="eager" and "compile" need no ONNX files.'
         ) from error
+
+
+def _takes_any_number(part: nn.Module) -> bool:
+    """Tell whether a module's forward takes *tensors, which torch.export treats as one argument."""
+    kinds = [each.kind for each in inspect.signature(part.forward).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 def _name_values(graph: Any, takes: Sequence[str], gives: Sequence[str]) -> None:
@@ -176,11 +302,11 @@ def quantise(
             the order of `wiring.inputs`.
     """
     seen = _values_seen(parts, calibration) if settings.precision == "int8-static" else []
-    for name, _, takes, _ in _named_parts(parts, settings.engine):
-        file = folder / f"{name}.onnx"
+    for part in _files(parts, settings.engine, Scoring()):
+        file = folder / f"{part.name}.onnx"
         # whole.onnx is optional.
         if file.is_file():
-            samples = [{name: values[name] for name in takes} for values in seen]
+            samples = [{name: values[name] for name in part.takes} for values in seen]
             _quantise(file, settings, samples)
 
 
@@ -205,6 +331,7 @@ def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[st
     # Avoids a warning of the quantiser. Torch's exporter has already folded constants.
     add_pre_process_metadata(model)
     large = file.with_name(f"{file.name}.data").is_file()
+    exact = _last_nodes(model.graph) if file.stem.startswith(("head", "session")) else []
     if settings.precision == "int8-dynamic":
         quantize_dynamic(
             model,
@@ -224,6 +351,7 @@ def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[st
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         op_types_to_quantize=STATIC_KINDS,
+        nodes_to_exclude=exact,
         activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         use_external_data_format=large,
@@ -234,6 +362,19 @@ def _quantise(file: Path, settings: EngineSettings, samples: Sequence[Mapping[st
             "ActivationSymmetric": symmetric,
         },
     )
+
+
+def _last_nodes(graph: Any) -> list[str]:
+    """Return the nodes behind the last layers with weights: they shape outputs, and score them."""
+    makers = {name: node for node in graph.node for name in node.output}
+    found: dict[str, None] = {}
+    names = [output.name for output in graph.output]
+    while names:
+        node = makers.get(names.pop())
+        if node is not None and node.op_type not in WEIGHTED and node.name not in found:
+            found[node.name] = None
+            names += node.input
+    return list(found)
 
 
 class _Samples:

@@ -130,11 +130,6 @@ class ThresholdPolicy(TaskPolicy):
 
     def portable_rule(self) -> dict[str, Any]:
         """Return score and thresholds, which need no torch."""
-        if not self.reads_classes:
-            raise PolicyError(
-                f"thresholds of task {self.task!r} cannot be exported yet; expected those of a "
-                "classification. Export without a policy."
-            )
         return {"score": self.score, "thresholds": list(self.thresholds)}
 
 

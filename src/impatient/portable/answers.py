@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 
 from .staged import Array, Exit, Run
-from .thresholds import Thresholds
+from .thresholds import Scores, Thresholds
 
 StoppedBy = Literal["final", "policy", "deadline", "limit", "interrupt"]
 Output = TypeVar("Output")
@@ -20,7 +20,7 @@ class Answer(Generic[Output]):
     """The answer of a run.
 
     Attributes:
-        output: output before softmax, shape [B, num_classes].
+        output: output of the network, the samples first, such as [B, num_classes] before softmax.
         exit: deepest exit that answered.
         exits: for each sample, the exit that its output comes from.
         elapsed_s: seconds from the call until this answer was ready.
@@ -42,9 +42,16 @@ class BatchProgress:
     """The latest outputs of a batch whose samples stop at different exits."""
 
     def __init__(
-        self, count: int, num_exits: int, clock: Callable[[], float], begin: float, deadline: float
+        self,
+        count: int,
+        num_exits: int,
+        clock: Callable[[], float],
+        begin: float,
+        deadline: float,
+        scores: Scores,
     ) -> None:
         self.count = count
+        self._scores = scores
         self.deadline = deadline
         self._last = num_exits - 1
         self._clock = clock
@@ -81,11 +88,12 @@ class BatchProgress:
         if rule is None or not rule.looks_at(exit.index):
             return None
         self.take(exit)
-        rows = np.flatnonzero(~rule.stops(exit.index, exit.output()))
+        rows = np.flatnonzero(~rule.stops(exit.index, self._scores.of(exit)))
         if len(rows) == 0:
             return "policy"
         if len(rows) < len(self._going):
             run.keep(rows)
+            self._scores.keep(rows)
             self._going = self._going[rows]
         return None
 

@@ -17,13 +17,21 @@ from typing import Any
 import numpy as np
 
 from .answers import Answer, BatchProgress, StoppedBy
-from .description import SCHEMA, check_input, read, read_description, wiring_of, write
+from .description import (
+    SCHEMA,
+    check_input,
+    policy_of,
+    read,
+    read_description,
+    wiring_of,
+    write,
+)
 from .errors import BundleError, Cancelled
 from .parts import ENGINES, EnginePart
 from .sessions import SESSIONS
 from .staged import Array, Exit, Inputs, Run, Staged
 from .streamed import Streamed
-from .thresholds import Thresholds
+from .thresholds import Scores, Thresholds
 from .timing import QUANTILES, RESERVE_S, SlowdownEstimator, TimePredictor
 
 COSTS_FILE = "costs.json"
@@ -68,10 +76,9 @@ class Bundle:
         self.threads = int(description["threads"]) if threads is None else threads
         self.wiring = wiring_of(description["wiring"])
         self.parts = self._load()
-        policy = description["policy"]
-        self.policy = policy and Thresholds(
-            score=policy["score"], thresholds=tuple(map(float, policy["thresholds"]))
-        )
+        self.policy = policy_of(description["policy"])
+        compare = (description["policy"] or {}).get("compare")
+        self._compare = self._part(compare) if compare else None
         self._whole: EnginePart | None = None
         self._slowdowns = {
             statistic: SlowdownEstimator(quantile) for statistic, quantile in QUANTILES.items()
@@ -245,7 +252,12 @@ class Bundle:
         inputs = self._inputs(x)
         deadline = math.inf if deadline_s is None else begin + deadline_s
         progress = BatchProgress(
-            self.wiring.batch_size(inputs), self.num_exits, self._clock, begin, deadline
+            self.wiring.batch_size(inputs),
+            self.num_exits,
+            self._clock,
+            begin,
+            deadline,
+            Scores(self._compare),
         )
         return self.parts(inputs), progress
 
@@ -254,10 +266,20 @@ class Bundle:
             session = SESSIONS[self.engine](
                 self.directory / self.description["session"], threads=self.threads
             )
-            return Streamed(self.wiring, session)
+            return Streamed(
+                self.wiring,
+                session,
+                self._output_shape(),
+                scored=self.description["policy"] is not None,
+            )
         stages = [self._part(name) for name in self.description["stages"]]
-        heads = [name and self._part(name).one for name in self.description["heads"]]
+        heads = [name and self._part(name) for name in self.description["heads"]]
         return Staged(self.wiring, stages, heads)
+
+    def _output_shape(self) -> list[int] | None:
+        """Return the shape of one sample's output; None where it is a row of numbers."""
+        outputs = self.description.get("outputs")
+        return outputs[0]["shape"][1:] if outputs else None
 
     def _part(self, name: str) -> EnginePart:
         return ENGINES[self.engine.removesuffix("-session")](

@@ -14,7 +14,7 @@ from .errors import BundleError
 from .parts import ENGINES
 from .sessions import SESSIONS
 from .staged import Wiring
-from .thresholds import SCORES
+from .thresholds import Thresholds
 
 SCHEMA = 1
 EXPORT = "export the network again with `impatient export`"
@@ -48,8 +48,6 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
             return (
                 f"{len(row)} {name} for {len(value['exits'])} exits; expected one of each per exit"
             )
-    if policy and policy["score"] not in SCORES:
-        return f"score {policy['score']!r}; expected one of {', '.join(SCORES)}"
     if sorted(spec["name"] for spec in value["inputs"]) != sorted(wiring.inputs):
         return f"the inputs are not those of the wiring, {list(wiring.inputs)}"
     if all(wiring.batch_dims[name] is None for name in wiring.inputs):
@@ -70,9 +68,21 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
     files = [
         *([value["session"]] if streamed else [*value["stages"], *value["heads"]]),
         value["whole"],
+        policy and policy["compare"],
     ]
     missing = [name for name in files if name is not None and not (directory / name).is_file()]
     return f"there is no file {missing[0]} in {directory}" if missing else None
+
+
+def policy_of(value: Mapping[str, Any] | None) -> Thresholds | None:
+    """Read a policy from JSON."""
+    if value is None:
+        return None
+    return Thresholds(
+        score=value["score"],
+        thresholds=tuple(map(float, value["thresholds"])),
+        compares=value["compares"],
+    )
 
 
 def wiring_of(value: Mapping[str, Any]) -> Wiring:

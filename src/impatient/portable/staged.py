@@ -16,7 +16,7 @@ Inputs = Array | Mapping[str, Array]
 
 # A stage takes values and returns values.
 Part = Callable[..., Sequence[Any]]
-# A head takes features and returns an output.
+# A head takes features and returns an output, or a tuple of it and its score if a policy needs one.
 Head = Callable[[Any], Any]
 
 
@@ -79,7 +79,7 @@ class Exit:
             engine was busy with another run at first.
     """
 
-    __slots__ = ("_head", "_output", "features", "index", "whole")
+    __slots__ = ("_head", "_output", "_score", "features", "index", "whole")
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Exit:
         features: Any,
         head: Head | None,
         output: Any = None,
+        score: Any = None,
         *,
         whole: bool = True,
     ) -> None:
@@ -95,16 +96,24 @@ class Exit:
         self._head = head
         self.whole = whole
         self._output: Any = features if head is None and output is None else output
+        self._score = score
 
     def output(self) -> Any:
-        """Return the output of the head, shape [B, num_classes], before softmax.
+        """Return the output of the head, such as [B, num_classes] before softmax.
 
         It is computed at the first call only.
         """
         if self._output is None:
             assert self._head is not None
-            self._output = self._head(self.features)
+            given = self._head(self.features)
+            self._output, *score = given if isinstance(given, tuple) else (given,)
+            self._score = score[0] if score else None
         return self._output
+
+    def score(self) -> Any:
+        """Return how sure the output looks, shape [B], or None where the head does not say."""
+        self.output()
+        return self._score
 
 
 class Run(Iterator[Exit]):
@@ -150,7 +159,8 @@ class Staged:
             returns a sequence of `wiring.gives`; a `CancellablePart` can be cancelled. It must not
             write to values that it takes, nor later to values that it has returned, unless the run
             needs them no more.
-        heads: for each exit, a callable from features to output; None for the last exit.
+        heads: for each exit, a callable from features to the output, or to a tuple of it and its
+            score; None for the last exit.
     """
 
     # Runs can continue with some of their samples, and that saves work.

@@ -78,7 +78,8 @@ class Session(Protocol):
         Args:
             rows: number of samples.
         Returns:
-            An array for each exit, shape [B, num_classes + 1].
+            An array for each exit, one row per sample: the numbers of the output, its score if the
+            session has scores, and a last one.
         """
 
     def busy(self) -> bool:
@@ -92,22 +93,38 @@ class Session(Protocol):
 
 
 class Streamed:
-    """A network in one session, called with its inputs to begin a run."""
+    """A network in one session, called with its inputs to begin a run.
+
+    Args:
+        wiring: names of inputs and exits.
+        session: the session.
+        shape: shape of one sample's output; by default a row of numbers.
+        scored: whether every output is followed by its score.
+    """
 
     shrinks = False
 
-    def __init__(self, wiring: Wiring, session: Session) -> None:
+    def __init__(
+        self,
+        wiring: Wiring,
+        session: Session,
+        shape: Sequence[int] | None = None,
+        *,
+        scored: bool = False,
+    ) -> None:
         self.wiring = wiring
         self.session = session
+        self.shape = shape
+        self.scored = scored
         # The least seconds between each exit and the one before it, by number of rows and exit.
-        self._least_s: dict[tuple[int, int], float] = {}
+        self.least_s: dict[tuple[int, int], float] = {}
 
     @property
     def num_exits(self) -> int:
         return len(self.wiring.features)
 
     def __call__(self, inputs: Sequence[Array]) -> StreamedRun:
-        return StreamedRun(self.session, inputs, self.wiring.batch_size(inputs), self._least_s)
+        return StreamedRun(self, inputs)
 
 
 class StreamedRun(Run):
@@ -117,19 +134,16 @@ class StreamedRun(Run):
     only outputs, which are ready when the exit is returned.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        inputs: Sequence[Array],
-        rows: int,
-        least_s: dict[tuple[int, int], float],
-    ) -> None:
+    def __init__(self, network: Streamed, inputs: Sequence[Array]) -> None:
         self._flight: Flight | None = None
-        self._session = session
+        self._session = network.session
         self._inputs = inputs
-        self._count = rows
-        self._least_s = least_s
-        self._outputs = session.memory(rows)
+        self._count = network.wiring.batch_size(inputs)
+        self._least_s = network.least_s
+        self._scored = network.scored
+        self._outputs = self._session.memory(self._count)
+        width = self._outputs[0].shape[1] - 1 - self._scored
+        self._shape = (width,) if network.shape is None else tuple(network.shape)
         self._bits = [output.view(f"u{output.dtype.itemsize}") for output in self._outputs]
         self._next = 0
         # Rows that are kept. None: all.
@@ -151,11 +165,13 @@ class StreamedRun(Run):
         else:
             whole = self._await(index)
         self._next += 1
-        output = self._outputs[index][:, :-1]
-        output = output if self._rows is None else output[self._rows]
-        return Exit(
-            index, output if self._next == len(self._outputs) else None, None, output, whole=whole
-        )
+        numbers = self._outputs[index]
+        numbers = numbers if self._rows is None else numbers[self._rows]
+        width = numbers.shape[1] - 1 - self._scored
+        output = numbers[:, :width].reshape(len(numbers), *self._shape)
+        features = output if self._next == len(self._outputs) else None
+        score = numbers[:, width] if self._scored else None
+        return Exit(index, features, None, output, score, whole=whole)
 
     def keep(self, rows: Any) -> None:
         self._rows = rows if self._rows is None else self._rows[rows]

@@ -28,7 +28,7 @@ def embedding() -> Task:
         quality=lambda output, target: ((1.0 + cosine(output, target)) / 2).clamp(0.0, 1.0),
         scores={"constant": constant},
         quality_name="agreement with target",
-        distance=lambda output, other: 1.0 - cosine(output, other),
+        distance=lambda output, other: 1.0 - _cosine(output, other),
     )
 
 
@@ -41,4 +41,9 @@ def cosine(output: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[
         )
     if not bool(torch.isfinite(target).all()):
         raise TaskError("targets that are NaN or infinite; leave these samples out.")
-    return F.cosine_similarity(output.float(), target.float(), dim=1)
+    return _cosine(output, target)
+
+
+def _cosine(output: Tensor, other: Tensor) -> Float[Tensor, "B"]:
+    """Compute the cosine; nothing here depends on values, so that engines compute it, too."""
+    return F.cosine_similarity(output.float(), other.float(), dim=1)

@@ -47,7 +47,7 @@ def regression(scale: float | None = None, tolerance: float | None = None) -> Ta
         quality=functools.partial(quality, scale=scale or 1.0, tolerance=tolerance),
         scores={"constant": constant},
         quality_name="quality" if tolerance is None else f"within {tolerance:g}",
-        distance=lambda output, other: _squared(output, other).mean(1).sqrt(),
+        distance=lambda output, other: _apart(output, other).mean(1).sqrt(),
         statistics=statistics,
         summary=summary,
     )
@@ -63,7 +63,7 @@ def quality(
 
 def constant(output: Tensor) -> Float[Tensor, "B"]:
     """Return 0 for every sample: the output alone does not say how sure it is."""
-    return torch.zeros(len(output), device=output.device)
+    return torch.zeros(output.shape[0], device=output.device)
 
 
 def statistics(output: Tensor, target: Tensor) -> Float[Tensor, "B 5"]:
@@ -90,13 +90,18 @@ def summary(sums: Float[Tensor, "5"]) -> dict[str, float]:
 
 
 def _squared(output: Tensor, target: Tensor) -> Float[Tensor, "B D"]:
-    """Square the differences, one row of numbers per sample."""
-    one, other = (value.float().reshape(len(value), -1) for value in (output, target))
-    if one.shape != other.shape:
+    """Square the differences from targets, one row of numbers per sample."""
+    if not bool(torch.isfinite(target).all()):
+        raise TaskError("targets that are NaN or infinite; leave these samples out.")
+    return _apart(output, target)
+
+
+def _apart(output: Tensor, other: Tensor) -> Float[Tensor, "B D"]:
+    """Square the differences; nothing here depends on values, so that engines compute it, too."""
+    one, two = (value.float().reshape(value.shape[0], -1) for value in (output, other))
+    if one.shape != two.shape:
         raise TaskError(
-            f"targets of shape {tuple(target.shape)} for outputs of shape {tuple(output.shape)}; "
+            f"targets of shape {tuple(other.shape)} for outputs of shape {tuple(output.shape)}; "
             "expected a number for each output."
         )
-    if not bool(torch.isfinite(other).all()):
-        raise TaskError("targets that are NaN or infinite; leave these samples out.")
-    return (one - other) ** 2
+    return (one - two) ** 2
