@@ -110,6 +110,19 @@ class Run(Iterator[Exit]):
     def __next__(self) -> Exit:
         return next(self._exits)
 
+    def walk(self, visit: Callable[[Exit], bool]) -> None:
+        """Run on to the first exit where `visit` returns True, and close there.
+
+        Runs that need not be able to pause for that may be faster than a loop over the exits.
+
+        Args:
+            visit: function of each exit, which may call `keep`; it returns whether to stop.
+        """
+        with self:
+            for exit in self:
+                if visit(exit):
+                    return
+
     def keep(self, rows: Tensor) -> None:  # noqa: ARG002  runs that shrink use it
         """Go on with these samples only.
 

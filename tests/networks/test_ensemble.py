@@ -1,7 +1,6 @@
 """Ensembles of growing depth: which exit answers, and what does not run."""
 
 import copy
-import gc
 import math
 from typing import Any
 
@@ -16,11 +15,11 @@ from impatient.evaluation import record
 from impatient.networks import MultiExitNetwork, attach_exits
 from impatient.networks.combined_exits import RunningEnsemble
 from impatient.networks.ensemble import EANN, answering_exits
-from impatient.networks.stages import _Forward
 from impatient.policies import ThresholdPolicy
 from impatient.provenance import fingerprint_tensors
 from impatient.runtime import Runner, profile
 from recordings import Samples
+from staging import paused_runs
 from toys import ToyBackbone
 
 X = torch.zeros(1, 8)
@@ -61,11 +60,6 @@ def heads_and_backbones_run(network: EANN) -> list[str]:
         for name, part in parts.items():
             part.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     return ran
-
-
-def paused() -> list[_Forward]:
-    # type() and not isinstance(), which asks foreign objects for their __class__, and some warn
-    return [thing for thing in gc.get_objects() if type(thing) is _Forward and not thing.dead]
 
 
 # --- who answers ----------------------------------------------------------------------------------
@@ -188,23 +182,23 @@ def test_nothing_deeper_is_computed_than_asked_for(network, toy_input):
 
 @pytest.mark.parametrize("asked", range(10))
 def test_a_closed_run_ends_and_leaves_nothing_paused(network, toy_input, asked):
-    before = paused()
+    before = paused_runs()
     run = network.exits(toy_input)
     for _ in range(asked):
         next(run, None)
     run.close()
     run.close()
     assert next(run, None) is None
-    assert paused() == before
+    assert paused_runs() == before
 
 
 def test_a_run_that_is_dropped_closes_itself(network, toy_input):
-    before = paused()
+    before = paused_runs()
     run = network.exits(toy_input)
     next(run)
-    assert len(paused()) == len(before) + 1
+    assert paused_runs() == before + 1
     del run
-    assert paused() == before
+    assert paused_runs() == before
 
 
 def test_a_member_that_fails_ends_the_run(network, toy_input):

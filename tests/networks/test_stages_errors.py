@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from impatient.networks.stages import _taps
+from impatient.networks.stages import _thread
 from staging import (
     WIDTH,
     Modal,
@@ -77,7 +77,7 @@ def test_exception_of_model_or_head_leaves_no_trace_in_forward(
     network.heads[1].forward = lambda features: 1 / 0
     with pytest.raises(ZeroDivisionError):
         network(toy_input)
-    assert _taps.stack == []
+    assert _thread.stack == []
     del network.heads[1].forward
     assert_same(network(toy_input), expected)
 

@@ -31,11 +31,12 @@ from impatient.counting import StageFacts, count_macs, module_name
 from impatient.errors import ModelSpecError, NetworkError, NoEffectWarning
 from impatient.inputs import call_model, evaluating, synchronise
 from impatient.networks import growth
+from impatient.networks.ambient import Ambient
 from impatient.networks.building import check_sizes, initialise_convolutions
 from impatient.networks.gradients import PLAIN, GradientFlow
 from impatient.networks.growth import PAPER, BlockCosts, Schedule
 from impatient.networks.heads import Layout, Pool, _last_width, channel_dim, pooled
-from impatient.networks.stages import Ambient, Position, StagedExit
+from impatient.networks.stages import Position, StagedExit
 
 Sharing = Literal["shared", "own"]
 

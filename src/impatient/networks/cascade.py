@@ -19,7 +19,7 @@ from impatient.inputs import (
     first_tensor,
     output_tensor,
 )
-from impatient.networks.stages import Ambient
+from impatient.networks.ambient import Ambient
 from impatient.trees import map_samples
 
 

@@ -42,7 +42,7 @@ from impatient.networks.heads import (
     pooled,
     with_mask,
 )
-from impatient.networks.stages import Cut, StagedRun, install, tapped
+from impatient.networks.stages import Cut, CutMap, StagedRun, install, tapped
 from impatient.tasks import Task, named
 
 log = logging.getLogger(__name__)
@@ -96,8 +96,7 @@ class MultiExitNetwork(Network):
         self.output = self.task.reads if output is None else output
         # By kind of input, as found by `shrinks`.
         self._shrinks: dict[Hashable, bool] = {}
-        # Modules, not ids, because a copied network has its own modules.
-        self._cut_modules: tuple[nn.Module, ...] = ()
+        self._cuts: CutMap = {}
         # Every member on the way to a cut: its parent, its name there, and itself.
         self._members: tuple[tuple[nn.Module, str, nn.Module], ...] = ()
         self._find_cuts()
@@ -225,20 +224,17 @@ class MultiExitNetwork(Network):
                 parent = child
             modules.append(parent)
         self._members = tuple(members.values())
-        self._cut_modules = tuple(modules)
-        install(self._cut_modules)
+        places = zip(modules, self.cuts, strict=True)
+        self._cuts = {(module, cut.call): index for index, (module, cut) in enumerate(places)}
+        install(modules)
 
-    def _cut_map(self) -> dict[tuple[int, int], int]:
+    def _cut_map(self) -> CutMap:
         for parent, name, child in self._members:
             if parent._modules.get(name) is not child:
                 # Replaced after exits were attached, such as by LoRA.
                 self._find_cuts()
                 break
-        # Not stored, because ids change when the network is copied.
-        return {
-            (id(module), cut.call): index
-            for index, (module, cut) in enumerate(zip(self._cut_modules, self.cuts, strict=True))
-        }
+        return self._cuts
 
 
 def attach_exits(

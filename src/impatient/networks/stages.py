@@ -1,8 +1,15 @@
-"""Pause a model's untouched forward in a hook at every cut.
+"""Pause a model's untouched forward in a hook at every cut, or leave it there.
 
-The forward runs in a greenlet. Nothing of the model is copied, traced or replaced. A paused run can
-be resumed or thrown away, but only on the thread that started it. A pause could leak three things;
-each is prevented:
+Nothing of the model is copied, traced or replaced. There are two ways:
+
+* **Straight** (`StagedRun.walk`), if nobody asks for a pause: the hook itself decides whether the
+  run is done, and an exception leaves the forward. That is the faster way.
+* **Paused** (`next(run)`): the forward runs in a greenlet, which the hook leaves and to which the
+  next stage returns. A paused run can be resumed or thrown away, but only on the thread that
+  started it. The greenlet is kept for the thread's next run, because making one takes longer than
+  all switches of a run.
+
+A pause could leak three things; each is prevented:
 
 * Grad, inference and autocast state of the model's forward would reach the caller, and the caller's
   state the model. It is exchanged at every switch (`Ambient`).
@@ -17,24 +24,23 @@ the cut then returns only these.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any
 
 import greenlet
 import torch
-from torch import Tensor, is_grad_enabled, is_inference_mode_enabled, nn
-from torch._C import _is_any_autocast_enabled
-from torch.utils.checkpoint import CheckpointFunction
+from torch import Tensor, nn
 
 from impatient.anytime import Exit, Run
 from impatient.errors import ExitPassed, NetworkError
 from impatient.inputs import OutputName, call_model, first_tensor, output_tensor
+from impatient.networks.ambient import Ambient, visited
 from impatient.networks.heads import with_mask
 from impatient.trees import map_leaves
 
@@ -67,133 +73,12 @@ class Cut:
         return cls(name, call or 0)
 
 
-# The index of an exit, by the id of the module before it and the number of the module's call.
-CutMap = Mapping[tuple[int, int], int]
+# The index of an exit, by the module before it and the number of the module's call. It holds
+# modules, not their ids, so that a copied network has a map of its own modules.
+CutMap = Mapping[tuple[nn.Module, int], int]
 Head = Callable[[Tensor], Tensor]
-T = TypeVar("T")
-
-
-_REENTRANT = CheckpointFunction.forward.__code__
-_AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
-
-
-class _Autocast(NamedTuple):
-    """Autocast settings of a thread.
-
-    Attributes:
-        cache: whether casts are cached.
-        devices: for each device, whether autocast is on, and its type.
-    """
-
-    cache: bool
-    devices: list[tuple[bool, torch.dtype]]
-
-    @classmethod
-    def now(cls) -> Self:
-        devices = [
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in _AUTOCAST_DEVICES
-        ]
-        return cls(torch.is_autocast_cache_enabled(), devices)
-
-    def restore(self) -> None:
-        if self == _Autocast.now():
-            return
-        # torch does that only on leaving `torch.autocast`, which is not left here.
-        torch.clear_autocast_cache()
-        torch.set_autocast_cache_enabled(self.cache)
-        for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.devices, strict=True):
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-
-
-class Ambient:
-    """The gradient, inference and autocast modes in which a run was created.
-
-    The run begins and pauses in these modes, and its heads run in them, whatever modes the model or
-    the caller enters. At every switch between model and caller both are in these modes, and each
-    restores its own afterwards. Usually both are in them already, and a cut costs only that check.
-    It has few lines, because after a stage the caches are cold, and Python runs about ten times as
-    slowly as in a loop.
-    """
-
-    __slots__ = ("_autocast", "_casts", "_grad", "_inference")
-
-    def __init__(self) -> None:
-        self._grad = is_grad_enabled()
-        self._inference = is_inference_mode_enabled()
-        self._autocast = _Autocast.now()
-        self._casts = _is_any_autocast_enabled()
-
-    @classmethod
-    def now(cls) -> Self:
-        return cls()
-
-    def here(self) -> bool:
-        """Tell whether this thread is in these modes.
-
-        The other settings of autocast make no difference while it is off.
-        """
-        if (
-            is_grad_enabled() is not self._grad
-            or is_inference_mode_enabled() is not self._inference
-        ):
-            return False
-        return self._autocast == _Autocast.now() if self._casts else not _is_any_autocast_enabled()
-
-    def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
-        """Call a head in these modes."""
-        return self.within(lambda: head(_trainable(features)))
-
-    def within(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call any function in these modes."""
-        return function(*arguments) if self.here() else self.enclose(function, *arguments)
-
-    def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call any function in these modes, and restore also what it changes itself."""
-        outside = _Autocast.now()
-        if self._grad and not is_grad_enabled() and _in_reentrant_checkpoint():
-            raise NetworkError(
-                "a cut lies inside torch.utils.checkpoint with use_reentrant=True, which runs the "
-                "block without gradients, so that an early exit would not train it; expected "
-                "use_reentrant=False."
-            )
-        # The guard remembers the thread's whole autograd state and restores exactly that, in
-        # whatever order guards are left.
-        with torch.inference_mode(self._inference):
-            torch.set_grad_enabled(self._grad)
-            self._autocast.restore()
-            try:
-                return function(*arguments)
-            finally:
-                # Before the guard, which also switches autocast back, but not its type and cache.
-                outside.restore()
-
-
-def _visited(ambient: Ambient, visit: Callable[[Tensor], T], features: Tensor) -> T:
-    """Call a head in these modes, and keep what it saves for its gradients.
-
-    A checkpoint around the cut would count it, and would not find it when it runs the block again.
-    """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return ambient.call(visit, features)
-    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        return ambient.call(visit, features)
-
-
-def _in_reentrant_checkpoint() -> bool:
-    """Tell whether a reentrant checkpoint is under way on this thread."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _REENTRANT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _trainable(features: Tensor) -> Tensor:
-    """Copy features of inference mode if a head is to learn from them."""
-    return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
+# What a plain forward does at a cut; the features to go on with, or None.
+Visit = Callable[[int, Tensor], Tensor | None]
 
 
 @dataclass(slots=True)
@@ -260,23 +145,27 @@ class StagedExit(Exit):
         return self._output
 
 
-def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[int, int]) -> int | None:
+def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[nn.Module, int]) -> int | None:
     """Count a call of a module and return the exit after it."""
-    key = id(module)
-    call = calls.get(key, 0)
-    calls[key] = call + 1
-    return cuts.get((key, call))
+    call = calls.get(module, 0)
+    calls[module] = call + 1
+    return cuts.get((module, call))
 
 
 class _Forward(greenlet.greenlet):
-    """The greenlet in which a model's forward runs.
+    """The greenlet in which models' forwards run, one after the other.
 
-    It knows the cuts, but not the run that owns it.
+    It knows the cuts of the present one, but not the run that owns it.
+
+    Attributes:
+        busy: whether a forward is under way.
+        closing: whether that forward is to end at its next cut.
     """
 
     ambient: Ambient
     cuts: CutMap
-    calls: dict[int, int]
+    calls: dict[nn.Module, int]
+    busy: bool
     closing: bool
 
     def reached(self, module: nn.Module, output: Any) -> Any:
@@ -298,14 +187,70 @@ class _Forward(greenlet.greenlet):
         return None if rows is None else _with_features(output, features, features[rows])
 
 
-class _Taps(threading.local):
-    """Visits of this thread's plain forwards at their cuts, the innermost forward last."""
+def _forwards() -> None:
+    """Run forward after forward, and give each end to whoever started it."""
+    # What a greenlet is begun with, it holds until it dies; so it is begun with nothing.
+    call, *given = greenlet.getcurrent().parent.switch()
+    while True:
+        ended = _Ended()
+        try:
+            ended.result = call(*given)
+        except BaseException as error:
+            ended.error = error
+        del call, given
+        current = greenlet.getcurrent()
+        assert isinstance(current, _Forward)
+        if isinstance(ended.error, greenlet.GreenletExit) and not current.closing:
+            # Nobody holds this greenlet any more, so nobody could resume it.
+            raise ended.error
+        current.busy = False
+        switch = current.parent.switch
+        # It holds this frame, which must not hold it.
+        del current
+        call, *given = switch(ended)
+
+
+class _Ended:
+    """How a forward ended: with a result, or with an error."""
+
+    __slots__ = ("error", "result")
 
     def __init__(self) -> None:
-        self.stack: list[tuple[CutMap, dict[int, int], Callable[[int, Tensor], Tensor | None]]] = []
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def take(self) -> Any:
+        """Return the result or raise the error, and forget it."""
+        result, error = self.result, self.error
+        # The idle greenlet holds this object until its next forward.
+        self.result = self.error = None
+        try:
+            if error is not None:
+                raise error
+            return result
+        finally:
+            # An error's traceback holds this frame.
+            del error
 
 
-_taps = _Taps()
+class _Thread(threading.local):
+    """What a thread keeps between forwards and during them.
+
+    Attributes:
+        stack: visits of plain forwards at their cuts, the innermost forward last.
+        idle: a greenlet for the next paused run.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[CutMap, dict[nn.Module, int], Visit]] = []
+        self.idle: _Forward | None = None
+
+
+_thread = _Thread()
+
+
+class _Leave(BaseException):
+    """Ends a forward at a cut; no error, so `except Exception` in a model does not catch it."""
 
 
 def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  the signature of a forward hook
@@ -317,11 +262,14 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
     current = greenlet.getcurrent()
     if isinstance(current, _Forward):
         return current.reached(module, output)
-    if _taps.stack:
-        cuts, calls, visit = _taps.stack[-1]
-        index = _exit_after(module, cuts, calls)
+    stack = _thread.stack
+    if stack:
+        cuts, calls, visit = stack[-1]
+        call = calls.get(module, 0)
+        calls[module] = call + 1
+        index = cuts.get((module, call))
         if index is not None:
-            features = first_tensor(output)
+            features = output if isinstance(output, Tensor) else first_tensor(output)
             onward = visit(index, features)
             if onward is not None and onward is not features:
                 return _with_features(output, features, onward)
@@ -345,9 +293,7 @@ def install(modules: Sequence[nn.Module]) -> None:
             module.register_forward_hook(_at_cut)
 
 
-def tapped(
-    model: nn.Module, x: Any, cuts: CutMap, visit: Callable[[int, Tensor], Tensor | None]
-) -> Any:
+def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Visit) -> Any:
     """Run a model to its end, and call `visit(exit, features)` at each cut.
 
     At that time the features are still intact. The call is in the caller's modes, so that a head
@@ -355,14 +301,19 @@ def tapped(
     deeper layers get that instead of the features.
     """
     ambient = Ambient.now()
-    current = greenlet.getcurrent()
-    _taps.stack.append(
-        (
-            cuts,
-            {},
-            lambda index, features: _visited(ambient, functools.partial(visit, index), features),
-        )
+    return _visiting(
+        model,
+        x,
+        cuts,
+        lambda index, features: visited(ambient, functools.partial(visit, index), features),
     )
+
+
+def _visiting(model: nn.Module, x: Any, cuts: CutMap, visit: Visit) -> Any:
+    """Run a model in the present modes, and call `visit(exit, features)` at each cut."""
+    current = greenlet.getcurrent()
+    stack = _thread.stack
+    stack.append((cuts, {}, visit))
     try:
         if not isinstance(current, _Forward):
             return call_model(model, x)
@@ -371,11 +322,11 @@ def tapped(
         apart.gr_context = current.gr_context
         return apart.switch(model, x)
     finally:
-        _taps.stack.pop()
+        stack.pop()
 
 
 class StagedRun(Run):
-    """A run of a model that pauses at every cut.
+    """A run of a model that pauses at every cut, or visits each (`walk`).
 
     It is an iterator of exits, which computes a stage when it is asked for the next exit. To throw
     the rest away, call `close()`, leave the `with` block or delete the run. An exit that this input
@@ -422,6 +373,8 @@ class StagedRun(Run):
         self._rows: Tensor | None = None
         # Number of rows of later exits; None if it was not changed.
         self._size: int | None = None
+        # Whether a straight forward is under way.
+        self._walking = False
         # None before the first stage and after the last.
         self._runner: _Forward | None = None
         self._owner: threading.Thread | None = None
@@ -433,20 +386,23 @@ class StagedRun(Run):
         self._check_thread()
         try:
             index, value = self._resume()
-            self._check_rows(index, value)
-            kept = (
-                self._position.ambient.call(torch.clone, value)
-                if self._keep and index != self._last
-                else value
-            )
+            exit = self._exit_at(index, value)
         except BaseException:
             self._finished = True
             # The stage may have overwritten the features before it failed.
             self._position.exit = None
             raise
-        self._position.exit = index
         self._finished = index == self._last
-        return StagedExit(index, kept, self._heads[index], self._position, self._keep, self._mask)
+        return exit
+
+    def _exit_at(self, index: int, value: Tensor) -> StagedExit:
+        """Make the exit that the run has reached."""
+        if self._size is not None:
+            self._check_rows(index, value, self._size)
+        if self._keep and index != self._last:
+            value = self._position.ambient.call(torch.clone, value)
+        self._position.exit = index
+        return StagedExit(index, value, self._heads[index], self._position, self._keep, self._mask)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only, in this order.
@@ -461,7 +417,7 @@ class StagedRun(Run):
             NetworkError: if other values of single samples cross a cut of this network, or the run
                 is not at an exit.
         """
-        if self._runner is None or self._shrinks is None:
+        if (self._runner is None and not self._walking) or self._shrinks is None:
             raise NetworkError(
                 "a run can be reduced to some of its samples only between two exits; expected a "
                 "call of keep() after an exit."
@@ -479,11 +435,12 @@ class StagedRun(Run):
         if self._mask is not None:
             self._mask = self._mask[rows.to(self._mask.device)]
 
-    def _check_rows(self, index: int, value: Tensor) -> None:
+    @staticmethod
+    def _check_rows(index: int, value: Tensor, size: int) -> None:
         # Without this, a value of the old batch could be broadcast over one kept row unnoticed.
-        if self._size is not None and (not value.dim() or value.shape[0] != self._size):
+        if not value.dim() or value.shape[0] != size:
             raise NetworkError(
-                f"after keep() of {self._size} samples, exit {index} has shape "
+                f"after keep() of {size} samples, exit {index} has shape "
                 f"{tuple(value.shape)}: more than the features crosses a cut of this network. Go "
                 "on with the whole batch (compaction='never')."
             )
@@ -502,29 +459,63 @@ class StagedRun(Run):
         if runner is None:
             self._owner = threading.current_thread()
             runner = self._runner = _start(self._position.ambient, self._cuts)
-            given = (call_model, self._model, self._x)
+            given = (self._position.ambient.enclose, call_model, self._model, self._x)
         else:
             self._rows = None
             runner.parent = greenlet.getcurrent()
-        try:
-            result = self._position.ambient.within(runner.switch, *given)
-        finally:
-            if runner.dead:
-                # A finished run keeps nothing alive.
-                self._runner = self._model = self._x = self._shrinks = None
-        return (self._last, output_tensor(result, self._output)) if runner.dead else result
+        result = self._position.ambient.within(runner.switch, *given)
+        if not isinstance(result, _Ended):
+            reached: tuple[int, Tensor] = result
+            return reached
+        # A finished run keeps nothing alive.
+        self._runner = self._model = self._x = self._shrinks = None
+        _keep(runner)
+        return self._last, output_tensor(result.take(), self._output)
 
     def close(self) -> None:
         """Throw away the rest of the run, if there is any."""
         self._check_thread()
         self._finished = True
         runner = self._runner
-        self._runner = None
+        self._runner = self._model = self._x = self._shrinks = None
         if runner is None:
             return
         runner.closing = True
         runner.parent = greenlet.getcurrent()
-        self._position.ambient.within(runner.throw, greenlet.GreenletExit)
+        ended = self._position.ambient.within(runner.throw, greenlet.GreenletExit)
+        _keep(runner)
+        with contextlib.suppress(greenlet.GreenletExit):
+            ended.take()
+
+    def walk(self, visit: Callable[[Exit], bool]) -> None:
+        """Run without pausing, and leave at the first exit where `visit` returns True.
+
+        A model sees that as an exception that is no `Exception`, as it sees `close()`.
+        """
+        if self._runner is not None or self._finished:
+            super().walk(visit)
+            return
+        visits = _Visits(self, visit)
+        self._walking = True
+        try:
+            output = self._position.ambient.around(
+                _visiting, self._model, self._x, self._cuts, visits.reached
+            )
+        except _Leave:
+            if not visits.left:
+                raise
+            output = None
+        except BaseException:
+            self._position.exit = None
+            raise
+        finally:
+            self._walking = False
+            self._finished = True
+            self._model = self._x = self._shrinks = None
+        if visits.left:
+            visits.check()
+            return
+        visit(self._exit_at(self._last, output_tensor(output, self._output)))
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the interpreter's end the modules that close() needs are gone, and memory is freed.
@@ -544,12 +535,88 @@ class StagedRun(Run):
             )
 
 
+class _Visits:
+    """What a straight run does at its cuts.
+
+    Attributes:
+        left: whether the run leaves, or has left, its forward.
+        error: what a visit raised.
+    """
+
+    __slots__ = ("_run", "_visit", "error", "left")
+
+    def __init__(self, run: StagedRun, visit: Callable[[Exit], bool]) -> None:
+        self._run = run
+        self._visit = visit
+        self.left = False
+        self.error: BaseException | None = None
+
+    def reached(self, index: int, features: Tensor) -> Tensor | None:
+        """Visit an exit, and leave the model's forward there if the visit says so.
+
+        Returns:
+            The features to go on with; None for all of them.
+        """
+        if not self.left:
+            # What a visit calls is no part of this forward.
+            entry = _thread.stack.pop()
+            try:
+                self.left = self._run._position.ambient.within(self._called, index, features)
+            except BaseException as error:
+                # Not through the model, whose own code may catch it.
+                self.error = error
+                self.left = True
+            finally:
+                _thread.stack.append(entry)
+        # Again and again, in case the model's own code catches it.
+        if self.left:
+            raise _Leave
+        rows = self._run._rows
+        if rows is None:
+            return None
+        self._run._rows = None
+        return features[rows]
+
+    def _called(self, index: int, features: Tensor) -> bool:
+        return self._visit(self._run._exit_at(index, features))
+
+    def check(self) -> None:
+        """Raise what a visit raised, if anything."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                # The error's traceback would hold it in a cycle.
+                self.error = None
+
+
 def _start(ambient: Ambient, cuts: CutMap) -> _Forward:
-    runner = _Forward(ambient.enclose)
+    """Return this thread's idle greenlet, or a new one, ready for a forward."""
+    runner = _thread.idle
+    _thread.idle = None
+    if runner is None:
+        runner = _Forward(_forwards)
+        runner.switch()
+    runner.parent = greenlet.getcurrent()
     runner.ambient = ambient
     runner.cuts = cuts
     runner.calls = {}
+    runner.busy = True
     runner.closing = False
     # A greenlet begins with an empty context, but the model needs the caller's context variables.
     runner.gr_context = contextvars.copy_context()
     return runner
+
+
+def _keep(runner: _Forward) -> None:
+    """Keep a greenlet whose forward has ended for this thread's next run."""
+    runner.cuts = {}
+    runner.calls = {}
+    runner.gr_context = None
+    if _thread.idle is None:
+        # The greenlet that used it last may be somebody's, and is not kept alive.
+        root = greenlet.getcurrent()
+        while root.parent is not None:
+            root = root.parent
+        runner.parent = root
+        _thread.idle = runner

@@ -140,6 +140,19 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
             pooled: features before the head, `network.pooled(exit)`; given if `needs_features`.
         """
 
+    def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
+        """Whether the only sample of a batch is done at this exit.
+
+        A runner asks this where it can. Plain numbers decide it several times faster than tensors,
+        so a kind of policy may define it; it must agree with `stops`.
+
+        Args:
+            exit: its index.
+            output: output of the exit's head, one row; given if `needs_outputs`.
+            pooled: features before the head, one row; given if `needs_features`.
+        """
+        return bool(self.stops(exit, output, pooled))
+
     # --- what it looks at, and what it costs ------------------------------------------------------
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,22 @@ from .thresholds import Scores, Thresholds
 
 StoppedBy = Literal["final", "policy", "deadline", "limit", "interrupt"]
 Output = TypeVar("Output")
+
+
+class TimeSpent(NamedTuple):
+    """Where the time of an answer went, in seconds.
+
+    Attributes:
+        waiting_s: from the making of the deadline, or the start of the run, until it began.
+        stages_s: in stages.
+        heads_s: in heads.
+        decisions_s: in asking the policy.
+    """
+
+    waiting_s: float = 0.0
+    stages_s: float = 0.0
+    heads_s: float = 0.0
+    decisions_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,6 +44,7 @@ class Answer(Generic[Output]):
             its cost), "deadline", "limit" (of MACs, bytes or joules; only in the library) or
             "interrupt".
         deadline_met: whether the answer was ready by the deadline; True if there was none.
+        spent: where the time went; None for answers of an exported directory.
     """
 
     output: Output
@@ -36,6 +53,7 @@ class Answer(Generic[Output]):
     elapsed_s: float
     stopped_by: StoppedBy
     deadline_met: bool
+    spent: TimeSpent | None = None
 
 
 class BatchProgress:

@@ -8,6 +8,7 @@ from impatient.clock import Clock, Deadline
 from impatient.inputs import synchronise
 from impatient.portable.answers import Answer as AnyAnswer
 from impatient.portable.answers import StoppedBy as StoppedBy
+from impatient.portable.answers import TimeSpent as TimeSpent
 
 
 class Answer(AnyAnswer[Tensor]):
@@ -23,6 +24,7 @@ def answered(
     begin: float,
     deadline: Deadline,
     stopped_by: StoppedBy,
+    spent: TimeSpent | None = None,
 ) -> Answer:
     """Make an answer that is ready now.
 
@@ -33,9 +35,10 @@ def answered(
     now = clock.now()
     return Answer(
         output=output,
-        exit=max(exits),
+        exit=exits[0] if len(exits) == 1 else max(exits),
         exits=exits,
         elapsed_s=now - begin,
         stopped_by=stopped_by,
         deadline_met=now <= deadline.instant,
+        spent=spent,
     )

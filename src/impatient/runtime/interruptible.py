@@ -186,6 +186,10 @@ class InterruptibleRun(BackgroundRun):
         self._posted = True
         # Why the run stops at the present exit, whatever callers want.
         self._stopped_by: StoppedBy | None = None
+        # Seconds from the start, or the latest `refine`, until the worker began.
+        self._waited_s = 0.0
+        # Instant from which waiting counts; None once the worker has begun.
+        self._waiting: float | None = self._begin
         # How often the run was refined.
         self._stretch = 0
         # Policy from `refine`, until the worker takes it.
@@ -233,6 +237,7 @@ class InterruptibleRun(BackgroundRun):
             self._abandoned = False
             self._awaited = False
             self._stretch += 1
+            self._waiting = self._begin
             if not self._is_final():
                 self._go_on()
             if self._latest is not None:
@@ -307,6 +312,10 @@ class InterruptibleRun(BackgroundRun):
             return None
 
     def _advance(self) -> None:
+        if self._waiting is not None:
+            self._waited_s = self._clock.now() - self._waiting
+            self._waiting = None
+            self._state.reset_times()
         self._state.advance()
         self._posted = False
         self._stopped_by = None
@@ -320,7 +329,15 @@ class InterruptibleRun(BackgroundRun):
         output, exits = self._state.answer()
         if stopped_by is None and not self._state.allowed(self._limits):
             stopped_by = "limit"
-        answer = answered(output, exits, self._clock, begin, deadline, stopped_by or "interrupt")
+        answer = answered(
+            output,
+            exits,
+            self._clock,
+            begin,
+            deadline,
+            stopped_by or "interrupt",
+            self._state.times(self._waited_s),
+        )
         with self._changed:
             if stretch != self._stretch:
                 # The run was refined meanwhile, so post again for the new deadline.

@@ -78,11 +78,16 @@ class BatchProgress:
         """
         if self._policy is None or not self._policy.looks_at(exit.index):
             return False
-        stops = self._stops(exit)
         # With one sample there is nothing to merge or remove, and every operator here adds to the
         # time of each answer.
         if self._alone:
-            return bool(stops)
+            policy = self._policy
+            return policy.stops_one(
+                exit.index,
+                exit.output() if policy.needs_outputs else None,
+                self._network.pooled(exit) if policy.needs_features else None,
+            )
+        stops = self._stops(exit)
         going = ~stops if self._going is None else self._going & ~stops
         left = going.nonzero()[:, 0]
         if len(left) < self._left:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torch import Tensor
 
 from impatient.anytime import Exit, Network, Run, begin
+from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import PolicyError, RunError
 from impatient.inputs import batch_size_of, first_tensor, synchronise
 from impatient.policies.policy import Policy
+from impatient.runtime.answer import TimeSpent
 from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
 from impatient.runtime.progress import BatchProgress
@@ -25,21 +27,30 @@ class RunState:
         x: input of the network.
         policy: policy that stops samples early; None stops none.
         compaction: rule for removing samples that have stopped from the batch.
+        clock: clock to read what heads and decisions take.
     Attributes:
         samples: number of samples in the batch.
         exit: exit that the run has reached; None before the first.
         spent: exits that the run has reached, each with whether its head has run.
+        stages_s, heads_s, decisions_s: seconds that the parts took since `reset_times`.
 
     Thread:
         Use it on one thread, in inference mode. Only `cancel` may be called from any thread.
     """
 
     def __init__(
-        self, network: Network, x: Any, policy: Policy | None, compaction: Compaction
+        self,
+        network: Network,
+        x: Any,
+        policy: Policy | None,
+        compaction: Compaction,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._network = network
         self._policy = policy
         self._compaction = compaction
+        self._now = clock.now
+        self._last = network.num_exits - 1
         self._x: Any = x
         self._device = first_tensor(x).device
         self.samples = batch_size_of(x)
@@ -54,6 +65,7 @@ class RunState:
         self._following: int | None = 0
         self.exit: Exit | None = None
         self.spent: list[tuple[int, bool]] = []
+        self.stages_s = self.heads_s = self.decisions_s = 0.0
 
     @property
     def size(self) -> int:
@@ -83,18 +95,48 @@ class RunState:
             self._begin()
         else:
             self._progress.go_on()
+        began = self._now()
         exit = None if self._run is None else next(self._run, None)
         if exit is None:
-            raise RunError(
-                f"the network's run ended before exit {self._network.num_exits - 1}; its last exit "
-                "must always come."
-            )
+            raise self._ended_early()
+        self._reached(exit, began)
+        return exit
+
+    def walk(self, visit: Callable[[Exit], bool]) -> None:
+        """Run all stages without pausing, from the first until `visit` returns True at an exit.
+
+        Raises:
+            RunError: if the network's run ends before its last exit.
+        """
+        run, progress = self._begin()
+        began = self._now()
+
+        def reached(exit: Exit) -> bool:
+            nonlocal began
+            self._reached(exit, began)
+            if visit(exit):
+                return True
+            progress.go_on()
+            began = self._now()
+            return False
+
+        run.walk(reached)
+        if self.exit is None or (self._stopped is None and self.exit.index != self._last):
+            raise self._ended_early()
+
+    def _reached(self, exit: Exit, began: float) -> None:
+        """Note that a stage has run, which was begun at an instant."""
         synchronise(self._device)
+        self.stages_s += self._now() - began
         self.exit = exit
         self._stopped = None
         self._following = exit.upcoming
         self.spent.append((exit.index, False))
-        return exit
+
+    def _ended_early(self) -> RunError:
+        return RunError(
+            f"the network's run ended before exit {self._last}; its last exit must always come."
+        )
 
     def stops(self) -> Literal["final", "policy"] | None:
         """Return why to stop at this exit whatever time is left, or None.
@@ -103,15 +145,29 @@ class RunState:
         """
         assert self.exit is not None
         assert self._progress is not None
-        if self.exit.index == self._network.num_exits - 1:
+        index = self.exit.index
+        if index == self._last:
             return "final"
         if self._following is None:
             return "policy"
         if self._stopped is None:
-            if self._policy is not None and self._policy.looks_at(self.exit.index):
-                self.spent[-1] = (self.exit.index, True)
-            self._stopped = self._progress.add(self.exit)
+            self._stopped = self._asked(self._policy, self._progress)
         return "policy" if self._stopped else None
+
+    def _asked(self, policy: Policy | None, progress: BatchProgress) -> bool:
+        """Ask the policy whether all samples have stopped at this exit."""
+        exit = self.exit
+        if policy is None or exit is None or not policy.looks_at(exit.index):
+            return False
+        began = self._now()
+        if policy.needs_outputs:
+            self.spent[-1] = (exit.index, True)
+            exit.output()
+        asked = self._now()
+        self.heads_s += asked - began
+        stopped = progress.add(exit)
+        self.decisions_s += self._now() - asked
+        return stopped
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
         """Return the output of each sample, and the exit that it comes from.
@@ -121,10 +177,21 @@ class RunState:
         assert self.exit is not None
         assert self._progress is not None
         self.spent[-1] = (self.exit.index, True)
-        if self.exit.index == self._network.num_exits - 1:
+        began = self._now()
+        self.exit.output()
+        self.heads_s += self._now() - began
+        if self.exit.index == self._last:
             return self._progress.finish(self.exit)
         # A copy, because a later stage may overwrite the output.
         return self._progress.snapshot(self.exit)
+
+    def reset_times(self) -> None:
+        """Count what the parts take from here on."""
+        self.stages_s = self.heads_s = self.decisions_s = 0.0
+
+    def times(self, waiting_s: float) -> TimeSpent:
+        """Return where the time went since `reset_times`."""
+        return TimeSpent(waiting_s, self.stages_s, self.heads_s, self.decisions_s)
 
     def allowed(self, limits: Iterable[Limit]) -> bool:
         """Tell whether the next exit stays within all limits."""
@@ -169,11 +236,14 @@ class RunState:
         if run is not None:
             run.close()
 
-    def _begin(self) -> None:
+    def _begin(self) -> tuple[Run, BatchProgress]:
         policy = self._policy
-        self._run = (
+        run = (
             self._network.routed_exits(self._x, policy)
             if policy is not None and policy.routes
             else begin(self._network, self._x)
         )
-        self._progress = BatchProgress(policy, self._network, self._x, self._run, self._compaction)
+        self._run = run
+        progress = BatchProgress(policy, self._network, self._x, run, self._compaction)
+        self._progress = progress
+        return run, progress

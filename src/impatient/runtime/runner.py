@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from impatient import checks
-from impatient.anytime import Network, check_network
+from impatient.anytime import Exit, Network, check_network
 from impatient.clock import NEVER, SYSTEM_CLOCK, Clock, Deadline, check_deadline
 from impatient.costs import BatchCosts, CostProfile, Statistic
 from impatient.errors import ONE_COLUMN, CostError, NoAnswerInTime, PolicyError, RunError
@@ -143,8 +144,7 @@ class Runner:
             CostError: if the batch is larger than all that were profiled, or if the profile has no
                 measurements of a limited resource.
         """
-        with self.open(x) as opened:
-            return opened.run(deadline=deadline, limits=limits)
+        return ContractRun(self, x)._run_once(deadline, limits)
 
     def open(self, x: Any) -> ContractRun:
         """Make a contract run that can continue after it has answered.
@@ -263,7 +263,8 @@ class Runner:
             )
 
     def _new_state(self, x: Any) -> RunState:
-        return RunState(self.network, x, self.begun(batch_size_of(x)), self._compaction)
+        policy = self.begun(batch_size_of(x))
+        return RunState(self.network, x, policy, self._compaction, self.clock)
 
     def _predictor(self, size: int) -> TimePredictor:
         if size in self._predictors:
@@ -309,6 +310,12 @@ class ContractRun:
         self._observes = observe
         self._state = runner._new_state(x)
         self._predictor = runner._predictor(self._state.size)
+        # What the present call was given.
+        self._begin = 0.0
+        self._deadline = NEVER
+        self._limits: tuple[Limit, ...] = ()
+        # Why the run stops at the present exit; None if it goes on.
+        self._stopped_by: StoppedBy | None = None
         # Instant at which the latest stage began.
         self._began = 0.0
         # Its seconds. None: they were observed already, or say nothing about the profile.
@@ -339,18 +346,40 @@ class ContractRun:
         begin = self._runner.clock.now()
         state = self._state
         state.check_open()
-        check_deadline(deadline)
-        bounds = limits_of(self._runner.costs, limits)
         with torch.inference_mode():
+            self._prepare(begin, deadline, limits)
             if not isinstance(policy, str):
                 state.override(self._runner.drawn(policy, state.samples))
             if state.exit is None:
-                self._runner._check_first(self._predictor, begin, deadline)
-                self._runner._check_limits(bounds)
-                self._advance(begin)
-            while (stopped_by := self._stops(deadline, bounds)) is None:
-                self._advance(self._runner.clock.now())
-            return self._answer(begin, deadline, stopped_by)
+                self._check_first(begin)
+                self._step(state.advance())
+            elif self._decide() is None:
+                self._leave()
+                self._step(state.advance())
+            while self._stopped_by is None:
+                self._step(state.advance())
+            return self._answer()
+
+    def _run_once(self, deadline: Deadline, limits: Mapping[Unit, float] | None) -> Answer:
+        """Answer, and discard what has not been computed; nothing pauses, so that is faster."""
+        begin = self._runner.clock.now()
+        answers: list[Answer] = []
+
+        def visit(exit: Exit) -> bool:
+            if not self._step(exit):
+                return False
+            # While the features are intact.
+            answers.append(self._answer())
+            return True
+
+        with torch.inference_mode():
+            try:
+                self._prepare(begin, deadline, limits)
+                self._check_first(begin)
+                self._state.walk(visit)
+            finally:
+                self._state.close()
+        return answers[0]
 
     def close(self) -> None:
         """Discard what has not been computed. Closing twice is allowed."""
@@ -363,31 +392,68 @@ class ContractRun:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stops(self, deadline: Deadline, limits: tuple[Limit, ...]) -> StoppedBy | None:
-        """Return why to stop here, or None."""
-        state = self._state
-        stopped_by = state.stops()
-        if stopped_by is not None:
-            return stopped_by
-        if limits and not state.allowed(limits):
-            return "limit"
-        predictor = self._runner._predictor(state.size)
-        now = self._runner.clock.now()
-        fits = predictor.fits(state.following, now, deadline.instant, RESERVE_S)
-        return None if fits else "deadline"
+    def _prepare(
+        self, begin: float, deadline: Deadline, limits: Mapping[Unit, float] | None
+    ) -> None:
+        check_deadline(deadline)
+        self._begin = begin
+        self._deadline = deadline
+        self._limits = limits_of(self._runner.costs, limits) if limits else ()
+        self._stopped_by = None
+        self._state.reset_times()
 
-    def _advance(self, now: float) -> None:
-        self._observe(self._stage_s, answered=False)
-        self._predictor = self._runner._predictor(self._state.size)
+    def _check_first(self, now: float) -> None:
+        self._runner._check_first(self._predictor, now, self._deadline)
+        self._runner._check_limits(self._limits)
         self._began = now
-        exit = self._state.advance()
+
+    def _step(self, exit: Exit) -> bool:
+        """Do what is to be done at an exit just reached, and tell whether to stop there."""
         # The time of a part of a batch says nothing about the profile of the whole, nor does that
         # of a batch size that was not profiled.
         known = exit.whole and self._state.size in self._runner._predictors
-        self._stage_s = self._runner.clock.now() - now if known else None
+        self._stage_s = self._runner.clock.now() - self._began if known else None
+        if self._decide() is None:
+            self._leave()
+            return False
+        return True
 
-    def _answer(self, begin: float, deadline: Deadline, stopped_by: StoppedBy) -> Answer:
-        answer = answered(*self._state.answer(), self._runner.clock, begin, deadline, stopped_by)
+    def _decide(self) -> StoppedBy | None:
+        """Find out why to stop here; None if there is no reason."""
+        state = self._state
+        stopped_by: StoppedBy | None = state.stops()
+        if stopped_by is None and self._limits and not state.allowed(self._limits):
+            stopped_by = "limit"
+        if stopped_by is None and self._deadline.instant < math.inf:
+            predictor = self._runner._predictor(state.size)
+            now = self._runner.clock.now()
+            if not predictor.fits(state.following, now, self._deadline.instant, RESERVE_S):
+                stopped_by = "deadline"
+        self._stopped_by = stopped_by
+        return stopped_by
+
+    def _leave(self) -> None:
+        """Go on to the next stage."""
+        self._observe(self._stage_s, answered=False)
+        self._predictor = self._runner._predictor(self._state.size)
+        self._began = self._runner.clock.now()
+
+    def _answer(self) -> Answer:
+        state = self._state
+        begin = self._begin
+        deadline = self._deadline
+        assert self._stopped_by is not None
+        output, exits = state.answer()
+        waiting_s = 0.0 if deadline.made is None else max(0.0, begin - deadline.made)
+        answer = answered(
+            output,
+            exits,
+            self._runner.clock,
+            begin,
+            deadline,
+            self._stopped_by,
+            state.times(waiting_s),
+        )
         step_s = begin + answer.elapsed_s - self._began
         self._observe(None if self._stage_s is None else step_s, answered=True)
         return answer

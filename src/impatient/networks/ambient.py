@@ -1,0 +1,154 @@
+"""The gradient, inference and autocast modes of a thread, kept apart for a run and its caller."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch._C import _is_any_autocast_enabled
+from torch.utils.checkpoint import CheckpointFunction
+
+from impatient.errors import NetworkError
+
+T = TypeVar("T")
+
+_REENTRANT = CheckpointFunction.forward.__code__
+_AUTOCAST_DEVICES = ("cpu", "cuda") if torch.backends.cuda.is_built() else ("cpu",)
+
+
+class _Autocast(NamedTuple):
+    """Autocast settings of a thread.
+
+    Attributes:
+        cache: whether casts are cached.
+        devices: for each device, whether autocast is on, and its type.
+    """
+
+    cache: bool
+    devices: list[tuple[bool, torch.dtype]]
+
+    @classmethod
+    def now(cls) -> Self:
+        devices = [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        ]
+        return cls(torch.is_autocast_cache_enabled(), devices)
+
+    def restore(self) -> None:
+        if self == _Autocast.now():
+            return
+        # torch does that only on leaving `torch.autocast`, which is not left here.
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(self.cache)
+        for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, self.devices, strict=True):
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+class Ambient:
+    """The gradient, inference and autocast modes in which a run was created.
+
+    The run begins and pauses in these modes, and its heads run in them, whatever modes the model or
+    the caller enters. At every switch between model and caller both are in these modes, and each
+    restores its own afterwards. Usually both are in them already, and a cut costs only that check.
+    It has few lines, because after a stage the caches are cold, and Python runs about ten times as
+    slowly as in a loop.
+    """
+
+    __slots__ = ("_autocast", "_casts", "_grad", "_inference")
+
+    def __init__(self) -> None:
+        self._grad = is_grad_enabled()
+        self._inference = is_inference_mode_enabled()
+        self._autocast = _Autocast.now()
+        self._casts = _is_any_autocast_enabled()
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls()
+
+    def here(self) -> bool:
+        """Tell whether this thread is in these modes.
+
+        The other settings of autocast make no difference while it is off.
+        """
+        if (
+            is_grad_enabled() is not self._grad
+            or is_inference_mode_enabled() is not self._inference
+        ):
+            return False
+        return self._autocast == _Autocast.now() if self._casts else not _is_any_autocast_enabled()
+
+    def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
+        """Call a head in these modes."""
+        return self.within(lambda: head(_trainable(features)))
+
+    def within(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call any function in these modes."""
+        return function(*arguments) if self.here() else self.enclose(function, *arguments)
+
+    def around(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call any function in these modes, and restore what it changes itself but does not undo.
+
+        Unlike `enclose` it costs two checks where nothing is changed. It does not end an inference
+        mode that the function has begun and left on.
+        """
+        if not self.here():
+            return self.enclose(function, *arguments)
+        try:
+            return function(*arguments)
+        finally:
+            if not self.here():
+                torch.set_grad_enabled(self._grad)
+                self._autocast.restore()
+
+    def enclose(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call any function in these modes, and restore also what it changes itself."""
+        outside = _Autocast.now()
+        if self._grad and not is_grad_enabled() and _in_reentrant_checkpoint():
+            raise NetworkError(
+                "a cut lies inside torch.utils.checkpoint with use_reentrant=True, which runs the "
+                "block without gradients, so that an early exit would not train it; expected "
+                "use_reentrant=False."
+            )
+        # The guard remembers the thread's whole autograd state and restores exactly that, in
+        # whatever order guards are left.
+        with torch.inference_mode(self._inference):
+            torch.set_grad_enabled(self._grad)
+            self._autocast.restore()
+            try:
+                return function(*arguments)
+            finally:
+                # Before the guard, which also switches autocast back, but not its type and cache.
+                outside.restore()
+
+
+def visited(ambient: Ambient, visit: Callable[[Tensor], T], features: Tensor) -> T:
+    """Call a head in these modes, and keep what it saves for its gradients.
+
+    A checkpoint around the cut would count it, and would not find it when it runs the block again.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return ambient.call(visit, features)
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        return ambient.call(visit, features)
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Tell whether a reentrant checkpoint is under way on this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _trainable(features: Tensor) -> Tensor:
+    """Copy features of inference mode if a head is to learn from them."""
+    return features.clone() if features.is_inference() and torch.is_grad_enabled() else features
