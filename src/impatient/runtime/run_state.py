@@ -110,18 +110,19 @@ class RunState:
         """
         run, progress = self._begin()
         began = self._now()
+        done = False
 
         def reached(exit: Exit) -> bool:
-            nonlocal began
+            nonlocal began, done
             self._reached(exit, began)
-            if visit(exit):
-                return True
-            progress.go_on()
-            began = self._now()
-            return False
+            done = visit(exit)
+            if not done:
+                progress.go_on()
+                began = self._now()
+            return done
 
         run.walk(reached)
-        if self.exit is None or (self._stopped is None and self.exit.index != self._last):
+        if not done:
             raise self._ended_early()
 
     def _reached(self, exit: Exit, began: float) -> None:
