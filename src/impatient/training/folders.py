@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,36 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.examples import LazyExamples, Raw
-from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
-from impatient.training.pictures import FIT, class_files, read_image, size_of, split_folders
+from impatient.training.map_folders import map_folders
+from impatient.training.options import MAP_OPTIONS, PICTURE_OPTIONS, DataOptions, read_options
+from impatient.training.pictures import (
+    FIT,
+    class_files,
+    hash_of_file,
+    read_image,
+    shown_as,
+    size_of,
+    split_folders,
+)
 from impatient.training.splitting import carved_out
 
 
 def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, DataOptions]:
     """Read DIR or DIR:options, resized as trained weights expect it."""
-    name, options = read_options(rest, PICTURE_OPTIONS)
+    name, options = read_options(rest, (*PICTURE_OPTIONS, *MAP_OPTIONS))
     root = Path(name).expanduser()
     if not root.is_dir():
         raise DataError(
             f"no folder {root}; expected one with train/CLASS/*.png and test/CLASS/*.png."
         )
+    if options.masks:
+        return map_folders(root, options, transform), options
+    options.require_only(*PICTURE_OPTIONS)
     files = {split: class_files(folder) for split, folder in split_folders(root).items()}
     classes = sorted({label for found in files.values() for _, label in found})
     if not classes:
         raise DataError(f"no images in {root}; expected train/CLASS/*.png and test/CLASS/*.png.")
+    _check_no_pairs(files["train"], classes)
     numbers = {label: number for number, label in enumerate(classes)}
     if "test" not in files:
         test = carved_out(np.array([numbers[label] for _, label in files["train"]]))
@@ -62,38 +74,17 @@ def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, Dat
     return lazy_pictures(rows, classes, read, shown, resizing=resizing), options
 
 
-def hash_of_file(path: Path) -> str:
-    """Hash a file's contents.
-
-    Threads help, because reading and hashing release Python's global lock.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def shown_as(
-    options: DataOptions, transform: Transform | None, sizes: Iterable[tuple[int, int]]
-) -> tuple[tuple[int, int], Resizing]:
-    """Decide what size pictures get, and how: as the user says, the weights expect, or they have.
-
-    Args:
-        options: what the user says.
-        transform: what trained weights expect, if there are any.
-        sizes: sizes of some pictures.
-    """
-    if transform is None:
-        return options.size or common_size(sizes), FIT
-    expected = transform.at(options.size)
-    return expected.size, expected.resizing
-
-
-def common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Return the size that all images have, or 224 x 224."""
-    found = set(sizes)
-    return found.pop() if len(found) == 1 else (224, 224)
+def _check_no_pairs(files: Sequence[tuple[Path, str]], classes: Sequence[str]) -> None:
+    """Refuse to read pictures and their maps as two classes."""
+    names = {label: {path.stem for path, each in files if each == label} for label in classes}
+    alike = len({frozenset(each) for each in names.values()}) == 1
+    if len(names) == 2 and "images" in names and alike:
+        other = next(label for label in classes if label != "images")
+        raise DataError(
+            f"the folders images and {other} hold files of the same names: they could be two "
+            f"classes, or pictures and their maps of classes. Say masks={other}, or rename a "
+            "folder if it is a class."
+        )
 
 
 def lazy_pictures(

@@ -12,9 +12,9 @@ from impatient.errors import DataError
 from impatient.networks.transforms import Transform
 from impatient.provenance import fingerprint_bytes
 from impatient.training.examples import Raw
-from impatient.training.folders import hash_of_file, lazy_pictures, shown_as
+from impatient.training.folders import lazy_pictures
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
-from impatient.training.pictures import image_tensor, shown_size
+from impatient.training.pictures import hash_of_file, image_tensor, shown_as, shown_size
 from impatient.training.text import TEXT_OPTIONS, Table, choose_columns, from_tables
 
 

@@ -28,12 +28,15 @@ EXAMPLES = {
     "normalise": "normalise=none (numbers pass as they are) or normalise=fit",
     "labels": "labels=renumber (classes are numbered anew from 0)",
     "budget": "budget=NAME (of the seconds that each sample may take)",
+    "masks": "masks=FOLDER (of the maps of classes beside the pictures)",
+    "images": "images=FOLDER (of the pictures, beside masks=)",
     "tokenizer": "tokenizer=NAME-OR-DIR (of transformers)",
     "text": "text=COLUMN (or text=FIRST+SECOND)",
     "label": "label=COLUMN",
     "length": "length=128 (most tokens of a text)",
 }
 PICTURE_OPTIONS = ("size", "mean", "std", "normalise")
+MAP_OPTIONS = ("masks", "images", "labels")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,9 @@ class DataOptions:
         labels: "renumber" to number the classes anew from 0; "keep" to take them as they are.
         budget: name of the column or array of the seconds that each sample may take; empty if
             there is none.
+        masks: name of the folders of maps, which hold a class for every pixel; empty if folders
+            are classes.
+        images: name of the folders of pictures beside `masks`; empty for "images".
         tokenizer: name or folder of the tokenizer for texts.
         text: column of the texts, or two joined by "+"; empty for the usual names.
         label: column of the labels; empty for the usual names.
@@ -63,6 +69,8 @@ class DataOptions:
     normalise: str = ""
     labels: str = "keep"
     budget: str = ""
+    masks: str = ""
+    images: str = ""
     tokenizer: str = ""
     text: str = ""
     label: str = ""

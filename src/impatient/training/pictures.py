@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from impatient.errors import DataError
-from impatient.networks.transforms import Resizing
+from impatient.networks.transforms import Resizing, Transform
+from impatient.training.options import DataOptions
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,13 @@ def read_image(
     Raises:
         DataError: if the file is missing, not an image, too large or damaged.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         return image_tensor(image, size, channels, str(path), resizing)
 
 
 def size_of(path: Path) -> tuple[int, int]:
     """Return the height and width of an image file as a viewer shows it."""
-    with _opened(path) as image:
+    with opened(path) as image:
         return shown_size(image)
 
 
@@ -60,12 +62,51 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _opened(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
+    """Open a picture file, whose pixels are read later.
+
+    Raises:
+        DataError: if it is missing, or no picture.
+    """
     try:
         return Image.open(path)
     except Exception as error:
         # OSError, and Pillow's own for pictures that are too large.
         raise DataError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def hash_of_file(path: Path) -> str:
+    """Hash a file's contents.
+
+    Threads help, because reading and hashing release Python's global lock.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
+def shown_as(
+    options: DataOptions, transform: Transform | None, sizes: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, int], Resizing]:
+    """Decide what size pictures get, and how: as the user says, the weights expect, or they have.
+
+    Args:
+        options: what the user says.
+        transform: what trained weights expect, if there are any.
+        sizes: sizes of some pictures.
+    """
+    if transform is None:
+        return options.size or common_size(sizes), FIT
+    expected = transform.at(options.size)
+    return expected.size, expected.resizing
+
+
+def common_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the size that all images have, or 224 x 224."""
+    found = set(sizes)
+    return found.pop() if len(found) == 1 else (224, 224)
 
 
 def image_tensor(
@@ -194,11 +235,30 @@ def class_files(folder: Path) -> list[tuple[Path, str]]:
             if label.is_dir() and path.suffix.lower() in IMAGE_SUFFIXES:
                 found.append((path, label.name))
             else:
-                others[path.suffix.lower() or "without suffix"] += 1
+                others[_suffix(path)] += 1
+    _say_others(folder, others)
+    return found
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """List all image files in a folder and below it, but for hidden ones.
+
+    Other files are counted and said.
+    """
+    files = _below(folder, ())
+    found = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    _say_others(folder, Counter(_suffix(path) for path in files if path not in set(found)))
+    return found
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower() or "without suffix"
+
+
+def _say_others(folder: Path, others: Counter[str]) -> None:
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         log.warning("%s: files that are no pictures of a class are left out: %s", folder, counts)
-    return found
 
 
 def _below(folder: Path, above: Sequence[Path]) -> list[Path]:
