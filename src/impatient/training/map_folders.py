@@ -152,7 +152,7 @@ def _map(pair: Pair, size: tuple[int, int], resizing: Resizing) -> np.ndarray:
     return np.array(nearest(Image.fromarray(pixels), size))
 
 
-def _numbered(maps: Mapping[str, Tensor], where: str, options: DataOptions) -> Mapping[str, Tensor]:
+def _numbered(maps: Mapping[str, Tensor], where: str, options: DataOptions) -> dict[str, Tensor]:
     """Number the classes anew if that is said, and check that there are any."""
     found = sorted({int(each) for part in maps.values() for each in part.unique()})
     if options.labels == "renumber":
