@@ -294,7 +294,7 @@ def load_data(
     Args:
         spec: name of the data set: "digits" (1,797 images 8x8, comes with scikit-learn); "npz:FILE"
             with x_train, y_train, x_test, y_test; "imagefolder:DIR" with DIR/train/CLASS/* and
-            DIR/test/CLASS/*, or with masks=NAME; "text:FILE-OR-DIR" (csv, tsv, jsonl or parquet, with
+            DIR/test/CLASS/*, or masks=NAME; "text:FILE-OR-DIR" (csv, tsv, jsonl or parquet, with
             tokenizer=NAME-OR-DIR); "hf:NAME-OR-PATH" (Hugging Face datasets with a column of
             images, or of text with tokenizer=). Options follow after a colon:
             "imagefolder:DIR:size=64,mean=0.5,std=0.25".
