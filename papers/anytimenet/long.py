@@ -60,25 +60,31 @@ def in_faster_precision(scale: Scale, folder: Path) -> Scale:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that say which long training is meant."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("runs", type=Path, help="folder of checkpoints and results")
     parser.add_argument("--smoke", action="store_true", help="on digits, to see that it runs")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=THIN.width, help="channels; the paper's: 16")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    return parser
+
+
+def chosen_scale(options: argparse.Namespace) -> Scale:
+    """Return the scale that the options mean, in the faster precision."""
     # crop and mirror, every image
     case = SCALES["gpu"].cases[0]
-    scale = (
-        smoke()
-        if options.smoke
-        else long_scale(case, THIN, epochs=options.epochs, seeds=options.seeds, width=options.width)
-    )
-    ready = in_faster_precision(scale, options.runs)
-    run_jobs(jobs(ready), options.runs, workers=1, threads=1)
+    size = {"epochs": options.epochs, "seeds": options.seeds, "width": options.width}
+    scale = smoke() if options.smoke else long_scale(case, THIN, **size)
+    return in_faster_precision(scale, options.runs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing."""
+    options = options_parser(__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+    run_jobs(jobs(chosen_scale(options)), options.runs, workers=1, threads=1)
 
 
 if __name__ == "__main__":

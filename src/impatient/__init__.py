@@ -15,7 +15,13 @@ if typing.TYPE_CHECKING:
     from impatient.errors import ImpatientError
     from impatient.evaluation.evaluate import Evaluation, evaluate
     from impatient.evaluation.recording import Recording, record
-    from impatient.networks import MultiExitNetwork, attach_exits, load_model, load_weights
+    from impatient.networks import (
+        MultiExitNetwork,
+        attach_exits,
+        load_model,
+        load_weights,
+        load_zoo,
+    )
     from impatient.policies import Policy, ThresholdPolicy, fit_thresholds
     from impatient.runtime import Answer, ContractRun, InterruptibleRun, Runner
     from impatient.runtime.profile import profile
@@ -60,6 +66,7 @@ __all__ = [
     "load_engine",
     "load_model",
     "load_weights",
+    "load_zoo",
     "networks",
     "profile",
     "record",
@@ -86,6 +93,7 @@ if not typing.TYPE_CHECKING:
                 "attach_exits",
                 "load_model",
                 "load_weights",
+                "load_zoo",
             ],
             "policies": ["policies", "Policy", "ThresholdPolicy", "fit_thresholds"],
             "provenance": ["provenance"],

@@ -20,6 +20,7 @@ from impatient.networks.specs import load_model, load_with_weights, transform_of
 from impatient.networks.stages import StagedRun
 from impatient.networks.transforms import Resizing, Transform
 from impatient.networks.vgg import SmallVGG
+from impatient.networks.zoo import load_zoo, zoo_names
 
 __all__ = [
     "EANN",
@@ -43,7 +44,9 @@ __all__ = [
     "load_model",
     "load_weights",
     "load_with_weights",
+    "load_zoo",
     "preact_resnet_imagenet",
     "recalibrate",
     "transform_of",
+    "zoo_names",
 ]

@@ -1,7 +1,8 @@
 """Build models by name, such as "torchvision:resnet50".
 
-A name begins with the source: "torchvision:...", "timm:...", "transformers:...", "impatient:resnet"
-or "package.module:factory". This library's models are `PreActResNet` ("resnet"),
+A name begins with the source: "torchvision:...", "timm:...", "transformers:...",
+"impatient:resnet", "zoo:NAME" for a trained network that comes with the library, or
+"package.module:factory". This library's models are `PreActResNet` ("resnet"),
 `preact_resnet_imagenet` ("resnet_imagenet"), `SmallVGG` ("vgg"), `BaseResNet` ("base_resnet") and
 `AnytimeNet` ("anytimenet"), which already has exits. Options follow a second colon, such as
 "torchvision:resnet50:weights=DEFAULT" or "impatient:resnet:n=5,c=16". A value may be a list:
@@ -60,7 +61,7 @@ def load_model(
 
     Args:
         spec: "SOURCE:NAME" or "SOURCE:NAME:key=value,key=value". SOURCE is torchvision, timm,
-            transformers, impatient, or a Python module whose attribute NAME is a factory that
+            transformers, impatient, zoo, or a Python module whose attribute NAME is a factory that
             returns an `nn.Module`.
         num_classes: number of classes, passed on if the source has the option and the spec does not
             set it. A trained classifier of another width is replaced, and the log says so.
@@ -153,6 +154,8 @@ def has_trained_weights(spec: str) -> bool | None:
         return None
     if source == "transformers":
         return not name.endswith(("Config", ".json"))
+    if source == "zoo":
+        return True
     option = {"torchvision": "weights", "timm": "pretrained"}.get(source)
     return bool(option and options.get(option))
 
@@ -251,6 +254,23 @@ def _own(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
             f"no network {name!r} in impatient; expected one of {', '.join(sorted(OWN))}."
         )
     return OWN[name](**_accepted(OWN[name], options, known))
+
+
+def _zoo(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
+    from impatient.networks.zoo import load_zoo
+
+    if options:
+        raise ModelSpecError(
+            f"zoo:{name} is trained as it is; expected no options, not {', '.join(options)}."
+        )
+    network = load_zoo(name)
+    wanted = known["num_classes"] or network.num_classes
+    if wanted != network.num_classes:
+        raise ModelSpecError(
+            f"zoo:{name} tells {network.num_classes} classes apart, not {wanted}; expected data of "
+            "the same classes. For others, begin a network of your own with --init."
+        )
+    return network
 
 
 def _torchvision(name: str, options: dict[str, Any], known: dict[str, Any]) -> Any:
@@ -357,6 +377,7 @@ _SOURCES: dict[str, Callable[..., Any]] = {
     "torchvision": _torchvision,
     "timm": _timm,
     "transformers": _transformers,
+    "zoo": _zoo,
 }
 
 

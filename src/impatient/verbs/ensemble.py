@@ -16,7 +16,7 @@ from impatient.errors import RunError, StaleInput, StorageError
 from impatient.files import is_file, written_whole
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Force, NewDirectory, Trust, VerbOptions
+from impatient.verbs.options import OFF, Force, NewDirectory, RunPath, Trust, VerbOptions
 from impatient.verbs.processes import alone
 from impatient.verbs.replacing import discard_old, replaced
 from impatient.verbs.run_directory import RunDirectory
@@ -35,7 +35,7 @@ class EnsembleOptions(VerbOptions):
     """
 
     directory: NewDirectory
-    members: Annotated[Positional[tuple[Path, ...]], arg(metavar="MEMBER..."), OFF]
+    members: Annotated[Positional[tuple[RunPath, ...]], arg(metavar="MEMBER..."), OFF]
     rule: Rule = "geometric"
     force: Force = False
     trust: Trust = ()

@@ -22,6 +22,7 @@ from impatient.verbs.options import (
     Count,
     Directory,
     Engine,
+    RunPath,
     Text,
     Threads,
     Top,
@@ -52,7 +53,7 @@ class EvaluateOptions(VerbOptions):
 
     directory: Directory
     budget: Text = None
-    against: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
+    against: Annotated[UseAppendAction[tuple[RunPath, ...]], arg(metavar="DIR")] = ()
     real: Count = 0
     top: Top = None
     engine: Engine = "eager"

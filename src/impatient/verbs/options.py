@@ -111,6 +111,19 @@ Text = Annotated[str | None, OFF]
 Number = Annotated[float | None, OFF]
 Flag = Annotated[bool, FlagCreatePairsOff, OFF]
 
+
+def _run_path(text: str) -> Path:
+    if not text.startswith("zoo:"):
+        return Path(text)
+    # of torch, which --help can do without
+    from impatient.verbs.zoo import run_path
+
+    return run_path(text)
+
+
+# a run directory that is there, or a network of the zoo
+RunPath = Annotated[Path, _spec("DIR", _run_path)]
+
 # options of several verbs
 Top = Annotated[
     int | None,
@@ -128,7 +141,9 @@ Trust = Annotated[
         "commas between; aoti for that engine's programs. Say it for your own directories only."
     ),
 ]
-Directory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory.")]
+Directory = Annotated[
+    Positional[RunPath], arg(metavar="DIR", help="The run directory, or zoo:NAME.")
+]
 NewDirectory = Annotated[Positional[Path], arg(metavar="DIR", help="The run directory to make.")]
 AnyProfile = Annotated[Flag, arg(help="Use a profile of another machine or version all the same.")]
 Threads = Annotated[

@@ -16,7 +16,15 @@ from impatient.files import is_file, write_text
 from impatient.verbs.evaluate import beside_eager, judged_as
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
-from impatient.verbs.options import AnyProfile, Directory, Threads, Trust, VerbOptions, use_threads
+from impatient.verbs.options import (
+    AnyProfile,
+    Directory,
+    RunPath,
+    Threads,
+    Trust,
+    VerbOptions,
+    use_threads,
+)
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
@@ -38,7 +46,7 @@ class ReportOptions(VerbOptions):
     """
 
     directory: Directory
-    beside: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR")] = ()
+    beside: Annotated[UseAppendAction[tuple[RunPath, ...]], arg(metavar="DIR")] = ()
     any_profile: AnyProfile = False
     threads: Threads = 0
     trust: Trust = ()

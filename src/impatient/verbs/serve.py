@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from impatient.errors import ServingError
 from impatient.verbs.notes import log
-from impatient.verbs.options import OFF, Count, Milliseconds, Positive, Trust, VerbOptions
+from impatient.verbs.options import OFF, Count, Milliseconds, Positive, RunPath, Trust, VerbOptions
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ServeOptions(VerbOptions):
         drain_s: How long open requests are waited for at the end, in ms.
     """
 
-    directories: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR..."), OFF]
+    directories: Annotated[Positional[tuple[RunPath, ...]], arg(metavar="DIR..."), OFF]
     host: str = "127.0.0.1"
     port: Count = 8000
     default_s: Annotated[Milliseconds, arg(name="default-ms")] = 0.1

@@ -28,9 +28,9 @@ from impatient.verbs.network_spec import (
 from impatient.verbs.notes import log
 from impatient.verbs.options import (
     OFF,
-    Directory,
     Flag,
     Names,
+    NewDirectory,
     Positive,
     PositiveOrNone,
     Quiet,
@@ -100,7 +100,7 @@ class TrainOptions(VerbOptions):
             trained. Files that are not of a run are left alone.
     """
 
-    directory: Directory
+    directory: NewDirectory
     model: str = "impatient:resnet"
     data: str = "digits"
     task: str = "classification"
