@@ -80,6 +80,8 @@ def run_command(words: list[str]) -> None:
     if words[0] == "impatient":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", words)
+            # networks of the zoo are unpacked here, not in the home of whoever tests
+            patch.setenv("XDG_CACHE_HOME", str(Path.cwd() / "cache"))
             with pytest.raises(SystemExit) as exit:
                 cli.main()
         assert not exit.value.code, f"{shlex.join(words)} ended with {exit.value.code}"

@@ -12,6 +12,9 @@ from impatient.networks.zoo import PREFIX, load_zoo, zoo_folder
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
 
+# of the first profile: one or two seconds; `impatient profile` measures more
+REPEATS = 100
+
 
 def run_path(text: str) -> Path:
     """Find the run directory that a text names; one of the zoo is unpacked first.
@@ -50,5 +53,6 @@ def unpacked(name: str) -> Path:
                 shutil.copytree(source, place, dirs_exist_ok=True)
             save_weights(network, place / "weights.safetensors")
             log.info("zoo: %s unpacked into %s, measuring it on this machine", name, place)
-            impatient.profile(network, spec.example(), progress=False).save(place / "profile.json")
+            costs = impatient.profile(network, spec.example(), repeats=REPEATS, progress=False)
+            costs.save(place / "profile.json")
     return place

@@ -1,0 +1,240 @@
+"""Weightings at the best learning rate of each: `python -m papers.anytime_neural_networks.fair`.
+
+With one rate for all, a weighting whose weights add up to more takes longer steps, and a difference
+of weightings is also one of step sizes. Here each method's rate is chosen on the validation split
+of the first seed, and alternating weights meet static ones of the same mean: times 1 + gamma.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from impatient.files import write_text
+from impatient.recipe import Recipe
+from impatient.training.weights import parse_weights
+from papers.anytime_neural_networks.recipe import SHARES, Net, Training, train
+from papers.data import ROOT
+from papers.jobs import Job, run_jobs
+from papers.results import fill, made_by, markdown, spread, write_csv
+
+HERE = Path(__file__).parent
+RUNS = ROOT / "runs" / "papers" / "anytime_neural_networks" / "fair"
+OPT = "OPT"
+ALTERNATING = "sieve, alternating"
+AS_LONG = "sieve, times 1 + gamma"
+METHODS = (OPT, "const", "sieve", "exp_lin", ALTERNATING, AS_LONG)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FairScale:
+    """What is trained: one network, by every method.
+
+    Attributes:
+        training: how; its learning rate is replaced.
+        blocks: of the network, with an exit after each; from 16 on, EXP-LIN differs from SIEVE.
+        rates: learning rates to choose from.
+    """
+
+    training: Training
+    n: int
+    c: int
+    blocks: int
+    rates: tuple[float, ...]
+    seeds: int
+
+
+DIGITS = Training(
+    data="digits",
+    images=None,
+    validation=None,
+    epochs=20,
+    batch_size=64,
+    lr=0.0,
+    schedule="cosine",
+    augment="none",
+    update_every=1,
+)
+SCALES = {
+    "smoke": FairScale(
+        training=dataclasses.replace(DIGITS, images=200, epochs=1),
+        n=2,
+        c=4,
+        blocks=4,
+        rates=(0.02, 0.1),
+        seeds=2,
+    ),
+    "cpu": FairScale(
+        training=DIGITS,
+        n=6,
+        c=8,
+        blocks=16,
+        rates=(0.02, 0.06, 0.18),
+        seeds=3,
+    ),
+}
+
+
+def net_of(method: str, scale: FairScale) -> Net:
+    """Return the network that a method trains."""
+    plain = Net(n=scale.n, c=scale.c, depth=scale.blocks)
+    if method == OPT:
+        return plain
+    if method == ALTERNATING:
+        return dataclasses.replace(plain, weights="sieve", sampler="alternating")
+    if method == AS_LONG:
+        # the alternating sampler adds this share of the sum to the exit that it draws
+        factor = 1.0 + Recipe().sampler_gamma
+        static = parse_weights("sieve", scale.blocks)
+        return dataclasses.replace(plain, weights=",".join(f"{factor * w:.9g}" for w in static))
+    return dataclasses.replace(plain, weights=method)
+
+
+def job(method: str, rate: float, seed: int, scale: FairScale) -> Job:
+    """Make one training."""
+    training = dataclasses.replace(scale.training, lr=rate)
+    name = method.replace(", ", "-").replace(" ", "").replace("+", "plus")
+    arguments = {"training": training, "net": net_of(method, scale), "seed": seed, "keep": False}
+    return Job(f"{name}-lr{rate:g}-seed{seed}", train, arguments)
+
+
+def best_rates(
+    scale: FairScale, results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[float, float]]:
+    """Choose each method's rate by the mean validation error of its exits, of the first seed.
+
+    Returns:
+        The rate, and the error at it.
+    """
+    chosen = {}
+    for method in METHODS:
+        errors = {
+            rate: float(np.mean(results[job(method, rate, 0, scale).name]["validation_error"]))
+            for rate in scale.rates
+        }
+        best = min(errors, key=errors.__getitem__)
+        chosen[method] = (best, errors[best])
+    return chosen
+
+
+def milestone_errors(result: Mapping[str, Any]) -> list[float]:
+    """Return the test error in per cent at each share of the cost, of the deepest exit within.
+
+    A network without early exits has one answer, at the end; there is none at the other shares.
+    """
+    errors = result["test_error"]
+    costs = np.cumsum(result["stage_macs"])
+    if len(errors) == 1:
+        return [float("nan")] * (len(SHARES) - 1) + [100.0 * errors[0]]
+    places = [
+        int(np.searchsorted(costs, share * costs[-1] * (1 + 1e-9), "right")) for share in SHARES
+    ]
+    return [100.0 * errors[max(place - 1, 0)] for place in places]
+
+
+def run(scale: FairScale, folder: Path) -> dict[str, dict[str, Any]]:
+    """Train the first seed at every rate, and the others at the rate that was chosen."""
+    first = [job(method, rate, 0, scale) for method in METHODS for rate in scale.rates]
+    results = run_jobs(first, folder, workers=1)
+    chosen = best_rates(scale, results)
+    rest = [
+        job(method, chosen[method][0], seed, scale)
+        for seed in range(1, scale.seeds)
+        for method in METHODS
+    ]
+    return {**results, **run_jobs(rest, folder, workers=1)}
+
+
+def summarised(scale: FairScale, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per method and seed: the chosen rate, and the error at every milestone."""
+    chosen = best_rates(scale, results)
+    rows = []
+    for method in METHODS:
+        for seed in range(scale.seeds):
+            result = results[job(method, chosen[method][0], seed, scale).name]
+            errors = dict(zip(SHARES, milestone_errors(result), strict=True))
+            rows.append({"method": method, "rate": chosen[method][0], "seed": seed, **errors})
+    return rows
+
+
+def page(scale: FairScale, rows: Sequence[Mapping[str, Any]], processor: str) -> str:
+    """Write the table, and the two comparisons that it is for, as markdown."""
+
+    def errors(method: str, share: float) -> list[float]:
+        return [row[share] for row in rows if row["method"] == method]
+
+    table = [
+        {
+            "method": method,
+            "learning rate": next(row["rate"] for row in rows if row["method"] == method),
+            **{
+                f"error at {share:g}, %": ""
+                if np.isnan(errors(method, share)).any()
+                else spread(errors(method, share)).text()
+                for share in SHARES
+            },
+        }
+        for method in METHODS
+    ]
+
+    def less(one: str, other: str, shares: Sequence[float]) -> str:
+        differences = [
+            mine - its
+            for share in shares
+            for mine, its in zip(errors(one, share), errors(other, share), strict=True)
+        ]
+        won = sum(difference < 0 for difference in differences)
+        tied = sum(difference == 0 for difference in differences)
+        return (
+            f"{spread(differences).text(sign=True)} points of error, better in {won} of "
+            f"{len(differences)} pairs, equal in {tied}"
+        )
+
+    half = len(SHARES) // 2
+    steps = f"{scale.training.epochs} epochs of {scale.training.data}"
+    return "\n".join(
+        [
+            "- Alternating SIEVE minus static SIEVE times 1 + gamma, second half: "
+            f"{less(ALTERNATING, AS_LONG, SHARES[half:])}.",
+            f"- EXP-LIN minus SIEVE, first half: {less('exp_lin', 'sieve', SHARES[:half])}.",
+            f"- SIEVE minus OPT, at the end: {less('sieve', OPT, SHARES[-1:])}.",
+            "",
+            markdown(table),
+            "",
+            f"{scale.blocks} blocks and exits, {scale.c} channels, {steps}; {scale.seeds} seeds, "
+            "mean ± standard deviation; rates chosen on the validation split of seed 0 from "
+            f"{', '.join(f'{rate:g}' for rate in scale.rates)}. "
+            f"{made_by(processor, 'papers.anytime_neural_networks.fair')}",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the table and fill the card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", choices=list(SCALES), required=True)
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    scale = SCALES[options.scale]
+    results = run(scale, options.runs / options.scale)
+    rows = summarised(scale, results)
+    processor = str(next(iter(results.values()))["processor"])
+    text = page(scale, rows, processor)
+    out = options.out or HERE / "results" / f"fair-{options.scale}"
+    write_csv(out / "fair.csv", rows)
+    write_text(out / "fair.md", text + "\n")
+    if options.out is None and options.scale != "smoke":
+        fill(HERE / "README.md", "fair", text)
+
+
+if __name__ == "__main__":
+    main()
