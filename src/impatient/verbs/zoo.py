@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import impatient
-from impatient.files import file_errors, is_file, working_on
+from impatient.directories import working_on
+from impatient.files import file_errors, is_file
 from impatient.networks.zoo import PREFIX, load_zoo, zoo_folder
 from impatient.verbs.network_spec import NetworkSpec, save_weights
 from impatient.verbs.notes import log
