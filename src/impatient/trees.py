@@ -135,37 +135,7 @@ def collate(samples: Sequence[Any]) -> Any:
     """
     if not samples:
         raise TreeError("no samples to collate; expected at least one.")
-    return _joined(samples, _stacked, "")
-
-
-def concatenate(batches: Sequence[Any]) -> Any:
-    """Join batches into one, in order.
-
-    What has no row per sample must be equal in all, and stays.
-
-    Args:
-        batches: trees of one structure, the samples first.
-    Raises:
-        TreeError: if there is none, or they differ in structure or in the shape of a sample.
-    """
-    if not batches:
-        raise TreeError("no batches to join; expected at least one.")
-    counts = [size(batch) for batch in batches]
-
-    def joined(values: Sequence[Any], where: str) -> Any:
-        if all(isinstance(value, Ragged) for value in values):
-            return Ragged(entry for value in values for entry in value)
-        if all(_has_rows(value, count) for value, count in zip(values, counts, strict=True)):
-            _check_shapes([value[0] for value in values], where)
-            return torch.cat(list(values))
-        if not all(_equal(values[0], value) for value in values[1:]):
-            raise TreeError(
-                f"{_named(where)} has no row per sample and differs between batches; expected one "
-                "value for all, or a row per sample."
-            )
-        return values[0]
-
-    return _joined(batches, joined, "")
+    return _joined(samples, "")
 
 
 def _mapped(
@@ -207,12 +177,12 @@ def _has_rows(leaf: Any, count: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
 
 
-def _joined(trees: Sequence[Any], join: Callable[[Sequence[Any], str], Any], where: str) -> Any:
-    """Join trees leaf by leaf."""
+def _joined(trees: Sequence[Any], where: str) -> Any:
+    """Stack trees leaf by leaf."""
     first = trees[0]
     keys = [key for key, _ in entries(first)]
     if not keys or isinstance(first, Ragged):
-        return join(trees, where)
+        return _stacked(trees, where)
     for tree in trees[1:]:
         others = [key for key, _ in entries(tree)]
         if set(others) != set(keys):
@@ -222,7 +192,7 @@ def _joined(trees: Sequence[Any], join: Callable[[Sequence[Any], str], Any], whe
             )
     columns = [dict(entries(tree)) for tree in trees]
     values = [
-        _joined([column[key] for column in columns], join, f"{where}.{key}" if where else str(key))
+        _joined([column[key] for column in columns], f"{where}.{key}" if where else str(key))
         for key in keys
     ]
     if dataclasses.is_dataclass(first):
@@ -248,12 +218,6 @@ def _check_shapes(values: Sequence[Tensor], where: str) -> None:
             f"{_named(where)} has the shapes {_listed(shapes[:4])} in different samples; expected "
             "one shape. Pad or resize them, or keep them in a Ragged list."
         )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
 
 
 def _named(where: str) -> str:

@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 import impatient
 from impatient.errors import DataError, TrainingError
-from impatient.training import Data, DataOptions, Samples
+from impatient.training import Data, DataOptions, Samples, loop
 from impatient.trees import Ragged, leaves
 from toys import Compared
 
@@ -132,6 +132,51 @@ def test_entries_of_different_lengths_are_filled_up_and_trained_together() -> No
     assert batch["mask"].sum(1).tolist() == lengths[:5].tolist()
     assert batch["ids"][batch["mask"] == 0].unique().tolist() == [9]
     assert batch["ids"].shape[1] == int(lengths[:5].max())
+
+
+class Words(nn.Module):
+    """A small network that reads token ids and their mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.classifier = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.block(self.embedding(ids)) * mask[..., None]
+        return self.classifier(x.sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_training_in_batches_of_similar_lengths_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data.of(Own(lengths_of), samples=Samples(pad={"ids": 9, "mask": 0}))
+
+    def trained(checkpoint: Path | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        network = impatient.attach_exits(
+            Words(), example=data.example(2), after=["block"], mask="mask"
+        )
+        recipe = impatient.Recipe(epochs=3, batch_size=8)
+        impatient.fit(network, data, recipe=recipe, checkpoint=checkpoint, progress=False)
+        return [value.clone() for value in network.state_dict().values()]
+
+    whole = trained(None)
+    update = loop._Training._update
+    steps = iter(range(100))
+
+    def cut_off(*arguments: Any) -> Tensor:
+        if next(steps) == 8:
+            raise RuntimeError("power cut")
+        return update(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "_update", cut_off)
+        with pytest.raises(RuntimeError, match="power cut"):
+            trained(tmp_path / "checkpoint")
+    for one, other in zip(trained(tmp_path / "checkpoint"), whole, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_loaders_own_way_to_a_batch_is_kept() -> None:

@@ -1,7 +1,6 @@
 """Samples of several arrays through every verb: a text classifier with its mask, and two arrays."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from impatient import load_data
 from impatient.evaluation import Evaluation, Recording
 from impatient.verbs.run_directory import RunDirectory
 
-RECIPE = ["--epochs", "6", "--batch-size", "16", "--lr", "0.01", "--optimizer", "adamw", "--quiet"]
+RECIPE = ["--epochs", "5", "--batch-size", "16", "--lr", "0.01", "--optimizer", "adamw", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def texts_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text classifier, trained and measured from a table."""
     folder = tmp_path_factory.mktemp("texts")
     tokenizer = texts.save_tokenizer(folder / "tokenizer")
-    texts.save_csv(folder / "all.csv", texts.rows(400))
+    texts.save_csv(folder / "all.csv", texts.rows(320))
     torch.set_num_threads(1)
     run = folder / "run"
     data = ["--data", f"text:{folder / 'all.csv'}:tokenizer={tokenizer}"]
@@ -109,6 +108,22 @@ def test_texts_that_have_changed_are_noticed(texts_run, call, tmp_path) -> None:
     assert "has changed since" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("vocab_size=9", "has tokens up to number 24, but BertForSequenceClassification knows 9"),
+        ("max_position_embeddings=8", "takes 8; expected no longer ones. Say length=8"),
+    ],
+)
+def test_texts_beyond_the_model_are_refused(texts_run, call, tmp_path, option, complaint) -> None:
+    data = ["--data", RunDirectory(texts_run).spec().data]
+    model = f"{texts.MODEL.replace('vocab_size=32,', '')},{option}"
+    code, printed = call("train", tmp_path / "run", *data, "--model", model, *RECIPE)
+    assert code != 0
+    assert complaint in printed
+
+
 def test_two_measured_arrays_are_trained_and_recorded(tmp_path, call) -> None:
     random = np.random.default_rng(0)
     arrays = {}
@@ -127,4 +142,3 @@ def test_two_measured_arrays_are_trained_and_recorded(tmp_path, call) -> None:
     assert float(recorded.quality[-1].mean()) > 0.85
     labels = load_data(f"npz:{tmp_path / 'two.npz'}").examples("test").labels
     assert torch.equal(recorded.labels, labels)
-    shutil.rmtree(run)

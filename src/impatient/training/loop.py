@@ -55,6 +55,7 @@ from impatient.training.losses import (
 )
 from impatient.training.ordering import batches_of_epoch
 from impatient.training.progress import TrainingProgress
+from impatient.training.text import check_vocabulary
 from impatient.training.weights import check_weights, parse_weights
 from impatient.trees import map_leaves, take
 
@@ -119,6 +120,7 @@ def fit(
             "For a loop of your own, the network's forward returns the outputs of all exits."
         )
     recipe = recipe or Recipe()
+    check_vocabulary(network.exit_free, data.splits.values(), data.name)
     if network.task.is_logits:
         check_classes(network.num_classes, data.num_classes, data.name)
     elif recipe.distillation or recipe.label_smoothing:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from impatient.errors import DataError
 from impatient.provenance import fingerprint_bytes
@@ -365,3 +366,30 @@ def _budgets(table: Table, where: str) -> Tensor | None:
             "no limit."
         )
     return checked_budgets(table.budgets, len(table.labels), where)
+
+
+def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> None:
+    """Check that a model of transformers knows all tokens of texts, and their places.
+
+    Raises:
+        DataError: if a number of a token, or the length of a text, is beyond it.
+    """
+    hub = sys.modules.get("transformers")
+    texts = [part for part in parts if isinstance(part, TextExamples)]
+    if hub is None or not texts or not isinstance(model, hub.PreTrainedModel):
+        return
+    largest = max(int(ids.max()) for part in texts for ids in part.tokens["input_ids"])
+    known = model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise DataError(
+            f"{name} has tokens up to number {largest}, but {type(model).__name__} knows {known}; "
+            f"expected all of them. Name the model's own tokenizer, or say vocab_size="
+            f"{largest + 1} if the model is new."
+        )
+    longest = max(int(part.lengths.max()) for part in texts)
+    most = model.config.to_dict().get("max_position_embeddings") or longest
+    if longest > most:
+        raise DataError(
+            f"{name} has texts of {longest} tokens, but {type(model).__name__} takes {most}; "
+            f"expected no longer ones. Say length={most} in the data spec."
+        )

@@ -321,6 +321,7 @@ def _new_spec(options: TrainOptions, data: impatient.Data) -> NetworkSpec:
         heads: str = OWN_HEADS
     else:
         heads = options.heads or "linear"
+        impatient.training.text.check_vocabulary(network, data.splits.values(), data.name)
         network = impatient.attach_exits(
             network,
             example=data.example(),
