@@ -75,7 +75,7 @@ def map_leaves(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def map_values(change: Callable[[Any], Any], tree: Any, is_value: Callable[[Any], bool]) -> Any:
-    """Change everything in a tree that is no container, or that counts as one value.
+    """Change all values of a tree, but not its containers.
 
     Args:
         change: what becomes of a value.

@@ -15,7 +15,7 @@ from impatient.serving.app import App, listening_socket
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted, Limits, Service
-from impatient.training.data import Preprocess
+from impatient.training.preprocess import Preprocess
 
 SPEC = InputSpec(name="input", datatypes=("FP32",), shape=(4,), most_rows=4)
 

@@ -14,7 +14,7 @@ from impatient.runtime.profile import profile
 from impatient.serving.model import GainTable, ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted
-from impatient.training.data import Preprocess
+from impatient.training.preprocess import Preprocess
 
 BATCH_SIZES = (1, 2, 4, 8)
 

@@ -21,7 +21,7 @@ from impatient.serving.protocol import DATATYPES, InputSpec
 from impatient.serving.rules import GreedyGain
 from impatient.serving.scheduler import Action, Refuse, Reply, Request, Rule, Scheduler, Work
 from impatient.serving.worker import Done, InferenceThread, Job
-from impatient.training.data import Preprocess
+from impatient.training.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
 

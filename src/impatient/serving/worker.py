@@ -14,7 +14,7 @@ import torch
 from impatient.anytime import Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
-from impatient.training.data import Preprocess
+from impatient.training.preprocess import Preprocess
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Read arrays as people save them: pictures, series, vectors, token ids, and several together."""
+"""Read arrays as people save them, one or several per sample."""
 
 from __future__ import annotations
 
@@ -132,7 +132,9 @@ def _check_measured(
 
 
 def read_targets(values: np.ndarray, where: str) -> Tensor:
-    """Read targets: classes [N], or numbers [N], [N, D], or masks [N, H, W].
+    """Read targets of one split.
+
+    They are classes [N], numbers [N] or [N, D], or masks [N, H, W].
 
     Raises:
         DataError: if they are no numbers, NaN or infinite, or no plausible classes.
@@ -162,7 +164,7 @@ def read_targets(values: np.ndarray, where: str) -> Tensor:
 
 
 def _inputs(arrays: Mapping[str, np.ndarray], name: str) -> Any:
-    """Return the inputs of one split: an array, or several by their names after the dot."""
+    """Return the arrays of inputs by their names after the dot."""
     if name in arrays:
         return {"": arrays[name]}
     start = f"{name}."
@@ -170,7 +172,7 @@ def _inputs(arrays: Mapping[str, np.ndarray], name: str) -> Any:
 
 
 def read_names(given: np.ndarray | None) -> tuple[str, ...]:
-    """Read an array of names, of text or bytes; none if there is no array."""
+    """Read an array of names, which may be bytes."""
     if given is None:
         return ()
     return tuple(
@@ -180,7 +182,7 @@ def read_names(given: np.ndarray | None) -> tuple[str, ...]:
 
 
 def _check_alike(train: ArrayExamples, test: ArrayExamples, where: str) -> None:
-    """Check that the inputs of both splits have the same names, shapes and types."""
+    """Check that inputs of both splits have equal names, shapes, types."""
     one, other = (dict(named_leaves(part.inputs)) for part in (train, test))
     if one.keys() != other.keys():
         raise DataError(
@@ -247,7 +249,7 @@ def _one_part(
 
 
 def _tree(inputs: Mapping[str, np.ndarray], where: str, options: DataOptions) -> Any:
-    """Convert the inputs of one split to a tensor, or to several by their names."""
+    """Convert inputs to a tensor, or to several by their names."""
     if "" in inputs:
         return as_input(inputs[""], where, options.layout)
     if options.layout:

@@ -1,4 +1,4 @@
-"""Read any torch data set, loader, list or generator once, and its inputs when asked for."""
+"""Read data sets, loaders and samples of any form, when asked for."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class _Read:
     join: Callable[[list[Any]], Any] | None
 
     def examples(self, samples: Samples, ragged: bool) -> Examples:
-        """Make examples, with their targets as one tree or as a ragged list."""
+        """Make examples whose targets are one tree or a list."""
         labels = Ragged(_of_one_kind(self.targets)) if ragged else collate(self.targets)
         return DatasetExamples(
             source=self.source,
@@ -194,7 +194,7 @@ def _read(part: Any, samples: Samples, where: str) -> _Read:
 
 
 def _opened(part: Any, where: str) -> tuple[_MapStyle, Callable[[list[Any]], Any] | None]:
-    """Return samples by place, and the user's way from samples to a batch, if there is one."""
+    """Return samples by place, and the user's way to a batch."""
     join = None
     if isinstance(part, DataLoader):
         _check_loader(part, where)
@@ -276,7 +276,7 @@ def _first(leaf: Tensor) -> Tensor:
 
 
 def _form(x: Any, pad: Mapping[str, int]) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Return names, shapes and types of an input's arrays, but for what is filled up."""
+    """Return names, shapes and types of arrays, lengths left out."""
     return [(name, tuple(leaf.shape)[name in pad :], leaf.dtype) for name, leaf in named_leaves(x)]
 
 
@@ -299,14 +299,14 @@ def _print(tree: Any) -> str:
 
 
 def _differ(targets: Sequence[Any]) -> bool:
-    """Whether targets cannot be one tree of tensors; boxes never are."""
+    """Whether targets stay a list, as boxes always do."""
     if isinstance(targets[0], Mapping) and "boxes" in targets[0]:
         return True
     return len({tuple((n, leaf.shape) for n, leaf in named_leaves(t)) for t in targets}) > 1
 
 
 def _of_one_kind(targets: Sequence[Any]) -> list[Any]:
-    """Give empty arrays, such as boxes of nothing, the shape and type of the others."""
+    """Give empty arrays the shape and type of the others."""
     models = {
         name: leaf[:0]
         for target in targets
@@ -327,7 +327,7 @@ def _of_one_kind(targets: Sequence[Any]) -> list[Any]:
 
 
 def _names_of(source: Any, samples: Samples) -> tuple[str, ...]:
-    """Return the class names that a data set of Hugging Face holds, if it is one."""
+    """Return the class names that a Hugging Face table holds."""
     hub = sys.modules.get("datasets")
     if hub is None or not isinstance(source, hub.Dataset):
         return ()

@@ -1,4 +1,4 @@
-"""Raw examples of a split: held in memory, or read when they are asked for."""
+"""Raw examples of a split, in memory or read when asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Examples(abc.ABC):
 
     @abc.abstractmethod
     def take(self, indices: Indices) -> Any:
-        """Return the raw inputs at these indices, batch first: a tensor, or a tree of them."""
+        """Return the raw inputs at these indices, batch first."""
 
     @abc.abstractmethod
     def subset(self, indices: Indices) -> Examples:
@@ -59,7 +59,7 @@ def rows_of(tree: Any, indices: Indices) -> Any:
 
 
 def padded(values: Sequence[Tensor], number: int, side: Literal["left", "right"]) -> Tensor:
-    """Stack arrays of different lengths, filled up with a number to the longest."""
+    """Stack arrays, filled up with a number to the longest."""
     return pad_sequence(list(values), batch_first=True, padding_value=number, padding_side=side)
 
 

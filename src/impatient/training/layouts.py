@@ -1,4 +1,4 @@
-"""Tell what the dimensions of an array are, and convert its numbers to what a network takes."""
+"""Tell the dimensions of arrays, and convert their numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ USUAL_CHANNELS = (1, 3, 4)
 
 
 def as_input(inputs: np.ndarray, where: str, layout: str = "") -> Tensor:
-    """Convert an array to what a network takes: pictures [N,C,H,W], anything else as it stands.
+    """Convert an array to what a network takes.
+
+    Pictures become [N, C, H, W], and anything else keeps its dimensions.
 
     Args:
         inputs: pictures, series, vectors or token ids, [N, ...].
@@ -50,7 +52,7 @@ def _checked_layout(inputs: np.ndarray, where: str, layout: str) -> str:
 
 
 def _layout(inputs: np.ndarray, where: str) -> str:
-    """Tell what the dimensions of an array are, where shape and type leave one reading.
+    """Tell the dimensions of an array that leaves one reading.
 
     "N..." are dimensions that stay as they are.
     """
@@ -137,7 +139,7 @@ def as_numbers(
 
 
 def _brightness(inputs: np.ndarray, where: str) -> np.ndarray:
-    """Convert pictures of wide integers to bytes, or to floats from 0 to 1 if they have 16 bits."""
+    """Convert wide integers to bytes, or 16 bits to floats."""
     least, most = int(inputs.min()), int(inputs.max())
     if least < 0 or most > 65535:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Data sets of pictures with a map of classes for each, in two folders beside each other."""
+"""Data sets of pictures, and of maps that hold their classes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _pairs(root: Path, images: str, masks: str) -> dict[str, list[Pair]]:
 
 
 def _folders(root: Path, images: str, masks: str) -> dict[str, Pair]:
-    """Find the folders of pictures and maps, splits outside of them or inside."""
+    """Find the folders of pictures and maps of every split."""
     if all((root / name).is_dir() for name in (images, masks)):
         inside = [split_folders(root / name) for name in (images, masks)]
         if inside[0].keys() != inside[1].keys():
@@ -138,7 +138,7 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _map(pair: Pair, size: tuple[int, int], resizing: Resizing) -> np.ndarray:
-    """Read a map, cut and resized as its picture is, without mixing classes."""
+    """Read a map, resized as its picture is without mixing classes."""
     image, path = pair
     shown = size_of(image)
     with opened(path) as stored:
@@ -153,7 +153,7 @@ def _map(pair: Pair, size: tuple[int, int], resizing: Resizing) -> np.ndarray:
 
 
 def _numbered(maps: Mapping[str, Tensor], where: str, options: DataOptions) -> dict[str, Tensor]:
-    """Number the classes anew if that is said, and check that there are any."""
+    """Number classes anew if that is said, and check them."""
     found = sorted({int(each) for part in maps.values() for each in part.unique()})
     if options.labels == "renumber":
         places = torch.zeros(256, dtype=torch.uint8)

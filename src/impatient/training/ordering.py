@@ -19,7 +19,7 @@ def batches_of_epoch(
     lengths: Int[Tensor, "N"] | None = None,
     process: tuple[int, int] = (0, 1),
 ) -> list[Int[Tensor, "B"]]:
-    """Draw the places of one process's batches, the same whenever it is asked again.
+    """Draw the batches of one process, the same ones every time.
 
     With lengths, samples of similar lengths share a batch, so that little of it is padding. Each
     sample comes once, and the order of the batches says nothing of lengths.

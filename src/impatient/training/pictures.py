@@ -90,7 +90,9 @@ def hash_of_file(path: Path) -> str:
 def shown_as(
     options: DataOptions, transform: Transform | None, sizes: Iterable[tuple[int, int]]
 ) -> tuple[tuple[int, int], Resizing]:
-    """Decide what size pictures get, and how: as the user says, the weights expect, or they have.
+    """Decide what size pictures get, and how.
+
+    The user decides, then the weights, then their own size.
 
     Args:
         options: what the user says.
@@ -142,7 +144,9 @@ def image_tensor(
 
 
 def class_map(image: Image.Image, name: str) -> np.ndarray:
-    """Read a picture's pixels as class numbers [H, W]: places in its palette, or grey values.
+    """Read a picture's pixels as class numbers [H, W].
+
+    They are places in its palette, or grey values.
 
     Raises:
         DataError: if the picture is damaged, or has colours instead of numbers.
@@ -241,7 +245,7 @@ def class_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """List all image files in a folder and below it, but for hidden ones.
+    """List image files in and below a folder, hidden ones left out.
 
     Other files are counted and said.
     """

@@ -1,4 +1,4 @@
-"""Tell input from target in samples of any form, and make tensors of both."""
+"""Tell input from target in samples, and make tensors of both."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = ("label", "labels", "target", "targets", "y", "class")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Where the target stands in a sample, and how samples become a batch.
+    """Where a sample's target stands, and how samples become a batch.
 
     Attributes:
         target: key, field or place of the target, or a function from a sample to (input, target).
@@ -100,7 +100,7 @@ class Samples:
         return {str(name): value for name, value in parts.items()}
 
     def batch(self, inputs: Sequence[Any]) -> Any:
-        """Stack inputs of samples, and fill up those that are to be padded."""
+        """Stack inputs, and fill up those that are to be padded."""
         if not self.pad:
             return collate(inputs)
         lists = {
@@ -112,7 +112,7 @@ class Samples:
 
 
 def _parts(sample: Any) -> dict[str | int, Any]:
-    """Return the entries of a sample; those of a named tuple have names."""
+    """Return the entries of a sample by name, key or place."""
     named = isinstance(sample, tuple) and hasattr(sample, "_fields")
     return sample._asdict() if named else dict(entries(sample))
 
@@ -123,7 +123,7 @@ def _described(sample: Any, parts: Mapping[str | int, Any]) -> str:
 
 
 def converted(tree: Any, where: str, *, classes: bool = False) -> Any:
-    """Make tensors of all that a sample holds: arrays, numbers, lists of them, pictures.
+    """Make tensors of the arrays, numbers and pictures in a sample.
 
     Numbers become float32 or int64, bytes stay bytes, pictures become bytes [C, H, W].
 

@@ -40,7 +40,7 @@ USUAL_LENGTH = 512
 
 @dataclass(frozen=True, slots=True)
 class TextExamples(Examples):
-    """Texts as token ids, padded per batch to the longest of the batch.
+    """Texts as token ids, padded to the longest of each batch.
 
     Attributes:
         tokens: for each entry of the network's input, the numbers of every text.
@@ -268,7 +268,7 @@ def _check_rows(table: Table, where: str) -> None:
 def _numbered(
     tables: Mapping[str, Table], class_names: Sequence[str], where: str
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """Return the names of the classes, and the number of each row's class."""
+    """Return class names, and the number of each row's class."""
     found = {label for table in tables.values() for label in table.labels}
     if len({isinstance(label, str) for label in found}) > 1:
         raise DataError(f"{where}: labels are names in one table and numbers in another.")
@@ -369,7 +369,7 @@ def _budgets(table: Table, where: str) -> Tensor | None:
 
 
 def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> None:
-    """Check that a model of transformers knows all tokens of texts, and their places.
+    """Check that a model knows all tokens of texts, and their places.
 
     Raises:
         DataError: if a number of a token, or the length of a text, is beyond it.

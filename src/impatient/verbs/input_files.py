@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_input(spec: NetworkSpec, file: Path) -> Any:
-    """Read a picture, an array, or several by their names, as a batch of one.
+    """Read a picture, or arrays, as a batch of one.
 
     Raises:
         DataError: if the file is missing or damaged, or holds another kind of sample.

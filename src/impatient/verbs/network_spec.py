@@ -129,7 +129,9 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
         return impatient.tasks.named(self.task)
 
     def example(self, batch_size: int = 1) -> Any:
-        """Make an input of the right shapes and types: a tensor, or several by their names.
+        """Make an input of the right shapes and types.
+
+        It is a tensor, or several by their names.
 
         Raises:
             StorageError: if a type is none of torch's.
