@@ -7,6 +7,8 @@ or a regression of each action's cost.
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,10 @@ class Decision:
     machines: Mapping[str, Tensor]
     children: Int[Tensor, "M 2"]
     root: int
+    # What `linear` gives, once it was asked for.
+    _prepared: Linear | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False, metadata={"stored": False}
+    )
 
     def __post_init__(self) -> None:
         items = self.num_actions + len(self.children)
@@ -79,6 +85,17 @@ class Decision:
                 f"scoring functions of {sorted(self.machines)}; expected the arrays of one kind of "
                 "learner."
             )
+
+    @property
+    def linear(self) -> Linear | None:
+        """The scoring functions for single samples, if they are linear; prepared at first use."""
+        if (
+            self._prepared is None
+            and self.constant is None
+            and set(self.machines) == {"offsets", "slopes"}
+        ):
+            object.__setattr__(self, "_prepared", Linear.of(self))
+        return self._prepared
 
     @property
     def constant(self) -> int | None:
@@ -112,6 +129,73 @@ class Decision:
             items.append(torch.where(second_wins, items[second], items[first]))
         chosen: Tensor = items[self.root]
         return chosen.to(features.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Linear:
+    """A decision by linear functions, for one sample whose features are plain numbers.
+
+    It is several times faster than `Decision.choose`, because calling an operator takes longer than
+    what it computes here.
+
+    Attributes:
+        slopes: slopes of each function, divided by the features' scales.
+        offsets: offset of each function, with the features' means taken off.
+        close: for each function, the size of scores that single precision may compute otherwise.
+        children: the two items that each comparison is between.
+        table: the slopes as an array, for many features.
+        actions, root: as in `Decision`.
+    """
+
+    slopes: tuple[tuple[float, ...], ...]
+    offsets: tuple[float, ...]
+    close: tuple[float, ...]
+    children: tuple[tuple[int, int], ...]
+    table: np.ndarray
+    actions: int
+    root: int
+
+    @classmethod
+    def of(cls, decision: Decision) -> Self:
+        mean, scale = decision.mean.double().numpy(), decision.scale.double().numpy()
+        table = decision.machines["slopes"].double().numpy() / scale
+        offsets = decision.machines["offsets"].double().numpy() - table @ mean
+        # Single precision has 7 digits; features are within a few deviations of their mean.
+        close = 1e-5 * (np.abs(table) @ (np.abs(mean) + 3.0 * scale) + np.abs(offsets))
+        return cls(
+            tuple(map(tuple, table.tolist())),
+            tuple(offsets.tolist()),
+            tuple(close.tolist()),
+            tuple((first, second) for first, second in decision.children.tolist()),
+            table,
+            decision.num_actions,
+            decision.root,
+        )
+
+    def choose(self, row: Sequence[float]) -> int | None:
+        """Choose the action; None where it is so close that `Decision.choose` must say."""
+        scores = self.scores(row)
+        if self.root == REGRESSION:
+            least, next_to_least = sorted(scores)[:2]
+            clear = next_to_least - least > 2.0 * max(self.close)
+            return scores.index(least) if clear else None
+        items = list(range(self.actions))
+        for score, close, pair in zip(scores, self.close, self.children, strict=True):
+            if not abs(score) > close:
+                return None
+            items.append(items[pair[score > 0.0]])
+        return items[self.root]
+
+    def scores(self, row: Sequence[float]) -> list[float]:
+        """Evaluate the functions."""
+        # For fewer numbers than this, numpy takes longer to call than to compute.
+        if len(row) * len(self.offsets) > 48:
+            found: list[float] = (self.table @ np.array(row) + self.offsets).tolist()
+            return found
+        return [
+            sum(map(operator.mul, slopes, row), offset)
+            for slopes, offset in zip(self.slopes, self.offsets, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,7 +38,8 @@ from impatient.policies.policy import (
     features_of,
 )
 from impatient.policies.task_policy import TaskPolicy
-from impatient.tasks import is_classification, named
+from impatient.tasks import is_classification, named, rows
+from impatient.tasks.scores import confidence_features
 from impatient.tasks.task import AGREEMENT
 
 Inputs = Literal["confidences", "features", "both"]
@@ -176,6 +177,27 @@ class GatePolicy(TaskPolicy):
         seen = self.means.seen(outputs) if looks else None
         chosen = self.choice(exit, gate_inputs(self.inputs, pooled, seen))
         return chosen.to(given.device) == STOP_ACTION
+
+    def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
+        """Tell by plain numbers, if possible, whether the only sample is done."""
+        gate = self.gates[exit] if exit < len(self.gates) else None
+        linear = None if gate is None else gate.linear
+        if linear is not None and type(self).choice is GatePolicy.choice:
+            row = self._seen_of_one(output, pooled)
+            action = linear.choose(row) if len(row) == len(linear.slopes[0]) else None
+            if action is not None:
+                return action == STOP_ACTION
+        return bool(self.stops(exit, output, pooled))
+
+    def _seen_of_one(self, output: Tensor | None, pooled: Tensor | None) -> list[float]:
+        """Collect what a gate looks at in plain numbers; too few where tensors are faster."""
+        seen: list[float] = []
+        if self.inputs != "confidences" and pooled is not None:
+            seen = pooled.flatten(1).float().tolist()[0]
+        if self.inputs != "features" and output is not None:
+            row = rows.row_of(output) if self.means.looks is confidence_features else None
+            return [] if row is None else seen + rows.confidence_features(row)
+        return seen
 
     def choice(self, exit: int, inputs: Float[Tensor, "B D"]) -> Int[Tensor, "B"]:
         """Choose 0, stop, or 1, go on, from what an open gate looks at."""

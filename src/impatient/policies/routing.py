@@ -9,6 +9,7 @@ moves along an edge, and pays the next network in full.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from impatient.policies.outcome import Outcome, as_doubles, node_times_s
 from impatient.policies.policy import STOP, Description, Policy, Recorded, features_of, hits_of
 from impatient.policies.topology import Topology
 from impatient.provenance import Provenance
+from impatient.tasks import rows
 from impatient.tasks.scores import confidence_features
 
 Inputs = Literal["path", "node"]
@@ -58,6 +60,18 @@ def selection_features(
     if pooled is not None:
         parts.append(pooled.flatten(1).float())
     return torch.cat(parts, dim=-1)
+
+
+def selection_features_of_one(outputs: Sequence[rows.Row]) -> list[float]:
+    """Compute `selection_features` of one sample in plain numbers, without pooled features."""
+    parts = [number for row in outputs for number in rows.confidence_features(row)]
+    if len(outputs) > 1:
+        logs = [rows.log_probabilities(row) for row in outputs]
+        answers = [row.index(max(row)) for row in outputs]
+        for before, after in itertools.combinations(range(len(outputs)), 2):
+            parts.append(float(answers[after] == answers[before]))
+            parts.append(math.exp(logs[after][answers[before]]))
+    return parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -222,11 +236,28 @@ class SelectionPolicy(Policy):
                 f"the decision at node {self.topology.nodes[node]} needs {what}; keep what samples "
                 "have run."
             )
+        chosen_row = self._choice_of_one(node, [outputs[known] for known in seen], pooled)
+        if chosen_row is not None:
+            return torch.tensor([moves[chosen_row]])
         features = selection_features(
             [outputs[known] for known in seen], pooled if self.pooled else None
         )
         chosen = self.decisions[node].choose(features)
         return torch.tensor(moves, device=chosen.device)[chosen]
+
+    def _choice_of_one(
+        self, node: int, outputs: Sequence[Tensor], pooled: Tensor | None
+    ) -> int | None:
+        """Choose the move of the only sample in plain numbers; None where tensors must."""
+        linear = self.decisions[node].linear
+        known = [] if linear is None else [rows.row_of(output) for output in outputs]
+        plain = [row for row in known if row is not None]
+        if linear is None or len(plain) < len(outputs):
+            return None
+        features = selection_features_of_one(plain)
+        if self.pooled and pooled is not None:
+            features += pooled.flatten(1).float().tolist()[0]
+        return linear.choose(features) if len(features) == len(linear.slopes[0]) else None
 
     def route(
         self, outputs: Float[Tensor, "K N C"], features: Sequence[Float[Tensor, "N _"]] = ()

@@ -7,6 +7,7 @@ what a score is worth.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from impatient.policies.policy import (
 )
 from impatient.policies.targets import Target
 from impatient.policies.task_policy import TaskPolicy
-from impatient.tasks import is_classification
+from impatient.tasks import is_classification, rows
 from impatient.tasks.scores import SCORES
 from impatient.tasks.task import AGREEMENT
 from impatient.trees import size, take
@@ -50,6 +51,10 @@ class ThresholdPolicy(TaskPolicy):
     score: str
     thresholds: tuple[float, ...]
     cost: Cost = "time"
+    # The scores of the task, looked up once.
+    own_scores: Any = dataclasses.field(
+        default=None, init=False, repr=False, compare=False, metadata={"stored": False}
+    )
 
     def __post_init__(self) -> None:
         if is_classification(self.task):
@@ -61,6 +66,8 @@ class ThresholdPolicy(TaskPolicy):
                 f"the last threshold is {self.thresholds[-1]}; expected -inf, since the last exit "
                 "always stops."
             )
+        if self.own_task is not None or is_classification(self.task):
+            object.__setattr__(self, "own_scores", self.means.scores)
 
     @property
     def num_exits(self) -> int:
@@ -94,6 +101,18 @@ class ThresholdPolicy(TaskPolicy):
                 "which remembers it, once per run."
             )
         return self.means.score(self.score)(outputs) >= self.thresholds[exit]
+
+    def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
+        """Tell by plain numbers, if possible, whether the only sample is done."""
+        plain = rows.SCORES.get(self.score)
+        if plain is not None and output is not None and self.own_scores is SCORES:
+            row = rows.row_of(output)
+            if row is not None:
+                above = plain(row) - self.thresholds[exit]
+                # A score that is no number is not above, below or close.
+                if above > rows.CLOSE or above < -rows.CLOSE:
+                    return above > 0.0
+        return bool(self.stops(exit, output, pooled))
 
     @classmethod
     def exits_of_each(
