@@ -19,7 +19,6 @@ every frame would be as good on them; it pays to go on in a larger network where
 
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ import impatient
 from impatient.evaluation.plots import BLUE, INK, MUTED, VERMILION, save_figure, styled
 from impatient.networks import AnytimeNet
 from impatient.networks.growth import in_turn
+from impatient.runtime import every
 from impatient.training.data import Split
 
 # each gives a picture per frame
@@ -103,9 +103,10 @@ def run_loop(
     rate: float,
 ) -> dict[str, list[Frame]]:
     made: dict[str, list[Frame]] = {name: [] for name in runners}
-    begin = time.perf_counter()
-    for number, ((x, labels), left) in enumerate(zip(frames, left_s, strict=True)):
-        time.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+    # Every frame counts here. A camera's loop reads every(1 / rate, latest(camera)), which leaves
+    # out what it is too late for.
+    loop = every(1.0 / rate, zip(frames, left_s, strict=True), overruns="catch_up")
+    for number, ((x, labels), left) in enumerate(loop):
         # neither is always the first
         for name in sorted(runners, reverse=number % 2 == 1):
             answer = runners[name].run(x, deadline=impatient.Deadline.after(left * TOLD))

@@ -23,12 +23,14 @@ class TimeSpent(NamedTuple):
         stages_s: in stages.
         heads_s: in heads.
         decisions_s: in asking the policy.
+        first_s: from the beginning until the first exit could have answered, its head as profiled.
     """
 
     waiting_s: float = 0.0
     stages_s: float = 0.0
     heads_s: float = 0.0
     decisions_s: float = 0.0
+    first_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -3,7 +3,9 @@
 from impatient.engines import EngineNetwork, export, load_engine, to_engine
 from impatient.runtime.answer import Answer
 from impatient.runtime.interruptible import InterruptibleRun
+from impatient.runtime.periodic import Latest, Periodic, every, latest
 from impatient.runtime.profile import profile, time_in_turn
+from impatient.runtime.report import RunReport
 from impatient.runtime.runner import ContractRun, Runner
 
 __all__ = [
@@ -11,8 +13,13 @@ __all__ = [
     "ContractRun",
     "EngineNetwork",
     "InterruptibleRun",
+    "Latest",
+    "Periodic",
+    "RunReport",
     "Runner",
+    "every",
     "export",
+    "latest",
     "load_engine",
     "profile",
     "time_in_turn",

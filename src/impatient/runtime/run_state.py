@@ -66,6 +66,8 @@ class RunState:
         self.exit: Exit | None = None
         self.spent: list[tuple[int, bool]] = []
         self.stages_s = self.heads_s = self.decisions_s = 0.0
+        # Seconds of the first stage and its head, the head as profiled.
+        self.first_s = 0.0
 
     @property
     def size(self) -> int:
@@ -192,7 +194,7 @@ class RunState:
 
     def times(self, waiting_s: float) -> TimeSpent:
         """Return where the time went since `reset_times`."""
-        return TimeSpent(waiting_s, self.stages_s, self.heads_s, self.decisions_s)
+        return TimeSpent(waiting_s, self.stages_s, self.heads_s, self.decisions_s, self.first_s)
 
     def allowed(self, limits: Iterable[Limit]) -> bool:
         """Tell whether the next exit stays within all limits."""

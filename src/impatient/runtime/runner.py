@@ -38,7 +38,9 @@ from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.interruptible import InterruptibleRun, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.miss_rate import MissRate, spread_of
 from impatient.runtime.profile import check_profile
+from impatient.runtime.report import RunLog, RunReport
 from impatient.runtime.run_state import RunState
 
 
@@ -52,6 +54,8 @@ class Runner:
             time allows.
         statistic: quantile of a stage's cost that must fit before the stage is begun. A lower one
             gives deeper answers, more often late.
+        miss_rate: share of answers that may be late, such as 0.01, in place of `statistic`. What is
+            late although the first exit alone answered is the machine's, and does not count.
         when_late: what to do when not even the first exit fits: "answer" answers late and says so;
             "raise" raises an error.
         compaction: when to remove samples that have stopped from their batch: "auto" (where it
@@ -76,6 +80,7 @@ class Runner:
         policy: Policy | None = None,
         *,
         statistic: Statistic = "p99",
+        miss_rate: float | None = None,
         when_late: Literal["answer", "raise"] = "answer",
         compaction: Compaction | When = "auto",
         any_profile: bool = False,
@@ -105,7 +110,17 @@ class Runner:
         if not isinstance(compaction, Compaction):
             compaction = Compaction(costs=costs, when=compaction, buckets=network.buckets)
         self._compaction = compaction
+        self._miss_rate: MissRate | None = None
+        self._reserve_s = RESERVE_S
         self._drift = SlowdownEstimator(QUANTILES[statistic])
+        if miss_rate is not None:
+            self._miss_rate = MissRate(miss_rate, spread_of(next(iter(costs.batches.values()))))
+            self._drift = self._miss_rate
+            # Late answers themselves say how much must be left.
+            self._reserve_s = 0.0
+            statistic = "p50"
+        self._first_head_s = next(iter(costs.batches.values())).heads[0].p50
+        self._log = RunLog()
         # Learned gates take time, too.
         gates = (0.0,) * costs.num_exits if policy is None else policy.added_s()
         self._predictors = {
@@ -125,6 +140,15 @@ class Runner:
         is forgotten when those stages have passed.
         """
         return self._drift.scale
+
+    def report(self) -> RunReport:
+        """Summarise the latest 10,000 answers of contract runs: how many were late, and why."""
+        return self._log.report()
+
+    def _note(self, answer: Answer, allowed_s: float) -> None:
+        self._log.add(answer, allowed_s)
+        if self._miss_rate is not None and allowed_s < math.inf:
+            self._miss_rate.answered(late=not answer.deadline_met, exit=answer.exit)
 
     def run(
         self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
@@ -412,7 +436,10 @@ class ContractRun:
         # The time of a part of a batch says nothing about the profile of the whole, nor does that
         # of a batch size that was not profiled.
         known = exit.whole and self._state.size in self._runner._predictors
-        self._stage_s = self._runner.clock.now() - self._began if known else None
+        stage_s = self._runner.clock.now() - self._began
+        self._stage_s = stage_s if known else None
+        if not self._state.first_s:
+            self._state.first_s = stage_s + self._runner._first_head_s
         if self._decide() is None:
             self._leave()
             return False
@@ -427,7 +454,9 @@ class ContractRun:
         if stopped_by is None and self._deadline.instant < math.inf:
             predictor = self._runner._predictor(state.size)
             now = self._runner.clock.now()
-            if not predictor.fits(state.following, now, self._deadline.instant, RESERVE_S):
+            if not predictor.fits(
+                state.following, now, self._deadline.instant, self._runner._reserve_s
+            ):
                 stopped_by = "deadline"
         self._stopped_by = stopped_by
         return stopped_by
@@ -456,6 +485,8 @@ class ContractRun:
         )
         step_s = begin + answer.elapsed_s - self._began
         self._observe(None if self._stage_s is None else step_s, answered=True)
+        if self._observes:
+            self._runner._note(answer, deadline.instant - begin)
         return answer
 
     def _observe(self, measured_s: float | None, *, answered: bool) -> None:

@@ -1,0 +1,124 @@
+"""Say how the runs of a runner went: who was late, why, and what to change."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from impatient.runtime.answer import Answer, TimeSpent
+
+
+class RunFacts(NamedTuple):
+    """What is remembered of a run.
+
+    Attributes:
+        allowed_s: seconds that it had; infinity without a deadline.
+        elapsed_s: seconds until its answer.
+        exit: the exit that answered.
+        late: whether it missed its deadline.
+        first_s: seconds after which the first exit could have answered.
+        decisions_s: seconds that asking the policy took.
+    """
+
+    allowed_s: float
+    elapsed_s: float
+    exit: int
+    late: bool
+    first_s: float
+    decisions_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What became of a number of runs.
+
+    Attributes:
+        runs: number of runs.
+        with_deadline: number of those that had a deadline.
+        missed: share of those that answered late; 0 if there are none.
+        floor: share of those in which the first exit alone would have been late: what the machine
+            costs, whatever the rule.
+        used: median share of the time allowed that answers in time took.
+        exits: share of all runs that each exit answered, by the exit.
+        decisions: share of the time of all runs that asking the policy took.
+    """
+
+    runs: int
+    with_deadline: int
+    missed: float
+    floor: float
+    used: float
+    exits: dict[int, float]
+    decisions: float
+
+    @classmethod
+    def of(cls, runs: Sequence[RunFacts]) -> RunReport:
+        """Summarise runs."""
+        limited = [run for run in runs if run.allowed_s < math.inf]
+        count = max(1, len(limited))
+        used = [run.elapsed_s / run.allowed_s for run in limited if not run.late]
+        deepest = collections.Counter(run.exit for run in runs)
+        total_s = sum(run.elapsed_s for run in runs)
+        return cls(
+            runs=len(runs),
+            with_deadline=len(limited),
+            missed=sum(run.late for run in limited) / count,
+            floor=sum(run.first_s > run.allowed_s for run in limited) / count,
+            used=statistics.median(used) if used else 0.0,
+            exits={exit: deepest[exit] / len(runs) for exit in sorted(deepest)},
+            decisions=sum(run.decisions_s for run in runs) / total_s if total_s > 0.0 else 0.0,
+        )
+
+    def advice(self) -> str:
+        """Say in a sentence what to change."""
+        if not self.with_deadline:
+            return "No run had a deadline; give one to learn whether it is kept."
+        if self.floor > 0.01 and self.floor > 0.5 * self.missed:
+            return (
+                f"The first exit alone would have been late in {self.floor:.1%} of the runs: allow "
+                "more time, attach an earlier exit, or take other work off the machine."
+            )
+        if self.missed > 0.01:
+            return (
+                f"{self.missed:.1%} of the answers were late, though the first exit would have "
+                "been in time: profile again, or ask for a lower miss_rate or a higher statistic."
+            )
+        if self.used < 0.7 and max(self.exits) > min(self.exits):
+            return (
+                f"Answers took {self.used:.0%} of the time they had: a higher miss_rate, or more "
+                "exits, would use more of it."
+            )
+        return "Deadlines are kept and their time is used."
+
+
+class RunLog:
+    """Facts of the latest runs of a runner.
+
+    Args:
+        most: how many are remembered.
+    """
+
+    def __init__(self, most: int = 10_000) -> None:
+        self._latest: collections.deque[RunFacts] = collections.deque(maxlen=most)
+
+    def add(self, answer: Answer, allowed_s: float) -> None:
+        """Remember a run, by its answer and the seconds that it had."""
+        spent = answer.spent or TimeSpent()
+        self._latest.append(
+            RunFacts(
+                allowed_s,
+                answer.elapsed_s,
+                answer.exit,
+                not answer.deadline_met,
+                spent.first_s,
+                spent.decisions_s,
+            )
+        )
+
+    def report(self) -> RunReport:
+        """Summarise what is remembered."""
+        return RunReport.of(list(self._latest))
