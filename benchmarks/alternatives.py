@@ -22,6 +22,9 @@ the images, over those of the network without exits:
   its `forward_inference_batched` leaves when all samples are sure;
 * **exception**: a hook that raises, 20 lines of one's own; stops when all samples of the batch are
   sure;
+* **split**: an nn.Sequential per stage, cut by hand, and a loop over them;
+* **oracle**: leaves where that is known beforehand, with neither other heads nor scores: the limit;
+* **exception again**: the same once more (A/A);
 * **extractor**: torchvision's `create_feature_extractor`; computes everything, then asks the heads;
 * **whole**: the network without exits.
 
@@ -313,6 +316,83 @@ def with_exception(network: MultiExitNetwork, threshold: float) -> Way:
     return answer
 
 
+def with_split(network: MultiExitNetwork, threshold: float) -> Way:
+    parts = split_by_hand(twin(network.backbone), [cut.module for cut in network.cuts])
+    heads = [twin(head) for head in network.heads]
+
+    def answer(x: Tensor) -> Answer:
+        with torch.inference_mode():
+            for index, (part, head) in enumerate(zip(parts, heads, strict=False)):
+                x = part(x)
+                output = head(x)
+                if sure(output, threshold):
+                    return output, [index] * len(x)
+            return parts[-1](x), [len(heads)] * len(x)
+
+    return answer
+
+
+def split_by_hand(backbone: nn.Module, after: list[str]) -> list[nn.Sequential]:
+    """Cut a CIFAR ResNet after these blocks."""
+    stem = nn.Sequential(backbone.conv1, backbone.bn1, nn.ReLU())
+    end = nn.Sequential(Average(), backbone.linear)
+    named = [
+        (f"layer{number}.{index}", block)
+        for number in (1, 2, 3)
+        for index, block in enumerate(backbone.get_submodule(f"layer{number}"))
+    ]
+    parts = [[stem]]
+    for name, block in named:
+        parts[-1].append(block)
+        if name in after:
+            parts.append([])
+    parts[-1].append(end)
+    return [nn.Sequential(*part) for part in parts]
+
+
+class Average(nn.Module):
+    """The mean over space."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def with_oracle(network: MultiExitNetwork, threshold: float) -> Way:
+    backbone = twin(network.backbone)
+    ask = with_exits(network, threshold)
+    known: dict[int, int] = {}
+    leaving: list[int] = []
+
+    def leave(
+        head: nn.Module, index: int, _module: nn.Module, _args: Any, features: Tensor
+    ) -> None:
+        if leaving[0] == index:
+            raise Left(head(features), index)
+
+    for index, (cut, head) in enumerate(zip(network.cuts, network.heads, strict=True)):
+        backbone.get_submodule(cut.module).register_forward_hook(
+            functools.partial(leave, twin(head), index)
+        )
+
+    def answer(x: Tensor) -> Answer:
+        leaving[:] = [known[id(x)]]
+        with torch.inference_mode():
+            try:
+                return backbone(x), [len(network.heads)] * len(x)
+            except Left as left:
+                return left.args[0], [left.args[1]] * len(x)
+
+    def prepare(x: Tensor) -> None:
+        known[id(x)] = ask(x)[1][0]
+
+    PREPARED["oracle"] = prepare
+    return answer
+
+
+# what a way is told of an input before anything is timed
+PREPARED: dict[str, Callable[[Tensor], None]] = {}
+
+
 def with_extractor(network: MultiExitNetwork, threshold: float) -> Way:
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -364,6 +444,9 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
         "exits": with_exits(network, threshold),
         "earlyon": with_earlyon(network, first, threshold),
         "exception": with_exception(network, threshold),
+        "exception again": with_exception(network, threshold),
+        "split": with_split(network, threshold),
+        "oracle": with_oracle(network, threshold),
         "extractor": with_extractor(network, threshold),
         "whole again": without_exits(network),
     }
@@ -371,7 +454,7 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
     if batch == 1:
         agree([answers for _, answers in seen])
     labels = [given.labels[part] for part in batches[: len(seen)]]
-    times = {way: np.array([taken[way] for taken, _ in seen]) / batch for way in ways}
+    times = {way: np.array([taken[way] for taken, _ in seen]) / batch for way in seen[0][0]}
     return [
         {
             "data": given.data,
@@ -381,6 +464,10 @@ def measure(batch: int, threshold: float, *, smoke: bool) -> list[Row]:
             "batches": len(seen),
             "ms an image": f"{np.mean(times[way]) * 1e3:.3f}",
             "time / whole": in_words(times[way], times["whole"]),
+            "time / exception": in_words(times[way], times["exception"]),
+            "processor / exception": in_words(
+                times[f"{way}, processor"], times["exception, processor"]
+            ),
             "mean exit": f"{np.mean([exit for _, got in seen for exit in got[way][1]]):.2f}",
             "accuracy": right([answers[way][0] for _, answers in seen], labels),
         }
@@ -394,18 +481,25 @@ def timed(
     """Per batch, seconds and answers of all ways, asked in random order."""
     order = np.random.default_rng(0)
     names = list(ways)
+    first = images[batches[0]]
+    for prepare in PREPARED.values():
+        prepare(first)
     for name in names * 3:
-        ways[name](images[batches[0]])
+        ways[name](first)
     begin = time.perf_counter()
     for number, part in enumerate(batches):
         if number >= 5 and time.perf_counter() - begin > SECONDS:
             return
         x = images[part]
+        for prepare in PREPARED.values():
+            prepare(x)
         taken = {}
         answers = {}
         for name in order.permutation(names):
             before = time.perf_counter()
+            processor = time.thread_time()
             answers[name] = ways[name](x)
+            taken[f"{name}, processor"] = time.thread_time() - processor
             taken[name] = time.perf_counter() - before
         yield taken, answers
 
@@ -414,7 +508,7 @@ def agree(answers: list[dict[str, Answer]]) -> None:
     """Raise unless all that leave early left at the same exit with the same output."""
     for given in answers:
         output, exits = given["exits"]
-        for way in ("Runner", "earlyon", "exception", "extractor"):
+        for way in ("Runner", "earlyon", "exception", "split", "oracle", "extractor"):
             if given[way][1] != exits or not torch.allclose(given[way][0], output, atol=1e-4):
                 raise RuntimeError(
                     f"{way} left at {given[way][1]}, the plain loop at {exits}, or their outputs "
