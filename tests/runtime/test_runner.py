@@ -486,7 +486,8 @@ def test_work_that_a_device_still_does_in_the_background_is_waited_for(
 
     for module in (course, answer):
         monkeypatch.setattr(module, "synchronise", synchronise)
-    found = run(runner_of(network), enough_for(1))
+    deadline = Deadline.after(enough_for(1), clock)
+    found = runner_of(network).run(X.to("meta"), deadline=deadline)
     assert (found.exit, found.elapsed_s, found.deadline_met) == (1, 2.5, True)
 
 

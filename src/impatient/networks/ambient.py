@@ -86,7 +86,9 @@ class Ambient:
 
     def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
         """Call a head in these modes."""
-        return self.within(lambda: head(_trainable(features)))
+        if not self.here():
+            return self.enclose(lambda: head(_trainable(features)))
+        return head(_trainable(features) if self._grad else features)
 
     def within(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call any function in these modes."""

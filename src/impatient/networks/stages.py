@@ -140,7 +140,7 @@ class StagedExit(Exit):
                     "network.exits(x, keep=True)."
                 )
             assert self._head is not None
-            head = with_mask(self._head, self.mask)
+            head = self._head if self.mask is None else with_mask(self._head, self.mask)
             self._output = self._position.ambient.call(head, self.features)
         return self._output
 
@@ -560,8 +560,13 @@ class _Visits:
         if not self.left:
             # What a visit calls is no part of this forward.
             entry = _thread.stack.pop()
+            ambient = self._run._position.ambient
             try:
-                self.left = self._run._position.ambient.within(self._called, index, features)
+                # Few calls here: after a stage the caches are cold, and each takes microseconds.
+                if ambient.here():
+                    self.left = self._visit(self._run._exit_at(index, features))
+                else:
+                    self.left = ambient.enclose(self._called, index, features)
             except BaseException as error:
                 # Not through the model, whose own code may catch it.
                 self.error = error

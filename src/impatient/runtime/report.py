@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from impatient.runtime.answer import Answer, TimeSpent
 
@@ -103,13 +103,14 @@ class RunLog:
     """
 
     def __init__(self, most: int = 10_000) -> None:
-        self._latest: collections.deque[RunFacts] = collections.deque(maxlen=most)
+        # The entries of `RunFacts`, which are made when somebody asks.
+        self._latest: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=most)
 
     def add(self, answer: Answer, allowed_s: float) -> None:
         """Remember a run, by its answer and the seconds that it had."""
         spent = answer.spent or TimeSpent()
         self._latest.append(
-            RunFacts(
+            (
                 allowed_s,
                 answer.elapsed_s,
                 answer.exit,
@@ -121,4 +122,4 @@ class RunLog:
 
     def report(self) -> RunReport:
         """Summarise what is remembered."""
-        return RunReport.of(list(self._latest))
+        return RunReport.of([RunFacts(*facts) for facts in list(self._latest)])

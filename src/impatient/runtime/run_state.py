@@ -52,7 +52,9 @@ class RunState:
         self._now = clock.now
         self._last = network.num_exits - 1
         self._x: Any = x
-        self._device = first_tensor(x).device
+        device = first_tensor(x).device
+        # None where nothing is computed in the background.
+        self._device = None if device.type == "cpu" else device
         self.samples = batch_size_of(x)
         # The network's run. None before the first stage and after closing.
         self._run: Run | None = None
@@ -68,6 +70,8 @@ class RunState:
         self.stages_s = self.heads_s = self.decisions_s = 0.0
         # Seconds of the first stage and its head, the head as profiled.
         self.first_s = 0.0
+        # Instant at which the latest stage ended.
+        self.reached_at = 0.0
 
     @property
     def size(self) -> int:
@@ -111,6 +115,8 @@ class RunState:
             RunError: if the network's run ends before its last exit.
         """
         run, progress = self._begin()
+        # One sample is never taken out of its batch.
+        alone = self.samples == 1
         began = self._now()
         done = False
 
@@ -119,7 +125,8 @@ class RunState:
             self._reached(exit, began)
             done = visit(exit)
             if not done:
-                progress.go_on()
+                if not alone:
+                    progress.go_on()
                 began = self._now()
             return done
 
@@ -129,8 +136,10 @@ class RunState:
 
     def _reached(self, exit: Exit, began: float) -> None:
         """Note that a stage has run, which was begun at an instant."""
-        synchronise(self._device)
-        self.stages_s += self._now() - began
+        if self._device is not None:
+            synchronise(self._device)
+        self.reached_at = self._now()
+        self.stages_s += self.reached_at - began
         self.exit = exit
         self._stopped = None
         self._following = exit.upcoming
@@ -163,12 +172,19 @@ class RunState:
         if policy is None or exit is None or not policy.looks_at(exit.index):
             return False
         began = self._now()
+        output = None
         if policy.needs_outputs:
             self.spent[-1] = (exit.index, True)
-            exit.output()
+            output = exit.output()
         asked = self._now()
         self.heads_s += asked - began
-        stopped = progress.add(exit)
+        # With one sample there is nothing to merge or remove, and every call here adds to the time
+        # of each answer.
+        if self.samples == 1:
+            pooled = self._network.pooled(exit) if policy.needs_features else None
+            stopped = policy.stops_one(exit.index, output, pooled)
+        else:
+            stopped = progress.add(exit)
         self.decisions_s += self._now() - asked
         return stopped
 

@@ -427,8 +427,9 @@ class ContractRun:
         self._state.reset_times()
 
     def _check_first(self, now: float) -> None:
-        self._runner._check_first(self._predictor, now, self._deadline)
-        self._runner._check_limits(self._limits)
+        if self._runner.when_late == "raise":
+            self._runner._check_first(self._predictor, now, self._deadline)
+            self._runner._check_limits(self._limits)
         self._began = now
 
     def _step(self, exit: Exit) -> bool:
@@ -436,9 +437,9 @@ class ContractRun:
         # The time of a part of a batch says nothing about the profile of the whole, nor does that
         # of a batch size that was not profiled.
         known = exit.whole and self._state.size in self._runner._predictors
-        stage_s = self._runner.clock.now() - self._began
+        stage_s = self._state.reached_at - self._began
         self._stage_s = stage_s if known else None
-        if not self._state.first_s:
+        if not exit.index:
             self._state.first_s = stage_s + self._runner._first_head_s
         if self._decide() is None:
             self._leave()
@@ -452,7 +453,9 @@ class ContractRun:
         if stopped_by is None and self._limits and not state.allowed(self._limits):
             stopped_by = "limit"
         if stopped_by is None and self._deadline.instant < math.inf:
-            predictor = self._runner._predictor(state.size)
+            predictor = self._predictor
+            if state.samples > 1:
+                predictor = self._runner._predictor(state.size)
             now = self._runner.clock.now()
             if not predictor.fits(
                 state.following, now, self._deadline.instant, self._runner._reserve_s
@@ -464,7 +467,8 @@ class ContractRun:
     def _leave(self) -> None:
         """Go on to the next stage."""
         self._observe(self._stage_s, answered=False)
-        self._predictor = self._runner._predictor(self._state.size)
+        if self._state.samples > 1:
+            self._predictor = self._runner._predictor(self._state.size)
         self._began = self._runner.clock.now()
 
     def _answer(self) -> Answer:
