@@ -8,9 +8,10 @@ import pytest
 from impatient import budgets
 from impatient.costs import Noise
 from impatient.evaluation import StaticBaseline, evaluate
-from impatient.evaluation.advice import advice, bolder
+from impatient.evaluation.advice import advice, bolder, missed_targets
 from impatient.evaluation.payload import make_payload
 from impatient.policies import ThresholdPolicy
+from impatient.policies.targets import FittedTo
 from recordings import costs_of, recording_of, sure
 
 COSTS = costs_of([1e-3] * 3, [1e-4, 1e-4, 0.0], exit_free_s=3e-3)
@@ -34,6 +35,27 @@ RIGHT = [[1] * 100] * 3
 def test_exits_pay_where_a_policy_saves_time():
     words = said(RIGHT, [ALL_EARLY])
     assert "takes 63 % less time than the best network without exits, with as much" in words
+
+
+def test_a_policy_that_loses_more_than_it_was_fitted_to_is_named():
+    half = [[1] * 95 + [0] * 5, [1] * 100, [1] * 100]
+    recording = recording_of(*sure(half, [[0.9] * 100] * 3), split="test")
+    policies = {"early": ThresholdPolicy(score="max_probability", thresholds=ALL_EARLY)}
+    judged = evaluate(recording, COSTS, policies)
+
+    def words(name, wanted, policy="early"):
+        fitted = FittedTo(name=name, wanted=wanted, samples=50)
+        return " ".join(missed_targets(judged, {policy: fitted})).replace("\N{NO-BREAK SPACE}", " ")
+
+    missed = words("max_accuracy_loss", 0.01)
+    assert "was to lose at most 1 points of accuracy and loses 5.0 here" in missed
+    assert "on the 50 samples that it was fitted to, and these are 100 others" in missed
+    assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in missed
+    # just kept, no target of its own, and another kind of target
+    assert words("max_accuracy_loss", 0.05) == ""
+    assert words("max_accuracy_loss", 0.01, "another") == ""
+    assert words("mean_time_s", 1.1e-3) == ""
+    assert "was to take 1.00 ms on average and takes 1.10 ms here" in words("mean_time_s", 1e-3)
 
 
 def test_exits_save_nothing_where_no_sample_leaves():

@@ -358,12 +358,20 @@ def test_examples_are_the_surest_of_the_first_and_the_least_sure_of_the_last():
     assert select_examples(recording, policy) == ([5, 1, 0], [3, 2, 4])
 
 
-def test_few_samples_are_shared_out_without_repeats():
+def test_samples_that_stayed_are_those_that_stayed():
     policy = ThresholdPolicy(score="margin", thresholds=(0.5, -math.inf))
     for samples in (1, 2, 5, 20):
-        early, late = select_examples(drawn(samples, seed=4, gains=(1.0, 2.0)), policy)
-        assert len(early) == min(8, (samples + 1) // 2)
-        assert len(set(early) | set(late)) == len(early) + len(late) == min(16, samples)
+        recording = drawn(samples, seed=4, gains=(1.0, 2.0))
+        exits = policy.exits_on(recording)
+        early, late = select_examples(recording, policy)
+        first = exits.min()
+        assert all(exits[sample] == first for sample in early)
+        assert all(exits[sample] > first for sample in late)
+        assert len(early) == min(8, int((exits == first).sum()))
+        assert len(late) == min(8, int((exits > first).sum()))
+    # nobody stays where all leave at once
+    everybody = ThresholdPolicy(score="margin", thresholds=(0.0, -math.inf))
+    assert select_examples(drawn(20, seed=4, gains=(1.0, 2.0)), everybody)[1] == []
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from impatient.budgets import Budget
 from impatient.costs import CostProfile
@@ -11,6 +11,7 @@ from impatient.evaluation.evaluate import Evaluation
 from impatient.evaluation.payload import Family
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.vectorised import judge_policies
+from impatient.policies.targets import LOSS, FittedTo
 from impatient.table import milliseconds, percent
 
 # shares, and changes of times, below this are nothing to act on
@@ -20,7 +21,10 @@ POINT = 0.01
 
 
 def advice(
-    evaluation: Evaluation, costs: CostProfile, budget: tuple[str, Budget] | None = None
+    evaluation: Evaluation,
+    costs: CostProfile,
+    budget: tuple[str, Budget] | None = None,
+    targets: Mapping[str, FittedTo] | None = None,
 ) -> tuple[str, ...]:
     """Say whether exits pay here, and what to change.
 
@@ -28,6 +32,7 @@ def advice(
         evaluation: what was judged.
         costs: cost profile of the same network.
         budget: name and distribution of the time budgets that the network is for.
+        targets: what policies were fitted to, by name.
     Returns:
         Sentences, of which the first says whether exits pay. None of them is a guess: each
         compares numbers that are in the evaluation.
@@ -35,6 +40,7 @@ def advice(
     return tuple(
         itertools.chain(
             _whether_exits_pay(evaluation),
+            missed_targets(evaluation, targets or {}),
             _too_late(evaluation, budget),
             _beaten_by_others(evaluation),
             _useless_exits(evaluation),
@@ -79,6 +85,37 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
             f"Exits pay here: policy {best.name} takes {percent(saved, 0)} less time than the "
             f"best network without exits, {change}."
         )
+
+
+def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> Iterator[str]:
+    """Name policies that lose or take more than they were fitted to, on these samples.
+
+    Args:
+        evaluation: what was judged.
+        targets: what policies were fitted to, by name.
+    """
+    last = evaluation.of("exit")[-1].accuracy.value
+    for row in evaluation.of("policy"):
+        target = targets.get(row.name)
+        if target is None:
+            continue
+        lost = last - row.accuracy.value
+        fitted = f"on the {target.samples} samples that it was fitted to"
+        # beyond rounding
+        if target.name == LOSS and lost > target.wanted + 1e-9:
+            yield (
+                f"Policy {row.name} was to lose at most {target.wanted * 100:g} points of "
+                f"{evaluation.quality_name} and loses {lost * 100:.1f} here: the target was met "
+                f"{fitted}, and these are {evaluation.samples} others. For a bound on new samples "
+                f"ask for a guarantee: `impatient fit DIR --max-loss {target.wanted * 100:g} "
+                "--delta 0.05`."
+            )
+        if target.name == "mean_time_s" and row.contract_s > target.wanted * (1.0 + SMALL):
+            yield (
+                f"Policy {row.name} was to take {milliseconds(target.wanted)} on average and takes "
+                f"{milliseconds(row.contract_s)} here: the target was met {fitted}. Fit it to a "
+                "shorter time, or on more samples."
+            )
 
 
 def _points(change: float, quality: str) -> str:

@@ -48,6 +48,7 @@ from impatient.evaluation.tables import (
 from impatient.evaluation.templates import own_file, rendered, visible
 from impatient.policies.policy import Policy
 from impatient.policies.rules import scores_of
+from impatient.policies.targets import FittedTo
 from impatient.portable.timing import RESERVE_S
 from impatient.provenance import Provenance, fingerprint_bytes
 from impatient.table import Cell, Table, milliseconds, percent
@@ -126,6 +127,7 @@ class Report:
         compared: evaluations of other networks on the same data, or on other machines, by name.
         network: stages and heads of the network with their shares of the time, to draw.
         facts: what else made the network: model spec, data, commands.
+        targets: what policies were fitted to, by name.
     """
 
     title: str
@@ -141,6 +143,7 @@ class Report:
     compared: Mapping[str, Evaluation] = field(default_factory=dict)
     network: Sequence[Part] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    targets: Mapping[str, FittedTo] = field(default_factory=dict)
 
 
 def select_examples(
@@ -148,7 +151,8 @@ def select_examples(
 ) -> tuple[list[int], list[int]]:
     """Choose samples that left first and samples that stayed longest.
 
-    Of the first the surest come ahead, of the others the least sure. No sample is in both lists.
+    Those that left first all left at one exit, the surest ahead; the others all stayed beyond it,
+    the longest and the least sure ahead. If every sample left at one exit, nobody stayed.
 
     Returns:
         Two lists of at most `count` indices into the recording.
@@ -156,9 +160,8 @@ def select_examples(
     exits = policy.exits_on(recording)
     scores = scores_of(recording, policy.shown_score())[exits, np.arange(len(exits))]
     order = np.lexsort((-scores.double().numpy(), exits.numpy()))
-    early = order[: min(count, (len(order) + 1) // 2)]
-    late = order[len(early) :][::-1][:count]
-    return early.tolist(), late.tolist()
+    left = int((exits == exits.min()).sum())
+    return order[:left][:count].tolist(), order[left:][::-1][:count].tolist()
 
 
 def figure_svg(figure: Figure) -> str:
@@ -489,7 +492,7 @@ def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
 
 
 def _advice(report: Report, payload: Payload) -> list[str]:
-    said = list(advice(report.evaluation, report.costs, report.chosen_budget))
+    said = list(advice(report.evaluation, report.costs, report.chosen_budget, report.targets))
     families = [family for family in payload.families if family.fitted]
     said += bolder(families, report.recording, report.costs)
     return said

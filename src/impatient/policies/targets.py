@@ -10,9 +10,25 @@ from typing import Protocol, Self, TypeVar
 from impatient import checks
 from impatient.errors import InfeasibleTarget, PolicyError
 from impatient.policies.policy import Recorded, errors_of
+from impatient.store import Stored
 
 LOSS = "max_accuracy_loss"
 PRICE = "time_price"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedTo(Stored, kind="target", made_by="`impatient fit`"):
+    """What a policy was fitted to, kept beside it.
+
+    Attributes:
+        name: the argument that was given, such as "max_accuracy_loss".
+        wanted: its value.
+        samples: size of the split that it was fitted on.
+    """
+
+    name: str
+    wanted: float
+    samples: int
 
 
 class Reached(Protocol):

@@ -106,9 +106,10 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
     return evaluation
 
 
-def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterator[Table]:
-    """Give rows, answers of the engine beside torch's, real times, and budgets."""
+def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterator[Table | str]:
+    """Give rows, answers of the engine beside torch's, real times, budgets, and missed targets."""
     from impatient.evaluation import tables
+    from impatient.evaluation.advice import missed_targets
 
     yield tables.evaluation_table(evaluation)
     if options.engine != EAGER:
@@ -117,6 +118,8 @@ def shown(options: EvaluateOptions, evaluation: impatient.Evaluation) -> Iterato
     if options.real:
         yield tables.real_times_table(evaluation)
     yield tables.budgets_table(evaluation)
+    for sentence in missed_targets(evaluation, RunDirectory(options.directory).targets()):
+        yield sentence.replace("DIR", str(options.directory))
 
 
 def beside_eager(directory: str | Path, engine: str, task: str) -> tuple[PairedComparison, ...]:

@@ -12,6 +12,7 @@ from tyro.conf import arg
 import impatient
 from impatient.errors import PolicyError
 from impatient.files import plain_name
+from impatient.policies.targets import FittedTo
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
@@ -109,6 +110,12 @@ def target_name(options: Any) -> str:
     return f"{kind}-{value * scale:g}"
 
 
+def fitted_to(options: Any, recording: impatient.Recording) -> FittedTo:
+    """Say what a policy is fitted to, to be kept beside it."""
+    name, wanted = next(iter(targets_of(options).items()))
+    return FittedTo(name=name, wanted=wanted, samples=len(recording))
+
+
 @alone()
 def fit(options: FitOptions) -> impatient.Policy:
     """Fit thresholds, or with a learner gates, and keep them under a name.
@@ -142,7 +149,7 @@ def fit(options: FitOptions) -> impatient.Policy:
             policy = impatient.fit_thresholds(
                 recording, costs, score=options.score, cost=options.cost, **targets_of(options)
             )
-    file = run.save_policy(name, policy, certificate)
+    file = run.save_policy(name, policy, certificate, fitted_to(options, recording))
     log.info("fitted on %d validation samples: %s", len(recording), file)
     if certificate is not None:
         log.info(certificate.statement)

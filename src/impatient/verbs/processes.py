@@ -15,7 +15,15 @@ Result = TypeVar("Result")
 
 # The folders of a run directory into which verbs write.
 WRITTEN_TO = (
-    *(".", "recordings", "policies", "certificates", "exit_free", "exit_free/recordings"),
+    *(
+        ".",
+        "recordings",
+        "policies",
+        "targets",
+        "certificates",
+        "exit_free",
+        "exit_free/recordings",
+    ),
     *("engines", "engines/*", "engines/*/recordings"),
 )
 

@@ -28,7 +28,7 @@ KNOWN = (
     ),
     *("weights.safetensors", "checkpoint.safetensors", "profile.json", "profile-t*.json"),
     *("recordings/*.safetensors", "policies/*.safetensors", "policies/*.json"),
-    *("certificates/*.json", "exit_free/recordings/*.safetensors"),
+    *("targets/*.json", "certificates/*.json", "exit_free/recordings/*.safetensors"),
     *("exit_free/weights.safetensors", "exit_free/checkpoint.safetensors", "exit_free/metrics.csv"),
     *("engines/*/profile.json", "engines/*/profile-t*.json", "engines/*/evaluation.json"),
     *("engines/*/recordings/*.safetensors", *(f"engines/*/{name}" for name in EXPORTED)),

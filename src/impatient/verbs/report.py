@@ -94,6 +94,7 @@ def report(options: ReportOptions) -> Path:
         compared=_compared(run, options.beside),
         network=_network(run, costs),
         facts=run.facts(),
+        targets=run.targets(),
     )
     write_text(run.report_file, impatient.evaluation.report_html(page))
     log.info("report: %s", run.report_file)

@@ -7,6 +7,7 @@ metrics.csv                loss and accuracy per epoch, split and exit
 profile.json               cost profile of this machine
 recordings/SPLIT.safetensors
 policies/NAME.json         a policy; NAME.safetensors if it holds tensors, as learned ones do
+targets/NAME.json          what that policy was fitted to
 certificates/NAME.json     what is guaranteed of a policy, and with what probability
 evaluation.json            every exit and policy, judged on the test split
 report.html
@@ -33,6 +34,7 @@ from typing import Any
 import impatient
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.files import is_file, plain_name, remove, written_whole
+from impatient.policies.targets import FittedTo
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
 from impatient.verbs.options import with_top
@@ -74,6 +76,9 @@ class RunDirectory:
 
     def certificate_file(self, name: str) -> Path:
         return self.path / "certificates" / f"{plain_name(name, 'policy')}.json"
+
+    def target_file(self, name: str) -> Path:
+        return self.path / "targets" / f"{plain_name(name, 'policy')}.json"
 
     # --- the same run, seen otherwise -------------------------------------------------------------
 
@@ -240,22 +245,32 @@ class RunDirectory:
         name: str,
         policy: impatient.Policy,
         certificate: impatient.policies.Certificate | None = None,
+        target: FittedTo | None = None,
     ) -> Path:
-        """Write a policy and its certificate, replacing any of this name."""
+        """Write a policy, its certificate and its target, replacing any of this name."""
         about = self.certificate_file(name)
+        wanted = self.target_file(name)
         plain = self.path / "policies" / f"{name}.json"
         learned = self.path / "policies" / f"{name}.safetensors"
         file, other = (learned, plain) if holds_tensors(policy) else (plain, learned)
         with contextlib.ExitStack() as both:
             if certificate is not None:
                 certificate.save(both.enter_context(written_whole(about)))
+            if target is not None:
+                target.save(both.enter_context(written_whole(wanted)))
             with written_whole(file) as new:
                 policy.save(new)
                 # All is written. The old certificate goes before its policy does: it must never
-                # stand beside a policy that it is not about.
+                # stand beside a policy that it is not about; nor must a target.
                 remove(about)
+                remove(wanted)
             remove(other)
         return file
+
+    def targets(self) -> dict[str, FittedTo]:
+        """Read what policies were fitted to, by name; old ones do not say."""
+        files = {name: self.target_file(name) for name in self.policy_files()}
+        return {name: FittedTo.load(file) for name, file in files.items() if is_file(file)}
 
     def policy(self, name: str) -> impatient.Policy:
         """Read a fitted policy.

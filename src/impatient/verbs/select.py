@@ -16,7 +16,7 @@ from impatient.errors import ModelSpecError, NoEffectWarning, RunError, StaleInp
 from impatient.files import is_file, plain_name
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
-from impatient.verbs.fit import Learner, target_name, targets_of
+from impatient.verbs.fit import Learner, fitted_to, target_name, targets_of
 from impatient.verbs.network_spec import (
     NetworkSpec,
     fresh_model,
@@ -148,7 +148,7 @@ def select(options: SelectOptions) -> impatient.Evaluation:
         policy = impatient.policies.fit_selection(
             *problem, gate_s=decision_time_s(first, recording), **how
         )
-    file = run.save_policy(name, policy)
+    file = run.save_policy(name, policy, target=fitted_to(options, recording))
     log.info("fitted on %d validation samples: %s", len(recording), file)
     return evaluate(EvaluateOptions(directory=run.path, trust=trust))
 
