@@ -15,7 +15,7 @@ from scipy import stats
 from impatient.errors import StaleInput, TrainingError
 from impatient.recipe import Sampler
 from impatient.training import balancing
-from impatient.training.balancing import AdaLoss, balancer
+from impatient.training.balancing import AdaLoss, Learner, balancer
 from impatient.training.weights import only, sieve
 
 SAMPLERS = get_args(Sampler)
@@ -278,9 +278,8 @@ def test_the_bonus_of_a_learner_is_half_of_the_sum_whatever_the_exit_weighs(samp
 
 
 @pytest.mark.parametrize("sampler", LEARNERS)
-def test_learners_find_a_planted_best_exit(sampler, monkeypatch):
-    monkeypatch.setattr(balancing, "LAST_REWARD_RATE", 0.5)
-    made = balancer([1.0] * 5, sampler, count=5)
+def test_learners_find_a_planted_best_exit(sampler):
+    made = balancer([1.0] * 5, sampler, count=5, learner=Learner(last_reward=0.5))
     made.begin_epoch(1)
     random = torch.Generator().manual_seed(0)
     for _ in range(600):
@@ -291,6 +290,29 @@ def test_learners_find_a_planted_best_exit(sampler, monkeypatch):
     assert max(range(5), key=counts.__getitem__) == 1
     # avgl: 0.7 * 0.8 / (0.8 + 0.4) + 0.06
     assert counts[1] / 500 > (0.6 if sampler != "avgl" else 0.4)
+
+
+def test_a_learners_constants_are_its_own():
+    # two exits whose rewards are 0.5 and, from the other, last_reward times that
+    for learner, wanted in (
+        (Learner(), (0.5 + 0.9 * 0.5, 0.425 + 0.9 * 0.425)),
+        (Learner(memory=0.0, last_reward=0.2), (0.5, 0.1)),
+    ):
+        made = balancer([1.0, 1.0], "avgl", count=2, learner=learner)
+        made.begin_epoch(1)
+        for _ in range(2):
+            made.weights()
+            made.observe(losses(1.0, 0.5))
+        assert made.state()["values"] == pytest.approx(wanted)
+    # all of the drawing spread evenly: nothing that was learned counts
+    even = balancer([1.0, 1.0], "avgl", count=2, learner=Learner(even_share=1.0))
+    even.begin_epoch(1)
+    for _ in range(5):
+        even.weights()
+        even.observe(losses(1.0, 1.0))
+    assert even._learned().tolist() == [0.5, 0.5]
+    with pytest.raises(TrainingError, match=r"memory=1\.5"):
+        Learner(memory=1.5)
 
 
 def test_exp3_learns_nothing_of_a_step_without_a_draw():

@@ -117,6 +117,42 @@ def test_a_recipe_multiplies_rate_schedule_and_warm_up():
     ) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("schedule", ["step:30,60", "step:30,60:0.1"])
+def test_a_rate_falls_after_the_epochs_that_are_said(schedule):
+    recipe = Recipe(epochs=90, lr=1.0, warmup=0.0, schedule=schedule)
+    rates = [schedules.learning_rate(recipe, epoch / 90) for epoch in range(90)]
+    assert rates[:30] == [1.0] * 30
+    assert rates[30:60] == pytest.approx([0.1] * 30)
+    assert rates[60:] == pytest.approx([0.01] * 30)
+    # as of torch, and to another share
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60], gamma=0.2)
+    fifth = Recipe(epochs=90, lr=1.0, warmup=0.0, schedule="step:30,60:0.2")
+    for epoch in range(90):
+        mine = schedules.learning_rate(fifth, epoch / 90)
+        assert mine == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    # epochs count from the beginning of a phase
+    assert schedules.learning_rate(recipe, 0.5, epochs=60) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["stairs", "step:", "step:60,30", "step:0", "step:5:2", "step:5:0.1:9", "cosine:5"]
+)
+def test_a_schedule_that_makes_no_sense_is_refused(schedule):
+    with pytest.raises(TrainingError, match=r"expected cosine, step, or step:30,60"):
+        Recipe(epochs=90, schedule=schedule)
+
+
+def test_a_step_that_never_comes_is_refused():
+    with pytest.raises(TrainingError, match="falls after 60 epochs, but a phase has 50"):
+        Recipe(epochs=50, schedule="step:30,60")
+    with pytest.raises(TrainingError, match="falls after 30 epochs, but a phase has 25"):
+        Recipe(epochs=50, regime="mixed", schedule="step:30")
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 

@@ -32,11 +32,33 @@ from impatient.training.weights import check_weights, const
 # Below any loss worth balancing. It keeps 1 / loss and loss / loss finite.
 EPS = 1e-8
 
-# Constants of "exp3", "rwm" and "avgl", from the authors of Anytime Neural Networks.
-# Share of the drawing probability that is spread evenly, and learning rate of "exp3" and "rwm".
-EVEN_SHARE = 0.3
-# Reward of the last exit, which has no next exit to compare with, as a share of the best reward.
-LAST_REWARD_RATE = 0.85
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learner:
+    """Constants of "exp3", "rwm" and "avgl", by default those of Anytime Neural Networks' authors.
+
+    Attributes:
+        even_share: share of the drawing probability that is spread evenly; also the learning rate
+            of "exp3" and "rwm".
+        last_reward: reward of the last exit, which has no next exit to compare with, as a share of
+            the best reward.
+        memory: share of the old values that "avgl" keeps in each step.
+    """
+
+    even_share: float = 0.3
+    last_reward: float = 0.85
+    memory: float = 0.9
+
+    def __post_init__(self) -> None:
+        checks.share(
+            TrainingError,
+            even_share=self.even_share,
+            last_reward=self.last_reward,
+            memory=self.memory,
+        )
+
+
+PAPER = Learner()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +152,7 @@ def balancer(
     count: int,
     gamma: float = 0.5,
     seed: int = 0,
+    learner: Learner = PAPER,
 ) -> Balancer:
     """Make exit weights for every step of a training run.
 
@@ -141,6 +164,7 @@ def balancer(
         count: number of exits.
         gamma: bonus of the drawn exit, as a share of the sum of the base weights.
         seed: seed of a separate generator for the draws; other random numbers do not change.
+        learner: constants of "exp3", "rwm" and "avgl".
     Raises:
         TrainingError: if the base does not fit the number of exits or the sampler is unknown.
     Source:
@@ -161,7 +185,7 @@ def balancer(
     )
     if sampler == "none":
         return inner
-    return _Sampled(inner, sampler, count, gamma, seed)
+    return _Sampled(inner, sampler, count, bonus=gamma, seed=seed, learner=learner)
 
 
 # --- the rules, as plain functions ----------------------------------------------------------------
@@ -249,12 +273,14 @@ def rwm(
     return _grown(values_K, 0.5 * gamma * rewards_K, gamma)
 
 
-def avgl(values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"]) -> Float[Tensor, "K"]:
+def avgl(
+    values_K: Float[Tensor, "K"], rewards_K: Float[Tensor, "K"], memory: float = 0.9
+) -> Float[Tensor, "K"]:
     """Return AVGL's values after a step.
 
-    Each value is 0.9 times the old one plus the reward, and at least 0.
+    Each value is `memory` times the old one plus the reward, and at least 0.
     """
-    return (0.9 * values_K + rewards_K).clamp(min=0.0)
+    return (memory * values_K + rewards_K).clamp(min=0.0)
 
 
 def _grown(values_K: Tensor, gains_K: Tensor, gamma: float) -> Tensor:
@@ -299,8 +325,18 @@ class _Adaptive(Balancer):
 class _Sampled(Balancer):
     """Balancer that adds a bonus for one drawn exit to another balancer."""
 
-    def __init__(self, inner: Balancer, sampler: str, count: int, bonus: float, seed: int) -> None:
+    def __init__(
+        self,
+        inner: Balancer,
+        sampler: str,
+        count: int,
+        *,
+        bonus: float,
+        seed: int,
+        learner: Learner,
+    ) -> None:
         self.inner = inner
+        self.learner = learner
         self.sampler = sampler
         self.bonus = bonus
         self.random = np.random.default_rng(seed)
@@ -326,22 +362,22 @@ class _Sampled(Balancer):
         losses = _finite_losses(losses_K, len(self.values))
         if losses is None or self.sampler == "alternating" or self.epoch < 1:
             return
-        gained = rewards(losses, LAST_REWARD_RATE)
+        gained = rewards(losses, self.learner.last_reward)
         if self.sampler == "rwm":
-            self.values = rwm(self.values, gained, EVEN_SHARE)
+            self.values = rwm(self.values, gained, self.learner.even_share)
         elif self.sampler == "avgl":
-            self.values = avgl(self.values, gained)
+            self.values = avgl(self.values, gained, self.learner.memory)
         elif self.drawn >= 0:
             self.values = exp3(
                 self.values,
                 gained,
                 self.drawn,
                 float(self._learned()[self.drawn]),
-                EVEN_SHARE,
+                self.learner.even_share,
             )
 
     def _learned(self) -> Tensor:
-        return mixed(self.values, EVEN_SHARE)
+        return mixed(self.values, self.learner.even_share)
 
     def begin_epoch(self, epoch: int) -> None:
         self.inner.begin_epoch(epoch)

@@ -41,7 +41,7 @@ from impatient.recipe import Phase, Recipe
 from impatient.store import from_plain
 from impatient.training import schedules
 from impatient.training.augmentation import augmented
-from impatient.training.balancing import AdaLoss, balancer
+from impatient.training.balancing import AdaLoss, Learner, balancer
 from impatient.training.batch_norm import behind
 from impatient.training.checkpoint import load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
@@ -316,6 +316,11 @@ class _Training:
             recipe.sampler,
             count=count,
             gamma=recipe.sampler_gamma,
+            learner=Learner(
+                even_share=recipe.sampler_even,
+                last_reward=recipe.sampler_last,
+                memory=recipe.sampler_memory,
+            ),
             seed=recipe.seed,
         )
         self.shown = TrainingProgress(self.progress and self.fabric.is_global_zero, recipe.epochs)
@@ -435,8 +440,9 @@ class _Training:
         started = time.perf_counter()
         lr = 0.0
         while self.step < len(batches):
-            done = (epoch - phase.start + self.step / len(batches)) / (phase.end - phase.start)
-            lr = schedules.learning_rate(self.recipe, done)
+            length = phase.end - phase.start
+            done = (epoch - phase.start + self.step / len(batches)) / length
+            lr = schedules.learning_rate(self.recipe, done, length)
             self.sums += self._update(phase.name, batches[self.step], lr)
             seen += len(batches[self.step])
             self.step += 1

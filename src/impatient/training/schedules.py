@@ -14,7 +14,7 @@ def cosine(done: float) -> float:
 
 
 def step(done: float, milestones: Sequence[float] = (0.5, 0.75), factor: float = 0.1) -> float:
-    """Multiply 1 by `factor` at every milestone passed."""
+    """Multiply 1 by `factor` at every milestone passed, in the unit of `done`."""
     return factor ** sum(done >= milestone for milestone in milestones)
 
 
@@ -29,7 +29,19 @@ def warmed_up(done: float, factor: float, share: float) -> float:
     return factor * min(1.0, (done + 1e-3) / share) if share > 0 and done < share else factor
 
 
-def learning_rate(recipe: Recipe, done: float) -> float:
-    """Give a recipe's learning rate when this share of a phase is done."""
-    factor = cosine(done) if recipe.schedule == "cosine" else step(done)
+def learning_rate(recipe: Recipe, done: float, epochs: int | None = None) -> float:
+    """Give a recipe's learning rate when this share of a phase is done.
+
+    Args:
+        recipe: the recipe.
+        done: share of the phase that is done, from 0 to 1.
+        epochs: epochs of the phase; by default all of the recipe's.
+    """
+    length = epochs or recipe.epochs
+    steps = recipe.steps(length)
+    if steps is None:
+        factor = cosine(done)
+    else:
+        # The share of an epoch that begins may be less by rounding.
+        factor = step(done * length + 1e-6, steps.epochs, steps.factor)
     return recipe.lr * warmed_up(done, factor, recipe.warmup)
