@@ -34,7 +34,7 @@ from impatient.verbs import (
     train,
 )
 from impatient.verbs.notes import log, visible
-from impatient.verbs.options import VerbOptions
+from impatient.verbs.options import VerbOptions, spare_a_core
 from impatient.verbs.processes import is_first
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Verb(NamedTuple):
         shown: What is printed of the result.
         plain: What becomes JSON of the result.
         kept: What Ctrl-C leaves.
+        spares_a_core: Whether it leaves a core to the rest of the machine; training does not.
     """
 
     options: type[VerbOptions]
@@ -69,6 +70,7 @@ class Verb(NamedTuple):
     shown: Callable[[Any, Any], Iterable[Table | str]] = lambda _options, _result: ()
     plain: Callable[[Any], Any] = lambda result: result
     kept: str = "what was finished is kept. Run the same command again to go on."
+    spares_a_core: bool = True
 
 
 # in the order in which one works, then what is beside the way
@@ -78,6 +80,7 @@ VERBS = {
         train.train,
         kept="the checkpoint is kept, with every batch until it. Run the same command again to "
         "go on from there.",
+        spares_a_core=False,
     ),
     "profile": Verb(
         profile.ProfileOptions,
@@ -105,16 +108,22 @@ VERBS = {
         recalibrate.recalibrate,
         recalibrate.shown,
         kept="the weights from before are kept. Run the same command again.",
+        spares_a_core=False,
     ),
     "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
     "select": Verb(select.SelectOptions, select.select, select.shown),
     "serve": Verb(serve.ServeOptions, serve.serve),
-    "bench-serve": Verb(bench_serve.BenchServeOptions, bench_serve.bench_serve, bench_serve.shown),
+    "bench-serve": Verb(
+        bench_serve.BenchServeOptions,
+        bench_serve.bench_serve,
+        bench_serve.shown,
+        spares_a_core=False,
+    ),
     "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
     "import": Verb(
         import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
     ),
-    "demo": Verb(demo.DemoOptions, demo.demo, demo.shown),
+    "demo": Verb(demo.DemoOptions, demo.demo, demo.shown, spares_a_core=False),
 }
 
 
@@ -140,6 +149,8 @@ def main() -> None:
         first = is_first()
         log.setLevel(logging.INFO)
         log.handlers = [Notes(err if options.json else out) if first else logging.NullHandler()]
+        if verb.spares_a_core:
+            spare_a_core()
         result = verb.work(options)
         if first:
             answer(verb, options, result)

@@ -121,6 +121,11 @@ def test_a_recipe_on_the_command_line_is_the_recipe_of_the_library() -> None:
     assert cli.parse(["train", "run"]).recipe == Recipe()
     given = cli.parse(["train", "run", "--momentum", "0.5", "--schedule", "step"]).recipe
     assert given == Recipe(momentum=0.5, schedule="step")
+    learner = ["--sampler", "avgl", "--sampler-gamma", "0.3", "--sampler-memory", "0.8"]
+    steps = ["--schedule", "step:30,60", "--epochs", "90"]
+    given = cli.parse(["train", "run", *steps, *learner]).recipe
+    wanted = {"sampler": "avgl", "sampler_gamma": 0.3, "sampler_memory": 0.8}
+    assert given == Recipe(schedule="step:30,60", epochs=90, **wanted)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from impatient.policies.selection import (
     sweep_selection,
 )
 from impatient.policies.splits import split_recording
+from impatient.policies.targets import FittedTo
 from impatient.policies.topology import Topology
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Decision",
     "Description",
     "DrawnPolicy",
+    "FittedTo",
     "GatePolicy",
     "MixedPolicy",
     "Outcome",

@@ -15,7 +15,7 @@ from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import FitOptions, fit
-from impatient.verbs.options import Positive, Quiet, VerbOptions
+from impatient.verbs.options import Positive, Quiet, VerbOptions, spare_a_core
 from impatient.verbs.processes import alone
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
@@ -43,7 +43,16 @@ class DemoOptions(VerbOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadlineRow:
-    """What one deadline gave over a whole split."""
+    """What one deadline gave over a whole split.
+
+    Attributes:
+        deadline_s: time for each answer.
+        samples: number of answers.
+        met: share of them that came by the deadline.
+        mean_exit: mean number of the exits that gave them.
+        mean_time_s, p99_time_s: mean and p99 of the times that they took.
+        accuracy: share of them that are right.
+    """
 
     deadline_s: float
     samples: int
@@ -52,6 +61,25 @@ class DeadlineRow:
     mean_time_s: float
     p99_time_s: float
     accuracy: float
+
+    @classmethod
+    def of(
+        cls, deadline_s: float, answers: Sequence[impatient.Answer], labels: Sequence[int]
+    ) -> DeadlineRow:
+        """Sum up the answers under one deadline."""
+        import numpy as np
+
+        times = [answer.elapsed_s for answer in answers]
+        chosen = [int(answer.output.argmax()) for answer in answers]
+        return cls(
+            deadline_s=deadline_s,
+            samples=len(answers),
+            met=float(np.mean([answer.deadline_met for answer in answers])),
+            mean_exit=float(np.mean([answer.exit for answer in answers])),
+            mean_time_s=float(np.mean(times)),
+            p99_time_s=float(np.quantile(times, 0.99)),
+            accuracy=float(np.mean(np.equal(chosen, labels))),
+        )
 
 
 @alone(make=True)
@@ -71,6 +99,8 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
             quiet=quiet,
         )
     )
+    # What follows is timed; training may take all cores.
+    spare_a_core()
     profile(ProfileOptions(directory=directory, quiet=quiet))
     record(RecordOptions(directory=directory, quiet=quiet))
     fit(FitOptions(directory=directory, max_accuracy_loss=0.01))
@@ -81,43 +111,49 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
     costs = run.profile()
     # for each exit a deadline just long enough for it
     deadlines = [round(1.1 * cost + RESERVE_S, 5) for cost in costs.contract_s(statistic="p99")]
-    return under_deadlines(impatient.Runner(network, costs), run.data(), "test", deadlines)
+    runners = [impatient.Runner(network, costs) for _ in deadlines]
+    return under_deadlines(runners, run.data(), "test", deadlines)
 
 
 def under_deadlines(
-    runner: impatient.Runner, data: impatient.Data, split: Split, deadlines_s: Sequence[float]
+    runners: Sequence[impatient.Runner],
+    data: impatient.Data,
+    split: Split,
+    deadlines_s: Sequence[float],
 ) -> list[DeadlineRow]:
-    """Answer for a split's samples one by one under each deadline."""
-    import numpy as np
+    """Answer for a split's samples one by one, under every deadline in turn.
 
-    samples = [(x, int(y)) for x, y in data.batches(split, 1)]
-    runner.warm_up(samples[0][0], times=20)
-    rows = []
-    for deadline_s in deadlines_s:
-        answers = [
-            (runner.run(x, deadline=Deadline.after(deadline_s)), label) for x, label in samples
-        ]
-        times = [answer.elapsed_s for answer, _ in answers]
-        hits = [int(answer.output.argmax()) == label for answer, label in answers]
-        rows.append(
-            DeadlineRow(
-                deadline_s=deadline_s,
-                samples=len(samples),
-                met=float(np.mean([answer.deadline_met for answer, _ in answers])),
-                mean_exit=float(np.mean([answer.exit for answer, _ in answers])),
-                mean_time_s=float(np.mean(times)),
-                p99_time_s=float(np.quantile(times, 0.99)),
-                accuracy=float(np.mean(hits)),
-            )
-        )
-    return rows
+    So all deadlines meet the machine's changes alike. Their order is reversed from sample to
+    sample, so that none always comes after another.
+
+    Args:
+        runners: a runner for each deadline, which knows the machine from its own answers.
+        data: where the samples come from.
+        split: the split.
+        deadlines_s: the deadlines.
+    """
+    samples = list(data.batches(split, 1))
+    labels = [int(label) for _, label in samples]
+    pairs = list(zip(runners, deadlines_s, strict=True))
+    answers: list[list[impatient.Answer]] = [[] for _ in pairs]
+    for runner in runners:
+        runner.warm_up(samples[0][0], times=20)
+    for number, (x, _) in enumerate(samples):
+        order = range(len(pairs)) if number % 2 else reversed(range(len(pairs)))
+        for place in order:
+            runner, deadline_s = pairs[place]
+            answers[place].append(runner.run(x, deadline=Deadline.after(deadline_s, runner.clock)))
+    return [
+        DeadlineRow.of(deadline_s, given, labels)
+        for deadline_s, given in zip(deadlines_s, answers, strict=True)
+    ]
 
 
 def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table | str]:
     """Give a row per deadline, and where the report is."""
     yield Table(
-        title=f"{rows[0].samples} test images answered one by one under each deadline, on the real "
-        "clock",
+        title=f"{rows[0].samples} test images answered one by one under all deadlines in turn, on "
+        "the real clock",
         columns=(
             "deadline ms",
             "answered in time",
@@ -139,15 +175,26 @@ def shown(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[Table |
             for row in rows
         ],
     )
-    evaluation = impatient.Evaluation.load(RunDirectory(options.directory).evaluation_file)
+    yield from _three_lines(options, rows)
+
+
+def _three_lines(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[str]:
+    """Say what was promised, what was measured, and what to open."""
+    run = RunDirectory(options.directory)
+    evaluation = impatient.Evaluation.load(run.evaluation_file)
     policy = evaluation.of("policy")[0]
-    last = evaluation.of("exit")[-1]
-    lost = (last.accuracy.value - policy.accuracy.value) * 100
+    wanted = run.targets()[policy.name].wanted * 100
+    lost = (evaluation.of("exit")[-1].accuracy.value - policy.accuracy.value) * 100
     free = evaluation["no exits, same weights"].contract_s
     met = sum(row.met for row in rows) / len(rows)
-    yield "promised: answers by the deadline, and a policy that loses about 1 point of accuracy"
+    missed = (
+        f" (missed; for a bound on new samples: impatient fit {options.directory} "
+        f"--max-loss {wanted:g} --delta 0.05)"
+    )
+    yield f"promised: answers by the deadline, and a policy that loses at most {wanted:g} point"
     yield (
-        f"measured: {met:.1%} of the answers by their deadline; {lost:.1f} points lost, "
-        f"in {in_ms(policy.contract_s)} ms on average instead of {in_ms(free)} ms"
+        f"measured: {met:.1%} of the answers by their deadline; {lost:.1f} points lost"
+        f"{missed if lost > wanted else ''}, in {in_ms(policy.contract_s)} ms on average instead "
+        f"of {in_ms(free)} ms"
     )
     yield f"to open:  {(options.directory / 'report.html').resolve()}"

@@ -12,7 +12,6 @@ from tyro.conf import arg
 import impatient
 from impatient.errors import PolicyError
 from impatient.files import plain_name
-from impatient.policies.targets import FittedTo
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log, warnings_as_notes
 from impatient.verbs.options import (
@@ -110,10 +109,10 @@ def target_name(options: Any) -> str:
     return f"{kind}-{value * scale:g}"
 
 
-def fitted_to(options: Any, recording: impatient.Recording) -> FittedTo:
+def fitted_to(options: Any, recording: impatient.Recording) -> impatient.policies.FittedTo:
     """Say what a policy is fitted to, to be kept beside it."""
     name, wanted = next(iter(targets_of(options).items()))
-    return FittedTo(name=name, wanted=wanted, samples=len(recording))
+    return impatient.policies.FittedTo(name=name, wanted=wanted, samples=len(recording))
 
 
 @alone()

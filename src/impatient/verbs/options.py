@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -149,7 +151,7 @@ AnyProfile = Annotated[Flag, arg(help="Use a profile of another machine or versi
 Threads = Annotated[
     int,
     _spec("COUNT", _threads),
-    arg(help="Threads of torch within an operation; 0 leaves its own choice."),
+    arg(help="Threads of torch within an operation; 0 takes one fewer than the cores."),
 ]
 # the same, for several measurements in turn
 ThreadCounts = Annotated[tuple[int, ...], _listed("COUNT,COUNT,...", _threads), OFF]
@@ -186,6 +188,18 @@ def with_top(task: str, top: int | None) -> str:
             f"--top {top} is for classifications, but the task is {task}; leave it away."
         )
     return named(f"{kind}:top={top}").name
+
+
+def spare_a_core() -> None:
+    """Leave one core to the rest of the machine, unless OMP_NUM_THREADS says how many to use.
+
+    With a thread on every core, whatever else runs stops one of them, and the others wait for it.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - 1)))
 
 
 def use_threads(threads: int) -> None:

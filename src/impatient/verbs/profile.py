@@ -39,7 +39,7 @@ class ProfileOptions(VerbOptions):
         repeats: Measurements of each stage and head.
         engines: Engines to measure: eager, compile, or one that `impatient export` has made in
             DIR/engines. Each has its own profile.json.
-        threads: Thread counts to measure; 0 leaves torch's own choice. The first is that of
+        threads: Thread counts to measure; 0 takes one fewer than the cores. The first is that of
             profile.json, another that of profile-t2.json.
     """
 

@@ -34,7 +34,6 @@ from typing import Any
 import impatient
 from impatient.errors import ModelSpecError, StaleInput, StorageError
 from impatient.files import is_file, plain_name, remove, written_whole
-from impatient.policies.targets import FittedTo
 from impatient.store import holds_tensors
 from impatient.verbs.network_spec import NetworkSpec, load_weights, read_weights
 from impatient.verbs.options import with_top
@@ -245,7 +244,7 @@ class RunDirectory:
         name: str,
         policy: impatient.Policy,
         certificate: impatient.policies.Certificate | None = None,
-        target: FittedTo | None = None,
+        target: impatient.policies.FittedTo | None = None,
     ) -> Path:
         """Write a policy, its certificate and its target, replacing any of this name."""
         about = self.certificate_file(name)
@@ -267,10 +266,11 @@ class RunDirectory:
             remove(other)
         return file
 
-    def targets(self) -> dict[str, FittedTo]:
+    def targets(self) -> dict[str, impatient.policies.FittedTo]:
         """Read what policies were fitted to, by name; old ones do not say."""
         files = {name: self.target_file(name) for name in self.policy_files()}
-        return {name: FittedTo.load(file) for name, file in files.items() if is_file(file)}
+        load = impatient.policies.FittedTo.load
+        return {name: load(file) for name, file in files.items() if is_file(file)}
 
     def policy(self, name: str) -> impatient.Policy:
         """Read a fitted policy.

@@ -39,6 +39,7 @@ from impatient.verbs.options import (
     Top,
     VerbOptions,
     one_of,
+    spare_a_core,
     with_top,
 )
 from impatient.verbs.processes import alone, is_first
@@ -480,6 +481,14 @@ def _profile_for_weights(run: RunDirectory, network: Any, cost: Cost) -> impatie
     if known is not None and (known.holds(cost) or cost == "energy"):
         return known
     log.info("measuring what each exit costs, for the weights:")
-    costs = impatient.profile(network, run.spec().example(), repeats=100, progress=True)
+    import torch
+
+    # As the later verbs do, to which this profile belongs; training takes all cores.
+    threads = torch.get_num_threads()
+    spare_a_core()
+    try:
+        costs = impatient.profile(network, run.spec().example(), repeats=100, progress=True)
+    finally:
+        torch.set_num_threads(threads)
     costs.save(run.profile_file)
     return costs
