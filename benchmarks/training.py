@@ -1,24 +1,32 @@
-"""Measure what training all exits jointly costs.
+"""Measure what training all exits jointly costs, and what precision and layout gain.
 
-Epochs take turns, in one process, with those of the network without exits.
+Epochs take turns, in one process, with those of the network without exits; training steps with
+those in single precision and PyTorch's own layout.
 
-python benchmarks/training.py            about 6 minutes
-python benchmarks/training.py --smoke    seconds, to see that it runs
+python benchmarks/training.py --what joint         about 6 minutes
+python benchmarks/training.py --what throughput    about 3 minutes
+python benchmarks/training.py --smoke              seconds, to see that it runs
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
+from pathlib import Path
 
 import torch
 from common import median_interval, write_results
 
 from impatient import Data, Recipe, attach_exits, fit
 from impatient.networks import MultiExitNetwork, PreActResNet
+from impatient.networks.anytimenet import AnytimeNet
 from impatient.training import Preprocess
 from impatient.training.examples import ArrayExamples
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from papers.throughput import PRECISIONS, Mode, step_rates
 
 # with the output, 5 exits of 15 blocks
 EVERY_THIRD = [f"blocks.{block}" for block in (2, 5, 8, 11)]
@@ -29,6 +37,13 @@ OPTIONS = {
     "half detached": {"detach": 0.5},
     "distillation": {"distillation": 0.5},
 }
+
+
+def with_exits(backbone: PreActResNet) -> MultiExitNetwork:
+    """Attach an exit after each of four blocks."""
+    return attach_exits(
+        backbone, after=EVERY_THIRD, heads="relu_linear", example=torch.zeros(1, 3, 32, 32)
+    )
 
 
 def noise(samples: int) -> Data:
@@ -51,10 +66,8 @@ def seconds(network: MultiExitNetwork, data: Data, recipe: Recipe) -> float:
     return time.perf_counter() - begin
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true")
-    smoke = parser.parse_args().smoke
+def joint(smoke: bool) -> None:
+    """Compare epochs with exits with those without, in each way of training them."""
     torch.set_num_threads(2)
     repeats, batches = (1, 1) if smoke else (9, 4)
     data = noise(128 * batches)
@@ -62,9 +75,7 @@ def main() -> None:
     backbone = PreActResNet(n=5, c=16)
     networks = {
         "plain": MultiExitNetwork(backbone, [], [], [], 10),
-        "exits": attach_exits(
-            backbone, after=EVERY_THIRD, heads="relu_linear", example=torch.zeros(1, 3, 32, 32)
-        ),
+        "exits": with_exits(backbone),
     }
     times: dict[str, list[float]] = {name: [] for name in ("plain", "plain again", *OPTIONS)}
     for repeat in range(-1, repeats):
@@ -95,6 +106,64 @@ def main() -> None:
             "epoch, whole `fit` calls in turn, two threads; asked for: at most 1.25."
         )
         write_results("training", "Cost of joint training", text, rows)
+
+
+def throughput(smoke: bool) -> None:
+    """Measure images a second of a training step, by precision and layout, on one thread."""
+    torch.set_num_threads(1)
+    repeats = 1 if smoke else 5
+    data = noise(4 if smoke else 64)
+    images, labels = next(data.batches("train", data.size("train")))
+    networks = {"AnytimeNet 8-8-8, 8 channels": AnytimeNet(width=8, norms="shared")}
+    if not smoke:
+        networks |= {
+            "AnytimeNet 8-8-8, 16 channels": AnytimeNet(width=16, norms="shared"),
+            "PreActResNet n=5, c=16, 5 exits": with_exits(PreActResNet(n=5, c=16)),
+            "PreActResNet n=9, c=32, 5 exits": with_exits(PreActResNet(n=9, c=32)),
+        }
+    before = Mode(precision="32-true", channels_last=False)
+    modes = [
+        Mode(precision=precision, channels_last=last)
+        for precision in PRECISIONS
+        for last in (False, True)
+    ]
+    rows = []
+    for name, network in networks.items():
+        rates = step_rates(network, images, labels, modes=modes, repeats=repeats)
+        for mode in modes:
+            rate, low, high = median_interval(rates[mode])
+            gain, least, most = median_interval(
+                [mine / old for mine, old in zip(rates[mode], rates[before], strict=True)]
+            )
+            rows.append(
+                {
+                    "network": name,
+                    "precision": mode.precision,
+                    "layout": "channels last" if mode.channels_last else "contiguous",
+                    "n": repeats,
+                    "images/s": f"{rate:.0f} ({low:.0f} to {high:.0f})",
+                    "over single precision, contiguous": f"{gain:.2f} ({least:.2f} to {most:.2f})",
+                }
+            )
+            print(rows[-1], flush=True)
+    if not smoke:
+        text = (
+            "Training steps of 64 images of 32x32 pixels, forward, backward and SGD, the four ways "
+            "in turn, one thread; the median with its 95 % interval by order statistics (of 5 "
+            "repeats: all of them). torch.compile was not measured."
+        )
+        write_results("throughput", "Images a second in training", text, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--what", choices=("joint", "throughput", "all"), default="all")
+    options = parser.parse_args()
+    if options.what in ("joint", "all"):
+        joint(options.smoke)
+    if options.what in ("throughput", "all"):
+        throughput(options.smoke)
 
 
 if __name__ == "__main__":

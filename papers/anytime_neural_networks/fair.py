@@ -55,7 +55,7 @@ DIGITS = Training(
     data="digits",
     images=None,
     validation=None,
-    epochs=20,
+    epochs=12,
     batch_size=64,
     lr=0.0,
     schedule="cosine",
@@ -139,17 +139,17 @@ def milestone_errors(result: Mapping[str, Any]) -> list[float]:
     return [100.0 * errors[max(place - 1, 0)] for place in places]
 
 
-def run(scale: FairScale, folder: Path) -> dict[str, dict[str, Any]]:
+def run(scale: FairScale, folder: Path, workers: int = 1) -> dict[str, dict[str, Any]]:
     """Train the first seed at every rate, and the others at the rate that was chosen."""
     first = [job(method, rate, 0, scale) for method in METHODS for rate in scale.rates]
-    results = run_jobs(first, folder, workers=1)
+    results = run_jobs(first, folder, workers=workers)
     chosen = best_rates(scale, results)
     rest = [
         job(method, chosen[method][0], seed, scale)
         for seed in range(1, scale.seeds)
         for method in METHODS
     ]
-    return {**results, **run_jobs(rest, folder, workers=1)}
+    return {**results, **run_jobs(rest, folder, workers=workers)}
 
 
 def summarised(scale: FairScale, results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -222,10 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=list(SCALES), required=True)
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scale = SCALES[options.scale]
-    results = run(scale, options.runs / options.scale)
+    results = run(scale, options.runs / options.scale, options.workers)
     rows = summarised(scale, results)
     processor = str(next(iter(results.values()))["processor"])
     text = page(scale, rows, processor)

@@ -6,7 +6,7 @@ It is written as CSV and markdown, with figures and conclusions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +98,7 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
                         "joint": expected_percent(budget, anytime, joint["test"]),
                         "joint_a_priori": expected_percent(budget, a_priori, joint["test"]),
                         "no_exits": expected_percent(budget, [whole], ft["alone"]["test"]),
+                        "answered": 100.0 * sum(exit_weights(budget, anytime)),
                         "t_b_ms": mean_ms(budget, anytime, a_priori),
                         "t_a_ms": mean_ms(budget, anytime, anytime),
                     }
@@ -108,7 +109,8 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
 def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Summarise the rows of `per_seed` over seeds.
 
-    There is a `Spread` per method, and one of the gain over the better baseline of the same seed.
+    There is a `Spread` per method, one of the gain over the better baseline of the same seed, and
+    one of that gain per budget that pays for the first exit.
     """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -118,8 +120,11 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "pair": pair,
             "budgets": budgets,
             **{name: spread([run[name] for run in runs]) for name in ("orig", "ft", "joint")},
-            "gain": spread([run["joint"] - max(run["orig"], run["ft"]) for run in runs]),
-            "wins": sum(run["joint"] > max(run["orig"], run["ft"]) for run in runs),
+            "gain": spread([_gain(run) for run in runs]),
+            # budgets below the first exit buy no answer by any method, and hide a gain
+            "gain_answered": spread([100.0 * _gain(run) / run["answered"] for run in runs]),
+            "answered": runs[0]["answered"],
+            "wins": sum(_gain(run) > 0 for run in runs),
             **{
                 name: spread([run[name] for run in runs]) for name in ("joint_a_priori", "no_exits")
             },
@@ -128,6 +133,11 @@ def summarised(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for (pair, budgets), runs in groups.items()
     ]
+
+
+def _gain(run: Mapping[str, Any]) -> float:
+    """Return joint training's points over the better baseline of the same seed."""
+    return float(run["joint"] - max(run["orig"], run["ft"]))
 
 
 def table1(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -141,6 +151,8 @@ def table1(summary: Sequence[Mapping[str, Any]]) -> str:
                 "FT %": row["ft"].text(),
                 "joint %": row["joint"].text(),
                 "gain, points": f"**{row['gain'].text(sign=True)}**",
+                "answered %": f"{row['answered']:.0f}",
+                "gain per answered budget": row["gain_answered"].text(sign=True),
                 "the paper's gain": f"{_paper_gain(row['budgets']):+.1f}",
                 "joint, a priori %": row["joint_a_priori"].text(),
                 "no exits %": row["no_exits"].text(),
@@ -163,15 +175,10 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
     won = [row for row in summary if row["gain"].mean > 0]
     seeds = summary[0]["gain"].count
     always = sum(row["wins"] == seeds for row in summary)
-    most = {
-        pair: max((row for row in summary if row["pair"] == pair), key=lambda row: row["gain"].mean)
-        for pair in pairs
-    }
-    small = [
-        pair
-        for pair, row in most.items()
-        if row["budgets"] == "small_likely" and row["gain"].mean > 0
-    ]
+    most = {pair: _largest(summary, pair, "gain") for pair in pairs}
+    small = _in_small_budgets(most.values(), "gain")
+    answered = {pair: _largest(summary, pair, "gain_answered") for pair in pairs}
+    small_answered = _in_small_budgets(answered.values(), "gain_answered")
     losers = ", ".join(
         f"{row['pair']} {row['budgets']} ({row['gain'].text(sign=True)})"
         for row in summary
@@ -187,10 +194,21 @@ def verdict(summary: Sequence[Mapping[str, Any]]) -> str:
             f"{len(won)} of {len(summary)} rows, in all of {seeds} seed{'s' * (seeds > 1)} in "
             f"{always}." + (f" Not in: {losers}." if losers else ""),
             "- Most where small budgets are likely: "
-            f"**{'yes' if len(small) == len(pairs) else 'no'}**. That row has the largest gain, "
-            f"and one above 0, in {len(small)} of {len(pairs)} pairs. Largest gains: {gains}.",
+            f"**{'yes' if small == len(pairs) else 'no'}**. That row has the largest gain, "
+            f"and one above 0, in {small} of {len(pairs)} pairs, and per answered budget in "
+            f"{small_answered}. Largest gains: {gains}.",
         ]
     )
+
+
+def _largest(summary: Sequence[Mapping[str, Any]], pair: str, gain: str) -> Mapping[str, Any]:
+    """Return the row of a pair with the largest gain of this kind."""
+    return max((row for row in summary if row["pair"] == pair), key=lambda row: row[gain].mean)
+
+
+def _in_small_budgets(rows: Iterable[Mapping[str, Any]], gain: str) -> int:
+    """Count the rows where small budgets are likely and joint training gains."""
+    return sum(row["budgets"] == "small_likely" and row[gain].mean > 0 for row in rows)
 
 
 def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:

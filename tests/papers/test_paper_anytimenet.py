@@ -13,13 +13,13 @@ from safetensors.torch import load_model
 from impatient import Recording, load_data, record
 from impatient.clock import FakeClock
 from impatient.files import read_json
-from impatient.networks import growth
+from impatient.networks import growth, zoo
 from impatient.networks.anytimenet import AnytimeNet, IterationBatchNorm
 from impatient.provenance import machine, provenance
 from impatient.training import schedules
 from papers import throughput
 from papers.anytimenet import __main__ as command
-from papers.anytimenet import execution, learning, long, recipe, tables, times
+from papers.anytimenet import execution, learning, long, recipe, ship, tables, times
 from papers.anytimenet.recipe import KINDS, SCALES, Net, key
 from papers.anytimenet.times import Middle
 from papers.data import load
@@ -161,7 +161,9 @@ def test_the_scarce_case_has_as_few_images_a_class_as_sfcars() -> None:
     assert 8144 // 196 == 41
 
 
-def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(tmp_path: Path) -> None:
+def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long.main([str(tmp_path), "--smoke"])
     scale = long.in_faster_precision(long.smoke(), tmp_path)
     (case,) = scale.cases
@@ -175,6 +177,15 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(tmp_p
     network.eval()
     again = recipe.judged(record(network, data, split="test"))
     assert again["accuracy"] == results[key(case, "anytime", 0)]["own"]["accuracy"]
+
+    # into the zoo, in half precision
+    monkeypatch.setattr(zoo, "SHIPPED", tmp_path / "zoo")
+    shipped = ship.ship(scale, tmp_path, zoo.SHIPPED, repeats=20)
+    assert zoo.zoo_names() == (shipped.name,)
+    rounded = recipe.judged(record(zoo.load_zoo(shipped.name), data, split="test"))
+    assert rounded["accuracy"] == pytest.approx(again["accuracy"], abs=0.02)
+    kept = Recording.load(shipped / "recordings" / "test.safetensors")
+    assert kept.quality.double().mean(1).tolist() == rounded["accuracy"]
 
 
 def test_long_trainings_take_the_faster_precision_once_and_keep_it(

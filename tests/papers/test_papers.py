@@ -359,6 +359,11 @@ def test_table_1_from_known_results():
         1e3 * (2 * to_first + 3 * to_last) / (to_first + to_last)
     )
     assert uniform["t_b_ms"] == pytest.approx(2e3)
+    # 2 of 3.75 s buy no answer, which no method can change
+    row = next(row for row in tables.summarised(rows) if row["budgets"] == "uniform")
+    assert row["answered"] == pytest.approx(100 * (to_first + to_last))
+    assert row["gain_answered"].mean == pytest.approx(row["gain"].mean / (to_first + to_last))
+    assert f"{row['gain_answered'].mean:+.1f}" in tables.table1([row])
 
 
 def test_the_verdict_follows_the_numbers():
