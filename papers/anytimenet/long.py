@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from papers.anytimenet.recipe import SCALES, THIN, Case, Net, Scale, build, jobs
+from impatient.files import write_text
+from papers.anytimenet.recipe import NORMS, SCALES, THIN, Case, Net, Scale, build, jobs, key
 from papers.data import load
 from papers.jobs import run_jobs
+from papers.results import fill, made_by, markdown, spread
 from papers.throughput import chosen_precision
+
+HERE = Path(__file__).parent
 
 
 def long_scale(case: Case, net: Net, *, epochs: int, seeds: int, width: int) -> Scale:
@@ -80,11 +86,55 @@ def chosen_scale(options: argparse.Namespace) -> Scale:
     return in_faster_precision(scale, options.runs)
 
 
+def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write the accuracy of every iteration beside BASELINE's, as markdown with two conclusions."""
+    (case,) = scale.cases
+    names = scale.net.schedule.names
+    seeds = range(scale.seeds)
+    runs = [results[key(case, "anytime", seed)] for seed in seeds]
+    plain = [100 * results[key(case, "baseline", seed)]["shared"]["accuracy"][-1] for seed in seeds]
+    accuracies = {
+        norms: [[100 * share for share in run[norms]["accuracy"]] for run in runs]
+        for norms in NORMS
+    }
+    rows = [
+        {
+            "iteration": name,
+            "own statistics, %": spread([run[place] for run in accuracies["own"]]).text(),
+            "shared statistics, %": spread([run[place] for run in accuracies["shared"]]).text(),
+            "BASELINE, %": spread(plain).text() if place == len(names) - 1 else "",
+        }
+        for place, name in enumerate(names)
+    ]
+    rises = sum(all(here < deeper for here, deeper in pairwise(run)) for run in accuracies["own"])
+    gain = [run[-1] - other for run, other in zip(accuracies["own"], plain, strict=True)]
+    training = scale.training
+    seconds = sum(run["seconds"] for run in runs) / scale.seeds
+    times = f"{rises} of {scale.seeds}"
+    return f"""- Accuracy rises with every iteration, with own statistics: in {times} runs.
+- The last iteration minus BASELINE: {spread(gain).text(sign=True)} points.
+
+{markdown(rows)}
+
+{case.name}, {runs[0]["images"]:,} training images, {case.epochs} epochs, batch {case.batch_size}, \
+one cycle up to a learning rate of {training.lr}, {training.precision}, \
+{scale.net.width} channels; {scale.seeds} seed{"s" * (scale.seeds > 1)}. AnytimeNet trained for {seconds:.0f} s on one thread, \
+while other programs ran. {made_by(str(runs[0]["processor"]), "papers.anytimenet.long")}"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing."""
-    options = options_parser(__doc__).parse_args(arguments)
+    """Run what is missing, then write the table; with the default folder the card is filled."""
+    parser = options_parser(__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the table; by default of the card")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    run_jobs(jobs(chosen_scale(options)), options.runs, workers=1, threads=1)
+    scale = chosen_scale(options)
+    text = page(scale, run_jobs(jobs(scale), options.runs, workers=1, threads=1))
+    if options.smoke or options.out:
+        write_text((options.out or options.runs) / "long.md", text + "\n")
+    else:
+        write_text(HERE / "results" / "long" / "long.md", text + "\n")
+        fill(HERE / "README.md", "long", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,8 @@ def test_long_trainings_keep_results_and_the_very_weights_that_were_judged(
     again = recipe.judged(record(network, data, split="test"))
     assert again["accuracy"] == results[key(case, "anytime", 0)]["own"]["accuracy"]
 
+    last = f"{100 * again['accuracy'][-1]:.1f}"
+    assert re.search(rf"\| 2-2-2 \| {last}[^|]*\|", (tmp_path / "long.md").read_text())
     # into the zoo, in half precision
     monkeypatch.setattr(zoo, "SHIPPED", tmp_path / "zoo")
     shipped = ship.ship(scale, tmp_path, zoo.SHIPPED, repeats=20)
