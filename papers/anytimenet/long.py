@@ -118,8 +118,8 @@ def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 {case.name}, {runs[0]["images"]:,} training images, {case.epochs} epochs, batch {case.batch_size}, \
 one cycle up to a learning rate of {training.lr}, {training.precision}, \
-{scale.net.width} channels; {scale.seeds} seed{"s" * (scale.seeds > 1)}. AnytimeNet trained for {seconds:.0f} s on one thread, \
-while other programs ran. {made_by(str(runs[0]["processor"]), "papers.anytimenet.long")}"""
+{scale.net.width} channels; {scale.seeds} seed{"s" * (scale.seeds > 1)}. \
+AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made_by(str(runs[0]["processor"]), "papers.anytimenet.long")}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
