@@ -110,6 +110,7 @@ def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
     gain = [run[-1] - other for run, other in zip(accuracies["own"], plain, strict=True)]
     training = scale.training
     seconds = sum(run["seconds"] for run in runs) / scale.seeds
+    made = made_by(str(runs[0]["processor"]), "papers.anytimenet.long")
     times = f"{rises} of {scale.seeds}"
     return f"""- Accuracy rises with every iteration, with own statistics: in {times} runs.
 - The last iteration minus BASELINE: {spread(gain).text(sign=True)} points.
@@ -119,7 +120,7 @@ def page(scale: Scale, results: Mapping[str, Mapping[str, Any]]) -> str:
 {case.name}, {runs[0]["images"]:,} training images, {case.epochs} epochs, batch {case.batch_size}, \
 one cycle up to a learning rate of {training.lr}, {training.precision}, \
 {scale.net.width} channels; {scale.seeds} seed{"s" * (scale.seeds > 1)}. \
-AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made_by(str(runs[0]["processor"]), "papers.anytimenet.long")}"""
+AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. {made}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,12 +25,14 @@ from impatient import (
     exit_weights,
     fit,
     load_model,
+    load_weights,
     profile,
     record,
 )
 from impatient.budgets import STANDARD
 from impatient.evaluation.evaluate import standard_budgets
 from impatient.files import read_tensors, write_tensors
+from impatient.networks import GivenWeights
 from impatient.networks.heads import FeatureShape, HeadFactory, build_head
 from impatient.provenance import fingerprint_structure, fingerprint_tensors, provenance
 from impatient.store import from_plain, to_plain
@@ -97,6 +99,8 @@ class Scale:
     Attributes:
         repeats: of the cost measurement.
         threads: of torch in each run.
+        head_lr: learning rate of the early heads in joint training; by default the recipe's.
+            A pretrained backbone may need a smaller one than new heads.
     """
 
     pairs: tuple[Pair, ...]
@@ -105,6 +109,7 @@ class Scale:
     workers: int
     threads: int
     repeats: int
+    head_lr: float | None = None
 
 
 def _pairs(
@@ -242,9 +247,10 @@ def _target_jobs(
         shares = exit_weights(standard_budgets(times)[row], times, normalise=True)
         # 1 on average, as with equal weights: steps of a usual size
         weights = [len(times) * share for share in shares]
-        jobs.append(
-            Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, {**common, "weights": weights})
-        )
+        # without the option, arguments and fingerprints are as they always were
+        heads = {} if scale.head_lr is None else {"head_lr": scale.head_lr}
+        arguments = {**common, "weights": weights, **heads}
+        jobs.append(Job(f"{pair.name}-joint-{row}-{seed}", train_jointly, arguments))
     return jobs
 
 
@@ -312,7 +318,13 @@ def fine_tune(*, pair: Pair, settings: Settings, seed: int, folder: Path) -> dic
 
 
 def train_jointly(
-    *, pair: Pair, settings: Settings, seed: int, weights: Sequence[float], folder: Path
+    *,
+    pair: Pair,
+    settings: Settings,
+    seed: int,
+    weights: Sequence[float],
+    head_lr: float | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Train all exits together from the pretrained weights.
 
@@ -320,10 +332,20 @@ def train_jointly(
     """
     target = _target(pair, settings, seed)
     network = with_exits(_pretrained(pair, target, seed, folder), pair, target, standardised_linear)
-    _fit(network, target, weights, settings.training, seed, folder)
+    recipe, given = settings.training, None
+    if head_lr is not None:
+        recipe = dataclasses.replace(recipe, lr=head_lr, backbone_lr=recipe.lr)
+        # the backbone's own classifier stays the new one, but learns as FT's does
+        given = _given(network.backbone, pair, seed, folder)
+    _fit(network, target, weights, recipe, seed, folder, given)
     result = _judged(network, target)
     _checkpoint(folder).unlink()
     return result
+
+
+def _given(backbone: nn.Module, pair: Pair, seed: int, folder: Path) -> GivenWeights:
+    """Say of a backbone with pretrained weights that it has them."""
+    return load_weights(backbone, folder.parent / _source_name(pair, seed) / "weights.safetensors")
 
 
 def with_exits(
@@ -393,6 +415,7 @@ def _fit(
     recipe: Recipe,
     seed: int,
     folder: Path,
+    given: GivenWeights | None = None,
 ) -> list[float]:
     """Train or resume, and return the validation accuracy per exit."""
     history = fit(
@@ -400,6 +423,7 @@ def _fit(
         examples,
         weights=weights,
         recipe=dataclasses.replace(recipe, seed=seed),
+        given=given,
         checkpoint=_checkpoint(folder),
         metrics_csv=folder / "metrics.csv",
         progress=False,

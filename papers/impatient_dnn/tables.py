@@ -247,15 +247,19 @@ def write(
     seeds: Sequence[int],
     out: Path,
     table: Literal["table1", "exits", "all"],
+    *,
+    module: str = "papers.impatient_dnn",
 ) -> str:
-    """Write the chosen tables and figures, and return Table 1 as markdown."""
-    made = made_by(str(_costs(pairs[0], results).provenance.processor), "papers.impatient_dnn")
+    """Write the chosen tables and figures, and return Table 1 as markdown.
+
+    Args:
+        module: what was run with `python -m`.
+    """
+    made = made_by(str(_costs(pairs[0], results).provenance.processor), module)
     rows = per_seed(pairs, results, seeds)
     summary = summarised(rows)
-    runs = (
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation over them; test "
-        "split."
-    )
+    spreads = ", mean ± standard deviation over them" if len(seeds) > 1 else ""
+    runs = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}{spreads}; test split."
     page = f"{verdict(summary)}\n\n{table1(summary)}\n\n{runs} {made}"
     if table in ("table1", "all"):
         write_csv(out / "table1_seeds.csv", rows)
