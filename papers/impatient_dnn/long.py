@@ -14,7 +14,7 @@ from pathlib import Path
 from impatient import Recipe
 from papers.impatient_dnn import tables
 from papers.impatient_dnn.__main__ import HERE, RUNS
-from papers.impatient_dnn.recipe import IMAGENET, Pair, Scale, Settings, run
+from papers.impatient_dnn.recipe import IMAGENET, Pair, Scale, Settings, results_so_far, run
 from papers.results import fill
 
 LONG = Scale(
@@ -62,10 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--one-rate", action="store_true", help="heads learn at the backbone's rate, to compare"
     )
+    parser.add_argument(
+        "--publish", action="store_true", help="write what is finished, and run nothing"
+    )
     options = parser.parse_args(arguments)
     scale = dataclasses.replace(LONG, head_lr=None) if options.one_rate else LONG
     name = "long-one-rate" if options.one_rate else "long"
-    results = run(scale, options.runs or RUNS / name, seeds=options.seeds)
+    gather = results_so_far if options.publish else run
+    results = gather(scale, options.runs or RUNS / name, seeds=options.seeds)
     out = options.out or HERE / "results" / name
     seeds = range(options.seeds)
     page = tables.write(scale.pairs, results, seeds, out, "all", module="papers.impatient_dnn.long")

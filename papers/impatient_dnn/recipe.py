@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from impatient.training.data import Split
 from papers import data
 from papers.impatient_dnn.mobilenet import MobileNet, imagenet_weights
 from papers.impatient_dnn.probes import linear_probes
-from papers.jobs import Job, run_jobs
+from papers.jobs import Job, finished, run_jobs
 
 # the order of the paper's table
 ROWS = ("uniform", "large_likely", "small_likely", "normal")
@@ -211,13 +211,33 @@ def run(
         for seed in numbers
     }
     done = run_jobs(list(sources.values()), folder, workers=workers, threads=scale.threads)
-    jobs = [
+    jobs = _all_target_jobs(scale, numbers, costs)
+    return {**costs, **done, **run_jobs(jobs, folder, workers=workers, threads=scale.threads)}
+
+
+def results_so_far(
+    scale: Scale, folder: Path, *, seeds: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the results of a scale that are there, by name, and run nothing.
+
+    They are none unless the costs are there: budgets, and so weights, depend on them.
+    """
+    costs = finished([_cost_job(pair, scale) for pair in scale.pairs], folder)
+    if len(costs) < len(scale.pairs):
+        return {}
+    numbers = range(scale.seeds if seeds is None else seeds)
+    return {**costs, **finished(_all_target_jobs(scale, numbers, costs), folder)}
+
+
+def _all_target_jobs(
+    scale: Scale, seeds: Iterable[int], costs: Mapping[str, Mapping[str, Any]]
+) -> list[Job]:
+    return [
         job
-        for seed in numbers
+        for seed in seeds
         for pair in scale.pairs
         for job in _target_jobs(pair, scale, seed, costs)
     ]
-    return {**costs, **done, **run_jobs(jobs, folder, workers=workers, threads=scale.threads)}
 
 
 def _cost_job(pair: Pair, scale: Scale) -> Job:

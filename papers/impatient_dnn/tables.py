@@ -70,7 +70,7 @@ def mean_ms(budget: Budget, anytime_s: Sequence[float], costs_s: Sequence[float]
 def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Compute the expected accuracy on the test split, per pair, budgets and seed.
 
-    It is in per cent.
+    It is in per cent. Rows whose runs have not ended are left out.
 
     All answer anytime (interruptible costs), except `joint_a_priori`, the same network whose budget
     is known in advance (contract costs), and `no_exits`, the fine-tuned network alone, which
@@ -85,9 +85,10 @@ def per_seed(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
         for row in ROWS:
             budget = standard_budgets(anytime)[row]
             for seed in seeds:
-                orig = results[f"{pair.name}-orig-{seed}"]
-                ft = results[f"{pair.name}-ft-{seed}"]
-                joint = results[f"{pair.name}-joint-{row}-{seed}"]
+                names = [f"{pair.name}-{run}-{seed}" for run in ("orig", "ft", f"joint-{row}")]
+                if any(name not in results for name in names):
+                    continue
+                orig, ft, joint = (results[name] for name in names)
                 rows.append(
                     {
                         "pair": pair.name,
@@ -223,7 +224,9 @@ def per_exit(pairs: Sequence[Pair], results: Results, seeds: Sequence[int]) -> l
         anytime = costs.interruptible_s()
         for name in ("orig", "ft", *(f"joint-{row}" for row in ROWS)):
             for seed in seeds:
-                result = results[f"{pair.name}-{name}-{seed}"]
+                result = results.get(f"{pair.name}-{name}-{seed}")
+                if result is None:
+                    continue
                 for index, exit in enumerate(costs.exits):
                     rows.append(
                         {

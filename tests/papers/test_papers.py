@@ -366,6 +366,15 @@ def test_table_1_from_known_results():
     assert f"{row['gain_answered'].mean:+.1f}" in tables.table1([row])
 
 
+def test_rows_whose_runs_have_not_ended_are_left_out():
+    results = known_results(0.6)
+    del results["toy-joint-normal-0"]
+    rows = tables.per_seed([PAIR], results, [0])
+    assert [row["budgets"] for row in rows] == [row for row in recipe.ROWS if row != "normal"]
+    methods = {row["method"] for row in tables.per_exit([PAIR], results, [0])}
+    assert methods == {"orig", "ft", *(f"joint-{row}" for row in recipe.ROWS if row != "normal")}
+
+
 def test_the_verdict_follows_the_numbers():
     def spoken(joint: float) -> str:
         return tables.verdict(tables.summarised(tables.per_seed([PAIR], known_results(joint), [0])))
