@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import impatient
@@ -32,7 +33,10 @@ from impatient.engines.export import add_costs, check_agreement, differences, va
 from impatient.errors import ExportFailed, NetworkError, NoEffectWarning, RunError, StorageError
 from impatient.files import read_json, write_json
 from impatient.networks.multi_exit import MultiExitNetwork
+from impatient.networks.transforms import Resizing
+from impatient.portable import Bundle, BundleError
 from impatient.runtime import EngineNetwork
+from impatient.training import Preprocess
 from toys import ToyBackbone
 
 # of the largest output; that samples differ by less than 1 % of it would make agreement say little
@@ -243,28 +247,28 @@ def test_names_in_the_files_are_those_of_the_wiring(directory: Path) -> None:
         assert len(given) == len(set(given))
 
 
-def test_an_exported_directory_runs_without_torch(
-    directory: Path, network: MultiExitNetwork, tmp_path: Path
-) -> None:
+def answer_without_torch(place: Path, file: Path, folder: Path) -> dict[str, Any]:
+    """Run a directory on a file where neither torch nor this library can be imported."""
     for name in ("torch", "impatient"):
-        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
-    x = 3.0 * pictures(2)
-    np.save(tmp_path / "x.npy", x.numpy())
+        (folder / f"{name}.py").write_text("raise ImportError('not here')\n")
     done = subprocess.run(
-        [
-            sys.executable,
-            str(directory / "run.py"),
-            str(tmp_path / "x.npy"),
-            "--json",
-            "--no-policy",
-        ],
+        [sys.executable, str(place / "run.py"), str(file), "--json", "--no-policy"],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(folder)},
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def test_an_exported_directory_runs_without_torch(
+    directory: Path, network: MultiExitNetwork, tmp_path: Path
+) -> None:
+    x = 3.0 * pictures(2)
+    np.save(tmp_path / "x.npy", x.numpy())
+    answer = answer_without_torch(directory, tmp_path / "x.npy", tmp_path)
 
     assert answer["exit"] == 2
     assert_close(
@@ -495,8 +499,69 @@ def test_damaged_directories_are_refused(toy_directory: Path, tmp_path: Path) ->
 def test_a_damaged_file_is_refused(toy_directory: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(toy_directory, tmp_path / "copy"))
     (place / "head0.onnx").write_bytes(b"nothing")
-    with pytest.raises(StorageError, match="cannot load"):
+    with pytest.raises(StorageError, match=r"head0.onnx does not fit its checksum"):
         load_engine(place)
+
+
+def test_one_flipped_bit_in_any_file_is_noticed(toy_directory: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(toy_directory, tmp_path / "copy"))
+    draw = np.random.default_rng(0)
+    files = sorted(file for file in place.rglob("*") if file.is_file())
+    assert len(files) > 15
+    for file in files:
+        whole = file.read_bytes()
+        for _ in range(40 if file.suffix == ".json" else 3):
+            spoilt = bytearray(whole)
+            spoilt[draw.integers(len(spoilt))] ^= 1 << int(draw.integers(8))
+            file.write_bytes(spoilt)
+            with pytest.raises(BundleError):
+                Bundle(place)
+            with pytest.raises(StorageError):
+                load_engine(place)
+        file.write_bytes(whole)
+    assert Bundle(place).num_exits == 2
+
+
+def test_pictures_are_read_without_torch_as_with_it(
+    network: MultiExitNetwork, directory: Path, tmp_path: Path, written: Written
+) -> None:
+    preprocess = Preprocess(
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.4),
+        size=(32, 32),
+        channels=3,
+        dtype="uint8",
+        resizing=Resizing(how="shorter", before=(36, 36), interpolation="bicubic"),
+    )
+    draw = np.random.default_rng(1)
+    picture = Image.fromarray(draw.integers(0, 256, (50, 41, 4), dtype=np.uint8), "RGBA")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / "cat.png", exif=turned)
+    written(directory)
+    names = [f"kind \u00e9{index}" for index in range(10)]
+    place = export(
+        network,
+        tmp_path / "made",
+        engine="onnxruntime",
+        example=pictures(2),
+        class_names=names,
+        preprocess=preprocess,
+    )
+    bundle = Bundle(place)
+    wanted = preprocess(preprocess.image(tmp_path / "cat.png"))
+    np.testing.assert_allclose(bundle.read(tmp_path / "cat.png"), wanted.numpy(), atol=1e-6)
+    with torch.inference_mode():
+        best = int(network(wanted)[-1].argmax())
+    said = answer_without_torch(place, tmp_path / "cat.png", tmp_path)
+    assert said["class_name"] == [names[best]]
+    np.save(tmp_path / "raw.npy", preprocess.image(tmp_path / "cat.png").numpy())
+    assert answer_without_torch(place, tmp_path / "raw.npy", tmp_path)["class"] == [best]
+    (tmp_path / "letter.png").write_text("no picture")
+    with pytest.raises(BundleError, match="cannot be read as a picture"):
+        bundle.read(tmp_path / "letter.png")
+    with pytest.raises(BundleError, match="what this network was trained on is not in"):
+        Bundle(directory).read(tmp_path / "cat.png")
 
 
 def test_samples_are_varied_but_stay_of_their_kind() -> None:

@@ -279,7 +279,7 @@ def test_arrays_in_odd_memory_are_taken(export: Export, engine: str):
     bundle = Bundle(export(engine))
     locked = X.copy()
     locked.flags.writeable = False
-    for x in (np.asfortranarray(X), np.repeat(X, 2, axis=0)[::2], locked):
+    for x in (np.asfortranarray(X), np.repeat(X, 2, axis=0)[::2], locked, X.astype(">f4")):
         assert_close(bundle.whole(x), truth(X)[-1])
     np.testing.assert_array_equal(locked, X)
 

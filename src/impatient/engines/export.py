@@ -43,6 +43,7 @@ from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
 from impatient.tasks.task import AGREEMENT, Task
+from impatient.training.data import Preprocess
 from impatient.trees import map_samples
 
 # Engines whose networks are written to files.
@@ -127,6 +128,8 @@ def export(
     calibration: Sequence[Any] = (),
     costs: CostProfile | None = None,
     policy: Policy | None = None,
+    class_names: Sequence[str] = (),
+    preprocess: Preprocess | None = None,
     lean: bool = False,
     force: bool = False,
 ) -> Path:
@@ -147,6 +150,8 @@ def export(
         calibration: batches of inputs for "int8-static".
         costs: profile of this network in this engine (see `add_costs`).
         policy: threshold policy to export with the network. Its score is computed by the files.
+        class_names: name of each class, for answers without torch.
+        preprocess: what is done to raw inputs, so that the directory takes pictures without torch.
         lean: leave out the backbone without exits, which is only for comparison and takes half of
             the size.
         force: replace an exported network in `directory`.
@@ -179,16 +184,21 @@ def export(
         bundle = _bundle(parts, facts, example, folder, settings)
         bundle["costs"] = costs and _costs_json(costs)
         bundle["policy"] = rule
+        bundle["class_names"] = list(class_names)
+        bundle["preprocess"] = None if preprocess is None else to_plain(preprocess)
+        bundle["has_classes"] = network.task.is_logits
         write_json(folder / BUNDLE, bundle)
         try:
             made = load_engine(folder, task=network.task)
             agreement = check_agreement(network, made, example, precision)
         except portable.BundleError as error:
             raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
-        write_json(folder / BUNDLE, {**bundle, "agreement": agreement})
         if engine != "aoti":
             copy_standalone(folder)
         write_text(folder / "README.txt", _readme(engine, threads))
+        (folder / BUNDLE).unlink()
+        checksums = portable.files_below(folder)
+        write_json(folder / BUNDLE, {**bundle, "agreement": agreement, "files": checksums})
     return Path(directory)
 
 
@@ -247,6 +257,7 @@ def load_engine(
     directory = Path(directory)
     bundle = read_bundle(directory)
     if bundle["engine"] == "aoti":
+        _check_files(directory, bundle)
         return load_aoti(directory, task)
     try:
         facts = _facts(bundle)
@@ -263,6 +274,20 @@ def load_engine(
         arrays="numpy",
         task=task,
     )
+
+
+def _check_files(directory: Path, bundle: Mapping[str, Any]) -> None:
+    """Compare all files with their checksums.
+
+    Raises:
+        StorageError: if one was changed.
+    """
+    checksums = bundle.get("files", {})
+    try:
+        for name in checksums:
+            portable.check_file(directory, name, checksums)
+    except portable.BundleError as error:
+        raise StorageError(str(error)) from error
 
 
 def _exit_free(bundle: portable.Bundle) -> Callable[..., Any]:

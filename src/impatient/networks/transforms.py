@@ -12,6 +12,7 @@ import numpy as np
 
 from impatient import checks
 from impatient.errors import DataError
+from impatient.portable.pictures import resized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,24 +55,14 @@ class Resizing:
 
     def __call__(self, picture: Image, size: tuple[int, int]) -> Image:
         """Resize a picture to a height and width."""
-        from PIL import Image, ImageOps
-
-        tool = Image.Resampling[self.interpolation.upper()]
-        if self.how == "fit":
-            same = (picture.height, picture.width) == size
-            return picture if same else ImageOps.fit(picture, (size[1], size[0]), tool)
-        height, width = self.before
-        if self.how == "shorter":
-            # As torchvision rounds.
-            shorter = min(picture.height, picture.width)
-            height = int(self.before[0] * picture.height / shorter)
-            width = int(self.before[0] * picture.width / shorter)
-        if (picture.height, picture.width) != (height, width):
-            picture = picture.resize((width, height), tool)
-        rounded = int if self.rounds_down else round
-        top = rounded((height - size[0]) / 2)
-        left = rounded((width - size[1]) / 2)
-        return picture.crop((left, top, left + size[1], top + size[0]))
+        return resized(
+            picture,
+            size,
+            how=self.how,
+            before=self.before,
+            interpolation=self.interpolation,
+            rounds_down=self.rounds_down,
+        )
 
     def __str__(self) -> str:
         """Say what is done to pictures of another size."""

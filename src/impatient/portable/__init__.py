@@ -6,6 +6,7 @@ that it writes.
 
 from .answers import Answer
 from .bundle import Bundle, InterruptibleRun
+from .checksums import check_file, files_below
 from .errors import BundleError, Cancelled
 from .parts import ENGINES, EnginePart, OnnxRuntimePart, OpenVinoPart
 from .sessions import SESSIONS
@@ -37,4 +38,6 @@ __all__ = [
     "Thresholds",
     "TimePredictor",
     "Wiring",
+    "check_file",
+    "files_below",
 ]

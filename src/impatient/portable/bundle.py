@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from .answers import Answer, BatchProgress, StoppedBy
+from .checksums import check_file
 from .description import (
     SCHEMA,
     check_input,
+    native,
     policy_of,
     read,
     read_description,
@@ -28,6 +30,7 @@ from .description import (
 )
 from .errors import BundleError, Cancelled
 from .parts import ENGINES, EnginePart
+from .preparing import Preparation
 from .sessions import SESSIONS
 from .staged import Array, Exit, Inputs, Run, Staged
 from .streamed import Streamed
@@ -49,6 +52,8 @@ class Bundle:
     Attributes:
         costs: measured seconds of stages and heads by batch size (as text), from costs.json if the
             file exists.
+        class_names: name of each class; empty where the outputs are no classes, or have no names.
+        preparation: what is done to raw inputs, such as pictures; None if that is not known.
         policy: policy that stops early; None if none was exported.
         parts: the network's parts, called to begin a run; `Staged`, or `Streamed` where all exits
             are in one session.
@@ -73,6 +78,9 @@ class Bundle:
         self.engine: str = description["engine"]
         self.exit_names = tuple(description["exits"])
         self.num_classes = int(description["num_classes"])
+        self.class_names = tuple(map(str, description.get("class_names", ())))
+        prepares = description.get("preprocess")
+        self.preparation = prepares and Preparation.of(prepares)
         self.threads = int(description["threads"]) if threads is None else threads
         self.wiring = wiring_of(description["wiring"])
         self.parts = self._load()
@@ -91,6 +99,25 @@ class Bundle:
     @property
     def num_exits(self) -> int:
         return len(self.exit_names)
+
+    @property
+    def has_classes(self) -> bool:
+        """Tell whether outputs are logits of classes, of which each sample has one."""
+        return bool(self.description.get("has_classes", True))
+
+    def read(self, path: str | Path) -> Array:
+        """Read a picture as input of the network, a batch of one.
+
+        Raises:
+            BundleError: if the network takes no pictures, or the file is none.
+        """
+        if self.preparation is None:
+            raise BundleError(
+                f"cannot read {path}: what this network was trained on is not in its bundle.json; "
+                "expected a .npy or .npz file of what the network takes. Export it with "
+                "preprocess=."
+            )
+        return self.preparation(self.preparation.picture(Path(path)))
 
     def exits(self, x: Inputs) -> Run:
         """Run stage by stage, with `for exit in bundle.exits(x)`.
@@ -263,9 +290,9 @@ class Bundle:
 
     def _load(self) -> Staged | Streamed:
         if self.engine in SESSIONS:
-            session = SESSIONS[self.engine](
-                self.directory / self.description["session"], threads=self.threads
-            )
+            name = self.description["session"]
+            check_file(self.directory, name, self.description.get("files", {}))
+            session = SESSIONS[self.engine](self.directory / name, threads=self.threads)
             return Streamed(
                 self.wiring,
                 session,
@@ -282,6 +309,7 @@ class Bundle:
         return outputs[0]["shape"][1:] if outputs else None
 
     def _part(self, name: str) -> EnginePart:
+        check_file(self.directory, name, self.description.get("files", {}))
         return ENGINES[self.engine.removesuffix("-session")](
             self.directory / name, threads=self.threads
         )
@@ -301,7 +329,7 @@ class Bundle:
             raise BundleError(
                 f"inputs of {sorted(sizes)} samples; expected the same number in each, at least 1."
             )
-        return [given[name] for name in self.wiring.inputs]
+        return [native(given[name]) for name in self.wiring.inputs]
 
     def _here(self) -> dict[str, Any]:
         return {"processor": processor_name(), "threads": self.threads, "engine": self.engine}

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from .staged import Array, Inputs
 from .thresholds import probabilities
 from .timing import QUANTILES
 
+# Numbers of an output that are shown.
+MOST = 8
+
 
 def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     """Run the network in a directory on an input from the command line."""
@@ -25,7 +29,8 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "input",
-        help=".npy file of an array with its batch dimension, or .npz of arrays by input name",
+        help="a picture; or a .npy file of an array with its batch dimension, as the network takes "
+        "it (or raw, of type uint8), or a .npz file of arrays by input name",
     )
     parser.add_argument(
         "--deadline-ms", type=float, help="deadline in milliseconds; default: run to the end"
@@ -50,7 +55,7 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         bundle = Bundle(directory, given.threads)
-        x = _load(given.input)
+        x = _input(bundle, given.input)
         if given.profile:
             bundle.save_costs(bundle.profile(x))
         bundle.warm_up(x)
@@ -64,7 +69,16 @@ def main(directory: Path, arguments: Sequence[str] | None = None) -> None:
         )
     except BundleError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write((_as_json if given.json else _as_text)(answer) + "\n")
+    sys.stdout.write((_as_json if given.json else _as_text)(answer, bundle) + "\n")
+
+
+def _input(bundle: Bundle, path: str) -> Inputs:
+    if Path(path).suffix.lower() not in (".npy", ".npz"):
+        return bundle.read(path)
+    loaded = _load(path)
+    if isinstance(loaded, np.ndarray) and loaded.dtype == np.uint8 and bundle.preparation:
+        return bundle.preparation(loaded)
+    return loaded
 
 
 def _load(path: str) -> Inputs:
@@ -81,12 +95,17 @@ def _load(path: str) -> Inputs:
         ) from error
 
 
-def _as_json(answer: Answer[Array]) -> str:
-    shares = probabilities(answer.output)
+def _as_json(answer: Answer[Array], bundle: Bundle) -> str:
+    said: dict[str, Any] = {"output": answer.output.tolist()}
+    if bundle.has_classes:
+        shares = probabilities(answer.output)
+        best = shares.argmax(-1).tolist()
+        said = {"class": best, "probabilities": shares.tolist()}
+        if bundle.class_names:
+            said["class_name"] = [bundle.class_names[place] for place in best]
     return json.dumps(
-        {
-            "class": shares.argmax(-1).tolist(),
-            "probabilities": shares.tolist(),
+        said
+        | {
             "exit": answer.exit,
             "exits": answer.exits,
             "elapsed_ms": answer.elapsed_s * 1e3,
@@ -96,15 +115,31 @@ def _as_json(answer: Answer[Array]) -> str:
     )
 
 
-def _as_text(answer: Answer[Array]) -> str:
-    lines = []
-    for row, exit in zip(probabilities(answer.output), answer.exits, strict=True):
-        best = np.argsort(-row)[:5]
-        lines.append(
-            f"class {best[0]} from exit {exit}; "
-            + ", ".join(f"{place}: {row[place]:.4f}" for place in best)
-        )
+def _as_text(answer: Answer[Array], bundle: Bundle) -> str:
+    lines = _classes(answer, bundle) if bundle.has_classes else _numbers(answer)
     met = "" if answer.deadline_met else ", after the deadline"
     return "\n".join(
         [*lines, f"{answer.elapsed_s * 1e3:.3f} ms, stopped by {answer.stopped_by}{met}"]
     )
+
+
+def _classes(answer: Answer[Array], bundle: Bundle) -> list[str]:
+    """Name the likeliest classes of each sample."""
+    names = bundle.class_names or tuple(map(str, range(bundle.num_classes)))
+    lines = []
+    for row, exit in zip(probabilities(answer.output), answer.exits, strict=True):
+        best = np.argsort(-row)[:5]
+        shares = ", ".join(f"{names[place]}: {row[place]:.4f}" for place in best)
+        lines.append(f"class {names[best[0]]} from exit {exit}; {shares}")
+    # A name may hold what moves a terminal's cursor.
+    return [line if line.isprintable() else repr(line) for line in lines]
+
+
+def _numbers(answer: Answer[Array]) -> list[str]:
+    """List the first numbers of each sample's output; all are in the JSON."""
+    lines = []
+    for row, exit in zip(answer.output, answer.exits, strict=True):
+        first = ", ".join(f"{number:.4g}" for number in row.flatten()[:MOST])
+        more = f", ... (shape {list(row.shape)})" if row.size > MOST else ""
+        lines.append(f"{first}{more} from exit {exit}")
+    return lines

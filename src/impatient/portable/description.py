@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .checksums import check_file, fits_its_checksum, with_checksum
 from .errors import BundleError
 from .parts import ENGINES
 from .sessions import SESSIONS
@@ -71,7 +72,14 @@ def _problem(value: Mapping[str, Any], directory: Path) -> str | None:
         policy and policy["compare"],
     ]
     missing = [name for name in files if name is not None and not (directory / name).is_file()]
-    return f"there is no file {missing[0]} in {directory}" if missing else None
+    if missing:
+        return f"there is no file {missing[0]} in {directory}"
+    # Parts of the network are compared when they are loaded.
+    checksums = value.get("files", {})
+    for name in checksums.keys() - {*files}:
+        if not name.endswith(".data") and (directory / name).exists():
+            check_file(directory, name, checksums)
+    return None
 
 
 def policy_of(value: Mapping[str, Any] | None) -> Thresholds | None:
@@ -118,6 +126,11 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
         )
 
 
+def native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Give an array the byte order of this machine, in which engines read it."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     """Read a JSON file of this kind and of the current schema.
 
@@ -129,8 +142,9 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
         BundleError: if the file cannot be read, or has another kind or schema.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
             f"cannot read {path}: {error}. Expected a complete JSON file; {remedy}."
         ) from error
@@ -142,14 +156,21 @@ def read(path: Path, kind: str, remedy: str) -> dict[str, Any]:
     if found != (kind, SCHEMA):
         raise BundleError(f"{path} holds {found}; expected {(kind, SCHEMA)}; {remedy}.")
     assert isinstance(value, dict)
+    # Only files of 0.1.0 have none, and those list no checksums of other files.
+    has_one = value.pop("checksum", None) is not None or "files" in value
+    if has_one and not fits_its_checksum(text):
+        raise BundleError(
+            f"{path} does not fit its checksum: it was damaged, or changed by hand; {remedy}."
+        )
     return value
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file and its checksum atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(with_checksum(value), indent=1) + "\n"
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise BundleError(

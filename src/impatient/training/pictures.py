@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
+from impatient.portable.pictures import PictureError, orientation, plain
 from impatient.training.options import DataOptions
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,6 @@ IMAGE_SUFFIXES = (
 )
 TRAIN_FOLDERS = ("train", "training")
 TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")
-# The EXIF tag of how a picture is turned; from 5 on, height and width change places.
-_ORIENTATION = 0x0112
 
 
 def read_image(
@@ -50,16 +49,8 @@ def size_of(path: Path) -> tuple[int, int]:
 
 def shown_size(image: Image.Image) -> tuple[int, int]:
     """Return the height and width of a picture as a viewer shows it."""
-    turned = _orientation(image) in (5, 6, 7, 8)
+    turned = orientation(image) in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
-        # Damaged EXIF data; a viewer shows the picture as it is stored.
-        return 1
 
 
 def opened(path: Path) -> Image.Image:
@@ -173,29 +164,10 @@ def class_map(image: Image.Image, name: str) -> np.ndarray:
 
 
 def _plain(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """Convert a picture to 8 bits, upright and without transparency."""
-    image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise DataError(
-            f"{name} holds floating-point numbers, whose range is unknown; save it with 8 or 16 "
-            "bits, or put the numbers into an npz file."
-        )
-    if image.mode.startswith("I"):
-        numbers = np.asarray(image).astype(np.int64)
-        if numbers.min() < 0 or numbers.max() > 65535:
-            raise DataError(
-                f"{name} holds numbers from {numbers.min()} to {numbers.max()}; expected 16 bits, "
-                "0 to 65535."
-            )
-        image = Image.fromarray(np.round(numbers / 257.0).astype(np.uint8))
-    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        seen = image.convert("RGBA")
-        if np.asarray(seen)[..., 3].min() < 255:
-            white = Image.new("RGBA", seen.size, "white")
-            image = Image.alpha_composite(white, seen)
-    return image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    try:
+        return plain(image, channels, name)
+    except PictureError as error:
+        raise DataError(str(error)) from error
 
 
 def split_folders(root: Path) -> dict[str, Path]:

@@ -325,6 +325,23 @@ def load_tokenizer(options: DataOptions, where: str) -> Any:
     return tokenizer
 
 
+def tokens_of(spec: str, text: str) -> dict[str, Tensor]:
+    """Turn one text into tokens [1, T], as the data of a spec were.
+
+    Args:
+        spec: data spec of texts, with its tokenizer.
+        text: the text.
+    Raises:
+        DataError: if the spec is not of texts, or its tokenizer cannot be loaded.
+    """
+    source, _, rest = spec.partition(":")
+    _, options = read_options(rest, TEXT_OPTIONS) if source == "text" else ("", DataOptions())
+    tokenizer = load_tokenizer(options, f"the data spec {spec!r}")
+    most = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    encoded = tokenizer([text], truncation=True, max_length=most, return_attention_mask=True)
+    return {name: torch.tensor(ids) for name, ids in encoded.items()}
+
+
 def _tokenized(
     tokenizer: Any, table: Table, labels: np.ndarray, options: DataOptions, where: str
 ) -> TextExamples:

@@ -90,6 +90,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     if rule is not None:
         # one that cannot be exported is refused before anything is written
         rule.portable_rule()
+    spec = run.spec()
     batches = run.data().batches("train", CALIBRATION_BATCH)
     samples = [x for x, _ in itertools.islice(batches, CALIBRATION_BATCHES)]
     # a run that was stopped before the profile was written is done again
@@ -103,6 +104,8 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         threads=torch.get_num_threads(),
         calibration=samples,
         policy=rule,
+        class_names=spec.class_names,
+        preprocess=None if spec.example_parts else spec.preprocess,
         lean=options.lean,
         force=options.force or stopped,
     )

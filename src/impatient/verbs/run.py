@@ -40,7 +40,8 @@ class RunOptions(VerbOptions):
     Attributes:
         inputs: Image files, or .npy files of one raw sample each, without a batch dimension:
             pixels of 0 to 255 (uint8) or 0 to 1; they are standardised here. Samples of several
-            arrays are .npz files, which hold them by their names.
+            arrays are .npz files, which hold them by their names. Sound is .wav, from -1 to 1;
+            text is .txt, for the tokenizer of the training data.
         deadline_s: Time for each answer in ms; without it, no limit.
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
