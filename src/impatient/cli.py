@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from impatient.errors import ImpatientError, StorageError
+from impatient.provenance import own_version
 from impatient.verbs import (
     bench_serve,
     compare,
@@ -143,6 +144,9 @@ def main() -> None:
     code = 0
     verb = VERBS["train"]
     try:
+        if sys.argv[1:] == ["--version"]:
+            print_text(out, f"impatient {own_version()}")
+            return
         options = parse(sys.argv[1:] or ["--help"])
         verb = next(verb for verb in VERBS.values() if type(options) is verb.options)
         # other processes of the same training stay silent

@@ -834,5 +834,5 @@ def test_a_name_that_cannot_be_loaded_is_refused(hub, tmp_path):
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'impatient\[hub\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets\."):
         load_data("hf:mnist")

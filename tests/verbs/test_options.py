@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+import impatient
 from impatient import cli, ensembling
 from impatient.costs import Cost
 from impatient.engines import network as engine_network
@@ -86,6 +87,15 @@ def test_the_first_help_has_one_line_for_each_verb(
     shown = [line.strip("│ •").split() for line in lines[first:-1]]
     assert [words[0] for words in shown] == list(cli.VERBS)
     assert all(3 <= len(words) <= 13 and words[-1].endswith(".") for words in shown)
+
+
+def test_the_version_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["impatient", "--version"])
+    cli.main()
+    assert capsys.readouterr().out.strip() == f"impatient {impatient.__version__}"
+    assert impatient.__version__[0].isdigit()
 
 
 def test_every_option_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,7 @@ def write_parts(
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ExportFailed(
-                f"writing ONNX needs {package}, which is not installed: pip install "
-                "'impatient[onnx]'."
+                f"writing ONNX needs {package}, which is not installed: pip install {package}."
             )
     for file in _files(parts, engine, scoring or Scoring()):
         if whole or file.name != "whole":
@@ -301,6 +300,11 @@ def quantise(
         calibration: batches of inputs from which "int8-static" determines the ranges, as tuples in
             the order of `wiring.inputs`.
     """
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ExportFailed(
+            "8 bits need onnxruntime, whose quantiser writes them for every engine, and it is not "
+            "installed: pip install onnxruntime."
+        )
     seen = _values_seen(parts, calibration) if settings.precision == "int8-static" else []
     for part in _files(parts, settings.engine, Scoring()):
         file = folder / f"{part.name}.onnx"

@@ -231,10 +231,10 @@ def _literal(text: str) -> Any:
 
 
 def _remedy(source: str) -> str:
-    extra = {"torchvision": "vision", "timm": "vision", "transformers": "text"}.get(source)
+    known = ("torchvision", "timm", "transformers")
     return (
-        f"Install it with: pip install 'impatient[{extra}]'."
-        if extra
+        f"Install it with: pip install {source}."
+        if source in known
         else "Is it installed, or in this folder?"
     )
 

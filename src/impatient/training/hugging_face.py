@@ -24,7 +24,7 @@ def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, Da
         import datasets
     except ImportError as error:
         raise DataError(
-            "hf: needs the package datasets. Install it with: pip install 'impatient[hub]'."
+            "hf: needs the package datasets. Install it with: pip install datasets."
         ) from error
     name, options = read_options(rest, (*PICTURE_OPTIONS, *TEXT_OPTIONS))
     saved = (Path(name) / "dataset_dict.json").is_file()

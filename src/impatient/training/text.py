@@ -135,7 +135,7 @@ def _read(file: Path) -> Any:
         from pyarrow import csv, json, parquet
     except ImportError as error:
         raise DataError(
-            "text: needs the package pyarrow. Install it with: pip install 'impatient[hub]'."
+            "text: needs the package pyarrow. Install it with: pip install pyarrow."
         ) from error
     suffix = file.suffix.lower()
     try:
@@ -305,7 +305,7 @@ def load_tokenizer(options: DataOptions, where: str) -> Any:
         import transformers
     except ImportError as error:
         raise DataError(
-            "texts need the package transformers. Install it with: pip install 'impatient[text]'."
+            "texts need the package transformers. Install it with: pip install transformers."
         ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(

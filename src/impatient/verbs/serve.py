@@ -56,7 +56,7 @@ def serve(options: ServeOptions) -> None:
         import uvicorn
     except ImportError as error:
         raise ServingError(
-            "serving needs uvicorn, which is not installed; run pip install 'impatient[serve]'."
+            "serving needs uvicorn, which is not installed; run pip install uvicorn."
         ) from error
     from impatient.serving.app import App, listening_socket
     from impatient.serving.service import Limits, Service
