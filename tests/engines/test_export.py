@@ -354,10 +354,40 @@ def test_tokens_and_a_mask(tmp_path: Path) -> None:
     bundle = read_json(tmp_path / "tokens" / "bundle.json")
 
     assert [spec["dtype"] for spec in bundle["inputs"]] == ["int64", "float32"]
+    assert [spec["shape"] for spec in bundle["inputs"]] == [[None, None]] * 2
     for size in (1, 3, 5):
         given = varied(x, size)
         assert not torch.equal(given["ids"][0], x["ids"][0])
         assert_close(outputs_of(made, given), outputs_of(network, given))
+    for length in (1, 4, 20):
+        given = {"ids": torch.randint(0, 50, (3, length)), "mask": torch.ones(3, length)}
+        assert_close(outputs_of(made, given), outputs_of(network, given))
+    with pytest.raises(BundleError, match="inputs of different lengths"):
+        Bundle(tmp_path / "tokens").run(
+            {"ids": np.zeros((1, 3), np.int64), "mask": np.ones((1, 4), np.float32)}
+        )
+
+
+@pytest.mark.slow
+def test_a_model_of_one_length_keeps_it(tmp_path: Path) -> None:
+    class OneLength(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places = nn.Parameter(torch.randn(7, 16))
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.embedding(ids) + self.places
+            for block in self.blocks:
+                x = block(x) * mask[..., None]
+            return self.classifier(x.mean(1))
+
+    x = {"ids": torch.randint(0, 50, (2, 7)), "mask": torch.ones(2, 7)}
+    network = attach_exits(OneLength(), example=x, after=["blocks.0"]).eval()
+    place = export(network, tmp_path / "one", engine="onnxruntime", example=x, lean=True)
+    bundle = read_json(place / "bundle.json")
+
+    assert [spec["shape"] for spec in bundle["inputs"]] == [[None, 7]] * 2
+    assert_close(outputs_of(load_engine(place), x), outputs_of(network, x))
 
 
 def test_eager_is_the_network_itself(network: MultiExitNetwork) -> None:

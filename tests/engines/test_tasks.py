@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from impatient import ThresholdPolicy, attach_exits, export, load_engine
 from impatient.engines.onnx_files import OnnxFile, write_file
+from impatient.engines.partition import FreeDims
 from impatient.errors import ExportFailed, RunError, TaskError
 from impatient.networks import MultiExitNetwork
 from impatient.portable import Bundle
@@ -75,9 +76,9 @@ def test_every_score_of_every_ready_task_is_computed_by_the_engines(tmp_path: Pa
     }
     wanted = [value.numpy() for value in AllScores()(*outputs.values())]
     names = [f"score{index}" for index in range(len(wanted))]
-    dims = [0] * len(outputs)
+    dims = [FreeDims(batch=0)] * len(outputs)
     write_file(
-        OnnxFile(name="scores", part=AllScores(), takes=outputs, batch_dims=dims, gives=names),
+        OnnxFile(name="scores", part=AllScores(), takes=outputs, dims=dims, gives=names),
         tmp_path,
     )
     arrays = {name: value.numpy() for name, value in outputs.items()}

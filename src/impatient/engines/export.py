@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import logging
 import shutil
 import tempfile
 import warnings
@@ -34,7 +35,14 @@ from impatient.engines.network import (
     load_aoti,
 )
 from impatient.engines.onnx_files import COMPARE, Scoring, quantise, write_parts
-from impatient.engines.partition import Parts, input_tensors, partition
+from impatient.engines.partition import (
+    FreeDims,
+    Parts,
+    input_names,
+    input_tensors,
+    length_dims,
+    partition,
+)
 from impatient.errors import ExportFailed, NoEffectWarning, RunError, StorageError, TaskError
 from impatient.files import read_json, write_json, write_text
 from impatient.inputs import batch_size_of, call_model, evaluating
@@ -45,6 +53,8 @@ from impatient.store import from_plain, to_plain
 from impatient.tasks.task import AGREEMENT, Task
 from impatient.training.data import Preprocess
 from impatient.trees import map_samples
+
+log = logging.getLogger(__name__)
 
 # Engines whose networks are written to files.
 WRITTEN = ("onnxruntime", "openvino", "onnxruntime-session", "openvino-session", "aoti")
@@ -178,28 +188,79 @@ def export(
     with evaluating(network):
         parts = partition(network, example)
         facts = NetworkFacts.of(network, example)
-    with replaced_whole(Path(directory)) as folder:
-        scoring = _scoring(network.task, rule)
-        _write_parts(parts, facts, folder, settings, calibration, scoring, whole=not lean)
-        bundle = _bundle(parts, facts, example, folder, settings)
-        bundle["costs"] = costs and _costs_json(costs)
-        bundle["policy"] = rule
-        bundle["class_names"] = list(class_names)
-        bundle["preprocess"] = None if preprocess is None else to_plain(preprocess)
-        bundle["has_classes"] = network.task.is_logits
-        write_json(folder / BUNDLE, bundle)
-        try:
-            made = load_engine(folder, task=network.task)
-            agreement = check_agreement(network, made, example, precision)
-        except portable.BundleError as error:
-            raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
-        if engine != "aoti":
-            copy_standalone(folder)
-        write_text(folder / "README.txt", _readme(engine, threads))
-        (folder / BUNDLE).unlink()
-        checksums = portable.files_below(folder)
-        write_json(folder / BUNDLE, {**bundle, "agreement": agreement, "files": checksums})
+    scoring = _scoring(network.task, rule)
+    about = {
+        "costs": costs and _costs_json(costs),
+        "policy": rule,
+        "class_names": list(class_names),
+        "preprocess": None if preprocess is None else to_plain(preprocess),
+        "has_classes": network.task.is_logits,
+    }
+
+    def write(parts: Parts) -> None:
+        with replaced_whole(Path(directory)) as folder:
+            _write_parts(parts, facts, folder, settings, calibration, scoring, whole=not lean)
+            bundle = _bundle(parts, facts, example, folder, settings) | about
+            write_json(folder / BUNDLE, bundle)
+            agreement = _agreement_of(network, folder, example, parts)
+            if engine != "aoti":
+                copy_standalone(folder)
+            write_text(folder / "README.txt", _readme(engine, threads))
+            (folder / BUNDLE).unlink()
+            checksums = portable.files_below(folder)
+            write_json(folder / BUNDLE, {**bundle, "agreement": agreement, "files": checksums})
+
+    try:
+        write(parts)
+    except ExportFailed as error:
+        if not any(parts.length_dims.values()):
+            raise
+        log.info("token lengths stay those of the example: %s", error)
+        with evaluating(network):
+            fixed = partition(network, example, any_length=False)
+        write(fixed)
     return Path(directory)
+
+
+def _agreement_of(
+    network: MultiExitNetwork, folder: Path, example: Any, parts: Parts
+) -> list[float]:
+    """Compare what was written with the network; at half of the token length, too, if it is free.
+
+    Raises:
+        ExportFailed: if they differ, or the engine cannot run what was written.
+    """
+    bundle = read_bundle(folder)
+    engine, precision = bundle["engine"], bundle["precision"]
+    try:
+        made = load_engine(folder, task=network.task)
+        agreement = check_agreement(network, made, example, precision)
+    except (portable.BundleError, StorageError) as error:
+        raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
+    if engine != "aoti" and any(parts.length_dims[name] for name in parts.wiring.inputs):
+        short = _shortened(example)
+        try:
+            check_agreement(network, made, short, precision)
+        except Exception as error:
+            # Engines raise errors of many types at a length that they have taken for a constant.
+            raise ExportFailed(f"{engine} cannot run texts of other lengths: {error}") from error
+    return agreement
+
+
+def _shortened(example: Any) -> Any:
+    """Cut the tokens of an example, and what goes with them, to half of their length."""
+    dims = length_dims(example)
+    names = input_names(example)
+    tensors = input_tensors(example, names)
+    cut = {
+        name: tensor[:, : max(1, tensor.shape[1] // 2)] if dim else tensor
+        for name, tensor, dim in zip(names, tensors, dims, strict=True)
+    }
+    if isinstance(example, Tensor):
+        return cut[names[0]]
+    if isinstance(example, Mapping):
+        return {**example, **cut}
+    return tuple(cut.get(f"x{index}", value) for index, value in enumerate(example))
 
 
 def _rule(policy: Policy, task: Task, settings: EngineSettings) -> dict[str, Any]:
@@ -473,8 +534,11 @@ def _bundle(
         "exits": list(parts.exit_names),
         "num_classes": parts.num_classes,
         "task": facts.task,
-        "inputs": [_described(name, value, wiring.batch_dims[name]) for name, value in tensors],
-        "outputs": [_described("output", parts.examples[wiring.features[-1]], 0)],
+        "inputs": [_described(name, value, parts.free_dims(name)) for name, value in tensors],
+        "outputs": [
+            _described("output", parts.examples[output], parts.free_dims(output))
+            for output in wiring.features[-1:]
+        ],
         "wiring": dataclasses.asdict(wiring),
         **_files(parts, settings.engine, ending),
         "whole": f"whole.{ending}" if (folder / f"whole.{ending}").is_file() else None,
@@ -499,12 +563,15 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
     }
 
 
-def _described(name: str, value: Tensor, batch_dim: int | None) -> dict[str, Any]:
+def _described(name: str, value: Tensor, free: FreeDims) -> dict[str, Any]:
     """Describe a tensor; sizes that are free are None."""
     return {
         "name": name,
         "dtype": str(value.dtype).removeprefix("torch."),
-        "shape": [None if dim == batch_dim else size for dim, size in enumerate(value.shape)],
+        "shape": [
+            None if dim == free.batch or dim in free.lengths else size
+            for dim, size in enumerate(value.shape)
+        ],
     }
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from impatient import portable
 from impatient.anytime import Exit, Network, Run
 from impatient.counting import StageFacts
-from impatient.engines.partition import Parts, any_batch, exporting, input_tensors, pools_of
+from impatient.engines.partition import Parts, any_size, exporting, input_tensors, pools_of
 from impatient.errors import NetworkError, RunError, StaleInput, StorageError
 from impatient.inputs import resized
 from impatient.networks.heads import Layout, pooled
@@ -462,7 +462,7 @@ def _require_compiler() -> None:
 
 def _package(part: nn.Module, takes: Sequence[str], parts: Parts, path: Path) -> None:
     """Export one part with a batch of any size, and write its package."""
-    shapes = any_batch([parts.wiring.batch_dims[name] for name in takes])
+    shapes = any_size([parts.free_dims(name) for name in takes])
     with exporting(path.stem):
         program = torch.export.export(
             part, tuple(parts.examples[name] for name in takes), dynamic_shapes=shapes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from impatient.engines.network import EngineSettings
-from impatient.engines.partition import Parts, any_batch, values_of
+from impatient.engines.partition import FreeDims, Parts, any_size, values_of
 from impatient.errors import ExportFailed
 from impatient.portable import SESSIONS
 from impatient.tasks.task import Judge, Score
@@ -65,7 +65,7 @@ class OnnxFile:
         name: name of the file, without its ending.
         part: what it computes.
         takes: an example of each input by name.
-        batch_dims: dimension of the batch in each input, in order.
+        dims: dimensions of each input that may have any size, in order.
         gives: names of its outputs.
         scored: whether a score is part of it.
     """
@@ -73,7 +73,7 @@ class OnnxFile:
     name: str
     part: nn.Module
     takes: Mapping[str, Tensor]
-    batch_dims: Sequence[int | None]
+    dims: Sequence[FreeDims]
     gives: Sequence[str]
     scored: bool = False
 
@@ -115,7 +115,7 @@ def _files(parts: Parts, engine: str, scoring: Scoring) -> Iterator[OnnxFile]:
             name=name,
             part=part,
             takes={name: parts.examples[name] for name in takes},
-            batch_dims=[wiring.batch_dims[name] for name in takes],
+            dims=[parts.free_dims(name) for name in takes],
             gives=gives,
             scored=scored,
         )
@@ -141,7 +141,7 @@ def _files(parts: Parts, engine: str, scoring: Scoring) -> Iterator[OnnxFile]:
                 name=COMPARE,
                 part=_Compared(scoring.distance),
                 takes={"output": output, "before": output},
-                batch_dims=(0, 0),
+                dims=[parts.free_dims(wiring.features[-1])] * 2,
                 gives=("score",),
                 scored=True,
             )
@@ -236,7 +236,7 @@ class _AllExits(nn.Module):
 def write_file(file: OnnxFile, folder: Path) -> None:
     """Write one part with a dynamic batch size."""
     part = file.part
-    shapes = any_batch(file.batch_dims)
+    shapes = any_size(file.dims)
     # Cloned, because torch would merge two inputs that are the same tensor.
     arguments = tuple(tensor.clone() for tensor in file.takes.values())
     size = sum(tensor.nbytes for tensor in (*part.parameters(), *part.buffers()))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from impatient.networks.heads import Layers, Pool, takes_mask
 from impatient.networks.multi_exit import MultiExitNetwork
 from impatient.networks.stages import tapped
 from impatient.portable import Wiring
+
+log = logging.getLogger(__name__)
 
 _SIZE = torch.ops.aten.sym_size.int
 
@@ -45,6 +48,8 @@ class Parts:
         whole: the backbone without exits as one exported module, from `wiring.inputs` to one
             tensor.
         examples: an example tensor (batch size 2) for each value name.
+        length_dims: for each value name, the dimensions that are as long as the sequence, where
+            that may change: token ids of any length.
         exit_names: names of the network's exits.
         num_classes: number of classes of the network.
     """
@@ -54,17 +59,37 @@ class Parts:
     heads: Sequence[nn.Module | None]
     whole: nn.Module
     examples: dict[str, Tensor]
+    length_dims: Mapping[str, tuple[int, ...]]
     exit_names: tuple[str, ...]
     num_classes: int
 
+    def free_dims(self, name: str) -> FreeDims:
+        """Return which dimensions of a value may have any size."""
+        return FreeDims(batch=self.wiring.batch_dims[name], lengths=self.length_dims[name])
 
-def partition(network: MultiExitNetwork, x: Any) -> Parts:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeDims:
+    """The dimensions of a tensor that may have any size.
+
+    Attributes:
+        batch: dimension of the batch; None where there is none.
+        lengths: dimensions that are as long as the sequence.
+    """
+
+    batch: int | None = None
+    lengths: tuple[int, ...] = ()
+
+
+def partition(network: MultiExitNetwork, x: Any, *, any_length: bool = True) -> Parts:
     """Export the untouched backbone and cut its graph at the exits.
 
     Args:
         network: network from `attach_exits`; it is not changed, and keeps its train or eval mode.
         x: an example input. The first dimension of tensors that are as long as the batch becomes
-            dynamic. All other sizes, and values that are not tensors, are fixed.
+            dynamic, and so does the length of token ids, if the model allows it. All other sizes,
+            and values that are not tensors, are fixed.
+        any_length: whether to try to make the length of token ids dynamic.
     Returns:
         Parts whose outputs equal the network's. Where torch's attention has an eager fast path that
         cannot be exported, they differ by rounding.
@@ -79,6 +104,19 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
             f"{type(network).__name__} cannot be cut into parts; expected a MultiExitNetwork, from "
             'attach_exits. Run this one with engine="eager".'
         )
+    lengths = length_dims(x)
+    fixed: list[tuple[int, ...]] = [()] * len(lengths)
+    if not any_length or lengths == fixed:
+        return _cut(network, x, fixed)
+    try:
+        return _cut(network, x, lengths)
+    except NetworkError as error:
+        log.info("token lengths stay those of the example: %s", error)
+        return _cut(network, x, fixed)
+
+
+def _cut(network: MultiExitNetwork, x: Any, lengths: Sequence[tuple[int, ...]]) -> Parts:
+    """Export and cut, with these dimensions of the inputs as long as the sequence."""
     names = input_names(x)
     dims = _batch_dims(x)
     tensors = [tensor.detach() for tensor in _tensors(x).values()]
@@ -86,7 +124,8 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
     both = _rows(tensors, dims, torch.arange(2) % batch_size_of(x))
     pools = pools_of(network, x)
     traced = _Traced(network, x, names, pools)
-    graph = _export(traced, type(network.backbone).__name__, both, dims)
+    free = [FreeDims(batch=dim, lengths=length) for dim, length in zip(dims, lengths, strict=True)]
+    graph = _export(traced, type(network.backbone).__name__, both, free)
     whole = _whole(graph, names)
     _check_batch_of_one(traced, whole, _rows(both, dims, slice(1)))
     cut = _Cutting(graph, names, network.exit_names)
@@ -101,7 +140,8 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
         if pool is not None:
             # its stage has done the first layer
             head = Layers(*list(head.children())[1:])
-        exported = _export(_Alone(head), f"the head after {name}", [values[features]], [0])
+        seen = FreeDims(batch=0, lengths=cut.length_dims()[features])
+        exported = _export(_Alone(head), f"the head after {name}", [values[features]], [seen])
         heads.append(_whole(exported, ["features"]))
     return Parts(
         wiring=wiring,
@@ -109,6 +149,7 @@ def partition(network: MultiExitNetwork, x: Any) -> Parts:
         heads=[*heads, None],
         whole=whole,
         examples=values,
+        length_dims=cut.length_dims(),
         exit_names=network.exit_names,
         num_classes=network.num_classes,
     )
@@ -191,6 +232,23 @@ def _batch_dims(x: Any) -> list[int | None]:
     size = batch_size_of(x)
     return [
         0 if value.dim() > 0 and value.shape[0] == size else None for value in _tensors(x).values()
+    ]
+
+
+def length_dims(x: Any) -> list[tuple[int, ...]]:
+    """Return the dimensions of each tensor that are as long as the tokens; none without tokens.
+
+    Tokens are whole numbers [B, T]. Tensors [B, T, ...] beside them, such as masks, go with them.
+    """
+    tensors = list(_tensors(x).values())
+    whole = [not tensor.is_floating_point() and tensor.dim() == 2 for tensor in tensors]
+    found = {tensor.shape[1] for tensor, is_whole in zip(tensors, whole, strict=True) if is_whole}
+    # A length of 1 is not told from a size that is repeated.
+    length = found.pop() if len(found) == 1 else 1
+    size = batch_size_of(x)
+    return [
+        (1,) if length > 1 and tensor.dim() > 1 and tensor.shape[:2] == (size, length) else ()
+        for tensor in tensors
     ]
 
 
@@ -315,21 +373,26 @@ def exporting(name: str) -> Iterator[None]:
             ) from error
 
 
-def any_batch(dims: Sequence[int | None]) -> tuple[dict[int, torch.export.Dim], ...]:
-    """Describe tensors with a batch dimension of any size to torch.export."""
+def any_size(dims: Sequence[FreeDims]) -> tuple[dict[int, Any], ...]:
+    """Describe tensors with dimensions of any size to torch.export."""
     batch = torch.export.Dim("batch", min=1, max=65536)
-    return tuple({} if dim is None else {dim: batch} for dim in dims)
+    return tuple(
+        ({} if free.batch is None else {free.batch: batch})
+        # The model may bound a length, such as by its table of positions.
+        | dict.fromkeys(free.lengths, torch.export.Dim.AUTO)
+        for free in dims
+    )
 
 
 def _export(
-    model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[int | None]
+    model: nn.Module, name: str, tensors: Sequence[Tensor], dims: Sequence[FreeDims]
 ) -> fx.GraphModule:
     """Export a model in eval mode as a functional graph.
 
     The graph takes batches of any size. Nodes that only check the inputs are removed.
     """
     # A tuple of one entry, because the forward takes *tensors.
-    shapes = (any_batch(dims),)
+    shapes = (any_size(dims),)
     with evaluating(model), exporting(name):
         exported = torch.export.export(
             model, tuple(tensors), dynamic_shapes=shapes, strict=False
@@ -403,6 +466,13 @@ class _Cutting:
         self._batch = next(
             size for node in self._inputs if (size := self._batch_of(node)) is not None
         )
+        # Symbols of lengths: those of the inputs that are not the batch.
+        self._lengths = {
+            size.node.expr
+            for node in self._inputs
+            for size in node.meta["val"].shape
+            if isinstance(size, torch.SymInt) and size.node.expr != self._batch
+        }
         self._takes = [self._needed(index) for index in range(len(self._stages))]
         self._gives = [self._asked_for(index) for index in range(len(self._stages))]
 
@@ -415,6 +485,18 @@ class _Cutting:
             gives=tuple(tuple(map(self._name, nodes)) for nodes in self._gives),
             features=tuple(map(self._name, self._features)),
             batch_dims={self._name(node): self._batch_dim(node) for node in values},
+        )
+
+    def length_dims(self) -> dict[str, tuple[int, ...]]:
+        """Return the dimensions of each value that are as long as the sequence."""
+        values = [*self._inputs, *itertools.chain.from_iterable(self._gives)]
+        return {self._name(node): self._lengths_of(node) for node in values}
+
+    def _lengths_of(self, node: fx.Node) -> tuple[int, ...]:
+        return tuple(
+            dim
+            for dim, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, torch.SymInt) and size.node.expr in self._lengths
         )
 
     def stages(self) -> list[fx.GraphModule]:
@@ -454,7 +536,7 @@ class _Cutting:
         ]
         if self._batch in sizes:
             return sizes.index(self._batch)
-        if any(size is not None for size in sizes):
+        if any(size is not None and size not in self._lengths for size in sizes):
             raise NetworkError(
                 f"the value {node.name} of shape {tuple(node.meta['val'].shape)} crosses an exit "
                 "with samples and positions mixed in one dimension, so that no sample could be "

@@ -21,6 +21,7 @@ from .checksums import check_file
 from .description import (
     SCHEMA,
     check_input,
+    check_lengths,
     native,
     policy_of,
     read,
@@ -329,6 +330,7 @@ class Bundle:
             raise BundleError(
                 f"inputs of {sorted(sizes)} samples; expected the same number in each, at least 1."
             )
+        check_lengths(given, specs)
         return [native(given[name]) for name in self.wiring.inputs]
 
     def _here(self) -> dict[str, Any]:

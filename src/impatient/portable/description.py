@@ -126,6 +126,26 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
         )
 
 
+def check_lengths(
+    given: Mapping[str, np.ndarray[Any, Any]], specs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Check that inputs of any length have the same one.
+
+    Raises:
+        BundleError: if they differ.
+    """
+    lengths = {
+        name: given[name].shape[1]
+        for name, spec in specs.items()
+        if len(spec["shape"]) > 1 and spec["shape"][:2] == [None, None]
+    }
+    if len({*lengths.values()}) > 1:
+        raise BundleError(
+            f"inputs of different lengths, {lengths}; expected one length for tokens and what goes "
+            "with them."
+        )
+
+
 def native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Give an array the byte order of this machine, in which engines read it."""
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
