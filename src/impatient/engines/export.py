@@ -51,7 +51,7 @@ from impatient.policies.policy import Policy
 from impatient.provenance import dtype_of, machine, provenance
 from impatient.store import from_plain, to_plain
 from impatient.tasks.task import AGREEMENT, Task
-from impatient.training.data import Preprocess
+from impatient.training.preprocess import Preprocess
 from impatient.trees import map_samples
 
 log = logging.getLogger(__name__)
