@@ -563,8 +563,15 @@ class _Visits:
             ambient = self._run._position.ambient
             try:
                 # Few calls here: after a stage the caches are cold, and each takes microseconds.
-                if ambient.here():
-                    self.left = self._visit(self._run._exit_at(index, features))
+                if ambient.here() and self._run._size is None and not self._run._keep:
+                    run = self._run
+                    run._position.exit = index
+                    head = run._heads[index]
+                    self.left = self._visit(
+                        StagedExit(index, features, head, run._position, False, run._mask)
+                    )
+                elif ambient.here():
+                    self.left = self._called(index, features)
                 else:
                     self.left = ambient.enclose(self._called, index, features)
             except BaseException as error:

@@ -78,7 +78,7 @@ class ThresholdPolicy(TaskPolicy):
 
         The output of the last exit is always computed.
         """
-        return is_asked(self.score, self.thresholds, exit)
+        return self.thresholds[exit] < math.inf or is_asked(self.score, self.thresholds, exit)
 
     def for_run(self, samples: int, run: int = 0) -> Policy:  # noqa: ARG002  nothing is drawn
         """Return the rule of one run, which remembers outputs if it compares them."""

@@ -63,6 +63,8 @@ class RunState:
         self._closed = False
         # Whether the policy stops at this exit. None: it was not asked yet.
         self._stopped: bool | None = None
+        # Whether the policy needs outputs and features. None: it was not asked yet.
+        self._needs: tuple[bool, bool] | None = None
         # The exit that would come next. None: the network itself has stopped.
         self._following: int | None = 0
         self.exit: Exit | None = None
@@ -171,9 +173,12 @@ class RunState:
         exit = self.exit
         if policy is None or exit is None or not policy.looks_at(exit.index):
             return False
+        if self._needs is None:
+            self._needs = policy.needs_outputs, policy.needs_features
+        needs_outputs, needs_features = self._needs
         began = self._now()
         output = None
-        if policy.needs_outputs:
+        if needs_outputs:
             self.spent[-1] = (exit.index, True)
             output = exit.output()
         asked = self._now()
@@ -181,7 +186,7 @@ class RunState:
         # With one sample there is nothing to merge or remove, and every call here adds to the time
         # of each answer.
         if self.samples == 1:
-            pooled = self._network.pooled(exit) if policy.needs_features else None
+            pooled = self._network.pooled(exit) if needs_features else None
             stopped = policy.stops_one(exit.index, output, pooled)
         else:
             stopped = progress.add(exit)
@@ -230,6 +235,7 @@ class RunState:
                 "networks have been chosen by another policy in this run; begin a new run."
             )
         self._policy = policy
+        self._needs = None
         self._stopped = None
         if self._progress is not None:
             self._progress.override(policy)

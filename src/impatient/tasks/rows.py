@@ -39,6 +39,9 @@ def row_of(output: Tensor) -> Row | None:
 def max_probability(row: Row) -> float:
     """Compute the largest class probability."""
     largest = max(row)
+    if abs(largest) < 300.0:
+        # All in C; only infinities and what is far from any output need the longer way.
+        return math.exp(largest) / sum(map(math.exp, row))
     return 1.0 / sum([math.exp(value - largest) for value in row])
 
 
