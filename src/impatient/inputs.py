@@ -17,6 +17,9 @@ def call_model(model: Callable[..., Any], x: Any) -> Any:
 
     A mapping is passed as keywords, a tuple or list as positions, anything else as it is.
     """
+    # Asked first, because it is usual and because asking for a Mapping takes longer.
+    if isinstance(x, Tensor):
+        return model(x)
     if isinstance(x, Mapping):
         return model(**x)
     if isinstance(x, (tuple, list)):

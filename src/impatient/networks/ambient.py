@@ -60,13 +60,20 @@ class Ambient:
     slowly as in a loop.
     """
 
-    __slots__ = ("_autocast", "_casts", "_grad", "_inference")
+    __slots__ = ("_cache", "_casts", "_devices", "_grad", "_inference")
 
     def __init__(self) -> None:
         self._grad = is_grad_enabled()
         self._inference = is_inference_mode_enabled()
-        self._autocast = _Autocast.now()
         self._casts = _is_any_autocast_enabled()
+        self._cache = torch.is_autocast_cache_enabled()
+        self._devices = [(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
+        if len(_AUTOCAST_DEVICES) > 1:
+            self._devices = _Autocast.now().devices
+
+    @property
+    def _autocast(self) -> _Autocast:
+        return _Autocast(self._cache, self._devices)
 
     @classmethod
     def now(cls) -> Self:
