@@ -1,6 +1,6 @@
 """Measure what deciding about one sample takes: thresholds, linear gates, selections.
 
-    # half a minute; run it alone on the machine
+    # a minute; other work on the machine lengthens what is "cold"
     python benchmarks/decisions.py
 
 Each decision is asked as a runner asks it, about outputs of 10 classes and 64 pooled features, in

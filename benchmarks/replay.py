@@ -199,6 +199,8 @@ def clairvoyant(times: Times, budgets_s: np.ndarray) -> Any:
 
 def rows() -> list[Row]:
     held = {path.stem: load(path) for path in sorted(RECORDINGS.glob("*.npz"))}
+    if "idle" not in held:
+        raise SystemExit("no recording of an idle machine; make one with --record idle.")
     half = len(held["idle"].stages_s) // 2
     known = held["idle"].part(0, half)
     costs = known.profile()
