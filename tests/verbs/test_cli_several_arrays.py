@@ -70,6 +70,17 @@ def test_a_recorded_text_is_answered_alike_alone(texts_run, call, tmp_path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.engine
+def test_an_exported_text_classifier_reads_texts_of_all_lengths_alike(texts_run, call) -> None:
+    code, printed = call("export", texts_run, "--repeats", "1", "--quiet")
+    assert code == 0, printed
+    assert call("record", texts_run, "--engine", "onnxruntime", "--quiet")[0] == 0
+    run = RunDirectory(texts_run)
+    made, torchs = (part.recording("test") for part in (run.engine("onnxruntime"), run))
+    torch.testing.assert_close(made.logits(), torchs.logits(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arrays", "complaint"),
     [

@@ -80,6 +80,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
 
     from impatient.engines.export import add_costs, engine_times, read_bundle
     from impatient.engines.network import engine_label
+    from impatient.trees import take
 
     use_threads(options.threads)
     engine = options.engine
@@ -100,7 +101,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
         options.place or seen.here,
         engine=engine,
         precision=options.precision,
-        example=samples[0][:4],
+        example=take(samples[0], range(4)),
         threads=torch.get_num_threads(),
         calibration=samples,
         policy=rule,
@@ -124,7 +125,7 @@ def export(options: ExportOptions) -> tuple[EngineTimes, ...]:
     # others cannot be exported
     assert isinstance(network, impatient.MultiExitNetwork)
     agreement = read_bundle(target)["agreement"]
-    return engine_times(network, made, agreement, samples[0][:1], repeats=options.repeats)
+    return engine_times(network, made, agreement, take(samples[0], [0]), repeats=options.repeats)
 
 
 def shown(_: ExportOptions, rows: Sequence[EngineTimes]) -> Iterator[Table]:
