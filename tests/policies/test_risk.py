@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, norm
 
 from impatient.costs import CostProfile
 from impatient.errors import (
@@ -184,7 +184,7 @@ def test_tails_as_mapie_computes_them():
 
 
 def slow_wealth(losses, mean, delta):
-    """Step by step, from the papers."""
+    """Step by step, from the papers; the greatest wealth."""
     wealth = 1.0
     greatest = -INF
     total = 0.0
@@ -193,6 +193,24 @@ def slow_wealth(losses, mean, delta):
     for step, loss in enumerate(losses, start=1):
         stake = min(1.0, math.sqrt(2 * math.log(1 / delta) / (len(losses) * variance)))
         wealth *= 1 - stake * (loss - mean)
+        greatest = max(greatest, wealth)
+        total += loss
+        squares += (loss - (0.5 + total) / (1 + step)) ** 2
+        variance = (0.25 + squares) / (1 + step)
+    return greatest
+
+
+def slow_goal(losses, mean, delta):
+    """Step by step, with the stakes of Browne 1999 for a goal a little above 1 / delta."""
+    wealth = greatest = 1.0
+    goal = 1.05 / delta
+    total = squares = 0.0
+    variance = 0.25
+    for step, loss in enumerate(losses, start=1):
+        share = min(max(wealth / goal, 1e-12), 1 - 1e-9)
+        stake = goal * norm.pdf(norm.ppf(share)) / math.sqrt(variance * (len(losses) - step + 1))
+        if wealth < 1 / delta:
+            wealth -= min(stake, wealth) * (loss - mean)
         greatest = max(greatest, wealth)
         total += loss
         squares += (loss - (0.5 + total) / (1 + step)) ** 2
@@ -216,19 +234,11 @@ def test_the_bound_against_another_root_finder(losses, delta):
 @quick
 @given(losses=bounded | signed, epsilon=st.floats(0.01, 0.99))
 def test_betting_p_values_against_the_slow_way(losses, epsilon):
-    slow = slow_wealth(losses, epsilon, 0.1)
+    slow = slow_goal(losses, epsilon, 0.1)
     expected = 1.0 if slow <= 1 else 1 / slow
     assert float(
         betting_p_values(torch.tensor(losses, dtype=torch.float64), epsilon, 0.1)
     ) == pytest.approx(expected, rel=1e-9)
-
-
-@quick
-@given(losses=signed, epsilon=st.floats(0.01, 0.99))
-def test_a_bound_is_below_epsilon_exactly_where_the_bet_against_epsilon_is_won(losses, epsilon):
-    values = torch.tensor([losses, losses[::-1]], dtype=torch.float64)
-    won = betting_p_values(values, epsilon, 0.3) <= 0.3
-    assert (waudby_smith_ramdas_bound(values, 0.3) <= epsilon).equal(won)
 
 
 def test_many_at_once_are_as_one_by_one():
@@ -320,11 +330,15 @@ def test_the_word_about_a_signed_gap_is_kept(samples):
         assert float((true_risks(passed) >= 0.02).double().mean()) >= 0.5
 
 
-def test_betting_passes_exactly_where_its_bound_is_small_enough():
-    losses = trials(100)[:100]
-    assert (waudby_smith_ramdas_bound(losses, delta=0.1) <= 0.1).equal(
-        betting_p_values(losses, 0.1, delta=0.1) <= 0.1
-    )
+def test_bets_that_aim_at_the_last_loss_win_where_others_do_not_yet():
+    """Mean gaps of two standard errors below epsilon: 59 % of splits pass, with stakes that only
+    follow the variance it were 50 %.
+    """
+    draws = torch.rand(TRIALS, 1000, generator=random(5), dtype=torch.float64)
+    losses = (draws < 0.1258).double() - (draws > 0.9).double()
+    passed = float((betting_p_values(losses, 0.05, delta=0.05) <= 0.05).double().mean())
+    before = float((waudby_smith_ramdas_bound(losses, 0.05) <= 0.05).double().mean())
+    assert passed >= before + 0.05
 
 
 @pytest.mark.parametrize("samples", [100, 1000])
@@ -802,3 +816,22 @@ def test_an_empty_part_is_refused(share):
 def test_splits_overlap_by_their_names(first, second, overlap):
     assert splits_overlap(first, second) is overlap
     assert splits_overlap(second, first) is overlap
+
+
+def test_a_graded_quality_is_called_by_its_name():
+    random_ = random(9)
+    truth = torch.randn(900, 1, generator=random_)
+    outputs = (
+        truth + torch.randn(2, 900, 1, generator=random_) * torch.tensor([0.3, 0.1])[:, None, None]
+    )
+    recording = Recording.of(outputs, truth, split="validation", task="regression:scale=1")
+    candidates = threshold_family(recording.take(torch.arange(400), "fit"), score="constant")
+    held = recording.take(torch.arange(400, 900), "calibration")
+    found = control_risk(candidates, held, epsilon=0.3).certificate
+    assert found.statement.startswith(
+        "With probability 95 %, at most 30 points of quality are lost on average against the full"
+    )
+    assert "wrongly" not in found.statement
+    assert found.statement.endswith("points).")
+    of_gap = control_risk(candidates, held, epsilon=0.3, loss="accuracy_gap").certificate
+    assert "the mean quality is at most 30 points below" in of_gap.statement

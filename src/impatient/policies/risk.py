@@ -51,7 +51,7 @@ from impatient.policies.rules import ThresholdPolicy, scores_of
 from impatient.policies.splits import splits_overlap
 from impatient.provenance import Provenance
 from impatient.store import Stored
-from impatient.tasks import Task, is_classification
+from impatient.tasks import Task, is_classification, known
 from impatient.tasks.classification import top_of
 
 Loss = Literal["accuracy_gap", "positive_gap", "disagreement"]
@@ -119,8 +119,9 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
         chosen: the index of the one chosen, the most aggressive that passed; None for the full
             network, when none did.
         risk: mean loss of the chosen one on the calibration split.
-        bound: what the method's own bound says of the chosen one by itself, at most epsilon. Not a
-            guarantee: of many candidates, one was chosen for it.
+        bound: what a bound says of the chosen one by itself, at most epsilon. Not a guarantee: of
+            many candidates, one was chosen for it.
+        quality_name: what the task calls its quality; empty where answers are right or wrong.
         provenance: provenance of the recording.
     """
 
@@ -134,6 +135,7 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
     chosen: int | None
     risk: float
     bound: float
+    quality_name: str = ""
     provenance: Provenance
 
     @property
@@ -150,9 +152,12 @@ class Certificate(Stored, made_by="`impatient fit --delta`"):
             if self.delta is None
             else f"With probability {100 * (1 - self.delta):g} %"
         )
+        said = (_GRADED if self.quality_name else _SAID)[self.loss]
+        unit = "points" if self.quality_name else "%"
+        found = f"on which it was {100 * self.risk:.3g} {unit}"
         return (
-            f"{sure}, {_SAID[self.loss].format(100 * self.epsilon)} ({self.method}; {self.samples} "
-            f"samples of {self.split!r}, on which it was {100 * self.risk:.3g} %)."
+            f"{sure}, {said.format(100 * self.epsilon, self.quality_name)} ({self.method}; "
+            f"{self.samples} samples of {self.split!r}, {found})."
         )
 
 
@@ -162,6 +167,15 @@ _SAID: Mapping[Loss, str] = {
         "at most {:g} % of inputs are answered wrongly that the full network answers rightly"
     ),
     "disagreement": "at most {:g} % of inputs are answered otherwise than by the full network",
+}
+# of qualities between 0 and 1, such as the IoU of an image
+_GRADED: Mapping[Loss, str] = {
+    "accuracy_gap": "the mean {1} is at most {0:g} points below the full network's",
+    "positive_gap": (
+        "at most {0:g} points of {1} are lost on average against the full network, where inputs on "
+        "which more is reached count as no loss"
+    ),
+    "disagreement": _SAID["disagreement"],
 }
 
 
@@ -307,7 +321,8 @@ def control_risk(
         candidates=len(candidates),
         chosen=None if chosen < 0 else chosen,
         risk=0.0 if chosen < 0 else float(losses_JN[chosen].mean()),
-        bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], delta, method, bets),
+        bound=0.0 if chosen < 0 else _bound(losses_JN[: chosen + 1], epsilon, delta, method, bets),
+        quality_name=_graded_name(recording.task),
         provenance=recording.provenance,
     )
     if chosen < 0:
@@ -367,12 +382,23 @@ def _certified(
     return learn_then_test(losses_JN, epsilon=epsilon, delta=delta, p_values=tails)
 
 
-def _bound(losses_JN: Float[Tensor, "J N"], delta: float, method: Method, bets: bool) -> float:
-    """Of the last of these candidates, by the method that it passed."""
+def _graded_name(task: str) -> str:
+    """Return what a task calls its quality, or nothing where answers are right or wrong."""
+    if task.partition(":")[0] in ("classification", "binary"):
+        return ""
+    meaning = known(task)
+    return meaning.quality_name if meaning else "quality"
+
+
+def _bound(
+    losses_JN: Float[Tensor, "J N"], epsilon: float, delta: float, method: Method, bets: bool
+) -> float:
+    """Bound the loss of the last of these candidates, which have passed the method's test."""
     if method == "conformal_risk_control":
         return float(expected_bound(losses_JN)[-1])
     if bets or method == "upper_confidence":
-        return float(waudby_smith_ramdas_bound(losses_JN[-1], delta))
+        # other stakes than those of the test, which bets against epsilon alone
+        return min(epsilon, float(waudby_smith_ramdas_bound(losses_JN[-1], delta)))
     lost = int(losses_JN[-1].sum())
     samples = losses_JN.shape[1]
     # Clopper and Pearson
