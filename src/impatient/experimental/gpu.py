@@ -18,7 +18,7 @@ events:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,8 +33,9 @@ from impatient.inputs import batch_size_of, first_tensor
 from impatient.networks.cascade import Cascade
 from impatient.policies.policy import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
-from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.limits import Limit, limits_of
 from impatient.runtime.progress import asked, filled
+from impatient.runtime.rows import Deadlines, Limits, one_for_all
 from impatient.runtime.runner import RESERVE_S, Runner
 
 
@@ -140,15 +141,13 @@ class GpuRunner(Runner):
         self._ahead = ahead
         self._queue = queue
 
-    def run(
-        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
-    ) -> Answer:
+    def run(self, x: Any, *, deadline: Deadlines = NEVER, limits: Limits | None = None) -> Answer:
         """Answer by a deadline that is known now.
 
         Args:
             x: input on the device; its batch size or a larger one must have been profiled.
-            deadline: deadline as for `Runner.run`.
-            limits: limits as for `Runner.run`.
+            deadline: deadline as for `Runner.run`, one for all rows.
+            limits: limits as for `Runner.run`, the same for all rows.
         Returns:
             The answer of the deepest exit that has arrived, or of the exits at which the policy
             stopped, on the host.
@@ -159,8 +158,9 @@ class GpuRunner(Runner):
         Sync:
             Waits only for copies of outputs, and not beyond the deadline once there is an answer.
         """
-        ahead = _RunAhead(self, x, deadline, limits_of(self.costs, limits))
-        self._check_first(self._predictor(batch_size_of(x)), ahead.begin, deadline)
+        last, bounds = one_for_all(deadline, limits)
+        ahead = _RunAhead(self, x, last, limits_of(self.costs, bounds))
+        self._check_first(self._predictor(batch_size_of(x)), ahead.begin, last)
         self._check_limits(ahead.limits)
         queue = self._queue or CudaQueue(first_tensor(x).device)
         self._queue = queue

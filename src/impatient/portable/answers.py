@@ -33,6 +33,22 @@ class TimeSpent(NamedTuple):
     first_s: float = 0.0
 
 
+class RowAnswer(NamedTuple):
+    """The answer of one row of a batch whose rows have budgets of their own.
+
+    Attributes:
+        exit: exit that its output comes from.
+        stopped_by: reason for stopping, as in `Answer`.
+        elapsed_s: seconds from the call until its output was ready; the batch may go on.
+        deadline_met: whether it was ready by its own deadline.
+    """
+
+    exit: int
+    stopped_by: StoppedBy
+    elapsed_s: float
+    deadline_met: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer(Generic[Output]):
     """The answer of a run.
@@ -46,6 +62,7 @@ class Answer(Generic[Output]):
             its cost), "deadline", "limit" (of MACs, bytes or joules; only in the library) or
             "interrupt".
         deadline_met: whether the answer was ready by the deadline; True if there was none.
+        rows: answers of the rows, where each had a deadline or limit of its own; otherwise empty.
         spent: where the time went; None for answers of an exported directory.
     """
 
@@ -56,6 +73,7 @@ class Answer(Generic[Output]):
     stopped_by: StoppedBy
     deadline_met: bool
     spent: TimeSpent | None = None
+    rows: tuple[RowAnswer, ...] = ()
 
 
 class BatchProgress:

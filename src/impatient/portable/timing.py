@@ -118,6 +118,10 @@ class TimePredictor:
         """Return the seconds to allow for an exit, 0 beyond the last exit."""
         return self._next_s[exit] * self.scale if exit < len(self._next_s) else 0.0
 
+    def head_s(self, exit: int) -> float:
+        """Return the seconds to allow for the head of an exit, and for asking the policy there."""
+        return (self._next_s[exit] - self._stage_s[exit]) * self.scale
+
     def fits(self, exit: int, now: float, deadline: float, reserve_s: float) -> bool:
         """Tell whether an exit can answer before the deadline.
 

@@ -21,6 +21,7 @@ from impatient.errors import NoAnswerInTime, RunError
 from impatient.policies.policy import Policy
 from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.limits import Limit, Unit, limits_of
+from impatient.runtime.rows import RowBudgets, concluded
 from impatient.runtime.run_state import RunState
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class BackgroundRun:
         if self._latest.stopped_by in ("final", "policy", "limit"):
             return self._latest
         passed = self._clock.now() >= self._deadline.instant
-        return replace(self._latest, stopped_by="deadline" if passed else "interrupt")
+        return concluded(self._latest, "deadline" if passed else "interrupt")
 
     def _over(self) -> bool:
         """Tell whether the run was abandoned or has answered in time."""
@@ -175,6 +176,7 @@ class InterruptibleRun(BackgroundRun):
         limits: tuple[Limit, ...],
         *,
         resumable: bool,
+        rows: RowBudgets | None = None,
     ) -> None:
         super().__init__(runner.clock, deadline, runner.when_late)
         # Kept, so that the runner outlives the runs it has begun.
@@ -182,6 +184,8 @@ class InterruptibleRun(BackgroundRun):
         self._state = state
         self._limits = limits
         self._resumable = resumable
+        # Budgets of single rows; None where all have the same.
+        self._rows = rows
         # Whether the answer of the present exit was posted.
         self._posted = True
         # Why the run stops at the present exit, whatever callers want.
@@ -344,6 +348,8 @@ class InterruptibleRun(BackgroundRun):
                 return
             self._posted = True
             self._stopped_by = stopped_by
+            if self._rows is not None:
+                answer = self._rows.post(answer, self._latest, begin)
             # A late answer must not replace one that was in time.
             if self._latest is None or answer.deadline_met:
                 self._latest = answer

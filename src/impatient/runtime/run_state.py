@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from impatient.anytime import Exit, Network, Run, begin
@@ -79,6 +80,21 @@ class RunState:
     def size(self) -> int:
         """Return the number of rows that the next stage runs."""
         return self.samples if self._progress is None else self._progress.size
+
+    @property
+    def device(self) -> torch.device | None:
+        """Return the device of the input; None stands for the CPU."""
+        return self._device
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """Return the names of the network's exits."""
+        return self._network.exit_names
+
+    @property
+    def policy(self) -> Policy | None:
+        """Return the policy of the run."""
+        return self._policy
 
     @property
     def following(self) -> int:

@@ -14,6 +14,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -41,6 +42,14 @@ from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.miss_rate import MissRate, spread_of
 from impatient.runtime.profile import check_profile
 from impatient.runtime.report import RunLog, RunReport
+from impatient.runtime.rows import (
+    Deadlines,
+    Limits,
+    RowBudgets,
+    largest,
+    row_deadlines,
+    row_limits,
+)
 from impatient.runtime.run_state import RunState
 
 
@@ -150,23 +159,26 @@ class Runner:
         if self._miss_rate is not None and allowed_s < math.inf:
             self._miss_rate.answered(late=not answer.deadline_met, exit=answer.exit)
 
-    def run(
-        self, x: Any, *, deadline: Deadline = NEVER, limits: Mapping[Unit, float] | None = None
-    ) -> Answer:
+    def run(self, x: Any, *, deadline: Deadlines = NEVER, limits: Limits | None = None) -> Answer:
         """Answer by a deadline that is known now, with a contract run.
 
         Args:
             x: input of the network. The costs of the next larger batch size that was profiled are
                 used as an upper bound.
             deadline: deadline, such as `Deadline.after(0.008)`; make it where the request comes in.
-            limits: most "macs", "bytes" or "energy_j" to spend, per sample.
+                A list has one for each row of the batch: rows leave when theirs is spent.
+            limits: most "macs", "bytes" or "energy_j" to spend, per sample; a list has one for each
+                row.
         Returns:
             The answer of the deepest exit that fits, or of the exit at which the policy stopped.
+            With deadlines or limits of rows, its `rows` say of each where and why it stopped.
         Raises:
             NoAnswerInTime: if not even the first exit fits and the runner was made with
                 when_late="raise".
             CostError: if the batch is larger than all that were profiled, or if the profile has no
                 measurements of a limited resource.
+            RunError: if there is not one deadline or limit per row, or rows with budgets of their
+                own are to be sent from network to network.
         """
         return ContractRun(self, x)._run_once(deadline, limits)
 
@@ -184,8 +196,8 @@ class Runner:
         self,
         x: Any,
         *,
-        deadline: Deadline = NEVER,
-        limits: Mapping[Unit, float] | None = None,
+        deadline: Deadlines = NEVER,
+        limits: Limits | None = None,
         resumable: bool = False,
     ) -> InterruptibleRun:
         """Start an interruptible run on the runner's own thread and return at once.
@@ -194,20 +206,29 @@ class Runner:
 
         Args:
             x: input of the network.
-            deadline: latest time at which `InterruptibleRun.result` returns.
-            limits: most "macs", "bytes" or "energy_j" to spend, per sample.
+            deadline: latest time at which `InterruptibleRun.result` returns. A list has one for
+                each row: it leaves once its deadline has passed, with the answer it had by then.
+            limits: most "macs", "bytes" or "energy_j" to spend, per sample; a list has one for each
+                row.
             resumable: whether `InterruptibleRun.refine` may continue the run after it was stopped.
                 The run then keeps its features until it is closed, and its stage in flight is not
                 cancelled.
         Raises:
             NoAnswerInTime: if the limits do not allow the first exit and the runner was made with
                 when_late="raise".
+            RunError: if there is not one deadline or limit per row, or rows with budgets of their
+                own are to be sent from network to network, or the run is to be resumable.
         """
-        check_deadline(deadline)
-        bounds = limits_of(self.costs, limits)
-        self._check_limits(bounds)
         state = self._new_state(x)
-        run = InterruptibleRun(self, state, deadline, bounds, resumable=resumable)
+        rows, last, _ = self.by_row(state, deadline, limits, predicts=False)
+        bounds = limits_of(self.costs, largest(limits))
+        self._check_limits(bounds)
+        if rows is not None and resumable:
+            raise RunError(
+                "rows have budgets of their own, so that those that have left cannot go on; "
+                "expected resumable=False."
+            )
+        run = InterruptibleRun(self, state, last, bounds, resumable=resumable, rows=rows)
         self._worker.do(run, run._work, state if resumable else None)
         return run
 
@@ -290,6 +311,43 @@ class Runner:
         policy = self.begun(batch_size_of(x))
         return RunState(self.network, x, policy, self._compaction, self.clock)
 
+    def by_row(
+        self, state: RunState, deadline: Deadlines, limits: Limits | None, *, predicts: bool = True
+    ) -> tuple[RowBudgets | None, Deadline, Deadline]:
+        """Give each row of a run its own budgets, if there are any.
+
+        Args:
+            state: the run, before its first stage.
+            deadline: deadline of all rows, or one each.
+            limits: limits of all rows, or one each.
+            predicts: whether rows leave before a stage that does not fit; else they leave when
+                their deadline has passed.
+        Returns:
+            The rule that stops rows, if there is one, the last deadline and the first one.
+        """
+        deadlines = row_deadlines(deadline, state.samples)
+        limited = row_limits(self.costs, limits, state.samples)
+        ends: Any = deadlines or [deadline]
+        last = max(ends, key=lambda entry: entry.instant)
+        first = min(ends, key=lambda entry: entry.instant)
+        if deadlines is None and limited is None:
+            return None, last, first
+        if state.policy is not None and state.policy.routes:
+            raise RunError(
+                "rows have budgets of their own, but the policy sends them from network to "
+                "network; expected one deadline for all, or a policy that only stops."
+            )
+        rows = RowBudgets(
+            state.policy,
+            state,
+            deadlines or [last] * state.samples,
+            limited or [()] * state.samples,
+            self.clock,
+            (lambda: self._predictor(state.size)) if predicts else None,
+        )
+        state.override(rows)
+        return rows, last, first
+
     def _predictor(self, size: int) -> TimePredictor:
         if size in self._predictors:
             return self._predictors[size]
@@ -338,6 +396,10 @@ class ContractRun:
         self._begin = 0.0
         self._deadline = NEVER
         self._limits: tuple[Limit, ...] = ()
+        # Budgets of single rows; None where all have the same.
+        self._rows: RowBudgets | None = None
+        # The deadline that comes first.
+        self._earliest = NEVER
         # Why the run stops at the present exit; None if it goes on.
         self._stopped_by: StoppedBy | None = None
         # Instant at which the latest stage began.
@@ -384,7 +446,7 @@ class ContractRun:
                 self._step(state.advance())
             return self._answer()
 
-    def _run_once(self, deadline: Deadline, limits: Mapping[Unit, float] | None) -> Answer:
+    def _run_once(self, deadline: Deadlines, limits: Limits | None) -> Answer:
         """Answer, and discard what has not been computed; nothing pauses, so that is faster."""
         begin = self._runner.clock.now()
         answers: list[Answer] = []
@@ -398,7 +460,12 @@ class ContractRun:
 
         with torch.inference_mode():
             try:
-                self._prepare(begin, deadline, limits)
+                if isinstance(deadline, Deadline) and not limits:
+                    self._prepare(begin, deadline, None)
+                else:
+                    given = self._runner.by_row(self._state, deadline, limits)
+                    self._rows, last, self._earliest = given
+                    self._prepare(begin, last, largest(limits))
                 self._check_first(begin)
                 self._state.walk(visit)
             finally:
@@ -422,13 +489,15 @@ class ContractRun:
         check_deadline(deadline)
         self._begin = begin
         self._deadline = deadline
+        if self._rows is None:
+            self._earliest = deadline
         self._limits = limits_of(self._runner.costs, limits) if limits else ()
         self._stopped_by = None
         self._state.reset_times()
 
     def _check_first(self, now: float) -> None:
         if self._runner.when_late == "raise":
-            self._runner._check_first(self._predictor, now, self._deadline)
+            self._runner._check_first(self._predictor, now, self._earliest)
             self._runner._check_limits(self._limits)
         self._began = now
 
@@ -450,6 +519,8 @@ class ContractRun:
         """Find out why to stop here; None if there is no reason."""
         state = self._state
         stopped_by: StoppedBy | None = state.stops()
+        if self._rows is not None:
+            self._rows.mark(self._runner.clock.now())
         if stopped_by is None and self._limits and not state.allowed(self._limits):
             stopped_by = "limit"
         if stopped_by is None and self._deadline.instant < math.inf:
@@ -489,6 +560,11 @@ class ContractRun:
         )
         step_s = begin + answer.elapsed_s - self._began
         self._observe(None if self._stage_s is None else step_s, answered=True)
+        if self._rows is not None:
+            rows = self._rows.answers(exits, begin, begin + answer.elapsed_s, self._stopped_by)
+            deepest = max(rows, key=lambda row: row.exit)
+            met = all(row.deadline_met for row in rows)
+            answer = replace(answer, rows=rows, stopped_by=deepest.stopped_by, deadline_met=met)
         if self._observes:
             self._runner._note(answer, deadline.instant - begin)
         return answer
