@@ -34,6 +34,10 @@ from impatient.store import Stored
 STEEPNESS = 4.0
 
 
+# What stands for no limit, of any cost: sums of it are finite.
+UNLIMITED = 1e300
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget(Stored, made_by="impatient.budgets"):
     """A distribution over budgets.
@@ -339,8 +343,13 @@ class SampleBudgets:
         return exit_weights_many(different, costs_s)[[rows[budget] for budget in self.each]]
 
     def summary(self) -> Budget:
-        """Return the distribution of the samples' mean budgets, for tables and plots."""
-        return empirical([budget.mean_s() for budget in self.each], cost=self.cost)
+        """Return the distribution of the samples' mean budgets, for tables and plots.
+
+        Samples without a limit are left out, unless there are no others.
+        """
+        means = [budget.mean_s() for budget in self.each]
+        limited = [mean for mean in means if mean < UNLIMITED]
+        return empirical(limited or means, cost=self.cost)
 
 
 def per_sample(
@@ -349,10 +358,11 @@ def per_sample(
     """Make the budgets of single samples: numbers that are known, or distributions p(t | x).
 
     Args:
-        budgets: one per sample, in seconds or in the unit of `cost`; or one distribution each.
+        budgets: one per sample, in seconds or in the unit of `cost`, infinity for no limit; or one
+            distribution each.
         cost: what numbers limit; distributions say it themselves.
     Raises:
-        BudgetError: if there are none, a number is negative or not finite, or kinds of cost differ.
+        BudgetError: if there are none, a number is negative or NaN, or kinds of cost differ.
     Source:
         Impatient DNNs: individual budgets, given a priori for each test example.
     Example:
@@ -362,7 +372,9 @@ def per_sample(
     return SampleBudgets(
         tuple(
             # a budget of 0 pays for nothing, and so does the smallest number
-            budget if isinstance(budget, Budget) else point(float(budget) or 5e-324, cost=cost)
+            budget
+            if isinstance(budget, Budget)
+            else point(min(float(budget), UNLIMITED) or 5e-324, cost=cost)
             for budget in budgets
         )
     )

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from impatient.evaluation.paired import PairedComparison
 
 
+# What the budgets of single samples are called, which a column of the data holds.
+OWN = "of each sample"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateOptions(VerbOptions):
     """Judge every exit and policy on the test split.
@@ -97,7 +101,11 @@ def evaluate(options: EvaluateOptions) -> impatient.Evaluation:
             [RunDirectory(other, trust=options.trust) for other in options.against],
             recording.task,
         ),
-        budgets=standard_budgets(costs.interruptible_s()) | _chosen_budget(run, options.budget),
+        budgets={
+            **standard_budgets(costs.interruptible_s()),
+            **_chosen_budget(run, options.budget),
+            **_own_budgets(run),
+        },
     )
     if options.real:
         evaluation = _with_real_times(evaluation, run, costs, policies, options.real)
@@ -209,6 +217,15 @@ def _static(
             others, recordings, networks[1:], times, strict=True
         )
     }
+
+
+def _own_budgets(run: RunDirectory) -> dict[str, impatient.budgets.SampleBudgets]:
+    """Give the budgets of single samples, if the data have some."""
+    # else the data need not be read
+    if not run.has_network or "budget=" not in run.spec().data:
+        return {}
+    found = run.data().budgets("test")
+    return {} if found is None else {OWN: impatient.budgets.per_sample(found.tolist())}
 
 
 def _chosen_budget(run: RunDirectory, text: str | None) -> dict[str, impatient.Budget]:
