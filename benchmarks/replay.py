@@ -1,18 +1,20 @@
 """Replay recorded stage times against the rules that decide whether the next exit still fits.
 
-    # trains heads; then records a machine under the name NAME, for a minute; run the first alone
+    # trains heads; then records a machine, for a minute: alone, with busy processes of its own
+    # (loaded), or with whatever else runs (shared)
     python benchmarks/replay.py --record idle
     python benchmarks/replay.py --record loaded
-    # some minutes, on any machine, busy or not: all times come from benchmarks/recordings
+    # a minute, on any machine, busy or not: all times come from benchmarks/recordings
     python benchmarks/replay.py
 
 The recorded network is the pretrained CIFAR-10 ResNet-20 of the shared data with eight exits
 (benchmarks/deadlines.py). A recording holds the seconds of every stage and head in 4,000 runs, and
-which exits were right. The first half of "idle" is the profile; every rule is judged on the second
-half of each recording, and on two disturbed copies of that of "idle": *slowed* 1.8 times in its
-middle half, and *interrupted* for 3 ms in 2 % of the stages of its first half. Four budgets from
-0.55 to 1.5 times the median of the whole network, in turn. The runner is the real one, on a clock
-that the recording moves, so its own time is not counted.
+which exits were right. The first half of "idle", or without it of the first recording, is the
+profile; every rule is judged on the second half of each recording, and on two disturbed copies of
+that of the profile's: *slowed* 1.8 times in its middle half, and *interrupted* for 3 ms in 2 % of
+the stages of its first half. Four budgets from 0.55 to 1.5 times the median of the whole network,
+in turn. The runner is the real one, on a clock that the recording moves, so its own time is not
+counted.
 
 "missed" is the share of late answers, "floor" that of the first exit alone, "right in time" counts
 a late answer as wrong. "depth after" is the mean exit in the 200 runs that follow 200 runs after
@@ -199,14 +201,15 @@ def clairvoyant(times: Times, budgets_s: np.ndarray) -> Any:
 
 def rows() -> list[Row]:
     held = {path.stem: load(path) for path in sorted(RECORDINGS.glob("*.npz"))}
-    if "idle" not in held:
-        raise SystemExit("no recording of an idle machine; make one with --record idle.")
-    half = len(held["idle"].stages_s) // 2
-    known = held["idle"].part(0, half)
+    if not held:
+        raise SystemExit("no recordings; make one of an idle machine with --record idle.")
+    base = "idle" if "idle" in held else next(iter(held))
+    half = len(held[base].stages_s) // 2
+    known = held[base].part(0, half)
     costs = known.profile()
     median_s = float(np.median(known.reached_s()[:, -1]))
     regimes = {name: times.part(half, 2 * half) for name, times in held.items()}
-    regimes |= disturbed(regimes["idle"])
+    regimes |= disturbed(regimes[base])
     found = []
     for regime, times in regimes.items():
         budgets_s = np.resize(np.array(BUDGETS) * median_s, len(times.stages_s))
