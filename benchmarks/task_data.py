@@ -111,7 +111,7 @@ def _patches(train: int, test: int) -> dict[str, np.ndarray]:
 
 def cifar(source: Source, folder: Path) -> str:
     """Ten classes of pictures."""
-    return _saved(folder, source.pictures("cifar10", 8000, 2000))
+    return _saved(folder, source.pictures("cifar10", 5000, 2000))
 
 
 def signs(source: Source, folder: Path) -> str:
@@ -121,7 +121,7 @@ def signs(source: Source, folder: Path) -> str:
     columns = [FORBIDDEN | ENDS | ORDERS, DANGERS, edges, ORDERS, SPEEDS | {6}, ENDS]
     for column, classes in enumerate(columns):
         facts[list(classes), column] = 1
-    found = source.pictures("gtsrb32", 6000, 2000)
+    found = source.pictures("gtsrb32", 4000, 2000)
     return _saved(
         folder, {**found, **{f"y_{split}": facts[found[f"y_{split}"]] for split in _SPLITS}}
     )
@@ -132,7 +132,7 @@ def sentences(source: Source, folder: Path) -> str:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    found = source.sentences(20000)
+    found = source.sentences(12000)
     texts = folder / "texts"
     texts.mkdir(parents=True, exist_ok=True)
     for split, rows in found.items():
@@ -194,7 +194,7 @@ def large_masks(source: Source, folder: Path) -> str:
 
 def boxes(source: Source, folder: Path) -> str:
     """The same shapes; the box of each."""
-    found = source.pictures("cifar10", 6000, 1000)
+    found = source.pictures("cifar10", 3000, 1000)
     drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
     arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
     return _saved(

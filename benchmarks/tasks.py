@@ -77,15 +77,15 @@ CASES: Mapping[str, Case] = {
     ),
     "cifar": Case(
         task="classification",
-        words="CIFAR-10, 8,000 pictures",
-        model="impatient:resnet:n=2,c=16",
+        words="CIFAR-10, 5,000 pictures",
+        model="impatient:resnet:n=1,c=16",
         data=task_data.cifar,
         train=("--exits", "4", "--augment", "crop-flip"),
-        epochs=12,
+        epochs=8,
     ),
     "text": Case(
         task="classification",
-        words="SST-2, 20,000 sentences with masks; a small BERT",
+        words="SST-2, 12,000 sentences with masks; a small BERT",
         model="transformers:BertConfig:vocab_size=4000,hidden_size=64,num_hidden_layers=4,"
         "num_attention_heads=4,intermediate_size=128,max_position_embeddings=64,text=True",
         data=task_data.sentences,
@@ -94,7 +94,7 @@ CASES: Mapping[str, Case] = {
     ),
     "labels": Case(
         task="multi_label",
-        words="facts about traffic signs, six labels, 6,000 pictures of GTSRB",
+        words="facts about traffic signs, six labels, 4,000 pictures of GTSRB",
         model="impatient:resnet:n=1,c=16",
         data=task_data.signs,
         train=("--exits", "4", "--lr", "0.05"),
@@ -127,7 +127,7 @@ CASES: Mapping[str, Case] = {
     ),
     "boxes": Case(
         task="detection",
-        words="the boxes of the same shapes, 6,000 pictures; a small DETR",
+        words="the boxes of the same shapes, 3,000 pictures; a small DETR",
         model="task_models:Finder",
         data=task_data.boxes,
         train=(
@@ -139,7 +139,7 @@ CASES: Mapping[str, Case] = {
             "--batch-size",
             "64",
         ),
-        epochs=25,
+        epochs=20,
     ),
     "loop": Case(
         task="regression:scale=0.1",
