@@ -27,14 +27,16 @@ import numpy as np
 import task_data
 import torch
 from common import KEPT, RESULTS, ROOT, facts, write_results
+from matplotlib.figure import Figure
 
 import impatient
 from impatient import cli
-from impatient.evaluation import Evaluation
+from impatient.evaluation import Evaluation, plots
 from impatient.files import read_json, write_json, write_text
 from impatient.trees import map_leaves
 from impatient.verbs.run_directory import RunDirectory
 
+CURVES = ROOT / "docs" / "img" / "tasks.svg"
 PAGE = ROOT / "docs" / "how-to" / "tasks_table.md"
 TRUST = ("--trust", "task_models")
 # test samples that are run one by one
@@ -369,6 +371,8 @@ def write_page(place: Path) -> None:
     ]
     write_results("tasks", "Every task from the command line", f"The table: {PAGE.name}.", flat)
     write_text(PAGE, page(rows))
+    with plots.styled():
+        plots.save_figure(curves(rows), CURVES)
     print(f"wrote {PAGE}")
 
 
@@ -405,6 +409,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
         *(_time_line(name, found) for name, found in grouped.items() if found),
         "",
+        "![Quality over time of every row, one line a seed](../img/tasks.svg)",
+        "",
         "## What was refused",
         "",
         *_refused(grouped),
@@ -415,6 +421,24 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw quality over time of every row, and the networks without exits beside it."""
+    names = [name for name in CASES if any(row["case"] == name for row in rows)]
+    figure = Figure(figsize=(7.2, 2.3 * -(-len(names) // 3)), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(-(-len(names) // 3), 3, place + 1)
+        axes.set_title(name, size=9)
+        for row in rows:
+            if row["case"] == name:
+                times = [ms / row["alone_ms"] for ms in row["ms"]]
+                axes.plot(times, row["quality"], marker="o", markersize=3, linewidth=1)
+                axes.plot(1.0, row["alone"], marker="*", color="#d55e00")
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("time of the exit / time of the network without exits (star)", size=9)
+    figure.supylabel("quality", size=9)
+    return figure
 
 
 def _quality_line(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

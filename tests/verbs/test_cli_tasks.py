@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_diabetes, load_digits
 
 import toys
 from command_line import Call
+from drawn import objects
 from impatient.evaluation import Evaluation, Recording
 from impatient.verbs.run_directory import RunDirectory
 
@@ -70,11 +73,14 @@ def test_every_verb_speaks_of_the_tasks_own_quality(trained: Path) -> None:
     evaluation = Evaluation.load(trained / "evaluation.json")
     assert evaluation["exit 2"].accuracy.value == pytest.approx(float(recording.quality[2].mean()))
     assert evaluation["exit 2"].metrics
-    alone("report", trained)
+    alone("report", trained, "--trust", "toys")
+    page = (trained / "report.html").read_text()
+    assert ("Predicted against true" in page) == recording.task.startswith("regression")
     np.save(trained / "x.npy", np.load(trained.parent / "data.npz")["x_test"][0])
     [answer] = json.loads(alone("run", trained, trained / "x.npy", "--json", "--trust", "toys"))
     assert answer["probability"] is None
-    assert len(answer["answer"].split(", ")) == (3 if recording.task == "multi_label" else 1)
+    expected = {"binary": r"(yes|no) \(\d+ %\)", "multi_label": r"none|class \d(, class \d)*"}
+    assert re.fullmatch(expected.get(recording.task, r"-?[\d.]+"), answer["answer"])
 
 
 def test_a_loop_is_trained_and_run_from_the_command_line(call: Call, tmp_path: Path) -> None:
@@ -95,3 +101,45 @@ def test_a_loop_is_trained_and_run_from_the_command_line(call: Call, tmp_path: P
     code, printed = call("run", run, tmp_path / "x.npy", "--json", "--trust", "toys")
     assert code == 0, printed
     assert RunDirectory(run).spec().after == ("step", "step@1")
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_boxes_are_drawn_in_the_report_and_beside_answers(call: Call, tmp_path: Path) -> None:
+    (x, y), (x_test, y_test) = objects(60, 0), objects(40, 1)
+    arrays = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
+    # bytes, as pictures are
+    for split in ("train", "test"):
+        bright = (arrays[f"x_{split}"].clamp(0, 1) * 255).byte()
+        arrays[f"x_{split}"] = bright
+    names = np.array([HOSTILE, "hollow"])
+    np.savez(tmp_path / "data.npz", class_names=names, **{k: v.numpy() for k, v in arrays.items()})
+    np.save(tmp_path / "x.npy", arrays["x_test"][0].numpy())
+    run, trust = tmp_path / "run", ("--trust", "drawn")
+    train = ["--data", f"npz:{tmp_path / 'data.npz'}:layout=NCHW", "--task", "detection", "--quiet"]
+    train += ["--model", "drawn:Detector", "--after", "layers.0,layers.1", "--epochs", 1]
+    for arguments in (
+        # a threshold at which something is found without much training
+        ["train", run, *train, "--optimizer", "adamw", "--lr", 0.002, "--no-exit-free"],
+        ["profile", run, "--repeats", 5, *trust],
+        ["record", run, "--quiet", *trust],
+        ["fit", run, "--max-loss", 5],
+        ["evaluate", run, *trust],
+        ["report", run, *trust],
+        ["run", run, tmp_path / "x.npy", "--pictures", tmp_path / "seen", *trust],
+    ):
+        code, printed = call(*arguments)
+        assert code == 0, printed
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 250_000
+    assert HOSTILE not in page
+    # every picture beside what is true, and what each of three exits says
+    assert page.count('class="layer"') >= 2 * 16
+    assert page.count('"layer":"data:image/png;base64,') == 3 * 16
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    with Image.open(tmp_path / "seen" / "0-x.png") as seen:
+        assert seen.size == (16, 16)
+    code, printed = call("run", run, tmp_path / "x.npy", "--json", *trust)
+    assert code == 0
+    assert '"answer"' in printed

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,26 @@ def exit_shares(evaluation: Evaluation) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: percent(value, 0)))
         axes.set_xlabel("share of the samples")
         _legend(figure, axes, columns=min(exits, 6))
+    return figure
+
+
+def predicted_true(true: Sequence[float], said: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw what exits say of some numbers against the true ones.
+
+    Args:
+        true: the numbers, [N].
+        said: by the name of an exit, what it says of each.
+    """
+    with styled():
+        figure, axes = _figure("Predicted against true", 4.2)
+        ends = [min(true), max(true)]
+        axes.plot(ends, ends, color=MUTED, linewidth=1.0)
+        looks = ((ORANGE, "s"), (BLUE, "o"))
+        for (name, values), (colour, marker) in zip(said.items(), looks, strict=False):
+            axes.scatter(true, values, s=16, color=colour, marker=marker, alpha=0.65, label=name)
+        axes.set_xlabel("true")
+        axes.set_ylabel("predicted")
+        _legend(figure, axes)
     return figure
 
 

@@ -368,6 +368,8 @@
       const example = data.examples[index];
       const exit = Math.min(stopsAt(example.row), Math.max(cap, 0));
       const right = quality[exit * samples + example.row] > 127;
+      const layer = card.querySelector(".view:first-child .layer");
+      if (layer) layer.src = example.answers[exit].layer;
       card.classList.toggle("wrong", !right);
       card.querySelector("small").replaceChildren(`exit ${exit}: `);
       html(card.querySelector("small"), "bdi", {}, example.answers[exit].said);
@@ -386,6 +388,11 @@
       const column = html(mind, "div", place > exit ? { class: "left" } : {});
       html(column, "strong", {}, `exit ${place}${place === exit ? " answers" : place > exit ? " is not run" : ""}`);
       if (!answer.top.length) html(column, "div", {}, answer.said);
+      if (answer.layer) {
+        const view = html(column, "div", { class: "view" });
+        html(view, "img", { src: document.querySelectorAll(".sample")[index].querySelector("img").src, alt: "" });
+        html(view, "img", { class: "layer", src: answer.layer, alt: "" });
+      }
       for (const [name, share] of answer.top) {
         const bar = html(column, "div", { class: name === example.label ? "bar true" : "bar" });
         html(bar, "span").style.width = `${share * 100}%`;

@@ -34,6 +34,7 @@ from impatient.evaluation.plots import (
     LOG_BEYOND,
     PAPER,
     accuracy_time,
+    predicted_true,
     styled,
 )
 from impatient.evaluation.recording import Recording
@@ -86,10 +87,12 @@ class Said:
     Attributes:
         answer: the answer in a word or two.
         top: the likeliest answers and their probabilities, the likeliest first.
+        layer: bytes of a PNG to be seen over the picture, such as a mask; None without.
     """
 
     answer: str
     top: tuple[tuple[str, float], ...] = ()
+    layer: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,8 @@ class Example:
         exits: what each exit says, shallow to deep.
         picture: bytes of a picture, or None where there is nothing to see.
         media: media type of the picture.
+        layer: bytes of a PNG that shows over the picture what is true; None without.
+        words: words of a text, each with how much the answer depends on it, from -1 to 1.
     """
 
     sample: int
@@ -109,6 +114,8 @@ class Example:
     exits: tuple[Said, ...]
     picture: bytes | None = None
     media: str = "image/png"
+    layer: bytes | None = None
+    words: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +130,7 @@ class Report:
         policies: policies by the names they have in the evaluation.
         chosen_budget: name and distribution of the budgets this network was made for.
         examples: samples to look at.
+        numbers: true numbers and what exits say of them, by the exits' names, to draw.
         engines: answers of other engines beside torch's, and their evaluations, by name.
         compared: evaluations of other networks on the same data, or on other machines, by name.
         network: stages and heads of the network with their shares of the time, to draw.
@@ -137,6 +145,7 @@ class Report:
     policies: Mapping[str, Policy]
     chosen_budget: tuple[str, Budget] | None = None
     examples: Sequence[Example] = ()
+    numbers: tuple[Sequence[float], Mapping[str, Sequence[float]]] | None = None
     engines: Mapping[str, tuple[Sequence[PairedComparison], Evaluation]] = field(
         default_factory=dict
     )
@@ -237,6 +246,7 @@ def report_html(report: Report) -> str:
         figure=figure_svg(accuracy_time(evaluation, budget)),
         compared=content["compared"],
         examples=[_card(report, payload, example) for example in report.examples],
+        numbers=figure_svg(predicted_true(*report.numbers)) if report.numbers else "",
         network=network_svg(report.network, timed=True) if report.network else "",
         sections=list(_sections(report)),
         origins=_origins(evaluation, costs, report.facts),
@@ -467,7 +477,11 @@ def _example(payload: Payload, example: Example) -> dict[str, Any]:
         "row": int(np.flatnonzero(payload.rows == example.sample)[0]),
         "label": example.label,
         "answers": [
-            {"said": said.answer, "top": [[name, round(share, 4)] for name, share in said.top]}
+            {
+                "said": said.answer,
+                "top": [[name, round(share, 4)] for name, share in said.top],
+                "layer": _png(said.layer),
+            }
             for said in example.exits
         ],
     }
@@ -484,11 +498,24 @@ def _card(report: Report, payload: Payload, example: Example) -> dict[str, Any]:
         source = f"data:{example.media};base64,{data}"
     return {
         "source": source,
+        "layer": _png(example.exits[exit].layer),
+        "truth": _png(example.layer),
+        "words": [(word, _shade(weight)) for word, weight in example.words],
         "label": example.label,
         "exit": exit,
         "answer": example.exits[exit].answer,
         "right": bool(report.recording.quality[exit, example.sample] > 0.5),
     }
+
+
+def _png(layer: bytes | None) -> str:
+    return f"data:image/png;base64,{base64.b64encode(layer).decode('ascii')}" if layer else ""
+
+
+def _shade(weight: float) -> str:
+    """Name how strongly a word speaks for the answer or against it, for the style sheet."""
+    strength = round(3 * min(abs(weight), 1.0))
+    return f"{'for' if weight > 0 else 'against'}-{strength}" if strength else ""
 
 
 def _advice(report: Report, payload: Payload) -> list[str]:

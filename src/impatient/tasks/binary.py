@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from impatient.errors import TaskError
 from impatient.tasks.task import Task
+from impatient.tasks.words import CERTAIN
 
 # true positives, false positives, false negatives, all samples, right ones
 STATISTICS = 5
@@ -32,6 +34,8 @@ def binary() -> Task:
         distance=lambda output, other: (column(output).sigmoid() - column(other).sigmoid()).abs(),
         statistics=statistics,
         summary=summary,
+        says=said,
+        ideal=lambda target, output: (2 * target.float() - 1).reshape(output.shape) * CERTAIN,
     )
 
 
@@ -64,6 +68,18 @@ def summary(sums: Float[Tensor, "5"]) -> dict[str, float]:
     """Compute accuracy and F1 from sums of `statistics`."""
     hit, alarm, miss, count, right = sums.tolist()
     return {"accuracy": right / count, "F1": f1(hit, alarm, miss)}
+
+
+def said(output: Tensor, names: Sequence[str]) -> str:
+    """Say the likelier of two names, or yes or no, and its probability.
+
+    Example:
+        >>> said(torch.tensor([[2.0]]), ())
+        'yes (88 %)'
+    """
+    no, yes = names if len(names) == 2 else ("no", "yes")
+    sure = float(max_probability(output)[0])
+    return f"{yes if float(column(output)[0]) > 0 else no} ({100 * sure:.0f} %)"
 
 
 def f1(hit: float, alarm: float, miss: float) -> float:

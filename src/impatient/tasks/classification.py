@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from impatient import checks
 from impatient.errors import RecordingError, TaskError
 from impatient.tasks.scores import SCORES, confidence_features
 from impatient.tasks.task import Task
+from impatient.tasks.words import CERTAIN, class_name
 
 
 @functools.cache
@@ -40,6 +42,8 @@ def classification(top: int = 1) -> Task:
         quality_name="accuracy" if top == 1 else f"top-{top} accuracy",
         looks=confidence_features,
         distance=distance,
+        says=said,
+        ideal=lambda target, output: CERTAIN * F.one_hot(target, output.shape[1]).float(),
         is_logits=True,
     )
 
@@ -79,6 +83,11 @@ def quality(
     # of equal outputs only `top` count, as in a list of answers
     best = output.topk(min(top, output.shape[-1]), dim=-1).indices
     return (best == target[..., None]).any(-1).float()
+
+
+def said(output: Float[Tensor, "1 C"], names: Sequence[str]) -> str:
+    """Name the likeliest class."""
+    return class_name(names, int(output[0].argmax()))
 
 
 def distance(output: Float[Tensor, "B C"], other: Float[Tensor, "B C"]) -> Float[Tensor, "B"]:

@@ -19,6 +19,7 @@ from impatient.tasks.binary import f1
 from impatient.tasks.box_head import BoxHead
 from impatient.tasks.boxes import generalised_overlaps, overlaps
 from impatient.tasks.task import Task
+from impatient.tasks.words import CERTAIN, class_name, listed, outlines
 from impatient.trees import entries
 
 # a box is found if so much of it and the true one is common to both
@@ -102,6 +103,9 @@ def detection(threshold: float = 0.5, overlap: float = 1.0, keep: int = 100) -> 
         statistics=functools.partial(statistics, find=find, threshold=threshold),
         summary=summary,
         overall=lambda rows: {"AP50": average_precision(rows)},
+        says=functools.partial(said, find=find, threshold=threshold),
+        layer=functools.partial(layer, find=find, threshold=threshold),
+        ideal=ideal,
         outputs_for=classes_in,
     )
 
@@ -441,3 +445,37 @@ def _precision(right: Float[Tensor, "M"], objects: float) -> float:
     places = torch.searchsorted(hit, needed.double())
     reached = places < len(hit)
     return float(best[places[reached]].sum()) / RECALLS
+
+
+# --- one picture, to be shown ---------------------------------------------------------------------
+
+
+def said(output: Any, names: Sequence[str], *, find: Any = found, threshold: float = 0.5) -> str:
+    """Name what was found in one picture, the surest first."""
+    one = _sure(find(output), threshold)
+    sure = [f" ({100 * score:.0f} %)" if score < 0.9995 else "" for score in one.scores.tolist()]
+    names_of = (class_name(names, label) for label in one.labels.tolist())
+    said_of = (f"{name}{share}" for name, share in zip(names_of, sure, strict=True))
+    return listed(said_of, "nothing")
+
+
+def layer(
+    output: Any, size: tuple[int, int], *, find: Any = found, threshold: float = 0.5
+) -> Int[Tensor, "H W"]:
+    """Draw the boxes that were found in one picture, in the colours of their classes."""
+    one = _sure(find(output), threshold)
+    return outlines(one.boxes, one.labels, size)
+
+
+def ideal(target: Any, output: Any) -> Float[Tensor, "1 N D"]:
+    """Make the output that would be right."""
+    classes = parts(output)[0].shape[2]
+    read = objects_of(target, 1, classes - 1)
+    columns = torch.where(read.labels >= 0, read.labels, classes - 1)
+    return torch.cat([CERTAIN * F.one_hot(columns, classes).float(), read.boxes], -1)
+
+
+def _sure(one: Found, threshold: float) -> Found:
+    """Take what is sure enough of the first picture."""
+    kept = one.scores[0] >= threshold
+    return Found(*(part[0][kept] for part in one))

@@ -29,6 +29,7 @@ def embedding() -> Task:
         scores={"constant": constant},
         quality_name="agreement with target",
         distance=lambda output, other: 1.0 - _cosine(output, other),
+        ideal=lambda target, output: target.float().reshape(output.shape),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from impatient.errors import TaskError
 from impatient.tasks.binary import f1
 from impatient.tasks.task import Task
+from impatient.tasks.words import CERTAIN, class_name, listed
 
 
 @functools.cache
@@ -31,6 +33,8 @@ def multi_label() -> Task:
         distance=lambda output, other: (output.sigmoid() - other.sigmoid()).abs().mean(1),
         statistics=statistics,
         summary=summary,
+        says=said,
+        ideal=lambda target, output: (2 * target.float() - 1).reshape(output.shape) * CERTAIN,
     )
 
 
@@ -74,6 +78,12 @@ def summary(sums: Float[Tensor, "7"]) -> dict[str, float]:
         "F1": f1(hit, alarm, miss),
         "samples all right": exact / samples,
     }
+
+
+def said(output: Float[Tensor, "1 C"], names: Sequence[str]) -> str:
+    """Name the labels that hold."""
+    found = (output[0] > 0).nonzero()[:, 0].tolist()
+    return listed((class_name(names, label) for label in found), "none")
 
 
 def _truth(output: Tensor, target: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def regression(scale: float | None = None, tolerance: float | None = None) -> Ta
         distance=lambda output, other: _apart(output, other).mean(1).sqrt(),
         statistics=statistics,
         summary=summary,
+        ideal=lambda target, output: target.float().reshape(output.shape),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from impatient.errors import TaskError
 from impatient.tasks.task import Task
+from impatient.tasks.words import class_name, listed
 
 # the share of pixels that may be less sure than `low_probability`
 LOW = 0.05
@@ -45,6 +47,9 @@ def segmentation(ignore: int = 255) -> Task:
         scores={"mean_probability": mean_probability, "low_probability": low_probability},
         quality_name="IoU of an image",
         distance=distance,
+        says=said,
+        layer=layer,
+        ideal=functools.partial(ideal, ignore=ignore),
         outputs_for=functools.partial(width, ignore=ignore),
         statistics=functools.partial(statistics, ignore=ignore),
         summary=summary,
@@ -131,6 +136,28 @@ def summary(sums: Float[Tensor, "S"]) -> dict[str, float]:
         "mIoU": float((both[present] / either[present]).mean()) if bool(present.any()) else 1.0,
         "pixels right": right / counted if counted else 1.0,
     }
+
+
+def said(output: Float[Tensor, "1 C H W"], names: Sequence[str]) -> str:
+    """Say the shares of the pixels of each class, but for class 0 if there are others."""
+    shares = torch.bincount(output[0].argmax(0).flatten(), minlength=output.shape[1]).double()
+    shares = (100 * shares / shares.sum()).round()
+    found = [label for label in shares.nonzero()[:, 0].tolist() if label] or [0]
+    return listed((f"{class_name(names, label)} {shares[label]:.0f} %" for label in found), "none")
+
+
+def layer(output: Float[Tensor, "1 C H W"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
+    """Give each pixel the number of its class; class 0 is not coloured."""
+    labels = output.argmax(1, keepdim=True).float()
+    return F.interpolate(labels, size=size, mode="nearest")[0, 0].long().cpu()
+
+
+def ideal(
+    target: Int[Tensor, "1 H W"], output: Float[Tensor, "1 C H W"], *, ignore: int = 255
+) -> Float[Tensor, "1 C H W"]:
+    """Make the output that would be right; pixels that do not count get class 0."""
+    labels = torch.where(target == ignore, 0, target.long())
+    return F.one_hot(labels, output.shape[1]).movedim(-1, 1).float()
 
 
 def _overlaps(output: Tensor, target: Tensor, ignore: int) -> tuple[Tensor, Tensor]:

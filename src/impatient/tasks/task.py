@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from impatient.errors import TaskError
+from impatient.tasks.words import numbers
 
 # output, target -> one number per sample, [B]; [B, S] for statistics
 Judge = Callable[[Any, Any], Tensor]
@@ -45,6 +46,12 @@ class Task:
             [N, S].
         reads: makes one tensor of what a model returns, where its answer is several.
         outputs_for: how many outputs a network needs for some targets; by default their columns.
+        says: the answer of one sample in a few words, from its output [1, ...] and the names of the
+            classes, if there are any; by default its numbers.
+        layer: what the output of one sample looks like over a picture of some height and width:
+            whole numbers [H, W] that stand for colours, 0 where nothing is.
+        ideal: the output that would be right, from the target of one sample and an output of it, so
+            that what is true can be said and shown like an answer.
         is_logits: whether outputs are logits of two or more classes, of which each sample has one.
     Example:
         >>> task = Task(
@@ -70,6 +77,9 @@ class Task:
     overall: Callable[[Float[Tensor, "N S"]], Mapping[str, float]] | None = None
     reads: Callable[[Any], Tensor] | None = None
     outputs_for: Callable[[Any], int] | None = None
+    says: Callable[[Any, Sequence[str]], str] = numbers
+    layer: Callable[[Any, tuple[int, int]], Int[Tensor, "H W"]] | None = None
+    ideal: Callable[[Any, Any], Any] | None = None
     is_logits: bool = False
 
     def __post_init__(self) -> None:

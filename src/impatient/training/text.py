@@ -410,3 +410,11 @@ def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> 
             f"{name} has texts of {longest} tokens, but {type(model).__name__} takes {most}; "
             f"expected no longer ones. Say length={most} in the data spec."
         )
+
+
+def tokenizer_of(spec: str) -> Any | None:
+    """Load the tokenizer of a data spec that begins with "text:"; None for other specs."""
+    source, _, rest = spec.partition(":")
+    if source != "text":
+        return None
+    return load_tokenizer(read_options(rest, TEXT_OPTIONS)[1], spec)

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def read_input(spec: NetworkSpec, file: Path) -> Any:
-    """Read a picture, an array, several by their names, sound or text, as a batch of one.
+    """Read a sample and preprocess it, as a batch of one."""
+    return spec.preprocess(read_raw(spec, file))
+
+
+def read_raw(spec: NetworkSpec, file: Path) -> Any:
+    """Read a picture, an array, several by their names, sound or text, not preprocessed.
 
     Raises:
         DataError: if the file is missing or damaged, or holds another kind of sample.
@@ -33,8 +38,7 @@ def read_input(spec: NetworkSpec, file: Path) -> Any:
         )
     suffix = file.suffix.lower()
     if spec.example_parts:
-        parts = _tokens(spec, file) if suffix == ".txt" else _several(spec, file)
-        return spec.preprocess(parts)
+        return _tokens(spec, file) if suffix == ".txt" else _several(spec, file)
     readers: Mapping[str, Callable[[Path], Tensor]] = {
         ".npy": _array,
         ".npz": _only_array,
@@ -46,7 +50,7 @@ def read_input(spec: NetworkSpec, file: Path) -> Any:
             f"{file} has shape {tuple(raw.shape[1:])}; expected one raw sample of shape "
             f"{spec.example_shape}, without a batch dimension."
         )
-    return spec.preprocess(spec.preprocess.checked(raw, str(file)))
+    return spec.preprocess.checked(raw, str(file))
 
 
 def _only_array(file: Path) -> Tensor:

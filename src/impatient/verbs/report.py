@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import UseAppendAction, arg
 
@@ -27,14 +26,7 @@ from impatient.verbs.options import (
 )
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# pixels; larger pictures of samples are made smaller
-LARGEST = 64
-# bytes; pictures that take more as PNG become JPEG
-SMALL = 1000
+from impatient.verbs.samples import examples_of, numbers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +75,8 @@ def report(options: ReportOptions) -> Path:
         costs=costs,
         policies=policies,
         chosen_budget=next(chosen, None),
-        examples=_examples(run, recording, policies),
+        examples=examples_of(run, recording, policies),
+        numbers=numbers_of(run, recording),
         engines={
             name: (
                 beside_eager(run.path, name, judged.task),
@@ -138,70 +131,3 @@ def _network(
         log.warning("note: the network is not drawn. %s", error)
         return ()
     return impatient.evaluation.parts_of(network.stage_facts(run.spec().example()), costs)
-
-
-def _examples(
-    run: RunDirectory,
-    recording: impatient.Recording,
-    policies: Mapping[str, impatient.Policy],
-) -> list[impatient.evaluation.Example]:
-    """Pick test inputs that left early and late under the first policy."""
-    if not policies:
-        return []
-    from impatient.tasks import is_classification
-
-    early, late = impatient.evaluation.select_examples(recording, next(iter(policies.values())))
-    chosen = [*early, *late]
-    # of other tasks an answer has no name, and its quality stands for it
-    classes = is_classification(recording.task) and recording.outputs is not None
-    names = run.class_names()
-    pictures = run.has_network and run.spec().preprocess.size
-    inputs = run.data().examples("test").take(chosen) if pictures else None
-
-    def example(place: int, index: int) -> impatient.evaluation.Example:
-        media, picture = _picture(inputs[place]) if inputs is not None else ("", None)
-        return impatient.evaluation.Example(
-            sample=index,
-            label=names[int(recording.labels[index])] if classes else f"sample {index}",
-            exits=tuple(
-                _said(recording.logits()[exit, index], names)
-                if classes
-                else impatient.evaluation.Said(
-                    answer=f"{float(recording.quality[exit, index]):.2f}"
-                )
-                for exit in range(len(recording.exits))
-            ),
-            picture=picture,
-            media=media,
-        )
-
-    return [example(place, index) for place, index in enumerate(chosen)]
-
-
-def _said(output: Tensor, names: Sequence[str]) -> impatient.evaluation.Said:
-    """Say the likeliest classes of one output."""
-    top = output.softmax(-1).topk(min(3, len(output)))
-    shares = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    return impatient.evaluation.Said(
-        answer=names[int(output.argmax())],
-        top=tuple((names[index], share) for share, index in shares),
-    )
-
-
-def _picture(raw: Tensor) -> tuple[str, bytes | None]:
-    """Encode a raw input [C, H, W] if it holds bytes; a large one becomes small."""
-    import torch
-    from PIL import Image
-
-    if raw.dtype != torch.uint8 or raw.dim() != 3 or raw.shape[0] not in (1, 3):
-        return "", None
-    pixels = raw[0].numpy() if raw.shape[0] == 1 else raw.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((LARGEST, LARGEST))
-    exact = io.BytesIO()
-    picture.save(exact, format="PNG", optimize=True)
-    if exact.tell() <= SMALL:
-        return "image/png", exact.getvalue()
-    close = io.BytesIO()
-    picture.save(close, format="JPEG", quality=85)
-    return "image/jpeg", close.getvalue()

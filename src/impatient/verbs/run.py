@@ -13,7 +13,7 @@ import impatient
 from impatient.clock import NEVER, Deadline
 from impatient.errors import RunError
 from impatient.table import Cell, Table, in_ms
-from impatient.verbs.input_files import read_input
+from impatient.verbs.input_files import read_raw
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.options import (
     OFF,
@@ -28,6 +28,7 @@ from impatient.verbs.options import (
     use_threads,
 )
 from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.samples import save_drawn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ class RunOptions(VerbOptions):
         deadline_s: Time for each answer in ms; without it, no limit.
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
+        pictures: Folder for pictures with the answers drawn over them: masks or boxes.
     """
 
     directory: Directory
@@ -52,6 +54,7 @@ class RunOptions(VerbOptions):
     deadline_s: Annotated[Milliseconds, arg(name="deadline-ms")] = None
     policy: Text = None
     when_late: Literal["answer", "raise"] = "answer"
+    pictures: Annotated[Path | None, OFF] = None
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
@@ -79,7 +82,8 @@ def run(options: RunOptions) -> list[FileAnswer]:
     run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     spec = run.spec()
     # all are read before the first deadline is stamped
-    inputs = [read_input(spec, file) for file in options.inputs]
+    raw = [read_raw(spec, file) for file in options.inputs]
+    inputs = [spec.preprocess(one) for one in raw]
     network, _ = run.network()
     runner = impatient.Runner(
         network,
@@ -93,18 +97,22 @@ def run(options: RunOptions) -> list[FileAnswer]:
     for file, x in zip(options.inputs, inputs, strict=True):
         limit_s = options.deadline_s
         answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
-        label, probability = _said(spec, answer.output[0])
+        label, probability = _said(spec, answer.output)
         answers.append(FileAnswer(file=file, label=label, probability=probability, answer=answer))
+    if options.pictures:
+        for place, (row, one) in enumerate(zip(answers, raw, strict=True)):
+            # numbered, as files of several folders may have one name
+            name = f"{place}-{row.file.stem}.png"
+            save_drawn(spec.means, row.answer.output, one, options.pictures / name)
     return answers
 
 
 def _said(spec: NetworkSpec, output: Tensor) -> tuple[str, float | None]:
-    """Say an output of one sample: its class, or its numbers."""
+    """Say the output of one sample, [1, ...], and of classes how likely the answer is."""
+    said = spec.means.says(output, spec.class_names)
     if not spec.means.is_logits:
-        return ", ".join(f"{value:.4g}" for value in output.float().flatten().tolist()), None
-    probabilities = output.float().softmax(-1)
-    best = int(probabilities.argmax())
-    return spec.class_names[best], float(probabilities[best])
+        return said, None
+    return said, float(output.float().softmax(-1).max())
 
 
 def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
