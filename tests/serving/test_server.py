@@ -143,7 +143,7 @@ def test_a_network_that_raises_gives_the_answers_it_has(caplog) -> None:
         assert (told["exit"], told["stopped_by"]) == (0, "failed")
         network.at = {0: lambda: 1 / 0}
         status, _headers, reply = infer(port)
-        assert status == 500
+        assert status == 503
         assert "failed on this request" in reply["error"]
         network.at.clear()
         assert infer(port)[0] == 200

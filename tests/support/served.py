@@ -14,6 +14,7 @@ from impatient import Exit, Network, Run
 from impatient.serving.app import App, listening_socket
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import InputSpec
+from impatient.serving.rpc import Rpc
 from impatient.serving.service import Hosted, Limits, Service
 from impatient.training.preprocess import Preprocess
 
@@ -59,13 +60,23 @@ def serving(
     *networks: Network, token: str = "", shape: tuple[int, ...] = (4,), **limits: Any
 ) -> Iterator[tuple[Service, int]]:
     """A server on a free port, in a thread of its own."""
+    with serving_both(*networks, token=token, shape=shape, **limits) as (service, port, _):
+        yield service, port
+
+
+@contextmanager
+def serving_both(
+    *networks: Network, token: str = "", shape: tuple[int, ...] = (4,), **limits: Any
+) -> Iterator[tuple[Service, int, int]]:
+    """The same, with the ports of HTTP and of gRPC."""
     names = ("net", "other")
     models = [hosted(one, name, shape) for one, name in zip(networks, names, strict=False)]
     service = Service(models, Limits(**{"default_s": 5.0, **limits}))
     listener = listening_socket("127.0.0.1", 0)
+    rpc = Rpc(service, host="127.0.0.1", port=0, token=token)
     server = uvicorn.Server(
         uvicorn.Config(
-            App(service, token=token),
+            App(service, sides=[rpc], token=token),
             lifespan="on",
             log_level="critical",
             timeout_graceful_shutdown=1,
@@ -76,7 +87,7 @@ def serving(
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield service, listener.getsockname()[1]
+        yield service, listener.getsockname()[1], rpc.port
     finally:
         server.should_exit = True
         thread.join(20)

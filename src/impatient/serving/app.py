@@ -6,6 +6,7 @@ a caller that goes away must be noticed.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -23,6 +24,7 @@ from collections.abc import (
     Callable,
     Mapping,
     MutableMapping,
+    Sequence,
 )
 from importlib.resources import files
 from typing import Any
@@ -49,7 +51,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Reply = tuple[int, bytes, dict[str, str]]
 
-STATUS = {"too late": 503, "queue full": 429, "draining": 503, "expired": 504, "failed": 500}
+STATUS = {"too late": 503, "queue full": 429, "draining": 503, "expired": 504, "failed": 503}
 MESSAGES = {
     "too late": "not even the first exit can be reached by the deadline; allow more time, try "
     "again later, or say best_effort.",
@@ -91,18 +93,39 @@ class _Status(BadRequest):
         self.status = status
 
 
+class Side(abc.ABC):
+    """Another way to the same service, on the same event loop."""
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Take requests."""
+
+    @abc.abstractmethod
+    async def stop(self, most_s: float) -> None:
+        """Take no more, and end those that are open after some seconds."""
+
+
 class App:
     """The ASGI application.
 
     Args:
         service: what answers.
+        sides: other ways to the service, which start and stop with this one.
         token: if given, requests must carry it as `authorization: Bearer TOKEN`; the health
             addresses and the page need none.
         drain_s: most seconds that open requests are waited for at the end.
     """
 
-    def __init__(self, service: Service, *, token: str = "", drain_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        sides: Sequence[Side] = (),
+        token: str = "",
+        drain_s: float = 5.0,
+    ) -> None:
         self.service = service
+        self._sides = sides
         self._token = token
         self._drain_s = drain_s
 
@@ -116,11 +139,20 @@ class App:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        await self.service.start()
+        try:
+            await self.service.start()
+            for side in self._sides:
+                await side.start()
+        except ServingError as error:
+            self.service.stop()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self.service.drain()
         await self.service.drained(self._drain_s)
+        for side in self._sides:
+            await side.stop(self._drain_s)
         self.service.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
@@ -298,7 +330,7 @@ class App:
                 await _send(send, _final(hosted, request, event))
                 log.info(
                     "%s",
-                    json.dumps({"model": name, "id": request.id, **_facts(event, hosted)}),
+                    json.dumps({"model": name, "id": request.id, **facts(event, hosted)}),
                 )
 
     async def _stream(
@@ -318,7 +350,7 @@ class App:
                 head = {"content-type": "text/event-stream", "cache-control": "no-store"}
                 await _start(send, 200, head)
             output = event.output.tolist() if isinstance(event, Answered) else None
-            data = json.dumps({"id": request.id, **_facts(event, hosted), "output": output})
+            data = json.dumps({"id": request.id, **facts(event, hosted), "output": output})
             kind = "exit" if isinstance(event, Answered) and not event.stopped_by else "answer"
             text = f"event: {kind}\ndata: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": text, "more_body": True})
@@ -388,7 +420,8 @@ async def _until_gone(
             await asyncio.wait({waits})
 
 
-def _facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:
+def facts(event: Answered | Refuse, hosted: Hosted) -> dict[str, Any]:
+    """Say what a reply tells beside the output."""
     if isinstance(event, Refuse):
         return {"refused": event.why, "error": MESSAGES[event.why]}
     return {
@@ -411,7 +444,7 @@ def _final(hosted: Hosted, request: InferRequest, event: Answered | Refuse) -> R
         hosted.model.name,
         request.id,
         event.output,
-        _facts(event, hosted),
+        facts(event, hosted),
         binary=request.binary,
     )
     return 200, body, headers

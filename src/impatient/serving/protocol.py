@@ -95,7 +95,7 @@ def read_request(body: bytes, json_length: int | None, spec: InputSpec) -> Infer
     binary = b"" if json_length is None else body[json_length:]
     return InferRequest(
         id=name,
-        array=_tensor(tensors[0], binary, spec),
+        array=read_tensor(tensors[0], binary, spec),
         parameters=parameters,
         binary=_wants_binary(header, parameters),
     )
@@ -136,7 +136,16 @@ def _wants_binary(header: Mapping[str, Any], parameters: Parameters) -> bool:
     return wanted is True
 
 
-def _tensor(tensor: dict[str, Any], binary: bytes, spec: InputSpec) -> np.ndarray:
+def read_tensor(tensor: Mapping[str, Any], binary: bytes, spec: InputSpec) -> np.ndarray:
+    """Read an input tensor.
+
+    Args:
+        tensor: its name, datatype, shape and data, or `parameters.binary_data_size`.
+        binary: its numbers, where they are binary.
+        spec: what the model takes.
+    Raises:
+        BadRequest: if it is not that.
+    """
     if tensor.get("name") != spec.name:
         raise BadRequest(f"no input {tensor.get('name')!r}; expected {spec.name!r}.")
     datatype = tensor.get("datatype")

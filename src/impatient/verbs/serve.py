@@ -16,7 +16,8 @@ from impatient.verbs.options import OFF, Count, Milliseconds, Positive, RunPath,
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from impatient.serving.service import Hosted
+    from impatient.serving.rpc import Rpc
+    from impatient.serving.service import Hosted, Service
 
 # names of the protocol for torch's names
 DATATYPES = {"int64": "INT64", "int32": "INT32"}
@@ -25,13 +26,15 @@ TOKEN = "IMPATIENT_TOKEN"  # noqa: S105  the name of a variable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeOptions(VerbOptions):
-    """Answer requests over HTTP, each by its deadline.
+    """Answer requests over HTTP and gRPC, each by its deadline.
 
     Attributes:
         directories: Run directories; a model is called as its directory is.
         host: Address to listen at, for the Open Inference Protocol v2; only this machine can reach
             the default. If the variable IMPATIENT_TOKEN is set, requests must carry it.
         port: Port to listen at; 0 takes a free one.
+        grpc_port: Port to listen at for the same protocol over gRPC; 0 takes a free one. By default
+            none.
         default_s: Time for an answer where a request says nothing, in ms.
         most_s: The longest time that a request may have, in ms.
         waiting: Most requests without a reply; more are refused.
@@ -42,6 +45,7 @@ class ServeOptions(VerbOptions):
     directories: Annotated[Positional[tuple[RunPath, ...]], arg(metavar="DIR..."), OFF]
     host: str = "127.0.0.1"
     port: Count = 8000
+    grpc_port: Annotated[Count | None, arg(name="grpc-port")] = None
     default_s: Annotated[Milliseconds, arg(name="default-ms")] = 0.1
     most_s: Annotated[Milliseconds, arg(name="most-ms")] = 10.0
     waiting: Positive = 256
@@ -77,8 +81,9 @@ def serve(options: ServeOptions) -> None:
     service = Service([hosted(path, options) for path in options.directories], limits)
     drain_s = options.drain_s or 5.0
     listener = listening_socket(options.host, options.port)
+    sides = [] if options.grpc_port is None else [rpc_side(service, options, token)]
     config = uvicorn.Config(
-        App(service, token=token, drain_s=drain_s),
+        App(service, sides=sides, token=token, drain_s=drain_s),
         lifespan="on",
         log_level="warning",
         access_log=False,
@@ -92,6 +97,22 @@ def serve(options: ServeOptions) -> None:
     shown = f"[{host}]" if ":" in host else host
     log.info("serving %s at http://%s:%d", ", ".join(service.hosted), shown, port)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def rpc_side(service: Service, options: ServeOptions, token: str) -> Rpc:
+    """Make the gRPC side.
+
+    Raises:
+        ServingError: if grpcio is not installed.
+    """
+    try:
+        from impatient.serving.rpc import Rpc
+    except ImportError as error:
+        raise ServingError(
+            "--grpc-port needs grpcio and protobuf, which are not installed; run pip install "
+            "'impatient[grpc]'."
+        ) from error
+    return Rpc(service, host=options.host, port=options.grpc_port or 0, token=token)
 
 
 def hosted(path: Path, options: ServeOptions) -> Hosted:

@@ -1,0 +1,320 @@
+"""The server's gRPC side: the Open Inference Protocol v2, on the event loop of the HTTP side.
+
+A call's own deadline counts beside those that a request names, and the nearest one holds. Time is
+counted from when the request has been read: gRPC tells nothing earlier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc import aio
+
+from impatient.errors import BadRequest, ServingError
+from impatient.provenance import own_version
+from impatient.serving.app import EXTENSIONS, MESSAGES, Side, facts
+from impatient.serving.messages import SERVICE, message, parameter, read, value_of
+from impatient.serving.protocol import (
+    budget_s,
+    flag_of,
+    metadata,
+    priority_of,
+    read_tensor,
+)
+from impatient.serving.scheduler import Refuse
+from impatient.serving.service import Answered, Hosted, Service
+
+Context = Any
+
+# what a refusal is called in gRPC
+CODES = {
+    "too late": grpc.StatusCode.UNAVAILABLE,
+    "queue full": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "draining": grpc.StatusCode.UNAVAILABLE,
+    "expired": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "failed": grpc.StatusCode.UNAVAILABLE,
+}
+# where a tensor's numbers lie, if not as raw bytes
+CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+FINAL = "triton_final_response"
+# methods that need no token, as whoever looks after the server calls them
+OPEN = ("ServerLive", "ServerReady")
+
+
+class Rpc(Side):
+    """The service over gRPC.
+
+    Args:
+        service: which answers.
+        host: address to listen at.
+        port: port to listen at; 0 takes a free one, which is then in `port`.
+        token: what `authorization: Bearer TOKEN` must hold; empty asks for none.
+    """
+
+    def __init__(self, service: Service, *, host: str, port: int, token: str = "") -> None:
+        self.service = service
+        self.port = port
+        self._host = f"[{host}]" if ":" in host else host
+        self._token = token
+
+    async def start(self) -> None:
+        """Listen, on the running event loop.
+
+        Raises:
+            ServingError: if the port is taken.
+        """
+        most = self.service.limits.body_bytes
+        self._server = aio.server(
+            options=[("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)]
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        try:
+            self.port = self._server.add_insecure_port(f"{self._host}:{self.port}")
+        except RuntimeError as error:
+            raise ServingError(
+                f"cannot listen at {self._host} port {self.port}: {error}. Choose another "
+                "--grpc-port, or 0 for a free one."
+            ) from error
+        await self._server.start()
+
+    async def stop(self, most_s: float) -> None:
+        """Take no more calls, and end those that are open after some seconds."""
+        await self._server.stop(most_s)
+
+    def _handlers(self) -> Any:
+        stream = grpc.stream_stream_rpc_method_handler(
+            self._stream,
+            request_deserializer=_reader("ModelInferRequest"),
+            response_serializer=_bytes_of,
+        )
+        answers = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ServerMetadata": self._metadata,
+            "ModelReady": self._model_ready,
+            "ModelMetadata": self._model_metadata,
+            "ModelInfer": self._infer,
+        }
+        methods = {name: self._unary(name, answer) for name, answer in answers.items()}
+        return grpc.method_handlers_generic_handler(
+            SERVICE, {**methods, "ModelStreamInfer": stream}
+        )
+
+    def _unary(self, name: str, answer: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+        """Make the handler of a method with one request and one reply."""
+
+        async def handler(request: Any, context: Context) -> Any:
+            try:
+                if name not in OPEN:
+                    self._check_token(context)
+                return await answer(request, context)
+            except BadRequest as error:
+                await context.abort(_code(error), str(error))
+
+        return grpc.unary_unary_rpc_method_handler(
+            handler, request_deserializer=_reader(f"{name}Request"), response_serializer=_bytes_of
+        )
+
+    def _check_token(self, context: Context) -> None:
+        if not self._token:
+            return
+        headers = dict(context.invocation_metadata() or ())
+        given = str(headers.get("authorization", "")).removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise _Refused(
+                grpc.StatusCode.UNAUTHENTICATED, "expected 'authorization: Bearer TOKEN'."
+            )
+
+    # --- what needs no inference ------------------------------------------------------------------
+
+    def _hosted(self, name: str, version: str) -> Hosted:
+        if name not in self.service.hosted:
+            known = ", ".join(self.service.hosted)
+            raise _Refused(
+                grpc.StatusCode.NOT_FOUND, f"no model {name[:100]!r}; there are: {known}."
+            )
+        if version not in ("", "1"):
+            raise _Refused(
+                grpc.StatusCode.NOT_FOUND, f"no version {version[:100]!r}; expected 1, or none."
+            )
+        return self.service.hosted[name]
+
+    async def _live(self, _request: Any, _context: Context) -> Any:
+        return message("ServerLiveResponse", live=True)
+
+    async def _ready(self, _request: Any, _context: Context) -> Any:
+        return message("ServerReadyResponse", ready=self.service.ready)
+
+    async def _metadata(self, _request: Any, _context: Context) -> Any:
+        return message(
+            "ServerMetadataResponse",
+            name="impatient",
+            version=own_version(),
+            extensions=EXTENSIONS,
+        )
+
+    async def _model_ready(self, request: Any, _context: Context) -> Any:
+        self._hosted(request.name, request.version)
+        return message("ModelReadyResponse", ready=self.service.ready)
+
+    async def _model_metadata(self, request: Any, _context: Context) -> Any:
+        one = self._hosted(request.name, request.version)
+        told = metadata(one.model.name, one.input, one.classes)
+        sides = {
+            side: [message("TensorMetadata", **tensor) for tensor in told[side]]
+            for side in ("inputs", "outputs")
+        }
+        plain = {name: told[name] for name in ("name", "versions", "platform")}
+        return message("ModelMetadataResponse", **plain, **sides)
+
+    # --- inference --------------------------------------------------------------------------------
+
+    async def _infer(self, request: Any, context: Context) -> Any:
+        arrival = self.service.clock.now()
+        async with contextlib.aclosing(self._events(request, context, arrival, False)) as events:
+            async for event, hosted in events:
+                if isinstance(event, Refuse):
+                    raise _Refused(CODES[event.why], MESSAGES[event.why])
+                return _response(request, event, hosted)
+        raise _Refused(grpc.StatusCode.INTERNAL, "no reply was made.")
+
+    async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any]:
+        """Answer the requests of a stream, each exit by exit, all at once."""
+        try:
+            self._check_token(context)
+        except BadRequest as error:
+            await context.abort(_code(error), str(error))
+        outbox: asyncio.Queue[Any] = asyncio.Queue()
+        reading = asyncio.ensure_future(self._read_all(requests, context, outbox))
+        try:
+            while (reply := await outbox.get()) is not None:
+                yield reply
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
+
+    async def _read_all(
+        self, requests: AsyncIterator[Any], context: Context, outbox: asyncio.Queue[Any]
+    ) -> None:
+        async with asyncio.TaskGroup() as group:
+            async for request in requests:
+                arrival = self.service.clock.now()
+                group.create_task(self._answer_each_exit(request, context, arrival, outbox))
+        outbox.put_nowait(None)
+
+    async def _answer_each_exit(
+        self, request: Any, context: Context, arrival: float, outbox: asyncio.Queue[Any]
+    ) -> None:
+        """Put a request's answers where the stream finds them; an error ends the request alone."""
+        try:
+            events = self._events(request, context, arrival, True)
+            async with contextlib.aclosing(events):
+                async for event, hosted in events:
+                    if isinstance(event, Refuse):
+                        raise _Refused(CODES[event.why], MESSAGES[event.why])
+                    reply = _response(request, event, hosted)
+                    reply.parameters[FINAL].bool_param = bool(event.stopped_by)
+                    outbox.put_nowait(message("ModelStreamInferResponse", infer_response=reply))
+        except BadRequest as error:
+            failed = message("ModelInferResponse", model_name=request.model_name, id=request.id)
+            failed.parameters[FINAL].bool_param = True
+            outbox.put_nowait(
+                message("ModelStreamInferResponse", error_message=str(error), infer_response=failed)
+            )
+
+    async def _events(
+        self, request: Any, context: Context, arrival: float, streamed: bool
+    ) -> AsyncGenerator[tuple[Answered | Refuse, Hosted]]:
+        hosted = self._hosted(request.model_name, request.model_version)
+        parameters = {name: value_of(entry) for name, entry in request.parameters.items()}
+        budgets = [budget_s(parameters, {}), context.time_remaining()]
+        given = [seconds for seconds in budgets if seconds is not None]
+        answers = self.service.answers(
+            hosted.model.name,
+            _array(request, hosted),
+            arrival=arrival,
+            budget_s=max(min(given), 1e-6) if given else None,
+            priority=priority_of(parameters),
+            best_effort=flag_of(parameters, "best_effort"),
+            streamed=streamed,
+        )
+        async with contextlib.aclosing(answers):
+            async for event in answers:
+                yield event, hosted
+
+
+class _Refused(BadRequest):
+    """A call that gets a status of its own."""
+
+    def __init__(self, code: grpc.StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def _code(error: BadRequest) -> grpc.StatusCode:
+    return error.code if isinstance(error, _Refused) else grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _reader(name: str) -> Callable[[bytes], Any]:
+    return functools.partial(read, name)
+
+
+def _bytes_of(reply: Any) -> bytes:
+    data: bytes = reply.SerializeToString()
+    return data
+
+
+def _array(request: Any, hosted: Hosted) -> np.ndarray:
+    """Read the input of a request.
+
+    Raises:
+        BadRequest: if it is not what the model takes.
+    """
+    if len(request.inputs) != 1 or len(request.raw_input_contents) > 1:
+        raise BadRequest(f"expected one input, of the name {hosted.input.name!r}.")
+    [given] = request.inputs
+    tensor: dict[str, Any] = {
+        "name": given.name,
+        "datatype": given.datatype,
+        "shape": list(given.shape),
+    }
+    raw = b"".join(request.raw_input_contents)
+    if request.raw_input_contents:
+        tensor["parameters"] = {"binary_data_size": len(raw)}
+    elif given.datatype in CONTENTS:
+        tensor["data"] = list(getattr(given.contents, CONTENTS[given.datatype]))
+    return read_tensor(tensor, raw, hosted.input)
+
+
+def _response(request: Any, event: Answered, hosted: Hosted) -> Any:
+    output = np.ascontiguousarray(event.output, dtype="<f4")
+    reply = message(
+        "ModelInferResponse",
+        model_name=hosted.model.name,
+        model_version="1",
+        id=request.id,
+        outputs=[message("Tensor", name="output", datatype="FP32", shape=output.shape)],
+        raw_output_contents=[output.tobytes()],
+    )
+    for name, value in facts(event, hosted).items():
+        reply.parameters[name].CopyFrom(parameter(value))
+    return reply
