@@ -33,8 +33,8 @@ class ServeOptions(VerbOptions):
         host: Address to listen at, for the Open Inference Protocol v2; only this machine can reach
             the default. If the variable IMPATIENT_TOKEN is set, requests must carry it.
         port: Port to listen at; 0 takes a free one.
-        grpc_port: Port to listen at for the same protocol over gRPC; 0 takes a free one. By default
-            none.
+        grpc_port: Port to listen at for the same protocol over gRPC; 0 takes a free one. Without it
+            there is no gRPC.
         default_s: Time for an answer where a request says nothing, in ms.
         most_s: The longest time that a request may have, in ms.
         waiting: Most requests without a reply; more are refused.
@@ -45,7 +45,7 @@ class ServeOptions(VerbOptions):
     directories: Annotated[Positional[tuple[RunPath, ...]], arg(metavar="DIR..."), OFF]
     host: str = "127.0.0.1"
     port: Count = 8000
-    grpc_port: Annotated[Count | None, arg(name="grpc-port")] = None
+    grpc_port: Annotated[Count | None, arg(name="grpc-port"), OFF] = None
     default_s: Annotated[Milliseconds, arg(name="default-ms")] = 0.1
     most_s: Annotated[Milliseconds, arg(name="most-ms")] = 10.0
     waiting: Positive = 256
