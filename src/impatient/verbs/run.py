@@ -13,7 +13,6 @@ import impatient
 from impatient.clock import NEVER, Deadline
 from impatient.errors import RunError
 from impatient.table import Cell, Table, in_ms
-from impatient.verbs.input_files import read_raw
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.options import (
     OFF,
@@ -76,6 +75,8 @@ class FileAnswer:
 
 def run(options: RunOptions) -> list[FileAnswer]:
     """Answer for each input file by the deadline."""
+    from impatient.verbs.input_files import read_raw
+
     use_threads(options.threads)
     if not options.inputs:
         raise RunError("no input files; expected at least one image (or .npy array) to answer for.")
