@@ -26,7 +26,6 @@ from impatient.verbs.options import (
 )
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
-from impatient.verbs.samples import examples_of, numbers_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +46,8 @@ class ReportOptions(VerbOptions):
 @alone()
 def report(options: ReportOptions) -> Path:
     """Write one self-contained HTML page about the run."""
+    from impatient.verbs.samples import examples_of, numbers_of
+
     use_threads(options.threads)
     run = opened(options.directory, trust=options.trust)
     if not is_file(run.evaluation_file):

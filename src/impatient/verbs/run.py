@@ -27,7 +27,6 @@ from impatient.verbs.options import (
     use_threads,
 )
 from impatient.verbs.run_directory import RunDirectory
-from impatient.verbs.samples import save_drawn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +75,7 @@ class FileAnswer:
 def run(options: RunOptions) -> list[FileAnswer]:
     """Answer for each input file by the deadline."""
     from impatient.verbs.input_files import read_raw
+    from impatient.verbs.samples import save_drawn
 
     use_threads(options.threads)
     if not options.inputs:
