@@ -186,7 +186,7 @@ def large_masks(source: Source, folder: Path) -> str:
     spec = masks(source, folder)
     with np.load(spec.removeprefix("npz:").removesuffix(_LAYOUT)) as archive:
         doubled = {
-            name: array.repeat(2, 1).repeat(2, 2)[: len(array) // 2]
+            name: array.repeat(2, 1).repeat(2, 2)[: len(array) // 4]
             for name, array in archive.items()
         }
     return _saved(folder, doubled)
@@ -194,7 +194,7 @@ def large_masks(source: Source, folder: Path) -> str:
 
 def boxes(source: Source, folder: Path) -> str:
     """The same shapes; the box of each."""
-    found = source.pictures("cifar10", 3000, 1000)
+    found = source.pictures("cifar10", 2000, 1000)
     drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
     arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
     return _saved(
@@ -204,7 +204,7 @@ def boxes(source: Source, folder: Path) -> str:
 
 def noise(source: Source, folder: Path) -> str:
     """Traffic signs under noise of different strength; what they were."""
-    found = source.pictures("gtsrb32", 2000, 500)
+    found = source.pictures("gtsrb32", 1000, 500)
     draw = np.random.default_rng(0)
     arrays = {}
     for split in _SPLITS:

@@ -46,5 +46,7 @@ def test_a_row_is_trained_judged_and_run_by_commands(table: ModuleType, tmp_path
     # trained alike, and judged on the same samples
     assert row["alone_metrics"].keys() == row["metrics"].keys() == {"RMSE", "MAE", "R2"}
     written = table.page([row])
-    assert f"| {100 * row['quality'][-1]:.1f} | {100 * row['alone']:.1f} |" in written
+    low, high = row["interval"][-1]
+    last = f"{100 * row['quality'][-1]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    assert f"| {last} | {100 * row['alone']:.1f} |" in written
     assert "* numbers, `export --engine onnxruntime`: no reason" in written
