@@ -157,7 +157,9 @@ class Recipe:
             )
 
     def steps(self, epochs: int) -> Steps | None:
-        """Return when the learning rate falls in a phase of so many epochs; None for cosine.
+        """Return when the learning rate falls in a phase of so many epochs.
+
+        None for cosine.
 
         Raises:
             TrainingError: if the schedule cannot be read.

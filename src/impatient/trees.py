@@ -30,7 +30,10 @@ class Ragged(list[Element]):
 
 
 def entries(tree: Any) -> Iterable[tuple[Any, Any]]:
-    """Return a container's entries, each after its key, place or name; none for a leaf."""
+    """Return a container's entries, each after its key, place or name.
+
+    None for a leaf.
+    """
     if isinstance(tree, Tensor):
         return ()
     if isinstance(tree, Mapping):
@@ -61,7 +64,9 @@ def named_leaves(tree: Any, within: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def map_leaves(change: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Change every tensor of a tree; its structure stays the same.
+    """Change every tensor of a tree.
+
+    Its structure stays the same.
 
     A mapping that is no dataclass becomes a dict.
     """

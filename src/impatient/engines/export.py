@@ -225,7 +225,9 @@ def export(
 def _agreement_of(
     network: MultiExitNetwork, folder: Path, example: Any, parts: Parts
 ) -> list[float]:
-    """Compare what was written with the network; at half of the token length, too, if it is free.
+    """Compare what was written with the network.
+
+    At half of the token length, too, if it is free.
 
     Raises:
         ExportFailed: if they differ, or the engine cannot run what was written.
@@ -564,7 +566,10 @@ def _files(parts: Parts, engine: str, ending: str) -> dict[str, Any]:
 
 
 def _described(name: str, value: Tensor, free: FreeDims) -> dict[str, Any]:
-    """Describe a tensor; sizes that are free are None."""
+    """Describe a tensor.
+
+    Sizes that are free are None.
+    """
     return {
         "name": name,
         "dtype": str(value.dtype).removeprefix("torch."),

@@ -236,7 +236,9 @@ def _batch_dims(x: Any) -> list[int | None]:
 
 
 def length_dims(x: Any) -> list[tuple[int, ...]]:
-    """Return the dimensions of each tensor that are as long as the tokens; none without tokens.
+    """Return the dimensions of each tensor that are as long as the tokens.
+
+    None without tokens.
 
     Tokens are whole numbers [B, T]. Tensors [B, T, ...] beside them, such as masks, go with them.
     """

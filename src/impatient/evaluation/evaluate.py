@@ -424,7 +424,10 @@ class _Judge:
 
 
 def _judged(recording: Recording) -> Float[Tensor, "J K N"]:
-    """Collect the qualities; of classifications how sure answers are, and p(truth), too."""
+    """Collect the qualities.
+
+    Of classifications how sure answers are, and p(truth), too.
+    """
     if recording.outputs is None or not is_classification(recording.task):
         return recording.quality[None]
     top = top_of(recording.task)

@@ -228,7 +228,10 @@ def _common(recording: Recording, score: str, count: int) -> Family:
 
 
 def _finite(recording: Recording, score: str) -> np.ndarray:
-    """Collect the scores of the early exits that are numbers; 0 if none is."""
+    """Collect the scores of the early exits that are numbers.
+
+    0 if none is.
+    """
     known = np.concatenate(_scores(recording, score)).astype(float)
     known = known[np.isfinite(known)]
     return known if len(known) else np.zeros(1)
@@ -272,7 +275,10 @@ def _scaled(name: str, policy: ThresholdPolicy, recording: Recording, count: int
 
 
 def _shifted(policy: ThresholdPolicy, shift: float) -> ThresholdPolicy:
-    """Raise or lower all thresholds; closed exits stay closed."""
+    """Raise or lower all thresholds.
+
+    Closed exits stay closed.
+    """
     moved = tuple(bound + shift for bound in policy.thresholds[:-1])
     return dataclasses.replace(policy, thresholds=(*moved, policy.thresholds[-1]), target={})
 

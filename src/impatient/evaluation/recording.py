@@ -266,7 +266,10 @@ class Recording(Stored, made_by="`impatient record`"):
         )
 
     def take(self, places: Int[Tensor, "M"], split: str = "") -> Self:
-        """Return the recording of some of the samples; the split may be named."""
+        """Return the recording of some of the samples.
+
+        The split may be named.
+        """
 
         def rows(table: Tensor | None) -> Any:
             return None if table is None else table[:, places]

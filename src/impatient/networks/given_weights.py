@@ -161,7 +161,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of any origin; ours are compared with their checksum."""
+    """Read a safetensors file of any origin.
+
+    Ours are compared with their checksum.
+    """
     from safetensors import safe_open
 
     try:
@@ -192,7 +195,10 @@ def _read_pickled(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Say in a line why torch refuses a file; its own advice is to trust it."""
+    """Say in a line why torch refuses a file.
+
+    Its own advice is to trust it.
+    """
     lines = [line.strip() for line in str(error).splitlines()]
     inner = [line for line in lines if line.startswith("WeightsUnpickler error:")]
     first = (inner or lines or [""])[0]

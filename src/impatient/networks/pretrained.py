@@ -131,7 +131,10 @@ def timm_name(name: str) -> str:
 
 
 def from_timm(model: Any, name: str, *, pretrained: bool) -> Loaded:
-    """Say what timm did with a model's weights; it replaces classifiers by itself, silently."""
+    """Say what timm did with a model's weights.
+
+    It replaces classifiers by itself, silently.
+    """
     if not pretrained:
         return Loaded(model=model)
     about = model.pretrained_cfg

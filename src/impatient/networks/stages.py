@@ -68,7 +68,10 @@ class Cut:
 
     @classmethod
     def named(cls, text: str) -> Self:
-        """Return the cut that this is the text of; without "@" it is after the first call."""
+        """Return the cut that this is the text of.
+
+        Without "@" it is after the first call.
+        """
         name, call = cls.parse(text)
         return cls(name, call or 0)
 
@@ -250,7 +253,10 @@ _thread = _Thread()
 
 
 class _Leave(BaseException):
-    """Ends a forward at a cut; no error, so `except Exception` in a model does not catch it."""
+    """Ends a forward at a cut.
+
+    No error, so `except Exception` in a model does not catch it.
+    """
 
 
 def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  the signature of a forward hook

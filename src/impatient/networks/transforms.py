@@ -92,7 +92,10 @@ class Transform:
     resizing: Resizing
 
     def at(self, size: tuple[int, int] | None) -> Transform:
-        """Make one for another size, in proportion; None leaves it."""
+        """Make one for another size, in proportion.
+
+        None leaves it.
+        """
         if size in (None, self.size):
             return self
         before = tuple(

@@ -88,7 +88,10 @@ class Decision:
 
     @property
     def linear(self) -> Linear | None:
-        """The scoring functions for single samples, if they are linear; prepared at first use."""
+        """The scoring functions for single samples, if they are linear.
+
+        Prepared at first use.
+        """
         if (
             self._prepared is None
             and self.constant is None
@@ -173,7 +176,10 @@ class Linear:
         )
 
     def choose(self, row: Sequence[float]) -> int | None:
-        """Choose the action; None where it is so close that `Decision.choose` must say."""
+        """Choose the action.
+
+        None where it is so close that `Decision.choose` must say.
+        """
         scores = self.scores(row)
         if self.root == REGRESSION:
             least, next_to_least = sorted(scores)[:2]

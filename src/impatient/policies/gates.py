@@ -190,7 +190,10 @@ class GatePolicy(TaskPolicy):
         return bool(self.stops(exit, output, pooled))
 
     def _seen_of_one(self, output: Tensor | None, pooled: Tensor | None) -> list[float]:
-        """Collect what a gate looks at in plain numbers; too few where tensors are faster."""
+        """Collect what a gate looks at in plain numbers.
+
+        Too few where tensors are faster.
+        """
         seen: list[float] = []
         if self.inputs != "confidences" and pooled is not None:
             seen = pooled.flatten(1).float().tolist()[0]

@@ -389,7 +389,10 @@ class Policy(Stored, abc.ABC, made_by="`impatient fit`"):
         return ""
 
     def shown_score(self) -> str:
-        """Return the name of the score by which answers are shown; "" for the task's default."""
+        """Return the name of the score by which answers are shown.
+
+        "" for the task's default.
+        """
         return ""
 
     def portable_rule(self) -> dict[str, Any]:

@@ -248,7 +248,10 @@ class SelectionPolicy(Policy):
     def _choice_of_one(
         self, node: int, outputs: Sequence[Tensor], pooled: Tensor | None
     ) -> int | None:
-        """Choose the move of the only sample in plain numbers; None where tensors must."""
+        """Choose the move of the only sample in plain numbers.
+
+        None where tensors must.
+        """
         linear = self.decisions[node].linear
         known = [] if linear is None else [rows.row_of(output) for output in outputs]
         plain = [row for row in known if row is not None]

@@ -209,7 +209,9 @@ class AgreementRun(Policy):
 
 
 def scores_of(recording: Recorded, score: str = "") -> Float[Tensor, "K N"]:
-    """Return a table of scores; by default the task's first.
+    """Return a table of scores.
+
+    By default the task's first.
 
     Raises:
         PolicyError: if the recording has none of this name.

@@ -305,7 +305,10 @@ class Bundle:
         return Staged(self.wiring, stages, heads)
 
     def _output_shape(self) -> list[int] | None:
-        """Return the shape of one sample's output; None where it is a row of numbers."""
+        """Return the shape of one sample's output.
+
+        None where it is a row of numbers.
+        """
         outputs = self.description.get("outputs")
         return outputs[0]["shape"][1:] if outputs else None
 

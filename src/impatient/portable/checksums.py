@@ -53,7 +53,10 @@ def check_file(directory: Path, name: str, checksums: Mapping[str, str]) -> None
 
 
 def with_checksum(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the checksum of a JSON object as its last entry; white space does not count."""
+    """Add the checksum of a JSON object as its last entry.
+
+    White space does not count.
+    """
     return {**value, "checksum": _of_text("".join(json.dumps(value).split()))}
 
 

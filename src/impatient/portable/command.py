@@ -136,7 +136,10 @@ def _classes(answer: Answer[Array], bundle: Bundle) -> list[str]:
 
 
 def _numbers(answer: Answer[Array]) -> list[str]:
-    """List the first numbers of each sample's output; all are in the JSON."""
+    """List the first numbers of each sample's output.
+
+    All are in the JSON.
+    """
     lines = []
     for row, exit in zip(answer.output, answer.exits, strict=True):
         first = ", ".join(f"{number:.4g}" for number in row.flatten()[:MOST])

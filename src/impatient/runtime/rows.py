@@ -80,7 +80,10 @@ class RowBudgets(Policy):
         return self._asks and self._policy is not None and self._policy.needs_features
 
     def looks_at(self, exit: int) -> bool:
-        """Look at every exit; what of it is needed depends on the policy."""
+        """Look at every exit.
+
+        What of it is needed depends on the policy.
+        """
         self._asks = self._policy is not None and self._policy.looks_at(exit)
         return True
 
@@ -127,7 +130,10 @@ class RowBudgets(Policy):
         return [reason(place, done) for place, done in zip(self._rows, by_policy, strict=True)]
 
     def for_rows(self, rows: Tensor) -> RowBudgets:
-        """Go on with some rows of the present batch; what is known of the others is kept."""
+        """Go on with some rows of the present batch.
+
+        What is known of the others is kept.
+        """
         places = rows.tolist()
         self._rows = [self._rows[row] for row in places]
         if self._policy is not None:

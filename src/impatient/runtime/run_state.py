@@ -83,7 +83,10 @@ class RunState:
 
     @property
     def device(self) -> torch.device | None:
-        """Return the device of the input; None stands for the CPU."""
+        """Return the device of the input.
+
+        None stands for the CPU.
+        """
         return self._device
 
     @property

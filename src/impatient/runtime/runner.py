@@ -447,7 +447,10 @@ class ContractRun:
             return self._answer()
 
     def _run_once(self, deadline: Deadlines, limits: Limits | None) -> Answer:
-        """Answer, and discard what has not been computed; nothing pauses, so that is faster."""
+        """Answer, and discard what has not been computed.
+
+        Nothing pauses, so that is faster.
+        """
         begin = self._runner.clock.now()
         answers: list[Answer] = []
 
@@ -516,7 +519,10 @@ class ContractRun:
         return True
 
     def _decide(self) -> StoppedBy | None:
-        """Find out why to stop here; None if there is no reason."""
+        """Find out why to stop here.
+
+        None if there is no reason.
+        """
         state = self._state
         stopped_by: StoppedBy | None = state.stops()
         if self._rows is not None:

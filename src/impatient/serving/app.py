@@ -82,7 +82,10 @@ def page() -> tuple[bytes, dict[str, str]]:
 
 
 class Gone(Exception):
-    """The caller has gone; nothing is to be sent."""
+    """The caller has gone.
+
+    Nothing is to be sent.
+    """
 
 
 class _Status(BadRequest):
@@ -394,7 +397,10 @@ class App:
 async def _until_gone(
     answers: AsyncGenerator[Answered | Refuse], receive: Receive
 ) -> AsyncGenerator[Answered | Refuse]:
-    """Give answers as long as the caller is there; when it goes, the request is cancelled."""
+    """Give answers as long as the caller is there.
+
+    When it goes, the request is cancelled.
+    """
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -167,6 +167,9 @@ def parameter(value: object) -> Any:
 
 
 def value_of(parameter: Any) -> Any:
-    """Return what a parameter holds; None if nothing."""
+    """Return what a parameter holds.
+
+    None if nothing.
+    """
     chosen = parameter.WhichOneof("parameter_choice")
     return None if chosen is None else getattr(parameter, chosen)

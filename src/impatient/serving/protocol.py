@@ -1,4 +1,6 @@
-"""The Open Inference Protocol v2: requests in, replies out, as bytes; JSON and binary tensors.
+"""The Open Inference Protocol v2: requests in, replies out, as bytes.
+
+JSON and binary tensors.
 
 Whatever comes from outside is checked here. What is wrong with it is a `BadRequest`, never another
 error, and nothing is read beyond what a limit allows.
@@ -246,7 +248,9 @@ def milliseconds(value: Any, what: str) -> float:
 
 
 def budget_s(parameters: Parameters, headers: Mapping[str, str]) -> float | None:
-    """Find the time that a request allows for its answer, in seconds; the least of all it says.
+    """Find the time that a request allows for its answer, in seconds.
+
+    The least of all it says.
 
     `parameters.timeout` is in microseconds, as Triton has it; `parameters.deadline_ms` and the
     header `x-envoy-expected-rq-timeout-ms` are in milliseconds, `x-request-timeout-seconds` in
@@ -285,7 +289,10 @@ def priority_of(parameters: Parameters) -> int:
 
 
 def flag_of(parameters: Parameters, name: str) -> bool:
-    """Read a parameter that is true or false; without it, false."""
+    """Read a parameter that is true or false.
+
+    Without it, false.
+    """
     value = parameters.get(name, False)
     if type(value) is not bool:
         raise BadRequest(f"parameters.{name} is {str(value)[:40]}; expected true or false.")

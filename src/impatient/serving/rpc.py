@@ -224,7 +224,10 @@ class Rpc(Side):
     async def _answer_each_exit(
         self, request: Any, context: Context, arrival: float, outbox: asyncio.Queue[Any]
     ) -> None:
-        """Put a request's answers where the stream finds them; an error ends the request alone."""
+        """Put a request's answers where the stream finds them.
+
+        An error ends the request alone.
+        """
         try:
             events = self._events(request, context, arrival, True)
             async with contextlib.aclosing(events):

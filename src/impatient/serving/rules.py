@@ -176,7 +176,10 @@ class DynamicProgramme(Rule):
     def _with(
         self, one: Pending, value: np.ndarray, models: Models, now: float, slot_s: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Add a request to the programme; returns values, and its depth at each of them."""
+        """Add a request to the programme.
+
+        Returns values, and its depth at each of them.
+        """
         latest = int((one.request.deadline - now) / slot_s)
         best = value + (one.expected[one.exit] if one.exit >= 0 else 0.0)
         depth = np.full(len(value), one.exit)

@@ -313,7 +313,10 @@ class Scheduler:
         return actions + self._settle(now)
 
     def cancelled(self, request: int, now: float) -> list[Action]:
-        """Forget a request whose caller has gone; its place is free at the next stage."""
+        """Forget a request whose caller has gone.
+
+        Its place is free at the next stage.
+        """
         self._pending.pop(request, None)
         return self._settle(now)
 
@@ -322,7 +325,10 @@ class Scheduler:
         return self._settle(now)
 
     def drain(self) -> None:
-        """Refuse all requests from now on; those that are here are served."""
+        """Refuse all requests from now on.
+
+        Those that are here are served.
+        """
         self.draining = True
 
     def holds(self, request: int) -> bool:

@@ -250,7 +250,10 @@ class Service:
         self.scheduler.drain()
 
     async def drained(self, most_s: float) -> bool:
-        """Wait until all requests have their replies; tells whether they do in time."""
+        """Wait until all requests have their replies.
+
+        Tells whether they do in time.
+        """
         end = self.clock.now() + most_s
         while self.scheduler.waiting and self.clock.now() < end:
             await asyncio.sleep(0.01)
@@ -263,7 +266,10 @@ class Service:
         self._thread.stop(1.0)
 
     async def _next(self, call: _Call) -> Answered | Refuse:
-        """Wait for the next event of a call; a network that hangs is not waited for."""
+        """Wait for the next event of a call.
+
+        A network that hangs is not waited for.
+        """
         left_s = call.request.deadline - self.clock.now()
         try:
             return await asyncio.wait_for(call.events.get(), max(left_s, 0.0) + HANG_S)
@@ -274,7 +280,10 @@ class Service:
             return Refuse(request=call.request.id, why="failed")
 
     def _forget(self, call: _Call) -> bool:
-        """Let a call go whose reply nobody waits for; tells whether it had none."""
+        """Let a call go whose reply nobody waits for.
+
+        Tells whether it had none.
+        """
         if call.group is not None:
             members = self._members.get(call.group, set())
             members.discard(call.request.id)

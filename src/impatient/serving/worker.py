@@ -109,7 +109,10 @@ class InferenceThread:
         self._jobs.put(job)
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread when its work is done; tells whether it has ended in time."""
+        """End the thread when its work is done.
+
+        Tells whether it has ended in time.
+        """
         self._jobs.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()

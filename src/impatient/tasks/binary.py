@@ -83,7 +83,10 @@ def said(output: Tensor, names: Sequence[str]) -> str:
 
 
 def f1(hit: float, alarm: float, miss: float) -> float:
-    """Compute F1 of true positives, false positives and false negatives; 1 where there is none."""
+    """Compute F1 of true positives, false positives and false negatives.
+
+    1 where there is none.
+    """
     return 2 * hit / (2 * hit + alarm + miss) if hit + alarm + miss else 1.0
 
 

@@ -70,7 +70,10 @@ class BoxHead(nn.Module):
 
 
 def _places(features: Tensor) -> Tensor:
-    """Return where positions lie, as shares of width and height, [H x W, 2]; rows for tokens."""
+    """Return where positions lie, as shares of width and height, [H x W, 2].
+
+    Rows for tokens.
+    """
     height, width = features.shape[2:] if features.dim() == 4 else (1, features.shape[1])
     down = (torch.arange(height, device=features.device, dtype=features.dtype) + 0.5) / height
     right = (torch.arange(width, device=features.device, dtype=features.dtype) + 0.5) / width

@@ -47,7 +47,10 @@ class Objects(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found in some pictures, the surest first; what does not count has a score of -1."""
+    """What was found in some pictures, the surest first.
+
+    What does not count has a score of -1.
+    """
 
     scores: Float[Tensor, "B M"]
     labels: Int[Tensor, "B M"]
@@ -387,7 +390,9 @@ def least_probability(output: Any) -> Float[Tensor, "B"]:
 def statistics(
     output: Any, target: Any, *, find: Any = found, threshold: float = 0.5
 ) -> Float[Tensor, "B S"]:
-    """Count hits, false alarms, misses, classes and the objects of each; then list detections.
+    """Count hits, false alarms, misses, classes and the objects of each.
+
+    Then list detections.
 
     Each detection is its score, class, and whether it is right.
     """

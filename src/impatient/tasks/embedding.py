@@ -46,5 +46,8 @@ def cosine(output: Float[Tensor, "B D"], target: Float[Tensor, "B D"]) -> Float[
 
 
 def _cosine(output: Tensor, other: Tensor) -> Float[Tensor, "B"]:
-    """Compute the cosine; nothing here depends on values, so that engines compute it, too."""
+    """Compute the cosine.
+
+    Nothing here depends on values, so that engines compute it, too.
+    """
     return F.cosine_similarity(output.float(), other.float(), dim=1)

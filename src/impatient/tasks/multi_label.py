@@ -60,7 +60,10 @@ def least_probability(output: Float[Tensor, "B C"]) -> Float[Tensor, "B"]:
 
 
 def statistics(output: Float[Tensor, "B C"], target: Tensor) -> Float[Tensor, "B 7"]:
-    """Count hits, false alarms, misses, labels, right labels; samples all right, and samples."""
+    """Count hits, false alarms, misses, labels, right labels.
+
+    Samples all right, and samples.
+    """
     said = output > 0
     true = _truth(output, target) > 0.5
     right = said == true

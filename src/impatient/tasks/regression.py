@@ -98,7 +98,10 @@ def _squared(output: Tensor, target: Tensor) -> Float[Tensor, "B D"]:
 
 
 def _apart(output: Tensor, other: Tensor) -> Float[Tensor, "B D"]:
-    """Square the differences; nothing here depends on values, so that engines compute it, too."""
+    """Square the differences.
+
+    Nothing here depends on values, so that engines compute it, too.
+    """
     one, two = (value.float().reshape(value.shape[0], -1) for value in (output, other))
     if one.shape != two.shape:
         raise TaskError(

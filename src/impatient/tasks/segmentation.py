@@ -147,7 +147,10 @@ def said(output: Float[Tensor, "1 C H W"], names: Sequence[str]) -> str:
 
 
 def layer(output: Float[Tensor, "1 C H W"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """Give each pixel the number of its class; class 0 is not coloured."""
+    """Give each pixel the number of its class.
+
+    Class 0 is not coloured.
+    """
     labels = output.argmax(1, keepdim=True).float()
     return F.interpolate(labels, size=size, mode="nearest")[0, 0].long().cpu()
 
@@ -155,7 +158,10 @@ def layer(output: Float[Tensor, "1 C H W"], size: tuple[int, int]) -> Int[Tensor
 def ideal(
     target: Int[Tensor, "1 H W"], output: Float[Tensor, "1 C H W"], *, ignore: int = 255
 ) -> Float[Tensor, "1 C H W"]:
-    """Make the output that would be right; pixels that do not count get class 0."""
+    """Make the output that would be right.
+
+    Pixels that do not count get class 0.
+    """
     labels = torch.where(target == ignore, 0, target.long())
     return F.one_hot(labels, output.shape[1]).movedim(-1, 1).float()
 

@@ -413,7 +413,10 @@ def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> 
 
 
 def tokenizer_of(spec: str) -> Any | None:
-    """Load the tokenizer of a data spec that begins with "text:"; None for other specs."""
+    """Load the tokenizer of a data spec that begins with "text:".
+
+    None for other specs.
+    """
     source, _, rest = spec.partition(":")
     if source != "text":
         return None

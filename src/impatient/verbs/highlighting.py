@@ -79,7 +79,10 @@ def _weighed(
 
 
 def _whole_words(tokens: Sequence[str], weights: Sequence[float]) -> Iterator[tuple[str, float]]:
-    """Join the parts of words; a word weighs what its heaviest part weighs."""
+    """Join the parts of words.
+
+    A word weighs what its heaviest part weighs.
+    """
     word, heaviest = "", 0.0
     for token, weight in zip(tokens, weights, strict=True):
         if word and not token.startswith(REST):

@@ -267,7 +267,10 @@ class RunDirectory:
         return file
 
     def targets(self) -> dict[str, impatient.policies.FittedTo]:
-        """Read what policies were fitted to, by name; old ones do not say."""
+        """Read what policies were fitted to, by name.
+
+        Old ones do not say.
+        """
         files = {name: self.target_file(name) for name in self.policy_files()}
         load = impatient.policies.FittedTo.load
         return {name: load(file) for name, file in files.items() if is_file(file)}

@@ -111,7 +111,10 @@ def numbers_of(
 
 
 def _answers(run: RunDirectory, chosen: Sequence[int]) -> tuple[list[Any], Any] | None:
-    """Answer some test samples at every exit; None where the network may not be built."""
+    """Answer some test samples at every exit.
+
+    None where the network may not be built.
+    """
     import torch
 
     if not run.has_network:

@@ -18,7 +18,9 @@ REPEATS = 100
 
 
 def run_path(text: str) -> Path:
-    """Find the run directory that a text names; one of the zoo is unpacked first.
+    """Find the run directory that a text names.
+
+    One of the zoo is unpacked first.
 
     Raises:
         ModelSpecError: if the zoo has no such network.
