@@ -43,7 +43,8 @@ def _plain(value: Any) -> Any:
         return str(value)
     if dataclasses.is_dataclass(value):
         kind: dict[str, Any] = {"kind": value.kind} if isinstance(value, Stored) else {}
-        entries = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        parts = [part for part in dataclasses.fields(value) if part.metadata.get("stored", True)]
+        entries = {part.name: getattr(value, part.name) for part in parts}
         return kind | {name: _plain(entry) for name, entry in entries.items()}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
