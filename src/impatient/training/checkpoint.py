@@ -5,14 +5,15 @@ A checkpoint is one safetensors file with weights, optimizer state and random st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from impatient.errors import StorageError
+from impatient.errors import ImpatientError, StorageError
 from impatient.files import entries_under, read_tensors, write_tensors
 
 
@@ -68,16 +69,37 @@ def load_checkpoint(
             "the optimizer. Delete it to start again."
         )
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {
-        **entries_under("optimizer/", tensors),
-        **header.get("optimizer_numbers", {}),
-    }.items():
-        index, _, name = key.partition("/")
-        state.setdefault(int(index), {})[name] = value
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    with damage_named(path):
+        for key, value in {
+            **entries_under("optimizer/", tensors),
+            **header.get("optimizer_numbers", {}),
+        }.items():
+            index, _, name = key.partition("/")
+            state.setdefault(int(index), {})[name] = value
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random/cuda"])
     return header, state
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what comes of entries of the wrong kind into an error that names the checkpoint.
+
+    Raises:
+        StorageError: if the block meets an entry that is missing or of the wrong kind.
+    """
+    try:
+        yield
+    except ImpatientError:
+        # It says already what is wrong.
+        raise
+    except Exception as error:
+        # What torch, numpy and Python raise for an entry of the wrong kind differs.
+        raise StorageError(
+            f"{path} is damaged: an entry is missing or of the wrong kind ({error!r}). Delete it "
+            "to start again."
+        ) from error
 
 
 def check_types(state: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -29,6 +29,44 @@ class EpochMetrics:
     validation_loss: tuple[float, ...]
     validation_accuracy: tuple[float, ...]
 
+    def rows(self) -> tuple[tuple[float, ...], ...]:
+        """Give all that is measured per exit."""
+        return (
+            self.train_loss,
+            self.train_accuracy,
+            self.validation_loss,
+            self.validation_accuracy,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingState:
+    """How far a training run is, as its checkpoint says.
+
+    Attributes:
+        step: batches of the running epoch that are done.
+        seconds: time that they took.
+        sums: losses and hits per exit, summed over these batches.
+        history: the epochs that are done.
+    """
+
+    step: int
+    seconds: float
+    sums: tuple[tuple[float, ...], ...]
+    history: tuple[EpochMetrics, ...]
+
+    def check(self, exits: int, epochs: int) -> None:
+        """Refuse a state that no run of so many exits and epochs reaches.
+
+        Raises:
+            ValueError: if there are more epochs, or rows are not of one number per exit.
+        """
+        rows = [*self.sums, *(row for entry in self.history for row in entry.rows())]
+        if len(self.sums) != 2 or any(len(row) != exits for row in rows):
+            raise ValueError(f"expected losses and hits of {exits} exits")
+        if not self.step >= 0 or not 0 <= len(self.history) <= epochs:
+            raise ValueError(f"{len(self.history)} epochs and {self.step} steps are done")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:

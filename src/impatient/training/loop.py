@@ -43,9 +43,9 @@ from impatient.training import schedules
 from impatient.training.augmentation import augmented
 from impatient.training.balancing import AdaLoss, Learner, balancer
 from impatient.training.batch_norm import behind
-from impatient.training.checkpoint import load_checkpoint, save_checkpoint
+from impatient.training.checkpoint import damage_named, load_checkpoint, save_checkpoint
 from impatient.training.data import Data, Split
-from impatient.training.history import EpochMetrics, History
+from impatient.training.history import EpochMetrics, History, TrainingState
 from impatient.training.losses import (
     distilled,
     summed_quality,
@@ -571,11 +571,15 @@ class _Training:
             return None
         self._check_identity(read_header(self.checkpoint))
         header, optimizer_state = load_checkpoint(self.checkpoint, self.network)
-        self.history = [from_plain(entry, EpochMetrics) for entry in header["history"]]
-        self.step = header["step"]
-        self.seconds = header["seconds"]
-        self.sums = torch.tensor(header["sums"], dtype=torch.float64)
-        self.balancer.restore(header["balancer"])
+        with damage_named(self.checkpoint):
+            reached = {name: header[name] for name in ("step", "seconds", "sums", "history")}
+            state = from_plain(reached, TrainingState, where=str(self.checkpoint))
+            state.check(self.network.num_exits, self.recipe.epochs)
+            self.history = list(state.history)
+            self.step = state.step
+            self.seconds = state.seconds
+            self.sums = torch.tensor(state.sums, dtype=torch.float64)
+            self.balancer.restore(header["balancer"])
         # The metrics file may be missing, or older than the checkpoint after an interruption.
         self._write_metrics()
         return optimizer_state

@@ -158,7 +158,12 @@ def _read(file: Path) -> Any:
 
 
 def _columns(table: Any, options: DataOptions, where: str) -> Table:
-    names = table.column_names
+    try:
+        names = table.column_names
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where} has names of columns that are not UTF-8 ({error}); save the file as UTF-8."
+        ) from error
     texts, label = choose_columns(names, options, where)
     return Table(
         texts=[table[name].to_pylist() for name in texts],
