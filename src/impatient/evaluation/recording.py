@@ -463,7 +463,9 @@ def _to(device: str) -> Callable[[Tensor], Tensor]:
 def _as_tensors(value: Any) -> Any:
     """Take arrays of numpy for tensors, and stack the outputs of exits where they are alike."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(value))
+        # Files of other machines have another order of bytes, which torch does not take.
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(np.ascontiguousarray(native))
     if not isinstance(value, list | tuple):
         return value
     parts = [_as_tensors(part) for part in value]

@@ -146,7 +146,8 @@ def _tensor(array: Any) -> Tensor:
 
     if array.dtype.kind not in "fiub":
         raise TypeError(f"it holds {array.dtype}; expected numbers.")
-    return torch.from_numpy(array)[None]
+    # Files of other machines have another order of bytes, which torch does not take.
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))[None]
 
 
 @contextlib.contextmanager
