@@ -133,6 +133,14 @@ class Evaluation(Stored, made_by="`impatient evaluate`"):
     quality_name: str = "accuracy"
     task: str = "classification"
 
+    def __post_init__(self) -> None:
+        unknown = sorted({row.budget for row in self.under_budgets} - self.budgets.keys())
+        if unknown:
+            raise BudgetError(
+                f"accuracies under the budget {unknown[0]!r}, which is none of "
+                f"{', '.join(self.budgets)}; expected a distribution for each."
+            )
+
     def of(self, kind: Kind) -> tuple[Row, ...]:
         """Return the rows of one kind."""
         return tuple(row for row in self.rows if row.kind == kind)

@@ -74,7 +74,8 @@ class Decision:
         if (
             self.num_actions < 1
             or not REGRESSION <= self.root < items
-            or bool((self.children >= items).any())
+            or self.children.shape[1:] != (2,)
+            or bool(((self.children >= items) | (self.children < 0)).any())
         ):
             raise PolicyError(
                 f"root {self.root} and comparisons {self.children.tolist()} make no choice of "
@@ -84,6 +85,24 @@ class Decision:
             raise PolicyError(
                 f"scoring functions of {sorted(self.machines)}; expected the arrays of one kind of "
                 "learner."
+            )
+        if self.constant is None:
+            self._check_machines()
+
+    def _check_machines(self) -> None:
+        """Refuse scoring functions whose arrays do not fit each other."""
+        wanted = self.num_actions if self.root == REGRESSION else len(self.children)
+        try:
+            found = self.scores(self.mean[None]).shape
+            real = not any(value.is_complex() for value in (self.scale, *self.machines.values()))
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PolicyError(
+                f"the arrays of the scoring functions do not fit each other ({error}); fit again."
+            ) from error
+        if found != (1, wanted) or len(self.scale) != len(self.mean) or not real:
+            raise PolicyError(
+                f"scoring functions give scores of shape {tuple(found)} for {len(self.mean)} "
+                f"features; expected real numbers of shape {(1, wanted)}. Fit again."
             )
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import impatient
-from impatient.errors import DataError, ModelSpecError, StorageError
+from impatient.errors import DataError, ImpatientError, ModelSpecError, StorageError
 from impatient.files import is_file, read_tensors, write_tensors
 from impatient.provenance import Provenance, fingerprint_structure, fingerprint_tensors, provenance
 from impatient.store import Stored
@@ -43,11 +43,18 @@ class SampleArray:
         """Make an array of that shape and type.
 
         Raises:
-            StorageError: if the type is none of torch's.
+            StorageError: if the type is none of torch's, or there is no array of that shape.
         """
         import torch
 
-        return torch.full((batch_size, *self.shape), self.fill, dtype=self.torch_dtype())
+        dtype = self.torch_dtype()
+        try:
+            return torch.full((batch_size, *self.shape), self.fill, dtype=dtype)
+        except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"no example of shape {self.shape} can be made ({error}); network.json was "
+                "damaged: train again."
+            ) from error
 
     def torch_dtype(self) -> torch.dtype:
         """Return the type as torch's.
@@ -167,15 +174,25 @@ class NetworkSpec(Stored, kind="network", made_by="`impatient train`"):
 
         network: Any = model
         if self.heads != OWN_HEADS:
-            network = impatient.attach_exits(
-                network,
-                example=self.example(),
-                # cuts, for the name alone does not say which call of a module is meant
-                after=[Cut.named(name) for name in self.after],
-                heads=self.heads,
-                num_classes=self.num_classes,
-                task=self.task,
-            )
+            try:
+                network = impatient.attach_exits(
+                    network,
+                    example=self.example(),
+                    # cuts, for the name alone does not say which call of a module is meant
+                    after=[Cut.named(name) for name in self.after],
+                    heads=self.heads,
+                    num_classes=self.num_classes,
+                    task=self.task,
+                )
+            except ImpatientError:
+                raise
+            except (RuntimeError, TypeError, ValueError) as error:
+                # What a model raises for inputs that are not for it.
+                raise ModelSpecError(
+                    f"{self.model} cannot be run on an input of shape {self.example_shape} "
+                    f"({error}); expected the model and the inputs that network.json was written "
+                    "with. Train again, or take the file from a backup."
+                ) from error
         if self.ensembling:
             network = impatient.networks.RunningEnsemble(network, self.ensembling)  # type: ignore[arg-type]
         built: impatient.Network = network
