@@ -1015,16 +1015,6 @@ def test_what_the_command_line_cannot_do_it_says(export: Export, tmp_path: Path)
         main(Path(), ["--help"])
 
 
-def test_numbers_in_another_order_of_bytes_are_refused(export: Export):
-    bundle = Bundle(export())
-    other = X.astype(X.dtype.newbyteorder())
-    assert (other.dtype.name, np.array_equal(other, X)) == (X.dtype.name, True)
-    for way in (bundle.run, bundle.start):
-        with pytest.raises(BundleError, match="float32 in another machine's order of bytes"):
-            way(other)
-    assert bundle.run(other.astype(X.dtype)).exit is not None
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_forked_process_starts_runs_of_its_own_and_refuses_its_parents(export: Export):
     bundle = Bundle(export())

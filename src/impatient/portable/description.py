@@ -119,12 +119,10 @@ def check_input(name: str, array: Any, spec: Mapping[str, Any]) -> None:
     fits = len(array.shape) == len(spec["shape"]) and all(
         size in (None, given) for size, given in zip(spec["shape"], array.shape, strict=True)
     )
-    # Engines take the memory as it is, so that numbers in the other order of bytes were others.
-    order = "" if array.dtype.isnative else " in another machine's order of bytes"
-    if array.dtype.name != spec["dtype"] or not fits or order:
+    if array.dtype.name != spec["dtype"] or not fits:
         raise BundleError(
-            f"input {name!r} is {array.dtype.name}{order}, shape {list(array.shape)}; {expected}. "
-            "Convert it first."
+            f"input {name!r} is {array.dtype.name}, shape {list(array.shape)}; {expected}. Convert "
+            "it first."
         )
 
 
