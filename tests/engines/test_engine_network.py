@@ -75,7 +75,7 @@ class Reusing:
         memory = self._memory.setdefault(
             (place, tuple(value.shape)), np.empty(tuple(value.shape), np.float32)
         )
-        memory[...] = value.numpy()
+        memory[...] = value.detach().numpy()
         return memory
 
 

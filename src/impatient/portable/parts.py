@@ -111,19 +111,31 @@ class OnnxRuntimePart(EnginePart):
         self._session = onnxruntime_session(path, threads)
         self._names = [entry.name for entry in self._session.get_inputs()]
         self._new_options = onnxruntime.RunOptions
+        # The options of each thread's call in flight.
+        self._options: dict[int, Any] = {}
 
     def __call__(self, *inputs: Array) -> tuple[Array, ...]:
-        # New options for every call: they cannot be reset after `terminate`.
+        # New options for every call: they cannot be reset after `terminate`. So no lock is needed:
+        # a late `cancel` ends nothing.
         options = self._new_options()
-        with self._flight(lambda: setattr(options, "terminate", True)):
-            try:
-                return tuple(
-                    self._session.run(None, dict(zip(self._names, inputs, strict=True)), options)
-                )
-            except Exception as error:
-                if options.terminate:
-                    raise Cancelled("the call was ended by cancel().") from error
-                raise
+        number = threading.get_ident()
+        self._options[number] = options
+        try:
+            return tuple(
+                self._session.run(None, dict(zip(self._names, inputs, strict=True)), options)
+            )
+        except Exception as error:
+            if options.terminate:
+                raise Cancelled("the call was ended by cancel().") from error
+            raise
+        finally:
+            del self._options[number]
+
+    def cancel(self, thread: int | None = None) -> None:
+        # A copy, made in one step: calls begin and end meanwhile.
+        for number, options in self._options.copy().items():
+            if thread in (None, number):
+                options.terminate = True
 
 
 def onnxruntime_session(path: Path, threads: int) -> Any:

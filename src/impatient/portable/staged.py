@@ -177,9 +177,20 @@ class Staged:
         self.wiring = wiring
         self.stages = stages
         self.heads = heads
-        # For each value, the last stage that takes it or whose exit it feeds.
+        # The last stage that takes each value, or whose exit it feeds.
         uses = ((*takes, seen) for takes, seen in zip(wiring.takes, wiring.features, strict=True))
-        self.last_use = {name: index for index, names in enumerate(uses) for name in names}
+        last_use = {name: index for index, names in enumerate(uses) for name in names}
+        made = ((*wiring.inputs, *wiring.gives[0]), *wiring.gives[1:])
+        # For each stage, the values that are of no use after it.
+        self.done_after = tuple(
+            tuple(
+                name
+                for before, names in enumerate(made)
+                for name in dict.fromkeys(names)
+                if max(before, last_use.get(name, -1)) == index
+            )
+            for index in range(len(stages))
+        )
 
     @property
     def num_exits(self) -> int:
@@ -200,7 +211,7 @@ class StagedRun(Run):
         self._wiring = wiring
         self._stages = network.stages
         self._heads = network.heads
-        self._last_use = network.last_use
+        self._done_after = network.done_after
         self._values = dict(zip(wiring.inputs, inputs, strict=True))
         self._next = 0
         self._lock = threading.Lock()
@@ -222,8 +233,8 @@ class StagedRun(Run):
         features = self._values[self._wiring.features[index]]
         self._next += 1
         # Free the memory of values that no later stage uses.
-        for name in [name for name in self._values if self._last_use.get(name, -1) < self._next]:
-            del self._values[name]
+        for name in self._done_after[index]:
+            self._values.pop(name, None)
         return Exit(index, features, self._heads[index])
 
     def keep(self, rows: Any) -> None:
