@@ -167,6 +167,7 @@ class Network(nn.Module):
         threads: intra-op threads of the engine; None for those of torch.
         buckets: numbers of rows that the network can run; empty for all numbers.
     Example:
+        >>> import torch
         >>> class Two(Network):
         ...     num_exits = 2
         ...

@@ -104,7 +104,7 @@ def betting_p_values(
         With full stakes from the start it would be 1.05 ** -60 = 0.054.
 
         >>> round(float(betting_p_values(torch.zeros(60), 0.05)), 3)
-        0.06
+        0.056
     """
     require(bool((losses <= 1).all()), "betting needs losses of at most 1")
     left, goal = losses.shape[-1], GOAL / delta
