@@ -67,16 +67,15 @@ STEPS = (
 def call(*arguments: object) -> tuple[int, str]:
     """Run the command line in this process; returns the exit code and all that was printed."""
     printed = io.StringIO()
-    before = sys.argv, cli.out.file, cli.err.file
+    before = sys.argv
     sys.argv = ["impatient", *map(str, arguments)]
-    cli.out.file = cli.err.file = printed
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             cli.main()
     except SystemExit as end:
         return int(end.code or 0), printed.getvalue()
     finally:
-        sys.argv, cli.out.file, cli.err.file = before
+        sys.argv = before
     raise AssertionError("the command line ends with an exit code")
 
 
