@@ -59,7 +59,10 @@ class Found:
     longest_s: float = 0.0
 
     def add(self, read: Callable[[], object]) -> bool:
-        """Read one damaged file; returns whether it was refused."""
+        """Read one damaged file.
+
+        Returns whether it was refused.
+        """
         self.files += 1
         started = time.perf_counter()
         try:
@@ -82,7 +85,10 @@ class Found:
 
 
 class _TooLongError(BaseException):
-    """The limit is over; nothing that is read may catch this."""
+    """The limit is over.
+
+    Nothing that is read may catch this.
+    """
 
 
 @contextlib.contextmanager
@@ -187,7 +193,10 @@ def damage_entry(tree: Mapping[str, Any], dice: random.Random) -> dict[str, Any]
 
 
 def damage_json(path: Path, dice: random.Random) -> None:
-    """Change an entry of a JSON file; the checksum fits, or is left out."""
+    """Change an entry of a JSON file.
+
+    The checksum fits, or is left out.
+    """
     damaged = damage_entry(read_json(path), dice)
     if dice.random() < 0.5:
         write_json(path, damaged)
@@ -196,7 +205,10 @@ def damage_json(path: Path, dice: random.Random) -> None:
 
 
 def damage_tensors(path: Path, dice: random.Random) -> None:
-    """Change an entry or a tensor of a safetensors file; the checksum fits."""
+    """Change an entry or a tensor of a safetensors file.
+
+    The checksum fits.
+    """
     tensors, header = read_tensors(path)
     if not tensors or dice.random() < 0.5:
         write_tensors(path, tensors, damage_entry(header, dice) if header else {"x": 1})

@@ -65,7 +65,10 @@ STEPS = (
 
 
 def call(*arguments: object) -> tuple[int, str]:
-    """Run the command line in this process; returns the exit code and all that was printed."""
+    """Run the command line in this process.
+
+    Returns the exit code and all that was printed.
+    """
     printed = io.StringIO()
     before = sys.argv
     sys.argv = ["impatient", *map(str, arguments)]

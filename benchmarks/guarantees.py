@@ -80,7 +80,10 @@ def plug_in_p_values(losses: Tensor, epsilon: float) -> Tensor:
 
 
 def chosen(truth: Truth, p_values: PValues, epsilon: float, draws: int, size: int) -> Tensor:
-    """Choose a candidate on each of many calibration splits; -1 is the full network."""
+    """Choose a candidate on each of many calibration splits.
+
+    -1 is the full network.
+    """
     random = torch.Generator().manual_seed(1)
     found = []
     # many at once, since betting goes sample by sample

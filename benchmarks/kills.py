@@ -1,4 +1,6 @@
-"""Kill every verb at every rename and at random moments; the same command again must go on.
+"""Kill every verb at every rename and at random moments.
+
+The same command again must go on.
 
     # about 15 minutes
     python benchmarks/kills.py
@@ -73,7 +75,10 @@ class Verb:
 
 
 def in_child(work: Callable[[], int], *, kill_after_s: float | None = None) -> int:
-    """Do work in a forked process; returns its exit code, or minus the signal that ended it."""
+    """Do work in a forked process.
+
+    Returns its exit code, or minus the signal that ended it.
+    """
     child = os.fork()
     if child == 0:
         code = 70
@@ -112,7 +117,10 @@ def die_at_rename(number: int, *, before: bool) -> None:
 
 
 def count_renames(verb: Verb, folder: Path, said: Path) -> tuple[int, float]:
-    """Run a verb undisturbed; returns how often it renames, and its time in seconds."""
+    """Run a verb undisturbed.
+
+    Returns how often it renames, and its time in seconds.
+    """
     count_file = said.with_suffix(".count")
 
     def counted() -> int:

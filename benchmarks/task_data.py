@@ -174,7 +174,10 @@ def diabetes(source: Source, folder: Path) -> str:  # noqa: ARG001  comes with s
 
 
 def masks(source: Source, folder: Path) -> str:
-    """Shapes drawn on CIFAR-10; a class for every pixel."""
+    """Shapes drawn on CIFAR-10.
+
+    A class for every pixel.
+    """
     found = source.pictures("cifar10", 4000, 1000)
     drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
     arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
@@ -193,7 +196,10 @@ def large_masks(source: Source, folder: Path) -> str:
 
 
 def boxes(source: Source, folder: Path) -> str:
-    """The same shapes; the box of each."""
+    """The same shapes.
+
+    The box of each.
+    """
     found = source.pictures("cifar10", 2000, 1000)
     drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
     arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
@@ -203,7 +209,10 @@ def boxes(source: Source, folder: Path) -> str:
 
 
 def noise(source: Source, folder: Path) -> str:
-    """Traffic signs under noise of different strength; what they were."""
+    """Traffic signs under noise of different strength.
+
+    What they were.
+    """
     found = source.pictures("gtsrb32", 1000, 500)
     draw = np.random.default_rng(0)
     arrays = {}

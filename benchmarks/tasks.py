@@ -178,7 +178,10 @@ class Log:
     refused: dict[str, str] = field(default_factory=dict)
 
     def call(self, verb: str, *arguments: object, may_fail: bool = False) -> str:
-        """Run a command in this process; returns what it printed."""
+        """Run a command in this process.
+
+        Returns what it printed.
+        """
         words = ["impatient", verb, *map(str, arguments)]
         self.commands.append(" ".join(words))
         printed, said = io.StringIO(), io.StringIO()

@@ -60,7 +60,10 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def window() -> Iterator[Browser]:
-    """Open a real Chromium; without one the test is skipped, but never in CI."""
+    """Open a real Chromium.
+
+    Without one the test is skipped, but never in CI.
+    """
     if shutil.which("chromedriver") is None and not os.environ.get("CI"):
         pytest.skip("needs Debian's chromium and chromium-driver")
     with browser() as opened:

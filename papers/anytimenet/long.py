@@ -129,7 +129,10 @@ AnytimeNet trained for {seconds:.0f} s on one thread, while other programs ran. 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing, then write the table; with the default folder the card is filled."""
+    """Run what is missing, then write the table.
+
+    With the default folder the card is filled.
+    """
     parser = options_parser(__doc__)
     parser.add_argument("--out", type=Path, help="folder of the table; by default of the card")
     options = parser.parse_args(arguments)

@@ -85,7 +85,9 @@ def _convolution(
 
 
 def imagenet_weights(network: MobileNet, file: Path, name: str = "mnv1_025_128") -> None:
-    """Load the convolutions of a quantised MobileNet; the classifier stays as it is.
+    """Load the convolutions of a quantised MobileNet.
+
+    The classifier stays as it is.
 
     Args:
         network: of three channels and the same width.

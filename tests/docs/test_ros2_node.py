@@ -1,4 +1,7 @@
-"""The ROS 2 node, against a stub of the calls that it makes; ROS 2 itself is not installed."""
+"""The ROS 2 node, against a stub of the calls that it makes.
+
+ROS 2 itself is not installed.
+"""
 
 import runpy
 import sys

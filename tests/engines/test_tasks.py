@@ -89,7 +89,8 @@ def test_every_score_of_every_ready_task_is_computed_by_the_engines(tmp_path: Pa
         for here, there in zip(given, wanted, strict=True):
             assert here.shape == (ROWS,)
             np.testing.assert_allclose(here, there, atol=1e-5)
-    assert sum(np.ptp(value) > 1e-3 for value in wanted) == len(wanted) - 2  # but both constants
+    # all but both constants
+    assert sum(np.ptp(value) > 1e-3 for value in wanted) == len(wanted) - 2
 
 
 def middle(values: Tensor) -> float:

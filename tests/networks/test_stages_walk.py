@@ -452,7 +452,10 @@ def test_a_thread_that_ends_ends_its_kept_greenlet(toy: nn.Module, toy_input: Te
 
 
 class Drawing(Policy):
-    """Stops at random exits, differently in every run; fails where it is told to."""
+    """Stops at random exits, differently in every run.
+
+    Fails where it is told to.
+    """
 
     num_exits = 3
 

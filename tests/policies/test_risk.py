@@ -184,7 +184,10 @@ def test_tails_as_mapie_computes_them():
 
 
 def slow_wealth(losses, mean, delta):
-    """Step by step, from the papers; the greatest wealth."""
+    """Step by step, from the papers.
+
+    The greatest wealth.
+    """
     wealth = 1.0
     greatest = -INF
     total = 0.0
@@ -282,7 +285,10 @@ def trials(samples, seed=0):
 
 
 def true_risks(passed):
-    """Of the boldest that passed in each trial; 0 for the full network."""
+    """Of the boldest that passed in each trial.
+
+    0 for the full network.
+    """
     return torch.cat([torch.zeros(1), RISKS])[passed.sum(-1)]
 
 

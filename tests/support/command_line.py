@@ -22,7 +22,10 @@ Call = Callable[..., tuple[int, str]]
 
 
 def run_command_line(patch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run it in this process; returns the exit code."""
+    """Run it in this process.
+
+    Returns the exit code.
+    """
     patch.setenv("COLUMNS", "200")
     patch.setattr(sys, "argv", ["impatient", *map(str, arguments)])
     try:

@@ -17,7 +17,10 @@ from impatient.networks.specs import import_torchvision
 def cached_torchvision(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "shufflenet_v2_x0_5"
 ) -> nn.Module:
-    """Put random weights where torchvision looks for downloaded ones; returns the model."""
+    """Put random weights where torchvision looks for downloaded ones.
+
+    Returns the model.
+    """
     models = import_torchvision().models
     torch.manual_seed(7)
     model = settled(models.get_model(name))
@@ -30,7 +33,10 @@ def cached_torchvision(
 
 
 def timm_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
-    """Write a folder as timm writes it for the Hub; returns the model."""
+    """Write a folder as timm writes it for the Hub.
+
+    Returns the model.
+    """
     import_torchvision()
     import timm
 
@@ -49,7 +55,10 @@ def timm_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
 
 
 def transformers_folder(folder: Path, classes: int = 5, **about: Any) -> nn.Module:
-    """Write a small image classifier as transformers does; returns the model."""
+    """Write a small image classifier as transformers does.
+
+    Returns the model.
+    """
     import_torchvision()
     import transformers
 

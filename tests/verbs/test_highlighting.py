@@ -1,5 +1,7 @@
 """Words that an answer depends on are those without which it changes."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,8 @@ def test_a_word_weighs_what_the_answer_loses_without_it() -> None:
     network = Reader()
     one = _one(inputs, 0)
     assert one["input_ids"].shape == (1, 6)
-    found = dict(_weighed(network, one, network(inputs)[-1][0], Tokenizer()))  # type: ignore[arg-type]
+    tokenizer: Any = Tokenizer()
+    found = dict(_weighed(network, one, network(inputs)[-1][0], tokenizer))
     assert list(found) == ["a", "fine", "film", "unhappy"]
     # for the answer, and against it; the others change nothing
     assert found["fine"] == 1.0

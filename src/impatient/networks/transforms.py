@@ -216,6 +216,7 @@ def _of_processor(processor: Any) -> Transform | None:
         side = int(short / said["crop_pct"])
         how, before = ("shorter", (side, side)) if short < 384 else ("stretch", before)
     normalised = said.get("do_normalize")
+    named: Any = Image.Resampling(int(said["resample"])).name.lower()
     return Transform(
         mean=tuple(said["image_mean"]) if normalised else (0.0,),
         std=tuple(said["image_std"]) if normalised else (1.0,),
@@ -224,7 +225,7 @@ def _of_processor(processor: Any) -> Transform | None:
             how=how,
             before=before,
             rounds_down=True,
-            interpolation=Image.Resampling(int(said["resample"])).name.lower(),  # type: ignore[arg-type]
+            interpolation=named,
         ),
     )
 

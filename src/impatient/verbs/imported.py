@@ -77,7 +77,11 @@ class ImportedDirectory(RunDirectory):
             "task": about.task,
         }
 
-    def profile(self, *, any_machine: bool = False) -> impatient.CostProfile:  # noqa: ARG002  as given
+    def profile(
+        self,
+        *,
+        any_machine: bool = False,  # noqa: ARG002  as given
+    ) -> impatient.CostProfile:
         """Read the cost profile that was given, of whichever machine."""
         if not is_file(self.profile_file):
             raise StorageError(
