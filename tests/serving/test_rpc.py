@@ -77,6 +77,22 @@ def test_a_stream_gives_every_exit_and_says_which_is_the_last(shared) -> None:
         np.testing.assert_allclose(answer.as_numpy("output"), right, rtol=1e-5)
 
 
+def test_a_stream_ends_when_our_own_code_fails(shared, monkeypatch) -> None:
+    _, _, address = shared
+
+    def failing(*_) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("impatient.serving.rpc._response", failing)
+    replies: queue.Queue = queue.Queue()
+    with triton.InferenceServerClient(address) as client:
+        client.start_stream(lambda result, error: replies.put((result, error)))
+        client.async_stream_infer("net", [tensor_of(VALUES)])
+        result, error = replies.get(timeout=10)
+    assert result is None
+    assert error is not None
+
+
 def test_many_asyncio_callers_get_their_own_answers(shared) -> None:
     _, network, address = shared
 

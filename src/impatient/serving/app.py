@@ -88,12 +88,31 @@ class Gone(Exception):
     """
 
 
-class _Status(BadRequest):
-    """A bad request with a status of its own."""
+class StatusError(BadRequest):
+    """A bad request with an HTTP status of its own."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+def check_token(token: str, authorization: str) -> None:
+    """Raise StatusError unless a header carries the token; an empty token asks for none."""
+    given = authorization.removeprefix("Bearer ")
+    if token and not hmac.compare_digest(given.encode(), token.encode()):
+        raise StatusError(401, "expected the header 'authorization: Bearer TOKEN'.")
+
+
+def hosted_model(service: Service, name: str) -> Hosted:
+    """Return a model by name.
+
+    Raises:
+        StatusError: if there is none of this name.
+    """
+    if name not in service.hosted:
+        known = ", ".join(service.hosted)
+        raise StatusError(404, f"no model {name[:100]!r}; there are: {known}.")
+    return service.hosted[name]
 
 
 class Side(abc.ABC):
@@ -176,7 +195,7 @@ class App:
                     return
                 case _:
                     reply = self._answer(scope["method"], path)
-        except _Status as error:
+        except StatusError as error:
             reply = _error(error.status, str(error))
         except BadRequest as error:
             reply = _error(400, str(error))
@@ -185,26 +204,18 @@ class App:
     def _check_token(self, path: list[str], headers: Mapping[str, str]) -> None:
         if not self._token or path == [""] or path[:2] == ["v2", "health"]:
             return
-        given = headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
-            raise _Status(401, "expected the header 'authorization: Bearer TOKEN'.")
+        check_token(self._token, headers.get("authorization", ""))
 
     @staticmethod
     def _check_version(version: list[str]) -> None:
         if version not in ([], ["versions", "1"]):
-            raise _Status(404, f"no {'/'.join(version)[:100]}; expected versions/1.")
-
-    def _hosted(self, name: str) -> Hosted:
-        if name not in self.service.hosted:
-            known = ", ".join(self.service.hosted)
-            raise _Status(404, f"no model {name[:100]!r}; there are: {known}.")
-        return self.service.hosted[name]
+            raise StatusError(404, f"no {'/'.join(version)[:100]}; expected versions/1.")
 
     # --- what needs no inference ------------------------------------------------------------------
 
     def _answer(self, method: str, path: list[str]) -> Reply:
         if method not in ("GET", "HEAD"):
-            raise _Status(404, f"nothing to {method[:20]} at /{'/'.join(path)[:200]}.")
+            raise StatusError(404, f"nothing to {method[:20]} at /{'/'.join(path)[:200]}.")
         ready = self.service.ready
         match path:
             case [""]:
@@ -226,8 +237,8 @@ class App:
             case ["v2", "models"]:
                 return _json(200, {"models": list(self.service.hosted)})
             case ["v2", "models", name, *rest]:
-                return self._of_model(self._hosted(name), rest, ready)
-        raise _Status(404, f"nothing is at /{'/'.join(path)[:200]}.")
+                return self._of_model(hosted_model(self.service, name), rest, ready)
+        raise StatusError(404, f"nothing is at /{'/'.join(path)[:200]}.")
 
     def _of_model(self, one: Hosted, rest: list[str], ready: bool) -> Reply:
         if rest[:2] == ["versions", "1"]:
@@ -259,7 +270,7 @@ class App:
                 )
             case ["stats"]:
                 return _json(200, {"model_stats": [self._stats(name)]})
-        raise _Status(404, f"nothing is at /v2/models/{name}/{'/'.join(rest)[:200]}.")
+        raise StatusError(404, f"nothing is at /v2/models/{name}/{'/'.join(rest)[:200]}.")
 
     def _stats(self, name: str) -> dict[str, Any]:
         counters = self.service.counters[name]
@@ -306,11 +317,11 @@ class App:
         send: Send,
         arrival: float,
     ) -> None:
-        hosted = self._hosted(name)
+        hosted = hosted_model(self.service, name)
         length = self._json_length(headers)
         body = await self._body(headers, receive)
         if (len(body) if length is None else length) > self.service.limits.json_bytes:
-            raise _Status(
+            raise StatusError(
                 413,
                 f"more than {self.service.limits.json_bytes} bytes of JSON; send tensors in "
                 "binary (binary_data_size), or fewer samples.",
@@ -374,10 +385,10 @@ class App:
         """Read a body, which must be there within the longest deadline."""
         most = self.service.limits.body_bytes
         if headers.get("content-encoding", "identity") != "identity":
-            raise _Status(415, "compressed bodies are not read; send it as it is.")
+            raise StatusError(415, "compressed bodies are not read; send it as it is.")
         announced = headers.get("content-length", "0")
         if announced.isdigit() and int(announced[:20]) > most:
-            raise _Status(413, f"the body has more than {most} bytes, the server's limit.")
+            raise StatusError(413, f"the body has more than {most} bytes, the server's limit.")
         body = bytearray()
         try:
             async with asyncio.timeout(self.service.limits.most_s):
@@ -387,11 +398,11 @@ class App:
                         raise Gone
                     body += message.get("body", b"")
                     if len(body) > most:
-                        raise _Status(413, f"the body has more than {most} bytes, the limit.")
+                        raise StatusError(413, f"the body has more than {most} bytes, the limit.")
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise _Status(408, "the body did not come within the longest deadline.") from None
+            raise StatusError(408, "the body did not come within the longest deadline.") from None
 
 
 async def _until_gone(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hmac
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,7 +18,16 @@ from grpc import aio
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
-from impatient.serving.app import EXTENSIONS, MESSAGES, Side, facts
+from impatient.serving.app import (
+    EXTENSIONS,
+    MESSAGES,
+    STATUS,
+    Side,
+    StatusError,
+    check_token,
+    facts,
+    hosted_model,
+)
 from impatient.serving.messages import SERVICE, message, parameter, read, value_of
 from impatient.serving.protocol import (
     budget_s,
@@ -33,13 +41,14 @@ from impatient.serving.service import Answered, Hosted, Service
 
 Context = Any
 
-# what a refusal is called in gRPC
+# what gRPC calls the statuses of HTTP
 CODES = {
-    "too late": grpc.StatusCode.UNAVAILABLE,
-    "queue full": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "draining": grpc.StatusCode.UNAVAILABLE,
-    "expired": grpc.StatusCode.DEADLINE_EXCEEDED,
-    "failed": grpc.StatusCode.UNAVAILABLE,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 # where a tensor's numbers lie, if not as raw bytes
 CONTENTS = {
@@ -135,28 +144,15 @@ class Rpc(Side):
         )
 
     def _check_token(self, context: Context) -> None:
-        if not self._token:
-            return
         headers = dict(context.invocation_metadata() or ())
-        given = str(headers.get("authorization", "")).removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._token.encode()):
-            raise _Refused(
-                grpc.StatusCode.UNAUTHENTICATED, "expected 'authorization: Bearer TOKEN'."
-            )
+        check_token(self._token, str(headers.get("authorization", "")))
 
     # --- what needs no inference ------------------------------------------------------------------
 
     def _hosted(self, name: str, version: str) -> Hosted:
-        if name not in self.service.hosted:
-            known = ", ".join(self.service.hosted)
-            raise _Refused(
-                grpc.StatusCode.NOT_FOUND, f"no model {name[:100]!r}; there are: {known}."
-            )
         if version not in ("", "1"):
-            raise _Refused(
-                grpc.StatusCode.NOT_FOUND, f"no version {version[:100]!r}; expected 1, or none."
-            )
-        return self.service.hosted[name]
+            raise StatusError(404, f"no version {version[:100]!r}; expected 1, or none.")
+        return hosted_model(self.service, name)
 
     async def _live(self, _request: Any, _context: Context) -> Any:
         return message("ServerLiveResponse", live=True)
@@ -192,10 +188,8 @@ class Rpc(Side):
         arrival = self.service.clock.now()
         async with contextlib.aclosing(self._events(request, context, arrival, False)) as events:
             async for event, hosted in events:
-                if isinstance(event, Refuse):
-                    raise _Refused(CODES[event.why], MESSAGES[event.why])
                 return _response(request, event, hosted)
-        raise _Refused(grpc.StatusCode.INTERNAL, "no reply was made.")
+        raise StatusError(500, "no reply was made.")
 
     async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any]:
         """Answer the requests of a stream, each exit by exit, all at once."""
@@ -208,6 +202,7 @@ class Rpc(Side):
         try:
             while (reply := await outbox.get()) is not None:
                 yield reply
+            await reading
         finally:
             reading.cancel()
             await asyncio.wait({reading})
@@ -215,11 +210,14 @@ class Rpc(Side):
     async def _read_all(
         self, requests: AsyncIterator[Any], context: Context, outbox: asyncio.Queue[Any]
     ) -> None:
-        async with asyncio.TaskGroup() as group:
-            async for request in requests:
-                arrival = self.service.clock.now()
-                group.create_task(self._answer_each_exit(request, context, arrival, outbox))
-        outbox.put_nowait(None)
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for request in requests:
+                    arrival = self.service.clock.now()
+                    group.create_task(self._answer_each_exit(request, context, arrival, outbox))
+        finally:
+            # also after an error, or the stream would wait for ever
+            outbox.put_nowait(None)
 
     async def _answer_each_exit(
         self, request: Any, context: Context, arrival: float, outbox: asyncio.Queue[Any]
@@ -232,8 +230,6 @@ class Rpc(Side):
             events = self._events(request, context, arrival, True)
             async with contextlib.aclosing(events):
                 async for event, hosted in events:
-                    if isinstance(event, Refuse):
-                        raise _Refused(CODES[event.why], MESSAGES[event.why])
                     reply = _response(request, event, hosted)
                     reply.parameters[FINAL].bool_param = bool(event.stopped_by)
                     outbox.put_nowait(message("ModelStreamInferResponse", infer_response=reply))
@@ -246,7 +242,12 @@ class Rpc(Side):
 
     async def _events(
         self, request: Any, context: Context, arrival: float, streamed: bool
-    ) -> AsyncGenerator[tuple[Answered | Refuse, Hosted]]:
+    ) -> AsyncGenerator[tuple[Answered, Hosted]]:
+        """Give the answers of a request.
+
+        Raises:
+            BadRequest: if it is not what the model takes, or is refused.
+        """
         hosted = self._hosted(request.model_name, request.model_version)
         parameters = {name: value_of(entry) for name, entry in request.parameters.items()}
         budgets = [budget_s(parameters, {}), context.time_remaining()]
@@ -262,19 +263,14 @@ class Rpc(Side):
         )
         async with contextlib.aclosing(answers):
             async for event in answers:
+                if isinstance(event, Refuse):
+                    raise StatusError(STATUS[event.why], MESSAGES[event.why])
                 yield event, hosted
 
 
-class _Refused(BadRequest):
-    """A call that gets a status of its own."""
-
-    def __init__(self, code: grpc.StatusCode, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 def _code(error: BadRequest) -> grpc.StatusCode:
-    return error.code if isinstance(error, _Refused) else grpc.StatusCode.INVALID_ARGUMENT
+    status = error.status if isinstance(error, StatusError) else 400
+    return CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def _reader(name: str) -> Callable[[bytes], Any]:
