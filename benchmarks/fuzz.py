@@ -41,7 +41,7 @@ from impatient.budgets import parse_budget
 from impatient.files import read_header, write_tensors
 from impatient.portable.bundle import Bundle
 from impatient.recipe import Recipe
-from impatient.verbs.input_files import read_input
+from impatient.verbs.input_files import read_raw
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.train import TrainingChoice
@@ -80,6 +80,11 @@ def call(*arguments: object) -> tuple[int, str]:
     finally:
         sys.argv = before
     raise AssertionError("the command line ends with an exit code")
+
+
+def prepared(spec: NetworkSpec, file: Path) -> Any:
+    """Read a sample as `impatient run` does."""
+    return spec.preprocess(read_raw(spec, file))
 
 
 def make_run(place: Path) -> None:
@@ -148,9 +153,9 @@ def readers(run: Path, brought: Path) -> dict[str, Reader]:
         for file in sorted((run / folder).iterdir()):
             of_run[f"{folder}/{file.name}"] = load
     of_people: dict[str, Reader] = {
-        "x.npy": functools.partial(read_input, spec),
-        "x.png": functools.partial(read_input, spec),
-        "x.jpg": functools.partial(read_input, spec),
+        "x.npy": functools.partial(prepared, spec),
+        "x.png": functools.partial(prepared, spec),
+        "x.jpg": functools.partial(prepared, spec),
         "data.npz": lambda file: impatient.load_data(f"npz:{file}"),
         "texts.csv": lambda file: impatient.load_data(f"text:{file}"),
         "budgets.txt": lambda file: parse_budget(f"log:{file}"),

@@ -173,15 +173,23 @@ def diabetes(source: Source, folder: Path) -> str:  # noqa: ARG001  comes with s
     return _saved(folder, arrays)
 
 
+def _drawn(source: Source, train: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Draw shapes on CIFAR-10, and return pictures, masks and boxes as arrays by name."""
+    found = source.pictures("cifar10", train, 1000)
+    drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
+    return tuple(
+        {f"{name}_{split}": arrays[place] for split, arrays in drawn.items()}
+        for place, name in enumerate("xyy")
+    )
+
+
 def masks(source: Source, folder: Path) -> str:
     """Shapes drawn on CIFAR-10.
 
     A class for every pixel.
     """
-    found = source.pictures("cifar10", 4000, 1000)
-    drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
-    arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
-    return _saved(folder, arrays | {f"y_{split}": kinds for split, (_, kinds, _) in drawn.items()})
+    images, kinds, _ = _drawn(source, 4000)
+    return _saved(folder, images | kinds)
 
 
 def large_masks(source: Source, folder: Path) -> str:
@@ -200,12 +208,8 @@ def boxes(source: Source, folder: Path) -> str:
 
     The box of each.
     """
-    found = source.pictures("cifar10", 2000, 1000)
-    drawn = {split: _shapes(found[f"x_{split}"], seed) for seed, split in enumerate(_SPLITS)}
-    arrays = {f"x_{split}": images for split, (images, _, _) in drawn.items()}
-    return _saved(
-        folder, arrays | {f"y_{split}": around for split, (_, _, around) in drawn.items()}
-    )
+    images, _, around = _drawn(source, 2000)
+    return _saved(folder, images | around)
 
 
 def noise(source: Source, folder: Path) -> str:

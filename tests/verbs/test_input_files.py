@@ -3,6 +3,7 @@
 import dataclasses
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import texts
 from impatient.errors import DataError
 from impatient.provenance import Provenance
 from impatient.training import Preprocess
-from impatient.verbs.input_files import read_input
+from impatient.verbs.input_files import read_raw
 from impatient.verbs.network_spec import NetworkSpec, SampleArray
 
 FRAMES = 50
@@ -32,6 +33,11 @@ SPEC = NetworkSpec(
     provenance=Provenance(versions={}, created=""),
     task="binary",
 )
+
+
+def read_input(spec: NetworkSpec, file: Path) -> Any:
+    """Read a sample as `impatient run` does."""
+    return spec.preprocess(read_raw(spec, file))
 
 
 def save_sound(file: Path, numbers: np.ndarray, width: int) -> Path:

@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from impatient.training import Preprocess
 
 
-def read_input(spec: NetworkSpec, file: Path) -> Any:
-    """Read a sample and preprocess it, as a batch of one."""
-    return spec.preprocess(read_raw(spec, file))
-
-
 def read_raw(spec: NetworkSpec, file: Path) -> Any:
     """Read a picture, an array, several by their names, sound or text, not preprocessed.
 
