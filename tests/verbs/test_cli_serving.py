@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc as triton
 
 from command_line import Call
 from impatient.verbs.run_directory import RunDirectory
@@ -40,6 +41,25 @@ def server(finished: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.wait()
     reader.join()
     process.stdout.close()
+
+
+def test_the_address_of_grpc_is_said_and_answers(finished: Path) -> None:
+    command = [sys.executable, "-m", "impatient.cli", "serve", str(finished), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--grpc-port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        for line in process.stdout:
+            found = re.search(r"over gRPC at (127\.0\.0\.1:\d+)", line)
+            if found:
+                break
+        with triton.InferenceServerClient(found[1]) as client:
+            assert client.is_model_ready("digits")
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    assert process.returncode in (0, -signal.SIGTERM)
 
 
 def ask(connection: http.client.HTTPConnection, what: str, body: object) -> bytes:

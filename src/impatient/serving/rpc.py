@@ -77,10 +77,20 @@ class Rpc(Side):
         host: address to listen at.
         port: port to listen at; 0 takes a free one, which is then in `port`.
         token: what `authorization: Bearer TOKEN` must hold; empty asks for none.
+        begun: what is called with the address once it listens.
     """
 
-    def __init__(self, service: Service, *, host: str, port: int, token: str = "") -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        host: str,
+        port: int,
+        token: str = "",
+        begun: Callable[[str], None] | None = None,
+    ) -> None:
         self.service = service
+        self._begun = begun
         self.port = port
         self._host = f"[{host}]" if ":" in host else host
         self._token = token
@@ -104,6 +114,8 @@ class Rpc(Side):
                 "--grpc-port, or 0 for a free one."
             ) from error
         await self._server.start()
+        if self._begun is not None:
+            self._begun(f"{self._host}:{self.port}")
 
     async def stop(self, most_s: float) -> None:
         """Take no more calls, and end those that are open after some seconds."""

@@ -112,7 +112,13 @@ def rpc_side(service: Service, options: ServeOptions, token: str) -> Rpc:
             "--grpc-port needs grpcio and protobuf, which are not installed; run pip install "
             "'impatient[grpc]'."
         ) from error
-    return Rpc(service, host=options.host, port=options.grpc_port or 0, token=token)
+    return Rpc(
+        service,
+        host=options.host,
+        port=options.grpc_port or 0,
+        token=token,
+        begun=lambda address: log.info("and over gRPC at %s", address),
+    )
 
 
 def hosted(path: Path, options: ServeOptions) -> Hosted:
