@@ -33,6 +33,7 @@ from impatient.verbs import (
     serve,
     show,
     train,
+    tune,
 )
 from impatient.verbs.notes import log, visible
 from impatient.verbs.options import VerbOptions, spare_a_core
@@ -104,6 +105,7 @@ VERBS = {
     "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown),
     "export": Verb(export.ExportOptions, export.export, export.shown),
     "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
+    "tune": Verb(tune.TuneOptions, tune.tune, tune.shown),
     "recalibrate": Verb(
         recalibrate.RecalibrateOptions,
         recalibrate.recalibrate,

@@ -74,6 +74,21 @@ def test_an_engine_that_was_not_exported_to_says_how(call: Call, run_dir: Path) 
     assert f"impatient export {run_dir} --engine onnxruntime" in text
 
 
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def test_settings_are_reported_measured_and_judged(call: Call, run_dir: Path) -> None:
+    code, text = call("tune", run_dir, "--settings", "gc,governor", "--runs", "25", "--quiet")
+    assert code == 0
+    assert "what this system permits" in text
+    assert "gc yes" in text
+    assert "nothing (A/A) waking up" in text
+    assert "Worth setting here, by the p99:" in text
+    code, text = call("tune", run_dir, "--settings", "speed", "--quiet")
+    assert code == 1
+    assert "expected one of priority, affinity" in text
+
+
 # --- comparing ------------------------------------------------------------------------------------
 
 

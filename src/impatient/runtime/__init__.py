@@ -5,6 +5,7 @@ from impatient.runtime.answer import Answer
 from impatient.runtime.interruptible import InterruptibleRun
 from impatient.runtime.periodic import Latest, Periodic, every, latest
 from impatient.runtime.profile import profile, time_in_turn
+from impatient.runtime.real_time import RealTime, Setting
 from impatient.runtime.report import RunReport
 from impatient.runtime.runner import ContractRun, Runner
 
@@ -15,8 +16,10 @@ __all__ = [
     "InterruptibleRun",
     "Latest",
     "Periodic",
+    "RealTime",
     "RunReport",
     "Runner",
+    "Setting",
     "every",
     "export",
     "latest",

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -41,6 +41,7 @@ from impatient.runtime.interruptible import InterruptibleRun, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
 from impatient.runtime.miss_rate import MissRate, spread_of
 from impatient.runtime.profile import check_profile
+from impatient.runtime.real_time import NAMES, Name, RealTime
 from impatient.runtime.report import RunLog, RunReport
 from impatient.runtime.rows import (
     Deadlines,
@@ -69,6 +70,8 @@ class Runner:
             "raise" raises an error.
         compaction: when to remove samples that have stopped from their batch: "auto" (where it
             saves time by the profile), "never", "always", or a `Compaction` of your own.
+        real_time: ask the system to run this process on time, until `close`; a list names the
+            settings of `RealTime` to make. The attribute says what became of each.
         any_profile: accept a profile of another machine, thread count or version.
         clock: clock to read and wait on.
     Raises:
@@ -92,6 +95,7 @@ class Runner:
         miss_rate: float | None = None,
         when_late: Literal["answer", "raise"] = "answer",
         compaction: Compaction | When = "auto",
+        real_time: bool | Sequence[Name] = False,
         any_profile: bool = False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -139,6 +143,10 @@ class Runner:
         self._runs = itertools.count()
         self._worker = Worker()
         weakref.finalize(self, self._worker.forget).atexit = False
+        names: Any = (NAMES if real_time else ()) if isinstance(real_time, bool) else real_time
+        self.real_time = RealTime(names)
+        self._quiet = self.real_time.quiet
+        weakref.finalize(self, self.real_time.close)
 
     @property
     def drift(self) -> float:
@@ -252,9 +260,10 @@ class Runner:
         """End the worker thread, without waiting for it.
 
         A run in flight ends at its next exit. A run in the queue never begins. `start` begins a new
-        thread.
+        thread. Real-time settings are undone for good.
         """
         self._worker.stop()
+        self.real_time.close()
 
     def __enter__(self) -> Self:
         return self
@@ -432,7 +441,7 @@ class ContractRun:
         begin = self._runner.clock.now()
         state = self._state
         state.check_open()
-        with torch.inference_mode():
+        with self._runner._quiet, torch.inference_mode():
             self._prepare(begin, deadline, limits)
             if not isinstance(policy, str):
                 state.override(self._runner.drawn(policy, state.samples))
@@ -461,7 +470,7 @@ class ContractRun:
             answers.append(self._answer())
             return True
 
-        with torch.inference_mode():
+        with self._runner._quiet, torch.inference_mode():
             try:
                 if isinstance(deadline, Deadline) and not limits:
                     self._prepare(begin, deadline, None)
