@@ -15,37 +15,13 @@ import tritonclient.http as triton
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asking import HEAD, ask, body_of, infer
 from fakes import wait_until
 from impatient.errors import BadRequest, ServingError
 from impatient.serving.app import App
 from impatient.serving.protocol import read_request
 from impatient.serving.service import Limits, Service
 from served import SPEC, Gated, hosted, serving
-
-HEAD = b"POST /v2/models/net/infer HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n"
-
-
-def ask(port, path, body=None, headers=None, method=None):
-    """Send one request; returns status, headers, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    try:
-        connection.request(method or ("GET" if body is None else "POST"), path, body, headers or {})
-        reply = connection.getresponse()
-        return reply.status, dict(reply.getheaders()), reply.read()
-    finally:
-        connection.close()
-
-
-def body_of(values, **parameters) -> bytes:
-    array = np.asarray(values, dtype=float).reshape(-1, 4)
-    tensor = {"name": "input", "datatype": "FP32", "shape": list(array.shape)}
-    tensor["data"] = array.ravel().tolist()
-    return json.dumps({"id": "a", "inputs": [tensor], "parameters": parameters}).encode()
-
-
-def infer(port, values=(1, 2, 3, 4), model="net", **parameters):
-    status, headers, body = ask(port, f"/v2/models/{model}/infer", body_of(values, **parameters))
-    return status, headers, json.loads(body)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +199,7 @@ def test_a_token_is_asked_for() -> None:
         ("/v2/models/net/infer", b"{}", {"content-encoding": "gzip"}, 415, "as it is"),
         ("/v2/models/net/infer", b"x" * 5000, {"inference-header-content-length": "6000"}, 400, ""),
         ("/v2/models/net/infer", b"x", {"inference-header-content-length": "-1"}, 400, "bytes"),
-        ("/v2/models/net/infer", b"x" * (2**20 + 1), {}, 413, "binary"),
+        ("/v2/models/net/infer", b"x" * (2**22 + 1), {}, 413, "binary"),
         ("/v2/models/net/infer", b"x" * (2**24 + 1), {}, 413, "limit"),
         ("/v2/nothing", None, {}, 404, "nothing is at"),
         ("/v2/models/net/nothing", None, {}, 404, "nothing is at"),

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import uvicorn
 from torch import nn
 
 from fakes import wait_until
 from impatient import Exit, Network, Run
-from impatient.serving.app import App, listening_socket
+from impatient.serving.app import App
+from impatient.serving.connections import listening_socket, web_server
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import InputSpec
 from impatient.serving.rpc import Rpc
@@ -56,17 +56,20 @@ def hosted(network: Network, name: str = "net", shape: tuple[int, ...] = (4,)) -
 
 
 @contextmanager
-def serving(
-    *networks: Network, token: str = "", shape: tuple[int, ...] = (4,), **limits: Any
-) -> Iterator[tuple[Service, int]]:
-    """A server on a free port, in a thread of its own."""
-    with serving_both(*networks, token=token, shape=shape, **limits) as (service, port, _):
+def serving(*networks: Network, **options: Any) -> Iterator[tuple[Service, int]]:
+    """A server on a free port, in a thread of its own; options as below."""
+    with serving_both(*networks, **options) as (service, port, _):
         yield service, port
 
 
 @contextmanager
 def serving_both(
-    *networks: Network, token: str = "", shape: tuple[int, ...] = (4,), **limits: Any
+    *networks: Network,
+    token: str = "",
+    shape: tuple[int, ...] = (4,),
+    most_connections: int = 1024,
+    head_s: float = 20.0,
+    **limits: Any,
 ) -> Iterator[tuple[Service, int, int]]:
     """The same, with the ports of HTTP and of gRPC."""
     names = ("net", "other")
@@ -74,15 +77,8 @@ def serving_both(
     service = Service(models, Limits(**{"default_s": 5.0, **limits}))
     listener = listening_socket("127.0.0.1", 0)
     rpc = Rpc(service, host="127.0.0.1", port=0, token=token)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            App(service, sides=[rpc], token=token),
-            lifespan="on",
-            log_level="critical",
-            timeout_graceful_shutdown=1,
-            loop="asyncio",
-        )
-    )
+    app = App(service, sides=[rpc], token=token)
+    server = web_server(app, most_connections=most_connections, drain_s=1.0, head_s=head_s)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_until(lambda: server.started)

@@ -12,27 +12,25 @@ import base64
 import contextlib
 import functools
 import hashlib
-import hmac
 import json
 import logging
 import re
-import socket
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
     Mapping,
-    MutableMapping,
     Sequence,
 )
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
+from impatient.serving.bodies import Bodies, Message, Receive
 from impatient.serving.protocol import (
-    HEADER_LENGTH,
     InferRequest,
     budget_s,
     flag_of,
@@ -41,25 +39,15 @@ from impatient.serving.protocol import (
     read_request,
     write_reply,
 )
+from impatient.serving.refusals import MESSAGES, STATUS, Gone, StatusError, check_token
 from impatient.serving.scheduler import Refuse
 from impatient.serving.service import RECENT_S, Answered, Hosted, Service
 
 log = logging.getLogger(__name__)
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Reply = tuple[int, bytes, dict[str, str]]
 
-STATUS = {"too late": 503, "queue full": 429, "draining": 503, "expired": 504, "failed": 503}
-MESSAGES = {
-    "too late": "not even the first exit can be reached by the deadline; allow more time, try "
-    "again later, or say best_effort.",
-    "queue full": "too many requests wait; try again later.",
-    "draining": "the server is stopping; try another.",
-    "expired": "the deadline passed before the first exit; allow more time, or say best_effort.",
-    "failed": "the network failed on this request before its first exit; see the server's log.",
-}
 EXTENSIONS = ["binary_tensor_data", "parameters", "schedule_policy", "statistics"]
 
 
@@ -81,28 +69,6 @@ def page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-class Gone(Exception):
-    """The caller has gone.
-
-    Nothing is to be sent.
-    """
-
-
-class StatusError(BadRequest):
-    """A bad request with an HTTP status of its own."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-def check_token(token: str, authorization: str) -> None:
-    """Raise StatusError unless a header carries the token; an empty token asks for none."""
-    given = authorization.removeprefix("Bearer ")
-    if token and not hmac.compare_digest(given.encode(), token.encode()):
-        raise StatusError(401, "expected the header 'authorization: Bearer TOKEN'.")
-
-
 def hosted_model(service: Service, name: str) -> Hosted:
     """Return a model by name.
 
@@ -113,6 +79,23 @@ def hosted_model(service: Service, name: str) -> Hosted:
         known = ", ".join(service.hosted)
         raise StatusError(404, f"no model {name[:100]!r}; there are: {known}.")
     return service.hosted[name]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who sent a request, and how it is heard and answered.
+
+    Attributes:
+        headers: the headers, in small letters.
+        receive: gives the next message of the caller.
+        send: sends it one.
+        arrival: instant of the first byte.
+    """
+
+    headers: Mapping[str, str]
+    receive: Receive
+    send: Send
+    arrival: float
 
 
 class Side(abc.ABC):
@@ -150,14 +133,20 @@ class App:
         self._sides = sides
         self._token = token
         self._drain_s = drain_s
+        self.bodies = Bodies(service.limits)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             arrival = self.service.clock.now()
+            headers = {
+                name.decode("latin-1").lower(): value.decode("latin-1")
+                for name, value in scope["headers"]
+            }
+            caller = Caller(headers=headers, receive=receive, send=send, arrival=arrival)
             with contextlib.suppress(Gone):
-                await self._http(scope, receive, send, arrival)
+                await self._http(scope, caller)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -176,22 +165,17 @@ class App:
         for side in self._sides:
             await side.stop(self._drain_s)
         self.service.stop()
+        self.bodies.reader.stop()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _http(
-        self, scope: Mapping[str, Any], receive: Receive, send: Send, arrival: float
-    ) -> None:
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
+    async def _http(self, scope: Mapping[str, Any], caller: Caller) -> None:
         path = scope["path"].strip("/").split("/")
         try:
-            self._check_token(path, headers)
+            self._check_token(path, caller.headers)
             match (scope["method"], path):
                 case ("POST", ["v2", "models", name, *version, ("infer" | "stream") as what]):
                     self._check_version(version)
-                    await self._infer(name, what, headers, receive, send, arrival)
+                    await self._infer(name, what, caller)
                     return
                 case _:
                     reply = self._answer(scope["method"], path)
@@ -199,7 +183,7 @@ class App:
             reply = _error(error.status, str(error))
         except BadRequest as error:
             reply = _error(400, str(error))
-        await _send(send, reply)
+        await _send(caller.send, reply)
 
     def _check_token(self, path: list[str], headers: Mapping[str, str]) -> None:
         if not self._token or path == [""] or path[:2] == ["v2", "health"]:
@@ -231,7 +215,7 @@ class App:
             case ["v2", "health", "live"]:
                 return _json(200, {"live": True})
             case ["v2", "health", "ready"]:
-                return _json(200 if ready else 503, {"ready": ready})
+                return _json(200 if ready else 503, self._health(ready))
             case ["v2", "recent"]:
                 return _json(200, self._recent())
             case ["v2", "models"]:
@@ -272,6 +256,14 @@ class App:
                 return _json(200, {"model_stats": [self._stats(name)]})
         raise StatusError(404, f"nothing is at /v2/models/{name}/{'/'.join(rest)[:200]}.")
 
+    def _health(self, ready: bool) -> dict[str, Any]:
+        beat = self.service.heartbeat
+        return {
+            "ready": ready,
+            "loop_lag_ms": round(beat.lag_s * 1e3, 3),
+            "worst_loop_lag_ms": round(beat.worst_s * 1e3, 3),
+        }
+
     def _stats(self, name: str) -> dict[str, Any]:
         counters = self.service.counters[name]
         answers = sum(counters.answers.values())
@@ -308,44 +300,39 @@ class App:
 
     # --- inference --------------------------------------------------------------------------------
 
-    async def _infer(
-        self,
-        name: str,
-        what: str,
-        headers: Mapping[str, str],
-        receive: Receive,
-        send: Send,
-        arrival: float,
-    ) -> None:
+    async def _infer(self, name: str, what: str, caller: Caller) -> None:
         hosted = hosted_model(self.service, name)
-        length = self._json_length(headers)
-        body = await self._body(headers, receive)
-        if (len(body) if length is None else length) > self.service.limits.json_bytes:
-            raise StatusError(
-                413,
-                f"more than {self.service.limits.json_bytes} bytes of JSON; send tensors in "
-                "binary (binary_data_size), or fewer samples.",
-            )
-        request = read_request(body, length, hosted.input)
+        # A deadline in a header is that of whoever carries the request: nobody waits after it.
+        most_s = budget_s({}, caller.headers)
+        refused = self.service.refusal_unread(name, arrival=caller.arrival, most_s=most_s)
+        if refused is not None:
+            await _send(caller.send, _refusal(refused))
+            return
+        async with self.bodies.body(caller.headers, caller.receive) as (body, length):
+            request = read_request(body, length, hosted.input)
+            await self._reply(hosted, request, caller, streamed=what == "stream")
+
+    async def _reply(
+        self, hosted: Hosted, request: InferRequest, caller: Caller, *, streamed: bool
+    ) -> None:
         answers = self.service.answers(
-            name,
+            hosted.model.name,
             request.array,
-            arrival=arrival,
-            budget_s=budget_s(request.parameters, headers),
+            arrival=caller.arrival,
+            budget_s=budget_s(request.parameters, caller.headers),
             priority=priority_of(request.parameters),
             best_effort=flag_of(request.parameters, "best_effort"),
-            streamed=what == "stream",
+            streamed=streamed,
         )
-        async with contextlib.aclosing(_until_gone(answers, receive)) as events:
-            if what == "stream":
-                await self._stream(hosted, request, events, send)
+        async with contextlib.aclosing(_until_gone(answers, caller.receive)) as events:
+            if streamed:
+                await self._stream(hosted, request, events, caller.send)
                 return
             async for event in events:
-                await _send(send, _final(hosted, request, event))
-                log.info(
-                    "%s",
-                    json.dumps({"model": name, "id": request.id, **facts(event, hosted)}),
-                )
+                await _send(caller.send, _final(hosted, request, event))
+                if log.isEnabledFor(logging.INFO):
+                    told = {"model": hosted.model.name, "id": request.id, **facts(event, hosted)}
+                    log.info("%s", json.dumps(told))
 
     async def _stream(
         self,
@@ -371,38 +358,6 @@ class App:
         if not begun:
             raise Gone
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    @staticmethod
-    def _json_length(headers: Mapping[str, str]) -> int | None:
-        text = headers.get(HEADER_LENGTH)
-        if text is None:
-            return None
-        if not (text.isascii() and text.isdigit() and len(text) < 12):
-            raise BadRequest(f"{HEADER_LENGTH} is {text[:40]!r}; expected a number of bytes.")
-        return int(text)
-
-    async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        """Read a body, which must be there within the longest deadline."""
-        most = self.service.limits.body_bytes
-        if headers.get("content-encoding", "identity") != "identity":
-            raise StatusError(415, "compressed bodies are not read; send it as it is.")
-        announced = headers.get("content-length", "0")
-        if announced.isdigit() and int(announced[:20]) > most:
-            raise StatusError(413, f"the body has more than {most} bytes, the server's limit.")
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.service.limits.most_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Gone
-                    body += message.get("body", b"")
-                    if len(body) > most:
-                        raise StatusError(413, f"the body has more than {most} bytes, the limit.")
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            raise StatusError(408, "the body did not come within the longest deadline.") from None
 
 
 async def _until_gone(
@@ -497,25 +452,3 @@ async def _send(send: Send, reply: Reply) -> None:
     status, body, headers = reply
     await _start(send, status, {**headers, "content-length": str(len(body))})
     await send({"type": "http.response.body", "body": body})
-
-
-def listening_socket(host: str, port: int) -> socket.socket:
-    """Open the socket that a server listens at, so that a port in use is said at once.
-
-    Raises:
-        ServingError: if it cannot be opened.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        # asyncio turns Nagle's algorithm off only for sockets that name their protocol. With it,
-        # every reply in two parts waits 40 ms for the caller's acknowledgement.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(512)
-    except OSError as error:
-        raise ServingError(
-            f"cannot listen at {host} port {port}: {error}. Choose another --port, or 0 for a free "
-            "one."
-        ) from error
-    return listener

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -81,6 +81,10 @@ class ServedModel:
     gains: GainTable | None = None
     max_batch: int = 8
     merges: bool = False
+    # Times that were asked for: schedulers ask for the same few thousands of times a second.
+    _asked: dict[tuple[int, int, int], float] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         counts = {len(row) for row in self.stages_s.values()} | {len(self.quality)}
@@ -108,6 +112,12 @@ class ServedModel:
             rows: samples in the batch; between profiled sizes the cost is interpolated, and beyond
                 the largest it grows in proportion.
         """
+        asked = first, last, rows
+        if asked not in self._asked:
+            self._asked[asked] = self._work_s(first, last, rows)
+        return self._asked[asked]
+
+    def _work_s(self, first: int, last: int, rows: int) -> float:
         sizes = sorted(self.stages_s)
         totals = [sum(self.stages_s[size][first : last + 1]) for size in sizes]
         if rows > sizes[-1]:

@@ -18,16 +18,7 @@ from grpc import aio
 
 from impatient.errors import BadRequest, ServingError
 from impatient.provenance import own_version
-from impatient.serving.app import (
-    EXTENSIONS,
-    MESSAGES,
-    STATUS,
-    Side,
-    StatusError,
-    check_token,
-    facts,
-    hosted_model,
-)
+from impatient.serving.app import EXTENSIONS, Side, facts, hosted_model
 from impatient.serving.messages import SERVICE, message, parameter, read, value_of
 from impatient.serving.protocol import (
     budget_s,
@@ -36,6 +27,7 @@ from impatient.serving.protocol import (
     priority_of,
     read_tensor,
 )
+from impatient.serving.refusals import MESSAGES, STATUS, StatusError, check_token
 from impatient.serving.scheduler import Refuse
 from impatient.serving.service import Answered, Hosted, Service
 
@@ -177,7 +169,7 @@ class Rpc(Side):
             "ServerMetadataResponse",
             name="impatient",
             version=own_version(),
-            extensions=EXTENSIONS,
+            extensions=[name for name in EXTENSIONS if name != "statistics"],
         )
 
     async def _model_ready(self, request: Any, _context: Context) -> Any:

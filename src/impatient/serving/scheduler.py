@@ -21,7 +21,7 @@ from impatient.errors import ServingError
 from impatient.serving.model import ServedModel
 
 Reason = Literal["final", "policy", "deadline", "failed"]
-Why = Literal["too late", "queue full", "draining", "expired", "failed"]
+Why = Literal["too late", "queue full", "draining", "expired", "failed", "hanging", "overloaded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +334,22 @@ class Scheduler:
     def holds(self, request: int) -> bool:
         """Tell whether a request is here and has no reply yet."""
         return request in self._pending
+
+    def refusal_unread(self, model: str, deadline: float, now: float) -> Why | None:
+        """Return why a request need not even be read, None if it has to be.
+
+        Args:
+            model: name of the model that it asks for.
+            deadline: the latest instant that its deadline can be.
+            now: the present instant.
+        """
+        if self.draining:
+            return "draining"
+        if len(self._pending) >= self.max_waiting:
+            return "queue full"
+        start = now if self.idle else max(now, self._free_at)
+        reached = start + self.models[model].work_s(0, 0, 1)
+        return "too late" if reached > deadline else None
 
     @property
     def waiting(self) -> int:

@@ -7,7 +7,7 @@ import collections
 import itertools
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +16,21 @@ from impatient import checks
 from impatient.anytime import Network
 from impatient.clock import SYSTEM_CLOCK
 from impatient.errors import ServingError
+from impatient.serving.heartbeat import Heartbeat
+from impatient.serving.metrics import BUCKETS_S, Counters, text_of
 from impatient.serving.model import ServedModel
 from impatient.serving.protocol import DATATYPES, InputSpec
 from impatient.serving.rules import GreedyGain
-from impatient.serving.scheduler import Action, Refuse, Reply, Request, Rule, Scheduler, Work
+from impatient.serving.scheduler import (
+    Action,
+    Refuse,
+    Reply,
+    Request,
+    Rule,
+    Scheduler,
+    Why,
+    Work,
+)
 from impatient.serving.worker import Done, InferenceThread, Job
 from impatient.training.preprocess import Preprocess
 
@@ -32,7 +43,9 @@ MOST_LATE_S = 0.02
 # A network that has not come back so long after a deadline is taken to hang.
 HANG_S = 2.0
 RECENT_S = 60.0
-BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# A loop that is later than a share of the usual time for an answer, and than this, is overloaded.
+LATE_SHARE = 0.5
+LEAST_LATE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +84,16 @@ class Limits:
         most_s: the longest time that a request may have; more is cut down to it.
         waiting: most requests without a reply.
         body_bytes: longest body.
-        json_bytes: longest JSON in a body, since reading it holds up everybody.
+        json_bytes: longest JSON in a body.
+        held_bytes: most bytes of all bodies that are being read or answered.
     """
 
     default_s: float = 0.1
     most_s: float = 10.0
     waiting: int = 256
     body_bytes: int = 16 * 2**20
-    json_bytes: int = 2**20
+    json_bytes: int = 4 * 2**20
+    held_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         checks.positive(ServingError, default_s=self.default_s, most_s=self.most_s)
@@ -88,6 +103,7 @@ class Limits:
             waiting=self.waiting,
             body_bytes=self.body_bytes,
             json_bytes=self.json_bytes,
+            held_bytes=self.held_bytes,
         )
 
 
@@ -121,20 +137,6 @@ class _Call:
     events: asyncio.Queue[Answered | Refuse] = field(default_factory=asyncio.Queue)
     latest: Answered | None = None
     group: int | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened to a model's requests, for metrics and the page."""
-
-    answers: collections.Counter[tuple[int, str, bool]] = field(default_factory=collections.Counter)
-    refusals: collections.Counter[str] = field(default_factory=collections.Counter)
-    cancelled: int = 0
-    works: int = 0
-    rows: int = 0
-    busy_s: float = 0.0
-    elapsed_s: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * len(BUCKETS_S))
 
 
 class Service:
@@ -178,6 +180,7 @@ class Service:
         self._began = 0.0
         self._working: Work | None = None
         self.clock = SYSTEM_CLOCK
+        self.heartbeat = Heartbeat()
 
     async def start(self) -> None:
         """Begin the inference thread, on the running event loop, and run every network once."""
@@ -189,6 +192,7 @@ class Service:
             {name: one.warm_up for name, one in self.hosted.items()},
         )
         await asyncio.to_thread(self._thread.warmed.wait)
+        self.heartbeat.start()
 
     @property
     def ready(self) -> bool:
@@ -197,6 +201,34 @@ class Service:
             HANG_S, 20.0 * self._working.seconds
         )
         return self._thread.alive and not stuck and not self.scheduler.draining
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether the event loop is so late that no more requests should be read."""
+        return self.heartbeat.behind(max(LEAST_LATE_S, LATE_SHARE * self.limits.default_s))
+
+    def refusal_unread(self, model: str, *, arrival: float, most_s: float | None) -> Refuse | None:
+        """Refuse a request before it is read, if nothing in it could help.
+
+        Args:
+            model: name of the model.
+            arrival: instant of the first byte.
+            most_s: the longest time for its answer; None for the server's limit.
+        """
+        budget_s = min(most_s or self.limits.most_s, self.limits.most_s)
+        now = self.clock.now()
+        why: Why | None
+        if not self.ready and not self.scheduler.draining:
+            why = "hanging"
+        elif self.overloaded:
+            why = "overloaded"
+        else:
+            why = self.scheduler.refusal_unread(model, arrival + budget_s, now)
+        if why is None:
+            return None
+        self.counters[model].refusals[why] += 1
+        self.recent.append((now, budget_s, now - arrival, -1, False, model))
+        return Refuse(request=next(self._numbers), why=why, retry_after_s=1.0)
 
     async def answers(
         self,
@@ -263,6 +295,7 @@ class Service:
         """End the inference thread."""
         if self._timer is not None:
             self._timer.cancel()
+        self.heartbeat.stop()
         self._thread.stop(1.0)
 
     async def _next(self, call: _Call) -> Answered | Refuse:
@@ -400,45 +433,9 @@ class Service:
 
     def metrics(self) -> str:
         """Write all counts in the text format of Prometheus."""
-        lines = [
-            "# TYPE impatient_waiting gauge",
-            f"impatient_waiting {self.scheduler.waiting}",
-            "# TYPE impatient_answers_total counter",
-            *(
-                f'impatient_answers_total{{model="{name}",exit="{exit}",stopped_by="{why}",'
-                f'in_time="{str(in_time).lower()}"}} {count}'
-                for name, one in self.counters.items()
-                for (exit, why, in_time), count in sorted(one.answers.items())
-            ),
-            "# TYPE impatient_refusals_total counter",
-            *(
-                f'impatient_refusals_total{{model="{name}",why="{why}"}} {count}'
-                for name, one in self.counters.items()
-                for why, count in sorted(one.refusals.items())
-            ),
-        ]
-        each: dict[str, Callable[[Counters], float]] = {
-            "cancelled_total": lambda one: one.cancelled,
-            "works_total": lambda one: one.works,
-            "rows_total": lambda one: one.rows,
-            "busy_seconds_total": lambda one: one.busy_s,
+        gauges = {
+            "waiting": self.scheduler.waiting,
+            "loop_lag_seconds": self.heartbeat.lag_s,
+            "worst_loop_lag_seconds": self.heartbeat.worst_s,
         }
-        for kind, value in each.items():
-            lines.append(f"# TYPE impatient_{kind} counter")
-            lines += [
-                f'impatient_{kind}{{model="{model}"}} {value(one)}'
-                for model, one in self.counters.items()
-            ]
-        lines.append("# TYPE impatient_answer_seconds histogram")
-        for model, one in self.counters.items():
-            count = sum(one.answers.values())
-            lines += [
-                f'impatient_answer_seconds_bucket{{model="{model}",le="{bound}"}} {below}'
-                for bound, below in zip(BUCKETS_S, one.buckets, strict=True)
-            ]
-            lines += [
-                f'impatient_answer_seconds_bucket{{model="{model}",le="+Inf"}} {count}',
-                f'impatient_answer_seconds_sum{{model="{model}"}} {one.elapsed_s}',
-                f'impatient_answer_seconds_count{{model="{model}"}} {count}',
-            ]
-        return "\n".join(lines) + "\n"
+        return text_of(gauges, self.counters)

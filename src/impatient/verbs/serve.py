@@ -57,12 +57,12 @@ class ServeOptions(VerbOptions):
 def serve(options: ServeOptions) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what is open."""
     try:
-        import uvicorn
+        from impatient.serving.connections import listening_socket, web_server
     except ImportError as error:
         raise ServingError(
             "serving needs uvicorn, which is not installed; run pip install uvicorn."
         ) from error
-    from impatient.serving.app import App, listening_socket
+    from impatient.serving.app import App
     from impatient.serving.service import Limits, Service
 
     if not options.directories:
@@ -82,21 +82,13 @@ def serve(options: ServeOptions) -> None:
     drain_s = options.drain_s or 5.0
     listener = listening_socket(options.host, options.port)
     sides = [] if options.grpc_port is None else [rpc_side(service, options, token)]
-    config = uvicorn.Config(
-        App(service, sides=sides, token=token, drain_s=drain_s),
-        lifespan="on",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        # Streams that are open then do not keep the server from ending.
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-        timeout_keep_alive=30,
-        limit_concurrency=4 * options.waiting,
-    )
+    app = App(service, sides=sides, token=token, drain_s=drain_s)
+    app.bodies.reader.start()
+    server = web_server(app, most_connections=4 * options.waiting, drain_s=drain_s)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     log.info("serving %s at http://%s:%d", ", ".join(service.hosted), shown, port)
-    uvicorn.Server(config).run(sockets=[listener])
+    server.run(sockets=[listener])
 
 
 def rpc_side(service: Service, options: ServeOptions, token: str) -> Rpc:

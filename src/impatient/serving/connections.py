@@ -1,0 +1,219 @@
+"""Connections of the HTTP side: how many there are, how long they say nothing, and overload.
+
+uvicorn bounds none of these. What is refused here is refused before its request is read, which
+costs a small part of reading it, so that a server that is asked too much still answers whom it can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from impatient.errors import ServingError
+from impatient.serving.app import App
+from impatient.serving.refusals import MESSAGES
+
+# Time for the head of a request. A caller that sends half a head holds a connection no longer.
+HEAD_S = 10.0
+# Time between requests on one connection.
+KEEP_ALIVE_S = 30
+# Time that what was refused may go on sending, so that it sees the reply.
+LINGER_S = 1.0
+# Connections that the loop takes at once, between other things.
+BACKLOG = 128
+# Files that are kept for other things than connections.
+OTHER_FILES = 100
+
+
+def _unread() -> bytes:
+    body = json.dumps({"error": MESSAGES["overloaded"]}).encode()
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
+        f"retry-after: 1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+# The whole refusal of what is not read.
+UNREAD = _unread()
+
+
+class Guard(asyncio.Protocol):
+    """A connection: uvicorn's, with limits around it.
+
+    Args:
+        inner: uvicorn's protocol.
+        connections: all connections that are not refused.
+        most: how many there may be.
+        overloaded: tells whether no request can be taken.
+        head_s: most seconds for the head of a request.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        *,
+        connections: set[Guard],
+        most: int,
+        overloaded: Callable[[], bool],
+        head_s: float,
+    ) -> None:
+        self._inner = inner
+        self._connections = connections
+        self._most = most
+        self._overloaded = overloaded
+        self._head_s = head_s
+        self._refused = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if len(self._connections) >= self._most:
+            self._refused = True
+            transport.write(UNREAD)
+            transport.close()
+            return
+        self._connections.add(self)
+        self._inner.connection_made(transport)
+        self._close_after(self._head_s)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        # Health, metrics and the page are read all the same.
+        if data.startswith(b"POST ") and self._between_requests() and self._overloaded():
+            self._refused = True
+            self._transport.write(UNREAD)
+            self._transport.write_eof()
+            self._close_after(LINGER_S)
+            return
+        self._inner.data_received(data)
+        if self._is_answering():
+            self._cancel()
+        elif self._timer is None:
+            self._close_after(self._head_s)
+
+    def _is_answering(self) -> bool:
+        cycle = self._inner.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _between_requests(self) -> bool:
+        cycle = self._inner.cycle
+        if cycle is None:
+            return True
+        return bool(cycle.response_complete and not cycle.more_body)
+
+    def _close_after(self, seconds: float) -> None:
+        self._cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        if self in self._connections:
+            self._connections.discard(self)
+            self._inner.connection_lost(exc)
+
+    def eof_received(self) -> bool | None:
+        return None if self._refused else self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        if not self._refused:
+            self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        if not self._refused:
+            self._inner.resume_writing()
+
+
+def most_files() -> int:
+    """Raise the number of files that this process may open as far as it can, and return it."""
+    try:
+        import resource
+    except ImportError:
+        # Windows has no such limit.
+        return 2**20
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return 2**20 if hard == resource.RLIM_INFINITY else hard
+
+
+def web_server(
+    app: App, *, most_connections: int = 1024, drain_s: float = 5.0, head_s: float = HEAD_S
+) -> uvicorn.Server:
+    """Make the HTTP server of an application.
+
+    Args:
+        app: the application.
+        most_connections: most connections at once, or fewer if this process may not open as many
+            files; more are refused.
+        drain_s: most seconds that open requests are waited for at the end.
+        head_s: most seconds for the head of a request.
+    """
+    connections: set[Guard] = set()
+    most = max(1, min(most_connections, most_files() - OTHER_FILES))
+
+    def guarded(**given: Any) -> Guard:
+        return Guard(
+            AutoHTTPProtocol(**given),
+            connections=connections,
+            most=most,
+            overloaded=lambda: app.service.overloaded,
+            head_s=head_s,
+        )
+
+    config = uvicorn.Config(
+        app,
+        # uvicorn only calls it.
+        http=guarded,  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        # Streams that are open then do not keep the server from ending.
+        timeout_graceful_shutdown=max(1, math.ceil(drain_s)),
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    return uvicorn.Server(config)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Open the socket that a server listens at, so that a port in use is said at once.
+
+    Raises:
+        ServingError: if it cannot be opened.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        # asyncio turns Nagle's algorithm off only for sockets that name their protocol. With it,
+        # every reply in two parts waits 40 ms for the caller's acknowledgement.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # A caller that does not read its reply holds a connection no longer.
+            unread_ms = KEEP_ALIVE_S * 1000
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
+        listener.bind((host, port))
+        listener.listen(512)
+    except OSError as error:
+        raise ServingError(
+            f"cannot listen at {host} port {port}: {error}. Choose another --port, or 0 for a free "
+            "one."
+        ) from error
+    return listener

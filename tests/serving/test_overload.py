@@ -1,0 +1,238 @@
+"""More connections, bytes and requests than a server can take."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
+from fakes import wait_until
+from impatient.clock import FakeClock
+from impatient.errors import BadRequest
+from impatient.serving.connections import listening_socket
+from impatient.serving.heartbeat import BEAT_S, IN_A_ROW, Heartbeat
+from impatient.serving.json_reader import JsonReader
+from impatient.serving.protocol import INLINE_JSON, binary_request, read_request
+from served import SPEC, Gated, serving
+
+HEALTH = b"GET /v2/health/ready HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+def test_connections_beyond_the_limit_are_refused_until_others_close() -> None:
+    with serving(Gated(), most_connections=3) as (_service, port):
+        held = [connected(port, HEALTH) for _ in range(3)]
+        for caller in held:
+            assert reply_from(caller)[0] == 200
+        assert b" 503 " in all_from(connected(port))
+        held.pop().close()
+
+        def answered() -> bool:
+            with connected(port, HEALTH) as caller:
+                return reply_from(caller)[0] == 200
+
+        wait_until(answered)
+        for caller in held:
+            caller.close()
+
+
+def test_who_sends_no_whole_head_is_not_waited_for() -> None:
+    with serving(Gated(), head_s=0.2) as (_service, port):
+        assert all_from(connected(port)) == b""
+        assert all_from(connected(port, b"POST /v2/models/net/infer HT")) == b""
+        # half a head after a whole request
+        caller = connected(port, HEALTH)
+        assert reply_from(caller)[0] == 200
+        caller.sendall(b"POST ")
+        assert all_from(caller) == b""
+        # the body that nobody reads any more
+        caller = connected(port, HEAD % 2**30)
+        assert reply_from(caller)[0] == 413
+        caller.sendall(b"{")
+        assert all_from(caller) == b""
+
+
+def test_a_loop_that_is_late_once_has_stalled_and_one_that_stays_late_is_behind() -> None:
+    async def beats() -> None:
+        beat = Heartbeat()
+        clock = beat._clock = FakeClock()
+        beat.start()
+        beat.stop()
+        late = []
+        for _ in range(IN_A_ROW):
+            clock.advance(BEAT_S + 0.1)
+            late.append(beat.behind(0.05))
+            beat._beat()
+            beat.stop()
+        clock.advance(BEAT_S + 0.01)
+        late.append(beat.behind(0.05))
+        clock.advance(0.1)
+        late.append(beat.behind(0.05))
+        assert late == [False, False, False, False, True]
+        assert beat.worst_s == pytest.approx(0.11)
+        clock.advance(-0.11)
+        beat._beat()
+        beat.stop()
+        clock.advance(BEAT_S + 0.1)
+        assert not beat.behind(0.05)
+
+    asyncio.run(beats())
+
+
+def test_a_loop_that_is_behind_refuses_unread_and_still_tells_its_health() -> None:
+    hogging = threading.Event()
+    hogging.set()
+
+    def hog(loop: asyncio.AbstractEventLoop) -> None:
+        time.sleep(0.06)
+        if hogging.is_set():
+            loop.call_later(0.001, hog, loop)
+
+    with serving(Gated(), default_s=0.05) as (service, port):
+        loop = service._loop
+        loop.call_soon_threadsafe(hog, loop)
+        body = body_of([1, 2, 3, 4], timeout=9_000_000)
+
+        def refused() -> bool:
+            # at other moments the loop is in time, and waits for the body in vain
+            reply = first_part(port, HEAD % len(body))
+            return b" 503 " in reply and b"retry-after: 1" in reply and b"more requests" in reply
+
+        wait_until(refused)
+        status, _headers, told = ask(port, "/v2/health/ready")
+        assert status == 200
+        assert json.loads(told)["worst_loop_lag_ms"] > 25
+        hogging.clear()
+        wait_until(lambda: infer(port, timeout=9_000_000)[0] == 200)
+        text = ask(port, "/metrics")[2].decode()
+        assert "impatient_worst_loop_lag_seconds 0." in text
+
+
+def test_what_cannot_be_served_is_refused_before_its_body() -> None:
+    network = Gated()
+    with serving(network, waiting=1) as (service, port):
+        held, begun = threading.Event(), threading.Event()
+        network.at[0] = lambda: (begun.set(), held.wait(20))
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(infer, port)
+            assert begun.wait(20)
+            with connected(port, HEAD % 100) as caller:
+                assert reply_from(caller)[0] == 429
+            held.set()
+            assert first.result()[0] == 200
+        late = HEAD.replace(b"host: a", b"host: a\r\nx-request-timeout-seconds: 0.00001") % 100
+        with connected(port, late) as caller:
+            assert b"not even the first exit" in reply_from(caller)[2]
+        service.scheduler.drain()
+        with connected(port, HEAD % 100) as caller:
+            assert b"the server is stopping" in reply_from(caller)[2]
+        assert service.counters["net"].refusals == {"queue full": 1, "too late": 1, "draining": 1}
+
+
+def test_bodies_are_held_up_to_a_limit_on_all_of_them() -> None:
+    with serving(Gated(), held_bytes=3000) as (service, port):
+        half = [connected(port, HEAD % 2000 + b" " * 1400) for _ in range(2)]
+        wait_until(lambda: b" 503 " in first_part(port, HEAD % 2000 + b" " * 1400))
+        for caller in half:
+            caller.close()
+        wait_until(lambda: infer(port)[0] == 200)
+        assert service.scheduler.waiting == 0
+
+
+def first_part(port: int, sent: bytes) -> bytes:
+    with connected(port, sent) as caller:
+        caller.settimeout(0.2)
+        try:
+            return caller.recv(1000)
+        except TimeoutError:
+            return b""
+
+
+def test_large_json_is_read_elsewhere_and_answered_the_same() -> None:
+    body = body_of([1, 2, 3, 4], timeout=9_000_000)
+    large = body[:-1] + b" " * INLINE_JSON + b"}"
+    with serving(Gated()) as (_service, port):
+        path = "/v2/models/net/infer"
+        small, big = (json.loads(ask(port, path, one)[2]) for one in (body, large))
+        assert big["outputs"] == small["outputs"]
+        assert big["id"] == small["id"] == "a"
+        status, _headers, told = ask(port, path, b"[" * 2 * INLINE_JSON)
+        assert status == 400
+        assert "not JSON" in json.loads(told)["error"]
+        headers = {"inference-header-content-length": str(len(large))}
+        assert ask(port, path, large + b"1234", headers)[0] == 413
+
+
+def test_a_killed_reader_of_json_is_begun_again() -> None:
+    async def asked() -> None:
+        reader = JsonReader()
+        body = body_of([1, 2, 3, 4])
+        try:
+            assert await reader.binary(body) == binary_request(body)
+            os.kill(reader._process.pid, signal.SIGKILL)
+            with pytest.raises(OSError, match=r"has ended|Broken pipe"):
+                await reader.binary(body)
+            assert await reader.binary(body) == binary_request(body)
+            with pytest.raises(BadRequest, match="not JSON"):
+                await reader.binary(b"[")
+        finally:
+            reader.stop()
+
+    asyncio.run(asked())
+
+
+def test_json_in_binary_is_the_same_request() -> None:
+    body = body_of(np.arange(8) / 3, deadline_ms=5)
+    new, length = binary_request(body)
+    one, other = read_request(body, None, SPEC), read_request(new, length, SPEC)
+    assert (one.array == other.array).all()
+    assert (one.id, one.parameters, one.binary) == (other.id, other.parameters, other.binary)
+    assert length < len(new)
+
+
+def flood(port: int, seconds: float) -> tuple[int, list[int], int]:
+    """Send requests one after the other; returns those sent, statuses, connections that broke."""
+    body = body_of([1, 2, 3, 4])
+    sent, statuses, broken = 0, [], 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        caller = connected(port)
+        try:
+            while time.monotonic() < end:
+                caller.sendall(HEAD % len(body) + body)
+                sent += 1
+                status, headers, _ = reply_from(caller)
+                statuses.append(status)
+                if b"connection" in headers:
+                    break
+        except OSError:
+            broken += 1
+        caller.close()
+    return sent, statuses, broken
+
+
+def test_under_a_flood_each_request_has_one_reply_and_health_is_told() -> None:
+    with serving(Gated(), default_s=0.05, waiting=16) as (service, port):
+        with ThreadPoolExecutor(24) as pool:
+            floods = [pool.submit(flood, port, 2.0) for _ in range(24)]
+            told = [ask(port, "/v2/health/ready")[0] for _ in range(5)]
+            found = [one.result() for one in floods]
+        assert told == [200] * 5
+        statuses = [status for _, some, _ in found for status in some]
+        assert set(statuses) <= {200, 429, 503, 504}
+        assert len(statuses) + sum(broken for *_, broken in found) == sum(one[0] for one in found)
+        assert sum(broken for *_, broken in found) <= len(found)
+        wait_until(lambda: not service._calls)
+        assert service.scheduler.waiting == 0
+        wait_until(lambda: infer(port, timeout=9_000_000)[0] == 200)
+
+
+def test_replies_that_nobody_reads_are_given_up_by_the_system() -> None:
+    with listening_socket("127.0.0.1", 0) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
