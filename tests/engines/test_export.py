@@ -517,6 +517,9 @@ def test_damaged_directories_are_refused(toy_directory: Path, tmp_path: Path) ->
             ({**bundle, "engine": "abacus"}, "another kind"),
             ({**bundle, "stages": ["stage0.onnx"]}, "1 stages for 2 exits"),
             ({name: value for name, value in bundle.items() if name != "facts"}, "lacks 'facts'"),
+            ({**bundle, "facts": [1]}, "no NetworkFacts that can be read"),
+            ({**bundle, "layouts": []}, "0 early exits; expected 2 and 1"),
+            ({**bundle, "precision": "fp3"}, "engine or precision"),
             ({**bundle, "stages": ["stage0.onnx", "stage7.onnx"]}, "no file stage7.onnx"),
         ]
     ):

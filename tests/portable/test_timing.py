@@ -126,8 +126,34 @@ def test_the_scale_is_the_order_statistic_of_the_window(
             drift.forget()
             window = [1.0 + 0.95 * (value - 1.0) for value in window]
         drift.observe(ratio)
-        window = [*window[1:], min(max(1.0, ratio), 100.0)]
-        assert drift.scale == sorted(window)[math.ceil((count + 1) * quantile) - 1] >= 1.0
+        window = [*window[1:], min(ratio, 100.0)]
+        wanted = sorted(window)[math.ceil((count + 1) * quantile) - 1]
+        # below 1 it is rounded up, by at most a fifth
+        least = max(0.01, min(wanted, 1.0), wanted)
+        assert least * (1 - 1e-9) <= drift.scale <= max(least, min(1.0, least / 0.8)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("quantile", "stages"), [(0.5, 50), (0.99, 200), (0.999, 2000)])
+def test_a_profile_of_a_bad_moment_is_corrected_when_the_window_has_passed(
+    quantile: float, stages: int
+) -> None:
+    drift = SlowdownEstimator(quantile)
+    scales, late = followed(drift, idle(np.random.default_rng(5), 3 * stages, quantile) / 50.0)
+    assert scales[: stages // 3].min() == 1.0
+    assert 0.016 < scales[stages + 1 :].max() < 0.035
+    # as seldom late as with a right profile, or less, since ratios are rounded up
+    assert late[stages:].mean() <= 1.5 * (1.0 - quantile)
+    # a machine that becomes as slow as the profile says is noticed at the second stage
+    drift.observe(1.0)
+    drift.observe(1.0)
+    assert (drift.scale == 1.0) == (quantile > 0.9)
+
+
+def test_stages_a_little_faster_than_profiled_change_nothing() -> None:
+    drift = SlowdownEstimator(0.99)
+    for _ in range(400):
+        drift.observe(0.81)
+    assert drift.scale == 1.0
 
 
 def test_a_machine_that_is_given_nothing_to_do_is_believed_again_in_time() -> None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from impatient import checks, portable
 from impatient.clock import SYSTEM_CLOCK, Clock, interleaved
 from impatient.costs import CostProfile
-from impatient.counting import StageFacts
 from impatient.directories import replaced_whole
 from impatient.engines.network import (
     PRECISIONS,
@@ -237,7 +236,7 @@ def _agreement_of(
     try:
         made = load_engine(folder, task=network.task)
         agreement = check_agreement(network, made, example, precision)
-    except (portable.BundleError, StorageError) as error:
+    except (portable.BundleError, RunError, StorageError) as error:
         raise ExportFailed(f"{engine} cannot run the exported network: {error}") from error
     if engine != "aoti" and any(parts.length_dims[name] for name in parts.wiring.inputs):
         short = _shortened(example)
@@ -323,14 +322,11 @@ def load_engine(
         _check_files(directory, bundle)
         return load_aoti(directory, task)
     try:
-        facts = _facts(bundle)
         made = portable.Bundle(directory, threads)
-    except (KeyError, TypeError) as error:
-        raise _damaged(directory, f"{BUNDLE} lacks {error}") from error
     except portable.BundleError as error:
         raise StorageError(str(error)) from error
     return EngineNetwork(
-        facts,
+        _facts(bundle, directory),
         made.parts,
         _exit_free(made),
         EngineSettings(engine=made.engine, precision=bundle["precision"], threads=made.threads),
@@ -386,8 +382,9 @@ def read_bundle(directory: str | Path) -> dict[str, Any]:
         bundle.get("kind") != "impatient_bundle"
         or bundle.get("schema") != 1
         or bundle.get("engine") not in WRITTEN
+        or bundle.get("precision") not in PRECISIONS
     ):
-        raise _damaged(directory, f"{BUNDLE} is of another kind, version or engine")
+        raise _damaged(directory, f"{BUNDLE} is of another kind, version, engine or precision")
     return bundle
 
 
@@ -590,17 +587,26 @@ def _costs_json(costs: CostProfile) -> dict[str, Any]:
     }
 
 
-def _facts(bundle: Mapping[str, Any]) -> NetworkFacts:
-    stages = tuple(from_plain(stage, StageFacts) for stage in bundle["facts"])
-    return NetworkFacts(
-        exit_names=tuple(bundle["exits"]),
-        num_classes=bundle["num_classes"],
-        layouts=tuple(bundle["layouts"]),
-        stages=stages,
-        structure=bundle["provenance"]["network"],
-        weights=bundle["provenance"]["weights"],
-        task=bundle.get("task", "classification"),
-    )
+def _facts(bundle: Mapping[str, Any], directory: Path) -> NetworkFacts:
+    """Read the facts about a network.
+
+    Raises:
+        StorageError: if one is missing or of another type.
+    """
+    for name in ("facts", "layouts", "provenance"):
+        if name not in bundle:
+            raise _damaged(directory, f"{BUNDLE} lacks {name!r}")
+    made = bundle["provenance"] or {}
+    stored = {
+        "exit_names": bundle["exits"],
+        "num_classes": bundle["num_classes"],
+        "layouts": bundle["layouts"],
+        "stages": bundle["facts"],
+        "structure": made.get("network"),
+        "weights": made.get("weights"),
+        "task": bundle.get("task", "classification"),
+    }
+    return from_plain(stored, NetworkFacts, where=str(bundle_file(directory)))
 
 
 def check_agreement(

@@ -7,9 +7,10 @@ packages of AOTInductor (`aoti`), or sessions of an engine on numpy arrays.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -85,6 +86,14 @@ class NetworkFacts:
     structure: str
     weights: str
     task: str = "classification"
+
+    def __post_init__(self) -> None:
+        count = len(self.exit_names)
+        if (len(self.stages), len(self.layouts)) != (count, count - 1):
+            raise NetworkError(
+                f"facts of {len(self.stages)} stages and {len(self.layouts)} early exits; expected "
+                f"{count} and {count - 1}, as the network has {count} exits. Export it again."
+            )
 
     @classmethod
     def of(cls, network: MultiExitNetwork, x: Any) -> Self:
@@ -172,7 +181,7 @@ class EngineExit(Exit):
             Output of this exit, the samples first, such as [B, num_classes] before softmax.
         """
         if self._output is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), _run_errors():
                 self._output = _to_torch(self._exit.output())
         return torch.as_tensor(self._output)
 
@@ -189,11 +198,15 @@ class EngineRun(Run):
         self._arrays = arrays
 
     def __next__(self) -> EngineExit:
-        if self._arrays == "numpy":
-            # Nothing of torch runs, and the mode takes some microseconds to enter.
-            return EngineExit(next(self._run))
-        with torch.inference_mode():
-            return EngineExit(next(self._run))
+        # try costs nothing, where a context takes a microsecond
+        try:
+            if self._arrays == "numpy":
+                # Nothing of torch runs, and the mode takes some microseconds to enter.
+                return EngineExit(next(self._run))
+            with torch.inference_mode():
+                return EngineExit(next(self._run))
+        except portable.BundleError as error:
+            raise RunError(str(error)) from error
 
     def keep(self, rows: Tensor) -> None:
         with torch.inference_mode():
@@ -204,6 +217,15 @@ class EngineRun(Run):
 
     def close(self) -> None:
         self._run.close()
+
+
+@contextlib.contextmanager
+def _run_errors() -> Iterator[None]:
+    """Turn errors of an exported directory into ours."""
+    try:
+        yield
+    except portable.BundleError as error:
+        raise RunError(str(error)) from error
 
 
 def _from_torch(value: Tensor, arrays: Arrays) -> Any:
@@ -232,7 +254,7 @@ class ExitFreeNetwork(nn.Module):
             if named
             else [entry for entry in tensors if isinstance(entry, Tensor)]
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), _run_errors():
             output = self._call[0](*(_from_torch(tensor, self._arrays) for tensor in given))
         return _to_torch(output)
 

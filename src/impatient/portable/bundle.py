@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,8 @@ import numpy as np
 from .answers import Answer, BatchProgress, StoppedBy
 from .checksums import check_file
 from .description import (
+    COSTS,
+    MEASURED,
     SCHEMA,
     check_input,
     check_lengths,
@@ -30,6 +32,7 @@ from .description import (
     write,
 )
 from .errors import BundleError, Cancelled
+from .forms import misfit
 from .parts import ENGINES, EnginePart
 from .preparing import Preparation
 from .sessions import SESSIONS
@@ -88,6 +91,8 @@ class Bundle:
         self.policy = policy_of(description["policy"])
         compare = (description["policy"] or {}).get("compare")
         self._compare = self._part(compare) if compare else None
+        if self._compare and (len(self._compare.takes), len(self._compare.gives)) != (2, 1):
+            raise _unfit(self._compare.path, "the comparison of two outputs")
         self._whole: EnginePart | None = None
         self._slowdowns = {
             statistic: SlowdownEstimator(quantile) for statistic, quantile in QUANTILES.items()
@@ -144,6 +149,8 @@ class Bundle:
                     "it."
                 )
             self._whole = self._part(self.description["whole"])
+            if len(self._whole.takes) != len(self.wiring.inputs) or len(self._whole.gives) != 1:
+                raise _unfit(self._whole.path, "the network without exits")
         return self._whole.one(*self._inputs(x))
 
     def run(
@@ -294,15 +301,40 @@ class Bundle:
             name = self.description["session"]
             check_file(self.directory, name, self.description.get("files", {}))
             session = SESSIONS[self.engine](self.directory / name, threads=self.threads)
-            return Streamed(
-                self.wiring,
-                session,
-                self._output_shape(),
-                scored=self.description["policy"] is not None,
-            )
+            scored = self.description["policy"] is not None
+            shape = self._output_shape()
+            self._check_session(session.memory(1), shape, scored=scored)
+            return Streamed(self.wiring, session, shape, scored=scored)
         stages = [self._part(name) for name in self.description["stages"]]
-        heads = [name and self._part(name) for name in self.description["heads"]]
-        return Staged(self.wiring, stages, heads)
+        *early, last = self.description["heads"]
+        heads = [self._part(name) for name in early]
+        self._check_parts(stages, heads)
+        return Staged(self.wiring, stages, [*heads, last])
+
+    def _check_parts(self, stages: Sequence[EnginePart], heads: Sequence[EnginePart]) -> None:
+        """Compare what parts take and give with the wiring."""
+        dims = self.wiring.batch_dims
+        for stage, *rows in zip(stages, self.wiring.takes, self.wiring.gives, strict=True):
+            for ranks, names in zip((stage.takes, stage.gives), rows, strict=True):
+                fit = len(ranks) == len(names) and all(
+                    rank is None or (dims[name] or 0) < rank
+                    for rank, name in zip(ranks, names, strict=True)
+                    if dims[name] is not None
+                )
+                if not fit:
+                    raise _unfit(stage.path, f"values {list(names)} of the wiring")
+        for head in heads:
+            if len(head.takes) != 1 or len(head.gives) not in (1, 2):
+                raise _unfit(head.path, "a head, from features to output and score")
+
+    def _check_session(
+        self, outputs: Sequence[Array], shape: Sequence[int] | None, *, scored: bool
+    ) -> None:
+        """Compare the outputs of a session with exits, the shape of outputs, and scores."""
+        widths = {output.shape[1] - 1 - scored for output in outputs}
+        wanted = widths if shape is None else {math.prod(shape)}
+        if len(outputs) != self.num_exits or widths != wanted:
+            raise _unfit(self.directory / self.description["session"], "the exits and outputs")
 
     def _output_shape(self) -> list[int] | None:
         """Return the shape of one sample's output.
@@ -310,7 +342,8 @@ class Bundle:
         None where it is a row of numbers.
         """
         outputs = self.description.get("outputs")
-        return outputs[0]["shape"][1:] if outputs else None
+        shape = outputs[0]["shape"][1:] if outputs else None
+        return None if shape is None or None in shape else shape
 
     def _part(self, name: str) -> EnginePart:
         check_file(self.directory, name, self.description.get("files", {}))
@@ -343,7 +376,11 @@ class Bundle:
         """Return the costs, and the machine and settings they were measured with."""
         path = self.directory / COSTS_FILE
         if path.exists():
-            value = read(path, "impatient_bundle_costs", f"delete it and run `{PROFILE}`")
+            remedy = f"delete it and run `{PROFILE}`"
+            value = read(path, "impatient_bundle_costs", remedy)
+            problem = misfit(value, MEASURED)
+            if problem is not None:
+                raise BundleError(f"{path}: {problem}; {remedy}.")
             return value["costs"], value["provenance"]
         made = self.description.get("provenance") or {}
         exported = {
@@ -370,16 +407,17 @@ class Bundle:
                 f"`{PROFILE}`, or pass any_profile=True."
             )
         if (batch, statistic) not in self._predictors:
-            try:
-                rows = zip(self.exit_names, costs["stages"], costs["heads"], strict=True)
-                times_s = [
-                    (stage[statistic], stage[statistic] + head[statistic])
-                    for _, stage, head in rows
-                ]
-            except (KeyError, TypeError, ValueError) as error:
+            problem = misfit(costs, COSTS)
+            counts = set() if problem else {len(costs["stages"]), len(costs["heads"])}
+            if problem or counts != {self.num_exits}:
+                problem = problem or f"expected {self.num_exits} stages and heads"
                 raise BundleError(
-                    f"the costs of batch size {batch} are damaged ({error!r}). Run `{PROFILE}`."
-                ) from error
+                    f"the costs of batch size {batch} are damaged ({problem}). Run `{PROFILE}`."
+                )
+            times_s = [
+                (stage[statistic], stage[statistic] + head[statistic])
+                for stage, head in zip(costs["stages"], costs["heads"], strict=True)
+            ]
             stages_s, next_s = zip(*times_s, strict=True)
             self._predictors[batch, statistic] = TimePredictor(
                 next_s, QUANTILES[statistic], stages_s, self._slowdowns[statistic]
@@ -479,6 +517,13 @@ class InterruptibleRun:
             self._latest = self._progress.answer(stopped_by or "deadline")
             self._changed.notify_all()
         return stopped_by is not None or self._answer is not None or self._progress.left_s() <= 0.0
+
+
+def _unfit(path: Path, what: str) -> BundleError:
+    return BundleError(
+        f"{path} does not fit bundle.json, which describes it as {what}; expected files of one "
+        "export. Export the network again."
+    )
 
 
 def _quantiles(times_s: Array) -> dict[str, float]:

@@ -29,8 +29,9 @@ class EngineFile:
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         if threads < 1:
             raise BundleError(f"threads={threads!r}; expected a whole number, at least 1.")
+        self.path = Path(path)
         try:
-            self._load(Path(path), threads)
+            self._load(self.path, threads)
         except ImportError as error:
             raise BundleError(
                 f"{path} runs in {self.package}, which is not installed: pip install "
@@ -51,9 +52,16 @@ class EngineFile:
 class EnginePart(EngineFile, CancellablePart):
     """One ONNX file that is called with numpy arrays in order.
 
+    Attributes:
+        takes: number of dimensions of each input; None where it is free.
+        gives: number of dimensions of each output; None where it is free.
+
     Thread:
         May be called and cancelled from several threads at once.
     """
+
+    takes: Sequence[int | None]
+    gives: Sequence[int | None]
 
     def __init__(self, path: str | Path, *, threads: int = 1) -> None:
         self._lock = threading.Lock()
@@ -68,8 +76,17 @@ class EnginePart(EngineFile, CancellablePart):
 
         Raises:
             Cancelled: if `cancel` was called before the call was done.
+            BundleError: if the engine cannot compute them.
         """
         raise NotImplementedError
+
+    def _failed(self, error: Exception, inputs: Sequence[Array]) -> BundleError:
+        """Say that the engine could not compute what was given."""
+        given = ", ".join(f"{array.dtype.name} {list(array.shape)}" for array in inputs)
+        return BundleError(
+            f"{self.package} cannot run {self.path} with {given or 'no inputs'}: {error} Give "
+            "others; if they are right, export the network again."
+        )
 
     def one(self, *inputs: Array) -> Array:
         """Compute the only output of a part, such as a head."""
@@ -109,7 +126,10 @@ class OnnxRuntimePart(EnginePart):
         import onnxruntime
 
         self._session = onnxruntime_session(path, threads)
-        self._names = [entry.name for entry in self._session.get_inputs()]
+        entries = self._session.get_inputs()
+        self._names = [entry.name for entry in entries]
+        self.takes = [len(entry.shape) for entry in entries]
+        self.gives = [len(entry.shape) for entry in self._session.get_outputs()]
         self._new_options = onnxruntime.RunOptions
         # The options of each thread's call in flight.
         self._options: dict[int, Any] = {}
@@ -127,7 +147,7 @@ class OnnxRuntimePart(EnginePart):
         except Exception as error:
             if options.terminate:
                 raise Cancelled("the call was ended by cancel().") from error
-            raise
+            raise self._failed(error, inputs) from error
         finally:
             del self._options[number]
 
@@ -169,7 +189,8 @@ class OpenVinoPart(EnginePart):
 
         self._compiled = openvino_core().compile_model(str(path), "CPU", openvino_settings(threads))
         self._tensor = openvino.Tensor
-        self._count = len(self._compiled.outputs)
+        self.takes = [_rank(entry) for entry in self._compiled.inputs]
+        self.gives = [_rank(entry) for entry in self._compiled.outputs]
         self._idle: collections.deque[Any] = collections.deque()
         self._made = 0
 
@@ -179,7 +200,7 @@ class OpenVinoPart(EnginePart):
         arrays = [np.require(value, requirements=["C_CONTIGUOUS", "WRITEABLE"]) for value in inputs]
         loan = _Loan(self._request(), self._idle)
         self._compute(loan.request, arrays)
-        return tuple(self._output(loan, index, arrays) for index in range(self._count))
+        return tuple(self._output(loan, index, arrays) for index in range(len(self.gives)))
 
     def _request(self) -> Any:
         try:
@@ -191,8 +212,6 @@ class OpenVinoPart(EnginePart):
 
     def _compute(self, request: Any, arrays: Sequence[Array]) -> None:
         ended = threading.Event()
-        for index, array in enumerate(arrays):
-            request.set_input_tensor(index, self._tensor(array, shared_memory=True))
 
         def end() -> None:
             ended.set()
@@ -200,13 +219,15 @@ class OpenVinoPart(EnginePart):
 
         with self._flight(end):
             try:
+                for index, array in enumerate(arrays):
+                    request.set_input_tensor(index, self._tensor(array, shared_memory=True))
                 # infer() would be 10 us faster, but cannot be cancelled.
                 request.start_async()
                 request.wait()
             except Exception as error:
                 if ended.is_set():
                     raise Cancelled("the call was ended by cancel().") from error
-                raise
+                raise self._failed(error, arrays) from error
 
     def _output(self, loan: _Loan, index: int, inputs: Sequence[Array]) -> Array:
         array: Array = loan.request.get_output_tensor(index).data
@@ -218,6 +239,12 @@ class OpenVinoPart(EnginePart):
         ):
             return array.copy()
         return np.asarray(_Lent(array, loan))
+
+
+def _rank(entry: Any) -> int | None:
+    """Return the number of dimensions of an input or output of OpenVINO."""
+    rank = entry.get_partial_shape().rank
+    return rank.get_length() if rank.is_static else None
 
 
 @functools.cache

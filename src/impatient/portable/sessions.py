@@ -229,6 +229,11 @@ def _ended_well(error: BaseException | None, *, cancelled: bool) -> bool:
     """Return True, or raise the error with which a flight has ended."""
     if error is not None and cancelled:
         raise Cancelled("the session was ended by cancel().") from error
+    if isinstance(error, Exception):
+        raise BundleError(
+            f"the session cannot compute these inputs: {error} Give others; if they are right, "
+            "export the network again."
+        ) from error
     if error is not None:
         raise error
     return True

@@ -57,8 +57,8 @@ class Flight(Protocol):
         """Tell whether the computation has ended.
 
         Raises:
-            Cancelled: if `cancel` was called before the computation was done. Other errors of the
-                computation are raised unchanged.
+            Cancelled: if `cancel` was called before the computation was done.
+            BundleError: if the engine cannot compute these inputs.
         """
 
     def cancel(self) -> None:

@@ -22,13 +22,16 @@ class SlowdownEstimator:
     """Estimate how many times slower than profiled the machine is now.
 
     The scale is a quantile of the ratios measured / profiled over the latest 2 / (1 - quantile)
-    stages (at least 50), at most their second largest, and at least 1. If the next stage comes from
+    stages (at least 50), at most their second largest. If the next stage comes from
     the same distribution as those in the window, whatever that is, it exceeds the scale with
     probability 1 - quantile. Only a change of the distribution takes time to show. A load shows at
     its second stage (at 0.9, at its fifth), because the largest ratios count. It is forgotten when
     the window has passed: after 200 stages at the 0.99 quantile, after 2000 at 0.999. A single
     descheduled stage changes nothing. At first the window is filled with 1, so the profile is
     trusted until measured times differ.
+
+    A profile made in a bad moment is corrected, too: when all stages of the window were clearly
+    faster, the scale is below 1. Ratios below 1 are rounded up in steps of 20 %.
 
     Args:
         quantile: quantile of the profiled times, above 0 and below 1.
@@ -41,8 +44,11 @@ class SlowdownEstimator:
         May be used from any thread.
     """
 
-    # Largest ratio that counts, so that times measured across a suspension stay finite.
+    # Largest ratio that counts, so that times measured across a suspension stay finite; likewise
+    # the smallest is one in so many.
     LARGEST = 100.0
+    # The first ratio below 1 that counts, and the factor to the next: less is not worth a miss.
+    STEP = 0.8
 
     def __init__(self, quantile: float) -> None:
         if not 0.0 < quantile < 1.0:
@@ -57,15 +63,19 @@ class SlowdownEstimator:
 
     @property
     def scale(self) -> float:
-        """Return the factor, at least 1, by which to multiply profiled costs.
+        """Return the factor by which to multiply profiled costs.
 
-        A factor below 1 is not needed, because a faster machine has time left anyway.
+        It is below 1 where the profile was made in a bad moment.
         """
         return self._sorted[self._place]
 
     def observe(self, ratio: float) -> None:
         """Record that a stage took `ratio` times its profiled time."""
-        ratio = min(max(1.0, ratio), self.LARGEST)
+        if ratio < self.STEP:
+            steps = math.floor(math.log(max(ratio, 1.0 / self.LARGEST)) / math.log(self.STEP))
+            ratio = self.STEP**steps
+        else:
+            ratio = min(max(1.0, ratio), self.LARGEST)
         with self._lock:
             gone = self._latest.popleft()
             self._latest.append(ratio)

@@ -150,11 +150,12 @@ class Runner:
 
     @property
     def drift(self) -> float:
-        """Return the factor, at least 1, by which profiled times are multiplied now.
+        """Return the factor by which profiled times are multiplied now.
 
         It is a quantile, the same as `statistic`, of measured time over profiled time of the latest
         stages: of 200 stages at p99, of 2000 at p999. There a load shows at its second stage, and
-        is forgotten when those stages have passed.
+        is forgotten when those stages have passed. It is below 1 when all of them were clearly
+        faster than profiled.
         """
         return self._drift.scale
 
