@@ -63,6 +63,7 @@ class Verb(NamedTuple):
         work: What it does.
         shown: What is printed of the result.
         plain: What becomes JSON of the result.
+        then: What is done once the result is printed.
         kept: What Ctrl-C leaves.
         spares_a_core: Whether it leaves a core to the rest of the machine; training does not.
     """
@@ -71,6 +72,7 @@ class Verb(NamedTuple):
     work: Callable[[Any], Any]
     shown: Callable[[Any, Any], Iterable[Table | str]] = lambda _options, _result: ()
     plain: Callable[[Any], Any] = lambda result: result
+    then: Callable[[Any], None] = lambda _options: None
     kept: str = "what was finished is kept. Run the same command again to go on."
     spares_a_core: bool = True
 
@@ -126,7 +128,9 @@ VERBS = {
     "import": Verb(
         import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
     ),
-    "demo": Verb(demo.DemoOptions, demo.demo, demo.shown, spares_a_core=False),
+    "demo": Verb(
+        demo.DemoOptions, demo.demo, demo.shown, then=demo.then, spares_a_core=False
+    ),
 }
 
 
@@ -160,6 +164,7 @@ def main() -> None:
         result = verb.work(options)
         if first:
             answer(verb, options, result)
+            verb.then(options)
     except (ImpatientError, OSError) as error:
         code = 1
         # an OSError is of a place that is no file of ours, such as a terminal that has gone

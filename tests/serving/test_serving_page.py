@@ -43,8 +43,21 @@ def test_a_drawing_is_answered_exit_by_exit_and_cut_off_at_the_deadline(window) 
         window.run("id('more').click(); id('more').click()")
         assert text_of(window, "load") == "16 requests per second"
         wait_until(lambda: len(service.recent) > 20)
+        window.run("for (let n = 0; n < 9; n++) id('more').click(); pump = () => {}")
+        assert text_of(window, "load") == "256 requests per second"
         window.run("id('less').click()")
+        assert text_of(window, "load") == ""
         assert window.messages() == []
+
+
+def test_only_this_machine_is_loaded_by_the_button(window) -> None:
+    with serving(Gated(), shape=(1, 2, 2)) as (_service, port):
+        # a name that Chromium, started so in tests/support/browser.py, takes for this machine
+        window.go(f"http://elsewhere.test:{port}/")
+        wait_until(lambda: window.run("return model !== null"))
+        assert window.run("return id('loading').hidden")
+        window.run("id('more').click()")
+        assert text_of(window, "load") == ""
 
 
 def test_the_page_fits_a_phone_can_be_used_by_keyboard_and_runs_nothing_else(window) -> None:

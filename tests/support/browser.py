@@ -26,7 +26,13 @@ class Browser:
         self._address = address
         binary = next(filter(None, map(shutil.which, CHROMIUM)), None)
         options = {
-            "args": ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"],
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-dev-shm-usage",
+                "--disable-gpu",
+                "--host-resolver-rules=MAP elsewhere.test 127.0.0.1",
+            ],
             **({"binary": binary} if binary else {}),
         }
         wanted = {

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from command_line import TINY, Call
+from fakes import wait_until
 from impatient.files import read_json, write_json, write_tensors
 from impatient.table import Table
 from impatient.verbs.network_spec import save_weights
@@ -454,15 +456,37 @@ def test_a_real_ctrl_c_while_training_keeps_the_checkpoint_and_resumes(tmp_path:
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_answers_by_deadlines(call: Call, tmp_path: Path) -> None:
-    code, text = call("demo", tmp_path / "demo", "--epochs", 2, "--quiet")
+def test_the_demo_ends_with_answers_by_deadlines_and_the_open_page(tmp_path: Path) -> None:
+    directory = tmp_path / "impatient-demo"
+    # a browser that writes down what it was to open
+    opened = tmp_path / "opened"
+    command = [sys.executable, "-m", "impatient.cli", "demo", directory, "--epochs", "2"]
+    with subprocess.Popen(
+        [*map(str, command), "--quiet", "--serve", "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": f"sh -c 'echo %s > {opened}'"},
+    ) as process:
+        text = ""
+        for line in process.stdout:
+            text += line
+            if "serving" in line:
+                break
+        address = text.split()[-1]
+        with urllib.request.urlopen(f"{address}/") as reply:
+            assert "impatient: an answer by the time you said" in reply.read().decode()
+        with urllib.request.urlopen(f"{address}/v2/models") as reply:
+            assert json.load(reply) == {"models": ["impatient-demo"]}
+        wait_until(lambda: opened.is_file() and opened.read_text())
+        assert opened.read_text().split() == [address]
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
 
-    assert code == 0
     assert "answered in time" in text
     assert re.search(
         r"promised: answers by the deadline.* measured: \d+\.\d% of the answers by their deadline; "
         r"-?\d+\.\d points lost(?: \(missed; .*\))?, in \d.* ms on average instead of \d.* ms "
         r"to open: /.*report.html",
-        text,
+        " ".join(text.split()),
     )
-    assert (tmp_path / "demo" / "report.html").is_file()
+    assert (directory / "report.html").is_file()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +19,13 @@ from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
 from impatient.verbs.fit import FitOptions, fit
-from impatient.verbs.options import Positive, Quiet, VerbOptions, spare_a_core
+from impatient.verbs.options import Count, Flag, Positive, Quiet, VerbOptions, spare_a_core
 from impatient.verbs.processes import alone
 from impatient.verbs.profile import ProfileOptions, profile
 from impatient.verbs.record import RecordOptions, record
 from impatient.verbs.report import ReportOptions, report
 from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.serve import ServeOptions, check_installed, serve
 from impatient.verbs.train import TrainOptions, train
 
 if TYPE_CHECKING:
@@ -34,10 +39,16 @@ class DemoOptions(VerbOptions):
     Attributes:
         directory: The run directory to make.
         epochs: Passes over the training split.
+        serve: Serve the network afterwards, to this machine alone, and open the page.
+        port: Port to serve at; 0 takes a free one.
+        no_browser: Say where the page is, but do not open it.
     """
 
     directory: Annotated[Positional[Path], arg(metavar="[DIR]")] = Path("impatient-demo")
     epochs: Positive = 20
+    serve: Flag = False
+    port: Count = 8000
+    no_browser: Annotated[Flag, arg(name="no-browser")] = False
     quiet: Quiet = False
 
 
@@ -87,6 +98,9 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
     """Take every step, then answer for the test split under each deadline."""
     from impatient.runtime.runner import RESERVE_S
 
+    if options.serve:
+        # not only when all else is done
+        check_installed()
     directory = options.directory
     quiet = options.quiet
     train(
@@ -198,3 +212,23 @@ def _three_lines(options: DemoOptions, rows: Sequence[DeadlineRow]) -> Iterator[
         f"of {in_ms(free)} ms"
     )
     yield f"to open:  {(options.directory / 'report.html').resolve()}"
+
+
+def then(options: DemoOptions) -> None:
+    """Serve the network, if that was asked for, until Ctrl-C."""
+    if options.serve:
+        serve(
+            ServeOptions(directories=(options.directory,), port=options.port),
+            begun=lambda address: None if options.no_browser else open_page(address),
+        )
+
+
+def open_page(address: str) -> None:
+    """Open a page, where there is a screen.
+
+    Without one, Python would open it in a browser for the terminal.
+    """
+    screens = ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
+    if sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in screens):
+        # Some browsers come back only when they are closed.
+        threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -54,15 +56,28 @@ class ServeOptions(VerbOptions):
     trust: Trust = ()
 
 
-def serve(options: ServeOptions) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer what is open."""
-    try:
-        from impatient.serving.connections import listening_socket, web_server
-    except ImportError as error:
+def check_installed() -> None:
+    """Check that what serving needs is installed.
+
+    Raises:
+        ServingError: if it is not.
+    """
+    if importlib.util.find_spec("uvicorn") is None:
         raise ServingError(
-            "serving needs uvicorn, which is not installed; run pip install uvicorn."
-        ) from error
+            "serving needs uvicorn, which is not installed; run pip install 'impatient[serve]'."
+        )
+
+
+def serve(options: ServeOptions, begun: Callable[[str], object] = lambda _address: None) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer what is open.
+
+    Args:
+        options: the options.
+        begun: what is called with the address as soon as callers can connect.
+    """
+    check_installed()
     from impatient.serving.app import App
+    from impatient.serving.connections import listening_socket, web_server
     from impatient.serving.service import Limits, Service
 
     if not options.directories:
@@ -87,7 +102,9 @@ def serve(options: ServeOptions) -> None:
     server = web_server(app, most_connections=4 * options.waiting, drain_s=drain_s)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    log.info("serving %s at http://%s:%d", ", ".join(service.hosted), shown, port)
+    address = f"http://{shown}:{port}"
+    log.info("serving %s at %s", ", ".join(service.hosted), address)
+    begun(address)
     server.run(sockets=[listener])
 
 
