@@ -128,9 +128,7 @@ VERBS = {
     "import": Verb(
         import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
     ),
-    "demo": Verb(
-        demo.DemoOptions, demo.demo, demo.shown, then=demo.then, spares_a_core=False
-    ),
+    "demo": Verb(demo.DemoOptions, demo.demo, demo.shown, then=demo.then, spares_a_core=False),
 }
 
 

@@ -32,7 +32,7 @@ def test_a_stall_of_the_server_is_seen_by_all_requests_planned_in_it() -> None:
             send_load(
                 f"http://127.0.0.1:{port}",
                 "net",
-                np.ones((1, 4), dtype="float32"),
+                [{"input": np.ones(4, dtype="float32")}],
                 [0],
                 arrivals_s=np.arange(10) * 0.02,
                 budgets_s=np.full(10, 4.0),
@@ -48,6 +48,4 @@ def test_bad_loads_say_what_was_expected() -> None:
     with pytest.raises(ServingError, match="rate"):
         arrivals("poisson", rate=0.0, count=1)
     with pytest.raises(ServingError, match=r"expected one such as http://127\.0\.0\.1:8000"):
-        asyncio.run(
-            send_load("localhost", "net", np.ones((1, 4)), [0], arrivals_s=[], budgets_s=[])
-        )
+        asyncio.run(send_load("localhost", "net", [], [0], arrivals_s=[], budgets_s=[]))

@@ -83,5 +83,5 @@ def test_numbers_can_be_typed_where_the_input_is_no_image(window) -> None:
         window.go(f"http://127.0.0.1:{port}/")
         wait_until(lambda: window.run("return model !== null"))
         assert window.run("return id('image').hidden && !id('numbers').hidden")
-        window.run("id('values').value = '1, 2, 3'; id('send').click()")
+        window.run("id('values0').value = '1, 2, 3'; id('send').click()")
         wait_until(lambda: "expected 4 numbers" in text_of(window, "said"))

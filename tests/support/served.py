@@ -13,12 +13,12 @@ from impatient import Exit, Network, Run
 from impatient.serving.app import App
 from impatient.serving.connections import listening_socket, web_server
 from impatient.serving.model import ServedModel
-from impatient.serving.protocol import InputSpec
 from impatient.serving.rpc import Rpc
 from impatient.serving.service import Hosted, Limits, Service
+from impatient.serving.tensors import ANY, InputSpec, TensorSpec
 from impatient.training.preprocess import Preprocess
 
-SPEC = InputSpec(name="input", datatypes=("FP32",), shape=(4,), most_rows=4)
+SPEC = InputSpec.one(["FP32"], (4,), most_rows=4)
 
 
 class Gated(Network):
@@ -49,9 +49,54 @@ def hosted(network: Network, name: str = "net", shape: tuple[int, ...] = (4,)) -
     return Hosted(
         network=network.eval(),
         model=model,
-        input=dataclasses.replace(SPEC, shape=shape),
+        input=InputSpec.one(["FP32"], shape, most_rows=4),
         preprocess=Preprocess(mean=(), std=()),
         classes=("a", "b", "c", "d"),
+    )
+
+
+TEXTS = InputSpec(
+    tensors=(
+        TensorSpec(name="input_ids", datatypes=("INT64",), shape=(ANY,), filler=3, below=9),
+        TensorSpec(name="attention_mask", datatypes=("INT64",), shape=(ANY,), usual=1),
+    ),
+    most_rows=4,
+    length=4,
+    longest=6,
+    named=True,
+)
+
+
+class Words(Network):
+    """Three exits that say how often each token stands in a text, times 1, 2 and 3."""
+
+    num_exits = 3
+    num_classes = 9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hold: Any = None
+
+    def exits(self, x, *, keep=False):
+        return Run(self._exits(**x))
+
+    def _exits(self, input_ids, attention_mask):
+        counts = (nn.functional.one_hot(input_ids, 9) * attention_mask[..., None]).sum(1).float()
+        self.seen = input_ids.tolist()
+        for index in range(3):
+            if self.hold is not None:
+                self.hold()
+            yield Exit(index, counts, counts * (index + 1))
+
+
+def hosted_texts(network: Network, side: str = "right") -> Hosted:
+    model = ServedModel(name="net", stages_s={1: (1e-4,) * 3}, quality=(0.5, 0.7, 0.9), max_batch=4)
+    return Hosted(
+        network=network.eval(),
+        model=model,
+        input=dataclasses.replace(TEXTS, side=side),
+        preprocess=Preprocess(mean=(), std=()),
+        classes=tuple("abcdefghi"),
     )
 
 
@@ -73,7 +118,10 @@ def serving_both(
 ) -> Iterator[tuple[Service, int, int]]:
     """The same, with the ports of HTTP and of gRPC."""
     names = ("net", "other")
-    models = [hosted(one, name, shape) for one, name in zip(networks, names, strict=False)]
+    models = [
+        hosted_texts(one) if isinstance(one, Words) else hosted(one, name, shape)
+        for one, name in zip(networks, names, strict=False)
+    ]
     service = Service(models, Limits(**{"default_s": 5.0, **limits}))
     listener = listening_socket("127.0.0.1", 0)
     rpc = Rpc(service, host="127.0.0.1", port=0, token=token)

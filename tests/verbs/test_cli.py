@@ -470,9 +470,10 @@ def test_the_demo_ends_with_answers_by_deadlines_and_the_open_page(tmp_path: Pat
         text = ""
         for line in process.stdout:
             text += line
-            if "serving" in line:
+            found = re.search(r"serving impatient-demo at (http://127\.0\.0\.1:\d+)", line)
+            if found:
                 break
-        address = text.split()[-1]
+        address = found[1]
         with urllib.request.urlopen(f"{address}/") as reply:
             assert "impatient: an answer by the time you said" in reply.read().decode()
         with urllib.request.urlopen(f"{address}/v2/models") as reply:

@@ -4,22 +4,29 @@ import http.client
 import json
 import os
 import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+import yaml
 
 from command_line import Call
+from impatient import cli
 from impatient.verbs.run_directory import RunDirectory
+from impatient.verbs.serve import TOKEN
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "serving"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +50,7 @@ def server(finished: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     process.stdout.close()
 
 
-def test_the_address_of_grpc_is_said_and_answers(finished: Path) -> None:
+def test_the_address_of_grpc_is_said_and_answers(finished: Path, capsys) -> None:
     command = [sys.executable, "-m", "impatient.cli", "serve", str(finished), "--port", "0"]
     with subprocess.Popen(
         [*command, "--grpc-port", "0"],
@@ -57,6 +64,10 @@ def test_the_address_of_grpc_is_said_and_answers(finished: Path) -> None:
                 break
         with triton.InferenceServerClient(found[1]) as client:
             assert client.is_model_ready("digits")
+        example = runpy.run_path(str(EXAMPLES / "ask.py"))
+        example["ask_for_every_exit"](found[1], "digits", 5000.0)
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in said] == ["0", "1", "2", said[-1].split()[-1]]
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
     assert process.returncode in (0, -signal.SIGTERM)
@@ -84,6 +95,47 @@ def test_the_command_of_the_guide_asks_the_server(server) -> None:
     reply = json.loads(told.stdout)
     assert len(reply["outputs"][0]["data"]) == 10
     assert reply["parameters"]["n_exits"] == 3
+
+
+def test_the_examples_ask_the_server(server, capsys) -> None:
+    _process, port = server
+    runpy.run_path(str(EXAMPLES / "ask.py"))["ask_once"](f"localhost:{port}", "digits", 5000.0)
+    assert re.search(r"\d: exit \d of 2 after \d+\.\d ms, stopped by", capsys.readouterr().out)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node")
+def test_the_example_in_javascript_asks_the_server(server) -> None:
+    _process, port = server
+    script = f"""
+        import {{ ask, everyExit }} from {json.dumps((EXAMPLES / "ask.mjs").as_uri())};
+        const server = ["http://127.0.0.1:{port}", "digits", new Array(64).fill(0.5), 5000];
+        const found = [await ask(...server)];
+        for await (const answer of everyExit(...server)) found.push(answer);
+        console.log(JSON.stringify(found));
+    """
+    command = ["node", "--input-type=module", "--eval", script]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    answer, *every = json.loads(told.stdout.splitlines()[-1])
+    assert len(answer["output"]) == 10
+    assert answer["stopped_by"]
+    assert [one["exit"] for one in every[:-1]] == list(range(len(every) - 1))
+    assert "stopped_by" in every[-1]
+
+
+def test_the_manifest_for_kserve_says_what_the_server_knows(server) -> None:
+    _process, port = server
+    manifest = yaml.safe_load((EXAMPLES / "kserve.yaml").read_text(encoding="utf-8"))
+    predictor = manifest["spec"]["predictor"]
+    [container] = predictor["containers"]
+    options = cli.parse([*container["command"][1:], *container["args"]])
+    assert options.port == container["ports"][0]["containerPort"]
+    assert options.drain_s < predictor["terminationGracePeriodSeconds"]
+    assert TOKEN in [entry["name"] for entry in container["env"]]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        asked = container[probe]["httpGet"]
+        assert asked["port"] == options.port
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{asked['path']}") as reply:
+            assert reply.status == 200
 
 
 def test_a_load_is_counted_as_its_callers_see_it(server, finished, call, tmp_path) -> None:

@@ -11,6 +11,7 @@ import texts
 from command_line import run_command_line
 from impatient import load_data
 from impatient.evaluation import Evaluation, Recording
+from impatient.verbs import serve
 from impatient.verbs.run_directory import RunDirectory
 
 RECIPE = ["--epochs", "5", "--batch-size", "16", "--lr", "0.01", "--optimizer", "adamw", "--quiet"]
@@ -67,6 +68,24 @@ def test_a_recorded_text_is_answered_alike_alone(texts_run, call, tmp_path) -> N
     probabilities = recorded.logits()[-1, 0].softmax(-1)
     assert answer["answer"] == run.spec().class_names[int(probabilities.argmax())]
     assert answer["probability"] == pytest.approx(float(probabilities.max()), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_texts_of_any_length_are_served_as_they_were_recorded(texts_run) -> None:
+    run = RunDirectory(texts_run)
+    served = serve.hosted(texts_run, serve.ServeOptions(directories=(texts_run,), max_batch=4))
+    ids, mask = served.input.tensors
+    assert (ids.name, ids.below, ids.filler, ids.shape) == ("input_ids", 32, 0, (-1,))
+    assert (mask.name, mask.usual) == ("attention_mask", 1)
+    assert served.input.longest == 512
+    recorded = Recording.load(texts_run / "recordings" / "test.safetensors")
+    examples = run.data().examples("test")
+    raw = [{name: part.numpy() for name, part in examples.take([n]).items()} for n in range(8)]
+    assert len({len(one["input_ids"][0]) for one in raw}) > 1
+    with torch.inference_mode():
+        outputs = served.network(served.prepared(raw))
+    for k, output in enumerate(outputs):
+        torch.testing.assert_close(output, recorded.logits()[k, :8], atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow

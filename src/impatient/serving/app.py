@@ -243,10 +243,8 @@ class App:
                         "parameters": {
                             "exits": one.model.num_exits,
                             "quality": one.model.quality,
-                            "stages_ms": {
-                                str(size): [round(seconds * 1e3, 4) for seconds in row]
-                                for size, row in one.model.stages_s.items()
-                            },
+                            "stages_ms": _in_ms(one.model.stages_s),
+                            "heads_ms": _in_ms(one.model.heads_s),
                             "default_timeout_ms": self.service.limits.default_s * 1e3,
                             "most_timeout_ms": self.service.limits.most_s * 1e3,
                         },
@@ -317,7 +315,7 @@ class App:
     ) -> None:
         answers = self.service.answers(
             hosted.model.name,
-            request.array,
+            request.inputs,
             arrival=caller.arrival,
             budget_s=budget_s(request.parameters, caller.headers),
             priority=priority_of(request.parameters),
@@ -432,6 +430,10 @@ def _refusal(event: Refuse) -> Reply:
 
 def _error(status: int, text: str) -> Reply:
     return _json(status, {"error": text})
+
+
+def _in_ms(table: Mapping[int, Sequence[float]]) -> dict[str, list[float]]:
+    return {str(size): [round(seconds * 1e3, 4) for seconds in row] for size, row in table.items()}
 
 
 def _json(status: int, value: Any) -> Reply:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from impatient.anytime import Network
 from impatient.costs import CostProfile
 from impatient.errors import ServingError
 from impatient.evaluation.recording import Recording
 from impatient.runtime.profile import profile
 from impatient.serving.model import GainTable, ServedModel
-from impatient.serving.protocol import InputSpec
 from impatient.serving.service import Hosted
+from impatient.serving.tensors import InputSpec
 from impatient.training.preprocess import Preprocess
 
 BATCH_SIZES = (1, 2, 4, 8)
@@ -26,8 +24,7 @@ def hosted_network(
     *,
     preprocess: Preprocess,
     classes: Sequence[str],
-    example: np.ndarray,
-    datatypes: Sequence[str],
+    input: InputSpec,
     costs: CostProfile | None = None,
     max_batch: int = 8,
     repeats: int = 50,
@@ -40,10 +37,10 @@ def hosted_network(
         recording: its recording of the validation split, for what its exits are worth.
         preprocess: how raw samples become its input.
         classes: names of the classes.
-        example: one raw sample, without a batch dimension.
-        datatypes: number types of raw samples, by their names in the protocol.
+        input: what it takes: the names, number types and shapes of raw samples. Where lengths
+            differ, costs are those of the usual length.
         costs: its cost profile; by default it is measured now, with one thread.
-        max_batch: most samples in one batch, and in one request.
+        max_batch: most samples in one batch.
         repeats: measurements of each stage if it is measured now.
     Raises:
         ServingError: if the recording has another number of exits than the network, or its outputs
@@ -57,7 +54,7 @@ def hosted_network(
             f"the recording of {name!r} has {len(quality)} exits, the network {network.num_exits}; "
             "record it again."
         )
-    x = preprocess(torch.from_numpy(example[None].copy()))
+    x = preprocess(input.batch([input.example(1)]))
     with torch.inference_mode():
         output = network(x)[-1]
     if not isinstance(output, torch.Tensor) or output.dim() != 2:
@@ -76,12 +73,7 @@ def hosted_network(
     return Hosted(
         network=network,
         model=ServedModel.of(name, costs, quality.mean(1), gains=gains, max_batch=max_batch),
-        input=InputSpec(
-            name="input",
-            datatypes=tuple(datatypes),
-            shape=example.shape,
-            most_rows=max_batch,
-        ),
+        input=input,
         preprocess=preprocess,
         classes=tuple(classes),
     )

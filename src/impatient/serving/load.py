@@ -20,6 +20,7 @@ import numpy as np
 from impatient import checks
 from impatient.clock import SYSTEM_CLOCK
 from impatient.errors import ServingError
+from impatient.serving.tensors import DATATYPES, Inputs
 
 Arrivals = Literal["poisson", "gamma", "mmpp", "ramp"]
 # Nobody waits longer than this for a reply that is late.
@@ -113,7 +114,7 @@ class LoadResult:
 async def send_load(
     address: str,
     model: str,
-    inputs: np.ndarray,
+    samples: Sequence[Inputs],
     labels: Sequence[int],
     *,
     arrivals_s: np.ndarray,
@@ -125,7 +126,7 @@ async def send_load(
     Args:
         address: of the server, such as "http://127.0.0.1:8000".
         model: name of the model.
-        inputs: raw samples, float32; request r has sample r modulo their number.
+        samples: raw samples, each its arrays by name; request r has sample r modulo their number.
         labels: true class of each sample.
         arrivals_s: planned instants, seconds from now.
         budgets_s: seconds that each request is given, from its planned instant.
@@ -157,11 +158,11 @@ async def send_load(
 
     async def one(number: int) -> None:
         planned = begin + float(arrivals_s[number])
-        sample = number % len(inputs)
+        sample = number % len(samples)
         # What the generator is late counts against the budget, too.
         result.lag_s[number] = clock.now() - planned
         left_s = max(1e-3, float(budgets_s[number]) - float(result.lag_s[number]))
-        head, tail = _body(inputs[sample], left_s)
+        head, tail = _body(samples[sample], left_s)
         request = (
             f"POST {path} HTTP/1.1\r\nhost: {host}\r\n{authorization}"
             f"inference-header-content-length: {len(head)}\r\n"
@@ -217,16 +218,23 @@ def _host_and_port(address: str) -> tuple[str, int]:
         ) from error
 
 
-def _body(sample: np.ndarray, budget_s: float) -> tuple[bytes, bytes]:
-    tail = np.ascontiguousarray(sample, dtype="<f4").tobytes()
-    tensor = {
-        "name": "input",
-        "datatype": "FP32",
-        "shape": [1, *sample.shape],
-        "parameters": {"binary_data_size": len(tail)},
-    }
+def _body(sample: Inputs, budget_s: float) -> tuple[bytes, bytes]:
+    names = {dtype: name for name, dtype in DATATYPES.items()}
+    tensors = []
+    tail = b""
+    for name, array in sample.items():
+        part = array.tobytes()
+        tensors.append(
+            {
+                "name": name,
+                "datatype": names[array.dtype],
+                "shape": [1, *array.shape],
+                "parameters": {"binary_data_size": len(part)},
+            }
+        )
+        tail += part
     parameters = {"deadline_ms": budget_s * 1e3}
-    return json.dumps({"inputs": [tensor], "parameters": parameters}).encode(), tail
+    return json.dumps({"inputs": tensors, "parameters": parameters}).encode(), tail
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[int, bytes]:

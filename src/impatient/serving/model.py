@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -66,7 +67,9 @@ class ServedModel:
 
     Attributes:
         name: the name by which requests ask for it.
-        stages_s: per batch size, usual seconds of each exit's stage with its head.
+        stages_s: per batch size, usual seconds of each exit's stage.
+        heads_s: per batch size, usual seconds of each exit's head; empty if `stages_s` has them in.
+            Only the head of the last exit of a work is run.
         quality: mean quality of each exit's answer, in [0, 1].
         gains: expected quality given an exit's score; None if scores say nothing.
         max_batch: most samples in one batch.
@@ -81,9 +84,10 @@ class ServedModel:
     gains: GainTable | None = None
     max_batch: int = 8
     merges: bool = False
-    # Times that were asked for: schedulers ask for the same few thousands of times a second.
-    _asked: dict[tuple[int, int, int], float] = field(
-        init=False, repr=False, compare=False, default_factory=dict
+    heads_s: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    # by rows, what `_times_of` has computed
+    _known: dict[int, tuple[list[float], list[float]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
@@ -92,6 +96,14 @@ class ServedModel:
             raise ServingError(
                 f"the model {self.name!r} has costs and qualities of {sorted(counts)} exits; "
                 "expected one cost per exit and batch size, and one quality per exit."
+            )
+        if self.heads_s and (
+            self.heads_s.keys() != self.stages_s.keys()
+            or {len(row) for row in self.heads_s.values()} != counts
+        ):
+            raise ServingError(
+                f"the model {self.name!r} has heads of the batch sizes {sorted(self.heads_s)} and "
+                f"stages of {sorted(self.stages_s)}; expected one head per exit for the same sizes."
             )
         if self.max_batch < 1 or min(self.stages_s) < 1:
             raise ServingError(
@@ -104,7 +116,7 @@ class ServedModel:
         return len(self.quality)
 
     def work_s(self, first: int, last: int, rows: int) -> float:
-        """Return usual seconds of the stages and heads from one exit to another.
+        """Return usual seconds of the stages from one exit to another, and of the last one's head.
 
         Args:
             first: first exit that is computed.
@@ -112,24 +124,31 @@ class ServedModel:
             rows: samples in the batch; between profiled sizes the cost is interpolated, and beyond
                 the largest it grows in proportion.
         """
-        asked = first, last, rows
-        if asked not in self._asked:
-            self._asked[asked] = self._work_s(first, last, rows)
-        return self._asked[asked]
+        known = self._known.get(rows)
+        if known is None:
+            known = self._known[rows] = self._times_of(rows)
+        until, heads = known
+        return until[last + 1] - until[first] + heads[last]
 
-    def _work_s(self, first: int, last: int, rows: int) -> float:
+    def _times_of(self, rows: int) -> tuple[list[float], list[float]]:
+        """Return the seconds before each exit's stage and after the last, and those of heads."""
         sizes = sorted(self.stages_s)
-        totals = [sum(self.stages_s[size][first : last + 1]) for size in sizes]
-        if rows > sizes[-1]:
-            return totals[-1] * rows / sizes[-1]
-        return float(np.interp(rows, sizes, totals))
+        beyond = max(1.0, rows / sizes[-1])
+
+        def usual(table: Mapping[int, tuple[float, ...]]) -> list[float]:
+            columns = zip(*(table[size] for size in sizes), strict=True)
+            return [float(np.interp(rows, sizes, column)) * beyond for column in columns]
+
+        until = list(itertools.accumulate(usual(self.stages_s), initial=0.0))
+        return until, usual(self.heads_s) if self.heads_s else [0.0] * self.num_exits
 
     def scaled(self, factor: float) -> Self:
         """Return the same model on a machine that is slower by a factor."""
         slower = {
-            size: tuple(seconds * factor for seconds in row) for size, row in self.stages_s.items()
+            name: {size: tuple(s * factor for s in row) for size, row in table.items()}
+            for name, table in (("stages_s", self.stages_s), ("heads_s", self.heads_s))
         }
-        return dataclasses.replace(self, stages_s=slower)
+        return dataclasses.replace(self, **slower)
 
     @classmethod
     def of(
@@ -154,9 +173,14 @@ class ServedModel:
             max_batch: most samples in one batch.
         """
         stages = {}
+        heads = {}
         for size in costs.batches:
-            stage_s, head_s = costs.parts("time", statistic=statistic, batch_size=size)
-            stages[size] = tuple(a + b for a, b in zip(stage_s, head_s, strict=True))
+            stages[size], heads[size] = costs.parts("time", statistic=statistic, batch_size=size)
         return cls(
-            name=name, stages_s=stages, quality=tuple(quality), gains=gains, max_batch=max_batch
+            name=name,
+            stages_s=stages,
+            heads_s=heads,
+            quality=tuple(quality),
+            gains=gains,
+            max_batch=max_batch,
         )

@@ -17,43 +17,12 @@ from typing import Any
 import numpy as np
 
 from impatient.errors import BadRequest
+from impatient.serving.tensors import ANY, DATATYPES, Inputs, InputSpec, TensorSpec
 
-# Names of the protocol, and how numbers lie in binary tensors: little-endian, row by row.
-DATATYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype("?"),
-    "UINT8": np.dtype("<u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "INT8": np.dtype("<i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-}
 # Bytes of JSON that are read at once: a millisecond in which nothing else goes on.
 INLINE_JSON = 2**16
 HEADER_LENGTH = "inference-header-content-length"
 Parameters = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputSpec:
-    """What a model takes.
-
-    Attributes:
-        name: name of its one input.
-        datatypes: names of the number types it takes; the first is advertised.
-        shape: shape of one sample, without the batch dimension.
-        most_rows: most samples in one request.
-    """
-
-    name: str
-    datatypes: tuple[str, ...]
-    shape: tuple[int, ...]
-    most_rows: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +31,13 @@ class InferRequest:
 
     Attributes:
         id: the caller's own name for it; empty without.
-        array: the input, samples first.
+        inputs: the arrays by name, samples first.
         parameters: parameters of the request.
         binary: whether outputs go back as binary tensors.
     """
 
     id: str
-    array: np.ndarray
+    inputs: Inputs
     parameters: Parameters
     binary: bool
 
@@ -89,9 +58,6 @@ def read_request(body: bytes, json_length: int | None, spec: InputSpec) -> Infer
             "length of the JSON at its beginning."
         )
     header = _object(body if json_length is None else body[:json_length])
-    tensors = header.get("inputs")
-    if not isinstance(tensors, list) or len(tensors) != 1 or not isinstance(tensors[0], dict):
-        raise BadRequest(f"expected inputs with one tensor, of the name {spec.name!r}.")
     parameters = _mapping(header.get("parameters", {}), "parameters")
     name = header.get("id", "")
     if not isinstance(name, str) or len(name) > 256:
@@ -99,7 +65,7 @@ def read_request(body: bytes, json_length: int | None, spec: InputSpec) -> Infer
     binary = b"" if json_length is None else body[json_length:]
     return InferRequest(
         id=name,
-        array=read_tensor(tensors[0], binary, spec),
+        inputs=read_tensors(header.get("inputs"), binary, spec),
         parameters=parameters,
         binary=_wants_binary(header, parameters),
     )
@@ -174,50 +140,102 @@ def _wants_binary(header: Mapping[str, Any], parameters: Parameters) -> bool:
     return wanted is True
 
 
-def read_tensor(tensor: Mapping[str, Any], binary: bytes, spec: InputSpec) -> np.ndarray:
-    """Read an input tensor.
+def read_tensors(tensors: Any, binary: bytes, spec: InputSpec) -> Inputs:
+    """Read the input tensors of a request.
 
     Args:
-        tensor: its name, datatype, shape and data, or `parameters.binary_data_size`.
-        binary: its numbers, where they are binary.
+        tensors: for each its name, datatype, shape and data, or `parameters.binary_data_size`.
+        binary: the numbers of those that are binary, one after the other.
         spec: what the model takes.
     Raises:
-        BadRequest: if it is not that.
+        BadRequest: if they are not that.
     """
-    if tensor.get("name") != spec.name:
-        raise BadRequest(f"no input {tensor.get('name')!r}; expected {spec.name!r}.")
-    datatype = tensor.get("datatype")
-    if datatype not in spec.datatypes:
+    given = tensors if isinstance(tensors, list) else []
+    names = [one.get("name") if isinstance(one, dict) else one for one in given]
+    wanted = {one.name: one for one in spec.tensors}
+    if len(names) != len(wanted) or any(name not in names for name in wanted):
         raise BadRequest(
-            f"input {spec.name!r} has datatype {str(datatype)[:40]!r}; expected "
-            f"{' or '.join(spec.datatypes)}."
+            f"inputs are {str(names)[:200]}; expected one tensor of each name: {', '.join(wanted)}."
         )
-    shape = _checked_shape(tensor.get("shape"), spec)
+    found = {}
+    rest = memoryview(binary)
+    for tensor in given:
+        array, taken = _read_tensor(tensor, rest, wanted[tensor["name"]], spec)
+        found[tensor["name"]] = array
+        rest = rest[taken:]
+    if rest:
+        raise BadRequest(
+            f"{len(rest)} bytes of binary data belong to no input; expected what binary_data_size "
+            "announces."
+        )
+    _check_alike(found, spec)
+    return found
+
+
+def _read_tensor(
+    tensor: Mapping[str, Any], binary: memoryview, wanted: TensorSpec, spec: InputSpec
+) -> tuple[np.ndarray, int]:
+    """Read a tensor, and tell how many bytes of the binary data it took."""
+    what = f"input {wanted.name!r}"
+    datatype = tensor.get("datatype")
+    if datatype not in wanted.datatypes:
+        raise BadRequest(
+            f"{what} has datatype {str(datatype)[:40]!r}; expected {' or '.join(wanted.datatypes)}."
+        )
+    shape = _checked_shape(tensor.get("shape"), wanted, spec)
     size = _mapping(tensor.get("parameters", {}), "parameters of an input").get("binary_data_size")
     dtype = DATATYPES[datatype]
     if size is None:
         array = _from_json(tensor.get("data"), dtype, shape)
     else:
         expected = math.prod(shape) * dtype.itemsize
-        if not size == len(binary) == expected:
+        if size != expected or len(binary) < expected:
             raise BadRequest(
-                f"{len(binary)} bytes of binary data, announced as {size!r}; expected {expected} "
-                f"for shape {list(shape)} of {datatype}."
+                f"{len(binary)} bytes of binary data, announced as {str(size)[:40]}; expected "
+                f"{expected} for shape {list(shape)} of {datatype}."
             )
-        array = np.frombuffer(binary, dtype).reshape(shape)
+        array = np.frombuffer(binary[:expected], dtype).reshape(shape)
     if not np.isfinite(array).all():
-        raise BadRequest(f"input {spec.name!r} holds NaN or infinite values; expected finite ones.")
-    return array
-
-
-def _checked_shape(shape: Any, spec: InputSpec) -> tuple[int, ...]:
-    whole = isinstance(shape, list) and all(type(size) is int for size in shape)
-    if not whole or tuple(shape[1:]) != spec.shape or not 1 <= shape[0] <= spec.most_rows:
+        raise BadRequest(f"{what} holds NaN or infinite values; expected finite ones.")
+    if wanted.below is not None and not 0 <= array.min() <= array.max() < wanted.below:
         raise BadRequest(
-            f"input {spec.name!r} has shape {str(shape)[:100]}; expected [N, "
-            f"{', '.join(map(str, spec.shape))}] with N from 1 to {spec.most_rows}."
+            f"{what} holds numbers from {array.min()} to {array.max()}; expected from 0 to "
+            f"{wanted.below - 1}."
+        )
+    return array, 0 if size is None else expected
+
+
+def _checked_shape(shape: Any, wanted: TensorSpec, spec: InputSpec) -> tuple[int, ...]:
+    whole = isinstance(shape, list) and all(type(size) is int for size in shape)
+    if not whole or not _fits(shape, wanted, spec):
+        sizes = ["N", *("T" if size == ANY else str(size) for size in wanted.shape)]
+        lengths = f" and T from 1 to {spec.longest}" if wanted.differs else ""
+        raise BadRequest(
+            f"input {wanted.name!r} has shape {str(shape)[:100]}; expected [{', '.join(sizes)}] "
+            f"with N from 1 to {spec.most_rows}{lengths}."
         )
     return tuple(shape)
+
+
+def _fits(shape: Sequence[int], wanted: TensorSpec, spec: InputSpec) -> bool:
+    if len(shape) != 1 + len(wanted.shape) or not 1 <= shape[0] <= spec.most_rows:
+        return False
+    return all(
+        1 <= size <= spec.longest if expected == ANY else size == expected
+        for size, expected in zip(shape[1:], wanted.shape, strict=True)
+    )
+
+
+def _check_alike(found: Inputs, spec: InputSpec) -> None:
+    """Check that the arrays have as many samples, and places where lengths differ, as each other.
+
+    Raises:
+        BadRequest: if they do not.
+    """
+    lengths = {found[one.name].shape[1] for one in spec.tensors if one.differs}
+    if len({len(array) for array in found.values()}) > 1 or len(lengths) > 1:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
+        raise BadRequest(f"inputs have the shapes {shapes}; expected the same N, and the same T.")
 
 
 def _from_json(data: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -352,7 +370,8 @@ def metadata(model: str, spec: InputSpec, classes: Sequence[str]) -> dict[str, A
         "versions": ["1"],
         "platform": "impatient",
         "inputs": [
-            {"name": spec.name, "datatype": spec.datatypes[0], "shape": [-1, *spec.shape]},
+            {"name": one.name, "datatype": one.datatypes[0], "shape": [-1, *one.shape]}
+            for one in spec.tensors
         ],
         "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, len(classes)]}],
         "parameters": {"class_names": list(classes)},

@@ -25,11 +25,12 @@ from impatient.serving.protocol import (
     flag_of,
     metadata,
     priority_of,
-    read_tensor,
+    read_tensors,
 )
 from impatient.serving.refusals import MESSAGES, STATUS, StatusError, check_token
 from impatient.serving.scheduler import Refuse
 from impatient.serving.service import Answered, Hosted, Service
+from impatient.serving.tensors import Inputs
 
 Context = Any
 
@@ -258,7 +259,7 @@ class Rpc(Side):
         given = [seconds for seconds in budgets if seconds is not None]
         answers = self.service.answers(
             hosted.model.name,
-            _array(request, hosted),
+            _inputs(request, hosted),
             arrival=arrival,
             budget_s=max(min(given), 1e-6) if given else None,
             priority=priority_of(parameters),
@@ -286,26 +287,31 @@ def _bytes_of(reply: Any) -> bytes:
     return data
 
 
-def _array(request: Any, hosted: Hosted) -> np.ndarray:
-    """Read the input of a request.
+def _inputs(request: Any, hosted: Hosted) -> Inputs:
+    """Read the inputs of a request.
 
     Raises:
-        BadRequest: if it is not what the model takes.
+        BadRequest: if they are not what the model takes.
     """
-    if len(request.inputs) != 1 or len(request.raw_input_contents) > 1:
-        raise BadRequest(f"expected one input, of the name {hosted.input.name!r}.")
-    [given] = request.inputs
-    tensor: dict[str, Any] = {
-        "name": given.name,
-        "datatype": given.datatype,
-        "shape": list(given.shape),
-    }
-    raw = b"".join(request.raw_input_contents)
-    if request.raw_input_contents:
-        tensor["parameters"] = {"binary_data_size": len(raw)}
-    elif given.datatype in CONTENTS:
-        tensor["data"] = list(getattr(given.contents, CONTENTS[given.datatype]))
-    return read_tensor(tensor, raw, hosted.input)
+    raw = request.raw_input_contents
+    if len(raw) not in (0, len(request.inputs)):
+        raise BadRequest(
+            f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; expected one each, "
+            "or none."
+        )
+    tensors: list[dict[str, Any]] = []
+    for place, given in enumerate(request.inputs):
+        tensor: dict[str, Any] = {
+            "name": given.name,
+            "datatype": given.datatype,
+            "shape": list(given.shape),
+        }
+        if raw:
+            tensor["parameters"] = {"binary_data_size": len(raw[place])}
+        elif given.datatype in CONTENTS:
+            tensor["data"] = list(getattr(given.contents, CONTENTS[given.datatype]))
+        tensors.append(tensor)
+    return read_tensors(tensors, b"".join(raw), hosted.input)
 
 
 def _response(request: Any, event: Answered, hosted: Hosted) -> Any:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from impatient.errors import ServingError
 from impatient.serving.heartbeat import Heartbeat
 from impatient.serving.metrics import BUCKETS_S, Counters, text_of
 from impatient.serving.model import ServedModel
-from impatient.serving.protocol import DATATYPES, InputSpec
 from impatient.serving.rules import GreedyGain
 from impatient.serving.scheduler import (
     Action,
@@ -31,6 +31,7 @@ from impatient.serving.scheduler import (
     Why,
     Work,
 )
+from impatient.serving.tensors import Inputs, InputSpec
 from impatient.serving.worker import Done, InferenceThread, Job
 from impatient.training.preprocess import Preprocess
 
@@ -67,12 +68,13 @@ class Hosted:
     classes: tuple[str, ...]
 
     @property
-    def warm_up(self) -> tuple[np.ndarray, ...]:
+    def warm_up(self) -> tuple[Inputs, ...]:
         """Raw inputs with which it is run before the first request: of one sample, and of most."""
-        dtype = DATATYPES[self.input.datatypes[0]]
-        return tuple(
-            np.zeros((rows, *self.input.shape), dtype) for rows in (1, self.model.max_batch)
-        )
+        return tuple(self.input.example(rows) for rows in (1, self.model.max_batch))
+
+    def prepared(self, requests: Sequence[Inputs]) -> Any:
+        """Make the network's input of the samples of some requests."""
+        return self.preprocess(self.input.batch(requests))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,7 @@ class Answered:
 @dataclass(slots=True)
 class _Call:
     request: Request
-    array: np.ndarray
+    inputs: Inputs
     streamed: bool
     # What the caller has not taken yet; one that streams gets every exit.
     events: asyncio.Queue[Answered | Refuse] = field(default_factory=asyncio.Queue)
@@ -187,7 +189,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._thread = InferenceThread(
             {name: one.network for name, one in self.hosted.items()},
-            {name: one.preprocess for name, one in self.hosted.items()},
+            {name: one.prepared for name, one in self.hosted.items()},
             self._report,
             {name: one.warm_up for name, one in self.hosted.items()},
         )
@@ -233,7 +235,7 @@ class Service:
     async def answers(
         self,
         model: str,
-        array: np.ndarray,
+        inputs: Inputs,
         *,
         arrival: float,
         budget_s: float | None = None,
@@ -247,7 +249,7 @@ class Service:
 
         Args:
             model: name of the model.
-            array: raw samples, checked.
+            inputs: raw samples, checked.
             arrival: instant of the first byte.
             budget_s: seconds from there to the deadline; None for the default.
             priority: its gains count 1 + priority times.
@@ -260,11 +262,11 @@ class Service:
             model=model,
             deadline=arrival + budget_s,
             arrival=arrival,
-            rows=len(array),
+            rows=len(next(iter(inputs.values()))),
             priority=priority,
             best_effort=best_effort,
         )
-        call = _Call(request, array, streamed)
+        call = _Call(request, inputs, streamed)
         self._calls[request.id] = call
         try:
             self._take(self.scheduler.arrived(request, self.clock.now()))
@@ -390,7 +392,7 @@ class Service:
         self._thread.do(
             Job(
                 work=work,
-                inputs={call.request.id: call.array for call in calls} if work.first == 0 else {},
+                inputs={call.request.id: call.inputs for call in calls} if work.first == 0 else {},
                 rows={call.request.id: call.request.rows for call in calls},
                 over=over,
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from impatient.anytime import Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
-from impatient.training.preprocess import Preprocess
+from impatient.serving.tensors import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Job:
     """
 
     work: Work
-    inputs: Mapping[int, np.ndarray]
+    inputs: Mapping[int, Inputs]
     rows: Mapping[int, int]
     over: tuple[int, ...] = ()
 
@@ -56,7 +57,7 @@ class Done:
 class _Batch:
     """A batch in flight: a run, and which requests have which of its rows."""
 
-    def __init__(self, network: Network, x: torch.Tensor, rows: Mapping[int, int]) -> None:
+    def __init__(self, network: Network, x: Any, rows: Mapping[int, int]) -> None:
         self.run: Run = network.exits(x)
         self.shrinks = network.shrinks(x)
         self.places: dict[int, list[int]] = {}
@@ -82,7 +83,7 @@ class InferenceThread:
 
     Args:
         networks: the networks by name, in eval mode.
-        preprocess: how raw samples of each become its input.
+        prepared: how raw samples of some requests become the input of each.
         report: called in that thread with what each work gave.
         warm_up: raw inputs that each network is run on before the first work.
     """
@@ -90,14 +91,14 @@ class InferenceThread:
     def __init__(
         self,
         networks: Mapping[str, Network],
-        preprocess: Mapping[str, Preprocess],
+        prepared: Mapping[str, Callable[[Sequence[Inputs]], Any]],
         report: Callable[[Done], None],
-        warm_up: Mapping[str, tuple[np.ndarray, ...]],
+        warm_up: Mapping[str, tuple[Inputs, ...]],
     ) -> None:
         self._networks = networks
         self._warm_up = warm_up
         self.warmed = threading.Event()
-        self._preprocess = preprocess
+        self._prepared = prepared
         self._report = report
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batches: dict[int, _Batch] = {}
@@ -142,10 +143,11 @@ class InferenceThread:
                 except Exception:
                     log.exception("the model %s failed while it was warmed up", name)
 
-    def _run_whole(self, name: str, raw: np.ndarray) -> None:
+    def _run_whole(self, name: str, raw: Inputs) -> None:
         """Run as requests do: the first time, a network also tries out whether it shrinks."""
-        x = self._preprocess[name](torch.from_numpy(raw.copy()))
-        with _Batch(self._networks[name], x, {0: len(raw)}).run as run:
+        x = self._prepared[name]([raw])
+        rows = len(next(iter(raw.values())))
+        with _Batch(self._networks[name], x, {0: rows}).run as run:
             for exit in run:
                 self._sure(name, exit.output())
 
@@ -195,7 +197,6 @@ class InferenceThread:
 
     def _begin(self, job: Job) -> None:
         work = job.work
-        raw = np.concatenate([job.inputs[request] for request in work.requests])
-        x = self._preprocess[work.model](torch.from_numpy(raw.copy()))
+        x = self._prepared[work.model]([job.inputs[request] for request in work.requests])
         rows = {request: job.rows[request] for request in work.requests}
         self._batches[work.group] = _Batch(self._networks[work.model], x, rows)

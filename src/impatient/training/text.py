@@ -24,7 +24,7 @@ from impatient.training.examples import (
     padded,
     rows_of,
 )
-from impatient.training.options import DataOptions, read_options
+from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import TEST_FOLDERS, TRAIN_FOLDERS
 from impatient.training.splitting import carved_out
 
@@ -339,8 +339,7 @@ def tokens_of(spec: str, text: str) -> dict[str, Tensor]:
     Raises:
         DataError: if the spec is not of texts, or its tokenizer cannot be loaded.
     """
-    source, _, rest = spec.partition(":")
-    _, options = read_options(rest, TEXT_OPTIONS) if source == "text" else ("", DataOptions())
+    options = _options_of(spec)
     tokenizer = load_tokenizer(options, f"the data spec {spec!r}")
     most = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
     encoded = tokenizer([text], truncation=True, max_length=most, return_attention_mask=True)
@@ -368,11 +367,10 @@ def _tokenized(
             return_attention_mask=True,
         )
     names = [name for name in encoded if name in tokenizer.model_input_names]
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     return TextExamples(
         tokens={name: [torch.tensor(ids) for ids in encoded[name]] for name in names},
         labels=torch.from_numpy(labels),
-        padding={name: padding.get(name, 0) for name in names},
+        padding=_padding(tokenizer, names),
         side=tokenizer.padding_side,
         budgets=_budgets(table, where),
     )
@@ -418,11 +416,69 @@ def check_vocabulary(model: nn.Module, parts: Iterable[Examples], name: str) -> 
 
 
 def tokenizer_of(spec: str) -> Any | None:
-    """Load the tokenizer of a data spec that begins with "text:".
+    """Load the tokenizer of a data spec of texts.
 
     None for other specs.
     """
+    options = _options_of(spec)
+    return load_tokenizer(options, spec) if options.tokenizer else None
+
+
+def _options_of(spec: str) -> DataOptions:
+    """Read what a data spec says of its texts."""
     source, _, rest = spec.partition(":")
-    if source != "text":
+    if source not in ("text", "hf"):
+        return DataOptions()
+    return read_options(rest, (*PICTURE_OPTIONS, *TEXT_OPTIONS))[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextForm:
+    """How texts come to a network.
+
+    Attributes:
+        padding: by name, what shorter ones are filled up with.
+        side: where padding stands.
+        longest: the most tokens of a text.
+        vocabulary: the number of tokens that the network knows, if that is known.
+    """
+
+    padding: Mapping[str, int]
+    side: Literal["left", "right"]
+    longest: int
+    vocabulary: int | None = None
+
+
+def form_of(spec: str, names: Iterable[str], network: nn.Module) -> TextForm | None:
+    """Tell how texts of a data spec come to a network, None for other data.
+
+    Args:
+        spec: the data spec.
+        names: names of the network's inputs.
+        network: the network, which may be one of transformers with exits.
+    Raises:
+        DataError: if the tokenizer cannot be loaded.
+    """
+    options = _options_of(spec)
+    if not options.tokenizer:
         return None
-    return load_tokenizer(read_options(rest, TEXT_OPTIONS)[1], spec)
+    tokenizer = load_tokenizer(options, spec)
+    longest = options.length or min(tokenizer.model_max_length, USUAL_LENGTH)
+    vocabulary = None
+    hub = sys.modules["transformers"]
+    for model in network.modules():
+        if isinstance(model, hub.PreTrainedModel):
+            vocabulary = model.get_input_embeddings().num_embeddings
+            longest = min(longest, model.config.to_dict().get("max_position_embeddings") or longest)
+            break
+    return TextForm(
+        padding=_padding(tokenizer, names),
+        side=tokenizer.padding_side,
+        longest=longest,
+        vocabulary=vocabulary,
+    )
+
+
+def _padding(tokenizer: Any, names: Iterable[str]) -> dict[str, int]:
+    known = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: known.get(name, 0) for name in names}

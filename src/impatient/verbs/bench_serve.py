@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -20,6 +20,11 @@ from impatient.table import Table, in_ms
 from impatient.verbs.options import OFF, Count, Directory, Positive, Text, Times, VerbOptions
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.serve import TOKEN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from impatient.serving.tensors import Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,7 @@ def bench_serve(options: BenchServeOptions) -> dict[str, Any]:
             f"--budgets-ms has {len(options.budgets_s)} values; expected the shortest and the "
             "longest time, such as 10,100."
         )
-    inputs, labels = _samples(RunDirectory(options.directory), options.requests)
+    samples, labels = _samples(RunDirectory(options.directory), options.requests)
     if options.trace is None:
         instants = arrivals(
             options.arrivals, rate=options.rate, count=options.requests, seed=options.seed
@@ -75,7 +80,7 @@ def bench_serve(options: BenchServeOptions) -> dict[str, Any]:
         send_load(
             options.address,
             options.model or options.directory.resolve().name,
-            inputs,
+            samples,
             labels,
             arrivals_s=instants,
             budgets_s=np.exp(rng.uniform(low, high, len(instants))),
@@ -85,20 +90,23 @@ def bench_serve(options: BenchServeOptions) -> dict[str, Any]:
     return {"rate": len(instants) / max(float(instants[-1]), 1e-9), **result.summary()}
 
 
-def _samples(run: RunDirectory, most: int) -> tuple[Any, list[int]]:
-    """Take raw samples of the test split, and their classes."""
-    import torch
+def _samples(run: RunDirectory, most: int) -> tuple[list[Inputs], list[int]]:
+    """Take raw samples of the test split as the server wants them, and their classes."""
+    from impatient.trees import named_leaves
 
-    preprocess = run.spec().preprocess
-    if not preprocess.mean:
-        raise DataError(
-            f"{run.path} has no images; requests can be made only of images, whose numbers are "
-            "floats."
-        )
-    x, labels = next(run.data().batches("test", most))
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    mean, std = (torch.tensor(part).view(shape) for part in (preprocess.mean, preprocess.std))
-    return (x * std + mean).numpy(), labels.tolist()
+    data = run.data()
+    examples = data.examples("test")
+    count = min(most, data.size("test"))
+    samples: list[Inputs] = []
+    for place in range(count):
+        raw = named_leaves(examples.take([place]))
+        # An array of its own has no name but the server's.
+        samples.append({name or "input": _sent(part[0]) for name, part in raw})
+    return samples, [int(label) for label in examples.labels[:count]]
+
+
+def _sent(part: Tensor) -> Any:
+    return (part.float() if part.is_floating_point() else part).numpy()
 
 
 def _traced(file: Path, requests: int, rate: float) -> Any:

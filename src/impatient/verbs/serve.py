@@ -18,11 +18,22 @@ from impatient.verbs.options import OFF, Count, Milliseconds, Positive, RunPath,
 from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from impatient.anytime import Network
     from impatient.serving.rpc import Rpc
     from impatient.serving.service import Hosted, Service
+    from impatient.serving.tensors import InputSpec
+    from impatient.verbs.network_spec import NetworkSpec
 
 # names of the protocol for torch's names
-DATATYPES = {"int64": "INT64", "int32": "INT32"}
+DATATYPES = {
+    "bool": "BOOL",
+    "uint8": "UINT8",
+    "int32": "INT32",
+    "int64": "INT64",
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+}
 TOKEN = "IMPATIENT_TOKEN"  # noqa: S105  the name of a variable
 
 
@@ -132,20 +143,11 @@ def rpc_side(service: Service, options: ServeOptions, token: str) -> Rpc:
 
 def hosted(path: Path, options: ServeOptions) -> Hosted:
     """Load a run directory's network, and measure it on this machine."""
-    import numpy as np
-
     from impatient.serving.hosting import hosted_network
 
     run = RunDirectory(path, trust=options.trust)
     spec = run.spec()
-    if spec.example_parts:
-        raise ServingError(
-            f"the samples of {path} are several arrays ({', '.join(spec.example_parts)}); the "
-            "server takes one per sample so far. Answer in Python (impatient.Runner) or with "
-            "`impatient run`."
-        )
     network, _ = run.network()
-    dtype = spec.example_dtype
     name = path.resolve().name
     log.info("measuring %s", name)
     return hosted_network(
@@ -154,9 +156,54 @@ def hosted(path: Path, options: ServeOptions) -> Hosted:
         run.recording("validation"),
         preprocess=spec.preprocess,
         classes=spec.class_names,
-        example=np.zeros(spec.example_shape, DATATYPES.get(dtype, "float32").lower()),
-        datatypes=(DATATYPES[dtype],) if dtype in DATATYPES else ("FP32", "UINT8"),
+        input=input_of(spec, network, options.max_batch),
         max_batch=options.max_batch,
+    )
+
+
+def input_of(spec: NetworkSpec, network: Network, most_rows: int) -> InputSpec:
+    """Describe what a run's network takes, for callers.
+
+    Raises:
+        ServingError: if the protocol has no name for the type of an array.
+        DataError: if the tokenizer of its texts cannot be loaded.
+    """
+    from impatient.serving.tensors import ANY, InputSpec, TensorSpec
+    from impatient.training.text import form_of
+
+    if not spec.example_parts:
+        dtype = spec.example_dtype
+        whole = dtype in ("int64", "int32")
+        names = (DATATYPES[dtype],) if whole else ("FP32", "UINT8")
+        return InputSpec.one(names, spec.example_shape, most_rows)
+    unknown = {part.dtype for part in spec.example_parts.values()} - DATATYPES.keys()
+    if unknown:
+        raise ServingError(
+            f"the samples are arrays of {', '.join(sorted(unknown))}; expected types that the "
+            f"protocol has: {', '.join(DATATYPES)}."
+        )
+    texts = form_of(spec.data, spec.example_parts, network)
+    tensors = tuple(
+        TensorSpec(
+            name=name,
+            datatypes=(DATATYPES[part.dtype],),
+            shape=part.shape if texts is None else (ANY, *part.shape[1:]),
+            filler=0 if texts is None else texts.padding[name],
+            usual=part.fill,
+            below=texts.vocabulary if texts is not None and name == "input_ids" else None,
+        )
+        for name, part in spec.example_parts.items()
+    )
+    if texts is None:
+        return InputSpec(tensors=tensors, most_rows=most_rows, named=True)
+    length = next(iter(spec.example_parts.values())).shape[0]
+    return InputSpec(
+        tensors=tensors,
+        most_rows=most_rows,
+        length=length,
+        longest=max(texts.longest, length),
+        side=texts.side,
+        named=True,
     )
 
 

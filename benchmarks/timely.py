@@ -1,0 +1,358 @@
+"""Timely accuracy of scheduling rules under load: late, refused and missing answers are wrong.
+
+    python benchmarks/timely.py --measure      # a minute, on an idle machine: stage times
+    python benchmarks/timely.py                # simulated over these, on any machine
+
+The network is the zoo's anytimenet-cifar10. All rules have its exits: each exit is a network of
+its own size for the rules that choose among networks, and the last one is the network without
+exits. Rules see the recording of the validation split, requests are samples of the test split. A
+simulation drives the scheduler of the server through a trace in virtual time; how well that agrees
+with the server is in timely_agreement.py. Work takes the measured median for its batch size times
+a random factor (gamma, 10 %). Load 1 is what the whole network can do at the batch size that is
+cheapest per sample. Budgets are log-uniform between multiples of one whole pass alone: "roomy" 1.5
+to 10, "wide" 0.3 to 10, where no rule can answer everybody by the last exit.
+
+The fluid bound is of rules that do not know how sure an answer looks: stages and requests are
+taken for divisible, and all samples for average. What is compared with it is the same requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import RESULTS, ROOT, Row, write_results
+
+import impatient
+from impatient.costs import CostProfile
+from impatient.evaluation.recording import Recording
+from impatient.files import write_text
+from impatient.networks.zoo import zoo_folder
+from impatient.serving import (
+    ClockworkLike,
+    DynamicProgramme,
+    EdgeServingLike,
+    FirstThenRoundRobin,
+    Fixed,
+    GainTable,
+    GreedyGain,
+    InfaasLike,
+    Rule,
+    ServedModel,
+    Simulation,
+    SymphonyLike,
+    Work,
+    fluid_bound,
+    simulate,
+)
+from impatient.serving.load import arrivals
+from papers.data import shared_folder
+
+NETWORK = "anytimenet-cifar10"
+PROFILE = ROOT / "benchmarks" / "recordings" / "timely-profile.json"
+SIZES = (1, 2, 4, 8)
+OURS = "greedy gain (ours)"
+RULES: Mapping[str, Callable[[], Rule]] = {
+    OURS: GreedyGain,
+    "first exits, then round robin": FirstThenRoundRobin,
+    "dynamic programme (Yao et al.)": DynamicProgramme,
+    "fixed small": lambda: Fixed(0),
+    "fixed large": lambda: Fixed(-1),
+    "first in, first out, one by one": lambda: Fixed(-1),
+    "switching (INFaaS-like)": InfaasLike,
+    "EDF with drop (Clockwork-like)": ClockworkLike,
+    "deferred (Symphony-like)": SymphonyLike,
+    "stability score (EdgeServing-like)": EdgeServingLike,
+}
+# What these do is not batched: LitServe and Ray Serve as they come.
+ALONE = ("first in, first out, one by one",)
+LOADS = (0.3, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
+TRACES = ("poisson", "mmpp", "azure_llm_conv_t", "azure_llm_code_t")
+BUDGETS = {"roomy": (1.5, 10.0), "wide": (0.3, 10.0)}
+BOUND_REQUESTS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A trace of requests with their budgets and samples.
+
+    Attributes:
+        trace, budgets: their names.
+        load: requests per second, as a share of the whole network's throughput.
+        seed: of all draws.
+        arrivals_s, budgets_s: instants and budgets, [R].
+        order: the sample of each request, [R].
+    """
+
+    trace: str
+    budgets: str
+    load: float
+    seed: int
+    arrivals_s: np.ndarray
+    budgets_s: np.ndarray
+    order: np.ndarray
+
+
+def the_model(costs: CostProfile, max_batch: int) -> ServedModel:
+    """Make the model from stage times and the recording of the validation split."""
+    seen = Recording.load(zoo_folder(NETWORK) / "recordings" / "validation.safetensors")
+    hits, scores = arrays_of(seen)
+    return ServedModel.of(
+        "net", costs, hits.mean(1), gains=GainTable.of(hits, scores), max_batch=max_batch
+    )
+
+
+def arrays_of(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+    scores = recording.scores["max_probability"]
+    return recording.quality.double().numpy(), scores.double().numpy()
+
+
+def cheapest_s(model: ServedModel) -> list[float]:
+    """Return the least seconds of a sample to each exit, over all batch sizes."""
+    sizes = range(1, model.max_batch + 1)
+    return [
+        min(model.work_s(0, last, rows) / rows for rows in sizes) for last in range(model.num_exits)
+    ]
+
+
+def instants(trace: str, count: int, rate: float, seed: int) -> np.ndarray:
+    """Draw instants of arrival, or stretch a part of a real trace to the rate."""
+    if trace in ("poisson", "mmpp"):
+        return arrivals(trace, rate=rate, count=count, seed=seed)
+    whole = np.load(shared_folder() / "traces.npz")[trace].astype(float)
+    start = np.random.default_rng(seed).integers(len(whole) - count)
+    part = whole[start : start + count] - whole[start]
+    return part * (count / rate / max(part[-1], 1e-9))
+
+
+def case_of(
+    model: ServedModel,
+    trace: str,
+    load: float,
+    *,
+    budgets: str = "roomy",
+    seed: int = 0,
+    count: int = 1500,
+    samples: int = 10_000,
+) -> Case:
+    """Draw a case."""
+    rng = np.random.default_rng(1000 + seed)
+    whole_s = model.work_s(0, model.num_exits - 1, 1)
+    low, high = np.log(np.array(BUDGETS[budgets]) * whole_s)
+    return Case(
+        trace=trace,
+        budgets=budgets,
+        load=load,
+        seed=seed,
+        arrivals_s=instants(trace, count, load / cheapest_s(model)[-1], seed),
+        budgets_s=np.exp(rng.uniform(low, high, count)),
+        order=rng.permutation(samples)[np.arange(count) % samples],
+    )
+
+
+def simulated(
+    model: ServedModel,
+    name: str,
+    case: Case,
+    test: tuple[np.ndarray, np.ndarray],
+    *,
+    extra_s: float = 0.0,
+    reserve_s: float = 0.0,
+) -> Simulation:
+    """Serve a case by a rule in virtual time.
+
+    Args:
+        model: the model.
+        name: the rule's name.
+        case: the requests.
+        test: quality and scores of the test split, [K, N] each.
+        extra_s: seconds that each work takes beyond its stages and head.
+        reserve_s: time kept before every deadline.
+    """
+    rng = np.random.default_rng(case.seed)
+
+    def true_s(work: Work, rows: int) -> float:
+        return model.work_s(work.first, work.last, rows) * rng.gamma(100.0, 0.01) + extra_s
+
+    quality, scores = test
+    return simulate(
+        model,
+        RULES[name](),
+        arrivals_s=case.arrivals_s,
+        budgets_s=case.budgets_s,
+        quality_KN=quality[:, case.order],
+        scores_KN=scores[:, case.order],
+        true_s=true_s,
+        reserve_s=reserve_s,
+    )
+
+
+def bound_of(model: ServedModel, case: Case, quality: np.ndarray) -> float:
+    """Bound the mean timely quality of the first requests of a case."""
+    part = slice(0, BOUND_REQUESTS)
+    count = len(case.arrivals_s[part])
+    return fluid_bound(
+        cheapest_s(model),
+        np.tile(quality.mean(1), (count, 1)),
+        case.arrivals_s[part],
+        case.budgets_s[part],
+    )
+
+
+def compared(
+    case: Case, models: tuple[ServedModel, ServedModel], test: tuple[np.ndarray, np.ndarray]
+) -> Iterator[Row]:
+    """Give a row per rule; the second model is the first without batches."""
+    bound = bound_of(models[0], case, test[0])
+    # What can have its first exit in time, alone and at once.
+    possible = case.budgets_s >= models[0].work_s(0, 0, 1)
+    for name in RULES:
+        found = simulated(models[name in ALONE], name, case, test)
+        answered = found.exits[found.in_time]
+        same = found.quality[:BOUND_REQUESTS].mean()
+        yield {
+            "trace": case.trace.removesuffix("_t"),
+            "budgets": case.budgets,
+            "load": case.load,
+            "seed": case.seed,
+            "rule": name,
+            "timely accuracy": round(found.timely_quality, 4),
+            "in time": round(found.share_in_time, 4),
+            "in time where possible": round(float(found.in_time[possible].mean()), 4),
+            "mean exit": round(float(answered.mean()), 2) if len(answered) else "",
+            "busy": round(found.busy_s / found.span_s, 3),
+            "of the fluid bound": round(float(same) / bound, 4),
+            "requests": len(case.order),
+        }
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Average over seeds."""
+    keys = ("trace", "budgets", "load", "rule")
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    columns = ("timely accuracy", "in time", "in time where possible", "of the fluid bound")
+    return [
+        {
+            **dict(zip(keys, group, strict=True)),
+            **{
+                column: round(float(np.mean([float(str(row[column])) for row in members])), 4)
+                for column in columns
+            },
+            "lowest to highest": "{:.3f} to {:.3f}".format(
+                min(float(str(row["timely accuracy"])) for row in members),
+                max(float(str(row["timely accuracy"])) for row in members),
+            ),
+        }
+        for group, members in groups.items()
+    ]
+
+
+def sentences(rows: Sequence[Row]) -> str:
+    """Say per trace and load how the best rival compares with our rule."""
+    lines = ["| trace | budgets | load | ours | the best of the others | ours - best |"]
+    lines.append("|---|---|---|---|---|---|")
+    for trace, budgets, load in dict.fromkeys(
+        (row["trace"], row["budgets"], row["load"]) for row in rows
+    ):
+        here = {
+            row["rule"]: float(str(row["timely accuracy"]))
+            for row in rows
+            if (row["trace"], row["budgets"], row["load"]) == (trace, budgets, load)
+        }
+        ours = here.pop(OURS)
+        best = max(here, key=lambda name: here[name])
+        lines.append(
+            f"| {trace} | {budgets} | {load:g} | {ours:.3f} | {best}, {here[best]:.3f} | "
+            f"{ours - here[best]:+.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Draw timely accuracy against load, one panel per trace and kind of budgets."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "timely"
+    panels = list(dict.fromkeys((row["trace"], row["budgets"]) for row in rows))
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        for name in RULES:
+            line = [r for r in rows if (r["trace"], r["budgets"], r["rule"]) == (*panel, name)]
+            axis.plot(
+                [row["load"] for row in line],
+                [row["timely accuracy"] for row in line],
+                label=name,
+                linewidth=2.5 if name == OURS else 1.2,
+                linestyle="-" if name == OURS else "--",
+            )
+        axis.set(title=", ".join(map(str, panel)), xlabel="load", ylim=(0, 1))
+    axes[0].set_ylabel("right and in time")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    write_text(file, drawn.getvalue())
+
+
+def measure() -> None:
+    """Measure the stage times on this machine, with one thread, and keep them."""
+    torch.set_num_threads(1)
+    network = impatient.load_zoo(NETWORK)
+    x = torch.zeros(1, 3, 32, 32)
+    costs = impatient.profile(network, x, batch_sizes=SIZES, repeats=200, max_seconds=30.0)
+    costs.save(PROFILE)
+    print(f"wrote {PROFILE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="seconds, writes nothing")
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--loads", type=float, nargs="+", default=LOADS)
+    parser.add_argument("--traces", nargs="+", default=TRACES)
+    parser.add_argument("--budgets", nargs="+", default=tuple(BUDGETS))
+    args = parser.parse_args()
+    if args.measure:
+        measure()
+        return
+    costs = CostProfile.load(PROFILE)
+    models = the_model(costs, max(SIZES)), the_model(costs, 1)
+    test = arrays_of(Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors"))
+    if args.smoke:
+        args.requests, args.seeds, args.loads, args.traces = 60, 1, (1.0,), ("poisson",)
+    rows: list[Row] = []
+    for trace in args.traces:
+        for budgets in args.budgets:
+            for load in args.loads:
+                for seed in range(args.seeds):
+                    case = case_of(
+                        models[0],
+                        trace,
+                        load,
+                        budgets=budgets,
+                        seed=seed,
+                        count=args.requests,
+                        samples=test[0].shape[1],
+                    )
+                    rows += compared(case, models, test)
+    means = summary(rows)
+    table = sentences(means)
+    print(table)
+    if not args.smoke:
+        text = f"{__doc__}\n\n![Timely accuracy](timely.svg)\n\n{table}\n\nMeans over seeds:"
+        write_results("timely", "Timely accuracy under load", text, means)
+        plot(means, RESULTS / "timely.svg")
+
+
+if __name__ == "__main__":
+    main()

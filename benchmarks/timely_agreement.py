@@ -1,0 +1,228 @@
+"""The simulation of timely.py beside the real server: the same requests through both, in turn.
+
+    python benchmarks/timely_agreement.py      # ten minutes, on an idle machine with two cores
+
+A server per rule, each in a process of its own on the first core, is sent the requests over HTTP
+from the second core, at planned instants. The simulation has the same instants, budgets and
+samples, the stage times that were measured at the beginning, and per work what the server adds to
+them, which is measured with lone requests. The server's answers count as their callers see them,
+from the planned instant to the last byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Row, write_results
+from timely import (
+    NETWORK,
+    OURS,
+    RULES,
+    SIZES,
+    Case,
+    arrays_of,
+    case_of,
+    cheapest_s,
+    simulated,
+    the_model,
+)
+
+import impatient
+from impatient.costs import CostProfile
+from impatient.evaluation.recording import Recording
+from impatient.networks.zoo import zoo_folder
+from impatient.serving import ServedModel
+from impatient.serving.load import LoadResult, send_load
+from impatient.serving.service import RESERVE_S
+from impatient.verbs.network_spec import NetworkSpec
+from papers.data import data_spec
+
+CHOSEN = (OURS, "fixed large", "switching (INFaaS-like)", "EDF with drop (Clockwork-like)")
+LOADS = (0.5, 1.0, 1.5)
+LONE_REQUESTS = 100
+CORES = sorted(os.sched_getaffinity(0))
+
+
+def serve(rule: str, profile: Path) -> None:
+    """Serve the network by a rule, at a port that is printed."""
+    import uvicorn
+
+    from impatient.serving.app import App, listening_socket
+    from impatient.serving.hosting import hosted_network
+    from impatient.serving.service import Limits, Service
+    from impatient.serving.tensors import InputSpec
+
+    folder = zoo_folder(NETWORK)
+    spec = NetworkSpec.load(folder / "network.json")
+    hosted = hosted_network(
+        "net",
+        impatient.load_zoo(NETWORK),
+        Recording.load(folder / "recordings" / "validation.safetensors"),
+        preprocess=spec.preprocess,
+        classes=spec.class_names,
+        input=InputSpec.one(["UINT8"], spec.example_shape, max(SIZES)),
+        costs=CostProfile.load(profile),
+        max_batch=max(SIZES),
+    )
+    service = Service([hosted], Limits(most_s=60.0, waiting=4096), RULES[rule]())
+    listener = listening_socket("127.0.0.1", 0)
+    print(listener.getsockname()[1], flush=True)
+    config = uvicorn.Config(App(service), lifespan="on", log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def server(rule: str, profile: Path) -> Iterator[str]:
+    """Start a server in a process of its own, and give its address."""
+    command = [sys.executable, __file__, "--serve", rule, "--profile", str(profile)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        assert process.stdout is not None
+        os.sched_setaffinity(process.pid, {CORES[0]})
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.terminate()
+            process.stdout.read()
+
+
+def sent(address: str, case: Case, data: impatient.Data) -> LoadResult:
+    """Send a case's requests."""
+    examples = data.examples("test")
+    samples = [{"input": one.numpy()} for one in examples.take(case.order)]
+    return asyncio.run(
+        send_load(
+            address,
+            "net",
+            samples,
+            examples.labels[case.order].tolist(),
+            arrivals_s=case.arrivals_s,
+            budgets_s=case.budgets_s,
+        )
+    )
+
+
+def added_s(address: str, model: ServedModel, data: impatient.Data, count: int) -> float:
+    """Measure what a server that runs the whole network adds to each work, with lone requests."""
+    whole_s = model.work_s(0, model.num_exits - 1, 1)
+    case = replace(
+        case_of(model, "poisson", 1.0, count=count, samples=data.size("test")),
+        arrivals_s=np.arange(count) * 4.0 * whole_s,
+        budgets_s=np.full(count, 20.0),
+    )
+    before = stats(address)
+    sent(address, case, data)
+    after = stats(address)
+    works, busy_ns = (after[key] - before[key] for key in ("count", "ns"))
+    return busy_ns * 1e-9 / works - whole_s
+
+
+def stats(address: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"{address}/v2/models/net/stats") as reply:
+        told = json.load(reply)["model_stats"][0]["inference_stats"]["compute_infer"]
+    return {"count": told["count"], "ns": told["ns"]}
+
+
+def both(
+    name: str,
+    case: Case,
+    real: LoadResult,
+    model: ServedModel,
+    test: tuple[np.ndarray, np.ndarray],
+    extra_s: float,
+) -> Row:
+    """Give a row with what became of a case in both."""
+    made = simulated(model, name, case, test, extra_s=extra_s, reserve_s=RESERVE_S)
+    told = real.summary()
+    exits = real.exits[real.in_time]
+    return {
+        "rule": name,
+        "load": case.load,
+        "seed": case.seed,
+        "timely accuracy, server": round(told["timely_accuracy"], 4),
+        "simulated": round(made.timely_quality, 4),
+        "difference": round(told["timely_accuracy"] - made.timely_quality, 4),
+        "in time, server": round(told["in_time"], 4),
+        "in time, simulated": round(made.share_in_time, 4),
+        "mean exit, server": round(float(exits.mean()), 2) if len(exits) else "",
+        "mean exit, simulated": round(float(made.exits[made.in_time].mean()), 2),
+        "generator late p99, ms": round(told["lag_p99_s"] * 1e3, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--requests", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="one case; writes nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.serve:
+        serve(args.serve, args.profile)
+        return
+    loads, chosen = (LOADS, CHOSEN)
+    if args.smoke:
+        args.requests, args.seeds, loads, chosen = 100, 1, (0.5,), (OURS, "fixed large")
+    os.sched_setaffinity(0, {CORES[0]})
+    costs = impatient.profile(
+        impatient.load_zoo(NETWORK),
+        torch.zeros(1, 3, 32, 32),
+        batch_sizes=SIZES,
+        repeats=20 if args.smoke else 200,
+    )
+    os.sched_setaffinity(0, {CORES[-1]})
+    data = impatient.load_data(args.data or data_spec("cifar10"))
+    model = the_model(costs, max(SIZES))
+    test = arrays_of(Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors"))
+    rows: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        profile = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "profile.json"
+        costs.save(profile)
+        addresses = {name: stack.enter_context(server(name, profile)) for name in chosen}
+        lone = 10 if args.smoke else LONE_REQUESTS
+        extra_s = added_s(addresses["fixed large"], model, data, lone)
+        print(
+            f"load 1 is {1 / cheapest_s(model)[-1]:.0f} requests a second; the server adds "
+            f"{extra_s * 1e3:.3f} ms to a work"
+        )
+        for seed in range(args.seeds):
+            for load in loads:
+                case = case_of(
+                    model, "poisson", load, seed=seed, count=args.requests, samples=len(test[0][0])
+                )
+                for name, address in addresses.items():
+                    real = sent(address, case, data)
+                    rows.append(both(name, case, real, model, test, extra_s))
+                    print(rows[-1])
+    differences = np.array([float(str(row["difference"])) for row in rows])
+    told = (
+        f"Server minus simulated, timely accuracy: {differences.mean():+.4f} on average, "
+        f"{np.abs(differences).max():.4f} at most, over {len(rows)} runs of {args.requests} "
+        f"requests. The server added {extra_s * 1e3:.3f} ms to a work."
+    )
+    print(told)
+    if not args.smoke:
+        write_results(
+            "timely_agreement", "A simulation beside the server", f"{__doc__}\n\n{told}", rows
+        )
+
+
+if __name__ == "__main__":
+    main()
