@@ -36,6 +36,7 @@ from timely import (
     arrays_of,
     case_of,
     cheapest_s,
+    measured,
     simulated,
     the_model,
 )
@@ -181,12 +182,7 @@ def main() -> None:
     if args.smoke:
         args.requests, args.seeds, loads, chosen = 100, 1, (0.5,), (OURS, "fixed large")
     os.sched_setaffinity(0, {CORES[0]})
-    costs = impatient.profile(
-        impatient.load_zoo(NETWORK),
-        torch.zeros(1, 3, 32, 32),
-        batch_sizes=SIZES,
-        repeats=20 if args.smoke else 200,
-    )
+    costs = measured(20 if args.smoke else 200)
     os.sched_setaffinity(0, {CORES[-1]})
     data = impatient.load_data(args.data or data_spec("cifar10"))
     model = the_model(costs, max(SIZES))

@@ -102,7 +102,7 @@ def test_many_asyncio_callers_get_their_own_answers(shared) -> None:
     async def all_of_them() -> list[np.ndarray]:
         async with aio.InferenceServerClient(address) as client:
             asked = [
-                client.infer("net", [tensor_of(VALUES + number)], client_timeout=5.0)
+                client.infer("net", [tensor_of(VALUES + number)], client_timeout=30.0)
                 for number in range(40)
             ]
             return [reply.as_numpy("output") for reply in await asyncio.gather(*asked)]
