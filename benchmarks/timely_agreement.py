@@ -59,9 +59,8 @@ CORES = sorted(os.sched_getaffinity(0))
 
 def serve(rule: str, profile: Path) -> None:
     """Serve the network by a rule, at a port that is printed."""
-    import uvicorn
-
-    from impatient.serving.app import App, listening_socket
+    from impatient.serving.app import App
+    from impatient.serving.connections import listening_socket, web_server
     from impatient.serving.hosting import hosted_network
     from impatient.serving.service import Limits, Service
     from impatient.serving.tensors import InputSpec
@@ -81,8 +80,8 @@ def serve(rule: str, profile: Path) -> None:
     service = Service([hosted], Limits(most_s=60.0, waiting=4096), RULES[rule]())
     listener = listening_socket("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
-    config = uvicorn.Config(App(service), lifespan="on", log_level="warning", access_log=False)
-    uvicorn.Server(config).run(sockets=[listener])
+    app = App(service)
+    web_server(app, most_connections=10_000, drain_s=1.0).run(sockets=[listener])
 
 
 @contextlib.contextmanager
