@@ -144,11 +144,13 @@ class ServedModel:
 
     def scaled(self, factor: float) -> Self:
         """Return the same model on a machine that is slower by a factor."""
-        slower = {
-            name: {size: tuple(s * factor for s in row) for size, row in table.items()}
-            for name, table in (("stages_s", self.stages_s), ("heads_s", self.heads_s))
-        }
-        return dataclasses.replace(self, **slower)
+
+        def slower(table: Mapping[int, tuple[float, ...]]) -> dict[int, tuple[float, ...]]:
+            return {size: tuple(s * factor for s in row) for size, row in table.items()}
+
+        return dataclasses.replace(
+            self, stages_s=slower(self.stages_s), heads_s=slower(self.heads_s)
+        )
 
     @classmethod
     def of(
