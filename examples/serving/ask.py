@@ -46,7 +46,7 @@ def ask_for_every_exit(address, model, deadline_ms):
     answers = queue.Queue()
     with rpc.InferenceServerClient(address) as client:
         told = client.get_model_metadata(model, as_json=True)
-        client.start_stream(lambda reply, error: answers.put((reply, error)))
+        client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer(
             model, zeros(rpc, told["inputs"]), timeout=round(1000 * deadline_ms)
         )
