@@ -60,7 +60,7 @@ def test_who_sends_no_whole_head_is_not_waited_for() -> None:
 
 def test_a_loop_that_is_late_once_has_stalled_and_one_that_stays_late_is_behind() -> None:
     async def beats() -> None:
-        beat = Heartbeat()
+        beat = Heartbeat(lambda: None)
         clock = beat._clock = FakeClock()
         beat.start()
         beat.stop()

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 Send = Callable[[Message], Awaitable[None]]
 Reply = tuple[int, bytes, dict[str, str]]
 
+# Time for streams that are open when all requests have been answered.
+STREAMS_S = 1.0
 EXTENSIONS = ["binary_tensor_data", "parameters", "schedule_policy", "statistics"]
 
 
@@ -161,9 +163,10 @@ class App:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         self.service.drain()
-        await self.service.drained(self._drain_s)
+        if not await self.service.drained(self._drain_s):
+            self.service.end()
         for side in self._sides:
-            await side.stop(self._drain_s)
+            await side.stop(STREAMS_S)
         self.service.stop()
         self.bodies.reader.stop()
         await send({"type": "lifespan.shutdown.complete"})

@@ -70,7 +70,7 @@ class Bodies:
         if headers.get("content-encoding", "identity") != "identity":
             raise StatusError(415, "compressed bodies are not read; send it as it is.")
         announced = headers.get("content-length", "0")
-        if announced.isdigit():
+        if announced.isascii() and announced.isdigit():
             self._check(int(announced[:20]))
 
     def _check(self, size: int) -> None:

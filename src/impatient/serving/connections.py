@@ -19,6 +19,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from impatient.errors import ServingError
 from impatient.serving.app import App
 from impatient.serving.refusals import MESSAGES
+from impatient.serving.service import Service
 
 # Time for the head of a request. A caller that sends half a head holds a connection no longer.
 HEAD_S = 10.0
@@ -151,9 +152,31 @@ def most_files() -> int:
     return 2**20 if hard == resource.RLIM_INFINITY else hard
 
 
+class WebServer(uvicorn.Server):
+    """uvicorn's server, which gives open requests their replies before it ends.
+
+    Args:
+        config: its configuration.
+        service: what answers.
+        drain_s: most seconds that open requests are waited for; then they get the answers they
+            have.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_s = drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.drain()
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._service.end)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
 def web_server(
     app: App, *, most_connections: int = 1024, drain_s: float = 5.0, head_s: float = HEAD_S
-) -> uvicorn.Server:
+) -> WebServer:
     """Make the HTTP server of an application.
 
     Args:
@@ -186,11 +209,11 @@ def web_server(
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        # Streams that are open then do not keep the server from ending.
-        timeout_graceful_shutdown=max(1, math.ceil(drain_s)),
+        # Callers that do not read their replies do not keep the server from ending.
+        timeout_graceful_shutdown=math.ceil(drain_s + 1.0),
         timeout_keep_alive=KEEP_ALIVE_S,
     )
-    return uvicorn.Server(config)
+    return WebServer(config, app.service, drain_s)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

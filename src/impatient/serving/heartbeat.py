@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Callable
 
 from impatient.clock import SYSTEM_CLOCK
 
@@ -17,11 +18,14 @@ KEPT = 3000
 class Heartbeat:
     """A callback that is due again and again on an event loop, and how late it comes.
 
+    Args:
+        each: what is done at each beat.
     Thread:
         All methods belong to the event loop on which `start` was called.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, each: Callable[[], None]) -> None:
+        self._each = each
         self._late = collections.deque([0.0] * IN_A_ROW, maxlen=KEPT)
         self._clock = SYSTEM_CLOCK
         self._timer: asyncio.TimerHandle | None = None
@@ -42,6 +46,7 @@ class Heartbeat:
         self._late.append(self.lag_s)
         self._due = self._clock.now() + BEAT_S
         self._timer = self._loop.call_later(BEAT_S, self._beat)
+        self._each()
 
     @property
     def lag_s(self) -> float:

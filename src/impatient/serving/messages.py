@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+
+from impatient.errors import BadRequest
 
 PACKAGE = "inference"
 SERVICE = f"{PACKAGE}.GRPCInferenceService"
@@ -156,8 +158,15 @@ def message(kind: str, /, **fields: Any) -> Any:
 
 
 def read(kind: str, data: bytes) -> Any:
-    """Read a message from its bytes."""
-    return _CLASSES[kind].FromString(data)
+    """Read a message from its bytes.
+
+    Raises:
+        BadRequest: if they are no such message.
+    """
+    try:
+        return _CLASSES[kind].FromString(data)
+    except DecodeError as error:
+        raise BadRequest(f"the bytes are no {PACKAGE}.{kind}: {error}.") from error
 
 
 def parameter(value: object) -> Any:

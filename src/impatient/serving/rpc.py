@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -58,6 +57,13 @@ CONTENTS = {
     "FP64": "fp64_contents",
 }
 FINAL = "triton_final_response"
+# Numbers outside raw contents that are read at once: some milliseconds in which nothing else goes
+# on.
+MOST_CONTENTS = 2**16
+# Requests of one stream that are answered at once.
+AT_ONCE = 64
+# Calls for each request that may wait.
+CALLS_PER_PLACE = 4
 # methods that need no token, as whoever looks after the server calls them
 OPEN = ("ServerLive", "ServerReady")
 
@@ -94,9 +100,14 @@ class Rpc(Side):
         Raises:
             ServingError: if the port is taken.
         """
-        most = self.service.limits.body_bytes
+        limits = self.service.limits
         self._server = aio.server(
-            options=[("grpc.max_receive_message_length", most), ("grpc.so_reuseport", 0)]
+            options=[
+                ("grpc.max_receive_message_length", limits.body_bytes),
+                ("grpc.so_reuseport", 0),
+            ],
+            # More calls at once are refused as RESOURCE_EXHAUSTED.
+            maximum_concurrent_rpcs=CALLS_PER_PLACE * limits.waiting,
         )
         self._server.add_generic_rpc_handlers((self._handlers(),))
         try:
@@ -115,11 +126,8 @@ class Rpc(Side):
         await self._server.stop(most_s)
 
     def _handlers(self) -> Any:
-        stream = grpc.stream_stream_rpc_method_handler(
-            self._stream,
-            request_deserializer=_reader("ModelInferRequest"),
-            response_serializer=_bytes_of,
-        )
+        # Requests are read in the handlers, which can say what is wrong with them.
+        stream = grpc.stream_stream_rpc_method_handler(self._stream, response_serializer=_bytes_of)
         answers = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
@@ -136,17 +144,15 @@ class Rpc(Side):
     def _unary(self, name: str, answer: Callable[[Any, Context], Awaitable[Any]]) -> Any:
         """Make the handler of a method with one request and one reply."""
 
-        async def handler(request: Any, context: Context) -> Any:
+        async def handler(data: bytes, context: Context) -> Any:
             try:
                 if name not in OPEN:
                     self._check_token(context)
-                return await answer(request, context)
+                return await answer(read(f"{name}Request", data), context)
             except BadRequest as error:
                 await context.abort(_code(error), str(error))
 
-        return grpc.unary_unary_rpc_method_handler(
-            handler, request_deserializer=_reader(f"{name}Request"), response_serializer=_bytes_of
-        )
+        return grpc.unary_unary_rpc_method_handler(handler, response_serializer=_bytes_of)
 
     def _check_token(self, context: Context) -> None:
         headers = dict(context.invocation_metadata() or ())
@@ -196,13 +202,16 @@ class Rpc(Side):
                 return _response(request, event, hosted)
         raise StatusError(500, "no reply was made.")
 
-    async def _stream(self, requests: AsyncIterator[Any], context: Context) -> AsyncGenerator[Any]:
-        """Answer the requests of a stream, each exit by exit, all at once."""
+    async def _stream(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncGenerator[Any]:
+        """Answer the requests of a stream, each exit by exit, several at once."""
         try:
             self._check_token(context)
         except BadRequest as error:
             await context.abort(_code(error), str(error))
-        outbox: asyncio.Queue[Any] = asyncio.Queue()
+        # Who does not read replies is not asked for more requests.
+        outbox: asyncio.Queue[Any] = asyncio.Queue(maxsize=AT_ONCE)
         reading = asyncio.ensure_future(self._read_all(requests, context, outbox))
         try:
             while (reply := await outbox.get()) is not None:
@@ -213,35 +222,40 @@ class Rpc(Side):
             await asyncio.wait({reading})
 
     async def _read_all(
-        self, requests: AsyncIterator[Any], context: Context, outbox: asyncio.Queue[Any]
+        self, requests: AsyncIterator[bytes], context: Context, outbox: asyncio.Queue[Any]
     ) -> None:
+        places = asyncio.Semaphore(AT_ONCE)
         try:
             async with asyncio.TaskGroup() as group:
-                async for request in requests:
+                async for data in requests:
+                    await places.acquire()
                     arrival = self.service.clock.now()
-                    group.create_task(self._answer_each_exit(request, context, arrival, outbox))
+                    answering = self._answer_each_exit(data, context, arrival, outbox)
+                    group.create_task(answering).add_done_callback(lambda _: places.release())
         finally:
             # also after an error, or the stream would wait for ever
-            outbox.put_nowait(None)
+            await outbox.put(None)
 
     async def _answer_each_exit(
-        self, request: Any, context: Context, arrival: float, outbox: asyncio.Queue[Any]
+        self, data: bytes, context: Context, arrival: float, outbox: asyncio.Queue[Any]
     ) -> None:
         """Put a request's answers where the stream finds them.
 
         An error ends the request alone.
         """
+        failed = message("ModelInferResponse")
+        failed.parameters[FINAL].bool_param = True
         try:
+            request = read("ModelInferRequest", data)
+            failed.model_name, failed.id = request.model_name, request.id
             events = self._events(request, context, arrival, True)
             async with contextlib.aclosing(events):
                 async for event, hosted in events:
                     reply = _response(request, event, hosted)
                     reply.parameters[FINAL].bool_param = bool(event.stopped_by)
-                    outbox.put_nowait(message("ModelStreamInferResponse", infer_response=reply))
+                    await outbox.put(message("ModelStreamInferResponse", infer_response=reply))
         except BadRequest as error:
-            failed = message("ModelInferResponse", model_name=request.model_name, id=request.id)
-            failed.parameters[FINAL].bool_param = True
-            outbox.put_nowait(
+            await outbox.put(
                 message("ModelStreamInferResponse", error_message=str(error), infer_response=failed)
             )
 
@@ -254,14 +268,19 @@ class Rpc(Side):
             BadRequest: if it is not what the model takes, or is refused.
         """
         hosted = self._hosted(request.model_name, request.model_version)
+        left_s = context.time_remaining()
+        call_s = None if left_s is None else max(left_s, 1e-6)
+        refused = self.service.refusal_unread(hosted.model.name, arrival=arrival, most_s=call_s)
+        if refused is not None:
+            raise StatusError(STATUS[refused.why], MESSAGES[refused.why])
         parameters = {name: value_of(entry) for name, entry in request.parameters.items()}
-        budgets = [budget_s(parameters, {}), context.time_remaining()]
+        budgets = [budget_s(parameters, {}), call_s]
         given = [seconds for seconds in budgets if seconds is not None]
         answers = self.service.answers(
             hosted.model.name,
             _inputs(request, hosted),
             arrival=arrival,
-            budget_s=max(min(given), 1e-6) if given else None,
+            budget_s=min(given, default=None),
             priority=priority_of(parameters),
             best_effort=flag_of(parameters, "best_effort"),
             streamed=streamed,
@@ -276,10 +295,6 @@ class Rpc(Side):
 def _code(error: BadRequest) -> grpc.StatusCode:
     status = error.status if isinstance(error, StatusError) else 400
     return CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT)
-
-
-def _reader(name: str) -> Callable[[bytes], Any]:
-    return functools.partial(read, name)
 
 
 def _bytes_of(reply: Any) -> bytes:
@@ -309,7 +324,12 @@ def _inputs(request: Any, hosted: Hosted) -> Inputs:
         if raw:
             tensor["parameters"] = {"binary_data_size": len(raw[place])}
         elif given.datatype in CONTENTS:
-            tensor["data"] = list(getattr(given.contents, CONTENTS[given.datatype]))
+            values = getattr(given.contents, CONTENTS[given.datatype])
+            if len(values) > MOST_CONTENTS:
+                raise StatusError(
+                    413, f"more than {MOST_CONTENTS} numbers in contents; send raw_input_contents."
+                )
+            tensor["data"] = list(values)
         tensors.append(tensor)
     return read_tensors(tensors, b"".join(raw), hosted.input)
 

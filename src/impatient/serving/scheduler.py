@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,7 +20,7 @@ from impatient import checks
 from impatient.errors import ServingError
 from impatient.serving.model import ServedModel
 
-Reason = Literal["final", "policy", "deadline", "failed"]
+Reason = Literal["final", "policy", "deadline", "failed", "draining"]
 Why = Literal["too late", "queue full", "draining", "expired", "failed", "hanging", "overloaded"]
 
 
@@ -283,16 +283,26 @@ class Scheduler:
         self._pending[request.id] = new
         return self._settle(now)
 
-    def finished(self, work: Work, scores: Mapping[int, float], now: float) -> list[Action]:
+    def finished(
+        self,
+        work: Work,
+        scores: Mapping[int, float],
+        now: float,
+        failed: Collection[int] = (),
+    ) -> list[Action]:
         """Take in that work is done.
 
         Args:
             work: the work.
             scores: how sure the last exit looks, by request; NaN or absent where that is unknown.
             now: the present instant.
+            failed: requests for which it has failed, who get the answers they have.
         """
         actions: list[Action] = []
         for one in self._end(work):
+            if one.request.id in failed:
+                actions.append(self._give_up(one, now))
+                continue
             one.exit = work.last
             one.score = scores.get(one.request.id, math.nan)
             gains = self.models[work.model].gains
@@ -304,13 +314,13 @@ class Scheduler:
 
     def failed(self, work: Work, now: float) -> list[Action]:
         """Take in that work has failed: its requests get the answers they have."""
-        actions: list[Action] = []
-        for one in self._end(work):
-            if one.exit >= 0:
-                actions.append(self._reply(one, "failed", now))
-            else:
-                actions.append(self._refuse(one, "failed"))
+        actions = [self._give_up(one, now) for one in self._end(work)]
         return actions + self._settle(now)
+
+    def _give_up(
+        self, one: Pending, now: float, why: Literal["failed", "draining"] = "failed"
+    ) -> Action:
+        return self._reply(one, why, now) if one.exit >= 0 else self._refuse(one, why)
 
     def cancelled(self, request: int, now: float) -> list[Action]:
         """Forget a request whose caller has gone.
@@ -330,6 +340,11 @@ class Scheduler:
         Those that are here are served.
         """
         self.draining = True
+
+    def end(self, now: float) -> list[Action]:
+        """Give all requests the answers they have, and take no more."""
+        self.draining = True
+        return [self._give_up(one, now, "draining") for one in list(self._pending.values())]
 
     def holds(self, request: int) -> bool:
         """Tell whether a request is here and has no reply yet."""

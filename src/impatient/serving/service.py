@@ -7,7 +7,7 @@ import collections
 import itertools
 import logging
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,8 @@ RESERVE_S = 0.0015
 MOST_LATE_S = 0.02
 # A network that has not come back so long after a deadline is taken to hang.
 HANG_S = 2.0
+# Most threads in which a network hangs, before the server says that it is not ready.
+MOST_HANGING = 3
 RECENT_S = 60.0
 # A loop that is later than a share of the usual time for an answer, and than this, is overloaded.
 LATE_SHARE = 0.5
@@ -182,27 +184,48 @@ class Service:
         self._began = 0.0
         self._working: Work | None = None
         self.clock = SYSTEM_CLOCK
-        self.heartbeat = Heartbeat()
+        self.heartbeat = Heartbeat(self._replace_hanging)
+        self._hanging: list[InferenceThread] = []
 
     async def start(self) -> None:
         """Begin the inference thread, on the running event loop, and run every network once."""
         self._loop = asyncio.get_running_loop()
-        self._thread = InferenceThread(
+        self._thread = self._new_thread({name: one.warm_up for name, one in self.hosted.items()})
+        await asyncio.to_thread(self._thread.warmed.wait)
+        self.heartbeat.start()
+
+    def _new_thread(self, warm_up: Mapping[str, tuple[Inputs, ...]]) -> InferenceThread:
+        return InferenceThread(
             {name: one.network for name, one in self.hosted.items()},
             {name: one.prepared for name, one in self.hosted.items()},
             self._report,
-            {name: one.warm_up for name, one in self.hosted.items()},
+            warm_up,
         )
-        await asyncio.to_thread(self._thread.warmed.wait)
-        self.heartbeat.start()
 
     @property
     def ready(self) -> bool:
         """Whether requests are taken: not draining, and the inference thread comes back."""
-        stuck = self._working is not None and self.clock.now() - self._began > max(
-            HANG_S, 20.0 * self._working.seconds
-        )
-        return self._thread.alive and not stuck and not self.scheduler.draining
+        return self._thread.alive and not self._stuck and not self.scheduler.draining
+
+    @property
+    def _stuck(self) -> bool:
+        most_s = HANG_S if self._working is None else max(HANG_S, 20.0 * self._working.seconds)
+        return self._working is not None and self.clock.now() - self._began > most_s
+
+    def _replace_hanging(self) -> None:
+        """Go on with another thread, if there are not too many that hang."""
+        work = self._working
+        if work is None or not self._stuck:
+            return
+        self._hanging = [thread for thread in self._hanging if thread.alive]
+        if len(self._hanging) >= MOST_HANGING:
+            return
+        log.error("the model %s hangs; another thread goes on", work.model)
+        self._thread.abandon()
+        self._hanging.append(self._thread)
+        self._thread = self._new_thread({})
+        self._working = None
+        self._take(self.scheduler.failed(work, self.clock.now()))
 
     @property
     def overloaded(self) -> bool:
@@ -283,6 +306,10 @@ class Service:
         """Take no more requests."""
         self.scheduler.drain()
 
+    def end(self) -> None:
+        """Give all requests the answers they have."""
+        self._take(self.scheduler.end(self.clock.now()))
+
     async def drained(self, most_s: float) -> bool:
         """Wait until all requests have their replies.
 
@@ -335,6 +362,9 @@ class Service:
             self._loop.call_soon_threadsafe(self._finished, done)
 
     def _finished(self, done: Done) -> None:
+        if done.work is not self._working:
+            # from a thread that was taken to hang
+            return
         now = self.clock.now()
         self._working = None
         counters = self.counters[done.work.model]
@@ -356,7 +386,7 @@ class Service:
             )
             if call.streamed:
                 call.events.put_nowait(call.latest)
-        self._take(self.scheduler.finished(done.work, done.scores, now))
+        self._take(self.scheduler.finished(done.work, done.scores, now, done.failed))
 
     def _tick(self, due: float) -> None:
         late_s = min(max(0.0, self.clock.now() - due), MOST_LATE_S)
@@ -437,6 +467,7 @@ class Service:
         """Write all counts in the text format of Prometheus."""
         gauges = {
             "waiting": self.scheduler.waiting,
+            "hanging_threads": sum(thread.alive for thread in self._hanging),
             "loop_lag_seconds": self.heartbeat.lag_s,
             "worst_loop_lag_seconds": self.heartbeat.worst_s,
         }

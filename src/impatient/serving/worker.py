@@ -16,6 +16,7 @@ from impatient.anytime import Network, Run
 from impatient.errors import ServingError
 from impatient.serving.scheduler import Work
 from impatient.serving.tensors import Inputs
+from impatient.trees import map_leaves
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ class Done:
         work: the scheduler's work.
         outputs: output of each request, before softmax, shape [rows, C].
         scores: how sure the least sure sample of each request looks.
+        failed: requests for which the network failed, though not for the others.
         error: what went wrong; empty if nothing did.
     """
 
     work: Work
     outputs: Mapping[int, np.ndarray]
     scores: Mapping[int, float]
+    failed: frozenset[int] = frozenset()
     error: str = ""
 
 
@@ -58,24 +61,72 @@ class _Batch:
     """A batch in flight: a run, and which requests have which of its rows."""
 
     def __init__(self, network: Network, x: Any, rows: Mapping[int, int]) -> None:
+        self.network = network
+        self.x = x
+        self.rows = rows
         self.run: Run = network.exits(x)
         self.shrinks = network.shrinks(x)
-        self.places: dict[int, list[int]] = {}
-        start = 0
-        for request, count in rows.items():
-            self.places[request] = list(range(start, start + count))
-            start += count
+        self.places = _places(rows)
 
-    def keep(self, requests: tuple[int, ...]) -> None:
+    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        """Compute the output of an exit for some requests."""
+        self._keep(requests)
+        for one in self.run:
+            if one.index == exit:
+                output = one.output()
+                return {request: output[self.places[request]] for request in requests}
+        raise ServingError(f"this input never came to exit {exit}.")
+
+    def _keep(self, requests: tuple[int, ...]) -> None:
         """Go on with these requests, with fewer rows if the network can."""
         if len(requests) == len(self.places) or not self.shrinks:
             return
         kept = [place for request in requests for place in self.places[request]]
         self.run.keep(torch.tensor(kept))
-        numbers = iter(range(len(kept)))
-        self.places = {
-            request: [next(numbers) for _ in self.places[request]] for request in requests
-        }
+        self.places = _places({request: self.rows[request] for request in requests})
+
+    def close(self) -> None:
+        self.run.close()
+
+    def apart(self) -> _Apart:
+        """Begin each request anew, alone."""
+        return _Apart(
+            {
+                request: _Batch(
+                    self.network,
+                    map_leaves(lambda leaf: leaf[places], self.x),  # noqa: B023  called at once
+                    {request: len(places)},
+                )
+                for request, places in _places(self.rows).items()
+            }
+        )
+
+
+class _Apart:
+    """Requests of which one made their batch fail, each in a batch of its own."""
+
+    def __init__(self, batches: Mapping[int, _Batch]) -> None:
+        self._batches = batches
+
+    def to(self, exit: int, requests: tuple[int, ...]) -> dict[int, torch.Tensor]:
+        """Compute the output of an exit for those requests for which it can be."""
+        outputs: dict[int, torch.Tensor] = {}
+        for request in requests:
+            try:
+                outputs |= self._batches[request].to(exit, (request,))
+            except Exception:
+                log.exception("the network failed on one request of several")
+        return outputs
+
+    def close(self) -> None:
+        for batch in self._batches.values():
+            batch.close()
+
+
+def _places(rows: Mapping[int, int]) -> dict[int, list[int]]:
+    """Return the rows of each request in a batch."""
+    numbers = iter(range(sum(rows.values())))
+    return {request: [next(numbers) for _ in range(count)] for request, count in rows.items()}
 
 
 class InferenceThread:
@@ -101,7 +152,7 @@ class InferenceThread:
         self._prepared = prepared
         self._report = report
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[int, _Batch | _Apart] = {}
         self._thread = threading.Thread(target=self._loop, name="inference", daemon=True)
         self._thread.start()
 
@@ -117,6 +168,10 @@ class InferenceThread:
         self._jobs.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Let the thread end when it comes back."""
+        self._jobs.put(None)
 
     @property
     def alive(self) -> bool:
@@ -159,14 +214,15 @@ class InferenceThread:
     def _close(self, group: int) -> None:
         batch = self._batches.pop(group, None)
         if batch is not None:
-            batch.run.close()
+            batch.close()
 
     def _done(self, job: Job) -> Done:
         try:
             with torch.inference_mode():
                 return self._computed(job)
-        except Exception as error:
-            # A network may raise anything; its requests get the answers that they have.
+        except BaseException as error:
+            # A network may raise anything; its requests get the answers that they have, and the
+            # thread goes on.
             log.exception("work of the model %s failed", job.work.model)
             self._close(job.work.group)
             text = f"{type(error).__name__}: {error}"
@@ -176,24 +232,37 @@ class InferenceThread:
         work = job.work
         if work.first == 0:
             self._begin(job)
-        batch = self._batches[work.group]
-        batch.keep(work.requests)
-        for exit in batch.run:
-            if exit.index == work.last:
-                output = exit.output()
-                break
-        else:
-            raise ServingError(f"this input never came to exit {work.last}.")
-        if not torch.isfinite(output).all():
-            raise ServingError(f"exit {work.last} gave NaN or infinite outputs.")
-        sure = self._sure(work.model, output)
+        outputs = self._outputs(work)
+        finite = {
+            request: output.float()
+            for request, output in outputs.items()
+            if torch.isfinite(output).all()
+        }
+        if not finite:
+            raise ServingError(f"exit {work.last} gave no finite outputs.")
+        sure = self._sure(work.model, torch.cat(list(finite.values())))
+        parts = sure.split([len(output) for output in finite.values()])
         return Done(
             work=work,
-            outputs={
-                request: output[batch.places[request]].float().numpy() for request in work.requests
+            outputs={request: output.numpy() for request, output in finite.items()},
+            scores={
+                request: float(part.min()) for request, part in zip(finite, parts, strict=True)
             },
-            scores={request: float(sure[batch.places[request]].min()) for request in work.requests},
+            failed=frozenset(work.requests) - finite.keys(),
         )
+
+    def _outputs(self, work: Work) -> dict[int, torch.Tensor]:
+        """Run a batch; one that fails is run request by request, since one of them may be why."""
+        batch = self._batches[work.group]
+        try:
+            return batch.to(work.last, work.requests)
+        except Exception:
+            if isinstance(batch, _Apart) or len(work.requests) == 1:
+                raise
+            log.exception("a batch of the model %s failed; each request runs alone", work.model)
+            batch.close()
+            self._batches[work.group] = apart = batch.apart()
+            return apart.to(work.last, work.requests)
 
     def _begin(self, job: Job) -> None:
         work = job.work
