@@ -32,6 +32,7 @@ from impatient.verbs import (
     select,
     serve,
     show,
+    tail,
     train,
     tune,
 )
@@ -107,6 +108,7 @@ VERBS = {
     "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown),
     "export": Verb(export.ExportOptions, export.export, export.shown),
     "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
+    "tail": Verb(tail.TailOptions, tail.tail, tail.shown),
     "tune": Verb(tune.TuneOptions, tune.tune, tune.shown),
     "recalibrate": Verb(
         recalibrate.RecalibrateOptions,

@@ -4,8 +4,10 @@ units than time.
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from impatient.evaluation import Evaluation
 from impatient.files import read_json
 from impatient.policies import ThresholdPolicy
 from impatient.recipe import Recipe
+from impatient.runtime import tail
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.train import TrainOptions, train
 
@@ -87,6 +90,25 @@ def test_settings_are_reported_measured_and_judged(call: Call, run_dir: Path) ->
     code, text = call("tune", run_dir, "--settings", "speed", "--quiet")
     assert code == 1
     assert "expected one of priority, affinity" in text
+
+
+def test_a_tail_is_bounded_or_refused_exit_by_exit(
+    call: Call, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, text = call("tail", run_dir, "--runs", "20", "--deadline-ms", "5", "--quiet")
+    assert code == 0
+    assert "exit 2: times of shape (20,); expected at least 1000" in text
+    # not what was measured here, which a busy machine may make anything
+    drawn = np.random.default_rng(0).exponential(1e-3, (1, 2000))
+    monkeypatch.setattr(tail, "times_to_exits", lambda *_, **__: drawn)
+    code, text = call("tail", run_dir, "--deadline-ms", "9.2", "--json", "--quiet")
+    (found,) = json.loads(text)
+    assert code == 0
+    # e^-9.2 is 1e-4
+    assert found["late"]["low"] < 1e-4 < found["late"]["high"]
+    assert found["bounds_s"]["0.0001"]["low"] < 9.2e-3 < found["bounds_s"]["0.0001"]["high"]
+    code, text = call("tail", run_dir, "--deadline-ms", "9.2", "--quiet")
+    assert "1 in 10,000 beyond, at most" in text
 
 
 # --- comparing ------------------------------------------------------------------------------------
