@@ -57,6 +57,12 @@ def test_bound_and_probability_are_two_sides_of_one_curve() -> None:
     assert often.low < often.value < often.high
 
 
+def test_beyond_the_end_of_a_tail_that_ends_hardly_anything_is_expected() -> None:
+    tail = tail_beyond(drawn(-0.4, 0), 0.1)
+    never = tail.late(1.0 + 10.0 * (tail.times_s.max() - 1.0))
+    assert 0.0 <= never.low < never.high == tail.rarest
+
+
 @pytest.mark.parametrize("probability", [1e-6, 0.2])
 def test_what_is_too_rare_or_no_tail_is_refused(probability: float) -> None:
     with pytest.raises(CostError, match=r"expected from 5e-06 to 0\.1"):

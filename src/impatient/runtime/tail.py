@@ -92,11 +92,17 @@ class Tail:
         """Share of the times beyond the threshold."""
         return len(self.excess_s) / len(self.times_s)
 
+    @property
+    def rarest(self) -> float:
+        """Smallest probability of which anything is claimed."""
+        return 1.0 / (FURTHEST * len(self.times_s))
+
     def late(self, deadline_s: float) -> Estimate:
         """Estimate the probability that a run takes longer than a deadline.
 
         Returns:
-            The most likely probability, and its 90 % interval: it is above `high` with 5 %.
+            The most likely probability, and its 90 % interval: it is above `high` with 5 %. Beyond
+            the threshold, `high` is at least a hundredth of one in all runs.
         """
         checks.positive(CostError, deadline_s=deadline_s)
         excess_s = deadline_s - self.threshold_s
@@ -126,11 +132,10 @@ class Tail:
             CostError: if the probability is not below the share of times beyond the threshold, or
                 if the event is 100 times rarer than once in all that was measured.
         """
-        least = 1.0 / (FURTHEST * len(self.times_s))
-        if not least <= probability < self.share:
+        if not self.rarest <= probability < self.share:
             raise CostError(
                 f"probability={probability:g} from {len(self.times_s)} times; expected from "
-                f"{least:g} to {self.share:g}. For rarer events, measure more runs; for more "
+                f"{self.rarest:g} to {self.share:g}. For rarer events, measure more runs; for more "
                 "frequent ones, take a quantile of the times."
             )
         log_ratio = math.log(probability / self.share)
@@ -156,7 +161,7 @@ class Tail:
         def lost(shape: float) -> float:
             return -_likelihood(excesses_s, shape, excess_s / _growth(shape, log_ratio))
 
-        best = minimize_scalar(lost, bounds=_SHAPES, method="bounded").fun
+        best = float(minimize_scalar(lost, bounds=_SHAPES, method="bounded").fun)
         return 2.0 * (best + _likelihood(excesses_s, self.shape, self.scale_s))
 
 
@@ -282,13 +287,16 @@ def _likelihood(excess_s: np.ndarray, shape: float, scale_s: float) -> float:
 
 
 def _where(deviance: Callable[[float], float], start: float, end: float) -> float:
-    """Find where a deviance that grows from 0 reaches that of a 90 % interval."""
+    """Find where a deviance that grows towards `end` reaches that of a 90 % interval."""
     from scipy.optimize import brentq
     from scipy.stats import chi2
 
     bound = float(chi2.ppf(0.9, 1))
     if start == end or deviance(end) <= bound:
         return end
+    if deviance(start) >= bound:
+        # Even the smallest probability that can be told from 0 is unlikely: the tail ends before.
+        return start
     return float(brentq(lambda place: deviance(place) - bound, start, end, xtol=1e-4))
 
 
