@@ -120,7 +120,8 @@ class Tail:
         start = max(least, math.log(value)) if value > 0.0 else least
         high = _where(deviance, start, -1e-9)
         low = _where(deviance, start, least)
-        return Estimate(self.share * value, self.share * math.exp(low), self.share * math.exp(high))
+        most = max(self.rarest, self.share * math.exp(high))
+        return Estimate(self.share * value, self.share * math.exp(low), most)
 
     def bound_s(self, probability: float) -> Estimate:
         """Estimate the time that a run exceeds with a probability: the pWCET.
