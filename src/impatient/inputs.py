@@ -48,7 +48,7 @@ def first_tensor(value: Any) -> Tensor:
 
 def batch_size_of(x: Any) -> int:
     """Return the number of samples in an input of any accepted kind."""
-    tensor = first_tensor(x)
+    tensor = x if isinstance(x, Tensor) else first_tensor(x)
     if not tensor.numel() and (not tensor.dim() or not tensor.shape[0]):
         raise NetworkError(
             f"an input of shape {tuple(tensor.shape)} has no samples; expected at least one in the "

@@ -93,9 +93,9 @@ class Ambient:
 
     def call(self, head: Callable[[Tensor], T], features: Tensor) -> T:
         """Call a head in these modes."""
-        if not self.here():
-            return self.enclose(lambda: head(_trainable(features)))
-        return head(_trainable(features) if self._grad else features)
+        if self.here():
+            return head(_trainable(features) if self._grad else features)
+        return self.enclose(lambda: head(_trainable(features)))
 
     def within(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call any function in these modes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ class MultiExitNetwork(Network):
             A run belongs to the thread that advances it. Several threads may each run the same
             network.
         """
-        return self._run(x, keep=keep, shrinks=self.shrinks)
+        return self._run(x, keep, self.shrinks)
 
     def shrinks(self, x: Any) -> bool:
         """Tell whether a run may go on with some of its samples (`StagedRun.keep`).
@@ -202,11 +202,21 @@ class MultiExitNetwork(Network):
             return torch.as_tensor(exit.features)
         return pooled(exit.features, self.layouts[exit.index], exit.mask)
 
-    def _run(self, x: Any, **options: Any) -> StagedRun:
+    def _run(
+        self, x: Any, keep: bool = False, shrinks: Callable[[Any], bool] = lambda _: True
+    ) -> StagedRun:
         # Past the look-up of modules by torch, which takes longer than all else here.
-        heads = [*self._modules["heads"]._modules.values(), None]  # type: ignore[union-attr]
-        options |= {"mask": self.mask_of(x), "output": self.output}
-        return StagedRun(self.backbone, x, self._cut_map(), heads, **options)
+        modules: Any = self._modules
+        return StagedRun(
+            modules["backbone"],
+            x,
+            self._cut_map(),
+            [*modules["heads"]._modules.values(), None],
+            keep=keep,
+            mask=None if isinstance(x, Tensor) else mask_of(x, self.mask),
+            output=self.output,
+            shrinks=shrinks,
+        )
 
     def _find_cuts(self) -> None:
         """Find the modules at the cuts by their names, and put the hook on them."""

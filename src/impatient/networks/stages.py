@@ -35,6 +35,7 @@ from typing import Any, Self
 
 import greenlet
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from impatient.anytime import Exit, Run
@@ -81,7 +82,9 @@ class Cut:
 CutMap = Mapping[tuple[nn.Module, int], int]
 Head = Callable[[Tensor], Tensor]
 # What a plain forward does at a cut; the features to go on with, or None.
-Visit = Callable[[int, Tensor], Tensor | None]
+Tap = Callable[[int, Tensor], Tensor | None]
+# What a straight run does at an exit; whether to leave there.
+Visit = Callable[[Exit], bool]
 
 
 @dataclass(slots=True)
@@ -130,22 +133,25 @@ class StagedExit(Exit):
             ExitPassed: if the run has moved on, because the features may have been overwritten in
                 place. Use `network.exits(x, keep=True)` to ask later.
         """
-        if self._output is None:
-            if self._position.exit != self.index and not self._kept:
-                now = (
-                    "failed in a later stage"
-                    if self._position.exit is None
-                    else f"is at exit {self._position.exit}"
-                )
-                raise ExitPassed(
-                    f"exit {self.index} was passed (the run {now}), and its features may have been "
-                    "overwritten. Call output() before the next exit, or start with "
-                    "network.exits(x, keep=True)."
-                )
-            assert self._head is not None
-            head = self._head if self.mask is None else with_mask(self._head, self.mask)
-            self._output = self._position.ambient.call(head, self.features)
-        return self._output
+        output = self._output
+        if output is None:
+            position = self._position
+            if position.exit != self.index and not self._kept:
+                raise self._passed()
+            head: Any = self._head
+            if self.mask is not None:
+                head = with_mask(head, self.mask)
+            output = self._output = position.ambient.call(head, self.features)
+        return output
+
+    def _passed(self) -> ExitPassed:
+        exit = self._position.exit
+        now = "failed in a later stage" if exit is None else f"is at exit {exit}"
+        return ExitPassed(
+            f"exit {self.index} was passed (the run {now}), and its features may have been "
+            "overwritten. Call output() before the next exit, or start with "
+            "network.exits(x, keep=True)."
+        )
 
 
 def _exit_after(module: nn.Module, cuts: CutMap, calls: dict[nn.Module, int]) -> int | None:
@@ -240,12 +246,12 @@ class _Thread(threading.local):
     """What a thread keeps between forwards and during them.
 
     Attributes:
-        stack: visits of plain forwards at their cuts, the innermost forward last.
+        stack: forwards that do not pause, the innermost last.
         idle: a greenlet for the next paused run.
     """
 
     def __init__(self) -> None:
-        self.stack: list[tuple[CutMap, dict[nn.Module, int], Visit]] = []
+        self.stack: list[_Taps | _Visits] = []
         self.idle: _Forward | None = None
 
 
@@ -265,22 +271,11 @@ def _at_cut(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001  
     This is the only forward hook of a network. It has no state, so that networks can be copied and
     shared by threads.
     """
-    current = greenlet.getcurrent()
+    current = getcurrent()
     if isinstance(current, _Forward):
         return current.reached(module, output)
     stack = _thread.stack
-    if stack:
-        cuts, calls, visit = stack[-1]
-        call = calls.get(module, 0)
-        calls[module] = call + 1
-        index = cuts.get((module, call))
-        if index is not None:
-            features = output if isinstance(output, Tensor) else first_tensor(output)
-            onward = visit(index, features)
-            if onward is not None and onward is not features:
-                return _with_features(output, features, onward)
-    # For torch, None means that the output stays as it is.
-    return None
+    return stack[-1].reached(module, output) if stack else None
 
 
 def _with_features(output: Any, features: Tensor, onward: Tensor) -> Any:
@@ -299,27 +294,44 @@ def install(modules: Sequence[nn.Module]) -> None:
             module.register_forward_hook(_at_cut)
 
 
-def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Visit) -> Any:
+def tapped(model: nn.Module, x: Any, cuts: CutMap, visit: Tap) -> Any:
     """Run a model to its end, and call `visit(exit, features)` at each cut.
 
     At that time the features are still intact. The call is in the caller's modes, so that a head
     trains even after a part of the model that runs without gradients. If it returns a tensor, the
     deeper layers get that instead of the features.
     """
-    ambient = Ambient.now()
-    return _visiting(
-        model,
-        x,
-        cuts,
-        lambda index, features: visited(ambient, functools.partial(visit, index), features),
-    )
+    return _through(model, x, _Taps(cuts, visit))
 
 
-def _visiting(model: nn.Module, x: Any, cuts: CutMap, visit: Visit) -> Any:
-    """Run a model in the present modes, and call `visit(exit, features)` at each cut."""
-    current = greenlet.getcurrent()
+class _Taps:
+    """What a plain forward does at its cuts."""
+
+    __slots__ = ("_ambient", "_calls", "_cuts", "_tap")
+
+    def __init__(self, cuts: CutMap, tap: Tap) -> None:
+        self._ambient = Ambient.now()
+        self._cuts = cuts
+        self._calls: dict[nn.Module, int] = {}
+        self._tap = tap
+
+    def reached(self, module: nn.Module, output: Any) -> Any:
+        """Call the tap after a module if there is a cut, and go on with what it returns."""
+        index = _exit_after(module, self._cuts, self._calls)
+        if index is None:
+            return None
+        features = first_tensor(output)
+        onward = visited(self._ambient, functools.partial(self._tap, index), features)
+        if onward is None or onward is features:
+            return None
+        return _with_features(output, features, onward)
+
+
+def _through(model: nn.Module, x: Any, forward: _Taps | _Visits) -> Any:
+    """Run a model in the present modes, and do at its cuts what a forward does there."""
+    current = getcurrent()
     stack = _thread.stack
-    stack.append((cuts, {}, visit))
+    stack.append(forward)
     try:
         if not isinstance(current, _Forward):
             return call_model(model, x)
@@ -353,6 +365,17 @@ class StagedRun(Run):
         Must be advanced and closed on the thread that first advanced it.
     """
 
+    # Rows of the present exit to go on with; None for all.
+    _rows: Tensor | None = None
+    # Number of rows of later exits; None if it was not changed.
+    _size: int | None = None
+    # Whether a straight forward is under way.
+    _walking = False
+    # None before the first stage and after the last.
+    _runner: _Forward | None = None
+    _owner: threading.Thread | None = None
+    _finished = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -365,7 +388,7 @@ class StagedRun(Run):
         output: OutputName = None,
         shrinks: Callable[[Any], bool] = lambda _: True,
     ) -> None:
-        self._position = Position(Ambient.now())
+        self._position = Position(Ambient())
         self._model: nn.Module | None = model
         self._x = x
         self._cuts = cuts
@@ -375,16 +398,6 @@ class StagedRun(Run):
         self._output = output
         self._last = len(heads) - 1
         self._shrinks: Callable[[Any], bool] | None = shrinks
-        # Rows of the present exit to go on with; None for all.
-        self._rows: Tensor | None = None
-        # Number of rows of later exits; None if it was not changed.
-        self._size: int | None = None
-        # Whether a straight forward is under way.
-        self._walking = False
-        # None before the first stage and after the last.
-        self._runner: _Forward | None = None
-        self._owner: threading.Thread | None = None
-        self._finished = False
 
     def __next__(self) -> StagedExit:
         if self._finished:
@@ -493,7 +506,7 @@ class StagedRun(Run):
         with contextlib.suppress(greenlet.GreenletExit):
             ended.take()
 
-    def walk(self, visit: Callable[[Exit], bool]) -> None:
+    def walk(self, visit: Visit) -> None:
         """Run without pausing, and leave at the first exit where `visit` returns True.
 
         A model sees that as an exception that is no `Exception`, as it sees `close()`.
@@ -504,13 +517,10 @@ class StagedRun(Run):
         visits = _Visits(self, visit)
         self._walking = True
         try:
-            output = self._position.ambient.around(
-                _visiting, self._model, self._x, self._cuts, visits.reached
-            )
+            output = self._position.ambient.around(_through, self._model, self._x, visits)
         except _Leave:
             if not visits.left:
                 raise
-            output = None
         except BaseException:
             self._position.exit = None
             raise
@@ -518,14 +528,14 @@ class StagedRun(Run):
             self._walking = False
             self._finished = True
             self._model = self._x = self._shrinks = None
-        if visits.left:
-            visits.check()
-            return
-        visit(self._exit_at(self._last, output_tensor(output, self._output)))
+        if visits.error is not None:
+            raise visits.take()
+        if not visits.left:
+            visit(self._exit_at(self._last, output_tensor(output, self._output)))
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # At the interpreter's end the modules that close() needs are gone, and memory is freed.
-        if ending():
+        if self._runner is None or ending():
             return
         try:
             self.close()
@@ -549,43 +559,46 @@ class _Visits:
         error: what a visit raised.
     """
 
-    __slots__ = ("_run", "_visit", "error", "left")
+    __slots__ = ("_ambient", "_calls", "_cuts", "_run", "_stack", "_visit", "error", "left")
 
-    def __init__(self, run: StagedRun, visit: Callable[[Exit], bool]) -> None:
+    def __init__(self, run: StagedRun, visit: Visit) -> None:
         self._run = run
         self._visit = visit
+        self._ambient = run._position.ambient
+        self._cuts = run._cuts
+        self._calls: dict[nn.Module, int] = {}
+        self._stack = _thread.stack
         self.left = False
         self.error: BaseException | None = None
 
-    def reached(self, index: int, features: Tensor) -> Tensor | None:
-        """Visit an exit, and leave the model's forward there if the visit says so.
+    def reached(self, module: nn.Module, output: Any) -> Any:
+        """Visit an exit after a module if there is one, and leave there if the visit says so.
+
+        It makes few calls: after a stage the caches are cold, and each takes microseconds.
 
         Returns:
-            The features to go on with; None for all of them.
+            The output that replaces the module's output; None leaves it as it is.
         """
+        calls = self._calls
+        call = calls[module] = calls.get(module, -1) + 1
+        index = self._cuts.get((module, call))
+        if index is None:
+            return None
+        features = output if isinstance(output, Tensor) else first_tensor(output)
         if not self.left:
             # What a visit calls is no part of this forward.
-            entry = _thread.stack.pop()
-            ambient = self._run._position.ambient
+            self._stack.pop()
             try:
-                # Few calls here: after a stage the caches are cold, and each takes microseconds.
-                if ambient.here() and self._run._size is None and not self._run._keep:
-                    run = self._run
-                    run._position.exit = index
-                    head = run._heads[index]
-                    self.left = self._visit(
-                        StagedExit(index, features, head, run._position, False, run._mask)
-                    )
-                elif ambient.here():
-                    self.left = self._called(index, features)
+                if self._ambient.here():
+                    self.left = self._visit(self._run._exit_at(index, features))
                 else:
-                    self.left = ambient.enclose(self._called, index, features)
+                    self.left = self._ambient.enclose(self._called, index, features)
             except BaseException as error:
                 # Not through the model, whose own code may catch it.
                 self.error = error
                 self.left = True
             finally:
-                _thread.stack.append(entry)
+                self._stack.append(self)
         # Again and again, in case the model's own code catches it.
         if self.left:
             raise _Leave
@@ -593,19 +606,17 @@ class _Visits:
         if rows is None:
             return None
         self._run._rows = None
-        return features[rows]
+        return _with_features(output, features, features[rows])
 
     def _called(self, index: int, features: Tensor) -> bool:
         return self._visit(self._run._exit_at(index, features))
 
-    def check(self) -> None:
-        """Raise what a visit raised, if anything."""
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                # The error's traceback would hold it in a cycle.
-                self.error = None
+    def take(self) -> BaseException:
+        """Return what a visit raised, and forget it: its traceback would hold it in a cycle."""
+        assert self.error is not None
+        error = self.error
+        self.error = None
+        return error
 
 
 def _start(ambient: Ambient, cuts: CutMap) -> _Forward:

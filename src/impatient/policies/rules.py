@@ -32,6 +32,7 @@ from impatient.policies.policy import (
 from impatient.policies.targets import Target
 from impatient.policies.task_policy import TaskPolicy
 from impatient.tasks import is_classification, rows
+from impatient.tasks.rows import CLOSE, row_of
 from impatient.tasks.scores import SCORES
 from impatient.tasks.task import AGREEMENT
 from impatient.trees import size, take
@@ -51,8 +52,8 @@ class ThresholdPolicy(TaskPolicy):
     score: str
     thresholds: tuple[float, ...]
     cost: Cost = "time"
-    # The scores of the task, looked up once.
-    own_scores: Any = dataclasses.field(
+    # The score in plain numbers, looked up once; None where there is none.
+    plain_score: Any = dataclasses.field(
         default=None, init=False, repr=False, compare=False, metadata={"stored": False}
     )
 
@@ -66,8 +67,9 @@ class ThresholdPolicy(TaskPolicy):
                 f"the last threshold is {self.thresholds[-1]}; expected -inf, since the last exit "
                 "always stops."
             )
-        if self.own_task is not None or is_classification(self.task):
-            object.__setattr__(self, "own_scores", self.means.scores)
+        ready_made = is_classification(self.task) and self.means.scores is SCORES
+        plain = rows.SCORES.get(self.score) if ready_made else None
+        object.__setattr__(self, "plain_score", plain)
 
     @property
     def num_exits(self) -> int:
@@ -104,14 +106,13 @@ class ThresholdPolicy(TaskPolicy):
 
     def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
         """Tell by plain numbers, if possible, whether the only sample is done."""
-        plain = rows.SCORES.get(self.score)
-        if plain is not None and output is not None and self.own_scores is SCORES:
-            row = rows.row_of(output)
+        if self.plain_score is not None and output is not None:
+            row = row_of(output)
             if row is not None:
-                above = plain(row) - self.thresholds[exit]
+                above = self.plain_score(row) - self.thresholds[exit]
                 # A score that is no number is not above, below or close.
-                if above > rows.CLOSE or above < -rows.CLOSE:
-                    return above > 0.0
+                if above > CLOSE or above < -CLOSE:
+                    return bool(above > 0.0)
         return bool(self.stops(exit, output, pooled))
 
     @classmethod

@@ -334,7 +334,8 @@ class InterruptibleRun(BackgroundRun):
             self._waited_s = self._clock.now() - self._waiting
             self._waiting = None
             self._state.reset_times()
-        self._state.advance()
+        self._state.go_on()
+        self._state.reach(self._state.advance())
         self._posted = False
         self._stopped_by = None
 

@@ -19,7 +19,6 @@ from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
 from impatient.runtime.progress import BatchProgress
 
-
 class RunState:
     """A run that waits at each exit until it is advanced.
 
@@ -39,6 +38,26 @@ class RunState:
         Use it on one thread, in inference mode. Only `cancel` may be called from any thread.
     """
 
+    # Until something else is known; few stores, because every run makes a state.
+    exit: Exit | None = None
+    stages_s = heads_s = decisions_s = 0.0
+    # Seconds of the first stage and its head, the head as profiled.
+    first_s = 0.0
+    # Instants at which the latest stage began and ended.
+    began = 0.0
+    reached_at = 0.0
+    # Batches of several samples have one, once they have begun.
+    _progress: BatchProgress | None = None
+    # The network's run. None before the first stage and after closing.
+    _run: Run | None = None
+    _closed = False
+    # Whether the run ends where it answers first.
+    _over = False
+    # Whether the policy stops at this exit. None: it was not asked yet.
+    _stopped: bool | None = None
+    # The exit that would come next. None: the network itself has stopped.
+    _following: int | None = 0
+
     def __init__(
         self,
         network: Network,
@@ -53,28 +72,12 @@ class RunState:
         self._now = clock.now
         self._last = network.num_exits - 1
         self._x: Any = x
-        device = first_tensor(x).device
+        tensor = first_tensor(x)
         # None where nothing is computed in the background.
-        self._device = None if device.type == "cpu" else device
+        self._device = None if tensor.is_cpu else tensor.device
         self.samples = batch_size_of(x)
-        # The network's run. None before the first stage and after closing.
-        self._run: Run | None = None
-        self._cancelling = threading.Lock()
-        self._progress: BatchProgress | None = None
-        self._closed = False
-        # Whether the policy stops at this exit. None: it was not asked yet.
-        self._stopped: bool | None = None
-        # Whether the policy needs outputs and features. None: it was not asked yet.
-        self._needs: tuple[bool, bool] | None = None
-        # The exit that would come next. None: the network itself has stopped.
-        self._following: int | None = 0
-        self.exit: Exit | None = None
         self.spent: list[tuple[int, bool]] = []
-        self.stages_s = self.heads_s = self.decisions_s = 0.0
-        # Seconds of the first stage and its head, the head as profiled.
-        self.first_s = 0.0
-        # Instant at which the latest stage ended.
-        self.reached_at = 0.0
+        self._cancelling = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -112,61 +115,46 @@ class RunState:
             raise RunError("this run was closed. Begin a new one.")
 
     def advance(self) -> Exit:
-        """Run the next stage.
+        """Run the next stage; call `reach` then, and `go_on` before the next one.
 
         Raises:
             RunError: if the network's run ends before its last exit, or if this run was closed.
         """
         self.check_open()
-        if self._progress is None:
+        if self.exit is None:
             self._begin()
-        else:
-            self._progress.go_on()
-        began = self._now()
         exit = None if self._run is None else next(self._run, None)
         if exit is None:
-            raise self._ended_early()
-        self._reached(exit, began)
+            raise self.ended_early()
         return exit
 
     def walk(self, visit: Callable[[Exit], bool]) -> None:
-        """Run all stages without pausing, from the first until `visit` returns True at an exit.
+        """Run all stages without pausing, from the first to where `visit` returns True.
 
-        Raises:
-            RunError: if the network's run ends before its last exit.
+        It calls `reach` at each exit, and `go_on` where it returns False.
         """
-        run, progress = self._begin()
-        # One sample is never taken out of its batch.
-        alone = self.samples == 1
-        began = self._now()
-        done = False
+        self._over = True
+        self._begin().walk(visit)
 
-        def reached(exit: Exit) -> bool:
-            nonlocal began, done
-            self._reached(exit, began)
-            done = visit(exit)
-            if not done:
-                if not alone:
-                    progress.go_on()
-                began = self._now()
-            return done
-
-        run.walk(reached)
-        if not done:
-            raise self._ended_early()
-
-    def _reached(self, exit: Exit, began: float) -> None:
-        """Note that a stage has run, which was begun at an instant."""
+    def reach(self, exit: Exit) -> None:
+        """Note that a stage has run."""
         if self._device is not None:
             synchronise(self._device)
-        self.reached_at = self._now()
-        self.stages_s += self.reached_at - began
+        now = self._now()
+        self.reached_at = now
+        self.stages_s += now - self.began
         self.exit = exit
         self._stopped = None
-        self._following = exit.upcoming
         self.spent.append((exit.index, False))
 
-    def _ended_early(self) -> RunError:
+    def go_on(self) -> None:
+        """Go on to the next stage, which begins now."""
+        if self._progress is not None:
+            self._progress.go_on()
+        self.began = self._now()
+
+    def ended_early(self) -> RunError:
+        """Return the error of a network whose run ends before its last exit."""
         return RunError(
             f"the network's run ended before exit {self._last}; its last exit must always come."
         )
@@ -176,57 +164,57 @@ class RunState:
 
         The policy is asked only once at each exit.
         """
-        assert self.exit is not None
-        assert self._progress is not None
-        index = self.exit.index
-        if index == self._last:
+        exit = self.exit
+        assert exit is not None
+        if exit.index == self._last:
             return "final"
+        self._following = exit.upcoming
         if self._following is None:
             return "policy"
         if self._stopped is None:
-            self._stopped = self._asked(self._policy, self._progress)
+            policy = self._policy
+            self._stopped = (
+                policy is not None and policy.looks_at(exit.index) and self._asked(policy, exit)
+            )
         return "policy" if self._stopped else None
 
-    def _asked(self, policy: Policy | None, progress: BatchProgress) -> bool:
+    def _asked(self, policy: Policy, exit: Exit) -> bool:
         """Ask the policy whether all samples have stopped at this exit."""
-        exit = self.exit
-        if policy is None or exit is None or not policy.looks_at(exit.index):
-            return False
-        if self._needs is None:
-            self._needs = policy.needs_outputs, policy.needs_features
-        needs_outputs, needs_features = self._needs
-        began = self._now()
-        output = None
-        if needs_outputs:
-            self.spent[-1] = (exit.index, True)
-            output = exit.output()
+        output = self.output() if policy.needs_outputs else None
         asked = self._now()
-        self.heads_s += asked - began
-        # With one sample there is nothing to merge or remove, and every call here adds to the time
-        # of each answer.
-        if self.samples == 1:
-            pooled = self._network.pooled(exit) if needs_features else None
-            stopped = policy.stops_one(exit.index, output, pooled)
+        if self._progress is not None:
+            stopped = self._progress.add(exit)
         else:
-            stopped = progress.add(exit)
+            # With one sample there is nothing to merge or remove, and every call here adds to the
+            # time of each answer.
+            pooled = self._network.pooled(exit) if policy.needs_features else None
+            stopped = policy.stops_one(exit.index, output, pooled)
         self.decisions_s += self._now() - asked
         return stopped
+
+    def output(self) -> Tensor:
+        """Return the output of this exit, for which its head runs."""
+        exit = self.exit
+        assert exit is not None
+        began = self._now()
+        output = exit.output()
+        self.heads_s += self._now() - began
+        self.spent[-1] = (exit.index, True)
+        return output
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
         """Return the output of each sample, and the exit that it comes from.
 
         Samples that have not stopped get the output of this exit.
         """
-        assert self.exit is not None
-        assert self._progress is not None
-        self.spent[-1] = (self.exit.index, True)
-        began = self._now()
-        self.exit.output()
-        self.heads_s += self._now() - began
-        if self.exit.index == self._last:
-            return self._progress.finish(self.exit)
-        # A copy, because a later stage may overwrite the output.
-        return self._progress.snapshot(self.exit)
+        exit = self.exit
+        assert exit is not None
+        output = self.output()
+        # A later stage may overwrite the output.
+        over = self._over or exit.index == self._last
+        if self._progress is None:
+            return output if over else output.clone(), exit.exits
+        return self._progress.finish(exit) if over else self._progress.snapshot(exit)
 
     def reset_times(self) -> None:
         """Count what the parts take from here on."""
@@ -249,12 +237,11 @@ class RunState:
             PolicyError: if one of the policies chooses networks and the run has begun.
         """
         routes = [each for each in (self._policy, policy) if each is not None and each.routes]
-        if routes and self._progress is not None:
+        if routes and self.exit is not None:
             raise PolicyError(
                 "networks have been chosen by another policy in this run; begin a new run."
             )
         self._policy = policy
-        self._needs = None
         self._stopped = None
         if self._progress is not None:
             self._progress.override(policy)
@@ -275,12 +262,12 @@ class RunState:
             run = self._run
             self._run = None
             self._closed = True
-        self._x = None
-        self._progress = None
+        # The policy may be of single rows, and hold this.
+        self._x = self._progress = self._policy = None
         if run is not None:
             run.close()
 
-    def _begin(self) -> tuple[Run, BatchProgress]:
+    def _begin(self) -> Run:
         policy = self._policy
         run = (
             self._network.routed_exits(self._x, policy)
@@ -288,6 +275,7 @@ class RunState:
             else begin(self._network, self._x)
         )
         self._run = run
-        progress = BatchProgress(policy, self._network, self._x, run, self._compaction)
-        self._progress = progress
-        return run, progress
+        if self.samples > 1:
+            self._progress = BatchProgress(policy, self._network, self._x, run, self._compaction)
+        self.began = self._now()
+        return run

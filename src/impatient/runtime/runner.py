@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -397,25 +398,29 @@ class ContractRun:
         Must be run and closed on one thread.
     """
 
+    # What the present call was given.
+    _begin = 0.0
+    _deadline = NEVER
+    _limits: tuple[Limit, ...] = ()
+    # Budgets of single rows; None where all have the same.
+    _rows: RowBudgets | None = None
+    # The deadline that comes first.
+    _earliest = NEVER
+    # Whether there is a deadline or a limit.
+    _bounded = False
+    # Why the run stops at the present exit; None if it goes on.
+    _stopped_by: StoppedBy | None = None
+    # Seconds of the latest stage. None: they were observed already, or say nothing about the
+    # profile.
+    _stage_s: float | None = None
+    # Outputs and exits where the run has stopped.
+    _found: tuple[Tensor, tuple[int, ...]]
+
     def __init__(self, runner: Runner, x: Any, *, observe: bool = True) -> None:
         self._runner = runner
         self._observes = observe
         self._state = runner._new_state(x)
-        self._predictor = runner._predictor(self._state.size)
-        # What the present call was given.
-        self._begin = 0.0
-        self._deadline = NEVER
-        self._limits: tuple[Limit, ...] = ()
-        # Budgets of single rows; None where all have the same.
-        self._rows: RowBudgets | None = None
-        # The deadline that comes first.
-        self._earliest = NEVER
-        # Why the run stops at the present exit; None if it goes on.
-        self._stopped_by: StoppedBy | None = None
-        # Instant at which the latest stage began.
-        self._began = 0.0
-        # Its seconds. None: they were observed already, or say nothing about the profile.
-        self._stage_s: float | None = None
+        self._plan()
 
     def run(
         self,
@@ -448,12 +453,11 @@ class ContractRun:
                 state.override(self._runner.drawn(policy, state.samples))
             if state.exit is None:
                 self._check_first(begin)
-                self._step(state.advance())
-            elif self._decide() is None:
-                self._leave()
-                self._step(state.advance())
-            while self._stopped_by is None:
-                self._step(state.advance())
+                stops = self._step(state.advance())
+            else:
+                stops = self._stops()
+            while not stops:
+                stops = self._step(state.advance())
             return self._answer()
 
     def _run_once(self, deadline: Deadlines, limits: Limits | None) -> Answer:
@@ -462,28 +466,23 @@ class ContractRun:
         Nothing pauses, so that is faster.
         """
         begin = self._runner.clock.now()
-        answers: list[Answer] = []
-
-        def visit(exit: Exit) -> bool:
-            if not self._step(exit):
-                return False
-            # While the features are intact.
-            answers.append(self._answer())
-            return True
-
         with self._runner._quiet, torch.inference_mode():
+            if isinstance(deadline, Deadline) and not limits:
+                self._prepare(begin, deadline, None)
+            else:
+                given = self._runner.by_row(self._state, deadline, limits)
+                self._rows, last, self._earliest = given
+                self._prepare(begin, last, largest(limits))
+            self._check_first(begin)
             try:
-                if isinstance(deadline, Deadline) and not limits:
-                    self._prepare(begin, deadline, None)
-                else:
-                    given = self._runner.by_row(self._state, deadline, limits)
-                    self._rows, last, self._earliest = given
-                    self._prepare(begin, last, largest(limits))
-                self._check_first(begin)
-                self._state.walk(visit)
+                self._state.walk(self._step)
+                if self._stopped_by is None:
+                    raise self._state.ended_early()
+                return self._answer()
             finally:
-                self._state.close()
-        return answers[0]
+                if self._rows is not None:
+                    # Otherwise they and the state would hold each other.
+                    self._state.close()
 
     def close(self) -> None:
         """Discard what has not been computed. Closing twice is allowed."""
@@ -505,6 +504,7 @@ class ContractRun:
         if self._rows is None:
             self._earliest = deadline
         self._limits = limits_of(self._runner.costs, limits) if limits else ()
+        self._bounded = deadline.instant < math.inf or bool(self._limits) or self._rows is not None
         self._stopped_by = None
         self._state.reset_times()
 
@@ -512,58 +512,69 @@ class ContractRun:
         if self._runner.when_late == "raise":
             self._runner._check_first(self._predictor, now, self._earliest)
             self._runner._check_limits(self._limits)
-        self._began = now
+
+    def _plan(self) -> None:
+        """Find the predictor for the rows that the next stage runs."""
+        size = self._state.size
+        self._predictor = self._runner._predictor(size)
+        # Whether the time of a stage says something about the profile.
+        self._profiled = self._observes and size in self._runner._predictors
 
     def _step(self, exit: Exit) -> bool:
         """Do what is to be done at an exit just reached, and tell whether to stop there."""
-        # The time of a part of a batch says nothing about the profile of the whole, nor does that
-        # of a batch size that was not profiled.
-        known = exit.whole and self._state.size in self._runner._predictors
-        stage_s = self._state.reached_at - self._began
-        self._stage_s = stage_s if known else None
+        state = self._state
+        state.reach(exit)
+        # The time of a part of a batch says nothing about the profile of the whole.
+        if self._profiled and exit.whole:
+            self._stage_s = state.reached_at - state.began
         if not exit.index:
-            self._state.first_s = stage_s + self._runner._first_head_s
-        if self._decide() is None:
-            self._leave()
-            return False
-        return True
+            state.first_s = state.reached_at - self._begin + self._runner._first_head_s
+        return self._stops()
 
-    def _decide(self) -> StoppedBy | None:
-        """Find out why to stop here.
-
-        None if there is no reason.
-        """
+    def _stops(self) -> bool:
+        """Tell whether to stop at this exit, and take the answer there or go on."""
         state = self._state
         stopped_by: StoppedBy | None = state.stops()
-        if self._rows is not None:
-            self._rows.mark(self._runner.clock.now())
-        if stopped_by is None and self._limits and not state.allowed(self._limits):
-            stopped_by = "limit"
-        if stopped_by is None and self._deadline.instant < math.inf:
-            predictor = self._predictor
-            if state.samples > 1:
-                predictor = self._runner._predictor(state.size)
-            now = self._runner.clock.now()
-            if not predictor.fits(
-                state.following, now, self._deadline.instant, self._runner._reserve_s
-            ):
-                stopped_by = "deadline"
+        if self._bounded:
+            stopped_by = self._within(stopped_by)
         self._stopped_by = stopped_by
-        return stopped_by
+        stage_s = self._stage_s
+        self._stage_s = None
+        if stopped_by is not None:
+            self._found = state.answer()
+            stage_s = None if stage_s is None else self._runner.clock.now() - state.began
+        if stage_s is not None:
+            assert state.exit is not None
+            self._predictor.observe(state.exit.index, stage_s, answered=stopped_by is not None)
+        if stopped_by is None:
+            state.go_on()
+            if state.samples > 1:
+                self._plan()
+        return stopped_by is not None
 
-    def _leave(self) -> None:
-        """Go on to the next stage."""
-        self._observe(self._stage_s, answered=False)
-        if self._state.samples > 1:
-            self._predictor = self._runner._predictor(self._state.size)
-        self._began = self._runner.clock.now()
+    def _within(self, stopped_by: StoppedBy | None) -> StoppedBy | None:
+        """Find out whether to stop at this exit because of a limit or the deadline."""
+        state = self._state
+        now = self._runner.clock.now()
+        if self._rows is not None:
+            self._rows.mark(now)
+        if stopped_by is not None:
+            return stopped_by
+        if self._limits and not state.allowed(self._limits):
+            return "limit"
+        until = self._deadline.instant
+        predictor = self._predictor
+        if state.samples > 1:
+            predictor = self._runner._predictor(state.size)
+        fits = predictor.fits(state.following, now, until, self._runner._reserve_s)
+        return None if fits else "deadline"
 
     def _answer(self) -> Answer:
         state = self._state
         begin = self._begin
         deadline = self._deadline
         assert self._stopped_by is not None
-        output, exits = state.answer()
+        output, exits = self._found
         waiting_s = 0.0 if deadline.made is None else max(0.0, begin - deadline.made)
         answer = answered(
             output,
@@ -574,8 +585,6 @@ class ContractRun:
             self._stopped_by,
             state.times(waiting_s),
         )
-        step_s = begin + answer.elapsed_s - self._began
-        self._observe(None if self._stage_s is None else step_s, answered=True)
         if self._rows is not None:
             rows = self._rows.answers(exits, begin, begin + answer.elapsed_s, self._stopped_by)
             deepest = max(rows, key=lambda row: row.exit)
@@ -584,13 +593,6 @@ class ContractRun:
         if self._observes:
             self._runner._note(answer, deadline.instant - begin)
         return answer
-
-    def _observe(self, measured_s: float | None, *, answered: bool) -> None:
-        """Compare a measured time with the profile."""
-        if measured_s is not None and self._observes:
-            assert self._state.exit is not None
-            self._predictor.observe(self._state.exit.index, measured_s, answered=answered)
-        self._stage_s = None
 
 
 def _predictor_of(

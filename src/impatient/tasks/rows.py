@@ -30,10 +30,10 @@ def row_of(output: Tensor) -> Row | None:
         >>> row_of(torch.tensor([[0.5, 2.0]])), row_of(torch.zeros(2, 3))
         ([0.5, 2.0], None)
     """
-    if output.dim() != 2 or not output.is_cpu or not 2 <= output.shape[1] <= MOST_CLASSES:
+    if not output.is_cpu or output.numel() > MOST_CLASSES or output.dim() != 2:
         return None
     rows: list[Row] = output.tolist()
-    return rows[0] if len(rows) == 1 else None
+    return rows[0] if len(rows) == 1 and len(rows[0]) > 1 else None
 
 
 def max_probability(row: Row) -> float:
