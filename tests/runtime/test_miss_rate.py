@@ -115,6 +115,26 @@ def test_a_report_tells_the_machines_misses_from_the_rules() -> None:
     assert report.exits == {0: 0.4, 1: 0.2, 2: 0.4}
     assert report.used == pytest.approx((2 / 2.5 + 3 / 4) / 2)
     assert "first exit alone would have been late in 50.0%" in report.advice()
+    # the clock moves in stages alone
+    assert report.spent == {
+        "waiting": 0.0,
+        "stages": 1.0,
+        "heads": 0.0,
+        "decisions": 0.0,
+        "hand-over": 0.0,
+    }
+
+
+def test_a_report_says_if_runs_began_too_late() -> None:
+    clock = FakeClock()
+    runner = runner_of(FakeNetwork(clock, [1.0, 1.0, 1.0]))
+    for _ in range(3):
+        deadline = Deadline.after(2.0, clock)
+        clock.advance(9.0)
+        runner.run(X, deadline=deadline)
+    report = runner.report()
+    assert report.spent["waiting"] == pytest.approx(0.9)
+    assert "before their runs began" in report.advice()
 
 
 @pytest.mark.parametrize(

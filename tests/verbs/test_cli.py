@@ -83,6 +83,28 @@ def test_answers_for_images(call: Call, finished: Path, picture: Path) -> None:
     assert answers[0]["exit"] in (0, 1, 2)
 
 
+def test_statistics_of_the_runs_come_with_the_answers(
+    call: Call, finished: Path, picture: Path
+) -> None:
+    command = ("run", finished, picture, picture, "--stats", "--repeats", 3)
+    code, text = call(*command, "--deadline-ms", 0.000001, "--json")
+    found = json.loads(text)
+    assert (code, len(found["answers"])) == (0, 2)
+    stats = found["stats"]
+    # no rule keeps such a deadline
+    assert (stats["runs"], stats["with_deadline"]) == (6, 6)
+    assert (stats["missed"], stats["floor"], stats["exits"]) == (1.0, 1.0, {"0": 1.0})
+    assert set(stats["spent"]) == {"waiting", "stages", "heads", "decisions", "hand-over"}
+    assert sum(stats["spent"].values()) == pytest.approx(1.0)
+    assert "first exit alone would have been late" in stats["advice"]
+
+    code, text = call(*command)
+    assert code == 0
+    assert "6 runs" in text
+    assert "floor" not in text
+    assert "No run had a deadline" in text
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

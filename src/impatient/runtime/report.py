@@ -20,16 +20,14 @@ class RunFacts(NamedTuple):
         elapsed_s: seconds until its answer.
         exit: the exit that answered.
         late: whether it missed its deadline.
-        first_s: seconds after which the first exit could have answered.
-        decisions_s: seconds that asking the policy took.
+        spent: where its time went.
     """
 
     allowed_s: float
     elapsed_s: float
     exit: int
     late: bool
-    first_s: float
-    decisions_s: float
+    spent: TimeSpent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +42,8 @@ class RunReport:
             costs, whatever the rule.
         used: median share of the time allowed that answers in time took.
         exits: share of all runs that each exit answered, by the exit.
-        decisions: share of the time of all runs that asking the policy took.
+        spent: shares of the time of all runs, from the making of their deadlines, that went into
+            "waiting", "stages", "heads", "decisions" and, with what is left, "hand-over".
     """
 
     runs: int
@@ -53,7 +52,7 @@ class RunReport:
     floor: float
     used: float
     exits: dict[int, float]
-    decisions: float
+    spent: dict[str, float]
 
     @classmethod
     def of(cls, runs: Sequence[RunFacts]) -> RunReport:
@@ -62,21 +61,26 @@ class RunReport:
         count = max(1, len(limited))
         used = [run.elapsed_s / run.allowed_s for run in limited if not run.late]
         deepest = collections.Counter(run.exit for run in runs)
-        total_s = sum(run.elapsed_s for run in runs)
         return cls(
             runs=len(runs),
             with_deadline=len(limited),
             missed=sum(run.late for run in limited) / count,
-            floor=sum(run.first_s > run.allowed_s for run in limited) / count,
+            floor=sum(run.spent.first_s > run.allowed_s for run in limited) / count,
             used=statistics.median(used) if used else 0.0,
             exits={exit: deepest[exit] / len(runs) for exit in sorted(deepest)},
-            decisions=sum(run.decisions_s for run in runs) / total_s if total_s > 0.0 else 0.0,
+            spent=_shares(runs),
         )
 
     def advice(self) -> str:
         """Say in a sentence what to change."""
         if not self.with_deadline:
             return "No run had a deadline; give one to learn whether it is kept."
+        if self.spent["waiting"] > 0.5 and self.missed > 0.01:
+            return (
+                f"{self.missed:.1%} of the answers were late, and {self.spent['waiting']:.0%} of "
+                "the time went by before their runs began: run fewer at once, or make the "
+                "deadline where the run begins."
+            )
         if self.floor > 0.01 and self.floor > 0.5 * self.missed:
             return (
                 f"The first exit alone would have been late in {self.floor:.1%} of the runs: allow "
@@ -95,6 +99,19 @@ class RunReport:
         return "Deadlines are kept and their time is used."
 
 
+def _shares(runs: Sequence[RunFacts]) -> dict[str, float]:
+    """Add up where the time of runs went."""
+    parts = {
+        "waiting": sum(run.spent.waiting_s for run in runs),
+        "stages": sum(run.spent.stages_s for run in runs),
+        "heads": sum(run.spent.heads_s for run in runs),
+        "decisions": sum(run.spent.decisions_s for run in runs),
+    }
+    total_s = parts["waiting"] + sum(run.elapsed_s for run in runs)
+    parts["hand-over"] = total_s - sum(parts.values())
+    return {name: part / total_s if total_s > 0.0 else 0.0 for name, part in parts.items()}
+
+
 class RunLog:
     """Facts of the latest runs of a runner.
 
@@ -108,15 +125,13 @@ class RunLog:
 
     def add(self, answer: Answer, allowed_s: float) -> None:
         """Remember a run, by its answer and the seconds that it had."""
-        spent = answer.spent or TimeSpent()
         self._latest.append(
             (
                 allowed_s,
                 answer.elapsed_s,
                 answer.exit,
                 not answer.deadline_met,
-                spent.first_s,
-                spent.decisions_s,
+                answer.spent or TimeSpent(),
             )
         )
 

@@ -19,6 +19,7 @@ from impatient.runtime.compaction import Compaction
 from impatient.runtime.limits import Limit
 from impatient.runtime.progress import BatchProgress
 
+
 class RunState:
     """A run that waits at each exit until it is advanced.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from tyro.conf import Positional, arg
 import impatient
 from impatient.clock import NEVER, Deadline
 from impatient.errors import RunError
-from impatient.table import Cell, Table, in_ms
+from impatient.table import Cell, Table, in_ms, percent
 from impatient.verbs.network_spec import NetworkSpec
 from impatient.verbs.options import (
     OFF,
     AnyProfile,
     Directory,
     Engine,
+    Flag,
     Milliseconds,
+    Positive,
     Text,
     Threads,
     Trust,
@@ -30,6 +33,8 @@ from impatient.verbs.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from impatient.runtime import RunReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,9 @@ class RunOptions(VerbOptions):
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
         pictures: Folder for pictures with the answers drawn over them: masks or boxes.
+        stats: Say how the runs went: how many were late, why, where the time went, and what to
+            change.
+        repeats: How often to answer for each file; its last answer is shown.
     """
 
     directory: Directory
@@ -56,6 +64,8 @@ class RunOptions(VerbOptions):
     engine: Engine = "eager"
     any_profile: AnyProfile = False
     threads: Threads = 0
+    stats: Flag = False
+    repeats: Positive = 1
     trust: Trust = ()
 
 
@@ -72,7 +82,22 @@ class FileAnswer:
     answer: impatient.Answer
 
 
-def run(options: RunOptions) -> list[FileAnswer]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """Answers for files, and how their runs went.
+
+    Attributes:
+        answers: The last answer for each file.
+        report: What became of all runs; None if nobody asked.
+        exits: Names of the exits.
+    """
+
+    answers: list[FileAnswer]
+    report: RunReport | None
+    exits: tuple[str, ...]
+
+
+def run(options: RunOptions) -> Answered:
     """Answer for each input file by the deadline."""
     from impatient.verbs.input_files import read_raw
     from impatient.verbs.samples import save_drawn
@@ -95,9 +120,10 @@ def run(options: RunOptions) -> list[FileAnswer]:
     )
     runner.warm_up(inputs[0])
     answers = []
+    limit_s = options.deadline_s
     for file, x in zip(options.inputs, inputs, strict=True):
-        limit_s = options.deadline_s
-        answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
+        for _ in range(options.repeats):
+            answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
         label, probability = _said(spec, answer.output)
         answers.append(FileAnswer(file=file, label=label, probability=probability, answer=answer))
     if options.pictures:
@@ -105,7 +131,8 @@ def run(options: RunOptions) -> list[FileAnswer]:
             # numbered, as files of several folders may have one name
             name = f"{place}-{row.file.stem}.png"
             save_drawn(spec.means, row.answer.output, one, options.pictures / name)
-    return answers
+    report = runner.report() if options.stats else None
+    return Answered(answers=answers, report=report, exits=network.exit_names)
 
 
 def _said(spec: NetworkSpec, output: Tensor) -> tuple[str, float | None]:
@@ -116,8 +143,8 @@ def _said(spec: NetworkSpec, output: Tensor) -> tuple[str, float | None]:
     return said, float(output.float().softmax(-1).max())
 
 
-def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
-    """Give a table of the answers."""
+def shown(_: RunOptions, answered: Answered) -> Iterator[Table | str]:
+    """Give a table of the answers, and how the runs went."""
     yield Table(
         title="",
         columns=("file", "answer", "probability", "exit", "ms", "stopped by", "in time"),
@@ -132,13 +159,41 @@ def shown(_: RunOptions, answers: Sequence[FileAnswer]) -> Iterator[Table]:
                 row.answer.stopped_by,
                 "yes" if row.answer.deadline_met else Cell("NO", strong=True),
             )
-            for row in answers
+            for row in answered.answers
         ],
     )
+    if answered.report is not None:
+        yield _stats(answered.report, answered.exits)
+        yield answered.report.advice()
 
 
-def plain(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
-    """Give the answers as plain values, times in milliseconds."""
+def _stats(report: RunReport, exits: Sequence[str]) -> Table:
+    """Make a table of what became of runs."""
+    rows = [
+        ("late", percent(report.missed), "of the answers with a deadline"),
+        ("floor", percent(report.floor), "late had the first exit alone answered"),
+        ("used", percent(report.used), "of the time allowed, in the median answer in time"),
+    ]
+    if not report.with_deadline:
+        rows = []
+    rows += [
+        (f"exit {exit}", percent(share), f"of the answers, after {exits[exit]}")
+        for exit, share in report.exits.items()
+    ]
+    rows += [(name, percent(share), "of the time") for name, share in report.spent.items()]
+    return Table(title=f"{report.runs} runs", columns=("", "share", "of what"), rows=rows)
+
+
+def plain(answered: Answered) -> Any:
+    """Give the answers as plain values, times in milliseconds; with statistics if asked."""
+    answers = _plain_answers(answered.answers)
+    report = answered.report
+    if report is None:
+        return answers
+    return {"answers": answers, "stats": dataclasses.asdict(report) | {"advice": report.advice()}}
+
+
+def _plain_answers(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
     return [
         {
             "file": str(row.file),
