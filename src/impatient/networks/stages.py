@@ -416,12 +416,13 @@ class StagedRun(Run):
 
     def _exit_at(self, index: int, value: Tensor) -> StagedExit:
         """Make the exit that the run has reached."""
+        position = self._position
         if self._size is not None:
             self._check_rows(index, value, self._size)
         if self._keep and index != self._last:
-            value = self._position.ambient.call(torch.clone, value)
-        self._position.exit = index
-        return StagedExit(index, value, self._heads[index], self._position, self._keep, self._mask)
+            value = position.ambient.call(torch.clone, value)
+        position.exit = index
+        return StagedExit(index, value, self._heads[index], position, self._keep, self._mask)
 
     def keep(self, rows: Sequence[int] | Tensor) -> None:
         """Go on with these samples only, in this order.

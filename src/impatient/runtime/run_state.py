@@ -12,7 +12,7 @@ from torch import Tensor
 from impatient.anytime import Exit, Network, Run, begin
 from impatient.clock import SYSTEM_CLOCK, Clock
 from impatient.errors import PolicyError, RunError
-from impatient.inputs import batch_size_of, first_tensor, synchronise
+from impatient.inputs import first_tensor, synchronise
 from impatient.policies.policy import Policy
 from impatient.runtime.answer import TimeSpent
 from impatient.runtime.compaction import Compaction
@@ -26,11 +26,11 @@ class RunState:
     Args:
         network: network to run.
         x: input of the network.
+        samples: number of samples in it.
         policy: policy that stops samples early; None stops none.
         compaction: rule for removing samples that have stopped from the batch.
         clock: clock to read what heads and decisions take.
     Attributes:
-        samples: number of samples in the batch.
         exit: exit that the run has reached; None before the first.
         spent: exits that the run has reached, each with whether its head has run.
         stages_s, heads_s, decisions_s: seconds that the parts took since `reset_times`.
@@ -63,20 +63,21 @@ class RunState:
         self,
         network: Network,
         x: Any,
+        samples: int,
         policy: Policy | None,
         compaction: Compaction,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        tensor = first_tensor(x)
         self._network = network
         self._policy = policy
         self._compaction = compaction
         self._now = clock.now
         self._last = network.num_exits - 1
         self._x: Any = x
-        tensor = first_tensor(x)
         # None where nothing is computed in the background.
         self._device = None if tensor.is_cpu else tensor.device
-        self.samples = batch_size_of(x)
+        self.samples = samples
         self.spent: list[tuple[int, bool]] = []
         self._cancelling = threading.Lock()
 
@@ -165,9 +166,9 @@ class RunState:
 
         The policy is asked only once at each exit.
         """
-        exit = self.exit
-        assert exit is not None
-        if exit.index == self._last:
+        exit: Any = self.exit
+        index = exit.index
+        if index == self._last:
             return "final"
         self._following = exit.upcoming
         if self._following is None:
@@ -175,33 +176,30 @@ class RunState:
         if self._stopped is None:
             policy = self._policy
             self._stopped = (
-                policy is not None and policy.looks_at(exit.index) and self._asked(policy, exit)
+                policy is not None and policy.looks_at(index) and self._asked(policy, exit)
             )
         return "policy" if self._stopped else None
 
     def _asked(self, policy: Policy, exit: Exit) -> bool:
         """Ask the policy whether all samples have stopped at this exit."""
-        output = self.output() if policy.needs_outputs else None
-        asked = self._now()
-        if self._progress is not None:
-            stopped = self._progress.add(exit)
-        else:
+        now = self._now
+        output = None
+        asked = now()
+        if policy.needs_outputs:
+            began = asked
+            output = exit.output()
+            asked = now()
+            self.heads_s += asked - began
+            self.spent[-1] = (exit.index, True)
+        if self._progress is None:
             # With one sample there is nothing to merge or remove, and every call here adds to the
             # time of each answer.
             pooled = self._network.pooled(exit) if policy.needs_features else None
             stopped = policy.stops_one(exit.index, output, pooled)
-        self.decisions_s += self._now() - asked
+        else:
+            stopped = self._progress.add(exit)
+        self.decisions_s += now() - asked
         return stopped
-
-    def output(self) -> Tensor:
-        """Return the output of this exit, for which its head runs."""
-        exit = self.exit
-        assert exit is not None
-        began = self._now()
-        output = exit.output()
-        self.heads_s += self._now() - began
-        self.spent[-1] = (exit.index, True)
-        return output
 
     def answer(self) -> tuple[Tensor, tuple[int, ...]]:
         """Return the output of each sample, and the exit that it comes from.
@@ -210,7 +208,10 @@ class RunState:
         """
         exit = self.exit
         assert exit is not None
-        output = self.output()
+        began = self._now()
+        output = exit.output()
+        self.heads_s += self._now() - began
+        self.spent[-1] = (exit.index, True)
         # A later stage may overwrite the output.
         over = self._over or exit.index == self._last
         if self._progress is None:

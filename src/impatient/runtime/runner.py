@@ -319,8 +319,9 @@ class Runner:
             )
 
     def _new_state(self, x: Any) -> RunState:
-        policy = self.begun(batch_size_of(x))
-        return RunState(self.network, x, policy, self._compaction, self.clock)
+        samples = batch_size_of(x)
+        policy = self.begun(samples)
+        return RunState(self.network, x, samples, policy, self._compaction, self.clock)
 
     def by_row(
         self, state: RunState, deadline: Deadlines, limits: Limits | None, *, predicts: bool = True
