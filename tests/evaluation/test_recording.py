@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from impatient.errors import ClassCountMismatch, RecordingError, StorageError
 from impatient.evaluation import Recording, record
+from impatient.evaluation.batch_tables import BatchTable
 from impatient.files import read_tensors, write_tensors
 from impatient.networks import MultiExitNetwork, attach_exits
 from recordings import Samples, drawn, recording_of
@@ -208,3 +209,43 @@ def test_a_file_whose_numbers_were_spoilt_is_refused(tmp_path):
     write_tensors(tmp_path / "test.safetensors", tensors, header)
     with pytest.raises(StorageError, match="exit block0 gives NaN"):
         Recording.load(tmp_path / "test.safetensors")
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_recording_is_taken_once() -> None:
+    """Tensors that live while a table of 40 batches is filled are the table and one batch."""
+    table = BatchTable(400)
+    first = torch.randn(10, 50)
+    table.add([first, first])
+    held = table._table
+    for batch in range(1, 40):
+        table.add([first + batch, first - batch])
+    assert held is not None
+    assert table.whole().data_ptr() == held.data_ptr()
+    assert table.whole()[1, 390:].equal(first - 39)
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(5, 1), torch.zeros(5, 3, 2), torch.zeros(6, 3)])
+def test_a_batch_of_another_shape_or_too_many_samples_are_refused(rows: Tensor) -> None:
+    table = BatchTable(10)
+    table.add([torch.zeros(5, 3)] * 2)
+    with pytest.raises(RecordingError, match=r"after 5 of 10 samples; expected \(5, 3\)"):
+        table.add([rows[:5] if len(rows) == 5 else rows] * 2)
+
+
+def test_fewer_samples_than_announced_are_those_that_came() -> None:
+    table = BatchTable(10)
+    table.add([torch.ones(4, 2)])
+    assert table.whole().shape == (1, 4, 2)
+    with pytest.raises(RecordingError, match="no samples"):
+        BatchTable(10).whole()
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_outputs_that_are_no_numbers_are_refused_wherever_they_are(wrong: float) -> None:
+    outputs = torch.zeros(2, 5, 3)
+    outputs[1, 4, 2] = wrong
+    with pytest.raises(RecordingError, match="NaN or infinite"):
+        Recording.of(outputs, torch.zeros(5, dtype=torch.long), split="test")

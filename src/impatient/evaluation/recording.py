@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -22,13 +22,13 @@ from impatient.errors import (
     RecordingError,
     TaskError,
 )
+from impatient.evaluation.batch_tables import BatchTable, Tables
 from impatient.progress import tracked
 from impatient.provenance import Provenance
 from impatient.provenance import provenance as made_now
 from impatient.store import Stored
 from impatient.tasks import Task, is_classification, named
 from impatient.tasks.classification import check_labels
-from impatient.tasks.task import AGREEMENT
 from impatient.trees import leaves, map_leaves, size
 
 
@@ -153,7 +153,7 @@ class Recording(Stored, made_by="`impatient record`"):
             _check_logits(outputs, targets, len(names))
         for name, output in zip(names, outputs, strict=False):
             _check_finite(name, output)
-        tables = Tables(task)
+        tables = Tables(task, size(outputs[0]) if len(outputs) else 0)
         tables.add(outputs, targets)
         quality, scores, statistics = tables.joined()
         kept = outputs if keep_outputs and isinstance(outputs, Tensor) else None
@@ -286,46 +286,6 @@ class Recording(Stored, made_by="`impatient record`"):
         )
 
 
-class Tables:
-    """Quality, scores and statistics of all exits, collected batch by batch."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._parts: list[tuple[Tensor, dict[str, Tensor], Tensor | None]] = []
-
-    def add(self, outputs: Iterable[Any], targets: Any) -> None:
-        """Judge one batch: the outputs of all exits, shallow to deep."""
-        rows = []
-        before: Any = None
-        for output in outputs:
-            quality, scores, statistics = self._task.tables(output, targets)
-            if self._task.distance is not None and not self._task.is_logits:
-                # sure if the answer has hardly changed; the first exit has nothing to agree with
-                sure = torch.full_like(quality, -math.inf)
-                if before is not None:
-                    sure = -self._task.distance(output, before).float()
-                scores = scores | {AGREEMENT: sure}
-            before = output
-            rows.append((quality, scores, statistics))
-        qualities, scored, statistics_K = zip(*rows, strict=True)
-        self._parts.append(
-            (
-                torch.stack(qualities),
-                {name: torch.stack([scores[name] for scores in scored]) for name in scored[0]},
-                None if statistics_K[0] is None else torch.stack(statistics_K),
-            )
-        )
-
-    def joined(self) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Return all tables, [K, N] and [K, N, S]."""
-        qualities, scores, statistics = zip(*self._parts, strict=True)
-        return (
-            torch.cat(qualities, 1),
-            {name: torch.cat([part[name] for part in scores], 1) for name in scores[0]},
-            None if statistics[0] is None else torch.cat(statistics, 1),
-        )
-
-
 def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
     expected = (exits, len(labels))
     if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[:2] != expected:
@@ -341,7 +301,10 @@ def _check_logits(outputs: Any, labels: Any, exits: int) -> None:
 
 def _check_finite(name: str, output: Any) -> None:
     for leaf in leaves(output):
-        if not bool(torch.isfinite(leaf).all()):
+        if not leaf.is_floating_point() or not leaf.numel():
+            continue
+        # Without a table as large as the outputs: extremes are NaN if any number is.
+        if not all(math.isfinite(extreme) for extreme in leaf.aminmax()):
             raise RecordingError(
                 f"exit {name} gives NaN or infinite outputs; check the weights, or train again "
                 "with a lower learning rate."
@@ -394,36 +357,41 @@ def record(
         )
     network.eval()
     keeps = task.is_logits if keep_outputs is None else keep_outputs
-    tables = Tables(task)
-    outputs: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
-    kept: list[list[Tensor]] = [[] for _ in range(network.num_exits)]
+    samples = data.size(split)
+    tables = Tables(task, samples)
+    outputs = BatchTable(samples)
+    targets = BatchTable(samples)
+    kept = [BatchTable(samples) for _ in range(network.num_exits)]
     answered = [0] * network.num_exits
-    targets = []
     batches = data.batches(split, batch_size)
-    count = -(-data.size(split) // batch_size)
+    count = -(-samples // batch_size)
     for inputs, truth in tracked(
         batches, f"recording {split}", total=count, unit="batches", wanted=progress
     ):
         found: list[Any] = []
+        pooled: list[Tensor] = []
         with torch.inference_mode(), begin(network, map_leaves(_to(device), inputs)) as run:
             for exit in run:
                 output = map_leaves(_as_recorded, exit.output())
                 _check_finite(f"{exit.index} ({network.exit_names[exit.index]})", output)
                 found.append(output)
                 answered[exit.index] += size(output)
-                if keeps:
-                    outputs[exit.index].append(output)
                 if features:
-                    kept[exit.index].append(network.pooled(exit).float().cpu())
-        if keeps:
-            targets.append(truth)
+                    pooled.append(network.pooled(exit).float().cpu())
         if task.is_logits and found:
             _check_classes(split, truth, found[0].shape[1])
-        if len(found) == network.num_exits:
-            tables.add(found, truth)
+        if len(found) < network.num_exits or len(set(map(size, found))) > 1:
+            # Refused below, when it is known how many samples are lacking.
+            continue
+        tables.add(found, truth)
+        if keeps:
+            outputs.add(found)
+            targets.add([truth])
+        for table, rows in zip(kept, pooled, strict=False):
+            table.add([rows])
     if len(set(answered)) > 1:
         raise RecordingError(
-            f"of {data.size(split)} samples the exits answered {answered}; record a network whose "
+            f"of {samples} samples the exits answered {answered}; record a network whose "
             "inputs all come to every exit."
         )
     quality, scores, statistics = tables.joined()
@@ -432,11 +400,11 @@ def record(
         scores=scores,
         statistics=statistics,
         task=task.name,
-        outputs=torch.stack([torch.cat(parts) for parts in outputs]).clone() if keeps else None,
-        targets=torch.cat(targets) if keeps else None,
+        outputs=outputs.whole() if keeps else None,
+        targets=targets.whole()[0] if keeps else None,
         split=split,
         exits=network.exit_names,
-        features=tuple(torch.cat(parts) for parts in kept) if features else (),
+        features=tuple(table.whole()[0] for table in kept) if features else (),
         provenance=made_now(
             data=data.fingerprint,
             device=device,
