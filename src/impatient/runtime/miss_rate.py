@@ -6,7 +6,9 @@ import bisect
 import collections
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from impatient import checks
 from impatient.costs import BatchCosts, Quantiles
@@ -19,9 +21,64 @@ WINDOW = 200
 STEP = 0.5
 # The largest share; with it, planning is by the median.
 MOST = 0.5
+# Sizes of the groups of sorted ratios that one mean stands for.
+GROUPS = (*[15] * 12, *[2] * 10)
 
 
-class MissRate(SlowdownEstimator):
+class LatestRatios(SlowdownEstimator):
+    """How many times their profiled medians the latest stages took; the scale is their median.
+
+    Args:
+        spread: ratios that the profile has seen, until there are measured ones.
+    Attributes:
+        renewals: called after every answer, to follow the ratios.
+    Thread:
+        May be used from any thread.
+    """
+
+    def __init__(self, spread: Sequence[float] = (1.0,)) -> None:
+        self._lock = threading.Lock()
+        count = len(spread)
+        self._latest = collections.deque(spread[place * count // WINDOW] for place in range(WINDOW))
+        self._sorted = sorted(self._latest)
+        self._place = WINDOW // 2
+        self.renewals: list[Callable[[], object]] = []
+
+    def observe(self, ratio: float) -> None:
+        """Record that a stage took `ratio` times its profiled median."""
+        ratio = min(ratio, self.LARGEST)
+        with self._lock:
+            gone = self._latest.popleft()
+            self._latest.append(ratio)
+            # Insert before deleting: another thread may read the scale meanwhile.
+            bisect.insort(self._sorted, ratio)
+            del self._sorted[bisect.bisect_left(self._sorted, gone)]
+
+    def answered(self, *, late: bool, exit: int) -> None:  # noqa: ARG002  for those that learn
+        """Record whether an answer with a deadline was late.
+
+        Args:
+            late: whether it was.
+            exit: the exit that answered.
+        """
+        with self._lock:
+            for renew in self.renewals:
+                renew()
+
+    def forget(self) -> None:
+        """Move the ratios a little towards 1, as for a slow machine that measures nothing new."""
+        with self._lock:
+            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
+            self._sorted = sorted(self._latest)
+
+    def grouped(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return means of groups of similar ratios, small groups in the tail, and their shares."""
+        ratios = np.array(self._sorted[:WINDOW])
+        starts = np.concatenate([[0], np.cumsum(GROUPS)[:-1]])
+        return np.add.reduceat(ratios, starts) / GROUPS, np.array(GROUPS) / WINDOW
+
+
+class MissRate(LatestRatios):
     """Estimate by how much medians of the profile are to be multiplied to be late at a rate.
 
     The scale is a quantile of measured time over profiled median of the latest stages. Which
@@ -35,51 +92,24 @@ class MissRate(SlowdownEstimator):
     Source:
         The update of adaptive conformal inference (Gibbs and Candes 2021). We differ: it acts on
         the logarithm of the level, and on a moving window, so that nothing is remembered longer.
-    Thread:
-        May be used from any thread.
     """
 
     def __init__(self, rate: float, spread: Sequence[float] = (1.0,)) -> None:
         checks.true_share(RunError, miss_rate=rate)
+        super().__init__(spread)
         self._rate = rate
         # The share of stages that may take longer than the scale allows.
-        self._lock = threading.Lock()
         self._beyond = rate
-        count = len(spread)
-        self._latest = collections.deque(spread[place * count // WINDOW] for place in range(WINDOW))
-        self._sorted = sorted(self._latest)
-        self._place = 0
         self._choose()
 
-    def observe(self, ratio: float) -> None:
-        """Record that a stage took `ratio` times its profiled median."""
-        ratio = min(ratio, self.LARGEST)
-        with self._lock:
-            gone = self._latest.popleft()
-            self._latest.append(ratio)
-            # Insert before deleting: another thread may read the scale meanwhile.
-            bisect.insort(self._sorted, ratio)
-            del self._sorted[bisect.bisect_left(self._sorted, gone)]
-
     def answered(self, *, late: bool, exit: int) -> None:
-        """Record whether an answer with a deadline was late.
-
-        Args:
-            late: whether it was.
-            exit: the exit that answered.
-        """
+        """Adjust the scale after an answer with a deadline."""
         if late and exit == 0:
             return
         with self._lock:
             change = STEP * (self._rate - late)
             self._beyond = min(MOST, max(0.5 / WINDOW, self._beyond * math.exp(change)))
             self._choose()
-
-    def forget(self) -> None:
-        """Move the ratios a little towards 1, as for a slow machine that measures nothing new."""
-        with self._lock:
-            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
-            self._sorted = sorted(self._latest)
 
     def _choose(self) -> None:
         self._place = min(WINDOW - 1, math.ceil((1.0 - self._beyond) * WINDOW))

@@ -40,10 +40,11 @@ from impatient.runtime.answer import Answer, StoppedBy, answered
 from impatient.runtime.compaction import Compaction, When, covering
 from impatient.runtime.interruptible import InterruptibleRun, Worker
 from impatient.runtime.limits import Limit, Unit, limits_of
-from impatient.runtime.miss_rate import MissRate, spread_of
+from impatient.runtime.miss_rate import LatestRatios, MissRate, spread_of
 from impatient.runtime.profile import check_profile
 from impatient.runtime.real_time import NAMES, Name, RealTime
 from impatient.runtime.report import RunLog, RunReport
+from impatient.runtime.right_in_time import RightInTime
 from impatient.runtime.rows import (
     Deadlines,
     Limits,
@@ -66,7 +67,9 @@ class Runner:
         statistic: quantile of a stage's cost that must fit before the stage is begun. A lower one
             gives deeper answers, more often late.
         miss_rate: share of answers that may be late, such as 0.01, in place of `statistic`. What is
-            late although the first exit alone answered is the machine's, and does not count.
+            late although the first exit alone answered is the machine's, and does not count. With
+            "wrong", a late answer is as bad as a wrong one: most are right and in time.
+        accuracy: share of right answers of each exit, for "wrong": `recording.quality.mean(1)`.
         when_late: what to do when not even the first exit fits: "answer" answers late and says so;
             "raise" raises an error.
         compaction: when to remove samples that have stopped from their batch: "auto" (where it
@@ -93,7 +96,8 @@ class Runner:
         policy: Policy | None = None,
         *,
         statistic: Statistic = "p99",
-        miss_rate: float | None = None,
+        miss_rate: float | Literal["wrong"] | None = None,
+        accuracy: Sequence[float] | Tensor | None = None,
         when_late: Literal["answer", "raise"] = "answer",
         compaction: Compaction | When = "auto",
         real_time: bool | Sequence[Name] = False,
@@ -124,21 +128,16 @@ class Runner:
         if not isinstance(compaction, Compaction):
             compaction = Compaction(costs=costs, when=compaction, buckets=network.buckets)
         self._compaction = compaction
-        self._miss_rate: MissRate | None = None
-        self._reserve_s = RESERVE_S
-        self._drift = SlowdownEstimator(QUANTILES[statistic])
-        if miss_rate is not None:
-            self._miss_rate = MissRate(miss_rate, spread_of(next(iter(costs.batches.values()))))
-            self._drift = self._miss_rate
-            # Late answers themselves say how much must be left.
-            self._reserve_s = 0.0
-            statistic = "p50"
+        self._drift = _estimator_of(statistic, miss_rate, accuracy, costs)
+        # Late answers themselves say how much must be left.
+        self._reserve_s = RESERVE_S if miss_rate is None else 0.0
+        statistic = statistic if miss_rate is None else "p50"
         self._first_head_s = next(iter(costs.batches.values())).heads[0].p50
         self._log = RunLog()
         # Learned gates take time, too.
         gates = (0.0,) * costs.num_exits if policy is None else policy.added_s()
         self._predictors = {
-            size: _predictor_of(batch, statistic, gates, self._drift)
+            size: _predictor_of(batch, statistic, gates, self._drift, accuracy)
             for size, batch in costs.batches.items()
         }
         self._runs = itertools.count()
@@ -166,8 +165,8 @@ class Runner:
 
     def _note(self, answer: Answer, allowed_s: float) -> None:
         self._log.add(answer, allowed_s)
-        if self._miss_rate is not None and allowed_s < math.inf:
-            self._miss_rate.answered(late=not answer.deadline_met, exit=answer.exit)
+        if isinstance(self._drift, LatestRatios) and allowed_s < math.inf:
+            self._drift.answered(late=not answer.deadline_met, exit=answer.exit)
 
     def run(self, x: Any, *, deadline: Deadlines = NEVER, limits: Limits | None = None) -> Answer:
         """Answer by a deadline that is known now, with a contract run.
@@ -596,8 +595,30 @@ class ContractRun:
         return answer
 
 
+def _estimator_of(
+    statistic: Statistic,
+    miss_rate: float | Literal["wrong"] | None,
+    accuracy: Sequence[float] | Tensor | None,
+    costs: CostProfile,
+) -> SlowdownEstimator:
+    """Make the estimate of how much slower than profiled the machine is."""
+    if (accuracy is None) == (miss_rate == "wrong"):
+        raise RunError(
+            f"miss_rate={miss_rate!r} and accuracy={accuracy!r}; expected the accuracy of each "
+            'exit with miss_rate="wrong", such as recording.quality.mean(1), and only with it.'
+        )
+    if miss_rate is None:
+        return SlowdownEstimator(QUANTILES[statistic])
+    spread = spread_of(next(iter(costs.batches.values())))
+    return LatestRatios(spread) if miss_rate == "wrong" else MissRate(miss_rate, spread)
+
+
 def _predictor_of(
-    costs: BatchCosts, statistic: Statistic, gates_s: tuple[float, ...], drift: SlowdownEstimator
+    costs: BatchCosts,
+    statistic: Statistic,
+    gates_s: tuple[float, ...],
+    drift: SlowdownEstimator,
+    accuracy: Sequence[float] | Tensor | None,
 ) -> TimePredictor:
     """Make the predictor for one batch size."""
     # For such nearly independent parts, a sum of quantiles is at least the quantile of the sum, so
@@ -606,4 +627,7 @@ def _predictor_of(
     stage_s = [stage.of_statistic(statistic) for stage in costs.stages]
     head_s = [head.of_statistic(statistic) for head in costs.heads]
     next_s = [sum(parts) for parts in zip(stage_s, head_s, gate_s, strict=True)]
+    if accuracy is not None:
+        assert isinstance(drift, LatestRatios)
+        return RightInTime(next_s, stage_s, accuracy, drift)
     return TimePredictor(next_s, QUANTILES[statistic], stage_s, drift)
