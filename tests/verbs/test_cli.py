@@ -144,15 +144,32 @@ def test_a_deadline_too_short_raises_when_asked_to(
     assert "NoAnswerInTime" in text
 
 
-@pytest.mark.parametrize("deadline", ["0", "-5", "nan"])
-def test_a_deadline_that_is_no_time_is_refused(
-    call: Call, finished: Path, picture: Path, deadline: str
+@pytest.mark.parametrize("option", ["--deadline-ms", "--interrupt-ms"])
+@pytest.mark.parametrize("time", ["0", "-5", "nan"])
+def test_a_time_that_is_none_is_refused(
+    call: Call, finished: Path, picture: Path, option: str, time: str
 ) -> None:
-    code, text = call("run", finished, picture, f"--deadline-ms={deadline}")
+    code, text = call("run", finished, picture, f"{option}={time}")
 
     assert code == 2
-    assert "--deadline-ms" in text
+    assert option in text
     assert "expected a" in text
+
+
+def test_runs_are_interrupted_and_give_their_latest_answer(
+    call: Call, finished: Path, picture: Path
+) -> None:
+    code, text = call("run", finished, picture, "--interrupt-ms", 0.000001, "--json")
+    early = json.loads(text)[0]
+    later, text = call("run", finished, picture, "--interrupt-ms", 2000, "--json")
+    late = json.loads(text)[0]
+    without, text = call("run", finished, picture, "--json")
+
+    assert (code, later, without) == (0, 0, 0)
+    assert early["exit"] <= late["exit"] == 2
+    assert late["stopped_by"] == "final"
+    assert early["back_after_ms"] >= 0
+    assert "back_after_ms" not in json.loads(text)[0]
 
 
 def test_doing_it_again_does_nothing(call: Call, run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import impatient
-from impatient.clock import NEVER, Deadline
+from impatient.clock import NEVER, SYSTEM_CLOCK, Deadline, positive_seconds
 from impatient.errors import RunError
 from impatient.table import Cell, Table, in_ms, percent
 from impatient.verbs.network_spec import NetworkSpec
@@ -47,6 +48,8 @@ class RunOptions(VerbOptions):
             arrays are .npz files, which hold them by their names. Sound is .wav, from -1 to 1;
             text is .txt, for the tokenizer of the training data.
         deadline_s: Time for each answer in ms; without it, no limit.
+        interrupt_s: Interrupt each run after this time in ms, which it does not know beforehand,
+            and take the latest answer. Before the first exit, that exit is waited for.
         policy: Name of a fitted policy, to stop when going on is not worth it.
         when_late: What to do when not even the first exit fits.
         pictures: Folder for pictures with the answers drawn over them: masks or boxes.
@@ -58,6 +61,7 @@ class RunOptions(VerbOptions):
     directory: Directory
     inputs: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE..."), OFF]
     deadline_s: Annotated[Milliseconds, arg(name="deadline-ms")] = None
+    interrupt_s: Annotated[Milliseconds, arg(name="interrupt-ms")] = None
     policy: Text = None
     when_late: Literal["answer", "raise"] = "answer"
     pictures: Annotated[Path | None, OFF] = None
@@ -73,13 +77,19 @@ class RunOptions(VerbOptions):
 class FileAnswer:
     """An answer for one file, with its most probable class, or in numbers.
 
-    The probability is None where the task is not of classes.
+    Attributes:
+        file: the file.
+        label: the answer in words or numbers.
+        probability: how likely it is; None where the task is not of classes.
+        answer: what the runner returned.
+        back_s: seconds from the interruption until the answer was back; None without one.
     """
 
     file: Path
     label: str
     probability: float | None
     answer: impatient.Answer
+    back_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +115,13 @@ def run(options: RunOptions) -> Answered:
     use_threads(options.threads)
     if not options.inputs:
         raise RunError("no input files; expected at least one image (or .npy array) to answer for.")
+    if options.interrupt_s is not None:
+        positive_seconds(options.interrupt_s, "the time until an interruption")
+        if options.stats:
+            raise RunError(
+                "--stats tells of runs by a deadline, which --interrupt-ms are not; expected one "
+                "of them."
+            )
     run = RunDirectory(options.directory, trust=options.trust).engine(options.engine)
     spec = run.spec()
     # all are read before the first deadline is stamped
@@ -120,12 +137,15 @@ def run(options: RunOptions) -> Answered:
     )
     runner.warm_up(inputs[0])
     answers = []
-    limit_s = options.deadline_s
     for file, x in zip(options.inputs, inputs, strict=True):
         for _ in range(options.repeats):
-            answer = runner.run(x, deadline=NEVER if limit_s is None else Deadline.after(limit_s))
+            answer, back_s = _answered(runner, x, options)
         label, probability = _said(spec, answer.output)
-        answers.append(FileAnswer(file=file, label=label, probability=probability, answer=answer))
+        answers.append(
+            FileAnswer(
+                file=file, label=label, probability=probability, answer=answer, back_s=back_s
+            )
+        )
     if options.pictures:
         for place, (row, one) in enumerate(zip(answers, raw, strict=True)):
             # numbered, as files of several folders may have one name
@@ -133,6 +153,21 @@ def run(options: RunOptions) -> Answered:
             save_drawn(spec.means, row.answer.output, one, options.pictures / name)
     report = runner.report() if options.stats else None
     return Answered(answers=answers, report=report, exits=network.exit_names)
+
+
+def _answered(
+    runner: impatient.Runner, x: Any, options: RunOptions
+) -> tuple[impatient.Answer, float | None]:
+    """Answer by the deadline, or be interrupted, and then say how long the answer took to come."""
+    limit_s = options.deadline_s
+    deadline = NEVER if limit_s is None else Deadline.after(limit_s)
+    if options.interrupt_s is None:
+        return runner.run(x, deadline=deadline), None
+    with runner.start(x, deadline=deadline) as started:
+        time.sleep(options.interrupt_s)
+        begin = SYSTEM_CLOCK.now()
+        answer = started.interrupt()
+        return answer, SYSTEM_CLOCK.now() - begin
 
 
 def _said(spec: NetworkSpec, output: Tensor) -> tuple[str, float | None]:
@@ -203,6 +238,7 @@ def _plain_answers(answers: Sequence[FileAnswer]) -> list[dict[str, Any]]:
             "elapsed_ms": round(row.answer.elapsed_s * 1e3, 4),
             "stopped_by": row.answer.stopped_by,
             "deadline_met": row.answer.deadline_met,
+            **({} if row.back_s is None else {"back_after_ms": round(row.back_s * 1e3, 4)}),
         }
         for row in answers
     ]
