@@ -148,6 +148,35 @@ class Words(nn.Module):
         return self.classifier(x.sum(1) / mask.sum(1, keepdim=True))
 
 
+def test_recording_in_batches_of_similar_lengths_gives_every_sample_its_own_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = Data.of(Own(lengths_of), samples=Samples(pad={"ids": 9, "mask": 0}))
+    network = impatient.attach_exits(
+        Words(), example=data.example(2), after=["block"], mask="mask"
+    ).eval()
+    read: list[Tensor] = []
+    batches = Data.batches
+
+    def watched(*asked: Any) -> Iterator[tuple[Any, Any]]:
+        for inputs, targets in batches(*asked):
+            read.append(inputs["mask"])
+            yield inputs, targets
+
+    monkeypatch.setattr(Data, "batches", watched)
+    recording = impatient.record(network, data, split="train", batch_size=8)
+    train = data.examples("train")
+    singly = [network(train.take([place])) for place in range(data.size("train"))]
+
+    assert recording.labels.equal(train.labels)
+    torch.testing.assert_close(
+        recording.logits(),
+        torch.stack([torch.cat([one[exit] for one in singly]) for exit in range(2)]).detach(),
+    )
+    # at most one batch in each step of length holds padding
+    assert sum(bool((mask == 0).any()) for mask in read) <= 4
+
+
 def test_training_in_batches_of_similar_lengths_goes_on_after_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,17 @@ class LabelledData(Protocol):
     def size(self, split: Any) -> int: ...
 
     def batches(self, split: Any, batch_size: int) -> Iterator[tuple[Any, Any]]: ...
+
+
+@runtime_checkable
+class PaddedData(Protocol):
+    """A data set that may pad its batches, and yields them in any order, such as `Data`."""
+
+    def by_length(self, split: Any) -> Tensor | None: ...
+
+    def batches(
+        self, split: Any, batch_size: int, order: Tensor | None
+    ) -> Iterator[tuple[Any, Any]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -363,7 +374,7 @@ def record(
     targets = BatchTable(samples)
     kept = [BatchTable(samples) for _ in range(network.num_exits)]
     answered = [0] * network.num_exits
-    batches = data.batches(split, batch_size)
+    batches, order = _batches(data, split, batch_size)
     count = -(-samples // batch_size)
     for inputs, truth in tracked(
         batches, f"recording {split}", total=count, unit="batches", wanted=progress
@@ -395,7 +406,7 @@ def record(
             "inputs all come to every exit."
         )
     quality, scores, statistics = tables.joined()
-    return Recording(
+    recording = Recording(
         quality=quality,
         scores=scores,
         statistics=statistics,
@@ -413,6 +424,21 @@ def record(
             engine=network.engine,
         ),
     )
+    return recording if order is None else recording.take(order.argsort())
+
+
+def _batches(
+    data: LabelledData, split: str, batch_size: int
+) -> tuple[Iterator[tuple[Any, Any]], Tensor | None]:
+    """Return the batches of a split, and the order of their samples where it is another.
+
+    Samples of similar lengths share a batch.
+    """
+    if isinstance(data, PaddedData):
+        order = data.by_length(split)
+        if order is not None:
+            return data.batches(split, batch_size, order), order
+    return data.batches(split, batch_size), None
 
 
 def _check_classes(split: str, labels: Tensor, classes: int) -> None:

@@ -123,10 +123,21 @@ class Data:
         """Return the seconds that each sample may take, float64 [N], or None."""
         return self.examples(split).budgets
 
-    def batches(self, split: Split, batch_size: int = 256) -> Iterator[tuple[Any, Any]]:
-        """Yield preprocessed inputs with their labels, in order."""
+    def by_length(self, split: Split) -> Tensor | None:
+        """Return the places of all samples, the shortest first, int64 [N], or None.
+
+        In batches of this order little is padding. None is for samples of one length.
+        """
+        lengths = self.examples(split).lengths
+        return None if lengths is None else lengths.argsort(stable=True)
+
+    def batches(
+        self, split: Split, batch_size: int = 256, order: Tensor | None = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield preprocessed inputs with their labels, in order or in that of the places given."""
         examples = self.examples(split)
-        for indices in torch.arange(self.size(split)).split(batch_size):
+        places = torch.arange(self.size(split)) if order is None else order
+        for indices in places.split(batch_size):
             yield self.preprocess(examples.take(indices)), rows_of(examples.labels, indices)
 
     def example(self, batch_size: int = 1) -> Any:
