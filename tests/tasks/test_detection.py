@@ -15,7 +15,8 @@ from impatient.errors import TaskError
 from impatient.policies import fit_thresholds
 from impatient.tasks import detection, named
 from impatient.tasks.boxes import generalised_overlaps, overlaps
-from impatient.tasks.detection import average_precision, classes_in, found, packed
+from impatient.tasks.detection import average_precision, found
+from impatient.tasks.objects import classes_in, packed
 from impatient.trees import Ragged
 from plain_data import Plain
 from recordings import costs_of
@@ -227,9 +228,45 @@ def test_what_does_not_fit_is_refused(output: Any, target: Any, message: str) ->
             judge(output, target)
 
 
+def of_sigmoids(*rows: tuple[list[float], list[float]]) -> dict[str, Tensor]:
+    """Make the output for one picture from (probabilities of both classes, box)."""
+    shares = torch.tensor([[each for each, _ in rows]])
+    return {"logits": shares.logit(), "boxes": torch.tensor([[box for _, box in rows]])}
+
+
+def test_classes_with_a_sigmoid_each_are_judged_one_by_one() -> None:
+    task = named("detection:sigmoid=1")
+    target = truth((0, LEFT), (1, RIGHT))
+    right = of_sigmoids(([0.9, 0.1], LEFT), ([0.2, 0.8], RIGHT))
+    # a query that is sure of both classes is right and wrong
+    both_classes = of_sigmoids(([0.9, 0.7], LEFT), ([0.2, 0.8], RIGHT))
+    assert task.statistics is not None
+    assert task.overall is not None
+    assert task.ideal is not None
+    assert float(task.quality(right, target)) == 1.0
+    assert float(task.quality(both_classes, target)) == pytest.approx(4 / 5)
+    assert float(task.quality(task.ideal(target, right), target)) == 1.0
+    assert task.overall(task.statistics(right, target))["AP50"] == pytest.approx(1.0)
+    # the false alarm of class 1, at 0.95, comes before its hit
+    alarm = of_sigmoids(([0.9, 0.95], LEFT), ([0.2, 0.8], RIGHT))
+    assert task.overall(task.statistics(alarm, target))["AP50"] == pytest.approx(0.75)
+    assert float(task.scores["least_probability"](right)) == pytest.approx(0.8)
+
+
+def test_losses_of_sigmoids_are_focal_and_those_of_the_boxes() -> None:
+    output = of_sigmoids(([0.9, 0.3], LEFT), ([0.2, 0.6], BESIDE), ([0.1, 0.4], RIGHT))
+    there = [0.9, 0.4]
+    absent = [0.3, 0.2, 0.6, 0.1]
+    focal = sum(-0.25 * (1 - share) ** 2 * math.log(share) for share in there)
+    focal -= sum(0.75 * share**2 * math.log(1 - share) for share in absent)
+    # both boxes are right, so that classes alone are left, twice their loss over two objects
+    [loss] = detection(sigmoid=1).losses(output, truth((0, LEFT), (1, RIGHT))).tolist()
+    assert loss == pytest.approx(2 * focal / 2, rel=1e-4)
+
+
 def test_names_hold_the_options_that_are_not_usual() -> None:
     assert detection(keep=20).name == "detection:keep=20" == named("detection:keep=20").name
-    for options in ("threshold=0", "overlap=1.5", "keep=0"):
+    for options in ("threshold=0", "overlap=1.5", "keep=0", "sigmoid=2"):
         with pytest.raises(TaskError, match=options.partition("=")[0]):
             named(f"detection:{options}")
     assert classes_in(truth((1, LEFT), (0, RIGHT))) == classes_in(objects(20, 0)[1]) == 2

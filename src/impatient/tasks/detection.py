@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,33 +17,26 @@ from impatient import checks
 from impatient.errors import TaskError
 from impatient.tasks.binary import f1
 from impatient.tasks.box_head import BoxHead
-from impatient.tasks.boxes import generalised_overlaps, overlaps
+from impatient.tasks.boxes import overlaps
+from impatient.tasks.matching import focal_losses, losses
+from impatient.tasks.objects import (
+    Objects,
+    classes_in,
+    objects_of,
+    packed,
+    parts,
+    probabilities,
+    truth_of,
+)
 from impatient.tasks.task import Task
 from impatient.tasks.words import CERTAIN, class_name, listed, outlines
-from impatient.trees import entries
 
 # a box is found if so much of it and the true one is common to both
 FOUND = 0.5
-# weights of DETR: of queries without an object, of distances of boxes, of their overlaps
-NO_OBJECT, DISTANCE, OVERLAP = 0.1, 5.0, 2.0
 # recalls at which the precision is read, as COCO does
 RECALLS = 101
 # of `statistics`: hits, false alarms, misses, and the number of classes
 COUNTS = 4
-# beyond it, numbers are pixels and no shares of a picture
-LARGEST_SHARE = 2.0
-
-
-class Objects(NamedTuple):
-    """What is in some pictures, filled up with class -1: int64 [B, N] and float32 [B, N, 4]."""
-
-    labels: Int[Tensor, "B N"]
-    boxes: Float[Tensor, "B N 4"]
-
-    @property
-    def counts(self) -> Int[Tensor, "B"]:
-        """Count the objects of each picture."""
-        return (self.labels >= 0).sum(1)
 
 
 class Found(NamedTuple):
@@ -62,7 +55,9 @@ class Found(NamedTuple):
 
 
 @functools.cache
-def detection(threshold: float = 0.5, overlap: float = 1.0, keep: int = 100) -> Task:
+def detection(
+    threshold: float = 0.5, overlap: float = 1.0, keep: int = 100, sigmoid: int = 0
+) -> Task:
     """Make the task of finding objects in pictures.
 
     Outputs are logits [B, Q, C + 1], of which the last column means that there is no object, and
@@ -84,6 +79,8 @@ def detection(threshold: float = 0.5, overlap: float = 1.0, keep: int = 100) -> 
         overlap: of detections of one class that overlap by more, only the surest is kept; 1 keeps
             all, as detectors that are trained with one query per object want it.
         keep: how many detections of a picture are judged, the surest first.
+        sigmoid: 1 for logits [B, Q, C] of which each is a class's own, through a sigmoid, as those
+            of Deformable DETR and RT-DETR; there is no column for no object.
     Raises:
         TaskError: if an option is out of range.
     """
@@ -91,216 +88,57 @@ def detection(threshold: float = 0.5, overlap: float = 1.0, keep: int = 100) -> 
     checks.at_least(TaskError, 1, keep=keep)
     if not 0.0 <= overlap <= 1.0:
         raise TaskError(f"overlap={overlap}; expected a share from 0 to 1.")
-    given = {"threshold": (threshold, 0.5), "overlap": (overlap, 1.0), "keep": (keep, 100)}
+    checks.one_of(TaskError, (0, 1), sigmoid=sigmoid)
+    given = {
+        "threshold": (threshold, 0.5),
+        "overlap": (overlap, 1.0),
+        "keep": (keep, 100),
+        "sigmoid": (sigmoid, 0),
+    }
     options = [f"{name}={value!r}" for name, (value, usual) in given.items() if value != usual]
-    find = functools.partial(found, overlap=float(overlap), keep=keep)
+    find = functools.partial(found, overlap=float(overlap), keep=keep, sigmoid=bool(sigmoid))
     return Task(
         name=":".join(["detection", *options]),
-        losses=losses,
-        quality=functools.partial(quality, find=find, threshold=threshold),
-        scores={"mean_probability": mean_probability, "least_probability": least_probability},
+        losses=focal_losses if sigmoid else losses,
+        quality=functools.partial(quality, find=find, threshold=threshold, sigmoid=bool(sigmoid)),
+        scores={
+            "mean_probability": functools.partial(mean_probability, sigmoid=bool(sigmoid)),
+            "least_probability": functools.partial(least_probability, sigmoid=bool(sigmoid)),
+        },
         quality_name="F1 of a picture",
         head=BoxHead,
         reads=packed,
         distance=functools.partial(distance, find=find, threshold=threshold),
-        statistics=functools.partial(statistics, find=find, threshold=threshold),
+        statistics=functools.partial(
+            statistics, find=find, threshold=threshold, sigmoid=bool(sigmoid)
+        ),
         summary=summary,
         overall=lambda rows: {"AP50": average_precision(rows)},
         says=functools.partial(said, find=find, threshold=threshold),
         layer=functools.partial(layer, find=find, threshold=threshold),
-        ideal=ideal,
+        ideal=functools.partial(ideal, sigmoid=bool(sigmoid)),
         outputs_for=classes_in,
     )
-
-
-# --- outputs and targets --------------------------------------------------------------------------
-
-
-def parts(output: Any) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
-    """Return logits and boxes of an output.
-
-    Raises:
-        TaskError: if they are not there, or do not fit each other.
-    """
-    if isinstance(output, Tensor):
-        if output.dim() != 3 or output.shape[2] < 6:
-            raise TaskError(
-                f"an output of shape {tuple(output.shape)}; expected [B, Q, C + 1 + 4]: logits of "
-                "C classes and of no object, then a box."
-            )
-        return output[..., :-4].float(), output[..., -4:].float()
-    held: dict[str, Any] = dict(entries(output))
-    logits: Any = held.get("logits", held.get("pred_logits"))
-    boxes: Any = held.get("boxes", held.get("pred_boxes"))
-    are_tensors = isinstance(logits, Tensor) and isinstance(boxes, Tensor)
-    if not are_tensors or logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
-        shown = {
-            name: tuple(value.shape) for name, value in held.items() if hasattr(value, "shape")
-        }
-        raise TaskError(
-            f"an output of {shown or type(output).__name__}; expected logits [B, Q, C + 1] and "
-            "boxes [B, Q, 4], or pred_logits and pred_boxes. Wrap the model in a module that "
-            "returns these."
-        )
-    return logits.float(), boxes.float()
-
-
-def packed(output: Any) -> Float[Tensor, "B Q D"]:
-    """Put logits and boxes side by side, as one tensor."""
-    return output if isinstance(output, Tensor) else torch.cat(parts(output), -1)
-
-
-def objects_of(target: Any, count: int, classes: int) -> Objects:
-    """Read the targets of some pictures.
-
-    Raises:
-        TaskError: if there are not as many, a box is NaN, without area or in pixels, or a class is
-            not among the network's.
-    """
-    if isinstance(target, Tensor):
-        if target.dim() != 3 or target.shape[2] != 5:
-            raise TaskError(
-                f"targets of shape {tuple(target.shape)}; expected [B, M, 5]: class, centre, width "
-                "and height, filled up with rows of class -1."
-            )
-        given = Objects(target[..., 0].long(), target[..., 1:].float())
-    else:
-        given = _filled_up([_of_one(one) for one in target])
-    if len(given.labels) != count:
-        raise TaskError(f"targets of {len(given.labels)} pictures for {count} outputs.")
-    present = given.labels >= 0
-    if bool(present.any()):
-        _check(given.labels[present], given.boxes[present], classes)
-    # boxes of rows that fill up may be anything
-    return Objects(given.labels, torch.where(present[..., None], given.boxes, 0.5))
-
-
-def _of_one(one: Any) -> tuple[Tensor, Tensor]:
-    """Read the target of one picture."""
-    if not isinstance(one, Mapping) or not {"labels", "boxes"} <= set(one):
-        there = ", ".join(map(str, one)) if isinstance(one, Mapping) else type(one).__name__
-        raise TaskError(
-            f"the target of a picture holds {there}; expected labels [n] and boxes [n, 4]."
-        )
-    labels, boxes = (torch.as_tensor(one[name]) for name in ("labels", "boxes"))
-    if labels.dim() != 1 or boxes.shape != (len(labels), 4) or labels.is_floating_point():
-        raise TaskError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype}, boxes of shape "
-            f"{tuple(boxes.shape)}; expected whole numbers [n] and boxes [n, 4]."
-        )
-    if bool((labels < 0).any()):
-        raise TaskError(f"the class {int(labels.min())}; expected classes from 0.")
-    return labels.long(), boxes.float()
-
-
-def _filled_up(each: Sequence[tuple[Tensor, Tensor]]) -> Objects:
-    pad = torch.nn.utils.rnn.pad_sequence
-    if not each:
-        return Objects(torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, 4))
-    return Objects(
-        pad([labels for labels, _ in each], batch_first=True, padding_value=-1),
-        pad([boxes for _, boxes in each], batch_first=True),
-    )
-
-
-def _check(labels: Int[Tensor, "T"], boxes: Float[Tensor, "T 4"], classes: int) -> None:
-    if not bool(torch.isfinite(boxes).all()):
-        raise TaskError("boxes that are NaN or infinite; leave these boxes out.")
-    if not bool((boxes[:, 2:] > 0).all()):
-        raise TaskError(
-            f"boxes of width or height {float(boxes[:, 2:].min()):g}; expected more than 0. Boxes "
-            "are centre, width and height; leave empty ones out."
-        )
-    if float(boxes.abs().max()) > LARGEST_SHARE:
-        raise TaskError(
-            f"boxes with numbers up to {float(boxes.abs().max()):g}; expected centre, width and "
-            "height as shares of the picture, from 0 to 1. Divide pixels by its width and height."
-        )
-    if int(labels.max()) >= classes:
-        raise TaskError(
-            f"classes up to {int(labels.max())}, and logits of {classes} classes and of no object; "
-            f"expected 0 to {classes - 1}."
-        )
-
-
-def classes_in(target: Any) -> int:
-    """Count the classes of targets, the highest one plus one."""
-    if isinstance(target, Tensor):
-        labels = [target[..., 0]]
-    else:
-        labels = [torch.as_tensor(one["labels"]) for one in target]
-    return 1 + max((int(each.max()) for each in labels if each.numel()), default=0)
-
-
-# --- losses ---------------------------------------------------------------------------------------
-
-
-def losses(output: Any, target: Any) -> Float[Tensor, "B"]:
-    """Compute the loss of each picture, after matching each object with one query.
-
-    It is the cross-entropy of the queries, where those without an object count a tenth, plus 5
-    times the distance and 2 times what the generalised overlap lacks to 1, both the mean over the
-    objects.
-
-    Source:
-        Carion et al. 2020 (DETR). We differ: means are over each picture, not over the batch.
-    """
-    logits, boxes = parts(output)
-    truth = _truth(output, target)
-    picture, queries, places = match(logits, boxes, truth)
-    said, true = boxes[picture, queries], truth.boxes[picture, places]
-    off = DISTANCE * (said - true).abs().sum(1) + OVERLAP * (1 - generalised_overlaps(said, true))
-    placed = torch.zeros(len(logits), device=off.device).index_add(0, picture, off)
-    matched = torch.bincount(picture, minlength=len(logits)).clamp(min=1)
-    nothing = logits.shape[2] - 1
-    classes = torch.full(logits.shape[:2], nothing, device=logits.device)
-    classes[picture, queries] = truth.labels[picture, places]
-    each = F.cross_entropy(logits.transpose(1, 2), classes, reduction="none")
-    weights = torch.where(classes == nothing, NO_OBJECT, 1.0)
-    return (weights * each).sum(1) / weights.sum(1) + placed / matched
-
-
-def match(
-    logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], truth: Objects
-) -> tuple[Int[Tensor, "P"], Int[Tensor, "P"], Int[Tensor, "P"]]:
-    """Match objects with queries, so that the sum of their costs is the least.
-
-    Returns:
-        Pictures, queries, and places of objects in the targets. Where there are more objects than
-        queries, all queries are matched.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    with torch.no_grad():
-        distances = torch.cdist(boxes, truth.boxes, p=1)
-        near = generalised_overlaps(boxes[:, :, None], truth.boxes[:, None])
-        columns = truth.labels.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)
-        likely = logits.softmax(-1).gather(2, columns)
-        costs = DISTANCE * distances - OVERLAP * near - likely
-    pairs: list[tuple[int, int, int]] = []
-    # a network that has diverged is told of by its loss
-    for picture, table in enumerate(torch.nan_to_num(costs).cpu().numpy()):
-        objects = np.flatnonzero((truth.labels[picture] >= 0).cpu().numpy())
-        queries, columns_of = linear_sum_assignment(table[:, objects])
-        pairs += zip([picture] * len(queries), queries, objects[columns_of], strict=True)
-    found = torch.as_tensor(np.array(pairs, dtype=np.int64).reshape(-1, 3), device=logits.device)
-    return found[:, 0], found[:, 1], found[:, 2]
-
-
-def _truth(output: Any, target: Any) -> Objects:
-    """Read targets as those of an output, and on its device."""
-    logits, _ = parts(output)
-    read = objects_of(target, len(logits), logits.shape[2] - 1)
-    return Objects(read.labels.to(logits.device), read.boxes.to(logits.device))
 
 
 # --- quality --------------------------------------------------------------------------------------
 
 
-def found(output: Any, *, overlap: float = 1.0, keep: int = 100) -> Found:
-    """List what was found in each picture: the likeliest class of each query."""
+def found(output: Any, *, overlap: float = 1.0, keep: int = 100, sigmoid: bool = False) -> Found:
+    """List what was found in each picture.
+
+    That is the likeliest class of each query, or, of sigmoids, all classes of all queries.
+    """
     logits, boxes = (part.detach() for part in parts(output))
-    scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+    shares = probabilities(logits, sigmoid)
+    if sigmoid:
+        classes = shares.shape[2]
+        scores = shares.flatten(1)
+        labels = torch.arange(classes, device=scores.device).repeat(shares.shape[1])
+        labels = labels.expand(len(scores), -1)
+        boxes = boxes.repeat_interleave(classes, 1)
+    else:
+        scores, labels = shares.max(-1)
     # NaN would be the surest
     sure = torch.nan_to_num(scores, nan=-1.0)
     order = sure.argsort(dim=1, descending=True, stable=True)[:, :keep]
@@ -350,10 +188,15 @@ def hits(one: Found, truth: Objects) -> Bool[Tensor, "B M"]:
 
 
 def quality(
-    output: Any, target: Any, *, find: Any = found, threshold: float = 0.5
+    output: Any,
+    target: Any,
+    *,
+    find: Any = found,
+    threshold: float = 0.5,
+    sigmoid: bool = False,
 ) -> Float[Tensor, "B"]:
     """Compute the F1 of each picture."""
-    return _shares(_counts(find(output), _truth(output, target), threshold))
+    return _shares(_counts(find(output), truth_of(output, target, sigmoid), threshold))
 
 
 def distance(
@@ -374,21 +217,35 @@ def _shares(counts: Int[Tensor, "B 3"]) -> Float[Tensor, "B"]:
     return torch.tensor([f1(*each) for each in counts.tolist()], device=counts.device)
 
 
-def mean_probability(output: Any) -> Float[Tensor, "B"]:
+def mean_probability(output: Any, *, sigmoid: bool = False) -> Float[Tensor, "B"]:
     """Mean over queries of the largest probability, that of no object included."""
-    return parts(output)[0].softmax(-1).amax(-1).mean(1)
+    return _sureness(output, sigmoid).mean(1)
 
 
-def least_probability(output: Any) -> Float[Tensor, "B"]:
+def least_probability(output: Any, *, sigmoid: bool = False) -> Float[Tensor, "B"]:
     """Largest probability of the query that is the least sure."""
-    return parts(output)[0].softmax(-1).amax(-1).amin(1)
+    return _sureness(output, sigmoid).amin(1)
+
+
+def _sureness(output: Any, sigmoid: bool) -> Float[Tensor, "B Q"]:
+    """Compute how sure each query is, of its likeliest class or that there is no object."""
+    logits, _ = parts(output)
+    if not sigmoid:
+        return logits.softmax(-1).amax(-1)
+    likeliest = logits.sigmoid().amax(-1)
+    return torch.maximum(likeliest, 1.0 - likeliest)
 
 
 # --- metrics of the data set ----------------------------------------------------------------------
 
 
 def statistics(
-    output: Any, target: Any, *, find: Any = found, threshold: float = 0.5
+    output: Any,
+    target: Any,
+    *,
+    find: Any = found,
+    threshold: float = 0.5,
+    sigmoid: bool = False,
 ) -> Float[Tensor, "B S"]:
     """Count hits, false alarms, misses, classes and the objects of each.
 
@@ -396,8 +253,8 @@ def statistics(
 
     Each detection is its score, class, and whether it is right.
     """
-    classes = parts(output)[0].shape[2] - 1
-    one, truth = find(output), _truth(output, target)
+    classes = parts(output)[0].shape[2] - (not sigmoid)
+    one, truth = find(output), truth_of(output, target, sigmoid)
     counts = _counts(one, truth, threshold)
     objects = F.one_hot(truth.labels + 1, classes + 1)[..., 1:].sum(1)
     listed = torch.stack([one.scores.double(), one.labels.double(), hits(one, truth).double()], 2)
@@ -472,12 +329,14 @@ def layer(
     return outlines(one.boxes, one.labels, size)
 
 
-def ideal(target: Any, output: Any) -> Float[Tensor, "1 N D"]:
+def ideal(target: Any, output: Any, *, sigmoid: bool = False) -> Float[Tensor, "1 N D"]:
     """Make the output that would be right."""
-    classes = parts(output)[0].shape[2]
-    read = objects_of(target, 1, classes - 1)
-    columns = torch.where(read.labels >= 0, read.labels, classes - 1)
-    return torch.cat([CERTAIN * F.one_hot(columns, classes).float(), read.boxes], -1)
+    columns = parts(output)[0].shape[2]
+    classes = columns - (not sigmoid)
+    read = objects_of(target, 1, classes)
+    nothing = torch.where(read.labels >= 0, read.labels, classes)
+    right = F.one_hot(nothing, classes + 1)[..., :columns].float()
+    return torch.cat([CERTAIN * (2 * right - 1 if sigmoid else right), read.boxes], -1)
 
 
 def _sure(one: Found, threshold: float) -> Found:
