@@ -27,6 +27,9 @@ from impatient.evaluation import (
 from impatient.evaluation.metrics import expected_calibration_error, mean, mean_share, proportion
 from impatient.files import write_json
 from impatient.policies import ThresholdPolicy, fit_thresholds
+from impatient.policies.policy import STOP
+from impatient.policies.routing import SelectionPolicy
+from impatient.policies.topology import Topology
 from impatient.store import from_plain, to_plain
 from recordings import costs_of, drawn, recording_of, sure
 
@@ -547,3 +550,25 @@ def test_every_way_to_answer_is_judged_under_the_samples_own_budgets():
     assert found.budgets["own"].mean_s() == pytest.approx(4.25)
     with pytest.raises(BudgetError, match="budgets of 3 samples, the recording 200"):
         evaluate(recording, costs, budgets={"own": budgets.per_sample([1.0, 2.0, 3.0])})
+
+
+def test_samples_with_budgets_of_their_own_are_sent_from_network_to_network():
+    recording = drawn(200, seed=5, split="test")
+    policy = SelectionPolicy(
+        topology=Topology.full(4),
+        moves=((2,), (), (STOP,), ()),
+        decisions={},
+        node_s=(1.0, 2.0, 3.0, 4.0),
+    )
+    budgets_s = torch.linspace(0.5, 8.0, 200, dtype=torch.float64)
+    found = evaluate(
+        recording,
+        costs_of([1.0, 2.0, 3.0, 4.0], [0.0] * 4),
+        policy,
+        budgets={"own": budgets.per_sample(budgets_s.tolist())},
+    )
+    # network 0 answers at 1, network 2 at 4
+    first, last = recording.quality[0].double(), recording.quality[2].double()
+    by_hand = torch.where(budgets_s < 1.0, 0.0, torch.where(budgets_s < 4.0, first, last))
+    rows = {row.name: row.accuracy.value for row in found.under_budgets}
+    assert rows["policy"] == pytest.approx(float(by_hand.mean()))

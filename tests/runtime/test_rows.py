@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from blocks import Blocks, attach, x_of
 from fakes import FakeNetwork, costs_of, runner_of
 from impatient.clock import NEVER, Deadline, FakeClock
 from impatient.costs import CostProfile
 from impatient.errors import BudgetError, NoAnswerInTime, RunError
+from impatient.networks.cascade import Cascade
 from impatient.policies import ThresholdPolicy
+from impatient.policies.policy import STOP
+from impatient.policies.routing import SelectionPolicy
+from impatient.policies.topology import Topology
 from impatient.runtime import Runner
 from impatient.runtime.runner import RESERVE_S
 
@@ -137,3 +142,30 @@ def test_an_interruptible_run_keeps_limits_of_rows_and_is_not_resumed() -> None:
     assert [(row.exit, row.stopped_by) for row in answer.rows] == [(0, "limit"), (2, "limit")]
     with pytest.raises(RunError, match="resumable=False"):
         runner.start(torch.zeros(2, 1), deadline=[NEVER, NEVER], resumable=True)
+
+
+def test_runs_that_go_on_later_take_budgets_of_all_rows_alone() -> None:
+    costs = CostProfile.of(stages_s=[1.0] * 4, heads_s=[0.5] * 4, stage_macs=[10] * 4, batch_size=2)
+    runner = runner_of(network_of(2), costs)
+    each: Any = {"deadline": [NEVER, NEVER]}
+    limits: Any = {"limits": {"macs": [10.0, 35.0]}}
+    with runner.open(torch.zeros(2, 1)) as opened:
+        for given, said in ((each, "expected a Deadline"), (limits, "one number for all rows")):
+            with pytest.raises(BudgetError, match=said):
+                opened.run(**given)
+    with runner.start(torch.zeros(2, 1), resumable=True) as run:
+        run.interrupt()
+        for given, said in ((each, "expected a Deadline"), (limits, "one number for all rows")):
+            with pytest.raises(BudgetError, match=said):
+                run.refine(**given)
+
+
+def test_rows_with_budgets_of_their_own_are_not_sent_from_network_to_network() -> None:
+    network = Cascade([nn.Linear(3, 2), nn.Linear(3, 2)]).eval()
+    policy = SelectionPolicy(
+        topology=Topology.chain(2), moves=((1,), (STOP,)), decisions={}, node_s=(1.0, 1.0)
+    )
+    runner = Runner(network, costs_of([1.0, 1.0], [0.1, 0.1]), policy, any_profile=True)
+    for ask in (runner.run, runner.start):
+        with pytest.raises(RunError, match="a policy that only stops"):
+            ask(torch.zeros(1, 3), deadline=[NEVER])

@@ -44,13 +44,13 @@ class LabelledData(Protocol):
 
 
 @runtime_checkable
-class PaddedData(Protocol):
+class PaddedData(LabelledData, Protocol):
     """A data set that may pad its batches, and yields them in any order, such as `Data`."""
 
     def by_length(self, split: Any) -> Tensor | None: ...
 
     def batches(
-        self, split: Any, batch_size: int, order: Tensor | None
+        self, split: Any, batch_size: int, order: Tensor | None = None
     ) -> Iterator[tuple[Any, Any]]: ...
 
 

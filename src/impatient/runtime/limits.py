@@ -55,7 +55,7 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
     """Combine the limits of a run with the costs in the profile.
 
     Raises:
-        BudgetError: if a unit is unknown or an amount is not a positive number.
+        BudgetError: if a unit is unknown or an amount is not one positive number.
         CostError: if the profile has no measurements of a limited resource.
     """
     made = []
@@ -64,6 +64,11 @@ def limits_of(costs: CostProfile, limits: Mapping[Unit, float] | None) -> tuple[
             raise BudgetError(
                 f"unknown limit {unit!r}; expected one of {', '.join(_COSTS)}. Limit time by the "
                 "deadline."
+            )
+        if not isinstance(most, int | float):
+            raise BudgetError(
+                f"the limit of {unit} is {most!r}; expected one number for all rows. Runner.run "
+                "and Runner.start take a list with one for each."
             )
         if not most > 0.0:
             raise BudgetError(f"the limit of {unit} is {most!r}; expected a positive number.")
