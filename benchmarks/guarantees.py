@@ -1,10 +1,12 @@
 """Guarantees: how often the word is broken, and how near the best threshold they come.
 
 The truth is known: 100,000 samples of one law stand for all that will ever come. 1,000 times 1,000
-of them are drawn as calibration split, and a candidate is chosen of 60 thresholds. Its true mean
-loss and cost are those on all samples. The best threshold is the cheapest that truly keeps epsilon.
+of them are drawn as calibration split, and a candidate is chosen of 101 thresholds, as many as
+`threshold_family` gives. Its true mean loss and cost are those on all samples. The best threshold
+is the cheapest that truly keeps epsilon. Beside the mean cost stands the least that any valid
+method can have (least_cost.py).
 
-python benchmarks/guarantees.py            a minute or two
+python benchmarks/guarantees.py            some minutes
 python benchmarks/guarantees.py --smoke    seconds, to see that it runs
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from common import Row, write_results
+from least_cost import least_cost
 from torch import Tensor
 
 from impatient.evaluation.metrics import proportion
@@ -27,6 +30,7 @@ from impatient.policies.bounds import betting_p_values, binomial_p_values, learn
 COSTS = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 GAINS = torch.tensor([0.6, 1.1, 1.5, 1.8], dtype=torch.float64)
 DELTA = 0.05
+CANDIDATES = 101
 # the least first, which is the hardest
 EPSILONS = (0.01, 0.02, 0.05)
 PValues = Callable[[Tensor, float], Tensor]
@@ -48,6 +52,17 @@ class Truth:
         """Return the cost of the cheapest candidate that keeps epsilon."""
         return float(self.costs[self.losses.mean(1) <= epsilon].min())
 
+    def least(self, epsilon: float, size: int) -> float:
+        """Return the mean cost below which no valid choice on so many samples can come."""
+        return least_cost(
+            self.losses.numpy(),
+            self.costs.numpy(),
+            float(COSTS[-1]),
+            epsilon=epsilon,
+            delta=DELTA,
+            size=size,
+        )
+
 
 def truths(samples: int, seed: int) -> Iterator[tuple[str, bool, Truth]]:
     """Draw the law, and give each kind of loss, with whether it is 0 or 1."""
@@ -57,9 +72,10 @@ def truths(samples: int, seed: int) -> Iterator[tuple[str, bool, Truth]]:
     own = torch.randn(shape, generator=random, dtype=torch.float64)
     margin = GAINS[:, None] + ease + 0.5 * own
     seen = margin + 0.5 * torch.randn(shape, generator=random, dtype=torch.float64)
-    places = torch.from_numpy(np.quantile(seen[:-1].numpy(), np.linspace(1.0, 0.0, 60)))
-    stops = torch.cat([seen[:-1] >= places[:, None, None], torch.ones(60, 1, samples) > 0], 1)
-    exits = stops.int().argmax(1)
+    places = np.quantile(seen[:-1].numpy(), np.linspace(1.0, 0.0, CANDIDATES))
+    always = torch.ones(1, samples, dtype=torch.bool)
+    stops = (torch.cat([seen[:-1] >= place, always]) for place in places)
+    exits = torch.stack([each.int().argmax(0) for each in stops])
     costs = COSTS[exits].mean(1)
     for name, quality in (("right or wrong", (margin > 0).double()), ("graded", margin.sigmoid())):
         gap = (quality[-1] - quality).gather(0, exits)
@@ -124,11 +140,13 @@ def main() -> None:
         if is_binary:
             methods["binomial tail (default here)"] = binomial_p_values
         for epsilon in EPSILONS:
+            least = truth.least(epsilon, size)
             for method, p_values in methods.items():
                 places = chosen(truth, p_values, epsilon, draws, size)
                 rows.append(
                     {"loss": loss, "epsilon": epsilon, "method": method, "draws": draws}
                     | judged(truth, places, epsilon)
+                    | {"least of any valid method": round(least / truth.best(epsilon), 4)}
                 )
                 print(rows[-1], flush=True)
     if not smoke:
@@ -138,7 +156,9 @@ def main() -> None:
 WORDS = (
     f"How often a guarantee with delta = {DELTA} is broken on 1,000 calibration splits of 1,000 "
     "samples, and the mean cost of what was chosen, divided by that of the best threshold, which "
-    "nobody knows. “Before” are the stakes of 0.1.0."
+    "nobody knows. “Before” are the stakes of 0.1.0. The last column is what no valid method can "
+    "fall below: it follows from the most powerful test between the law and one that must be "
+    "refused."
 )
 
 if __name__ == "__main__":
