@@ -4,7 +4,7 @@ python benchmarks/tasks.py --data FOLDER     about 1.5 hours on one core
 python benchmarks/tasks.py --smoke           a minute, on stand-ins, writes no page
 python benchmarks/tasks.py --page            writes the page from what is there
 
-Every step but the interruption is a call of the command line, in this process. A row and a seed are
+Every step is a call of the command line, in this process. A row and a seed are
 kept under runs/bench/tasks, so that a table that was stopped goes on where it was.
 """
 
@@ -236,7 +236,7 @@ def judge_case(name: str, seed: int, place: Path, repeats: int) -> None:
         "seed": seed,
         **_judged(run),
         **_run_by_deadline(run, log),
-        **_interrupted(run),
+        **_interrupted(run, log),
         "commands": log.commands,
     }
     write_json(run / "row.json", found)
@@ -285,15 +285,14 @@ def _judged(run: Path) -> dict[str, Any]:
     }
 
 
-def _run_by_deadline(run: Path, log: Log, *engine: str) -> dict[str, Any]:
-    """Ask for test samples one by one, by a deadline that about half of the exits meet."""
+def _inputs(run: Path) -> list[Path]:
+    """Write the first test samples as files, one each, as one has them for `impatient run`."""
     data = RunDirectory(run, trust=["task_models"]).data()
-    count = min(ASKED, data.size("test"))
     raw = data.examples("test")
     folder = run / "inputs"
     folder.mkdir(exist_ok=True)
     files = []
-    for index in range(count):
+    for index in range(min(ASKED, data.size("test"))):
         one = map_leaves(lambda leaf: leaf[0], raw.take([index]))
         several = isinstance(one, Mapping)
         file = folder / f"{index}.{'npz' if several else 'npy'}"
@@ -302,6 +301,12 @@ def _run_by_deadline(run: Path, log: Log, *engine: str) -> dict[str, Any]:
         else:
             np.save(file, one.numpy())
         files.append(file)
+    return files
+
+
+def _run_by_deadline(run: Path, log: Log, *engine: str) -> dict[str, Any]:
+    """Ask for test samples one by one, by a deadline that about half of the exits meet."""
+    files = _inputs(run)
     ms = Evaluation.load(run / "evaluation.json").of("exit")
     deadline = 1.3 * ms[len(ms) // 2].interruptible_s * 1e3
     limits = ("--deadline-ms", f"{deadline:.3f}", "--threads", 1)
@@ -313,30 +318,20 @@ def _run_by_deadline(run: Path, log: Log, *engine: str) -> dict[str, Any]:
     answers = json.loads(printed)
     return {
         "deadline_ms": deadline,
-        "asked": count,
+        "asked": len(files),
         "met": sum(answer["deadline_met"] for answer in answers),
         "mean_exit": statistics.fmean(answer["exit"] for answer in answers),
     }
 
 
-def _interrupted(run: Path) -> dict[str, Any]:
+def _interrupted(run: Path, log: Log) -> dict[str, Any]:
     """Interrupt runs when half of the time to the last exit is over."""
-    directory = RunDirectory(run, trust=["task_models"])
-    network, _ = directory.network()
-    costs = directory.profile()
-    data = directory.data()
-    exits, late_ms = [], []
-    with impatient.Runner(network, costs) as runner:
-        for index in range(min(ASKED, data.size("test"))):
-            x = data.preprocess(data.examples("test").take([index]))
-            with runner.start(x) as started:
-                time.sleep(0.5 * costs.interruptible_s()[-1])
-                asked = time.perf_counter()
-                exits.append(started.interrupt().exit)
-                late_ms.append((time.perf_counter() - asked) * 1e3)
+    half = 0.5 * Evaluation.load(run / "evaluation.json").of("exit")[-1].interruptible_s * 1e3
+    asked = ("--interrupt-ms", f"{half:.3f}", "--threads", 1, "--json")
+    answers = json.loads(log.call("run", run, *_inputs(run), *asked, *TRUST))
     return {
-        "interrupted_exit": statistics.fmean(exits),
-        "interrupted_within_ms": sorted(late_ms)[len(late_ms) // 2],
+        "interrupted_exit": statistics.fmean(answer["exit"] for answer in answers),
+        "interrupted_within_ms": statistics.median(answer["back_after_ms"] for answer in answers),
     }
 
 
@@ -386,8 +381,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "# Every task from the command line",
         "",
         "Each row was trained twice alike, with exits and without, then profiled, recorded,",
-        "fitted, judged, reported, run by a deadline and exported, by commands alone; runs were",
-        "interrupted from Python, as the command line has no word for it.",
+        "fitted, judged, reported, run by a deadline, interrupted and exported, by commands alone.",
+        "The report of each row has its curve of quality over time; all curves are below.",
         "Quality is the mean over the test split (see [tasks](tasks.md)), times 100; mean and",
         "standard deviation over the seeds, which draw weights, order and validation split, or the",
         "95 % interval over test samples where there is one seed. The networks are small and were",
