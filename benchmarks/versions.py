@@ -1,6 +1,6 @@
 """Time the same calls with the code of two checkouts, in turn, as paired ratios.
 
-    # about 4 minutes; leave the machine alone
+    # about 8 minutes; leave the machine alone
     python benchmarks/versions.py OLD_CHECKOUT
     # seconds, to see that it runs
     python benchmarks/versions.py OLD_CHECKOUT --smoke
@@ -24,7 +24,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,56 @@ def calls() -> dict[str, Callable[[], Any]]:
     mobile = impatient.load_model("torchvision:mobilenet_v3_small", num_classes=10)
     names = ["features.3", "features.6", "features.9"]
     add("MobileNetV3 small, 224 px", mobile, names, torch.randn(1, 3, 224, 224))
-    return made
+    return made | judging()
+
+
+class Digits:
+    """Random images and classes, as `record` takes a data set of somebody's own."""
+
+    fingerprint = "random"
+
+    def __init__(self, count: int) -> None:
+        import torch
+
+        self.images = torch.randn(count, 1, 8, 8)
+        self.classes = torch.randint(10, (count,))
+
+    def size(self, split: str) -> int:  # noqa: ARG002  all splits are alike
+        return len(self.classes)
+
+    def batches(self, split: str, batch_size: int) -> Iterator[tuple[Any, Any]]:  # noqa: ARG002
+        yield from zip(self.images.split(batch_size), self.classes.split(batch_size), strict=True)
+
+
+def judging() -> dict[str, Callable[[], Any]]:
+    """Make the calls that record, fit and evaluate a classification."""
+    import torch
+
+    import impatient
+    from impatient.policies import fit_gates
+
+    torch.manual_seed(0)
+    small = impatient.load_model("impatient:resnet:n=2,c=8", num_classes=10, in_channels=1)
+    few = Digits(1000)
+    network = impatient.attach_exits(small, after="every:1", example=few.images[:2]).eval()
+    costs = impatient.profile(network, few.images[:1], batch_sizes=[1], repeats=30)
+    many = Digits(10_000)
+    fitted, judged = (
+        impatient.record(network, many, split=split, features=True)
+        for split in ("validation", "test")
+    )
+    policy = impatient.fit_thresholds(fitted, costs, max_accuracy_loss=0.01)
+    return {
+        "record 1,000 digits": lambda: impatient.record(network, few, split="test"),
+        "the same with features": lambda: impatient.record(
+            network, few, split="test", features=True
+        ),
+        "fit thresholds, 10,000 samples": lambda: impatient.fit_thresholds(
+            fitted, costs, max_accuracy_loss=0.01
+        ),
+        "fit gates, 10,000 samples": lambda: fit_gates(fitted, costs, time_price=10.0),
+        "evaluate, 10,000 samples": lambda: impatient.evaluate(judged, costs, policy),
+    }
 
 
 def work() -> None:
