@@ -16,7 +16,7 @@ from asking import HEAD, all_from, ask, body_of, connected, infer, reply_from
 from fakes import wait_until
 from impatient.clock import FakeClock
 from impatient.errors import BadRequest
-from impatient.serving.connections import listening_socket
+from impatient.serving.connections import is_whole, listening_socket
 from impatient.serving.heartbeat import BEAT_S, IN_A_ROW, Heartbeat
 from impatient.serving.json_reader import JsonReader
 from impatient.serving.protocol import INLINE_JSON, binary_request, read_request
@@ -85,6 +85,23 @@ def test_a_loop_that_is_late_once_has_stalled_and_one_that_stays_late_is_behind(
     asyncio.run(beats())
 
 
+@pytest.mark.parametrize(
+    ("data", "whole"),
+    [
+        (HEAD % 2 + b"{}", True),
+        (HEAD.upper().replace(b"%D", b"%d") % 2 + b"{}", True),
+        (HEAD % 2 + b"{", False),
+        (HEAD % 2 + b"{}P", False),
+        ((HEAD % 2)[:-2], False),
+        (HEAD.replace(b"host: a", b"content-length: 2") % 2 + b"{}", False),
+        (HEAD.replace(b"host: a", b"transfer-encoding: chunked") % 2 + b"{}", False),
+        (HEAD.replace(b"content-length: %d", b"a: b") + b"{}", False),
+    ],
+)
+def test_one_whole_request_is_told_from_everything_else(data, whole) -> None:
+    assert is_whole(data) == whole
+
+
 def test_a_loop_that_is_behind_refuses_unread_and_still_tells_its_health() -> None:
     hogging = threading.Event()
     hogging.set()
@@ -105,6 +122,15 @@ def test_a_loop_that_is_behind_refuses_unread_and_still_tells_its_health() -> No
             return b" 503 " in reply and b"retry-after: 1" in reply and b"more requests" in reply
 
         wait_until(refused)
+        # a whole request is refused on a connection that stays open
+        with connected(port) as caller:
+
+            def refused_again() -> bool:
+                caller.sendall(HEAD % len(body) + body)
+                status, headers, _ = reply_from(caller)
+                return status == 503 and b"connection" not in headers
+
+            wait_until(refused_again)
         status, _headers, told = ask(port, "/v2/health/ready")
         assert status == 200
         assert json.loads(told)["worst_loop_lag_ms"] > 25

@@ -1,6 +1,5 @@
 """The server on a real socket, asked by clients that are not ours."""
 
-import asyncio
 import http.client
 import json
 import socket
@@ -12,16 +11,12 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
-from hypothesis import given
-from hypothesis import strategies as st
 
 from asking import HEAD, ask, body_of, infer
 from fakes import wait_until
-from impatient.errors import BadRequest, ServingError
-from impatient.serving.app import App
-from impatient.serving.protocol import read_request
-from impatient.serving.service import Limits, Service
-from served import SPEC, Gated, hosted, serving
+from impatient.errors import ServingError
+from impatient.serving.service import Service
+from served import Gated, hosted, serving
 
 
 @pytest.fixture(scope="module")
@@ -234,96 +229,6 @@ def test_a_body_that_never_ends_is_not_waited_for() -> None:
         caller.sendall(HEAD % 99 + b"{")
         assert b"408" in caller.recv(1000)
         caller.close()
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
-    max_leaves=8,
-)
-TENSOR = st.fixed_dictionaries(
-    {},
-    optional={
-        "name": st.just("input") | ANYTHING,
-        "datatype": st.just("FP32") | ANYTHING,
-        "shape": st.just([1, 4]) | st.lists(st.integers(), max_size=3) | ANYTHING,
-        "data": st.just([1, 2, 3, 4]) | ANYTHING,
-        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers()}) | ANYTHING,
-    },
-)
-BODY = st.fixed_dictionaries(
-    {"inputs": st.lists(TENSOR, min_size=1, max_size=1) | ANYTHING},
-    optional={
-        "id": ANYTHING,
-        "outputs": ANYTHING,
-        "parameters": st.dictionaries(
-            st.sampled_from(["timeout", "deadline_ms", "priority", "best_effort"]), ANYTHING
-        ),
-    },
-)
-
-
-WORDS = BODY.map(json.dumps).map(str.encode)
-
-
-@given(body=WORDS | st.binary(max_size=60), tail=st.binary(max_size=20))
-def test_whatever_comes_is_read_or_refused(body, tail) -> None:
-    for length, whole in ((None, body), (len(body), body + tail)):
-        try:
-            request = read_request(whole, length, SPEC)
-        except BadRequest:
-            continue
-        array = request.inputs["input"]
-        assert array.shape[1:] == (4,)
-        assert np.isfinite(array).all()
-
-
-def test_whatever_comes_over_http_is_never_an_error_of_the_server() -> None:
-    """The application without a socket, so that thousands of inputs are quick."""
-    service = Service([hosted(Gated())], Limits(default_s=5.0))
-    app = App(service)
-
-    async def status_of(body: bytes, headers: list[tuple[bytes, bytes]]) -> int:
-        sent = []
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
-        forever = asyncio.Event()
-
-        async def receive():
-            message = next(messages, None)
-            if message is None:
-                await forever.wait()
-            return message
-
-        async def send(message):
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v2/models/net/infer",
-            "headers": headers,
-        }
-        await app(scope, receive, send)
-        kinds = [message["type"] for message in sent]
-        assert kinds == ["http.response.start", "http.response.body"]
-        return sent[0]["status"]
-
-    loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(service.start())
-
-        @given(body=WORDS, length=st.none() | st.text(max_size=5))
-        def check(body, length) -> None:
-            headers = []
-            if length is not None:
-                headers = [(b"inference-header-content-length", length.encode("utf-8"))]
-            status = loop.run_until_complete(status_of(body, headers))
-            assert status in (200, 400, 503)
-
-        check()
-    finally:
-        service.stop()
-        loop.close()
 
 
 def test_two_models_of_one_name_are_refused() -> None:

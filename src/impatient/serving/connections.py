@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -33,17 +34,30 @@ BACKLOG = 128
 OTHER_FILES = 100
 
 
-def _unread() -> bytes:
+def _unread(*headers: str) -> bytes:
     body = json.dumps({"error": MESSAGES["overloaded"]}).encode()
-    head = (
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
-        f"retry-after: 1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    lines = (
+        "HTTP/1.1 503 Service Unavailable",
+        "content-type: application/json",
+        "retry-after: 1",
+        f"content-length: {len(body)}",
+        *headers,
     )
-    return head.encode() + body
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-# The whole refusal of what is not read.
+# Whole refusals of what is not read: on a connection that stays open, and on one that closes.
 UNREAD = _unread()
+UNREAD_LAST = _unread("connection: close")
+LENGTH = re.compile(rb"\r\ncontent-length: *(\d{1,12})(?=\r\n)", re.IGNORECASE)
+
+
+def is_whole(data: bytes) -> bool:
+    """Tell whether some bytes are one whole request with a length, and nothing else."""
+    head, end, body = data.partition(b"\r\n\r\n")
+    lengths = LENGTH.findall(head + b"\r\n")
+    plain = len(lengths) == 1 and b"transfer-encoding" not in head.lower()
+    return bool(end) and plain and int(lengths[0]) == len(body)
 
 
 class Guard(asyncio.Protocol):
@@ -79,7 +93,7 @@ class Guard(asyncio.Protocol):
         self._transport = transport
         if len(self._connections) >= self._most:
             self._refused = True
-            transport.write(UNREAD)
+            transport.write(UNREAD_LAST)
             transport.close()
             return
         self._connections.add(self)
@@ -91,16 +105,23 @@ class Guard(asyncio.Protocol):
             return
         # Health, metrics and the page are read all the same.
         if data.startswith(b"POST ") and self._between_requests() and self._overloaded():
-            self._refused = True
-            self._transport.write(UNREAD)
-            self._transport.write_eof()
-            self._close_after(LINGER_S)
+            self._refuse(data)
             return
         self._inner.data_received(data)
         if self._is_answering():
             self._cancel()
         elif self._timer is None:
             self._close_after(self._head_s)
+
+    def _refuse(self, data: bytes) -> None:
+        if is_whole(data):
+            self._transport.write(UNREAD)
+            self._close_after(self._head_s)
+            return
+        self._refused = True
+        self._transport.write(UNREAD_LAST)
+        self._transport.write_eof()
+        self._close_after(LINGER_S)
 
     def _is_answering(self) -> bool:
         cycle = self._inner.cycle
@@ -114,7 +135,7 @@ class Guard(asyncio.Protocol):
 
     def _close_after(self, seconds: float) -> None:
         self._cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.close)
 
     def _cancel(self) -> None:
         if self._timer is not None:
@@ -204,7 +225,8 @@ def web_server(
         http=guarded,  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
-        log_level="warning",
+        # No line for each request that is no HTTP.
+        log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
