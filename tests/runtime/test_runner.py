@@ -219,6 +219,16 @@ def test_a_machine_that_has_become_fast_is_not_trusted_to_stay_so(network: FakeN
     assert run(runner, enough_for(2) + 1e-6).exit == 2
 
 
+def test_a_profile_of_a_bad_moment_does_not_keep_a_runner_shallow(network: FakeNetwork) -> None:
+    slow = costs_of([50 * stage for stage in STAGES], [50 * head for head in HEADS])
+    runner = runner_of(network, slow)
+    exits = [run(runner, 3 * enough_for(3)).exit for _ in range(400)]
+    assert set(exits[:150]) == {0}
+    assert set(exits[250:]) == {3}
+    # the ratios are rounded up, by a fifth at most
+    assert 1 / 50 <= runner.drift <= 1 / 50 / 0.8
+
+
 def test_one_descheduled_stage_moves_nothing(network: FakeNetwork) -> None:
     runner = runner_of(network)
     network.stages_s[3] = 1000.0
