@@ -746,6 +746,13 @@ def test_a_validation_table_serves_as_the_test_split_and_a_size_is_given(hub, tm
     assert tuple(data.example().shape) == (1, 3, 6, 6)
 
 
+def test_tables_that_are_left_out_are_said(hub, tmp_path, caplog):
+    tables = {"train": table(hub, 20), "validation": table(hub, 4), "test": table(hub, 6)}
+    data = load_data(on_disk(hub, tmp_path, **tables))
+    assert [data.size(split) for split in SPLITS] == [18, 2, 6]
+    assert "test is the test split; left out: validation" in caplog.text
+
+
 def test_without_a_test_table_a_fifth_is_carved_out_whatever_the_seed(hub, tmp_path):
     spec = on_disk(hub, tmp_path, train=table(hub, 20))
     one = load_data(spec)

@@ -102,6 +102,12 @@ class Bundle:
         self._process = os.getpid()
         self.costs, self._measured_on = self._read_costs()
 
+    def __reduce__(self) -> Any:
+        raise BundleError(
+            "a bundle cannot be pickled or copied: its sessions and its thread belong to this "
+            "process. Send its directory, and open it there."
+        )
+
     @property
     def num_exits(self) -> int:
         return len(self.exit_names)

@@ -148,6 +148,12 @@ class Runner:
         self._quiet = self.real_time.quiet
         weakref.finalize(self, self.real_time.close)
 
+    def __reduce__(self) -> Any:
+        raise RunError(
+            "a runner cannot be pickled or copied: its thread and clock belong to this process. "
+            "Send the network and its cost profile, and make a Runner there."
+        )
+
     @property
     def drift(self) -> float:
         """Return the factor by which profiled times are multiplied now.

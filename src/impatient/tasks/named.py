@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,6 +30,19 @@ READY: Mapping[str, Callable[..., Task]] = {
         detection,
     )
 }
+
+
+def _as_pickled(task: Task) -> Any:
+    """Say how a task is pickled and copied: a ready-made one by its name.
+
+    So networks go to other processes, where their functions are made anew.
+    """
+    if task.name.partition(":")[0] in READY and _made(task.name) is task:
+        return named, (task.name,)
+    return object.__reduce_ex__(task, 2)
+
+
+copyreg.pickle(Task, _as_pickled)
 
 
 def named(task: str | Task) -> Task:

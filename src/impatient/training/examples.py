@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,21 +110,43 @@ class ArrayExamples(Examples):
         return leaves((self.inputs, self.labels, self.budgets))
 
 
-@dataclass(frozen=True, slots=True)
-class LazyExamples(Examples):
-    """Images that threads decode when they are asked for.
+class Decoding:
+    """Threads that decode pictures, started when there are some, and anew in a forked process.
 
     Threads help because decoding releases Python's global lock.
     """
 
+    def __init__(self, threads: int = 4) -> None:
+        self._threads = threads
+        self._process: int | None = None
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def all(self, read: Callable[[Any], Tensor], sources: Sequence[Any]) -> list[Tensor]:
+        """Decode all sources, in their order."""
+        if self._pool is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._pool = concurrent.futures.ThreadPoolExecutor(
+                self._threads, thread_name_prefix="decode"
+            )
+        return list(self._pool.map(read, sources))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Threads stay where they are; another process starts its own.
+        return Decoding, (self._threads,)
+
+
+@dataclass(frozen=True, slots=True)
+class LazyExamples(Examples):
+    """Images that threads decode when they are asked for."""
+
     sources: Sequence[Any]
     labels: Tensor
     read: Callable[[Any], Tensor]
-    threads: concurrent.futures.ThreadPoolExecutor
+    decoding: Decoding
     budgets: Tensor | None = None
 
     def take(self, indices: Indices) -> Tensor:
-        return torch.stack(list(self.threads.map(self.read, self._chosen(indices))))
+        return torch.stack(self.decoding.all(self.read, self._chosen(indices)))
 
     def subset(self, indices: Indices) -> LazyExamples:
         return dataclasses.replace(

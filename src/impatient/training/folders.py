@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
-from impatient.training.examples import LazyExamples, Raw
+from impatient.training.examples import Decoding, LazyExamples, Raw
 from impatient.training.map_folders import map_folders
 from impatient.training.options import MAP_OPTIONS, PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import (
@@ -67,10 +68,7 @@ def imagefolder(rest: str, transform: Transform | None = None) -> tuple[Raw, Dat
     }
     some = files["train"][:: max(1, len(files["train"]) // 50)]
     shown, resizing = shown_as(options, transform, (size_of(path) for path, _ in some))
-
-    def read(path: Path) -> Tensor:
-        return read_image(path, shown, 3, resizing)
-
+    read = functools.partial(read_image, size=shown, channels=3, resizing=resizing)
     return lazy_pictures(rows, classes, read, shown, resizing=resizing), options
 
 
@@ -109,11 +107,11 @@ def lazy_pictures(
     empty = [split for split in ("train", "test") if not rows[split]]
     if empty:
         raise DataError(f"no images for {' and '.join(empty)}.")
-    threads = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+    decoding = Decoding()
 
     def examples(split: str) -> LazyExamples:
         sources, _, labels = zip(*rows[split], strict=True)
-        return LazyExamples(sources, torch.tensor(labels, dtype=torch.int64), read, threads)
+        return LazyExamples(sources, torch.tensor(labels, dtype=torch.int64), read, decoding)
 
     listed = "".join(
         f"{split}/{identity}:{label};" for split in rows for _, identity, label in rows[split]

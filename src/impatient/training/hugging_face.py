@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from impatient.training.folders import lazy_pictures
 from impatient.training.options import PICTURE_OPTIONS, DataOptions, read_options
 from impatient.training.pictures import hash_of_file, image_tensor, shown_as, shown_size
 from impatient.training.text import TEXT_OPTIONS, Table, choose_columns, from_tables
+
+log = logging.getLogger(__name__)
 
 
 def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, DataOptions]:
@@ -42,6 +45,9 @@ def hugging_face(rest: str, transform: Transform | None = None) -> tuple[Raw, Da
         tables = tables["train"].train_test_split(test_size=0.2, seed=0)
     train = tables["train"]
     test = tables["test" if "test" in tables else "validation"]
+    others = tables.keys() - {"train", "test"}
+    if "test" in tables and others:
+        log.warning("%s: test is the test split; left out: %s", name, ", ".join(sorted(others)))
     if options.tokenizer:
         return _texts({"train": train, "test": test}, datasets, options, name), options
     if options.budget:

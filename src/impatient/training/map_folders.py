@@ -16,7 +16,7 @@ from torch import Tensor
 from impatient.errors import DataError
 from impatient.networks.transforms import Resizing, Transform
 from impatient.provenance import fingerprint_bytes
-from impatient.training.examples import LazyExamples, Raw
+from impatient.training.examples import Decoding, LazyExamples, Raw
 from impatient.training.options import DataOptions
 from impatient.training.pictures import (
     class_map,
@@ -60,11 +60,9 @@ def map_folders(root: Path, options: DataOptions, transform: Transform | None) -
         files = [path for found in pairs.values() for pair in found for path in pair]
         hashes = list(threads.map(hash_of_file, files))
     names = [f"{split}/{len(found)};" for split, found in pairs.items()]
-    decoding = concurrent.futures.ThreadPoolExecutor(max_workers=4, thread_name_prefix="decode")
+    decoding = Decoding()
     maps = _numbered(maps, str(root), options)
-
-    def picture(path: Path) -> Tensor:
-        return read_image(path, size, 3, resizing)
+    picture = functools.partial(read_image, size=size, channels=3, resizing=resizing)
 
     def examples(split: str) -> LazyExamples:
         sources = [image for image, _ in pairs[split]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import UseAppendAction, arg
 
 import impatient
-from impatient.errors import PolicyError, RunError
+from impatient.errors import PolicyError, RunError, StaleInput
 from impatient.files import is_file
 from impatient.table import Table
 from impatient.verbs.imported import opened
@@ -192,6 +192,30 @@ def _with_real_times(
     return dataclasses.replace(evaluation, rows=rows)
 
 
+def check_same_data(run: RunDirectory, other: RunDirectory) -> None:
+    """Check that two runs are judged on the same samples, prepared in the same way.
+
+    Raises:
+        StaleInput: if not; it says what differs.
+    """
+    here, there = run.spec(), other.spec()
+    if here.data_fingerprint == there.data_fingerprint:
+        return
+    sides = {
+        "--data": (here.data, there.data),
+        "--seed": (here.seed, there.seed),
+        "--validation": (here.validation, there.validation),
+        "what is done to inputs": (str(here.preprocess), str(there.preprocess)),
+    }
+    differing = [f"{what}: {one!r} and {two!r}" for what, (one, two) in sides.items() if one != two]
+    raise StaleInput(
+        f"{run.path} and {other.path} are not of the same data: "
+        f"{'; '.join(differing) or 'the samples themselves changed between the two trainings'}. "
+        "Networks are compared on the same samples, prepared in the same way; train one of them "
+        "again, with what the other one says."
+    )
+
+
 def _static(
     run: RunDirectory, costs: impatient.CostProfile, others: Sequence[RunDirectory], task: str
 ) -> dict[str, impatient.evaluation.StaticBaseline]:
@@ -201,6 +225,7 @@ def _static(
     if not others:
         return {}
     for other in others:
+        check_same_data(run, other)
         run.check_data(other.data())
     judged = [other.exit_free if other.exit_free.is_trained else other for other in others]
     recordings = [judged_as(part.recording("test"), task) for part in judged]
