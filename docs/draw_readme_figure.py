@@ -1,8 +1,9 @@
-"""Draw the README's pictures, light and dark, from examples/cifar10/evaluation.json.
+"""Draw the README's pictures, light and dark, from the zoo's recordings and measured times.
 
     python docs/draw_readme_figure.py
 
-They are legible at half their width: few things, each named where it stands.
+The times are those of examples/cifar10, which `examples/cifar10/make.py` measures. The pictures are
+legible at half their width: few things, each named where it stands.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
-from impatient import Evaluation
-from impatient.evaluation.evaluate import Row
+from impatient import CostProfile, Evaluation, Recording
+from impatient.evaluation import judge_policies
 from impatient.evaluation.plots import save_figure, styled
+from impatient.networks.zoo import zoo_folder
+from impatient.policies.risk import threshold_family
 
 ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "cifar10"
+NETWORK = "anytimenet-cifar10"
 
 
 class Look(NamedTuple):
@@ -29,48 +35,78 @@ class Look(NamedTuple):
     soft: str
     line: str
     blue: str
-    good: str
     bad: str
 
 
 LOOKS = {
-    "light": Look("#16181c", "#5f656d", "#dcd9d2", "#0a66d6", "#12876a", "#cf4f1f"),
-    "dark": Look("#eceae6", "#a5a9b0", "#3a3d43", "#5aa9ff", "#2fb391", "#ef7a4a"),
+    "light": Look("#16181c", "#5f656d", "#dcd9d2", "#0a66d6", "#cf4f1f"),
+    "dark": Look("#eceae6", "#a5a9b0", "#3a3d43", "#5aa9ff", "#ef7a4a"),
 }
 SIZE = 17.0
 
 
-def accuracy_time(evaluation: Evaluation, look: Look) -> Figure:
+class Points(NamedTuple):
+    """Milliseconds, and accuracies from 0 to 1."""
+
+    times: Sequence[float]
+    accuracies: Sequence[float]
+
+
+class Shown(NamedTuple):
+    """What a picture shows.
+
+    Attributes:
+        exits: what a run holds, exit by exit.
+        sure: runs that stop when they are sure, from bold to careful, at their mean time.
+        free: the same weights without exits.
+    """
+
+    exits: Points
+    sure: Points
+    free: Points
+
+
+def shown() -> Shown:
+    evaluation = Evaluation.load(EXAMPLE / "evaluation.json")
+    costs = CostProfile.load(EXAMPLE / "profile.json")
+    recording = Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors")
+    grid = [*np.linspace(0.2, 0.9, 36), *(1.0 - np.geomspace(0.1, 1e-3, 15))]
+    # one threshold for all exits, which is not fitted to the samples it is judged on
+    judged = judge_policies(recording, costs, threshold_family(len(costs.exits), grid=grid)[::-1])
+    free = evaluation["no exits, same weights"]
+    exits = evaluation.of("exit")
+    return Shown(
+        exits=Points(
+            [row.interruptible_s * 1e3 for row in exits], [row.accuracy.value for row in exits]
+        ),
+        sure=Points((judged.contract_s * 1e3).tolist(), judged.accuracy.tolist()),
+        free=Points([free.contract_s * 1e3], [free.accuracy.value]),
+    )
+
+
+def accuracy_time(values: Shown, look: Look) -> Figure:
     with styled():
         figure = Figure(figsize=(8.0, 4.6), dpi=100, layout="constrained")
         figure.patch.set_alpha(0.0)
         axes = figure.subplots()
-        exits = evaluation.of("exit")
-        times = [row.interruptible_s * 1e3 for row in exits]
-        held = [row.accuracy.value for row in exits]
-        right = 1.2 * times[-1]
+        times, held = values.exits
+        right = 1.12 * times[-1]
         axes.step(
             [*times, right], [*held, held[-1]], where="post", color=look.soft, lw=2.5, alpha=0.6
         )
-        axes.plot(times, held, "o", color=look.soft, markersize=13)
-        policies = sorted(evaluation.of("policy"), key=lambda row: row.contract_s)
-        axes.plot(*_points(policies), "o", color=look.blue, markersize=14)
-        alone = [row for row in evaluation.of("exit_free") if "alone" in row.name]
-        axes.plot(*_points(alone), "X", color=look.bad, markersize=14)
-        _say(axes, times[0], held[0], "first exit", look.soft, (12, -26))
-        _say(axes, times[-1], held[-1], "last exit", look.soft, (-4, -30))
-        row = policies[0]
-        name = "stop when sure"
-        _say(axes, row.contract_s * 1e3, row.accuracy.value, name, look.blue, (-14, -5), "right")
-        for row in alone:
-            name = "without exits: this, or nothing"
-            _say(axes, row.contract_s * 1e3, row.accuracy.value, name, look.bad, (-14, 6), "right")
-        _dress(axes, look, right)
+        axes.plot(times, held, "o", color=look.soft, markersize=12)
+        axes.plot(*values.sure, color=look.blue, lw=4.5)
+        axes.plot(*values.free, "X", color=look.bad, markersize=15)
+        _dress(axes, look, right, values)
+        low = held[0] + 0.2 * (held[-1] - held[0])
+        _say(axes, right, low, "at any moment: an answer", look.soft, (-4, 0), "right")
+        high = held[0] + 0.75 * (held[-1] - held[0])
+        place = int(np.abs(np.asarray(values.sure.accuracies) - high).argmin())
+        bold = (values.sure.times[place], values.sure.accuracies[place])
+        _say(axes, *bold, "stop when sure", look.blue, (-12, 8), "right")
+        free = (values.free.times[0], values.free.accuracies[0])
+        _say(axes, *free, "without exits: this, or nothing", look.bad, (0, 16), "center")
     return figure
-
-
-def _points(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [row.contract_s * 1e3 for row in rows], [row.accuracy.value for row in rows]
 
 
 def _say(
@@ -94,13 +130,16 @@ def _say(
     )
 
 
-def _dress(axes: Axes, look: Look, right: float) -> None:
+def _dress(axes: Axes, look: Look, right: float, values: Shown) -> None:
+    every = [value for points in values for value in points.accuracies]
+    lowest, highest = min(every), max(every)
     axes.set_xlim(0.0, right)
-    axes.set_ylim(0.5, 0.9)
-    axes.set_yticks([0.5, 0.6, 0.7, 0.8, 0.9])
-    axes.set_xticks([0.0, 1.0, 2.0, 3.0, 4.0])
+    # room for what is said above
+    axes.set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.25 * (highest - lowest))
+    axes.yaxis.set_major_locator(MultipleLocator(0.1 if highest - lowest > 0.15 else 0.05))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} ms"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.0f} %"))
     axes.tick_params(labelsize=SIZE, labelcolor=look.soft, length=0, pad=8)
     axes.grid(axis="y", color=look.line, alpha=1.0, linewidth=1.0)
     axes.spines[:].set_visible(False)
@@ -108,9 +147,9 @@ def _dress(axes: Axes, look: Look, right: float) -> None:
 
 
 def main() -> None:
-    evaluation = Evaluation.load(ROOT / "examples/cifar10/evaluation.json")
+    values = shown()
     for name, look in LOOKS.items():
-        save_figure(accuracy_time(evaluation, look), ROOT / f"docs/img/accuracy-time-{name}.svg")
+        save_figure(accuracy_time(values, look), ROOT / f"docs/img/accuracy-time-{name}.svg")
 
 
 if __name__ == "__main__":

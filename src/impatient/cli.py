@@ -49,6 +49,8 @@ CONFIG = (
     tyro.conf.DisallowNone,
     tyro.conf.HelptextFromCommentsOff,
 )
+# what Ctrl-C leaves of a verb that writes one file, or none
+AS_BEFORE = "all files are as they were before. Run the same command again."
 # the shell's own code for a command that Ctrl-C ended
 STOPPED = 130
 # a pipe or a file has no width that tables must fit in; a model "mynet:factory:n=2" is no emoji
@@ -100,14 +102,20 @@ VERBS = {
         kept="splits that were finished, and recordings from before, are kept. Run the same "
         "command again for the others.",
     ),
-    "fit": Verb(fit.FitOptions, fit.fit, fit.shown),
-    "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, evaluate.shown),
-    "report": Verb(report.ReportOptions, report.report),
-    "run": Verb(run.RunOptions, run.run, run.shown, run.plain),
-    "show": Verb(show.ShowOptions, show.show, show.shown),
-    "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown),
+    "fit": Verb(fit.FitOptions, fit.fit, fit.shown, kept=AS_BEFORE),
+    "evaluate": Verb(evaluate.EvaluateOptions, evaluate.evaluate, evaluate.shown, kept=AS_BEFORE),
+    "report": Verb(report.ReportOptions, report.report, kept=AS_BEFORE),
+    "run": Verb(
+        run.RunOptions,
+        run.run,
+        run.shown,
+        run.plain,
+        kept="pictures of answers that were written are kept. Run the same command again.",
+    ),
+    "show": Verb(show.ShowOptions, show.show, show.shown, kept=AS_BEFORE),
+    "describe": Verb(describe.DescribeOptions, describe.describe, describe.shown, kept=AS_BEFORE),
     "export": Verb(export.ExportOptions, export.export, export.shown),
-    "compare": Verb(compare.CompareOptions, compare.compare, compare.shown),
+    "compare": Verb(compare.CompareOptions, compare.compare, compare.shown, kept=AS_BEFORE),
     "tail": Verb(tail.TailOptions, tail.tail, tail.shown),
     "tune": Verb(tune.TuneOptions, tune.tune, tune.shown),
     "recalibrate": Verb(
@@ -119,14 +127,15 @@ VERBS = {
     ),
     "ensemble": Verb(ensemble.EnsembleOptions, ensemble.ensemble),
     "select": Verb(select.SelectOptions, select.select, select.shown),
-    "serve": Verb(serve.ServeOptions, serve.serve),
+    "serve": Verb(serve.ServeOptions, serve.serve, kept=AS_BEFORE),
     "bench-serve": Verb(
         bench_serve.BenchServeOptions,
         bench_serve.bench_serve,
         bench_serve.shown,
+        kept=AS_BEFORE,
         spares_a_core=False,
     ),
-    "plan": Verb(plan.PlanOptions, plan.plan, plan.shown),
+    "plan": Verb(plan.PlanOptions, plan.plan, plan.shown, kept=AS_BEFORE),
     "import": Verb(
         import_outputs.ImportOptions, import_outputs.import_outputs, import_outputs.shown
     ),

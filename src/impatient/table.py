@@ -93,6 +93,11 @@ def three_digits(seconds: float) -> str:
     return f"{number:#.3g}".rstrip(".") if number < 1e3 else f"{number:.0f}"
 
 
+def grouped(number: int) -> str:
+    """Write a whole number for people: its thousands apart."""
+    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
 def in_ms(seconds: float) -> str:
     """Write a time in ms with three decimals, without the unit."""
     return f"{seconds * 1e3:.3f}"

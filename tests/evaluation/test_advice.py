@@ -48,7 +48,7 @@ def test_a_policy_that_loses_more_than_it_was_fitted_to_is_named():
         return " ".join(missed_targets(judged, {policy: fitted})).replace("\N{NO-BREAK SPACE}", " ")
 
     missed = words("max_accuracy_loss", 0.01)
-    assert "was to lose at most 1 points of accuracy and loses 5.0 here" in missed
+    assert "was to lose at most 1 point of accuracy and loses 5.0 here" in missed
     assert "on the 50 samples that it was fitted to, and these are 100 others" in missed
     assert "`impatient fit DIR --max-loss 1 --delta 0.05`" in missed
     # just kept, no target of its own, and another kind of target

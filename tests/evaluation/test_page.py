@@ -158,14 +158,53 @@ def test_names_from_outside_are_text(window, page):
     assert "{{7*7}}" in words
 
 
+def test_the_page_says_by_when_each_exit_answers(window, page):
+    window.open(page)
+    rows = "return [...document.getElementById('exits').rows].map(r => r.innerText)"
+    before = [float(row.split("\t")[1].split("\N{NO-BREAK SPACE}")[0]) for row in window.run(rows)]
+    assert before == sorted(before)
+    assert len(before) == 4
+    # the deadline that a row asks for is enough for its exit, and for no deeper one
+    for exit, needed in enumerate(before):
+        _, found = shown(window, deadline=needed)
+        assert found["cap"] == max(k for k, least in enumerate(before) if least <= needed)
+        said = window.run(rows)
+        assert [row.split("\t")[3] for row in said][exit] == "deepest in time"
+        assert all(row.endswith("late") for row in said[exit + 1 :])
+        under = window.run("return document.getElementById('under').textContent")
+        assert "points of accuracy (all samples at" in under or "costs no accuracy" in under
+
+
+def test_a_screen_reader_finds_names_for_all_controls(window, page):
+    window.open(page)
+    window.tool("Accessibility.enable")
+    nodes = window.tool("Accessibility.getFullAXTree")["nodes"]
+    window.tool("Accessibility.disable")
+    named = [
+        (node["role"]["value"], node.get("name", {}).get("value", ""))
+        for node in nodes
+        if not node["ignored"]
+    ]
+    roles = ("slider", "combobox", "checkbox", "button", "image", "region", "heading", "table")
+    nameless = [role for role, name in named if role in roles[:6] and not name]
+    assert nameless == []
+    assert {role for role, _ in named} >= set(roles)
+    assert [name for role, name in named if role == "slider"] == [
+        "deadline",
+        "how sure an answer must be to leave early:",
+    ]
+
+
 def test_a_late_deadline_and_an_early_one_are_said(window, page):
     window.open(page)
     words, _ = shown(window, deadline=0.1)
-    assert words.startswith("In 0.100 ms no answer is sure to be there: the first takes up to 0.9")
+    assert words.startswith(
+        "With a deadline of 0.100 ms no answer is sure to be there: the first takes up to 0.9"
+    )
     words, found = shown(window, deadline=1.6)
     assert found["cap"] == 1
     under = window.run("return document.getElementById('under').textContent")
-    assert "Exit 1 (block1) is the deepest that fits." in under
+    assert "Exit 1 (block1) is the deepest that fits this deadline." in under
 
 
 def test_the_keyboard_turns_dials_and_the_address_keeps_them(window, page):
@@ -227,6 +266,8 @@ def test_without_script_the_result_stands_there(window, page):
     finally:
         window.tool("Emulation.setScriptExecutionDisabled", value=False)
     text = words["result"]["value"].replace("\N{NO-BREAK SPACE}", " ")
-    assert re.search(r"In \d.* ms it is right on \d.* %, after \d.* ms on average", text)
+    assert re.search(
+        r"With a deadline of \d.* ms it is right on \d.* %, after \d.* ms on average", text
+    )
     assert "deadline" not in text.split("What to do next")[0]
     assert "policy one point" in text

@@ -233,7 +233,9 @@ def test_hostile_names_are_only_text():
     assert seen.tags.count("img") == 1
     # title, heading, policy, budget, exits, class, facts
     assert seen.words.count("<script>alert(1)</script>") >= 8
-    page = report_html(made("a\u202eb\x1b[31m"))
+    page = report_html(made("a\u202eb\x1b[31m\ud800\uffff"))
+    # neither half a character nor a number that is none: the file can be written
+    assert "\uffff" not in page.encode("utf-8").decode("utf-8")
     assert "\u202e" not in page
     assert "\x1b" not in page
     assert "a⟨U+202E⟩b⟨U+001B⟩[31m" in page
@@ -292,15 +294,16 @@ def test_the_first_sentence_says_what_a_policy_saves():
     # two of four leave after 1.1 ms, two after 2.1 ms; all exits fit 2.1 ms and the reserve
     words = headline(2e-3)
     assert (
-        "In 2.20 ms it is right on 75.0 %, after 1.60 ms on average: 20 % less than the network "
-        "without exits."
+        "With a deadline of 2.20 ms it is right on 75.0 %, after 1.60 ms on average: 20 % less "
+        "time than the network without exits."
     ) in words
-    assert "Policy half. 95 % interval of this accuracy:" in words
+    assert "Policy half: leaving early costs no accuracy (all samples at exit 1: 75.0 %)" in words
+    assert "Every exit fits this deadline. 95 % interval of this accuracy:" in words
     assert "Exits pay here: policy half takes 20 % less time" in words
 
 
 @pytest.mark.parametrize(
-    ("exit_free_s", "verdict"), [(1e-3, "60 % more than"), (1.6e-3, "as long as")]
+    ("exit_free_s", "verdict"), [(1e-3, "60 % more time than"), (1.6e-3, "as long as")]
 )
 def test_the_first_sentence_says_when_a_policy_saves_nothing(exit_free_s, verdict):
     words = headline(exit_free_s)

@@ -211,6 +211,27 @@ def test_names_cannot_control_the_terminal(call: Call, run_dir: Path, tmp_path: 
     assert (code, r"\udcffx\u001b[2J.npy" in text) == (1, True)
 
 
+@pytest.mark.parametrize("verb", ["show", "describe", "evaluate", "report", "fit"])
+def test_hostile_directories_and_specs_are_text(
+    call: Call, run_dir: Path, tmp_path: Path, verb: str
+) -> None:
+    wild = "a\u202eb[red]\u2066<script>{{7*7}}\x1b[2J:warning:'\""
+    place = Path(shutil.copytree(run_dir, tmp_path / wild))
+    if verb == "show":
+        write_json(place / "network.json", read_json(place / "network.json") | {"data": wild})
+    more = ["--max-loss", "5"] if verb == "fit" else []
+    code, text = call(verb, place, *more)
+    assert code == 0, text
+    assert not set("\u202e\u2066\x1b") & set(text)
+    if verb != "describe":
+        assert r"a\u202eb[red]\u2066" in "".join(text.split())
+    if verb == "report":
+        page = (place / "report.html").read_text("utf-8")
+        assert not set("\u202e\u2066\x1b") & set(page)
+        assert "<script>{{" not in page
+        assert "&lt;script&gt;{{7*7}}" in page
+
+
 # --- show and describe ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from impatient.evaluation.payload import Family
 from impatient.evaluation.recording import Recording
 from impatient.evaluation.vectorised import judge_policies
 from impatient.policies.targets import LOSS, FittedTo
-from impatient.table import milliseconds, percent
+from impatient.table import grouped, milliseconds, percent
 
 # shares, and changes of times, below this are nothing to act on
 SMALL = 0.02
@@ -100,15 +100,15 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
         if target is None:
             continue
         lost = last - row.accuracy.value
-        fitted = f"on the {target.samples} samples that it was fitted to"
+        fitted = f"on the {grouped(target.samples)} samples that it was fitted to"
         # beyond rounding
         if target.name == LOSS and lost > target.wanted + 1e-9:
             yield (
-                f"Policy {row.name} was to lose at most {target.wanted * 100:g} points of "
+                f"Policy {row.name} was to lose at most {_most(target.wanted)} of "
                 f"{evaluation.quality_name} and loses {lost * 100:.1f} here: the target was met "
-                f"{fitted}, and these are {evaluation.samples} others. For a bound on new samples "
-                f"ask for a guarantee: `impatient fit DIR --max-loss {target.wanted * 100:g} "
-                "--delta 0.05`."
+                f"{fitted}, and these are {grouped(evaluation.samples)} others. For a bound on new "
+                "samples ask for a guarantee: "
+                f"`impatient fit DIR --max-loss {target.wanted * 100:g} --delta 0.05`."
             )
         if target.name == "mean_time_s" and row.contract_s > target.wanted * (1.0 + SMALL):
             yield (
@@ -116,6 +116,10 @@ def missed_targets(evaluation: Evaluation, targets: Mapping[str, FittedTo]) -> I
                 f"{milliseconds(row.contract_s)} here: the target was met {fitted}. Fit it to a "
                 "shorter time, or on more samples."
             )
+
+
+def _most(loss: float) -> str:
+    return f"{loss * 100:g} point{'' if loss == POINT else 's'}"
 
 
 def _points(change: float, quality: str) -> str:
@@ -164,7 +168,7 @@ def _useless_exits(evaluation: Evaluation) -> Iterator[str]:
     if worse:
         yield (
             f"{_exits(worse).capitalize()} {'is' if len(worse) == 1 else 'are'} surely worse than "
-            f"a shallower one: leave {_them(worse)} away, or train longer."
+            f"a shallower one: leave {_them(worse)} out, or train longer."
         )
     unused = [
         exit
@@ -174,7 +178,7 @@ def _useless_exits(evaluation: Evaluation) -> Iterator[str]:
     if unused:
         yield (
             f"{_exits(unused).capitalize()} never answer{'s' if len(unused) == 1 else ''} under "
-            f"any policy: if no deadline needs {_them(unused)}, leave {_them(unused)} away."
+            f"any policy: if no deadline needs {_them(unused)}, leave {_them(unused)} out."
         )
 
 

@@ -24,6 +24,7 @@ from impatient.budgets import Budget
 from impatient.costs import CostProfile, Quantiles, Statistic
 from impatient.errors import StorageError
 from impatient.evaluation.evaluate import Evaluation, Kind, Row
+from impatient.evaluation.templates import visible
 from impatient.files import written_whole
 from impatient.table import milliseconds, percent
 
@@ -497,6 +498,8 @@ def _on(colour: str) -> str:
 
 
 def _short(text: str, most: int) -> str:
+    # matplotlib draws no halves of characters
+    text = visible(text)
     text = text if len(text) <= most else f"{text[: most - 1]}…"
     # matplotlib hides labels that start with _
     return f"\u200b{text}" if text.startswith("_") else text
@@ -504,4 +507,5 @@ def _short(text: str, most: int) -> str:
 
 def _tail(text: str, most: int) -> str:
     # the end of a module's name tells it from its neighbours
+    text = visible(text)
     return text if len(text) <= most else f"…{text[1 - most :]}"

@@ -22,6 +22,10 @@
 
   const digits = (number) => (number < 1000 ? Number(number.toPrecision(3)).toFixed(Math.max(0, 2 - Math.floor(Math.log10(Math.max(number, 1e-3))))) : number.toFixed(0));
   const ms = (time) => `${digits(time)}\u00a0ms`;
+  const roundedUp = (number) => {
+    const digit = 10 ** (Math.floor(Math.log10(number)) - 2);
+    return Math.ceil(number / digit - 1e-9) * digit;
+  };
   const percent = (share, places = 1) => `${(share * 100).toFixed(places)}\u00a0%`;
   const plural = (number, word) => `${number.toLocaleString("en").replaceAll(",", "\u202f")} ${word}${number === 1 ? "" : "s"}`;
 
@@ -76,19 +80,21 @@
     return { ...tally(stopsAt), until: way.point.until, open: way.point.open, stopsAt };
   }
 
-  /** The deepest exit that surely fits: what is spent so far on average, and p99 of what is next. */
-  function deepest(open, deadline) {
+  /** The shortest deadline that each exit surely meets: the mean of what is past, p99 of what is next. */
+  function needed(open) {
     const { stages, heads } = times.mean;
     const slow = times.p99;
     let spent = 0;
-    let found = -1;
-    for (let exit = 0; exit < count; exit++) {
-      if (spent + slow.stages[exit] + slow.heads[exit] + data.reserve > deadline) break;
-      found = exit;
-      spent += stages[exit] + (open[exit] ? heads[exit] : 0);
-    }
-    return found;
+    let longest = 0;
+    return stages.map((stage, exit) => {
+      // a run comes past all exits before
+      longest = Math.max(longest, spent + slow.stages[exit] + slow.heads[exit] + data.reserve);
+      spent += stage + (open[exit] ? heads[exit] : 0);
+      return longest;
+    });
   }
+  /** The deepest exit that surely fits. */
+  const deepest = (open, deadline) => needed(open).findLastIndex((least) => least <= deadline);
 
   /** Quality, mean time and where samples leave, if no exit is deeper than `cap`. */
   function judged(step, cap) {
@@ -277,9 +283,10 @@
     $("legend").replaceChildren();
     const line = (look) => (picture) => put(picture, "line", { x1: 0, x2: 18, y1: 7, y2: 7, ...look });
     entry("this policy, now", (picture) => put(picture, "circle", { class: "here", cx: 9, cy: 7, r: 6 }));
-    entry("an interruptible run, exit by exit", line({ class: "steps" }));
+    entry("this policy, from bold to careful", line({ class: "policy" }));
+    entry("if stopped at that moment", line({ class: "steps" }));
     beside.forEach((row, index) => {
-      const name = { policy: `policy ${row.name}`, oracle: "oracle: the cheapest exit that is right" }[row.kind] ?? row.name;
+      const name = { policy: `policy ${row.name}, as fitted`, oracle: "oracle: the cheapest exit that is right, which nobody knows before" }[row.kind] ?? row.name;
       entry(name, (picture) => mark(picture, 9, 7, lookOf(row), colourOf(row, index)));
     });
     data.compared.forEach((other, index) => entry(other.name, line({ class: "other", stroke: COLOURS[index % COLOURS.length] })));
@@ -318,7 +325,7 @@
       if (above > 1 - 1e-9) break;
     }
     for (const label of labels) put(svg, "text", ...label);
-    $("leaves-said").textContent = `Where ${plural(samples, "sample")} leave, and whether they were right.`;
+    $("leaves-said").textContent = `Where ${plural(samples, "sample")} leave (shares of all), and whether they were right.`;
   }
 
   function drawClock(step, cap) {
@@ -427,6 +434,7 @@
 
   // --- the sentence ---
 
+  const exitRows = data.rows.filter((row) => row.kind === "exit");
   const capNow = () => {
     const way = ways[state.way];
     return way.point && way.point.routes ? last : deepest(stepOf(way, state.step).open, state.deadline);
@@ -435,14 +443,23 @@
   function quoted(way, cap, here) {
     const row = data.rows.find((entry) => entry.kind === "policy" && entry.name === way.name);
     const asFitted = row && (way.family ? way.family.fitted && state.step === way.family.start : true);
-    return asFitted && cap === last ? { quality: row.quality, time: row.contract, interval: row.interval } : { ...here, interval: data.yes_or_no ? wilson(here.quality) : null };
+    if (asFitted && cap === last) return { quality: row.quality, time: row.contract, interval: row.interval, whole: exitRows[last].quality };
+    const whole = sum(quality.subarray(cap * samples, (cap + 1) * samples)) / 255 / samples;
+    return { ...here, interval: data.yes_or_no ? wilson(here.quality) : null, whole };
+  }
+  /** Say what leaving early costs against the deepest exit that fits. */
+  function price(found, cap) {
+    const lost = found.whole - found.quality;
+    const reference = `(all samples at exit ${cap}: ${percent(found.whole)})`;
+    if (Math.abs(lost) < 0.0005) return `leaving early costs no ${words.quality} ${reference}`;
+    return `leaving early ${lost > 0 ? "costs" : "gains"} ${(Math.abs(lost) * 100).toFixed(1)} points of ${words.quality} ${reference}`;
   }
   function say(way, cap, here) {
     const found = quoted(way, cap, here);
     const sentence = $("sentence");
     const number = (text) => html(sentence, "b", {}, text);
     const routes = way.point && way.point.routes;
-    sentence.replaceChildren(routes ? "Without a deadline" : "In ");
+    sentence.replaceChildren(routes ? "Without a deadline" : "With a deadline of ");
     if (!routes) number(ms(state.deadline));
     if (cap < 0) {
       const needed = times.p99.stages[0] + times.p99.heads[0] + data.reserve;
@@ -455,19 +472,25 @@
       sentence.append(", after ");
       number(ms(found.time));
       const change = found.time / times.free - 1;
-      const compared = Math.abs(change) < 0.005 ? "as long as" : `${percent(Math.abs(change), 0)} ${change < 0 ? "less" : "more"} than`;
+      const compared = Math.abs(change) < 0.005 ? "as long as" : `${percent(Math.abs(change), 0)} ${change < 0 ? "less" : "more"} time than`;
       sentence.append(` on average: ${compared} the network without exits.`);
     }
     const under = $("under");
     under.replaceChildren();
-    if (cap < 0) under.append(`The runner would give exit 0's answer, late, or raise an error if you say so.`);
-    else if (routes) under.append("This policy chooses which network comes next; the deadline is not applied to it here. ");
+    if (cap < 0) under.append(`The runner would give exit 0's answer, late, or raise an error if you say so. `);
     else {
+      under.append(data.rows.some((row) => row.kind === "policy" && row.name === way.name) ? "Policy " : "With ");
+      html(under, "bdi", {}, way.name);
+      under.append(`: ${price(found, cap)}. `);
+    }
+    if (data.free) under.append(`Without exits: ${percent(data.free.quality)}, always after ${ms(times.free)}. `);
+    if (routes) under.append("It chooses which network comes next; the deadline is not applied to it here. ");
+    else if (cap === last) under.append("Every exit fits this deadline. ");
+    else if (cap >= 0) {
       under.append(`Exit ${cap} (`);
       html(under, "bdi", {}, exits[cap]);
-      under.append(`) is the deepest that fits. `);
+      under.append(`) is the deepest that fits this deadline. `);
     }
-    if (data.free) under.append(`Without exits: ${percent(data.free.quality)} after ${ms(times.free)}, always. `);
     if (found.interval) under.append(`95 % interval of this ${words.quality}: ${percent(found.interval[0])} to ${percent(found.interval[1])}. `);
     if (data.samples < data.recorded) under.append(`Moved dials use ${plural(data.samples, "sample")} of ${data.recorded}.`);
     sentence.dataset.quality = found.quality;
@@ -498,6 +521,18 @@
     }
   }
 
+  /** Mark the exit that the deadline leads to, and say by when each one answers under this policy. */
+  function sayExits(way, cap) {
+    const least = needed(stepOf(way, state.step).open);
+    [...$("exits").rows].forEach((row, exit) => {
+      row.cells[1].textContent = ms(roundedUp(least[exit]));
+      row.classList.toggle("pale", exit > cap);
+      const deepest = exit === cap && !(way.point && way.point.routes);
+      row.cells[3].textContent = exit > cap ? "late" : deepest ? "deepest in time" : "in time";
+      row.classList.toggle("deepest", deepest);
+    });
+  }
+
   function sayOthers() {
     const body = $("others");
     if (!body) return;
@@ -524,6 +559,7 @@
     drawLeaves(here);
     drawClock(stepOf(way, state.step), cap);
     drawSamples(way, cap);
+    sayExits(way, cap);
     sayOthers();
     $("deadline-said").textContent = ms(state.deadline);
     $("deadline").setAttribute("aria-valuetext", ms(state.deadline));
@@ -546,7 +582,8 @@
     writeAddress();
   }
 
-  ways.forEach((way) => html($("policy"), "option", { value: way.index }, way.name));
+  const asked = new Map(data.asked);
+  ways.forEach((way) => html($("policy"), "option", { value: way.index }, asked.get(way.name) ? `${way.name} (asked for: ${asked.get(way.name)})` : way.name));
   data.levels.forEach((level, index) => html($("level"), "option", { value: index }, `${level * 100} %`));
   document.documentElement.classList.add("js");
   readAddress();

@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from impatient.budgets import Budget
 from impatient.costs import Cost, CostProfile
 from impatient.evaluation.advice import advice, bolder
 from impatient.evaluation.evaluate import Evaluation, Row
+from impatient.evaluation.opening import Opening, by_when, opening_of
 from impatient.evaluation.paired import PairedComparison
 from impatient.evaluation.payload import Payload, make_payload
 from impatient.evaluation.picture import Part, network_svg
@@ -52,7 +52,7 @@ from impatient.policies.rules import scores_of
 from impatient.policies.targets import FittedTo
 from impatient.portable.timing import RESERVE_S
 from impatient.provenance import Provenance, fingerprint_bytes
-from impatient.table import Cell, Table, milliseconds, percent
+from impatient.table import Cell, Table, grouped, percent
 
 _CURVE = (
     "Interruptible is the time when every head on the way runs, in case it is the last; contract "
@@ -221,7 +221,7 @@ def report_html(report: Report) -> str:
     costs = report.costs
     samples = [example.sample for example in report.examples]
     payload = make_payload(report.recording, costs, report.policies, keep=samples)
-    opening = _opening(report, payload)
+    opening = opening_of(evaluation, report.recording, costs, payload)
     script = own_file("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     content = payload.content | _content(report, payload, opening)
@@ -235,12 +235,11 @@ def report_html(report: Report) -> str:
         data=_embedded(content),
         line=Markup("<br>"),
         exits_word=_many(costs.num_exits, "exit"),
-        samples=f"{evaluation.samples:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
+        samples=grouped(evaluation.samples),
         split=evaluation.split,
         machine=_machine(costs),
         opening=opening,
-        change=_against(opening.time_ms / 1e3, costs.exit_free_s(batch_size=min(costs.batches))),
-        interval=_interval(opening.interval),
+        by_when=by_when(evaluation, opening),
         words=content["words"],
         advice=_advice(report, payload),
         figure=figure_svg(accuracy_time(evaluation, budget)),
@@ -282,99 +281,6 @@ def _machine(costs: CostProfile) -> str:
     return f"{threads}{made.processor or made.device or 'an unknown machine'}"
 
 
-# --- the first sentence ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
-    """The numbers of the first sentence, before anybody turns a dial.
-
-    Attributes:
-        deadline_ms: a deadline that every exit meets.
-        policy: name of the policy, or of the family of thresholds.
-        fitted: whether it is a policy that was fitted.
-        routes: whether it chooses among networks, so that no deadline is applied to it.
-        quality: mean quality.
-        interval: its 95 % interval, or None.
-        time_ms: mean time.
-    """
-
-    deadline_ms: float
-    policy: str
-    fitted: bool
-    routes: bool
-    quality: float
-    interval: tuple[float, float] | None
-    time_ms: float
-
-    @property
-    def quality_words(self) -> str:
-        """Write the quality for people."""
-        return percent(self.quality)
-
-    @property
-    def deadline_words(self) -> str:
-        """Write the deadline for people."""
-        return milliseconds(self.deadline_ms / 1e3)
-
-    @property
-    def time_words(self) -> str:
-        """Write the mean time for people."""
-        return milliseconds(self.time_ms / 1e3)
-
-
-def _opening(report: Report, payload: Payload) -> Opening:
-    costs = report.costs
-    size = min(costs.batches)
-    stages, heads = costs.parts("time", batch_size=size)
-    slow_stages, slow_heads = costs.parts("time", statistic="p99", batch_size=size)
-    needed = RESERVE_S + max(
-        sum(stages[:exit]) + sum(heads[:exit]) + slow_stages[exit] + slow_heads[exit]
-        for exit in range(costs.num_exits)
-    )
-    deadline_ms = _rounded_up(needed * 1e3)
-    if payload.shown is None or payload.fitted:
-        rows = report.evaluation.of("policy") if payload.fitted else report.evaluation.of("exit")
-        row = next((row for row in rows if row.name == payload.first), rows[-1])
-        return Opening(
-            deadline_ms=deadline_ms,
-            policy=payload.first,
-            fitted=payload.fitted,
-            routes=payload.shown is not None and payload.shown.routes,
-            quality=row.accuracy.value,
-            interval=(row.accuracy.low, row.accuracy.high),
-            time_ms=row.contract_s * 1e3,
-        )
-    outcome = payload.shown.outcome(report.recording, costs, batch_size=size)
-    quality = report.recording.quality.double().numpy()
-    return Opening(
-        deadline_ms=deadline_ms,
-        policy=payload.first,
-        fitted=False,
-        routes=False,
-        quality=float(quality[outcome.exits.numpy(), np.arange(quality.shape[1])].mean()),
-        interval=None,
-        time_ms=float(outcome.contract_s.mean()) * 1e3,
-    )
-
-
-def _against(time_s: float, reference_s: float) -> str:
-    change = time_s / reference_s - 1.0 if reference_s else 0.0
-    if abs(change) < 0.005:
-        return "as long as"
-    return f"{percent(abs(change), 0)} {'less' if change < 0 else 'more'} than"
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
-
-
-def _rounded_up(number: float) -> float:
-    """Round up to three digits."""
-    digit = 10.0 ** (math.floor(math.log10(number)) - 2)
-    return float(f"{math.ceil(number / digit - 1e-9) * digit:.6g}")
-
-
 # --- what the script reads ------------------------------------------------------------------------
 
 
@@ -394,6 +300,7 @@ def _content(report: Report, payload: Payload, opening: Opening) -> dict[str, An
         "range": [low, high],
         "logarithmic": logarithmic,
         "budget": _budget(report.chosen_budget, low, high),
+        "asked": [[name, _target(policy)[1]] for name, policy in report.policies.items()],
         "words": _words(evaluation.quality_name, yes_or_no=payload.content["bits"]),
         "yes_or_no": payload.content["bits"],
         "compared": [
@@ -573,7 +480,7 @@ def _asked(name: str, value: float) -> str:
     if name == "time_price":
         return f"{value:g} errors per second"
     if name == "max_accuracy_loss":
-        return f"{value * 100:.1f} points lost at most"
+        return f"{value * 100:g} point{'' if value == 0.01 else 's'} lost at most"
     cost: dict[str, Cost] = {"mean_macs": "macs", "mean_bytes": "bytes", "mean_energy_j": "energy"}
     return f"{amount(value, cost.get(name, 'time'))} at most"
 

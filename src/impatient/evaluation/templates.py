@@ -33,7 +33,7 @@ def own_file(name: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""Write characters that steer a terminal or turn text round by their numbers.
+    r"""Write characters that steer, turn text round or are none by their numbers.
 
     Example:
         >>> visible("safe\u202etxt.exe")
@@ -45,4 +45,7 @@ def visible(text: str) -> str:
 def _steers(letter: str) -> bool:
     if unicodedata.category(letter) == "Cc":
         return letter not in "\t\n"
+    # halves of characters, and numbers that are none: no file may hold them
+    if unicodedata.category(letter) == "Cs" or ord(letter) & 0xFFFE == 0xFFFE:
+        return True
     return unicodedata.bidirectional(letter) in _TURNING

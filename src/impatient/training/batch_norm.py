@@ -12,6 +12,7 @@ import torch
 from impatient.anytime import Network
 from impatient.inputs import evaluating
 from impatient.networks.recalibration import batch_norms, recalibrate, recalibrated
+from impatient.progress import tracked
 from impatient.training.data import Data, Split
 from impatient.training.history import History
 from impatient.training.losses import summed_quality
@@ -61,7 +62,12 @@ class Recalibrated:
 
 
 def recalibrate_on(
-    network: Network, data: Data, *, batch_size: int = 256, seed: int = 0
+    network: Network,
+    data: Data,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Recalibrated:
     """Compute a network's batch-norm statistics anew from a training split, in place.
 
@@ -70,9 +76,13 @@ def recalibrate_on(
         data: its data set; the training split is passed through it, without augmentation.
         batch_size: samples per batch, as many as in training.
         seed: seed of their order.
+        progress: whether to show progress.
     """
     before = mean_quality(network, data, "validation")
-    recalibrate(network, training_inputs(network, data, batch_size=batch_size, seed=seed))
+    inputs = training_inputs(network, data, batch_size=batch_size, seed=seed)
+    count = -(-data.size("train") // batch_size)
+    shown = tracked(inputs, "recalibrating", total=count, unit="batches", wanted=progress)
+    recalibrate(network, shown)
     return _compared(network, data, before)
 
 

@@ -17,6 +17,7 @@ from tyro.conf import arg
 
 from impatient.errors import DataError, ServingError
 from impatient.table import Table, in_ms
+from impatient.verbs.notes import log
 from impatient.verbs.options import OFF, Count, Directory, Positive, Text, Times, VerbOptions
 from impatient.verbs.run_directory import RunDirectory
 from impatient.verbs.serve import TOKEN
@@ -74,6 +75,8 @@ def bench_serve(options: BenchServeOptions) -> dict[str, Any]:
         )
     else:
         instants = _traced(options.trace, options.requests, options.rate)
+    # no bar: drawing it would delay the requests
+    log.info("sending %d requests, which takes %.0f s", len(instants), instants[-1])
     rng = np.random.default_rng(options.seed)
     low, high = np.log(options.budgets_s)
     result = asyncio.run(

@@ -11,7 +11,7 @@ from impatient.files import is_file, read_tensors, write_tensors
 from impatient.table import Table, percent
 from impatient.verbs.network_spec import save_weights
 from impatient.verbs.notes import log
-from impatient.verbs.options import Directory, Positive, Trust, VerbOptions
+from impatient.verbs.options import Directory, Positive, Quiet, Trust, VerbOptions
 from impatient.verbs.processes import alone
 from impatient.verbs.run_directory import RunDirectory
 
@@ -29,6 +29,7 @@ class RecalibrateOptions(VerbOptions):
 
     directory: Directory
     batch_size: Positive = 128
+    quiet: Quiet = False
     trust: Trust = ()
 
 
@@ -65,7 +66,13 @@ def recalibrate(options: RecalibrateOptions) -> dict[str, Recalibrated]:
         )
     changed = {}
     for name, network in networks.items():
-        changed[name] = recalibrate_on(network, data, batch_size=options.batch_size, seed=spec.seed)
+        changed[name] = recalibrate_on(
+            network,
+            data,
+            batch_size=options.batch_size,
+            seed=spec.seed,
+            progress=not options.quiet,
+        )
         part = parts[name]
         # The checkpoint first: from it `train` would write the old weights again.
         _update_checkpoint(part, network)
