@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from command_line import Call
+from command_line import TINY, Call
 from impatient import CostProfile, Evaluation, progress
 from impatient.evaluation import tables
 from impatient.evaluation.report import select_examples
@@ -107,7 +107,10 @@ def test_progress_disappears_where_it_is_not_wanted(capsys: pytest.CaptureFixtur
 # --- on a real run --------------------------------------------------------------------------------
 
 
+RUN = "the run directory"
 RUNS = {
+    "train": TINY,
+    "compare": [RUN],
     "profile": ["--repeats", "20", "--quiet"],
     "record": ["--quiet"],
     "fit": ["--max-loss", "3"],
@@ -121,8 +124,9 @@ RUNS = {
 
 @pytest.mark.parametrize("verb", RUNS)
 def test_every_verb_prints_json(run_dir: Path, verb: str) -> None:
+    arguments = [str(run_dir) if part == RUN else part for part in (RUN, *RUNS[verb])]
     result = subprocess.run(
-        [sys.executable, "-m", "impatient.cli", verb, str(run_dir), *RUNS[verb], "--json"],
+        [sys.executable, "-m", "impatient", verb, *arguments, "--json"],
         capture_output=True,
         text=True,
         check=False,
