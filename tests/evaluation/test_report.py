@@ -326,7 +326,8 @@ def test_the_first_sentence_is_of_the_first_policy_whatever_its_kind():
     words = Page(report_html(report)).words
     accuracy = evaluation["chosen"].accuracy.value
     assert f"Without a deadline it is right on {accuracy * 100:.1f} %, after" in words
-    assert "Policy chosen. 95 % interval" in words
+    assert "Policy chosen: leaving early " in words
+    assert "the deadline is not applied to it here. 95 % interval" in words
 
 
 def test_a_page_of_another_task_calls_quality_by_its_name():

@@ -93,8 +93,8 @@
       return longest;
     });
   }
-  /** The deepest exit that surely fits. */
-  const deepest = (open, deadline) => needed(open).findLastIndex((least) => least <= deadline);
+  /** The deepest exit that surely fits; beyond rounding, so that a deadline as shown is enough. */
+  const deepest = (open, deadline) => needed(open).findLastIndex((least) => least <= deadline + 1e-9);
 
   /** Quality, mean time and where samples leave, if no exit is deeper than `cap`. */
   function judged(step, cap) {
