@@ -64,6 +64,14 @@ def test_exits_save_nothing_where_no_sample_leaves():
     assert "exit 0 is there after 1.10 ms, with 100.0 %" in words
 
 
+def test_exits_do_not_pay_by_answers_that_are_much_worse():
+    # half of the early answers are wrong, and all leave early
+    words = said([[1] * 50 + [0] * 50, [1] * 100, [1] * 100], [ALL_EARLY])
+    assert "Exits pay here" not in words
+    assert "No policy here comes within 2 points of the best accuracy, 100.0 %: (0.8" in words
+    assert "takes 63 % less time for 50.0 points less accuracy. Exits still pay where" in words
+
+
 def test_without_a_policy_it_says_to_fit_one():
     assert "`impatient fit`" in said(RIGHT, [])
 

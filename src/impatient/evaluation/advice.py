@@ -57,7 +57,7 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
         yield "This network has one exit, so it always takes the same time; attach more exits."
         return
     early = (
-        f"They still pay where the time varies: exit 0 is there after "
+        f"Exits still pay where the time varies: exit 0 is there after "
         f"{milliseconds(exits[0].contract_s)}, with {percent(exits[0].accuracy.value)}."
     )
     if free is None or not policies:
@@ -71,10 +71,20 @@ def _whether_exits_pay(evaluation: Evaluation) -> Iterator[str]:
     # the one that saves most among those that lose little
     whole = max(row.accuracy.value for row in (*evaluation.of("exit_free"), exits[-1]))
     near = [row for row in policies if row.accuracy.value >= whole - 2 * POINT]
-    best = min(near or policies, key=lambda row: row.contract_s)
+    best = (
+        min(near, key=lambda row: row.contract_s)
+        if near
+        else max(policies, key=lambda row: row.accuracy.value)
+    )
     saved = 1.0 - best.contract_s / free.contract_s
     change = _points(best.accuracy.value - whole, evaluation.quality_name)
-    if saved < SMALL:
+    if not near and saved >= SMALL:
+        yield (
+            f"No policy here comes within 2 points of the best {evaluation.quality_name}, "
+            f"{percent(whole)}: {best.name}, the most accurate, takes {percent(saved, 0)} less "
+            f"time {change}. {early}"
+        )
+    elif saved < SMALL:
         yield (
             f"Exits save no time on average here: policy {best.name} takes "
             f"{milliseconds(best.contract_s)}, the network without exits "
