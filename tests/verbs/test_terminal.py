@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from command_line import TINY, Call
+from command_line import Call
 from impatient import CostProfile, Evaluation, progress
 from impatient.evaluation import tables
 from impatient.evaluation.report import select_examples
@@ -109,7 +109,6 @@ def test_progress_disappears_where_it_is_not_wanted(capsys: pytest.CaptureFixtur
 
 RUN = "the run directory"
 RUNS = {
-    "train": TINY,
     "compare": [RUN],
     "profile": ["--repeats", "20", "--quiet"],
     "record": ["--quiet"],
