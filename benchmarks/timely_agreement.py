@@ -42,8 +42,8 @@ from timely import (
 )
 
 import impatient
-from impatient.costs import CostProfile
 from impatient.evaluation.recording import Recording
+from impatient.files import read_json, write_json
 from impatient.networks.zoo import zoo_folder
 from impatient.serving import ServedModel
 from impatient.serving.load import LoadResult, send_load
@@ -57,25 +57,20 @@ LONE_REQUESTS = 100
 CORES = sorted(os.sched_getaffinity(0))
 
 
-def serve(rule: str, profile: Path) -> None:
+def serve(rule: str, file: Path) -> None:
     """Serve the network by a rule, at a port that is printed."""
     from impatient.serving.app import App
     from impatient.serving.connections import listening_socket, web_server
-    from impatient.serving.hosting import hosted_network
-    from impatient.serving.service import Limits, Service
+    from impatient.serving.service import Hosted, Limits, Service
     from impatient.serving.tensors import InputSpec
 
-    folder = zoo_folder(NETWORK)
-    spec = NetworkSpec.load(folder / "network.json")
-    hosted = hosted_network(
-        "net",
-        impatient.load_zoo(NETWORK),
-        Recording.load(folder / "recordings" / "validation.safetensors"),
+    spec = NetworkSpec.load(zoo_folder(NETWORK) / "network.json")
+    hosted = Hosted(
+        network=impatient.load_zoo(NETWORK),
+        model=the_model(read_json(file), max(SIZES)),
+        input=InputSpec.one(["UINT8"], spec.example_shape, max(SIZES)),
         preprocess=spec.preprocess,
         classes=spec.class_names,
-        input=InputSpec.one(["UINT8"], spec.example_shape, max(SIZES)),
-        costs=CostProfile.load(profile),
-        max_batch=max(SIZES),
     )
     service = Service([hosted], Limits(most_s=60.0, waiting=4096), RULES[rule]())
     listener = listening_socket("127.0.0.1", 0)
@@ -85,9 +80,9 @@ def serve(rule: str, profile: Path) -> None:
 
 
 @contextlib.contextmanager
-def server(rule: str, profile: Path) -> Iterator[str]:
+def server(rule: str, file: Path) -> Iterator[str]:
     """Start a server in a process of its own, and give its address."""
-    command = [sys.executable, __file__, "--serve", rule, "--profile", str(profile)]
+    command = [sys.executable, __file__, "--serve", rule, "--times", str(file)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
@@ -167,7 +162,7 @@ def both(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve")
-    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--times", type=Path)
     parser.add_argument("--data", default="")
     parser.add_argument("--requests", type=int, default=1500)
     parser.add_argument("--seeds", type=int, default=3)
@@ -175,22 +170,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.serve:
-        serve(args.serve, args.profile)
+        serve(args.serve, args.times)
         return
     loads, chosen = (LOADS, CHOSEN)
     if args.smoke:
         args.requests, args.seeds, loads, chosen = 100, 1, (0.5,), (OURS, "fixed large")
     os.sched_setaffinity(0, {CORES[0]})
-    costs = measured(20 if args.smoke else 200)
+    times = measured(20 if args.smoke else 250)
     os.sched_setaffinity(0, {CORES[-1]})
     data = impatient.load_data(args.data or data_spec("cifar10"))
-    model = the_model(costs, max(SIZES))
+    model = the_model(times, max(SIZES))
     test = arrays_of(Recording.load(zoo_folder(NETWORK) / "recordings" / "test.safetensors"))
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
-        profile = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "profile.json"
-        costs.save(profile)
-        addresses = {name: stack.enter_context(server(name, profile)) for name in chosen}
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "times.json"
+        write_json(file, times)
+        addresses = {name: stack.enter_context(server(name, file)) for name in chosen}
         lone = 10 if args.smoke else LONE_REQUESTS
         extra_s = added_s(addresses["fixed large"], model, data, lone)
         print(

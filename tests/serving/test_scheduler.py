@@ -343,6 +343,33 @@ def test_the_fluid_bound_of_two_requests_is_what_one_works_out_by_hand() -> None
     # 3 seconds for both: two first exits of 1 s (0.6 each), then half of one step (0.3 for 2 s)
     bound = fluid_bound([1.0, 3.0], np.array([[0.6, 0.9], [0.6, 0.9]]), [0.0, 0.0], [3.0, 3.0])
     assert bound == pytest.approx((0.6 + 0.6 + 0.15) / 2)
+    # who is alone takes 4 s to the second exit, which nobody has
+    bound = fluid_bound(
+        [1.0, 3.0],
+        np.array([[0.6, 0.9], [0.6, 0.9]]),
+        [0.0, 0.0],
+        [3.0, 3.0],
+        alone_s=[1.5, 4.0],
+    )
+    assert bound == pytest.approx(0.6)
+
+
+def test_only_the_last_head_of_a_work_is_paid() -> None:
+    model = ServedModel(
+        name="net",
+        stages_s={1: (1.0, 2.0), 3: (2.0, 4.0)},
+        heads_s={1: (0.1, 0.2), 3: (0.3, 0.6)},
+        quality=(0.5, 0.6),
+    )
+    assert model.work_s(0, 1, 1) == pytest.approx(3.2)
+    assert model.work_s(1, 1, 2) == pytest.approx(3.4)
+    # beyond the largest size in proportion
+    assert model.work_s(0, 0, 6) == pytest.approx(4.6)
+    assert model.scaled(2.0).work_s(0, 1, 1) == pytest.approx(6.4)
+    with pytest.raises(ServingError, match="one head per exit for the same sizes"):
+        ServedModel(
+            name="net", stages_s={1: (1.0, 2.0)}, heads_s={2: (0.1, 0.2)}, quality=(0.5, 0.6)
+        )
 
 
 def test_a_table_of_gains_gives_the_means_of_its_bins() -> None:

@@ -87,11 +87,13 @@ def body_of(raw: np.ndarray, **parameters: object) -> dict[str, object]:
     return {"inputs": [{**tensor, "data": raw.ravel().tolist()}], "parameters": parameters}
 
 
-def test_the_command_of_the_guide_asks_the_server(server) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/serving.md"])
+def test_the_command_of_the_pages_asks_the_server(server, page) -> None:
     _process, port = server
-    guide = (ROOT / "docs" / "how-to" / "serving.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```text\n(.*?)```", guide, re.DOTALL)
-    (command,) = [block for block in blocks if "curl" in block]
+    blocks = re.findall(r"```text\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if "curl" in block]
+    # what is typed after a prompt, or else the whole block
+    (command,) = re.findall(r"^\$ (curl.*)$", block, re.MULTILINE) or [block]
     command = command.replace(":8000", f":{port}").replace("impatient-demo", "digits")
     command = command.replace("python -c", f"{sys.executable} -c")
     told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

@@ -136,6 +136,8 @@ def fluid_bound(
     quality_RK: np.ndarray,
     arrivals_s: Sequence[float] | np.ndarray,
     budgets_s: Sequence[float] | np.ndarray,
+    *,
+    alone_s: Sequence[float] | None = None,
 ) -> float:
     """Bound the mean timely quality that any schedule of one worker can reach.
 
@@ -149,6 +151,8 @@ def fluid_bound(
         quality_RK: quality of each exit for each request, in [0, 1], shape [R, K].
         arrivals_s: instants of arrival, increasing.
         budgets_s: seconds from arrival to deadline.
+        alone_s: least seconds from the arrival of a sample to its answer from each exit, shape [K];
+            by default `costs_s`. A batch that is cheap per sample takes longer than one sample.
     Returns:
         The mean quality over all requests, in [0, 1].
     """
@@ -157,7 +161,9 @@ def fluid_bound(
 
     begin = np.asarray(arrivals_s, dtype=float)
     end = begin + np.asarray(budgets_s, dtype=float)
-    request, gain, seconds = _increments(np.asarray(costs_s, dtype=float), quality_RK, end - begin)
+    least = np.asarray(costs_s if alone_s is None else alone_s, dtype=float)
+    reached_RK = least <= (end - begin)[:, None]
+    request, gain, seconds = _increments(np.asarray(costs_s, dtype=float), quality_RK, reached_RK)
     edges = np.unique(np.concatenate([begin, end]))
     owner, window = np.nonzero((begin[:, None] <= edges[:-1]) & (end[:, None] >= edges[1:]))
     count = len(begin)
@@ -186,7 +192,7 @@ def fluid_bound(
 
 
 def _increments(
-    costs_s: np.ndarray, quality_RK: np.ndarray, budgets_s: np.ndarray
+    costs_s: np.ndarray, quality_RK: np.ndarray, reached_RK: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return request, gain and seconds of every step of the requests' concave hulls."""
     requests: list[int] = []
@@ -200,7 +206,7 @@ def _increments(
             ahead = [
                 ((quality[k] - value) / (costs_s[k] - time), k)
                 for k in range(place + 1, len(costs_s))
-                if costs_s[k] <= budgets_s[number]
+                if reached_RK[number, k]
             ]
             ratio, best = max(ahead, default=(0.0, -1))
             if ratio <= 0.0:
