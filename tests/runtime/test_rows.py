@@ -57,6 +57,14 @@ def test_the_head_that_one_row_needs_counts_against_the_others() -> None:
     assert [row.exit for row in alone.rows] == [1, 1]
 
 
+def test_a_row_alone_passes_an_exit_that_its_policy_closes() -> None:
+    thresholds = (math.inf, 0.0, 0.0, -math.inf)
+    policy = ThresholdPolicy(score="max_probability", thresholds=thresholds)
+    runner = runner_of(network_of(1), policy=policy)
+    answer = runner.run(torch.zeros(1, 1), deadline=at(99.0))
+    assert [(row.exit, row.stopped_by) for row in answer.rows] == [(1, "policy")]
+
+
 def test_a_row_for_which_nothing_fits_is_late_and_says_so() -> None:
     answer = runner_of(network_of(2)).run(torch.zeros(2, 1), deadline=at(0.5, 9.0))
     assert [(row.exit, row.deadline_met) for row in answer.rows] == [(0, False), (3, True)]

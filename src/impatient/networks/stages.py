@@ -560,7 +560,7 @@ class _Visits:
         error: what a visit raised.
     """
 
-    __slots__ = ("_ambient", "_calls", "_cuts", "_run", "_stack", "_visit", "error", "left")
+    __slots__ = ("_ambient", "_calls", "_cuts", "_run", "_visit", "_visiting", "error", "left")
 
     def __init__(self, run: StagedRun, visit: Visit) -> None:
         self._run = run
@@ -568,7 +568,7 @@ class _Visits:
         self._ambient = run._position.ambient
         self._cuts = run._cuts
         self._calls: dict[nn.Module, int] = {}
-        self._stack = _thread.stack
+        self._visiting = False
         self.left = False
         self.error: BaseException | None = None
 
@@ -580,6 +580,9 @@ class _Visits:
         Returns:
             The output that replaces the module's output; None leaves it as it is.
         """
+        if self._visiting:
+            # What a visit calls is no part of this forward.
+            return None
         calls = self._calls
         call = calls[module] = calls.get(module, -1) + 1
         index = self._cuts.get((module, call))
@@ -587,8 +590,7 @@ class _Visits:
             return None
         features = output if isinstance(output, Tensor) else first_tensor(output)
         if not self.left:
-            # What a visit calls is no part of this forward.
-            self._stack.pop()
+            self._visiting = True
             try:
                 if self._ambient.here():
                     self.left = self._visit(self._run._exit_at(index, features))
@@ -598,8 +600,7 @@ class _Visits:
                 # Not through the model, whose own code may catch it.
                 self.error = error
                 self.left = True
-            finally:
-                self._stack.append(self)
+            self._visiting = False
         # Again and again, in case the model's own code catches it.
         if self.left:
             raise _Leave

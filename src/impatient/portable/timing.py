@@ -72,8 +72,7 @@ class SlowdownEstimator:
     def observe(self, ratio: float) -> None:
         """Record that a stage took `ratio` times its profiled time."""
         if ratio < self.STEP:
-            steps = math.floor(math.log(max(ratio, 1.0 / self.LARGEST)) / math.log(self.STEP))
-            ratio = self.STEP**steps
+            ratio = _STEPS[bisect.bisect_left(_STEPS, ratio)]
         else:
             ratio = min(max(1.0, ratio), self.LARGEST)
         with self._lock:
@@ -93,6 +92,10 @@ class SlowdownEstimator:
         with self._lock:
             self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
             self._sorted = sorted(self._latest)
+
+
+# Ratios below 1, from the smallest that counts.
+_STEPS = [SlowdownEstimator.STEP**power for power in range(20, 0, -1)]
 
 
 class TimePredictor:

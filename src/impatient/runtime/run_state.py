@@ -184,9 +184,8 @@ class RunState:
         """Ask the policy whether all samples have stopped at this exit."""
         now = self._now
         output = None
-        asked = now()
+        asked = began = now()
         if policy.needs_outputs:
-            began = asked
             output = exit.output()
             asked = now()
             self.heads_s += asked - began

@@ -416,9 +416,6 @@ class ContractRun:
     _bounded = False
     # Why the run stops at the present exit; None if it goes on.
     _stopped_by: StoppedBy | None = None
-    # Seconds of the latest stage. None: they were observed already, or say nothing about the
-    # profile.
-    _stage_s: float | None = None
     # Outputs and exits where the run has stopped.
     _found: tuple[Tensor, tuple[int, ...]]
 
@@ -461,7 +458,7 @@ class ContractRun:
                 self._check_first(begin)
                 stops = self._step(state.advance())
             else:
-                stops = self._stops()
+                stops = self._step(state.exit, again=True)
             while not stops:
                 stops = self._step(state.advance())
             return self._answer()
@@ -504,7 +501,8 @@ class ContractRun:
     def _prepare(
         self, begin: float, deadline: Deadline, limits: Mapping[Unit, float] | None
     ) -> None:
-        check_deadline(deadline)
+        if deadline is not NEVER:
+            check_deadline(deadline)
         self._begin = begin
         self._deadline = deadline
         if self._rows is None:
@@ -526,37 +524,39 @@ class ContractRun:
         # Whether the time of a stage says something about the profile.
         self._profiled = self._observes and size in self._runner._predictors
 
-    def _step(self, exit: Exit) -> bool:
-        """Do what is to be done at an exit just reached, and tell whether to stop there."""
-        state = self._state
-        state.reach(exit)
-        # The time of a part of a batch says nothing about the profile of the whole.
-        if self._profiled and exit.whole:
-            self._stage_s = state.reached_at - state.began
-        if not exit.index:
-            state.first_s = state.reached_at - self._begin + self._runner._first_head_s
-        return self._stops()
+    def _step(self, exit: Exit, *, again: bool = False) -> bool:
+        """Do what is to be done at an exit, and tell whether to stop there.
 
-    def _stops(self) -> bool:
-        """Tell whether to stop at this exit, and take the answer there or go on."""
+        Args:
+            exit: exit that the run has reached.
+            again: whether the run has stopped here before, and is to go on if it may.
+        """
         state = self._state
+        # Seconds of the stage. None: they were observed already, or say nothing about the profile.
+        stage_s = None
+        if not again:
+            state.reach(exit)
+            # The time of a part of a batch says nothing about the profile of the whole.
+            if self._profiled and exit.whole:
+                stage_s = state.reached_at - state.began
+            if not exit.index:
+                state.first_s = state.reached_at - self._begin + self._runner._first_head_s
         stopped_by: StoppedBy | None = state.stops()
         if self._bounded:
             stopped_by = self._within(stopped_by)
         self._stopped_by = stopped_by
-        stage_s = self._stage_s
-        self._stage_s = None
         if stopped_by is not None:
             self._found = state.answer()
-            stage_s = None if stage_s is None else self._runner.clock.now() - state.began
+            if stage_s is not None:
+                answer_s = self._runner.clock.now() - state.began
+                self._predictor.observe(exit.index, answer_s, answered=True)
+            return True
         if stage_s is not None:
-            assert state.exit is not None
-            self._predictor.observe(state.exit.index, stage_s, answered=stopped_by is not None)
-        if stopped_by is None:
-            state.go_on()
-            if state.samples > 1:
-                self._plan()
-        return stopped_by is not None
+            self._predictor.observe(exit.index, stage_s)
+        state.go_on()
+        if state.samples > 1:
+            self._plan()
+        return False
 
     def _within(self, stopped_by: StoppedBy | None) -> StoppedBy | None:
         """Find out whether to stop at this exit because of a limit or the deadline."""
