@@ -32,7 +32,11 @@ class SpeedColumn(ProgressColumn):
         return Text(f"{number} {task.fields.get('unit', 'steps')}/s", style="progress.data.speed")
 
 
-def display(wanted: bool) -> Progress:
+# seconds between two drawings of a display that draws between entries alone
+PAUSE_S = 0.2
+
+
+def display(wanted: bool, *, between: bool = False) -> Progress:
     """Make the display, on the error stream, so that results can be piped.
 
     Add tasks with `add_task(description, total=..., unit="samples")`; a task may have a text beside
@@ -40,6 +44,7 @@ def display(wanted: bool) -> Progress:
 
     Args:
         wanted: whether it is shown at all.
+        between: whether it is drawn only when asked to; else a thread draws it.
     """
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -51,11 +56,18 @@ def display(wanted: bool) -> Progress:
         console=Console(stderr=True),
         transient=True,
         disable=not wanted,
+        auto_refresh=not between,
     )
 
 
 def tracked(
-    entries: Iterable[Entry], description: str, *, total: int, unit: str, wanted: bool
+    entries: Iterable[Entry],
+    description: str,
+    *,
+    total: int,
+    unit: str,
+    wanted: bool,
+    between: bool = False,
 ) -> Iterator[Entry]:
     """Give entries one by one, and show how many have been worked on.
 
@@ -65,9 +77,14 @@ def tracked(
         total: how many there are.
         unit: what they are called, in plural.
         wanted: whether anything is shown.
+        between: whether it is drawn between entries alone, because what is done with one is timed.
     """
-    with display(wanted) as shown:
+    with display(wanted, between=between) as shown:
         task = shown.add_task(description, total=total, unit=unit, note="")
+        drawn_s = -PAUSE_S
         for entry in entries:
             yield entry
             shown.advance(task)
+            if between and shown.get_time() - drawn_s >= PAUSE_S:
+                shown.refresh()
+                drawn_s = shown.get_time()

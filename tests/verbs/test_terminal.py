@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_progress_disappears_where_it_is_not_wanted(capsys: pytest.CaptureFixtur
     assert list(given) == list(range(5))
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_while_something_is_timed_no_thread_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    before = threading.active_count()
+    given = progress.tracked(range(3), "timing", total=3, unit="runs", wanted=True, between=True)
+    for _ in given:
+        assert threading.active_count() == before
+    with progress.display(wanted=True):
+        assert threading.active_count() > before
 
 
 # --- on a real run --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 import impatient
 from impatient.clock import Deadline
+from impatient.progress import tracked
 from impatient.recipe import Recipe
 from impatient.table import Table, in_ms
 from impatient.verbs.evaluate import EvaluateOptions, evaluate
@@ -126,7 +127,7 @@ def demo(options: DemoOptions) -> list[DeadlineRow]:
     # for each exit a deadline just long enough for it
     deadlines = [round(1.1 * cost + RESERVE_S, 5) for cost in costs.contract_s(statistic="p99")]
     runners = [impatient.Runner(network, costs) for _ in deadlines]
-    return under_deadlines(runners, run.data(), "test", deadlines)
+    return under_deadlines(runners, run.data(), "test", deadlines, progress=not quiet)
 
 
 def under_deadlines(
@@ -134,6 +135,8 @@ def under_deadlines(
     data: impatient.Data,
     split: Split,
     deadlines_s: Sequence[float],
+    *,
+    progress: bool = False,
 ) -> list[DeadlineRow]:
     """Answer for a split's samples one by one, under every deadline in turn.
 
@@ -145,6 +148,7 @@ def under_deadlines(
         data: where the samples come from.
         split: the split.
         deadlines_s: the deadlines.
+        progress: whether to show progress, between samples.
     """
     samples = list(data.batches(split, 1))
     labels = [int(label) for _, label in samples]
@@ -152,7 +156,10 @@ def under_deadlines(
     answers: list[list[impatient.Answer]] = [[] for _ in pairs]
     for runner in runners:
         runner.warm_up(samples[0][0], times=20)
-    for number, (x, _) in enumerate(samples):
+    counted = tracked(
+        samples, "answering", total=len(samples), unit="samples", wanted=progress, between=True
+    )
+    for number, (x, _) in enumerate(counted):
         order = range(len(pairs)) if number % 2 else reversed(range(len(pairs)))
         for place in order:
             runner, deadline_s = pairs[place]

@@ -14,6 +14,7 @@ from tyro.conf import UseAppendAction, arg
 import impatient
 from impatient.errors import PolicyError, RunError, StaleInput
 from impatient.files import is_file
+from impatient.progress import tracked
 from impatient.table import Table
 from impatient.verbs.imported import opened
 from impatient.verbs.notes import log
@@ -173,7 +174,11 @@ def _with_real_times(
     samples = [x for x, _ in itertools.islice(data.batches("test", 1), count)]
     times: dict[str, list[float]] = {name: [] for name in runners}
     # the first ones again: threads and memory
-    for number, x in enumerate([*samples[:20], *samples]):
+    every = [*samples[:20], *samples]
+    counted = tracked(
+        every, "answering", total=len(every), unit="samples", wanted=True, between=True
+    )
+    for number, x in enumerate(counted):
         for name in runners if number % 2 else reversed(runners):
             taken = runners[name].run(x).elapsed_s
             if number >= min(20, len(samples)):
