@@ -1,7 +1,7 @@
 """Replay recorded stage times against the rules that decide whether the next exit still fits.
 
     # trains heads; then records a machine, for a minute: alone, with busy processes of its own
-    # (loaded), or with whatever else runs (shared)
+    # (loaded), with whatever else runs (shared), or so with real-time settings (realtime)
     python benchmarks/replay.py --record xeon-idle
     python benchmarks/replay.py --record xeon-loaded
     # two minutes, on any machine, busy or not: all times come from benchmarks/recordings
@@ -10,7 +10,7 @@
 The recorded network is the pretrained CIFAR-10 ResNet-20 of the shared data with eight exits
 (benchmarks/deadlines.py). A recording holds the seconds of every stage and head in 4,000 runs, and
 which exits were right; its name says on which machine and beside what. The first half of a
-machine's "idle", or without it of its first recording, is the profile; every rule is judged on the
+machine's "idle", or without it "realtime" or its first recording, is the profile; every rule is judged on the
 second half of each recording of that machine, and on two disturbed copies of that of the profile's:
 *slowed* 1.8 times in its middle half, and *interrupted* for 3 ms in 2 % of the stages of its first
 half. Four budgets from 0.55 to 1.5 times the median of the whole network, in turn. The runner is
@@ -49,6 +49,7 @@ from impatient.costs import BatchCosts, CostProfile, Quantiles
 from impatient.evaluation.metrics import proportion
 from impatient.provenance import provenance
 from impatient.runtime import Runner
+from impatient.runtime.real_time import NAMES, RealTime
 
 RECORDINGS = ROOT / "benchmarks" / "recordings"
 RUNS = 4_000
@@ -136,7 +137,13 @@ def record(name: str) -> None:
     given = trained(20, EXITS)
     network = given.network
     found: list[list[list[float]]] = []
-    with busy() if name.endswith("loaded") else contextlib.nullcontext(), torch.inference_mode():
+    load = name.partition("-")[2]
+    with (
+        busy() if load == "loaded" else contextlib.nullcontext(),
+        RealTime(NAMES if load == "realtime" else ()) as settings,
+        settings.quiet,
+        torch.inference_mode(),
+    ):
         for number in range(-50, RUNS):
             place = number % len(given.images)
             row = []
@@ -231,7 +238,7 @@ def rows() -> list[Row]:
 def rows_of(paths: list[Path]) -> list[Row]:
     """Judge all rules on the recordings of one machine."""
     held = {path.stem.partition("-")[2]: load(path) for path in paths}
-    base = "idle" if "idle" in held else next(iter(held))
+    base = next((name for name in ("idle", "realtime") if name in held), next(iter(held)))
     half = len(held[base].stages_s) // 2
     known = held[base].part(0, half)
     costs = known.profile()
@@ -275,7 +282,9 @@ def judged(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Replay recorded stage times.")
     parser.add_argument(
-        "--record", metavar="NAME", help="MACHINE-idle, or MACHINE-loaded with busy processes"
+        "--record",
+        metavar="NAME",
+        help="MACHINE-idle, -loaded (with busy processes), -shared or -realtime",
     )
     asked = parser.parse_args()
     if asked.record:
