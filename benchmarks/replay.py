@@ -10,11 +10,12 @@
 The recorded network is the pretrained CIFAR-10 ResNet-20 of the shared data with eight exits
 (benchmarks/deadlines.py). A recording holds the seconds of every stage and head in 4,000 runs, and
 which exits were right; its name says on which machine and beside what. The first half of a
-machine's "idle", or without it "realtime" or its first recording, is the profile; every rule is judged on the
-second half of each recording of that machine, and on two disturbed copies of that of the profile's:
-*slowed* 1.8 times in its middle half, and *interrupted* for 3 ms in 2 % of the stages of its first
-half. Four budgets from 0.55 to 1.5 times the median of the whole network, in turn. The runner is
-the real one, on a clock that the recording moves, so its own time is not counted.
+machine's "idle" is the profile (without it, of "realtime", or of its first recording); every rule
+is judged on the second half of each recording of that machine, and on two disturbed copies of that
+of the profile's: *slowed* 1.8 times in its middle half, and *interrupted* for 3 ms in 2 % of the
+stages of its first half. Four budgets from 0.55 to 1.5 times the median of the whole network, in
+turn. The runner is the real one, on a clock that the recording moves, so its own time is not
+counted.
 
 "missed" is the share of late answers, "floor" that of the first exit alone, "right in time" counts
 a late answer as wrong, with its 95 % interval. "depth after" is the mean exit in the 200 runs that
