@@ -30,8 +30,9 @@ def test_equal_times_are_rarely_told_apart_and_gains_are_found() -> None:
 
 
 def test_quantiles_of_too_few_runs_are_left_out() -> None:
-    few = table(np.random.default_rng(0), 4)
+    few = table(np.random.default_rng(0), 8)
     assert set(_ratios(few, few)) == {"p50"}
+    assert _ratios(few[:7], few[:7]) == {}
 
 
 def test_a_setting_that_makes_something_longer_is_not_worth_it() -> None:
