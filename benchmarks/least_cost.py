@@ -1,13 +1,16 @@
-"""The least mean cost that any valid choice among candidates can have, whatever its method.
+"""The least mean cost that tests of candidates leave, however good the tests are.
 
-A choice is valid if, for every law of the losses, what it chooses loses more than epsilon on
-average with probability delta at most. Candidates cost less from one to the next, so that the mean
-cost follows from how often candidate j or a cheaper one is chosen. That is bounded by Neyman and
-Pearson: there is another law, in which j and all cheaper candidates lose epsilon or more, so that
-choosing any of them is an error of at most delta. It is made of the true one by the weights
-exp(tilt * loss of j), so that the most powerful test between the two looks at the sum of the losses
-of j alone. No rule chooses j or a cheaper one more often than this test, which knows both laws and
-may toss a coin, tells them apart.
+Candidates cost less from one to the next, so that the mean cost follows from how often candidate j
+or a cheaper one is chosen. A valid rule may do that only where it can rule out, but for an error of
+delta, laws under which j and all cheaper candidates lose epsilon or more. One such law is made of
+the true one by the weights exp(tilt * loss of j). By Neyman and Pearson the most powerful test
+between the two looks at the sum of the losses of j alone. No rule chooses j or a cheaper one more
+often than this test, which knows both laws and may toss a coin, tells them apart. This holds for
+every candidate that keeps epsilon.
+
+Of candidates that do not keep it, the same tests are taken. A rule could choose the cheapest of all
+whenever a coin of probability delta says so, whatever the data are. That would be valid, too, and
+cost less; it is no test, and is left out.
 """
 
 from __future__ import annotations
@@ -55,10 +58,10 @@ class Tilted:
         return float((self.others @ weights).min() / (self.shares @ weights))
 
     def tilt(self, epsilon: float) -> float | None:
-        """Find the weights under which none of them keeps epsilon; None if there are none."""
+        """Find weights under which none of them loses less than epsilon; None if there are none."""
         if self.least_mean(MOST_TILT) < epsilon:
             return None
-        low, high = 0.0, MOST_TILT
+        low, high = -MOST_TILT, MOST_TILT
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (low, middle) if self.least_mean(middle) >= epsilon else (middle, high)
@@ -66,7 +69,7 @@ class Tilted:
 
 
 def power(losses: np.ndarray, place: int, *, epsilon: float, delta: float, size: int) -> float:
-    """Bound how often a valid rule chooses this candidate or a cheaper one.
+    """Compute how often the most powerful test lets this candidate pass.
 
     Args:
         losses: losses of all candidates on all samples there are, [J, N], at most 1 in size.
@@ -76,8 +79,6 @@ def power(losses: np.ndarray, place: int, *, epsilon: float, delta: float, size:
         size: samples on which the rule chooses.
     """
     law = Tilted.of(losses, place)
-    if law.least_mean(0.0) >= epsilon:
-        return delta
     tilt = law.tilt(epsilon)
     if tilt is None:
         return 1.0
@@ -119,7 +120,7 @@ def least_cost(
     delta: float,
     size: int,
 ) -> float:
-    """Bound the mean cost of every valid rule from below.
+    """Compute the mean cost that the most powerful tests leave.
 
     Args:
         losses: losses of all candidates on all samples there are, [J, N].

@@ -1,4 +1,4 @@
-"""The least cost of any valid choice, against exact tests of losses of 0 and 1."""
+"""What the most powerful tests leave, against exact tests of losses of 0 and 1."""
 
 from pathlib import Path
 from types import ModuleType
@@ -33,16 +33,12 @@ def exact(risk: float) -> float:
     return stats.binom.cdf(cut - 1, SIZE, risk) + share * stats.binom.pmf(cut, SIZE, risk)
 
 
-@pytest.mark.parametrize("risk", [0.01, 0.02, 0.04, 0.049])
+@pytest.mark.parametrize("risk", [0.01, 0.02, 0.049, 0.06])
 def test_of_losses_of_0_and_1_it_is_the_power_of_the_binomial_test(
     script: ModuleType, risk: float
 ) -> None:
     found = script.power(nested(risk, 0.2), 0, epsilon=EPSILON, delta=DELTA, size=SIZE)
     assert found == pytest.approx(exact(risk), abs=1e-6)
-
-
-def test_what_loses_too_much_is_chosen_with_the_probability_of_an_error(script: ModuleType) -> None:
-    assert script.power(nested(0.01, 0.06), 1, epsilon=EPSILON, delta=DELTA, size=SIZE) == DELTA
 
 
 def test_nothing_is_said_where_a_cheaper_candidate_never_loses(script: ModuleType) -> None:
