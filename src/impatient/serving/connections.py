@@ -12,7 +12,7 @@ import math
 import re
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -89,8 +89,8 @@ class Guard(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports do not say that they are asyncio's.
+        self._transport = transport = cast("asyncio.Transport", transport)
         if len(self._connections) >= self._most:
             self._refused = True
             transport.write(UNREAD_LAST)

@@ -334,7 +334,8 @@ class Service:
         """
         left_s = call.request.deadline - self.clock.now()
         try:
-            return await asyncio.wait_for(call.events.get(), max(left_s, 0.0) + HANG_S)
+            async with asyncio.timeout(max(left_s, 0.0) + HANG_S):
+                return await call.events.get()
         except TimeoutError:
             self.counters[call.request.model].refusals["failed"] += 1
             self._take(self.scheduler.cancelled(call.request.id, self.clock.now()))
