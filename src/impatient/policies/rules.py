@@ -106,10 +106,11 @@ class ThresholdPolicy(TaskPolicy):
 
     def stops_one(self, exit: int, output: Tensor | None, pooled: Tensor | None) -> bool:
         """Tell by plain numbers, if possible, whether the only sample is done."""
-        if self.plain_score is not None and output is not None:
+        plain = self.plain_score
+        if plain is not None and output is not None:
             row = row_of(output)
             if row is not None:
-                above = self.plain_score(row) - self.thresholds[exit]
+                above = plain(row) - self.thresholds[exit]
                 # A score that is no number is not above, below or close.
                 if above > CLOSE or above < -CLOSE:
                     return bool(above > 0.0)

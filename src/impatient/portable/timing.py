@@ -75,14 +75,18 @@ class SlowdownEstimator:
             ratio = _STEPS[bisect.bisect_left(_STEPS, ratio)]
         else:
             ratio = min(max(1.0, ratio), self.LARGEST)
+        if ratio == self._latest[0]:
+            # What comes is what goes, as is usual: the sorted window stays as it is, whatever
+            # other threads do meanwhile.
+            self._latest.rotate(-1)
+            return
         with self._lock:
             gone = self._latest.popleft()
             self._latest.append(ratio)
-            if ratio != gone:
-                # Insert before deleting: another thread that reads the scale meanwhile must not
-                # find too few entries.
-                bisect.insort(self._sorted, ratio)
-                del self._sorted[bisect.bisect_left(self._sorted, gone)]
+            # Insert before deleting: another thread that reads the scale meanwhile must not find
+            # too few entries.
+            bisect.insort(self._sorted, ratio)
+            del self._sorted[bisect.bisect_left(self._sorted, gone)]
 
     def forget(self) -> None:
         """Move the estimate a little towards 1.
@@ -90,7 +94,9 @@ class SlowdownEstimator:
         This is for a slow machine that gets no work, and so measures nothing new.
         """
         with self._lock:
-            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in self._latest)
+            # A copy, because another thread may turn the window meanwhile.
+            latest = self._latest.copy()
+            self._latest = collections.deque(1.0 + 0.95 * (ratio - 1.0) for ratio in latest)
             self._sorted = sorted(self._latest)
 
 
