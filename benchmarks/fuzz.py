@@ -135,6 +135,10 @@ def readers(run: Path, brought: Path) -> dict[str, Reader]:
             progress=False,
         )
 
+    def exported(_: Path) -> object:
+        Bundle(engine).run(x)
+        return [exit.output() for exit in impatient.load_engine(engine).exits(torch.from_numpy(x))]
+
     of_run: dict[str, Reader] = {
         "network.json": lambda file: NetworkSpec.load(file).build(),
         "training.json": TrainingChoice.load,
@@ -147,7 +151,7 @@ def readers(run: Path, brought: Path) -> dict[str, Reader]:
         ),
     }
     if (engine / "bundle.json").is_file():
-        of_run["engines/onnxruntime/bundle.json"] = lambda _: Bundle(engine).run(x)
+        of_run["engines/onnxruntime/bundle.json"] = exported
     loaded = {"policies": impatient.Policy.load, "recordings": impatient.Recording.load}
     for folder, load in loaded.items():
         for file in sorted((run / folder).iterdir()):

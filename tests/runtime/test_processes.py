@@ -56,6 +56,8 @@ def in_children(count: int, job: Callable[[], bool]) -> list[int]:
     for _ in range(count):
         child = os.fork()
         if child == 0:
+            # the handler of pytest-timeout would go on in the child
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)
             code = 2
             try:
