@@ -115,3 +115,22 @@ def test_every_error_is_in_the_tree_of_the_docstring() -> None:
     ]
 
     assert [name for name in defined if name not in errors.__doc__] == []
+
+
+def test_every_name_of_the_package_that_our_code_uses_is_found_without_an_import_before() -> None:
+    used = {
+        (node.attr, file.name)
+        for file in Path(impatient.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "impatient"
+    }
+    deferred = subprocess.run(
+        [sys.executable, "-c", "import impatient; print(*impatient.__dir__())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(used) > 30
+    assert {(name, file) for name, file in used if name not in deferred.stdout.split()} == set()

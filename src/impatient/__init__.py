@@ -105,6 +105,7 @@ if not typing.TYPE_CHECKING:
                 "Runner",
                 "profile",
             ],
+            "tasks": ["tasks"],
             "training": ["training", "Data", "Recipe", "fit", "load_data"],
         },
     )

@@ -104,5 +104,6 @@ def check_labels(labels: Int[Tensor, "N"], classes: int) -> None:
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise RecordingError(
-            f"labels go from {int(labels.min())} to {int(labels.max())} for {classes} outputs."
+            f"labels go from {int(labels.min())} to {int(labels.max())} for {classes} outputs; "
+            f"expected whole numbers from 0 to {classes - 1}. Number the classes from 0."
         )

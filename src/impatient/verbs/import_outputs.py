@@ -178,10 +178,12 @@ def _read(path: Path) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[s
         _check_shapes(f"{path}, {split}", outputs, targets)
     missing = [split for split in NEEDED if split not in found]
     if missing:
+        others = [split for split in found if split not in NEEDED]
+        held = f"samples of {', '.join(others)}" if others else ", ".join(arrays) or "nothing"
         raise RecordingError(
-            f"{path} has no samples of {' and '.join(missing)}; it holds "
-            f"{', '.join(arrays) or 'nothing'}. Expected {EXPECTED}. Policies are fitted on "
-            "validation and judged on test, so divide your samples."
+            f"{path} has no samples of {' and '.join(missing)}; it holds {held}. Expected "
+            f"{EXPECTED}. Policies are fitted on validation and judged on test, so divide your "
+            "samples, and name the splits so."
         )
     return found, read_names(arrays.get("class_names"))
 
