@@ -8,7 +8,7 @@ from sklearn.metrics import f1_score, mean_absolute_error, r2_score, root_mean_s
 
 from impatient.errors import RecordingError, TaskError
 from impatient.evaluation import Recording
-from impatient.tasks import Task, binary, classification, multi_label, named, regression
+from impatient.tasks import Task, binary, classification, embedding, multi_label, named, regression
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -117,6 +117,17 @@ def test_names_that_make_no_task_are_refused(name: str, message: str) -> None:
         (multi_label(), torch.zeros(3, 4), torch.full((3, 4), 0.5), "other than 0 and 1"),
         (regression(), torch.zeros(3, 2), torch.zeros(3), "a number for each output"),
         (regression(), torch.zeros(2), torch.tensor([0.0, math.nan]), "NaN or infinite"),
+        (binary(), torch.zeros(2, 1), torch.tensor([0.0, math.nan]), "expected 0 and 1"),
+        # one target must not stand for all
+        (binary(), torch.zeros(2, 1), torch.zeros(1), "as many targets as outputs"),
+        (multi_label(), torch.zeros(1, 2), torch.tensor([[1.0, math.nan]]), "other than 0 and 1"),
+        (embedding(), torch.ones(1, 2), torch.tensor([[1.0, math.nan]]), "NaN or infinite"),
+        (
+            classification(),
+            torch.zeros(2, 3),
+            torch.tensor([0, 1, 2]),
+            "as many targets as outputs",
+        ),
         (classification(), torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "name the task"),
         (classification(), torch.zeros(2, 3), torch.tensor([0, 3]), "from 0 to 3 for 3 outputs"),
     ],

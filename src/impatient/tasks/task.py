@@ -130,9 +130,15 @@ class Task:
         Returns:
             Quality [B], float32; scores [B] by name, float32; statistics [B, S], float64, or None.
         Raises:
-            TaskError: if a function gives numbers of another shape, not finite ones, or a quality
-                that is not from 0 to 1.
+            TaskError: if there are not as many targets as outputs, or a function gives numbers of
+                another shape, not finite ones, or a quality that is not from 0 to 1.
         """
+        are_tensors = isinstance(output, Tensor) and isinstance(target, Tensor)
+        if are_tensors and output.shape[:1] != target.shape[:1]:
+            raise TaskError(
+                f"targets of shape {tuple(target.shape)} for outputs of shape "
+                f"{tuple(output.shape)}; expected as many targets as outputs."
+            )
         quality = self._checked("quality", self.quality(output, target).float())
         if len(quality) and not 0.0 <= float(quality.min()) <= float(quality.max()) <= 1.0:
             raise TaskError(
